@@ -1,0 +1,155 @@
+"""Recipe: every setting of a distillation, in the one place where it has its name, type, default and help."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tapir_local.errors import TapirError
+from tapir_local.tasks import TASKS, Task
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Frozen, and any key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def named(word: Any) -> Any:
+    """`teacher: pocket` means `teacher: {kind: pocket}`."""
+    return {"kind": word} if isinstance(word, str) else word
+
+
+class Seeds(Settings):
+    """The instructions to start from."""
+
+    path: str = Field("pocket", description="a file of instructions, or `pocket` for those that come with the program")
+    limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
+    holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
+    answers: Literal["teacher", "file"] = Field("teacher", description="who answers the seeds: the teacher, or the file's own answers are trusted")
+
+
+class Student(Settings):
+    """The model to be trained."""
+
+    path: str = Field("pocket", description="a folder or Hub name of a causal language model, or `pocket` for the one that comes with the program")
+    max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
+    max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
+    parallel: int = Field(32, ge=1, le=256, description="answers written at once by llama.cpp")
+
+
+class Endpoint(Settings):
+    """An OpenAI-compatible endpoint and how it is asked."""
+
+    base_url: str | None = Field(None, description="of any OpenAI-compatible server; the vendor's own if left out")
+    model: str | None = Field(None, description="the model's name as the endpoint knows it")
+    alias: str | None = Field(None, description="a name for the endpoint in the store's keys, instead of its base_url")
+    api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
+    temperature: float = Field(0.7, ge=0, le=2, description="of answers, expansions and refinements; labels are asked at 0")
+    max_tokens: int = Field(1024, ge=1, description="tokens of a reply at the most")
+    extra: Mapping[str, Any] = Field(default_factory=dict, description="further parameters of the request, sent as they are")
+    send_seed: bool = Field(False, description="send the draw number as the API's `seed`, where the endpoint knows it")
+    concurrency: int = Field(16, ge=1, description="requests in flight at the most")
+    timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and sent again")
+    attempts: int = Field(6, ge=1, description="tries of one request, answers of 429 not counted")
+
+
+class Teacher(Endpoint):
+    """Who answers, labels, expands and refines."""
+
+    kind: Literal["openai", "pocket", "recorded"] = Field(
+        "openai", description="`openai`: an endpoint; `pocket`: the programme that comes with tapir-local, no LLM; `recorded`: the seed file's answers"
+    )
+
+
+class Judge(Endpoint):
+    """Who scores answers."""
+
+    kind: Literal["teacher", "openai", "reference"] = Field(
+        "teacher", description="`teacher`: the teacher with another prompt; `openai`: another endpoint; `reference`: likeness to the teacher's answer"
+    )
+    temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
+    max_tokens: int = Field(256, ge=1, description="tokens of a judgement at the most")
+    max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
+
+
+class Classifier(Settings):
+    """The task classifier."""
+
+    model: str = Field("microsoft/deberta-v3-base", description="a folder or Hub name of an encoder, or `small` for one made from a config")
+    labelled: int = Field(2000, ge=1, description="seeds that the teacher labels to train it; with fewer seeds than this the teacher labels all")
+    held_out: Share = Field(0.1, description="share of the labelled rows on which its agreement with the teacher is measured")
+    epochs: int = Field(3, ge=1, description="passes over the labelled rows")
+    learning_rate: float = Field(2e-5, gt=0, description="of its training")
+    batch_size: int = Field(16, ge=1, description="rows of a step")
+    max_length: int = Field(256, ge=16, description="tokens of an instruction that it reads")
+
+
+class Curriculum(Settings):
+    """Which rows a round trains on."""
+
+    name: Literal["tapir"] = Field("tapir", description="the curriculum")
+    rows: int = Field(1000, ge=1, description="training rows of a round")
+    first_rows: int | None = Field(None, ge=1, description="training rows of round 0, drawn from the seeds; all of them if left out")
+    pool: int | None = Field(None, ge=1, description="rows judged in a round, drawn at random; all of them if left out")
+    alpha: Share = Field(0.3, description="challenge: the share of hard rows in round 1")
+    alpha_step: Share = Field(0.2, description="what the challenge grows by each round, up to 1")
+    mfd_threshold: float = Field(2.0, ge=0, le=9, description="delta: a row is hard when the teacher's score exceeds the student's by more than this")
+    teacher_floor: float = Field(6.0, ge=1, le=10, description="a row on which the teacher scores less teaches nothing and is never hard")
+    expand_share: Share = Field(0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool")
+    drafts: int = Field(3, ge=1, description="drafts asked for every expansion still missing, at the most")
+    max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
+
+
+class Train(Settings):
+    """LoRA fine-tuning."""
+
+    start: Literal["previous", "base"] = Field("previous", description="a round goes on from the last round's adapter, or begins at the base")
+    epochs: float = Field(2.0, gt=0, description="passes over a round's rows")
+    learning_rate: float = Field(2e-4, gt=0, description="peak, after the warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate within a round")
+    warmup: Share = Field(0.03, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
+    batch_size: int = Field(16, ge=1, description="rows of an optimiser step")
+    micro_batch_size: int = Field(4, ge=1, description="rows that are in memory at once")
+    lora_rank: int = Field(16, ge=1, description="r of LoRA, on all linear layers")
+    lora_alpha: int = Field(32, ge=1, description="LoRA's scale is alpha / r")
+    lora_dropout: Share = Field(0.0, description="dropout of LoRA's input")
+    load_in_4bit: bool = Field(False, description="QLoRA: the base in 4 bits (a GPU is needed)")
+
+
+class Export(Settings):
+    """The GGUF."""
+
+    quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field("q8_0", description="type of the GGUF's weights")
+    min_agreement: Share = Field(0.9, description="share of greedy tokens in which the GGUF and the trained model must agree")
+
+
+class Recipe(Settings):
+    """One distillation. Defaults are meant for a student of LLaMA-2's class on one GPU."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder")
+    about: str = Field("", description="a sentence for people")
+    random_seed: int = Field(1, ge=0, description="every draw of chance derives from it")
+    rounds: int = Field(3, ge=0, description="rounds after the baseline, round 0")
+    seeds: Seeds = Seeds()
+    student: Student = Student()
+    teacher: Annotated[Teacher, BeforeValidator(named)] = Teacher()
+    judge: Annotated[Judge, BeforeValidator(named)] = Judge()
+    classifier: Classifier = Classifier()
+    curriculum: Curriculum = Curriculum()
+    train: Train = Train()
+    export: Export = Export()
+    checker: Literal["pocket"] | None = Field(None, description="a programme that tells right answers from wrong ones, for `accuracy`")
+    tasks: Mapping[str, Share] | None = Field(None, description="target shares by label; those of the paper if left out")
+
+    def task_table(self) -> Mapping[str, Task]:
+        """The tasks that this recipe sorts by, with its own shares where it names them."""
+        if self.tasks is None:
+            return TASKS
+        return {label: Task(label, share, TASKS[label].description, TASKS[label].style) for label, share in self.tasks.items()}

@@ -1,0 +1,170 @@
+"""The values that travel between stages: frozen dataclasses, JSON in and out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from tapir_local.errors import TapirError
+
+T = TypeVar("T")
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; role is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+Prompt = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An instruction and its answer.
+
+    `prompt` ends with a user's turn. `origin` is where the row came from: the seed file, or the
+    teacher's expansion of the example named by `parent` in round `round`.
+    """
+
+    id: str
+    prompt: Prompt
+    completion: str = ""
+    task: str = ""
+    labelled_by: Literal["", "file", "teacher", "classifier"] = ""
+    origin: Literal["seed", "expanded"] = "seed"
+    parent: str = ""
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a student wrote. `finish` is `stop`, `length` (cut at max_tokens) or `too_long` (prompt over the context)."""
+
+    id: str
+    text: str
+    finish: Literal["stop", "length", "too_long"]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's scores, 1 to 10, of a teacher's and a student's answer, averaged over both orders of showing them.
+
+    Both are None when either order could not be read; `reason` then says why. `orders` holds what was read:
+    (teacher, student) with the teacher's answer shown first, then the same with the student's shown first.
+    """
+
+    id: str
+    teacher: float | None
+    student: float | None
+    orders: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What a round will train on. Ids refer to the pool; counts are rows.
+
+    `hard` are pool rows to be refined, `expand` the new rows wanted of each task, `parents` the rows they grow from,
+    `replay` the easy rows kept in. `asked` and `got` are the tasks' shares of the hard part, `short` the rows of a
+    task that nothing can fill, `notes` what the reader ought to know.
+    """
+
+    round: int
+    alpha: float
+    alpha_got: float
+    hard: tuple[str, ...]
+    expand: Mapping[str, int]
+    parents: Mapping[str, tuple[str, ...]]
+    replay: tuple[str, ...]
+    pool: int
+    pool_hard: int
+    unjudged: int
+    asked: Mapping[str, float]
+    got: Mapping[str, float]
+    short: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A student on the holdout. Rates are 0 to 1; intervals are 95 %.
+
+    `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5.
+    `accuracy` is the share of answers a checker finds right; None where the recipe has no checker.
+    """
+
+    round: int
+    rows: int
+    judged: int
+    unjudged: int
+    win_rate: float | None
+    win_rate_interval: tuple[float, float] | None
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    student_score: float | None
+    teacher_score: float | None
+    by_task: Mapping[str, Mapping[str, float | None]]
+    cut: int
+    judge: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a teacher or judge. `draw` tells apart several answers wanted to the same body."""
+
+    messages: Prompt
+    row: str
+    stage: str
+    round: int = 0
+    draw: int = 0
+    temperature: float = 0.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. `finish` is the API's finish reason; `hit` says that it came from the store, unpaid."""
+
+    text: str
+    finish: str
+    hit: bool
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """True when the text is whole: neither cut, nor filtered, nor empty."""
+        return self.finish == "stop" and bool(self.text.strip())
+
+
+@cache
+def adapter_of(kind: type[T]) -> TypeAdapter[T]:
+    """The pydantic reader and writer of a record class, made once."""
+    return TypeAdapter(kind)
+
+
+def to_json(record: Any) -> str:
+    """One line of JSON, keys in the order of the class."""
+    return adapter_of(type(record)).dump_json(record).decode()
+
+
+def from_json(kind: type[T], text: str | bytes, where: str = "") -> T:
+    """Read a record; TapirError naming `where` if the text is not one."""
+    try:
+        return adapter_of(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise TapirError(f"not a {kind.__name__}: {key} {first['msg']}".strip(), where=where) from error
+
+
+def instruction_of(prompt: Prompt) -> str:
+    """The prompt as plain text: the one user turn itself, or a transcript where there are several turns."""
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
