@@ -1,11 +1,11 @@
 """Recipe: every setting of a distillation, in the one place where it has its name, type, default and help."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import difflib
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tapir_local.errors import TapirError
 from tapir_local.tasks import TASKS, Task
@@ -30,13 +30,18 @@ class Seeds(Settings):
     path: str = Field("pocket", description="a file of instructions, or `pocket` for those that come with the program")
     limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
     holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
-    answers: Literal["teacher", "file"] = Field("teacher", description="who answers the seeds: the teacher, or the file's own answers are trusted")
+    answers: Literal["teacher", "file"] = Field(
+        "teacher", description="who answers the seeds: the teacher, or the file's own answers are trusted"
+    )
 
 
 class Student(Settings):
     """The model to be trained."""
 
-    path: str = Field("pocket", description="a folder or Hub name of a causal language model, or `pocket` for the one that comes with the program")
+    path: str = Field(
+        "pocket",
+        description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
+    )
     max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
     parallel: int = Field(32, ge=1, le=256, description="answers written at once by llama.cpp")
@@ -49,9 +54,13 @@ class Endpoint(Settings):
     model: str | None = Field(None, description="the model's name as the endpoint knows it")
     alias: str | None = Field(None, description="a name for the endpoint in the store's keys, instead of its base_url")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
-    temperature: float = Field(0.7, ge=0, le=2, description="of answers, expansions and refinements; labels are asked at 0")
+    temperature: float = Field(
+        0.7, ge=0, le=2, description="of answers, expansions and refinements; labels are asked at 0"
+    )
     max_tokens: int = Field(1024, ge=1, description="tokens of a reply at the most")
-    extra: Mapping[str, Any] = Field(default_factory=dict, description="further parameters of the request, sent as they are")
+    extra: Mapping[str, Any] = Field(
+        default_factory=dict, description="further parameters of the request, sent as they are"
+    )
     send_seed: bool = Field(False, description="send the draw number as the API's `seed`, where the endpoint knows it")
     concurrency: int = Field(16, ge=1, description="requests in flight at the most")
     timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and sent again")
@@ -62,7 +71,8 @@ class Teacher(Endpoint):
     """Who answers, labels, expands and refines."""
 
     kind: Literal["openai", "pocket", "recorded"] = Field(
-        "openai", description="`openai`: an endpoint; `pocket`: the programme that comes with tapir-local, no LLM; `recorded`: the seed file's answers"
+        "openai",
+        description="`openai`: an endpoint; `pocket`: a programme, no LLM; `recorded`: the seed file's answers",
     )
 
 
@@ -70,7 +80,8 @@ class Judge(Endpoint):
     """Who scores answers."""
 
     kind: Literal["teacher", "openai", "reference"] = Field(
-        "teacher", description="`teacher`: the teacher with another prompt; `openai`: another endpoint; `reference`: likeness to the teacher's answer"
+        "teacher",
+        description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(256, ge=1, description="tokens of a judgement at the most")
@@ -80,9 +91,18 @@ class Judge(Endpoint):
 class Classifier(Settings):
     """The task classifier."""
 
-    model: str = Field("microsoft/deberta-v3-base", description="a folder or Hub name of an encoder, or `small` for one made from a config")
-    labelled: int = Field(2000, ge=1, description="seeds that the teacher labels to train it; with fewer seeds than this the teacher labels all")
-    held_out: Share = Field(0.1, description="share of the labelled rows on which its agreement with the teacher is measured")
+    model: str = Field(
+        "microsoft/deberta-v3-base",
+        description="a folder or Hub name of an encoder, or `small` for one made from a config",
+    )
+    labelled: int = Field(
+        2000,
+        ge=1,
+        description="seeds that the teacher labels to train it; with fewer seeds than this the teacher labels all",
+    )
+    held_out: Share = Field(
+        0.1, description="share of the labelled rows on which its agreement with the teacher is measured"
+    )
     epochs: int = Field(3, ge=1, description="passes over the labelled rows")
     learning_rate: float = Field(2e-5, gt=0, description="of its training")
     batch_size: int = Field(16, ge=1, description="rows of a step")
@@ -94,13 +114,24 @@ class Curriculum(Settings):
 
     name: Literal["tapir"] = Field("tapir", description="the curriculum")
     rows: int = Field(1000, ge=1, description="training rows of a round")
-    first_rows: int | None = Field(None, ge=1, description="training rows of round 0, drawn from the seeds; all of them if left out")
+    first_rows: int | None = Field(
+        None, ge=1, description="training rows of round 0, drawn from the seeds; all of them if left out"
+    )
     pool: int | None = Field(None, ge=1, description="rows judged in a round, drawn at random; all of them if left out")
     alpha: Share = Field(0.3, description="challenge: the share of hard rows in round 1")
     alpha_step: Share = Field(0.2, description="what the challenge grows by each round, up to 1")
-    mfd_threshold: float = Field(2.0, ge=0, le=9, description="delta: a row is hard when the teacher's score exceeds the student's by more than this")
-    teacher_floor: float = Field(6.0, ge=1, le=10, description="a row on which the teacher scores less teaches nothing and is never hard")
-    expand_share: Share = Field(0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool")
+    mfd_threshold: float = Field(
+        2.0,
+        ge=0,
+        le=9,
+        description="delta: a row is hard when the teacher's score exceeds the student's by more than this",
+    )
+    teacher_floor: float = Field(
+        6.0, ge=1, le=10, description="a row on which the teacher scores less teaches nothing and is never hard"
+    )
+    expand_share: Share = Field(
+        0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool"
+    )
     drafts: int = Field(3, ge=1, description="drafts asked for every expansion still missing, at the most")
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
 
@@ -108,10 +139,14 @@ class Curriculum(Settings):
 class Train(Settings):
     """LoRA fine-tuning."""
 
-    start: Literal["previous", "base"] = Field("previous", description="a round goes on from the last round's adapter, or begins at the base")
+    start: Literal["previous", "base"] = Field(
+        "previous", description="a round goes on from the last round's adapter, or begins at the base"
+    )
     epochs: float = Field(2.0, gt=0, description="passes over a round's rows")
     learning_rate: float = Field(2e-4, gt=0, description="peak, after the warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate within a round")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="of the learning rate within a round"
+    )
     warmup: Share = Field(0.03, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
@@ -126,8 +161,12 @@ class Train(Settings):
 class Export(Settings):
     """The GGUF."""
 
-    quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field("q8_0", description="type of the GGUF's weights")
-    min_agreement: Share = Field(0.9, description="share of greedy tokens in which the GGUF and the trained model must agree")
+    quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
+        "q8_0", description="type of the GGUF's weights"
+    )
+    min_agreement: Share = Field(
+        0.9, description="share of greedy tokens in which the GGUF and the trained model must agree"
+    )
 
 
 class Recipe(Settings):
@@ -145,11 +184,130 @@ class Recipe(Settings):
     curriculum: Curriculum = Curriculum()
     train: Train = Train()
     export: Export = Export()
-    checker: Literal["pocket"] | None = Field(None, description="a programme that tells right answers from wrong ones, for `accuracy`")
-    tasks: Mapping[str, Share] | None = Field(None, description="target shares by label; those of the paper if left out")
+    checker: Literal["pocket"] | None = Field(
+        None, description="a programme that tells right answers from wrong ones, for `accuracy`"
+    )
+    tasks: Mapping[str, Share] | None = Field(
+        None, description="target shares by label; those of the paper if left out"
+    )
 
     def task_table(self) -> Mapping[str, Task]:
         """The tasks that this recipe sorts by, with its own shares where it names them."""
         if self.tasks is None:
             return TASKS
-        return {label: Task(label, share, TASKS[label].description, TASKS[label].style) for label, share in self.tasks.items()}
+        return {
+            label: Task(label, share, TASKS[label].description, TASKS[label].style)
+            for label, share in self.tasks.items()
+        }
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Recipe":
+        """Settings that exclude each other."""
+        if unknown := [label for label in self.tasks or {} if label not in TASKS]:
+            raise ValueError(f"tasks: no task {unknown[0]!r}; known are {', '.join(TASKS)}")
+        if self.teacher.kind == "openai" and not self.teacher.model:
+            raise ValueError("teacher: model is missing (or write `teacher: pocket` or `teacher: recorded`)")
+        if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
+            raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
+        if self.judge.kind == "openai" and not self.judge.model:
+            raise ValueError("judge: model is missing")
+        return self
+
+    @property
+    def can_expand(self) -> bool:
+        """Whether the teacher can be asked: recorded answers can be neither expanded nor refined."""
+        return self.teacher.kind != "recorded"
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML; TapirError with the path of every faulty key."""
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise TapirError(f"not YAML: {' '.join(str(error).split())}", where=where) from error
+    if not isinstance(value, dict):
+        raise TapirError("a recipe is a mapping of settings", where=where)
+    return validated(value, where)
+
+
+def validated(value: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from its settings; TapirError with the path of every faulty one."""
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        faults = "; ".join(dict.fromkeys(fault(item) for item in error.errors()))
+        raise TapirError(faults, where=where, fix="`tapir-local recipes --settings` lists every setting.") from error
+
+
+def fault(item: Any) -> str:
+    """One validation error as `path: what is wrong`."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), siblings(path), 1)
+        return f"{path}: unknown setting" + (f" (did you mean {near[0]}?)" if near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    given = f", not {item['input']!r}" if isinstance(item.get("input"), str | int | float) else ""
+    return f"{path}: {message}{given}" if path else message
+
+
+def siblings(path: str) -> list[str]:
+    """The keys that a recipe may have at the place of `path`."""
+    prefix = path[: path.rfind(".") + 1]
+    return sorted(
+        {known.removeprefix(prefix).partition(".")[0] for known, *_ in settings() if known.startswith(prefix)}
+    )
+
+
+def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """(path, type, default, help) of every setting."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            yield from settings(kind, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", type_name(kind), default, field.description or ""
+
+
+def type_name(kind: Any) -> str:
+    """`int`, `float | None`, `previous | base` as people write them."""
+    words = str(kind) if not isinstance(kind, type) else kind.__name__
+    for noise in ("typing.", "collections.abc.", "Literal", "[", "]", "'"):
+        words = words.replace(noise, " " if noise == "[" else "")
+    return " ".join(words.replace("NoneType", "None").replace(", ", " | ").split())
+
+
+def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some settings changed, each named by its path; checked as a whole again."""
+    value = recipe.model_dump()
+    for path, new in changes.items():
+        *sections, name = path.split(".")
+        place = value
+        for section in sections:
+            place = place[section]
+        place[name] = new
+    return validated(value, "on the command line")
+
+
+def differing(old: Recipe, new: Recipe) -> list[str]:
+    """`train.epochs: 2.0 -> 3.0` for every setting in which two recipes differ."""
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return out
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every setting written out."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -42,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a student wrote. `finish` is `stop`, `length` (cut at max_tokens) or `too_long` (prompt over the context)."""
+    """What a student wrote. `finish`: `stop`, `length` (cut at max_tokens) or `too_long` (prompt over the context)."""
 
     id: str
     text: str
@@ -142,10 +141,14 @@ class Answer:
         return self.finish == "stop" and bool(self.text.strip())
 
 
-@cache
+ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
 def adapter_of(kind: type[T]) -> TypeAdapter[T]:
     """The pydantic reader and writer of a record class, made once."""
-    return TypeAdapter(kind)
+    if kind not in ADAPTERS:
+        ADAPTERS[kind] = TypeAdapter(kind)
+    return ADAPTERS[kind]
 
 
 def to_json(record: Any) -> str:

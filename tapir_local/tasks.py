@@ -1,4 +1,4 @@
-"""The tasks that instructions are sorted into: label, description, target share, and the style its answers should have."""
+"""The tasks that instructions are sorted into: label, target share, description, and the style of its answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ class Task:
 
 
 PLAIN = "in clear, direct prose that answers exactly what was asked, with the main point first"
-STEPS = "as numbered or line-by-line worked steps, each doing one small thing, and end with a line that states the result"
+STEPS = (
+    "as numbered or line-by-line worked steps, each doing one small thing, and end with a line that states the result"
+)
 FACTS = "with the fact asked for first, then the reason or context that makes it understandable, and no speculation"
 
 # Labels and shares: modelscope/easydistill, task_resampling, there attributed to the TAPIR paper. Descriptions and
@@ -29,7 +31,7 @@ TASKS: Mapping[str, Task] = {
             "Code Generation",
             0.083,
             "writing a program, function, query or script",
-            "as commented code in one block, the comments saying why, followed by nothing but what a reader needs to run it",
+            "as commented code in one block, the comments saying why, followed only by what is needed to run it",
         ),
         Task(
             "Code Debug",
@@ -37,16 +39,48 @@ TASKS: Mapping[str, Task] = {
             "finding or mending a fault in given code",
             "by naming the fault first, then giving the whole corrected code in one block with a comment at the change",
         ),
-        Task("Writing", 0.017, "stories, essays, letters, e-mails, advertisements and other prose", "with a voice and structure fit for the kind of text"),
-        Task("Computer Science", 0.017, "algorithms, data structures, networks and systems, without writing code", FACTS),
-        Task("Complex Format", 0.017, "answers that must have a given form: JSON, a table, a list, a template", "in exactly the form asked for and nothing outside it"),
+        Task(
+            "Writing",
+            0.017,
+            "stories, essays, letters, e-mails, advertisements and other prose",
+            "with a voice and structure fit for the kind of text",
+        ),
+        Task(
+            "Computer Science", 0.017, "algorithms, data structures, networks and systems, without writing code", FACTS
+        ),
+        Task(
+            "Complex Format",
+            0.017,
+            "answers that must have a given form: JSON, a table, a list, a template",
+            "in exactly the form asked for and nothing outside it",
+        ),
         Task("Common-Sense", 0.017, "everyday knowledge about things, people and the world", FACTS),
-        Task("Counterfactual", 0.017, "what would follow if something untrue were true", "by stating the supposition first, then following it strictly to its result"),
-        Task("Multilingual", 0.017, "translating, or answering in a language other than English", "in the language asked for, faithful and idiomatic"),
-        Task("Roleplay", 0.017, "speaking as a given character or profession", "in the character's own voice from the first word to the last"),
+        Task(
+            "Counterfactual",
+            0.017,
+            "what would follow if something untrue were true",
+            "by stating the supposition first, then following it strictly to its result",
+        ),
+        Task(
+            "Multilingual",
+            0.017,
+            "translating, or answering in a language other than English",
+            "in the language asked for, faithful and idiomatic",
+        ),
+        Task(
+            "Roleplay",
+            0.017,
+            "speaking as a given character or profession",
+            "in the character's own voice from the first word to the last",
+        ),
         Task("Biology", 0.017, "living things, cells, genetics and evolution", FACTS),
         Task("Technology", 0.017, "devices, engineering, the internet and how things are made", FACTS),
-        Task("Ethics", 0.017, "right and wrong, fairness and dilemmas", "by weighing the sides fairly before drawing a careful conclusion"),
+        Task(
+            "Ethics",
+            0.017,
+            "right and wrong, fairness and dilemmas",
+            "by weighing the sides fairly before drawing a careful conclusion",
+        ),
         Task("Sport", 0.017, "games, athletes, rules and training", FACTS),
         Task("Law", 0.017, "legal rules, rights and procedures", FACTS),
         Task("Medicine", 0.017, "diseases, drugs and treatment", FACTS),
@@ -54,7 +88,12 @@ TASKS: Mapping[str, Task] = {
         Task("Entertainment", 0.017, "films, television, celebrities and games for fun", PLAIN),
         Task("Art", 0.017, "painting, sculpture, design and architecture", PLAIN),
         Task("Music", 0.017, "songs, composers, instruments and theory of music", PLAIN),
-        Task("Toxicity", 0.017, "requests that are harmful, hateful or unsafe", "by declining what would do harm, kindly and briefly, and offering what help is safe"),
+        Task(
+            "Toxicity",
+            0.017,
+            "requests that are harmful, hateful or unsafe",
+            "by declining what would do harm, kindly and briefly, and offering what help is safe",
+        ),
         Task("Economy", 0.017, "money, markets, business and finance", FACTS),
         Task("Physics", 0.017, "forces, energy, matter, light and space", FACTS),
         Task("History", 0.017, "past events, people and dates", FACTS),
@@ -62,8 +101,18 @@ TASKS: Mapping[str, Task] = {
         Task("Philosophy", 0.017, "ideas, arguments and thinkers", PLAIN),
         Task("Health", 0.017, "well-being, food, exercise and habits", FACTS),
         Task("Ecology", 0.017, "environment, climate, species and conservation", FACTS),
-        Task("Grammar", 0.017, "spelling, punctuation, word forms and sentence structure", "with the corrected text first, then the rule that was applied"),
-        Task("Paraphrase", 0.017, "saying, shortening or rearranging a given text in other words", "as the new text alone, with the meaning kept"),
+        Task(
+            "Grammar",
+            0.017,
+            "spelling, punctuation, word forms and sentence structure",
+            "with the corrected text first, then the rule that was applied",
+        ),
+        Task(
+            "Paraphrase",
+            0.017,
+            "saying, shortening or rearranging a given text in other words",
+            "as the new text alone, with the meaning kept",
+        ),
         Task("Others", 0.041, "anything that fits no other task", PLAIN),
     )
 }

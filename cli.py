@@ -1,0 +1,309 @@
+"""The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tapir_local import __version__
+from tapir_local.errors import TapirError
+
+if TYPE_CHECKING:
+    from tapir_local.recipe import Recipe
+    from tapir_local.rundir import RunDir
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    an error that the message says how to put right
+  2    a command or an option that does not exist
+  130  stopped with Ctrl-C; the same command goes on"""
+
+
+def example(*commands: str) -> str:
+    """The last lines of a help text."""
+    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the store and the runs.  [default: cache]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@click.group(epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="tapir-local")
+def cli() -> None:
+    """Distil a teacher LLM into a small student by TAPIR, on this machine.
+
+    With nothing named, the quickstart runs: a pocket teacher (a programme, no LLM) and a pocket student, no key, no
+    GPU, no download.
+    """
+
+
+@cli.command(
+    epilog=example("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json")
+)
+@click.argument("recipe", default="quickstart")
+@click.option("--rounds", type=click.IntRange(min=0), help="Rounds after the baseline, instead of the recipe's.")
+@click.option("--name", help="Name of the run, instead of the recipe's.")
+@click.option("--seeds", type=click.Path(path_type=Path), help="File of seeds, instead of the recipe's.")
+@click.option("--random-seed", type=click.IntRange(min=0), help="Where chance begins, instead of the recipe's.")
+@cache_option
+def distill(
+    recipe: str, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None, cache: Path | None
+) -> None:
+    """Run RECIPE, or go on with it where it was cut.
+
+    RECIPE is a YAML file or the name of one that comes with the program (see `tapir-local recipes`).
+    """
+    chosen = load_recipe(recipe, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
+    run = run_dir(cache, chosen.name)
+    if count := carry_out(chosen, run):
+        print_rounds(run)
+        click.echo(
+            f"\n{count} stages done. Talk to the student: tapir-local chat {run.name}{cache_words(cache)}", err=True
+        )
+    else:
+        click.echo(
+            f"Run {run.name!r} is done already: {chosen.rounds} rounds. tapir-local status {run.name} shows it.",
+            err=True,
+        )
+
+
+def load_recipe(
+    named: str, *, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None
+) -> "Recipe":
+    """The recipe with what the command line says instead."""
+    from tapir_local.assets import find_recipe
+    from tapir_local.recipe import overridden, parse_recipe
+
+    path = find_recipe(named)
+    recipe = parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    changes = {
+        "rounds": rounds,
+        "name": name,
+        "random_seed": random_seed,
+        "seeds.path": seeds and str(seeds.absolute()),
+    }
+    return overridden(recipe, {key: value for key, value in changes.items() if value is not None})
+
+
+def carry_out(recipe: "Recipe", run: "RunDir") -> int:
+    """The loop with the real tools and a progress bar."""
+    from rich.console import Console
+
+    from tapir_local.display import watched
+    from tapir_local.distill import distill as loop
+    from tapir_local.distill import sequence
+    from tapir_local.tools import real_tools
+
+    console = Console(stderr=True)
+    with real_tools(recipe, run) as tools, watched(console, len(sequence(run, recipe.rounds))) as watch:
+        return loop(recipe, run, tools, watch)
+
+
+def run_dir(cache: Path | None, name: str) -> "RunDir":
+    """The folder of a run that may not be there yet."""
+    from tapir_local.assets import default_cache
+    from tapir_local.rundir import RunDir
+
+    return RunDir(cache or default_cache(), name)
+
+
+def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
+    """A run by name; without one the run that was worked on last."""
+    from tapir_local.assets import default_cache
+    from tapir_local.rundir import existing, runs_of
+
+    place = cache or default_cache()
+    if name is not None:
+        return existing(place, name)
+    runs = runs_of(place)
+    if not runs:
+        raise TapirError(
+            "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
+        )
+    return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
+
+
+def cache_words(cache: Path | None) -> str:
+    """What a follow-up command needs to find the same cache."""
+    return f" --cache {cache}" if cache else ""
+
+
+def print_json(value: Any) -> None:
+    """Data for programs."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(*tables: Any) -> None:
+    """Tables for people, as wide as the terminal or, in a pipe, as wide as they are."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables:
+        console.print(table)
+
+
+def print_rounds(run: "RunDir") -> None:
+    """The table of rounds."""
+    from tapir_local.display import rounds_table
+    from tapir_local.report import status_of
+
+    print_table(rounds_table(status_of(run)))
+
+
+@cli.command(epilog=example("tapir-local status", "tapir-local status quickstart --json"))
+@click.argument("run", required=False)
+@cache_option
+@json_option
+def status(run: str | None, cache: Path | None, as_json: bool) -> None:
+    """What is done of RUN, its stages and its metrics; without RUN, of the run worked on last."""
+    from tapir_local.display import rounds_table, stages_table
+    from tapir_local.report import status_of
+
+    found = status_of(chosen_run(cache, run))
+    if as_json:
+        print_json(found)
+    else:
+        print_table(stages_table(found), rounds_table(found))
+
+
+@cli.command(epilog=example("tapir-local show quickstart", "tapir-local show quickstart --round 2 --json"))
+@click.argument("run", required=False)
+@click.option("--round", "number", type=click.IntRange(min=0), help="The round; the last evaluated one if left out.")
+@cache_option
+@json_option
+def show(run: str | None, number: int | None, cache: Path | None, as_json: bool) -> None:
+    """A round of RUN: its plan, its metrics by task, and some answers of its student."""
+    from tapir_local.display import round_tables
+    from tapir_local.report import round_of
+
+    found = round_of(chosen_run(cache, run), number)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(*round_tables(found))
+
+
+@cli.command(
+    epilog=example("tapir-local redo quickstart --round 2 --from plan", "tapir-local redo quickstart --from seeds")
+)
+@click.argument("run")
+@click.option(
+    "--round", "number", type=click.IntRange(min=0), help="The round; without it, a stage of the preparation."
+)
+@click.option("--from", "stage", required=True, help="The stage; it and all that follow are deleted, the last first.")
+@cache_option
+def redo(run: str, number: int | None, stage: str, cache: Path | None) -> None:
+    """Delete the outputs of a stage of RUN and of every later one, so that `distill` makes them again.
+
+    Paid calls stay in the store.
+    """
+    from tapir_local.distill import redo as undo
+
+    gone = undo(chosen_run(cache, run), number, stage)
+    click.echo("\n".join(gone) if gone else "nothing was there", err=False)
+    click.echo(f"{len(gone)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
+
+
+@cli.command(epilog=example("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings"))
+@click.argument("name", required=False)
+@click.option(
+    "--settings", "list_settings", is_flag=True, help="List every setting with its type, default and meaning."
+)
+@json_option
+def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
+    """The recipes that come with the program; with NAME, the text of one."""
+    from tapir_local.assets import find_recipe
+
+    if list_settings:
+        print_settings(as_json)
+    elif name:
+        click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    else:
+        print_recipes(as_json)
+
+
+def print_recipes(as_json: bool) -> None:
+    """A row a recipe."""
+    from tapir_local.assets import recipe_files
+    from tapir_local.display import plain_table
+    from tapir_local.recipe import parse_recipe
+
+    rows = []
+    for path in recipe_files():
+        text = path.read_text(encoding="utf-8")
+        rows.append(
+            {
+                "name": path.stem,
+                "about": parse_recipe(text, str(path)).about,
+                "command": text.splitlines()[0].lstrip("# "),
+            }
+        )
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(plain_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows]))
+
+
+def print_settings(as_json: bool) -> None:
+    """A row a setting."""
+    from tapir_local.display import plain_table
+    from tapir_local.recipe import settings
+
+    rows = [
+        {"setting": path, "type": kind, "default": default, "meaning": text} for path, kind, default, text in settings()
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [[row["setting"], row["type"], str(row["default"]), row["meaning"]] for row in rows]
+        print_table(plain_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
+
+
+@cli.command(epilog=example("tapir-local doctor"))
+@cache_option
+@json_option
+def doctor(cache: Path | None, as_json: bool) -> None:
+    """Is this machine ready? Exits with 1 where something that is needed is missing."""
+    from dataclasses import asdict
+
+    from tapir_local.assets import default_cache
+    from tapir_local.display import plain_table
+    from tapir_local.doctor import examine
+
+    checks = examine(cache or default_cache())
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        words = {True: "good", False: "MISSING", None: "-"}
+        rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
+        print_table(plain_table("doctor", ["", "", "found", "what to do"], rows))
+    if any(check.ok is False for check in checks):
+        sys.exit(1)
+
+
+def main() -> None:
+    """The console script: one line for an error that can be put right, no traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except TapirError as error:
+        click.secho("error: ", err=True, nl=False, fg="red", bold=True)
+        click.echo(str(error), err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nstopped; the same command goes on from here, and nothing paid for is lost", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

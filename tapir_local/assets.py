@@ -1,0 +1,63 @@
+"""Where the files are that come with the program: recipes, and the pocket student and seeds."""
+
+import os
+from pathlib import Path
+
+from tapir_local.errors import TapirError
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parent
+POCKET_STUDENT = HERE / "assets" / "pocket_student"
+POCKET_SEEDS = HERE / "assets" / "pocket_seeds.json"
+
+
+def recipes_folder() -> Path:
+    """Beside the package in a checkout, within it in an installed wheel."""
+    installed = HERE / "recipes"
+    return installed if installed.is_dir() else CHECKOUT / "recipes"
+
+
+def recipe_files() -> list[Path]:
+    """The recipes that come with the program."""
+    return sorted(recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A file as given, or one that comes with the program by its path, its file's name or its stem."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    for path in recipe_files():
+        if name in (path.stem, path.name, f"recipes/{path.name}"):
+            return path
+    known = ", ".join(path.stem for path in recipe_files())
+    raise TapirError(
+        "there is no such recipe",
+        where=name,
+        fix=f"Name a YAML file, or one of those that come with the program: {known}.",
+    )
+
+
+def default_cache() -> Path:
+    """TAPIR_LOCAL_CACHE; else `cache` in the checkout that the program runs from; else in the current folder."""
+    named = os.environ.get("TAPIR_LOCAL_CACHE")
+    if named:
+        return Path(named)
+    return (CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "cache"
+
+
+def student_path(named: str) -> str:
+    """A recipe's student.path, `pocket` resolved."""
+    return str(POCKET_STUDENT) if named == "pocket" else named
+
+
+def seeds_path(named: str) -> Path:
+    """A recipe's seeds.path, `pocket` resolved; TapirError where there is no such file."""
+    path = POCKET_SEEDS if named == "pocket" else Path(named)
+    if not path.is_file():
+        raise TapirError(
+            "there is no such file of seeds",
+            where=str(path),
+            fix="Name one with --seeds FILE or in the recipe's seeds.path.",
+        )
+    return path

@@ -1,0 +1,219 @@
+"""Rich: records in; tables, progress and closing lines out."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tapir_local.distill import Step, Watch
+
+# Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
+LOG_EVERY = 30.0
+
+
+class Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="cyan")
+
+
+@contextmanager
+def watched(console: Console, total: int) -> Iterator[Watch]:
+    """A Watch that shows a bar for the step at work and keeps one line for each that has ended."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield Shown(console, bars, total).watch()
+
+
+class Shown:
+    """What is on the screen: how many steps have ended, the bar of the present one, when a line was last logged."""
+
+    def __init__(self, console: Console, bars: Progress, total: int) -> None:
+        self.console, self.bars, self.total, self.count = console, bars, total, 0
+        self.bar = bars.add_task("", visible=False, said="")
+        self.step, self.logged = "", 0.0
+
+    def watch(self) -> Watch:
+        """The callables that the loop is given."""
+        return Watch(self.begins, self.progress, self.ends)
+
+    def begins(self, step: Step) -> None:
+        """A new bar."""
+        self.step, self.logged = step.name, time.monotonic()
+        self.bars.reset(self.bar, total=None, description=step.name, visible=True, said="")
+
+    def progress(self, done: int, total: int, said: str) -> None:
+        """Move the bar; without a terminal, now and then a line."""
+        self.bars.update(self.bar, completed=done, total=total or None, said=escape(said))
+        if not self.console.is_terminal and time.monotonic() - self.logged > LOG_EVERY:
+            self.logged = time.monotonic()
+            self.console.print(f"  {self.step}: {done:,} of {total:,} {said}", markup=False, highlight=False)
+
+    def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
+        """The closing line: what came out, calls, seconds."""
+        self.count += 1
+        self.bars.update(self.bar, visible=False)
+        place = f"[dim]{self.count:>{len(str(self.total))}}/{self.total}[/dim]"
+        said = f"{escape(taken['note'])}{calls_phrase(taken)}  [dim]{taken['seconds']:.1f} s[/dim]"
+        self.console.print(f"{place} [bold]{step.name}[/bold]  {said}", highlight=False)
+
+
+def calls_phrase(taken: Mapping[str, Any]) -> str:
+    """`; 1,200 calls paid, 300 hits`, or nothing where none was made."""
+    if not taken["paid"] + taken["hits"]:
+        return ""
+    return f"; {taken['paid']:,} calls paid, {taken['hits']:,} hits"
+
+
+def percent(value: float | None) -> str:
+    """A rate for people; a dash where there is none."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def interval(pair: Sequence[float] | None) -> str:
+    """A 95 % interval for people."""
+    return "" if pair is None else f"{pair[0]:.0%} to {pair[1]:.0%}"
+
+
+def rounds_table(status: Mapping[str, Any]) -> Table:
+    """A row a round: win rate and accuracy on the holdout with their intervals, seconds."""
+    table = Table(
+        title=f"run {status['run']}: the holdout, round by round",
+        caption=caption(status),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("round", "win rate", "95 %", "accuracy", "95 %", "judged", "unjudged", "seconds"):
+        table.add_column(name, justify="right")
+    for row in status["rounds"]:
+        found = row["metrics"] or {}
+        seconds = sum(stage["seconds"] or 0 for stage in row["stages"])
+        table.add_row(
+            str(row["number"]),
+            percent(found.get("win_rate")),
+            interval(found.get("win_rate_interval")),
+            percent(found.get("accuracy")),
+            interval(found.get("accuracy_interval")),
+            str(found.get("judged", "-")),
+            str(found.get("unjudged", "-")),
+            f"{seconds:,.0f}",
+        )
+    return table
+
+
+def caption(status: Mapping[str, Any]) -> str:
+    """What the numbers mean and what was paid."""
+    calls, judge = status["calls"], next((row["metrics"]["judge"] for row in status["rounds"] if row["metrics"]), "")
+    scored = f"Win rate against the teacher's answers (a tie is half a win), judged by {judge}. " if judge else ""
+    return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
+
+
+def stages_table(status: Mapping[str, Any]) -> Table:
+    """A row a stage: done or not, seconds, calls, its closing phrase."""
+    table = Table(title=f"run {status['run']}: stages", title_justify="left")
+    for name, justify in (
+        ("stage", "left"),
+        ("done", "left"),
+        ("seconds", "right"),
+        ("paid", "right"),
+        ("hits", "right"),
+        ("", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for row in [{"number": None, "stages": status["prepare"]}, *status["rounds"]]:
+        place = "prepare" if row["number"] is None else f"round {row['number']}"
+        for stage in row["stages"]:
+            numbers = (shown(stage.get(key)) for key in ("seconds", "paid", "hits"))
+            table.add_row(
+                f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, escape(stage.get("note") or "")
+            )
+    return table
+
+
+def shown(value: float | None) -> str:
+    """A number for people."""
+    return "" if value is None else f"{value:,}"
+
+
+def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
+    """A row a task; `columns` maps a key of its values to how it is shown: `rate` or `count`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for task, values in rows.items():
+        cells = (
+            percent(values.get(name)) if kind == "rate" else str(values.get(name, "-"))
+            for name, kind in columns.items()
+        )
+        table.add_row(escape(task), *cells)
+    return table
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Text in columns."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def round_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A round's plan, metrics and answers, as far as they are there."""
+    title = f"run {found['run']}, round {found['round']}"
+    tables = [plan_table(title, found["plan"])] if found["plan"] else []
+    if found["metrics"]:
+        columns = {"rows": "count", "win_rate": "rate", "accuracy": "rate"}
+        tables.append(tasks_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
+    cells = [
+        [row["task"], row["instruction"], row["teacher"], row["student"], scores_phrase(row["scores"])]
+        for row in found["answers"]
+    ]
+    return [
+        *tables,
+        plain_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells),
+    ]
+
+
+def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
+    """A row a task: the share asked and got, new rows."""
+    rows = {
+        task: {
+            "asked": plan["asked"].get(task),
+            "got": share,
+            "to write": plan["expand"].get(task, 0),
+            "short": plan["short"].get(task, 0),
+        }
+        for task, share in plan["got"].items()
+    }
+    table = tasks_table(
+        f"{title}: the plan", rows, {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
+    )
+    hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows hard"
+    alpha = f"alpha asked {plan['alpha']:.0%}, got {plan['alpha_got']:.0%}"
+    table.caption = ". ".join([f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed", *plan["notes"]])
+    return table
+
+
+def scores_phrase(scores: Sequence[float | None] | None) -> str:
+    """`10.0 : 3.5`, the teacher's and the student's."""
+    if scores is None or None in scores:
+        return "unjudged"
+    return f"{scores[0]} : {scores[1]}"

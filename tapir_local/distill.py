@@ -1,0 +1,215 @@
+"""The loop: which stages are pending, running them in order, and undoing them from the last backwards."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tapir_local import __version__
+from tapir_local.assets import CHECKOUT
+from tapir_local.errors import TapirError
+from tapir_local.recipe import Recipe, differing, parse_recipe, to_yaml
+from tapir_local.rundir import RunDir, held, remove, write_json, write_text
+from tapir_local.stages import BASELINE, PREPARE, ROUND
+from tapir_local.work import Progress, Stage, Tools, Work
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage at its place in a run. `number` is the round, None for what is done once."""
+
+    number: int | None
+    stage: Stage
+    output: Path
+
+    @property
+    def name(self) -> str:
+        """`prepare/label`, `round-01/judge`."""
+        return f"{'prepare' if self.number is None else f'round-{self.number:02d}'}/{self.stage.name}"
+
+    @property
+    def done(self) -> bool:
+        """An output exists only whole."""
+        return self.output.exists()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Where the loop tells of itself: a step begins, goes on, has ended with a closing line."""
+
+    begins: Callable[[Step], None]
+    progress: Progress
+    ends: Callable[[Step, Mapping[str, Any]], None]
+
+
+def sequence(run: RunDir, rounds: int) -> list[Step]:
+    """Every step of a run of so many rounds after the baseline, in order."""
+    steps = [Step(None, stage, run.path / stage.output) for stage in PREPARE]
+    for number in range(rounds + 1):
+        steps += [Step(number, stage, run.round(number) / stage.output) for stage in (ROUND if number else BASELINE)]
+    return steps
+
+
+def rounds_begun(run: RunDir) -> int:
+    """The highest round that has a folder; 0 if there is none."""
+    return max(
+        (int(path.name.removeprefix("round-")) for path in run.path.glob("round-[0-9]*") if path.is_dir()), default=0
+    )
+
+
+def pending(steps: Sequence[Step], run_name: str) -> list[Step]:
+    """The steps still to do; TapirError where a later output is there and an earlier one is not."""
+    missing = [number for number, step in enumerate(steps) if not step.done]
+    later = [step for step in steps[missing[0] :] if step.done] if missing else []
+    if later:
+        hole, after = steps[missing[0]], later[0]
+        raise TapirError(
+            f"{hole.name} is missing, but {after.name} that follows it is there",
+            where=str(hole.output),
+            fix=f"Put the file back, or do everything from there again: {redo_command(run_name, hole)}",
+        )
+    return [steps[number] for number in missing]
+
+
+def redo_command(run_name: str, step: Step) -> str:
+    """What a person types to do everything from a step again."""
+    place = "" if step.number is None else f" --round {step.number}"
+    return f"tapir-local redo {run_name}{place} --from {step.stage.name}"
+
+
+def start(recipe: Recipe, run: RunDir) -> None:
+    """Write the recipe into a new run's folder; refuse one that differs from what an old run started with.
+
+    The number of rounds may change: more rounds go on from where the run is.
+    """
+    path = run.path / "recipe.yaml"
+    if path.exists():
+        kept = kept_recipe(run)
+        changed = differing(kept.model_copy(update={"rounds": recipe.rounds}), recipe)
+        if changed:
+            raise TapirError(
+                f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
+                where=str(path),
+                fix="Name a new run with --name: the store keeps what was paid for, so unchanged calls cost nothing.",
+            )
+        if kept == recipe:
+            return
+    else:
+        record = {
+            "tapir_local": __version__,
+            "revision": revision(),
+            "python": platform.python_version(),
+            "packages": packages(),
+        }
+        write_json(run.path / "run.json", {**record, "started": now(), "status": "started", "stages": {}})
+    write_text(path, to_yaml(recipe))
+
+
+def kept_recipe(run: RunDir) -> Recipe:
+    """The recipe that a run started with."""
+    path = run.path / "recipe.yaml"
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+
+def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
+    """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
+    with held(run):
+        start(recipe, run)
+        steps = pending(sequence(run, recipe.rounds), run.name)
+        for step in steps:
+            do(step, Work(recipe, run, tools, step.number or 0, watch.progress), watch)
+        if steps:
+            note(run, status="done")
+    return len(steps)
+
+
+def do(step: Step, work: Work, watch: Watch) -> None:
+    """One step, timed and counted; what it cost is recorded even when it fails."""
+    began = time.monotonic()
+    remove(step.output.with_name(step.output.name + ".partial"))
+    step.output.parent.mkdir(parents=True, exist_ok=True)
+    watch.begins(step)
+    with counted(work, step, began):
+        said = step.stage.run(work, step.output)
+    taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": now(), **work.tally}
+    note(work.run, step=step.name, taken=taken)
+    watch.ends(step, taken)
+
+
+@contextmanager
+def counted(work: Work, step: Step, began: float) -> Iterator[None]:
+    """Record why a step did not end."""
+    try:
+        yield
+    except BaseException as error:
+        why = str(error) if isinstance(error, TapirError) else type(error).__name__
+        note(work.run, status=f"stopped in {step.name} after {time.monotonic() - began:.0f} s: {why}")
+        raise
+
+
+def note(run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None) -> None:
+    """Bring run.json up to date."""
+    record = run.record()
+    stages = record.get("stages", {}) | ({step: dict(taken)} if taken else {})
+    write_json(run.path / "run.json", {**record, "status": status, "updated": now(), "stages": stages})
+
+
+def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
+    """Delete the outputs of a stage and of all that follow, from the last backwards; their names."""
+    with held(run):
+        steps = sequence(run, rounds_begun(run))
+        names = [step.stage.name for step in steps if step.number == number]
+        if not names:
+            raise TapirError(
+                f"run {run.name!r} has no round {number}",
+                where=str(run.path),
+                fix=f"Its rounds are 0 to {rounds_begun(run)}.",
+            )
+        if stage not in names:
+            raise TapirError(
+                f"there is no stage {stage!r} there", where=str(run.path), fix=f"The stages are: {', '.join(names)}."
+            )
+        first = next(at for at, step in enumerate(steps) if step.number == number and step.stage.name == stage)
+        gone = [step for step in reversed(steps[first:]) if step.done]
+        for step in gone:
+            remove(step.output)
+        return [step.name for step in gone]
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def packages() -> dict[str, str]:
+    """The versions of what decides a run's results."""
+    return {name: found for name in PACKAGES if (found := installed(name))}
+
+
+def installed(name: str) -> str:
+    """A package's version, "" where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def revision() -> str:
+    """The checkout's git revision, "" where there is none."""
+    if not (CHECKOUT / ".git").exists():
+        return ""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:
+        return ""
+    return asked.stdout.strip()

@@ -1,0 +1,94 @@
+"""A student on the holdout: win rate against the teacher, accuracy, by task, with intervals."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+from tapir_local.records import Completion, Example, Judgement, Metrics
+
+Checker = Callable[[str, str], bool | None]
+Interval = tuple[float, float]
+
+
+def win(judgement: Judgement) -> float | None:
+    """1 where the student's answer scores above the teacher's, 0.5 where they tie, 0 below; None when unjudged."""
+    if judgement.teacher is None or judgement.student is None:
+        return None
+    return 0.5 + 0.5 * ((judgement.student > judgement.teacher) - (judgement.student < judgement.teacher))
+
+
+def evaluate(
+    number: int,
+    holdout: Sequence[Example],
+    completions: Sequence[Completion],
+    judgements: Sequence[Judgement],
+    right: Mapping[str, bool | None],
+    judge: str,
+) -> Metrics:
+    """Metrics of round `number`. `right` tells by id whether an answer is right; None where no checker knows."""
+    wins = {judgement.id: win(judgement) for judgement in judgements}
+    known_wins = [value for value in wins.values() if value is not None]
+    known_right = [value for value in right.values() if value is not None]
+    judged = [judgement for judgement in judgements if judgement.teacher is not None]
+    return Metrics(
+        round=number,
+        rows=len(holdout),
+        judged=len(judged),
+        unjudged=len(judgements) - len(judged),
+        win_rate=mean(known_wins),
+        win_rate_interval=mean_interval(known_wins),
+        accuracy=mean(known_right),
+        accuracy_interval=proportion_interval(known_right),
+        student_score=mean([judgement.student for judgement in judged if judgement.student is not None]),
+        teacher_score=mean([judgement.teacher for judgement in judged if judgement.teacher is not None]),
+        by_task=by_task(holdout, wins, right),
+        cut=sum(completion.finish != "stop" for completion in completions),
+        judge=judge,
+    )
+
+
+def by_task(
+    holdout: Sequence[Example], wins: Mapping[str, float | None], right: Mapping[str, bool | None]
+) -> dict[str, dict[str, float | None]]:
+    """Rows, win rate and accuracy of each task, tasks by name."""
+    ids: dict[str, list[str]] = defaultdict(list)
+    for example in holdout:
+        ids[example.task].append(example.id)
+    return {
+        task: {
+            "rows": len(ids[task]),
+            "win_rate": mean([value for id in ids[task] if (value := wins.get(id)) is not None]),
+            "accuracy": mean([value for id in ids[task] if (value := right.get(id)) is not None]),
+        }
+        for task in sorted(ids)
+    }
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean to six places, or None of nothing."""
+    return round(fmean(values), 6) if values else None
+
+
+def proportion_interval(values: Sequence[bool]) -> Interval | None:
+    """Wilson's 95 % interval of a proportion."""
+    from scipy.stats import binomtest
+
+    if not values:
+        return None
+    interval = binomtest(sum(values), len(values)).proportion_ci(confidence_level=0.95, method="wilson")
+    return round(float(interval.low), 6), round(float(interval.high), 6)
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """The 95 % percentile bootstrap interval of a mean, its seed fixed; the mean itself where all values are equal."""
+    import numpy
+    from scipy.stats import bootstrap
+
+    if not values:
+        return None
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    found = bootstrap(
+        (numpy.array(values),), numpy.mean, n_resamples=2000, method="percentile", rng=numpy.random.default_rng(0)
+    )
+    return round(float(found.confidence_interval.low), 6), round(float(found.confidence_interval.high), 6)

@@ -1,0 +1,94 @@
+"""What a run's files say: how far it is, and a round's plan, metrics and answers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
+from tapir_local.errors import TapirError
+from tapir_local.records import Completion, Example, Judgement, instruction_of
+from tapir_local.rundir import RunDir, read_rows
+
+SAMPLES = 6
+
+
+def status_of(run: RunDir) -> dict[str, Any]:
+    """What `tapir-local status --json` prints: stages done and their seconds, metrics of each round, calls."""
+    record, steps = run.record(), sequence(run, max(kept_recipe(run).rounds, rounds_begun(run)))
+    taken = record.get("stages", {})
+    rounds = [
+        {
+            "number": number,
+            "stages": [stage_status(step, taken) for step in steps if step.number == number],
+            "metrics": metrics_of(run, number),
+        }
+        for number in sorted({step.number for step in steps if step.number is not None})
+    ]
+    return {
+        "run": run.name,
+        "state": "done" if all(step.done for step in steps) else record.get("status", "unknown"),
+        "prepare": [stage_status(step, taken) for step in steps if step.number is None],
+        "rounds": rounds,
+        "calls": {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")},
+    }
+
+
+def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one stage; what it took is None until it is done."""
+    told = taken.get(step.name, {}) if step.done else {}
+    return {
+        "name": step.stage.name,
+        "done": step.done,
+        **{key: told.get(key) for key in ("seconds", "paid", "hits", "note")},
+    }
+
+
+def metrics_of(run: RunDir, number: int) -> dict[str, Any] | None:
+    """A round's metrics, None until they are there."""
+    path = run.round(number) / "metrics.json"
+    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+
+
+def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
+    """What `tapir-local show --json` prints: a round's plan, metrics and some of its student's answers.
+
+    Without a number the last round that has metrics; TapirError where the round has not begun.
+    """
+    if number is None:
+        number = max((n for n in range(rounds_begun(run) + 1) if metrics_of(run, n)), default=rounds_begun(run))
+    if not run.round(number).is_dir():
+        last = rounds_begun(run)
+        raise TapirError(
+            f"run {run.name!r} has no round {number}", where=str(run.path), fix=f"Rounds 0 to {last} have begun."
+        )
+    plan = run.round(number) / "plan.json"
+    return {
+        "run": run.name,
+        "round": number,
+        "plan": orjson.loads(plan.read_bytes()) if plan.exists() else None,
+        "metrics": metrics_of(run, number),
+        "answers": answers_of(run, number),
+    }
+
+
+def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:
+    """Some of a round's answers to the holdout with what the judge gave them, spread over the tasks."""
+    path, judged = run.round(number) / "holdout-answers.jsonl", run.round(number) / "holdout-judgements.jsonl"
+    if not path.exists():
+        return []
+    texts = {row.id: row for row in read_rows(Completion, path)}
+    scores = {row.id: row for row in read_rows(Judgement, judged)} if judged.exists() else {}
+    rows = sorted(read_rows(Example, run.path / "holdout.jsonl"), key=lambda row: row.task)
+    chosen = rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
+    return [
+        {
+            "id": row.id,
+            "task": row.task,
+            "instruction": instruction_of(row.prompt),
+            "teacher": row.completion,
+            "student": texts[row.id].text,
+            "scores": [scores[row.id].teacher, scores[row.id].student] if row.id in scores else None,
+        }
+        for row in chosen
+    ]

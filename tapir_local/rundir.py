@@ -1,0 +1,167 @@
+"""A run's folder: where each file is, how it is written whole or not at all, and who may write."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from tapir_local.errors import TapirError
+from tapir_local.records import from_json, to_json
+
+T = TypeVar("T")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder cache/runs/<name>."""
+
+    cache: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise TapirError(
+                f"{self.name!r} is not a run's name",
+                fix="A name has letters, digits, dots, dashes and underscores; --cache says where runs are.",
+            )
+
+    @property
+    def path(self) -> Path:
+        return self.cache / "runs" / self.name
+
+    def round(self, number: int) -> Path:
+        """The folder of a round; 0 is the baseline."""
+        return self.path / f"round-{number:02d}"
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "recipe.yaml").exists()
+
+    def record(self) -> dict[str, Any]:
+        """run.json: versions, times and what each finished stage took; {} before the first."""
+        path = self.path / "run.json"
+        return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
+
+
+def runs_of(cache: Path) -> list[RunDir]:
+    """Every run in a cache, by name."""
+    return [RunDir(cache, path.parent.name) for path in sorted((cache / "runs").glob("*/recipe.yaml"))]
+
+
+def existing(cache: Path, name: str) -> RunDir:
+    """A run that is there; TapirError naming those that are, otherwise."""
+    run = RunDir(cache, name)
+    if not run.exists:
+        known = ", ".join(other.name for other in runs_of(cache)) or "none"
+        raise TapirError(
+            f"there is no run {name!r}",
+            where=str(cache),
+            fix=f"Runs in this cache: {known}. `tapir-local distill` makes one; --cache names another folder.",
+        )
+    return run
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, `<path>.partial`, that becomes `path` only when the block ends well; a file or a folder.
+
+    The file's bytes and the folder's entry are synced, so `path` is whole even after a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    remove(partial)
+    try:
+        yield partial
+        for file in [partial] if partial.is_file() else [file for file in partial.rglob("*") if file.is_file()]:
+            sync(file)
+        partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        remove(partial)
+        raise TapirError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            fix="Make room or mend the folder; the same command goes on from here.",
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of entries, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or absent."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON, keys in the order given."""
+    write_text(path, orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def write_record(path: Path, record: Any) -> None:
+    """One record as readable JSON."""
+    write_json(path, orjson.loads(to_json(record)))
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """One record from its file."""
+    return from_json(kind, path.read_bytes(), str(path))
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Records as JSON lines."""
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(f"{to_json(row)}\n" for row in rows)
+
+
+def read_rows(kind: type[T], path: Path) -> list[T]:
+    """Records from JSON lines; an error names the line."""
+    with path.open("rb") as file:
+        return [from_json(kind, line, f"{path}, line {number}") for number, line in enumerate(file, 1)]
+
+
+@contextmanager
+def held(run: RunDir) -> Iterator[None]:
+    """Hold the run for this process; TapirError naming the holder when another has it.
+
+    The operating system drops the lock with its process, so a killed one leaves nothing to clean up.
+    """
+    from filelock import FileLock, Timeout
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(run.path / ".lock"), run.path / ".lock-holder"
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise TapirError(
+            f"run {run.name!r} is being worked on by {holder}", fix="Wait for it, or use another --name."
+        ) from error
+    try:
+        owner.write_text(f"process {os.getpid()}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

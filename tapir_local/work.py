@@ -1,0 +1,86 @@
+"""What a stage is given: the recipe, the run's folder, the round, and the tools with which it may touch the world."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tapir_local.metrics import Checker
+from tapir_local.recipe import Recipe
+from tapir_local.records import Answer, Completion, Prompt, Request
+from tapir_local.rundir import RunDir
+
+Progress = Callable[[int, int, str], None]
+Ask = Callable[[Sequence[Request], Progress], list[Answer]]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """All that a stage may do to the world beyond its own run's folder."""
+
+    teacher: Ask
+    judge: Ask
+    generate: Callable[[Path, Sequence[Prompt], Sequence[str], Progress], list[Completion]]
+    classify: Callable[[Path, Path, int, Path, Progress], None]  # labelled rows, other rows, seed, folder out
+    train: Callable[[Path, Path | None, int, Path, Progress], None]  # rows, adapter to go on from, seed, adapter out
+    export: Callable[[Path, Path, Progress], None]  # adapter, GGUF out
+    gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
+    check: Checker | None = None
+
+
+@dataclass
+class Work:
+    """What a stage is given: the recipe, the run's folder, the round, the tools, and where to show progress."""
+
+    recipe: Recipe
+    run: RunDir
+    tools: Tools
+    number: int = 0
+    progress: Progress = lambda done, total, text: None
+    tally: dict[str, int] = field(default_factory=lambda: {"paid": 0, "hits": 0})
+
+    @property
+    def folder(self) -> Path:
+        """This round's folder."""
+        return self.run.round(self.number)
+
+    def chance(self, stage: str) -> random.Random:
+        """The stage's own source of chance."""
+        return random.Random(f"{self.recipe.random_seed}-{stage}-{self.number}")
+
+    def ask(self, ask: Ask, requests: Sequence[Request]) -> list[Answer]:
+        """Answers in the order of the requests, counted as paid or hits."""
+        answers = ask(requests, self.progress) if requests else []
+        hits = sum(answer.hit for answer in answers)
+        self.tally["hits"] += hits
+        self.tally["paid"] += len(answers) - hits
+        return answers
+
+    def request(
+        self, stage: str, row: str, messages: Prompt, *, draw: int = 0, temperature: float | None = None
+    ) -> Request:
+        """A request to the teacher with the recipe's settings."""
+        teacher = self.recipe.teacher
+        return Request(
+            messages,
+            row,
+            stage,
+            self.number,
+            draw,
+            teacher.temperature if temperature is None else temperature,
+            teacher.max_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`output` is a name in the run's folder (prepare) or the round's; `run` returns a phrase for the closing line."""
+
+    name: str
+    output: str
+    run: Callable[[Work, Path], str]
+
+
+def lost(count: int) -> str:
+    """What to say of rows left out for want of a whole answer."""
+    return f", {count:,} left out without a whole answer" if count else ""

@@ -1,0 +1,68 @@
+"""Imports point one way, and heavy ones wait inside functions."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module imports only from modules to its left in its line, or in a line above.
+ORDER = """
+errors records tasks recipe
+pocket_family pocket_words pocket_language pocket_numbers pocket_code pocket_world
+prompts judging curriculum dataset metrics template keys
+rundir assets
+process storefile claims store pace teacher pocket
+classifier llama generate train gguf_vocab weights export gate
+work prepare stages distill tools
+report doctor display
+"""
+MODULES = ORDER.split()
+HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module of ours that a file imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "tapir_local":
+                yield from (alias.name for alias in node.names)
+            elif node.module.startswith("tapir_local."):
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tapir_local."))
+
+
+def test_every_module_has_its_place() -> None:
+    files = {path.stem for path in (ROOT / "tapir_local").glob("*.py")} - {"__init__"}
+    assert files == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    tree = ast.parse((ROOT / "tapir_local" / f"{module}.py").read_text(encoding="utf-8"))
+    above = set(MODULES[: MODULES.index(module)]) | {"__version__"}
+    assert set(imported(tree)) <= above
+
+
+@pytest.mark.parametrize("module", [*MODULES, "../cli"])
+def test_heavy_packages_are_imported_inside_functions(module: str) -> None:
+    tree = ast.parse((ROOT / "tapir_local" / f"{module}.py").read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
+    assert not names & HEAVY
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['tapir-local', '--help']\n"
+        "import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'pydantic', 'rich', 'openai'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert out.endswith("[]\n")
+    assert "distill" in out

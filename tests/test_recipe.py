@@ -1,0 +1,74 @@
+"""A recipe is read whole or refused with the path of what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from tapir_local.assets import recipe_files
+from tapir_local.errors import TapirError
+from tapir_local.recipe import Recipe, differing, overridden, parse_recipe, settings, to_yaml
+
+
+def refused(text: str) -> str:
+    with pytest.raises(TapirError) as error:
+        parse_recipe(text, "my.yaml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_begins_with_its_command(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    recipe = parse_recipe(text, str(path))
+    assert "tapir-local distill" in text.splitlines()[0]
+    assert recipe.about
+    assert parse_recipe(to_yaml(recipe), "again") == recipe
+
+
+def test_one_e_minus_five_is_a_number() -> None:
+    assert parse_recipe("teacher: pocket\ntrain: {learning_rate: 1e-5}", "r").train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "teacher: pocket\ntrain: {learning_rte: 1}",
+            "train.learning_rte: unknown setting (did you mean learning_rate?)",
+        ),
+        ("trian: {}\nteacher: pocket", "did you mean train?"),
+        ("teacher: pocket\nrounds: -1", "rounds: Input should be greater than or equal to 0, not -1"),
+        ("teacher: pocket\ntrain: {learning_rate: fast}", "train.learning_rate"),
+        ("teacher: bob", "'pocket' or 'recorded', not 'bob'"),
+        ("name: ../x\nteacher: pocket", "name"),
+        ("teacher: {kind: openai}", "model is missing"),
+        ("teacher: recorded", "cannot judge"),
+        ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking'"),
+        ("a: [", "not YAML"),
+        ("- a", "mapping"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path(text: str, said: str) -> None:
+    assert said in refused(text)
+    assert refused(text).startswith("my.yaml: ")
+
+
+def test_a_setting_on_the_command_line_is_checked_like_one_in_the_file() -> None:
+    recipe = parse_recipe("teacher: pocket", "r")
+    assert overridden(recipe, {"train.epochs": 5}).train.epochs == 5
+    with pytest.raises(TapirError, match="name"):
+        overridden(recipe, {"name": "a/b"})
+
+
+def test_two_recipes_differ_by_the_path_of_their_settings() -> None:
+    recipe = parse_recipe("teacher: pocket", "r")
+    assert differing(recipe, overridden(recipe, {"train.epochs": 5})) == ["train.epochs: 2.0 -> 5.0"]
+    assert differing(recipe, recipe) == []
+
+
+def test_every_setting_has_its_help() -> None:
+    assert [path for path, _, _, text in settings() if not text] == []
+
+
+def test_a_recipe_cannot_be_changed_once_made() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe(teacher={"kind": "pocket"}).rounds = 4  # type: ignore[misc,arg-type]
