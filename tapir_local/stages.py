@@ -217,7 +217,7 @@ def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draf
         if text
         else ("no new instruction in the reply" if reply.complete else f"the reply is not whole ({reply.finish})")
     )
-    prompt = (*parent.prompt[:-1], parent.prompt[-1]._replace(content=text or ""))
+    prompt = (*parent.prompt[:-1], replace(parent.prompt[-1], content=text or ""))
     return Draft(
         Example(f"r{number}-{serial:05d}", prompt, "", parent.task, parent.labelled_by, "expanded", parent.id, number),
         reason,

@@ -1,0 +1,361 @@
+"""The loop: in order, once, resumed where it was cut, and refused where a run was tampered with.
+
+The tools are small fakes that learn: a student's GGUF is the list of instructions it was trained on, and it answers
+those rightly.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tapir_local import prompts
+from tapir_local.distill import Watch, distill, kept_recipe, pending, redo, sequence
+from tapir_local.errors import TapirError
+from tapir_local.recipe import Recipe, parse_recipe
+from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, RoundPlan, instruction_of
+from tapir_local.report import round_of, status_of
+from tapir_local.rundir import RunDir, held, read_record, read_rows, remove, write_json, write_rows, write_text
+from tapir_local.work import Progress, Tools
+
+RECIPE = """
+name: fake
+rounds: 2
+seeds: {holdout: 10, path: PATH}
+teacher: {kind: pocket}
+curriculum: {rows: 20, first_rows: 10, drafts: 2}
+classifier: {labelled: 30}
+"""
+QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
+
+
+def inner(text: str, tag: str) -> str:
+    """What stands between a pair of tags."""
+    return text.partition(f"<{tag}>\n")[2].partition(f"\n</{tag}>")[0]
+
+
+def reply(request: Request) -> str:
+    """A teacher that labels by the first word, answers `right`, and judges `right` as 9 and the rest as 2."""
+    system, text = request.messages[0].content, request.messages[min(1, len(request.messages) - 1)].content
+    if system == prompts.CLASSIFY:
+        return json.dumps({"task": "Math" if inner(text, "instruction").startswith("sum") else "Art"})
+    if system == prompts.JUDGE:
+        return json.dumps({f"answer_{n}": 9 if "right" in inner(text, f"answer_{n}") else 2 for n in (1, 2)})
+    if system == prompts.EXPAND:
+        word, number = inner(text, "instruction").split()[:2]
+        return (
+            f"<new_instruction>{word} "
+            + " ".join(f"{number}{request.draw}{n}" for n in range(5))
+            + "</new_instruction>"
+        )
+    return "right, in style" if system == prompts.REFINE else "right"
+
+
+class World:
+    """Counts what is asked of it; can be made to fail at a given call."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.store: set[Request] = set()
+        self.fail_at: int | None = None
+
+    def ask(self, requests: Sequence[Request], progress: Progress) -> list[Answer]:
+        answers = []
+        for request in requests:
+            hit = request in self.store
+            if not hit and self.fail_at is not None and len(self.asked) >= self.fail_at:
+                raise KeyboardInterrupt
+            if not hit:
+                self.asked.append(request)
+                self.store.add(request)
+            answers.append(Answer(reply(request), "stop", hit))
+        return answers
+
+
+def generate(gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+    known = set(json.loads(gguf.read_text()))
+    return [
+        Completion(id, "right" if instruction_of(prompt) in known else "no idea", "stop", 2)
+        for id, prompt in zip(ids, wanted, strict=True)
+    ]
+
+
+def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+    out.mkdir()
+    known = {row.id for row in read_rows(Example, labelled)}
+    found = [row for row in read_rows(Example, rows) if row.id not in known]
+    (out / "predictions.jsonl").write_text(
+        "".join(f'{{"id":"{row.id}","task":"Art","confidence":1}}\n' for row in found)
+    )
+    write_json(out / "agreement.json", {"agreement": 0.9, "rows": 3})
+
+
+def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    known = json.loads((previous / "known").read_text()) if previous else []
+    out.mkdir()
+    (out / "known").write_text(
+        json.dumps(sorted({*known, *(instruction_of(row.prompt) for row in read_rows(Example, rows))}))
+    )
+
+
+def tools(world: World) -> Tools:
+    return Tools(
+        teacher=world.ask,
+        judge=world.ask,
+        generate=generate,
+        classify=classify,
+        train=train,
+        export=lambda adapter, out, progress: write_text(out, (adapter / "known").read_text()),
+        gate=lambda adapter, gguf, rows, out, progress: write_json(out, {"passed": True}),
+        check=lambda instruction, answer: "right" in answer,
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    rows = [Example(f"x{n}", (), "") for n in range(60)]
+    texts = [f"{'sum' if n % 3 else 'paint'} {n} {n * n} {n**3} and {n * 7}" for n in range(len(rows))]
+    (tmp_path / "seeds.json").write_text(json.dumps([{"instruction": text} for text in texts]))
+    return parse_recipe(RECIPE.replace("PATH", str(tmp_path / "seeds.json")), "fake.yaml")
+
+
+def outputs(run: RunDir) -> dict[str, bytes]:
+    """The bytes of every output; run.json tells of times and is left out."""
+    files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name != "run.json"}
+
+
+def test_a_run_goes_through_and_learns(recipe: Recipe, tmp_path: Path) -> None:
+    run, world = RunDir(tmp_path, "fake"), World()
+    assert distill(recipe, run, tools(world), QUIET) == len(sequence(run, 2))
+    status = status_of(run)
+    assert [row["number"] for row in status["rounds"]] == [0, 1, 2]
+    assert status["calls"]["paid"] == len(world.asked)
+    assert status["state"] == "done"
+    trained = {instruction_of(row.prompt) for n in range(3) for row in read_rows(Example, run.round(n) / "train.jsonl")}
+    assert not trained & {instruction_of(row.prompt) for row in read_rows(Example, run.path / "holdout.jsonl")}
+
+
+def test_the_plan_is_carried_out(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    plan, rows = read_record(RoundPlan, run.round(1) / "plan.json"), read_rows(Example, run.round(1) / "train.jsonl")
+    assert len(rows) == len(plan.hard) + sum(plan.expand.values()) + len(plan.replay)
+    assert sum(row.completion == "right, in style" for row in rows) == len(plan.hard) + sum(plan.expand.values())
+    assert {row.origin for row in rows} == {"seed", "expanded"}
+
+
+def test_the_pool_grows_by_what_was_expanded(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    first, second = (read_rows(Judgement, run.round(number) / "judgements.jsonl") for number in (1, 2))
+    assert len(second) == len(first) + sum(read_record(RoundPlan, run.round(1) / "plan.json").expand.values())
+
+
+def test_a_second_call_does_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    run, world = RunDir(tmp_path, "fake"), World()
+    distill(recipe, run, tools(world), QUIET)
+    paid = len(world.asked)
+    assert distill(recipe, run, tools(world), QUIET) == 0
+    assert len(world.asked) == paid
+
+
+@pytest.mark.parametrize("cut", [0, 17, 40, 90, 150, 200])
+def test_a_run_cut_at_any_call_ends_in_the_same_files(recipe: Recipe, tmp_path: Path, cut: int) -> None:
+    whole, broken = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake")
+    distill(recipe, whole, tools(World()), QUIET)
+    world = World()
+    world.fail_at = cut
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, broken, tools(world), QUIET)
+    assert "stopped in" in broken.record()["status"]
+    world.fail_at = None
+    distill(recipe, broken, tools(world), QUIET)
+    assert outputs(broken) == outputs(whole)
+    assert len(world.asked) == len(set(world.asked))
+
+
+def test_a_new_run_on_the_same_store_pays_nothing_and_gives_the_same_files(recipe: Recipe, tmp_path: Path) -> None:
+    world = World()
+    first, second = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake")
+    distill(recipe, first, tools(world), QUIET)
+    distill(recipe, second, tools(world), QUIET)
+    assert status_of(second)["calls"]["paid"] == 0
+    assert outputs(first) == outputs(second)
+
+
+def test_more_rounds_go_on_from_a_finished_run(recipe: Recipe, tmp_path: Path) -> None:
+    run, world = RunDir(tmp_path, "fake"), World()
+    distill(recipe, run, tools(world), QUIET)
+    more = recipe.model_copy(update={"rounds": 3})
+    assert distill(more, run, tools(world), QUIET) == 11
+    assert kept_recipe(run).rounds == 3
+
+
+def test_a_changed_recipe_is_refused_with_what_changed(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    changed = recipe.model_copy(update={"random_seed": 7})
+    with pytest.raises(TapirError, match="random_seed: 1 -> 7"):
+        distill(changed, run, tools(World()), QUIET)
+
+
+def test_a_hole_is_refused_and_names_redo(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    remove(run.round(1) / "plan.json")
+    with pytest.raises(TapirError, match="round-01/plan is missing") as error:
+        distill(recipe, run, tools(World()), QUIET)
+    assert "tapir-local redo fake --round 1 --from plan" in str(error.value)
+
+
+def test_redo_deletes_from_the_last_backwards_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    run, world = RunDir(tmp_path, "fake"), World()
+    distill(recipe, run, tools(world), QUIET)
+    before, paid = outputs(run), len(world.asked)
+    gone = redo(run, 1, "plan")
+    assert (gone[0], gone[-1]) == ("round-02/evaluate", "round-01/plan")
+    assert [step.name for step in pending(sequence(run, 2), "fake")] == gone[::-1]
+    distill(recipe, run, tools(world), QUIET)
+    assert outputs(run) == before
+    assert len(world.asked) == paid
+
+
+def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    left = [5]
+
+    def interrupted(path: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr("tapir_local.distill.remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        redo(run, 1, "plan")
+    assert len(pending(sequence(run, 2), "fake")) == 5
+
+
+@pytest.mark.parametrize(("number", "stage", "said"), [(9, "plan", "no round 9"), (1, "dance", "no stage 'dance'")])
+def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, stage: str, said: str) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    with pytest.raises(TapirError, match=said):
+        redo(run, number, stage)
+
+
+def test_a_run_held_elsewhere_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    with held(run), pytest.raises(TapirError, match="being worked on"):
+        distill(recipe, run, tools(World()), QUIET)
+
+
+def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Tools:
+    """Tools whose teacher's and judge's answers pass through `change`."""
+
+    def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
+        return [
+            change(request, answer) for request, answer in zip(requests, world.ask(requests, progress), strict=True)
+        ]
+
+    base = tools(world)
+    return Tools(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask})
+
+
+def test_too_many_unreadable_judgements_stop_the_round_and_none_counts_as_easy(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+
+    def mumble(request: Request, answer: Answer) -> Answer:
+        return Answer("an 8, I think", "stop", False) if request.stage == "judge" else answer
+
+    with pytest.raises(TapirError, match="could not be read"):
+        distill(recipe, run, with_ask(World(), mumble), QUIET)
+    assert all(row.teacher is None for row in read_rows(Judgement, run.round(1) / "judgements.jsonl"))
+    assert not (run.round(1) / "plan.json").exists()
+
+
+def test_an_unreadable_judgement_is_asked_for_once_more_with_the_error(recipe: Recipe, tmp_path: Path) -> None:
+    world = World()
+
+    def mumble_first(request: Request, answer: Answer) -> Answer:
+        return Answer("an 8", "stop", False) if request.stage == "judge" and len(request.messages) == 2 else answer
+
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, with_ask(world, mumble_first), QUIET)
+    assert status_of(run)["rounds"][1]["metrics"]["unjudged"] == 0
+    again = [request for request in world.asked if request.stage == "judge" and len(request.messages) == 4]
+    assert again[0].messages[2].content == "an 8"
+
+
+def test_cut_answers_are_left_out_not_trained_on(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+
+    def cut(request: Request, answer: Answer) -> Answer:
+        return (
+            Answer("half of it", "length", False) if request.stage == "refine" and request.row.endswith("3") else answer
+        )
+
+    distill(recipe, run, with_ask(World(), cut), QUIET)
+    rows = [row for number in (1, 2) for row in read_rows(Example, run.round(number) / "train.jsonl")]
+    assert all(row.completion != "half of it" for row in rows)
+    assert "left out without a whole answer" in str(run.record()["stages"])
+
+
+def test_rejected_drafts_are_kept_with_their_reason(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+
+    def same(request: Request, answer: Answer) -> Answer:
+        return (
+            Answer("<new_instruction>one two three</new_instruction>", "stop", False)
+            if request.stage == "expand"
+            else answer
+        )
+
+    distill(recipe, run, with_ask(World(), same), QUIET)
+    drafts = [json.loads(line) for line in (run.round(1) / "expanded.jsonl").read_text().splitlines()]
+    assert sum(not draft["reason"] for draft in drafts) == 1
+    assert any("near-duplicate" in draft["reason"] for draft in drafts)
+
+
+def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"instruction": f"do {n} {n * n} things", "output": f"{n} and {n * n}"} for n in range(40)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    text = f"name: own\nrounds: 1\nteacher: recorded\njudge: reference\nseeds: {{path: {tmp_path / 'own.json'}, holdout: 5}}"
+    run, world = RunDir(tmp_path, "own"), World()
+    distill(parse_recipe(text, "own.yaml"), run, tools(world), QUIET)
+    assert world.asked == []
+    assert "ROUGE" in status_of(run)["rounds"][1]["metrics"]["judge"]
+    assert {row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")} <= {
+        row["output"] for row in rows
+    }
+
+
+def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
+    short = recipe.model_copy(update={"seeds": recipe.seeds.model_copy(update={"holdout": 60})})
+    with pytest.raises(TapirError, match="too few for a holdout"):
+        distill(short, RunDir(tmp_path, "fake"), tools(World()), QUIET)
+
+
+def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    found = round_of(run, None)
+    assert found["round"] == 2
+    assert found["plan"]["alpha"] == 0.5
+    assert found["answers"][0]["scores"]
+    with pytest.raises(TapirError, match="no round 7"):
+        round_of(run, 7)
+
+
+def test_rows_written_for_the_stages_are_those_of_the_fake(recipe: Recipe, tmp_path: Path) -> None:
+    """The classifier's labels reach the rows that the teacher did not label."""
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    rows = read_rows(Example, run.path / "seeds.jsonl") + read_rows(Example, run.path / "holdout.jsonl")
+    assert {row.labelled_by for row in rows} == {"teacher", "classifier"}
+    assert sum(row.labelled_by == "teacher" for row in rows) == 30
+    write_rows(tmp_path / "copy.jsonl", rows)
+    assert read_rows(Example, tmp_path / "copy.jsonl") == rows
