@@ -103,7 +103,7 @@ def carry_out(recipe: "Recipe", run: "RunDir") -> int:
     from tapir_local.tools import real_tools
 
     console = Console(stderr=True)
-    with real_tools(recipe, run) as tools, watched(console, len(sequence(run, recipe.rounds))) as watch:
+    with real_tools(recipe, run, console.print) as tools, watched(console, len(sequence(run, recipe.rounds))) as watch:
         return loop(recipe, run, tools, watch)
 
 
@@ -210,6 +210,41 @@ def redo(run: str, number: int | None, stage: str, cache: Path | None) -> None:
     gone = undo(chosen_run(cache, run), number, stage)
     click.echo("\n".join(gone) if gone else "nothing was there", err=False)
     click.echo(f"{len(gone)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
+
+
+@cli.command(
+    epilog=example("tapir-local chat quickstart", 'tapir-local chat quickstart --prompt "What is 12 + 7?" --vs base')
+)
+@click.argument("run", required=False)
+@click.option(
+    "--round", "number", type=click.IntRange(min=0), help="The round whose student answers; the last one if left out."
+)
+@click.option("--prompt", help="Answer this and end.")
+@click.option("--vs", type=click.Choice(["base"]), help="Show the untrained student's answer too.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is the likeliest answer.", show_default=True
+)
+@cache_option
+def chat(
+    run: str | None, number: int | None, prompt: str | None, vs: str | None, temperature: float, cache: Path | None
+) -> None:
+    """Talk to the student of RUN: /reset forgets the conversation, /exit ends it."""
+    from tapir_local.chat import converse, once, students
+
+    place = chosen_run(cache, run)
+    with students(place, number, vs, lambda text: click.echo(text, err=True)) as answering:
+        if prompt is not None:
+            once(answering, prompt, temperature, lambda text: click.echo(text, nl=False))
+        else:
+            converse(answering, temperature, read_line, lambda text: click.echo(text, nl=False))
+
+
+def read_line() -> str | None:
+    """A line from the terminal; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
 
 
 @cli.command(epilog=example("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings"))

@@ -46,9 +46,24 @@ def default_cache() -> Path:
     return (CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "cache"
 
 
-def student_path(named: str) -> str:
-    """A recipe's student.path, `pocket` resolved."""
-    return str(POCKET_STUDENT) if named == "pocket" else named
+def model_folder(named: str) -> Path:
+    """A recipe's student.path as a folder: `pocket`, a folder, or a Hub name, looked up in its cache or downloaded.
+
+    TapirError where it is none of these, or the Hub cannot be reached.
+    """
+    if named == "pocket" or Path(named).is_dir():
+        return POCKET_STUDENT if named == "pocket" else Path(named)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(named, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise TapirError(
+            "there is no such folder, and the Hub has no such model or cannot be reached",
+            where=named,
+            fix="Download the model where there is a network and name its folder in student.path.",
+        ) from error
 
 
 def seeds_path(named: str) -> Path:

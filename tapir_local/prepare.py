@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tapir_local import judging, prompts
 from tapir_local.assets import seeds_path
+from tapir_local.classifier import Prediction
 from tapir_local.dataset import count_tasks, read_seeds, split_holdout
 from tapir_local.errors import TapirError
 from tapir_local.records import Example
@@ -89,15 +90,6 @@ class Agreement:
 
     agreement: float
     rows: int
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A label by the classifier and its probability."""
-
-    id: str
-    task: str
-    confidence: float
 
 
 def labelled_rows(work: Work) -> list[Example]:

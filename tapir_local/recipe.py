@@ -84,7 +84,7 @@ class Judge(Endpoint):
         description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
-    max_tokens: int = Field(256, ge=1, description="tokens of a judgement at the most")
+    max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")
     max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
 
 

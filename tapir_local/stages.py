@@ -86,7 +86,6 @@ def write_judgements(
 def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Both orders of every row; a reply that cannot be read is asked for once more with the error."""
     pairs = {(row.id, order): (row, *shown(row.completion, texts[row.id], order)) for row in rows for order in range(2)}
-    settings = work.recipe.teacher if work.recipe.judge.kind == "teacher" else work.recipe.judge
     scores: dict[tuple[str, int], judging.Scores] = {}
     replies: dict[tuple[str, int], str] = {}
     for _ in range(2):
@@ -98,7 +97,7 @@ def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[st
                 stage,
                 work.number,
                 temperature=work.recipe.judge.temperature,
-                max_tokens=settings.max_tokens,
+                max_tokens=work.recipe.judge.max_tokens,
             )
             for at in missing
         ]

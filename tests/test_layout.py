@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
 errors records tasks recipe
-pocket_family pocket_words pocket_language pocket_numbers pocket_code pocket_world
+pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging curriculum dataset metrics template keys
 rundir assets
-process storefile claims store pace teacher pocket
-classifier llama generate train gguf_vocab weights export gate
-work prepare stages distill tools
+process storefile claims store pace replies pocket endpoint teacher
+lora classifier train llama generate gguf_vocab weights export gate
+work prepare stages distill tools chat
 report doctor display
 """
 MODULES = ORDER.split()

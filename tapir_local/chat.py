@@ -1,0 +1,124 @@
+"""Talk to a run's student, alone or beside its untrained base."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tapir_local.assets import model_folder
+from tapir_local.distill import kept_recipe, rounds_begun
+from tapir_local.errors import TapirError
+from tapir_local.generate import chat_stream
+from tapir_local.llama import open_engine
+from tapir_local.recipe import Recipe
+from tapir_local.records import Message
+from tapir_local.rundir import RunDir
+
+Say = Callable[[str], None]
+BYTES_READ = 1 << 22
+
+
+@dataclass
+class Student:
+    """One open model, the recipe's limits, and what was said so far."""
+
+    name: str
+    engine: Any
+    max_tokens: int
+    said: list[Message] = field(default_factory=list)
+
+    def answer(self, text: str, temperature: float) -> Iterator[str]:
+        """The answer piece by piece; it becomes part of the conversation when it is whole."""
+        asked = [*self.said, Message("user", text)]
+        pieces = []
+        for piece in chat_stream(self.engine, asked, max_tokens=self.max_tokens, temperature=temperature):
+            pieces.append(piece)
+            yield piece
+        self.said = [*asked, Message("assistant", "".join(pieces))]
+
+
+@contextmanager
+def students(run: RunDir, number: int | None, vs: str | None, say: Say) -> Iterator[list[Student]]:
+    """The run's student of a round and, where asked, its base, open."""
+    recipe = kept_recipe(run)
+    files = {"student": student_gguf(run, number)}
+    if vs == "base":
+        files["base"] = base_gguf(run.cache, recipe, say)
+    with ExitStack() as stack:
+        yield [
+            Student(
+                name,
+                stack.enter_context(open_engine(path, context=recipe.student.max_length, parallel=1)),
+                recipe.student.max_tokens,
+            )
+            for name, path in files.items()
+        ]
+
+
+def student_gguf(run: RunDir, number: int | None) -> Path:
+    """The GGUF of a round, of the last round that has one where none is named."""
+    there = [n for n in range(rounds_begun(run) + 1) if (run.round(n) / "student.gguf").exists()]
+    if not there or (number is not None and number not in there):
+        which = "student yet" if number is None else f"student of round {number}"
+        rounds = ", ".join(map(str, there)) or "none"
+        raise TapirError(
+            f"run {run.name!r} has no {which}", where=str(run.path), fix=f"Rounds with a student: {rounds}."
+        )
+    return run.round(there[-1] if number is None else number) / "student.gguf"
+
+
+def base_gguf(cache: Path, recipe: Recipe, say: Say) -> Path:
+    """The untrained student as GGUF, made once for its weights and type in cache/base."""
+    from tapir_local.export import export_gguf
+
+    model = model_folder(recipe.student.path)
+    path = cache / "base" / digest(model) / f"{recipe.export.quant}.gguf"
+    if not path.exists():
+        say("making the base's GGUF, once")
+        export_gguf(model, path, adapter=None, quant=recipe.export.quant)
+    return path
+
+
+def digest(model: Path) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a model's weights, config and tokenizer."""
+    found = hashlib.sha256()
+    for path in sorted(
+        [*model.glob("*.safetensors"), *model.glob("*.json"), *model.glob("*.jinja"), *model.glob("tokenizer.model")]
+    ):
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(BYTES_READ):
+                found.update(block)
+    return found.hexdigest()[:16]
+
+
+def once(answering: Sequence[Student], prompt: str, temperature: float, write: Say) -> None:
+    """One answer of each, named where there are two."""
+    for student in answering:
+        if len(answering) > 1:
+            write(f"[{student.name}]\n")
+        for piece in student.answer(prompt, temperature):
+            write(piece)
+        write("\n")
+
+
+def converse(answering: Sequence[Student], temperature: float, read: Callable[[], str | None], write: Say) -> None:
+    """Line after line until /exit or the end of the input."""
+    write("/reset forgets the conversation, /exit ends it\n")
+    while (line := read()) is not None and line.strip() != "/exit":
+        if line.strip() == "/reset":
+            for student in answering:
+                student.said = []
+            write("forgotten\n")
+        elif line.strip():
+            say_or_explain(answering, line.strip(), temperature, write)
+
+
+def say_or_explain(answering: Sequence[Student], line: str, temperature: float, write: Say) -> None:
+    """A conversation that has grown too long is said, and does not end the chat."""
+    try:
+        once(answering, line, temperature, write)
+    except TapirError as error:
+        write(f"{error}\n")

@@ -1,0 +1,258 @@
+"""The task classifier, in its own process: DeBERTa-v3 learns the teacher's labels and gives them to the other rows."""
+
+import os
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tapir_local.errors import TapirError
+from tapir_local.lora import check_folder, unloadable
+from tapir_local.process import Progress, child_main, run_module
+from tapir_local.recipe import Classifier
+from tapir_local.records import Example, instruction_of
+from tapir_local.rundir import read_record, read_rows, whole, write_json, write_record, write_rows
+
+T = TypeVar("T")
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "relative_attention": True,
+    "position_buckets": 32,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}  # the shape of microsoft/deberta-v3-base, made small
+SMALL_VOCABULARY = 2000
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class ClassifyJob:
+    """What the classifier learns from, reads and writes.
+
+    `labelled` and `rows` are JSONL files of Example; `out` a folder, whole or absent, that gets the model,
+    `agreement.json` and, for every one of `rows`, a line of `predictions.jsonl`.
+    """
+
+    labelled: Path
+    rows: Path
+    labels: tuple[str, ...]
+    settings: Classifier
+    random_seed: int
+    out: Path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label and its probability."""
+
+    id: str
+    task: str
+    confidence: float
+
+
+def classify(job: ClassifyJob, folder: Path, progress: Progress | None = None) -> None:
+    """Run the job in a process of its own, which leaves job.json and classifier.log in `folder`.
+
+    `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "job.json", job)
+    run_module("tapir_local.classifier", folder, folder / "classifier.log", progress)
+
+
+def run_folder(folder: Path, progress: Progress) -> None:
+    """The child's side of `classify`: the environment first, since the libraries read it when they are imported."""
+    job = read_record(ClassifyJob, folder / "job.json")
+    small = job.settings.model == "small" or Path(job.settings.model).is_dir()
+    os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"})
+    os.environ.update({"HF_HUB_OFFLINE": "1"} if small else {})
+    run_job(job, progress)
+
+
+def run_job(job: ClassifyJob, progress: Progress = lambda done, total, note: None) -> None:
+    """Train, measure, predict, write. TapirError when there is too little to learn from or no model to teach."""
+    labelled = [row for row in read_rows(Example, job.labelled) if row.task in job.labels]
+    if len(labelled) < 2:
+        fix = "Raise classifier.labelled, or see in the calls why the teacher's labels could not be read."
+        raise TapirError("fewer than two rows have one of the recipe's labels", where=str(job.labelled), fix=fix)
+    learned, held = split(labelled, job.settings.held_out, random.Random(f"{job.random_seed}-held-out"))
+    rows = read_rows(Example, job.rows)
+    seed_torch(job.random_seed)
+    model, tokenizer = load(job, [instruction_of(row.prompt) for row in [*labelled, *rows]])
+    fit(model, tokenizer, learned, job, progress)
+    agreement = compare(held, predict(model, tokenizer, held, job))
+    with whole(job.out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "agreement.json", {**agreement, "trained": len(learned)})
+        write_rows(partial / "predictions.jsonl", predict(model, tokenizer, rows, job))
+
+
+def split(rows: Sequence[Example], share: float, chance: random.Random) -> tuple[list[Example], list[Example]]:
+    """Rows to learn from and rows held out, at least one of each, in their order.
+
+    Every task gives its share of the held-out rows, and its last row never.
+    """
+    tasks: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        tasks[row.task].append(row)
+    wanted = {task: min(share * len(group), len(group) - 1) for task, group in tasks.items()}
+    counts = {task: floor(number) for task, number in wanted.items()}
+    missing = round(sum(wanted.values())) - sum(counts.values())
+    for task in sorted(wanted, key=lambda task: (counts[task] - wanted[task], task))[:missing]:
+        counts[task] += 1
+    held = {row.id for task, group in tasks.items() for row in chance.sample(group, counts[task])}
+    held = held or {chance.choice(rows).id}
+    return [row for row in rows if row.id not in held], [row for row in rows if row.id in held]
+
+
+def seed_torch(seed: int) -> None:
+    """Make torch draw and add in the same way each time."""
+    import torch
+
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def load(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
+    """The model with a head for the job's labels, on its device, and its tokenizer; TapirError if it cannot be had."""
+    import torch
+
+    if job.settings.model == "small":
+        model, tokenizer = small(job, texts)
+    else:
+        model, tokenizer = pretrained(job)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def labels_of(job: ClassifyJob) -> dict[str, Any]:
+    """The labels as transformers' configs have them."""
+    return {"id2label": dict(enumerate(job.labels)), "label2id": {label: n for n, label in enumerate(job.labels)}}
+
+
+def pretrained(job: ClassifyJob) -> tuple[Any, Any]:
+    """An encoder from a folder or the Hub, with a fresh head."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    name = job.settings.model
+    check_folder(name, "classifier.model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        options = {**labels_of(job), "ignore_mismatched_sizes": True, "dtype": "float32"}
+        return AutoModelForSequenceClassification.from_pretrained(name, **options), tokenizer
+    except (OSError, ValueError, ImportError) as error:
+        raise unloadable(name, "classifier", error, "classifier.model") from error
+
+
+def small(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
+    """A DeBERTa-v3 of under a million weights, untaught, and a tokenizer made from the texts; nothing is downloaded."""
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    tokenizer = small_tokenizer(texts, job.settings.max_length)
+    positions = {"max_position_embeddings": max(512, job.settings.max_length), "pad_token_id": tokenizer.pad_token_id}
+    config = DebertaV2Config(vocab_size=len(tokenizer), **SMALL, **positions, **labels_of(job))
+    return DebertaV2ForSequenceClassification(config), tokenizer
+
+
+def small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
+    """WordPiece of at most SMALL_VOCABULARY tokens, without case; every digit is one token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(True)])
+    tokenizer.decoder = decoders.WordPiece()
+    special = list(SPECIAL.values())
+    trainer = trainers.WordPieceTrainer(vocab_size=SMALL_VOCABULARY, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    sep, cls = ((SPECIAL[name], special.index(SPECIAL[name])) for name in ("sep_token", "cls_token"))
+    tokenizer.post_processor = processors.BertProcessing(sep, cls)  # special tokens come first, in their order
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL)
+
+
+def fit(model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, progress: Progress) -> None:
+    """AdamW over all weights; the learning rate rises for a tenth of the steps and then falls to zero in a line."""
+    import torch
+
+    settings = job.settings
+    steps = settings.epochs * -(-len(rows) // settings.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    rise = max(1, round(WARMUP * steps))
+    slope = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
+    model.train()
+    chance = random.Random(f"{job.random_seed}-classifier")
+    epochs = (
+        batch for _ in range(settings.epochs) for batch in batches(chance.sample(rows, len(rows)), settings.batch_size)
+    )
+    for step, batch in enumerate(epochs, 1):
+        targets = torch.tensor([job.labels.index(row.task) for row in batch], device=model.device)
+        loss = model(**encode(tokenizer, batch, job, model.device), labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        slope.step()
+        optimizer.zero_grad()
+        progress(step, steps, f"loss {loss.item():.3f}")
+
+
+def batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The rows, `size` at a time."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def encode(tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, device: Any) -> dict[str, Any]:
+    """A batch's instructions as tensors of rows x tokens, padded to the longest."""
+    texts = [instruction_of(row.prompt) for row in rows]
+    found = tokenizer(texts, truncation=True, max_length=job.settings.max_length, padding=True, return_tensors="pt")
+    return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def predict(model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob) -> list[Prediction]:
+    """The likeliest label of each row and its probability, in the order of the rows; read by length to save padding."""
+    import torch
+
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda n: len(instruction_of(rows[n].prompt)))
+    found: dict[int, Prediction] = {}
+    with torch.inference_mode():
+        for places in batches(order, 4 * job.settings.batch_size):
+            inputs = encode(tokenizer, [rows[place] for place in places], job, model.device)
+            sure, best = model(**inputs).logits.float().softmax(-1).max(-1)
+            for place, label, probability in zip(places, best.tolist(), sure.tolist(), strict=True):
+                found[place] = Prediction(rows[place].id, job.labels[label], round(probability, 6))
+    return [found[place] for place in range(len(rows))]
+
+
+def compare(held: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """How often the teacher's label is given: in all, by label, and which is given instead, in rows."""
+    pairs = Counter((row.task, found.task) for row, found in zip(held, predictions, strict=True))
+    confusion: dict[str, dict[str, int]] = defaultdict(dict)
+    for (label, found), rows in sorted(pairs.items()):
+        confusion[label][found] = rows
+    agree = sum(rows for (label, found), rows in pairs.items() if label == found)
+    by_label = {label: {"rows": sum(row.values()), "agree": row.get(label, 0)} for label, row in confusion.items()}
+    return {"agreement": agree / len(held), "rows": len(held), "by_label": by_label, "confusion": confusion}
+
+
+if __name__ == "__main__":
+    sys.exit(child_main(run_folder))

@@ -1,0 +1,241 @@
+"""A Hugging Face tokenizer as the metadata that llama.cpp tokenises by."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapir_local.errors import TapirError
+from tapir_local.records import Message
+from tapir_local.template import training_text
+
+# llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
+# be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+BEFORE = r"[^\r\n\p{L}\p{N}]?"
+TEKKEN = (
+    rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITTINGS: Mapping[tuple[str, ...], str] = {
+    ("gpt2",): "gpt-2",
+    ("digits", "gpt2"): "smollm",
+    (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}|{REST}", "bytes"): "qwen2",
+    (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}{{1,3}}|{REST}", "bytes"): "llama-bpe",
+    (TEKKEN, "bytes"): "tekken",
+}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A row of the vocabulary: its text, gguf.TokenType's number and, for SentencePiece, its score."""
+
+    text: str
+    kind: int
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """All that the GGUF says of the tokenizer. `special` maps bos, eos, unk, pad and eot to ids.
+
+    `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
+    """
+
+    model: str
+    splitting: str
+    tokens: tuple[Token, ...]
+    merges: tuple[str, ...]
+    special: Mapping[str, int]
+    space_prefix: bool
+    chat_template: str
+
+
+def read_vocab(model_dir: Path, rows: int) -> Vocab:
+    """The tokenizer of a model's folder, padded to the embedding's `rows`. TapirError where llama.cpp has no like."""
+    tokenizer = read_json(model_dir / "tokenizer.json")
+    model = tokenizer["model"]
+    template, texts = read_template(model_dir), special_texts(model_dir)
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())} | model["vocab"]
+    special = {name: ids[text] for name, text in texts.items() if text in ids} | end_of_turn(tokenizer, template, texts)
+    if model.get("type") != "BPE":
+        raise TapirError(
+            f"a tokenizer of type {model.get('type')} cannot be exported",
+            where=str(model_dir / "tokenizer.json"),
+            fix="Take a model with a BPE tokenizer.",
+        )
+    if model.get("byte_fallback"):
+        tokens = tuple(padded(sentencepiece_tokens(tokenizer), rows, model_dir))
+        return Vocab("llama", "default", tokens, (), special, prefixes_space(tokenizer), template)
+    tokens = tuple(padded(byte_level_tokens(tokenizer), rows, model_dir))
+    merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    return Vocab("gpt2", splitting_name(tokenizer, model_dir), tokens, merges, special, False, template)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of the model; TapirError naming it when it is absent or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TapirError(
+            "the file is missing",
+            where=str(path),
+            fix="Save model and tokenizer there with transformers' save_pretrained.",
+        ) from error
+    except ValueError as error:
+        raise TapirError(f"not JSON: {error}", where=str(path), fix="Save model and tokenizer again.") from error
+
+
+def read_template(model_dir: Path) -> str:
+    """The chat template that transformers would use: the .jinja file before tokenizer_config.json's entry."""
+    beside = model_dir / "chat_template.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = read_json(model_dir / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if not template:
+        raise TapirError(
+            "the tokenizer has no chat template",
+            where=str(model_dir),
+            fix=f"Write one into {beside}, or take an instruct model's.",
+        )
+    return str(template)
+
+
+def special_texts(model_dir: Path) -> dict[str, str]:
+    """The texts of the bos, eos, unk and pad tokens that the tokenizer's settings name."""
+    settings = read_json(model_dir / "tokenizer_config.json")
+    older = model_dir / "special_tokens_map.json"
+    named = (read_json(older) if older.is_file() else {}) | {
+        key: value for key, value in settings.items() if value is not None
+    }
+    entries = {name: named.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    texts = {name: entry["content"] if isinstance(entry, dict) else entry for name, entry in entries.items()}
+    return {name: text for name, text in texts.items() if text}
+
+
+def end_of_turn(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
+    """The token that the template ends an answer with, as llama.cpp's `eot`: it must stop there whatever eos is."""
+    probe = "so be it"
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    whole = training_text(
+        template, (Message("user", "probe"),), probe, bos_token=texts.get("bos", ""), eos_token=texts.get("eos", "")
+    )
+    tail = whole[1].rpartition(probe)[2]
+    found = min((text for text in added if text in tail), key=lambda text: (tail.index(text), -len(text)), default=None)
+    return {} if found is None else {"eot": added[found]}
+
+
+def splitting_name(tokenizer: Mapping[str, Any], model_dir: Path) -> str:
+    """llama.cpp's name for how the text is cut before merging."""
+    steps = tokenizer.get("pre_tokenizer") or {}
+    parts = tuple(splitting(step) for step in steps.get("pretokenizers", [steps]))
+    if parts not in SPLITTINGS:
+        known = ", ".join(SPLITTINGS.values())
+        where = str(model_dir / "tokenizer.json")
+        raise TapirError(
+            f"llama.cpp has no name for its pre_tokenizer {' then '.join(parts)}",
+            where=where,
+            fix=f"Those mapped are: {known}.",
+        )
+    return SPLITTINGS[parts]
+
+
+def splitting(step: Mapping[str, Any]) -> str:
+    """One step of a pre_tokenizer: a regular expression, or a word for the built-in ones."""
+    kind = step.get("type", "none")
+    if kind == "Split" and not step.get("invert"):
+        return str(step["pattern"].get("Regex", step["pattern"]))
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return "gpt2" if step.get("use_regex", True) else "bytes"
+    return "digits" if kind == "Digits" and step.get("individual_digits") else str(kind)
+
+
+def byte_level_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
+    """Rows by id: NORMAL ones of the vocabulary, then CONTROL (special) and USER_DEFINED (added) on top."""
+    from gguf import TokenType
+
+    rows = {number: Token(text, TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
+    return rows | added_tokens(tokenizer)
+
+
+def added_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
+    """Tokens that are found in the text before it is cut."""
+    from gguf import TokenType
+
+    kinds = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
+    return {
+        token["id"]: Token(token["content"], kinds[bool(token["special"])])
+        for token in tokenizer.get("added_tokens", ())
+    }
+
+
+def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
+    """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
+
+    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges.
+    """
+    from gguf import TokenType
+
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(tokenizer["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    rows = {}
+    for text, number in tokenizer["model"]["vocab"].items():
+        kind = TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
+        rows[number] = Token(text, kind, -float(ranks.get(text, len(ranks) * 2)))
+    rows |= added_tokens(tokenizer)
+    unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
+    return rows if unknown is None else rows | {unknown: Token(rows[unknown].text, TokenType.UNKNOWN)}
+
+
+def prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
+    """True when each text between special tokens begins with SentencePiece's `▁` (llama.cpp: add_space_prefix).
+
+    The newer way, a `▁` at the very start of the text only (`prepend_scheme: first`), has no like in llama.cpp. A chat
+    template begins with a special token, so there is no such start, and no prefix is right.
+    """
+    normalizer, cutter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+    return prepends or (cutter.get("type") == "Metaspace" and cutter.get("prepend_scheme") == "always")
+
+
+def padded(rows: Mapping[int, Token], size: int, model_dir: Path) -> Iterator[Token]:
+    """Rows in order of id, the embedding's spare ones as UNUSED."""
+    from gguf import TokenType
+
+    if max(rows) >= size:
+        fix = "Resize the model's embeddings to the tokenizer, and save both."
+        raise TapirError(
+            f"the tokenizer has token {max(rows)}, the embedding {size} rows", where=str(model_dir), fix=fix
+        )
+    for number in range(size):
+        yield rows.get(number) or Token(f"[PAD{number}]", TokenType.UNUSED)
+
+
+def write_vocab(writer: Any, vocab: Vocab) -> None:
+    """Put the vocabulary into a gguf.GGUFWriter.
+
+    add_bos_token is false for every model: the chat template alone writes BOS, as it did in training, and a runtime
+    that adds its own would have two.
+    """
+    writer.add_tokenizer_model(vocab.model)
+    writer.add_tokenizer_pre(vocab.splitting)
+    writer.add_token_list([token.text for token in vocab.tokens])
+    writer.add_token_types([token.kind for token in vocab.tokens])
+    if vocab.model == "llama":
+        writer.add_token_scores([token.score for token in vocab.tokens])
+        writer.add_add_space_prefix(vocab.space_prefix)
+    else:
+        writer.add_token_merges(list(vocab.merges))
+    for name, number in vocab.special.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(vocab.chat_template)

@@ -1,0 +1,213 @@
+"""The student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers that are trained."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tapir_local.errors import TapirError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the training runs on.
+
+    `device` is cpu or cuda, `backend` trl or unsloth, `precision` f32, bf16 or f16, and `free` the bytes of memory that
+    may be filled, the GPU's where there is one.
+    """
+
+    device: str
+    backend: str
+    precision: str
+    free: int
+
+
+def look(four_bits: bool) -> Hardware:
+    """The hardware and the libraries that fit it. Unsloth is imported here, before what it patches.
+
+    TapirError when 4 bits are asked for and cannot be had.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        if four_bits:
+            raise TapirError(
+                "load_in_4bit needs a GPU, and torch sees none",
+                where="train.load_in_4bit",
+                fix="Leave it out: LoRA trains in 32 bits here.",
+            )
+        return Hardware("cpu", "trl", "f32", free_memory())
+    if four_bits and not find_spec("bitsandbytes"):
+        raise TapirError(
+            "load_in_4bit needs bitsandbytes",
+            where="train.load_in_4bit",
+            fix="pip install bitsandbytes, or tapir-local[gpu].",
+        )
+    backend = "unsloth" if find_spec("unsloth") else "trl"
+    if backend == "unsloth":
+        import_module("unsloth")  # it patches trl, transformers and peft, so it must come before them
+    else:
+        print("Unsloth is not installed; training with plain TRL and PEFT.", file=sys.stderr)
+    precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
+    return Hardware("cuda", backend, precision, int(torch.cuda.mem_get_info()[0]))
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be had without swapping, by the kernel's reckoning; elsewhere half of it all."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def check_folder(model: str, setting: str = "student.path") -> None:
+    """TapirError when `model` is a path that leads to no model; a Hub name passes. `setting` is the recipe's key."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise TapirError(
+            "this folder holds no model: config.json is missing",
+            where=model,
+            fix=f"Give {setting} a folder as transformers saves it.",
+        )
+    if not path.is_dir() and (
+        path.is_absolute() or path.exists() or model.startswith((".", "~")) or model.count("/") > 1
+    ):
+        raise TapirError("there is no such folder", where=model, fix=f"Correct {setting}.")
+
+
+def unloadable(model: str, part: str, error: Exception, setting: str = "student.path") -> TapirError:
+    """What to say of a model that transformers cannot load: the first line of its reason."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    fix = f"Correct {setting}, or put the model on disk (`hf download NAME --local-dir FOLDER`) and name that folder."
+    return TapirError(f"the {part} cannot be loaded: {reason}", where=model, fix=fix)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer, with a padding token; TapirError without one, or without a chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise unloadable(model, "tokenizer", error) from error
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
+        fix = "Put the chat_template.jinja of the model's instruct version, or one of your own, into the folder."
+        raise TapirError("the tokenizer has no chat template", where=model, fix=fix) from error
+    if tokenizer.pad_token is None:  # padding is masked and not attended to, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(model: str, hardware: Hardware, *, four_bits: bool, max_length: int, seed: int) -> Any:
+    """The base; TapirError when transformers or Unsloth cannot load it."""
+    try:
+        if hardware.backend == "unsloth":
+            return load_unsloth(model, hardware, four_bits, max_length, seed)
+        return load_plain(model, hardware, four_bits)
+    except (OSError, ValueError) as error:
+        raise unloadable(model, "model", error) from error
+
+
+def load_plain(model: str, hardware: Hardware, four_bits: bool) -> Any:
+    """Through transformers, in the precision of the hardware."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[hardware.precision]
+    quantized: dict[str, Any] = {}
+    if four_bits:
+        four = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        quantized = {"quantization_config": four, "device_map": {"": 0}}
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **quantized)
+
+
+def load_unsloth(model: str, hardware: Hardware, four_bits: bool, max_length: int, seed: int) -> Any:
+    """Through Unsloth; the very model named, not the repository of its own that it would put in its place."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    loaded, _ = FastLanguageModel.from_pretrained(
+        model,
+        max_seq_length=max_length,
+        dtype=torch.bfloat16 if hardware.precision == "bf16" else torch.float16,
+        load_in_4bit=four_bits,
+        use_exact_model_name=True,
+        random_state=seed,
+    )
+    return loaded
+
+
+def linear_names(model: Any) -> list[str]:
+    """Names of all linear layers but the head, as LoRA's `target_modules`."""
+    from torch.nn import Linear
+
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, part in model.named_modules()
+            if isinstance(part, Linear) and part is not head
+        }
+    )
+
+
+def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int, checkpointing: bool) -> Any:
+    """The model with fresh LoRA layers, drawn from `seed`; `shape` holds arguments of LoraConfig."""
+    if hardware.backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model, **shape, use_gradient_checkpointing="unsloth" if checkpointing else False, random_state=seed
+        )
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    return get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM"))
+
+
+def go_on_from(model: Any, folder: Path, shape: Mapping[str, Any]) -> None:
+    """Put an earlier adapter's weights into the model's LoRA layers; TapirError when they do not fit."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    check_shape(folder, shape)
+    try:
+        found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+    except RuntimeError as error:  # torch lists the mismatched sizes from its second line on
+        wrong = str(error).splitlines()[1:2]
+    if wrong:
+        raise TapirError(
+            f"the earlier adapter is of another model: {wrong[0].strip()}",
+            where=str(folder),
+            fix="Go on with the student that it was trained on.",
+        )
+
+
+def check_shape(folder: Path, shape: Mapping[str, Any]) -> None:
+    """TapirError when `folder` holds no adapter, or one of another rank, scale or choice of layers."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).exists():
+            raise TapirError(
+                f"this folder holds no adapter: {name} is missing",
+                where=str(folder),
+                fix="Train that round again: `tapir-local redo`.",
+            )
+    had = orjson.loads((folder / "adapter_config.json").read_bytes())
+    for key in ("r", "lora_alpha", "target_modules"):
+        before, now = (sorted(value) if isinstance(value, list) else value for value in (had[key], shape[key]))
+        if before != now:
+            fix = "Keep train.lora_rank, train.lora_alpha and the student through a run, or set train.start to `base`."
+            raise TapirError(f"the earlier adapter has {key} {before}, this training {now}", where=str(folder), fix=fix)

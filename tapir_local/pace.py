@@ -1,0 +1,137 @@
+"""When the next request may go: what the server's headers ask for, and how many requests may be in flight."""
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+LONGEST_BACKOFF = 30.0
+
+
+def seconds_of(text: str, now: float) -> float | None:
+    """How long after `now` (Unix seconds) a header means: "20", "6m0s", "20ms", an HTTP date, Unix time in s or ms."""
+    text = text.strip()
+    parts = DURATION.findall(text)
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        return sum(float(number) * UNITS[unit] for number, unit in parts)
+    try:
+        number = float(text)
+    except ValueError:
+        return until(text, now)
+    moment = number / 1000 if number > 1e11 else number
+    return max(0.0, moment - now if moment > 1e9 else number)
+
+
+def until(date: str, now: float) -> float | None:
+    """Seconds from `now` to an HTTP date; None if it is none."""
+    try:
+        return max(0.0, parsedate_to_datetime(date).timestamp() - now)
+    except ValueError:
+        return None
+
+
+def wait_asked(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Seconds that the headers of a 429 or 503 ask to wait: Retry-After, or the reset of what is used up."""
+    now = time.time() if now is None else now
+    if "retry-after-ms" in headers:
+        return seconds_of(f"{headers['retry-after-ms'].strip()}ms", now)
+    if "retry-after" in headers:
+        return seconds_of(headers["retry-after"], now)
+    return used_up(headers, now)
+
+
+def used_up(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Seconds until the x-ratelimit-* allowance that stands at 0 is filled again; None while there is some left."""
+    now = time.time() if now is None else now
+    waits = []
+    for ending in ("-requests", "-tokens", ""):
+        if headers.get(f"x-ratelimit-remaining{ending}", "").strip() == "0":
+            waits.append(seconds_of(headers.get(f"x-ratelimit-reset{ending}", ""), now))
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def backoff(tries: int, chance: float) -> float:
+    """Seconds before try number `tries` + 1: half of 1, 2, 4 … 30 s, and a part of the other half by `chance`, 0 to 1.
+
+    The jitter keeps requests that failed together from coming back together.
+    """
+    longest: float = min(LONGEST_BACKOFF, 2.0 ** (tries - 1))
+    return longest * (1 + chance) / 2
+
+
+class Line(Generic[Job]):
+    """Jobs waiting to be sent, and how many workers may send: `limit`, at most `most`.
+
+    The limit is halved when the server says 429 and grows by one for every `limit` answers (additive increase,
+    multiplicative decrease, as TCP does). Workers are numbered; those whose number is not below the limit rest.
+    """
+
+    def __init__(self, jobs: list[Job], most: int) -> None:
+        self.ready, self.left = deque(jobs), len(jobs)
+        self.most, self.limit = most, float(most)
+        self.cuts = 0  # in a row, without an answer between them
+        self.failed: BaseException | None = None
+        self._cut = self._not_before = 0.0
+        self._bell = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    async def next(self, worker: int) -> Job | None:
+        """The next job for this worker, as soon as it may be sent; None when there will be no more."""
+        while self.left and not self.failed:
+            wait = self._not_before - self._loop.time()
+            if wait <= 0 and self.ready and worker < self.limit:
+                return self.ready.popleft()
+            self._bell.clear()
+            await self._rung(wait if wait > 0 else None)
+        return None
+
+    def later(self, job: Job, seconds: float) -> None:
+        """Put a job back, to be ready in so many seconds."""
+        self._loop.call_later(seconds, self._again, job)
+
+    def done(self) -> None:
+        """A job is finished, whatever came of it."""
+        self.left -= 1
+        if not self.left:
+            self._bell.set()
+
+    def grow(self) -> None:
+        """An answer came: the server can bear it."""
+        self.cuts = 0
+        before = int(self.limit)
+        self.limit = min(float(self.most), self.limit + 1 / self.limit)
+        if int(self.limit) > before:
+            self._bell.set()
+
+    def slow(self, sent: float) -> None:
+        """A request sent at `sent` (the loop's clock) got 429: halve, once for all that were in flight together."""
+        if sent >= self._cut:
+            self.limit, self._cut = max(1.0, self.limit / 2), self._loop.time()
+            self.cuts += 1
+
+    def hold(self, seconds: float) -> None:
+        """Nobody sends for so many seconds."""
+        self._not_before = max(self._not_before, self._loop.time() + seconds)
+
+    def stop(self, error: BaseException) -> None:
+        """No further job is given out; the first error stays."""
+        self.failed = self.failed or error
+        self._bell.set()
+
+    def _again(self, job: Job) -> None:
+        self.ready.append(job)
+        self._bell.set()
+
+    async def _rung(self, longest: float | None) -> None:
+        try:
+            async with asyncio.timeout(longest):
+                await self._bell.wait()
+        except TimeoutError:
+            return

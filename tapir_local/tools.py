@@ -1,0 +1,128 @@
+"""The real Tools: which part of the program does what for a recipe."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tapir_local.assets import model_folder
+from tapir_local.metrics import Checker
+from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.records import Answer, Completion, Prompt, Request
+from tapir_local.rundir import RunDir
+from tapir_local.store import Store
+from tapir_local.work import Ask, Progress, Tools
+
+
+@contextmanager
+def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None]) -> Iterator[Tools]:
+    """Tools that ask through the cache's store, answer with llama.cpp, and train in processes of their own.
+
+    `say` is told what opening the store put right.
+    """
+    with Store(run.cache / "teacher.db") as store:
+        for notice in store.notices:
+            say(notice)
+        yield Tools(
+            teacher=asker(recipe.teacher, store, run.name),
+            judge=asker(recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge, store, run.name),
+            generate=generator(recipe),
+            classify=classifier(recipe),
+            train=trainer(recipe),
+            export=exporter(recipe),
+            gate=gatekeeper(recipe),
+            check=checker(recipe),
+        )
+
+
+def asker(endpoint: Endpoint, store: Store, run: str) -> Ask:
+    """Requests to an endpoint through the store."""
+
+    def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
+        from tapir_local.teacher import ask as send
+
+        def show(done: int, total: int, hits: int) -> None:
+            progress(done, total, f"{hits:,} hits")
+
+        return send(requests, endpoint, store, run=run, progress=show)
+
+    return ask
+
+
+def generator(recipe: Recipe) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress], list[Completion]]:
+    """A GGUF's greedy answers."""
+
+    def answer(gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+        from tapir_local.generate import generate
+
+        student = recipe.student
+        return generate(
+            gguf,
+            prompts,
+            ids=ids,
+            max_tokens=student.max_tokens,
+            context=student.max_length,
+            parallel=student.parallel,
+            seed=recipe.random_seed,
+            progress=lambda done, total: progress(done, total, ""),
+        )
+
+    return answer
+
+
+def trainer(recipe: Recipe) -> Callable[[Path, Path | None, int, Path, Progress], None]:
+    """Fine-tuning of the recipe's student."""
+
+    def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+        from tapir_local.train import TrainJob, train
+
+        job = TrainJob(
+            str(model_folder(recipe.student.path)), rows, out, recipe.train, recipe.student.max_length, seed, previous
+        )
+        train(job, out.parent / "train", progress)
+
+    return fine_tune
+
+
+def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], None]:
+    """The task classifier, trained and applied."""
+
+    def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+        from tapir_local.classifier import ClassifyJob, classify
+
+        job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
+        classify(job, out.parent / "classify", progress)
+
+    return sort
+
+
+def exporter(recipe: Recipe) -> Callable[[Path, Path, Progress], None]:
+    """The student with an adapter as GGUF."""
+
+    def write(adapter: Path, out: Path, progress: Progress) -> None:
+        from tapir_local.export import ExportJob, export
+
+        job = ExportJob(model_folder(recipe.student.path), out, adapter=adapter, quant=recipe.export.quant)
+        export(job, out.parent / "export", progress)
+
+    return write
+
+
+def gatekeeper(recipe: Recipe) -> Callable[[Path, Path, Path, Path, Progress], None]:
+    """The comparison of the GGUF with the trained model."""
+
+    def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
+        from tapir_local.gate import GateJob, pass_gate
+
+        job = GateJob(model_folder(recipe.student.path), gguf, rows, out, recipe.export.min_agreement, adapter)
+        pass_gate(job, out.parent / "gate", progress)
+
+    return compare
+
+
+def checker(recipe: Recipe) -> Checker | None:
+    """What tells right answers from wrong ones, where the recipe names it."""
+    if recipe.checker is None:
+        return None
+    from tapir_local.pocket_world import check
+
+    return check

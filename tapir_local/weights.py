@@ -1,0 +1,149 @@
+"""A model's weights as they lie on the disk, read one tensor at a time, with a LoRA adapter's change added."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from tapir_local.errors import TapirError
+from tapir_local.gguf_vocab import read_json
+
+Array = Any  # numpy.ndarray; numpy is imported where it is used
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor in a safetensors file, not yet read."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """LoRA's addition to one weight: scale · B @ A, with A (rank, columns) and B (rows, rank)."""
+
+    a: Source
+    b: Source
+    scale: float
+
+
+def read_model(model_dir: Path) -> dict[str, Source]:
+    """Every tensor of a model by its name in transformers, whatever number of files it is in."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+        return {name: source for file in files for name, source in read_header(model_dir / file).items()}
+    return read_header(model_dir / "model.safetensors")
+
+
+def read_header(file: Path) -> dict[str, Source]:
+    """Where the tensors of a safetensors file are. TapirError for one that is missing, cut short or of odd types."""
+    from gguf.utility import SafetensorsLocal
+
+    fix = "Save the model there with transformers' save_pretrained, or copy the file again."
+    try:
+        tensors = SafetensorsLocal(file).tensors
+        size = file.stat().st_size
+    except (OSError, ValueError) as error:
+        raise TapirError(f"the weights cannot be read: {error}", where=str(file), fix=fix) from error
+    for name, tensor in tensors.items():
+        if tensor.data_range.offset + tensor.data_range.size > size:
+            raise TapirError(f"the file ends before tensor {name} does", where=str(file), fix=fix)
+        if tensor.dtype not in DTYPES:
+            raise TapirError(
+                f"tensor {name} is {tensor.dtype}",
+                where=str(file),
+                fix=f"Export a model saved as {', '.join(DTYPES)}, not a quantised one.",
+            )
+    return {
+        name: Source(file, tensor.data_range.offset, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+
+
+def load(source: Source, delta: Delta | None = None) -> Array:
+    """The tensor in float32, LoRA's change added."""
+    import numpy as np
+
+    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)
+    bits = source.dtype == "BF16"  # numpy has no bfloat16, which is the upper half of a float32
+    weight = (raw.astype(np.uint32) << 16).view(np.float32) if bits else raw.astype(np.float32)
+    if delta is not None:
+        weight += delta.scale * (load(delta.b) @ load(delta.a))
+    return weight
+
+
+def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
+    """The changes of a PEFT LoRA adapter by the name of the weight. TapirError for anything that is not plain LoRA.
+
+    Also for a tensor that fits nothing in `base`: an adapter of another model, or one that would be left out silently.
+    """
+    settings = read_json(folder / "adapter_config.json")
+    check_plain(settings, folder)
+    tensors = read_header(folder / "adapter_model.safetensors")
+    deltas = {}
+    for name, a in tensors.items():
+        target = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
+        if ".lora_A." in name:
+            b = tensors.get(name.replace(".lora_A.", ".lora_B."))
+            deltas[target] = fitting(a, b, base.get(target), scale(settings, target), name)
+        elif ".lora_B." not in name:
+            raise TapirError(
+                f"it changes {name} in another way than LoRA's",
+                where=str(folder),
+                fix="Train without modules_to_save and trainable tokens.",
+            )
+    return deltas
+
+
+def check_plain(settings: Mapping[str, Any], folder: Path) -> None:
+    """TapirError when PEFT would do more than add B·A."""
+    odd = [
+        name
+        for name in ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layer_replication")
+        if settings.get(name)
+    ]
+    odd += ["bias"] if settings.get("bias", "none") != "none" else []
+    if settings.get("peft_type") != "LORA" or odd:
+        kind = ", ".join(odd) or str(settings.get("peft_type"))
+        raise TapirError(
+            f"only plain LoRA can be exported, not {kind}",
+            where=str(folder / "adapter_config.json"),
+            fix="Train without it.",
+        )
+
+
+def scale(settings: Mapping[str, Any], target: str) -> float:
+    """alpha / r, or alpha / √r with rank-stabilised LoRA; a module may have its own alpha and r."""
+    module = target.removesuffix(".weight")
+    rank, alpha = (
+        patterned(settings, key, default, module)
+        for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    return float(alpha / (sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def patterned(settings: Mapping[str, Any], key: str, default: str, module: str) -> float:
+    """peft 0.21 (utils/other.py get_pattern_key): a pattern matches the end of a module's name, from a dot on."""
+    import re
+
+    patterns = settings.get(key) or {}
+    found = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+    return float(settings[default] if found is None else patterns[found])
+
+
+def fitting(a: Source, b: Source | None, weight: Source | None, factor: float, name: str) -> Delta:
+    """A Delta whose shapes fit the weight."""
+    if b is None or weight is None or (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
+        raise TapirError(
+            f"its tensor {name} fits no weight of the base model",
+            where=str(a.file),
+            fix="Use the base that the adapter was trained on.",
+        )
+    return Delta(a, b, factor)

@@ -1,0 +1,28 @@
+"""Calls to fill a store with; its own module, so that the writers that tests kill start fast."""
+
+from typing import Any
+
+import orjson
+
+from tapir_local import keys
+from tapir_local.store import Call
+
+BODY: dict[str, Any] = {
+    "model": "m",
+    "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}],
+    "temperature": 0.7,
+    "max_tokens": 256,
+}
+
+
+def asked(row: int, body: dict[str, Any] = BODY) -> bytes:
+    return keys.asked("http://localhost/v1", {**body, "user": str(row)}, 0)
+
+
+def call(row: int, answer: str = "4", **fields: Any) -> Call:
+    raw = orjson.dumps({"choices": [{"message": {"content": answer}}], "row": row})
+    return Call(**{"request": asked(row), "answer": raw, "finish": "stop", "kind": "answers", **fields})
+
+
+def key(row: int) -> bytes:
+    return keys.key_of(asked(row))

@@ -1,0 +1,164 @@
+"""The task classifier on made-up families of instructions: what it learns, measures, writes and refuses."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tapir_local.classifier import ClassifyJob, classify, run_job, split
+from tapir_local.errors import TapirError
+from tapir_local.recipe import Classifier
+from tapir_local.records import Example, Message, from_json, to_json
+from tapir_local.rundir import write_rows
+
+WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "garden",
+    "winter",
+    "copper",
+    "violin",
+    "market",
+    "shadow",
+    "ladder",
+    "pepper",
+    "saddle",
+    "meadow",
+    "candle",
+]
+FAMILIES = {
+    "Math": ("What is {n} plus {m}?", "Multiply {n} by {m}.", "Tom has {n} pears and buys {m} more. How many has he?"),
+    "Reasoning": (
+        "Which is larger, {n} or {m}?",
+        "Put these in order: {n}, {m}, {k}.",
+        "What comes next: {n}, {m}, {k}?",
+    ),
+    "Grammar": ("Write the plural of {a}.", "Is '{a} are {b}' good English?", "Which letter does {a} begin with?"),
+    "Paraphrase": ("Say this in other words: the {a} is near the {b}.", "Shorten: the {a}, the {b} and the {c}."),
+    "Code Generation": ("Write a function that returns {a} {n} times.", "Write a Python loop that prints {a} and {b}."),
+    "Writing": ("Write a poem about a {a} and a {b}.", "Write a letter to a {a} about a {b}."),
+    "Complex Format": ("Give {a}, {b} and {c} as a JSON list.", "Make a table with {a} in row {n}."),
+    "Multilingual": ("Translate '{a} and {b}' into French.", "How do you say {a} in German?"),
+}
+SETTINGS = Classifier(model="small", held_out=0.15, epochs=4, learning_rate=1e-3, batch_size=16, max_length=64)
+
+
+def instructions(number: int, seed: str) -> list[Example]:
+    """Rows of every family in turn."""
+    chance = random.Random(seed)
+    rows = []
+    for n in range(number):
+        task = list(FAMILIES)[n % len(FAMILIES)]
+        numbers = {name: chance.randint(1, 999) for name in "nmk"}
+        text = chance.choice(FAMILIES[task]).format(**numbers, **{name: chance.choice(WORDS) for name in "abc"})
+        rows.append(Example(f"{seed}-{n}", (Message("user", text),), task=task))
+    return rows
+
+
+@pytest.fixture
+def job(tmp_path) -> ClassifyJob:
+    """Few rows and one pass: enough for all but the quality."""
+    write_rows(tmp_path / "labelled.jsonl", instructions(40, "learn"))
+    write_rows(tmp_path / "rows.jsonl", [replace(row, task="") for row in instructions(30, "read")])
+    settings = SETTINGS.model_copy(update={"epochs": 1})
+    return ClassifyJob(
+        tmp_path / "labelled.jsonl", tmp_path / "rows.jsonl", tuple(FAMILIES), settings, 3, tmp_path / "out"
+    )
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    """A classifier of 600 rows, from a process of its own, and its labels for 2,000 others."""
+    folder = tmp_path_factory.mktemp("classifier")
+    write_rows(folder / "labelled.jsonl", instructions(600, "learn"))
+    write_rows(folder / "rows.jsonl", [replace(row, task="") for row in instructions(2000, "read")])
+    job = ClassifyJob(folder / "labelled.jsonl", folder / "rows.jsonl", tuple(FAMILIES), SETTINGS, 3, folder / "out")
+    classify(job, folder)
+    return folder / "out"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_job_survives_its_file(job):
+    assert from_json(ClassifyJob, to_json(job)) == job
+
+
+def test_it_agrees_with_the_labels_it_has_not_seen(taught):
+    found = json.loads((taught / "agreement.json").read_text())
+    assert found["agreement"] >= 0.9
+    assert (found["rows"], found["trained"]) == (90, 510)
+    assert sum(label["rows"] for label in found["by_label"].values()) == 90
+    assert sum(sum(row.values()) for row in found["confusion"].values()) == 90
+
+
+def test_it_labels_every_row_in_order(taught):
+    predictions, truth = read(taught / "predictions.jsonl"), instructions(2000, "read")
+    assert [row["id"] for row in predictions] == [row.id for row in truth]
+    assert sum(row["task"] == true.task for row, true in zip(predictions, truth, strict=True)) >= 1800
+    assert all(0 < row["confidence"] <= 1 for row in predictions)
+
+
+def test_the_folder_is_a_model_that_transformers_loads(taught, job):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    assert AutoModelForSequenceClassification.from_pretrained(taught).config.id2label[0] == "Math"
+    text = "What is 123 plus 4?"
+    assert AutoTokenizer.from_pretrained(taught).tokenize(text) == ["what", "is", "1", "2", "3", "plus", "4", "?"]
+    run_job(replace(job, settings=job.settings.model_copy(update={"model": str(taught)})))
+    assert json.loads((job.out / "agreement.json").read_text())["agreement"] >= 0.8
+
+
+def test_the_same_rows_and_seed_give_the_same_files(job, tmp_path):
+    run_job(job)
+    run_job(replace(job, out=tmp_path / "again"))
+    for name in ("model.safetensors", "predictions.jsonl", "agreement.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_another_seed_holds_other_rows_out(job, tmp_path):
+    rows = instructions(80, "learn")
+    one, two = (split(rows, 0.25, random.Random(seed))[1] for seed in (1, 2))
+    assert len(one) == len(two) == 20
+    assert one != two
+
+
+def test_every_task_gives_its_share_and_keeps_a_row():
+    rows = [Example(str(n), (Message("user", "x"),), task=task) for n, task in enumerate("A" * 20 + "B" * 11 + "C")]
+    learned, held = split(rows, 0.2, random.Random(1))
+    assert Counter(row.task for row in held) == {"A": 4, "B": 2}
+    assert sorted(learned + held, key=lambda row: int(row.id)) == rows
+    learned, held = split(rows, 1.0, random.Random(1))
+    assert {row.task for row in learned} == {"A", "B", "C"}
+    learned, held = split(rows, 0.0, random.Random(1))
+    assert len(held) == 1
+
+
+def test_progress_counts_steps(job):
+    seen = []
+    run_job(job, lambda *step: seen.append(step))
+    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert seen[0][2].startswith("loss ")
+
+
+def test_labels_that_are_not_the_recipes_are_not_learned(job):
+    with pytest.raises(TapirError, match="fewer than two rows"):
+        run_job(replace(job, labels=("Sport", "Law")))
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [("/nowhere/deberta", "no such folder"), ("microsoft/deberta-v3-none", "cannot be loaded"), (".", "config.json")],
+)
+def test_a_model_that_cannot_be_had_is_refused(job, monkeypatch, tmp_path, model, complaint):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TapirError, match=complaint) as caught:
+        run_job(replace(job, settings=job.settings.model_copy(update={"model": model})))
+    assert "classifier.model" in caught.value.fix
+    assert not job.out.exists()

@@ -1,0 +1,287 @@
+"""Base and adapter to GGUF, and the gate that lets no broken one through."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Student
+from models import CHATML, WITH_BOS, make_adapter, make_model, make_tokenizer, merged_model
+
+from tapir_local import export, gguf_vocab
+from tapir_local.errors import TapirError
+from tapir_local.export import ExportJob, export_gguf
+from tapir_local.gate import GateJob, GateReport, gate, pass_gate
+from tapir_local.generate import logits
+from tapir_local.llama import encode, open_context, open_model, tokenize
+from tapir_local.records import Example, Message, from_json, to_json
+from tapir_local.rundir import write_rows
+
+TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
+PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(6)]
+LLAMA2_TOKENIZER = Path(__file__).parents[2] / "shared/data/tokenizers/granite-7b-lab"
+
+
+def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path) -> float:
+    """Between logits of transformers and PEFT, merged, and those of llama.cpp, over every token of TEXT."""
+    import torch
+
+    with open_model(gguf) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
+        ids = encode(model, TEXT)
+        found = logits(engine, ids)
+    with torch.no_grad():
+        wanted = merged_model(model_dir, adapter)(torch.tensor([ids])).logits[0].numpy()
+    return float(abs(found - wanted).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_merged_logits_are_transformers_own(students, family: str) -> None:
+    student = students[family]
+    assert largest_difference(student.model, student.adapter, student.gguf) < 1e-4
+
+
+def test_mistral_shards_and_bf16(tmp_path: Path) -> None:
+    """Weights in several files of bfloat16, as they come from the Hub."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "one", "mistral")
+    import torch
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    shards = tmp_path / "shards"
+    shutil.copytree(folder, shards, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(shards, max_shard_size="100KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    export_gguf(shards, tmp_path / "out.gguf", adapter=None, quant="f32")
+    model.float().save_pretrained(folder)
+    assert largest_difference(folder, None, tmp_path / "out.gguf") < 1e-4
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_rope_scaling(tmp_path: Path, scaling: dict) -> None:
+    folder = make_model(
+        tmp_path / "model", rope_parameters={"rope_theta": 10000.0, **scaling}, max_position_embeddings=512
+    )
+    export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+    assert largest_difference(folder, None, tmp_path / "out.gguf") < 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}}]
+)
+def test_lora_scales(llama: Student, tmp_path: Path, changes: dict) -> None:
+    adapter = make_adapter(llama.model, tmp_path / "lora", **changes)
+    export_gguf(llama.model, tmp_path / "out.gguf", adapter=adapter, quant="f32")
+    assert largest_difference(llama.model, adapter, tmp_path / "out.gguf") < 1e-4
+
+
+@pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
+def test_every_quant_loads_and_is_near(llama: Student, tmp_path: Path, quant: str) -> None:
+    out = tmp_path / "out.gguf"
+    export_gguf(llama.model, out, adapter=llama.adapter, quant=quant)
+    limit = {"f16": 0.05, "bf16": 0.3, "q8_0": 1, "q6_k": 2, "q5_k_m": 4, "q4_k_m": 4}[quant]
+    assert 0 < largest_difference(llama.model, llama.adapter, out) < limit
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+    assert out.stat().st_size < llama.gguf.stat().st_size
+
+
+def test_the_same_twice(llama: Student, tmp_path: Path) -> None:
+    export_gguf(llama.model, tmp_path / "again.gguf", adapter=llama.adapter, quant="f32")
+    assert (tmp_path / "again.gguf").read_bytes() == llama.gguf.read_bytes()
+
+
+def test_sentencepiece_vocabulary() -> None:
+    """LLaMA-2's, with chat tokens added: every id as transformers has it, without tokenizer.model being read."""
+    if not LLAMA2_TOKENIZER.is_dir():
+        pytest.skip("the tokenizer is not on this machine")
+    vocab = gguf_vocab.read_vocab(LLAMA2_TOKENIZER, 32008)
+    assert (vocab.model, vocab.space_prefix, len(vocab.tokens)) == ("llama", True, 32008)
+    assert vocab.special == {"bos": 1, "eos": 32000, "unk": 0, "pad": 32001, "eot": 32000}
+
+
+def test_sentencepiece_ids(tmp_path: Path) -> None:
+    """The same vocabulary over a model of one layer, through the gate's probes."""
+    if not LLAMA2_TOKENIZER.is_dir():
+        pytest.skip("the tokenizer is not on this machine")
+    folder = make_model(tmp_path / "model", vocab_size=32008, num_hidden_layers=1, hidden_size=16)
+    for path in folder.glob("*oken*"):
+        path.unlink()
+    (folder / "chat_template.jinja").unlink()
+    for path in LLAMA2_TOKENIZER.glob("*oken*"):
+        if path.name != "tokenizer.model":
+            shutil.copy(path, folder)
+    export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+    report = gate(folder, None, tmp_path / "out.gguf", PROMPTS, min_agreement=0.9)
+    assert report.probes > 500
+    assert report.passed, report
+
+
+# --- what cannot be exported
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", lambda c: c.update(architectures=["FalconForCausalLM"]), "FalconForCausalLM is not mapped"),
+        ("config.json", lambda c: c.update(hidden_act="gelu"), "hidden_act gelu"),
+        ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "longrope is not mapped"),
+        ("tokenizer.json", lambda c: c["model"].update(type="Unigram"), "type Unigram"),
+        ("tokenizer.json", lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "no name for its pre_tokenizer"),
+        (
+            "tokenizer.json",
+            lambda c: c["added_tokens"].append({"id": 900, "content": "<new>", "special": True}),
+            "token 900",
+        ),
+        ("chat_template.jinja", None, "no chat template"),
+        ("model.safetensors", None, "cannot be read"),
+        ("tokenizer.json", None, "missing"),
+    ],
+)
+def test_models_that_are_refused(
+    llama: Student, tmp_path: Path, file: str, change: Callable | None, words: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama.model, folder)
+    edit(folder / file, change) if change else (folder / file).unlink()
+    with pytest.raises(TapirError, match=words) as caught:
+        export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+    assert caught.value.fix
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_shortened_weights_file(llama: Student, tmp_path: Path) -> None:
+    shutil.copytree(llama.model, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(TapirError, match="ends before tensor"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf", adapter=None, quant="f32")
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "LOHA"}]
+)
+def test_adapters_that_are_more_than_lora(llama: Student, tmp_path: Path, setting: dict) -> None:
+    shutil.copytree(llama.adapter, tmp_path / "lora")
+    edit(tmp_path / "lora/adapter_config.json", lambda c: c.update(setting))
+    with pytest.raises(TapirError, match="only plain LoRA"):
+        export_gguf(llama.model, tmp_path / "out.gguf", adapter=tmp_path / "lora", quant="f32")
+
+
+def test_no_such_quant(llama: Student, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="no such quant: q3"):
+        export_gguf(llama.model, tmp_path / "out.gguf", adapter=None, quant="q3")
+
+
+# --- the gate
+
+
+def passage(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
+    return gate(student.model, adapter or student.adapter, gguf, PROMPTS, min_agreement=0.9)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_sound_gguf_passes(students, family: str) -> None:
+    report = passage(students[family], students[family].gguf)
+    assert report.passed, report
+    assert report.probes > 500
+    assert report.figures.agreement == 1
+    assert from_json(GateReport, to_json(report)) == report
+    assert report.bos_trained == (1 if family == "llama" else 0)
+
+
+def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(export.FAMILIES, "LlamaForCausalLM", replace(export.FAMILIES["LlamaForCausalLM"], paired=False))
+    export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
+    assert set(passage(llama, tmp_path / "out.gguf").failed) == {"logits", "agreement"}
+
+
+def test_an_omitted_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
+    export_gguf(llama.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
+    assert set(passage(llama, tmp_path / "out.gguf").failed) == {"logits", "adapter", "agreement"}
+
+
+def test_another_rounds_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
+    other = make_adapter(llama.model, tmp_path / "other", seed=9)
+    assert "logits" in passage(llama, llama.gguf, other).failed
+
+
+def rewritten(
+    student: Student, folder: Path, change: Callable[[gguf_vocab.Vocab], gguf_vocab.Vocab], monkeypatch
+) -> Path:
+    """An export whose tokenizer was meddled with."""
+    read = gguf_vocab.read_vocab
+    monkeypatch.setattr(export, "read_vocab", lambda *arguments: change(read(*arguments)))
+    export_gguf(student.model, folder / "out.gguf", adapter=student.adapter, quant="f32")
+    return folder / "out.gguf"
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [
+        (lambda vocab: replace(vocab, chat_template=CHATML), {"template"}),
+        (lambda vocab: replace(vocab, splitting="gpt-2"), {"tokens"}),
+        (lambda vocab: replace(vocab, merges=vocab.merges[:-40]), {"tokens"}),
+        (lambda vocab: replace(vocab, special={**vocab.special, "eos": 7}), {"eos"}),
+        (lambda vocab: replace(vocab, tokens=tuple(replace(t, kind=1) for t in vocab.tokens)), {"tokens"}),
+    ],
+    ids=["template", "splitting", "merges", "eos", "added tokens lost"],
+)
+def test_a_wrong_vocabulary_is_caught(
+    llama: Student, tmp_path: Path, monkeypatch, change: Callable, failed: set
+) -> None:
+    assert failed <= set(passage(llama, rewritten(llama, tmp_path, change, monkeypatch)).failed)
+
+
+def test_a_second_bos_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
+    write = export.write_vocab
+
+    def with_bos(writer, vocab) -> None:
+        write(writer, vocab)
+        writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
+
+    monkeypatch.setattr(export, "write_vocab", with_bos)
+    export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="f32")
+    report = passage(llama, tmp_path / "out.gguf")
+    assert report.failed == ("bos",)
+    assert (report.bos_trained, report.bos_gguf) == (1, 2)
+
+
+def test_jobs_in_their_own_process(llama: Student, tmp_path: Path) -> None:
+    """Export, a passage that is granted, and one that is refused without leaving gate.json."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "student.gguf"
+    write_rows(rows, [Example(str(number), prompt) for number, prompt in enumerate(PROMPTS)])
+    seen: list[tuple[int, int, str]] = []
+    export.export(
+        ExportJob(llama.model, out, "q8_0", llama.adapter), tmp_path / "export", lambda *news: seen.append(news)
+    )
+    assert seen[-1][:2] == (len(seen), len(seen))
+    job = GateJob(llama.model, out, rows, tmp_path / "gate.json", 0.5, llama.adapter)
+    pass_gate(job, tmp_path / "gate")
+    assert json.loads(job.out.read_text())["failed"] == []
+    job.out.unlink()
+    with pytest.raises(TapirError, match=r"logits \(divergence"):
+        pass_gate(replace(job, adapter=make_adapter(llama.model, tmp_path / "other", seed=9)), tmp_path / "gate")
+    assert not job.out.exists()
+    assert "logits" in json.loads((tmp_path / "gate/report.json").read_text())["failed"]

@@ -1,0 +1,221 @@
+"""Batched answers of a GGUF: the same as transformers', in order, stopped where they ought to be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import make_adapter, make_model, merged_model
+
+from tapir_local.errors import TapirError
+from tapir_local.export import export_gguf
+from tapir_local.generate import chat_stream, common, generate
+from tapir_local.llama import decode, encode, open_engine, open_model, template_of, tokenize
+from tapir_local.records import Message
+
+SUBJECTS = (
+    "7 times 8",
+    "the sum of 12 and 34",
+    "a fox",
+    "naïve café",
+    "你好",
+    "🙂",
+    "x",
+    "def add(a, b):",
+    "the lazy dog",
+    "9",
+)
+PROMPTS = [(Message("user", f"What is {subject}?" * (1 + number % 3)),) for number, subject in enumerate(SUBJECTS)]
+SETTINGS = {"max_tokens": 24, "context": 256}
+
+
+def greedy(model_dir: Path, adapter: Path, prompts: list, max_tokens: int) -> list[tuple[list[int], bool]]:
+    """transformers' own greedy answers: token ids, and whether one of the end tokens came."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), merged_model(model_dir, adapter)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    answers = []
+    for prompt in prompts:
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(ends))
+        written = out[0, ids["input_ids"].shape[1] :].tolist()
+        ended = written[-1] in ends
+        answers.append((written[:-1] if ended else written, ended))
+    return answers
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_answers_are_transformers_own(students, family: str) -> None:
+    student = students[family]
+    wanted = greedy(student.model, student.adapter, PROMPTS[:5], SETTINGS["max_tokens"])
+    found = generate(student.gguf, PROMPTS[:5], **SETTINGS)
+    with open_model(student.gguf, vocab_only=True) as model:
+        assert [answer.text for answer in found] == [decode(model, ids) for ids, _ in wanted]
+    assert [(answer.tokens, answer.finish == "stop") for answer in found] == [
+        (len(ids), ended) for ids, ended in wanted
+    ]
+
+
+def test_batching_changes_no_answer(llama) -> None:
+    alone = generate(llama.gguf, PROMPTS, parallel=1, **SETTINGS)
+    assert generate(llama.gguf, PROMPTS, parallel=8, **SETTINGS) == alone
+    assert generate(llama.gguf, PROMPTS, parallel=3, **SETTINGS) == alone
+    assert len({answer.text for answer in alone}) > 5
+
+
+def test_results_are_in_the_order_of_the_prompts(llama) -> None:
+    names = [f"row-{number}" for number in range(len(PROMPTS))]
+    forwards = generate(llama.gguf, PROMPTS, ids=names, parallel=3, **SETTINGS)
+    backwards = generate(llama.gguf, PROMPTS[::-1], ids=names[::-1], parallel=3, **SETTINGS)
+    assert [answer.id for answer in forwards] == names
+    assert backwards[::-1] == forwards
+
+
+def test_a_batch_smaller_than_a_prompt_changes_nothing(llama) -> None:
+    long = [*PROMPTS, (Message("user", "Count to nine. " * 60),)]
+    assert generate(llama.gguf, long, max_tokens=8, context=512)[:-1] == generate(
+        llama.gguf, PROMPTS, max_tokens=8, context=512
+    )
+
+
+def test_max_tokens_and_the_context_cut(llama) -> None:
+    short = generate(llama.gguf, PROMPTS, max_tokens=2, context=256)
+    assert all(answer.tokens <= 2 and answer.finish in ("length", "stop") for answer in short)
+    with open_model(llama.gguf, vocab_only=True) as model:
+        assert {answer.finish for answer in short} >= {"length"}
+        size = len(encode(model, "<|bos|><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"))
+    tight = generate(llama.gguf, [(Message("user", "x"),)], max_tokens=50, context=size + 3)[0]
+    assert (tight.tokens, tight.finish) == (3, "length") or tight.finish == "stop"
+
+
+def test_a_prompt_that_does_not_fit_is_kept(llama) -> None:
+    long = (Message("user", "word " * 300),)
+    found = generate(llama.gguf, [PROMPTS[0], long, PROMPTS[1]], max_tokens=4, context=64)
+    assert [answer.finish == "too_long" for answer in found] == [False, True, False]
+    assert (found[1].text, found[1].tokens) == ("", 0)
+    assert [found[0], found[2]] == [
+        replace(a, id=str(2 * n)) for n, a in enumerate(generate(llama.gguf, PROMPTS[:2], max_tokens=4, context=64))
+    ]
+
+
+def test_nothing_to_do(llama) -> None:
+    assert generate(llama.gguf, [], **SETTINGS) == []
+    assert generate(llama.gguf, [(Message("user", "word " * 300),)], max_tokens=4, context=64)[0].finish == "too_long"
+
+
+def test_a_stop_token_is_honoured_and_not_shown(tmp_path: Path) -> None:
+    """A model that always says <|im_end|>, which is not its EOS: the GGUF must know it from the template."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path / "stop")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])
+    weights["model.norm.weight"] = torch.zeros_like(weights["model.norm.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tie = make_model(tmp_path / "says", template="{% for m in messages %}{{ m.content }}<tool>{% endfor %}")
+    save_file(weights, tie / "model.safetensors", metadata={"format": "pt"})
+    export_gguf(tie, tmp_path / "tie.gguf", adapter=None, quant="f32")
+    with open_engine(tmp_path / "tie.gguf", context=64, parallel=1) as engine:
+        from tapir_local.llama import is_end
+
+        assert is_end(engine.model, encode(engine.model, "<tool>")[0])
+        assert decode(engine.model, encode(engine.model, "<|im_end|>a")) == "a"
+
+
+def test_draws_differ_by_seed_and_id_but_not_by_batch(llama) -> None:
+    settings = {**SETTINGS, "temperature": 1.5}
+    drawn = generate(llama.gguf, PROMPTS, seed=1, parallel=8, **settings)
+    assert generate(llama.gguf, PROMPTS, seed=1, parallel=1, **settings) == drawn
+    assert generate(llama.gguf, PROMPTS, seed=2, parallel=8, **settings) != drawn
+    twice = generate(llama.gguf, [PROMPTS[0]] * 4, seed=1, **settings)
+    assert len({answer.text for answer in twice}) > 1
+
+
+def test_progress_counts_up_to_all(llama) -> None:
+    seen: list[tuple[int, int]] = []
+    generate(llama.gguf, PROMPTS, parallel=4, progress=lambda done, total: seen.append((done, total)), **SETTINGS)
+    assert seen[-1] == (len(PROMPTS), len(PROMPTS))
+    assert seen == sorted(seen)
+
+
+def test_what_all_prompts_begin_with() -> None:
+    assert common([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
+    assert common([[1, 2], [1, 2, 3]]) == 1
+    assert common([[1, 2], [1, 2]]) == 1
+    assert common([[1, 2, 3]]) == common([]) == 0
+
+
+def test_missing_or_broken_files_do_not_crash(llama, tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "cut.gguf").write_bytes(llama.gguf.read_bytes()[:20_000])
+    for name, words in (("none.gguf", "missing"), ("text.gguf", "no GGUF"), ("cut.gguf", "cannot load")):
+        with pytest.raises(TapirError, match=words) as caught:
+            generate(tmp_path / name, PROMPTS, **SETTINGS)
+        assert name in caught.value.where
+        assert caught.value.fix
+    with pytest.raises(TapirError, match="adapter is missing"):
+        generate(llama.gguf, PROMPTS, adapter=tmp_path / "none.gguf", **SETTINGS)
+    with pytest.raises(TapirError, match="cannot load the adapter"):
+        generate(llama.gguf, PROMPTS, adapter=llama.gguf, **SETTINGS)
+
+
+def test_llama_cpp_is_silent(llama, tmp_path: Path, capfd) -> None:
+    generate(llama.gguf, PROMPTS[:1], **SETTINGS)
+    (tmp_path / "cut.gguf").write_bytes(llama.gguf.read_bytes()[:20_000])
+    with pytest.raises(TapirError, match=r"llama\.cpp: .+"):
+        generate(tmp_path / "cut.gguf", PROMPTS, **SETTINGS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_second_bos(llama) -> None:
+    text = "<|bos|><|im_start|>user\nhi<|im_end|>\n"
+    for special in (False, True):
+        [ids] = tokenize(llama.gguf, [text], add_special=special)
+        [bos] = tokenize(llama.gguf, ["<|bos|>"])
+        assert ids.count(bos[0]) == 1
+
+
+def test_template_bos_and_eos_come_with_the_gguf(llama) -> None:
+    template, bos, eos = template_of(llama.gguf)
+    assert template == (llama.model / "chat_template.jinja").read_text()
+    assert (bos, eos) == ("<|bos|>", "<|eos|>")
+
+
+def test_chat_writes_what_generate_writes_in_whole_characters(llama) -> None:
+    answers = generate(llama.gguf, PROMPTS, **SETTINGS)
+    with open_engine(llama.gguf, context=256, parallel=1) as engine:
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            pieces = list(chat_stream(engine, prompt, max_tokens=SETTINGS["max_tokens"]))
+            assert "".join(pieces) == answer.text
+            assert all(pieces)
+        with pytest.raises(TapirError, match="begin a new conversation|tokens, the context"):
+            list(chat_stream(engine, [Message("user", "word " * 300)], max_tokens=4))
+
+
+def test_characters_spread_over_tokens_come_whole(llama) -> None:
+    """🦙 is in no merge of the tokenizer: four tokens of a byte each."""
+    from codecs import getincrementaldecoder
+
+    from tapir_local.llama import piece
+
+    with open_model(llama.gguf, vocab_only=True) as model:
+        ids = encode(model, "a🦙b")
+        assert len(ids) >= 5
+        assert decode(model, ids) == "a🦙b"
+        assert decode(model, ids[:-2]).endswith("\ufffd")
+        decoder = getincrementaldecoder("utf-8")("replace")
+        pieces = [decoder.decode(piece(model, token)) for token in ids]
+        assert "".join(pieces) == "a🦙b"
+        assert not any("\ufffd" in text for text in pieces)
+
+
+def test_an_adapter_of_another_shape_is_one_error(llama, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "wide", hidden_size=32)
+    adapter = make_adapter(other, tmp_path / "lora")
+    with pytest.raises(TapirError, match="fits no weight"):
+        export_gguf(llama.model, tmp_path / "out.gguf", adapter=adapter, quant="f32")
+    assert not (tmp_path / "out.gguf").exists()

@@ -1,0 +1,120 @@
+"""A child's progress, errors and deaths as its parent sees them, and a parent's death as its child does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tapir_local.errors import TapirError
+from tapir_local.process import run_module
+
+HEAD = """
+import os, signal, sys, time
+from pathlib import Path
+from tapir_local.errors import TapirError
+from tapir_local.process import child_main
+"""
+TAIL = """
+sys.exit(child_main(work))
+"""
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """Runs the body of a `work(folder, progress)` as a module of its own; the log file is tmp_path/log."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+
+    def run(body: str, progress=None) -> None:
+        (tmp_path / "heavy.py").write_text(f"{HEAD}\ndef work(folder, progress):\n    {body}\n{TAIL}")
+        run_module("heavy", tmp_path, tmp_path / "log", progress)
+
+    return run
+
+
+def alive(pid: int) -> bool:
+    """True while the process runs; a dead one that nobody waited for does not count."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def test_progress_arrives_in_order_and_prints_go_to_the_log(child, tmp_path):
+    seen = []
+    child(
+        "print('a banner'); progress(1, 2, 'loss 3'); os.system('echo from a shell'); progress(2, 2, 'ö')",
+        lambda *step: seen.append(step),
+    )
+    assert seen == [(1, 2, "loss 3"), (2, 2, "ö")]
+    assert "a banner" in (tmp_path / "log").read_text()
+    assert "from a shell" in (tmp_path / "log").read_text()
+
+
+def test_the_childs_own_error_arrives_as_it_was(child):
+    with pytest.raises(TapirError) as caught:
+        child("raise TapirError('no rows', where='train.jsonl', fix='make some')")
+    assert (caught.value.what, caught.value.where, caught.value.fix) == ("no rows", "train.jsonl", "make some")
+
+
+def test_any_other_error_names_the_log_and_its_last_line(child, tmp_path):
+    with pytest.raises(TapirError, match="ZeroDivisionError: division by zero") as caught:
+        child("1 / 0")
+    assert caught.value.where == str(tmp_path / "log")
+    assert "Traceback" in (tmp_path / "log").read_text()
+
+
+def test_a_kill_is_said_to_be_probably_out_of_memory(child):
+    with pytest.raises(TapirError, match=r"signal 9.*memory"):
+        child("os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def test_another_signal_is_named(child):
+    with pytest.raises(TapirError, match="SIGABRT"):
+        child("os.abort()")
+
+
+def test_a_missing_module_is_an_error_with_its_reason(tmp_path):
+    with pytest.raises(TapirError, match="No module named"):
+        run_module("tapir_local.no_such_stage", tmp_path, tmp_path / "log")
+
+
+def test_an_interrupt_of_the_parent_stops_the_child(child, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        child("(folder / 'pid').write_text(str(os.getpid())); progress(0, 1, ''); time.sleep(60)", interrupt)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_the_child_ends_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "heavy.py").write_text(
+        HEAD
+        + """
+def work(folder, progress):
+    (folder / "pid").write_text(str(os.getpid()))
+    os.system(f"sleep 60 & echo $! >{folder}/grandchild")
+    time.sleep(60)
+"""
+        + TAIL
+    )
+    imports = "import sys; from pathlib import Path; from tapir_local.process import run_module"
+    code = f"{imports}; here = Path(sys.argv[1]); run_module('heavy', here, here / 'log')"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    grandchild = tmp_path / "grandchild"
+    assert wait_for(lambda: grandchild.exists() and grandchild.read_text().strip())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for file in (tmp_path / "pid", grandchild):
+        assert wait_for(lambda file=file: not alive(int(file.read_text())))

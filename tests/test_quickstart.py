@@ -1,0 +1,141 @@
+"""The whole loop with the real tools and the pocket world, on a small setting: it runs, repeats, and survives kill -9."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tapir_local.distill import sequence
+from tapir_local.rundir import RunDir
+
+ROOT = Path(__file__).parent.parent
+SMALL = ROOT / ".ci" / "small.yaml"
+COMMAND = [sys.executable, str(ROOT / "cli.py")]
+
+
+def tapir(*words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([*COMMAND, *words], capture_output=True, text=True, env=env, check=False)
+    assert out.returncode == 0, out.stderr
+    return out
+
+
+def distilled(cache: Path, name: str = "small") -> RunDir:
+    tapir("distill", str(SMALL), "--cache", str(cache), "--name", name)
+    return RunDir(cache, name)
+
+
+def status(run: RunDir) -> dict[str, object]:
+    return dict(json.loads(tapir("status", run.name, "--json", "--cache", str(run.cache)).stdout))
+
+
+def results(run: RunDir) -> dict[str, bytes]:
+    """The bytes of every output of a stage, adapters and GGUFs among them."""
+    steps = sequence(run, 1)
+    files = [file for step in steps for file in ([step.output] if step.output.is_file() else sorted(step.output.rglob("*")))]
+    kept = [file for file in files if file.name not in ("train_log.jsonl", "resolved.json")]  # they tell of times
+    return {str(file.relative_to(run.path)): file.read_bytes() for file in kept if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return distilled(tmp_path_factory.mktemp("cache"))
+
+
+def test_status_has_what_others_rely_on(run: RunDir) -> None:
+    found = status(run)
+    assert {"run", "rounds", "calls"} <= set(found)
+    assert set(found["calls"]) == {"paid", "hits"}  # type: ignore[call-overload]
+    for row in found["rounds"]:  # type: ignore[attr-defined]
+        assert {"number", "stages", "metrics"} <= set(row)
+        assert all({"name", "done", "seconds"} <= set(stage) and stage["done"] for stage in row["stages"])
+        assert {"win_rate", "accuracy", "by_task", "judged", "unjudged"} <= set(row["metrics"])
+        assert row["metrics"]["rows"] == row["metrics"]["judged"] == 60
+
+
+def test_the_holdout_is_never_trained_on(run: RunDir) -> None:
+    def prompts(path: Path) -> set[str]:
+        return {json.dumps(json.loads(line)["prompt"]) for line in path.read_text().splitlines()}
+
+    trained = prompts(run.round(0) / "train.jsonl") | prompts(run.round(1) / "train.jsonl")
+    assert not trained & prompts(run.path / "holdout.jsonl")
+
+
+def test_the_classifier_was_trained_and_its_agreement_stored(run: RunDir) -> None:
+    found = json.loads((run.path / "classifier" / "agreement.json").read_text())
+    assert 0 <= found["agreement"] <= 1
+    assert found["rows"] > 0
+
+
+def test_a_second_run_on_the_same_store_pays_nothing_and_gives_the_same_files(run: RunDir) -> None:
+    again = distilled(run.cache, "again")
+    assert status(again)["calls"]["paid"] == 0  # type: ignore[index]
+    assert results(again) == results(run)
+
+
+def test_the_same_command_says_that_the_run_is_done(run: RunDir) -> None:
+    out = tapir("distill", str(SMALL), "--cache", str(run.cache))
+    assert out.stdout == ""
+    assert "is done already" in out.stderr
+
+
+def test_chat_answers_once_and_beside_the_base(run: RunDir) -> None:
+    words = ("chat", run.name, "--cache", str(run.cache), "--prompt", "What is 3 + 4?")
+    alone, both = tapir(*words).stdout, tapir(*words, "--vs", "base").stdout
+    assert alone.strip()
+    assert "<|" not in alone  # the stop token ends the answer and is not shown
+    assert both.startswith(f"[student]\n{alone}")
+    assert "[base]\n" in both
+
+
+def test_a_conversation_is_kept_and_forgotten(run: RunDir) -> None:
+    lines = "What is 3 + 4?\n/reset\nWhat is 3 + 4?\n/exit\nnever read\n"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*COMMAND, "chat", run.name, "--cache", str(run.cache)]
+    out = subprocess.run(command, input=lines, capture_output=True, text=True, env=env, check=True).stdout
+    before, after = out.partition("ends it\n")[2].split("forgotten\n")
+    assert before == after
+
+
+def test_show_has_the_rounds_plan_and_answers(run: RunDir) -> None:
+    found = json.loads(tapir("show", run.name, "--round", "1", "--json", "--cache", str(run.cache)).stdout)
+    assert found["plan"]["round"] == 1
+    assert len(found["answers"]) == 6
+    assert "asked" in tapir("show", run.name, "--cache", str(run.cache)).stdout
+
+
+def killed_in_turn(cache: Path, rng: random.Random) -> Iterator[str]:
+    """Start the command again and again, each time to be killed in the first stage that was not done at its start."""
+    run = RunDir(cache, "small")
+    while True:
+        pending = [step for step in sequence(run, 1) if not step.done]
+        if not pending:
+            return
+        process = subprocess.Popen(
+            [*COMMAND, "distill", str(SMALL), "--cache", str(cache)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not pending[0].done:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        yield pending[0].name
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_stage_ends_in_the_same_files(run: RunDir, tmp_path: Path) -> None:
+    """kill -9 soon after each stage's end, so within the next: nothing is paid twice, the same bytes come out."""
+    killed = list(killed_in_turn(tmp_path, random.Random(0)))
+    assert len(killed) >= 15
+    broken = distilled(tmp_path)
+    assert results(broken) == results(run)
