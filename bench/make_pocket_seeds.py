@@ -1,4 +1,4 @@
-"""Write the pocket seeds: 2,700 instructions in Alpaca format, unbalanced, with the teacher's plain answers.
+"""Write the pocket seeds: 2,600 instructions in Alpaca format, unbalanced, with the teacher's plain answers.
 
 Usage: python bench/make_pocket_seeds.py [FILE]
 """
@@ -21,9 +21,9 @@ ROWS: Mapping[str, tuple[int, ...]] = {
     "total": (40, 40, 40, 30, 20),
     "story": (40, 50, 50, 40),
     "extreme": (30, 30, 30, 20),
-    "sort": (30, 30, 30, 20),
+    "sort": (24, 24, 16, 10),
     "parity": (14, 30, 26),
-    "chain": (40, 50, 40),
+    "chain": (40, 36, 14),
     "sequence": (24, 40, 36),
     "letters": (20, 40, 40),
     "position": (20, 25, 25),

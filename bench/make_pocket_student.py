@@ -17,6 +17,7 @@ from pocket_text import END, SPELLED, TURNS, documents, marked
 VOCABULARY = 768
 BLOCK = 256
 BATCH = 16
+SAVE = 240  # seconds
 SPECIAL = (END, "<|pad|>", *TURNS)
 # Qwen2's, so that llama.cpp's pre-tokenizer "qwen2" cuts text the same way; digits stand alone.
 SPLIT = (
@@ -156,7 +157,7 @@ def rate(progress: float) -> float:
     return min(1.0, progress / 0.02) * max(0.02, 1 - progress)
 
 
-def pretrain(model: Any, feed: Iterator[Any], seconds: float, save: Any, every: float) -> dict[str, float]:
+def pretrain(model: Any, feed: Iterator[Any], seconds: float, save: Any) -> dict[str, float]:
     """Train until the time is up; the schedule follows the clock. Returns steps, tokens, seconds and the last loss."""
     chosen = optimisers(model)
     peaks = [[group["lr"] for group in optimiser.param_groups] for optimiser in chosen]
@@ -177,7 +178,7 @@ def pretrain(model: Any, feed: Iterator[Any], seconds: float, save: Any, every: 
             print(
                 f"{step} steps, {step * BATCH * BLOCK / 1e6:.2f}M tokens, {spent:.0f} s, loss {smooth:.4f}", flush=True
             )
-        if time.monotonic() - saved > every:
+        if time.monotonic() - saved > SAVE:
             save()
             saved = time.monotonic()
     save()
@@ -197,6 +198,15 @@ def begin(chosen: argparse.Namespace) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(chosen.start, dtype=torch.float32)
 
 
+def settle(path: Path) -> None:
+    """Keep of the tokenizer's settings what any version of transformers reads, and say that there is no BOS."""
+    kept = ("eos_token", "pad_token", "extra_special_tokens", "model_max_length")
+    found = json.loads(path.read_text())
+    settings = {key: found[key] for key in kept if key in found}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    path.write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n")
+
+
 def main() -> None:
     """Read the options, make the tokenizer and the model, train, save."""
     import torch
@@ -205,6 +215,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument(
+        "--peak", type=float, default=1.0, help="share of the learning rates; less than 1 when going on"
+    )
     parser.add_argument("--start", type=Path, help="go on from this student")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
@@ -215,8 +228,9 @@ def main() -> None:
     def save() -> None:
         model.save_pretrained(chosen.out)
         tokenizer.save_pretrained(chosen.out)
+        settle(chosen.out / "tokenizer_config.json")
 
-    facts = pretrain(model, batches(tokenizer, Random(f"text-{chosen.start}")), chosen.minutes * 60, save, every=240)
+    facts = pretrain(model, batches(tokenizer, Random(f"text-{chosen.start}")), chosen.minutes * 60, save)
     print(json.dumps(facts))
 
 

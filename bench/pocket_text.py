@@ -68,20 +68,9 @@ LEADS: Mapping[str, tuple[str, ...]] = {
 }
 # Shares of the text: what takes long to learn is told more often. Others have 1.
 SHARES = {
-    **{
-        "sum": 5,
-        "difference": 4,
-        "product": 4,
-        "total": 3,
-        "story": 4,
-        "extreme": 3,
-        "sort": 3,
-        "chain": 4,
-        "sequence": 2,
-        "letters": 2,
-        "position": 2,
-    },
-    **{"legs": 2, "atoms": 2, "change": 2, "match": 2, "write": 2, "mend": 2, "translation": 2},
+    **{"sum": 5, "difference": 4, "product": 4, "total": 3, "story": 4, "extreme": 3, "sort": 3, "chain": 4},
+    **{"sequence": 2, "letters": 2, "position": 2, "legs": 2, "atoms": 2, "change": 2, "match": 2, "write": 2},
+    **{"mend": 2, "translation": 2},
 }
 
 

@@ -172,16 +172,25 @@ def small(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
 
 
 def small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
-    """WordPiece of at most SMALL_VOCABULARY tokens, without case; every digit is one token."""
+    """Byte-level BPE of at most SMALL_VOCABULARY tokens, without case; every digit is one token.
+
+    Not WordPiece: its trainer numbers the continuing pieces in another order each time (tokenizers 0.23).
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(True)])
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
     special = list(SPECIAL.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=SMALL_VOCABULARY, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=SMALL_VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     sep, cls = ((SPECIAL[name], special.index(SPECIAL[name])) for name in ("sep_token", "cls_token"))
     tokenizer.post_processor = processors.BertProcessing(sep, cls)  # special tokens come first, in their order

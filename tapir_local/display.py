@@ -62,7 +62,7 @@ class Shown:
         self.bars.update(self.bar, completed=done, total=total or None, said=escape(said))
         if not self.console.is_terminal and time.monotonic() - self.logged > LOG_EVERY:
             self.logged = time.monotonic()
-            self.console.print(f"  {self.step}: {done:,} of {total:,} {said}", markup=False, highlight=False)
+            self.console.print(f"  {self.step}: {done:,} of {total:,} {said}", markup=False, highlight=False, soft_wrap=True)
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
         """The closing line: what came out, calls, seconds."""
@@ -70,7 +70,7 @@ class Shown:
         self.bars.update(self.bar, visible=False)
         place = f"[dim]{self.count:>{len(str(self.total))}}/{self.total}[/dim]"
         said = f"{escape(taken['note'])}{calls_phrase(taken)}  [dim]{taken['seconds']:.1f} s[/dim]"
-        self.console.print(f"{place} [bold]{step.name}[/bold]  {said}", highlight=False)
+        self.console.print(f"{place} [bold]{step.name}[/bold]  {said}", highlight=False, soft_wrap=True)
 
 
 def calls_phrase(taken: Mapping[str, Any]) -> str:

@@ -181,9 +181,9 @@ def gate(
 
     Needs the memory of the whole model in f32 on the CPU. TapirError when one of them cannot be loaded.
     """
-    tokenizer = load_tokenizer(model_dir)
     asked = (*sample(prompts), (Message("user", "Say hello."),))
-    with open_model(gguf) as llama:
+    with open_model(gguf) as llama:  # before torch, so that `patient_threads` is heeded
+        tokenizer = load_tokenizer(model_dir)
         texts = [rendered(tokenizer, prompt) for prompt in (*prompts, *probes(tokenizer))]
         wrong = mismatches(tokenizer, llama, texts)
         trained_bos, gguf_bos = bos_counts(tokenizer, llama, texts[-1])

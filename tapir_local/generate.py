@@ -91,6 +91,7 @@ def generate(
     adapter: Path | None = None,
     ids: Sequence[str] | None = None,
     threads: int | None = None,
+    exact: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Answer every prompt, `parallel` at a time; results are in the order of `prompts`, their ids `ids` or numbers.
@@ -98,6 +99,7 @@ def generate(
     `context` is tokens of a prompt and its answer together. `finish` is `stop` at any token that llama.cpp knows to end
     a turn, `length` at `max_tokens` or at the context's end, and `too_long`, with no text, where the prompt leaves no
     room for an answer. Greedy at temperature 0; else each answer is drawn with its own seed, made of `seed` and its id.
+    The same call gives the same answers; at another `parallel`, near ties may fall otherwise unless `exact` (slower).
     `progress` is told (answers done, answers wanted). TapirError when the GGUF or the adapter cannot be loaded.
     """
     names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
@@ -109,7 +111,7 @@ def generate(
         tokens = [encode_prompt(model, prompt) for prompt in prompts]
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         sequences, cells = size(tokens, max_tokens, context, parallel)
-        with open_context(model, cells=cells, sequences=sequences + 1, threads=threads) as engine:
+        with open_context(model, cells=cells, sequences=sequences + 1, threads=threads, exact=exact) as engine:
             answers = answer(
                 engine,
                 tokens,

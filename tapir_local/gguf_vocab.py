@@ -69,8 +69,9 @@ def read_vocab(model_dir: Path, rows: int) -> Vocab:
             fix="Take a model with a BPE tokenizer.",
         )
     if model.get("byte_fallback"):
+        prefixed = prefixes_space(tokenizer, read_json(model_dir / "tokenizer_config.json"))
         tokens = tuple(padded(sentencepiece_tokens(tokenizer), rows, model_dir))
-        return Vocab("llama", "default", tokens, (), special, prefixes_space(tokenizer), template)
+        return Vocab("llama", "default", tokens, (), special, prefixed, template)
     tokens = tuple(padded(byte_level_tokens(tokenizer), rows, model_dir))
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return Vocab("gpt2", splitting_name(tokenizer, model_dir), tokens, merges, special, False, template)
@@ -195,12 +196,15 @@ def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
     return rows if unknown is None else rows | {unknown: Token(rows[unknown].text, TokenType.UNKNOWN)}
 
 
-def prefixes_space(tokenizer: Mapping[str, Any]) -> bool:
+def prefixes_space(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """True when each text between special tokens begins with SentencePiece's `▁` (llama.cpp: add_space_prefix).
 
-    The newer way, a `▁` at the very start of the text only (`prepend_scheme: first`), has no like in llama.cpp. A chat
-    template begins with a special token, so there is no such start, and no prefix is right.
+    transformers 5 builds a LlamaTokenizer anew, whatever tokenizer.json says, and prefixes every text only in its
+    `legacy` way. The newer way, a `▁` at the very start alone (`prepend_scheme: first`), has no like in llama.cpp; a
+    chat template begins with a special token, so that no prefix is right there.
     """
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
+        return bool(settings.get("legacy")) and settings.get("add_prefix_space") is not False
     normalizer, cutter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
     prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
     return prepends or (cutter.get("type") == "Metaspace" and cutter.get("prepend_scheme") == "always")

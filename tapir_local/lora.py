@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
 from tapir_local.errors import TapirError
+
+Backend = Literal["auto", "trl", "unsloth"]
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,41 @@ class Hardware:
     free: int
 
 
-def look(four_bits: bool) -> Hardware:
-    """The hardware and the libraries that fit it. Unsloth is imported here, before what it patches.
+def look(four_bits: bool = False, backend: Backend = "auto") -> Hardware:
+    """The hardware, and the libraries to use on it. Unsloth is imported here, before what it patches.
 
-    TapirError when 4 bits are asked for and cannot be had.
+    TapirError when 4 bits or Unsloth are asked for and cannot be had.
     """
     import torch
 
     if not torch.cuda.is_available():
-        if four_bits:
+        if four_bits or backend == "unsloth":
+            what = "load_in_4bit" if four_bits else "Unsloth"
             raise TapirError(
-                "load_in_4bit needs a GPU, and torch sees none",
-                where="train.load_in_4bit",
-                fix="Leave it out: LoRA trains in 32 bits here.",
+                f"{what} needs a GPU, and torch sees none",
+                where="train",
+                fix="Leave it out: LoRA then trains in 32 bits.",
             )
         return Hardware("cpu", "trl", "f32", free_memory())
     if four_bits and not find_spec("bitsandbytes"):
         raise TapirError(
-            "load_in_4bit needs bitsandbytes",
-            where="train.load_in_4bit",
-            fix="pip install bitsandbytes, or tapir-local[gpu].",
+            "load_in_4bit needs bitsandbytes", where="train", fix="pip install bitsandbytes, or tapir-local[gpu]."
         )
-    backend = "unsloth" if find_spec("unsloth") else "trl"
-    if backend == "unsloth":
-        import_module("unsloth")  # it patches trl, transformers and peft, so it must come before them
-    else:
-        print("Unsloth is not installed; training with plain TRL and PEFT.", file=sys.stderr)
     precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
-    return Hardware("cuda", backend, precision, int(torch.cuda.mem_get_info()[0]))
+    return Hardware("cuda", library(backend), precision, int(torch.cuda.mem_get_info()[0]))
+
+
+def library(backend: Backend) -> str:
+    """`unsloth`, imported, or `trl`; without Unsloth `auto` says so and goes on."""
+    if backend == "trl":
+        return "trl"
+    if find_spec("unsloth"):
+        import_module("unsloth")  # it patches trl, transformers and peft, so it must come before them
+        return "unsloth"
+    if backend == "unsloth":
+        raise TapirError("Unsloth is not installed", where="train", fix="pip install 'tapir-local[gpu]'")
+    print("Unsloth is not installed; training with plain TRL and PEFT.", file=sys.stderr)
+    return "trl"
 
 
 def free_memory() -> int:
@@ -86,6 +95,8 @@ def unloadable(model: str, part: str, error: Exception, setting: str = "student.
     """What to say of a model that transformers cannot load: the first line of its reason."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     fix = f"Correct {setting}, or put the model on disk (`hf download NAME --local-dir FOLDER`) and name that folder."
+    if "tiktoken" in reason:  # what transformers 5 falls back on for a SentencePiece file that it cannot read
+        reason, fix = "its SentencePiece file needs two more packages to be read", "pip install sentencepiece protobuf"
     return TapirError(f"the {part} cannot be loaded: {reason}", where=model, fix=fix)
 
 

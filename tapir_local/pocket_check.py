@@ -121,7 +121,7 @@ def json_right(solution: Solution, answer: str) -> bool:
     """The same list, or an object of the same values: what the keys are called and their order are free."""
     try:
         found = json.loads(FENCE.sub("", answer))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     target = json.loads(solution.target)
     if isinstance(target, dict) and isinstance(found, dict):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
 
-from tapir_local.pocket_family import Family, Solution, Values
+from tapir_local.pocket_family import Drawn, Family, Solution, Values
 from tapir_local.pocket_words import FUNCTION_NAMES
 
 NUMBERS = ("-7", "0", "1", "5", "12", "60", "100")
@@ -198,7 +198,7 @@ def job_of(said: str) -> tuple[Job, dict[str, str]]:
     raise ValueError("no job of the pocket world")
 
 
-def draw_write(rng: Random, level: int) -> dict[str, str]:
+def draw_write(rng: Random, level: int) -> Drawn:
     job = rng.choice(JOBS[:EASY] if level == 1 else JOBS if level == 2 else JOBS[EASY:])
     return {
         "fname": rng.choice(FUNCTION_NAMES),
@@ -214,7 +214,7 @@ def solve_write(values: Values) -> Solution:
     return Solution(plain, styled, "code", plain, (name, *job.tries))
 
 
-def draw_mend(rng: Random, level: int) -> dict[str, str]:
+def draw_mend(rng: Random, level: int) -> Drawn:
     drawn = draw_write(rng, level)
     job, constants = job_of(drawn["job"])
     line = f"def {drawn['fname']}(x): return {job.written.format(**constants)}"

@@ -10,28 +10,12 @@ from typing import Literal
 from tapir_local.pocket_phrasings import PHRASINGS
 
 Values = Mapping[str, str]
+Drawn = dict[str, str]
 Kind = Literal["number", "choice", "sequence", "text", "exact", "json", "code"]
 
 SLOT = re.compile(r"\{(\w+)\}")
-WORD_SLOTS = frozenset(
-    {
-        "name",
-        "other",
-        "thing",
-        "things",
-        "animal",
-        "animals",
-        "others",
-        "word",
-        "letter",
-        "comparative",
-        "superlative",
-        "language",
-        "fname",
-        "team",
-        "rival",
-    }
-)
+PEOPLE_AND_THINGS = {"name", "things", "animal", "animals", "others", "team", "rival"}
+WORD_SLOTS = frozenset(PEOPLE_AND_THINGS | {"word", "letter", "superlative", "language", "fname"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Family:
 
     name: str
     task: str
-    draw: Callable[[Random, int], dict[str, str]]
+    draw: Callable[[Random, int], Drawn]
     solve: Callable[[Values], Solution]
     levels: int = 1
 
@@ -93,6 +77,12 @@ def pattern_of(phrasing: str) -> re.Pattern[str]:
             parts.append(f"(?P={piece})" if piece in seen else slot_pattern(piece))
             seen.add(piece)
     return re.compile("".join(parts))
+
+
+def check_that(holds: bool) -> None:
+    """ValueError where values are outside a family."""
+    if not holds:
+        raise ValueError("no problem of this family")
 
 
 def listed(items: Sequence[object]) -> str:

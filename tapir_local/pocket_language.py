@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from tapir_local.pocket_family import Family, Solution, Values, choice, listed, number, split
+from tapir_local.pocket_family import Drawn, Family, Solution, Values, check_that, choice, listed, number, split
 from tapir_local.pocket_words import (
     ANIMALS,
     CATEGORIES,
@@ -29,14 +29,7 @@ from tapir_local.pocket_words import (
     plural,
 )
 
-Drawn = dict[str, str]
 BEINGS = tuple(ANIMALS)
-
-
-def check_that(holds: bool) -> None:
-    """ValueError where values are outside a family."""
-    if not holds:
-        raise ValueError("no problem of this family")
 
 
 def matched(pattern: str, text: str) -> tuple[str, ...]:

@@ -4,10 +4,20 @@ import re
 from itertools import pairwise
 from random import Random
 
-from tapir_local.pocket_family import Family, Solution, Values, choice, listed, number, numbers, split
+from tapir_local.pocket_family import (
+    Drawn,
+    Family,
+    Solution,
+    Values,
+    check_that,
+    choice,
+    listed,
+    number,
+    numbers,
+    split,
+)
 from tapir_local.pocket_words import CATEGORY, COMPARISONS, GAINS, LEGS, LOSSES, NAMES, TEAMS, THINGS, WORDS
 
-Drawn = dict[str, str]
 PLACES_NAMED = {"second": 2, "third": 3, "fourth": 4, "fifth": 5}
 
 
@@ -24,12 +34,6 @@ def texts(**values: object) -> Drawn:
 def digits(rng: Random, count: int) -> int:
     """A number of so many digits, without a leading zero."""
     return rng.randint(10 ** (count - 1), 10**count - 1)
-
-
-def check_that(holds: bool) -> None:
-    """ValueError where values are outside a family."""
-    if not holds:
-        raise ValueError("no problem of this family")
 
 
 # --- sums, column by column from the right
@@ -205,6 +209,7 @@ def solve_chain(values: Values) -> Solution:
     check_that(len(order) == 1 and values["superlative"] in ends)
     while order[-1] in below:
         order.append(below[order[-1]])
+        check_that(len(order) <= len(below) + 1)  # nobody comes round again
     who = order[0] if values["superlative"] == ends[0] else order[-1]
     return choice(who, f"{ends[0]} to {ends[1]}: {listed(order)}\nThe {values['superlative']} is {who}.", NAMES)
 

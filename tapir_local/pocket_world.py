@@ -61,7 +61,7 @@ def parse(instruction: str) -> Problem | None:
 
 
 def reserved(problem: Problem) -> bool:
-    """True for the third of all problems from which the seeds are drawn: the pretraining text holds none of them."""
+    """True for the third of all problems from which the seeds are drawn: the pretraining text works none of them."""
     return hashlib.sha256(problem.key.encode()).digest()[0] % 3 == 0
 
 

@@ -15,6 +15,7 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.lora import (
+    Backend,
     Hardware,
     add_lora,
     check_folder,
@@ -51,6 +52,7 @@ class TrainJob:
 
     `model` is a folder or Hub name; `rows` a JSONL file of Example; `adapter_from` a folder whose LoRA weights to go on
     from; `out` the adapter's folder, whole or absent, with `resolved.json` and `train_log.jsonl` beside the weights.
+    `backend` `auto` is Unsloth where it can run.
     """
 
     model: str
@@ -60,6 +62,7 @@ class TrainJob:
     max_length: int
     random_seed: int
     adapter_from: Path | None = None
+    backend: Backend = "auto"
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None) 
     check_folder(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
-        hardware = look(job.settings.load_in_4bit)
+        hardware = look(job.settings.load_in_4bit, job.backend)
         tokenizer = load_tokenizer(job.model)
         tokens = token_rows(examples, tokenizer, job.max_length)
         if not tokens.rows:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WITH_BOS = "{{ bos_token }}" + CHATML
@@ -14,7 +15,7 @@ QWEN2_SPLIT = (
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Añade dos números: 12 + 34 = 46.",
     "def add(a, b):\n    return a + b  # the sum\n",
-    "Привет, мир! 你好，世界。こんにちは 🙂 naïve café coöperate",
+    "Привет, мир! 你好\uff0c世界。こんにちは 🙂 naïve café coöperate",
     "List the words in order: apple, banana, cherry. What is 7 times 8? 56.",
 ] * 20
 SHAPE = {
@@ -86,7 +87,7 @@ def make_model(
 
 
 def scatter(model: Any, spread: float) -> None:
-    """Every weight anew, biases and norms too: a default start leaves them 0 and 1, where a wrong mapping would not show."""
+    """Every weight anew, biases and norms too, which start as 0 and 1, where a wrong mapping would not show."""
     import torch
 
     with torch.no_grad():

@@ -14,22 +14,7 @@ from tapir_local.recipe import Classifier
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_rows
 
-WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "garden",
-    "winter",
-    "copper",
-    "violin",
-    "market",
-    "shadow",
-    "ladder",
-    "pepper",
-    "saddle",
-    "meadow",
-    "candle",
-]
+WORDS = ("apple", "river", "stone", "garden", "winter", "copper", "violin", "market", "shadow", "ladder", "pepper")
 FAMILIES = {
     "Math": ("What is {n} plus {m}?", "Multiply {n} by {m}.", "Tom has {n} pears and buys {m} more. How many has he?"),
     "Reasoning": (
@@ -108,8 +93,9 @@ def test_the_folder_is_a_model_that_transformers_loads(taught, job):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     assert AutoModelForSequenceClassification.from_pretrained(taught).config.id2label[0] == "Math"
-    text = "What is 123 plus 4?"
-    assert AutoTokenizer.from_pretrained(taught).tokenize(text) == ["what", "is", "1", "2", "3", "plus", "4", "?"]
+    tokens = AutoTokenizer.from_pretrained(taught).tokenize("What is 123 plus 4?")
+    assert "".join(tokens).replace("\u0120", " ").split() == ["what", "is", "1", "2", "3", "plus", "4", "?"]
+    assert {"1", "2", "3"} <= {token.strip("\u0120") for token in tokens}
     run_job(replace(job, settings=job.settings.model_copy(update={"model": str(taught)})))
     assert json.loads((job.out / "agreement.json").read_text())["agreement"] >= 0.8
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 from conftest import Student
-from models import CHATML, WITH_BOS, make_adapter, make_model, make_tokenizer, merged_model
+from models import CHATML, make_adapter, make_model, merged_model
 
 from tapir_local import export, gguf_vocab
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
-from tapir_local.gate import GateJob, GateReport, gate, pass_gate
+from tapir_local.gate import GateJob, GateReport, gate, pass_gate, run_folder
 from tapir_local.generate import logits
-from tapir_local.llama import encode, open_context, open_model, tokenize
+from tapir_local.llama import encode, open_context, open_model
 from tapir_local.records import Example, Message, from_json, to_json
-from tapir_local.rundir import write_rows
+from tapir_local.rundir import write_record, write_rows
 
 TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(6)]
@@ -111,7 +111,7 @@ def test_sentencepiece_vocabulary() -> None:
     if not LLAMA2_TOKENIZER.is_dir():
         pytest.skip("the tokenizer is not on this machine")
     vocab = gguf_vocab.read_vocab(LLAMA2_TOKENIZER, 32008)
-    assert (vocab.model, vocab.space_prefix, len(vocab.tokens)) == ("llama", True, 32008)
+    assert (vocab.model, vocab.space_prefix, len(vocab.tokens)) == ("llama", False, 32008)
     assert vocab.special == {"bos": 1, "eos": 32000, "unk": 0, "pad": 32001, "eot": 32000}
 
 
@@ -214,7 +214,9 @@ def test_a_sound_gguf_passes(students, family: str) -> None:
 def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(export.FAMILIES, "LlamaForCausalLM", replace(export.FAMILIES["LlamaForCausalLM"], paired=False))
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
-    assert set(passage(llama, tmp_path / "out.gguf").failed) == {"logits", "agreement"}
+    report = passage(llama, tmp_path / "out.gguf")
+    assert set(report.failed) == {"logits", "agreement"}
+    assert report.figures.kl > 0.3
 
 
 def test_an_omitted_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
@@ -273,15 +275,16 @@ def test_jobs_in_their_own_process(llama: Student, tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "student.gguf"
     write_rows(rows, [Example(str(number), prompt) for number, prompt in enumerate(PROMPTS)])
     seen: list[tuple[int, int, str]] = []
-    export.export(
-        ExportJob(llama.model, out, "q8_0", llama.adapter), tmp_path / "export", lambda *news: seen.append(news)
-    )
+    job = ExportJob(llama.model, out, "q8_0", llama.adapter)
+    export.export(job, tmp_path / "export", lambda *news: seen.append(news))
     assert seen[-1][:2] == (len(seen), len(seen))
-    job = GateJob(llama.model, out, rows, tmp_path / "gate.json", 0.5, llama.adapter)
-    pass_gate(job, tmp_path / "gate")
-    assert json.loads(job.out.read_text())["failed"] == []
-    job.out.unlink()
+    passing = GateJob(llama.model, out, rows, tmp_path / "gate.json", 0.5, llama.adapter)
+    pass_gate(passing, tmp_path / "gate")
+    assert json.loads(passing.out.read_text())["failed"] == []
+    passing.out.unlink()
+    other = make_adapter(llama.model, tmp_path / "other", seed=9)
+    write_record(tmp_path / "gate/job.json", replace(passing, adapter=other))
     with pytest.raises(TapirError, match=r"logits \(divergence"):
-        pass_gate(replace(job, adapter=make_adapter(llama.model, tmp_path / "other", seed=9)), tmp_path / "gate")
-    assert not job.out.exists()
+        run_folder(tmp_path / "gate", lambda *news: None)
+    assert not passing.out.exists()
     assert "logits" in json.loads((tmp_path / "gate/report.json").read_text())["failed"]

@@ -169,7 +169,7 @@ def test_the_students_tokenizer_and_template() -> None:
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
-    assert rendered == "<|user|>Hi<|end|><|assistant|>"
+    assert rendered == "<|user|>Hi<|assistant|>"
     assert tokenizer.eos_token == "<|end|>"
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tapir_local.pocket_check import is_right, score
 from tapir_local.pocket_code import outcomes
@@ -137,6 +139,7 @@ def test_outside_the_pocket_world_nothing_is_known() -> None:
         "Is 3 even or odd",
         "Translate into Latin: the red dog",
         "Sort these numbers from smallest to largest: a, b.",
+        "Anna is taller than Bob. Bob is taller than Cleo. Cleo is taller than Bob. Who is the tallest?",
     ):
         assert parse(text) is None
         assert solve(text) is None
@@ -171,6 +174,25 @@ def test_code_that_could_do_harm_is_not_run(code: str) -> None:
 
 def test_code_is_judged_by_what_it_does() -> None:
     assert outcomes("def f(x):\n    if x > 2:\n        return max(x, 9)\n    return 0", "f", ("1", "3")) == (0, 9)
+
+
+STRANGE = ("[" * 9000, "def f(x):\n" * 99, "\0", "١٢", "9" * 999)
+ODD = st.one_of(st.text(), st.text(alphabet="0123456789,.=-+ \n"), st.sampled_from(STRANGE))
+
+
+@given(st.sampled_from(NAMES), ODD)
+def test_no_answer_whatever_breaks_the_judge(name: str, answer: str) -> None:
+    problem = some(name, 1)[0]
+    assert check(problem.instruction, answer) in (True, False)
+    assert 1 <= grade(problem.instruction, answer) <= 10
+
+
+@given(st.sampled_from(NAMES), ODD, st.integers(0, 60))
+def test_no_instruction_whatever_breaks_the_reader(name: str, odd: str, at: int) -> None:
+    text = some(name, 1)[0].instruction
+    for changed in (odd, text[:at] + odd + text[at:]):
+        problem = parse(changed)
+        assert problem is None or problem.instruction == changed.strip()
 
 
 # --- the seeds

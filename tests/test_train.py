@@ -250,13 +250,15 @@ def test_rows_that_cannot_be_learned_from_are_refused(base, rows, tmp_path):
         run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 8, 7))
 
 
-def test_four_bits_without_a_gpu_are_refused(job):
+def test_what_needs_a_gpu_is_refused_without_one(job):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(TapirError, match="needs a GPU"):
+    with pytest.raises(TapirError, match="load_in_4bit needs a GPU"):
         run_job(replace(job, settings=SETTINGS.model_copy(update={"load_in_4bit": True})))
+    with pytest.raises(TapirError, match="Unsloth needs a GPU"):
+        run_job(replace(job, backend="unsloth"))
 
 
 def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):

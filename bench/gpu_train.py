@@ -1,0 +1,128 @@
+"""Unsloth against plain TRL and PEFT on one GPU: the same random model, rows, rank and length.
+
+    python bench/gpu_train.py --hidden 2048 --layers 16 --rows 512 --length 1024
+
+Prints a line of JSON for each: tokens/s after the first fifth of the steps (Unsloth compiles in those), peak memory,
+and the losses, which ought to be near each other since weights, rows, their order and every setting are the same.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from tapir_local.recipe import Train
+from tapir_local.records import Example, Message
+from tapir_local.rundir import write_rows
+from tapir_local.train import TrainJob, train
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SYLLABLES = [first + last for first in "bdfgklmnprstvz" for last in "aeiou"]
+
+
+def words(number: int, chance: random.Random) -> str:
+    """Made-up words."""
+    return " ".join("".join(chance.choices(SYLLABLES, k=chance.randint(1, 3))) for _ in range(number))
+
+
+def make_student(folder: Path, hidden: int, layers: int) -> None:
+    """A Llama with random weights in bf16, a vocabulary of 32,000 of which the tokenizer knows 4,000."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_end|>", "<|im_start|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet)
+    chance = random.Random("tokenizer")
+    tokenizer.train_from_iterator((words(100, chance) for _ in range(2000)), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[2])
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=-(-hidden * 11 // 4 // 256) * 256,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def make_rows(path: Path, rows: int, length: int) -> None:
+    """Prompts of a fifth of the length, answers that repeat a made-up saying, so that there is something to learn."""
+    chance = random.Random("rows")
+    saying = words(20, chance)
+    answer = " ".join([saying] * (length // 40))
+    prompts = (words(length // 10, chance) for _ in range(rows))
+    write_rows(path, (Example(str(n), (Message("user", prompt),), answer) for n, prompt in enumerate(prompts)))
+
+
+def measure(job: TrainJob, folder: Path) -> dict[str, object]:
+    """Train in a process of its own and read its log."""
+    train(
+        job, folder, lambda done, total, note: print(f"\r{job.backend} {done}/{total} {note}", end="", file=sys.stderr)
+    )
+    *steps, end = map(json.loads, (job.out / "train_log.jsonl").read_text().splitlines())
+    warm = steps[len(steps) // 5]
+    speed = (steps[-1]["tokens"] - warm["tokens"]) / (steps[-1]["seconds"] - warm["seconds"])
+    losses = [round(step["loss"], 4) for step in steps]
+    resolved = json.loads((job.out / "resolved.json").read_text())
+    return {
+        "backend": resolved["backend"],
+        "tokens_per_second": round(speed),
+        "peak_gib": round(end["peak_memory"] / 2**30, 2),
+        "seconds": round(end["seconds"], 1),
+        "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
+        "versions": resolved["versions"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (
+        ("hidden", 2048),
+        ("layers", 16),
+        ("rows", 512),
+        ("length", 1024),
+        ("rank", 16),
+        ("micro", 4),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--load-in-4bit", action="store_true")
+    asked = parser.parse_args()
+    settings = Train(epochs=1, lora_rank=asked.rank, micro_batch_size=asked.micro, load_in_4bit=asked.load_in_4bit)
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch)
+        make_student(here / "student", asked.hidden, asked.layers)
+        make_rows(here / "train.jsonl", asked.rows, asked.length)
+        for backend in ("trl", "unsloth"):
+            folder = here / backend
+            job = TrainJob(
+                str(here / "student"),
+                here / "train.jsonl",
+                folder / "adapter",
+                settings,
+                asked.length,
+                1,
+                backend=backend,
+            )
+            print(json.dumps(measure(job, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
