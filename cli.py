@@ -102,8 +102,9 @@ def carry_out(recipe: "Recipe", run: "RunDir") -> int:
     from tapir_local.distill import sequence
     from tapir_local.tools import real_tools
 
-    console = Console(stderr=True)
-    with real_tools(recipe, run, console.print) as tools, watched(console, len(sequence(run, recipe.rounds))) as watch:
+    console, steps = Console(stderr=True), sequence(run, recipe.rounds)
+    done = sum(step.done for step in steps)
+    with real_tools(recipe, run, console.print) as tools, watched(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch)
 
 

@@ -26,8 +26,8 @@ class Rate(ProgressColumn):
 
 
 @contextmanager
-def watched(console: Console, total: int) -> Iterator[Watch]:
-    """A Watch that shows a bar for the step at work and keeps one line for each that has ended."""
+def watched(console: Console, done: int, total: int) -> Iterator[Watch]:
+    """A Watch that shows a bar for the step at work and keeps one line for each that has ended, `done` before now."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,14 +37,14 @@ def watched(console: Console, total: int) -> Iterator[Watch]:
         TextColumn("{task.fields[said]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield Shown(console, bars, total).watch()
+        yield Shown(console, bars, done, total).watch()
 
 
 class Shown:
     """What is on the screen: how many steps have ended, the bar of the present one, when a line was last logged."""
 
-    def __init__(self, console: Console, bars: Progress, total: int) -> None:
-        self.console, self.bars, self.total, self.count = console, bars, total, 0
+    def __init__(self, console: Console, bars: Progress, done: int, total: int) -> None:
+        self.console, self.bars, self.total, self.count = console, bars, total, done
         self.bar = bars.add_task("", visible=False, said="")
         self.step, self.logged = "", 0.0
 
@@ -62,7 +62,9 @@ class Shown:
         self.bars.update(self.bar, completed=done, total=total or None, said=escape(said))
         if not self.console.is_terminal and time.monotonic() - self.logged > LOG_EVERY:
             self.logged = time.monotonic()
-            self.console.print(f"  {self.step}: {done:,} of {total:,} {said}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"  {self.step}: {done:,} of {total:,} {said}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
         """The closing line: what came out, calls, seconds."""

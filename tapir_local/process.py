@@ -15,9 +15,9 @@ from tapir_local.errors import TapirError
 
 Progress = Callable[[int, int, str], None]
 OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
-# Idle threads of torch's OpenMP sleep instead of spinning: on two cores shared with another job a training took 1,000
-# to 1,300 tokens/s so, and 200 to 400 otherwise.
-PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Threads that wait for each other sleep after a moment instead of spinning on: on two cores shared with other jobs a
+# training did 200 to 400 tokens/s with torch's default and over 1,000 so.
+PATIENT = {"GOMP_SPINCOUNT": "1000"}
 GRACE = 5.0  # seconds between asking a child to stop and killing it
 
 

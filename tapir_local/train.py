@@ -336,6 +336,9 @@ def write_adapter(out: Path, model: Any, resolved: Mapping[str, Any], log: Seque
     """The adapter's folder: weights and config, resolved.json, train_log.jsonl."""
     with whole(out) as partial:
         model.save_pretrained(partial)
+        config = orjson.loads((partial / "adapter_config.json").read_bytes())
+        config["target_modules"].sort()  # PEFT writes a set, in another order each time
+        write_json(partial / "adapter_config.json", config)
         (partial / "README.md").unlink(missing_ok=True)  # an empty form, and the run has its own card
         write_json(partial / "resolved.json", resolved)
         (partial / "train_log.jsonl").write_bytes(

@@ -138,15 +138,16 @@ def test_help_says_what_the_teacher_is() -> None:
 
 def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path: Path) -> None:
     """Built without a network from the checkout, then read as an installed package from another folder."""
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(pip, check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     place = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(place)
     code = "import sys; sys.argv = ['tapir-local', 'recipes', '--json']; import cli; cli.main()"
     env = {**os.environ, "PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True)
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=True)
     assert {"quickstart", "recorded"} <= {row["name"] for row in json.loads(out.stdout)}
     assert (place / "tapir_local" / "assets" / "pocket_student" / "model.safetensors").is_file()
     assert (place / "tapir_local" / "assets" / "pocket_seeds.json").is_file()

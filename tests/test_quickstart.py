@@ -1,4 +1,4 @@
-"""The whole loop with the real tools and the pocket world, on a small setting: it runs, repeats, and survives kill -9."""
+"""The whole loop with the real tools and the pocket world, on a small setting: it repeats, and survives kill -9."""
 
 import json
 import os
@@ -38,8 +38,8 @@ def status(run: RunDir) -> dict[str, object]:
 
 def results(run: RunDir) -> dict[str, bytes]:
     """The bytes of every output of a stage, adapters and GGUFs among them."""
-    steps = sequence(run, 1)
-    files = [file for step in steps for file in ([step.output] if step.output.is_file() else sorted(step.output.rglob("*")))]
+    outputs = [step.output for step in sequence(run, 1)]
+    files = [file for out in outputs for file in ([out] if out.is_file() else sorted(out.rglob("*")))]
     kept = [file for file in files if file.name not in ("train_log.jsonl", "resolved.json")]  # they tell of times
     return {str(file.relative_to(run.path)): file.read_bytes() for file in kept if file.is_file()}
 

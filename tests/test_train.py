@@ -1,7 +1,10 @@
 """Fine-tuning a tiny random Llama: what is learned from, what is learned, what is stored, and what is refused."""
 
 import json
+import os
 import random
+import signal
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -138,9 +141,8 @@ def test_the_folder_holds_the_adapter_and_what_it_was_made_with(trained):
 
 def test_the_same_rows_and_seed_give_the_same_bytes(trained, job, tmp_path):
     run_job(job)
-    name = "adapter_model.safetensors"
-    assert (job.out / name).read_bytes() == (trained / name).read_bytes()
-    assert (job.out / "resolved.json").read_bytes() == (trained / "resolved.json").read_bytes()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "resolved.json"):
+        assert (job.out / name).read_bytes() == (trained / name).read_bytes()
 
 
 def test_another_seed_gives_another_adapter(trained, base, rows, tmp_path):
@@ -266,6 +268,18 @@ def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):
     with pytest.raises(TapirError, match="no rows to train on") as caught:
         train(TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7), tmp_path / "job")
     assert caught.value.where == str(tmp_path / "none.jsonl")
+
+
+def test_a_kill_in_mid_training_leaves_no_adapter_and_is_said_to_be_memory(job, tmp_path):
+    def kill(done: int, total: int, note: str) -> None:
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # a process that has ended meanwhile
+                if str(tmp_path / "job").encode() in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    with pytest.raises(TapirError, match="signal 9"):
+        train(replace(job, settings=SETTINGS.model_copy(update={"epochs": 50})), tmp_path / "job", kill)
+    assert not job.out.exists()
 
 
 def test_a_damaged_job_is_named(tmp_path):
