@@ -323,9 +323,9 @@ def test_rejected_drafts_are_kept_with_their_reason(recipe: Recipe, tmp_path: Pa
 def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Path) -> None:
     rows = [{"instruction": f"do {n} {n * n} things", "output": f"{n} and {n * n}"} for n in range(40)]
     (tmp_path / "own.json").write_text(json.dumps(rows))
-    text = f"name: own\nrounds: 1\nteacher: recorded\njudge: reference\nseeds: {{path: {tmp_path / 'own.json'}, holdout: 5}}"
+    text = "name: own\nrounds: 1\nteacher: recorded\njudge: reference\nseeds: {holdout: 5, path: PATH}"
     run, world = RunDir(tmp_path, "own"), World()
-    distill(parse_recipe(text, "own.yaml"), run, tools(world), QUIET)
+    distill(parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, tools(world), QUIET)
     assert world.asked == []
     assert "ROUGE" in status_of(run)["rounds"][1]["metrics"]["judge"]
     assert {row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")} <= {
