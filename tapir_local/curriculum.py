@@ -71,7 +71,7 @@ def tapir(
     alpha = challenge(settings, number)
     hard = hardest_first([row for row in rows if is_hard(judged[row.id], settings)], judged, rng)
     easy = [row.id for row in rows if is_easy(judged[row.id], settings)]
-    wanted = min(round(alpha * settings.rows), settings.rows) if hard else 0
+    wanted = hard_rows_wanted(alpha, settings.rows, bool(hard), bool(easy))
     by_task = group(hard)
     asked = shares({task: len(ids) for task, ids in by_task.items()}, targets, wanted)
     chosen, expand = (
@@ -97,6 +97,13 @@ def tapir(
         short={task: asked[task] - got[task] for task in by_task if got[task] < asked[task]},
         notes=remarks(rows, hard, easy, replay, settings.rows - wanted),
     )
+
+
+def hard_rows_wanted(alpha: float, rows: int, some_hard: bool, some_easy: bool) -> int:
+    """alpha of a round's rows; all of them where nothing is easy, none where nothing is hard."""
+    if not some_hard:
+        return 0
+    return min(rows, round(alpha * rows)) if some_easy else rows
 
 
 def hardest_first(rows: Sequence[Example], judged: Mapping[str, Judgement], rng: random.Random) -> list[Example]:
@@ -140,8 +147,8 @@ def remarks(
     mastered = sorted({row.task for row in rows} - {row.task for row in hard})
     said = {
         "no row is hard: the round only replays easy rows": rows and not hard,
-        "no row is easy: nothing is replayed": rows and not easy,
-        f"{wanted - len(replay)} easy rows fewer than asked": easy and len(replay) < wanted,
+        "no row is easy: the whole round is hard": rows and not easy,
+        f"{wanted - len(replay):,} easy rows fewer than asked": easy and len(replay) < wanted,
         f"no hard row in {', '.join(mastered)}: the other tasks have their shares": hard and mastered,
     }
     return tuple(text for text, true in said.items() if true)

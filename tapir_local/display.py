@@ -100,7 +100,7 @@ def rounds_table(status: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("round", "win rate", "95 %", "accuracy", "95 %", "judged", "unjudged", "seconds"):
+    for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
         table.add_column(name, justify="right")
     for row in status["rounds"]:
         found = row["metrics"] or {}
@@ -111,6 +111,7 @@ def rounds_table(status: Mapping[str, Any]) -> Table:
             interval(found.get("win_rate_interval")),
             percent(found.get("accuracy")),
             interval(found.get("accuracy_interval")),
+            scores_phrase([found.get("student_score"), found.get("teacher_score")]),
             str(found.get("judged", "-")),
             str(found.get("unjudged", "-")),
             f"{seconds:,.0f}",
@@ -121,22 +122,23 @@ def rounds_table(status: Mapping[str, Any]) -> Table:
 def caption(status: Mapping[str, Any]) -> str:
     """What the numbers mean and what was paid."""
     calls, judge = status["calls"], next((row["metrics"]["judge"] for row in status["rounds"] if row["metrics"]), "")
-    scored = f"Win rate against the teacher's answers (a tie is half a win), judged by {judge}. " if judge else ""
+    scored = (
+        f"Win rate against the teacher's answers (a tie is half a win) and mean score of student : teacher, 1 to 10, "
+        f"judged by {judge}. "
+        if judge
+        else ""
+    )
     return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
 
 
 def stages_table(status: Mapping[str, Any]) -> Table:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
     table = Table(title=f"run {status['run']}: stages", title_justify="left")
-    for name, justify in (
-        ("stage", "left"),
-        ("done", "left"),
-        ("seconds", "right"),
-        ("paid", "right"),
-        ("hits", "right"),
-        ("", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("stage", "done"):
+        table.add_column(name)
+    for name in ("seconds", "paid", "hits"):
+        table.add_column(name, justify="right")
+    table.add_column("")
     for row in [{"number": None, "stages": status["prepare"]}, *status["rounds"]]:
         place = "prepare" if row["number"] is None else f"round {row['number']}"
         for stage in row["stages"]:
@@ -215,7 +217,7 @@ def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
 
 
 def scores_phrase(scores: Sequence[float | None] | None) -> str:
-    """`10.0 : 3.5`, the teacher's and the student's."""
-    if scores is None or None in scores:
-        return "unjudged"
-    return f"{scores[0]} : {scores[1]}"
+    """`3.5 : 10.0`, the student's and the teacher's."""
+    if scores is None or scores[0] is None or scores[1] is None:
+        return "-"
+    return f"{scores[0]:.1f} : {scores[1]:.1f}"

@@ -88,7 +88,7 @@ def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:
             "instruction": instruction_of(row.prompt),
             "teacher": row.completion,
             "student": texts[row.id].text,
-            "scores": [scores[row.id].teacher, scores[row.id].student] if row.id in scores else None,
+            "scores": [scores[row.id].student, scores[row.id].teacher] if row.id in scores else None,
         }
         for row in chosen
     ]

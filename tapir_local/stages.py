@@ -134,10 +134,11 @@ def plan(work: Work, out: Path) -> str:
         rows, judgements, targets, work.recipe.curriculum, work.number, work.recipe.can_expand, work.chance("plan")
     )
     write_record(out, planned)
-    work_to_do = (
-        f"{len(planned.hard):,} to refine, {sum(planned.expand.values()):,} to write, {len(planned.replay):,} replayed"
+    counts = f"{len(planned.hard):,} of them chosen, {sum(planned.expand.values()):,} to write"
+    chosen = (
+        f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
     )
-    return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {work_to_do}"
+    return "; ".join([chosen, *planned.notes])
 
 
 def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:

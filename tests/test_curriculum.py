@@ -110,8 +110,10 @@ def test_no_hard_row_only_replays_and_says_so() -> None:
     assert "no row is hard" in plan.notes[0]
 
 
-def test_only_hard_rows_say_that_nothing_is_replayed() -> None:
-    assert "no row is easy" in planned({"Math": 90}, {}, rows=50).notes[0]
+def test_only_hard_rows_fill_the_round_and_say_so() -> None:
+    plan = planned({"Math": 90}, {}, rows=50)
+    assert "no row is easy" in plan.notes[0]
+    assert (len(plan.hard) + sum(plan.expand.values()), plan.alpha, plan.alpha_got) == (50, 0.5, 1.0)
 
 
 def test_a_plan_is_the_same_each_time() -> None:
