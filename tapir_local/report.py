@@ -9,6 +9,7 @@ from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.records import Completion, Example, Judgement, instruction_of
 from tapir_local.rundir import RunDir, read_rows
+from tapir_local.storefile import usage
 
 SAMPLES = 6
 
@@ -30,8 +31,14 @@ def status_of(run: RunDir) -> dict[str, Any]:
         "state": "done" if all(step.done for step in steps) else record.get("status", "unknown"),
         "prepare": [stage_status(step, taken) for step in steps if step.number is None],
         "rounds": rounds,
-        "calls": {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")},
+        "calls": calls_of(run, taken),
     }
+
+
+def calls_of(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Calls paid by this run and hits, as the store has them; without a store, as the stages told."""
+    told = {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")}
+    return usage(run.cache / "teacher.db", run.name) or told
 
 
 def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

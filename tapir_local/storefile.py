@@ -270,3 +270,17 @@ def copy_rows(new: sqlite3.Connection, table: str, rows: Iterator[sqlite3.Row]) 
         except sqlite3.IntegrityError:
             continue
     return count
+
+
+def usage(path: Path, run: str) -> dict[str, int] | None:
+    """How many of the calls that a run used were paid for by it, and how many were there; None without a sound store."""
+    if not path.exists():
+        return None
+    conn = connect(path, write=False)
+    try:
+        used, paid = conn.execute("select count(*), coalesce(sum(paid), 0) from uses where run = ?", (run,)).fetchone()
+    except sqlite3.DatabaseError:  # damaged, or no store: the next run mends or makes it
+        return None
+    finally:
+        conn.close()
+    return {"paid": paid, "hits": used - paid}

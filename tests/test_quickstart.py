@@ -139,3 +139,4 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_files(run: RunDir, tmp_pat
     assert len(killed) >= 15
     broken = distilled(tmp_path)
     assert results(broken) == results(run)
+    assert status(broken)["calls"]["paid"] == status(run)["calls"]["paid"]  # type: ignore[index]
