@@ -273,7 +273,7 @@ def copy_rows(new: sqlite3.Connection, table: str, rows: Iterator[sqlite3.Row]) 
 
 
 def usage(path: Path, run: str) -> dict[str, int] | None:
-    """How many of the calls that a run used were paid for by it, and how many were there; None without a sound store."""
+    """How many of the calls that a run used it paid for, and how many were there; None without a sound store."""
     if not path.exists():
         return None
     conn = connect(path, write=False)
