@@ -21,6 +21,8 @@ from tapir_local.work import Progress, Stage, Tools, Work
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
 
+WORDS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -150,7 +152,7 @@ def counted(work: Work, step: Step, began: float) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        why = str(error) if isinstance(error, TapirError) else type(error).__name__
+        why = str(error) if isinstance(error, TapirError) else WORDS.get(type(error), type(error).__name__)
         note(work.run, status=f"stopped in {step.name} after {time.monotonic() - began:.0f} s: {why}")
         raise
 
@@ -175,7 +177,10 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
             )
         if stage not in names:
             raise TapirError(
-                f"there is no stage {stage!r} there", where=str(run.path), fix=f"The stages are: {', '.join(names)}."
+                f"there is no stage {stage!r} {'in the preparation' if number is None else f'in round {number}'}",
+                where=str(run.path),
+                fix=f"Its stages are: {', '.join(names)}."
+                + (" For a stage of a round add --round N." if number is None else ""),
             )
         first = next(at for at, step in enumerate(steps) if step.number == number and step.stage.name == stage)
         gone = [step for step in reversed(steps[first:]) if step.done]

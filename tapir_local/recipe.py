@@ -246,6 +246,8 @@ def fault(item: Any) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), siblings(path), 1)
         return f"{path}: unknown setting" + (f" (did you mean {near[0]}?)" if near else "")
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_pattern_mismatch":
+        message = "may have letters, digits, dots, dashes and underscores, the first a letter or a digit"
     given = f", not {item['input']!r}" if isinstance(item.get("input"), str | int | float) else ""
     return f"{path}: {message}{given}" if path else message
 
