@@ -148,7 +148,7 @@ def unsloth() -> Check:
         "unsloth",
         True if found else None,
         found or "not installed: training uses TRL and PEFT",
-        'With a GPU: pip install "tapir-local[gpu]".',
+        "With a GPU: pip install -e '.[gpu]' in the checkout.",
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
 
 Progress = Callable[[int, int, str], None]
@@ -30,11 +31,11 @@ def run_module(module: str, folder: Path, log: Path, progress: Progress | None =
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)],
+            [sys.executable, "-P", "-m", module, str(folder)],  # -P: a datasets.py in the user's folder is not ours
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**PATIENT, **os.environ, OWNED: "1"},
+            env=environment(),
             start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the whole group
         )
         try:
@@ -44,6 +45,13 @@ def run_module(module: str, folder: Path, log: Path, progress: Progress | None =
             stop(child)
     if failure or code:
         raise failure or death(module, code, log)
+
+
+def environment() -> dict[str, str]:
+    """The child's: patient threads, the life line, and our own modules where they are not installed."""
+    ours = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
+    path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**PATIENT, **os.environ, OWNED: "1", **({"PYTHONPATH": path} if path else {})}
 
 
 def follow(lines: Iterable[bytes], progress: Progress | None) -> TapirError | None:

@@ -118,3 +118,12 @@ def work(folder, progress):
     parent.wait()
     for file in (tmp_path / "pid", grandchild):
         assert wait_for(lambda file=file: not alive(int(file.read_text())))
+
+
+def test_files_in_the_users_folder_do_not_take_the_place_of_packages(child, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "json.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path / "here")
+    seen = []
+    child("progress(1, 1, 'well')", lambda *step: seen.append(step))
+    assert seen == [(1, 1, "well")]
