@@ -1,0 +1,128 @@
+"""What was asked and answered: the store's calls, to be counted, listed, read and verified."""
+
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tapir_local import keys
+from tapir_local.errors import TapirError
+from tapir_local.storefile import connect, unpack
+
+STORED = (
+    "select c.key, c.request, c.answer, s.request, s.answer, c.model, c.tokens_in, c.tokens_out, c.seconds, c.created"
+    " from calls c join samples s on s.id = c.sample"
+)
+
+
+@dataclass(frozen=True)
+class StoredCall:
+    """A call in the store: `request` is the text its key is the hash of (version, endpoint, body, draw)."""
+
+    key: bytes
+    request: bytes
+    answer: bytes
+    model: str
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+    created: float
+
+    def told(self) -> dict[str, Any]:
+        """For people and programs: the parts of the request, the raw answer, and when."""
+        asked = keys.fields(self.request)
+        when = datetime.fromtimestamp(self.created, UTC).isoformat(timespec="seconds")
+        numbers = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "seconds": round(self.seconds, 3)}
+        return {"key": self.key.hex(), "created": when, **asked, "answer": orjson.loads(self.answer), **numbers}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """The store for reading; TapirError where there is none, or it cannot be read."""
+    if not path.exists():
+        raise TapirError(
+            "there is no store yet", where=str(path), fix="The first call makes it; --cache names another."
+        )
+    try:
+        conn = connect(path, write=False)
+        try:
+            yield conn
+        finally:
+            conn.close()
+    except sqlite3.DatabaseError as error:
+        fix = "The next run puts a damaged store aside and saves what it can."
+        raise TapirError(f"the store cannot be read: {error}", where=str(path), fix=fix) from error
+
+
+def read_row(row: tuple[Any, ...]) -> StoredCall:
+    """A row of STORED, unpacked; zlib.error where it is damaged."""
+    key, request, answer, request_sample, answer_sample, *rest = row
+    return StoredCall(key, unpack(request, request_sample), unpack(answer, answer_sample), *rest)
+
+
+def stats(path: Path, run: str | None = None) -> list[dict[str, Any]]:
+    """Calls used, paid for, and their tokens, by run, round and stage; tokens are those of paid calls."""
+    sql = (
+        "select u.run, u.round, u.stage, count(*) as used, sum(u.paid) as paid,"
+        " sum(u.paid * c.tokens_in) as tokens_in, sum(u.paid * c.tokens_out) as tokens_out"
+        " from uses u join calls c on c.key = u.key where ? is null or u.run = ?"
+        " group by u.run, u.round, u.stage order by u.run, u.round, min(c.id)"
+    )
+    with opened(path) as conn:
+        found = conn.execute(sql, (run, run))
+        names = [column[0] for column in found.description]
+        return [dict(zip(names, row, strict=True)) for row in found]
+
+
+def listed(path: Path, run: str | None, stage: str | None, limit: int) -> list[dict[str, Any]]:
+    """The newest uses: key, run, round, stage, row, and the beginning of the answer's text."""
+    sql = (
+        "select u.run, u.round, u.stage, u.row, u.paid, k.* from uses u join (" + STORED + ") k on k.key = u.key"
+        " where (? is null or u.run = ?) and (? is null or u.stage = ?) order by k.created desc limit ?"
+    )
+    rows = []
+    with opened(path) as conn:
+        for name, number, step, row, paid, *stored in conn.execute(sql, (run, run, stage, stage, limit)):
+            call = read_row(tuple(stored))
+            use = {"key": call.key.hex(), "run": name, "round": number, "stage": step, "row": row, "paid": bool(paid)}
+            rows.append({**use, "answer": text_of(call.answer)})
+    return rows
+
+
+def text_of(answer: bytes) -> str:
+    """The text of a raw reply; "" where it has none."""
+    try:
+        return str(orjson.loads(answer)["choices"][0]["message"]["content"] or "")
+    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
+        return ""
+
+
+def shown(path: Path, prefix: str) -> dict[str, Any]:
+    """The one call whose key begins with these hexadecimal digits; TapirError where there is none or several."""
+    with opened(path) as conn:
+        rows = conn.execute(STORED + " where hex(c.key) like ? limit 2", (f"{prefix.upper()}%",)).fetchall()
+    if len(rows) != 1:
+        many = "several calls'" if rows else "no call's"
+        raise TapirError(f"{prefix!r} begins {many} key", where=str(path), fix="`tapir-local calls list` shows keys.")
+    return read_row(rows[0]).told()
+
+
+def verify(path: Path) -> tuple[int, list[str]]:
+    """(calls read, keys of those that are damaged or whose key is not the hash of their request)."""
+    count, bad = 0, []
+    with opened(path) as conn:
+        for row in conn.execute(STORED):
+            count += 1
+            try:
+                sound = keys.key_of(read_row(row).request) == row[0]
+            except zlib.error:
+                sound = False
+            if not sound:
+                bad.append(row[0].hex())
+    return count, bad
