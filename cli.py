@@ -13,6 +13,7 @@ from tapir_local.errors import TapirError
 if TYPE_CHECKING:
     from tapir_local.recipe import Recipe
     from tapir_local.rundir import RunDir
+    from tapir_local.store import Mode
 
 EXIT_CODES = """\b
 Exit codes:
@@ -53,9 +54,16 @@ def cli() -> None:
 @click.option("--name", help="Name of the run, instead of the recipe's.")
 @click.option("--seeds", type=click.Path(path_type=Path), help="File of seeds, instead of the recipe's.")
 @click.option("--random-seed", type=click.IntRange(min=0), help="Where chance begins, instead of the recipe's.")
+@click.option("--replay", is_flag=True, help="Ask nobody: every answer must be in the store, or the run stops.")
 @cache_option
 def distill(
-    recipe: str, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None, cache: Path | None
+    recipe: str,
+    rounds: int | None,
+    name: str | None,
+    seeds: Path | None,
+    random_seed: int | None,
+    replay: bool,
+    cache: Path | None,
 ) -> None:
     """Run RECIPE, or go on with it where it was cut.
 
@@ -63,7 +71,7 @@ def distill(
     """
     chosen = load_recipe(recipe, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     run = run_dir(cache, chosen.name)
-    if count := carry_out(chosen, run):
+    if count := carry_out(chosen, run, replay):
         print_rounds(run)
         click.echo(
             f"\n{count} stages done. Talk to the student: tapir-local chat {run.name}{cache_words(cache)}", err=True
@@ -93,8 +101,8 @@ def load_recipe(
     return overridden(recipe, {key: value for key, value in changes.items() if value is not None})
 
 
-def carry_out(recipe: "Recipe", run: "RunDir") -> int:
-    """The loop with the real tools and a progress bar."""
+def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
+    """The loop with the real tools and a progress bar; with `replay`, from the store alone."""
     from rich.console import Console
 
     from tapir_local.display import watched
@@ -104,7 +112,8 @@ def carry_out(recipe: "Recipe", run: "RunDir") -> int:
 
     console, steps = Console(stderr=True), sequence(run, recipe.rounds)
     done = sum(step.done for step in steps)
-    with real_tools(recipe, run, console.print) as tools, watched(console, done, len(steps)) as watch:
+    mode: Mode = "replay" if replay else "on"
+    with real_tools(recipe, run, console.print, mode) as tools, watched(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch)
 
 

@@ -36,9 +36,10 @@ def status_of(run: RunDir) -> dict[str, Any]:
 
 
 def calls_of(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Calls paid by this run and hits, as the store has them; without a store, as the stages told."""
+    """Calls paid by this run and hits, as the store has them; as the stages told where it has none (a replay)."""
     told = {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")}
-    return usage(run.cache / "teacher.db", run.name) or told
+    found = usage(run.cache / "teacher.db", run.name)
+    return found if found and any(found.values()) else told
 
 
 def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

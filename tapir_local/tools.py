@@ -9,17 +9,17 @@ from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request
 from tapir_local.rundir import RunDir
-from tapir_local.store import Store
+from tapir_local.store import Mode, Store
 from tapir_local.work import Ask, Progress, Tools
 
 
 @contextmanager
-def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None]) -> Iterator[Tools]:
+def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Tools]:
     """Tools that ask through the cache's store, answer with llama.cpp, and train in processes of their own.
 
-    `say` is told what opening the store put right.
+    `say` is told what opening the store put right. In mode "replay" nobody is asked, and a miss is an error.
     """
-    with Store(run.cache / "teacher.db") as store:
+    with Store(run.cache / "teacher.db", mode) as store:
         for notice in store.notices:
             say(notice)
         yield Tools(

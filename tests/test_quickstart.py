@@ -80,6 +80,24 @@ def test_a_second_run_on_the_same_store_pays_nothing_and_gives_the_same_files(ru
     assert results(again) == results(run)
 
 
+def test_a_replay_asks_nobody_and_gives_the_same_files(run: RunDir) -> None:
+    words = ("distill", str(SMALL), "--cache", str(run.cache), "--name", "replayed", "--replay")
+    tapir(*words, "--rounds", "0")
+    replayed = RunDir(run.cache, "replayed")
+    found = results(replayed)
+    assert len(found) > 10
+    assert found.items() <= results(run).items()
+    assert status(replayed)["calls"]["paid"] == 0  # type: ignore[index]
+
+
+def test_a_replay_stops_at_what_was_never_asked(run: RunDir) -> None:
+    words = ["distill", str(SMALL), "--cache", str(run.cache), "--name", "other", "--replay", "--random-seed", "9"]
+    out = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert "stage label" in out.stderr
+    assert "is not in the store" in out.stderr
+
+
 def test_the_same_command_says_that_the_run_is_done(run: RunDir) -> None:
     out = tapir("distill", str(SMALL), "--cache", str(run.cache))
     assert out.stdout == ""
