@@ -446,13 +446,14 @@ def test_refresh_and_off_ask_again(server, store):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from tapir_local.recipe import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store import Store
 from tapir_local.teacher import ask
 words = [(Message("system", "Be brief."), Message("user", str(row))) for row in range(4000)]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 with Store(Path(sys.argv[1])) as store:
     ask(
         [Request(prompt, f"row-{row}", "answers") for row, prompt in enumerate(words)],
