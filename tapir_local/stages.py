@@ -29,18 +29,21 @@ def mix(work: Work, out: Path) -> str:
     return f"{len(chosen):,} rows"
 
 
-def pool(work: Work) -> list[Example]:
-    """The seeds and all that earlier rounds trained on, each with the teacher's newest answer."""
+def all_known(work: Work) -> list[Example]:
+    """The seeds and all that earlier rounds trained on, each with the teacher's newest answer, by id."""
     rows = {row.id: row for row in read_rows(Example, work.run.path / "seeds.jsonl")}
     for number in range(1, work.number):
         rows |= {row.id: row for row in read_rows(Example, work.run.round(number) / "train.jsonl")}
-    everything = sorted(rows.values(), key=lambda row: row.id)
+    return sorted(rows.values(), key=lambda row: row.id)
+
+
+def pool(work: Work) -> list[Example]:
+    """The rows that this round judges: all that are known, or as many of them as the recipe says, drawn at random."""
+    everything = all_known(work)
     size = work.recipe.curriculum.pool or len(everything)
-    return (
-        everything
-        if size >= len(everything)
-        else sorted(work.chance("pool").sample(everything, size), key=lambda row: row.id)
-    )
+    if size >= len(everything):
+        return everything
+    return sorted(work.chance("pool").sample(everything, size), key=lambda row: row.id)
 
 
 def answer(work: Work, out: Path) -> str:
@@ -176,14 +179,6 @@ def expand(work: Work, out: Path) -> str:
     return f"{kept:,} new instructions, {len(drafts) - kept:,} drafts rejected" + (
         f", {short:,} short" if short else ""
     )
-
-
-def all_known(work: Work) -> list[Example]:
-    """Every instruction that a new one may not resemble: all seeds and all earlier expansions, in the pool or not."""
-    rows = {row.id: row for row in read_rows(Example, work.run.path / "seeds.jsonl")}
-    for number in range(1, work.number):
-        rows |= {row.id: row for row in read_rows(Example, work.run.round(number) / "train.jsonl")}
-    return list(rows.values())
 
 
 def turns(ids: Sequence[str], attempt: int, count: int) -> list[str]:
