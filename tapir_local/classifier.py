@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from tapir_local.errors import TapirError
 from tapir_local.lora import check_folder, unloadable
-from tapir_local.process import Progress, child_main, run_module
+from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.recipe import Classifier
 from tapir_local.records import Example, instruction_of
-from tapir_local.rundir import read_record, read_rows, whole, write_json, write_record, write_rows
+from tapir_local.rundir import read_record, read_rows, whole, write_json, write_rows
 
 T = TypeVar("T")
 SPECIAL = {
@@ -72,9 +72,7 @@ def classify(job: ClassifyJob, folder: Path, progress: Progress | None = None) -
 
     `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "job.json", job)
-    run_module("tapir_local.classifier", folder, folder / "classifier.log", progress)
+    in_own_process("tapir_local.classifier", job, folder, progress)
 
 
 def run_folder(folder: Path, progress: Progress) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.gguf_vocab import read_json, read_vocab, write_vocab
 from tapir_local.llama import quantise
-from tapir_local.process import Progress, child_main, run_module
-from tapir_local.rundir import read_record, whole, write_record
+from tapir_local.process import Progress, child_main, in_own_process
+from tapir_local.rundir import read_record, whole
 from tapir_local.weights import Delta, Source, load, read_adapter, read_model
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
@@ -316,9 +316,7 @@ def export(job: ExportJob, folder: Path, progress: Progress | None = None) -> No
 
     `progress` gets (tensors written, tensors in all, name). TapirError as from `export_gguf`, or when the process died.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "job.json", job)
-    run_module("tapir_local.export", folder, folder / "export.log", progress)
+    in_own_process("tapir_local.export", job, folder, progress)
 
 
 def run_folder(folder: Path, progress: Progress) -> None:

@@ -15,7 +15,7 @@ from tapir_local.errors import TapirError
 from tapir_local.generate import answer, encode_prompt, logits
 from tapir_local.gguf_vocab import end_of_turn, read_json, special_texts
 from tapir_local.llama import Engine, Model, encode, is_end, metadata, open_context, open_model
-from tapir_local.process import Progress, child_main, run_module
+from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.records import Example, Message, Prompt
 from tapir_local.rundir import read_record, read_rows, write_record
 from tapir_local.template import render
@@ -336,9 +336,7 @@ def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> N
 
     `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "job.json", job)
-    run_module("tapir_local.gate", folder, folder / "gate.log", progress)
+    in_own_process("tapir_local.gate", job, folder, progress)
 
 
 def run_folder(folder: Path, progress: Progress) -> None:

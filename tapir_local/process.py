@@ -13,6 +13,7 @@ from typing import Any
 
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
+from tapir_local.rundir import write_record
 
 Progress = Callable[[int, int, str], None]
 OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
@@ -45,6 +46,13 @@ def run_module(module: str, folder: Path, log: Path, progress: Progress | None =
             stop(child)
     if failure or code:
         raise failure or death(module, code, log)
+
+
+def in_own_process(module: str, job: Any, folder: Path, progress: Progress | None = None) -> None:
+    """Run a module on a job, a record that it finds as job.json in `folder`; its log is left there too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "job.json", job)
+    run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress)
 
 
 def environment() -> dict[str, str]:

@@ -25,10 +25,10 @@ from tapir_local.lora import (
     load_tokenizer,
     look,
 )
-from tapir_local.process import Progress, child_main, run_module
+from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.recipe import Train
 from tapir_local.records import Example
-from tapir_local.rundir import read_record, read_rows, whole, write_json, write_record
+from tapir_local.rundir import read_record, read_rows, whole, write_json
 from tapir_local.template import training_text
 
 MASKED = -100  # a label that torch's cross-entropy leaves out
@@ -87,9 +87,7 @@ def train(job: TrainJob, folder: Path, progress: Progress | None = None) -> None
 
     `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "job.json", job)
-    run_module("tapir_local.train", folder, folder / "train.log", progress)
+    in_own_process("tapir_local.train", job, folder, progress)
 
 
 def run_folder(folder: Path, progress: Progress) -> None:
