@@ -1,13 +1,21 @@
 """The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tapir_local import __version__
+from tapir_local.calls_cli import calls
+from tapir_local.console import (
+    cache_option,
+    cache_words,
+    example,
+    json_option,
+    print_json,
+    print_table,
+)
 from tapir_local.errors import TapirError
 
 if TYPE_CHECKING:
@@ -21,19 +29,6 @@ Exit codes:
   1    an error that the message says how to put right
   2    a command or an option that does not exist
   130  stopped with Ctrl-C; the same command goes on"""
-
-
-def example(*commands: str) -> str:
-    """The last lines of a help text."""
-    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
-
-
-cache_option = click.option(
-    "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the store and the runs.  [default: cache]",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 @click.group(epilog=EXIT_CODES)
@@ -139,25 +134,6 @@ def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
             "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
         )
     return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
-
-
-def cache_words(cache: Path | None) -> str:
-    """What a follow-up command needs to find the same cache."""
-    return f" --cache {cache}" if cache else ""
-
-
-def print_json(value: Any) -> None:
-    """Data for programs."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def print_table(*tables: Any) -> None:
-    """Tables for people, as wide as the terminal or, in a pipe, as wide as they are."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in tables:
-        console.print(table)
 
 
 def print_rounds(run: "RunDir") -> None:
@@ -312,80 +288,6 @@ def print_settings(as_json: bool) -> None:
         print_table(plain_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
 
 
-@cli.group(epilog=example("tapir-local calls stats", "tapir-local calls list --run quickstart --stage judge"))
-def calls() -> None:
-    """What was asked of teachers and judges, and paid for."""
-
-
-@calls.command(epilog=example("tapir-local calls stats --run quickstart"))
-@click.option("--run", help="Only this run.")
-@cache_option
-@json_option
-def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
-    """Calls used and paid for, and tokens of the paid ones, by run, round and stage."""
-    from tapir_local.calls import stats as count
-
-    names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
-    print_rows("calls", names, count(store_path(cache), run), as_json)
-
-
-@calls.command(name="list", epilog=example("tapir-local calls list --stage refine --limit 5"))
-@click.option("--run", help="Only this run.")
-@click.option("--stage", help="Only this stage.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="So many, the newest first.")
-@cache_option
-@json_option
-def list_calls(run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool) -> None:
-    """The newest calls: key, where they were used, and what was answered."""
-    from tapir_local.calls import listed
-
-    rows = listed(store_path(cache), run, stage, limit)
-    if not as_json:
-        rows = [{**row, "key": row["key"][:12], "answer": row["answer"][:200]} for row in rows]
-    print_rows("calls", ["key", "run", "round", "stage", "row", "paid", "answer"], rows, as_json)
-
-
-@calls.command(name="show", epilog=example("tapir-local calls show 3f9a"))
-@click.argument("key")
-@cache_option
-def show_call(key: str, cache: Path | None) -> None:
-    """One call whole, as JSON: KEY is the beginning of its key."""
-    from tapir_local.calls import shown
-
-    print_json(shown(store_path(cache), key))
-
-
-@calls.command(epilog=example("tapir-local calls verify"))
-@cache_option
-def verify(cache: Path | None) -> None:
-    """Read every call and check its key against its request; exits with 1 where one is damaged."""
-    from tapir_local.calls import verify as check
-
-    count, bad = check(store_path(cache))
-    for key in bad:
-        click.echo(key)
-    click.echo(f"{count:,} calls read, {len(bad):,} damaged", err=True)
-    if bad:
-        sys.exit(1)
-
-
-def store_path(cache: Path | None) -> Path:
-    """The store of a cache."""
-    from tapir_local.assets import default_cache
-
-    return (cache or default_cache()) / "teacher.db"
-
-
-def print_rows(title: str, names: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as JSON, or as a table of these columns."""
-    from tapir_local.display import plain_table
-
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(plain_table(title, names, [[str(row[name]) for name in names] for row in rows]))
-
-
 @cli.command(epilog=example("tapir-local doctor"))
 @cache_option
 @json_option
@@ -406,6 +308,9 @@ def doctor(cache: Path | None, as_json: bool) -> None:
         print_table(plain_table("doctor", ["", "", "found", "what to do"], rows))
     if any(check.ok is False for check in checks):
         sys.exit(1)
+
+
+cli.add_command(calls)
 
 
 def main() -> None:

@@ -90,12 +90,13 @@ def redo_command(run_name: str, step: Step) -> str:
 def start(recipe: Recipe, run: RunDir) -> None:
     """Write the recipe into a new run's folder; refuse one that differs from what an old run started with.
 
-    The number of rounds may change: more rounds go on from where the run is. A run that has no output yet begins anew.
+    The number of rounds, the budget and how endpoints are reached may change in mid-run (see recipe.lasting). A run
+    that has no output yet begins anew.
     """
     path = run.path / "recipe.yaml"
     if path.exists() and sequence(run, 0)[0].done:
         kept = kept_recipe(run)
-        changed = differing(kept.model_copy(update={"rounds": recipe.rounds}), recipe)
+        changed = differing(kept, recipe)
         if changed:
             raise TapirError(
                 f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,8 +20,12 @@ class Settings(BaseModel):
 
 
 def named(word: Any) -> Any:
-    """`teacher: pocket` means `teacher: {kind: pocket}`."""
-    return {"kind": word} if isinstance(word, str) else word
+    """`teacher: pocket` means `teacher: {kind: pocket}`, and a GGUF that is named is the one that is asked."""
+    if isinstance(word, str):
+        return {"kind": word}
+    if isinstance(word, dict) and word.get("gguf") and "kind" not in word:
+        return {"kind": "gguf", **word}
+    return word
 
 
 class Seeds(Settings):
@@ -47,13 +51,22 @@ class Student(Settings):
     parallel: int = Field(32, ge=1, le=256, description="answers written at once by llama.cpp")
 
 
+class Price(Settings):
+    """What an endpoint costs."""
+
+    input: float = Field(ge=0, description="money for a million tokens of prompts")
+    output: float = Field(ge=0, description="money for a million tokens of replies")
+
+
 class Endpoint(Settings):
     """An OpenAI-compatible endpoint and how it is asked."""
 
+    gguf: str | None = Field(None, description="a GGUF file on this machine that answers, instead of an endpoint")
     base_url: str | None = Field(None, description="of any OpenAI-compatible server; the vendor's own if left out")
     model: str | None = Field(None, description="the model's name as the endpoint knows it")
     alias: str | None = Field(None, description="a name for the endpoint in the store's keys, instead of its base_url")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
+    api_key_file: str | None = Field(None, description="a file that holds the key, instead of the variable")
     temperature: float = Field(
         0.7, ge=0, le=2, description="of answers, expansions and refinements; labels are asked at 0"
     )
@@ -65,23 +78,28 @@ class Endpoint(Settings):
     concurrency: int = Field(16, ge=1, description="requests in flight at the most")
     timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and sent again")
     attempts: int = Field(6, ge=1, description="tries of one request, answers of 429 not counted")
+    batch: bool = Field(
+        False, description="ask by OpenAI's Batch API: half the price, and up to a day until the answers are there"
+    )
+    price: Price | None = Field(None, description="of the endpoint, for receipts, forecasts and a budget of money")
 
 
 class Teacher(Endpoint):
     """Who answers, labels, expands and refines."""
 
-    kind: Literal["openai", "pocket", "recorded"] = Field(
+    kind: Literal["openai", "pocket", "recorded", "gguf"] = Field(
         "openai",
-        description="`openai`: an endpoint; `pocket`: a programme, no LLM; `recorded`: the seed file's answers",
+        description="`openai`: an endpoint; `pocket`: a programme, no LLM; `recorded`: the seed file's answers; `gguf`",
     )
 
 
 class Judge(Endpoint):
     """Who scores answers."""
 
-    kind: Literal["teacher", "openai", "reference"] = Field(
+    kind: Literal["teacher", "openai", "reference", "gguf"] = Field(
         "teacher",
-        description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer",
+        description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer; "
+        "`gguf`",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")
@@ -169,6 +187,14 @@ class Export(Settings):
     )
 
 
+class Budget(Settings):
+    """What a run may spend; a limit that is reached stops it at a row, and a higher one lets it go on."""
+
+    money: float | None = Field(None, ge=0, description="in the money of the prices")
+    tokens: int | None = Field(None, ge=0, description="of prompts and replies together")
+    calls: int | None = Field(None, ge=0, description="requests that were answered")
+
+
 class Recipe(Settings):
     """One distillation. Defaults are meant for a student of LLaMA-2's class on one GPU."""
 
@@ -184,6 +210,7 @@ class Recipe(Settings):
     curriculum: Curriculum = Curriculum()
     train: Train = Train()
     export: Export = Export()
+    budget: Budget = Budget()
     checker: Literal["pocket"] | None = Field(
         None, description="a programme that tells right answers from wrong ones, for `accuracy`"
     )
@@ -207,6 +234,9 @@ class Recipe(Settings):
             raise ValueError(f"tasks: no task {unknown[0]!r}; known are {', '.join(TASKS)}")
         if self.teacher.kind == "openai" and not self.teacher.model:
             raise ValueError("teacher: model is missing (or write `teacher: pocket` or `teacher: recorded`)")
+        for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
+            if (endpoint.kind == "gguf") != bool(endpoint.gguf):
+                raise ValueError(f"{name}: `kind: gguf` goes with `gguf: PATH`")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
             raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
         if self.judge.kind == "openai" and not self.judge.model:
@@ -264,11 +294,17 @@ def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
     """(path, type, default, help) of every setting."""
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            yield from settings(kind, f"{prefix}{name}.")
+        section = next((part for part in (kind, *get_args(kind)) if is_section(part)), None)
+        if section:
+            yield from settings(section, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
             yield f"{prefix}{name}", type_name(kind), default, field.description or ""
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a setting's type is a section of settings."""
+    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def type_name(kind: Any) -> str:
@@ -291,9 +327,21 @@ def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return validated(value, "on the command line")
 
 
+# What decides when, from whom and at what cost answers come, but not which: free to change while a run is under way.
+FREE = frozenset({"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price"})
+
+
+def lasting(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a run keeps from its start to its end: all but `rounds`, `budget` and FREE ones."""
+    value = recipe.model_dump(mode="json", exclude={"rounds", "budget"})
+    for role in ("teacher", "judge"):
+        value[role] = {name: item for name, item in value[role].items() if name not in FREE}
+    return value
+
+
 def differing(old: Recipe, new: Recipe) -> list[str]:
-    """`train.epochs: 2.0 -> 3.0` for every setting in which two recipes differ."""
-    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    """`train.epochs: 2.0 -> 3.0` for every lasting setting in which two recipes differ."""
+    before, after = flat(lasting(old)), flat(lasting(new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before | after)

@@ -115,7 +115,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a teacher or judge. `draw` tells apart several answers wanted to the same body."""
+    """One question to a teacher or judge. `draw` tells apart several answers wanted to the same body.
+
+    `schema` is the JSON schema of the reply, for those who can be held to one: a GGUF on this machine.
+    """
 
     messages: Prompt
     row: str
@@ -124,17 +127,22 @@ class Request:
     draw: int = 0
     temperature: float = 0.0
     max_tokens: int = 1024
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `finish` is the API's finish reason; `hit` says that it came from the store, unpaid."""
+    """What came back. `finish` is the API's finish reason; `hit` says that it came from the store, unpaid.
+
+    `key` is the call's, 64 hexadecimal digits.
+    """
 
     text: str
     finish: str
     hit: bool
     tokens_in: int = 0
     tokens_out: int = 0
+    key: str = ""
 
     @property
     def complete(self) -> bool:

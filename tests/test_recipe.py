@@ -38,7 +38,7 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("trian: {}\nteacher: pocket", "did you mean train?"),
         ("teacher: pocket\nrounds: -1", "rounds: Input should be greater than or equal to 0, not -1"),
         ("teacher: pocket\ntrain: {learning_rate: fast}", "train.learning_rate"),
-        ("teacher: bob", "'pocket' or 'recorded', not 'bob'"),
+        ("teacher: bob", "'recorded' or 'gguf', not 'bob'"),
         ("name: ../x\nteacher: pocket", "name"),
         ("teacher: {kind: openai}", "model is missing"),
         ("teacher: recorded", "cannot judge"),

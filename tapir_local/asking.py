@@ -1,0 +1,108 @@
+"""One call of `ask`: what the store has, what is still to be asked, and what is kept of each reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tapir_local import keys
+from tapir_local.endpoint import body_of, identity_of
+from tapir_local.recipe import Endpoint
+from tapir_local.records import Answer, Request
+from tapir_local.replies import Reply, read_reply
+from tapir_local.store import Attempt, Call, Store, Use
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """A request to be sent once, for every place among the requests where it stands."""
+
+    request: Request
+    key: bytes
+    text: bytes
+    body: Mapping[str, Any]
+    places: list[int]
+    tries: int = 0
+
+
+def quiet(done: int, total: int, hits: int) -> None:
+    """No progress shown."""
+
+
+class Asking:
+    """The requests of one call of `ask`, the answers known so far, and the way of a reply into the store."""
+
+    def __init__(
+        self, requests: Sequence[Request], endpoint: Endpoint, store: Store, run: str, progress: Progress
+    ) -> None:
+        self.requests, self.endpoint, self.store, self.run = requests, endpoint, store, run
+        self.progress = progress
+        self.identity = identity_of(endpoint)
+        self.answers: list[Answer | None] = [None] * len(requests)
+        self.finished = self.hits = 0
+
+    def look_up(self) -> list[Job]:
+        """Serve the hits; the jobs for the rest, one for requests that are the same."""
+        jobs: dict[bytes, Job] = {}
+        uses: list[Use] = []
+        for place, request in enumerate(self.requests):
+            if place % 1000 == 999:
+                self.progress(self.finished, len(self.requests), self.hits)
+            body = body_of(request, self.endpoint)
+            text = keys.asked(self.identity, body, request.draw)
+            key = keys.key_of(text)
+            if key in jobs:
+                jobs[key].places.append(place)
+            elif raw := self.store.get(key):
+                self.serve(place, key, read_reply(raw), hit=True)
+                uses.append(self.use(place, key))
+            elif self.store.mode == "replay":
+                raise self.store.missing(text, request.stage, request.row)
+            else:
+                jobs[key] = Job(request, key, text, body, [place])
+        self.store.used(uses)
+        self.progress(self.finished, len(self.requests), self.hits)
+        return list(jobs.values())
+
+    def serve(self, place: int, key: bytes, reply: Reply, hit: bool) -> None:
+        """The answer to the request at `place`."""
+        self.answers[place] = Answer(reply.text, reply.finish, hit, reply.tokens_in, reply.tokens_out, key.hex())
+        self.finished += 1
+        self.hits += hit
+
+    def use(self, place: int, key: bytes, paid: bool = False) -> Use:
+        """The record that this run's row used a call."""
+        request = self.requests[place]
+        return Use(self.run, request.round, request.stage, request.row, key, int(paid))
+
+    def keep(self, job: Job, raw: bytes, reply: Reply, seconds: float) -> Future[None] | None:
+        """Into the store: among the calls if it may serve again, else among the attempts."""
+        tokens = (reply.tokens_in, reply.tokens_out)
+        if not reply.keeps:
+            why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
+            self.note(job, why, raw, seconds, tokens)
+            return None
+        uses = [self.use(place, job.key, place == job.places[0]) for place in job.places]
+        kind = f"{self.identity} {job.body['model']} {job.request.stage}"
+        call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds)
+        return self.store.put(call, uses)
+
+    def note(self, job: Job, why: str, raw: bytes, seconds: float, tokens: tuple[int, int] = (0, 0)) -> None:
+        """Keep an attempt that brought no answer to serve again."""
+        request = job.request
+        who = (job.key, self.run, request.round, request.stage, request.row)
+        self.store.note(Attempt(*who, why, raw, *tokens, seconds))
+
+    def finish(self, job: Job, reply: Reply, paid: bool) -> None:
+        """Serve every place of a job; only the first of them was paid for."""
+        for place in job.places:
+            self.serve(place, job.key, reply, hit=not paid or place != job.places[0])
+        if not paid:
+            self.store.used([self.use(place, job.key) for place in job.places])
+        self.progress(self.finished, len(self.requests), self.hits)

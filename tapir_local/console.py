@@ -1,0 +1,57 @@
+"""What the commands share: their common options, and printing data for programs and tables for people."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def example(*commands: str) -> str:
+    """The last lines of a help text."""
+    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the store and the runs.  [default: cache]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def store_path(cache: Path | None) -> Path:
+    """The store of a cache."""
+    from tapir_local.assets import default_cache
+
+    return (cache or default_cache()) / "teacher.db"
+
+
+def cache_words(cache: Path | None) -> str:
+    """What a follow-up command needs to find the same cache."""
+    return f" --cache {cache}" if cache else ""
+
+
+def print_json(value: Any) -> None:
+    """Data for programs."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(*tables: Any) -> None:
+    """Tables for people, as wide as the terminal or, in a pipe, as wide as they are."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables:
+        console.print(table)
+
+
+def print_rows(title: str, names: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as JSON, or as a table of these columns."""
+    from tapir_local.display import plain_table
+
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(plain_table(title, names, [[str(row[name]) for name in names] for row in rows]))

@@ -1,0 +1,190 @@
+"""Send requests over HTTP: many at once, each answered once, in spite of all that servers and networks do."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tapir_local.asking import Asking, Job
+from tapir_local.endpoint import NO_KEY, client_of
+from tapir_local.errors import TapirError
+from tapir_local.pace import Line, backoff, used_up, wait_asked
+from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import httpx
+    import openai
+
+GRACE = 10.0  # seconds that requests in flight get to come home after Ctrl-C
+ASKED_ELSEWHERE = 0.05  # seconds between looks at a request that another thread or process is asking
+NOTHING_LOST = "run the same command again: nothing paid for is lost."
+
+
+class Online:
+    """The jobs of an Asking on their way: a line of those waiting, workers that send, and what becomes of each."""
+
+    def __init__(self, asking: Asking, patience: float) -> None:
+        self.asking, self.endpoint, self.store = asking, asking.endpoint, asking.store
+        self.patience = patience
+        self.refused_since: float | None = None
+        self.reached = False
+
+    async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> None:
+        """Send the jobs, as many at once as the endpoint bears."""
+        most = min(self.endpoint.concurrency, len(jobs))
+        self.loop, self.line = asyncio.get_running_loop(), Line(jobs, most)
+        async with client_of(self.endpoint, transport) as self.client:
+            workers = [asyncio.create_task(self.work(number)) for number in range(most)]
+            try:
+                await asyncio.wait(workers)
+            except asyncio.CancelledError as interrupted:
+                self.line.stop(interrupted)
+                await asyncio.wait(workers, timeout=GRACE)
+                raise
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        if self.line.failed:
+            raise self.line.failed
+
+    async def work(self, number: int) -> None:
+        """One of the requests in flight after another."""
+        try:
+            while (job := await self.line.next(number)) is not None:
+                await self.claim_and_try(job)
+        except BaseException as error:
+            self.line.stop(error)
+            raise
+
+    async def claim_and_try(self, job: Job) -> None:
+        """Send a job unless somebody else is at it, or was meanwhile."""
+        if not self.store.claim(job.key):
+            self.line.later(job, ASKED_ELSEWHERE)
+            return
+        kept: Future[None] | None = None
+        try:
+            raw = self.store.get(job.key)
+            if raw:
+                self.finish(job, read_reply(raw), paid=False)
+            else:
+                kept = await self.attempt(job)
+        finally:
+            if kept:
+                kept.add_done_callback(lambda _: self.store.release(job.key))
+            else:
+                self.store.release(job.key)
+
+    async def attempt(self, job: Job) -> Future[None] | None:
+        """Send a job once and see to what comes; what the store owes when it came to an answer."""
+        import httpx
+        import openai
+
+        sent = self.loop.time()
+        try:
+            async with asyncio.timeout(self.endpoint.timeout):
+                response = await self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body)
+        except openai.APIStatusError as error:
+            trouble = trouble_of(error, self.endpoint.api_key_env, str(self.endpoint.model))
+        except (TimeoutError, openai.APITimeoutError):
+            trouble = Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
+        except openai.APIConnectionError as error:
+            trouble = self.unreachable(error, job)
+        else:
+            return self.received(job, response, sent)
+        self.suffer(job, trouble, sent)
+        return None
+
+    def received(self, job: Job, response: httpx.Response, sent: float) -> Future[None] | None:
+        """Store what came before anything else, then see whether it is an answer."""
+        raw, seconds = response.content, self.loop.time() - sent
+        self.reached, self.refused_since = True, None
+        try:
+            reply = read_reply(raw)
+        except ValueError:
+            self.suffer(job, Trouble("again", "the reply is not a chat completion", raw), sent)
+            return None
+        kept = self.asking.keep(job, raw, reply, seconds)
+        if kept:
+            kept.add_done_callback(self.written)
+        self.line.grow()
+        pause = used_up(response.headers)
+        if pause:
+            self.line.hold(min(pause, self.patience))
+        if reply.finish == "stop" and not kept and job.tries + 1 < self.endpoint.attempts:
+            self.again(job)
+        else:
+            self.finish(job, reply, paid=True)
+        return kept
+
+    def written(self, kept: Future[None]) -> None:
+        """Called by the store's thread: when it could not write, nothing more is asked for."""
+        error = kept.exception()
+        if error:
+            with suppress(RuntimeError):  # the loop has ended: `flush` will raise the same error
+                self.loop.call_soon_threadsafe(self.line.stop, error)
+
+    def suffer(self, job: Job, trouble: Trouble, sent: float) -> None:
+        """No answer came: note it, and try again, wait, or stop."""
+        why = self.hidden(trouble.why)
+        self.asking.note(job, why, self.hidden_in(trouble.body), self.loop.time() - sent)
+        if trouble.then == "filtered":
+            self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
+        elif trouble.then == "wait":
+            self.wait(job, trouble, why, sent)
+        elif trouble.then == "again" and job.tries + 1 < self.endpoint.attempts:
+            self.again(job, wait_asked(trouble.headers))
+        else:
+            self.give_up(job, why, trouble.fix)
+
+    def again(self, job: Job, asked: float | None = None) -> None:
+        """Another try, after the time that the server asks for or a jittered backoff."""
+        job.tries += 1
+        wait = backoff(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
+        self.line.later(job, wait if asked is None else min(asked, self.patience))
+
+    def wait(self, job: Job, trouble: Trouble, why: str, sent: float) -> None:
+        """429: all wait as long as the server asks, and fewer go at once; no attempt is used up."""
+        now = self.loop.time()
+        self.refused_since = now if self.refused_since is None else self.refused_since
+        self.line.slow(sent)
+        chance = random.Random(f"{job.key.hex()}-{now}").random()
+        pause = wait_asked(trouble.headers) or backoff(max(1, self.line.cuts), chance)
+        if now + pause - self.refused_since > self.patience:
+            self.give_up(job, f"{why}; the next request may go in {pause:.0f} s", f"Wait, and {NOTHING_LOST}")
+            return
+        self.line.hold(pause)
+        self.line.later(job, pause)
+
+    def unreachable(self, error: openai.APIConnectionError, job: Job) -> Trouble:
+        """No connection, or one that broke. One that was never made is given up after two tries."""
+        import httpx
+
+        cause = error.__cause__
+        fix = f"Start the server or mend base_url, and {NOTHING_LOST}"
+        never = isinstance(cause, httpx.ConnectError) and not self.reached and job.tries > 0
+        return Trouble("stop" if never else "again", f"no connection ({cause or error})", fix=fix)
+
+    def give_up(self, job: Job, why: str, fix: str) -> None:
+        """Stop asking, for this reason."""
+        place = f"{self.asking.identity}, stage {job.request.stage}, row {job.request.row}"
+        tried = f" (tried {job.tries + 1} times)" if job.tries else ""
+        self.line.stop(TapirError(f"{why}{tried}", where=place, fix=fix))
+
+    def finish(self, job: Job, reply: Reply, paid: bool) -> None:
+        """Serve a job's places, and out of the line with it."""
+        self.asking.finish(job, reply, paid)
+        self.line.done()
+
+    def hidden(self, text: str) -> str:
+        """A server's words without our key, should it repeat it."""
+        key = self.client.api_key
+        return text if key == NO_KEY else text.replace(key, "***")
+
+    def hidden_in(self, body: bytes) -> bytes:
+        """The same for a body."""
+        return self.hidden(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
