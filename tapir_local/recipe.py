@@ -298,7 +298,7 @@ def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
         if section:
             yield from settings(section, f"{prefix}{name}.")
         else:
-            default = field.get_default(call_default_factory=True)
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
             yield f"{prefix}{name}", type_name(kind), default, field.description or ""
 
 
