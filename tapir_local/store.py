@@ -31,6 +31,7 @@ from tapir_local.storefile import (
 )
 
 Mode = Literal["on", "off", "refresh", "read-only", "replay"]
+FIND = "select answer, sample from calls where key = ?"
 BATCH = 2000  # rows of a commit at the most
 CANDIDATES = 2000  # stored requests compared with one that replay misses
 
@@ -129,13 +130,14 @@ class Store:
         """The stored answer, the JSON as it came; None when there is none or this mode reads none."""
         if not self.reads:
             return None
-        with explained(self.path):
-            rows = self._reader().execute("select answer, sample from calls where key = ?", (key,)).fetchall()
         try:
-            return unpack(rows[0][0], self._sample(rows[0][1])) if rows else None
+            row = self._reader().execute(FIND, (key,)).fetchone()
+            return unpack(row[0], self._sample(row[1])) if row else None
         except zlib.error:  # this one answer is damaged: it is asked again, and replaced
             self._unreadable.add(key)
             return None
+        except (sqlite3.Error, OSError) as error:
+            raise explanation(error, self.path) from error
 
     def put(self, call: Call, uses: Sequence[Use] = ()) -> "Future[None]":
         """Hand over an answer; the future resolves when it is on the disk, or holds the TapirError that says why not.
@@ -204,22 +206,25 @@ class Store:
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
 
-    def _reader(self) -> sqlite3.Connection:
-        """This thread's own connection."""
-        conn: sqlite3.Connection | None = getattr(self._local, "conn", None)
-        if conn is None:
-            conn = self._local.conn = connect(self.path, write=False)
+    def _reader(self) -> sqlite3.Cursor:
+        """This thread's own connection, by its one cursor."""
+        try:
+            cursor: sqlite3.Cursor = self._local.cursor
+        except AttributeError:
+            conn = connect(self.path, write=False)
             self._readers.append(conn)
-        return conn
+            cursor = self._local.cursor = conn.cursor()
+        return cursor
 
     def _sample(self, number: int) -> bytes:
         """The sample of answers of this number; samples never change."""
-        if number not in self._samples:
-            rows = self._reader().execute("select answer from samples where id = ?", (number,)).fetchall()
-            if not rows:
+        sample = self._samples.get(number)
+        if sample is None:
+            row = self._reader().execute("select answer from samples where id = ?", (number,)).fetchone()
+            if not row:
                 raise zlib.error("its sample is gone")
-            self._samples[number] = rows[0][0]
-        return self._samples[number]
+            sample = self._samples[number] = row[0]
+        return sample
 
     def _like(self, stage: str, row: str) -> Iterator[bytes]:
         """Stored requests, those of the same stage and row first."""
@@ -355,17 +360,19 @@ def explained(path: Path) -> Iterator[None]:
     """SQLite's and the file system's errors as TapirErrors that say what to do."""
     try:
         yield
-    except sqlite3.Error as error:
-        if is_damage(error):
-            fix = "Run the command again with the store on: a damaged one is put aside and what it holds is saved."
-        elif getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            fix = "Make room on the disk and run the same command again: what was stored before is safe."
-        else:
-            fix = "See that the file and its folder can be read and written."
-        raise TapirError(f"the store cannot be used: {error}", where=str(path), fix=fix) from error
-    except OSError as error:
-        raise TapirError(
-            f"the store cannot be used: {error.strerror or error}",
-            where=str(path),
-            fix="See that the folder can be written.",
-        ) from error
+    except (sqlite3.Error, OSError) as error:
+        raise explanation(error, path) from error
+
+
+def explanation(error: sqlite3.Error | OSError, path: Path) -> TapirError:
+    """What an error means and what to do."""
+    if isinstance(error, OSError):
+        fix = "See that the folder can be written."
+    elif is_damage(error):
+        fix = "Run the command again with the store on: a damaged one is put aside and its calls are saved."
+    elif getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        fix = "Make room on the disk and run the same command again: what was stored before is safe."
+    else:
+        fix = "See that the file and its folder can be read and written."
+    why = getattr(error, "strerror", None) or error
+    return TapirError(f"the store cannot be used: {why}", where=str(path), fix=fix)

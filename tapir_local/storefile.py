@@ -1,8 +1,8 @@
 """teacher.db as a file: its tables, opening it, checking it, and saving what a damaged one still holds.
 
 A long request and its answer are mostly the words of their neighbours: the same prompt around another instruction. So
-each text is deflated against a *sample*, the first call of its kind, which takes a call from 3 KB to about 300 bytes.
-Samples are kept twice, in two tables and so on different pages, since every call of their kind is unreadable without.
+each text is compressed against a *sample*, the first call of its kind, and what they share is stored once. Samples are
+kept twice, in two tables and so on different pages, since every call of their kind is unreadable without.
 """
 
 import sqlite3
@@ -13,14 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lz4.block
+
 from tapir_local import keys
 from tapir_local.errors import TapirError
 
+MAPPED = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
 BUSY = 60_000  # milliseconds that a statement waits for another process's lock; commits take a few
 CHECK_SECONDS = (
     1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
 )
-WINDOW = 32_768  # deflate looks back no further
+WINDOW = 32_768  # bytes of a sample, the last of its text: more of it finds little more
+LZ4 = b"\x01"  # the first byte of a text packed by LZ4; deflate begins with another
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -50,13 +54,26 @@ MIGRATIONS = {"first_tables": FIRST_TABLES}  # statements by name, oldest first;
 
 
 def pack(text: bytes, sample: bytes) -> bytes:
-    """`text` deflated against a sample of its kind; the checksums of both are inside."""
-    squeeze = zlib.compressobj(zdict=sample)
-    return squeeze.compress(text) + squeeze.flush()
+    """`text` compressed against a sample of its kind, its CRC-32 before it, since an LZ4 block has no checksum."""
+    block: bytes = lz4.block.compress(text, dict=sample)
+    return LZ4 + zlib.crc32(text).to_bytes(4, "little") + block
 
 
 def unpack(packed: bytes, sample: bytes) -> bytes:
     """What `pack` packed; zlib.error when either was changed."""
+    if packed[:1] != LZ4:
+        return inflate(packed, sample)
+    try:
+        text: bytes = lz4.block.decompress(packed[5:], dict=sample)
+    except (lz4.block.LZ4BlockError, ValueError, MemoryError) as error:
+        raise zlib.error(str(error)) from error
+    if zlib.crc32(text) != int.from_bytes(packed[1:5], "little"):
+        raise zlib.error("it is not what was packed")
+    return text
+
+
+def inflate(packed: bytes, sample: bytes) -> bytes:
+    """A text of a store as it was written before LZ4; deflate carries the checksums of text and sample."""
     stretch = zlib.decompressobj(zdict=sample)
     text = stretch.decompress(packed)
     if not stretch.eof:
@@ -83,6 +100,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
                 "SQLite cannot use a write-ahead log here", where=str(path), fix="Put the cache on a local disk."
             )
         conn.execute("PRAGMA synchronous = FULL")
+        conn.execute(f"PRAGMA mmap_size = {MAPPED if not write else 0}")
     except BaseException:
         conn.close()
         raise

@@ -1,0 +1,339 @@
+"""The store beside diskcache, litellm's disk cache and DSPy's: hits, writes, bytes, and kill -9 while writing.
+
+    python bench/store.py --folder DIR [--rows 1000000] [--other-rows 100000] [--kills 100]
+
+Rows are requests and answers of 2 to 8 KB together: a system prompt that all share, an instruction of its own, an
+answer. A hit begins at the request's dict and ends at the answer's bytes, hashing included; diskcache is given the
+fastest key, orjson and SHA-256. Rivals take turns in short rounds, so that whatever else the machine does falls on all.
+litellm and dspy are left out where they are not installed. What was filled is used again, so a cut bench goes on.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tapir_local import keys
+from tapir_local.pocket_words import WORDS
+from tapir_local.store import Call, Store, Use
+from tapir_local.storefile import connect
+
+URL = "http://localhost:8000/v1"
+HITS = 4000  # of a round
+ROUNDS = 7
+CROWD = 8  # processes
+CROWD_SECONDS = 6.0
+
+Read = Callable[[dict[str, Any]], object]
+
+
+def main() -> None:
+    """Fill, measure, print."""
+    options = arguments()
+    if options.crowd:
+        print(crowd_member(options.crowd, options.folder, options.rows, options.seed))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print("versions:", ", ".join(f"{name} {installed(name)}" for name in ("diskcache", "litellm", "dspy", "orjson")))
+    sizes = {"tapir-local": options.rows, "diskcache": options.rows}
+    sizes |= {name: options.other_rows for name in ("litellm", "dspy") if installed(name) != "absent"}
+    for name, rows in sizes.items():
+        fill(name, options.folder, rows)
+    hits(options.folder, sizes)
+    crowds(options.folder, options.rows)
+    kills(options.folder, options.kills)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--other-rows", type=int, default=100_000, help="of litellm and DSPy, which fill slowly")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--crowd", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+# Rows
+
+
+def sentences() -> list[str]:
+    """20,000 of ten words, so that a row is made in microseconds and few rows share one."""
+    chance = random.Random("sentences")
+    return [" ".join(chance.choices(WORDS, k=10)) + "." for _ in range(20_000)]
+
+
+TEXT = sentences()
+SYSTEM = " ".join(TEXT[:16])
+
+
+def prose(chance: random.Random, least: int, most: int) -> str:
+    """So many sentences, some 60 characters each."""
+    return " ".join(chance.choices(TEXT, k=chance.randint(least, most)))
+
+
+def request(row: int) -> dict[str, Any]:
+    """The body of row `row`: 1.2 to 4 KB."""
+    text = f"{row}: {prose(random.Random(row), 2, 48)}"
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+    return {"model": "m", "messages": messages, "temperature": 0.7, "max_tokens": 1024}
+
+
+def answer(row: int) -> bytes:
+    """The reply to it: 0.8 to 4 KB."""
+    text = prose(random.Random(f"answer {row}"), 10, 60)
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 500, "completion_tokens": len(text) // 5, "total_tokens": 500 + len(text) // 5}
+    return orjson.dumps(
+        {"id": f"c-{row}", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+    )
+
+
+def call(row: int) -> Call:
+    return Call(keys.asked(URL, request(row), 0), answer(row), "stop", "bench", "m", "", 500, 300, 1.0)
+
+
+# Rivals: how each is filled, read and measured on the disk
+
+
+def plain_key(body: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def reader(name: str, folder: Path) -> Read:
+    """From a request's dict to its answer."""
+    if name == "tapir-local":
+        store = Store(folder / name / "teacher.db", "read-only")
+        return lambda body: store.get(keys.key(URL, body))
+    if name == "diskcache":
+        cache = disk_cache(folder)
+        return lambda body: cache.get(plain_key(body))
+    if name == "litellm":
+        lite = litellm_cache(folder)
+        return lambda body: lite.get_cache(**body)
+    dspy = dspy_cache(folder)
+    return lambda body: dspy.get(body)
+
+
+def disk_cache(folder: Path) -> Any:
+    import diskcache
+
+    return diskcache.Cache(str(folder / "diskcache"), size_limit=2**40, eviction_policy="none", cull_limit=0)
+
+
+def litellm_cache(folder: Path) -> Any:
+    from litellm.caching.caching import Cache
+
+    return Cache(type="disk", disk_cache_dir=str(folder / "litellm"))
+
+
+def dspy_cache(folder: Path) -> Any:
+    from dspy.clients.cache import Cache
+
+    return Cache(
+        enable_disk_cache=True,
+        enable_memory_cache=False,
+        disk_cache_dir=str(folder / "dspy"),
+        disk_size_limit_bytes=2**40,
+    )
+
+
+def fill(name: str, folder: Path, rows: int) -> None:
+    """Fill a rival with rows that it lacks; the rate and the bytes of a row."""
+    done = folder / f"{name}.filled"
+    if not done.exists() or int(done.read_text()) != rows:
+        spent = FILLS[name](folder, rows)
+        done.write_text(str(rows))
+        print(f"{name:12} filled with {rows:,} rows at {rows / spent:,.0f} rows/s", flush=True)
+    size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+    print(f"{name:12} {size / rows:,.0f} bytes a row", flush=True)
+
+
+def fill_ours(folder: Path, rows: int) -> float:
+    """Rows handed over as a run does it, with who used them, each batch waited for; making them is not counted."""
+    spent = 0.0
+    with Store(folder / "tapir-local" / "teacher.db") as store:
+        for calls in chunks(rows):
+            began = time.perf_counter()
+            for number, item in calls:
+                store.put(item, [Use("bench", 1, "refine", str(number), keys.key_of(item.request), 1)])
+            store.flush()
+            spent += time.perf_counter() - began
+    return spent
+
+
+def chunks(rows: int) -> Iterator[list[tuple[int, Call]]]:
+    for start in range(0, rows, 5000):
+        yield [(row, call(row)) for row in range(start, min(rows, start + 5000))]
+
+
+def fill_diskcache(folder: Path, rows: int) -> float:
+    """In transactions, which is not how it is used but spares hours."""
+    cache, spent = disk_cache(folder), 0.0
+    for start in range(0, rows, 5000):
+        pairs = [(plain_key(request(row)), answer(row)) for row in range(start, min(rows, start + 5000))]
+        began = time.perf_counter()
+        with cache.transact():
+            for key, value in pairs:
+                cache.set(key, value)
+        spent += time.perf_counter() - began
+    cache.close()
+    return spent
+
+
+def fill_litellm(folder: Path, rows: int) -> float:
+    cache = litellm_cache(folder)
+    began = time.perf_counter()
+    with cache.cache.disk_cache.transact():
+        for row in range(rows):
+            cache.add_cache(answer(row).decode(), **request(row))
+    return time.perf_counter() - began
+
+
+def fill_dspy(folder: Path, rows: int) -> float:
+    cache = dspy_cache(folder)
+    began = time.perf_counter()
+    for row in range(rows):
+        cache.put(request(row), answer(row).decode())
+    return time.perf_counter() - began
+
+
+FILLS = {"tapir-local": fill_ours, "diskcache": fill_diskcache, "litellm": fill_litellm, "dspy": fill_dspy}
+
+
+# Measurements
+
+
+def hits(folder: Path, sizes: dict[str, int]) -> None:
+    """Hits per second on one thread, in turns; p50 and p99 of a hit."""
+    readers = {name: reader(name, folder) for name in sizes}
+    rates: dict[str, list[float]] = {name: [] for name in sizes}
+    each: dict[str, list[float]] = {name: [] for name in sizes}
+    for turn in range(ROUNDS):
+        for name, read in readers.items():
+            bodies = sample(sizes[name], turn)
+            times = [timed(read, body) for body in bodies]
+            rates[name].append(len(times) / sum(times))
+            each[name] += times
+    ours = statistics.median(rates["tapir-local"])
+    for name, found in rates.items():
+        cuts = statistics.quantiles(each[name], n=100)
+        rate = statistics.median(found)
+        print(
+            f"{name:12} {rate:9,.0f} hits/s  p50 {cuts[49] * 1e6:6.1f} us  p99 {cuts[98] * 1e6:6.1f} us"
+            f"  tapir-local / it {ours / rate:5.2f}",
+            flush=True,
+        )
+
+
+def sample(rows: int, turn: int) -> list[dict[str, Any]]:
+    """Bodies drawn at random, made before the clock starts."""
+    chance = random.Random(turn)
+    return [request(chance.randrange(rows)) for _ in range(HITS)]
+
+
+def timed(read: Read, body: dict[str, Any]) -> float:
+    began = time.perf_counter()
+    found = read(body)
+    taken = time.perf_counter() - began
+    assert found
+    return taken
+
+
+def crowds(folder: Path, rows: int) -> None:
+    """Hits per second of CROWD processes at once, in turns of the two."""
+    rates: dict[str, list[float]] = {"tapir-local": [], "diskcache": []}
+    for turn in range(3):
+        for name, found in rates.items():
+            found.append(crowd(name, folder, rows, turn))
+    ours, theirs = (statistics.median(found) for found in rates.values())
+    print(
+        f"{CROWD} processes: tapir-local {ours:,.0f} hits/s, diskcache {theirs:,.0f}, ratio {ours / theirs:.2f}",
+        flush=True,
+    )
+
+
+def crowd(name: str, folder: Path, rows: int, turn: int) -> float:
+    command = [sys.executable, __file__, "--folder", str(folder), "--rows", str(rows), "--crowd", name]
+    members = [
+        subprocess.Popen([*command, "--seed", str(turn * CROWD + n)], stdout=subprocess.PIPE) for n in range(CROWD)
+    ]
+    return sum(float(member.communicate()[0]) for member in members)
+
+
+def crowd_member(name: str, folder: Path, rows: int, seed: int) -> float:
+    """Hits per second of one process among several: all begin at the same full second."""
+    read, bodies = reader(name, folder), sample(rows, 1000 + seed)
+    for body in bodies[:50]:
+        read(body)
+    time.sleep(max(0.0, START_GRID - time.time() % START_GRID))
+    count, end = 0, time.perf_counter() + CROWD_SECONDS
+    began = time.perf_counter()
+    while time.perf_counter() < end:
+        read(bodies[count % len(bodies)])
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
+START_GRID = 8.0  # seconds: long enough for every member to have imported and drawn its bodies
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from store import call
+from tapir_local.store import Store
+store = Store(Path(sys.argv[1]))
+calls = [(row, call(row)) for row in range(int(sys.argv[2]), int(sys.argv[2]) + 3000)]
+print("ready", flush=True)
+while True:
+    for start in range(0, len(calls), 100):
+        waiting = [(row, store.put(item)) for row, item in calls[start : start + 100]]
+        for row, done in waiting:
+            done.result()
+        print("\\n".join(str(row) for row, _ in waiting), flush=True)
+"""
+
+
+def kills(folder: Path, count: int) -> None:
+    """kill -9 in the middle of writing, `count` times; then every acknowledged row must be there and the file sound."""
+    path, acknowledged, chance = folder / "killed" / "teacher.db", set[int](), random.Random(1)
+    for number in range(count):
+        command = [sys.executable, "-c", WRITER, str(path), str(number * 3000), str(Path(__file__).parent)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout
+            writer.stdout.readline()
+            time.sleep(chance.uniform(0.0, 0.25))
+            writer.send_signal(signal.SIGKILL)
+            lines = writer.stdout.read().split(b"\n")
+        acknowledged |= {int(line) for line in lines[:-1]}
+    with Store(path) as store:
+        lost = sum(store.get(keys.key(URL, request(row))) != answer(row) for row in sorted(acknowledged))
+        print(f"kill -9 {count} times: {len(acknowledged):,} rows acknowledged, {lost} lost, notices {store.notices}")
+    conn = connect(path, write=False)
+    print("integrity_check:", conn.execute("PRAGMA integrity_check").fetchone()[0])
+    conn.close()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    main()
