@@ -49,7 +49,7 @@ def is_plain(value: Any) -> bool:
     if kind is str or kind is int or kind is bool or value is None:
         return True
     if kind is dict:
-        for name, item in value.items():  # a loop: `all` takes twice as long, and this is a tenth of a look-up
+        for name, item in value.items():  # noqa: SIM110  (`all` takes twice as long: a tenth of a whole look-up)
             if type(name) is not str or not is_plain(item):
                 return False
         return True

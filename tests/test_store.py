@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ json_values = st.recursive(
 def test_the_canonical_text_is_a_fixed_point(value):
     text = keys.canonical(value)
     assert keys.canonical(orjson.loads(text)) == text
+    assert text == orjson.dumps(keys.plain(value), option=orjson.OPT_SORT_KEYS)  # also where no copy was made
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,26 @@ def test_an_answer_comes_back_as_it_came(tmp_path):
 @given(st.binary(max_size=500), st.binary(max_size=500))
 def test_packing_loses_nothing(text, sample):
     assert unpack(pack(text, sample), sample) == text
+
+
+def test_a_text_deflated_by_an_older_version_still_reads():
+    squeeze = zlib.compressobj(zdict=b"like this")
+    old = squeeze.compress(b"like this one") + squeeze.flush()
+    assert unpack(old, b"like this") == b"like this one"
+    for wrong, sample in ((old[:-1], b"like this"), (old, b"like that")):
+        with pytest.raises(zlib.error):
+            unpack(wrong, sample)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 200), st.integers(1, 255))
+def test_a_changed_byte_or_another_sample_never_passes(place, change):
+    packed = bytearray(pack(b"a text like its sample, and a little more " * 3, b"a text like its sample"))
+    packed[place % len(packed)] ^= change
+    with pytest.raises(zlib.error):
+        unpack(bytes(packed), b"a text like its sample")
+    with pytest.raises(zlib.error):
+        unpack(pack(b"a text like its sample", b"a text like its sample"), b"another sample altogether")
 
 
 def test_prompts_that_share_their_words_do_not_multiply_on_disk(tmp_path):
