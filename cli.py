@@ -1,6 +1,7 @@
 """The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,9 @@ def cli() -> None:
 @click.option("--name", help="Name of the run, instead of the recipe's.")
 @click.option("--seeds", type=click.Path(path_type=Path), help="File of seeds, instead of the recipe's.")
 @click.option("--random-seed", type=click.IntRange(min=0), help="Where chance begins, instead of the recipe's.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable."
+)
 @click.option("--replay", is_flag=True, help="Ask nobody: every answer must be in the store, or the run stops.")
 @cache_option
 def distill(
@@ -57,6 +61,7 @@ def distill(
     name: str | None,
     seeds: Path | None,
     random_seed: int | None,
+    changes: tuple[str, ...],
     replay: bool,
     cache: Path | None,
 ) -> None:
@@ -64,7 +69,7 @@ def distill(
 
     RECIPE is a YAML file or the name of one that comes with the program (see `tapir-local recipes`).
     """
-    chosen = load_recipe(recipe, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
+    chosen = load_recipe(recipe, changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     run = run_dir(cache, chosen.name)
     if count := carry_out(chosen, run, replay):
         print_rounds(run)
@@ -79,15 +84,21 @@ def distill(
 
 
 def load_recipe(
-    named: str, *, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None
+    named: str,
+    sets: Sequence[str],
+    *,
+    rounds: int | None,
+    name: str | None,
+    seeds: Path | None,
+    random_seed: int | None,
 ) -> "Recipe":
     """The recipe with what the command line says instead."""
     from tapir_local.assets import find_recipe
-    from tapir_local.recipe import overridden, parse_recipe
+    from tapir_local.recipe import overridden, parse_recipe, read_change
 
     path = find_recipe(named)
     recipe = parse_recipe(path.read_text(encoding="utf-8"), str(path))
-    changes = {
+    changes = dict(map(read_change, sets)) | {
         "rounds": rounds,
         "name": name,
         "random_seed": random_seed,
@@ -108,7 +119,11 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     console, steps = Console(stderr=True), sequence(run, recipe.rounds)
     done = sum(step.done for step in steps)
     mode: Mode = "replay" if replay else "on"
-    with real_tools(recipe, run, console.print, mode) as tools, watched(console, done, len(steps)) as watch:
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with real_tools(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tapir_local import keys
+from tapir_local.budget import Cost, Purse, dearest, money_of, price_of
 from tapir_local.endpoint import body_of, identity_of
-from tapir_local.recipe import Endpoint
+from tapir_local.recipe import Budget, Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.replies import Reply, read_reply
 from tapir_local.store import Attempt, Call, Store, Use
@@ -21,7 +22,7 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass(slots=True)
 class Job:
-    """A request to be sent once, for every place among the requests where it stands."""
+    """A request to be sent once, for every place among the requests where it stands. `dearest` is what it may cost."""
 
     request: Request
     key: bytes
@@ -29,23 +30,38 @@ class Job:
     body: Mapping[str, Any]
     places: list[int]
     tries: int = 0
+    refusals: int = 0  # answers of 429
+    dearest: Cost = Cost()  # noqa: RUF009  (frozen)
 
 
 def quiet(done: int, total: int, hits: int) -> None:
     """No progress shown."""
 
 
+def unheard(text: str) -> None:
+    """No warning shown."""
+
+
 class Asking:
     """The requests of one call of `ask`, the answers known so far, and the way of a reply into the store."""
 
     def __init__(
-        self, requests: Sequence[Request], endpoint: Endpoint, store: Store, run: str, progress: Progress
+        self,
+        requests: Sequence[Request],
+        endpoint: Endpoint,
+        store: Store,
+        run: str,
+        progress: Progress = quiet,
+        purse: Purse | None = None,
+        warn: Callable[[str], None] = unheard,
     ) -> None:
         self.requests, self.endpoint, self.store, self.run = requests, endpoint, store, run
-        self.progress = progress
+        self.progress, self.warn = progress, warn
+        self.purse, self.price = purse or Purse(Budget()), price_of(endpoint)
         self.identity = identity_of(endpoint)
         self.answers: list[Answer | None] = [None] * len(requests)
         self.finished = self.hits = 0
+        self.served: dict[str, list[tuple[str, str]]] = {}
 
     def look_up(self) -> list[Job]:
         """Serve the hits; the jobs for the rest, one for requests that are the same."""
@@ -65,7 +81,7 @@ class Asking:
             elif self.store.mode == "replay":
                 raise self.store.missing(text, request.stage, request.row)
             else:
-                jobs[key] = Job(request, key, text, body, [place])
+                jobs[key] = Job(request, key, text, body, [place], dearest=dearest(body, self.price))
         self.store.used(uses)
         self.progress(self.finished, len(self.requests), self.hits)
         return list(jobs.values())
@@ -84,20 +100,46 @@ class Asking:
     def keep(self, job: Job, raw: bytes, reply: Reply, seconds: float) -> Future[None] | None:
         """Into the store: among the calls if it may serve again, else among the attempts."""
         tokens = (reply.tokens_in, reply.tokens_out)
+        price = self.spend(*tokens)
+        self.notice(job, reply)
         if not reply.keeps:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
-            self.note(job, why, raw, seconds, tokens)
+            self.note(job, why, raw, seconds, tokens, price)
             return None
         uses = [self.use(place, job.key, place == job.places[0]) for place in job.places]
         kind = f"{self.identity} {job.body['model']} {job.request.stage}"
-        call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds)
+        call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds, price)
         return self.store.put(call, uses)
 
-    def note(self, job: Job, why: str, raw: bytes, seconds: float, tokens: tuple[int, int] = (0, 0)) -> None:
+    def spend(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Count a reply against the budget; its price."""
+        price = money_of(self.price, tokens_in, tokens_out)
+        self.purse.spend(Cost(1, tokens_in + tokens_out, price or 0.0))
+        return price
+
+    def notice(self, job: Job, reply: Reply) -> None:
+        """Warn when another model than until now stands behind the same name: old and new answers differ in kind."""
+        now, name = (reply.model, reply.fingerprint), str(job.body.get("model", ""))
+        if name not in self.served:
+            self.served[name] = self.store.served(f"{self.identity} {name} ") or [now]
+        if now not in self.served[name]:
+            told = [" ".join(filter(None, pair)) or "nameless" for pair in (now, self.served[name][-1])]
+            self.served[name].append(now)
+            self.warn(f"{self.identity}: {name!r} is served by {told[0]} now, until here it was {told[1]}")
+
+    def note(
+        self,
+        job: Job,
+        why: str,
+        raw: bytes,
+        seconds: float,
+        tokens: tuple[int, int] = (0, 0),
+        price: float | None = None,
+    ) -> None:
         """Keep an attempt that brought no answer to serve again."""
         request = job.request
         who = (job.key, self.run, request.round, request.stage, request.row)
-        self.store.note(Attempt(*who, why, raw, *tokens, seconds))
+        self.store.note(Attempt(*who, why, raw, *tokens, seconds, price))
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve every place of a job; only the first of them was paid for."""

@@ -14,6 +14,7 @@ from typing import Any
 from tapir_local import __version__
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
+from tapir_local.lockfile import unlock
 from tapir_local.recipe import Recipe, differing, parse_recipe, to_yaml
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
 from tapir_local.stages import BASELINE, PREPARE, ROUND
@@ -128,7 +129,7 @@ def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
         start(recipe, run)
         steps = pending(sequence(run, recipe.rounds), run.name)
         for step in steps:
-            do(step, Work(recipe, run, tools, step.number or 0, watch.progress), watch)
+            do(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
         if steps:
             note(run, status="done")
     return len(steps)
@@ -187,6 +188,7 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
         gone = [step for step in reversed(steps[first:]) if step.done]
         for step in gone:
             remove(step.output)
+        unlock(run, {step.name for step in steps[first:]})
         return [step.name for step in gone]
 
 

@@ -93,18 +93,41 @@ def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
 
 
 def api_key(endpoint: Endpoint) -> str:
-    """The key from the environment; a server on this machine may do without."""
-    found = os.environ.get(endpoint.api_key_env, "")
-    if kind_of(endpoint) == "pocket" or (not found and is_loopback(endpoint.base_url or VENDOR)):
-        return "none"
+    """The key from its file or the environment; a server on this machine may do without."""
+    if kind_of(endpoint) == "pocket":
+        return NO_KEY
+    if endpoint.api_key_file:
+        return key_in(Path(endpoint.api_key_file).expanduser())
+    found = os.environ.get(endpoint.api_key_env, "").strip()
+    if not found and is_loopback(endpoint.base_url or VENDOR):
+        return NO_KEY
     if not found:
         name = endpoint.api_key_env
         raise TapirError(
             f"no key for {identity_of(endpoint)}",
             where=name,
-            fix=f"export {name}=… (any word, if the server wants no key)",
+            fix=f"export {name}=… (any word, if the server wants no key), or name a file in api_key_file.",
         )
     return found
+
+
+def key_place(endpoint: Endpoint) -> str:
+    """Where the key comes from, for people."""
+    file = endpoint.api_key_file
+    return f"file {file}" if file else f"environment variable {endpoint.api_key_env}"
+
+
+def key_in(file: Path) -> str:
+    """The key that a file holds and nothing else."""
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TapirError(
+            f"the key's file cannot be read: {error}", where="api_key_file", fix="Mend its path."
+        ) from error
+    if not key or len(key.split()) > 1:
+        raise TapirError("the file should hold the key and nothing else", where=str(file))
+    return key
 
 
 def is_loopback(base_url: str) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Job
-from tapir_local.endpoint import NO_KEY, client_of
+from tapir_local.endpoint import NO_KEY, client_of, key_place
 from tapir_local.errors import TapirError
 from tapir_local.pace import Line, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 GRACE = 10.0  # seconds that requests in flight get to come home after Ctrl-C
 ASKED_ELSEWHERE = 0.05  # seconds between looks at a request that another thread or process is asking
+SHORT_OF_MONEY = 0.05  # seconds between looks at a budget that requests in flight may leave room in
+SECOND_COPIES = 0.02  # share of the requests that may be sent twice because they are late
+LATE_OF, LATE_LEAST = 20, 5.0  # replies that tell how long one takes; seconds before which none is late
 NOTHING_LOST = "run the same command again: nothing paid for is lost."
 
 
@@ -32,6 +37,8 @@ class Online:
         self.patience = patience
         self.refused_since: float | None = None
         self.reached = False
+        self.took: deque[float] = deque(maxlen=200)  # seconds of the last replies
+        self.copies = max(1, int(SECOND_COPIES * len(asking.requests)))
 
     async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> None:
         """Send the jobs, as many at once as the endpoint bears."""
@@ -71,7 +78,7 @@ class Online:
             raw = self.store.get(job.key)
             if raw:
                 self.finish(job, read_reply(raw), paid=False)
-            else:
+            elif await self.affordable(job):
                 kept = await self.attempt(job)
         finally:
             if kept:
@@ -79,30 +86,71 @@ class Online:
             else:
                 self.store.release(job.key)
 
+    async def affordable(self, job: Job) -> bool:
+        """Wait until the budget has room for the job's dearest answer; False, and the end, when it never will."""
+        purse = self.asking.purse
+        while not purse.hold(job.dearest):
+            if not purse.waiting:
+                place = f"{self.asking.identity}, stage {job.request.stage}, row {job.request.row}"
+                self.line.stop(purse.empty(place))
+            if self.line.failed:
+                return False
+            await asyncio.sleep(SHORT_OF_MONEY)
+        return True
+
     async def attempt(self, job: Job) -> Future[None] | None:
         """Send a job once and see to what comes; what the store owes when it came to an answer."""
-        import httpx
         import openai
 
         sent = self.loop.time()
         try:
             async with asyncio.timeout(self.endpoint.timeout):
-                response = await self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body)
+                response = await self.first_reply(job)
         except openai.APIStatusError as error:
-            trouble = trouble_of(error, self.endpoint.api_key_env, str(self.endpoint.model))
+            trouble = trouble_of(error, key_place(self.endpoint), str(self.endpoint.model))
         except (TimeoutError, openai.APITimeoutError):
             trouble = Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
         except openai.APIConnectionError as error:
             trouble = self.unreachable(error, job)
         else:
             return self.received(job, response, sent)
+        finally:
+            self.asking.purse.free(job.dearest)
         self.suffer(job, trouble, sent)
         return None
+
+    async def first_reply(self, job: Job) -> httpx.Response:
+        """The reply to a job; of a late one, when none waits to be sent, a second copy goes and the first reply counts.
+
+        The one that loses is called off, though its server may have worked for nothing: so only SECOND_COPIES of the
+        requests are sent twice.
+        """
+        import httpx
+
+        sending = [asyncio.ensure_future(self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body))]
+        try:
+            while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.late()))[0]:
+                if self.copies and not self.line.ready:
+                    self.copies -= 1
+                    self.asking.note(job, "late: asked a second time", b"", self.late())
+                    copy = self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body)
+                    sending.append(asyncio.ensure_future(copy))
+            return await first_well_ended(sending)
+        finally:
+            for request in sending:
+                request.cancel()
+
+    def late(self) -> float:
+        """Seconds after which a reply is late: three times what nine of ten of the last ones took."""
+        if len(self.took) < LATE_OF:
+            return float(self.endpoint.timeout)
+        return max(LATE_LEAST, 3 * sorted(self.took)[int(0.9 * len(self.took))])
 
     def received(self, job: Job, response: httpx.Response, sent: float) -> Future[None] | None:
         """Store what came before anything else, then see whether it is an answer."""
         raw, seconds = response.content, self.loop.time() - sent
         self.reached, self.refused_since = True, None
+        self.took.append(seconds)
         try:
             reply = read_reply(raw)
         except ValueError:
@@ -111,7 +159,7 @@ class Online:
         kept = self.asking.keep(job, raw, reply, seconds)
         if kept:
             kept.add_done_callback(self.written)
-        self.line.grow()
+        self.line.answered()
         pause = used_up(response.headers)
         if pause:
             self.line.hold(min(pause, self.patience))
@@ -135,7 +183,7 @@ class Online:
         if trouble.then == "filtered":
             self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
         elif trouble.then == "wait":
-            self.wait(job, trouble, why, sent)
+            self.wait(job, trouble, why)
         elif trouble.then == "again" and job.tries + 1 < self.endpoint.attempts:
             self.again(job, wait_asked(trouble.headers))
         else:
@@ -147,17 +195,20 @@ class Online:
         wait = backoff(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
         self.line.later(job, wait if asked is None else min(asked, self.patience))
 
-    def wait(self, job: Job, trouble: Trouble, why: str, sent: float) -> None:
-        """429: all wait as long as the server asks, and fewer go at once; no attempt is used up."""
+    def wait(self, job: Job, trouble: Trouble, why: str) -> None:
+        """429: all wait when the server says how long, or refuses everything; else this job. No attempt is used up."""
         now = self.loop.time()
         self.refused_since = now if self.refused_since is None else self.refused_since
-        self.line.slow(sent)
+        over = self.line.refused()
+        job.refusals += 1
         chance = random.Random(f"{job.key.hex()}-{now}").random()
-        pause = wait_asked(trouble.headers) or backoff(max(1, self.line.cuts), chance)
+        asked = wait_asked(trouble.headers)
+        pause = asked or backoff(max(over, job.refusals), chance)
         if now + pause - self.refused_since > self.patience:
             self.give_up(job, f"{why}; the next request may go in {pause:.0f} s", f"Wait, and {NOTHING_LOST}")
             return
-        self.line.hold(pause)
+        if asked or over:
+            self.line.hold(pause)
         self.line.later(job, pause)
 
     def unreachable(self, error: openai.APIConnectionError, job: Job) -> Trouble:
@@ -188,3 +239,13 @@ class Online:
     def hidden_in(self, body: bytes) -> bytes:
         """The same for a body."""
         return self.hidden(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+
+
+async def first_well_ended(sending: Sequence[asyncio.Future[httpx.Response]]) -> httpx.Response:
+    """The first reply of several; the last one's error where none came."""
+    waiting: set[asyncio.Future[httpx.Response]] = set(sending)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        best = min(done, key=lambda request: request.exception() is not None)
+        if not waiting or not best.exception():
+            return best.result()

@@ -13,6 +13,8 @@ Job = TypeVar("Job")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 LONGEST_BACKOFF = 30.0
+TOLERATED = 0.1  # share of 429s that does not slow us: they cost nothing but the asking
+FEW = 3  # refusals in a row that mean little however few are in flight
 
 
 def seconds_of(text: str, now: float) -> float | None:
@@ -58,27 +60,29 @@ def used_up(headers: Mapping[str, str], now: float | None = None) -> float | Non
 
 
 def backoff(tries: int, chance: float) -> float:
-    """Seconds before try number `tries` + 1: half of 1, 2, 4 … 30 s, and a part of the other half by `chance`, 0 to 1.
+    """Seconds before try number `tries` + 1: half of 0.5, 1, 2 … 30 s, and by `chance`, 0 to 1, of the other half.
 
     The jitter keeps requests that failed together from coming back together.
     """
-    longest: float = min(LONGEST_BACKOFF, 2.0 ** (tries - 1))
+    longest: float = min(LONGEST_BACKOFF, 2.0 ** (tries - 2))
     return longest * (1 + chance) / 2
 
 
 class Line(Generic[Job]):
     """Jobs waiting to be sent, and how many workers may send: `limit`, at most `most`.
 
-    The limit is halved when the server says 429 and grows by one for every `limit` answers (additive increase,
-    multiplicative decrease, as TCP does). Workers are numbered; those whose number is not below the limit rest.
+    As DCTCP does with packets marked for congestion (RFC 8257): after every `limit` replies the share of 429s among
+    them decides. Above TOLERATED the limit shrinks by half that share; below, it grows by one, since a server that
+    refuses a few at random is not full. Workers are numbered; those whose number is not below the limit rest.
     """
 
     def __init__(self, jobs: list[Job], most: int) -> None:
         self.ready, self.left = deque(jobs), len(jobs)
         self.most, self.limit = most, float(most)
-        self.cuts = 0  # in a row, without an answer between them
+        self.refusals = 0  # in a row, without an answer between them
         self.failed: BaseException | None = None
-        self._cut = self._not_before = 0.0
+        self._answered = self._refused = 0
+        self._not_before = 0.0
         self._bell = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -93,7 +97,7 @@ class Line(Generic[Job]):
         return None
 
     def later(self, job: Job, seconds: float) -> None:
-        """Put a job back, to be ready in so many seconds."""
+        """Put a job back, to be ready in so many seconds; then it is the first, lest the last rows wait for it."""
         self._loop.call_later(seconds, self._again, job)
 
     def done(self) -> None:
@@ -102,19 +106,18 @@ class Line(Generic[Job]):
         if not self.left:
             self._bell.set()
 
-    def grow(self) -> None:
-        """An answer came: the server can bear it."""
-        self.cuts = 0
-        before = int(self.limit)
-        self.limit = min(float(self.most), self.limit + 1 / self.limit)
-        if int(self.limit) > before:
-            self._bell.set()
+    def answered(self) -> None:
+        """An answer came."""
+        self.refusals = 0
+        self._answered += 1
+        self._decide()
 
-    def slow(self, sent: float) -> None:
-        """A request sent at `sent` (the loop's clock) got 429: halve, once for all that were in flight together."""
-        if sent >= self._cut:
-            self.limit, self._cut = max(1.0, self.limit / 2), self._loop.time()
-            self.cuts += 1
+    def refused(self) -> int:
+        """A 429 came; how many times over everything that may be in flight has been refused, 0 for a few."""
+        self.refusals += 1
+        self._refused += 1
+        self._decide()
+        return self.refusals // max(FEW, int(self.limit))
 
     def hold(self, seconds: float) -> None:
         """Nobody sends for so many seconds."""
@@ -125,8 +128,19 @@ class Line(Generic[Job]):
         self.failed = self.failed or error
         self._bell.set()
 
+    def _decide(self) -> None:
+        """Every `limit` replies: fewer in flight, or one more."""
+        count = self._answered + self._refused
+        if count < self.limit:
+            return
+        share = self._refused / count
+        self._answered = self._refused = 0
+        self.limit = max(1.0, self.limit * (1 - share / 2)) if share > TOLERATED else self.limit + 1
+        self.limit = min(self.limit, float(self.most))
+        self._bell.set()
+
     def _again(self, job: Job) -> None:
-        self.ready.append(job)
+        self.ready.appendleft(job)
         self._bell.set()
 
     async def _rung(self, longest: float | None) -> None:

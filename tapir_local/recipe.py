@@ -237,6 +237,10 @@ class Recipe(Settings):
         for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
             if (endpoint.kind == "gguf") != bool(endpoint.gguf):
                 raise ValueError(f"{name}: `kind: gguf` goes with `gguf: PATH`")
+        if self.budget.money is not None:
+            for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
+                if endpoint.kind == "openai" and endpoint.price is None:
+                    raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
             raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
         if self.judge.kind == "openai" and not self.judge.model:
@@ -322,7 +326,11 @@ def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         *sections, name = path.split(".")
         place = value
         for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
             place = place[section]
+            if not isinstance(place, dict):
+                raise TapirError(f"{section} has no settings of its own", where=path)
         place[name] = new
     return validated(value, "on the command line")
 
@@ -337,6 +345,17 @@ def lasting(recipe: Recipe) -> dict[str, Any]:
     for role in ("teacher", "judge"):
         value[role] = {name: item for name, item in value[role].items() if name not in FREE}
     return value
+
+
+def read_change(text: str) -> tuple[str, Any]:
+    """`train.epochs=1` as a setting's path and its new value, spelled as in a recipe."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise TapirError(f"not a change of a setting: {text!r}", fix="Write it as --set train.epochs=1")
+    try:
+        return path.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise TapirError(f"{value!r} is not a value: {' '.join(str(error).split())}", where=path) from error
 
 
 def differing(old: Recipe, new: Recipe) -> list[str]:

@@ -92,8 +92,8 @@ def said(response: Any) -> tuple[str, str]:
     return str(error.get("message") or error.get("detail") or error)[:BRIEF], code
 
 
-def trouble_of(error: openai.APIStatusError, key_name: str, model: str) -> Trouble:
-    """What an error status means. `key_name` is the environment variable that holds the key."""
+def trouble_of(error: openai.APIStatusError, key_place: str, model: str) -> Trouble:
+    """What an error status means. `key_place` says where the key came from."""
     status, (message, code) = error.status_code, said(error.response)
     why = f"{status}: {message}" if message else str(status)
     body = error.response.content
@@ -110,7 +110,7 @@ def trouble_of(error: openai.APIStatusError, key_name: str, model: str) -> Troub
             "stop",
             why,
             body,
-            f"The key is read from the environment variable {key_name}: see that it is the endpoint's.",
+            f"The key is read from the {key_place}: see that it is the endpoint's.",
         )
     if status == 404:
         return Trouble(

@@ -182,6 +182,17 @@ class Store:
         if self.writes:
             self._claims.drop(key)
 
+    def served(self, kinds: str) -> list[tuple[str, str]]:
+        """(model, fingerprint) of the newest call of the kinds whose name begins so; [] where there is none."""
+        if not self.reads:
+            return []
+        sql = (
+            "select model, fingerprint from calls where sample in (select id from samples where substr(name, 1, ?) = ?)"
+            " order by id desc limit 1"
+        )
+        with explained(self.path):
+            return list(self._reader().execute(sql, (len(kinds), kinds)).fetchall())
+
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
         """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
         wanted = keys.fields(request)

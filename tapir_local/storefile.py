@@ -302,3 +302,19 @@ def usage(path: Path, run: str) -> dict[str, int] | None:
     finally:
         conn.close()
     return {"paid": paid, "hits": used - paid}
+
+
+def spent(path: Path, run: str) -> tuple[int, int, float]:
+    """(calls, tokens, money) that a run has paid for, attempts that brought tokens and no answer among them."""
+    sql = (
+        "select count(*), coalesce(sum(tokens), 0), coalesce(sum(price), 0.0) from ("
+        "select c.tokens_in + c.tokens_out as tokens, c.price from uses u join calls c on c.key = u.key"
+        " where u.run = ? and u.paid union all"
+        " select tokens_in + tokens_out, price from attempts where run = ? and tokens_in + tokens_out > 0)"
+    )
+    conn = connect(path, write=False)
+    try:
+        calls, tokens, money = conn.execute(sql, (run, run)).fetchone()
+        return calls, tokens, money
+    finally:
+        conn.close()

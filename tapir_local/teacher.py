@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tapir_local.asking import Asking, Progress, quiet
+from tapir_local.asking import Asking, Progress, quiet, unheard
+from tapir_local.budget import Purse
 from tapir_local.online import Online
 from tapir_local.recipe import Endpoint
 from tapir_local.records import Answer, Request
@@ -24,18 +25,21 @@ def ask(
     store: Store,
     *,
     run: str,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
+    purse: Purse | None = None,
+    warn: Callable[[str], None] = unheard,
     transport: httpx.AsyncBaseTransport | None = None,
     patience: float = PATIENCE,
 ) -> list[Answer]:
     """Answers in the order of the requests, from the store where it has them.
 
-    `run` names the run in the store's record of uses; `progress` is called with (done, all, hits); `transport` takes
-    the place of the network. An answer that was cut, filtered or stayed empty comes back with its `finish` and is no
-    error. TapirError when the endpoint cannot be used, or refuses everything for `patience` seconds; what arrived
-    before is in the store.
+    `run` names the run in the store's record of uses; `progress` is called with (done, all, hits); `purse` is the run's
+    budget; `warn` is told when another model answers than before; `transport` takes the place of the network. An
+    answer that was cut, filtered or stayed empty comes back with its `finish` and is no error. TapirError when the
+    endpoint cannot be used, refuses everything for `patience` seconds, or the budget is spent; what arrived before is
+    in the store.
     """
-    asking = Asking(requests, endpoint, store, run, progress or quiet)
+    asking = Asking(requests, endpoint, store, run, progress, purse, warn)
     try:
         missing = asking.look_up()
         if missing:

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tapir_local.assets import model_folder
+from tapir_local.budget import Cost, Purse
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request
 from tapir_local.rundir import RunDir
 from tapir_local.store import Mode, Store
+from tapir_local.storefile import spent
 from tapir_local.work import Ask, Progress, Tools
 
 
@@ -22,9 +24,10 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     with Store(run.cache / "teacher.db", mode) as store:
         for notice in store.notices:
             say(notice)
+        purse = Purse(recipe.budget, spent_by(run))
         yield Tools(
-            teacher=asker(recipe.teacher, store, run.name),
-            judge=asker(recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge, store, run.name),
+            teacher=asker(recipe.teacher, store, run.name, purse, say),
+            judge=asker(judge_of(recipe), store, run.name, purse, say),
             generate=generator(recipe),
             classify=classifier(recipe),
             train=trainer(recipe),
@@ -34,8 +37,19 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
         )
 
 
-def asker(endpoint: Endpoint, store: Store, run: str) -> Ask:
-    """Requests to an endpoint through the store."""
+def judge_of(recipe: Recipe) -> Endpoint:
+    """The endpoint that judges."""
+    return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
+
+
+def spent_by(run: RunDir) -> Cost:
+    """What a run has spent until now."""
+    store = run.cache / "teacher.db"
+    return Cost(*spent(store, run.name)) if store.exists() else Cost()
+
+
+def asker(endpoint: Endpoint, store: Store, run: str, purse: Purse, say: Callable[[str], None]) -> Ask:
+    """Requests to an endpoint through the store, within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         from tapir_local.teacher import ask as send
@@ -43,7 +57,7 @@ def asker(endpoint: Endpoint, store: Store, run: str) -> Ask:
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        return send(requests, endpoint, store, run=run, progress=show)
+        return send(requests, endpoint, store, run=run, progress=show, purse=purse, warn=say)
 
     return ask
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request
@@ -36,8 +37,10 @@ class Work:
     run: RunDir
     tools: Tools
     number: int = 0
+    step: str = ""
     progress: Progress = lambda done, total, text: None
     tally: dict[str, int] = field(default_factory=lambda: {"paid": 0, "hits": 0})
+    calls: list[Locked] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -49,11 +52,15 @@ class Work:
         return random.Random(f"{self.recipe.random_seed}-{stage}-{self.number}")
 
     def ask(self, ask: Ask, requests: Sequence[Request]) -> list[Answer]:
-        """Answers in the order of the requests, counted as paid or hits."""
+        """Answers in the order of the requests, counted as paid or hits, their calls recorded in tapir.lock."""
         answers = ask(requests, self.progress) if requests else []
         hits = sum(answer.hit for answer in answers)
         self.tally["hits"] += hits
         self.tally["paid"] += len(answers) - hits
+        pairs = zip(requests, answers, strict=True)
+        self.calls += [Locked(self.step, request.row, answer.key) for request, answer in pairs if answer.key]
+        if self.calls:
+            lock(self.run, self.step, self.calls)
         return answers
 
     def request(

@@ -1,15 +1,18 @@
 """Students that several test files share, made once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on a busy machine
 
 import pytest
+import server as servers
 from models import WITH_BOS, make_adapter, make_model
 
 from tapir_local.export import export_gguf
+from tapir_local.store import Store
 
 
 class Student(NamedTuple):
@@ -41,3 +44,15 @@ def students(tmp_path_factory) -> dict[str, Student]:
 @pytest.fixture(scope="session")
 def llama(students) -> Student:
     return students["llama"]
+
+
+@pytest.fixture
+def server() -> Iterator[servers.Server]:
+    with servers.running() as known:
+        yield known
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "teacher.db") as opened:
+        yield opened

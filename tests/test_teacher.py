@@ -8,164 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
+from server import attempts, completion, dropped, malformed, questions, raises, says, slow, status, teacher
 
+from tapir_local import online
 from tapir_local.endpoint import body_of, identity_of
-from tapir_local.errors import TapirError
 from tapir_local.pace import backoff, seconds_of, used_up, wait_asked
 from tapir_local.recipe import Judge, Teacher
-from tapir_local.records import Message, Request
 from tapir_local.replies import read_reply
 from tapir_local.store import Store
 from tapir_local.teacher import ask
-
-Fault = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
-
-
-@dataclass
-class Server:
-    """What it was asked, and what it will do wrong: `faults` by the user's words, one after another."""
-
-    faults: dict[str, list[Fault]] = field(default_factory=dict)
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    extra: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    flying: int = 0
-    most: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    port: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
-        words = body["messages"][-1]["content"]
-        with self.lock:
-            self.bodies.append(body)
-            self.headers.append(dict(handler.headers))
-            self.paths.append(handler.path)
-            self.flying += 1
-            self.most = max(self.most, self.flying)
-            fault = self.faults[words].pop(0) if self.faults.get(words) else None
-        time.sleep(self.seconds)
-        try:
-            fault(handler, body) if fault else send(handler, 200, completion(f"re: {words}"), self.extra)
-        finally:
-            with self.lock:
-                self.flying -= 1
-
-
-def completion(text: Any, finish: str = "stop", **message: Any) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
-    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-    return {"id": "x", "object": "chat.completion", "model": "m-1", "choices": [choice], "usage": usage}
-
-
-def send(handler: BaseHTTPRequestHandler, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    handler.send_response(status)
-    for name, value in {"content-type": "application/json", **(headers or {})}.items():
-        handler.send_header(name, value)
-    handler.send_header("content-length", str(len(raw)))
-    handler.end_headers()
-    handler.wfile.write(raw)
-
-
-def status(code: int, message: str = "no", kind: str = "", **headers: str) -> Fault:
-    error = {"error": {"message": message, "code": kind}}
-    return lambda handler, _: send(
-        handler, code, error, {name.replace("_", "-"): value for name, value in headers.items()}
-    )
-
-
-def says(text: str | None, finish: str = "stop", **message: Any) -> Fault:
-    return lambda handler, _: send(handler, 200, completion(text, finish, **message))
-
-
-def malformed(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
-    send(handler, 200, b'{"choices": [{"mess')
-
-
-def dropped(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
-    handler.close_connection = True
-    handler.connection.close()
-
-
-def slow(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
-    time.sleep(1.0)
-    dropped(handler, _)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    known = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            known.answer(self)
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    class Quiet(ThreadingHTTPServer):
-        request_queue_size = 128
-
-        def handle_error(self, request: Any, client_address: Any) -> None: ...
-
-    http = Quiet(("127.0.0.1", 0), Handler)
-    known.port = http.server_port
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield known
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "teacher.db") as opened:
-        yield opened
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-def teacher(server: Server, **settings: Any) -> Teacher:
-    return Teacher(**{"base_url": server.url, "model": "m", "concurrency": 8, "timeout": 20, **settings})
-
-
-def questions(*words: str, **fields: Any) -> list[Request]:
-    return [
-        Request((Message("system", "Be brief."), Message("user", word)), f"row-{word}", "answers", **fields)
-        for word in words
-    ]
-
-
-def attempts(store: Store) -> list[tuple[str, str]]:
-    with sqlite3.connect(store.path) as conn:
-        return conn.execute("select row, why from attempts order by id").fetchall()
-
-
-@contextmanager
-def raises(words: str) -> Iterator[pytest.ExceptionInfo[TapirError]]:
-    with pytest.raises(TapirError) as caught:
-        yield caught
-    assert words in str(caught.value), str(caught.value)
 
 
 # Answers and hits
@@ -328,7 +186,7 @@ def test_retry_after_is_obeyed_by_all(server, store):
     start = time.monotonic()
     ask(questions("a", "b"), teacher(server, concurrency=1), store, run="r")
     assert time.monotonic() - start >= 1.0
-    assert server.bodies[1]["messages"][1]["content"] == "b"
+    assert [body["messages"][1]["content"] for body in server.bodies] == ["a", "a", "b"]
 
 
 def test_an_exhausted_allowance_is_waited_for(server, store):
@@ -360,6 +218,33 @@ def test_a_slow_answer_is_given_up_and_asked_again(server, store):
     assert attempts(store) == [("row-a", "no answer within 0.3 s")]
 
 
+def test_the_last_slow_answer_is_asked_a_second_time_and_the_first_to_come_counts(server, store, monkeypatch):
+    monkeypatch.setattr(online, "LATE_LEAST", 0.2)
+    words = [str(number) for number in range(40)]
+    server.faults["39"] = [lambda *_: time.sleep(5)]
+    began = time.monotonic()
+    answers = ask(questions(*words), teacher(server), store, run="r")
+    assert time.monotonic() - began < 4
+    assert [answer.text for answer in answers] == [f"re: {word}" for word in words]
+    assert attempts(store) == [("row-39", "late: asked a second time")]
+    assert len(server.bodies) == 41
+
+
+def test_no_second_copy_goes_while_others_wait_to_be_sent(server, store, monkeypatch):
+    monkeypatch.setattr(online, "LATE_LEAST", 0.01)
+    server.seconds = 0.1
+    ask(questions(*map(str, range(60))), teacher(server, concurrency=4), store, run="r")
+    assert len(server.bodies) <= 61
+
+
+def test_another_served_model_is_told_once(server, store):
+    told = []
+    ask(questions("a"), teacher(server), store, run="r", warn=told.append)
+    server.faults = {"c": [says("x", model="m-2")], "d": [says("y", model="m-2")]}
+    ask(questions("b", "c", "d", "e"), teacher(server, concurrency=1), store, run="r", warn=told.append)
+    assert told == [f"{server.url}: 'm' is served by m-2 now, until here it was m-1"]
+
+
 def test_one_failing_request_of_twelve_keeps_the_other_eleven(server, store):
     words = [str(number) for number in range(12)]
     server.faults["5"] = [status(400, "this prompt is too long")]
@@ -389,6 +274,27 @@ def test_a_wrong_key_stops_at_once_and_is_never_shown(server, store, monkeypatch
     kept = b"".join(file.read_bytes() for file in store.path.parent.iterdir())
     assert b"sk-secret" not in kept
     assert "sk-secret" not in str(caught.value)
+
+
+def test_a_key_from_a_file_is_never_shown(server, store, tmp_path):
+    file = tmp_path / "key"
+    file.write_text("sk-in-a-file\n")
+    server.faults["a"] = [status(401, "Incorrect API key provided: sk-in-a-file")]
+    with raises(f"file {file}") as caught:
+        ask(questions("a"), teacher(server, api_key_file=str(file)), store, run="r")
+    assert server.headers[0]["authorization"] == "Bearer sk-in-a-file"
+    store.flush()
+    assert b"sk-in" not in b"".join(path.read_bytes() for path in store.path.parent.iterdir() if path != file)
+    assert "sk-in" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [None, "", "two words"])
+def test_a_key_file_that_holds_no_key(server, store, tmp_path, text):
+    if text is not None:
+        (tmp_path / "key").write_text(text)
+    with raises("key"):
+        ask(questions("a"), teacher(server, api_key_file=str(tmp_path / "key")), store, run="r")
+    assert not server.bodies
 
 
 def test_an_unknown_model_is_named(server, store):
@@ -519,8 +425,8 @@ def test_which_header_counts():
 
 
 def test_backoff_grows_to_its_end():
-    assert [backoff(tries, 1.0) for tries in (1, 2, 3, 9)] == [1, 2, 4, 30]
-    assert backoff(3, 0.0) == 2
+    assert [backoff(tries, 1.0) for tries in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
+    assert backoff(3, 0.0) == 1
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b"<html>"])

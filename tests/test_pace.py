@@ -1,0 +1,73 @@
+"""How many requests fly: few refusals slow nothing, many do, and what is put back goes first."""
+
+import asyncio
+
+import pytest
+
+from tapir_local.pace import Line
+
+
+def after(replies: str, most: int = 64) -> float:
+    """The limit after answers (.) and refusals (x)."""
+
+    async def run() -> float:
+        line: Line[int] = Line([], most)
+        for reply in replies:
+            line.answered() if reply == "." else line.refused()
+        return line.limit
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("replies", "least", "most"),
+    [
+        ("...................x" * 100, 64, 64),  # 5 % at random: the server is not full
+        ("x" * 64, 32, 32),  # all of them: half
+        ("x" * 1000, 1, 1),
+        ("xx." * 100, 1, 24),
+        ("x" * 1000 + "." * 5000, 64, 64),  # and up again
+    ],
+)
+def test_the_share_of_refusals_decides(replies: str, least: int, most: int) -> None:
+    assert least <= after(replies) <= most
+
+
+def test_refusals_of_everything_are_counted_over() -> None:
+    async def run() -> list[int]:
+        line: Line[int] = Line([], 4)
+        counts = [line.refused() for _ in range(9)]
+        line.answered()
+        return [*counts, line.refused()]
+
+    counts = asyncio.run(run())
+    assert counts[0] == 0
+    assert counts[8] > 1
+    assert counts[9] == 0
+
+
+def test_what_is_put_back_goes_before_what_waits() -> None:
+    async def run() -> list[int | None]:
+        line: Line[int] = Line([1, 2, 3], 1)
+        first = await line.next(0)
+        assert first is not None
+        line.later(first, 0.0)
+        await asyncio.sleep(0.01)
+        return [first, await line.next(0), await line.next(0)]
+
+    assert asyncio.run(run()) == [1, 1, 2]
+
+
+def test_a_worker_beyond_the_limit_rests_until_it_rises() -> None:
+    async def run() -> bool:
+        line: Line[int] = Line([1, 2, 3], 2)
+        for _ in range(4):
+            line.refused()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await line.next(1)
+        for _ in range(10):
+            line.answered()
+        return await line.next(1) == 1
+
+    assert asyncio.run(run())
