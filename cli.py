@@ -54,6 +54,7 @@ def cli() -> None:
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable."
 )
 @click.option("--replay", is_flag=True, help="Ask nobody: every answer must be in the store, or the run stops.")
+@click.option("--dry-run", is_flag=True, help="Only tell what the rest of the run will ask and cost; asks nobody.")
 @cache_option
 def distill(
     recipe: str,
@@ -63,6 +64,7 @@ def distill(
     random_seed: int | None,
     changes: tuple[str, ...],
     replay: bool,
+    dry_run: bool,
     cache: Path | None,
 ) -> None:
     """Run RECIPE, or go on with it where it was cut.
@@ -71,6 +73,9 @@ def distill(
     """
     chosen = load_recipe(recipe, changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     run = run_dir(cache, chosen.name)
+    if dry_run:
+        foretell(chosen, run)
+        return
     if count := carry_out(chosen, run, replay):
         print_rounds(run)
         click.echo(
@@ -105,6 +110,14 @@ def load_recipe(
         "seeds.path": seeds and str(seeds.absolute()),
     }
     return overridden(recipe, {key: value for key, value in changes.items() if value is not None})
+
+
+def foretell(recipe: "Recipe", run: "RunDir") -> None:
+    """A table of the calls to come."""
+    from tapir_local.display import forecast_table
+    from tapir_local.forecast import forecast
+
+    print_table(forecast_table(forecast(recipe, run), run.name))
 
 
 def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:

@@ -2,10 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.console import cache_option, example, json_option, print_json, print_rows, store_path
+from tapir_local.console import cache_option, example, json_option, print_json, print_rows, print_table, store_path
+
+if TYPE_CHECKING:
+    from tapir_local.costs import By
 
 
 @click.group(epilog=example("tapir-local calls stats", "tapir-local calls list --run quickstart --stage judge"))
@@ -23,6 +27,24 @@ def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
 
     names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
     print_rows("calls", names, count(store_path(cache), run), as_json)
+
+
+@calls.command(epilog=example("tapir-local calls cost --run quickstart", "tapir-local calls cost --by run --json"))
+@click.option("--run", help="Only this run.")
+@click.option("--round", "number", type=click.IntRange(min=0), help="Only this round.")
+@click.option("--by", type=click.Choice(["run", "round", "stage", "task"]), default="stage", show_default=True)
+@cache_option
+@json_option
+def cost(run: str | None, number: int | None, by: "By", cache: Path | None, as_json: bool) -> None:
+    """What was paid, and what the store saved, by run, round, stage or task."""
+    from tapir_local.costs import costs
+    from tapir_local.display import cost_table
+
+    rows = costs(store_path(cache), by, run, number)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(cost_table("calls" + (f" of run {run}" if run else ""), rows, by))
 
 
 @calls.command(name="list", epilog=example("tapir-local calls list --stage refine --limit 5"))

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tapir_local.distill import Step, Watch
+from tapir_local.forecast import Foreseen
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
 LOG_EVERY = 30.0
@@ -221,3 +222,67 @@ def scores_phrase(scores: Sequence[float | None] | None) -> str:
     if scores is None or scores[0] is None or scores[1] is None:
         return "-"
     return f"{scores[0]:.1f} : {scores[1]:.1f}"
+
+
+def money(value: float | None) -> str:
+    """Money for people, to a cent, or to four places where it is little."""
+    if value is None:
+        return "unknown"
+    return f"{value:,.2f}" if value >= 1 or not value else f"{value:,.4f}"
+
+
+def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
+    """A row a stage that will ask somebody, and their sum."""
+    table = Table(title=f"run {run}: what the rest will ask", title_justify="left", caption_justify="left")
+    table.add_column("stage")
+    for name in ("calls", "in the store", "to pay", "tokens in", "tokens out", "money"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        hits = "?" if row.hits is None else f"{row.hits:,}"
+        told = (
+            f"{row.calls:,}",
+            hits,
+            f"{row.to_pay:,}",
+            f"{row.tokens_in:,}",
+            f"{row.tokens_out:,}",
+            money(row.money),
+        )
+        table.add_row(row.step, *told, "counted" if row.exact else "estimate")
+    sums = [sum(getattr(row, name) for row in rows) for name in ("calls", "to_pay", "tokens_in", "tokens_out")]
+    unknown = any(row.money is None and row.to_pay for row in rows)
+    total = money(None if unknown else sum(row.money or 0.0 for row in rows))
+    table.add_section()
+    table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
+    table.caption = (
+        "Counted: every request was looked up. Estimate: it depends on a student that is not trained yet; what of it "
+        "the store has is not known. Tokens are rough: a quarter of the letters, and replies as long as the stage's "
+        "others."
+    )
+    return table
+
+
+def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> Table:
+    """A row for each value of `by`: calls paid and from the store, tokens, money, what the store saved; their sum."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column(by)
+    numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
+    for name in (*numbers, "money", "saved"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(escape(str(row[by])), *(f"{row[name]:,}" for name in numbers), *moneys([row]))
+    table.add_section()
+    table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *moneys(rows))
+    table.caption = "Tokens are those paid for. Failed: attempts without an answer; what they cost is in the money."
+    return table
+
+
+def moneys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(paid, saved by the store) for people; calls of an unknown price are said, not counted as nothing."""
+    unknown = sum(row["unpriced"] for row in rows)
+    paid = sum(row["money"] for row in rows)
+    told = (
+        f"{money(paid)} + {unknown:,} of unknown price" if unknown and paid else "unknown" if unknown else money(paid)
+    )
+    saved = sum(row["saved"] for row in rows)
+    return told, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money(saved)

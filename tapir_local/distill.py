@@ -95,16 +95,9 @@ def start(recipe: Recipe, run: RunDir) -> None:
     that has no output yet begins anew.
     """
     path = run.path / "recipe.yaml"
-    if path.exists() and sequence(run, 0)[0].done:
-        kept = kept_recipe(run)
-        changed = differing(kept, recipe)
-        if changed:
-            raise TapirError(
-                f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
-                where=str(path),
-                fix="Name a new run with --name: the store keeps what was paid for, so unchanged calls cost nothing.",
-            )
-        if kept == recipe:
+    if has_begun(run):
+        refuse_changed(recipe, run)
+        if kept_recipe(run) == recipe:
             return
     else:
         record = {
@@ -115,6 +108,22 @@ def start(recipe: Recipe, run: RunDir) -> None:
         }
         write_json(run.path / "run.json", {**record, "started": now(), "status": "started", "stages": {}})
     write_text(path, to_yaml(recipe))
+
+
+def has_begun(run: RunDir) -> bool:
+    """Whether a run has a recipe and an output to keep it for."""
+    return run.exists and sequence(run, 0)[0].done
+
+
+def refuse_changed(recipe: Recipe, run: RunDir) -> None:
+    """TapirError where a run was started with a recipe that differs in what must last."""
+    changed = differing(kept_recipe(run), recipe) if has_begun(run) else []
+    if changed:
+        raise TapirError(
+            f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
+            where=str(run.path / "recipe.yaml"),
+            fix="Name a new run with --name: the store keeps what was paid for, so unchanged calls cost nothing.",
+        )
 
 
 def kept_recipe(run: RunDir) -> Recipe:

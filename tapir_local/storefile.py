@@ -318,3 +318,16 @@ def spent(path: Path, run: str) -> tuple[int, int, float]:
         return calls, tokens, money
     finally:
         conn.close()
+
+
+def tokens_by_stage(path: Path) -> dict[str, tuple[float, float]]:
+    """By stage, the mean tokens of the prompts and replies of its calls in the store."""
+    sql = (
+        "select u.stage, avg(c.tokens_in), avg(c.tokens_out) from uses u join calls c on c.key = u.key"
+        " group by u.stage having avg(c.tokens_out) > 0"
+    )
+    conn = connect(path, write=False)
+    try:
+        return {stage: (size_in, size_out) for stage, size_in, size_out in conn.execute(sql)}
+    finally:
+        conn.close()

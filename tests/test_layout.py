@@ -17,8 +17,8 @@ prompts judging curriculum dataset metrics template keys
 rundir assets lockfile
 process storefile calls claims store pace replies pocket endpoint budget asking online teacher
 lora classifier train llama generate gguf_vocab weights export gate
-work prepare stages distill tools chat
-report doctor display
+work prepare stages distill tools forecast chat
+report costs doctor display
 console calls_cli
 """
 MODULES = ORDER.split()

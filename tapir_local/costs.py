@@ -1,0 +1,77 @@
+"""What was paid and what the store saved: by run, round, stage or task."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tapir_local.calls import opened
+from tapir_local.records import Example
+from tapir_local.rundir import RunDir, read_rows
+
+By = Literal["run", "round", "stage", "task"]
+
+PAID = """
+select u.run, u.round, u.stage, u.row, u.paid, c.tokens_in, c.tokens_out, c.price from uses u
+join calls c on c.key = u.key where (? is null or u.run = ?) and (? is null or u.round = ?) order by c.id
+"""
+FAILED = """
+select run, round, stage, row, tokens_in, tokens_out, price from attempts
+where run != '' and (? is null or run = ?) and (? is null or round = ?) order by id
+"""
+NOTHING: Mapping[str, float] = dict.fromkeys(
+    ("paid", "from_store", "failed", "tokens_in", "tokens_out", "money", "saved", "unpriced", "unpriced_hits"), 0
+)
+
+
+def costs(store: Path, by: By, run: str | None = None, number: int | None = None) -> list[dict[str, Any]]:
+    """A row for each value of `by`, in the order of their first call.
+
+    `paid` and `from_store` are calls; tokens are those paid for; `money` and `saved` are in the money of the prices;
+    `unpriced` calls were paid at a price that the recipe does not say, `unpriced_hits` were such when first paid.
+    """
+    tasks: dict[str, dict[str, str]] = {}
+    sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(NOTHING))
+    with opened(store) as conn:
+        for name, round_, stage, row, paid, *sizes in conn.execute(PAID, (run, run, number, number)):
+            value = value_of(by, store.parent, tasks, name, round_, stage, row)
+            add(sums[value], "paid" if paid else "from_store", *sizes)
+        for name, round_, stage, row, *sizes in conn.execute(FAILED, (run, run, number, number)):
+            value = value_of(by, store.parent, tasks, name, round_, stage, row)
+            add(sums[value], "failed", *sizes)
+    return [{by: value, **found} for value, found in sums.items()]
+
+
+def add(sums: dict[str, Any], kind: str, tokens_in: int, tokens_out: int, price: float | None) -> None:
+    """Count a call or an attempt."""
+    sums[kind] += 1
+    if kind == "from_store":
+        sums["saved"] += price or 0.0
+        sums["unpriced_hits"] += price is None
+        return
+    sums["tokens_in"] += tokens_in
+    sums["tokens_out"] += tokens_out
+    sums["money"] += price or 0.0
+    sums["unpriced"] += price is None and tokens_in + tokens_out > 0
+
+
+def value_of(by: By, cache: Path, tasks: dict[str, dict[str, str]], run: str, number: int, stage: str, row: str) -> str:
+    """What a call is counted under."""
+    if by != "task":
+        return {"run": run, "round": str(number), "stage": stage}[by]
+    if run not in tasks:
+        tasks[run] = tasks_of(RunDir(cache, run))
+    return tasks[run].get(row.partition("#")[0], "unknown")
+
+
+def tasks_of(run: RunDir) -> dict[str, str]:
+    """The task of each row of a run, as far as its folder is there."""
+    files = [run.path / "labels.jsonl", run.path / "seeds.jsonl", run.path / "holdout.jsonl"]
+    files += sorted(run.path.glob("round-*/train.jsonl"))
+    return {row.id: row.task for row in examples(file for file in files if file.exists())}
+
+
+def examples(files: Iterable[Path]) -> Iterable[Example]:
+    """The rows of several files."""
+    for file in files:
+        yield from read_rows(Example, file)

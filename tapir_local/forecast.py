@@ -1,0 +1,200 @@
+"""What the rest of a run will ask and cost: stages are played through on the store alone, as far as that goes.
+
+A stage whose inputs are there is run in a throw-away copy of the run's folder, by tools that look requests up and send
+none: its calls are exact. What needs a student that is not trained yet is estimated from the recipe, and says so.
+"""
+
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tapir_local import keys
+from tapir_local.asking import Asking
+from tapir_local.budget import money_of, price_of
+from tapir_local.curriculum import challenge
+from tapir_local.distill import Step, refuse_changed, sequence
+from tapir_local.endpoint import body_of, identity_of
+from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.records import Answer, Example, Request, instruction_of
+from tapir_local.rundir import RunDir, read_rows, write_json, write_rows, write_text
+from tapir_local.store import Store
+from tapir_local.storefile import tokens_by_stage
+from tapir_local.tools import judge_of
+from tapir_local.work import Progress, Tools, Work
+
+LETTERS = 4  # characters of a token, roughly, in English; used until the store knows a stage's calls
+FRAME = 150  # tokens of the prompt around an instruction, roughly
+WRITTEN = {"label": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
+ANSWER = 250  # and of an answer
+DRAFTS = 1.25  # drafts for a row that is kept, roughly
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a step will take. `hits` are in the store already; `money` is of the rest, None where the price is unknown.
+
+    `exact` says that calls and hits were counted request by request; else they are estimates and hits unknown.
+    """
+
+    step: str
+    calls: int
+    hits: int | None
+    tokens_in: int
+    tokens_out: int
+    money: float | None
+    exact: bool
+
+    @property
+    def to_pay(self) -> int:
+        return self.calls - (self.hits or 0)
+
+
+class Unreached(Exception):
+    """The rest of a stage depends on what is not there yet."""
+
+
+@dataclass
+class Scout:
+    """Tools that send nothing, and what they were asked in the present step."""
+
+    recipe: Recipe
+    store: Store | None
+    asked: list[tuple[Request, Endpoint]] = field(default_factory=list)
+    missing: list[tuple[Request, Endpoint]] = field(default_factory=list)
+
+    def tools(self) -> Tools:
+        """What a stage is given: questions are looked up, and nothing is trained or generated."""
+
+        def unreached(*_: Any) -> Any:
+            raise Unreached
+
+        def everything_else(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+            out.mkdir()  # the split between holdout and seeds will be another, what is asked of both is the same
+            write_text(out / "predictions.jsonl", "")
+            write_json(out / "agreement.json", {"agreement": 0.0, "rows": 0})
+
+        return Tools(
+            teacher=lambda requests, _: self.look_up(requests, self.recipe.teacher),
+            judge=lambda requests, _: self.look_up(requests, judge_of(self.recipe)),
+            generate=unreached,
+            classify=everything_else,
+            train=unreached,
+            export=unreached,
+            gate=unreached,
+        )
+
+    def look_up(self, requests: Sequence[Request], endpoint: Endpoint) -> list[Answer]:
+        """The stored answers; Unreached where one is missing."""
+        self.asked += [(request, endpoint) for request in requests]
+        if not self.store:
+            self.missing += [(request, endpoint) for request in requests]
+            raise Unreached
+        asking = Asking(requests, endpoint, self.store, "")
+        jobs = asking.look_up()
+        self.missing += [(requests[place], endpoint) for job in jobs for place in job.places[:1]]
+        if jobs:
+            raise Unreached
+        return [answer for answer in asking.answers if answer]
+
+
+def forecast(recipe: Recipe, run: RunDir) -> list[Foreseen]:
+    """Every step still to do that asks somebody; nothing is sent or written."""
+    refuse_changed(recipe, run)
+    path = run.cache / "teacher.db"
+    with ExitStack() as stack:
+        store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
+        known = tokens_by_stage(path) if path.exists() else {}
+        copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
+        link(run.path, copy.path)
+        steps = sequence(copy, recipe.rounds)
+        found = [foresee(step, recipe, copy, store, known) for step in steps if not step.done]
+    return [row for row in found if row.calls]
+
+
+def link(source: Path, target: Path) -> None:
+    """A folder whose files are links to another's."""
+    target.mkdir(parents=True)
+    for folder, _, files in os.walk(source):
+        place = target / Path(folder).relative_to(source)
+        place.mkdir(exist_ok=True)
+        for name in files:
+            (place / name).symlink_to((Path(folder) / name).absolute())
+
+
+def foresee(
+    step: Step, recipe: Recipe, copy: RunDir, store: Store | None, known: Mapping[str, tuple[float, float]]
+) -> Foreseen:
+    """A step played through, or estimated where it cannot be."""
+    scout = Scout(recipe, store)
+    step.output.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Unreached, FileNotFoundError):
+        step.stage.run(Work(recipe, copy, scout.tools(), step.number or 0, step.name), step.output)
+    if step.stage.name == "label" and not step.done:  # what the seeds are asked does not depend on their labels
+        write_rows(step.output, [replace(row, task="Others") for row in rows_of(copy)])
+    if scout.asked:
+        return counted(step, scout, known)
+    return estimated(step, recipe, copy, known) if not step.done else Foreseen(step.name, 0, 0, 0, 0, 0.0, True)
+
+
+def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+    """What a step asked for, and what of it would be paid; equal requests are paid once."""
+    unique = {
+        keys.key(identity_of(endpoint), body_of(request, endpoint), request.draw): request
+        for request, endpoint in scout.missing
+    }
+    sizes = [sizes_of(request, known) for request in unique.values()]
+    tokens = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+    return priced(step, len(scout.asked), len(scout.asked) - len(unique), *tokens, scout.asked[0][1])
+
+
+def sizes_of(request: Request, known: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Tokens of a request, by its letters, and of its reply, as the stage's others were."""
+    letters = sum(len(turn.content) for turn in request.messages)
+    written = known[request.stage][1] if request.stage in known else WRITTEN.get(request.stage, ANSWER)
+    return letters / LETTERS, min(written, request.max_tokens)
+
+
+def estimated(step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+    """What a step that cannot be played through may ask, by the recipe and the number of seeds."""
+    stage, instructions = step.stage.name, [instruction_of(row.prompt) for row in rows_of(copy)]
+    calls = expected_calls(stage, step.number or 0, recipe, len(instructions))
+    instruction = statistics.fmean(map(len, instructions)) / LETTERS if instructions else FRAME
+    size_in, size_out = known.get(stage, (FRAME + instruction, WRITTEN.get(stage, ANSWER)))
+    endpoint = judge_of(recipe) if stage.endswith("judge") else recipe.teacher
+    return priced(step, calls, None, calls * size_in, calls * size_out, endpoint)
+
+
+def rows_of(copy: RunDir) -> list[Example]:
+    """The seeds as read, [] where that has not been done."""
+    path = copy.path / "rows.jsonl"
+    return read_rows(Example, path) if path.exists() else []
+
+
+def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
+    """Calls of a stage of round `number`, from the recipe and the number of seeds and holdout rows together."""
+    plan, held = recipe.curriculum, recipe.seeds.holdout
+    hard = challenge(plan, number) * plan.rows if number else 0.0
+    written = sum(challenge(plan, n) * plan.rows * plan.expand_share for n in range(1, number))
+    pool = rows - held + round(written)
+    judged = recipe.judge.kind != "reference"
+    asked = {
+        "judge": 2 * min(pool, plan.pool or pool) * judged,
+        "holdout-judge": 2 * held * judged,
+        "expand": round(hard * plan.expand_share * DRAFTS) * recipe.can_expand,
+        "refine": round(hard) * recipe.can_expand,
+    }
+    return asked.get(stage, 0)
+
+
+def priced(
+    step: Step, calls: int, hits: int | None, tokens_in: float, tokens_out: float, endpoint: Endpoint
+) -> Foreseen:
+    """A forecast with its money."""
+    sizes = round(tokens_in), round(tokens_out)
+    exact = hits is not None and step.stage.name != "expand"  # rejected drafts are written again
+    return Foreseen(step.name, calls, hits, *sizes, money_of(price_of(endpoint), *sizes), exact)
