@@ -15,8 +15,9 @@ errors records tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging curriculum dataset metrics template keys
 rundir assets
+llama sampling generate
 process storefile calls claims store pace replies pocket endpoint asking online teacher
-lora classifier train llama generate gguf_vocab weights export gate
+lora classifier train gguf_vocab weights export gate
 work prepare stages distill tools chat
 report doctor display
 console calls_cli
