@@ -16,7 +16,7 @@ pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_lang
 prompts judging curriculum dataset metrics template keys
 rundir assets
 llama sampling generate
-process storefile calls claims store pace replies pocket endpoint asking online teacher
+process storefile calls claims store pace replies pocket endpoint asking local online teacher
 lora classifier train gguf_vocab weights export gate
 work prepare stages distill tools chat
 report doctor display
