@@ -107,7 +107,7 @@ class Asking:
             self.note(job, why, raw, seconds, tokens, price)
             return None
         uses = [self.use(place, job.key, place == job.places[0]) for place in job.places]
-        kind = f"{self.identity} {job.body['model']} {job.request.stage}"
+        kind = " ".join(filter(None, (self.identity, job.body.get("model"), job.request.stage)))
         call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds, price)
         return self.store.put(call, uses)
 

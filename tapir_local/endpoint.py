@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 VENDOR = "https://api.openai.com/v1"
 NO_KEY = "none"  # sent to a server that wants none: the client insists on some word
 OURS = frozenset({"messages", "n", "stream", *keys.NOT_ASKED})  # what `extra` may not set
+FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
 
 
 def over_the_network(endpoint: Endpoint) -> httpx.AsyncBaseTransport | None:
@@ -44,11 +48,16 @@ SENDERS: Mapping[str, Callable[[Endpoint], httpx.AsyncBaseTransport | None]] = {
 
 
 def identity_of(endpoint: Endpoint) -> str:
-    """Who answers, for the key: the recipe's alias, the base URL in its one spelling, or the embedded teacher."""
+    """Who answers, for the key: the recipe's alias, the base URL in its one spelling, the embedded teacher, or a GGUF.
+
+    A GGUF is known by its bytes, not by its name or place; its chat template is among them. So is what runs it.
+    """
     if endpoint.alias:
         return endpoint.alias
     if kind_of(endpoint) == "pocket":
         return f"pocket {pocket_version()}"
+    if kind_of(endpoint) == "gguf":
+        return f"gguf {digest_of(endpoint)} llama.cpp {version('llama-cpp-python')}"
     return keys.address(endpoint.base_url or VENDOR)
 
 
@@ -59,18 +68,63 @@ def pocket_version() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def kind_of(endpoint: Endpoint) -> str:
-    """The endpoint's kind; TapirError for those that send nothing themselves."""
-    kind = str(getattr(endpoint, "kind", "openai"))
-    if kind not in SENDERS:
+def gguf_of(endpoint: Endpoint) -> Path:
+    """The GGUF that answers, `~` expanded; TapirError where there is no such file."""
+    path = Path(endpoint.gguf or "")
+    with suppress(RuntimeError):  # ~nobody: then it is a file of that name
+        path = path.expanduser()
+    if not path.is_file():
         raise TapirError(
-            f"a teacher or judge of kind {kind!r} cannot be asked", fix=f"Kinds that can: {', '.join(SENDERS)}."
+            f"there is no such GGUF: {path}",
+            where=f"{role_of(endpoint)}.gguf",
+            fix="Name the file by its path from the current folder, or by its full path.",
+        )
+    return path
+
+
+def role_of(endpoint: Endpoint) -> str:
+    """The endpoint's section of the recipe."""
+    return type(endpoint).__name__.lower()
+
+
+def digest_of(endpoint: Endpoint) -> str:
+    """The SHA-256 of a GGUF in hexadecimal digits; of one in parts, that of its parts' digests."""
+    path = gguf_of(endpoint)
+    split = FIRST_PART.fullmatch(path.name)
+    names = [f"{split[1]}-{n:05d}-of-{split[2]}.gguf" for n in range(1, int(split[2]) + 1)] if split else [path.name]
+    digests = []
+    for part in (path.with_name(name) for name in names):
+        try:
+            found = part.stat()
+            digests.append(sha256_of(part.absolute(), found.st_size, found.st_mtime_ns))
+        except OSError as error:
+            fix = "A split GGUF needs all its parts in one folder." if split else "See that it can be read."
+            what = f"{part} cannot be read: {error.strerror}"
+            raise TapirError(what, where=f"{role_of(endpoint)}.gguf", fix=fix) from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@cache
+def sha256_of(path: Path, size: int, changed: int) -> str:
+    """A file's digest, taken once for every size and time of change: a gigabyte takes a second."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kind_of(endpoint: Endpoint) -> str:
+    """The endpoint's kind; TapirError for those that answer nothing themselves."""
+    kind, known = str(getattr(endpoint, "kind", "openai")), (*SENDERS, "gguf")
+    if kind not in known:
+        raise TapirError(
+            f"a teacher or judge of kind {kind!r} cannot be asked", fix=f"Kinds that can: {', '.join(known)}."
         )
     return kind
 
 
 def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     """The body as sent. A null in `extra` leaves a parameter out, for models that do not take it."""
+    if kind_of(endpoint) == "gguf":
+        return body_here(request, endpoint)
     wrong = OURS & set(endpoint.extra)
     if wrong:
         raise TapirError(
@@ -90,6 +144,25 @@ def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
             "no model is named", where="teacher.model", fix="Give the model's name as the endpoint knows it."
         )
     return {name: value for name, value in body.items() if value is not None}
+
+
+def body_here(request: Request, endpoint: Endpoint) -> dict[str, Any]:
+    """What a GGUF is asked, as the same request would be sent; it has no `model`, for the identity says which file."""
+    if endpoint.extra:
+        role = role_of(endpoint)
+        raise TapirError(
+            f"a GGUF takes no {', '.join(sorted(endpoint.extra))} here",
+            where=f"{role}.extra",
+            fix=f"Leave it out: of a request's parameters there are {role}.temperature and {role}.max_tokens.",
+        )
+    body: dict[str, Any] = {
+        "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+    }
+    if request.schema is not None:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": request.schema}}
+    return body
 
 
 def api_key(endpoint: Endpoint) -> str:

@@ -4,8 +4,7 @@ import codecs
 import ctypes
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +24,23 @@ from tapir_local.llama import (
     template,
 )
 from tapir_local.records import Completion, Message, Prompt
+from tapir_local.sampling import Sampler, Samplers, drop, pick, samplers, take
 from tapir_local.template import render
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 Finish = Literal["stop", "length", "too_long"]
+Each = Callable[[int, list[int], Finish], None]  # number of the prompt, tokens written, how they end
 MAX_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How answers are written. `context` is tokens of a prompt and its answer together, `schema` of JSON."""
+
+    max_tokens: int
+    context: int
+    temperature: float = 0.0
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(eq=False)
@@ -45,7 +56,7 @@ class Running:
     waiting: Sequence[int]
     position: int
     reserved: int
-    sampler: Any
+    sampler: Sampler
     written: list[int] = field(default_factory=list)
 
 
@@ -61,22 +72,31 @@ class Batch:
     kept: tuple[Array, ...]
 
 
+def always(number: int) -> bool:
+    """Every prompt is begun."""
+    return True
+
+
+def ignored(number: int, written: list[int], finish: Finish) -> None:
+    """An answer that was read while it was written."""
+
+
 @dataclass
 class Work:
-    """A call of `answer`: what waits, what runs, what is free, what is done."""
+    """A call of `answer_each`: what waits, what runs, what is free, and who is told."""
 
     engine: Engine
     batch: Batch
     prompts: Sequence[list[int]]
-    max_tokens: int
-    context: int
+    manner: Manner
     shared: int
-    sampler_of: Callable[[int], Any]
+    samplers: Samplers
     queue: deque[int]
     slots: list[int]
     free: int
+    each: Each
+    begin: Callable[[int], bool] = always
     running: list[Running] = field(default_factory=list)
-    done: dict[int, tuple[list[int], Finish]] = field(default_factory=dict)
 
 
 def generate(
@@ -92,6 +112,8 @@ def generate(
     ids: Sequence[str] | None = None,
     threads: int | None = None,
     exact: bool = False,
+    schema: Mapping[str, Any] | None = None,
+    each: Callable[[Completion], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Answer every prompt, `parallel` at a time; results are in the order of `prompts`, their ids `ids` or numbers.
@@ -100,7 +122,9 @@ def generate(
     a turn, `length` at `max_tokens` or at the context's end, and `too_long`, with no text, where the prompt leaves no
     room for an answer. Greedy at temperature 0; else each answer is drawn with its own seed, made of `seed` and its id.
     The same call gives the same answers; at another `parallel`, near ties may fall otherwise unless `exact` (slower).
-    `progress` is told (answers done, answers wanted). TapirError when the GGUF or the adapter cannot be loaded.
+    `schema` holds every answer to the JSON that it describes, up to where `max_tokens` cuts it. `each` is given every
+    answer as soon as it is done, `progress` is told (answers done, answers wanted). TapirError when the GGUF or the
+    adapter cannot be loaded, or nothing can be held to the schema.
     """
     names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
@@ -111,20 +135,18 @@ def generate(
         tokens = [encode_prompt(model, prompt) for prompt in prompts]
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         sequences, cells = size(tokens, max_tokens, context, parallel)
+        found: dict[int, Completion] = {}
+
+        def keep(number: int, written: list[int], finish: Finish) -> None:
+            found[number] = Completion(names[number], decode(model, written), finish, len(written))
+            if each:
+                each(found[number])
+            if progress:
+                progress(len(found), len(prompts))
+
         with open_context(model, cells=cells, sequences=sequences + 1, threads=threads, exact=exact) as engine:
-            answers = answer(
-                engine,
-                tokens,
-                max_tokens=max_tokens,
-                context=context,
-                temperature=temperature,
-                seeds=seeds,
-                progress=progress,
-            )
-        return [
-            Completion(name, decode(model, written), finish, len(written))
-            for name, (written, finish) in zip(names, answers, strict=True)
-        ]
+            answer_each(engine, tokens, keep, Manner(max_tokens, context, temperature, schema), seeds)
+        return [found[number] for number in range(len(prompts))]
 
 
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
@@ -150,34 +172,42 @@ def answer(
     context: int,
     temperature: float,
     seeds: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[list[int], Finish]]:
-    """Token ids written to each prompt, and how they end. The engine's last sequence holds the shared beginning."""
-    fitting = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) < context]
+    """Token ids written to each prompt, and how they end."""
+    found: dict[int, tuple[list[int], Finish]] = {}
+
+    def keep(number: int, written: list[int], finish: Finish) -> None:
+        found[number] = (written, finish)
+
+    answer_each(engine, prompts, keep, Manner(max_tokens, context, temperature), seeds)
+    return [found[number] for number in range(len(prompts))]
+
+
+def answer_each(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    each: Each,
+    manner: Manner,
+    seeds: Sequence[int],
+    begin: Callable[[int], bool] = always,
+) -> None:
+    """Give `each` every answer as soon as it is done, in whatever order they end.
+
+    `begin` is asked when a prompt's turn has come; one that it refuses is left out. What either raises ends the work.
+    The engine's last sequence holds the shared beginning.
+    """
+    fitting = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) < manner.context]
+    for number in sorted(set(range(len(prompts))) - set(fitting)):
+        each(number, [], "too_long")
     shared = common([prompts[number] for number in fitting])
-    with samplers(temperature, seeds) as sampler_of:
-        work = Work(
-            engine,
-            make_batch(engine.batch),
-            prompts,
-            max_tokens,
-            context,
-            shared,
-            sampler_of,
-            deque(fitting),
-            [],
-            engine.cells - shared,
-        )
-        work.slots = list(range(engine.sequences - 1))[::-1]
-        work.done = {number: ([], "too_long") for number in range(len(prompts)) if number not in set(fitting)}
+    slots, cells = list(range(engine.sequences - 1))[::-1], engine.cells - shared
+    with samplers(engine.model, manner.temperature, seeds, manner.schema) as known:
+        batch, queue = make_batch(engine.batch), deque(fitting)
+        work = Work(engine, batch, prompts, manner, shared, known, queue, slots, cells, each, begin)
         prefill_shared(work)
         while work.queue or work.running:
-            before = len(work.done)
             step(work)
-            if progress and len(work.done) > before:
-                progress(len(work.done), len(prompts))
     library().llama_memory_clear(engine.memory, False)
-    return [work.done[number] for number in range(len(prompts))]
 
 
 def common(prompts: Sequence[list[int]]) -> int:
@@ -204,6 +234,8 @@ def prefill_shared(work: Work) -> None:
 def step(work: Work) -> None:
     """Let prompts join, decode one batch, draw a token for each sequence at its end, let the finished leave."""
     join(work)
+    if not work.running:  # none of the prompts left was to be begun
+        return
     drawing: list[tuple[Running, int]] = []
     count = 0
     for run in work.running:
@@ -227,39 +259,40 @@ def join(work: Work) -> None:
     while work.queue and work.slots:
         number = work.queue[0]
         prompt = work.prompts[number]
-        reserved = min(work.context, len(prompt) + work.max_tokens) - work.shared
+        reserved = min(work.manner.context, len(prompt) + work.manner.max_tokens) - work.shared
         if reserved > work.free:
             return
         work.queue.popleft()
+        if not work.begin(number):
+            continue
         work.free -= reserved
         slot = work.slots.pop()
         if work.shared:
             library().llama_memory_seq_cp(work.engine.memory, work.engine.sequences - 1, slot, 0, work.shared)
-        work.running.append(
-            Running(number, slot, prompt[work.shared :], work.shared, reserved, work.sampler_of(number))
-        )
+        sampler = take(work.samplers, number)
+        work.running.append(Running(number, slot, prompt[work.shared :], work.shared, reserved, sampler))
 
 
 def draw(work: Work, run: Running, row: int) -> None:
     """The next token of an answer; a token that ends the turn is not part of it."""
-    llama = library()
-    token = llama.llama_sampler_sample(run.sampler, work.engine.context, row)
-    if is_end(work.engine.model, token):
+    token = pick(work.engine, run.sampler, row)
+    if token is None or is_end(work.engine.model, token):
         leave(work, run, "stop")
         return
     run.written.append(token)
     run.waiting = [token]
-    if len(run.written) == work.max_tokens or run.position + 1 >= work.context:
+    if len(run.written) == work.manner.max_tokens or run.position + 1 >= work.manner.context:
         leave(work, run, "length")
 
 
 def leave(work: Work, run: Running, finish: Finish) -> None:
-    """Free the sequence and its cells for the next prompt."""
+    """Free the sequence, its sampler and its cells for the next prompt, and hand the answer over."""
     library().llama_memory_seq_rm(work.engine.memory, run.slot, -1, -1)
     work.running.remove(run)
     work.slots.append(run.slot)
     work.free += run.reserved
-    work.done[run.number] = (run.written, finish)
+    drop(work.samplers, run.number)
+    work.each(run.number, run.written, finish)
 
 
 def logits(engine: Engine, tokens: Sequence[int]) -> Array:
@@ -312,40 +345,7 @@ def decode_batch(engine: Engine, batch: Batch, count: int) -> None:
     code = library().llama_decode(engine.context, batch.view)
     batch.logits[:count] = 0
     if code:
-        raise failure(f"llama_decode gave {code}", engine.model.gguf, "Set student.parallel lower and run again.")
-
-
-@contextmanager
-def samplers(temperature: float, seeds: Sequence[int]) -> Iterator[Callable[[int], Any]]:
-    """A sampler chain for the answer of a number: one for all when greedy, one each when drawn."""
-    llama = library()
-    chains: dict[int, Any] = {}
-
-    def chain_of(number: int) -> Any:
-        key = number if temperature > 0 else -1
-        if key not in chains:
-            chains[key] = make_sampler(temperature, seeds[number])
-        return chains[key]
-
-    try:
-        yield chain_of
-    finally:
-        for chain in chains.values():
-            llama.llama_sampler_free(chain)
-
-
-def make_sampler(temperature: float, seed: int) -> Any:
-    """Greedy, or the plain softmax at a temperature: no top-k, top-p or penalty."""
-    llama = library()
-    params = llama.llama_sampler_chain_default_params()
-    params.no_perf = True
-    chain = llama.llama_sampler_chain_init(params)
-    if temperature <= 0:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
-    else:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(temperature))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(seed))
-    return chain
+        raise failure(f"llama_decode gave {code}", engine.model.gguf, engine.model.advice.too_large)
 
 
 def chat_stream(
@@ -363,9 +363,10 @@ def chat_stream(
     llama = library()
     llama.llama_memory_clear(engine.memory, False)
     characters = codecs.getincrementaldecoder("utf-8")("replace")
-    with samplers(temperature, [seed]) as sampler_of:
-        batch, cells = make_batch(engine.batch), engine.cells
-        work = Work(engine, batch, [prompt], max_tokens, cells, 0, sampler_of, deque([0]), [0], cells)
+    manner = Manner(max_tokens, engine.cells, temperature)
+    with samplers(model, temperature, [seed]) as known:
+        queue, free = deque([0]), engine.cells
+        work = Work(engine, make_batch(engine.batch), [prompt], manner, 0, known, queue, [0], free, ignored)
         join(work)
         run, seen = work.running[0], 0
         while work.running:

@@ -18,6 +18,18 @@ REMAKE = "Delete it and run again, so that it is made anew."
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What the user can do about a GGUF that will not serve; these words are for a student that this program made."""
+
+    unusable: str = REMAKE
+    too_large: str = "Set student.parallel or student.max_length lower."
+    no_template: str = "Export the student again, from a folder with a chat_template.jinja."
+
+
+STUDENT = Advice()
+
+
+@dataclass(frozen=True)
 class Model:
     """An open GGUF. `template`, `bos` and `eos` are texts out of its metadata, empty where it has none."""
 
@@ -28,6 +40,7 @@ class Model:
     template: str
     bos: str
     eos: str
+    advice: Advice
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,11 @@ def check_gguf(path: Path, what: str, fix: str) -> None:
 
 
 @contextmanager
-def open_model(gguf: Path, *, adapter: Path | None = None, vocab_only: bool = False) -> Iterator[Model]:
+def open_model(
+    gguf: Path, *, adapter: Path | None = None, vocab_only: bool = False, advice: Advice = STUDENT
+) -> Iterator[Model]:
     """Load the weights, on the GPU where llama.cpp was built for one, and free them at the end."""
-    check_gguf(gguf, "GGUF", REMAKE)
+    check_gguf(gguf, "GGUF", advice.unusable)
     if adapter is not None:
         check_gguf(adapter, "adapter", REMAKE)
     llama = library()
@@ -111,9 +126,9 @@ def open_model(gguf: Path, *, adapter: Path | None = None, vocab_only: bool = Fa
     params.n_gpu_layers = -1 if llama.llama_supports_gpu_offload() else 0
     handle = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not handle:
-        raise failure("llama.cpp cannot load the GGUF", gguf, REMAKE)
+        raise failure("llama.cpp cannot load the GGUF", gguf, advice.unusable)
     try:
-        yield described(gguf, handle, load_adapter(handle, adapter))
+        yield described(gguf, handle, load_adapter(handle, adapter), advice)
     finally:
         llama.llama_model_free(handle)  # frees its adapters too
 
@@ -132,13 +147,13 @@ def load_adapter(handle: Any, adapter: Path | None) -> Any:
     return loaded
 
 
-def described(gguf: Path, handle: Any, adapter: Any) -> Model:
+def described(gguf: Path, handle: Any, adapter: Any, advice: Advice) -> Model:
     """The model with the texts of its metadata."""
     llama = library()
     vocab = llama.llama_model_get_vocab(handle)
     template = (llama.llama_model_chat_template(handle, None) or b"").decode()
     bos, eos = (token_text(vocab, number) for number in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)))
-    return Model(gguf, handle, vocab, adapter, template, bos, eos)
+    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice)
 
 
 def token_text(vocab: Any, number: int) -> str:
@@ -167,11 +182,7 @@ def open_context(
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
-        raise failure(
-            f"no context of {cells} tokens could be made",
-            model.gguf,
-            "Set student.parallel or student.max_length lower.",
-        )
+        raise failure(f"no context of {cells} tokens could be made", model.gguf, model.advice.too_large)
     try:
         if model.adapter is not None:
             apply_adapter(model, context)
@@ -223,7 +234,7 @@ def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
     tokens = (llama.llama_token * room)()
     count = llama.llama_tokenize(model.vocab, raw, len(raw), tokens, room, add_special, True)
     if count < 0:
-        raise failure(f"llama.cpp cannot tokenise {text[:40]!r}", model.gguf, REMAKE)
+        raise failure(f"llama.cpp cannot tokenise {text[:40]!r}", model.gguf, model.advice.unusable)
     return list(tokens[:count])
 
 
@@ -257,11 +268,7 @@ def template_of(gguf: Path) -> tuple[str, str, str]:
 
 def template(model: Model) -> str:
     if not model.template:
-        raise TapirError(
-            "the GGUF has no chat template",
-            where=str(model.gguf),
-            fix="Export the student again, from a folder with a chat_template.jinja.",
-        )
+        raise TapirError("the GGUF has no chat template", where=str(model.gguf), fix=model.advice.no_template)
     return model.template
 
 

@@ -43,6 +43,16 @@ def classify(prompt: Prompt, tasks: Mapping[str, Task]) -> Prompt:
     )
 
 
+# What `judge` asks for, for a judge that can be held to it. Whole numbers by name: llama.cpp's grammar knows no limits.
+SCORE = {"enum": list(range(1, 11))}
+JUDGEMENT = {
+    "type": "object",
+    "properties": {"answer_1": SCORE, "answer_2": SCORE},
+    "required": ["answer_1", "answer_2"],
+    "additionalProperties": False,
+}
+
+
 def judge(prompt: Prompt, first: str, second: str, previous: str = "") -> Prompt:
     """Ask for two scores of 1 to 10, as {"answer_1": x, "answer_2": y}; read by judging.parse_scores.
 

@@ -61,7 +61,13 @@ class Price(Settings):
 class Endpoint(Settings):
     """An OpenAI-compatible endpoint and how it is asked."""
 
-    gguf: str | None = Field(None, description="a GGUF file on this machine that answers, instead of an endpoint")
+    gguf: str | None = Field(
+        None,
+        description="a GGUF file on this machine that answers, instead of an endpoint; of a split one, the first part",
+    )
+    context: int = Field(
+        4096, ge=32, description="tokens of a prompt and its reply together, where a GGUF answers; its own at the most"
+    )
     base_url: str | None = Field(None, description="of any OpenAI-compatible server; the vendor's own if left out")
     model: str | None = Field(None, description="the model's name as the endpoint knows it")
     alias: str | None = Field(None, description="a name for the endpoint in the store's keys, instead of its base_url")
@@ -72,10 +78,10 @@ class Endpoint(Settings):
     )
     max_tokens: int = Field(1024, ge=1, description="tokens of a reply at the most")
     extra: Mapping[str, Any] = Field(
-        default_factory=dict, description="further parameters of the request, sent as they are"
+        default_factory=dict, description="further parameters of the request, sent as they are; a GGUF takes none"
     )
     send_seed: bool = Field(False, description="send the draw number as the API's `seed`, where the endpoint knows it")
-    concurrency: int = Field(16, ge=1, description="requests in flight at the most")
+    concurrency: int = Field(16, ge=1, description="requests in flight at the most; replies that a GGUF writes at once")
     timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and sent again")
     attempts: int = Field(6, ge=1, description="tries of one request, answers of 429 not counted")
     batch: bool = Field(
@@ -89,7 +95,8 @@ class Teacher(Endpoint):
 
     kind: Literal["openai", "pocket", "recorded", "gguf"] = Field(
         "openai",
-        description="`openai`: an endpoint; `pocket`: a programme, no LLM; `recorded`: the seed file's answers; `gguf`",
+        description="`openai`: an endpoint; `pocket`: a programme, no LLM; `recorded`: the seed file's answers; "
+        "`gguf`: a file on this machine",
     )
 
 
@@ -99,7 +106,7 @@ class Judge(Endpoint):
     kind: Literal["teacher", "openai", "reference", "gguf"] = Field(
         "teacher",
         description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer; "
-        "`gguf`",
+        "`gguf`: a file on this machine",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")
@@ -336,7 +343,7 @@ def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 # What decides when, from whom and at what cost answers come, but not which: free to change while a run is under way.
-FREE = frozenset({"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price"})
+FREE = frozenset({"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price", "context"})
 
 
 def lasting(recipe: Recipe) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Request:
     draw: int = 0
     temperature: float = 0.0
     max_tokens: int = 1024
-    schema: Mapping[str, Any] | None = None
+    schema: Mapping[str, Any] | None = field(default=None, hash=False)  # a mapping has no hash
 
 
 @dataclass(frozen=True)

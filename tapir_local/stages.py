@@ -101,6 +101,7 @@ def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[st
                 work.number,
                 temperature=work.recipe.judge.temperature,
                 max_tokens=work.recipe.judge.max_tokens,
+                schema=prompts.JUDGEMENT,
             )
             for at in missing
         ]
@@ -120,11 +121,10 @@ def judge_name(recipe: Recipe) -> str:
     """Who judges, in words for people."""
     if recipe.judge.kind == "reference":
         return "likeness to the teacher's answer (ROUGE-L, no judge)"
-    return (
-        "the pocket teacher (a programme)"
-        if recipe.teacher.kind == "pocket" and recipe.judge.kind == "teacher"
-        else str(recipe.judge.model or recipe.teacher.model)
-    )
+    who = recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
+    if who.gguf:
+        return Path(who.gguf).name
+    return "the pocket teacher (a programme)" if who.kind == "pocket" else str(recipe.judge.model or who.model)
 
 
 def plan(work: Work, out: Path) -> str:

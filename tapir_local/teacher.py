@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Progress, quiet, unheard
 from tapir_local.budget import Purse
+from tapir_local.endpoint import kind_of
+from tapir_local.local import answer_here
 from tapir_local.online import Online
 from tapir_local.recipe import Endpoint
 from tapir_local.records import Answer, Request
@@ -34,15 +36,17 @@ def ask(
     """Answers in the order of the requests, from the store where it has them.
 
     `run` names the run in the store's record of uses; `progress` is called with (done, all, hits); `purse` is the run's
-    budget; `warn` is told when another model answers than before; `transport` takes the place of the network. An
-    answer that was cut, filtered or stayed empty comes back with its `finish` and is no error. TapirError when the
-    endpoint cannot be used, refuses everything for `patience` seconds, or the budget is spent; what arrived before is
-    in the store.
+    budget; `warn` is told when another model answers than before; `transport` takes the place of the network. A GGUF
+    is opened only if something is to be asked of it, and closed again on return. An answer that was cut, filtered or
+    stayed empty comes back with its `finish` and is no error. TapirError when the endpoint or the GGUF cannot be used,
+    refuses everything for `patience` seconds, or the budget is spent; what arrived before is in the store.
     """
     asking = Asking(requests, endpoint, store, run, progress, purse, warn)
     try:
         missing = asking.look_up()
-        if missing:
+        if missing and kind_of(endpoint) == "gguf":
+            answer_here(asking, missing)
+        elif missing:
             asyncio.run(Online(asking, patience).send(missing, transport))
     finally:
         store.flush()

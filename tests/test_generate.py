@@ -1,5 +1,6 @@
 """Batched answers of a GGUF: the same as transformers', in order, stopped where they ought to be."""
 
+import json
 from codecs import getincrementaldecoder
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from models import make_adapter, make_model, merged_model
 
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
-from tapir_local.generate import answer, chat_stream, common, encode_prompt, generate
+from tapir_local.generate import Manner, answer, answer_each, chat_stream, common, encode_prompt, generate, logits
 from tapir_local.llama import (
     decode,
     encode,
@@ -21,7 +22,8 @@ from tapir_local.llama import (
     template_of,
     tokenize,
 )
-from tapir_local.records import Message
+from tapir_local.records import Completion, Message
+from tapir_local.sampling import Sampler, make_chain, open_grammar, pick, samplers, take
 
 SUBJECTS = (
     "7 times 8",
@@ -150,6 +152,107 @@ def test_progress_counts_up_to_all(llama) -> None:
     generate(llama.gguf, PROMPTS, parallel=4, progress=lambda done, total: seen.append((done, total)), **SETTINGS)
     assert seen[-1] == (len(PROMPTS), len(PROMPTS))
     assert seen == sorted(seen)
+
+
+def test_each_answer_is_handed_over_before_the_next_begins(llama) -> None:
+    seen: list[Completion] = []
+
+    def cut(completion: Completion) -> None:
+        seen.append(completion)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(llama.gguf, PROMPTS, parallel=2, each=cut, **SETTINGS)
+    whole = {answer.id: answer for answer in generate(llama.gguf, PROMPTS, parallel=2, **SETTINGS)}
+    assert [whole[answer.id] for answer in seen] == seen
+    assert {answer.id for answer in seen} < {str(number) for number in range(6)}
+
+
+def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
+    found: dict[int, list[int]] = {}
+    asked: list[tuple[int, int]] = []
+
+    def begin(number: int) -> bool:
+        asked.append((number, len(found)))
+        return number not in (0, 4, 9)
+
+    with open_model(llama.gguf) as model, open_context(model, cells=1024, sequences=3) as engine:
+        tokens = [encode_prompt(model, prompt) for prompt in PROMPTS]
+        manner = Manner(24, 256)
+        answer_each(engine, tokens, lambda n, ids, _: found.update({n: ids}), manner, [0] * 10, begin)
+        answer_each(engine, tokens, lambda *_: pytest.fail("none was to be begun"), manner, [0] * 10, lambda _: False)
+    assert sorted(found) == [1, 2, 3, 5, 6, 7, 8]
+    assert [number for number, _ in asked] == list(range(10))
+    assert max(number - 2 - done for number, done in asked) <= 3, "asked late, not all at the start"
+
+
+# Held to a schema
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "age": {"enum": [1, 10, 100]},
+        "name": {"type": "string", "minLength": 1, "maxLength": 5},
+        "tall": {"type": "boolean"},
+    },
+    "required": ["age", "name", "tall"],
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_a_schema_is_kept_to_whatever_the_model_would_say(llama, temperature: float) -> None:
+    settings = {**SETTINGS, "max_tokens": 80, "temperature": temperature, "parallel": 4}
+    answers = generate(llama.gguf, PROMPTS, schema=PERSON, **settings)
+    people = [json.loads(answer.text) for answer in answers]
+    assert {answer.finish for answer in answers} == {"stop"}
+    assert all(list(person) == ["age", "name", "tall"] for person in people)
+    assert {person["age"] for person in people} <= {1, 10, 100}
+    assert len({answer.text for answer in answers}) > 3
+    assert generate(llama.gguf, PROMPTS, schema=PERSON, **settings) == answers
+
+
+def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
+    """Two letters, drawn first freely and then from what is let through: their odds are those of their logits."""
+    with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=1) as engine:
+        prompt = encode_prompt(model, PROMPTS[0])
+        row = logits(engine, prompt)[-1]
+        [[a], [b]] = (encode(model, letter) for letter in "ab")
+        drawn = []
+        for seed in range(300):
+            with samplers(model, 1.0, [seed], {"enum": []}) as known:
+                known.grammar = "root ::= [ab]"
+                drawn.append(pick(engine, take(known, 0), len(prompt) - 1))
+    odds = 1 / (1 + 2.718281828 ** float(row[b] - row[a]))
+    assert set(drawn) == {a, b}
+    assert abs(drawn.count(a) / 300 - odds) < 0.1
+
+
+def test_a_schema_cut_at_max_tokens_is_no_json_and_says_so(llama) -> None:
+    (answer,) = generate(llama.gguf, PROMPTS[:1], max_tokens=3, context=256, schema=PERSON)
+    assert (answer.finish, answer.tokens) == ("length", 3)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "nosuch"}, {"enum": 5}, {"properties": 3}, {"$ref": "http://x/y"}, {"$ref": "#/a"}, {"enum": []}],
+    ids=str,
+)
+def test_what_is_no_schema_is_an_error_and_no_crash(llama, schema: dict) -> None:
+    with pytest.raises(TapirError, match="JSON schema") as caught:
+        generate(llama.gguf, PROMPTS, schema=schema, **SETTINGS)
+    assert caught.value.fix
+
+
+def test_a_grammar_that_lets_nothing_follow_ends_the_answer(llama) -> None:
+    """llama.cpp ends the process when its grammar is to accept a token that it refused."""
+    with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=1) as engine:
+        logits(engine, encode(model, "a b"))
+        for temperature in (0.0, 1.0):
+            assert pick(engine, Sampler(make_chain(temperature, 1), open_grammar(model, r'root ::= "\x00"')), 0) is None
+        ended = pick(engine, Sampler(make_chain(0.0, 1), open_grammar(model, 'root ::= ""')), 0)
+        assert ended is not None
+        assert is_end(model, ended)
 
 
 def test_what_all_prompts_begin_with() -> None:

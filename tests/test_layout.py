@@ -15,8 +15,9 @@ errors records tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging curriculum dataset metrics template keys
 rundir assets lockfile
-process storefile calls claims store pace replies pocket endpoint budget asking online teacher
-lora classifier train llama generate gguf_vocab weights export gate
+llama sampling generate
+process storefile calls claims store pace replies pocket endpoint budget asking local online teacher
+lora classifier train gguf_vocab weights export gate
 work prepare stages distill tools forecast chat
 report costs doctor display
 console calls_cli

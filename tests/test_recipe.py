@@ -59,6 +59,14 @@ def test_a_setting_on_the_command_line_is_checked_like_one_in_the_file() -> None
         overridden(recipe, {"name": "a/b"})
 
 
+def test_how_a_gguf_is_asked_may_change_in_mid_run_but_not_which() -> None:
+    recipe = parse_recipe("teacher: {gguf: a.gguf}", "r")
+    assert differing(recipe, overridden(recipe, {"teacher.context": 8192, "teacher.concurrency": 2})) == []
+    assert differing(recipe, overridden(recipe, {"teacher.gguf": "b.gguf"})) == ["teacher.gguf: 'a.gguf' -> 'b.gguf'"]
+    assert "`kind: gguf` goes with `gguf: PATH`" in refused("teacher: {kind: gguf}")
+    assert "teacher.context" in refused("teacher: {gguf: a.gguf, context: 4}")
+
+
 def test_two_recipes_differ_by_the_path_of_their_settings() -> None:
     recipe = parse_recipe("teacher: pocket", "r")
     assert differing(recipe, overridden(recipe, {"train.epochs": 5})) == ["train.epochs: 2.0 -> 5.0"]

@@ -1,0 +1,195 @@
+"""A GGUF on this machine as teacher or judge: answers what the store lacks, many at once, with llama.cpp."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import orjson
+
+from tapir_local import keys
+from tapir_local.asking import Asking, Job
+from tapir_local.endpoint import gguf_of, identity_of, role_of
+from tapir_local.errors import TapirError
+from tapir_local.generate import Finish, Manner, answer_each, encode_prompt, size
+from tapir_local.llama import Advice, Model, decode, library, open_context, open_model, template
+from tapir_local.records import Message, Prompt
+from tapir_local.replies import read_reply
+
+ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process is answering
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs answered in the same manner, their prompts as tokens, and since when each of those under way is."""
+
+    asking: Asking
+    model: Model
+    manner: Manner
+    jobs: Sequence[Job]
+    prompts: Sequence[list[int]]
+    began: dict[int, float] = field(default_factory=dict)
+
+
+def answer_here(asking: Asking, jobs: Sequence[Job]) -> None:
+    """Answer the jobs by the endpoint's GGUF; each answer goes into the store as soon as it is done.
+
+    What another process is answering is left to it and then taken from the store. An answer is drawn with a seed made
+    of its key: but for near ties it is the same whenever and beside whatever it is written. A prompt that leaves no
+    room in the context has no answer (finish `too_long`), and one cut by the context's end (finish `length`) would end
+    otherwise in a larger one: neither is stored, both are noted as attempts. TapirError when the GGUF cannot be opened
+    or its chat template refuses a prompt; what was answered before is stored.
+    """
+    while jobs:
+        free = [job for job in jobs if is_free(asking, job)]
+        if free:
+            answer_free(asking, free)
+        jobs = [job for job in jobs if asking.answers[job.places[0]] is None]
+        if jobs:
+            time.sleep(ASKED_ELSEWHERE)
+
+
+def is_free(asking: Asking, job: Job) -> bool:
+    """Whether nobody is answering the job; one that was answered meanwhile is served."""
+    free = claim(asking, job)
+    if free:
+        asking.store.release(job.key)
+    return free
+
+
+def claim(asking: Asking, job: Job) -> bool:
+    """True when the job is ours to answer now: not another's, nor answered meanwhile, in which case it is served."""
+    if not asking.store.claim(job.key):
+        return False
+    raw = asking.store.get(job.key)
+    if raw:
+        asking.store.release(job.key)
+        asking.finish(job, read_reply(raw), paid=False)
+    return not raw
+
+
+def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
+    """Open the GGUF, answer the jobs, those of one manner together, and close it."""
+    path, role = gguf_of(asking.endpoint), role_of(asking.endpoint)
+    with open_model(path, advice=advice(role)) as model:
+        if identity_of(asking.endpoint) != asking.identity:  # its answers would be kept under another's keys
+            raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
+        template(model)
+        context = min(asking.endpoint.context, library().llama_model_n_ctx_train(model.handle))
+        system = takes_system(model)
+        for alike in grouped(jobs):
+            prompts = [encode_job(model, job, system) for job in alike]
+            answer_group(Group(asking, model, manner_of(alike[0], context), alike, prompts))
+
+
+def advice(role: str) -> Advice:
+    """What the user can do about a GGUF that is not of this program's making."""
+    return Advice(
+        unusable=f"See that {role}.gguf names a whole GGUF of a kind that this llama.cpp knows.",
+        too_large=f"Set {role}.concurrency or {role}.context lower.",
+        no_template=f"Name a GGUF of an instruct model in {role}.gguf.",
+    )
+
+
+def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs by all that their bodies ask besides the messages."""
+    groups: dict[bytes, list[Job]] = {}
+    for job in jobs:
+        rest = {name: item for name, item in job.body.items() if name != "messages"}
+        groups.setdefault(keys.canonical(rest), []).append(job)
+    return list(groups.values())
+
+
+def manner_of(job: Job, context: int) -> Manner:
+    """How a job's body wants to be answered, in so many tokens of context."""
+    form = job.body.get("response_format")
+    schema = form["json_schema"]["schema"] if form else None
+    return Manner(job.body["max_tokens"], context, job.body["temperature"], schema)
+
+
+def takes_system(model: Model) -> bool:
+    """Whether the GGUF's chat template knows a system turn: Gemma's and older ones of Mistral refuse it."""
+    try:
+        encode_prompt(model, (Message("system", "."), Message("user", ".")))
+    except TapirError:
+        return False
+    return True
+
+
+def encode_job(model: Model, job: Job, system: bool) -> list[int]:
+    """Token ids of a job's prompt; TapirError with its row where the chat template refuses it."""
+    prompt = job.request.messages
+    try:
+        return encode_prompt(model, prompt if system else without_system(prompt))
+    except TapirError as error:
+        place = f"{model.gguf}, stage {job.request.stage}, row {job.request.row}"
+        raise TapirError(error.what, where=place, fix=model.advice.no_template) from error
+
+
+def without_system(prompt: Prompt) -> Prompt:
+    """The system's words at the head of the user's."""
+    if len(prompt) < 2 or (prompt[0].role, prompt[1].role) != ("system", "user"):
+        return prompt
+    return (Message("user", f"{prompt[0].content}\n\n{prompt[1].content}"), *prompt[2:])
+
+
+def answer_group(group: Group) -> None:
+    """Answer the group's jobs, so many at once as the recipe says; claims that are left over are given up."""
+    manner, most = group.manner, group.asking.endpoint.concurrency
+    sequences, cells = size(group.prompts, manner.max_tokens, manner.context, most)
+    seeds = [int.from_bytes(job.key[:4]) >> 1 for job in group.jobs]  # 32 bits all set mean chance to llama.cpp
+    try:
+        with open_context(group.model, cells=cells, sequences=sequences + 1) as engine:
+            answer_each(engine, group.prompts, partial(keep, group), manner, seeds, partial(begin, group))
+    finally:
+        for number in group.began:
+            group.asking.store.release(group.jobs[number].key)
+            group.asking.purse.free(group.jobs[number].dearest)
+
+
+def begin(group: Group, number: int) -> bool:
+    """Claim a job as its turn comes; False where it is another's by now, or the budget has no room for it just now.
+
+    TapirError when the budget is spent.
+    """
+    asking, job = group.asking, group.jobs[number]
+    if not claim(asking, job):
+        return False
+    if not asking.purse.hold(job.dearest):
+        asking.store.release(job.key)
+        if not asking.purse.waiting:
+            raise asking.purse.empty(f"stage {job.request.stage}, row {job.request.row}")
+        return False
+    group.began[number] = time.monotonic()
+    return True
+
+
+def keep(group: Group, number: int, written: list[int], finish: Finish) -> None:
+    """Store an answer, or note why it cannot serve again; then let others have the key, and serve it."""
+    asking, job = group.asking, group.jobs[number]
+    counts = (len(group.prompts[number]), len(written))
+    began = group.began.get(number)  # a prompt that is too long never began, and is not claimed
+    seconds = 0.0 if began is None else time.monotonic() - began
+    raw = completion(job, group.model.gguf.name, decode(group.model, written), finish, counts)
+    reply, kept = read_reply(raw), None
+    if finish == "stop" or len(written) == group.manner.max_tokens:
+        kept = asking.keep(job, raw, reply, seconds)
+    else:
+        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        spent = (0, 0) if began is None else counts
+        asking.note(job, why, raw, seconds, spent, asking.spend(*spent) if began else None)
+    if kept:
+        kept.add_done_callback(lambda _: asking.store.release(job.key))
+    elif began is not None:
+        asking.store.release(job.key)
+    if group.began.pop(number, None) is not None:
+        asking.purse.free(job.dearest)
+    asking.finish(job, reply, paid=True)
+
+
+def completion(job: Job, model: str, text: str, finish: Finish, counts: tuple[int, int]) -> bytes:
+    """The answer as an OpenAI endpoint would send it; `counts` are the prompt's and the answer's tokens."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    usage = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*counts, sum(counts)), strict=True))
+    head = {"id": f"chatcmpl-{job.key.hex()[:24]}", "object": "chat.completion", "created": int(time.time())}
+    return orjson.dumps({**head, "model": model, "choices": [choice], "usage": usage})
