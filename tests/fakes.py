@@ -1,0 +1,113 @@
+"""Small tools for a run that learn: a GGUF is the list of instructions trained on, and answers those rightly."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tapir_local import prompts
+from tapir_local.distill import Watch
+from tapir_local.recipe import Recipe, parse_recipe
+from tapir_local.records import Answer, Completion, Example, Prompt, Request, instruction_of
+from tapir_local.rundir import read_rows, write_json, write_text
+from tapir_local.work import Progress, Tools
+
+RECIPE = """
+name: fake
+rounds: 2
+seeds: {holdout: 10, path: PATH}
+teacher: {kind: pocket}
+curriculum: {rows: 20, first_rows: 10, drafts: 2}
+classifier: {labelled: 30}
+"""
+QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
+
+
+def inner(text: str, tag: str) -> str:
+    """What stands between a pair of tags."""
+    return text.partition(f"<{tag}>\n")[2].partition(f"\n</{tag}>")[0]
+
+
+def reply(request: Request) -> str:
+    """A teacher that labels by the first word, answers `right`, and judges `right` as 9 and the rest as 2."""
+    system, text = request.messages[0].content, request.messages[min(1, len(request.messages) - 1)].content
+    if system == prompts.CLASSIFY:
+        return json.dumps({"task": "Math" if inner(text, "instruction").startswith("sum") else "Art"})
+    if system == prompts.JUDGE:
+        return json.dumps({f"answer_{n}": 9 if "right" in inner(text, f"answer_{n}") else 2 for n in (1, 2)})
+    if system == prompts.EXPAND:
+        word, number = inner(text, "instruction").split()[:2]
+        return (
+            f"<new_instruction>{word} "
+            + " ".join(f"{number}{request.draw}{n}" for n in range(5))
+            + "</new_instruction>"
+        )
+    return "right, in style" if system == prompts.REFINE else "right"
+
+
+class World:
+    """Counts what is asked of it; can be made to fail at a given call."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.store: set[Request] = set()
+        self.fail_at: int | None = None
+
+    def ask(self, requests: Sequence[Request], progress: Progress) -> list[Answer]:
+        answers = []
+        for request in requests:
+            hit = request in self.store
+            if not hit and self.fail_at is not None and len(self.asked) >= self.fail_at:
+                raise KeyboardInterrupt
+            if not hit:
+                self.asked.append(request)
+                self.store.add(request)
+            key = hashlib.sha256(repr(request).encode()).hexdigest()
+            answers.append(Answer(reply(request), "stop", hit, key=key))
+        return answers
+
+
+def generate(gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+    known = set(json.loads(gguf.read_text()))
+    return [
+        Completion(id, "right" if instruction_of(prompt) in known else "no idea", "stop", 2)
+        for id, prompt in zip(ids, wanted, strict=True)
+    ]
+
+
+def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+    out.mkdir()
+    known = {row.id for row in read_rows(Example, labelled)}
+    found = [row for row in read_rows(Example, rows) if row.id not in known]
+    (out / "predictions.jsonl").write_text(
+        "".join(f'{{"id":"{row.id}","task":"Art","confidence":1}}\n' for row in found)
+    )
+    write_json(out / "agreement.json", {"agreement": 0.9, "rows": 3})
+
+
+def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    known = json.loads((previous / "known").read_text()) if previous else []
+    out.mkdir()
+    (out / "known").write_text(
+        json.dumps(sorted({*known, *(instruction_of(row.prompt) for row in read_rows(Example, rows))}))
+    )
+
+
+def tools(world: World) -> Tools:
+    return Tools(
+        teacher=world.ask,
+        judge=world.ask,
+        generate=generate,
+        classify=classify,
+        train=train,
+        export=lambda adapter, out, progress: write_text(out, (adapter / "known").read_text()),
+        gate=lambda adapter, gguf, rows, out, progress: write_json(out, {"passed": True}),
+        check=lambda instruction, answer: "right" in answer,
+    )
+
+
+def make_recipe(folder: Path) -> Recipe:
+    """A recipe on sixty seeds of two tasks."""
+    texts = [f"{'sum' if n % 3 else 'paint'} {n} {n * n} {n**3} and {n * 7}" for n in range(60)]
+    (folder / "seeds.json").write_text(json.dumps([{"instruction": text} for text in texts]))
+    return parse_recipe(RECIPE.replace("PATH", str(folder / "seeds.json")), "fake.yaml")
