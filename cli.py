@@ -1,9 +1,9 @@
 """The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from tapir_local.console import (
 from tapir_local.errors import TapirError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tapir_local.distill import Step, Watch
     from tapir_local.recipe import Recipe
     from tapir_local.rundir import RunDir
     from tapir_local.store import Mode
@@ -137,7 +140,23 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with real_tools(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
-        return loop(recipe, run, tools, watch)
+        return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
+
+
+def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
+    """The same, and after each round what it cost."""
+    from dataclasses import replace
+
+    from tapir_local.costs import costs
+    from tapir_local.display import receipt
+
+    def ends(step: "Step", taken: Mapping[str, Any]) -> None:
+        watch.ends(step, taken)
+        if step.stage.name == "evaluate" and (run.cache / "teacher.db").exists():
+            found = [costs(run.cache / "teacher.db", by, run.name, step.number) for by in ("stage", "task")]
+            console.print(*receipt(f"round {step.number}: receipt", *found), sep="\n")
+
+    return replace(watch, ends=ends)
 
 
 def run_dir(cache: Path | None, name: str) -> "RunDir":

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from tapir_local.calls import opened
 from tapir_local.records import Example
 from tapir_local.rundir import RunDir, read_rows
+from tapir_local.stages import PREPARE, ROUND
 
+STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
 By = Literal["run", "round", "stage", "task"]
 
 PAID = """
@@ -25,7 +27,7 @@ NOTHING: Mapping[str, float] = dict.fromkeys(
 
 
 def costs(store: Path, by: By, run: str | None = None, number: int | None = None) -> list[dict[str, Any]]:
-    """A row for each value of `by`, in the order of their first call.
+    """A row for each value of `by`: rounds and stages in their order, runs by name, tasks by their calls.
 
     `paid` and `from_store` are calls; tokens are those paid for; `money` and `saved` are in the money of the prices;
     `unpriced` calls were paid at a price that the recipe does not say, `unpriced_hits` were such when first paid.
@@ -39,7 +41,16 @@ def costs(store: Path, by: By, run: str | None = None, number: int | None = None
         for name, round_, stage, row, *sizes in conn.execute(FAILED, (run, run, number, number)):
             value = value_of(by, store.parent, tasks, name, round_, stage, row)
             add(sums[value], "failed", *sizes)
-    return [{by: value, **found} for value, found in sums.items()]
+    return sorted(({by: value, **found} for value, found in sums.items()), key=lambda row: rank(by, row))
+
+
+def rank(by: By, row: Mapping[str, Any]) -> tuple[int, str]:
+    """A row's place among others of its kind."""
+    value = str(row[by])
+    if by == "stage":
+        return (STAGES.index(value) if value in STAGES else len(STAGES), value)
+    place = int(value) if by == "round" else -row["paid"] if by == "task" else 0
+    return (place, value)
 
 
 def add(sums: dict[str, Any], kind: str, tokens_in: int, tokens_out: int, price: float | None) -> None:

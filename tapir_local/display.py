@@ -265,7 +265,7 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
 def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> Table:
     """A row for each value of `by`: calls paid and from the store, tokens, money, what the store saved; their sum."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column(by)
+    table.add_column(by, min_width=13)
     numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
     for name in (*numbers, "money", "saved"):
         table.add_column(name.replace("_", " "), justify="right")
@@ -273,7 +273,8 @@ def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> Table:
         table.add_row(escape(str(row[by])), *(f"{row[name]:,}" for name in numbers), *moneys([row]))
     table.add_section()
     table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *moneys(rows))
-    table.caption = "Tokens are those paid for. Failed: attempts without an answer; what they cost is in the money."
+    if any(row["failed"] for row in rows):
+        table.caption = "Failed: attempts without an answer. What they cost is in the tokens and the money."
     return table
 
 
@@ -286,3 +287,14 @@ def moneys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     )
     saved = sum(row["saved"] for row in rows)
     return told, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money(saved)
+
+
+def receipt(
+    title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> tuple[Table, Text] | tuple[()]:
+    """What a round cost by stage, and a line of what each task did; nothing where nobody was asked."""
+    if not stages:
+        return ()
+    dearest = sorted(tasks, key=lambda row: -row["paid"])
+    told = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in dearest)
+    return cost_table(title, stages, "stage"), Text(f"By task: {'; '.join(told)}.")

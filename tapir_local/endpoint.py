@@ -20,10 +20,13 @@ from tapir_local.recipe import Endpoint
 from tapir_local.records import Request
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
     import openai
 
 VENDOR = "https://api.openai.com/v1"
+LANE = 4  # requests in flight on one pool of connections; a second copy of each may be under way beside it
 NO_KEY = "none"  # sent to a server that wants none: the client insists on some word
 OURS = frozenset({"messages", "n", "stream", *keys.NOT_ASKED})  # what `extra` may not set
 FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
@@ -212,19 +215,39 @@ def is_loopback(base_url: str) -> bool:
         return False
 
 
-def client_of(endpoint: Endpoint, transport: httpx.AsyncBaseTransport | None) -> openai.AsyncOpenAI:
-    """One client for all requests. It never retries: what is tried again, and when, is decided here."""
+def client_of(
+    endpoint: Endpoint,
+    transport: httpx.AsyncBaseTransport | None,
+    connections: int | None = None,
+    certificates: ssl.SSLContext | bool = True,
+) -> openai.AsyncOpenAI:
+    """A client of so many connections at the most. It never retries: what is tried again, and when, is decided here."""
     import httpx
     import openai
 
     base_url = endpoint.base_url or VENDOR
-    key = api_key(endpoint)
+    most = connections or endpoint.concurrency
     http: Any = (
         httpx.AsyncClient(  # openai 3 takes httpx's client as well as its own httpx2's, though its types do not say so
             transport=transport or SENDERS[kind_of(endpoint)](endpoint),
             timeout=httpx.Timeout(endpoint.timeout, connect=min(10.0, endpoint.timeout)),
-            limits=httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency),
+            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
             trust_env=not is_loopback(base_url),  # a proxy does not know this machine's own servers
+            verify=certificates,
         )
     )
-    return openai.AsyncOpenAI(api_key=key, base_url=base_url, http_client=http, max_retries=0)
+    return openai.AsyncOpenAI(api_key=api_key(endpoint), base_url=base_url, http_client=http, max_retries=0)
+
+
+def clients_of(
+    endpoint: Endpoint, transport: httpx.AsyncBaseTransport | None, requests: int
+) -> list[openai.AsyncOpenAI]:
+    """Clients for so many requests at once, LANE each.
+
+    For every request httpcore looks at each connection of its pool, and there at each again: 64 requests in flight on
+    one pool take ten times the processor's time that they take on sixteen.
+    """
+    import httpx
+
+    certificates = httpx.create_ssl_context() if transport is None else True
+    return [client_of(endpoint, transport, 2 * LANE, certificates) for _ in range(0, requests, LANE)]

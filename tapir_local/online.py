@@ -6,11 +6,11 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Job
-from tapir_local.endpoint import NO_KEY, client_of, key_place
+from tapir_local.endpoint import LANE, NO_KEY, clients_of, key_place
 from tapir_local.errors import TapirError
 from tapir_local.pace import Line, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
@@ -44,7 +44,10 @@ class Online:
         """Send the jobs, as many at once as the endpoint bears."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.line = asyncio.get_running_loop(), Line(jobs, most)
-        async with client_of(self.endpoint, transport) as self.client:
+        async with AsyncExitStack() as stack:
+            self.clients = [
+                await stack.enter_async_context(client) for client in clients_of(self.endpoint, transport, most)
+            ]
             workers = [asyncio.create_task(self.work(number)) for number in range(most)]
             try:
                 await asyncio.wait(workers)
@@ -63,12 +66,12 @@ class Online:
         """One of the requests in flight after another."""
         try:
             while (job := await self.line.next(number)) is not None:
-                await self.claim_and_try(job)
+                await self.claim_and_try(job, self.clients[number // LANE])
         except BaseException as error:
             self.line.stop(error)
             raise
 
-    async def claim_and_try(self, job: Job) -> None:
+    async def claim_and_try(self, job: Job, client: openai.AsyncOpenAI) -> None:
         """Send a job unless somebody else is at it, or was meanwhile."""
         if not self.store.claim(job.key):
             self.line.later(job, ASKED_ELSEWHERE)
@@ -79,7 +82,7 @@ class Online:
             if raw:
                 self.finish(job, read_reply(raw), paid=False)
             elif await self.affordable(job):
-                kept = await self.attempt(job)
+                kept = await self.attempt(job, client)
         finally:
             if kept:
                 kept.add_done_callback(lambda _: self.store.release(job.key))
@@ -98,14 +101,14 @@ class Online:
             await asyncio.sleep(SHORT_OF_MONEY)
         return True
 
-    async def attempt(self, job: Job) -> Future[None] | None:
+    async def attempt(self, job: Job, client: openai.AsyncOpenAI) -> Future[None] | None:
         """Send a job once and see to what comes; what the store owes when it came to an answer."""
         import openai
 
         sent = self.loop.time()
         try:
             async with asyncio.timeout(self.endpoint.timeout):
-                response = await self.first_reply(job)
+                response = await self.first_reply(job, client)
         except openai.APIStatusError as error:
             trouble = trouble_of(error, key_place(self.endpoint), str(self.endpoint.model))
         except (TimeoutError, openai.APITimeoutError):
@@ -119,7 +122,7 @@ class Online:
         self.suffer(job, trouble, sent)
         return None
 
-    async def first_reply(self, job: Job) -> httpx.Response:
+    async def first_reply(self, job: Job, client: openai.AsyncOpenAI) -> httpx.Response:
         """The reply to a job; of a late one, when none waits to be sent, a second copy goes and the first reply counts.
 
         The one that loses is called off, though its server may have worked for nothing: so only SECOND_COPIES of the
@@ -127,14 +130,16 @@ class Online:
         """
         import httpx
 
-        sending = [asyncio.ensure_future(self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body))]
+        def send() -> asyncio.Task[httpx.Response]:
+            return asyncio.ensure_future(client.post("/chat/completions", cast_to=httpx.Response, body=job.body))
+
+        sending = [send()]
         try:
             while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.late()))[0]:
                 if self.copies and not self.line.ready:
                     self.copies -= 1
                     self.asking.note(job, "late: asked a second time", b"", self.late())
-                    copy = self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body)
-                    sending.append(asyncio.ensure_future(copy))
+                    sending.append(send())
             return await first_well_ended(sending)
         finally:
             for request in sending:
@@ -233,7 +238,7 @@ class Online:
 
     def hidden(self, text: str) -> str:
         """A server's words without our key, should it repeat it."""
-        key = self.client.api_key
+        key = self.clients[0].api_key
         return text if key == NO_KEY else text.replace(key, "***")
 
     def hidden_in(self, body: bytes) -> bytes:
