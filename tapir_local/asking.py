@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tapir_local import keys
 from tapir_local.endpoint import body_of, identity_of
+from tapir_local.errors import TapirError
 from tapir_local.recipe import Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.replies import Reply, read_reply
@@ -98,6 +99,12 @@ class Asking:
         request = job.request
         who = (job.key, self.run, request.round, request.stage, request.row)
         self.store.note(Attempt(*who, why, raw, *tokens, seconds))
+
+    def refusal(self, job: Job, why: str, fix: str) -> TapirError:
+        """The error that names the row which was not answered."""
+        place = f"{self.identity}, stage {job.request.stage}, row {job.request.row}"
+        tried = f" (tried {job.tries + 1} times)" if job.tries else ""
+        return TapirError(f"{why}{tried}", where=place, fix=fix)
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve every place of a job; only the first of them was paid for."""

@@ -132,3 +132,14 @@ def client_of(endpoint: Endpoint, transport: httpx.AsyncBaseTransport | None) ->
         )
     )
     return openai.AsyncOpenAI(api_key=key, base_url=base_url, http_client=http, max_retries=0)
+
+
+def hidden(text: str, client: openai.AsyncOpenAI) -> str:
+    """A server's words without our key, should it repeat it."""
+    key = client.api_key
+    return text if key == NO_KEY else text.replace(key, "***")
+
+
+def hidden_in(body: bytes, client: openai.AsyncOpenAI) -> bytes:
+    """The same for a body."""
+    return hidden(body.decode(errors="surrogateescape"), client).encode(errors="surrogateescape")

@@ -8,8 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Job
-from tapir_local.endpoint import NO_KEY, client_of
-from tapir_local.errors import TapirError
+from tapir_local.endpoint import client_of, hidden, hidden_in
 from tapir_local.pace import Line, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
 
@@ -89,7 +88,7 @@ class Online:
             async with asyncio.timeout(self.endpoint.timeout):
                 response = await self.client.post("/chat/completions", cast_to=httpx.Response, body=job.body)
         except openai.APIStatusError as error:
-            trouble = trouble_of(error, self.endpoint.api_key_env, str(self.endpoint.model))
+            trouble = trouble_of(error.response, self.endpoint.api_key_env, str(self.endpoint.model))
         except (TimeoutError, openai.APITimeoutError):
             trouble = Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
         except openai.APIConnectionError as error:
@@ -130,8 +129,8 @@ class Online:
 
     def suffer(self, job: Job, trouble: Trouble, sent: float) -> None:
         """No answer came: note it, and try again, wait, or stop."""
-        why = self.hidden(trouble.why)
-        self.asking.note(job, why, self.hidden_in(trouble.body), self.loop.time() - sent)
+        why = hidden(trouble.why, self.client)
+        self.asking.note(job, why, hidden_in(trouble.body, self.client), self.loop.time() - sent)
         if trouble.then == "filtered":
             self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
         elif trouble.then == "wait":
@@ -171,20 +170,9 @@ class Online:
 
     def give_up(self, job: Job, why: str, fix: str) -> None:
         """Stop asking, for this reason."""
-        place = f"{self.asking.identity}, stage {job.request.stage}, row {job.request.row}"
-        tried = f" (tried {job.tries + 1} times)" if job.tries else ""
-        self.line.stop(TapirError(f"{why}{tried}", where=place, fix=fix))
+        self.line.stop(self.asking.refusal(job, why, fix))
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve a job's places, and out of the line with it."""
         self.asking.finish(job, reply, paid)
         self.line.done()
-
-    def hidden(self, text: str) -> str:
-        """A server's words without our key, should it repeat it."""
-        key = self.client.api_key
-        return text if key == NO_KEY else text.replace(key, "***")
-
-    def hidden_in(self, body: bytes) -> bytes:
-        """The same for a body."""
-        return self.hidden(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
