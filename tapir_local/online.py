@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Job
+from tapir_local.away import Away
 from tapir_local.endpoint import client_of, hidden, hidden_in
 from tapir_local.pace import Line, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
@@ -26,14 +27,15 @@ NOTHING_LOST = "run the same command again: nothing paid for is lost."
 class Online:
     """The jobs of an Asking on their way: a line of those waiting, workers that send, and what becomes of each."""
 
-    def __init__(self, asking: Asking, patience: float) -> None:
+    def __init__(self, asking: Asking, away: Away, patience: float) -> None:
         self.asking, self.endpoint, self.store = asking, asking.endpoint, asking.store
-        self.patience = patience
+        self.away, self.patience = away, patience
+        self.left: list[Job] = []
         self.refused_since: float | None = None
         self.reached = False
 
-    async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> None:
-        """Send the jobs, as many at once as the endpoint bears."""
+    async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> list[Job]:
+        """Send the jobs, as many at once as the endpoint bears; those in a batch since come back."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.line = asyncio.get_running_loop(), Line(jobs, most)
         async with client_of(self.endpoint, transport) as self.client:
@@ -50,6 +52,7 @@ class Online:
                 await asyncio.gather(*workers, return_exceptions=True)
         if self.line.failed:
             raise self.line.failed
+        return self.left
 
     async def work(self, number: int) -> None:
         """One of the requests in flight after another."""
@@ -70,6 +73,9 @@ class Online:
             raw = self.store.get(job.key)
             if raw:
                 self.finish(job, read_reply(raw), paid=False)
+            elif self.away.holds(job.key):
+                self.left.append(job)
+                self.line.done()
             else:
                 kept = await self.attempt(job)
         finally:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from tapir_local.asking import Asking, Progress, quiet
+from tapir_local.asking import Asking, Job, Progress, quiet
+from tapir_local.away import Away, left_away
+from tapir_local.batch import Tell, send_batches, untold
+from tapir_local.batch_api import BOUNDS, Bounds
+from tapir_local.errors import TapirError
 from tapir_local.online import Online
 from tapir_local.recipe import Endpoint
 from tapir_local.records import Answer, Request
@@ -27,19 +32,56 @@ def ask(
     progress: Progress | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     patience: float = PATIENCE,
+    bounds: Bounds = BOUNDS,
+    tell: Tell = untold,
 ) -> list[Answer]:
     """Answers in the order of the requests, from the store where it has them.
 
     `run` names the run in the store's record of uses; `progress` is called with (done, all, hits); `transport` takes
-    the place of the network. An answer that was cut, filtered or stayed empty comes back with its `finish` and is no
-    error. TapirError when the endpoint cannot be used, or refuses everything for `patience` seconds; what arrived
-    before is in the store.
+    the place of the network; `bounds` are those of batches, and `tell` is called with (done, all, what they are at).
+    An answer that was cut, filtered or stayed empty comes back with its `finish` and is no error. TapirError when the
+    endpoint cannot be used, or refuses everything for `patience` seconds; what arrived before is in the store.
     """
     asking = Asking(requests, endpoint, store, run, progress or quiet)
     try:
         missing = asking.look_up()
         if missing:
-            asyncio.run(Online(asking, patience).send(missing, transport))
+            with away_noted(asking, missing):
+                asyncio.run(send(asking, missing, patience, bounds, tell, transport))
     finally:
         store.flush()
     return [answer for answer in asking.answers if answer]
+
+
+@contextmanager
+def away_noted(asking: Asking, jobs: Sequence[Job]) -> Iterator[None]:
+    """Ctrl-C carries a note on the batches that it leaves away."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        with suppress(TapirError):
+            if note := left_away(asking.store, asking.identity, frozenset(job.key for job in jobs)):
+                stopped.add_note(note)
+        raise
+
+
+async def send(
+    asking: Asking,
+    jobs: list[Job],
+    patience: float,
+    bounds: Bounds,
+    tell: Tell,
+    transport: httpx.AsyncBaseTransport | None,
+) -> None:
+    """Answer the jobs by batch or live, as the recipe says.
+
+    What a batch holds already is waited for in either case: asked live it would be paid for twice.
+    """
+    with Away(asking.store) as away:
+        while jobs:
+            if asking.endpoint.batch or away.holding(asking.identity):
+                jobs = await send_batches(
+                    asking, away, jobs, patience=patience, bounds=bounds, tell=tell, transport=transport
+                )
+            if jobs:
+                jobs = await Online(asking, away, patience).send(jobs, transport)

@@ -43,7 +43,7 @@ def asker(endpoint: Endpoint, store: Store, run: str) -> Ask:
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        return send(requests, endpoint, store, run=run, progress=show)
+        return send(requests, endpoint, store, run=run, progress=show, tell=progress)
 
     return ask
 
