@@ -302,6 +302,16 @@ def test_ctrl_c_says_that_the_same_command_fetches_the_batch(server, tmp_path):
     assert "1 batch is away with 40 requests; the same command fetches the answers" in said
 
 
+def test_a_live_run_asks_what_a_refused_batch_did_not_answer(server, tmp_path):
+    server.ends = ["failed"]
+    server.on_create = lambda handler: asking.kill()
+    with started(server, tmp_path / "t.db", "a", "b") as asking:
+        asking.wait()
+    with Store(tmp_path / "t.db") as store:
+        assert texts(by_batch(["a", "b"], teacher(server, batch=False), store)) == ["re: a", "re: b"]
+    assert sorted(server.live) == ["a", "b"]
+
+
 # Shared
 
 
