@@ -371,8 +371,10 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stopped:
         click.echo("\nstopped; the same command goes on from here, and nothing paid for is lost", err=True)
+        for note in getattr(stopped.__cause__ or stopped, "__notes__", ()):
+            click.echo(note, err=True)
         sys.exit(130)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tapir_local import keys
 from tapir_local.budget import Cost, Purse, dearest, money_of, price_of
 from tapir_local.endpoint import body_of, identity_of
+from tapir_local.errors import TapirError
 from tapir_local.recipe import Budget, Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.replies import Reply, read_reply
@@ -97,10 +98,13 @@ class Asking:
         request = self.requests[place]
         return Use(self.run, request.round, request.stage, request.row, key, int(paid))
 
-    def keep(self, job: Job, raw: bytes, reply: Reply, seconds: float) -> Future[None] | None:
-        """Into the store: among the calls if it may serve again, else among the attempts."""
+    def keep(self, job: Job, raw: bytes, reply: Reply, seconds: float, discount: float = 1.0) -> Future[None] | None:
+        """Into the store: among the calls if it may serve again, else among the attempts.
+
+        It cost `discount` of the endpoint's price.
+        """
         tokens = (reply.tokens_in, reply.tokens_out)
-        price = self.spend(*tokens)
+        price = self.spend(*tokens, discount)
         self.notice(job, reply)
         if not reply.keeps:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
@@ -111,9 +115,9 @@ class Asking:
         call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds, price)
         return self.store.put(call, uses)
 
-    def spend(self, tokens_in: int, tokens_out: int) -> float | None:
+    def spend(self, tokens_in: int, tokens_out: int, discount: float = 1.0) -> float | None:
         """Count a reply against the budget; its price."""
-        price = money_of(self.price, tokens_in, tokens_out)
+        price = money_of(self.price, discount * tokens_in, discount * tokens_out)
         self.purse.spend(Cost(1, tokens_in + tokens_out, price or 0.0))
         return price
 
@@ -140,6 +144,12 @@ class Asking:
         request = job.request
         who = (job.key, self.run, request.round, request.stage, request.row)
         self.store.note(Attempt(*who, why, raw, *tokens, seconds, price))
+
+    def refusal(self, job: Job, why: str, fix: str) -> TapirError:
+        """The error that names the row which was not answered."""
+        place = f"{self.identity}, stage {job.request.stage}, row {job.request.row}"
+        tried = f" (tried {job.tries + 1} times)" if job.tries else ""
+        return TapirError(f"{why}{tried}", where=place, fix=fix)
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve every place of a job; only the first of them was paid for."""

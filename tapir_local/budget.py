@@ -39,7 +39,7 @@ def price_of(endpoint: Endpoint) -> Price | None:
     return endpoint.price
 
 
-def money_of(price: Price | None, tokens_in: int, tokens_out: int) -> float | None:
+def money_of(price: Price | None, tokens_in: float, tokens_out: float) -> float | None:
     """The price of a call, None where it is unknown."""
     return None if price is None else (tokens_in * price.input + tokens_out * price.output) / MILLION
 
@@ -64,6 +64,10 @@ class Purse:
             return False
         self.held = self.held + cost
         return True
+
+    def owe(self, cost: Cost) -> None:
+        """Set aside what was asked for before, whether there is room or not."""
+        self.held = self.held + cost
 
     def free(self, held: Cost) -> None:
         """What was set aside may go to others."""

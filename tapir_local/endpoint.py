@@ -251,3 +251,14 @@ def clients_of(
 
     certificates = httpx.create_ssl_context() if transport is None else True
     return [client_of(endpoint, transport, 2 * LANE, certificates) for _ in range(0, requests, LANE)]
+
+
+def hidden(text: str, client: openai.AsyncOpenAI) -> str:
+    """A server's words without our key, should it repeat it."""
+    key = client.api_key
+    return text if key == NO_KEY else text.replace(key, "***")
+
+
+def hidden_in(body: bytes, client: openai.AsyncOpenAI) -> bytes:
+    """The same for a body."""
+    return hidden(body.decode(errors="surrogateescape"), client).encode(errors="surrogateescape")

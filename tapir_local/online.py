@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Job
-from tapir_local.endpoint import LANE, NO_KEY, clients_of, key_place
-from tapir_local.errors import TapirError
+from tapir_local.away import Away
+from tapir_local.endpoint import LANE, clients_of, hidden, hidden_in, key_place
 from tapir_local.pace import Line, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
 
@@ -32,16 +32,17 @@ NOTHING_LOST = "run the same command again: nothing paid for is lost."
 class Online:
     """The jobs of an Asking on their way: a line of those waiting, workers that send, and what becomes of each."""
 
-    def __init__(self, asking: Asking, patience: float) -> None:
+    def __init__(self, asking: Asking, away: Away, patience: float) -> None:
         self.asking, self.endpoint, self.store = asking, asking.endpoint, asking.store
-        self.patience = patience
+        self.away, self.patience = away, patience
+        self.left: list[Job] = []
         self.refused_since: float | None = None
         self.reached = False
         self.took: deque[float] = deque(maxlen=200)  # seconds of the last replies
         self.copies = max(1, int(SECOND_COPIES * len(asking.requests)))
 
-    async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> None:
-        """Send the jobs, as many at once as the endpoint bears."""
+    async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> list[Job]:
+        """Send the jobs, as many at once as the endpoint bears; those in a batch since come back."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.line = asyncio.get_running_loop(), Line(jobs, most)
         async with AsyncExitStack() as stack:
@@ -61,6 +62,7 @@ class Online:
                 await asyncio.gather(*workers, return_exceptions=True)
         if self.line.failed:
             raise self.line.failed
+        return self.left
 
     async def work(self, number: int) -> None:
         """One of the requests in flight after another."""
@@ -81,6 +83,9 @@ class Online:
             raw = self.store.get(job.key)
             if raw:
                 self.finish(job, read_reply(raw), paid=False)
+            elif self.away.holds(job.key):
+                self.left.append(job)
+                self.line.done()
             elif await self.affordable(job):
                 kept = await self.attempt(job, client)
         finally:
@@ -110,7 +115,7 @@ class Online:
             async with asyncio.timeout(self.endpoint.timeout):
                 response = await self.first_reply(job, client)
         except openai.APIStatusError as error:
-            trouble = trouble_of(error, key_place(self.endpoint), str(self.endpoint.model))
+            trouble = trouble_of(error.response, key_place(self.endpoint), str(self.endpoint.model))
         except (TimeoutError, openai.APITimeoutError):
             trouble = Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
         except openai.APIConnectionError as error:
@@ -183,8 +188,8 @@ class Online:
 
     def suffer(self, job: Job, trouble: Trouble, sent: float) -> None:
         """No answer came: note it, and try again, wait, or stop."""
-        why = self.hidden(trouble.why)
-        self.asking.note(job, why, self.hidden_in(trouble.body), self.loop.time() - sent)
+        why = hidden(trouble.why, self.clients[0])
+        self.asking.note(job, why, hidden_in(trouble.body, self.clients[0]), self.loop.time() - sent)
         if trouble.then == "filtered":
             self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
         elif trouble.then == "wait":
@@ -227,23 +232,12 @@ class Online:
 
     def give_up(self, job: Job, why: str, fix: str) -> None:
         """Stop asking, for this reason."""
-        place = f"{self.asking.identity}, stage {job.request.stage}, row {job.request.row}"
-        tried = f" (tried {job.tries + 1} times)" if job.tries else ""
-        self.line.stop(TapirError(f"{why}{tried}", where=place, fix=fix))
+        self.line.stop(self.asking.refusal(job, why, fix))
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve a job's places, and out of the line with it."""
         self.asking.finish(job, reply, paid)
         self.line.done()
-
-    def hidden(self, text: str) -> str:
-        """A server's words without our key, should it repeat it."""
-        key = self.clients[0].api_key
-        return text if key == NO_KEY else text.replace(key, "***")
-
-    def hidden_in(self, body: bytes) -> bytes:
-        """The same for a body."""
-        return self.hidden(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 async def first_well_ended(sending: Sequence[asyncio.Future[httpx.Response]]) -> httpx.Response:

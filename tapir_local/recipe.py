@@ -248,6 +248,8 @@ class Recipe(Settings):
             for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
                 if endpoint.kind == "openai" and endpoint.price is None:
                     raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
+            if endpoint.batch and endpoint.kind != "openai":
+                raise ValueError(f"{name}: `batch` goes with `kind: openai`, not with `{endpoint.kind}`")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
             raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
         if self.judge.kind == "openai" and not self.judge.model:

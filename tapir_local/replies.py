@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
-
-if TYPE_CHECKING:
-    import openai
 
 BRIEF = 300  # characters of a server's message that are worth reading
 AGAIN = frozenset({408, 409, 425})  # besides 429 and 5xx: the server had no time, or a lock in the way
@@ -92,19 +89,22 @@ def said(response: Any) -> tuple[str, str]:
     return str(error.get("message") or error.get("detail") or error)[:BRIEF], code
 
 
-def trouble_of(error: openai.APIStatusError, key_place: str, model: str) -> Trouble:
-    """What an error status means. `key_place` says where the key came from."""
-    status, (message, code) = error.status_code, said(error.response)
+def trouble_of(response: Any, key_place: str, model: str) -> Trouble:
+    """What an error status means. `key_place` says where the key came from.
+
+    `response` is httpx's, or one of the likes: status_code, content, text, headers.
+    """
+    status, (message, code) = response.status_code, said(response)
     why = f"{status}: {message}" if message else str(status)
-    body = error.response.content
+    body = response.content
     if code == "insufficient_quota":
         return Trouble(
             "stop", why, body, "Top up the account, then run the same command again: nothing paid for is lost."
         )
     if status == 429:
-        return Trouble("wait", why, body, headers=error.response.headers)
+        return Trouble("wait", why, body, headers=response.headers)
     if status >= 500 or status in AGAIN:
-        return Trouble("again", why, body, headers=error.response.headers)
+        return Trouble("again", why, body, headers=response.headers)
     if status in (401, 403):
         return Trouble(
             "stop",

@@ -49,8 +49,20 @@ create table uses (
     paid integer not null, primary key (run, round, stage, row, key)) strict, without rowid
 """
 
+# batches: what was submitted to a Batch API, under our tag. batch_keys: the answers of it that are still to be fetched.
+BATCHES_AWAY = """
+create table batches (
+    tag text not null primary key, endpoint text not null, file text not null, server text not null,
+    state text not null, created real not null) strict;
+create table batch_keys (
+    key blob not null, tag text not null, primary key (key, tag)) strict, without rowid
+"""
+
 SET = "teacher"
-MIGRATIONS = {"first_tables": FIRST_TABLES}  # statements by name, oldest first; a released one never changes
+MIGRATIONS = {  # statements by name, oldest first; a released one never changes
+    "first_tables": FIRST_TABLES,
+    "batches_away": BATCHES_AWAY,
+}
 
 
 def pack(text: bytes, sample: bytes) -> bytes:
@@ -209,7 +221,8 @@ def rescue(path: Path, fault: str) -> str:
         with transaction(new):
             saved, lost = copy_calls(old, new)
             copy_rows(new, "attempts", numbered(old, "attempts"))
-            copy_rows(new, "uses", whole(old, "uses"))
+            for table in ("uses", "batches", "batch_keys"):
+                copy_rows(new, table, whole(old, table))
     finally:
         old.close()
         new.close()

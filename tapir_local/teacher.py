@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from tapir_local.asking import Asking, Progress, quiet, unheard
+from tapir_local.asking import Asking, Job, Progress, quiet, unheard
+from tapir_local.away import Away, left_away
+from tapir_local.batch import Tell, send_batches, untold
+from tapir_local.batch_api import BOUNDS, Bounds
 from tapir_local.budget import Purse
 from tapir_local.endpoint import kind_of
+from tapir_local.errors import TapirError
 from tapir_local.local import answer_here
 from tapir_local.online import Online
 from tapir_local.recipe import Endpoint
@@ -32,14 +37,17 @@ def ask(
     warn: Callable[[str], None] = unheard,
     transport: httpx.AsyncBaseTransport | None = None,
     patience: float = PATIENCE,
+    bounds: Bounds = BOUNDS,
+    tell: Tell = untold,
 ) -> list[Answer]:
     """Answers in the order of the requests, from the store where it has them.
 
     `run` names the run in the store's record of uses; `progress` is called with (done, all, hits); `purse` is the run's
-    budget; `warn` is told when another model answers than before; `transport` takes the place of the network. A GGUF
-    is opened only if something is to be asked of it, and closed again on return. An answer that was cut, filtered or
-    stayed empty comes back with its `finish` and is no error. TapirError when the endpoint or the GGUF cannot be used,
-    refuses everything for `patience` seconds, or the budget is spent; what arrived before is in the store.
+    budget; `warn` is told when another model answers than before; `transport` takes the place of the network; `bounds`
+    are those of batches, and `tell` is called with (done, all, what they are at). A GGUF is opened only if something is
+    to be asked of it, and closed again on return. An answer that was cut, filtered or stayed empty comes back with its
+    `finish` and is no error. TapirError when the endpoint or the GGUF cannot be used, refuses everything for `patience`
+    seconds, or the budget is spent; what arrived before is in the store.
     """
     asking = Asking(requests, endpoint, store, run, progress, purse, warn)
     try:
@@ -47,7 +55,42 @@ def ask(
         if missing and kind_of(endpoint) == "gguf":
             answer_here(asking, missing)
         elif missing:
-            asyncio.run(Online(asking, patience).send(missing, transport))
+            with away_noted(asking, missing):
+                asyncio.run(send(asking, missing, patience, bounds, tell, transport))
     finally:
         store.flush()
     return [answer for answer in asking.answers if answer]
+
+
+@contextmanager
+def away_noted(asking: Asking, jobs: Sequence[Job]) -> Iterator[None]:
+    """Ctrl-C carries a note on the batches that it leaves away."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        with suppress(TapirError):
+            if note := left_away(asking.store, asking.identity, frozenset(job.key for job in jobs)):
+                stopped.add_note(note)
+        raise
+
+
+async def send(
+    asking: Asking,
+    jobs: list[Job],
+    patience: float,
+    bounds: Bounds,
+    tell: Tell,
+    transport: httpx.AsyncBaseTransport | None,
+) -> None:
+    """Answer the jobs by batch or live, as the recipe says.
+
+    What a batch holds already is waited for in either case: asked live it would be paid for twice.
+    """
+    with Away(asking.store) as away:
+        while jobs:
+            if asking.endpoint.batch or away.holding(asking.identity):
+                jobs = await send_batches(
+                    asking, away, jobs, patience=patience, bounds=bounds, tell=tell, transport=transport
+                )
+            if jobs:
+                jobs = await Online(asking, away, patience).send(jobs, transport)

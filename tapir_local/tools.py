@@ -57,7 +57,7 @@ def asker(endpoint: Endpoint, store: Store, run: str, purse: Purse, say: Callabl
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        return send(requests, endpoint, store, run=run, progress=show, purse=purse, warn=say)
+        return send(requests, endpoint, store, run=run, progress=show, purse=purse, warn=say, tell=progress)
 
     return ask
 

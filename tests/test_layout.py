@@ -16,7 +16,8 @@ pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_lang
 prompts judging curriculum dataset metrics template keys
 rundir assets lockfile
 llama sampling generate
-process storefile calls claims store pace replies pocket endpoint budget asking local online teacher
+process storefile calls claims store pace replies pocket endpoint budget asking local
+away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
 work prepare stages distill tools forecast chat
 report costs doctor display

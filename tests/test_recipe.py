@@ -42,6 +42,8 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("name: ../x\nteacher: pocket", "name"),
         ("teacher: {kind: openai}", "model is missing"),
         ("teacher: recorded", "cannot judge"),
+        ("teacher: {kind: pocket, batch: true}", "teacher: `batch` goes with `kind: openai`, not with `pocket`"),
+        ("teacher: pocket\njudge: {batch: true}", "judge: `batch` goes with `kind: openai`, not with `teacher`"),
         ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking'"),
         ("a: [", "not YAML"),
         ("- a", "mapping"),
