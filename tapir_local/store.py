@@ -184,12 +184,13 @@ class Store:
         if self._thread:
             self._jobs.put(None)
             self._thread.join()
-            self._thread = None
-            self._claims.close()
-            self._conn.close()
         for conn in self._readers:
             conn.close()
         self._readers.clear()
+        if self._thread:
+            self._thread = None
+            self._claims.close()
+            self._conn.close()  # the last, since a reader that closes last cannot merge the log into the file
         self._broken = TapirError("the store is closed", where=str(self.path))
 
     def _open(self) -> None:

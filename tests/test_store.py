@@ -430,7 +430,10 @@ def test_a_claim_is_held_by_one_and_dropped_with_its_process(tmp_path):
 
 
 def test_the_store_moves_with_its_file(tmp_path):
-    fill(tmp_path / "teacher.db", 2)
+    with Store(tmp_path / "teacher.db") as store:
+        for row in range(2):
+            store.put(call(row)).result()
+            assert store.get(key(row))
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "teacher.db", tmp_path / "elsewhere" / "teacher.db")
     with Store(tmp_path / "elsewhere" / "teacher.db", "replay") as store:
