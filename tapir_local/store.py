@@ -276,9 +276,9 @@ class Store:
     def _insert_call(self, call: Call, uses: Sequence[Use]) -> None:
         key = keys.key_of(call.request)
         sample = self._sample_of(call)
-        if self.mode == "refresh" or key in self._unreadable:
-            self._make_room(key)
         row = {name: value for name, value in vars_of(call).items() if name != "kind"}
+        if self.mode == "refresh" or key in self._unreadable:
+            row["id"] = self._make_room(key)
         row |= {
             "key": key,
             "sample": sample.number,
@@ -288,8 +288,12 @@ class Store:
         self._insert("calls", [row])
         self._insert("uses", [vars_of(use) for use in uses])
 
-    def _make_room(self, key: bytes) -> None:
-        """Take the answer stored under the key away, and keep it among the attempts if it can be read."""
+    def _make_room(self, key: bytes) -> int:
+        """Take the answer stored under the key away, and keep it among the attempts if it can be read.
+
+        Returns the id of the answer to come, one that no call has had: SQLite would give the newest call's again.
+        """
+        ((unused,),) = self._conn.execute("select coalesce(max(id), 0) + 1 from calls").fetchall()
         sql = (
             "select c.answer, s.answer, c.tokens_in, c.tokens_out, c.seconds, c.price, c.created"
             " from calls c join samples s on s.id = c.sample where key = ?"
@@ -301,6 +305,7 @@ class Store:
                 )
         self._conn.execute("delete from calls where key = ?", (key,))
         self._unreadable.discard(key)
+        return int(unused)
 
     def _sample_of(self, call: Call) -> "Sample":
         """The sample that a call is packed against: the first call of its kind, in whichever process it came."""

@@ -206,6 +206,17 @@ def test_refresh_replaces_and_keeps_the_old_answer(tmp_path):
     assert table(tmp_path / "teacher.db", "select why, answer from attempts") == [("replaced", call(0).answer)]
 
 
+def test_an_id_is_of_one_answer_for_ever(tmp_path):
+    fill(tmp_path / "teacher.db", 3)
+    with Store(tmp_path / "teacher.db", "refresh") as store:
+        store.put(call(2, "four")).result()
+        store.put(call(0, "four")).result()
+    with Store(tmp_path / "teacher.db") as store:
+        store.put(call(7)).result()
+    ids = table(tmp_path / "teacher.db", "select id from calls order by id")
+    assert ids == [(2,), (4,), (5,), (6,)]
+
+
 def test_the_first_answer_stays(tmp_path):
     with Store(tmp_path / "teacher.db") as one, Store(tmp_path / "teacher.db") as two:
         one.put(call(0, "first")).result()
