@@ -18,11 +18,15 @@ def calls() -> None:
 @cache_option
 @json_option
 def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
-    """Calls used and paid for, and tokens of the paid ones, by run, round and stage."""
+    """Calls used and paid for, and tokens of the paid ones, by run, round and stage; and what the store weighs."""
+    from tapir_local.calls import size
     from tapir_local.calls import stats as count
 
     names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
     print_rows("calls", names, count(store_path(cache), run), as_json)
+    stored, weight = size(store_path(cache))
+    each = f", {weight / stored:,.0f} bytes a call" if stored else ""
+    click.echo(f"{stored:,} calls stored, {weight / 1e6:,.1f} MB{each}", err=True)
 
 
 @calls.command(name="list", epilog=example("tapir-local calls list --stage refine --limit 5"))
@@ -49,6 +53,30 @@ def show_call(key: str, cache: Path | None) -> None:
     from tapir_local.calls import shown
 
     print_json(shown(store_path(cache), key))
+
+
+@calls.command(epilog=example("tapir-local calls explain 3f9a 77b0", "tapir-local calls explain 3f9a"))
+@click.argument("a")
+@click.argument("b", required=False)
+@cache_option
+@json_option
+def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
+    """Why A and B are two calls: the fields in which their requests differ, the first one first.
+
+    A and B are the beginnings of keys; without B, A is compared with the stored request that reads most like it. In
+    the sentences `here` is A and `there` is B.
+    """
+    from tapir_local.calls import explain as compare
+
+    found = compare(store_path(cache), a, b)
+    if as_json:
+        print_json({name: item for name, item in found.items() if name != "told"})
+        return
+    click.echo(f"A {found['a']}\nB {found['b']}")
+    first, *others = found["told"] or ["they are one and the same request"]
+    click.echo(first)
+    for sentence in others:
+        click.echo(f"also {sentence}")
 
 
 @calls.command(epilog=example("tapir-local calls verify"))

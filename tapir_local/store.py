@@ -169,9 +169,9 @@ class Store:
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
         """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
         wanted = keys.fields(request)
-        found = [list(keys.differences(wanted, keys.fields(other))) for other in self._like(stage, row)]
-        nearest = min((difference for difference in found if difference), key=len, default=None)
-        known = f"in the nearest one, {keys.told(nearest[0])}" if nearest else "and none like it"
+        nearest = keys.nearest(request, self._like(stage, row))
+        found = list(keys.differences(wanted, keys.fields(nearest))) if nearest else []
+        known = f"in the nearest one, {keys.told(found[0])}" if found else "and none like it"
         what = f"the request of stage {stage}, row {row} is not in the store ({known})"
         return TapirError(
             what,
@@ -230,7 +230,8 @@ class Store:
             " order by u.row = ? desc, u.stage is null, c.id limit ?)"
         )
         for request, sample in self._reader().execute(sql, (stage, row, CANDIDATES)).fetchall():
-            yield unpack(request, sample)
+            with suppress(zlib.error):
+                yield unpack(request, sample)
 
     def _later(self, work: Callable[[], None]) -> "Future[None]":
         done: Future[None] = Future()
