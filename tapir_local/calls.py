@@ -13,6 +13,7 @@ import orjson
 
 from tapir_local import keys
 from tapir_local.errors import TapirError
+from tapir_local.replies import read_reply
 from tapir_local.storefile import connect, unpack
 
 DAMAGED = "(damaged)"
@@ -124,8 +125,8 @@ def listed(path: Path, run: str | None, stage: str | None, limit: int) -> list[d
 def text_of(answer: bytes) -> str:
     """The text of a raw reply; "" where it has none."""
     try:
-        return str(orjson.loads(answer)["choices"][0]["message"]["content"] or "")
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
+        return read_reply(answer).text
+    except ValueError:
         return ""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tapir_local.console import cache_option, example, json_option, print_json, print_rows, store_path
+from tapir_local.console import cache_option, example, json_option, print_json, print_rows, slowly, store_path
 
 
 @click.group(epilog=example("tapir-local calls stats", "tapir-local calls list --run quickstart --stage judge"))
@@ -43,6 +43,34 @@ def list_calls(run: str | None, stage: str | None, limit: int, cache: Path | Non
     if not as_json:
         rows = [{**row, "key": row["key"][:12], "answer": row["answer"][:200]} for row in rows]
     print_rows("calls", ["key", "run", "round", "stage", "row", "paid", "answer"], rows, as_json)
+
+
+@calls.command(epilog=example("tapir-local calls search apples", "tapir-local calls search 'how many' --stage judge"))
+@click.argument("words", nargs=-1, required=True)
+@click.option("--run", help="Only calls that this run used.")
+@click.option("--stage", help="Only calls that this stage used.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="So many, the best first.")
+@cache_option
+@json_option
+def search(
+    words: tuple[str, ...], run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool
+) -> None:
+    """The calls with all the WORDS in their prompt and answer.
+
+    Words in one pair of quotes stand together in this order. Capitals, accents and signs do not count. A word that
+    begins with a dash goes after `--`.
+    """
+    from tapir_local.search import search as find
+
+    rows = find(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=slowly("calls indexed"))
+    if not rows:
+        click.echo("no call has all of these words", err=True)
+    if len(rows) > limit:
+        click.echo(f"more than {limit:,} calls have these words; --limit shows more", err=True)
+    rows = rows[:limit]
+    if not as_json:
+        rows = [{**row, "key": row["key"][:12]} for row in rows]
+    print_rows("calls", ["key", "run", "round", "stage", "row", "prompt", "answer"], rows, as_json)
 
 
 @calls.command(name="show", epilog=example("tapir-local calls show 3f9a"))

@@ -212,10 +212,7 @@ def remove_empty_log(path: Path) -> None:
 
 def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection) -> tuple[int, int]:
     """Copy the calls that still prove themselves: (saved, lost)."""
-    samples: dict[int, sqlite3.Row] = {}
-    for table in ("samples", "sample_copies"):
-        for row in numbered(old, table):
-            samples.setdefault(row["id"], row)
+    samples = samples_of(old)
     for table in ("samples", "sample_copies"):
         copy_rows(new, table, iter(samples.values()))
     good, last = 0, 0
@@ -224,6 +221,15 @@ def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection) -> tuple[int, i
         if row["sample"] in samples and proves_itself(row, samples[row["sample"]]):
             good += copy_rows(new, "calls", iter([row]))
     return good, max(0, last - good)
+
+
+def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
+    """The samples that can be read, by id, from whichever of the two tables still has them."""
+    samples: dict[int, sqlite3.Row] = {}
+    for table in ("samples", "sample_copies"):
+        for row in numbered(conn, table):
+            samples.setdefault(row["id"], row)
+    return samples
 
 
 def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
@@ -235,9 +241,9 @@ def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
         return False
 
 
-def numbered(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
-    """The rows of a table in the order of their ids, stepping over the stretches that cannot be read."""
-    last, step, failed = 0, 1, 0
+def numbered(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sqlite3.Row]:
+    """The rows after the id `last` in the order of their ids, stepping over the stretches that cannot be read."""
+    step, failed = 1, 0
     while step < 2**40:
         try:
             for row in conn.execute(f"select * from {table} where id > ? order by id", [last]):
