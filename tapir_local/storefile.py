@@ -134,16 +134,21 @@ def bring_up_to_date(path: Path) -> None:
     """Create the tables or apply the migrations still missing; TapirError for a store of a newer version."""
     conn = connect(path, write=True)
     try:
-        known = conn.execute("select 1 from sqlite_schema where name = '_sqlite_migrations'").fetchall()
-        sql = "select name from _sqlite_migrations where migration_set = ?"
-        applied = {name for (name,) in conn.execute(sql, [SET])} if known else set()
-        if applied - set(MIGRATIONS):
-            what = "the store was written by a newer version of tapir-local"
-            raise TapirError(what, where=str(path), fix="Upgrade tapir-local, or name another cache.")
-        if set(MIGRATIONS) - applied:
+        if set(MIGRATIONS) - applied(conn, path):
             migrate(conn)
     finally:
         conn.close()
+
+
+def applied(conn: sqlite3.Connection, path: Path) -> set[str]:
+    """The migrations that a store has had; TapirError for a store of a newer version."""
+    known = conn.execute("select 1 from sqlite_schema where name = '_sqlite_migrations'").fetchall()
+    sql = "select name from _sqlite_migrations where migration_set = ?"
+    names = {row[0] for row in conn.execute(sql, [SET])} if known else set()
+    if names - set(MIGRATIONS):
+        what = "the store was written by a newer version of tapir-local"
+        raise TapirError(what, where=str(path), fix="Upgrade tapir-local, or name another cache.")
+    return names
 
 
 def migrate(conn: sqlite3.Connection) -> None:
