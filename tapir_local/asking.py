@@ -83,15 +83,18 @@ class Asking:
 
     def keep(self, job: Job, raw: bytes, reply: Reply, seconds: float) -> Future[None] | None:
         """Into the store: among the calls if it may serve again, else among the attempts."""
-        tokens = (reply.tokens_in, reply.tokens_out)
         if not reply.keeps:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
-            self.note(job, why, raw, seconds, tokens)
+            self.note(job, why, raw, seconds, (reply.tokens_in, reply.tokens_out))
             return None
         uses = [self.use(place, job.key, place == job.places[0]) for place in job.places]
+        return self.store.put(self.call(job, raw, reply, seconds), uses)
+
+    def call(self, job: Job, raw: bytes, reply: Reply, seconds: float) -> Call:
+        """What is stored of an answer."""
         kind = f"{self.identity} {job.body['model']} {job.request.stage}"
-        call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds)
-        return self.store.put(call, uses)
+        tokens = (reply.tokens_in, reply.tokens_out)
+        return Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds)
 
     def note(self, job: Job, why: str, raw: bytes, seconds: float, tokens: tuple[int, int] = (0, 0)) -> None:
         """Keep an attempt that brought no answer to serve again."""

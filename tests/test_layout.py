@@ -15,7 +15,7 @@ errors records tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging curriculum dataset metrics template keys
 rundir assets
-process storefile replies calls claims store search transfer pace pocket endpoint asking online teacher
+process storefile replies calls claims store search transfer pace pocket endpoint asking foreign online teacher
 lora classifier train llama generate gguf_vocab weights export gate
 work prepare stages distill tools chat
 report doctor display
