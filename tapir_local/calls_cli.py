@@ -1,11 +1,18 @@
 """`tapir-local calls …`: the commands on the store."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tapir_local.console import cache_option, example, json_option, print_json, print_rows, slowly, store_path
+from tapir_local.errors import TapirError
+
+if TYPE_CHECKING:
+    from tapir_local.store import Store
 
 
 @click.group(epilog=example("tapir-local calls stats", "tapir-local calls list --run quickstart --stage judge"))
@@ -119,3 +126,97 @@ def verify(cache: Path | None) -> None:
     click.echo(f"{count:,} calls read, {len(bad):,} damaged", err=True)
     if bad:
         sys.exit(1)
+
+
+@calls.command(name="export", epilog=example("tapir-local calls export --run quickstart quickstart.db"))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--run", help="Only this run's calls; all if left out.")
+@cache_option
+def export_calls(file: Path, run: str | None, cache: Path | None) -> None:
+    """Write a run's calls to a store of their own, FILE, which must not be there yet.
+
+    Elsewhere it is `teacher.db` of a cache, for `distill --replay`, or is taken in by `calls import`.
+    """
+    from tapir_local.transfer import export
+
+    done = export(store_path(cache), file, run)
+    click.echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
+    if done.lost:
+        click.echo(f"{done.lost:,} calls could not be read and were left out", err=True)
+        sys.exit(1)
+
+
+@calls.command(
+    name="import",
+    epilog=example(
+        "tapir-local calls import other/teacher.db",
+        "tapir-local calls import alpaca_data.json --recipe my.yaml",
+        "tapir-local calls import batch_output.jsonl --requests batch_input.jsonl --recipe my.yaml",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--recipe", help="Recipe whose teacher gave the answers of FILE.")
+@click.option("--requests", type=click.Path(path_type=Path), help="Input of the OpenAI batch whose output FILE is.")
+@cache_option
+def import_calls(file: Path, recipe: str | None, requests: Path | None, cache: Path | None) -> None:
+    """Take in the calls of another store, FILE, or answers paid for elsewhere. What is stored already stays.
+
+    Of another store every call is checked first; one that is not what its key says is refused, and the command exits
+    with 1. Answers from elsewhere become what the recipe's teacher answers to these instructions as seeds, so that
+    `distill` with this recipe does not ask for them again. FILE is then Alpaca, ShareGPT or messages, AlpacaEval's
+    model outputs, or the output of OpenAI's Batch API. Only whole rows are taken: an instruction and an answer that
+    was not cut.
+    """
+    from tapir_local.transfer import is_database
+
+    if not is_database(file):
+        import_rows(file, recipe, requests, cache)
+    elif recipe or requests:
+        raise TapirError("FILE is a store, whose calls have their keys", where=str(file), fix="Leave the options out.")
+    else:
+        import_store_file(file, cache)
+
+
+def import_store_file(file: Path, cache: Path | None) -> None:
+    """Another store."""
+    from tapir_local.transfer import import_store
+
+    with written_store(cache) as store:
+        found = import_store(store, file, slowly("calls read"))
+    why = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
+    refused = f", {found.refused.total():,} refused: {why}" if why else ""
+    click.echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
+    if why:
+        sys.exit(1)
+
+
+def import_rows(file: Path, named: str | None, requests: Path | None, cache: Path | None) -> None:
+    """Answers from elsewhere."""
+    from tapir_local.assets import find_recipe
+    from tapir_local.foreign import read_answers, reasons, take
+    from tapir_local.recipe import parse_recipe
+
+    if not named:
+        fix = "Name a recipe with that teacher: --recipe RECIPE"
+        raise TapirError("no store, and it does not say which teacher gave these answers", where=str(file), fix=fix)
+    place = find_recipe(named)
+    teacher = parse_recipe(place.read_text(encoding="utf-8"), str(place)).teacher
+    rows, found = read_answers(file, teacher, requests)
+    with written_store(cache) as store:
+        take(store, teacher, rows, file.name, found)
+    refused = f", refused: {reasons(found)}" if found.refused else ""
+    click.echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
+    if found.otherwise:
+        said = f"the first: {found.difference}, `here` being the recipe"
+        click.echo(f"{found.otherwise:,} were asked with other settings than the recipe's; {said}", err=True)
+
+
+@contextmanager
+def written_store(cache: Path | None) -> Iterator["Store"]:
+    """The cache's store, to be added to."""
+    from tapir_local.store import Store
+
+    with Store(store_path(cache)) as store:
+        for notice in store.notices:
+            click.echo(notice, err=True)
+        yield store
