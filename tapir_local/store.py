@@ -311,7 +311,7 @@ class Store:
     def _sample_of(self, call: Call) -> "Sample":
         """The sample that a call is packed against: the first call of its kind, in whichever process it came."""
         if call.kind not in self._kinds:
-            text = {"name": call.kind, "request": call.request[-WINDOW:], "answer": call.answer[-WINDOW:]}
+            text = {"name": call.kind, "request": call.request, "answer": call.answer[-WINDOW:]}
             self._insert("samples", [text])
             found = self._conn.execute(
                 "select id, name, request, answer from samples where name = ?", (call.kind,)

@@ -1,7 +1,8 @@
 """teacher.db as a file: its tables, opening it, checking it, and saving what a damaged one still holds.
 
 A long request and its answer are mostly the words of their neighbours: the same prompt around another instruction. So
-each text is deflated against a *sample*, the first call of its kind, which takes a call from 3 KB to about 300 bytes.
+each text is deflated against a *sample*, the first call of its kind, which takes a call from 3 KB to about 300 bytes,
+and one of 80 KB, a long document before each question, to not much more.
 Samples are kept twice, in two tables and so on different pages, since every call of their kind is unreadable without.
 """
 
@@ -21,6 +22,8 @@ CHECK_SECONDS = (
     1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
 )
 WINDOW = 32_768  # deflate looks back no further
+REACH = WINDOW - 512  # with some room, as deflate leaves unused the last 262 bytes of its window
+LONG = b"\1"  # begins what is packed with the length of a shared beginning; what zlib writes begins with 0x78
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -50,18 +53,55 @@ MIGRATIONS = {"first_tables": FIRST_TABLES}  # statements by name, oldest first;
 
 
 def pack(text: bytes, sample: bytes) -> bytes:
-    """`text` deflated against a sample of its kind; the checksums of both are inside."""
-    squeeze = zlib.compressobj(zdict=sample)
-    return squeeze.compress(text) + squeeze.flush()
+    """`text` deflated against a sample of its kind; the checksums of both are inside.
+
+    Of a sample that is longer than deflate looks back, what both begin with is kept as its length.
+    """
+    if len(sample) <= REACH:
+        return deflated(text, sample)
+    shared = shared_length(text, sample)
+    head = LONG + shared.to_bytes(4) + zlib.adler32(text).to_bytes(4)
+    return head + deflated(text[shared:], around(sample, shared))
 
 
 def unpack(packed: bytes, sample: bytes) -> bytes:
     """What `pack` packed; zlib.error when either was changed."""
-    stretch = zlib.decompressobj(zdict=sample)
+    if not packed.startswith(LONG):
+        return inflated(packed, sample)
+    shared, checksum = int.from_bytes(packed[1:5]), int.from_bytes(packed[5:9])
+    text = sample[:shared] + inflated(packed[9:], around(sample, shared))
+    if zlib.adler32(text) != checksum:
+        raise zlib.error("another sample")
+    return text
+
+
+def deflated(text: bytes, words: bytes) -> bytes:
+    """`text` with references to the words, of which the last 32 KB count."""
+    squeeze = zlib.compressobj(zdict=words)
+    return squeeze.compress(text) + squeeze.flush()
+
+
+def inflated(packed: bytes, words: bytes) -> bytes:
+    """What `deflated` deflated."""
+    stretch = zlib.decompressobj(zdict=words)
     text = stretch.decompress(packed)
     if not stretch.eof:
         raise zlib.error("cut short")
     return text
+
+
+def shared_length(one: bytes, other: bytes) -> int:
+    """How many bytes two texts have in common at their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def around(sample: bytes, place: int) -> bytes:
+    """As much of a sample as deflate can look back on, most of it from `place` on."""
+    return sample[max(0, place - REACH // 4) : place + REACH * 3 // 4]
 
 
 def connect(path: Path, *, write: bool) -> sqlite3.Connection:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +143,41 @@ def test_an_answer_comes_back_as_it_came(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.binary(max_size=500), st.binary(max_size=500))
-def test_packing_loses_nothing(text, sample):
-    assert unpack(pack(text, sample), sample) == text
+@given(st.binary(max_size=500), st.binary(max_size=500), st.sampled_from([1, 200]))
+def test_packing_loses_nothing(text, sample, times):
+    for other in (text, sample * times + text, text + sample * times):
+        assert unpack(pack(other, sample * times), sample * times) == other
 
 
-def test_prompts_that_share_their_words_do_not_multiply_on_disk(tmp_path):
-    words = " ".join(random.Random(1).choices([f"word{number}" for number in range(500)], k=400))
-    body = {**BODY, "messages": [{"role": "user", "content": words}]}
+@pytest.mark.parametrize("size", [1000, 32_255, 32_256, 32_257, 100_000])
+def test_a_changed_sample_is_noticed(size):
+    chance = random.Random(size)
+    sample = chance.randbytes(size)
+    text = sample[: size - 100] + chance.randbytes(100)
+    packed = pack(text, sample)
+    assert unpack(packed, sample) == text
+    assert len(packed) < 500
+    for place in (0, size // 2, size - 101):
+        changed = bytearray(sample)
+        changed[place] ^= 1
+        with pytest.raises(zlib.error):
+            unpack(packed, bytes(changed))
+    with pytest.raises(zlib.error):
+        unpack(packed[:-1], sample)
+
+
+@pytest.mark.parametrize(("words", "rows"), [(400, 2000), (5_000, 200), (20_000, 200)], ids=["3 KB", "40 KB", "170 KB"])
+def test_prompts_that_share_their_words_do_not_multiply_on_disk(tmp_path, words, rows):
+    text = " ".join(random.Random(1).choices([f"word{number}" for number in range(500)], k=words))
+    turns = [{"role": "system", "content": text}, {"role": "user", "content": "How many words?"}]
     with Store(tmp_path / "teacher.db") as store:
-        for row in range(2000):
-            store.put(call(row, request=asked(row, body)))
-    size = (tmp_path / "teacher.db").stat().st_size
-    assert len(asked(0, body)) > 3000
-    assert size / 2000 < 500
+        for row in range(rows):
+            store.put(call(row, request=asked(row, {**BODY, "messages": turns})))
+        store.flush()
+        assert store.get(keys.key_of(asked(1, {**BODY, "messages": turns})))
+    size = (tmp_path / "teacher.db").stat().st_size - 2 * len(text) - 60_000  # both samples; empty tables
+    assert len(text) > 7 * words
+    assert size / rows < 500
 
 
 def test_uses_and_attempts_are_recorded(tmp_path):
