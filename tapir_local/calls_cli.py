@@ -203,7 +203,7 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
     teacher = parse_recipe(place.read_text(encoding="utf-8"), str(place)).teacher
     rows, found = read_answers(file, teacher, requests)
     with written_store(cache) as store:
-        take(store, teacher, rows, file.name, found)
+        take(store, teacher, rows, file, found, slowly("answers imported"))
     refused = f", refused: {reasons(found)}" if found.refused else ""
     click.echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
     if found.otherwise:

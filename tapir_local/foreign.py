@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,16 @@ from tapir_local.store import Store
 STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold
 UNREADABLE, NOT_TEXT, NO_INSTRUCTION = "unreadable", "not of text alone", "without an instruction"
 NO_ANSWER, NOT_WHOLE = "without an answer", "with an answer that is not whole"
+BEGUN = "whose request begins the answer itself"
 NO_REQUEST, OTHER_MODEL = "without their request in the file of requests", "asked of another model than the recipe's"
 FORMS = "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API."
+
+
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """No progress shown."""
 
 
 class Given(NamedTuple):
@@ -98,7 +106,7 @@ def from_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -
     except TapirError:
         return UNREADABLE
     model = str(row.get("generator") or teacher.model or "")
-    return checked(Given(f"line {line}", prompt, completion(answer, model, file.name, line)))
+    return checked(Given(f"line {line}", prompt, completion(answer, model, name_of(file), line)))
 
 
 def from_batch(row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], teacher: Endpoint) -> Given | str:
@@ -118,7 +126,14 @@ def from_batch(row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], tea
         prompt, _ = read_row({"messages": body.get("messages")}, name)
     except TapirError:
         return UNREADABLE
+    if prompt and len(prompt) < len(body["messages"]):
+        return BEGUN
     return checked(Given(name, prompt, json.dumps(response.get("body")).encode(), body))
+
+
+def name_of(file: Path) -> str:
+    """A file's name, of bytes that may be no text."""
+    return file.name.encode(errors="replace").decode()
 
 
 def is_text(row: Mapping[str, Any]) -> bool:
@@ -141,7 +156,7 @@ def checked(given: Given) -> Given | str:
     """The row if it is whole, or why it is not."""
     try:
         reply = read_reply(given.raw)
-        keys.canonical([turn.content for turn in given.prompt])
+        keys.canonical([given.name, *(turn.content for turn in given.prompt)])
     except (ValueError, TapirError):
         return UNREADABLE
     if not given.prompt or not given.prompt[-1].content:
@@ -151,14 +166,18 @@ def checked(given: Given) -> Given | str:
     return given if reply.finish == "stop" else NOT_WHOLE
 
 
-def take(store: Store, teacher: Endpoint, given: Sequence[Given], source: str, found: Taken) -> None:
+def take(
+    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = silent
+) -> None:
     """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
 
-    An answer that is in the store stays. The rows' use is recorded as that of a run `import:<source>`, unpaid.
+    An answer that is in the store stays. The rows' use is recorded as that of a run `import:<file's name>`, unpaid.
+    `progress` is called with (done, all).
     """
-    asking = Asking([request_of(row, teacher) for row in given], teacher, store, f"import:{source}", quiet)
+    asking = Asking([request_of(row, teacher) for row in given], teacher, store, f"import:{name_of(file)}", quiet)
     jobs = asking.look_up()
-    for job in jobs:
+    for done, job in enumerate(jobs):
+        progress(done, len(jobs))
         row = given[job.places[0]]
         store.put(asking.call(job, row.raw, read_reply(row.raw), 0.0), [asking.use(at, job.key) for at in job.places])
         note_difference(row, job, found)

@@ -48,7 +48,7 @@ def written(file: Path, rows: list[Any], lines: bool = False) -> Path:
 def imported(store: Path, file: Path, teacher: Teacher = TEACHER, requests: Path | None = None) -> Taken:
     rows, found = read_answers(file, teacher, requests)
     with Store(store) as opened:
-        take(opened, teacher, rows, file.name, found)
+        take(opened, teacher, rows, file, found)
     return found
 
 
@@ -182,6 +182,11 @@ def test_what_is_no_file_of_rows(file: Path, content: bytes, said: str) -> None:
         read_answers(file, TEACHER)
 
 
+def test_a_name_that_is_no_text_is_no_harm(store: Path, tmp_path: Path) -> None:
+    assert imported(store, written(tmp_path / "rows\udcff.json", ALPACA)).new == 2
+    assert [row["run"] for row in stats(store)] == ["import:rows?.json"]
+
+
 def test_a_byte_order_mark_is_no_harm(store: Path, file: Path) -> None:
     file.write_text("\ufeff" + json.dumps(ALPACA), encoding="utf-8")
     assert imported(store, file).new == 2
@@ -211,7 +216,7 @@ def replayed_of(store: Path, rows: list[Any], _: Path) -> list[str]:
 
 # OpenAI's Batch API
 
-SENT = {"model": "big", "messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0.3}
+SENT: dict[str, Any] = {"model": "big", "messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0.3}
 SENT |= {"max_tokens": 99, "top_p": 0.9}
 
 
@@ -264,16 +269,18 @@ def test_a_batch_keeps_its_replies_as_they_came(store: Path, file: Path, request
         (output("other", reply()), "asked of another model than the recipe's"),
         (output("image", reply()), "not of text alone"),
         (output("odd", reply()), "unreadable"),
+        (output("\ud800", reply()), "unreadable"),
+        (output("begun", reply()), "whose request begins the answer itself"),
     ],
 )
 def test_a_batchs_row_that_is_not_whole_is_refused(
     store: Path, file: Path, requests: Path, row: dict[str, Any], why: str
 ) -> None:
-    image, odd = (
-        request("image", messages=[{"role": "user", "content": PART}]),
-        request("odd", temperature=float("nan")),
-    )
-    written(requests, [request("a"), request("good"), request("other", model="small"), image, odd], lines=True)
+    asked = [request("a"), request("good"), request("other", model="small"), request("\ud800")]
+    asked.append(request("image", messages=[{"role": "user", "content": PART}]))
+    asked.append(request("odd", temperature=float("nan")))
+    asked.append(request("begun", messages=[*SENT["messages"], {"role": "assistant", "content": "It is"}]))
+    written(requests, asked, lines=True)
     found = imported(store, written(file, [row, output("good", reply())], lines=True), TEACHER, requests)
     assert (found.new, dict(found.refused)) == (1, {why: [1]})
 
