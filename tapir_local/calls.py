@@ -66,6 +66,8 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
     except sqlite3.DatabaseError as error:
         fix = "The next run puts a damaged store aside and saves what it can."
         raise TapirError(f"the store cannot be read: {error}", where=str(path), fix=fix) from error
+    except UnicodeEncodeError as error:
+        raise TapirError("a name that is no text", where=repr(error.object)) from error
 
 
 def read_row(row: tuple[Any, ...]) -> StoredCall:

@@ -46,6 +46,11 @@ def test_stats_tell_who_used_and_who_paid(path: Path) -> None:
     assert [row["run"] for row in stats(path, "two")] == ["two"]
 
 
+def test_bytes_that_are_no_text_are_no_run(path: Path) -> None:
+    with pytest.raises(TapirError, match="no text"):
+        stats(path, "one\udcff")
+
+
 def test_list_has_the_answers_and_heeds_its_filters(path: Path) -> None:
     assert {row["answer"] for row in listed(path, "one", None, 9)} == {"5", "9"}
     assert [row["run"] for row in listed(path, None, "refine", 9)] == ["two"]
