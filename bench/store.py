@@ -26,8 +26,9 @@ import orjson
 
 from tapir_local import keys
 from tapir_local.pocket_words import WORDS
-from tapir_local.store import Call, Store, Use
+from tapir_local.store import Store
 from tapir_local.storefile import connect
+from tapir_local.storerows import Call, Use
 
 URL = "http://localhost:8000/v1"
 HITS = 4000  # of a round

@@ -13,7 +13,8 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe import Budget, Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.replies import Reply, read_reply
-from tapir_local.store import Attempt, Call, Store, Use
+from tapir_local.store import Store
+from tapir_local.storerows import Attempt, Call, Use
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -111,9 +112,13 @@ class Asking:
             self.note(job, why, raw, seconds, tokens, price)
             return None
         uses = [self.use(place, job.key, place == job.places[0]) for place in job.places]
+        return self.store.put(self.call(job, raw, reply, seconds, price), uses)
+
+    def call(self, job: Job, raw: bytes, reply: Reply, seconds: float, price: float | None) -> Call:
+        """What is stored of an answer."""
         kind = " ".join(filter(None, (self.identity, job.body.get("model"), job.request.stage)))
-        call = Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds, price)
-        return self.store.put(call, uses)
+        tokens = (reply.tokens_in, reply.tokens_out)
+        return Call(job.text, raw, reply.finish, kind, reply.model, reply.fingerprint, *tokens, seconds, price)
 
     def spend(self, tokens_in: int, tokens_out: int, discount: float = 1.0) -> float | None:
         """Count a reply against the budget; its price."""

@@ -1,8 +1,8 @@
-"""What was asked and answered: the store's calls, to be counted, listed, read and verified."""
+"""What was asked and answered: the store's calls, to be counted, listed, read, compared and verified."""
 
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,17 +13,25 @@ import orjson
 
 from tapir_local import keys
 from tapir_local.errors import TapirError
-from tapir_local.storefile import connect, unpack
+from tapir_local.packing import unpack
+from tapir_local.replies import read_reply
+from tapir_local.storefile import connect
 
+DAMAGED = "(damaged)"
+KEY = 32  # bytes
 STORED = (
-    "select c.key, c.request, c.answer, s.request, s.answer, c.model, c.tokens_in, c.tokens_out, c.seconds, c.created"
-    " from calls c join samples s on s.id = c.sample"
+    "select c.key, c.request, c.answer, s.request, s.answer, c.model, c.tokens_in, c.tokens_out, c.seconds,"
+    " c.created, c.id"
+    " from calls c left join samples s on s.id = c.sample"
 )
 
 
 @dataclass(frozen=True)
 class StoredCall:
-    """A call in the store: `request` is the text its key is the hash of (version, endpoint, body, draw)."""
+    """A call in the store: `request` is the text its key is the hash of (version, endpoint, body, draw).
+
+    `id` rises with every call stored, whatever the clock says.
+    """
 
     key: bytes
     request: bytes
@@ -33,6 +41,7 @@ class StoredCall:
     tokens_out: int
     seconds: float
     created: float
+    id: int
 
     def told(self) -> dict[str, Any]:
         """For people and programs: the parts of the request, the raw answer, and when."""
@@ -58,12 +67,32 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
     except sqlite3.DatabaseError as error:
         fix = "The next run puts a damaged store aside and saves what it can."
         raise TapirError(f"the store cannot be read: {error}", where=str(path), fix=fix) from error
+    except UnicodeEncodeError as error:
+        raise TapirError("a name that is no text", where=repr(error.object)) from error
 
 
 def read_row(row: tuple[Any, ...]) -> StoredCall:
     """A row of STORED, unpacked; zlib.error where it is damaged."""
     key, request, answer, request_sample, answer_sample, *rest = row
+    if request_sample is None:
+        raise zlib.error("its sample is gone")
     return StoredCall(key, unpack(request, request_sample), unpack(answer, answer_sample), *rest)
+
+
+def readable(row: tuple[Any, ...]) -> StoredCall | None:
+    """A row of STORED, unpacked; None where it is damaged."""
+    try:
+        return read_row(row)
+    except zlib.error:
+        return None
+
+
+def size(path: Path) -> tuple[int, int]:
+    """(calls stored, bytes on the disk), those of a log not yet merged among them."""
+    with opened(path) as conn:
+        ((count,),) = conn.execute("select count(*) from calls").fetchall()
+        log = path.with_name(f"{path.name}-wal")
+        return count, path.stat().st_size + (log.stat().st_size if log.exists() else 0)
 
 
 def stats(path: Path, run: str | None = None) -> list[dict[str, Any]]:
@@ -84,33 +113,83 @@ def listed(path: Path, run: str | None, stage: str | None, limit: int) -> list[d
     """The newest uses: key, run, round, stage, row, and the beginning of the answer's text."""
     sql = (
         "select u.run, u.round, u.stage, u.row, u.paid, k.* from uses u join (" + STORED + ") k on k.key = u.key"
-        " where (? is null or u.run = ?) and (? is null or u.stage = ?) order by k.created desc limit ?"
+        " where (? is null or u.run = ?) and (? is null or u.stage = ?)"
+        " order by k.id desc, u.run, u.round, u.stage, u.row limit ?"
     )
     rows = []
     with opened(path) as conn:
         for name, number, step, row, paid, *stored in conn.execute(sql, (run, run, stage, stage, limit)):
-            call = read_row(tuple(stored))
-            use = {"key": call.key.hex(), "run": name, "round": number, "stage": step, "row": row, "paid": bool(paid)}
-            rows.append({**use, "answer": text_of(call.answer)})
+            call = readable(tuple(stored))
+            use = {"key": stored[0].hex(), "run": name, "round": number, "stage": step, "row": row, "paid": bool(paid)}
+            rows.append({**use, "answer": text_of(call.answer) if call else DAMAGED})
     return rows
 
 
 def text_of(answer: bytes) -> str:
     """The text of a raw reply; "" where it has none."""
     try:
-        return str(orjson.loads(answer)["choices"][0]["message"]["content"] or "")
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
+        return read_reply(answer).text
+    except ValueError:
         return ""
 
 
 def shown(path: Path, prefix: str) -> dict[str, Any]:
     """The one call whose key begins with these hexadecimal digits; TapirError where there is none or several."""
     with opened(path) as conn:
-        rows = conn.execute(STORED + " where hex(c.key) like ? limit 2", (f"{prefix.upper()}%",)).fetchall()
+        return the_one(conn, path, prefix).told()
+
+
+def the_one(conn: sqlite3.Connection, path: Path, prefix: str) -> StoredCall:
+    """The one call whose key begins so."""
+    try:
+        first, last = (bytes.fromhex(prefix.ljust(2 * KEY, digit)) for digit in "0f")
+    except ValueError:
+        rows = []
+    else:
+        sql = f"{STORED} where c.key between ? and ? order by c.id limit 2"
+        rows = conn.execute(sql, (first, last)).fetchall()
     if len(rows) != 1:
         many = "several calls'" if rows else "no call's"
         raise TapirError(f"{prefix!r} begins {many} key", where=str(path), fix="`tapir-local calls list` shows keys.")
-    return read_row(rows[0]).told()
+    call = readable(rows[0])
+    if call is None:
+        fix = "The next run that needs it asks again and replaces it."
+        raise TapirError("this call is damaged", where=f"{path}, {rows[0][0].hex()}", fix=fix)
+    return call
+
+
+def explain(path: Path, one: str, other: str | None = None) -> dict[str, Any]:
+    """Where the requests of two calls differ; without another, of the call and the one nearest to it.
+
+    {"a": key, "b": key, "told": [a sentence for each field], "differences": [{"field", "a", "b"}]}; a value that is
+    absent from a request is absent here too. TapirError where a key is of no call or several, or there is no other.
+    """
+    with opened(path) as conn:
+        a = the_one(conn, path, one)
+        b = the_one(conn, path, other) if other is not None else nearest(conn, path, a)
+    found = list(keys.differences(keys.fields(a.request), keys.fields(b.request)))
+    return {
+        "a": a.key.hex(),
+        "b": b.key.hex(),
+        "told": [keys.told(difference) for difference in found],
+        "differences": [{"field": field, **present({"a": here, "b": there})} for field, here, there in found],
+    }
+
+
+def present(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not absent."""
+    return {name: value for name, value in values.items() if value is not keys.ABSENT}
+
+
+def nearest(conn: sqlite3.Connection, path: Path, call: StoredCall) -> StoredCall:
+    """The other call whose request reads most like this one's."""
+    sql = f"{STORED} where c.id <> ? order by c.id"
+    others = (readable(row) for row in conn.execute(sql, (call.id,)))
+    sound = (other.request for other in others if other and keys.key_of(other.request) == other.key)
+    found = keys.nearest(call.request, sound)
+    if found is None:
+        raise TapirError("there is no other call to compare it with", where=str(path))
+    return the_one(conn, path, keys.key_of(found).hex())
 
 
 def verify(path: Path) -> tuple[int, list[str]]:
@@ -126,3 +205,10 @@ def verify(path: Path) -> tuple[int, list[str]]:
             if not sound:
                 bad.append(row[0].hex())
     return count, bad
+
+
+def absent(path: Path, wanted: Iterable[str]) -> list[str]:
+    """Those of some keys, in hexadecimal digits, that no call has."""
+    with opened(path) as conn:
+        have = {row[0].hex() for row in conn.execute("select key from calls")}
+    return [key for key in wanted if key not in have]

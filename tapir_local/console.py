@@ -2,10 +2,14 @@
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+SIGN_OF_LIFE = 2.0  # seconds between two lines
 
 
 def example(*commands: str) -> str:
@@ -31,6 +35,19 @@ def store_path(cache: Path | None) -> Path:
 def cache_words(cache: Path | None) -> str:
     """What a follow-up command needs to find the same cache."""
     return f" --cache {cache}" if cache else ""
+
+
+def slowly(what: str) -> Callable[[int, int], None]:
+    """A progress (done, all) that says on stderr how far it is now and then, and nothing of what is done at once."""
+    said = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SIGN_OF_LIFE:
+            said = time.monotonic()
+            click.echo(f"  {what}: {done:,} of {total:,}", err=True)
+
+    return show
 
 
 def print_json(value: Any) -> None:

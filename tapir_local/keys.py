@@ -3,11 +3,13 @@
 import hashlib
 import math
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
 
 from tapir_local.errors import TapirError
 
@@ -132,6 +134,12 @@ def fields(text: bytes) -> dict[str, Any]:
     """What `asked` wrote, as a mapping with the names that people read."""
     _, identity, body, draw = orjson.loads(text)
     return {"endpoint": identity, **body, "draw": draw}
+
+
+def nearest(text: bytes, others: Iterable[bytes]) -> bytes | None:
+    """The request among others, itself left out, whose text is most like this one's (Indel); None without others."""
+    found = process.extractOne(text, (other for other in others if other != text), scorer=Indel.normalized_similarity)
+    return found[0] if found else None
 
 
 def told(difference: tuple[str, Any, Any]) -> str:

@@ -244,12 +244,10 @@ class Recipe(Settings):
         for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
             if (endpoint.kind == "gguf") != bool(endpoint.gguf):
                 raise ValueError(f"{name}: `kind: gguf` goes with `gguf: PATH`")
-        if self.budget.money is not None:
-            for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
-                if endpoint.kind == "openai" and endpoint.price is None:
-                    raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
             if endpoint.batch and endpoint.kind != "openai":
                 raise ValueError(f"{name}: `batch` goes with `kind: openai`, not with `{endpoint.kind}`")
+            if self.budget.money is not None and endpoint.kind == "openai" and endpoint.price is None:
+                raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
             raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
         if self.judge.kind == "openai" and not self.judge.model:

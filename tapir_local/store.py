@@ -2,13 +2,10 @@
 
 import sqlite3
 import threading
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -19,17 +16,17 @@ from filelock import FileLock
 from tapir_local import keys
 from tapir_local.claims import Claims
 from tapir_local.errors import TapirError
+from tapir_local.packing import WINDOW, pack, unpack
 from tapir_local.storefile import (
-    WINDOW,
     bring_up_to_date,
     connect,
     fault_of,
     is_damage,
-    pack,
     rescue,
     transaction,
-    unpack,
+    warning_of,
 )
+from tapir_local.storerows import AS_IT_IS, ATTEMPT, INSERT_ATTEMPT, INSERT_CALL, INSERT_USE, USE, Attempt, Call, Use
 
 Mode = Literal["on", "off", "refresh", "read-only", "replay"]
 FIND = "select answer, sample from calls where key = ?"
@@ -37,71 +34,7 @@ BATCH = 2000  # rows of a commit at the most
 CANDIDATES = 2000  # stored requests compared with one that replay misses
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request and the answer that will serve it again.
-
-    `request` is what keys.asked wrote and its SHA-256 the key; `answer` the body of the reply as it came. `kind` names
-    the calls that look like this one (endpoint, model, stage): they share a sample. Prices are in the recipe's money.
-    """
-
-    request: bytes
-    answer: bytes
-    finish: str
-    kind: str
-    model: str = ""
-    fingerprint: str = ""
-    tokens_in: int = 0
-    tokens_out: int = 0
-    seconds: float = 0.0
-    price: float | None = None
-    created: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """Who asked for a call; `paid` is 1 where this use sent it."""
-
-    run: str
-    round: int
-    stage: str
-    row: str
-    key: bytes
-    paid: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """Something else than a usable answer came; `why` says whether an error, a refusal or an empty answer."""
-
-    key: bytes
-    run: str
-    round: int
-    stage: str
-    row: str
-    why: str
-    answer: bytes = b""
-    tokens_in: int = 0
-    tokens_out: int = 0
-    seconds: float = 0.0
-    price: float | None = None
-    created: float = field(default_factory=time.time)
-
-
-Job = tuple[Sequence["Call | Use | Attempt"], "Future[None]"]
-
-
-# The rows as the tables have them. attrgetter is five times as fast as a dict of a record's fields.
-AS_IT_IS = attrgetter(*(name for name in Call.__slots__ if name not in ("request", "answer", "kind")))
-USE, ATTEMPT = attrgetter(*Use.__slots__), attrgetter(*Attempt.__slots__)
-INSERT_CALL = (
-    "insert or ignore into calls (id, key, sample, request, answer, finish, model, fingerprint, tokens_in, tokens_out,"
-    " seconds, price, created) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
-INSERT_USE = f"insert or ignore into uses ({', '.join(Use.__slots__)}) values (?, ?, ?, ?, ?, ?)"
-INSERT_ATTEMPT = (
-    f"insert into attempts ({', '.join(Attempt.__slots__)}) values ({', '.join('?' * len(Attempt.__slots__))})"
-)
+Job = tuple[Sequence[Call | Use | Attempt], "Future[None]"]
 
 
 class Store:
@@ -196,9 +129,9 @@ class Store:
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
         """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
         wanted = keys.fields(request)
-        found = [list(keys.differences(wanted, keys.fields(other))) for other in self._like(stage, row)]
-        nearest = min((difference for difference in found if difference), key=len, default=None)
-        known = f"in the nearest one, {keys.told(nearest[0])}" if nearest else "and none like it"
+        nearest = keys.nearest(request, self._like(stage, row))
+        found = list(keys.differences(wanted, keys.fields(nearest))) if nearest else []
+        known = f"in the nearest one, {keys.told(found[0])}" if found else "and none like it"
         what = f"the request of stage {stage}, row {row} is not in the store ({known})"
         return TapirError(
             what,
@@ -222,10 +155,11 @@ class Store:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.notices = tuple(filter(None, [warning_of(self.path.parent)]))
         with FileLock(f"{self.path}.lock"):
             fault = fault_of(self.path) if self.path.exists() else ""
             if fault:
-                self.notices = (rescue(self.path, fault),)
+                self.notices += (rescue(self.path, fault),)
             bring_up_to_date(self.path)
         self._conn = connect(self.path, write=True)
         self._claims = Claims(Path(f"{self.path}.asking"))
@@ -260,7 +194,8 @@ class Store:
             " order by u.row = ? desc, u.stage is null, c.id limit ?)"
         )
         for request, sample in self._reader().execute(sql, (stage, row, CANDIDATES)).fetchall():
-            yield unpack(request, sample)
+            with suppress(zlib.error):
+                yield unpack(request, sample)
 
     def _later(self, rows: Sequence[Call | Use | Attempt]) -> "Future[None]":
         done: Future[None] = Future()
@@ -338,7 +273,7 @@ class Store:
     def _sample_of(self, call: Call) -> "Sample":
         """The sample that a call is packed against: the first call of its kind, in whichever process it came."""
         if call.kind not in self._kinds:
-            sample = (call.kind, call.request[-WINDOW:], call.answer[-WINDOW:])
+            sample = (call.kind, call.request, call.answer[-WINDOW:])
             self._conn.execute("insert or ignore into samples (name, request, answer) values (?, ?, ?)", sample)
             ask = "select id, name, request, answer from samples where name = ?"
             found = self._conn.execute(ask, (call.kind,)).fetchone()

@@ -1,9 +1,4 @@
-"""teacher.db as a file: its tables, opening it, checking it, and saving what a damaged one still holds.
-
-A long request and its answer are mostly the words of their neighbours: the same prompt around another instruction. So
-each text is compressed against a *sample*, the first call of its kind, and what they share is stored once. Samples are
-kept twice, in two tables and so on different pages, since every call of their kind is unreadable without.
-"""
+"""teacher.db as a file: its tables, opening it, checking it, and saving what a damaged one still holds."""
 
 import sqlite3
 import time
@@ -13,18 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lz4.block
-
 from tapir_local import keys
 from tapir_local.errors import TapirError
+from tapir_local.packing import unpack
 
 MAPPED = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
 BUSY = 60_000  # milliseconds that a statement waits for another process's lock; commits take a few
 CHECK_SECONDS = (
     1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
 )
-WINDOW = 32_768  # bytes of a sample, the last of its text: more of it finds little more
-LZ4 = b"\x01"  # the first byte of a text packed by LZ4; deflate begins with another
+NETWORKED = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs"} | {
+    "fuse.sshfs",
+    "fuse.glusterfs",
+    "fuse.ceph",
+}
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -63,34 +60,6 @@ MIGRATIONS = {  # statements by name, oldest first; a released one never changes
     "first_tables": FIRST_TABLES,
     "batches_away": BATCHES_AWAY,
 }
-
-
-def pack(text: bytes, sample: bytes) -> bytes:
-    """`text` compressed against a sample of its kind, its CRC-32 before it, since an LZ4 block has no checksum."""
-    block: bytes = lz4.block.compress(text, dict=sample)
-    return LZ4 + zlib.crc32(text).to_bytes(4, "little") + block
-
-
-def unpack(packed: bytes, sample: bytes) -> bytes:
-    """What `pack` packed; zlib.error when either was changed."""
-    if packed[:1] != LZ4:
-        return inflate(packed, sample)
-    try:
-        text: bytes = lz4.block.decompress(packed[5:], dict=sample)
-    except (lz4.block.LZ4BlockError, ValueError, MemoryError) as error:
-        raise zlib.error(str(error)) from error
-    if zlib.crc32(text) != int.from_bytes(packed[1:5], "little"):
-        raise zlib.error("it is not what was packed")
-    return text
-
-
-def inflate(packed: bytes, sample: bytes) -> bytes:
-    """A text of a store as it was written before LZ4; deflate carries the checksums of text and sample."""
-    stretch = zlib.decompressobj(zdict=sample)
-    text = stretch.decompress(packed)
-    if not stretch.eof:
-        raise zlib.error("cut short")
-    return text
 
 
 def connect(path: Path, *, write: bool) -> sqlite3.Connection:
@@ -164,16 +133,21 @@ def bring_up_to_date(path: Path) -> None:
     """Create the tables or apply the migrations still missing; TapirError for a store of a newer version."""
     conn = connect(path, write=True)
     try:
-        known = conn.execute("select 1 from sqlite_schema where name = '_sqlite_migrations'").fetchall()
-        sql = "select name from _sqlite_migrations where migration_set = ?"
-        applied = {name for (name,) in conn.execute(sql, [SET])} if known else set()
-        if applied - set(MIGRATIONS):
-            what = "the store was written by a newer version of tapir-local"
-            raise TapirError(what, where=str(path), fix="Upgrade tapir-local, or name another cache.")
-        if set(MIGRATIONS) - applied:
+        if set(MIGRATIONS) - applied(conn, path):
             migrate(conn)
     finally:
         conn.close()
+
+
+def applied(conn: sqlite3.Connection, path: Path) -> set[str]:
+    """The migrations that a store has had; TapirError for a store of a newer version."""
+    known = conn.execute("select 1 from sqlite_schema where name = '_sqlite_migrations'").fetchall()
+    sql = "select name from _sqlite_migrations where migration_set = ?"
+    names = {row[0] for row in conn.execute(sql, [SET])} if known else set()
+    if names - set(MIGRATIONS):
+        what = "the store was written by a newer version of tapir-local"
+        raise TapirError(what, where=str(path), fix="Upgrade tapir-local, or name another cache.")
+    return names
 
 
 def migrate(conn: sqlite3.Connection) -> None:
@@ -189,6 +163,21 @@ def migrate(conn: sqlite3.Connection) -> None:
 
         migrations(name=name)(apply)
     migrations.apply(Database(conn))
+
+
+def warning_of(folder: Path) -> str:
+    """What the user ought to know of the disk that a store lies on; "" where there is nothing to say."""
+    import psutil
+
+    place = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
+    if kind not in NETWORKED:
+        return ""
+    return (
+        f"{folder}: the store lies on a network file system ({kind}), where SQLite's locks may not hold and a file may "
+        "be damaged. Name a folder of a local disk with --cache."
+    )
 
 
 def put_aside(path: Path) -> Path:
@@ -243,10 +232,7 @@ def remove_empty_log(path: Path) -> None:
 
 def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection) -> tuple[int, int]:
     """Copy the calls that still prove themselves: (saved, lost)."""
-    samples: dict[int, sqlite3.Row] = {}
-    for table in ("samples", "sample_copies"):
-        for row in numbered(old, table):
-            samples.setdefault(row["id"], row)
+    samples = samples_of(old)
     for table in ("samples", "sample_copies"):
         copy_rows(new, table, iter(samples.values()))
     good, last = 0, 0
@@ -255,6 +241,15 @@ def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection) -> tuple[int, i
         if row["sample"] in samples and proves_itself(row, samples[row["sample"]]):
             good += copy_rows(new, "calls", iter([row]))
     return good, max(0, last - good)
+
+
+def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
+    """The samples that can be read, by id, from whichever of the two tables still has them."""
+    samples: dict[int, sqlite3.Row] = {}
+    for table in ("samples", "sample_copies"):
+        for row in numbered(conn, table):
+            samples.setdefault(row["id"], row)
+    return samples
 
 
 def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
@@ -266,9 +261,9 @@ def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
         return False
 
 
-def numbered(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
-    """The rows of a table in the order of their ids, stepping over the stretches that cannot be read."""
-    last, step, failed = 0, 1, 0
+def numbered(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sqlite3.Row]:
+    """The rows after the id `last` in the order of their ids, stepping over the stretches that cannot be read."""
+    step, failed = 1, 0
     while step < 2**40:
         try:
             for row in conn.execute(f"select * from {table} where id > ? order by id", [last]):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tapir_local.asking import unheard
 from tapir_local.assets import model_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.metrics import Checker
@@ -48,7 +49,9 @@ def spent_by(run: RunDir) -> Cost:
     return Cost(*spent(store, run.name)) if store.exists() else Cost()
 
 
-def asker(endpoint: Endpoint, store: Store, run: str, purse: Purse, say: Callable[[str], None]) -> Ask:
+def asker(
+    endpoint: Endpoint, store: Store, run: str, purse: Purse | None = None, say: Callable[[str], None] = unheard
+) -> Ask:
     """Requests to an endpoint through the store, within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 
 from tapir_local import keys
-from tapir_local.store import Call
+from tapir_local.storerows import Call
 
 BODY: dict[str, Any] = {
     "model": "m",

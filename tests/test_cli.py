@@ -11,6 +11,7 @@ import click
 import pytest
 
 import cli
+from tapir_local.calls_cli import calls
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +37,13 @@ def test_every_command_has_an_example_and_stands_in_the_readme(name: str) -> Non
     text = cli.cli.commands[name].get_help(click.Context(cli.cli.commands[name], info_name=name))
     assert "Example:" in text
     assert f"tapir-local {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(calls.commands))
+def test_every_command_on_the_store_has_an_example_and_stands_in_the_readme(name: str) -> None:
+    text = calls.commands[name].get_help(click.Context(calls.commands[name], info_name=name))
+    assert f"  tapir-local calls {name}" in text.partition("Example:")[2]
+    assert f"tapir-local calls {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_names_every_module() -> None:

@@ -26,7 +26,8 @@ from tapir_local.recipe import Budget, Judge, Recipe, Teacher, parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
 from tapir_local.rundir import RunDir
 from tapir_local.stages import ask_judge, judge_name
-from tapir_local.store import Call, Store
+from tapir_local.store import Store
+from tapir_local.storerows import Call
 from tapir_local.teacher import ask
 from tapir_local.tools import real_tools
 from tapir_local.work import Work

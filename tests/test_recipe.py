@@ -6,7 +6,7 @@ import pytest
 
 from tapir_local.assets import recipe_files
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Recipe, differing, overridden, parse_recipe, settings, to_yaml
+from tapir_local.recipe import Price, Recipe, differing, overridden, parse_recipe, read_change, settings, to_yaml
 
 
 def refused(text: str) -> str:
@@ -38,6 +38,8 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("trian: {}\nteacher: pocket", "did you mean train?"),
         ("teacher: pocket\nrounds: -1", "rounds: Input should be greater than or equal to 0, not -1"),
         ("teacher: pocket\ntrain: {learning_rate: fast}", "train.learning_rate"),
+        ("teacher: {model: m}\nbudget: {money: 5}", "budget: money needs teacher.price"),
+        ("teacher: {gguf: x, kind: openai, model: m}", "`kind: gguf` goes with"),
         ("teacher: bob", "'recorded' or 'gguf', not 'bob'"),
         ("name: ../x\nteacher: pocket", "name"),
         ("teacher: {kind: openai}", "model is missing"),
@@ -82,3 +84,35 @@ def test_every_setting_has_its_help() -> None:
 def test_a_recipe_cannot_be_changed_once_made() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe(teacher={"kind": "pocket"}).rounds = 4  # type: ignore[misc,arg-type]
+
+
+def test_what_may_change_in_mid_run_is_no_difference() -> None:
+    old = parse_recipe("teacher: {model: m}", "a.yaml")
+    new = overridden(
+        old,
+        {
+            "rounds": 7,
+            "budget.calls": 10,
+            "teacher.concurrency": 2,
+            "teacher.price.input": 1,
+            "teacher.price.output": 2,
+            "judge.timeout": 9,
+        },
+    )
+    assert (new.teacher.price, new.budget.calls) == (Price(input=1, output=2), 10)
+    assert differing(old, new) == []
+    assert differing(old, overridden(old, {"teacher.temperature": 0})) == ["teacher.temperature: 0.7 -> 0.0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [("train.epochs=1", ("train.epochs", 1)), ("name = x", ("name", "x")), ("seeds.limit=", ("seeds.limit", None))],
+)
+def test_a_change_on_the_command_line(text: str, change: tuple[str, object]) -> None:
+    assert read_change(text) == change
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "=1", "a={"])
+def test_what_is_no_change(text: str) -> None:
+    with pytest.raises(TapirError):
+        read_change(text)

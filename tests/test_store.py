@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -22,8 +24,10 @@ from hypothesis import strategies as st
 from tapir_local import keys
 from tapir_local.claims import Claims
 from tapir_local.errors import TapirError
-from tapir_local.store import Attempt, Call, Store, Use
-from tapir_local.storefile import BUSY, connect, pack, unpack
+from tapir_local.packing import pack, unpack
+from tapir_local.store import Store
+from tapir_local.storefile import BUSY, connect
+from tapir_local.storerows import Attempt, Call, Use
 
 
 def fill(path: Path, rows: int) -> None:
@@ -144,9 +148,10 @@ def test_an_answer_comes_back_as_it_came(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.binary(max_size=500), st.binary(max_size=500))
-def test_packing_loses_nothing(text, sample):
-    assert unpack(pack(text, sample), sample) == text
+@given(st.binary(max_size=500), st.binary(max_size=500), st.sampled_from([1, 200]))
+def test_packing_loses_nothing(text, sample, times):
+    for other in (text, sample * times + text, text + sample * times):
+        assert unpack(pack(other, sample * times), sample * times) == other
 
 
 def test_a_text_deflated_by_an_older_version_still_reads():
@@ -161,23 +166,44 @@ def test_a_text_deflated_by_an_older_version_still_reads():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 200), st.integers(1, 255))
 def test_a_changed_byte_or_another_sample_never_passes(place, change):
-    packed = bytearray(pack(b"a text like its sample, and a little more " * 3, b"a text like its sample"))
+    text, sample = b"a text like its sample, and a little more " * 3, b"a text like its sample"
+    packed = bytearray(pack(text, sample))
     packed[place % len(packed)] ^= change
-    with pytest.raises(zlib.error):
-        unpack(bytes(packed), b"a text like its sample")
+    with suppress(zlib.error):  # a reference to another place where the same words stand changes nothing
+        assert unpack(bytes(packed), sample) == text
     with pytest.raises(zlib.error):
         unpack(pack(b"a text like its sample", b"a text like its sample"), b"another sample altogether")
 
 
-def test_prompts_that_share_their_words_do_not_multiply_on_disk(tmp_path):
-    words = " ".join(random.Random(1).choices([f"word{number}" for number in range(500)], k=400))
-    body = {**BODY, "messages": [{"role": "user", "content": words}]}
+@pytest.mark.parametrize("size", [1000, 32_255, 32_256, 32_257, 100_000])
+def test_a_changed_sample_is_noticed(size):
+    chance = random.Random(size)
+    sample = chance.randbytes(size)
+    text = sample[: size - 100] + chance.randbytes(100)
+    packed = pack(text, sample)
+    assert unpack(packed, sample) == text
+    assert len(packed) < 500
+    for place in (0, size // 2, size - 101):
+        changed = bytearray(sample)
+        changed[place] ^= 1
+        with pytest.raises(zlib.error):
+            unpack(packed, bytes(changed))
+    with pytest.raises(zlib.error):
+        unpack(packed[:-1], sample)
+
+
+@pytest.mark.parametrize(("words", "rows"), [(400, 2000), (5_000, 200), (20_000, 200)], ids=["3 KB", "40 KB", "170 KB"])
+def test_prompts_that_share_their_words_do_not_multiply_on_disk(tmp_path, words, rows):
+    text = " ".join(random.Random(1).choices([f"word{number}" for number in range(500)], k=words))
+    turns = [{"role": "system", "content": text}, {"role": "user", "content": "How many words?"}]
     with Store(tmp_path / "teacher.db") as store:
-        for row in range(2000):
-            store.put(call(row, request=asked(row, body)))
-    size = (tmp_path / "teacher.db").stat().st_size
-    assert len(asked(0, body)) > 3000
-    assert size / 2000 < 500
+        for row in range(rows):
+            store.put(call(row, request=asked(row, {**BODY, "messages": turns})))
+        store.flush()
+        assert store.get(keys.key_of(asked(1, {**BODY, "messages": turns})))
+    size = (tmp_path / "teacher.db").stat().st_size - 2 * len(text) - 60_000  # both samples; empty tables
+    assert len(text) > 7 * words
+    assert size / rows < 500
 
 
 def test_uses_and_attempts_are_recorded(tmp_path):
@@ -336,6 +362,14 @@ def test_a_folder_in_its_place_is_an_error(tmp_path):
         Store(tmp_path / "teacher.db")
 
 
+@pytest.mark.parametrize(("kind", "warned"), [("nfs4", True), ("cifs", True), ("ext4", False), ("overlay", False)])
+def test_a_network_file_system_is_warned_of(tmp_path, monkeypatch, kind, warned):
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    with Store(tmp_path / "cache" / "teacher.db") as store:
+        assert any("network file system" in notice for notice in store.notices) == warned
+
+
 FULL = """
 import resource, sys
 from pathlib import Path
@@ -414,7 +448,8 @@ import sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from calls import call, key
-from tapir_local.store import Store, Use
+from tapir_local.store import Store
+from tapir_local.storerows import Use
 store = Store(Path(sys.argv[1]))
 def work(number):
     for row in range(60):

@@ -1,0 +1,80 @@
+"""A text packed against another like it.
+
+A long request and its answer are mostly the words of their neighbours: the same prompt around another instruction. So
+each text is compressed against a *sample*, the first call of its kind, and what they share is stored once, be it a
+document of 80 KB before each question. Samples are kept twice, in two tables and so on different pages, since every
+call of their kind is unreadable without.
+"""
+
+import zlib
+
+import lz4.block
+
+WINDOW = 32_768  # bytes of a sample that a text is compressed against
+REACH = WINDOW - 512  # a sample no longer than this is taken whole
+LZ4, LONG = b"\1", b"\2"  # begin a packed text; LONG has the length of a shared beginning too; deflate's is 0x78
+
+
+def pack(text: bytes, sample: bytes) -> bytes:
+    """`text` compressed against a sample of its kind, its CRC-32 before it, since an LZ4 block has no checksum.
+
+    Of a sample that is longer than LZ4 shall look back, what both begin with is kept as its length.
+    """
+    checksum = zlib.crc32(text).to_bytes(4)
+    if len(sample) <= REACH:
+        return LZ4 + checksum + squeezed(text, sample)
+    shared = shared_length(text, sample)
+    return LONG + checksum + shared.to_bytes(4) + squeezed(text[shared:], around(sample, shared))
+
+
+def unpack(packed: bytes, sample: bytes) -> bytes:
+    """What `pack` packed; zlib.error when either was changed."""
+    kind, checksum = packed[:1], packed[1:5]
+    if kind == LZ4:
+        text = stretched(packed[5:], sample)
+    elif kind == LONG:
+        shared = int.from_bytes(packed[5:9])
+        text = sample[:shared] + stretched(packed[9:], around(sample, shared))
+    else:
+        return inflated(packed, sample)
+    if zlib.crc32(text) != int.from_bytes(checksum):
+        raise zlib.error("it is not what was packed")
+    return text
+
+
+def squeezed(text: bytes, words: bytes) -> bytes:
+    """`text` as an LZ4 block with references to the words."""
+    block: bytes = lz4.block.compress(text, dict=words)
+    return block
+
+
+def stretched(block: bytes, words: bytes) -> bytes:
+    """What `squeezed` squeezed, or something else where either was changed; zlib.error where that shows."""
+    try:
+        text: bytes = lz4.block.decompress(block, dict=words)
+    except (lz4.block.LZ4BlockError, ValueError, MemoryError) as error:
+        raise zlib.error(str(error)) from error
+    return text
+
+
+def inflated(packed: bytes, sample: bytes) -> bytes:
+    """A text of a store as it was written before LZ4; deflate carries the checksums of text and sample."""
+    stretch = zlib.decompressobj(zdict=sample)
+    text = stretch.decompress(packed)
+    if not stretch.eof:
+        raise zlib.error("cut short")
+    return text
+
+
+def shared_length(one: bytes, other: bytes) -> int:
+    """How many bytes two texts have in common at their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def around(sample: bytes, place: int) -> bytes:
+    """As much of a sample as a text is compressed against, most of it from `place` on."""
+    return sample[max(0, place - REACH // 4) : place + REACH * 3 // 4]

@@ -1,0 +1,153 @@
+"""The commands on the store as a person types them: what goes to stdout, what to stderr, and the exit code."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from test_cli import refused, tapir
+
+from tapir_local import prompts
+from tapir_local.lockfile import Locked, lock
+from tapir_local.recipe import Teacher
+from tapir_local.records import Message, Request
+from tapir_local.rundir import RunDir
+from tapir_local.store import Store
+from tapir_local.teacher import ask
+
+ROWS = [{"instruction": "Name a fruit.", "output": "Quince."}, {"instruction": "Name a tree.", "output": ""}]
+RECIPE = "teacher: {kind: openai, model: big, base_url: 'http://teacher.invalid/v1'}\n"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a cache of two calls, a recipe and a file of rows."""
+    with Store(tmp_path / "cache" / "teacher.db") as store:
+        for text in ("What is 2 + 3?", "What is 4 + 5?"):
+            request = Request(prompts.answer((Message("user", text),)), f"row-{text}", "seeds")
+            ask([request], Teacher(kind="pocket"), store, run="one")
+    (tmp_path / "my.yaml").write_text(RECIPE)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def calls(place: Path, *words: str, code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of a command on the cache `cache`."""
+    out = tapir("calls", *words, "--cache", "cache", cwd=place)
+    assert out.returncode == code, out.stderr
+    assert "Traceback" not in out.stderr
+    return out.stdout, out.stderr
+
+
+def test_stats_end_with_what_the_store_weighs(place: Path) -> None:
+    out, err = calls(place, "stats", "--json")
+    assert json.loads(out)[0]["used"] == 2
+    assert err.startswith("2 calls stored, 0.")
+    assert err.endswith("bytes a call\n")
+
+
+def test_an_empty_store_weighs_nothing_a_call(place: Path) -> None:
+    Store(place / "empty" / "teacher.db").close()
+    out = tapir("calls", "stats", "--cache", "empty", cwd=place)
+    assert out.stderr.startswith("0 calls stored")
+    assert "a call" not in out.stderr
+
+
+def test_search_prints_rows_and_says_when_there_are_more(place: Path) -> None:
+    out, err = calls(place, "search", "what is", "--limit", "1", "--json")
+    assert [row["stage"] for row in json.loads(out)] == ["seeds"]
+    assert "more than 1 calls have these words" in err
+    assert calls(place, "search", "bananas", "--json") == ("[]\n", "no call has all of these words\n")
+    assert "4 + 5?" in calls(place, "search", "9")[0]
+
+
+def test_explain_begins_with_the_first_difference(place: Path) -> None:
+    a, b = (row["key"] for row in json.loads(calls(place, "list", "--json")[0]))
+    out = calls(place, "explain", a[:9], b[:9])[0].splitlines()
+    assert out == [
+        f"A {a}",
+        f"B {b}",
+        "messages[0].content differs at character 8: 'What is 4 + 5?' here, 'What is 2 + 3?' there",
+    ]
+    assert calls(place, "explain", a)[0].splitlines() == out
+    assert json.loads(calls(place, "explain", a, b, "--json")[0])["differences"][0]["a"] == "What is 4 + 5?"
+    assert "one and the same request" in calls(place, "explain", a, a)[0]
+
+
+def test_a_run_goes_to_another_machine_and_back(place: Path) -> None:
+    out, err = calls(place, "export", "--run", "one", "one.db")
+    size = (place / "one.db").stat().st_size
+    assert (out, err) == ("", f"one.db: 2 calls exported, {size:,} bytes\n")
+    other = tapir("calls", "import", "one.db", "--cache", "other", cwd=place)
+    assert other.stderr == "2 calls imported, 0 already there\n"
+    assert calls(place, "import", "other/teacher.db")[1] == "0 calls imported, 2 already there\n"
+
+
+def test_an_import_with_a_wrong_hash_keeps_the_others_and_exits_with_1(place: Path) -> None:
+    calls(place, "export", "one.db")
+    conn = sqlite3.connect(place / "one.db")
+    conn.execute("update calls set key = zeroblob(32) where id = 1")
+    conn.commit()
+    conn.close()
+    out = tapir("calls", "import", "one.db", "--cache", "other", cwd=place)
+    assert out.returncode == 1
+    assert out.stderr == "1 calls imported, 0 already there, 1 refused: 1 with a key that is not its request's\n"
+
+
+def test_an_export_that_lacks_a_damaged_call_exits_with_1(place: Path) -> None:
+    conn = sqlite3.connect(place / "cache" / "teacher.db")
+    conn.execute("update calls set answer = x'00' where id = 1")
+    conn.commit()
+    conn.close()
+    assert "1 calls could not be read and were left out" in calls(place, "export", "one.db", code=1)[1]
+
+
+def test_the_lock_of_a_run_is_exported_and_verified_where_the_store_knows_no_use_of_it(place: Path) -> None:
+    keys = [row["key"] for row in json.loads(calls(place, "list", "--json")[0])]
+    run = RunDir(place / "cache", "replayed")
+    lock(run, "prepare/seeds", [Locked("prepare/seeds", "x", keys[0])])
+    assert "1 calls exported" in calls(place, "export", "--run", "replayed", "one.db")[1]
+    assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed absent\n")
+    lock(run, "prepare/label", [Locked("prepare/label", "x", "00" * 32)])
+    out, err = calls(place, "verify", "--run", "replayed", code=1)
+    assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed absent\n")
+
+
+def test_cost_is_a_table_or_json(place: Path) -> None:
+    assert "seeds" in calls(place, "cost")[0]
+    (row,) = json.loads(calls(place, "cost", "--by", "run", "--json")[0])
+    assert (row["run"], row["paid"], row["money"], row["unpriced"]) == ("one", 2, 0, 0)
+
+
+def test_answers_from_elsewhere_are_counted(place: Path) -> None:
+    said = "1 answers imported, 0 already there, refused: 1 without an answer (line 1)\n"
+    assert calls(place, "import", "rows.json", "--recipe", "my.yaml")[1] == said
+    assert "Quince." in calls(place, "search", "quince")[0]
+
+
+def test_a_batch_with_other_settings_says_so(place: Path) -> None:
+    body = {"model": "big", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 1024}
+    reply = {"choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}]}
+    (place / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": body}))
+    (place / "out.jsonl").write_text(json.dumps({"custom_id": "a", "response": {"status_code": 200, "body": reply}}))
+    err = calls(place, "import", "out.jsonl", "--requests", "in.jsonl", "--recipe", "my.yaml")[1]
+    assert "1 were asked with other settings than the recipe's; the first: temperature: 0.7 here, 0 there" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export", "rows.json"), "such a file already"),
+        (("export", "--run", "two", "two.db"), "Runs with calls: one"),
+        (("import", "none.db"), "No such file"),
+        (("import", "cache/teacher.db"), "into itself"),
+        (("import", "cache/teacher.db", "--recipe", "my.yaml"), "is a store"),
+        (("import", "rows.json"), "--recipe RECIPE"),
+        (("import", "rows.json", "--recipe", "none.yaml"), "no such recipe"),
+        (("import", "my.yaml", "--recipe", "my.yaml"), "not JSON"),
+        (("search", "*"), "no word"),
+        (("explain", "zz"), "no call's key"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(place: Path, words: tuple[str, ...], said: str) -> None:
+    assert said in refused("calls", *words, "--cache", "cache", cwd=place)
