@@ -32,7 +32,7 @@ from tapir_local.errors import TapirError
 from tapir_local.replies import Reply, Trouble, read_reply
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
     from openai.types import Batch
 
 Tell = Callable[[int, int, str], None]
@@ -61,7 +61,7 @@ async def send_batches(
     patience: float,
     bounds: Bounds = BOUNDS,
     tell: Tell = untold,
-    transport: httpx.AsyncBaseTransport | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
 ) -> list[Job]:
     """Answer the jobs by batches: those that are away already are waited for, the rest is submitted.
 

@@ -63,13 +63,13 @@ def body_in(line: Any) -> bytes | None:
 
 def trouble_in(line: Any, endpoint: Endpoint, otherwise: str) -> Trouble:
     """Why a line holds no reply; `otherwise` where it does not say, or is None."""
-    import httpx
+    import httpx2
 
     response, error = (line.get("response"), line.get("error")) if line else (None, None)
     if isinstance(response, dict):
         status = response.get("status_code")
         content = orjson.dumps(response.get("body"))
-        refusal = httpx.Response(status if isinstance(status, int) else 500, content=content)
+        refusal = httpx2.Response(status if isinstance(status, int) else 500, content=content)
         return trouble_of(refusal, key_place(endpoint), str(endpoint.model))
     if isinstance(error, dict):  # batch_expired, batch_cancelled, request_timeout
         return Trouble("again", f"{error.get('code')}: {error.get('message')}", orjson.dumps(error))

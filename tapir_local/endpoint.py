@@ -20,31 +20,28 @@ from tapir_local.recipe import Endpoint
 from tapir_local.records import Request
 
 if TYPE_CHECKING:
-    import ssl
-
-    import httpx
+    import httpx2
     import openai
 
 VENDOR = "https://api.openai.com/v1"
-LANE = 4  # requests in flight on one pool of connections; a second copy of each may be under way beside it
 NO_KEY = "none"  # sent to a server that wants none: the client insists on some word
 OURS = frozenset({"messages", "n", "stream", *keys.NOT_ASKED})  # what `extra` may not set
 FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
 
 
-def over_the_network(endpoint: Endpoint) -> httpx.AsyncBaseTransport | None:
-    """None: httpx's own transport."""
+def over_the_network(endpoint: Endpoint) -> httpx2.AsyncBaseTransport | None:
+    """None: httpx2's own transport."""
     return None
 
 
-def in_this_process(endpoint: Endpoint) -> httpx.AsyncBaseTransport:
+def in_this_process(endpoint: Endpoint) -> httpx2.AsyncBaseTransport:
     """The embedded teacher, behind the same wire format."""
     from tapir_local.pocket import PocketTransport
 
     return PocketTransport()
 
 
-SENDERS: Mapping[str, Callable[[Endpoint], httpx.AsyncBaseTransport | None]] = {
+SENDERS: Mapping[str, Callable[[Endpoint], httpx2.AsyncBaseTransport | None]] = {
     "openai": over_the_network,
     "pocket": in_this_process,
 }
@@ -215,42 +212,24 @@ def is_loopback(base_url: str) -> bool:
         return False
 
 
-def client_of(
-    endpoint: Endpoint,
-    transport: httpx.AsyncBaseTransport | None,
-    connections: int | None = None,
-    certificates: ssl.SSLContext | bool = True,
-) -> openai.AsyncOpenAI:
-    """A client of so many connections at the most. It never retries: what is tried again, and when, is decided here."""
-    import httpx
+def client_of(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> openai.AsyncOpenAI:
+    """One client for all requests. It never retries: what is tried again, and when, is decided here.
+
+    Over the network it speaks HTTP through aiohttp: httpx2's own pool looks at each of its connections, and there at
+    each again, for every request; with 64 of them a request took ten times the processor's time.
+    """
+    import httpx2
     import openai
 
     base_url = endpoint.base_url or VENDOR
-    most = connections or endpoint.concurrency
-    http: Any = (
-        httpx.AsyncClient(  # openai 3 takes httpx's client as well as its own httpx2's, though its types do not say so
-            transport=transport or SENDERS[kind_of(endpoint)](endpoint),
-            timeout=httpx.Timeout(endpoint.timeout, connect=min(10.0, endpoint.timeout)),
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-            trust_env=not is_loopback(base_url),  # a proxy does not know this machine's own servers
-            verify=certificates,
-        )
-    )
+    given = transport or SENDERS[kind_of(endpoint)](endpoint)
+    settings: dict[str, Any] = {
+        "timeout": httpx2.Timeout(endpoint.timeout, connect=min(10.0, endpoint.timeout)),
+        "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency),
+        "trust_env": not is_loopback(base_url),  # a proxy does not know this machine's own servers
+    }
+    http = httpx2.AsyncClient(transport=given, **settings) if given else openai.DefaultAioHttpClient(**settings)
     return openai.AsyncOpenAI(api_key=api_key(endpoint), base_url=base_url, http_client=http, max_retries=0)
-
-
-def clients_of(
-    endpoint: Endpoint, transport: httpx.AsyncBaseTransport | None, requests: int
-) -> list[openai.AsyncOpenAI]:
-    """Clients for so many requests at once, LANE each.
-
-    For every request httpcore looks at each connection of its pool, and there at each again: 64 requests in flight on
-    one pool take ten times the processor's time that they take on sixteen.
-    """
-    import httpx
-
-    certificates = httpx.create_ssl_context() if transport is None else True
-    return [client_of(endpoint, transport, 2 * LANE, certificates) for _ in range(0, requests, LANE)]
 
 
 def hidden(text: str, client: openai.AsyncOpenAI) -> str:

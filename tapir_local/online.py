@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tapir_local.asking import Asking, Job
 from tapir_local.away import Away
-from tapir_local.endpoint import LANE, clients_of, hidden, hidden_in, key_place
-from tapir_local.pace import Line, backoff, used_up, wait_asked
+from tapir_local.endpoint import client_of, hidden, hidden_in, key_place
+from tapir_local.pace import Line, Pace, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    import httpx
+    import httpx2
     import openai
 
 GRACE = 10.0  # seconds that requests in flight get to come home after Ctrl-C
 ASKED_ELSEWHERE = 0.05  # seconds between looks at a request that another thread or process is asking
 SHORT_OF_MONEY = 0.05  # seconds between looks at a budget that requests in flight may leave room in
 SECOND_COPIES = 0.02  # share of the requests that may be sent twice because they are late
-LATE_OF, LATE_LEAST = 20, 5.0  # replies that tell how long one takes; seconds before which none is late
 NOTHING_LOST = "run the same command again: nothing paid for is lost."
 
 
@@ -38,17 +36,14 @@ class Online:
         self.left: list[Job] = []
         self.refused_since: float | None = None
         self.reached = False
-        self.took: deque[float] = deque(maxlen=200)  # seconds of the last replies
+        self.pace = Pace()
         self.copies = max(1, int(SECOND_COPIES * len(asking.requests)))
 
-    async def send(self, jobs: list[Job], transport: httpx.AsyncBaseTransport | None) -> list[Job]:
+    async def send(self, jobs: list[Job], transport: httpx2.AsyncBaseTransport | None) -> list[Job]:
         """Send the jobs, as many at once as the endpoint bears; those in a batch since come back."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.line = asyncio.get_running_loop(), Line(jobs, most)
-        async with AsyncExitStack() as stack:
-            self.clients = [
-                await stack.enter_async_context(client) for client in clients_of(self.endpoint, transport, most)
-            ]
+        async with client_of(self.endpoint, transport) as self.client:
             workers = [asyncio.create_task(self.work(number)) for number in range(most)]
             try:
                 await asyncio.wait(workers)
@@ -68,12 +63,12 @@ class Online:
         """One of the requests in flight after another."""
         try:
             while (job := await self.line.next(number)) is not None:
-                await self.claim_and_try(job, self.clients[number // LANE])
+                await self.claim_and_try(job)
         except BaseException as error:
             self.line.stop(error)
             raise
 
-    async def claim_and_try(self, job: Job, client: openai.AsyncOpenAI) -> None:
+    async def claim_and_try(self, job: Job) -> None:
         """Send a job unless somebody else is at it, or was meanwhile."""
         if not self.store.claim(job.key):
             self.line.later(job, ASKED_ELSEWHERE)
@@ -87,7 +82,7 @@ class Online:
                 self.left.append(job)
                 self.line.done()
             elif await self.affordable(job):
-                kept = await self.attempt(job, client)
+                kept = await self.attempt(job)
         finally:
             if kept:
                 kept.add_done_callback(lambda _: self.store.release(job.key))
@@ -106,20 +101,20 @@ class Online:
             await asyncio.sleep(SHORT_OF_MONEY)
         return True
 
-    async def attempt(self, job: Job, client: openai.AsyncOpenAI) -> Future[None] | None:
+    async def attempt(self, job: Job) -> Future[None] | None:
         """Send a job once and see to what comes; what the store owes when it came to an answer."""
         import openai
 
         sent = self.loop.time()
         try:
             async with asyncio.timeout(self.endpoint.timeout):
-                response = await self.first_reply(job, client)
+                response = await self.first_reply(job)
         except openai.APIStatusError as error:
             trouble = trouble_of(error.response, key_place(self.endpoint), str(self.endpoint.model))
-        except (TimeoutError, openai.APITimeoutError):
+        except TimeoutError:
             trouble = Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
         except openai.APIConnectionError as error:
-            trouble = self.unreachable(error, job)
+            trouble = self.broken(error, job)
         else:
             return self.received(job, response, sent)
         finally:
@@ -127,40 +122,36 @@ class Online:
         self.suffer(job, trouble, sent)
         return None
 
-    async def first_reply(self, job: Job, client: openai.AsyncOpenAI) -> httpx.Response:
+    async def first_reply(self, job: Job) -> httpx2.Response:
         """The reply to a job; of a late one, when none waits to be sent, a second copy goes and the first reply counts.
 
         The one that loses is called off, though its server may have worked for nothing: so only SECOND_COPIES of the
         requests are sent twice.
         """
-        import httpx
+        import httpx2
 
-        def send() -> asyncio.Task[httpx.Response]:
-            return asyncio.ensure_future(client.post("/chat/completions", cast_to=httpx.Response, body=job.body))
+        def send() -> asyncio.Task[httpx2.Response]:
+            return asyncio.ensure_future(self.client.post("/chat/completions", cast_to=httpx2.Response, body=job.body))
 
+        if (wait := self.pace.turn(self.loop.time(), self.line.limit)) > 0:
+            await asyncio.sleep(wait)
         sending = [send()]
         try:
-            while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.late()))[0]:
+            while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.pace.late))[0]:
                 if self.copies and not self.line.ready:
                     self.copies -= 1
-                    self.asking.note(job, "late: asked a second time", b"", self.late())
+                    self.asking.note(job, "late: asked a second time", b"", self.pace.late)
                     sending.append(send())
             return await first_well_ended(sending)
         finally:
             for request in sending:
                 request.cancel()
 
-    def late(self) -> float:
-        """Seconds after which a reply is late: three times what nine of ten of the last ones took."""
-        if len(self.took) < LATE_OF:
-            return float(self.endpoint.timeout)
-        return max(LATE_LEAST, 3 * sorted(self.took)[int(0.9 * len(self.took))])
-
-    def received(self, job: Job, response: httpx.Response, sent: float) -> Future[None] | None:
+    def received(self, job: Job, response: httpx2.Response, sent: float) -> Future[None] | None:
         """Store what came before anything else, then see whether it is an answer."""
         raw, seconds = response.content, self.loop.time() - sent
         self.reached, self.refused_since = True, None
-        self.took.append(seconds)
+        self.pace.took(seconds)
         try:
             reply = read_reply(raw)
         except ValueError:
@@ -188,8 +179,8 @@ class Online:
 
     def suffer(self, job: Job, trouble: Trouble, sent: float) -> None:
         """No answer came: note it, and try again, wait, or stop."""
-        why = hidden(trouble.why, self.clients[0])
-        self.asking.note(job, why, hidden_in(trouble.body, self.clients[0]), self.loop.time() - sent)
+        why = hidden(trouble.why, self.client)
+        self.asking.note(job, why, hidden_in(trouble.body, self.client), self.loop.time() - sent)
         if trouble.then == "filtered":
             self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
         elif trouble.then == "wait":
@@ -221,13 +212,15 @@ class Online:
             self.line.hold(pause)
         self.line.later(job, pause)
 
-    def unreachable(self, error: openai.APIConnectionError, job: Job) -> Trouble:
-        """No connection, or one that broke. One that was never made is given up after two tries."""
-        import httpx
+    def broken(self, error: openai.APIConnectionError, job: Job) -> Trouble:
+        """No connection, one that broke, or no answer in time. A server that was never reached is given up soon."""
+        import httpx2
 
         cause = error.__cause__
+        if isinstance(cause, httpx2.TimeoutException) and not isinstance(cause, httpx2.ConnectTimeout):
+            return Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
         fix = f"Start the server or mend base_url, and {NOTHING_LOST}"
-        never = isinstance(cause, httpx.ConnectError) and not self.reached and job.tries > 0
+        never = isinstance(cause, httpx2.ConnectError) and not self.reached and job.tries > 0
         return Trouble("stop" if never else "again", f"no connection ({cause or error})", fix=fix)
 
     def give_up(self, job: Job, why: str, fix: str) -> None:
@@ -240,9 +233,9 @@ class Online:
         self.line.done()
 
 
-async def first_well_ended(sending: Sequence[asyncio.Future[httpx.Response]]) -> httpx.Response:
+async def first_well_ended(sending: Sequence[asyncio.Future[httpx2.Response]]) -> httpx2.Response:
     """The first reply of several; the last one's error where none came."""
-    waiting: set[asyncio.Future[httpx.Response]] = set(sending)
+    waiting: set[asyncio.Future[httpx2.Response]] = set(sending)
     while True:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         best = min(done, key=lambda request: request.exception() is not None)

@@ -1,6 +1,7 @@
 """When the next request may go: what the server's headers ask for, and how many requests may be in flight."""
 
 import asyncio
+import math
 import re
 import time
 from collections import deque
@@ -14,6 +15,9 @@ UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 LONGEST_BACKOFF = 30.0
 TOLERATED = 0.1  # share of 429s that does not slow us: they cost nothing but the asking
+ENOUGH = 20  # replies that tell how long one takes
+LATE_LEAST = 5.0  # seconds before which none is late
+SPREAD = 0.8  # below 1, so that spreading never is what limits the rate
 FEW = 3  # refusals in a row that mean little however few are in flight
 
 
@@ -60,12 +64,41 @@ def used_up(headers: Mapping[str, str], now: float | None = None) -> float | Non
 
 
 def backoff(tries: int, chance: float) -> float:
-    """Seconds before try number `tries` + 1: half of 0.5, 1, 2 … 30 s, and by `chance`, 0 to 1, of the other half.
+    """Seconds before try number `tries` + 1: half of 0.25, 0.5, 1 … 30 s, and by `chance`, 0 to 1, of the other half.
 
     The jitter keeps requests that failed together from coming back together.
     """
-    longest: float = min(LONGEST_BACKOFF, 2.0 ** (tries - 2))
+    longest: float = min(LONGEST_BACKOFF, 2.0 ** (tries - 3))
     return longest * (1 + chance) / 2
+
+
+class Pace:
+    """How long the last replies took, and from it when the next request may go and when a reply is late.
+
+    Requests that go together come back together, and each then waits for the others to be read: so they are spread
+    over the time of a reply, as TCP's pacing spreads packets over a round trip.
+    """
+
+    def __init__(self) -> None:
+        self._took: deque[float] = deque(maxlen=200)
+        self._fresh = 0
+        self._next = self._typical = 0.0
+        self.late = math.inf  # seconds after which a reply is: three times what nine of ten took
+
+    def took(self, seconds: float) -> None:
+        """A reply came after so many seconds."""
+        self._took.append(seconds)
+        self._fresh += 1
+        if self._fresh >= ENOUGH:
+            self._fresh, ordered = 0, sorted(self._took)
+            self._typical = ordered[len(ordered) // 2]
+            self.late = max(LATE_LEAST, 3 * ordered[int(0.9 * len(ordered))])
+
+    def turn(self, now: float, in_flight: float) -> float:
+        """Seconds until a request may go, so that `in_flight` of them are SPREAD over a reply's time."""
+        at = max(now, self._next)
+        self._next = at + SPREAD * self._typical / in_flight
+        return at - now
 
 
 class Line(Generic[Job]):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-import httpx
+import httpx2
 
 from tapir_local.pocket_world import grade, parse, solve, variant
 from tapir_local.prompts import CLASSIFY, EXPAND, JUDGE, REFINE
@@ -113,14 +113,14 @@ def completion(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def refused(status: int, why: str) -> httpx.Response:
+def refused(status: int, why: str) -> httpx2.Response:
     """An error in the API's form."""
-    return httpx.Response(
+    return httpx2.Response(
         status, json={"error": {"message": why, "type": "invalid_request_error", "param": None, "code": None}}
     )
 
 
-def respond(method: str, path: str, content: bytes) -> httpx.Response:
+def respond(method: str, path: str, content: bytes) -> httpx2.Response:
     """The teacher's response to an HTTP request."""
     if method != "POST" or not path.endswith("/chat/completions"):
         return refused(404, f"{method} {path}: the pocket teacher knows only POST …/chat/completions")
@@ -131,16 +131,16 @@ def respond(method: str, path: str, content: bytes) -> httpx.Response:
     if not isinstance(body, dict):
         return refused(400, "the body must be a JSON object")
     try:
-        return httpx.Response(200, json=completion(body))
+        return httpx2.Response(200, json=completion(body))
     except BadRequest as error:
         return refused(400, str(error))
 
 
-class PocketTransport(httpx.AsyncBaseTransport, httpx.BaseTransport):
-    """Give it to httpx.AsyncClient or httpx.Client as `transport`, and that to the openai client as `http_client`."""
+class PocketTransport(httpx2.AsyncBaseTransport, httpx2.BaseTransport):
+    """Give it to httpx2.AsyncClient or httpx2.Client as `transport`, and that to the openai client as `http_client`."""
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         return respond(request.method, request.url.path, await request.aread())
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         return respond(request.method, request.url.path, request.read())

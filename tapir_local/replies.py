@@ -92,7 +92,7 @@ def said(response: Any) -> tuple[str, str]:
 def trouble_of(response: Any, key_place: str, model: str) -> Trouble:
     """What an error status means. `key_place` says where the key came from.
 
-    `response` is httpx's, or one of the likes: status_code, content, text, headers.
+    `response` is httpx2's, or one of the likes: status_code, content, text, headers.
     """
     status, (message, code) = response.status_code, said(response)
     why = f"{status}: {message}" if message else str(status)

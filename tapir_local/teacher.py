@@ -21,7 +21,7 @@ from tapir_local.records import Answer, Request
 from tapir_local.store import Store
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 PATIENCE = 900.0  # seconds of nothing but 429 until the run stops and says so
 
@@ -35,7 +35,7 @@ def ask(
     progress: Progress = quiet,
     purse: Purse | None = None,
     warn: Callable[[str], None] = unheard,
-    transport: httpx.AsyncBaseTransport | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
     patience: float = PATIENCE,
     bounds: Bounds = BOUNDS,
     tell: Tell = untold,
@@ -80,7 +80,7 @@ async def send(
     patience: float,
     bounds: Bounds,
     tell: Tell,
-    transport: httpx.AsyncBaseTransport | None,
+    transport: httpx2.AsyncBaseTransport | None,
 ) -> None:
     """Answer the jobs by batch or live, as the recipe says.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -37,7 +37,7 @@ def asked(messages: Prompt, **more: Any) -> str:
 
     async def call() -> str:
         async with openai.AsyncOpenAI(
-            api_key="none", base_url="http://pocket/v1", http_client=httpx.AsyncClient(transport=PocketTransport())
+            api_key="none", base_url="http://pocket/v1", http_client=httpx2.AsyncClient(transport=PocketTransport())
         ) as client:
             reply = await client.chat.completions.create(model="pocket-teacher", messages=wire(messages), **more)
             assert reply.usage is not None

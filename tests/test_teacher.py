@@ -12,7 +12,7 @@ import time
 import pytest
 from server import attempts, completion, dropped, malformed, questions, raises, says, slow, status, teacher
 
-from tapir_local import online
+from tapir_local import pace
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.pace import backoff, seconds_of, used_up, wait_asked
 from tapir_local.recipe import Judge, Teacher
@@ -219,7 +219,7 @@ def test_a_slow_answer_is_given_up_and_asked_again(server, store):
 
 
 def test_the_last_slow_answer_is_asked_a_second_time_and_the_first_to_come_counts(server, store, monkeypatch):
-    monkeypatch.setattr(online, "LATE_LEAST", 0.2)
+    monkeypatch.setattr(pace, "LATE_LEAST", 0.2)
     words = [str(number) for number in range(40)]
     server.faults["39"] = [lambda *_: time.sleep(5)]
     began = time.monotonic()
@@ -231,7 +231,7 @@ def test_the_last_slow_answer_is_asked_a_second_time_and_the_first_to_come_count
 
 
 def test_no_second_copy_goes_while_others_wait_to_be_sent(server, store, monkeypatch):
-    monkeypatch.setattr(online, "LATE_LEAST", 0.01)
+    monkeypatch.setattr(pace, "LATE_LEAST", 0.01)
     server.seconds = 0.1
     ask(questions(*map(str, range(60))), teacher(server, concurrency=4), store, run="r")
     assert len(server.bodies) <= 61
@@ -425,8 +425,8 @@ def test_which_header_counts():
 
 
 def test_backoff_grows_to_its_end():
-    assert [backoff(tries, 1.0) for tries in (1, 2, 3, 9)] == [0.5, 1, 2, 30]
-    assert backoff(3, 0.0) == 1
+    assert [backoff(tries, 1.0) for tries in (1, 2, 3, 9)] == [0.25, 0.5, 1, 30]
+    assert backoff(3, 0.0) == 0.5
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b"<html>"])
