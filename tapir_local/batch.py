@@ -27,7 +27,7 @@ from tapir_local.batch_lines import (
     words_of,
 )
 from tapir_local.budget import BATCH_DISCOUNT, Cost
-from tapir_local.endpoint import client_of, hidden, hidden_in, key_place, kind_of
+from tapir_local.endpoint import client_of, hidden, hidden_in, http_of, key_place, kind_of
 from tapir_local.errors import TapirError
 from tapir_local.replies import Reply, Trouble, read_reply
 
@@ -81,7 +81,7 @@ async def send_batches(
     def say(text: str) -> None:
         tell(asking.finished, len(asking.requests), text)
 
-    async with client_of(endpoint, transport) as client:
+    async with client_of(endpoint, http_of(endpoint, transport)) as client:
         server = BatchServer(client, endpoint, asking.identity, patience, say)
         try:
             return await Batches(asking, away, server, bounds).send(jobs)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import orjson
+
 from tapir_local.asking import Asking, Job
 from tapir_local.away import Away
-from tapir_local.endpoint import client_of, hidden, hidden_in, key_place
+from tapir_local.endpoint import chat_of, client_of, hidden, hidden_in, http_of, key_place
 from tapir_local.pace import Line, Pace, backoff, used_up, wait_asked
 from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     import httpx2
-    import openai
 
 GRACE = 10.0  # seconds that requests in flight get to come home after Ctrl-C
 ASKED_ELSEWHERE = 0.05  # seconds between looks at a request that another thread or process is asking
@@ -43,7 +44,9 @@ class Online:
         """Send the jobs, as many at once as the endpoint bears; those in a batch since come back."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.line = asyncio.get_running_loop(), Line(jobs, most)
-        async with client_of(self.endpoint, transport) as self.client:
+        async with http_of(self.endpoint, transport) as self.http:
+            self.client = client_of(self.endpoint, self.http)
+            self.url, self.headers = chat_of(self.client)
             workers = [asyncio.create_task(self.work(number)) for number in range(most)]
             try:
                 await asyncio.wait(workers)
@@ -103,20 +106,18 @@ class Online:
 
     async def attempt(self, job: Job) -> Future[None] | None:
         """Send a job once and see to what comes; what the store owes when it came to an answer."""
-        import openai
+        import httpx2
 
         sent = self.loop.time()
         try:
             async with asyncio.timeout(self.endpoint.timeout):
                 response = await self.first_reply(job)
-        except openai.APIStatusError as error:
-            trouble = trouble_of(error.response, key_place(self.endpoint), str(self.endpoint.model))
-        except TimeoutError:
-            trouble = Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
-        except openai.APIConnectionError as error:
+        except (TimeoutError, httpx2.RequestError) as error:
             trouble = self.broken(error, job)
         else:
-            return self.received(job, response, sent)
+            if response.is_success:
+                return self.received(job, response, sent)
+            trouble = trouble_of(response, key_place(self.endpoint), str(self.endpoint.model))
         finally:
             self.asking.purse.free(job.dearest)
         self.suffer(job, trouble, sent)
@@ -128,11 +129,11 @@ class Online:
         The one that loses is called off, though its server may have worked for nothing: so only SECOND_COPIES of the
         requests are sent twice.
         """
-        import httpx2
 
         def send() -> asyncio.Task[httpx2.Response]:
-            return asyncio.ensure_future(self.client.post("/chat/completions", cast_to=httpx2.Response, body=job.body))
+            return asyncio.ensure_future(self.http.post(self.url, content=body, headers=self.headers))
 
+        body = orjson.dumps(job.body)
         if (wait := self.pace.turn(self.loop.time(), self.line.limit)) > 0:
             await asyncio.sleep(wait)
         sending = [send()]
@@ -212,16 +213,16 @@ class Online:
             self.line.hold(pause)
         self.line.later(job, pause)
 
-    def broken(self, error: openai.APIConnectionError, job: Job) -> Trouble:
+    def broken(self, error: TimeoutError | httpx2.RequestError, job: Job) -> Trouble:
         """No connection, one that broke, or no answer in time. A server that was never reached is given up soon."""
         import httpx2
 
-        cause = error.__cause__
-        if isinstance(cause, httpx2.TimeoutException) and not isinstance(cause, httpx2.ConnectTimeout):
+        late = TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout, httpx2.PoolTimeout
+        if isinstance(error, late):
             return Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
         fix = f"Start the server or mend base_url, and {NOTHING_LOST}"
-        never = isinstance(cause, httpx2.ConnectError) and not self.reached and job.tries > 0
-        return Trouble("stop" if never else "again", f"no connection ({cause or error})", fix=fix)
+        never = isinstance(error, httpx2.ConnectError) and not self.reached and job.tries > 0
+        return Trouble("stop" if never else "again", f"no connection ({str(error) or type(error).__name__})", fix=fix)
 
     def give_up(self, job: Job, why: str, fix: str) -> None:
         """Stop asking, for this reason."""
