@@ -74,9 +74,11 @@ def asked(identity: str, body: Mapping[str, Any], draw: int) -> bytes:
     All of the body counts, also parameters that this program has never heard of, less NOT_ASKED; what is absent
     stays absent, since a default may differ from any value written out.
     """
-    return canonical(
-        [KEY_VERSION, identity, {name: item for name, item in body.items() if name not in NOT_ASKED}, draw]
-    )
+    kept = {name: item for name, item in body.items() if name not in NOT_ASKED}
+    for name, item in kept.items():
+        if type(item) is float:  # a temperature of 1.0: put right here, so that the rest need not be copied for it
+            kept[name] = plain_number(item)
+    return canonical([KEY_VERSION, identity, kept, draw])
 
 
 def key_of(text: bytes) -> bytes:
