@@ -4,8 +4,11 @@
 
 Rows are requests and answers of 2 to 8 KB together: a system prompt that all share, an instruction of its own, an
 answer. A hit begins at the request's dict and ends at the answer's bytes, hashing included; diskcache is given the
-fastest key, orjson and SHA-256. Rivals take turns in short rounds, so that whatever else the machine does falls on all.
-litellm and dspy are left out where they are not installed. What was filled is used again, so a cut bench goes on.
+fastest key, orjson and SHA-256. It is measured twice: with the answers alone, and with request and answer, as the store
+keeps them (without the requests nothing could be listed, searched, explained or checked). litellm and DSPy keep answers
+alone, and are left out where they are not installed. `tapir-local many` looks up 200 at once, as a run does. Rivals
+take turns in short rounds, so that whatever else the machine does falls on all. What was filled is used again, so a cut
+bench goes on.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,13 @@ import orjson
 
 from tapir_local import keys
 from tapir_local.pocket_words import WORDS
-from tapir_local.store import Store
+from tapir_local.store import AT_ONCE, Store
 from tapir_local.storefile import connect
 from tapir_local.storerows import Call, Use
 
 URL = "http://localhost:8000/v1"
 HITS = 4000  # of a round
+MANY = "tapir-local many"
 ROUNDS = 7
 CROWD = 8  # processes
 CROWD_SECONDS = 6.0
@@ -47,7 +52,7 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     print("versions:", ", ".join(f"{name} {installed(name)}" for name in ("diskcache", "litellm", "dspy", "orjson")))
-    sizes = {"tapir-local": options.rows, "diskcache": options.rows}
+    sizes = {"tapir-local": options.rows, "diskcache": options.rows, "diskcache both": options.rows}
     sizes |= {name: options.other_rows for name in ("litellm", "dspy") if installed(name) != "absent"}
     for name, rows in sizes.items():
         fill(name, options.folder, rows)
@@ -125,8 +130,8 @@ def reader(name: str, folder: Path) -> Read:
     if name == "tapir-local":
         store = Store(folder / name / "teacher.db", "read-only")
         return lambda body: store.get(keys.key(URL, body))
-    if name == "diskcache":
-        cache = disk_cache(folder)
+    if name.startswith("diskcache"):
+        cache = disk_cache(folder / name)
         return lambda body: cache.get(plain_key(body))
     if name == "litellm":
         lite = litellm_cache(folder)
@@ -138,7 +143,7 @@ def reader(name: str, folder: Path) -> Read:
 def disk_cache(folder: Path) -> Any:
     import diskcache
 
-    return diskcache.Cache(str(folder / "diskcache"), size_limit=2**40, eviction_policy="none", cull_limit=0)
+    return diskcache.Cache(str(folder), size_limit=2**40, eviction_policy="none", cull_limit=0)
 
 
 def litellm_cache(folder: Path) -> Any:
@@ -164,9 +169,9 @@ def fill(name: str, folder: Path, rows: int) -> None:
     if not done.exists() or int(done.read_text()) != rows:
         spent = FILLS[name](folder, rows)
         done.write_text(str(rows))
-        print(f"{name:12} filled with {rows:,} rows at {rows / spent:,.0f} rows/s", flush=True)
+        print(f"{name:14} filled with {rows:,} rows at {rows / spent:,.0f} rows/s", flush=True)
     size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
-    print(f"{name:12} {size / rows:,.0f} bytes a row", flush=True)
+    print(f"{name:14} {size / rows:,.0f} bytes a row", flush=True)
 
 
 def fill_ours(folder: Path, rows: int) -> float:
@@ -187,11 +192,11 @@ def chunks(rows: int) -> Iterator[list[tuple[int, Call]]]:
         yield [(row, call(row)) for row in range(start, min(rows, start + 5000))]
 
 
-def fill_diskcache(folder: Path, rows: int) -> float:
+def fill_diskcache(folder: Path, rows: int, name: str = "diskcache") -> float:
     """In transactions, which is not how it is used but spares hours."""
-    cache, spent = disk_cache(folder), 0.0
+    cache, spent = disk_cache(folder / name), 0.0
     for start in range(0, rows, 5000):
-        pairs = [(plain_key(request(row)), answer(row)) for row in range(start, min(rows, start + 5000))]
+        pairs = [(plain_key(request(row)), text_of(row, name)) for row in range(start, min(rows, start + 5000))]
         began = time.perf_counter()
         with cache.transact():
             for key, value in pairs:
@@ -199,6 +204,11 @@ def fill_diskcache(folder: Path, rows: int) -> float:
         spent += time.perf_counter() - began
     cache.close()
     return spent
+
+
+def text_of(row: int, name: str) -> bytes:
+    """What diskcache keeps of a row."""
+    return answer(row) if name == "diskcache" else orjson.dumps(request(row)) + answer(row)
 
 
 def fill_litellm(folder: Path, rows: int) -> float:
@@ -218,7 +228,13 @@ def fill_dspy(folder: Path, rows: int) -> float:
     return time.perf_counter() - began
 
 
-FILLS = {"tapir-local": fill_ours, "diskcache": fill_diskcache, "litellm": fill_litellm, "dspy": fill_dspy}
+FILLS = {
+    "tapir-local": fill_ours,
+    "diskcache": fill_diskcache,
+    "diskcache both": partial(fill_diskcache, name="diskcache both"),
+    "litellm": fill_litellm,
+    "dspy": fill_dspy,
+}
 
 
 # Measurements
@@ -227,21 +243,22 @@ FILLS = {"tapir-local": fill_ours, "diskcache": fill_diskcache, "litellm": fill_
 def hits(folder: Path, sizes: dict[str, int]) -> None:
     """Hits per second on one thread, in turns; p50 and p99 of a hit."""
     readers = {name: reader(name, folder) for name in sizes}
-    rates: dict[str, list[float]] = {name: [] for name in sizes}
-    each: dict[str, list[float]] = {name: [] for name in sizes}
+    readers[MANY] = many(folder)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    each: dict[str, list[float]] = {name: [] for name in readers}
     for turn in range(ROUNDS):
         for name, read in readers.items():
-            bodies = sample(sizes[name], turn)
-            times = [timed(read, body) for body in bodies]
+            bodies = sample(sizes.get(name, sizes["tapir-local"]), turn)
+            times = bulk_times(read, bodies) if name == MANY else [timed(read, body) for body in bodies]
             rates[name].append(len(times) / sum(times))
             each[name] += times
-    ours = statistics.median(rates["tapir-local"])
+    ours, bulk = statistics.median(rates["tapir-local"]), statistics.median(rates[MANY])
     for name, found in rates.items():
         cuts = statistics.quantiles(each[name], n=100)
         rate = statistics.median(found)
         print(
-            f"{name:12} {rate:9,.0f} hits/s  p50 {cuts[49] * 1e6:6.1f} us  p99 {cuts[98] * 1e6:6.1f} us"
-            f"  tapir-local / it {ours / rate:5.2f}",
+            f"{name:16} {rate:9,.0f} hits/s  p50 {cuts[49] * 1e6:6.1f} us  p99 {cuts[98] * 1e6:6.1f} us"
+            f"  tapir-local / it {ours / rate:5.2f}, many / it {bulk / rate:5.2f}",
             flush=True,
         )
 
@@ -252,7 +269,22 @@ def sample(rows: int, turn: int) -> list[dict[str, Any]]:
     return [request(chance.randrange(rows)) for _ in range(HITS)]
 
 
-def timed(read: Read, body: dict[str, Any]) -> float:
+def many(folder: Path) -> Any:
+    """From requests' dicts to their answers, several at once."""
+    store = Store(folder / "tapir-local" / "teacher.db", "read-only")
+    return lambda bodies: store.get_many([keys.key(URL, body) for body in bodies])
+
+
+def bulk_times(read: Any, bodies: list[dict[str, Any]]) -> list[float]:
+    """Seconds of each hit, the same for those looked up together."""
+    times: list[float] = []
+    for start in range(0, len(bodies), AT_ONCE):
+        some = bodies[start : start + AT_ONCE]
+        times += [timed(read, some) / len(some)] * len(some)
+    return times
+
+
+def timed(read: Any, body: Any) -> float:
     began = time.perf_counter()
     found = read(body)
     taken = time.perf_counter() - began
@@ -261,16 +293,16 @@ def timed(read: Read, body: dict[str, Any]) -> float:
 
 
 def crowds(folder: Path, rows: int) -> None:
-    """Hits per second of CROWD processes at once, in turns of the two."""
-    rates: dict[str, list[float]] = {"tapir-local": [], "diskcache": []}
+    """Hits per second of CROWD processes at once, in turns."""
+    rates: dict[str, list[float]] = {"tapir-local": [], MANY: [], "diskcache": [], "diskcache both": []}
     for turn in range(3):
         for name, found in rates.items():
             found.append(crowd(name, folder, rows, turn))
-    ours, theirs = (statistics.median(found) for found in rates.values())
-    print(
-        f"{CROWD} processes: tapir-local {ours:,.0f} hits/s, diskcache {theirs:,.0f}, ratio {ours / theirs:.2f}",
-        flush=True,
-    )
+    ours, bulk = statistics.median(rates["tapir-local"]), statistics.median(rates[MANY])
+    for name, found in rates.items():
+        rate = statistics.median(found)
+        ratios = f"tapir-local / it {ours / rate:5.2f}, many / it {bulk / rate:5.2f}"
+        print(f"{CROWD} processes  {name:16} {rate:9,.0f} hits/s  {ratios}", flush=True)
 
 
 def crowd(name: str, folder: Path, rows: int, turn: int) -> float:
@@ -283,16 +315,19 @@ def crowd(name: str, folder: Path, rows: int, turn: int) -> float:
 
 def crowd_member(name: str, folder: Path, rows: int, seed: int) -> float:
     """Hits per second of one process among several: all begin at the same full second."""
-    read, bodies = reader(name, folder), sample(rows, 1000 + seed)
-    for body in bodies[:50]:
-        read(body)
+    bodies = sample(rows, 1000 + seed)
+    read: Any = many(folder) if name == MANY else reader(name, folder)
+    turns: list[Any] = [bodies[at : at + AT_ONCE] for at in range(0, HITS, AT_ONCE)] if name == MANY else bodies
+    size = AT_ONCE if name == MANY else 1
+    for turn in turns[:5]:
+        read(turn)
     time.sleep(max(0.0, START_GRID - time.time() % START_GRID))
     count, end = 0, time.perf_counter() + CROWD_SECONDS
     began = time.perf_counter()
     while time.perf_counter() < end:
-        read(bodies[count % len(bodies)])
+        read(turns[count % len(turns)])
         count += 1
-    return count / (time.perf_counter() - began)
+    return size * count / (time.perf_counter() - began)
 
 
 START_GRID = 8.0  # seconds: long enough for every member to have imported and drawn its bodies
@@ -302,7 +337,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from store import call
-from tapir_local.store import Store
+from tapir_local.store import AT_ONCE, Store
 store = Store(Path(sys.argv[1]))
 calls = [(row, call(row)) for row in range(int(sys.argv[2]), int(sys.argv[2]) + 3000)]
 print("ready", flush=True)

@@ -19,6 +19,8 @@ from tapir_local.storerows import Attempt, Call, Use
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+LOOKED_UP = 1000  # requests, until progress is told
+
 Progress = Callable[[int, int, int], None]
 
 
@@ -69,24 +71,35 @@ class Asking:
         """Serve the hits; the jobs for the rest, one for requests that are the same."""
         jobs: dict[bytes, Job] = {}
         uses: list[Use] = []
-        for place, request in enumerate(self.requests):
-            if place % 1000 == 999:
-                self.progress(self.finished, len(self.requests), self.hits)
-            body = body_of(request, self.endpoint)
-            text = keys.asked(self.identity, body, request.draw)
-            key = keys.key_of(text)
-            if key in jobs:
-                jobs[key].places.append(place)
-            elif raw := self.store.get(key):
-                self.serve(place, key, read_reply(raw), hit=True)
-                uses.append(self.use(place, key))
-            elif self.store.mode == "replay":
-                raise self.store.missing(text, request.stage, request.row)
-            else:
-                jobs[key] = Job(request, key, text, body, [place], dearest=dearest(body, self.price))
+        for start in range(0, len(self.requests), LOOKED_UP):
+            some = [self.job(place) for place in range(start, min(start + LOOKED_UP, len(self.requests)))]
+            known = self.store.get_many([job.key for job in some])
+            for job in some:
+                raw = known.get(job.key)
+                if raw is not None:
+                    self.serve(job.places[0], job.key, read_reply(raw), hit=True)
+                    uses.append(self.use(job.places[0], job.key))
+                elif job.key in jobs:
+                    jobs[job.key].places += job.places
+                else:
+                    jobs[job.key] = self.missing(job)
+            self.progress(self.finished, len(self.requests), self.hits)
         self.store.used(uses)
-        self.progress(self.finished, len(self.requests), self.hits)
         return list(jobs.values())
+
+    def job(self, place: int) -> Job:
+        """What is asked by the request at `place`."""
+        request = self.requests[place]
+        body = body_of(request, self.endpoint)
+        text = keys.asked(self.identity, body, request.draw)
+        return Job(request, keys.key_of(text), text, body, [place])
+
+    def missing(self, job: Job) -> Job:
+        """A job that the store has no answer to, to be sent; TapirError where nothing may be."""
+        if self.store.mode == "replay":
+            raise self.store.missing(job.text, job.request.stage, job.request.row)
+        job.dearest = dearest(job.body, self.price)
+        return job
 
     def serve(self, place: int, key: bytes, reply: Reply, hit: bool) -> None:
         """The answer to the request at `place`."""

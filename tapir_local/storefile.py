@@ -12,6 +12,7 @@ from tapir_local import keys
 from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
 
+PAGE = 16_384  # bytes: of 4 KB, the half would be empty beside one row of 2 KB
 MAPPED = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
 BUSY = 60_000  # milliseconds that a statement waits for another process's lock; commits take a few
 CHECK_SECONDS = (
@@ -76,6 +77,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
         conn.execute(f"PRAGMA busy_timeout = {BUSY}")
         if conn.execute("PRAGMA busy_timeout").fetchone()[0] != BUSY:
             raise TapirError("this SQLite has no busy timeout", where=str(path))
+        conn.execute(f"PRAGMA page_size = {PAGE}")  # heeded only before the first table
         if write and conn.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise TapirError(
                 "SQLite cannot use a write-ahead log here", where=str(path), fix="Put the cache on a local disk."
