@@ -31,6 +31,7 @@ LETTERS = 4  # characters of a token, roughly, in English; used until the store 
 FRAME = 150  # tokens of the prompt around an instruction, roughly
 WRITTEN = {"label": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
 ANSWER = 250  # and of an answer
+SHOWN = {"judge": 2, "holdout-judge": 2, "refine": 1}  # answers that stand in a prompt
 DRAFTS = 1.25  # drafts for a row that is kept, roughly
 
 
@@ -164,7 +165,8 @@ def estimated(step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tupl
     stage, instructions = step.stage.name, [instruction_of(row.prompt) for row in rows_of(copy)]
     calls = expected_calls(stage, step.number or 0, recipe, len(instructions))
     instruction = statistics.fmean(map(len, instructions)) / LETTERS if instructions else FRAME
-    size_in, size_out = known.get(stage, (FRAME + instruction, WRITTEN.get(stage, ANSWER)))
+    shown = SHOWN.get(stage, 0) * ANSWER
+    size_in, size_out = known.get(stage, (FRAME + instruction + shown, WRITTEN.get(stage, ANSWER)))
     endpoint = judge_of(recipe) if stage.endswith("judge") else recipe.teacher
     return priced(step, calls, None, calls * size_in, calls * size_out, endpoint)
 

@@ -12,7 +12,7 @@ import time
 import pytest
 from server import attempts, completion, dropped, malformed, questions, raises, says, slow, status, teacher
 
-from tapir_local import pace
+from tapir_local import judging, pace
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.pace import backoff, seconds_of, used_up, wait_asked
 from tapir_local.recipe import Judge, Teacher
@@ -253,6 +253,21 @@ def test_one_failing_request_of_twelve_keeps_the_other_eleven(server, store):
     assert len(server.bodies) == 12
     answers = ask(questions(*words), teacher(server), store, run="r")
     assert [answer.hit for answer in answers] == [word != "5" for word in words]
+
+
+def test_a_reply_that_nobody_can_read_is_paid_once(server, store):
+    """Parsing is not the store's business: a better parser costs nothing."""
+    server.faults["a"] = [says("an 8, on a scale of 1 to 10")]
+    first, second = (ask(questions("a"), teacher(server), store, run="r")[0] for _ in range(2))
+    assert judging.parse_scores(first.text) is None
+    assert (first.text, first.hit, second.hit) == (second.text, False, True)
+    assert len(server.bodies) == 1
+
+
+def test_no_call_waits_without_a_reason(server, store):
+    began = time.monotonic()
+    ask(questions(*map(str, range(20))), teacher(server, concurrency=1), store, run="r")
+    assert time.monotonic() - began < 10  # a pause of 20 s before each call would be 400
 
 
 def test_failures_are_not_cached(server, store):
