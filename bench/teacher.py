@@ -1,10 +1,12 @@
 """Rows per second of tapir_local.teacher.ask against a server that answers in 200 ms, beside what one would write.
 
     python bench/teacher.py [--rows 12800] [--in-flight 64]
+    python bench/teacher.py --crowd 60
 
 The ideal is in-flight / 0.2 rows/s. The rival is openai's own client in the same process: asyncio.gather behind a
 semaphore, its own retries, nothing stored. With faults, of all requests 5 % get 429, 1 % 500, 1 % a connection that is
 dropped, all at once, and 1 % a reply that is cut in its middle, after 200 ms. The server is a process of its own.
+`--crowd`: for so many seconds, 8 threads in each of 4 processes ask one store for rows drawn from the same 20,000.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,12 @@ def main() -> None:
     if options.serve:
         asyncio.run(serve(options.faulty))
         return
+    if options.member:
+        print(json.dumps(member(options.member, Path(options.store), options.crowd, options.number)))
+        return
+    if options.crowd:
+        crowd(options.crowd)
+        return
     print(f"openai {openai.__version__}, {options.rows:,} rows, {options.in_flight} in flight, {LATENCY} s a reply")
     for faulty in (False, True):
         for name, way in (("tapir-local", ours), ("openai alone", plain)):
@@ -47,6 +56,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=12_800)
     parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--crowd", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--member", help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--faulty", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -109,6 +122,60 @@ def plain(url: str, rows: int, in_flight: int) -> tuple[float, int]:
             return time.perf_counter() - began, sum(found)
 
     return asyncio.run(run())
+
+
+# A crowd
+
+
+def crowd(seconds: float) -> None:
+    """What 32 askers in 4 processes come to, and what the server saw of it."""
+    command = [sys.executable, __file__]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen([*command, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        assert server.stdin
+        assert server.stdout
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+        command += ["--crowd", str(seconds), "--member", url, "--store", f"{folder}/teacher.db", "--number"]
+        members = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(4)]
+        told = [json.loads(process.communicate()[0]) for process in members]
+        server.stdin.close()
+        seen = json.loads(server.stdout.read())
+    sums = {name: sum(row[name] for row in told) for name in ("asked", "hits", "errors")}
+    print(
+        f"32 threads in 4 processes, {seconds:.0f} s: {sums['asked']:,} rows asked for, {sums['hits']:,} of them hits,"
+        f" {seen['requests']:,} requests sent, {seen['twice']} rows sent twice, {sums['errors']} errors"
+        f" {[row['error'] for row in told if row['error']]}"
+    )
+
+
+def member(url: str, path: Path, seconds: float, number: int) -> dict[str, Any]:
+    """Eight threads of one process that ask for rows drawn at random until the time is up."""
+    teacher, end = Teacher(base_url=url, model="m", concurrency=4, timeout=30), time.monotonic() + seconds
+    sums: dict[str, Any] = {"asked": 0, "hits": 0, "errors": 0, "error": ""}
+    everything, lock = requests(20_001)[1:], threading.Lock()
+
+    def work(thread: int) -> None:
+        chance = random.Random(8 * number + thread)
+        while time.monotonic() < end:
+            try:
+                answers = ask(chance.sample(everything, 50), teacher, store, run=f"{number}-{thread}")
+            except Exception as error:  # noqa: BLE001  (counted, and told at the end)
+                with lock:
+                    sums["errors"], sums["error"] = sums["errors"] + 1, str(error)
+                continue
+            with lock:
+                sums["asked"] += len(answers)
+                sums["hits"] += sum(answer.hit for answer in answers)
+
+    with Store(path) as store:
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return sums
 
 
 # The server
