@@ -108,6 +108,8 @@ class Online:
         """Send a job once and see to what comes; what the store owes when it came to an answer."""
         import httpx2
 
+        if (wait := self.pace.turn(self.loop.time(), self.line.limit)) > 0:
+            await asyncio.sleep(wait)
         sent = self.loop.time()
         try:
             async with asyncio.timeout(self.endpoint.timeout):
@@ -134,8 +136,6 @@ class Online:
             return asyncio.ensure_future(self.http.post(self.url, content=body, headers=self.headers))
 
         body = orjson.dumps(job.body)
-        if (wait := self.pace.turn(self.loop.time(), self.line.limit)) > 0:
-            await asyncio.sleep(wait)
         sending = [send()]
         try:
             while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.pace.late))[0]:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ TOLERATED = 0.15  # share of 429s that does not slow us: they cost nothing but t
 ENOUGH = 20  # replies that tell how long one takes
 LATE_LEAST = 5.0  # seconds before which none is late
 SPREAD = 0.8  # below 1, so that spreading never is what limits the rate
+LONGEST_GAP = 0.01  # seconds between two requests: more than it takes to read a reply and write a request
 FEW = 3  # refusals in a row that mean little however few are in flight
 
 
@@ -82,7 +84,7 @@ class Pace:
     def __init__(self) -> None:
         self._took: deque[float] = deque(maxlen=200)
         self._fresh = 0
-        self._next = self._typical = 0.0
+        self._next = self._mean = 0.0
         self.late = math.inf  # seconds after which a reply is: three times what nine of ten took
 
     def took(self, seconds: float) -> None:
@@ -91,13 +93,13 @@ class Pace:
         self._fresh += 1
         if self._fresh >= ENOUGH:
             self._fresh, ordered = 0, sorted(self._took)
-            self._typical = ordered[len(ordered) // 2]
+            self._mean = statistics.fmean(ordered)
             self.late = max(LATE_LEAST, 3 * ordered[int(0.9 * len(ordered))])
 
     def turn(self, now: float, in_flight: float) -> float:
-        """Seconds until a request may go, so that `in_flight` of them are SPREAD over a reply's time."""
+        """Seconds until a request may go, so that `in_flight` of them are SPREAD over a reply's mean time."""
         at = max(now, self._next)
-        self._next = at + SPREAD * self._typical / in_flight
+        self._next = at + min(LONGEST_GAP, SPREAD * self._mean / in_flight)
         return at - now
 
 

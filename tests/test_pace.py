@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tapir_local.pace import Line
+from tapir_local.pace import LATE_LEAST, LONGEST_GAP, SPREAD, Line, Pace
 
 
 def after(replies: str, most: int = 64) -> float:
@@ -71,3 +71,32 @@ def test_a_worker_beyond_the_limit_rests_until_it_rises() -> None:
         return await line.next(1) == 1
 
     assert asyncio.run(run())
+
+
+def paced(seconds: float, count: int = 40) -> Pace:
+    """After so many replies that took so long."""
+    pace = Pace()
+    for _ in range(count):
+        pace.took(seconds)
+    return pace
+
+
+def test_requests_are_spread_over_a_reply_but_never_held_up() -> None:
+    pace = paced(0.2)
+    waits = [pace.turn(100.0, 64) for _ in range(64)]
+    assert waits == pytest.approx([number * SPREAD * 0.2 / 64 for number in range(64)])
+    assert waits[-1] < 0.2
+    assert pace.turn(200.0, 64) == 0
+
+
+def test_long_replies_do_not_make_long_gaps() -> None:
+    pace = paced(60.0)
+    assert [pace.turn(0.0, 4) for _ in range(3)] == pytest.approx([0.0, LONGEST_GAP, 2 * LONGEST_GAP])
+
+
+def test_nothing_is_late_or_spread_until_some_replies_came() -> None:
+    pace = paced(1.0, 5)
+    assert pace.late > 1e9
+    assert [pace.turn(0.0, 4) for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert paced(0.1).late == LATE_LEAST
+    assert paced(4.0).late == pytest.approx(12.0)
