@@ -58,7 +58,8 @@ def main() -> None:
         fill(name, options.folder, rows)
     hits(options.folder, sizes)
     crowds(options.folder, options.rows)
-    kills(options.folder, options.kills)
+    if options.kills:
+        kills(options.folder, options.kills)
 
 
 def arguments() -> argparse.Namespace:
@@ -248,7 +249,7 @@ def hits(folder: Path, sizes: dict[str, int]) -> None:
     each: dict[str, list[float]] = {name: [] for name in readers}
     for turn in range(ROUNDS):
         for name, read in readers.items():
-            bodies = sample(sizes.get(name, sizes["tapir-local"]), turn)
+            bodies = sample(sizes.get(name, sizes["tapir-local"]), f"{turn} {name}")  # rows that nobody has just read
             times = bulk_times(read, bodies) if name == MANY else [timed(read, body) for body in bodies]
             rates[name].append(len(times) / sum(times))
             each[name] += times
@@ -263,7 +264,7 @@ def hits(folder: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def sample(rows: int, turn: int) -> list[dict[str, Any]]:
+def sample(rows: int, turn: int | str) -> list[dict[str, Any]]:
     """Bodies drawn at random, made before the clock starts."""
     chance = random.Random(turn)
     return [request(chance.randrange(rows)) for _ in range(HITS)]
