@@ -153,6 +153,7 @@ def do(step: Step, work: Work, watch: Watch) -> None:
     with counted(work, step, began):
         said = step.stage.run(work, step.output)
     taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": now(), **work.tally}
+    taken |= {"replay": True} if work.tools.replay else {}
     note(work.run, step=step.name, taken=taken)
     watch.ends(step, taken)
 

@@ -36,9 +36,13 @@ def status_of(run: RunDir) -> dict[str, Any]:
 
 
 def calls_of(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Calls paid by this run and hits, as the store has them; as the stages told where it has none (a replay)."""
+    """Calls paid by this run and hits, as the store has them; of a replay as its stages told.
+
+    What the store knows of a replayed run's name is what the run that it repeats paid for, here or elsewhere.
+    """
     told = {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")}
-    found = usage(run.cache / "teacher.db", run.name)
+    replayed = any(stage.get("replay") for stage in taken.values())
+    found = None if replayed else usage(run.cache / "teacher.db", run.name)
     return found if found and any(found.values()) else told
 
 

@@ -35,6 +35,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             export=exporter(recipe),
             gate=gatekeeper(recipe),
             check=checker(recipe),
+            replay=mode == "replay",
         )
 
 

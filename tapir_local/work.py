@@ -27,6 +27,7 @@ class Tools:
     export: Callable[[Path, Path, Progress], None]  # adapter, GGUF out
     gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
     check: Checker | None = None
+    replay: bool = False  # every answer is from the store, nobody is asked
 
 
 @dataclass

@@ -26,7 +26,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe import Budget, Price, Teacher
 from tapir_local.records import Answer
 from tapir_local.store import Store
-from tapir_local.storefile import FIRST_TABLES, MIGRATIONS
+from tapir_local.storefile import FIRST_TABLES, MIGRATIONS, PAGE
 from tapir_local.teacher import ask
 
 FAST = Bounds(first_wait=0.02, longest_wait=0.05, settle=0.3)
@@ -603,8 +603,8 @@ def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
     with sqlite3.connect(tmp_path / "t.db") as conn:
         ((page,),) = conn.execute("select rootpage from sqlite_schema where name = 'uses'").fetchall()
     with (tmp_path / "t.db").open("r+b") as file:
-        file.seek((page - 1) * 4096)
-        file.write(b"\xff" * 4096)
+        file.seek((page - 1) * PAGE)
+        file.write(b"\xff" * PAGE)
     with Store(tmp_path / "t.db") as store:
         assert "put aside" in store.notices[0]
         assert len(by_batch(words(50), teacher(server), store)) == 50

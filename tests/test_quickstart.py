@@ -85,12 +85,12 @@ def test_a_replay_elsewhere_asks_nobody_and_gives_the_same_files(run: RunDir, tm
     tapir("calls", "export", "--run", run.name, str(tmp_path / "small.db"), "--cache", str(run.cache))
     elsewhere = tmp_path / "another" / "cache"
     tapir("calls", "import", str(tmp_path / "small.db"), "--cache", str(elsewhere))
-    tapir("distill", str(SMALL), "--cache", str(elsewhere), "--name", "replayed", "--replay")
-    replayed = RunDir(elsewhere, "replayed")
+    tapir("distill", str(SMALL), "--cache", str(elsewhere), "--replay")  # of the same name, whose payments came along
+    replayed = RunDir(elsewhere, run.name)
     assert results(replayed) == results(run)
     assert status(replayed)["calls"]["paid"] == 0  # type: ignore[index]
-    said = tapir("calls", "verify", "--run", "replayed", "--cache", str(elsewhere)).stderr
-    assert "0 damaged, 0 of run replayed absent" in said
+    said = tapir("calls", "verify", "--run", run.name, "--cache", str(elsewhere)).stderr
+    assert f"0 damaged, 0 of run {run.name} absent" in said
 
 
 def test_a_replay_stops_at_what_was_never_asked(run: RunDir) -> None:

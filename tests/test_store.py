@@ -26,7 +26,7 @@ from tapir_local.claims import Claims
 from tapir_local.errors import TapirError
 from tapir_local.packing import pack, unpack
 from tapir_local.store import Store
-from tapir_local.storefile import BUSY, connect
+from tapir_local.storefile import BUSY, PAGE, connect
 from tapir_local.storerows import Attempt, Call, Use
 
 
@@ -337,8 +337,8 @@ def test_a_lost_sample_is_found_in_its_copy(tmp_path):
     fill(path, 50)
     ((page,),) = table(path, "select rootpage from sqlite_schema where name = 'samples'")
     with path.open("r+b") as file:
-        file.seek((int(page) - 1) * 4096)
-        file.write(b"\xff" * 4096)
+        file.seek((int(page) - 1) * PAGE)
+        file.write(b"\xff" * PAGE)
     with Store(path) as store:
         assert "50 calls were saved, 0 could not be read" in store.notices[0]
         assert store.get(key(7)) == call(7).answer
