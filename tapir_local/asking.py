@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tapir_local import keys
-from tapir_local.budget import Cost, Purse, dearest, money_of, price_of
+from tapir_local.budget import NO_COST, Cost, Purse, dearest, money_of, price_of
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Budget, Endpoint
@@ -35,7 +35,7 @@ class Job:
     places: list[int]
     tries: int = 0
     refusals: int = 0  # answers of 429
-    dearest: Cost = Cost()  # noqa: RUF009  (frozen)
+    dearest: Cost = NO_COST
 
 
 def quiet(done: int, total: int, hits: int) -> None:
@@ -165,9 +165,12 @@ class Asking:
 
     def refusal(self, job: Job, why: str, fix: str) -> TapirError:
         """The error that names the row which was not answered."""
-        place = f"{self.identity}, stage {job.request.stage}, row {job.request.row}"
         tried = f" (tried {job.tries + 1} times)" if job.tries else ""
-        return TapirError(f"{why}{tried}", where=place, fix=fix)
+        return TapirError(f"{why}{tried}", where=self.place(job), fix=fix)
+
+    def place(self, job: Job) -> str:
+        """Where a job stands, for people."""
+        return f"{self.identity}, stage {job.request.stage}, row {job.request.row}"
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve every place of a job; only the first of them was paid for."""

@@ -11,7 +11,7 @@ from tapir_local.recipe import Budget, Endpoint, Price
 
 MILLION = 1_000_000
 BATCH_DISCOUNT = 0.5  # of the Batch API, as its vendor has it
-FREE = Price(input=0.0, output=0.0)
+NOTHING = Price(input=0.0, output=0.0)
 TEMPLATE = 16  # tokens that a chat template may add to each message, and to the whole
 
 
@@ -30,10 +30,13 @@ class Cost:
         return Cost(self.calls - other.calls, self.tokens - other.tokens, self.money - other.money)
 
 
+NO_COST = Cost()
+
+
 def price_of(endpoint: Endpoint) -> Price | None:
     """What a million tokens cost there: nothing on this machine, None where the recipe does not say."""
     if getattr(endpoint, "kind", "openai") in ("pocket", "gguf"):
-        return FREE
+        return NOTHING
     if endpoint.price and endpoint.batch:
         return Price(input=endpoint.price.input * BATCH_DISCOUNT, output=endpoint.price.output * BATCH_DISCOUNT)
     return endpoint.price
@@ -55,8 +58,8 @@ def dearest(body: Mapping[str, Any], price: Price | None) -> Cost:
 class Purse:
     """A run's budget: what was spent, and what the requests in flight may come to cost."""
 
-    def __init__(self, budget: Budget, spent: Cost = Cost()) -> None:
-        self.budget, self.spent, self.held = budget, spent, Cost()
+    def __init__(self, budget: Budget, spent: Cost = NO_COST) -> None:
+        self.budget, self.spent, self.held = budget, spent, NO_COST
 
     def hold(self, cost: Cost) -> bool:
         """Set a cost aside; False where the budget does not reach that far."""

@@ -2,7 +2,7 @@
 
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,13 @@ STORED = (
     " c.created, c.id"
     " from calls c left join samples s on s.id = c.sample"
 )
+
+
+Progress = Callable[[int, int], None]  # told (done, all)
+
+
+def quiet(done: int, total: int) -> None:
+    """No progress shown."""
 
 
 @dataclass(frozen=True)

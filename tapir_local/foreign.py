@@ -2,13 +2,14 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tapir_local import keys, prompts
-from tapir_local.asking import Asking, Job, quiet
+from tapir_local.asking import Asking, Job
+from tapir_local.calls import Progress, quiet
 from tapir_local.dataset import lines, read_row, rows_of
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Endpoint
@@ -22,13 +23,6 @@ NO_ANSWER, NOT_WHOLE = "without an answer", "with an answer that is not whole"
 BEGUN = "whose request begins the answer itself"
 NO_REQUEST, OTHER_MODEL = "without their request in the file of requests", "asked of another model than the recipe's"
 FORMS = "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API."
-
-
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """No progress shown."""
 
 
 class Given(NamedTuple):
@@ -167,14 +161,14 @@ def checked(given: Given) -> Given | str:
 
 
 def take(
-    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = silent
+    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = quiet
 ) -> None:
     """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
 
     An answer that is in the store stays. The rows' use is recorded as that of a run `import:<file's name>`, unpaid.
     `progress` is called with (done, all).
     """
-    asking = Asking([request_of(row, teacher) for row in given], teacher, store, f"import:{name_of(file)}", quiet)
+    asking = Asking([request_of(row, teacher) for row in given], teacher, store, f"import:{name_of(file)}")
     jobs = asking.look_up()
     for done, job in enumerate(jobs):
         progress(done, len(jobs))

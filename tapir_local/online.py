@@ -97,8 +97,7 @@ class Online:
         purse = self.asking.purse
         while not purse.hold(job.dearest):
             if not purse.waiting:
-                place = f"{self.asking.identity}, stage {job.request.stage}, row {job.request.row}"
-                self.line.stop(purse.empty(place))
+                self.line.stop(purse.empty(self.asking.place(job)))
             if self.line.failed:
                 return False
             await asyncio.sleep(SHORT_OF_MONEY)

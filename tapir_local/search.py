@@ -4,7 +4,7 @@ import re
 import sqlite3
 import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import orjson
 from filelock import FileLock
 
 from tapir_local import keys
-from tapir_local.calls import STORED, StoredCall, opened, readable, text_of
+from tapir_local.calls import STORED, Progress, StoredCall, opened, quiet, readable, text_of
 from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
 from tapir_local.replies import text_of as words_of
@@ -33,12 +33,6 @@ TABLES = (
 )
 WORD = r"[^\W_]"  # as FTS5's unicode61 has it
 UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")  # kana and Chinese characters
-
-Progress = Callable[[int, int], None]
-
-
-def quiet(done: int, total: int) -> None:
-    """No progress shown."""
 
 
 def search(

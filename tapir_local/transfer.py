@@ -3,7 +3,7 @@
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tapir_local import keys, rundir, storefile
-from tapir_local.calls import opened
+from tapir_local.calls import Progress, opened, quiet
 from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
 from tapir_local.replies import read_reply
@@ -22,12 +22,6 @@ from tapir_local.storerows import Attempt, Call, Use
 HEAD = b"SQLite format 3\0"
 UNREADABLE, WRONG_KEY, NOT_WHOLE = "unreadable", "with a key that is not its request's", "without a whole answer"
 ATTEMPT = ("key", "run", "round", "stage", "row", "why", "created")  # what makes two attempts the same one
-
-Progress = Callable[[int, int], None]
-
-
-def quiet(done: int, total: int) -> None:
-    """No progress shown."""
 
 
 class Exported(NamedTuple):

@@ -207,6 +207,15 @@ def read_until(process: subprocess.Popen[str], word: str) -> str:
     return line
 
 
+def leave_away(server: BatchApi, path: Path, *words: str) -> None:
+    """A run that submits a batch of these words and is killed while it is away."""
+    server.held = True
+    with started(server, path, *words) as asking:
+        read_until(asking, "in_progress")
+        asking.kill()
+    server.held = False
+
+
 def test_killed_between_the_making_of_a_batch_and_the_storing_of_its_id(server, tmp_path):
     """The other batches push ours to another page of the server's list."""
     server.on_create = lambda handler: asking.kill()
@@ -262,11 +271,7 @@ def test_a_cut_run_leaves_its_batch_away_and_the_next_one_fetches_it(server, tmp
 
 
 def test_what_another_run_left_in_the_same_batch_stays_for_it(server, tmp_path):
-    server.held = True
-    with started(server, tmp_path / "t.db", *words(6)) as asking:
-        read_until(asking, "in_progress")
-        asking.kill()
-    server.held = False
+    leave_away(server, tmp_path / "t.db", *words(6))
     with Store(tmp_path / "t.db") as store:
         by_batch(words(2), teacher(server), store)
         assert table(store, "select count(*) from batch_keys") == [(4,)]
@@ -275,11 +280,7 @@ def test_what_another_run_left_in_the_same_batch_stays_for_it(server, tmp_path):
 
 
 def test_a_live_run_waits_for_what_is_away_and_asks_the_rest(server, tmp_path):
-    server.held = True
-    with started(server, tmp_path / "t.db", "a", "b") as asking:
-        read_until(asking, "in_progress")
-        asking.kill()
-    server.held = False
+    leave_away(server, tmp_path / "t.db", "a", "b")
     with Store(tmp_path / "t.db") as store:
         priced = teacher(server, batch=False, price=Price(input=10.0, output=20.0))
         answers = by_batch(["a", "b", "c"], priced, store)
@@ -594,11 +595,7 @@ def test_a_store_of_the_first_version_gets_the_tables(tmp_path, server):
 
 
 def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
-    server.held = True
-    with started(server, tmp_path / "t.db", *words(50)) as asking:
-        read_until(asking, "in_progress")
-        asking.kill()
-    server.held = False
+    leave_away(server, tmp_path / "t.db", *words(50))
     Store(tmp_path / "t.db").close()
     with sqlite3.connect(tmp_path / "t.db") as conn:
         ((page,),) = conn.execute("select rootpage from sqlite_schema where name = 'uses'").fetchall()
