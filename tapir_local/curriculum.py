@@ -111,7 +111,7 @@ def tapir(known: Situation) -> RoundPlan:
     """
     settings = known.settings
     rows, hard, easy = sorted_out(known)
-    wanted = hard_rows_wanted(known.alpha, settings.rows, bool(hard), bool(easy))
+    wanted = hard_rows_wanted(known.alpha, settings.rows, bool(hard), len(easy))
     by_task = group(hard)
     counts = {task: len(ids) for task, ids in by_task.items()}
     asked = shares(counts, known.targets if settings.balance else counts, wanted)
@@ -138,7 +138,7 @@ def tapir(known: Situation) -> RoundPlan:
         asked=fractions(asked),
         got=fractions({task: got[task] for task in by_task}),
         short={task: asked[task] - got[task] for task in by_task if got[task] < asked[task]},
-        notes=remarks(known, rows, hard, len(easy), settings.rows - wanted - len(replay)),
+        notes=remarks(known, rows, hard, len(easy)),
     )
 
 
@@ -153,11 +153,9 @@ def sorted_out(known: Situation) -> tuple[list[Example], list[Example], list[str
     return rows, hard, [row.id for row in rows if is_easy(judged[row.id], settings)]
 
 
-def hard_rows_wanted(alpha: float, rows: int, some_hard: bool, some_easy: bool) -> int:
-    """alpha of a round's rows; all of them where nothing is easy, none where nothing is hard."""
-    if not some_hard:
-        return 0
-    return min(rows, round(alpha * rows)) if some_easy else rows
+def hard_rows_wanted(alpha: float, rows: int, some_hard: bool, easy: int) -> int:
+    """alpha of a round's rows and whatever its easy rows cannot fill; none where nothing is hard."""
+    return max(round(alpha * rows), rows - easy) if some_hard else 0
 
 
 def hardest_first(rows: Sequence[Example], judged: Mapping[str, Judgement], rng: random.Random) -> list[Example]:
@@ -200,16 +198,15 @@ def fractions(rows: Mapping[str, int]) -> dict[str, float]:
     return {task: round(count / total, 4) for task, count in rows.items()}
 
 
-def remarks(
-    known: Situation, rows: Sequence[Example], hard: Sequence[Example], easy: int, missing: int
-) -> tuple[str, ...]:
+def remarks(known: Situation, rows: Sequence[Example], hard: Sequence[Example], easy: int) -> tuple[str, ...]:
     """What the reader ought to know of an unusual pool."""
     mastered = sorted({row.task for row in rows} - {row.task for row in hard})
+    missing = known.settings.rows - round(known.alpha * known.settings.rows) - easy
     said = {
         "difficulty is off: rows are drawn at random": not known.settings.difficulty,
         "no row is hard: the round only replays easy rows": rows and not hard,
         "no row is easy: the whole round is hard": rows and not easy,
-        f"{missing:,} easy rows fewer than asked": easy and missing > 0,
+        f"{missing:,} easy rows fewer than asked, hard ones in their place": hard and easy and missing > 0,
         f"no hard row in {', '.join(mastered)}: the other tasks have their shares": hard and mastered,
     }
     return tuple(text for text, true in said.items() if true)

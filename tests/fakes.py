@@ -35,15 +35,11 @@ def reply(request: Request) -> str:
         return json.dumps({"task": "Math" if inner(text, "instruction").startswith("sum") else "Art"})
     if system == prompts.JUDGE:
         return json.dumps({f"answer_{n}": 9 if "right" in inner(text, f"answer_{n}") else 2 for n in (1, 2)})
-    if system == prompts.EXPAND:
+    if system in (prompts.EXPAND, prompts.RARER):
         word, number = inner(text, "instruction").split()[:2]
-        return (
-            f"<new_instruction>{word} "
-            + " ".join(f"{number}{request.draw}{n}" for n in range(5))
-            + "</new_instruction>"
-        )
-    if system == prompts.RARER:
-        return f"<new_instruction>rare {inner(text, 'instruction')} {request.draw}</new_instruction>"
+        word, digit = (f"{word} rare", 9) if system == prompts.RARER else (word, "")
+        numbers = " ".join(f"{number}{digit}{request.draw}{n}" for n in range(5))
+        return f"<new_instruction>{word} {numbers}</new_instruction>"
     if system == prompts.REFLECT_INSTRUCTION:
         asked = inner(text, "instruction")
         return f"Hm.<new_instruction>{asked}, better</new_instruction><new_answer>right indeed</new_answer>"

@@ -123,6 +123,12 @@ def test_only_hard_rows_fill_the_round_and_say_so() -> None:
     assert (len(plan.hard) + plan.to_write, plan.alpha, plan.alpha_got) == (50, 0.5, 1.0)
 
 
+def test_hard_rows_take_the_places_that_easy_ones_cannot_fill_and_it_is_said() -> None:
+    plan = planned({"Math": 90}, {"Math": 10}, rows=50)
+    assert (len(plan.hard) + plan.to_write, len(plan.replay), plan.alpha_got) == (40, 10, 0.8)
+    assert plan.notes == ("15 easy rows fewer than asked, hard ones in their place",)
+
+
 def test_a_plan_is_the_same_each_time() -> None:
     assert planned({"Math": 90, "Art": 4}, {"Math": 70}) == planned({"Math": 90, "Art": 4}, {"Math": 70})
 
