@@ -75,7 +75,7 @@ def here(module: str, job: Any, folder: Path, progress: Any = None) -> None:
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
-    from tapir_local.distill import Watch, distill, start
+    from tapir_local.distill import Watch, distill
     from tapir_local.rundir import RunDir
     from tapir_local.tools import real_tools
 
