@@ -12,12 +12,14 @@ from tapir_local.calls_cli import calls
 from tapir_local.console import (
     cache_option,
     cache_words,
+    chosen_run,
     example,
     json_option,
     print_json,
     print_table,
 )
 from tapir_local.errors import TapirError
+from tapir_local.runs_cli import plan, why
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,22 +167,6 @@ def run_dir(cache: Path | None, name: str) -> "RunDir":
     from tapir_local.rundir import RunDir
 
     return RunDir(cache or default_cache(), name)
-
-
-def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
-    """A run by name; without one the run that was worked on last."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import existing, runs_of
-
-    place = cache or default_cache()
-    if name is not None:
-        return existing(place, name)
-    runs = runs_of(place)
-    if not runs:
-        raise TapirError(
-            "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
-        )
-    return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
 
 
 def print_rounds(run: "RunDir") -> None:
@@ -358,6 +344,8 @@ def doctor(cache: Path | None, as_json: bool) -> None:
 
 
 cli.add_command(calls)
+cli.add_command(why)
+cli.add_command(plan)
 
 
 def main() -> None:

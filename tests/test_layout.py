@@ -20,8 +20,8 @@ process storerows storefile replies calls claims store search transfer pace pock
 away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
 work rows prepare reflecting writing stages distill tools forecast chat
-report costs doctor display
-console calls_cli
+report costs why whatif doctor display
+console calls_cli runs_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}

@@ -1,0 +1,55 @@
+"""`tapir-local why` and `plan`: the commands that ask a run's files why, and what if."""
+
+from pathlib import Path
+
+import click
+
+from tapir_local.console import cache_option, chosen_run, example, json_option, print_json, print_table
+
+
+@click.command(epilog=example("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "What is 27 + 48?"'))
+@click.argument("run")
+@click.argument("row")
+@cache_option
+@json_option
+def why(run: str, row: str, cache: Path | None, as_json: bool) -> None:
+    """Why ROW of RUN was chosen or not: its scores in every round, what grew from it, what it cost.
+
+    ROW is a row's id, or words that only its instruction has.
+    """
+    from tapir_local.display import why_tables
+    from tapir_local.why import why as explain
+
+    found = explain(chosen_run(cache, run), row)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(*why_tables(found))
+
+
+@click.command(
+    epilog=example(
+        "tapir-local plan quickstart --round 1 --set curriculum.mfd_threshold=1.5 --set tasks.Math=0.3",
+        "tapir-local plan quickstart --round 2 --set curriculum.rows=2000 --json",
+    )
+)
+@click.argument("run")
+@click.option("--round", "number", type=click.IntRange(min=1), help="The round; the last planned one if left out.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting that were otherwise; repeatable.")
+@cache_option
+@json_option
+def plan(run: str, number: int | None, changes: tuple[str, ...], cache: Path | None, as_json: bool) -> None:
+    """What a round's plan would be with other settings, and what the calls not yet made would cost.
+
+    From the run's files and the store alone: nothing is asked, written or changed.
+    """
+    from dataclasses import asdict
+
+    from tapir_local.display import what_if_tables
+    from tapir_local.whatif import what_if
+
+    found = what_if(chosen_run(cache, run), number, changes)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_table(*what_if_tables(found))
