@@ -232,5 +232,6 @@ def notes(sides: Sequence[Side], chosen: Sequence[Evaluated], at: At | None, bud
                 f"{amount(found.cost, at):,}, stands for it."
             )
         if unjudged := len(side.holdout) - len(found.wins):
-            said.append(f"{side.name}: {unjudged:,} rows of round {found.number} are not judged and left out.")
+            rows = "1 row is" if unjudged == 1 else f"{unjudged:,} rows are"
+            said.append(f"{side.name}: {rows} not judged in round {found.number} and left out of win rates.")
     return said
