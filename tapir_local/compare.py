@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from tapir_local.errors import TapirError
 from tapir_local.metrics import mean_interval, proportion_interval
-from tapir_local.recipe import Recipe, flat, lasting
+from tapir_local.recipe import flat, lasting
 from tapir_local.rundir import RunDir
-from tapir_local.sides import Cost, Evaluated, Side, read_sides
-from tapir_local.stages import judge_name
+from tapir_local.sides import BY_HOLDOUT, Cost, Evaluated, Side, read_sides
 from tapir_local.stats import Difference, Rows, corrected, difference
 
 At = Literal["rows", "tokens", "calls"]
@@ -53,7 +52,7 @@ def refuse_names(names: Sequence[str]) -> None:
 def refuse_different(one: Side, other: Side) -> None:
     """TapirError where two runs have not the same holdout, the teacher's answers included, and the same judge."""
     if faults := holdout_faults(one, other):
-        differing = settings_apart(one, other, lambda recipe: flat(lasting(recipe)), HOLDOUT_SETTINGS)
+        differing = settings_apart(one, other, all_settings, HOLDOUT_SETTINGS)
         said = f"Their recipes differ in {'; '.join(differing)}. " if differing else ""
         raise TapirError(
             f"runs {one.name!r} and {other.name!r} have different holdouts: {', '.join(faults)}", fix=said + ONE_HOLDOUT
@@ -81,10 +80,10 @@ def holdout_faults(one: Side, other: Side) -> list[str]:
 
 
 def settings_apart(
-    one: Side, other: Side, settings: Callable[[Recipe], Mapping[str, Any]], beginnings: tuple[str, ...] = ("",)
+    one: Side, other: Side, settings: Callable[[Side], Mapping[str, Any]], beginnings: tuple[str, ...] = ("",)
 ) -> list[str]:
-    """`random_seed (1 in a, 2 in b)` for each setting in which two recipes differ."""
-    ours, theirs = settings(one.recipe), settings(other.recipe)
+    """`random_seed (1 in a, 2 in b)` for each setting in which two runs differ."""
+    ours, theirs = settings(one), settings(other)
     return [
         f"{key} ({ours.get(key)!r} in {one.name}, {theirs.get(key)!r} in {other.name})"
         for key in sorted(ours.keys() | theirs.keys())
@@ -92,11 +91,16 @@ def settings_apart(
     ]
 
 
-def judging_settings(recipe: Recipe) -> dict[str, Any]:
+def all_settings(side: Side) -> dict[str, Any]:
+    """A run's lasting settings, each by its path."""
+    return flat(lasting(side.recipe))
+
+
+def judging_settings(side: Side) -> dict[str, Any]:
     """What decides how an answer is judged. Where the judge is reached, and what a round puts up with, is left out."""
     unlike = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
-    kept = {name: value for name, value in lasting(recipe)["judge"].items() if name not in unlike}
-    return {"judge": judge_name(recipe), **flat(kept, "judge.")}
+    kept = {name: value for name, value in lasting(side.recipe)["judge"].items() if name not in unlike}
+    return {"judge": side.judge, **flat(kept, "judge.")}
 
 
 def compared(sides: Sequence[Side], number: int | None, at: At | None, by_task: bool) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def compared(sides: Sequence[Side], number: int | None, at: At | None, by_task: 
     everything = {"": {row.id for row in sides[0].holdout}}
     return {
         "baseline": sides[0].name,
-        "holdout": {"rows": len(sides[0].holdout), "judge": judge_name(sides[0].recipe)},
+        "holdout": {"rows": len(sides[0].holdout), "judge": sides[0].judge},
         "at": {"kind": at, "budget": budget} if at else None,
         "rounds": [
             round_row(side, found, found is picked)
@@ -226,6 +230,8 @@ def notes(sides: Sequence[Side], chosen: Sequence[Evaluated], at: At | None, bud
     """What the reader ought to know of the choice of rounds and of rows left out."""
     said = []
     for side, found in zip(sides, chosen, strict=True):
+        if side.recipe.curriculum.name in BY_HOLDOUT:
+            said.append(f"{side.name} plans its rounds by this holdout, which flatters it here.")
         if at and budget is not None and not within(found, at, budget):
             said.append(
                 f"{side.name} has no round within {budget:,} {UNITS[at]}: its round {found.number}, after "

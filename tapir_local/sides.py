@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -15,11 +15,13 @@ from tapir_local.lockfile import locked
 from tapir_local.metrics import Checker, win
 from tapir_local.recipe import Recipe
 from tapir_local.records import Completion, Example, Judgement, instruction_of
+from tapir_local.report import metrics_of
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.stats import Rows
 from tapir_local.tools import checker
 
 Row = TypeVar("Row", Completion, Judgement)
+BY_HOLDOUT = {"growth"}  # curricula that plan a round by the last one's metrics
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Cost:
 
     `rows` are training rows, each once a round; `tokens` those that training read, epochs and all, None where a round
     has no log of them. Calls are requests whose answers the run used, paid for or from the store: the teacher's, the
-    judge's about the pool, and what evaluation asked on the holdout, which makes no student better.
+    judge's about the pool, and what evaluation asked on the holdout, which makes no student better unless its
+    curriculum plans by it (see costs_so_far).
     """
 
     rows: int
@@ -55,8 +58,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A round's student on the holdout: by row id 1 where it is right, else 0; and its win value. A row not known to be
-    either, or not judged, is not there."""
+    """A round's student on the holdout, by row id: 1 where it is right, else 0; its win value.
+
+    A row of which the checker cannot tell, or that is not judged, is not there.
+    """
 
     number: int
     cost: Cost
@@ -66,10 +71,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Side:
-    """A run, to be compared: its recipe, its holdout with the teacher's answers, its evaluated rounds in order."""
+    """A run to be compared: its recipe, its judge's name, its holdout with the teacher's answers, its evaluated rounds."""
 
     name: str
     recipe: Recipe
+    judge: str
     holdout: tuple[Example, ...]
     rounds: tuple[Evaluated, ...]
 
@@ -80,12 +86,14 @@ class Side:
 
 
 def read_sides(runs: Sequence[RunDir]) -> list[Side]:
-    """Runs as sides, every answer checked by the one checker that their recipes name.
+    """Runs as sides, every answer checked by the one checker that their recipes name, as of the first run's tasks.
 
     TapirError where a run has no evaluated round, a file is missing or damaged, or the recipes name several checkers.
     """
     check = one_checker({run.name: kept_recipe(run) for run in runs})
-    return [read_side(run, check) for run in runs]
+    first = read_side(runs[0], check, {})
+    tasks = {row.id: row.task for row in first.holdout}
+    return [first, *(read_side(run, check, tasks) for run in runs[1:])]
 
 
 def one_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
@@ -100,19 +108,21 @@ def one_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
     return next((checker(recipe) for _, recipe in naming.values()), None)
 
 
-def read_side(run: RunDir, check: Checker | None) -> Side:
-    """One run as a side; TapirError where no round of it is evaluated yet."""
-    numbers = [n for n in range(rounds_begun(run) + 1) if (run.round(n) / "metrics.json").exists()]
-    if not numbers:
+def read_side(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> Side:
+    """One run as a side, its holdout's rows of the tasks given by id; TapirError where no round is evaluated yet."""
+    metrics = {n: found for n in range(rounds_begun(run) + 1) if (found := metrics_of(run, n))}
+    if not metrics:
         raise TapirError(
             f"run {run.name!r} has no evaluated round",
             where=str(run.path),
             fix="Go on with it: `tapir-local distill` with its recipe evaluates round 0 first.",
         )
-    holdout = tuple(read_rows(Example, there(run, run.path / "holdout.jsonl", "--from holdout")))
-    costs = costs_so_far(run, max(numbers))
-    rounds = tuple(Evaluated(n, costs[n], *values_of(run, n, holdout, check)) for n in numbers)
-    return Side(run.name, kept_recipe(run), holdout, rounds)
+    rows = read_rows(Example, there(run, run.path / "holdout.jsonl", "--from holdout"))
+    holdout = tuple(replace(row, task=tasks.get(row.id, row.task)) for row in rows)
+    recipe, last = kept_recipe(run), max(metrics)
+    costs = costs_so_far(run, last, recipe.curriculum.name in BY_HOLDOUT)
+    rounds = tuple(Evaluated(n, costs[n], *values_of(run, n, holdout, check)) for n in metrics)
+    return Side(run.name, recipe, str(metrics[last].get("judge", "")), holdout, rounds)
 
 
 def values_of(run: RunDir, number: int, holdout: Sequence[Example], check: Checker | None) -> tuple[Rows, Rows]:
@@ -155,30 +165,39 @@ def again(run: RunDir, redo: str) -> str:
     return f"Put the file back, or do everything from there again: tapir-local redo {run.name} {redo}"
 
 
-def costs_so_far(run: RunDir, last: int) -> list[Cost]:
-    """By round, up to `last`, what the run had spent at its end."""
-    calls = Counter(map(called, (line.step for line in locked(run))))
-    return list(accumulate(cost_of(run, number, calls) for number in range(last + 1)))
+def costs_so_far(run: RunDir, last: int, by_holdout: bool) -> list[Cost]:
+    """By round, up to `last`, what the run had spent at its end.
 
-
-def called(step: str) -> tuple[int, str]:
-    """(round, kind) of a step's calls: `teacher`, `judge` or `evaluation`; the preparation counts with round 0.
-
-    Counted by tapir.lock: it holds one line for each request whose answer the files of the run rest on, whoever paid,
-    also where a stage was cut, done again, or replayed.
+    Calls are counted by tapir.lock: it holds one line for each request whose answer the run's files rest on, whoever
+    paid for it, also where a stage was cut, done again or replayed. `by_holdout`: the curriculum plans a round by the
+    judgements of the last one's holdout, so that they are calls of the judge for this round.
     """
-    place, _, stage = step.partition("/")
-    kind = "evaluation" if stage.startswith("holdout") else "judge" if "judge" in stage else "teacher"
-    return (0 if place == "prepare" else int(place.removeprefix("round-"))), kind
+    calls = Counter(line.step for line in locked(run))
+    costs = [cost_of(run, number, calls) for number in range(last + 1)]
+    if by_holdout:
+        lent = [calls[f"round-{number:02d}/holdout-judge"] for number in range(last)]
+        costs[1:] = [cost + Cost(0, 0, 0, count, -count) for cost, count in zip(costs[1:], lent, strict=True)]
+    return list(accumulate(costs))
 
 
-def cost_of(run: RunDir, number: int, calls: Mapping[tuple[int, str], int]) -> Cost:
+def cost_of(run: RunDir, number: int, calls: Mapping[str, int]) -> Cost:
     """What one round spent."""
     path = there(run, run.round(number) / "train.jsonl", f"--round {number} --from {'refine' if number else 'mix'}")
     with path.open("rb") as file:
         rows = sum(1 for _ in file)
-    kinds = (calls.get((number, kind), 0) for kind in ("teacher", "judge", "evaluation"))
-    return Cost(rows, tokens_of(run.round(number) / "adapter" / "train_log.jsonl"), *kinds)
+    kinds: Counter[str] = Counter()
+    for step, count in calls.items():
+        place, kind = called(step)
+        kinds[kind] += count if place == number else 0
+    tokens = tokens_of(run.round(number) / "adapter" / "train_log.jsonl")
+    return Cost(rows, tokens, kinds["teacher"], kinds["judge"], kinds["evaluation"])
+
+
+def called(step: str) -> tuple[int, str]:
+    """(round, kind) of a step's calls: `teacher`, `judge` or `evaluation`; the preparation counts with round 0."""
+    place, _, stage = step.partition("/")
+    kind = "evaluation" if stage.startswith("holdout") else "judge" if "judge" in stage else "teacher"
+    return (0 if place == "prepare" else int(place.removeprefix("round-"))), kind
 
 
 def tokens_of(path: Path) -> int | None:

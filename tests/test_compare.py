@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from tapir_local.compare import compare
 from tapir_local.comparison import comparison_tables
 from tapir_local.errors import TapirError
 from tapir_local.lockfile import Locked, lock
+from tapir_local.metrics import evaluate
 from tapir_local.recipe import overridden, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
-from tapir_local.rundir import RunDir, remove, write_json, write_rows, write_text
+from tapir_local.rundir import RunDir, remove, write_record, write_rows, write_text
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8
@@ -27,7 +29,13 @@ HOLDOUT = [
 
 
 def made(
-    cache: Path, name: str, *rounds: str, holdout: list[Example] = HOLDOUT, size: int = 10, **changes: object
+    cache: Path,
+    name: str,
+    *rounds: str,
+    holdout: list[Example] = HOLDOUT,
+    size: int = 10,
+    judge: str = "the pocket teacher",
+    **changes: object,
 ) -> RunDir:
     """A run of evaluated rounds, each told by its answers: `1` right and better than the teacher's, `=` right and as
     good, `0` wrong and worse, `?` wrong and unjudged. Each round trains on `size` rows of 10 tokens and asks the
@@ -36,11 +44,11 @@ def made(
     write_text(run.path / "recipe.yaml", to_yaml(overridden(parse_recipe(RECIPE, "r"), {"name": name, **changes})))
     write_rows(run.path / "holdout.jsonl", holdout)
     for number, answers in enumerate(rounds):
-        add_round(run, number, answers.ljust(len(holdout), "0"), holdout, size)
+        add_round(run, number, answers.ljust(len(holdout), "0"), holdout, size, judge)
     return run
 
 
-def add_round(run: RunDir, number: int, answers: str, holdout: list[Example], size: int) -> None:
+def add_round(run: RunDir, number: int, answers: str, holdout: list[Example], size: int, judge: str) -> None:
     folder = run.round(number)
     told = list(zip(holdout, answers, strict=True))
     write_rows(folder / "train.jsonl", [Example(f"r{n}", (Message("user", "x"),), "y") for n in range(size)])
@@ -54,7 +62,8 @@ def add_round(run: RunDir, number: int, answers: str, holdout: list[Example], si
     for stage, count in asked.items():
         step = f"round-{number:02d}/{stage}"
         lock(run, step, [Locked(step, f"r{n}", "0" * 64) for n in range(count)])
-    write_json(folder / "metrics.json", {})
+    right = {row.id: it in "1=" for row, it in told}
+    write_record(folder / "metrics.json", evaluate(number, holdout, texts, judged, right, judge))
 
 
 def told(found: dict, run: str, metric: str = "accuracy") -> dict:
@@ -163,10 +172,10 @@ def test_other_holdouts_are_refused_with_what_differs(tmp_path: Path) -> None:
 
 
 def test_other_judges_are_refused_by_name(tmp_path: Path) -> None:
-    one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1", **{"judge.kind": "reference"})
+    one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1", judge="big-judge")
     said = fault(one, two)
-    assert "different judges: judge (" in said
-    assert "'the pocket teacher (a programme)' in one" in said
+    assert "different judges: judge ('the pocket teacher' in one, 'big-judge' in two)" in said
+    assert "under another --name" in said
     warm = made(tmp_path, "warm", "1", **{"judge.temperature": 0.5})
     assert "judge.temperature (0.0 in one, 0.5 in warm)" in fault(one, warm)
 
@@ -176,7 +185,22 @@ def test_where_a_judge_is_reached_does_not_matter(tmp_path: Path) -> None:
         made(tmp_path, name, "1", **{"judge.kind": "openai", "judge.model": "m", "judge.base_url": f"http://{name}"})
         for name in ("one", "two")
     )
-    assert compare([one, two])["holdout"]["judge"] == "m"
+    assert told(compare([one, two]), "two")["difference"]["p"] == 1
+
+
+def test_a_row_has_the_task_that_the_first_run_labels_it_with(tmp_path: Path) -> None:
+    relabelled = [replace(row, task="Art") for row in HOLDOUT]
+    found = compare([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", holdout=relabelled)], by_task=True)
+    assert {row["task"] for row in found["by_task"]} == {"Math", "Reasoning"}
+
+
+def test_a_curriculum_that_plans_by_the_holdout_pays_for_its_judgements_and_it_is_said(tmp_path: Path) -> None:
+    one = made(tmp_path, "one", "1", "11")
+    grown = made(tmp_path, "grown", "1", "11", "11", **{"curriculum.name": "growth"})
+    found = compare([one, grown])
+    calls = [(row["judge_calls"], row["evaluation_calls"]) for row in found["rounds"][2:]]
+    assert calls == [(10, 3), (23, 3), (36, 3)]
+    assert found["notes"] == ["grown plans its rounds by this holdout, which flatters it here."]
 
 
 def test_one_checker_serves_all_and_without_one_there_is_no_accuracy(tmp_path: Path) -> None:
