@@ -71,7 +71,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Side:
-    """A run to be compared: its recipe, its judge's name, its holdout with the teacher's answers, its evaluated rounds."""
+    """A run to be compared: its recipe, its judge's name, its holdout as the teacher answered it, its rounds."""
 
     name: str
     recipe: Recipe
