@@ -19,7 +19,7 @@ from tapir_local.console import (
     print_table,
 )
 from tapir_local.errors import TapirError
-from tapir_local.runs_cli import plan, why
+from tapir_local.runs_cli import compare, plan, why
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -343,9 +343,8 @@ def doctor(cache: Path | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-cli.add_command(calls)
-cli.add_command(why)
-cli.add_command(plan)
+for command in (calls, compare, why, plan):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ ORDER = """
 errors records tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging ifd curriculum dataset metrics template keys packing
+stats
 rundir assets lockfile
 llama sampling generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
@@ -21,6 +22,7 @@ away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
 work rows prepare reflecting writing stages distill tools forecast chat
 report costs why whatif doctor display
+sides compare comparison
 console calls_cli runs_cli
 """
 MODULES = ORDER.split()
