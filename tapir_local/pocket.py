@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 
 from tapir_local.pocket_world import grade, parse, solve, variant
-from tapir_local.prompts import CLASSIFY, EXPAND, JUDGE, REFINE
+from tapir_local.prompts import CLASSIFY, EXPAND, JUDGE, JUDGE_SINGLE, REFINE
 
 MODEL = "pocket-teacher"
 FINGERPRINT = "pocket-1"  # to be raised with every change of what the teacher says
@@ -48,6 +48,11 @@ def judge(asked: str, rng: Random) -> str:
     return json.dumps({tag: grade(instruction, enclosed(tag, asked)) for tag in ("answer_1", "answer_2")})
 
 
+def judge_single(asked: str, rng: Random) -> str:
+    """{"score": x}: the grade that `judge` gives the same answer beside any other."""
+    return json.dumps({"score": grade(enclosed("instruction", asked), enclosed("answer", asked))})
+
+
 def expand(asked: str, rng: Random) -> str:
     """A new instruction of the same family and about the same size."""
     problem = parse(enclosed("instruction", asked))
@@ -60,7 +65,13 @@ def refine(asked: str, rng: Random) -> str:
     return solution.styled if solution else IGNORANCE
 
 
-JOBS: Mapping[str, Callable[[str, Random], str]] = {CLASSIFY: classify, JUDGE: judge, EXPAND: expand, REFINE: refine}
+JOBS: Mapping[str, Callable[[str, Random], str]] = {
+    CLASSIFY: classify,
+    JUDGE: judge,
+    JUDGE_SINGLE: judge_single,
+    EXPAND: expand,
+    REFINE: refine,
+}
 
 
 def plain(messages: Sequence[Mapping[str, str]]) -> str:

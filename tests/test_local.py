@@ -25,7 +25,7 @@ from tapir_local.local import answer_here
 from tapir_local.recipe import Budget, Judge, Recipe, Teacher, parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
 from tapir_local.rundir import RunDir
-from tapir_local.stages import ask_judge, judge_name
+from tapir_local.scoring import ask_judge, judge_name
 from tapir_local.store import Store
 from tapir_local.storerows import Call
 from tapir_local.teacher import ask
