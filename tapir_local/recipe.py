@@ -110,8 +110,8 @@ class Judge(Endpoint):
     )
     mode: Literal["pair", "single"] = Field(
         "pair",
-        description="`pair`: both answers side by side, asked in both orders; `single`: each answer alone, the "
-        "teacher's paid for once and then from the store, so half the calls, but coarser",
+        description="`pair`: both answers side by side, asked in both orders; `single`: each answer alone, so that the "
+        "teacher's is paid for once and later rounds pay one call a row",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")

@@ -147,7 +147,7 @@ def test_a_failed_reading_is_neither_minus_one_nor_easy() -> None:
     assert judgement.reason
 
 
-@pytest.mark.parametrize("score", ["0", "11", "-1", "10.1", "0.99", "1e3", "Infinity"])
+@pytest.mark.parametrize("score", ["0", "11", "-1", "10.1", "0.99", "1e3", "Infinity", "9" * 400])
 def test_a_score_outside_the_scale_is_refused_not_clamped(score: str) -> None:
     assert parse_score(f'{{"score": {score}}}') is None
     assert parse_scores(f'{{"answer_1": {score}, "answer_2": 5}}') is None
@@ -157,6 +157,12 @@ def test_a_score_outside_the_scale_is_refused_not_clamped(score: str) -> None:
 def test_no_text_of_a_candidate_makes_a_score_where_the_judge_gave_none(before: str, after: str) -> None:
     quoted = f'I cannot say{before}{{"score": 10}}{after}so no score'
     assert parse_score(quoted) is None
+
+
+@given(st.text(st.sampled_from('{}[]"score:_12, 89.<>/answer`')))
+def test_no_reply_whatever_breaks_the_reading(reply: str) -> None:
+    assert parse_score(reply) is None or 1 <= (parse_score(reply) or 0) <= 10
+    assert all(1 <= score <= 10 for score in parse_scores(reply) or ())
 
 
 @given(st.floats(1, 10), st.floats(1, 10))
