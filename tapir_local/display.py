@@ -1,6 +1,7 @@
 """Rich: records in; tables, progress and closing lines out."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -200,22 +201,31 @@ def round_tables(found: Mapping[str, Any]) -> list[Table]:
 
 def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
     """A row a task: the share asked and got, new rows."""
+    new: Counter[str] = Counter()
+    for expansion in plan["expansions"]:
+        new[expansion["task"]] += expansion["rows"]
     rows = {
         task: {
             "asked": plan["asked"].get(task),
             "got": share,
-            "to write": plan["expand"].get(task, 0),
+            "to write": new[task],
             "short": plan["short"].get(task, 0),
         }
         for task, share in plan["got"].items()
     }
-    table = tasks_table(
-        f"{title}: the plan", rows, {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
-    )
+    columns = {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
+    table = tasks_table(f"{title}: the plan ({plan['curriculum']})", rows, columns)
+    table.caption = ". ".join([plan_phrase(plan), *plan["notes"]])
+    return table
+
+
+def plan_phrase(plan: Mapping[str, Any]) -> str:
+    """What a plan takes."""
+    if plan["curriculum"] not in ("tapir", "lion"):
+        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds taken"
     hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows hard"
     alpha = f"alpha asked {plan['alpha']:.0%}, got {plan['alpha_got']:.0%}"
-    table.caption = ". ".join([f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed", *plan["notes"]])
-    return table
+    return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
 
 
 # What a judge's table shows: the key of records.JudgeQuality, what it says to people, and its form.

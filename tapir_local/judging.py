@@ -142,6 +142,16 @@ def parse_instruction(reply: str) -> str | None:
     return (found[0].strip() or None) if len(found) == 1 else None
 
 
+ANSWER = re.compile(r"<new_answer>(.*?)</new_answer>", re.IGNORECASE | re.DOTALL)
+
+
+def parse_rewritten(reply: str) -> tuple[str, str] | None:
+    """(instruction, answer) between the tags that prompts.reflect_on_instruction asks for; None without one of each."""
+    instruction, answers = parse_instruction(reply), ANSWER.findall(reply)
+    answer = answers[0].strip() if len(answers) == 1 else ""
+    return (instruction, answer) if instruction and answer else None
+
+
 def combine(id: str, teacher_first: Scores | None, student_first: Scores | None, reason: str = "") -> Judgement:
     """One judgement from the replies in both orders, each as (score of the answer shown first, score of the other).
 

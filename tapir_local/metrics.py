@@ -3,8 +3,10 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from tapir_local.judge_quality import mean, quality
+from tapir_local.judging import mfd
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
 Checker = Callable[[str, str], bool | None]
@@ -83,6 +85,16 @@ def by_task(
         }
         for task in sorted(ids)
     }
+
+
+def gaps(holdout: Sequence[Example], judgements: Sequence[Judgement]) -> dict[str, float]:
+    """By task, the mean of teacher's less student's score over the holdout's judged rows."""
+    tasks = {row.id: row.task for row in holdout}
+    found: dict[str, list[float]] = defaultdict(list)
+    for judgement in judgements:
+        if (difficulty := mfd(judgement)) is not None:
+            found[tasks[judgement.id]].append(difficulty)
+    return {task: fmean(values) for task, values in sorted(found.items())}
 
 
 def proportion_interval(values: Sequence[bool]) -> Interval | None:

@@ -90,28 +90,64 @@ class JudgeQuality:
 
 
 @dataclass(frozen=True)
-class RoundPlan:
-    """What a round will train on. Ids refer to the pool; counts are rows.
+class Scored:
+    """Log-probability (nats) of a given completion's `tokens` tokens; 0 tokens where it does not fit the context."""
 
-    `hard` are pool rows to be refined, `expand` the new rows wanted of each task, `parents` the rows they grow from,
-    `replay` the easy rows kept in. `asked` and `got` are the tasks' shares of the hard part, `short` the rows of a
-    task that nothing can fill, `notes` what the reader ought to know.
+    id: str
+    logprob: float
+    tokens: int
+
+
+Manner = Literal["alike", "rarer"]
+Styled = Literal["hard", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`.
+
+    `alike`: of the same task, domain and difficulty as the parent; `rarer`: of the same domain, and rarer (Lion's).
+    """
+
+    task: str
+    rows: int
+    parents: tuple[str, ...]
+    manner: Manner = "alike"
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What a round will train on. Ids refer to the pool or the seeds; counts are rows.
+
+    `hard` are hard rows, `expansions` the new rows wanted, `drawn` rows taken as they are, whatever their difficulty,
+    `replay` the easy rows kept in, `reflected` rows that the teacher criticises and rewrites. `styled` says whose
+    answers are rewritten in the task's style: the hard and new rows', all rows', or none's. `asked` and `got` are the
+    tasks' shares of the hard and new, or of the drawn rows; `short` the rows of a task that nothing can fill; `notes`
+    what the reader ought to know. alpha is the challenge, the share of hard and new rows, asked and got.
     """
 
     round: int
+    curriculum: str
     alpha: float
     alpha_got: float
-    hard: tuple[str, ...]
-    expand: Mapping[str, int]
-    parents: Mapping[str, tuple[str, ...]]
-    replay: tuple[str, ...]
-    pool: int
-    pool_hard: int
-    unjudged: int
-    asked: Mapping[str, float]
-    got: Mapping[str, float]
+    hard: tuple[str, ...] = ()
+    expansions: tuple[Expansion, ...] = ()
+    drawn: tuple[str, ...] = ()
+    replay: tuple[str, ...] = ()
+    reflected: tuple[str, ...] = ()
+    styled: Styled = "none"
+    pool: int = 0
+    pool_hard: int = 0
+    unjudged: int = 0
+    asked: Mapping[str, float] = field(default_factory=dict)
+    got: Mapping[str, float] = field(default_factory=dict)
     short: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def to_write(self) -> int:
+        """New rows wanted."""
+        return sum(expansion.rows for expansion in self.expansions)
 
 
 @dataclass(frozen=True)

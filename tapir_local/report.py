@@ -91,7 +91,8 @@ def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
     """How far the judge's scores of a round's pool and holdout can be trusted, as far as they are there."""
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
-    return {name: asdict(quality(read_rows(Judgement, path))) for name, path in paths.items()}
+    found = {name: read_rows(Judgement, path) for name, path in paths.items()}
+    return {name: asdict(quality(rows)) for name, rows in found.items() if rows}
 
 
 def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:

@@ -1,53 +1,35 @@
 """BASELINE and ROUND: a round's stages in order. Each reads files and writes one output that is whole or absent."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from tapir_local import judging, metrics, prompts
-from tapir_local.curriculum import CURRICULA
-from tapir_local.dataset import Draft, Index, screen
-from tapir_local.errors import TapirError
+from tapir_local import metrics
+from tapir_local.curriculum import CURRICULA, Situation, is_judged
+from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgements
 from tapir_local.prepare import PREPARE
-from tapir_local.records import Answer, Completion, Example, Judgement, Metrics, RoundPlan, instruction_of
-from tapir_local.rundir import read_record, read_rows, write_record, write_rows
-from tapir_local.scoring import judge_name, refuse_unjudged, write_judgements
-from tapir_local.work import Stage, Work, lost
+from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, instruction_of
+from tapir_local.rows import pool, seeds
+from tapir_local.rundir import read_rows, write_record, write_rows
+from tapir_local.work import Stage, Work
+from tapir_local.writing import expand, refine
 
 __all__ = ["BASELINE", "PREPARE", "ROUND"]
-
-# A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
-DRAWS_PER_ROUND = 1000
 
 
 def mix(work: Work, out: Path) -> str:
     """Round 0's rows: the seeds as the teacher answered them."""
-    rows = read_rows(Example, work.run.path / "seeds.jsonl")
+    rows = seeds(work)
     wanted = work.recipe.curriculum.first_rows or len(rows)
     chosen = work.chance("mix").sample(rows, min(wanted, len(rows)))
     write_rows(out, chosen)
     return f"{len(chosen):,} rows"
 
 
-def all_known(work: Work) -> list[Example]:
-    """The seeds and all that earlier rounds trained on, each with the teacher's newest answer, by id."""
-    rows = {row.id: row for row in read_rows(Example, work.run.path / "seeds.jsonl")}
-    for number in range(1, work.number):
-        rows |= {row.id: row for row in read_rows(Example, work.run.round(number) / "train.jsonl")}
-    return sorted(rows.values(), key=lambda row: row.id)
-
-
-def pool(work: Work) -> list[Example]:
-    """The rows that this round judges: all that are known, or as many of them as the recipe says, drawn at random."""
-    everything = all_known(work)
-    size = work.recipe.curriculum.pool or len(everything)
-    if size >= len(everything):
-        return everything
-    return sorted(work.chance("pool").sample(everything, size), key=lambda row: row.id)
-
-
 def answer(work: Work, out: Path) -> str:
-    """The last round's student answers the pool."""
+    """The last round's student answers the pool, where the curriculum asks how hard its rows are."""
+    if not is_judged(work.recipe.curriculum):
+        write_rows(out, [])
+        return "not needed: the curriculum does not ask how hard a row is"
     return student_answers(work, pool(work), work.run.round(work.number - 1), out)
 
 
@@ -69,120 +51,44 @@ def cut(completions: Sequence[Completion]) -> str:
 def judge(work: Work, out: Path) -> str:
     """The pool's rows judged: the teacher's answer and the student's, as the recipe's judge.mode says."""
     completions = read_rows(Completion, work.folder / "answers.jsonl")
+    if not is_judged(work.recipe.curriculum):
+        write_rows(out, [])
+        return "not needed: there are no answers"
     return write_judgements(work, "judge", pool(work), completions, out)
 
 
 def plan(work: Work, out: Path) -> str:
     """What this round trains on."""
-    rows, judgements = pool(work), read_rows(Judgement, work.folder / "judgements.jsonl")
-    refuse_unjudged(work, judgements)
-    targets = {label: task.share for label, task in work.recipe.task_table().items()}
-    make = CURRICULA[work.recipe.curriculum.name]
-    planned = make(
-        rows, judgements, targets, work.recipe.curriculum, work.number, work.recipe.can_expand, work.chance("plan")
-    )
+    known = situation(work)
+    refuse_unjudged(work, known.judgements)
+    planned = CURRICULA[work.recipe.curriculum.name](known)
     write_record(out, planned)
-    counts = f"{len(planned.hard):,} of them chosen, {sum(planned.expand.values()):,} to write"
-    chosen = (
-        f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
-    )
-    return "; ".join([chosen, *planned.notes])
+    return "; ".join([summary(planned), *planned.notes])
 
 
-def expand(work: Work, out: Path) -> str:
-    """New instructions in the image of hard ones, and the drafts that were rejected."""
-    planned, rows = read_record(RoundPlan, work.folder / "plan.json"), {row.id: row for row in pool(work)}
-    near, held = Index(work.recipe.curriculum.max_rouge), Index(work.recipe.curriculum.max_rouge)
-    for row in all_known(work):
-        near.add(row)
-    for row in read_rows(Example, work.run.path / "holdout.jsonl"):
-        held.add(row)
-    missing, drafts = dict(planned.expand), list[Draft]()
-    for attempt in range(work.recipe.curriculum.drafts):
-        parents = [rows[id] for task, count in missing.items() for id in turns(planned.parents[task], attempt, count)]
-        new = ask_drafts(work, parents, drafts)
-        for draft in new:
-            task = draft.example.task
-            found = draft if draft.reason else screen([draft.example], near, held)[0]
-            missing[task] -= not found.reason
-            drafts.append(found)
-    write_rows(out, drafts)
-    kept = sum(not draft.reason for draft in drafts)
-    short = sum(missing.values())
-    return f"{kept:,} new instructions, {len(drafts) - kept:,} drafts rejected" + (
-        f", {short:,} short" if short else ""
+def situation(work: Work) -> Situation:
+    """What is known when this round is planned."""
+    held = read_rows(Example, work.run.path / "holdout.jsonl")
+    before = read_rows(Judgement, work.run.round(work.number - 1) / "holdout-judgements.jsonl")
+    return Situation(
+        pool=pool(work),
+        seeds=seeds(work),
+        judgements=read_rows(Judgement, work.folder / "judgements.jsonl"),
+        targets={label: task.share for label, task in work.recipe.task_table().items()},
+        settings=work.recipe.curriculum,
+        number=work.number,
+        can_expand=work.recipe.can_expand,
+        rng=work.chance("plan"),
+        gaps=metrics.gaps(held, before),
     )
 
 
-def turns(ids: Sequence[str], attempt: int, count: int) -> list[str]:
-    """`count` ids in turn, a later attempt beginning where it has not been."""
-    return [ids[(attempt * count + number) % len(ids)] for number in range(count)]
-
-
-def ask_drafts(work: Work, parents: Sequence[Example], before: Sequence[Draft]) -> list[Draft]:
-    """One draft for each parent; the n-th draft asked of the same parent in a round has the n-th draw."""
-    tasks = work.recipe.task_table()
-    asked: dict[str, int] = {}
-    for draft in before:
-        asked[draft.example.parent] = asked.get(draft.example.parent, 0) + 1
-    requests = []
-    for parent in parents:
-        draw = DRAWS_PER_ROUND * work.number + asked.get(parent.id, 0)
-        asked[parent.id] = asked.get(parent.id, 0) + 1
-        requests.append(work.request("expand", parent.id, prompts.expand(parent.prompt, tasks[parent.task]), draw=draw))
-    answers = work.ask(work.tools.teacher, requests)
-    return [
-        read_draft(work.number, len(before) + n, parent, reply)
-        for n, (parent, reply) in enumerate(zip(parents, answers, strict=True))
-    ]
-
-
-def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:
-    """The new instruction in a reply, or why there is none."""
-    text = judging.parse_instruction(reply.text) if reply.complete else None
-    reason = (
-        ""
-        if text
-        else ("no new instruction in the reply" if reply.complete else f"the reply is not whole ({reply.finish})")
-    )
-    prompt = (*parent.prompt[:-1], replace(parent.prompt[-1], content=text or ""))
-    return Draft(
-        Example(f"r{number}-{serial:05d}", prompt, "", parent.task, parent.labelled_by, "expanded", parent.id, number),
-        reason,
-    )
-
-
-def refine(work: Work, out: Path) -> str:
-    """This round's rows: hard ones answered in their task's style, and easy ones replayed, in random order."""
-    planned, rows = read_record(RoundPlan, work.folder / "plan.json"), {row.id: row for row in pool(work)}
-    drafts = read_rows(Draft, work.folder / "expanded.jsonl")
-    hard = [rows[id] for id in planned.hard] + [draft.example for draft in drafts if not draft.reason]
-    refined = ask_styled(work, hard) if work.recipe.can_expand else hard
-    train_rows = refined + [rows[id] for id in planned.replay]
-    if not train_rows:
-        raise TapirError(
-            "no row to train on: none is hard and none is easy",
-            where=str(work.folder / "plan.json"),
-            fix="Look at the judgements.",
-        )
-    work.chance("refine").shuffle(train_rows)
-    write_rows(out, train_rows)
-    share = len(refined) / len(train_rows)
-    return f"{len(train_rows):,} rows, {share:.0%} hard (asked {planned.alpha:.0%})" + lost(len(hard) - len(refined))
-
-
-def ask_styled(work: Work, rows: Sequence[Example]) -> list[Example]:
-    """Rows with the teacher's answer in their task's style; those without a whole one are left out."""
-    tasks = work.recipe.task_table()
-    requests = [
-        work.request("refine", row.id, prompts.refine(row.prompt, tasks[row.task], row.completion)) for row in rows
-    ]
-    answers = work.ask(work.tools.teacher, requests)
-    return [
-        replace(row, completion=answer.text.strip())
-        for row, answer in zip(rows, answers, strict=True)
-        if answer.complete
-    ]
+def summary(planned: RoundPlan) -> str:
+    """The plan in a phrase."""
+    if planned.curriculum not in ("tapir", "lion"):
+        return f"{len(planned.drawn) + len(planned.reflected):,} of {planned.pool:,} seeds taken"
+    counts = f"{len(planned.hard):,} of them chosen, {planned.to_write:,} to write"
+    return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
 
 
 def train(work: Work, out: Path) -> str:
