@@ -113,6 +113,11 @@ class Judge(Endpoint):
         description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer; "
         "`gguf`: a file on this machine",
     )
+    mode: Literal["pair", "single"] = Field(
+        "pair",
+        description="`pair`: both answers side by side, asked in both orders; `single`: each answer alone, so that the "
+        "teacher's is paid for once and later rounds pay one call a row",
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")
     max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")

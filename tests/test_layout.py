@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
 errors records tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging ifd curriculum dataset metrics template keys packing
+prompts judging judge_quality ifd curriculum dataset metrics template keys packing
 stats
 rundir assets lockfile
 llama sampling generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
-work rows prepare reflecting writing stages distill tools forecast chat
+work rows prepare reflecting writing judge_asking stages distill tools forecast chat
 report costs why whatif doctor display
 sides compare comparison
 console calls_cli runs_cli
