@@ -12,17 +12,18 @@ from tapir_local.calls_cli import calls
 from tapir_local.console import (
     cache_option,
     cache_words,
+    chosen_run,
     example,
     json_option,
     print_json,
     print_table,
 )
 from tapir_local.errors import TapirError
+from tapir_local.runs_cli import compare, plan, why
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tapir_local.compare import At
     from tapir_local.distill import Step, Watch
     from tapir_local.recipe import Recipe
     from tapir_local.rundir import RunDir
@@ -168,22 +169,6 @@ def run_dir(cache: Path | None, name: str) -> "RunDir":
     return RunDir(cache or default_cache(), name)
 
 
-def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
-    """A run by name; without one the run that was worked on last."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import existing, runs_of
-
-    place = cache or default_cache()
-    if name is not None:
-        return existing(place, name)
-    runs = runs_of(place)
-    if not runs:
-        raise TapirError(
-            "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
-        )
-    return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
-
-
 def print_rounds(run: "RunDir") -> None:
     """The table of rounds."""
     from tapir_local.display import rounds_table
@@ -223,37 +208,6 @@ def show(run: str | None, number: int | None, cache: Path | None, as_json: bool)
         print_json(found)
     else:
         print_table(*round_tables(found))
-
-
-@cli.command(
-    epilog=example("tapir-local compare tapir uniform", "tapir-local compare uniform tapir lion --at tokens --by-task")
-)
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
-@click.option("--round", "number", type=click.IntRange(min=0), help="Compare this round of each, not each one's last.")
-@click.option(
-    "--at",
-    type=click.Choice(["rows", "tokens", "calls"]),
-    help="Compare at equal cost: of each run the last round within what the cheapest spent in all, in training rows, "
-    "training tokens, or calls of the teacher and the judge.",
-)
-@click.option("--by-task", is_flag=True, help="Compare each task's rows too.")
-@cache_option
-@json_option
-def compare(
-    runs: tuple[str, ...], number: int | None, at: "At | None", by_task: bool, cache: Path | None, as_json: bool
-) -> None:
-    """Runs side by side on one holdout, each held to the first-named: rates, cost, and what may be chance.
-
-    All must have the same holdout, the same teacher's answers to it, and the same judge.
-    """
-    from tapir_local.compare import compare as side_by_side
-    from tapir_local.comparison import comparison_tables
-
-    found = side_by_side([chosen_run(cache, run) for run in runs], number=number, at=at, by_task=by_task)
-    if as_json:
-        print_json(found)
-    else:
-        print_table(*comparison_tables(found))
 
 
 @cli.command(
@@ -389,7 +343,8 @@ def doctor(cache: Path | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-cli.add_command(calls)
+for command in (calls, compare, why, plan):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -352,6 +352,8 @@ def type_name(kind: Any) -> str:
 def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some settings changed, each named by its path; checked as a whole again."""
     value = recipe.model_dump()
+    if recipe.tasks is None and any(path.startswith("tasks.") for path in changes):
+        value["tasks"] = {label: task.share for label, task in TASKS.items()}  # one share changes, the others stay
     for path, new in changes.items():
         *sections, name = path.split(".")
         place = value

@@ -21,9 +21,9 @@ process storerows storefile replies calls claims store search transfer pace pock
 away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
 work rows prepare reflecting writing stages distill tools forecast chat
-report costs doctor display
+report costs why whatif doctor display
 sides compare comparison
-console calls_cli
+console calls_cli runs_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
