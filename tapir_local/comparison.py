@@ -61,7 +61,8 @@ def rounds_caption(found: Mapping[str, Any]) -> str:
     return (
         "Spent by the end of each round: training rows, training tokens, calls of the teacher and of the judge (paid "
         f"or from the store; those that evaluation asks are left out). *: {chosen}. In brackets, 95 % intervals "
-        f"(Wilson's of accuracy, bootstrap of win rate). Win rate against the teacher's answers, judged by {found['holdout']['judge']}."
+        "(Wilson's of accuracy, bootstrap of win rate). Win rate against the teacher's answers, "
+        f"judged by {found['holdout']['judge']}."
     )
 
 
