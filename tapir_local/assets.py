@@ -82,5 +82,5 @@ def seeds_path(named: str) -> Path | None:
     raise TapirError(
         "there is no such file of seeds",
         where=str(path),
-        fix="Name a file or a dataset's folder with --seeds or in the recipe's seeds.path, or there a name on the Hub.",
+        fix="Name a file or a dataset's folder with --seeds; a dataset on the Hub with --set seeds.path=OWNER/NAME.",
     )

@@ -68,16 +68,17 @@ class Index:
         """
         words = self.encode(example.prompt[-1].content)
         places = self.candidates(words)
-        if not anywhere:
+        if not anywhere and len(places):
             context = self.contexts.get(example.prompt[:-1], -1)
             places = places[numbers(self.context_of)[places] == context]
+        text = "".join(map(chr, words))
         found = process.extractOne(
-            "".join(map(chr, words)),
+            text,
             [self.texts[place] for place in places.tolist()],
             scorer=Indel.normalized_similarity,  # the same as ROUGE-L, but for rounding
             score_cutoff=max(0.0, self.max_rouge - LEAST),
         )
-        return self.above("".join(map(chr, words)), int(places[found[2]])) if found else None
+        return self.above(text, int(places[found[2]])) if found else None
 
     def above(self, text: str, place: int) -> tuple[str, float] | None:
         """A row's id and its ROUGE-L, rounded once, if that is above the limit."""
