@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,19 @@ def known_label(label: Any, labels: Collection[str], where: str) -> str:
     return label
 
 
-def without_near(examples: Sequence[Example], max_rouge: float | None) -> tuple[list[Example], list[Draft]]:
-    """The examples that resemble no earlier one, and those that do; None: all of them."""
+def without_near(
+    examples: Sequence[Example], max_rouge: float | None, progress: Callable[[int], None] = lambda done: None
+) -> tuple[list[Example], list[Draft]]:
+    """The examples that resemble no earlier one, and those that do; None: all of them.
+
+    `progress` is told now and then how many have been compared.
+    """
     if max_rouge is None:
         return list(examples), []
     index, kept, rejected = Index(max_rouge), list[Example](), list[Draft]()
-    for example in examples:
+    for done, example in enumerate(examples):
+        if done % 500 == 0:
+            progress(done)
         if found := index.nearest(example):
             rejected.append(Draft(example, f"near-duplicate: ROUGE-L {found[1]:.2f}", found[0]))
         else:

@@ -5,26 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
-from tapir_local.assets import seeds_path
 from tapir_local.classifier import Prediction
 from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Recipe
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.seedfiles import read_hub, read_path
+from tapir_local.seedfiles import read_table
 from tapir_local.work import Stage, Work, lost
 
 
 def read(work: Work, out: Path) -> str:
     """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
     recipe = work.recipe
-    path = seeds_path(recipe.seeds.path)
-    table = (
-        read_path(path, recipe.seeds.split)
-        if path
-        else read_hub(recipe.seeds.path, recipe.seeds.subset, recipe.seeds.split)
-    )
+    table = read_table(recipe.seeds)
     examples, duplicates = read_seeds(table, recipe.task_table())
     if answered_by_file(recipe) and not any(row.completion for row in examples):
         raise TapirError(
@@ -32,7 +26,9 @@ def read(work: Work, out: Path) -> str:
             where=table.where,
             fix="Set seeds.answers: teacher.",
         )
-    examples, alike = without_near(examples, recipe.seeds.max_rouge)
+    examples, alike = without_near(
+        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(examples), "compared")
+    )
     limit = recipe.seeds.limit
     if limit is not None and limit < len(examples):
         kept = set(work.chance("read").sample(range(len(examples)), limit))

@@ -13,13 +13,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tapir_local.assets import seeds_path
 from tapir_local.errors import TapirError
+from tapir_local.recipe import Seeds
 from tapir_local.seedforms import KNOWN, Row, Table
 
 GAP = tuple(" \t\r\n,")  # between the items of an array
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 WINDOW = 2**31  # bytes: what `zstd --ultra --long=31` may need
 FILES = "JSON, JSON lines, CSV, TSV or Parquet; of these the texts may be packed by gzip or zstd."
+
+
+def read_table(seeds: Seeds) -> Table:
+    """The rows that a recipe's seeds name; TapirError where there are none, or they cannot be read."""
+    path = seeds_path(seeds.path)
+    if path is None:
+        return read_hub(seeds.path, seeds.subset, seeds.split)
+    if seeds.subset is not None:
+        fix = "seeds.subset is for datasets on the Hub; leave it out."
+        raise TapirError(f"what lies on this machine has no subset {seeds.subset!r}", where=str(path), fix=fix)
+    return read_path(path, seeds.split)
 
 
 def read_path(path: Path, split: str | None = None) -> Table:
@@ -79,10 +92,11 @@ def decoded(data: bytes, where: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        perhaps = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise TapirError(
             f"not UTF-8: byte 0x{data[error.start]:02x}",
             where=f"{where}, line {line}",
-            fix=f"Convert it, as by `iconv -f WINDOWS-1252 -t UTF-8`. Files may be {FILES}",
+            fix=f"Convert it, as by `iconv -f {perhaps} -t UTF-8`. Files may be {FILES}",
         ) from error
 
 
@@ -127,8 +141,19 @@ def line_rows(text: str, where: str) -> Iterator[Row]:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise TapirError(
-                    f"not JSON: {error}", where=f"{where}, line {number}", fix=f"Files may be {FILES}"
+                    whole_object(text) or f"not JSON: {error}",
+                    where=f"{where}, line {number}",
+                    fix=f"Files may be {FILES}",
                 ) from error
+
+
+def whole_object(text: str) -> str:
+    """What to say of a text that is a single JSON object over several lines; "" of any other."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    return f"one JSON object ({', '.join(found)}) where rows are expected, in a list or one on each line"
 
 
 def table_rows(text: str, where: str) -> Iterator[Row]:

@@ -14,8 +14,9 @@ import zstandard
 from tapir_local.assets import POCKET_SEEDS, seeds_path
 from tapir_local.dataset import read_seeds
 from tapir_local.errors import TapirError
+from tapir_local.recipe import Seeds
 from tapir_local.records import Example, Message
-from tapir_local.seedfiles import read_hub, read_path
+from tapir_local.seedfiles import read_hub, read_path, read_table
 from tapir_local.seedforms import Table, read_row
 from tapir_local.tasks import TASKS
 
@@ -166,7 +167,8 @@ DAMAGED = [
     ("a.jsonl", b'{"instruction": "a"}\nnonsense\n', "line 2: not JSON"),
     ("a.jsonl", b'"text"\n', "line 1: a row is a JSON object"),
     ("a.jsonl", '{"instruction": "a"}\n{"instruction": "ü"}\n'.encode("latin-1"), "line 2: not UTF-8: byte 0xfc"),
-    ("a.json", "[]".encode("utf-16"), "line 1: not UTF-8: byte 0xff"),
+    ("a.json", "[]".encode("utf-16"), r"line 1: not UTF-8: byte 0xff\n  .*iconv -f UTF-16"),
+    ("a.json", b'{\n"data": [{"instruction": "a"}]\n}', r"line 1: one JSON object \(data\) where rows are expected"),
     ("a.csv", b"", "no rows in it"),
     ("a.csv", b"instruction,output\n", "no rows in it"),
     ("a.csv", b"question,reply\na,b\n", "line 2: a row of no known form; its keys: question, reply"),
@@ -258,12 +260,30 @@ def test_a_file_has_no_splits() -> None:
         read_path(POCKET_SEEDS, "train")
 
 
+def test_what_lies_here_has_no_subsets() -> None:
+    with pytest.raises(TapirError, match=r"no subset 'main'\n  seeds.subset is for datasets on the Hub"):
+        read_table(Seeds(path="pocket", subset="main"))
+
+
 def test_the_hub_out_of_reach_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TapirError, match=r"^no/such: .*the Hub has no such dataset or cannot be reached.*\n  Download"):
         read_hub("no/such", None, None)
+
+
+def test_out_of_reach_a_copy_on_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config, load_dataset
+    from huggingface_hub import constants
+
+    (tmp_path / "such").mkdir()
+    (tmp_path / "such" / "train.jsonl").write_bytes(LINES)
+    load_dataset(str(tmp_path / "such"), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "cache" / "such").rename(tmp_path / "cache" / "no___such")  # where a download from the Hub lies
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(examples(read_table(Seeds(path="no/such")))) == 2
 
 
 def test_what_seeds_path_may_name(tmp_path: Path) -> None:
