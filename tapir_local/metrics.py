@@ -6,7 +6,7 @@ from statistics import fmean
 
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
-Checker = Callable[[str, str], bool | None]
+Checker = Callable[[Example, str], bool | None]  # a row and an answer to it
 Interval = tuple[float, float]
 
 

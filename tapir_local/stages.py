@@ -10,7 +10,7 @@ from tapir_local.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
 from tapir_local.prepare import PREPARE
 from tapir_local.recipe import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Metrics, Request, RoundPlan, instruction_of
+from tapir_local.records import Answer, Completion, Example, Judgement, Metrics, Request, RoundPlan
 from tapir_local.rundir import read_record, read_rows, write_record, write_rows
 from tapir_local.work import Stage, Work, lost
 
@@ -302,10 +302,7 @@ def evaluate(work: Work, out: Path) -> str:
 def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
     """By id, whether the recipe's checker finds an answer right; None where it cannot tell or there is none."""
     check = work.tools.check
-    return {
-        row.id: check(instruction_of(row.prompt), text.text) if check else None
-        for row, text in zip(rows, completions, strict=True)
-    }
+    return {row.id: check(row, text.text) if check else None for row, text in zip(rows, completions, strict=True)}
 
 
 def headline(found: Metrics) -> str:
