@@ -134,7 +134,8 @@ def caption(status: Mapping[str, Any]) -> str:
 
 def stages_table(status: Mapping[str, Any]) -> Table:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
-    table = Table(title=f"run {status['run']}: stages", title_justify="left")
+    table = Table(title=f"run {status['run']}: stages", title_justify="left", caption_justify="left")
+    table.caption = "\n".join(f"WARNING: {text}" for text in status["warnings"]) or None
     for name in ("stage", "done"):
         table.add_column(name)
     for name in ("seconds", "paid", "hits"):
@@ -197,6 +198,30 @@ def round_tables(found: Mapping[str, Any]) -> list[Table]:
     ]
 
 
+def label_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Who labelled the rows of each task, how far the classifier agrees with the teacher, and what it confuses."""
+    table = Table(title=f"run {found['run']}: labels", title_justify="left", caption_justify="left")
+    table.add_column("task")
+    for name in ("share", "rows", "file", "teacher", "classifier", "agreement", "95 %", "held out"):
+        table.add_column(name, justify="right")
+    for task, row in found["tasks"].items():
+        held = row["held_out"] or {}
+        rate = held["agree"] / held["rows"] if held else None
+        counts = (shown(row[name]) for name in ("rows", "file", "teacher", "classifier"))
+        table.add_row(
+            escape(task), percent(row["share"]), *counts, percent(rate), interval(held.get("interval")), agreeing(held)
+        )
+    table.caption = "\n".join(found["notes"])  # the warning is among them
+    pairs = [[pair["teacher"], pair["classifier"], f"{pair['rows']:,}"] for pair in found["confused"]]
+    title = f"run {found['run']}: what the classifier takes for something else (rows held out of its training)"
+    return [table, plain_table(title, ["the teacher's label", "the classifier's", "rows"], pairs)] if pairs else [table]
+
+
+def agreeing(held: Mapping[str, Any]) -> str:
+    """`17 of 20`, or nothing where no row was held out."""
+    return f"{held['agree']:,} of {held['rows']:,}" if held else ""
+
+
 def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
     """A row a task: the share asked and got, new rows."""
     rows = {
@@ -255,9 +280,9 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
     table.add_section()
     table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
     table.caption = (
-        "Counted: every request was looked up. Estimate: it depends on a student that is not trained yet; what of it "
-        "the store has is not known. Tokens are rough: a quarter of the letters, and replies as long as the stage's "
-        "others."
+        "Counted: every request was looked up. Estimate: it depends on a student or a classifier that is not trained "
+        "yet; what of it the store has is not known. Tokens are rough: a quarter of the letters, and replies as long "
+        "as the stage's others."
     )
     return table
 

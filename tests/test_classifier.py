@@ -128,7 +128,7 @@ def test_every_task_gives_its_share_and_keeps_a_row():
 def test_progress_counts_steps(job):
     seen = []
     run_job(job, lambda *step: seen.append(step))
-    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3), (30, 30)]  # steps, then rows
     assert seen[0][2].startswith("loss ")
 
 
