@@ -204,14 +204,16 @@ def label_tables(found: Mapping[str, Any]) -> list[Table]:
     table.add_column("task")
     for name in ("share", "rows", "file", "teacher", "classifier", "agreement", "95 %", "held out"):
         table.add_column(name, justify="right")
-    for task, row in found["tasks"].items():
+    present = {task: row for task, row in found["tasks"].items() if row["rows"] or row["held_out"]}
+    for task, row in present.items():
         held = row["held_out"] or {}
         rate = held["agree"] / held["rows"] if held else None
         counts = (shown(row[name]) for name in ("rows", "file", "teacher", "classifier"))
         table.add_row(
             escape(task), percent(row["share"]), *counts, percent(rate), interval(held.get("interval")), agreeing(held)
         )
-    table.caption = "\n".join(found["notes"])  # the warning is among them
+    empty = ", ".join(task for task in found["tasks"] if task not in present)
+    table.caption = "\n".join([*found["notes"], *([f"Tasks without a row: {empty}."] if empty else [])])
     pairs = [[pair["teacher"], pair["classifier"], f"{pair['rows']:,}"] for pair in found["confused"]]
     title = f"run {found['run']}: what the classifier takes for something else (rows held out of its training)"
     return [table, plain_table(title, ["the teacher's label", "the classifier's", "rows"], pairs)] if pairs else [table]
@@ -281,8 +283,8 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
     table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
     table.caption = (
         "Counted: every request was looked up. Estimate: it depends on a student or a classifier that is not trained "
-        "yet; what of it the store has is not known. Tokens are rough: a quarter of the letters, and replies as long "
-        "as the stage's others."
+        "yet (of prepare/tasks, the most it can be); what of it the store has is not known. Tokens are rough: a "
+        "quarter of the letters, and replies as long as the stage's others."
     )
     return table
 

@@ -32,7 +32,6 @@ FRAME = 150  # tokens of the prompt around an instruction, roughly
 WRITTEN = {"label": 12, "tasks": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
 ANSWER = 250  # and of an answer
 SHOWN = {"judge": 2, "holdout-judge": 2, "refine": 1}  # answers that stand in a prompt
-UNSURE = 0.1  # share of rows of whose label a classifier is not sure, roughly
 DRAFTS = 1.25  # drafts for a row that is kept, roughly
 
 
@@ -172,10 +171,10 @@ def estimated(step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tupl
 
 
 def unsure(step: Step, recipe: Recipe, rows: Sequence[Example], known: Mapping[str, tuple[float, float]]) -> Foreseen:
-    """The labels that a classifier, not trained yet, may leave to the teacher, as long as the labels asked before."""
+    """The most labels that a classifier, not trained yet, can leave to the teacher; requests as for other labels."""
     settings = recipe.classifier
     unlabelled = [row for row in rows if not row.task]
-    calls = min(settings.ask_at_most, round(UNSURE * max(0, len(unlabelled) - settings.labelled)))
+    calls = min(settings.ask_at_most, max(0, len(unlabelled) - settings.labelled))
     if not settings.ask_below or not recipe.can_expand:
         calls = 0
     requests = [Request(prompts.classify(row.prompt, recipe.task_table()), row.id, "label") for row in unlabelled[:100]]
