@@ -55,6 +55,7 @@ def label(work: Work, out: Path) -> str:
         else sorted(work.chance("label").sample(unknown, wanted), key=lambda example: example.id)
     )
     labels = ask_labels(work, sample, "label")
+    refuse_no_label(work, len(sample), len(labels))
     labelled = [
         replace(example, task=labels[example.id], labelled_by="teacher") for example in sample if example.id in labels
     ]
@@ -65,6 +66,17 @@ def label(work: Work, out: Path) -> str:
     total = odd_sum(work.recipe.tasks)
     odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
     return counts + (" and so Others" if others else "") + odd
+
+
+def refuse_no_label(work: Work, asked: int, read: int) -> None:
+    """TapirError where the teacher was asked for labels and none of its replies names one."""
+    if asked and not read:
+        raise TapirError(
+            f"none of the teacher's {asked:,} replies names a task",
+            where="prepare/label",
+            fix="`tapir-local calls list --stage label` shows them. Name another teacher and a new run (--name), or "
+            "give the rows a `task` in the seed file.",
+        )
 
 
 def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:

@@ -117,14 +117,24 @@ def mumbling(world: World, mumble: Callable[[Request], Answer | None]) -> Callab
     return ask
 
 
+def theory(request: Request) -> Answer | None:
+    return Answer("about Music theory, not Math", "stop", False) if request.stage in ("label", "tasks") else None
+
+
 def test_an_unreadable_label_is_no_label(recipe: Recipe, tmp_path: Path) -> None:
     def mumble(request: Request) -> Answer | None:
-        return Answer("about Music theory, not Math", "stop", False) if request.stage in ("label", "tasks") else None
+        return theory(request) if "<instruction>\npaint" in request.messages[-1].content else None
 
     with_few = overridden(recipe, {"classifier.labelled": 60})
     run = ran(with_few, tmp_path, teacher=mumbling(World(), mumble))
-    assert sources(run) == {("Others", ""): 60}
-    assert said(run, "label") == "0 labelled by the teacher, 0 by the file, 60 unreadable and so Others"
+    assert sources(run) == {("Math", "teacher"): 40, ("Others", ""): 20}
+    assert said(run, "label") == "40 labelled by the teacher, 0 by the file, 20 unreadable and so Others"
+
+
+def test_a_teacher_that_names_no_task_at_all_stops_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="none of the teacher's 30 replies names a task"):
+        ran(recipe, tmp_path, teacher=mumbling(World(), theory))
+    assert not (tmp_path / "cache" / "runs" / "fake" / "labels.jsonl").exists()
 
 
 def test_a_cut_label_is_asked_for_again(recipe: Recipe, tmp_path: Path) -> None:
