@@ -1,12 +1,53 @@
-"""Plan a round: which hard rows are refined, how many new ones each task needs, which easy rows are replayed."""
+"""Plan a round: which rows it trains on, which the teacher writes anew or rewrites; pure and seeded.
+
+`tapir` is the product; the others are its relatives, on the same pool, student and store, to be compared with it.
+"""
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tapir_local.judging import mfd
 from tapir_local.recipe import Curriculum
-from tapir_local.records import Example, Judgement, RoundPlan
+from tapir_local.records import Example, Expansion, Judgement, Manner, RoundPlan, Styled
+
+LION_THRESHOLD = 1.0  # Lion (arXiv 2305.12870): hard where the teacher scores at least this much more
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known when a round is planned.
+
+    `pool` are the rows that may be taken, `seeds` the rows of the file; `judgements` are of pool rows, none where the
+    curriculum does not judge. `targets` are the tasks' shares, `gaps` the mean of teacher's less student's score by
+    task on the holdout, for the last round's student. `number` is the round, 1 and up.
+    """
+
+    pool: Sequence[Example]
+    seeds: Sequence[Example]
+    judgements: Sequence[Judgement]
+    targets: Mapping[str, float]
+    settings: Curriculum
+    number: int
+    can_expand: bool
+    rng: random.Random
+    gaps: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> dict[str, Judgement]:
+        """Judgements by id."""
+        return {judgement.id: judgement for judgement in self.judgements}
+
+    @property
+    def alpha(self) -> float:
+        """The challenge of this round."""
+        return challenge(self.settings, self.number)
+
+
+def is_judged(settings: Curriculum) -> bool:
+    """Whether the curriculum asks for the student's answers to the pool and for a judge."""
+    return settings.name == "lion" or (settings.name == "tapir" and settings.difficulty)
 
 
 def shares(counts: Mapping[str, int], targets: Mapping[str, float], size: int) -> dict[str, int]:
@@ -28,6 +69,17 @@ def shares(counts: Mapping[str, int], targets: Mapping[str, float], size: int) -
     return rows
 
 
+def capped(counts: Mapping[str, int], targets: Mapping[str, float], size: int) -> dict[str, int]:
+    """As `shares`, but no task gets more rows than it has: what one cannot take goes to the others by their targets."""
+    rows = dict.fromkeys(counts, 0)
+    while (left := size - sum(rows.values())) > 0 and (
+        room := {t: n - rows[t] for t, n in counts.items() if n > rows[t]}
+    ):
+        for task, more in shares(room, targets, left).items():
+            rows[task] += min(more, room[task])
+    return rows
+
+
 def challenge(settings: Curriculum, number: int) -> float:
     """alpha of round `number` (1, 2, ...): alpha_1 + (number - 1) * step, at most 1."""
     return min(1.0, settings.alpha + (number - 1) * settings.alpha_step)
@@ -36,74 +88,74 @@ def challenge(settings: Curriculum, number: int) -> float:
 def is_hard(judgement: Judgement, settings: Curriculum) -> bool:
     """MFD above the threshold, on a row where the teacher itself reaches its floor."""
     difficulty = mfd(judgement)
-    return (
-        difficulty is not None
-        and difficulty > settings.mfd_threshold
-        and (judgement.teacher or 0.0) >= settings.teacher_floor
-    )
+    return difficulty is not None and difficulty > settings.mfd_threshold and teachable(judgement, settings)
 
 
 def is_easy(judgement: Judgement, settings: Curriculum) -> bool:
     """Judged, not hard, and answered well enough by the teacher to be worth keeping in."""
-    return (
-        judgement.teacher is not None
-        and judgement.teacher >= settings.teacher_floor
-        and not is_hard(judgement, settings)
-    )
+    return teachable(judgement, settings) and not is_hard(judgement, settings)
 
 
-def tapir(
-    pool: Sequence[Example],
-    judgements: Sequence[Judgement],
-    targets: Mapping[str, float],
-    settings: Curriculum,
-    number: int,
-    can_expand: bool,
-    rng: random.Random,
-) -> RoundPlan:
+def teachable(judgement: Judgement, settings: Curriculum) -> bool:
+    """Judged, and the teacher's own answer reaches its floor."""
+    return judgement.teacher is not None and judgement.teacher >= settings.teacher_floor
+
+
+def tapir(known: Situation) -> RoundPlan:
     """Hard rows in the tasks' shares and easy rows at random, alpha to 1 - alpha (arXiv 2405.13448, section 3.3).
 
     Within a task the hardest come first. `expand_share` of a task's rows are new ones, and so is what its hard rows
-    cannot fill. Where nothing can be expanded, the hardest rows are taken whatever their task.
+    cannot fill. Where nothing can be expanded, the hardest rows are taken whatever their task. With `difficulty` off
+    every row may be taken as a hard one and as an easy one, at random; with `balance` off the tasks come as they do
+    among the hard rows.
     """
-    judged = {judgement.id: judgement for judgement in judgements}
-    rows = [example for example in pool if example.id in judged]
-    alpha = challenge(settings, number)
-    hard = hardest_first([row for row in rows if is_hard(judged[row.id], settings)], judged, rng)
-    easy = [row.id for row in rows if is_easy(judged[row.id], settings)]
-    wanted = hard_rows_wanted(alpha, settings.rows, bool(hard), bool(easy))
+    settings = known.settings
+    rows, hard, easy = sorted_out(known)
+    wanted = hard_rows_wanted(known.alpha, settings.rows, bool(hard), len(easy))
     by_task = group(hard)
-    asked = shares({task: len(ids) for task, ids in by_task.items()}, targets, wanted)
-    chosen, expand = (
-        fill(by_task, asked, settings.expand_share) if can_expand else ([row.id for row in hard[:wanted]], {})
+    counts = {task: len(ids) for task, ids in by_task.items()}
+    asked = shares(counts, known.targets if settings.balance else counts, wanted)
+    chosen, expansions = (
+        fill(by_task, asked, settings.expand_share) if known.can_expand else ([row.id for row in hard[:wanted]], ())
     )
-    replay = rng.sample(easy, min(len(easy), settings.rows - wanted))
-    tasks = {row.id: row.task for row in rows}
-    got = {task: sum(tasks[id] == task for id in chosen) + expand.get(task, 0) for task in by_task}
-    hard_rows = sum(got.values())
+    taken = set(chosen)
+    left = [id for id in easy if id not in taken]
+    replay = known.rng.sample(left, min(len(left), settings.rows - wanted))
+    got = tasks_of(hard, chosen) + Counter({expansion.task: expansion.rows for expansion in expansions})
+    styled: Mapping[str, Styled] = {"hard": "hard", "all": "all", "off": "none"}
     return RoundPlan(
-        round=number,
-        alpha=alpha,
-        alpha_got=hard_rows / max(1, hard_rows + len(replay)),
+        round=known.number,
+        curriculum="tapir",
+        alpha=known.alpha,
+        alpha_got=got.total() / max(1, got.total() + len(replay)),
         hard=tuple(chosen),
-        expand=expand,
-        parents={task: tuple(by_task[task]) for task in expand},
+        expansions=expansions,
         replay=tuple(replay),
+        styled=styled[settings.refine] if known.can_expand else "none",
         pool=len(rows),
-        pool_hard=len(hard),
-        unjudged=sum(judgement.teacher is None for judgement in judgements),
+        pool_hard=len(hard) if settings.difficulty else 0,
+        unjudged=sum(judgement.teacher is None for judgement in known.judgements),
         asked=fractions(asked),
-        got=fractions(got),
+        got=fractions({task: got[task] for task in by_task}),
         short={task: asked[task] - got[task] for task in by_task if got[task] < asked[task]},
-        notes=remarks(rows, hard, easy, replay, settings.rows - wanted),
+        notes=remarks(known, rows, hard, len(easy)),
     )
 
 
-def hard_rows_wanted(alpha: float, rows: int, some_hard: bool, some_easy: bool) -> int:
-    """alpha of a round's rows; all of them where nothing is easy, none where nothing is hard."""
-    if not some_hard:
-        return 0
-    return min(rows, round(alpha * rows)) if some_easy else rows
+def sorted_out(known: Situation) -> tuple[list[Example], list[Example], list[str]]:
+    """(rows looked at, hard ones with the hardest first, ids of easy ones); without difficulty every row is both."""
+    settings, judged = known.settings, known.judged
+    if not settings.difficulty:
+        rows = known.rng.sample(list(known.pool), len(known.pool))
+        return rows, rows, [row.id for row in known.pool]
+    rows = [example for example in known.pool if example.id in judged]
+    hard = hardest_first([row for row in rows if is_hard(judged[row.id], settings)], judged, known.rng)
+    return rows, hard, [row.id for row in rows if is_easy(judged[row.id], settings)]
+
+
+def hard_rows_wanted(alpha: float, rows: int, some_hard: bool, easy: int) -> int:
+    """alpha of a round's rows and whatever its easy rows cannot fill; none where nothing is hard."""
+    return max(round(alpha * rows), rows - easy) if some_hard else 0
 
 
 def hardest_first(rows: Sequence[Example], judged: Mapping[str, Judgement], rng: random.Random) -> list[Example]:
@@ -122,16 +174,22 @@ def group(rows: Sequence[Example]) -> dict[str, list[str]]:
 
 def fill(
     by_task: Mapping[str, Sequence[str]], asked: Mapping[str, int], expand_share: float
-) -> tuple[list[str], dict[str, int]]:
+) -> tuple[list[str], tuple[Expansion, ...]]:
     """(hard rows chosen, new rows wanted of each task) that together are what was asked of each task."""
     chosen: list[str] = []
-    expand: dict[str, int] = {}
+    expansions: list[Expansion] = []
     for task, ids in by_task.items():
         old = min(len(ids), asked[task] - round(expand_share * asked[task]))
         chosen += ids[:old]
         if asked[task] > old:
-            expand[task] = asked[task] - old
-    return chosen, expand
+            expansions.append(Expansion(task, asked[task] - old, tuple(ids)))
+    return chosen, tuple(expansions)
+
+
+def tasks_of(rows: Sequence[Example], ids: Sequence[str]) -> Counter[str]:
+    """How many of the rows named by `ids` are of each task."""
+    chosen = set(ids)
+    return Counter(row.task for row in rows if row.id in chosen)
 
 
 def fractions(rows: Mapping[str, int]) -> dict[str, float]:
@@ -140,21 +198,130 @@ def fractions(rows: Mapping[str, int]) -> dict[str, float]:
     return {task: round(count / total, 4) for task, count in rows.items()}
 
 
-def remarks(
-    rows: Sequence[Example], hard: Sequence[Example], easy: Sequence[str], replay: Sequence[str], wanted: int
-) -> tuple[str, ...]:
+def remarks(known: Situation, rows: Sequence[Example], hard: Sequence[Example], easy: int) -> tuple[str, ...]:
     """What the reader ought to know of an unusual pool."""
     mastered = sorted({row.task for row in rows} - {row.task for row in hard})
+    missing = known.settings.rows - round(known.alpha * known.settings.rows) - easy
     said = {
+        "difficulty is off: rows are drawn at random": not known.settings.difficulty,
         "no row is hard: the round only replays easy rows": rows and not hard,
         "no row is easy: the whole round is hard": rows and not easy,
-        f"{wanted - len(replay):,} easy rows fewer than asked": easy and len(replay) < wanted,
+        f"{missing:,} easy rows fewer than asked, hard ones in their place": hard and easy and missing > 0,
         f"no hard row in {', '.join(mastered)}: the other tasks have their shares": hard and mastered,
     }
     return tuple(text for text, true in said.items() if true)
 
 
-Plan = Callable[
-    [Sequence[Example], Sequence[Judgement], Mapping[str, float], Curriculum, int, bool, random.Random], RoundPlan
-]
-CURRICULA: Mapping[str, Plan] = {"tapir": tapir}
+def uniform(known: Situation) -> RoundPlan:
+    """As many seeds as a round has rows, drawn at random."""
+    return drawn(known, known.rng.sample(list(known.seeds), min(known.settings.rows, len(known.seeds))))
+
+
+def every_seed(known: Situation) -> RoundPlan:
+    """All seeds, once: plain fine-tuning cut into rounds."""
+    return drawn(known, known.seeds)
+
+
+def growth(known: Situation) -> RoundPlan:
+    """Seeds at random within each task, a task's share in proportion to its gap on the holdout.
+
+    After Dynamics of Instruction Tuning (arXiv 2310.19651): each ability grows at its own pace. The holdout decides
+    what is trained here, so its metrics flatter this curriculum a little. A task without rows enough leaves its rest to
+    the others; where no task has a gap, tasks come as they do among the seeds.
+    """
+    by_task = group(known.seeds)
+    counts = {task: len(ids) for task, ids in by_task.items()}
+    gaps = {task: max(0.0, known.gaps.get(task, 0.0)) for task in counts}
+    targets = gaps if any(gaps.values()) else {task: float(count) for task, count in counts.items()}
+    size = min(known.settings.rows, len(known.seeds))
+    rows = capped(counts, targets, size)
+    ids = {id for task, count in rows.items() for id in known.rng.sample(by_task[task], count)}
+    asked = shares(counts, targets, size)
+    short = {task: asked[task] - rows[task] for task in counts if rows[task] < asked[task]}
+    return drawn(known, [row for row in known.seeds if row.id in ids], asked, short)
+
+
+def drawn(
+    known: Situation,
+    rows: Sequence[Example],
+    asked: Mapping[str, int] | None = None,
+    short: Mapping[str, int] | None = None,
+) -> RoundPlan:
+    """A plan of seeds taken as they are."""
+    got = Counter(sorted(row.task for row in rows))
+    wanted = known.settings.rows if known.settings.name != "all" else 0
+    return RoundPlan(
+        round=known.number,
+        curriculum=known.settings.name,
+        alpha=0.0,
+        alpha_got=0.0,
+        drawn=tuple(row.id for row in rows),
+        pool=len(known.seeds),
+        asked=fractions(asked or got),
+        got=fractions(got),
+        short=short or {},
+        notes=(f"only {len(rows):,} seeds for {wanted:,} rows",) if len(rows) < wanted else (),
+    )
+
+
+def reflection(known: Situation) -> RoundPlan:
+    """Seeds at random, which the teacher criticises and rewrites and the student selects (arXiv 2402.10110)."""
+    rows = known.rng.sample(list(known.seeds), min(known.settings.rows, len(known.seeds)))
+    got = fractions(Counter(sorted(row.task for row in rows)))
+    ids = tuple(row.id for row in rows)
+    return RoundPlan(known.number, "reflection", 0.0, 0.0, reflected=ids, pool=len(known.seeds), asked=got, got=got)
+
+
+def lion(known: Situation) -> RoundPlan:
+    """Half of a round's rows new ones in the image of hard rows, half rarer ones in the domain of easy rows.
+
+    Lion (arXiv 2305.12870): a row is hard where the teacher scores at least 1 more than the student; only new rows are
+    trained on, tasks come as they do among the rows they grow from, and answers are the teacher's plain ones.
+    """
+    judged = known.judged
+    rows = [row for row in known.pool if row.id in judged and judged[row.id].teacher is not None]
+    hard = [row for row in rows if (mfd(judged[row.id]) or 0.0) >= LION_THRESHOLD]
+    easy = [row for row in rows if (mfd(judged[row.id]) or 0.0) < LION_THRESHOLD]
+    size = known.settings.rows
+    half = size - size // 2 if hard and easy else size * bool(hard)
+    expansions = (
+        *grown(hard, half, "alike", known.rng),
+        *grown(easy, size - half if easy else 0, "rarer", known.rng),
+    )
+    got: Counter[str] = Counter()
+    for expansion in expansions:
+        got[expansion.task] += expansion.rows
+    notes = {"no row is hard": rows and not hard, "no row is easy": rows and not easy}
+    return RoundPlan(
+        round=known.number,
+        curriculum="lion",
+        alpha=0.5,
+        alpha_got=half / max(1, got.total()),
+        expansions=expansions,
+        pool=len(rows),
+        pool_hard=len(hard),
+        unjudged=len(known.judgements) - len(rows),
+        asked=fractions(got),
+        got=fractions(got),
+        notes=tuple(text for text, true in notes.items() if true),
+    )
+
+
+def grown(rows: Sequence[Example], wanted: int, manner: Manner, rng: random.Random) -> list[Expansion]:
+    """`wanted` new rows from parents drawn at random, each once before any is taken again."""
+    if not rows or wanted <= 0:
+        return []
+    shuffled = rng.sample(list(rows), len(rows))
+    parents = [shuffled[number % len(shuffled)] for number in range(wanted)]
+    return [Expansion(task, len(ids), tuple(dict.fromkeys(ids)), manner) for task, ids in group(parents).items()]
+
+
+Plan = Callable[[Situation], RoundPlan]
+CURRICULA: Mapping[str, Plan] = {
+    "tapir": tapir,
+    "uniform": uniform,
+    "all": every_seed,
+    "lion": lion,
+    "reflection": reflection,
+    "growth": growth,
+}

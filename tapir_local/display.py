@@ -1,6 +1,7 @@
 """Rich: records in; tables, progress and closing lines out."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from rich.text import Text
 
 from tapir_local.distill import Step, Watch
 from tapir_local.forecast import Foreseen
+from tapir_local.records import RoundPlan
+from tapir_local.whatif import WhatIf
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
 LOG_EVERY = 30.0
@@ -185,6 +188,7 @@ def round_tables(found: Mapping[str, Any]) -> list[Table]:
     """A round's plan, metrics and answers, as far as they are there."""
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
+    tables += [judge_table(title, found["judge"])] if found["judge"] else []
     if found["metrics"]:
         columns = {"rows": "count", "win_rate": "rate", "accuracy": "rate"}
         tables.append(tasks_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
@@ -198,49 +202,130 @@ def round_tables(found: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def label_tables(found: Mapping[str, Any]) -> list[Table]:
-    """Who labelled the rows of each task, how far the classifier agrees with the teacher, and what it confuses."""
-    table = Table(title=f"run {found['run']}: labels", title_justify="left", caption_justify="left")
-    table.add_column("task")
-    for name in ("share", "rows", "file", "teacher", "classifier", "agreement", "95 %", "held out"):
-        table.add_column(name, justify="right")
-    present = {task: row for task, row in found["tasks"].items() if row["rows"] or row["held_out"]}
-    for task, row in present.items():
-        held = row["held_out"] or {}
-        rate = held["agree"] / held["rows"] if held else None
-        counts = (shown(row[name]) for name in ("rows", "file", "teacher", "classifier"))
-        table.add_row(
-            escape(task), percent(row["share"]), *counts, percent(rate), interval(held.get("interval")), agreeing(held)
-        )
-    empty = ", ".join(task for task in found["tasks"] if task not in present)
-    table.caption = "\n".join([*found["notes"], *([f"Tasks without a row: {empty}."] if empty else [])])
-    pairs = [[pair["teacher"], pair["classifier"], f"{pair['rows']:,}"] for pair in found["confused"]]
-    title = f"run {found['run']}: what the classifier takes for something else (rows held out of its training)"
-    return [table, plain_table(title, ["the teacher's label", "the classifier's", "rows"], pairs)] if pairs else [table]
-
-
-def agreeing(held: Mapping[str, Any]) -> str:
-    """`17 of 20`, or nothing where no row was held out."""
-    return f"{held['agree']:,} of {held['rows']:,}" if held else ""
-
-
 def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
     """A row a task: the share asked and got, new rows."""
+    new: Counter[str] = Counter()
+    for expansion in plan["expansions"]:
+        new[expansion["task"]] += expansion["rows"]
     rows = {
         task: {
             "asked": plan["asked"].get(task),
             "got": share,
-            "to write": plan["expand"].get(task, 0),
+            "to write": new[task],
             "short": plan["short"].get(task, 0),
         }
         for task, share in plan["got"].items()
     }
-    table = tasks_table(
-        f"{title}: the plan", rows, {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
+    columns = {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
+    table = tasks_table(f"{title}: the plan ({plan['curriculum']})", rows, columns)
+    table.caption = ". ".join([plan_phrase(plan), *plan["notes"]])
+    return table
+
+
+def why_tables(found: Mapping[str, Any]) -> list[Table | Text]:
+    """A row's story: what it is, each round, what grew from it, what it cost."""
+    head = Text(f"{found['id']} of run {found['run']}: {found['place']}\n")
+    head.append(f"task {found['task'] or 'not known yet'}, labelled by {found['labelled_by'] or 'nobody yet'}\n")
+    head.append(f"{found['instruction']}\n-> {found['answer']}\n")
+    cells = [
+        [
+            str(row["round"]),
+            scores_phrase([row["student"], row["teacher"]]),
+            "-" if row["mfd"] is None else f"{row['mfd']:g}",
+            row["use"],
+            row["why"],
+            "yes" if row["trained"] else "no",
+        ]
+        for row in found["rounds"]
+    ]
+    tables: list[Table | Text] = [
+        head,
+        plain_table("round by round", ["round", "student : teacher", "MFD", "use", "why", "trained"], cells),
+    ]
+    if found["grew"]:
+        grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
+        tables.append(plain_table("what grew from it", ["round", "row", "kept or why not", "instruction"], grew))
+    return [*tables, cost_table("what it cost", found["cost"], "stage")] if found["cost"] else tables
+
+
+def what_if_tables(found: WhatIf) -> list[Table]:
+    """The plan as it is and as it would be, task by task, and the calls that would be made."""
+    then, now = found.then, found.now
+    table = Table(
+        title=f"run {found.run}, round {found.round}: the plan with {', '.join(found.changes) or 'no change'}"
     )
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("task")
+    for name in ("share now", "share then", "to write now", "to write then"):
+        table.add_column(name, justify="right")
+    new = [new_rows(plan) if plan else Counter[str]() for plan in (now, then)]
+    for task in sorted({*then.got, *(now.got if now else ())}):
+        shares = [percent(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
+        table.add_row(escape(task), *shares, *(str(counts[task]) for counts in new))
+    table.caption = "\n".join(what_if_phrases(found))
+    return [table, forecast_table(found.calls, found.run)] if found.calls else [table]
+
+
+def new_rows(plan: RoundPlan) -> Counter[str]:
+    """New rows wanted of each task."""
+    counts: Counter[str] = Counter()
+    for expansion in plan.expansions:
+        counts[expansion.task] += expansion.rows
+    return counts
+
+
+def what_if_phrases(found: WhatIf) -> list[str]:
+    """What differs between the plans, and what to know of the new one."""
+    then, now = found.then, found.now
+
+    def told(plan: RoundPlan) -> str:
+        taken = len(plan.hard) + len(plan.drawn) + len(plan.reflected)
+        hard = f"{plan.pool_hard:,} of {plan.pool:,} rows hard, "
+        return f"{hard}{taken:,} taken, {plan.to_write:,} to write, {len(plan.replay):,} replayed"
+
+    said = [f"Now: {told(now)}."] if now else ["Now: not planned yet."]
+    said.append(f"Then: {told(then)}.")
+    if now:
+        before, after = ({*plan.hard, *plan.drawn, *plan.reflected, *plan.replay} for plan in (now, then))
+        said.append(f"{len(after - before):,} rows come in, {len(before - after):,} go out.")
+    if found.unjudged:
+        said.append(f"{found.unjudged:,} rows of the pool are not judged, and left out.")
+    if not found.calls:
+        said.append("No calls are needed.")
+    return [*said, *(f"{note}." for note in then.notes)]
+
+
+def plan_phrase(plan: Mapping[str, Any]) -> str:
+    """What a plan takes."""
+    if plan["curriculum"] not in ("tapir", "lion"):
+        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds taken"
     hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows hard"
     alpha = f"alpha asked {plan['alpha']:.0%}, got {plan['alpha_got']:.0%}"
-    table.caption = ". ".join([f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed", *plan["notes"]])
+    return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
+
+
+# What a judge's table shows: the key of records.JudgeQuality, what it says to people, and its form.
+JUDGED: Mapping[str, tuple[str, str]] = {
+    "rows": ("rows judged", "{:,}"),
+    "unjudged": ("rows unreadable", "{:,}"),
+    "agreement": ("the two orders name the same winner, or both tie", "{:.1%}"),
+    "order_difference": ("an answer's two scores differ by (mean)", "{:.2f}"),
+    "position_bias": ("the answer shown first scores more by (mean)", "{:+.2f}"),
+    "ties": ("both answers score the same", "{:.1%}"),
+    "length_bias": ("rank correlation of length with score", "{:+.2f}"),
+}
+
+
+def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row a measure, a column each for the pool's judgements and the holdout's; a dash where there is no measure."""
+    table = Table(title=f"{title}: the judge", title_justify="left", caption_justify="left")
+    table.add_column("")
+    for name in sets:
+        table.add_column(name, justify="right")
+    for key, (words, form) in JUDGED.items():
+        values = (found.get(key) for found in sets.values())
+        table.add_row(words, *("-" if value is None else form.format(value) for value in values))
+    table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
     return table
 
 

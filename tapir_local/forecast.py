@@ -16,10 +16,10 @@ from typing import Any
 from tapir_local import keys, prompts
 from tapir_local.asking import Asking
 from tapir_local.budget import money_of, price_of
-from tapir_local.curriculum import challenge
+from tapir_local.curriculum import challenge, is_judged
 from tapir_local.distill import Step, refuse_changed, sequence
 from tapir_local.endpoint import body_of, identity_of
-from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.recipe import Curriculum, Endpoint, Recipe
 from tapir_local.records import Answer, Example, Request, instruction_of
 from tapir_local.rundir import RunDir, read_rows, write_rows
 from tapir_local.store import Store
@@ -81,6 +81,7 @@ class Scout:
             classify=unreached,
             train=unreached,
             export=unreached,
+            score=unreached,
             gate=unreached,
         )
 
@@ -164,7 +165,8 @@ def estimated(step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tupl
     stage, instructions = step.stage.name, [instruction_of(row.prompt) for row in rows_of(copy)]
     calls = expected_calls(stage, step.number or 0, recipe, len(instructions))
     instruction = statistics.fmean(map(len, instructions)) / LETTERS if instructions else FRAME
-    shown = SHOWN.get(stage, 0) * ANSWER
+    alone = stage.endswith("judge") and recipe.judge.mode == "single"
+    shown = (1 if alone else SHOWN.get(stage, 0)) * ANSWER
     size_in, size_out = known.get(stage, (FRAME + instruction + shown, WRITTEN.get(stage, ANSWER)))
     endpoint = judge_of(recipe) if stage.endswith("judge") else recipe.teacher
     return priced(step, calls, None, calls * size_in, calls * size_out, endpoint)
@@ -190,19 +192,47 @@ def rows_of(copy: RunDir) -> list[Example]:
 
 
 def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
-    """Calls of a stage of round `number`, from the recipe and the number of seeds and holdout rows together."""
+    """Calls of a stage of round `number`, from the recipe and the number of seeds and holdout rows together.
+
+    Of a judge who scores each answer alone, only what was not asked before: what it said of an answer of the teacher's
+    is in the store.
+    """
     plan, held = recipe.curriculum, recipe.seeds.holdout
-    hard = challenge(plan, number) * plan.rows if number else 0.0
-    written = sum(challenge(plan, n) * plan.rows * plan.expand_share for n in range(1, number))
-    pool = rows - held + round(written)
-    judged = recipe.judge.kind != "reference"
+    pool = rows - held + sum(written(plan, n)[0] for n in range(1, number))
+    drawn = min(pool, plan.pool or pool)
+    judged, alone = recipe.judge.kind != "reference", recipe.judge.mode == "single"
+    new, refined = written(plan, number) if number and recipe.can_expand else (0, 0)
+    again = 1.0 if plan.name == "reflection" else DRAFTS  # of a rewriting there is one draft
     asked = {
-        "judge": 2 * min(pool, plan.pool or pool) * judged,
-        "holdout-judge": 2 * held * judged,
-        "expand": round(hard * plan.expand_share * DRAFTS) * recipe.can_expand,
-        "refine": round(hard) * recipe.can_expand,
+        "judge": (drawn + (new_answers(recipe, number, pool, drawn) if alone else drawn)) * judged * is_judged(plan),
+        "holdout-judge": (1 if alone and number else 2) * held * judged,
+        "expand": round(new * again),
+        "refine": refined,
     }
     return asked.get(stage, 0)
+
+
+def new_answers(recipe: Recipe, number: int, pool: int, drawn: int) -> int:
+    """Teacher's answers among a round's `drawn` rows that no earlier round has scored, roughly.
+
+    Those of rows that no draw has taken, and those that the round before wrote or rewrote.
+    """
+    if number <= 1 or not pool:
+        return drawn
+    share, plan = drawn / pool, recipe.curriculum
+    rewritten = written(plan, number - 1)[1] if recipe.can_expand else 0
+    return min(drawn, round(drawn * (1 - share) ** (number - 1) + rewritten * share))
+
+
+def written(plan: Curriculum, number: int) -> tuple[int, int]:
+    """(new instructions, answers) that the teacher writes in round `number` of a curriculum, its shortages left out."""
+    if plan.name in ("lion", "reflection"):
+        return plan.rows, plan.rows
+    if plan.name != "tapir":
+        return 0, 0
+    hard = challenge(plan, number) * plan.rows
+    new = round(hard * plan.expand_share)
+    return new, {"hard": round(hard), "all": plan.rows, "off": new}[plan.refine]
 
 
 def priced(

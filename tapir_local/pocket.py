@@ -13,8 +13,17 @@ from typing import Any
 
 import httpx2
 
-from tapir_local.pocket_world import grade, parse, solve, variant
-from tapir_local.prompts import CLASSIFY, EXPAND, JUDGE, REFINE
+from tapir_local.pocket_world import grade, harder, parse, rarer, solve, variant
+from tapir_local.prompts import (
+    CLASSIFY,
+    EXPAND,
+    JUDGE,
+    JUDGE_SINGLE,
+    RARER,
+    REFINE,
+    REFLECT_ANSWER,
+    REFLECT_INSTRUCTION,
+)
 
 MODEL = "pocket-teacher"
 FINGERPRINT = "pocket-1"  # to be raised with every change of what the teacher says
@@ -48,10 +57,33 @@ def judge(asked: str, rng: Random) -> str:
     return json.dumps({tag: grade(instruction, enclosed(tag, asked)) for tag in ("answer_1", "answer_2")})
 
 
+def judge_single(asked: str, rng: Random) -> str:
+    """{"score": x}: the grade that `judge` gives the same answer beside any other."""
+    return json.dumps({"score": grade(enclosed("instruction", asked), enclosed("answer", asked))})
+
+
 def expand(asked: str, rng: Random) -> str:
     """A new instruction of the same family and about the same size."""
     problem = parse(enclosed("instruction", asked))
     return f"<new_instruction>\n{variant(problem, rng).instruction}\n</new_instruction>" if problem else IGNORANCE
+
+
+def rarer_one(asked: str, rng: Random) -> str:
+    """A new instruction of the same task and another family."""
+    problem = parse(enclosed("instruction", asked))
+    return f"<new_instruction>\n{rarer(problem, rng).instruction}\n</new_instruction>" if problem else IGNORANCE
+
+
+def rewrite(asked: str, rng: Random) -> str:
+    """A harder instruction of the same family, and its answer in style."""
+    problem = parse(enclosed("instruction", asked))
+    if not problem:
+        return IGNORANCE
+    new = harder(problem, rng)
+    return (
+        f"The instruction could ask for more.\n<new_instruction>\n{new.instruction}\n</new_instruction>\n"
+        f"<new_answer>\n{new.solution.styled}\n</new_answer>"
+    )
 
 
 def refine(asked: str, rng: Random) -> str:
@@ -60,7 +92,16 @@ def refine(asked: str, rng: Random) -> str:
     return solution.styled if solution else IGNORANCE
 
 
-JOBS: Mapping[str, Callable[[str, Random], str]] = {CLASSIFY: classify, JUDGE: judge, EXPAND: expand, REFINE: refine}
+JOBS: Mapping[str, Callable[[str, Random], str]] = {
+    CLASSIFY: classify,
+    JUDGE: judge,
+    JUDGE_SINGLE: judge_single,
+    EXPAND: expand,
+    RARER: rarer_one,
+    REFLECT_INSTRUCTION: rewrite,
+    REFLECT_ANSWER: refine,
+    REFINE: refine,
+}
 
 
 def plain(messages: Sequence[Mapping[str, str]]) -> str:

@@ -99,3 +99,15 @@ def variant(problem: Problem, rng: Random) -> Problem:
     drawn = [generate(rng, problem.family, level) for level in range(1, problem.family.levels + 1) for _ in range(3)]
     others = [other for other in drawn if other.key != problem.key] or [generate(rng, problem.family)]
     return min(others, key=distance)
+
+
+def rarer(problem: Problem, rng: Random) -> Problem:
+    """A problem of another family of the same task, at any level; of the same family where the task has no other."""
+    others = [f for f in FAMILIES.values() if f.task == problem.family.task and f is not problem.family]
+    return generate(rng, rng.choice(others)) if others else variant(problem, rng)
+
+
+def harder(problem: Problem, rng: Random) -> Problem:
+    """Another problem of the same family, the largest of a few draws at its highest level."""
+    drawn = [generate(rng, problem.family, problem.family.levels) for _ in range(3)]
+    return max(drawn, key=lambda other: size(dict(other.values)))

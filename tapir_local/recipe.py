@@ -24,6 +24,11 @@ def named(word: Any) -> Any:
     return word
 
 
+def switched(word: Any) -> Any:
+    """YAML reads a bare `off` as false and `on` as true."""
+    return {False: "off", True: "hard"}.get(word, word) if isinstance(word, bool) else word
+
+
 class Seeds(Settings):
     """The instructions to start from."""
 
@@ -104,6 +109,11 @@ class Judge(Endpoint):
         description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer; "
         "`gguf`: a file on this machine",
     )
+    mode: Literal["pair", "single"] = Field(
+        "pair",
+        description="`pair`: both answers side by side, asked in both orders; `single`: each answer alone, so that the "
+        "teacher's is paid for once and later rounds pay one call a row",
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")
     max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
@@ -140,7 +150,21 @@ class Classifier(Settings):
 class Curriculum(Settings):
     """Which rows a round trains on."""
 
-    name: Literal["tapir"] = Field("tapir", description="the curriculum")
+    name: Literal["tapir", "uniform", "all", "lion", "reflection", "growth"] = Field(
+        "tapir",
+        description="`tapir`; `uniform`: seeds drawn at random; `all`: all seeds each round; `lion`: new instructions "
+        "in the image of hard and easy rows; `reflection`: seeds that the teacher rewrites and the student selects; "
+        "`growth`: seeds, a task's share by its gap on the holdout",
+    )
+    difficulty: bool = Field(
+        True, description="tapir: off takes rows at random instead of hard ones, nothing is judged"
+    )
+    balance: bool = Field(True, description="tapir: off takes tasks as they come among the hard rows, not by shares")
+    refine: Annotated[Literal["hard", "all", "off"], BeforeValidator(switched)] = Field(
+        "hard",
+        description="tapir: whose answers the teacher rewrites in the task's style: those of hard and new rows, of "
+        "replayed rows too (`all`), or nobody's (`off`)",
+    )
     rows: int = Field(1000, ge=1, description="training rows of a round")
     first_rows: int | None = Field(
         None, ge=1, description="training rows of round 0, drawn from the seeds; all of them if left out"
@@ -252,6 +276,10 @@ class Recipe(Settings):
                 raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
             raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
+        if self.teacher.kind == "recorded" and self.curriculum.name in ("lion", "reflection"):
+            raise ValueError(
+                f"curriculum: {self.curriculum.name} needs a teacher to ask; recorded answers cannot write"
+            )
         if self.judge.kind == "openai" and not self.judge.model:
             raise ValueError("judge: model is missing")
         return self
@@ -336,6 +364,8 @@ def type_name(kind: Any) -> str:
 def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some settings changed, each named by its path; checked as a whole again."""
     value = recipe.model_dump()
+    if recipe.tasks is None and any(path.startswith("tasks.") for path in changes):
+        value["tasks"] = {label: task.share for label, task in TASKS.items()}  # one share changes, the others stay
     for path, new in changes.items():
         *sections, name = path.split(".")
         place = value

@@ -54,8 +54,9 @@ class Completion:
 class Judgement:
     """A judge's scores, 1 to 10, of a teacher's and a student's answer, averaged over both orders of showing them.
 
-    Both are None when either order could not be read; `reason` then says why. `orders` holds what was read:
-    (teacher, student) with the teacher's answer shown first, then the same with the student's shown first.
+    Both are None when any reply could not be read; `reason` then says which and why. `orders` holds what was read:
+    (teacher, student) with the teacher's answer shown first, then the same with the student's shown first; None where
+    answers are not shown in pairs. Lengths are of the answers, in characters; 0 in files of older versions.
     """
 
     id: str
@@ -63,31 +64,90 @@ class Judgement:
     student: float | None
     orders: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
     reason: str = ""
+    student_length: int = 0
+    teacher_length: int = 0
+
+
+@dataclass(frozen=True)
+class JudgeQuality:
+    """How far a judge's scores can be trusted, by the scores alone. None: undefined, or too few rows to say.
+
+    `rows` were judged and `unjudged` not. Of judgements in both orders: `agreement` is the share of rows whose orders
+    name the same winner or both tie, `order_difference` the mean absolute difference of an answer's two scores, and
+    `position_bias` the mean score of the answer shown first less that of the second. `ties` is the share of rows on
+    which both answers score the same. `length_bias` is the rank correlation, -1 to 1, of the student's answer's length
+    less the teacher's with its score less the teacher's. `notes` are warnings for people.
+    """
+
+    rows: int
+    unjudged: int
+    agreement: float | None
+    order_difference: float | None
+    position_bias: float | None
+    ties: float | None
+    length_bias: float | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probability (nats) of a given completion's `tokens` tokens; 0 tokens where it does not fit the context."""
+
+    id: str
+    logprob: float
+    tokens: int
+
+
+Manner = Literal["alike", "rarer"]
+Styled = Literal["hard", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`.
+
+    `alike`: of the same task, domain and difficulty as the parent; `rarer`: of the same domain, and rarer (Lion's).
+    """
+
+    task: str
+    rows: int
+    parents: tuple[str, ...]
+    manner: Manner = "alike"
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round will train on. Ids refer to the pool; counts are rows.
+    """What a round will train on. Ids refer to the pool or the seeds; counts are rows.
 
-    `hard` are pool rows to be refined, `expand` the new rows wanted of each task, `parents` the rows they grow from,
-    `replay` the easy rows kept in. `asked` and `got` are the tasks' shares of the hard part, `short` the rows of a
-    task that nothing can fill, `notes` what the reader ought to know.
+    `hard` are hard rows, `expansions` the new rows wanted, `drawn` rows taken as they are, whatever their difficulty,
+    `replay` the easy rows kept in, `reflected` rows that the teacher criticises and rewrites. `styled` says whose
+    answers are rewritten in the task's style: the hard and new rows', all rows', or none's. `asked` and `got` are the
+    tasks' shares of the hard and new, or of the drawn rows; `short` the rows of a task that nothing can fill; `notes`
+    what the reader ought to know. alpha is the challenge, the share of hard and new rows, asked and got.
     """
 
     round: int
+    curriculum: str
     alpha: float
     alpha_got: float
-    hard: tuple[str, ...]
-    expand: Mapping[str, int]
-    parents: Mapping[str, tuple[str, ...]]
-    replay: tuple[str, ...]
-    pool: int
-    pool_hard: int
-    unjudged: int
-    asked: Mapping[str, float]
-    got: Mapping[str, float]
+    hard: tuple[str, ...] = ()
+    expansions: tuple[Expansion, ...] = ()
+    drawn: tuple[str, ...] = ()
+    replay: tuple[str, ...] = ()
+    reflected: tuple[str, ...] = ()
+    styled: Styled = "none"
+    pool: int = 0
+    pool_hard: int = 0
+    unjudged: int = 0
+    asked: Mapping[str, float] = field(default_factory=dict)
+    got: Mapping[str, float] = field(default_factory=dict)
     short: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def to_write(self) -> int:
+        """New rows wanted."""
+        return sum(expansion.rows for expansion in self.expansions)
 
 
 @dataclass(frozen=True)
@@ -95,7 +155,8 @@ class Metrics:
     """A student on the holdout. Rates are 0 to 1; intervals are 95 %.
 
     `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5.
-    `accuracy` is the share of answers a checker finds right; None where the recipe has no checker.
+    `accuracy` is the share of answers a checker finds right; None where the recipe has no checker. `judge_quality` is
+    None in files of older versions.
     """
 
     round: int
@@ -111,6 +172,7 @@ class Metrics:
     by_task: Mapping[str, Mapping[str, float | None]]
     cut: int
     judge: str
+    judge_quality: JudgeQuality | None = None
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """What a run's files say: how far it is, and a round's plan, metrics and answers."""
 
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
 from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
+from tapir_local.judge_quality import quality
 from tapir_local.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, instruction_of
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.storefile import usage
-from tapir_local.tasks import Task
 
 SAMPLES = 6
 
@@ -67,7 +67,7 @@ def metrics_of(run: RunDir, number: int) -> dict[str, Any] | None:
 
 
 def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
-    """What `tapir-local show --json` prints: a round's plan, metrics and some of its student's answers.
+    """What `tapir-local show --json` prints: a round's plan, judge, metrics and some of its student's answers.
 
     Without a number the last round that has metrics; TapirError where the round has not begun.
     """
@@ -83,6 +83,7 @@ def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
         "run": run.name,
         "round": number,
         "plan": orjson.loads(plan.read_bytes()) if plan.exists() else None,
+        "judge": judge_of(run, number),
         "metrics": metrics_of(run, number),
         "answers": answers_of(run, number),
     }
@@ -100,52 +101,12 @@ def warnings_of(run: RunDir) -> list[str]:
     return [too_low(found["agreement"], least)] if found and found["agreement"] < least else []
 
 
-def labels_of(run: RunDir) -> dict[str, Any]:
-    """What `tapir-local show --labels --json` prints: rows of each task by who labelled them, agreement, confusion.
-
-    `confusion` has the rows held out of the classifier's training by the teacher's label and then by the classifier's;
-    `confused` lists those of two labels, most rows first. TapirError where the rows are not labelled yet.
-    """
-    path = run.path / "labelled.jsonl"
-    if not path.exists():
-        fix = "`tapir-local distill` with the run's recipe goes on."
-        raise TapirError(f"the rows of run {run.name!r} are not labelled yet", where=str(path), fix=fix)
-    counts: Mapping[tuple[str, str], int] = Counter((row.task, row.labelled_by) for row in read_rows(Example, path))
-    table, agreement = kept_recipe(run).task_table(), agreement_of(run) or {}
-    labels = [*table, *sorted({task for task, _ in counts} - set(table))]
-    held, confusion = agreement.get("by_label", {}), agreement.get("confusion", {})
-    return {
-        "run": run.name,
-        "tasks": {label: labels_row(label, table, counts, held.get(label)) for label in labels},
-        "agreement": {key: agreement.get(key) for key in ("agreement", "rows", "interval", "trained")},
-        "confused": confused(confusion),
-        "confusion": confusion,
-        "warnings": warnings_of(run),
-        "notes": notes_of(run),
-    }
-
-
-def labels_row(
-    label: str, table: Mapping[str, Task], counts: Mapping[tuple[str, str], int], held: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """A task's target share, its rows by who labelled them, and its rows held out."""
-    sources = {who: counts.get((label, who), 0) for who in ("file", "teacher", "classifier")}
-    rows = sum(count for (task, _), count in counts.items() if task == label)
-    return {"share": table[label].share if label in table else 0.0, "rows": rows, **sources, "held_out": held}
-
-
-def confused(confusion: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
-    """The pairs of different labels, most rows first."""
-    pairs = [(rows, told, guess) for told, row in confusion.items() for guess, rows in row.items() if told != guess]
-    order = sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))
-    return [{"teacher": told, "classifier": guess, "rows": rows} for rows, told, guess in order]
-
-
-def notes_of(run: RunDir) -> list[str]:
-    """The closing phrases of the stages that label, which tell the agreement and the tasks without a row."""
-    stages = run.record().get("stages", {})
-    told = [stages.get(f"prepare/{name}", {}).get("note") for name in ("label", "classify", "tasks")]
-    return [text for text in told if text]
+def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
+    """How far the judge's scores of a round's pool and holdout can be trusted, as far as they are there."""
+    files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
+    paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
+    found = {name: read_rows(Judgement, path) for name, path in paths.items()}
+    return {name: asdict(quality(rows)) for name, rows in found.items() if rows}
 
 
 def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from tapir_local.assets import model_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, instruction_of
+from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
@@ -34,6 +34,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             train=trainer(recipe),
             export=exporter(recipe),
             gate=gatekeeper(recipe),
+            score=scorer(recipe),
             check=checker(recipe),
             replay=mode == "replay",
         )
@@ -85,6 +86,19 @@ def generator(recipe: Recipe) -> Callable[[Path, Sequence[Prompt], Sequence[str]
         )
 
     return answer
+
+
+def scorer(recipe: Recipe) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]:
+    """A GGUF's log-probabilities of given completions."""
+
+    def measure(gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress) -> list[Scored]:
+        from tapir_local.score import score
+
+        return score(
+            gguf, texts, context=recipe.student.max_length, progress=lambda done, total: progress(done, total, "")
+        )
+
+    return measure
 
 
 def trainer(recipe: Recipe) -> Callable[[Path, Path | None, int, Path, Progress], None]:

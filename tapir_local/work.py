@@ -8,7 +8,7 @@ from pathlib import Path
 from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request
+from tapir_local.records import Answer, Completion, Prompt, Request, Scored
 from tapir_local.rundir import RunDir
 
 Progress = Callable[[int, int, str], None]
@@ -26,6 +26,7 @@ class Tools:
     train: Callable[[Path, Path | None, int, Path, Progress], None]  # rows, adapter to go on from, seed, adapter out
     export: Callable[[Path, Path, Progress], None]  # adapter, GGUF out
     gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
+    score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]  # GGUF, prompts with completions
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 

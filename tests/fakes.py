@@ -8,7 +8,7 @@ from pathlib import Path
 from tapir_local import prompts
 from tapir_local.distill import Watch
 from tapir_local.recipe import Recipe, parse_recipe
-from tapir_local.records import Answer, Completion, Example, Prompt, Request, instruction_of
+from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import read_rows, write_json, write_text
 from tapir_local.work import Progress, Tools
 
@@ -35,13 +35,18 @@ def reply(request: Request) -> str:
         return json.dumps({"task": "Math" if inner(text, "instruction").startswith("sum") else "Art"})
     if system == prompts.JUDGE:
         return json.dumps({f"answer_{n}": 9 if "right" in inner(text, f"answer_{n}") else 2 for n in (1, 2)})
-    if system == prompts.EXPAND:
+    if system == prompts.JUDGE_SINGLE:
+        return json.dumps({"score": 9 if "right" in inner(text, "answer") else 2})
+    if system in (prompts.EXPAND, prompts.RARER):
         word, number = inner(text, "instruction").split()[:2]
-        return (
-            f"<new_instruction>{word} "
-            + " ".join(f"{number}{request.draw}{n}" for n in range(5))
-            + "</new_instruction>"
-        )
+        word, digit = (f"{word} rare", 9) if system == prompts.RARER else (word, "")
+        numbers = " ".join(f"{number}{digit}{request.draw}{n}" for n in range(5))
+        return f"<new_instruction>{word} {numbers}</new_instruction>"
+    if system == prompts.REFLECT_INSTRUCTION:
+        asked = inner(text, "instruction")
+        return f"Hm.<new_instruction>{asked}, better</new_instruction><new_answer>right indeed</new_answer>"
+    if system == prompts.REFLECT_ANSWER:
+        return f"right, reflected: {inner(text, 'instruction')}"
     return "right, in style" if system == prompts.REFINE else "right"
 
 
@@ -93,6 +98,14 @@ def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Pro
     )
 
 
+def score(gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress) -> list[Scored]:
+    """A text is the likelier the more of its letters its prompt has; of two texts the longer has more to teach."""
+    return [
+        Scored(str(n), -float(len(set(text) - set(instruction_of(prompt))) or 1), len(text))
+        for n, (prompt, text) in enumerate(texts)
+    ]
+
+
 def tools(world: World) -> Tools:
     return Tools(
         teacher=world.ask,
@@ -102,6 +115,7 @@ def tools(world: World) -> Tools:
         train=train,
         export=lambda adapter, out, progress: write_text(out, (adapter / "known").read_text()),
         gate=lambda adapter, gguf, rows, out, progress: write_json(out, {"passed": True}),
+        score=score,
         check=lambda instruction, answer: "right" in answer,
     )
 

@@ -2,14 +2,16 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.curriculum import challenge, is_easy, is_hard, shares, tapir
+from tapir_local.curriculum import CURRICULA, Situation, capped, challenge, is_easy, is_hard, is_judged, shares
 from tapir_local.recipe import Curriculum
 from tapir_local.records import Example, Judgement, Message, RoundPlan
 from tapir_local.tasks import TASKS
 
+GAPS = {"Math": 6.0, "Music": 2.0, "Art": -1.0}
 TARGETS = {label: task.share for label, task in TASKS.items()}
 
 
@@ -67,13 +69,18 @@ def rows_and_judgements(hard: dict[str, int], easy: dict[str, int]) -> tuple[lis
 
 def planned(hard: dict[str, int], easy: dict[str, int], *, can_expand: bool = True, **settings: float) -> RoundPlan:
     rows, judgements = rows_and_judgements(hard, easy)
-    return tapir(rows, judgements, TARGETS, Curriculum(**settings), 2, can_expand, random.Random(0))  # type: ignore[arg-type]
+    known = Situation(rows, rows, judgements, TARGETS, Curriculum(**settings), 2, can_expand, random.Random(0), GAPS)  # type: ignore[arg-type]
+    return CURRICULA[known.settings.name](known)
+
+
+def new_rows(plan: RoundPlan) -> dict[str, int]:
+    return {expansion.task: expansion.rows for expansion in plan.expansions}
 
 
 def test_a_plan_has_the_challenge_and_the_shares_asked() -> None:
     plan = planned({"Math": 200, "Music": 200}, {"Math": 300}, rows=200)
-    math = sum("Math" in id for id in plan.hard) + plan.expand["Math"]
-    assert len(plan.hard) + sum(plan.expand.values()) == 100  # alpha_2 = 0.5
+    math = sum("Math" in id for id in plan.hard) + new_rows(plan)["Math"]
+    assert len(plan.hard) + plan.to_write == 100  # alpha_2 = 0.5
     assert len(plan.replay) == 100
     assert math == round(100 * 0.167 / 0.184)
     assert plan.alpha_got == 0.5
@@ -83,8 +90,8 @@ def test_a_plan_has_the_challenge_and_the_shares_asked() -> None:
 def test_half_of_a_task_is_new_and_all_of_what_it_lacks() -> None:
     plan = planned({"Math": 200, "Music": 1}, {"Math": 300}, rows=200)
     assert sum("Music" in id for id in plan.hard) == 1
-    assert plan.expand["Music"] == 8
-    assert plan.parents["Music"] == ("hard-Music-0",)
+    assert new_rows(plan)["Music"] == 8
+    assert plan.expansions[1].parents == ("hard-Music-0",)
 
 
 def test_the_hardest_rows_come_first() -> None:
@@ -100,21 +107,112 @@ def test_no_row_is_repeated() -> None:
 def test_without_expansion_difficulty_alone_decides_and_the_shortage_is_said() -> None:
     plan = planned({"Math": 10, "Music": 30}, {"Math": 90}, rows=100, can_expand=False)
     assert len(plan.hard) == 40
-    assert not plan.expand
+    assert not plan.expansions
     assert plan.short["Math"] > 0
 
 
 def test_no_hard_row_only_replays_and_says_so() -> None:
     plan = planned({}, {"Math": 90}, rows=50)
-    assert (len(plan.hard), plan.expand, len(plan.replay)) == (0, {}, 50)
+    assert (len(plan.hard), plan.expansions, len(plan.replay)) == (0, (), 50)
     assert "no row is hard" in plan.notes[0]
 
 
 def test_only_hard_rows_fill_the_round_and_say_so() -> None:
     plan = planned({"Math": 90}, {}, rows=50)
     assert "no row is easy" in plan.notes[0]
-    assert (len(plan.hard) + sum(plan.expand.values()), plan.alpha, plan.alpha_got) == (50, 0.5, 1.0)
+    assert (len(plan.hard) + plan.to_write, plan.alpha, plan.alpha_got) == (50, 0.5, 1.0)
+
+
+def test_hard_rows_take_the_places_that_easy_ones_cannot_fill_and_it_is_said() -> None:
+    plan = planned({"Math": 90}, {"Math": 10}, rows=50)
+    assert (len(plan.hard) + plan.to_write, len(plan.replay), plan.alpha_got) == (40, 10, 0.8)
+    assert plan.notes == ("15 easy rows fewer than asked, hard ones in their place",)
 
 
 def test_a_plan_is_the_same_each_time() -> None:
     assert planned({"Math": 90, "Art": 4}, {"Math": 70}) == planned({"Math": 90, "Art": 4}, {"Math": 70})
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 30)), st.integers(0, 120), st.randoms())
+def test_capped_shares_fill_up_and_never_ask_for_more_than_there_is(
+    counts: dict[str, int], size: int, rng: random.Random
+) -> None:
+    rows = capped(counts, {task: rng.random() for task in counts}, size)
+    assert sum(rows.values()) == min(size, sum(counts.values()))
+    assert all(rows[task] <= counts[task] for task in counts)
+
+
+def test_without_difficulty_rows_are_taken_at_random_and_none_is_judged() -> None:
+    plan = planned({"Math": 100}, {"Math": 100}, rows=100, difficulty=False)
+    assert not is_judged(Curriculum(difficulty=False))
+    assert {id.partition("-")[0] for id in plan.hard} == {"hard", "easy"}
+    assert not {*plan.hard} & {*plan.replay}
+    assert len(plan.hard) + plan.to_write + len(plan.replay) == 100
+
+
+def test_without_balance_tasks_come_as_they_do_among_the_hard_rows() -> None:
+    plan = planned({"Math": 50, "Music": 150}, {"Math": 100}, rows=100, balance=False)
+    assert plan.got == {"Math": 0.24, "Music": 0.76}  # a quarter and three quarters of 50 rows
+
+
+@pytest.mark.parametrize(("refine", "styled"), [("hard", "hard"), ("all", "all"), ("off", "none"), (False, "none")])
+def test_whose_answers_are_styled_is_the_recipes_choice(refine: str | bool, styled: str) -> None:
+    assert planned({"Math": 9}, {"Math": 9}, rows=4, refine=refine).styled == styled
+
+
+def test_uniform_draws_as_many_seeds_as_a_round_has_rows() -> None:
+    plan = planned({"Math": 60}, {"Art": 60}, rows=50, name="uniform")
+    assert (len(set(plan.drawn)), plan.hard, plan.expansions, plan.replay) == (50, (), (), ())
+
+
+def test_a_seed_file_smaller_than_a_round_is_said() -> None:
+    assert planned({"Math": 20}, {}, rows=50, name="uniform").notes == ("only 20 seeds for 50 rows",)
+
+
+def test_all_takes_every_seed() -> None:
+    assert len(planned({"Math": 60}, {"Art": 60}, rows=50, name="all").drawn) == 120
+
+
+def test_growth_shares_follow_the_gaps_on_the_holdout() -> None:
+    plan = planned({"Math": 90, "Music": 90, "Art": 90}, {}, rows=80, name="growth")
+    assert plan.got == {"Math": 0.75, "Music": 0.25}
+
+
+def test_a_task_too_small_for_its_gap_leaves_the_rest_to_the_others() -> None:
+    plan = planned({"Math": 10, "Music": 90}, {}, rows=80, name="growth")
+    assert (len(plan.drawn), plan.short) == (80, {"Math": 50})
+
+
+def test_without_a_gap_growth_draws_as_the_seeds_are() -> None:
+    rows, _ = rows_and_judgements({"Math": 30, "Art": 10}, {})
+    settings = Curriculum(name="growth", rows=20)
+    plan = CURRICULA["growth"](Situation(rows, rows, [], TARGETS, settings, 1, True, random.Random(0)))
+    assert plan.got == {"Art": 0.25, "Math": 0.75}
+
+
+def test_lion_grows_half_from_hard_rows_and_half_from_easy_ones() -> None:
+    plan = planned({"Math": 30}, {"Math": 10, "Art": 20}, rows=50, name="lion")
+    by_manner = {manner: [e for e in plan.expansions if e.manner == manner] for manner in ("alike", "rarer")}
+    assert [sum(e.rows for e in found) for found in by_manner.values()] == [25, 25]
+    assert all(id.startswith("hard") for e in by_manner["alike"] for id in e.parents)
+    assert all(id.startswith("easy") for e in by_manner["rarer"] for id in e.parents)
+    assert (plan.hard, plan.replay, plan.styled) == ((), (), "none")
+
+
+def test_lion_calls_a_row_hard_at_one_point_and_not_below() -> None:
+    rows = [Example(id, (Message("user", id),), "x", "Math") for id in ("at", "below")]
+    judgements = [Judgement("at", 9.0, 8.0), Judgement("below", 9.0, 8.1)]
+    settings = Curriculum(name="lion", rows=2)
+    plan = CURRICULA["lion"](Situation(rows, rows, judgements, TARGETS, settings, 1, True, random.Random(0)))
+    assert [(e.manner, e.parents) for e in plan.expansions] == [("alike", ("at",)), ("rarer", ("below",))]
+
+
+def test_reflection_takes_seeds_at_random() -> None:
+    plan = planned({"Math": 60}, {"Art": 60}, rows=50, name="reflection")
+    assert (len(set(plan.reflected)), plan.drawn) == (50, ())
+
+
+@pytest.mark.parametrize("name", sorted(CURRICULA))
+def test_every_curriculum_names_itself_and_plans_the_same_each_time(name: str) -> None:
+    first, second = (planned({"Math": 30, "Art": 9}, {"Math": 30}, rows=20, name=name) for _ in range(2))
+    assert (first.curriculum, first) == (name, second)

@@ -43,8 +43,8 @@ def test_the_plan_is_carried_out(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, tools(World()), QUIET)
     plan, rows = read_record(RoundPlan, run.round(1) / "plan.json"), read_rows(Example, run.round(1) / "train.jsonl")
-    assert len(rows) == len(plan.hard) + sum(plan.expand.values()) + len(plan.replay)
-    assert sum(row.completion == "right, in style" for row in rows) == len(plan.hard) + sum(plan.expand.values())
+    assert len(rows) == len(plan.hard) + plan.to_write + len(plan.replay)
+    assert sum(row.completion == "right, in style" for row in rows) == len(plan.hard) + plan.to_write
     assert {row.origin for row in rows} == {"seed", "expanded"}
 
 
@@ -52,7 +52,7 @@ def test_the_pool_grows_by_what_was_expanded(recipe: Recipe, tmp_path: Path) -> 
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, tools(World()), QUIET)
     first, second = (read_rows(Judgement, run.round(number) / "judgements.jsonl") for number in (1, 2))
-    assert len(second) == len(first) + sum(read_record(RoundPlan, run.round(1) / "plan.json").expand.values())
+    assert len(second) == len(first) + read_record(RoundPlan, run.round(1) / "plan.json").to_write
 
 
 def test_a_second_call_does_nothing(recipe: Recipe, tmp_path: Path) -> None:

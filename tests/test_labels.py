@@ -11,13 +11,14 @@ import pytest
 from fakes import QUIET, World, classify, make_recipe, tools
 
 import cli
-from tapir_local.display import label_tables, stages_table
+from tapir_local.display import stages_table
 from tapir_local.distill import distill
 from tapir_local.errors import TapirError
 from tapir_local.forecast import forecast
+from tapir_local.labels import label_tables, labels_of
 from tapir_local.recipe import Recipe, overridden
 from tapir_local.records import Answer, Example, Request
-from tapir_local.report import labels_of, status_of
+from tapir_local.report import status_of
 from tapir_local.rundir import RunDir, read_rows, write_json
 from tapir_local.work import Progress
 

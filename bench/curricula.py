@@ -1,0 +1,129 @@
+"""Curricula and TAPIR's ablations on the pocket world: the same student, seeds, store, holdout and rows a round.
+
+    python bench/curricula.py --folder DIR --workers 2              run what is missing, then report
+    python bench/curricula.py --folder DIR --report                 only report what is there
+
+For each random seed the preparation and round 0 are done once and copied for every arm. All share one store. It
+resumes: a run that is done is only read, one that was cut goes on. Each worker has one thread, and does training,
+export and gate in its own process instead of a new one each: the imports of torch and TRL are paid once.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SETTING: Mapping[str, Any] = {
+    "rounds": 3,
+    "seeds.holdout": 400,
+    "curriculum.rows": 500,
+    "curriculum.first_rows": 500,
+    "curriculum.pool": 600,
+    "curriculum.drafts": 8,  # so that no arm is short of rows
+}
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "tapir": {},
+    "uniform": {"curriculum.name": "uniform"},
+    "all": {"curriculum.name": "all"},
+    "lion": {"curriculum.name": "lion"},
+    "reflection": {"curriculum.name": "reflection"},
+    "growth": {"curriculum.name": "growth"},
+    "tapir-difficulty-off": {"curriculum.difficulty": False},
+    "tapir-balance-off": {"curriculum.balance": False},
+    "tapir-refine-off": {"curriculum.refine": "off"},
+    "tapir-one-round": {"rounds": 1, "curriculum.rows": 1500, "curriculum.alpha": 0.7},
+    "tapir-alpha-fixed": {"curriculum.alpha": 0.7, "curriculum.alpha_step": 0.0},
+    "tapir-refine-all": {"curriculum.refine": "all"},
+    "uniform-refined": {
+        "curriculum.difficulty": False,
+        "curriculum.balance": False,
+        "curriculum.expand_share": 0.0,
+        "curriculum.alpha": 1.0,
+    },
+}
+SEEDS = (1, 2, 3, 4, 5)
+BASE = "base"
+HEAVY = ("classifier", "train", "export", "gate")
+
+
+def recipe_of(arm: str, seed: int) -> Any:
+    """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
+    from tapir_local.recipe import overridden, parse_recipe
+
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
+    return overridden(parse_recipe(text, "quickstart.yaml"), changes)
+
+
+def here(module: str, job: Any, folder: Path, progress: Any = None) -> None:
+    """What process.in_own_process does, in this process."""
+    from tapir_local.rundir import write_record
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "job.json", job)
+    importlib.import_module(module).run_folder(folder, progress or (lambda done, total, note: None))
+
+
+def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
+    """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
+    from tapir_local.distill import Watch, distill
+    from tapir_local.rundir import RunDir
+    from tapir_local.tools import real_tools
+
+    for name in HEAVY:
+        vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here
+    recipe, began = recipe_of(arm, seed), time.monotonic()
+    place, base = RunDir(folder, recipe.name), RunDir(folder, f"{BASE}-{seed}")
+    if arm != BASE and not place.path.exists():
+        copy = place.path.with_name(f".{place.name}.partial")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(base.path, copy)
+        (copy / "recipe.yaml").unlink()
+        copy.rename(place.path)
+    if not (place.path / "recipe.yaml").exists() and arm != BASE:
+        from tapir_local.recipe import to_yaml
+        from tapir_local.rundir import write_text
+
+        write_text(place.path / "recipe.yaml", to_yaml(recipe))
+    quiet = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
+    with real_tools(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as tools:
+        distill(recipe, place, tools, quiet)
+    return arm, seed, time.monotonic() - began
+
+
+def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
+    """All runs, the bases first, then seed by seed, so that a cut bench has whole seeds."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for jobs in ([(BASE, seed) for seed in seeds], [(arm, seed) for seed in seeds for arm in arms]):
+            waiting = [pool.submit(run, folder, arm, seed) for arm, seed in jobs]
+            for count, found in enumerate(as_completed(waiting), 1):
+                arm, seed, seconds = found.result()
+                print(f"{count}/{len(jobs)} {arm} {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if not options.report:
+        work(options.folder, options.arms, options.seeds, options.workers)
+    print(json.dumps({}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The rows that a round may use: the seeds, all that are known by now, and the pool of which it takes its pick."""
+
+from tapir_local.records import Example
+from tapir_local.rundir import read_rows
+from tapir_local.work import Work
+
+
+def seeds(work: Work) -> list[Example]:
+    """The seeds with the teacher's plain answers."""
+    return read_rows(Example, work.run.path / "seeds.jsonl")
+
+
+def all_known(work: Work) -> list[Example]:
+    """The seeds and all that earlier rounds trained on, each with the teacher's newest answer, by id."""
+    rows = {row.id: row for row in seeds(work)}
+    for number in range(1, work.number):
+        rows |= {row.id: row for row in read_rows(Example, work.run.round(number) / "train.jsonl")}
+    return sorted(rows.values(), key=lambda row: row.id)
+
+
+def pool(work: Work) -> list[Example]:
+    """The rows that this round looks at: all that are known, or as many of them as the recipe says, at random."""
+    everything = all_known(work)
+    size = work.recipe.curriculum.pool or len(everything)
+    if size >= len(everything):
+        return everything
+    return sorted(work.chance("pool").sample(everything, size), key=lambda row: row.id)

@@ -1,0 +1,120 @@
+"""Log-probabilities that a GGUF gives to completions it is shown, many at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapir_local.generate import Batch, decode_batch, encode_prompt, make_batch
+from tapir_local.llama import Engine, Model, encode, library, open_context, open_model, template
+from tapir_local.records import Prompt, Scored
+from tapir_local.template import training_text
+
+SEQUENCES = 64  # texts in the context at once
+CELLS = 2048  # and tokens, where none is longer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a text; those from `start` on are scored."""
+
+    number: int
+    ids: list[int]
+    start: int
+
+
+def score(
+    gguf: Path,
+    texts: Sequence[tuple[Prompt, str]],
+    *,
+    context: int,
+    ids: Sequence[str] | None = None,
+    adapter: Path | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """The log-probability (natural) of each completion after its prompt, with the token that ends the turn.
+
+    Prompt and completion are tokenised as train.py does. In the order of `texts`; `ids` name them, or numbers do. A
+    text longer than `context` tokens has 0 tokens. TapirError when the GGUF or the adapter cannot be loaded.
+    """
+    names = [str(number) for number in range(len(texts))] if ids is None else list(ids)
+    if not texts:
+        return []
+    found: dict[int, float] = {}
+    with open_model(gguf, adapter=adapter) as model:
+        tokens = [tokens_of(model, number, *text) for number, text in enumerate(texts)]
+        fitting = sorted((text for text in tokens if len(text.ids) <= context), key=lambda text: len(text.ids))
+        cells = max([CELLS, *(len(text.ids) for text in fitting[-1:])])
+        with open_context(model, cells=cells, sequences=SEQUENCES, threads=threads) as engine:
+            batch = make_batch(engine.batch)
+            for group in groups(fitting, cells):
+                found |= score_group(engine, batch, group)
+                if progress:
+                    progress(len(found), len(texts))
+    return [
+        Scored(
+            names[text.number], found.get(text.number, 0.0), len(text.ids) - text.start if text.number in found else 0
+        )
+        for text in tokens
+    ]
+
+
+def tokens_of(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:
+    """A text's ids: the prompt's, then what follows them in the ids of the whole, as in train.token_rows."""
+    head = encode_prompt(model, prompt)
+    asked, answer = training_text(template(model), prompt, completion, bos_token=model.bos, eos_token=model.eos)
+    joined = encode(model, asked + answer)
+    tail = joined[len(head) :] if joined[: len(head)] == head else encode(model, answer)
+    return Tokens(number, head + tail, len(head))
+
+
+def groups(texts: Sequence[Tokens], cells: int) -> Iterator[list[Tokens]]:
+    """Texts that fit into the context together."""
+    group: list[Tokens] = []
+    used = 0
+    for text in texts:
+        if group and (used + len(text.ids) > cells or len(group) == SEQUENCES):
+            yield group
+            group, used = [], 0
+        group.append(text)
+        used += len(text.ids)
+    if group:
+        yield group
+
+
+def score_group(engine: Engine, batch: Batch, group: Sequence[Tokens]) -> dict[int, float]:
+    """The log-probability of each text of a group, by its number; the last token of a text predicts nothing."""
+    import numpy as np
+
+    rows = [
+        (ids[place], place, slot, place + 1 >= text.start, ids[place + 1], text.number)
+        for slot, text in enumerate(group)
+        for ids in [text.ids]
+        for place in range(len(ids) - 1)
+    ]
+    found = {text.number: 0.0 for text in group}
+    library().llama_memory_clear(engine.memory, False)
+    for start in range(0, len(rows), engine.batch):
+        token, pos, slot, wanted, target, number = zip(*rows[start : start + engine.batch], strict=True)
+        count = len(token)
+        batch.token[:count], batch.pos[:count], batch.seq[:count] = token, pos, slot
+        batch.logits[:count] = wanted
+        decode_batch(engine, batch, count)
+        targets = [(word, of) for word, of, is_wanted in zip(target, number, wanted, strict=True) if is_wanted]
+        for (_, of), value in zip(targets, logprobs(engine, np.array([word for word, _ in targets])), strict=True):
+            found[of] += float(value)
+    return found
+
+
+def logprobs(engine: Engine, targets: Any) -> Any:
+    """The log-probability of each target in the row of logits that the last decoding left for it."""
+    import numpy as np
+
+    if not len(targets):
+        return targets
+    llama = library()
+    width = llama.llama_vocab_n_tokens(engine.model.vocab)
+    rows = np.ctypeslib.as_array(llama.llama_get_logits(engine.context), (len(targets), width))
+    top = rows.max(axis=1, keepdims=True)
+    return rows[np.arange(len(targets)), targets] - top[:, 0] - np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64))
