@@ -193,21 +193,34 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
         print_table(stages_table(found), rounds_table(found))
 
 
-@cli.command(epilog=example("tapir-local show quickstart", "tapir-local show quickstart --round 2 --json"))
+@cli.command(
+    epilog=example(
+        "tapir-local show quickstart",
+        "tapir-local show quickstart --round 2 --json",
+        "tapir-local show quickstart --labels",
+    )
+)
 @click.argument("run", required=False)
 @click.option("--round", "number", type=click.IntRange(min=0), help="The round; the last evaluated one if left out.")
+@click.option(
+    "--labels", is_flag=True, help="Instead: who labelled the rows of each task, and what the classifier confuses."
+)
 @cache_option
 @json_option
-def show(run: str | None, number: int | None, cache: Path | None, as_json: bool) -> None:
+def show(run: str | None, number: int | None, labels: bool, cache: Path | None, as_json: bool) -> None:
     """A round of RUN: its plan, its metrics by task, and some answers of its student."""
     from tapir_local.display import round_tables
+    from tapir_local.labels import label_tables, labels_of
     from tapir_local.report import round_of
 
-    found = round_of(chosen_run(cache, run), number)
+    if labels and number is not None:
+        raise click.UsageError("--labels is of the whole run, not of a round")
+    place = chosen_run(cache, run)
+    found = labels_of(place) if labels else round_of(place, number)
     if as_json:
         print_json(found)
     else:
-        print_table(*round_tables(found))
+        print_table(*(label_tables(found) if labels else round_tables(found)))
 
 
 @cli.command(

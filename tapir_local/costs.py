@@ -85,7 +85,7 @@ def value_of(by: By, cache: Path, tasks: dict[str, dict[str, str]], run: str, nu
 
 def tasks_of(run: RunDir) -> dict[str, str]:
     """The task of each row of a run, as far as its folder is there."""
-    files = [run.path / "labels.jsonl", run.path / "seeds.jsonl", run.path / "holdout.jsonl"]
+    files = [run.path / f"{name}.jsonl" for name in ("labels", "labelled", "seeds", "holdout")]
     files += sorted(run.path.glob("round-*/train.jsonl"))
     return {row.id: row.task for row in examples(file for file in files if file.exists())}
 

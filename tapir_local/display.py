@@ -137,7 +137,8 @@ def caption(status: Mapping[str, Any]) -> str:
 
 def stages_table(status: Mapping[str, Any]) -> Table:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
-    table = Table(title=f"run {status['run']}: stages", title_justify="left")
+    table = Table(title=f"run {status['run']}: stages", title_justify="left", caption_justify="left")
+    table.caption = "\n".join(f"WARNING: {text}" for text in status["warnings"]) or None
     for name in ("stage", "done"):
         table.add_column(name)
     for name in ("seconds", "paid", "hits"):
@@ -366,9 +367,9 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
     table.add_section()
     table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
     table.caption = (
-        "Counted: every request was looked up. Estimate: it depends on a student that is not trained yet; what of it "
-        "the store has is not known. Tokens are rough: a quarter of the letters, and replies as long as the stage's "
-        "others."
+        "Counted: every request was looked up. Estimate: it depends on a student or a classifier that is not trained "
+        "yet (of prepare/tasks, the most it can be); what of it the store has is not known. Tokens are rough: a "
+        "quarter of the letters, and replies as long as the stage's others."
     )
     return table
 

@@ -8,6 +8,7 @@ from typing import Any
 from rapidfuzz.distance import Indel
 
 from tapir_local.records import Judgement
+from tapir_local.tasks import compared
 
 LOWEST, HIGHEST = 1.0, 10.0
 PREFIX = re.compile(r"^(?:the\s+)?(?:task|label|category|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
@@ -17,6 +18,7 @@ SCORE_KEY = re.compile(r"(?:^|[_ ])(?:score|rating)$")
 TAGGED = re.compile(r"<(?:answer|score)_?([12])>\s*([0-9.]+)\s*</(?:answer|score)_?\1>", re.IGNORECASE)
 TAGGED_ONE = re.compile(r"<score>\s*([0-9.]+)\s*</score>", re.IGNORECASE)
 FENCE = re.compile(r"```(?:json)?|\s")  # the marks of a code block around the object, and white space
+THOUGHTS = re.compile(r"^.*</think>|<think>.*$", re.IGNORECASE | re.DOTALL)
 WRAPPING = " \t\r\n`*_\"'.<>[]()"
 
 Scores = tuple[float, float]
@@ -116,21 +118,23 @@ def tagged_scores(reply: str) -> Scores | None:
 def parse_label(reply: str, labels: Iterable[str]) -> str | None:
     """The one label that the reply as a whole names, whatever its case and wrapping; None where it says anything more.
 
-    A label mentioned within a sentence is not an answer: "about Music theory, not Math" is None.
+    A label mentioned within a sentence is not an answer: "about Music theory, not Math" is None. What a model thought
+    before `</think>` is no part of its reply.
     """
-    known = {label.casefold(): label for label in labels}
+    known = {compared(label): label for label in labels}
+    reply = THOUGHTS.sub("", reply)
     objects = [value for value, _, _ in json_objects(reply)]
     if objects:
         said = {
-            str(item)
+            compared(str(item).strip(WRAPPING))
             for value in objects
             for key, item in value.items()
             if key.lower() in ("task", "label", "category")
         }
-        return known.get(said.pop().strip(WRAPPING).casefold()) if len(said) == 1 else None
+        return known.get(said.pop()) if len(said) == 1 else None
     bare = reply.strip(WRAPPING)
     bare = PREFIX.sub("", bare).strip(WRAPPING)
-    return known.get(bare.casefold())
+    return known.get(compared(bare))
 
 
 INSTRUCTION = re.compile(r"<new_instruction>(.*?)</new_instruction>", re.IGNORECASE | re.DOTALL)

@@ -9,7 +9,7 @@ from tapir_local.judge_quality import mean, quality
 from tapir_local.judging import mfd
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
-Checker = Callable[[str, str], bool | None]
+Checker = Callable[[Example, str], bool | None]  # a row and an answer to it
 Interval = tuple[float, float]
 
 WIDE, WANTED = 0.10, 0.05  # half the width of an interval that is said to be wide, and of one to aim at

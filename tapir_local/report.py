@@ -9,6 +9,7 @@ import orjson
 from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.judge_quality import quality
+from tapir_local.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, instruction_of
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.storefile import usage
@@ -34,6 +35,7 @@ def status_of(run: RunDir) -> dict[str, Any]:
         "prepare": [stage_status(step, taken) for step in steps if step.number is None],
         "rounds": rounds,
         "calls": calls_of(run, taken),
+        "warnings": warnings_of(run),
     }
 
 
@@ -85,6 +87,18 @@ def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
         "metrics": metrics_of(run, number),
         "answers": answers_of(run, number),
     }
+
+
+def agreement_of(run: RunDir) -> dict[str, Any] | None:
+    """How far the run's classifier agrees with its teacher; None where there is none."""
+    path = run.path / "classifier" / "agreement.json"
+    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+
+
+def warnings_of(run: RunDir) -> list[str]:
+    """What makes a run's results doubtful."""
+    found, least = agreement_of(run), kept_recipe(run).classifier.min_agreement
+    return [too_low(found["agreement"], least)] if found and found["agreement"] < least else []
 
 
 def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:

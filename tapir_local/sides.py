@@ -14,7 +14,7 @@ from tapir_local.errors import TapirError
 from tapir_local.lockfile import locked
 from tapir_local.metrics import Checker, win
 from tapir_local.recipe import Recipe
-from tapir_local.records import Completion, Example, Judgement, instruction_of
+from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report import metrics_of
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.stats import Rows
@@ -129,7 +129,7 @@ def values_of(run: RunDir, number: int, holdout: Sequence[Example], check: Check
     """(right or not, win value) by row id, of a round's answers to the holdout."""
     texts = by_id(run, number, Completion, "holdout-answer", "holdout-answers.jsonl", holdout)
     judged = by_id(run, number, Judgement, "holdout-judge", "holdout-judgements.jsonl", holdout)
-    right = {row.id: check(instruction_of(row.prompt), texts[row.id].text) if check else None for row in holdout}
+    right = {row.id: check(row, texts[row.id].text) if check else None for row in holdout}
     wins = {row.id: win(judged[row.id]) for row in holdout}
     return known(right), known(wins)
 

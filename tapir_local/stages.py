@@ -7,7 +7,7 @@ from tapir_local import metrics
 from tapir_local.curriculum import CURRICULA, Situation, is_judged
 from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgements
 from tapir_local.prepare import PREPARE
-from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, instruction_of
+from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.rows import pool, seeds
 from tapir_local.rundir import read_rows, write_record, write_rows
 from tapir_local.work import Stage, Work
@@ -141,10 +141,7 @@ def evaluate(work: Work, out: Path) -> str:
 def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
     """By id, whether the recipe's checker finds an answer right; None where it cannot tell or there is none."""
     check = work.tools.check
-    return {
-        row.id: check(instruction_of(row.prompt), text.text) if check else None
-        for row, text in zip(rows, completions, strict=True)
-    }
+    return {row.id: check(row, text.text) if check else None for row, text in zip(rows, completions, strict=True)}
 
 
 def headline(found: Metrics) -> str:

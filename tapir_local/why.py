@@ -69,7 +69,9 @@ def why(run: RunDir, named: str) -> dict[str, Any]:
 
 def rows_of(run: RunDir) -> dict[str, Example]:
     """Every row that a run has met, by id, each with its newest answer."""
-    files = [run.path / name for name in ("rows.jsonl", "labels.jsonl", "seeds.jsonl", "holdout.jsonl")]
+    files = [
+        run.path / name for name in ("rows.jsonl", "labels.jsonl", "labelled.jsonl", "seeds.jsonl", "holdout.jsonl")
+    ]
     rows = {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
     rows |= {draft.example.id: draft.example for _, draft in drafts_of(run)}
     for number in range(rounds_begun(run) + 1):
