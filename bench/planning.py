@@ -2,6 +2,7 @@
 
     python bench/planning.py near --data ../shared/data     10,000 drafts, one after another, against 60,000 rows
     python bench/planning.py read --data ../shared/data     52,000 rows of Alpaca form through the `read` stage
+    python bench/planning.py plan --data ../shared/data     a round planned from 52,000 judged rows, by each curriculum
 
 `--data` is a folder of real instructions (FILES below). Rows are made of their phrases, so that lengths and the
 frequencies of words are about those of real ones. `near` times a loop over all pairs beside the index in the same run,
@@ -24,13 +25,15 @@ from typing import Any
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+from tapir_local.curriculum import CURRICULA
 from tapir_local.dataset import read_seeds, screen
 from tapir_local.near import Index
 from tapir_local.prepare import read
-from tapir_local.recipe import Recipe, Seeds, Teacher
-from tapir_local.records import Example, Message
-from tapir_local.rundir import RunDir
+from tapir_local.recipe import Curriculum, Recipe, Seeds, Teacher
+from tapir_local.records import Example, Judgement, Message
+from tapir_local.rundir import RunDir, write_rows
 from tapir_local.seedfiles import read_path
+from tapir_local.stages import plan
 from tapir_local.tasks import TASKS
 from tapir_local.work import Work
 
@@ -166,6 +169,30 @@ def reading(options: argparse.Namespace) -> None:
         subprocess.run(command, check=True)
 
 
+def planning(options: argparse.Namespace) -> None:
+    """The `plan` stage of each curriculum, files read and written, on rows of all tasks with scores drawn at random."""
+    rng, labels = random.Random(4), list(TASKS)
+    texts = recombined([row.prompt[-1].content for row in real_rows(options.data)], rng)
+    prompts = [(Message("user", next(texts)),) for _ in range(options.rows)]
+    rows = [Example(f"seed-{n:05d}", prompt, "x", rng.choice(labels)) for n, prompt in enumerate(prompts)]
+    judged = [Judgement(row.id, rng.uniform(5, 10), rng.uniform(1, 10)) for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder), "plan")
+        for path, records in (
+            (run.path / "seeds.jsonl", rows),
+            (run.path / "holdout.jsonl", rows[:400]),
+            (run.round(0) / "holdout-judgements.jsonl", judged[:400]),
+            (run.round(1) / "judgements.jsonl", judged),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, records)
+        for name in CURRICULA:
+            recipe = Recipe(teacher=Teacher(kind="pocket"), curriculum=Curriculum(name=name, rows=10_000))
+            work = Work(recipe, run, Any, 1)  # type: ignore[arg-type]
+            taken, said = seconds(lambda work=work: plan(work, run.round(1) / "plan.json"))
+            print(f"{name}: {taken:.2f} s; {said}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -179,7 +206,10 @@ def main() -> None:
     other.add_argument("--rows", type=int, default=52_000)
     other.add_argument("--limit", type=float, default=0.9)
     other.set_defaults(run=reading)
-    for command in (part, other):
+    third = commands.add_parser("plan", help="the plan stage on many judged rows")
+    third.add_argument("--rows", type=int, default=52_000)
+    third.set_defaults(run=planning)
+    for command in (part, other, third):
         command.add_argument("--data", type=Path, required=True)
     child = commands.add_parser("stage", help="what `read` runs in a process of its own")
     child.add_argument("file", type=Path)
