@@ -202,8 +202,8 @@ def planning(options: argparse.Namespace) -> None:
         for name in CURRICULA:
             recipe = Recipe(teacher=Teacher(kind="pocket"), curriculum=Curriculum(name=name, rows=10_000))
             work = Work(recipe, run, Any, 1)  # type: ignore[arg-type]
-            taken, said = seconds(lambda work=work: plan(work, run.round(1) / "plan.json"))
-            print(f"{name}: {taken:.2f} s; {said}", flush=True)
+            taken = timed(lambda work=work: plan(work, run.round(1) / "plan.json"))
+            print(f"{name}: {taken}; {taken.found}", flush=True)
 
 
 def main() -> None:

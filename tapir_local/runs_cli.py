@@ -21,7 +21,7 @@ def why(run: str, row: str, cache: Path | None, as_json: bool) -> None:
 
     ROW is a row's id, or words that only its instruction has.
     """
-    from tapir_local.display import why_tables
+    from tapir_local.explanations import why_tables
     from tapir_local.why import why as explain
 
     found = explain(chosen_run(cache, run), row)
@@ -49,7 +49,7 @@ def plan(run: str, number: int | None, changes: tuple[str, ...], cache: Path | N
     """
     from dataclasses import asdict
 
-    from tapir_local.display import what_if_tables
+    from tapir_local.explanations import what_if_tables
     from tapir_local.whatif import what_if
 
     found = what_if(chosen_run(cache, run), number, changes)

@@ -22,7 +22,7 @@ away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
 work rows prepare reflecting writing judge_asking stages distill tools forecast chat
 report costs why whatif doctor display labels
-sides compare comparison
+sides compare comparison explanations
 console calls_cli runs_cli
 """
 MODULES = ORDER.split()

@@ -1,5 +1,6 @@
 """A recipe is read whole or refused with the path of what is wrong."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,12 @@ def test_a_change_on_the_command_line(text: str, change: tuple[str, object]) -> 
 def test_what_is_no_change(text: str) -> None:
     with pytest.raises(TapirError):
         read_change(text)
+
+
+def test_every_setting_is_read_by_the_program() -> None:
+    """A switch that no code reads is a lie (a neighbour's deduplication was one)."""
+    package = Path(__file__).parent.parent / "tapir_local"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.glob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {path.rpartition(".")[2] for path, *_ in settings()}
+    assert names - read == set()
