@@ -66,7 +66,7 @@ HEAVY = ("classifier", "train", "export", "gate")
 
 def recipe_of(arm: str, seed: int) -> Any:
     """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
-    from tapir_local.recipe import overridden, parse_recipe
+    from tapir_local.recipe_text import overridden, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
@@ -99,7 +99,7 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
         (copy / "recipe.yaml").unlink()
         copy.rename(place.path)
     if not (place.path / "recipe.yaml").exists() and arm != BASE:
-        from tapir_local.recipe import to_yaml
+        from tapir_local.recipe_text import to_yaml
         from tapir_local.rundir import write_text
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))

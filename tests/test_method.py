@@ -9,7 +9,7 @@ from fakes import QUIET, World, make_recipe, tools
 from tapir_local import prompts
 from tapir_local.dataset import Draft
 from tapir_local.distill import distill
-from tapir_local.recipe import overridden
+from tapir_local.recipe_text import overridden
 from tapir_local.records import Example, Message, RoundPlan
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.tasks import TASKS
