@@ -60,8 +60,9 @@ def rounds_caption(found: Mapping[str, Any]) -> str:
     chosen = f"each run's last within {at['budget']:,} {UNITS[at['kind']]}" if at else "compared below"
     return (
         "Spent by the end of each round: training rows, training tokens, calls of the teacher and of the judge (paid "
-        f"or from the store; those that evaluation asks are left out). *: {chosen}. In brackets, 95 % intervals. "
-        f"Win rate against the teacher's answers, judged by {found['holdout']['judge']}."
+        f"or from the store; those that evaluation asks are left out). *: {chosen}. In brackets, 95 % intervals "
+        "(Wilson's of accuracy, bootstrap of win rate). Win rate against the teacher's answers, "
+        f"judged by {found['holdout']['judge']}."
     )
 
 

@@ -6,33 +6,58 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
-from tapir_local.assets import seeds_path
 from tapir_local.classifier import Prediction
-from tapir_local.dataset import count_tasks, read_seeds, split_holdout
+from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
 from tapir_local.recipe import Recipe
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
+from tapir_local.seedfiles import read_table
 from tapir_local.work import Stage, Work, lost
 
 
 def read(work: Work, out: Path) -> str:
-    """The seed file's rows as examples, duplicates left out."""
-    path = seeds_path(work.recipe.seeds.path)
-    examples, duplicates = read_seeds(path.read_text(encoding="utf-8"), str(path), work.recipe.task_table())
-    limit = work.recipe.seeds.limit
+    """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
+    recipe = work.recipe
+    table = read_table(recipe.seeds)
+    examples, duplicates = read_seeds(table, recipe.task_table())
+    if answered_by_file(recipe) and not any(row.completion for row in examples):
+        raise TapirError(
+            "no row has an answer, and the recipe takes the file's",
+            where=table.where,
+            fix="Set seeds.answers: teacher.",
+        )
+    examples, alike = without_near(
+        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(examples), "compared")
+    )
+    limit = recipe.seeds.limit
     if limit is not None and limit < len(examples):
         kept = set(work.chance("read").sample(range(len(examples)), limit))
         examples = [example for number, example in enumerate(examples) if number in kept]
-    if len(examples) <= work.recipe.seeds.holdout:
+    if len(examples) <= recipe.seeds.holdout:
         raise TapirError(
-            f"{len(examples)} rows are too few for a holdout of {work.recipe.seeds.holdout} and something to train on",
-            where=str(path),
+            f"{len(examples)} rows are too few for a holdout of {recipe.seeds.holdout} and something to train on",
+            where=table.where,
             fix="Add rows or set seeds.holdout lower.",
         )
+    write_rows(
+        work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
+    )  # first: with rows.jsonl the stage is done
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + (f", {duplicates:,} duplicates left out" if duplicates else "")
+    return f"{len(examples):,} rows" + left_out(len(duplicates), len(alike))
+
+
+def answered_by_file(recipe: Recipe) -> bool:
+    """Whether the seeds' answers are the file's own."""
+    return not recipe.can_expand or recipe.seeds.answers == "file"
+
+
+def left_out(duplicates: int, alike: int) -> str:
+    """`, 3 duplicates and 1 near-duplicate left out (rejected-seeds.jsonl)`, of those that there are."""
+    counts = ((duplicates, "duplicate"), (alike, "near-duplicate"))
+    found = [f"{count:,} {name}{'s' if count > 1 else ''}" for count, name in counts if count]
+    return f", {' and '.join(found)} left out (rejected-seeds.jsonl)" if found else ""
 
 
 def label(work: Work, out: Path) -> str:
@@ -242,7 +267,7 @@ def seeds(work: Work, out: Path) -> str:
 
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> list[Example]:
     """Rows with a whole answer: the file's own where the recipe trusts it, else the teacher's."""
-    if not work.recipe.can_expand or work.recipe.seeds.answers == "file":
+    if answered_by_file(work.recipe):
         return [row for row in rows if row.completion]
     answers = work.ask(work.tools.teacher, [work.request(stage, row.id, prompts.answer(row.prompt)) for row in rows])
     return [

@@ -32,7 +32,17 @@ def switched(word: Any) -> Any:
 class Seeds(Settings):
     """The instructions to start from."""
 
-    path: str = Field("pocket", description="a file of instructions, or `pocket` for those that come with the program")
+    path: str = Field(
+        "pocket",
+        description="a file, a dataset's folder or its name on the Hub, or `pocket` for what comes with the program",
+    )
+    split: str | None = Field(None, description="of a dataset; the only one, or `train`, if left out")
+    subset: str | None = Field(None, description="of a dataset on the Hub that has several")
+    # Near-duplicates that straddle holdout and training would flatter the student. At 0.9 one exchanged word makes
+    # two instructions different where they have up to ten; of Alpaca's and self-instruct's rows at hand none is lost.
+    max_rouge: Share | None = Field(
+        0.9, description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: all are kept"
+    )
     limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
     holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
     answers: Literal["teacher", "file"] = Field(

@@ -19,6 +19,7 @@ from tapir_local.metrics import evaluate
 from tapir_local.recipe import overridden, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.rundir import RunDir, remove, write_record, write_rows, write_text
+from tapir_local.sides import read_sides
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8
@@ -181,17 +182,16 @@ def test_other_judges_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_where_a_judge_is_reached_does_not_matter(tmp_path: Path) -> None:
-    one, two = (
-        made(tmp_path, name, "1", **{"judge.kind": "openai", "judge.model": "m", "judge.base_url": f"http://{name}"})
-        for name in ("one", "two")
-    )
+    judge = {"judge.kind": "openai", "judge.model": "m"}
+    one = made(tmp_path, "one", "1", **judge, **{"judge.base_url": "http://here"})
+    two = made(tmp_path, "two", "1", **judge, **{"judge.base_url": "http://there", "judge.alias": "far"})
     assert told(compare([one, two]), "two")["difference"]["p"] == 1
 
 
 def test_a_row_has_the_task_that_the_first_run_labels_it_with(tmp_path: Path) -> None:
     relabelled = [replace(row, task="Art") for row in HOLDOUT]
-    found = compare([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", holdout=relabelled)], by_task=True)
-    assert {row["task"] for row in found["by_task"]} == {"Math", "Reasoning"}
+    one, two = read_sides([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", holdout=relabelled)])
+    assert two.holdout == one.holdout == tuple(HOLDOUT)
 
 
 def test_a_curriculum_that_plans_by_the_holdout_pays_for_its_judgements_and_it_is_said(tmp_path: Path) -> None:
@@ -246,10 +246,11 @@ def shown(found: dict, width: int) -> str:
 
 
 def test_the_tables_are_readable_at_100_columns(tmp_path: Path) -> None:
-    runs = [made(tmp_path, f"tapir-without-balance-{n}", "1" * (5 + n), "1" * 10) for n in range(3)]
+    runs = [made(tmp_path, f"tapir-without-balance-{n}", "1" * 5, "1" * 4 * (n + 1)) for n in range(3)]
     text = shown(compare(runs, by_task=True), 100)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100
+    assert "│ 8/0 │ 0.008 │  0.016 │" in text
     for words in ("25.0% (11 to 47)", "p Holm", "accuracy by task", "win rate by task", "McNemar, exact"):
         assert words in text
 

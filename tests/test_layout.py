@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
 errors records tasks checkers own_tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging judge_quality ifd curriculum dataset metrics template keys packing
+prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
 stats
-rundir assets lockfile
+rundir assets lockfile seedfiles
 llama sampling generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
@@ -27,6 +27,7 @@ console calls_cli runs_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
+HEAVY |= {"pandas", "pyarrow", "zstandard"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -6,7 +6,7 @@ from math import comb
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.stats import Rows, against, difference, holm, mcnemar, p_value, pooled, sign_flips
+from tapir_local.stats import Rows, against, difference, holm, mcnemar, p_value, pooled, resampled, sign_flips
 
 
 def rows(values: str | list[float]) -> dict[str, float]:
@@ -70,6 +70,14 @@ def test_seeds_count_alike_however_many_rows_they_have() -> None:
     found = pooled({1: rows("10"), 2: rows("1111")})
     assert (found.mean, found.rows, found.seeds) == (0.75, 6, 2)
     assert found.low <= 0.75 <= found.high
+
+
+def test_seeds_are_drawn_first_then_rows() -> None:
+    """Of two seeds that are all right and all wrong, a resample is 0, 1/2 or 1, in the proportion 1 : 2 : 1."""
+    means = list(resampled({1: rows("11"), 2: rows("000")}))
+    assert set(means) == {0.0, 0.5, 1.0}
+    assert means.count(0.5) / len(means) == pytest.approx(0.5, abs=0.02)
+    assert means.count(0.0) / len(means) == pytest.approx(0.25, abs=0.02)
 
 
 def test_students_interval_over_seeds_as_in_a_table_of_t() -> None:
