@@ -19,7 +19,7 @@ from tapir_local.console import (
     print_table,
 )
 from tapir_local.errors import TapirError
-from tapir_local.models_cli import generate
+from tapir_local.models_cli import export, generate
 from tapir_local.runs_cli import compare, plan, why
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def doctor(cache: Path | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for command in (calls, compare, generate, plan, why):
+for command in (calls, compare, export, generate, plan, why):
     cli.add_command(command)
 
 

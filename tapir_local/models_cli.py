@@ -1,4 +1,4 @@
-"""`tapir-local generate`: the commands that work on a model file, without a run."""
+"""`tapir-local generate` and `export`: the commands that work on models, without a run."""
 
 import sys
 from pathlib import Path
@@ -59,3 +59,33 @@ def generate(
         found = answer_file(model, prompts, file, manner, slowly("answers"))
     said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
     click.echo(said + (f", {found.too_long:,} longer than the context" if found.too_long else ""), err=True)
+
+
+@click.command(
+    epilog=example(
+        "tapir-local export models/Qwen2.5-1.5B student.gguf --adapter cache/runs/mine/round-03/adapter",
+        "tapir-local export models/Qwen2.5-1.5B base.gguf --quant q4_k_m",
+    )
+)
+@click.argument("model")
+@click.argument("out", type=FILE)
+@click.option("--adapter", type=FILE, help="A LoRA folder, as PEFT writes it, that is merged.")
+@click.option("--quant", default="q8_0", show_default=True, help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")
+@click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
+def export(model: str, out: Path, adapter: Path | None, quant: str, no_gate: bool) -> None:
+    """Write MODEL, a folder or Hub name, as the GGUF OUT, tensor by tensor, and compare it with the model.
+
+    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures.
+    """
+    from tapir_local.exporting import export_checked
+
+    show = slowly("tensors")
+    report = export_checked(
+        model, out, adapter=adapter, quant=quant, check=not no_gate, progress=lambda done, total, _: show(done, total)
+    )
+    said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
+    if report:
+        found = report.figures
+        said += f"; {report.probes:,} texts tokenised alike, {found.agreement:.1%} of greedy tokens agree, "
+        said += f"divergence {found.kl:.2g} nats"
+    click.echo(said, err=True)

@@ -23,7 +23,7 @@ lora classifier train gguf_vocab weights export gate
 work rows prepare reflecting writing judge_asking stages distill tools forecast chat
 report costs why whatif doctor display labels
 sides compare comparison explanations
-answering console calls_cli runs_cli models_cli
+answering exporting console calls_cli runs_cli models_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}

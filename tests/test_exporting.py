@@ -1,0 +1,65 @@
+"""A GGUF made by hand has its name only when it has passed the gate."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from tapir_local.errors import TapirError
+from tapir_local.exporting import export_checked
+
+
+def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -> None:
+    out = tmp_path / "student.gguf"
+    words = ["export", str(llama.model), str(out), "--adapter", str(llama.adapter), "--quant", "f16"]
+    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    assert "texts tokenised alike" in found.stderr
+    assert json.loads((tmp_path / "student.gguf.gate.json").read_text())["failed"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student.gguf", "student.gguf.gate.json"]
+
+
+def test_without_the_gate_there_is_no_report(llama, tmp_path: Path) -> None:
+    out = tmp_path / "base.gguf"
+    assert export_checked(str(llama.model), out, adapter=None, quant="q8_0", check=False) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+
+
+def test_a_gguf_that_fails_does_not_get_its_name(llama, tmp_path: Path) -> None:
+    """The model's template changes between export and gate."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in llama.model.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    out = tmp_path / "student.gguf"
+
+    template = (model / "chat_template.jinja").read_text()
+
+    def spoil(done: int, total: int, note: str) -> None:
+        (model / "chat_template.jinja").write_text("{# another #}" + template)
+
+    with pytest.raises(TapirError, match=r"not the trained model: template"):
+        export_checked(str(model), out, adapter=None, quant="f32", check=True, progress=spoil)
+    assert not out.exists()
+    assert (tmp_path / "student.gguf.unchecked").exists()
+    assert (tmp_path / "student.gguf.work" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"quant": "q9"}, "no such quant"), ({"adapter": Path("none")}, "adapter"), ({"model": "/none"}, "none")],
+)
+def test_what_will_not_do_is_said_and_nothing_is_left(llama, tmp_path: Path, changes: dict, said: str) -> None:
+    given = {"model": str(llama.model), "adapter": None, "quant": "f16"} | changes
+    out = tmp_path / "out.gguf"
+    with pytest.raises(TapirError, match=said):
+        export_checked(given["model"], out, adapter=given["adapter"], quant=given["quant"], check=True)
+    assert not out.exists()
+
+
+def test_a_file_that_is_there_is_not_overwritten(llama, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf").write_text("mine")
+    with pytest.raises(TapirError, match="there already"):
+        export_checked(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=True)
+    assert (tmp_path / "out.gguf").read_text() == "mine"
