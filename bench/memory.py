@@ -8,7 +8,10 @@ from typing import Any
 from tapir_local.assets import find_recipe
 from tapir_local.recipe import Recipe, parse_recipe
 
-SETTINGS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+SETTINGS = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
 QWEN = 151936
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {  # of config.json as published; every head has 128 dimensions
     "llama2-7b-alpaca": ("llama", (32000, 4096, 11008, 32, 32, 32)),
