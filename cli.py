@@ -12,12 +12,14 @@ from tapir_local.calls_cli import calls
 from tapir_local.console import (
     cache_option,
     cache_words,
+    chosen_run,
     example,
     json_option,
     print_json,
     print_table,
 )
 from tapir_local.errors import TapirError
+from tapir_local.runs_cli import compare, plan, why
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,22 +169,6 @@ def run_dir(cache: Path | None, name: str) -> "RunDir":
     return RunDir(cache or default_cache(), name)
 
 
-def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
-    """A run by name; without one the run that was worked on last."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import existing, runs_of
-
-    place = cache or default_cache()
-    if name is not None:
-        return existing(place, name)
-    runs = runs_of(place)
-    if not runs:
-        raise TapirError(
-            "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
-        )
-    return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
-
-
 def print_rounds(run: "RunDir") -> None:
     """The table of rounds."""
     from tapir_local.display import rounds_table
@@ -207,21 +193,34 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
         print_table(stages_table(found), rounds_table(found))
 
 
-@cli.command(epilog=example("tapir-local show quickstart", "tapir-local show quickstart --round 2 --json"))
+@cli.command(
+    epilog=example(
+        "tapir-local show quickstart",
+        "tapir-local show quickstart --round 2 --json",
+        "tapir-local show quickstart --labels",
+    )
+)
 @click.argument("run", required=False)
 @click.option("--round", "number", type=click.IntRange(min=0), help="The round; the last evaluated one if left out.")
+@click.option(
+    "--labels", is_flag=True, help="Instead: who labelled the rows of each task, and what the classifier confuses."
+)
 @cache_option
 @json_option
-def show(run: str | None, number: int | None, cache: Path | None, as_json: bool) -> None:
+def show(run: str | None, number: int | None, labels: bool, cache: Path | None, as_json: bool) -> None:
     """A round of RUN: its plan, its metrics by task, and some answers of its student."""
     from tapir_local.display import round_tables
+    from tapir_local.labels import label_tables, labels_of
     from tapir_local.report import round_of
 
-    found = round_of(chosen_run(cache, run), number)
+    if labels and number is not None:
+        raise click.UsageError("--labels is of the whole run, not of a round")
+    place = chosen_run(cache, run)
+    found = labels_of(place) if labels else round_of(place, number)
     if as_json:
         print_json(found)
     else:
-        print_table(*round_tables(found))
+        print_table(*(label_tables(found) if labels else round_tables(found)))
 
 
 @cli.command(
@@ -357,7 +356,8 @@ def doctor(cache: Path | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-cli.add_command(calls)
+for command in (calls, compare, why, plan):
+    cli.add_command(command)
 
 
 def main() -> None:

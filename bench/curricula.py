@@ -10,7 +10,6 @@ export and gate in its own process instead of a new one each: the imports of tor
 
 import argparse
 import importlib
-import json
 import os
 import shutil
 import sys
@@ -42,7 +41,17 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "tapir-refine-off": {"curriculum.refine": "off"},
     "tapir-one-round": {"rounds": 1, "curriculum.rows": 1500, "curriculum.alpha": 0.7},
     "tapir-alpha-fixed": {"curriculum.alpha": 0.7, "curriculum.alpha_step": 0.0},
+    # Replayed rows' answers styled too, and the other parts taken away from that.
     "tapir-refine-all": {"curriculum.refine": "all"},
+    "refine-all-difficulty-off": {"curriculum.refine": "all", "curriculum.difficulty": False},
+    "refine-all-balance-off": {"curriculum.refine": "all", "curriculum.balance": False},
+    "refine-all-one-round": {
+        "curriculum.refine": "all",
+        "rounds": 1,
+        "curriculum.rows": 1500,
+        "curriculum.alpha": 0.7,
+    },
+    # Neither difficulty, balance nor new rows: seeds at random with styled answers.
     "uniform-refined": {
         "curriculum.difficulty": False,
         "curriculum.balance": False,
@@ -111,6 +120,85 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
                 print(f"{count}/{len(jobs)} {arm} {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
+def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
+    """By arm and seed, the runs that are done, as sides of a comparison."""
+    from tapir_local.rundir import RunDir
+    from tapir_local.sides import read_sides
+
+    found: dict[str, dict[int, Any]] = {}
+    for arm in arms:
+        runs = {seed: RunDir(folder, f"{arm}-{seed}") for seed in seeds}
+        done = {seed: run for seed, run in runs.items() if run.record().get("status") == "done"}
+        if done:
+            found[arm] = {seed: read_sides([run])[0] for seed, run in done.items()}
+    return found
+
+
+def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
+    """Markdown: each arm at its end, against tapir, its cost; accuracy round by round; accuracy by task."""
+    from statistics import fmean
+
+    from tapir_local.stats import corrected, difference, pooled
+
+    sides = read(folder, arms, seeds)
+    whole = {arm: runs for arm, runs in sides.items() if set(runs) == set(seeds)}
+    print(f"\n{len(seeds)} random seeds; there: {', '.join(f'{arm} {len(runs)}' for arm, runs in sides.items())}")
+    for name, values in (("accuracy", "right"), ("win rate", "wins")):
+        known = {
+            arm: {seed: dict(getattr(side.last, values)) for seed, side in runs.items()} for arm, runs in whole.items()
+        }
+        gaps = corrected({arm: difference(rows, known["tapir"]) for arm, rows in known.items() if arm != "tapir"})
+        print(f"\n| curriculum | {name} | 95 % over seeds | less tapir | 95 % over seeds | p, Holm | by seed |")
+        print("|---" * 7 + "|")
+        for arm in sorted(known, key=lambda arm: -pooled(known[arm]).mean):
+            mean, gap = pooled(known[arm]), gaps.get(arm)
+            told = (
+                [f"{100 * gap.mean:+.1f}", spread(gap.over_seeds, "+.1f"), f"{gap.p_holm:.3f}"] if gap else ["", "", ""]
+            )
+            each = ", ".join(f"{100 * fmean(rows.values()):.1f}" for rows in known[arm].values())
+            print(f"| {arm} | {mean.mean:.1%} | {spread(mean.over_seeds, '.1f')} | {' | '.join(told)} | {each} |")
+    print("\n| curriculum | rows | training tokens | of all's | teacher calls | judge calls | accuracy by round |")
+    print("|---" * 7 + "|")
+    for arm, runs in whole.items():
+        costs = [side.last.cost for side in runs.values()]
+        tokens = fmean(cost.tokens for cost in costs)
+        whole_tokens = fmean(side.last.cost.tokens for side in whole["all"].values()) if "all" in whole else tokens
+        rounds = [
+            fmean(fmean(side.rounds[n].right.values()) for side in runs.values())
+            for n in range(len(next(iter(runs.values())).rounds))
+        ]
+        numbers = [fmean(cost.rows for cost in costs), tokens]
+        calls = [fmean(cost.teacher_calls for cost in costs), fmean(cost.judge_calls for cost in costs)]
+        cells = (
+            [f"{number:,.0f}" for number in numbers]
+            + [f"{tokens / whole_tokens:.2f}"]
+            + [f"{number:,.0f}" for number in calls]
+        )
+        print(f"| {arm} | {' | '.join(cells)} | {', '.join(f'{100 * value:.1f}' for value in rounds)} |")
+    by_task(whole)
+
+
+def by_task(whole: Mapping[str, Mapping[int, Any]]) -> None:
+    """Accuracy at the end by task, all seeds' rows together, tasks of 50 rows and more."""
+    tasks: dict[str, dict[str, list[float]]] = {}
+    for arm, runs in whole.items():
+        for side in runs.values():
+            for row in side.holdout:
+                if row.id in side.last.right:
+                    tasks.setdefault(row.task, {}).setdefault(arm, []).append(side.last.right[row.id])
+    large = [task for task, found in sorted(tasks.items()) if len(next(iter(found.values()))) >= 50]
+    print(f"\n| task | rows | {' | '.join(whole)} |")
+    print("|---" * (len(whole) + 2) + "|")
+    for task in large:
+        cells = [f"{100 * sum(tasks[task][arm]) / len(tasks[task][arm]):.0f}" for arm in whole]
+        print(f"| {task} | {len(next(iter(tasks[task].values())))} | {' | '.join(cells)} |")
+
+
+def spread(pair: tuple[float, float] | None, spelled: str) -> str:
+    """An interval in percent."""
+    return f"{100 * pair[0]:{spelled}} to {100 * pair[1]:{spelled}}" if pair else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
@@ -122,7 +210,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     if not options.report:
         work(options.folder, options.arms, options.seeds, options.workers)
-    print(json.dumps({}))
+    report(options.folder, options.arms, options.seeds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where the files are that come with the program: recipes, and the pocket student and seeds."""
 
 import os
+import re
 from pathlib import Path
 
 from tapir_local.errors import TapirError
@@ -12,6 +13,8 @@ CHECKOUT = HERE.parent
 POCKET_STUDENT = HERE / "assets" / "pocket_student"
 CHAT_TEMPLATES = HERE / "assets" / "chat_templates"
 POCKET_SEEDS = HERE / "assets" / "pocket_seeds.json"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"})
 
 
 def recipes_folder() -> Path:
@@ -104,13 +107,18 @@ def chat_template(named: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def seeds_path(named: str) -> Path:
-    """A recipe's seeds.path, `pocket` resolved; TapirError where there is no such file."""
+def seeds_path(named: str) -> Path | None:
+    """A recipe's seeds.path as a file or a folder, `pocket` resolved; None where it can only be a name on the Hub.
+
+    TapirError where it is none of these.
+    """
     path = POCKET_SEEDS if named == "pocket" else Path(named)
-    if not path.is_file():
-        raise TapirError(
-            "there is no such file of seeds",
-            where=str(path),
-            fix="Name one with --seeds FILE or in the recipe's seeds.path.",
-        )
-    return path
+    if path.exists():
+        return path
+    if HUB_NAME.fullmatch(named) and path.suffix.lower() not in SUFFIXES:
+        return None
+    raise TapirError(
+        "there is no such file of seeds",
+        where=str(path),
+        fix="Name a file or a dataset's folder with --seeds; a dataset on the Hub with --set seeds.path=OWNER/NAME.",
+    )

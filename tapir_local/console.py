@@ -5,9 +5,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from tapir_local.errors import TapirError
+
+if TYPE_CHECKING:
+    from tapir_local.rundir import RunDir
 
 SIGN_OF_LIFE = 2.0  # seconds between two lines
 
@@ -30,6 +35,22 @@ def store_path(cache: Path | None) -> Path:
     from tapir_local.assets import default_cache
 
     return (cache or default_cache()) / "teacher.db"
+
+
+def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
+    """A run by name; without one the run that was worked on last."""
+    from tapir_local.assets import default_cache
+    from tapir_local.rundir import existing, runs_of
+
+    place = cache or default_cache()
+    if name is not None:
+        return existing(place, name)
+    runs = runs_of(place)
+    if not runs:
+        raise TapirError(
+            "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
+        )
+    return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
 
 
 def cache_words(cache: Path | None) -> str:

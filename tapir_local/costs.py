@@ -13,20 +13,27 @@ from tapir_local.stages import PREPARE, ROUND
 STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
 By = Literal["run", "round", "stage", "task"]
 
-PAID = """
-select u.run, u.round, u.stage, u.row, u.paid, c.tokens_in, c.tokens_out, c.price from uses u
-join calls c on c.key = u.key where (? is null or u.run = ?) and (? is null or u.round = ?) order by c.id
+# A judge's requests carry the row's id and, behind a #, which of them it is.
+WHOSE = """
+(:run is null or {of}run = :run) and (:round is null or {of}round = :round)
+and (:row is null or {of}row = :row or substr({of}row, 1, length(:row) + 1) = :row || '#')
 """
-FAILED = """
+PAID = f"""
+select u.run, u.round, u.stage, u.row, u.paid, c.tokens_in, c.tokens_out, c.price from uses u
+join calls c on c.key = u.key where {WHOSE.format(of="u.")} order by c.id
+"""
+FAILED = f"""
 select run, round, stage, row, tokens_in, tokens_out, price from attempts
-where run != '' and (? is null or run = ?) and (? is null or round = ?) order by id
+where run != '' and {WHOSE.format(of="")} order by id
 """
 NOTHING: Mapping[str, float] = dict.fromkeys(
     ("paid", "from_store", "failed", "tokens_in", "tokens_out", "money", "saved", "unpriced", "unpriced_hits"), 0
 )
 
 
-def costs(store: Path, by: By, run: str | None = None, number: int | None = None) -> list[dict[str, Any]]:
+def costs(
+    store: Path, by: By, run: str | None = None, number: int | None = None, row: str | None = None
+) -> list[dict[str, Any]]:
     """A row for each value of `by`: rounds and stages in their order, runs by name, tasks by their calls.
 
     `paid` and `from_store` are calls; tokens are those paid for; `money` and `saved` are in the money of the prices;
@@ -34,12 +41,13 @@ def costs(store: Path, by: By, run: str | None = None, number: int | None = None
     """
     tasks: dict[str, dict[str, str]] = {}
     sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(NOTHING))
+    whose = {"run": run, "round": number, "row": row}
     with opened(store) as conn:
-        for name, round_, stage, row, paid, *sizes in conn.execute(PAID, (run, run, number, number)):
-            value = value_of(by, store.parent, tasks, name, round_, stage, row)
+        for name, round_, stage, row_, paid, *sizes in conn.execute(PAID, whose):
+            value = value_of(by, store.parent, tasks, name, round_, stage, row_)
             add(sums[value], "paid" if paid else "from_store", *sizes)
-        for name, round_, stage, row, *sizes in conn.execute(FAILED, (run, run, number, number)):
-            value = value_of(by, store.parent, tasks, name, round_, stage, row)
+        for name, round_, stage, row_, *sizes in conn.execute(FAILED, whose):
+            value = value_of(by, store.parent, tasks, name, round_, stage, row_)
             add(sums[value], "failed", *sizes)
     return sorted(({by: value, **found} for value, found in sums.items()), key=lambda row: rank(by, row))
 
@@ -77,7 +85,7 @@ def value_of(by: By, cache: Path, tasks: dict[str, dict[str, str]], run: str, nu
 
 def tasks_of(run: RunDir) -> dict[str, str]:
     """The task of each row of a run, as far as its folder is there."""
-    files = [run.path / "labels.jsonl", run.path / "seeds.jsonl", run.path / "holdout.jsonl"]
+    files = [run.path / f"{name}.jsonl" for name in ("labels", "labelled", "seeds", "holdout")]
     files += sorted(run.path.glob("round-*/train.jsonl"))
     return {row.id: row.task for row in examples(file for file in files if file.exists())}
 

@@ -135,7 +135,8 @@ def caption(status: Mapping[str, Any]) -> str:
 
 def stages_table(status: Mapping[str, Any]) -> Table:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
-    table = Table(title=f"run {status['run']}: stages", title_justify="left")
+    table = Table(title=f"run {status['run']}: stages", title_justify="left", caption_justify="left")
+    table.caption = "\n".join(f"WARNING: {text}" for text in status["warnings"]) or None
     for name in ("stage", "done"):
         table.add_column(name)
     for name in ("seconds", "paid", "hits"):
@@ -185,6 +186,7 @@ def round_tables(found: Mapping[str, Any]) -> list[Table]:
     """A round's plan, metrics and answers, as far as they are there."""
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
+    tables += [judge_table(title, found["judge"])] if found["judge"] else []
     if found["metrics"]:
         columns = {"rows": "count", "win_rate": "rate", "accuracy": "rate"}
         tables.append(tasks_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
@@ -227,6 +229,31 @@ def plan_phrase(plan: Mapping[str, Any]) -> str:
     return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
 
 
+# What a judge's table shows: the key of records.JudgeQuality, what it says to people, and its form.
+JUDGED: Mapping[str, tuple[str, str]] = {
+    "rows": ("rows judged", "{:,}"),
+    "unjudged": ("rows unreadable", "{:,}"),
+    "agreement": ("the two orders name the same winner, or both tie", "{:.1%}"),
+    "order_difference": ("an answer's two scores differ by (mean)", "{:.2f}"),
+    "position_bias": ("the answer shown first scores more by (mean)", "{:+.2f}"),
+    "ties": ("both answers score the same", "{:.1%}"),
+    "length_bias": ("rank correlation of length with score", "{:+.2f}"),
+}
+
+
+def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row a measure, a column each for the pool's judgements and the holdout's; a dash where there is no measure."""
+    table = Table(title=f"{title}: the judge", title_justify="left", caption_justify="left")
+    table.add_column("")
+    for name in sets:
+        table.add_column(name, justify="right")
+    for key, (words, form) in JUDGED.items():
+        values = (found.get(key) for found in sets.values())
+        table.add_row(words, *("-" if value is None else form.format(value) for value in values))
+    table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
+    return table
+
+
 def scores_phrase(scores: Sequence[float | None] | None) -> str:
     """`3.5 : 10.0`, the student's and the teacher's."""
     if scores is None or scores[0] is None or scores[1] is None:
@@ -265,9 +292,9 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
     table.add_section()
     table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
     table.caption = (
-        "Counted: every request was looked up. Estimate: it depends on a student that is not trained yet; what of it "
-        "the store has is not known. Tokens are rough: a quarter of the letters, and replies as long as the stage's "
-        "others."
+        "Counted: every request was looked up. Estimate: it depends on a student or a classifier that is not trained "
+        "yet (of prepare/tasks, the most it can be); what of it the store has is not known. Tokens are rough: a "
+        "quarter of the letters, and replies as long as the stage's others."
     )
     return table
 

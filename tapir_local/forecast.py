@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local import keys
+from tapir_local import keys, prompts
 from tapir_local.asking import Asking
 from tapir_local.budget import money_of, price_of
 from tapir_local.curriculum import challenge, is_judged
@@ -21,15 +21,15 @@ from tapir_local.distill import Step, refuse_changed, sequence
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.recipe import Curriculum, Endpoint, Recipe
 from tapir_local.records import Answer, Example, Request, instruction_of
-from tapir_local.rundir import RunDir, read_rows, write_json, write_rows, write_text
+from tapir_local.rundir import RunDir, read_rows, write_rows
 from tapir_local.store import Store
 from tapir_local.storefile import tokens_by_stage
 from tapir_local.tools import judge_of
-from tapir_local.work import Progress, Tools, Work
+from tapir_local.work import Tools, Work
 
 LETTERS = 4  # characters of a token, roughly, in English; used until the store knows a stage's calls
 FRAME = 150  # tokens of the prompt around an instruction, roughly
-WRITTEN = {"label": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
+WRITTEN = {"label": 12, "tasks": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
 ANSWER = 250  # and of an answer
 SHOWN = {"judge": 2, "holdout-judge": 2, "refine": 1}  # answers that stand in a prompt
 DRAFTS = 1.25  # drafts for a row that is kept, roughly
@@ -74,16 +74,11 @@ class Scout:
         def unreached(*_: Any) -> Any:
             raise Unreached
 
-        def everything_else(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
-            out.mkdir()  # the split between holdout and seeds will be another, what is asked of both is the same
-            write_text(out / "predictions.jsonl", "")
-            write_json(out / "agreement.json", {"agreement": 0.0, "rows": 0})
-
         return Tools(
             teacher=lambda requests, _: self.look_up(requests, self.recipe.teacher),
             judge=lambda requests, _: self.look_up(requests, judge_of(self.recipe)),
             generate=unreached,
-            classify=everything_else,
+            classify=unreached,
             train=unreached,
             export=unreached,
             score=unreached,
@@ -136,11 +131,13 @@ def foresee(
     step.output.parent.mkdir(parents=True, exist_ok=True)
     with suppress(Unreached, FileNotFoundError):
         step.stage.run(Work(recipe, copy, scout.tools(), step.number or 0, step.name), step.output)
-    if step.stage.name == "label" and not step.done:  # what the seeds are asked does not depend on their labels
+    done = step.done
+    if step.stage.name == "tasks" and not done:
+        # The split between holdout and seeds will be another; what is asked of both together is the same.
         write_rows(step.output, [replace(row, task="Others") for row in rows_of(copy)])
     if scout.asked:
         return counted(step, scout, known)
-    return estimated(step, recipe, copy, known) if not step.done else Foreseen(step.name, 0, 0, 0, 0, 0.0, True)
+    return Foreseen(step.name, 0, 0, 0, 0, 0.0, True) if done else estimated(step, recipe, copy, known)
 
 
 def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
@@ -163,13 +160,29 @@ def sizes_of(request: Request, known: Mapping[str, tuple[float, float]]) -> tupl
 
 def estimated(step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tuple[float, float]]) -> Foreseen:
     """What a step that cannot be played through may ask, by the recipe and the number of seeds."""
+    if step.stage.name == "tasks":
+        return unsure(step, recipe, rows_of(copy), known)
     stage, instructions = step.stage.name, [instruction_of(row.prompt) for row in rows_of(copy)]
     calls = expected_calls(stage, step.number or 0, recipe, len(instructions))
     instruction = statistics.fmean(map(len, instructions)) / LETTERS if instructions else FRAME
-    shown = SHOWN.get(stage, 0) * ANSWER
+    alone = stage.endswith("judge") and recipe.judge.mode == "single"
+    shown = (1 if alone else SHOWN.get(stage, 0)) * ANSWER
     size_in, size_out = known.get(stage, (FRAME + instruction + shown, WRITTEN.get(stage, ANSWER)))
     endpoint = judge_of(recipe) if stage.endswith("judge") else recipe.teacher
     return priced(step, calls, None, calls * size_in, calls * size_out, endpoint)
+
+
+def unsure(step: Step, recipe: Recipe, rows: Sequence[Example], known: Mapping[str, tuple[float, float]]) -> Foreseen:
+    """The most labels that a classifier, not trained yet, can leave to the teacher; requests as for other labels."""
+    settings = recipe.classifier
+    unlabelled = [row for row in rows if not row.task]
+    calls = min(settings.ask_at_most, max(0, len(unlabelled) - settings.labelled))
+    if not settings.ask_below or not recipe.can_expand:
+        calls = 0
+    requests = [Request(prompts.classify(row.prompt, recipe.task_table()), row.id, "label") for row in unlabelled[:100]]
+    sizes = [sizes_of(request, known) for request in requests] or [(0.0, 0.0)]
+    size_in, size_out = (statistics.fmean(size[side] for size in sizes) for side in (0, 1))
+    return priced(step, calls, None, calls * size_in, calls * size_out, recipe.teacher)
 
 
 def rows_of(copy: RunDir) -> list[Example]:
@@ -179,19 +192,36 @@ def rows_of(copy: RunDir) -> list[Example]:
 
 
 def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
-    """Calls of a stage of round `number`, from the recipe and the number of seeds and holdout rows together."""
+    """Calls of a stage of round `number`, from the recipe and the number of seeds and holdout rows together.
+
+    Of a judge who scores each answer alone, only what was not asked before: what it said of an answer of the teacher's
+    is in the store.
+    """
     plan, held = recipe.curriculum, recipe.seeds.holdout
     pool = rows - held + sum(written(plan, n)[0] for n in range(1, number))
-    judged = recipe.judge.kind != "reference"
+    drawn = min(pool, plan.pool or pool)
+    judged, alone = recipe.judge.kind != "reference", recipe.judge.mode == "single"
     new, refined = written(plan, number) if number and recipe.can_expand else (0, 0)
     again = 1.0 if plan.name == "reflection" else DRAFTS  # of a rewriting there is one draft
     asked = {
-        "judge": 2 * min(pool, plan.pool or pool) * judged * is_judged(plan),
-        "holdout-judge": 2 * held * judged,
+        "judge": (drawn + (new_answers(recipe, number, pool, drawn) if alone else drawn)) * judged * is_judged(plan),
+        "holdout-judge": (1 if alone and number else 2) * held * judged,
         "expand": round(new * again),
         "refine": refined,
     }
     return asked.get(stage, 0)
+
+
+def new_answers(recipe: Recipe, number: int, pool: int, drawn: int) -> int:
+    """Teacher's answers among a round's `drawn` rows that no earlier round has scored, roughly.
+
+    Those of rows that no draw has taken, and those that the round before wrote or rewrote.
+    """
+    if number <= 1 or not pool:
+        return drawn
+    share, plan = drawn / pool, recipe.curriculum
+    rewritten = written(plan, number - 1)[1] if recipe.can_expand else 0
+    return min(drawn, round(drawn * (1 - share) ** (number - 1) + rewritten * share))
 
 
 def written(plan: Curriculum, number: int) -> tuple[int, int]:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from tapir_local import keys, prompts
 from tapir_local.asking import Asking, Job
 from tapir_local.calls import Progress, quiet
-from tapir_local.dataset import lines, read_row, rows_of
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Endpoint
 from tapir_local.records import Prompt, Request
 from tapir_local.replies import read_reply
+from tapir_local.seedfiles import rows_of
+from tapir_local.seedforms import form_of, lines, read_row
 from tapir_local.store import Store
 
 STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold
@@ -95,6 +96,8 @@ def from_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -
     """A row with an instruction and its answer, or why it is refused."""
     if not is_text(row):
         return NOT_TEXT
+    if form_of(row) is None:
+        return NO_INSTRUCTION
     try:
         prompt, answer = read_row(row, f"{file}, line {line}")
     except TapirError:

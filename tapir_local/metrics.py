@@ -1,14 +1,18 @@
 """A student on the holdout: win rate against the teacher, accuracy, by task, with intervals."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from tapir_local.judge_quality import mean, quality
 from tapir_local.judging import mfd
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
-Checker = Callable[[str, str], bool | None]
+Checker = Callable[[Example, str], bool | None]  # a row and an answer to it
 Interval = tuple[float, float]
+
+WIDE, WANTED = 0.10, 0.05  # half the width of an interval that is said to be wide, and of one to aim at
 
 
 def win(judgement: Judgement) -> float | None:
@@ -45,6 +49,24 @@ def evaluate(
         by_task=by_task(holdout, wins, right),
         cut=sum(completion.finish != "stop" for completion in completions),
         judge=judge,
+        judge_quality=quality(judgements),
+    )
+
+
+def rows_for(half: float) -> int:
+    """Rows for a 95 % interval of at most +-`half` around any rate: p(1 - p) is 0.25 at the most, 1.96 its quantile."""
+    return math.ceil(0.25 * (1.96 / half) ** 2)
+
+
+def too_small(found: Metrics) -> str:
+    """What to say of a holdout whose intervals are wide; "" where they are not."""
+    halves = [(high - low) / 2 for low, high in filter(None, (found.win_rate_interval, found.accuracy_interval))]
+    if max(halves, default=0.0) <= WIDE:
+        return ""
+    wide, wanted = f"{100 * max(halves):.0f}", f"{100 * WANTED:.0f}"
+    return (
+        f"with {found.rows:,} holdout rows the 95 % interval is +-{wide} points; about {rows_for(WANTED):,} rows "
+        f"(seeds.holdout) would give +-{wanted}"
     )
 
 
@@ -73,11 +95,6 @@ def gaps(holdout: Sequence[Example], judgements: Sequence[Judgement]) -> dict[st
         if (difficulty := mfd(judgement)) is not None:
             found[tasks[judgement.id]].append(difficulty)
     return {task: fmean(values) for task, values in sorted(found.items())}
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean to six places, or None of nothing."""
-    return round(fmean(values), 6) if values else None
 
 
 def proportion_interval(values: Sequence[bool]) -> Interval | None:

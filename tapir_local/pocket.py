@@ -14,7 +14,16 @@ from typing import Any
 import httpx2
 
 from tapir_local.pocket_world import grade, harder, parse, rarer, solve, variant
-from tapir_local.prompts import CLASSIFY, EXPAND, JUDGE, RARER, REFINE, REFLECT_ANSWER, REFLECT_INSTRUCTION
+from tapir_local.prompts import (
+    CLASSIFY,
+    EXPAND,
+    JUDGE,
+    JUDGE_SINGLE,
+    RARER,
+    REFINE,
+    REFLECT_ANSWER,
+    REFLECT_INSTRUCTION,
+)
 
 MODEL = "pocket-teacher"
 FINGERPRINT = "pocket-1"  # to be raised with every change of what the teacher says
@@ -46,6 +55,11 @@ def judge(asked: str, rng: Random) -> str:
     """{"answer_1": x, "answer_2": y}, each graded by itself, so that their order means nothing."""
     instruction = enclosed("instruction", asked)
     return json.dumps({tag: grade(instruction, enclosed(tag, asked)) for tag in ("answer_1", "answer_2")})
+
+
+def judge_single(asked: str, rng: Random) -> str:
+    """{"score": x}: the grade that `judge` gives the same answer beside any other."""
+    return json.dumps({"score": grade(enclosed("instruction", asked), enclosed("answer", asked))})
 
 
 def expand(asked: str, rng: Random) -> str:
@@ -81,6 +95,7 @@ def refine(asked: str, rng: Random) -> str:
 JOBS: Mapping[str, Callable[[str, Random], str]] = {
     CLASSIFY: classify,
     JUDGE: judge,
+    JUDGE_SINGLE: judge_single,
     EXPAND: expand,
     RARER: rarer_one,
     REFLECT_INSTRUCTION: rewrite,

@@ -1,39 +1,70 @@
 """PREPARE: read the seeds, label them, set the holdout apart, and have the teacher answer; once for a run."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
-from tapir_local.assets import seeds_path
 from tapir_local.classifier import Prediction
-from tapir_local.dataset import count_tasks, read_seeds, split_holdout
+from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
+from tapir_local.own_tasks import odd_sum
+from tapir_local.recipe import Recipe
 from tapir_local.records import Example
-from tapir_local.rundir import read_record, read_rows, write_rows
+from tapir_local.rundir import read_record, read_rows, whole, write_rows
+from tapir_local.seedfiles import read_table
 from tapir_local.work import Stage, Work, lost
 
 
 def read(work: Work, out: Path) -> str:
-    """The seed file's rows as examples, duplicates left out."""
-    path = seeds_path(work.recipe.seeds.path)
-    examples, duplicates = read_seeds(path.read_text(encoding="utf-8"), str(path), work.recipe.task_table())
-    limit = work.recipe.seeds.limit
+    """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
+    recipe = work.recipe
+    table = read_table(recipe.seeds)
+    examples, duplicates = read_seeds(table, recipe.task_table())
+    if answered_by_file(recipe) and not any(row.completion for row in examples):
+        raise TapirError(
+            "no row has an answer, and the recipe takes the file's",
+            where=table.where,
+            fix="Set seeds.answers: teacher.",
+        )
+    examples, alike = without_near(
+        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(examples), "compared")
+    )
+    limit = recipe.seeds.limit
     if limit is not None and limit < len(examples):
         kept = set(work.chance("read").sample(range(len(examples)), limit))
         examples = [example for number, example in enumerate(examples) if number in kept]
-    if len(examples) <= work.recipe.seeds.holdout:
+    if len(examples) <= recipe.seeds.holdout:
         raise TapirError(
-            f"{len(examples)} rows are too few for a holdout of {work.recipe.seeds.holdout} and something to train on",
-            where=str(path),
+            f"{len(examples)} rows are too few for a holdout of {recipe.seeds.holdout} and something to train on",
+            where=table.where,
             fix="Add rows or set seeds.holdout lower.",
         )
+    write_rows(
+        work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
+    )  # first: with rows.jsonl the stage is done
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + (f", {duplicates:,} duplicates left out" if duplicates else "")
+    return f"{len(examples):,} rows" + left_out(len(duplicates), len(alike))
+
+
+def answered_by_file(recipe: Recipe) -> bool:
+    """Whether the seeds' answers are the file's own."""
+    return not recipe.can_expand or recipe.seeds.answers == "file"
+
+
+def left_out(duplicates: int, alike: int) -> str:
+    """`, 3 duplicates and 1 near-duplicate left out (rejected-seeds.jsonl)`, of those that there are."""
+    counts = ((duplicates, "duplicate"), (alike, "near-duplicate"))
+    found = [f"{count:,} {name}{'s' if count > 1 else ''}" for count, name in counts if count]
+    return f", {' and '.join(found)} left out (rejected-seeds.jsonl)" if found else ""
 
 
 def label(work: Work, out: Path) -> str:
-    """The rows whose task is known from the file or is asked of the teacher."""
+    """The rows whose task is known from the file or is asked of the teacher.
+
+    Where all are asked, a row without a readable label is one of the Others: no classifier is trained for those few.
+    """
     examples = read_rows(Example, work.run.path / "rows.jsonl")
     known = [example for example in examples if example.task]
     unknown = [example for example in examples if not example.task]
@@ -48,60 +79,174 @@ def label(work: Work, out: Path) -> str:
         if len(unknown) <= wanted
         else sorted(work.chance("label").sample(unknown, wanted), key=lambda example: example.id)
     )
-    labels = ask_labels(work, sample)
+    labels = ask_labels(work, sample, "label")
+    refuse_no_label(work, len(sample), len(labels))
     labelled = [
         replace(example, task=labels[example.id], labelled_by="teacher") for example in sample if example.id in labels
     ]
-    write_rows(out, known + labelled)
-    unreadable = len(sample) - len(labelled)
-    return f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {unreadable:,} unreadable"
+    unreadable = [replace(example, task="Others") for example in sample if example.id not in labels]
+    others = unreadable if len(sample) == len(unknown) and "Others" in work.recipe.task_table() else []
+    write_rows(out, known + labelled + others)
+    counts = f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
+    total = odd_sum(work.recipe.tasks)
+    odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
+    return counts + (" and so Others" if others else "") + odd
 
 
-def ask_labels(work: Work, examples: Sequence[Example]) -> dict[str, str]:
-    """The teacher's label by id; a reply that cannot be read is asked for once more, then left out."""
+def refuse_no_label(work: Work, asked: int, read: int) -> None:
+    """TapirError where the teacher was asked for labels and none of its replies names one."""
+    if asked and not read:
+        raise TapirError(
+            f"none of the teacher's {asked:,} replies names a task",
+            where="prepare/label",
+            fix="`tapir-local calls list --stage label` shows them. Name another teacher and a new run (--name), or "
+            "give the rows a `task` in the seed file.",
+        )
+
+
+def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:
+    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out."""
     tasks = work.recipe.task_table()
     labels: dict[str, str] = {}
     for draw in range(2):
         missing = [example for example in examples if example.id not in labels]
         requests = [
-            work.request("label", row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
+            work.request(stage, row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
             for row in missing
         ]
         for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
-            if found := judging.parse_label(answer.text, tasks):
+            if answer.complete and (found := judging.parse_label(answer.text, tasks)):
                 labels[row.id] = found
     return labels
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often the classifier gives the teacher's label, on rows held out of its training; `interval` is of 95 %."""
+
+    agreement: float
+    rows: int
+    interval: tuple[float, float] | None = None
 
 
 def classify(work: Work, out: Path) -> str:
     """A classifier's labels for the rows that the teacher was not asked about."""
     labelled, rows = work.run.path / "labels.jsonl", work.run.path / "rows.jsonl"
-    if len(read_rows(Example, labelled)) == len(read_rows(Example, rows)):
+    known, everything = read_rows(Example, labelled), read_rows(Example, rows)
+    if len(known) == len(everything):
         out.mkdir()
         return "not needed: every row has a label"
+    tasks = count_tasks(known)
+    if len(known) > 1 and len(tasks) == 1:
+        return all_alike(known, everything, out)
     work.tools.classify(labelled, rows, work.recipe.random_seed, out, work.progress)
-    found = read_record(Agreement, out / "agreement.json")
-    return f"{found.agreement:.1%} agreement with the teacher on {found.rows:,} rows held out of its training"
+    single = [task for task, count in tasks.items() if count == 1]
+    alone = f"; learned from a single row: {some(single)}" if single else ""
+    return agreed(read_record(Agreement, out / "agreement.json"), work.recipe.classifier.min_agreement) + alone
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How often the classifier gives the teacher's label, on rows held out of its training."""
+def all_alike(known: Sequence[Example], everything: Sequence[Example], out: Path) -> str:
+    """The one task of all labelled rows for the others too: nothing can be learned, and little be doubted.
 
-    agreement: float
-    rows: int
+    Its probability is Laplace's rule of succession, (n + 1) / (n + 2) after n of n.
+    """
+    task, seen = known[0].task, {row.id for row in known}
+    sure = round((len(known) + 1) / (len(known) + 2), 6)
+    with whole(out) as partial:
+        partial.mkdir()
+        found = [Prediction(row.id, task, sure) for row in everything if row.id not in seen]
+        write_rows(partial / "predictions.jsonl", found)
+    return (
+        f"no classifier trained: all {len(known):,} labelled rows are {task}, so the other {len(found):,} count as such"
+    )
+
+
+def agreed(found: Agreement, least: float) -> str:
+    """How far the classifier agrees with the teacher, and a warning where that is less than the recipe's least."""
+    interval = f" (95 %: {found.interval[0]:.0%} to {found.interval[1]:.0%})" if found.interval else ""
+    said = f"{found.agreement:.1%} agreement with the teacher{interval} on {found.rows:,} rows held out of its training"
+    return said if found.agreement >= least else f"{said}; WARNING: {too_low(found.agreement, least)}"
+
+
+def too_low(agreement: float, least: float) -> str:
+    """What an agreement below the recipe's least means and what to do."""
+    return (
+        f"the classifier agrees with the teacher in {agreement:.0%}, below classifier.min_agreement ({least:.0%}): the "
+        "balance of tasks is doubtful. Raise classifier.labelled or classifier.epochs, or drop tasks that are hard to "
+        "tell apart (tapir-local show RUN --labels says which)"
+    )
+
+
+def some(tasks: Sequence[str], most: int = 5) -> str:
+    """`Art, Law`, or the first few and how many more."""
+    return ", ".join(tasks[:most]) + (f" and {len(tasks) - most} more" if len(tasks) > most else "")
+
+
+def tasks(work: Work, out: Path) -> str:
+    """Every row with its task: of the file, of the teacher, or of the classifier where it is sure enough.
+
+    Of the rows that it is not sure of, the teacher is asked about the least sure ones, as many as the recipe allows.
+    """
+    known = {row.id: row for row in read_rows(Example, work.run.path / "labels.jsonl")}
+    rows = read_rows(Example, work.run.path / "rows.jsonl")
+    guesses = guessed(work) if len(known) < len(rows) else {}
+    unsure = unsure_of(guesses.values(), work.recipe.classifier.ask_below)
+    asked = {guess.id for guess in unsure[: work.recipe.classifier.ask_at_most]}
+    told = ask_labels(work, [row for row in rows if row.id in asked], "tasks")
+    found = [known.get(row.id) or settled(row, guesses[row.id].task, told.get(row.id)) for row in rows]
+    write_rows(out, found)
+    changed = sum(guesses[id].task != label for id, label in told.items())
+    said = [counted_by_source(found), doubts(work.recipe, len(unsure), len(asked), changed), absent(work.recipe, found)]
+    return "; ".join(filter(None, said))
+
+
+def guessed(work: Work) -> dict[str, Prediction]:
+    """The classifier's labels by id."""
+    return {row.id: row for row in read_rows(Prediction, work.run.path / "classifier" / "predictions.jsonl")}
+
+
+def unsure_of(guesses: Iterable[Prediction], ask_below: float) -> list[Prediction]:
+    """The guesses of a lower probability, the least sure first."""
+    doubtful = [guess for guess in guesses if guess.confidence < ask_below]
+    return sorted(doubtful, key=lambda guess: (guess.confidence, guess.id))
+
+
+def settled(row: Example, guess: str, told: str | None) -> Example:
+    """A row with the teacher's label, or else the classifier's."""
+    return replace(row, task=told or guess, labelled_by="teacher" if told else "classifier")
+
+
+def counted_by_source(rows: Sequence[Example]) -> str:
+    """How many rows of how many tasks, and who labelled them."""
+    counts = Counter(row.labelled_by for row in rows)
+    sources = [f"{counts[who]:,} by the {who}" for who in ("file", "teacher", "classifier") if counts[who]]
+    return f"{len(rows):,} rows of {len(count_tasks(rows))} tasks, labelled {', '.join(sources) or 'by nobody'}"
+
+
+def doubts(recipe: Recipe, unsure: int, asked: int, changed: int) -> str:
+    """What became of the rows that the classifier was not sure of."""
+    if not unsure:
+        return ""
+    settings = recipe.classifier
+    limit = f" (classifier.ask_at_most is {settings.ask_at_most:,})" if asked < unsure else ""
+    return (
+        f"the classifier was less than {settings.ask_below:.0%} sure of {unsure:,}: the teacher was asked about "
+        f"{asked:,} of them{limit} and named another task for {changed:,}"
+    )
+
+
+def absent(recipe: Recipe, rows: Sequence[Example]) -> str:
+    """Which tasks of the recipe have a share and no row."""
+    present = set(count_tasks(rows))
+    missing = [label for label, task in recipe.task_table().items() if task.share and label not in present]
+    if not missing or not recipe.can_expand:  # recorded answers are not balanced
+        return ""
+    return f"no row of {some(missing)}: the other tasks have their shares"
 
 
 def labelled_rows(work: Work) -> list[Example]:
-    """Every row with a task: from the file or the teacher, else from the classifier."""
-    known = {row.id: row for row in read_rows(Example, work.run.path / "labels.jsonl")}
-    predictions = work.run.path / "classifier" / "predictions.jsonl"
-    predicted = {row.id: row.task for row in read_rows(Prediction, predictions)} if predictions.exists() else {}
-    rows = read_rows(Example, work.run.path / "rows.jsonl")
-    return [
-        known.get(row.id) or replace(row, task=predicted.get(row.id, "Others"), labelled_by="classifier")
-        for row in rows
-    ]
+    """Every row with a task."""
+    return read_rows(Example, work.run.path / "labelled.jsonl")
 
 
 def holdout(work: Work, out: Path) -> str:
@@ -122,7 +267,7 @@ def seeds(work: Work, out: Path) -> str:
 
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> list[Example]:
     """Rows with a whole answer: the file's own where the recipe trusts it, else the teacher's."""
-    if not work.recipe.can_expand or work.recipe.seeds.answers == "file":
+    if answered_by_file(work.recipe):
         return [row for row in rows if row.completion]
     answers = work.ask(work.tools.teacher, [work.request(stage, row.id, prompts.answer(row.prompt)) for row in rows])
     return [
@@ -136,6 +281,7 @@ PREPARE = (
     Stage("read", "rows.jsonl", read),
     Stage("label", "labels.jsonl", label),
     Stage("classify", "classifier", classify),
+    Stage("tasks", "labelled.jsonl", tasks),
     Stage("holdout", "holdout.jsonl", holdout),
     Stage("seeds", "seeds.jsonl", seeds),
 )

@@ -1,22 +1,18 @@
 """Recipe: every setting of a distillation, in the one place where it has its name, type, default and help."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from tapir_local.errors import TapirError
+from tapir_local.own_tasks import OwnTask, Settings, Tasks, refuse_tasks, table_of
 from tapir_local.tasks import TASKS, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Settings(BaseModel):
-    """Frozen, and any key it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 def named(word: Any) -> Any:
@@ -36,7 +32,17 @@ def switched(word: Any) -> Any:
 class Seeds(Settings):
     """The instructions to start from."""
 
-    path: str = Field("pocket", description="a file of instructions, or `pocket` for those that come with the program")
+    path: str = Field(
+        "pocket",
+        description="a file, a dataset's folder or its name on the Hub, or `pocket` for what comes with the program",
+    )
+    split: str | None = Field(None, description="of a dataset; the only one, or `train`, if left out")
+    subset: str | None = Field(None, description="of a dataset on the Hub that has several")
+    # Near-duplicates that straddle holdout and training would flatter the student. At 0.9 one exchanged word makes
+    # two instructions different where they have up to ten; of Alpaca's and self-instruct's rows at hand none is lost.
+    max_rouge: Share | None = Field(
+        0.9, description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: all are kept"
+    )
     limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
     holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
     answers: Literal["teacher", "file"] = Field(
@@ -118,6 +124,11 @@ class Judge(Endpoint):
         description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer; "
         "`gguf`: a file on this machine",
     )
+    mode: Literal["pair", "single"] = Field(
+        "pair",
+        description="`pair`: both answers side by side, asked in both orders; `single`: each answer alone, so that the "
+        "teacher's is paid for once and later rounds pay one call a row",
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="of judgements")
     max_tokens: int = Field(1024, ge=1, description="tokens of a judgement at the most, with what is thought before it")
     max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
@@ -141,7 +152,14 @@ class Classifier(Settings):
     epochs: int = Field(3, ge=1, description="passes over the labelled rows")
     learning_rate: float = Field(2e-5, gt=0, description="of its training")
     batch_size: int = Field(16, ge=1, description="rows of a step")
-    max_length: int = Field(256, ge=16, description="tokens of an instruction that it reads")
+    max_length: int = Field(256, ge=16, description="tokens of an instruction that it reads, from its beginning")
+    min_agreement: Share = Field(
+        0.6, description="agreement with the teacher below which the run warns; it goes on all the same"
+    )
+    ask_below: Share = Field(
+        0.5, description="probability of its label below which the teacher is asked for the row's; 0 asks for none"
+    )
+    ask_at_most: int = Field(1000, ge=0, description="rows so asked for at the most, those that it is least sure of")
 
 
 class Curriculum(Settings):
@@ -242,27 +260,26 @@ class Recipe(Settings):
     train: Train = Train()
     export: Export = Export()
     budget: Budget = Budget()
-    checker: Literal["pocket"] | None = Field(
-        None, description="a programme that tells right answers from wrong ones, for `accuracy`"
+    checker: Literal["pocket", "tasks"] | None = Field(
+        None,
+        description="a programme that tells right answers from wrong ones, for `accuracy`: `pocket` knows its own "
+        "world; `tasks` verifies by each task's checker what needs no LLM (a plain sum's value; that Python compiles; "
+        "that JSON, YAML, CSV or a table is one; a language's script; a limit of words), and accuracy then covers only "
+        "the rows of which a checker can tell",
     )
-    tasks: Mapping[str, Share] | None = Field(
-        None, description="target shares by label; those of the paper if left out"
+    tasks: Tasks | None = Field(
+        None, description="share by label, or share, description, style and checker; the paper's 32 if left out"
     )
 
     def task_table(self) -> Mapping[str, Task]:
-        """The tasks that this recipe sorts by, with its own shares where it names them."""
-        if self.tasks is None:
-            return TASKS
-        return {
-            label: Task(label, share, TASKS[label].description, TASKS[label].style)
-            for label, share in self.tasks.items()
-        }
+        """The tasks that this recipe sorts by; its own shares, where it names them, as parts of their sum."""
+        return TASKS if self.tasks is None else table_of(self.tasks)
 
     @model_validator(mode="after")
     def consistent(self) -> "Recipe":
         """Settings that exclude each other."""
-        if unknown := [label for label in self.tasks or {} if label not in TASKS]:
-            raise ValueError(f"tasks: no task {unknown[0]!r}; known are {', '.join(TASKS)}")
+        if self.tasks is not None:
+            refuse_tasks(self.tasks)
         if self.teacher.kind == "openai" and not self.teacher.model:
             raise ValueError("teacher: model is missing (or write `teacher: pocket` or `teacher: recorded`)")
         for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
@@ -310,7 +327,7 @@ def validated(value: Mapping[str, Any], where: str) -> Recipe:
 
 def fault(item: Any) -> str:
     """One validation error as `path: what is wrong`."""
-    path = ".".join(str(part) for part in item["loc"])
+    path = ".".join(str(part) for part in item["loc"]).removesuffix(".[key]")
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), siblings(path), 1)
         return f"{path}: unknown setting" + (f" (did you mean {near[0]}?)" if near else "")
@@ -323,6 +340,7 @@ def fault(item: Any) -> str:
 
 def siblings(path: str) -> list[str]:
     """The keys that a recipe may have at the place of `path`."""
+    path = re.sub(r"^tasks\..*\.", "tasks.LABEL.", path)
     prefix = path[: path.rfind(".") + 1]
     return sorted(
         {known.removeprefix(prefix).partition(".")[0] for known, *_ in settings() if known.startswith(prefix)}
@@ -336,6 +354,9 @@ def settings(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
         section = next((part for part in (kind, *get_args(kind)) if is_section(part)), None)
         if section:
             yield from settings(section, f"{prefix}{name}.")
+        elif name == "tasks":
+            yield f"{prefix}{name}", "mapping of labels | None", None, field.description or ""
+            yield from settings(OwnTask, f"{prefix}{name}.LABEL.")
         else:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
             yield f"{prefix}{name}", type_name(kind), default, field.description or ""
@@ -351,12 +372,15 @@ def type_name(kind: Any) -> str:
     words = str(kind) if not isinstance(kind, type) else kind.__name__
     for noise in ("typing.", "collections.abc.", "Literal", "[", "]", "'"):
         words = words.replace(noise, " " if noise == "[" else "")
-    return " ".join(words.replace("NoneType", "None").replace(", ", " | ").split())
+    words = " ".join(words.replace("NoneType", "None").replace(", ", " | ").split())
+    return f"{words.removeprefix('Optional ')} | None" if words.startswith("Optional ") else words
 
 
 def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with some settings changed, each named by its path; checked as a whole again."""
     value = recipe.model_dump()
+    if recipe.tasks is None and any(path.startswith("tasks.") for path in changes):
+        value["tasks"] = {label: task.share for label, task in TASKS.items()}  # one share changes, the others stay
     for path, new in changes.items():
         *sections, name = path.split(".")
         place = value

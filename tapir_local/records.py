@@ -54,8 +54,9 @@ class Completion:
 class Judgement:
     """A judge's scores, 1 to 10, of a teacher's and a student's answer, averaged over both orders of showing them.
 
-    Both are None when either order could not be read; `reason` then says why. `orders` holds what was read:
-    (teacher, student) with the teacher's answer shown first, then the same with the student's shown first.
+    Both are None when any reply could not be read; `reason` then says which and why. `orders` holds what was read:
+    (teacher, student) with the teacher's answer shown first, then the same with the student's shown first; None where
+    answers are not shown in pairs. Lengths are of the answers, in characters; 0 in files of older versions.
     """
 
     id: str
@@ -63,6 +64,29 @@ class Judgement:
     student: float | None
     orders: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
     reason: str = ""
+    student_length: int = 0
+    teacher_length: int = 0
+
+
+@dataclass(frozen=True)
+class JudgeQuality:
+    """How far a judge's scores can be trusted, by the scores alone. None: undefined, or too few rows to say.
+
+    `rows` were judged and `unjudged` not. Of judgements in both orders: `agreement` is the share of rows whose orders
+    name the same winner or both tie, `order_difference` the mean absolute difference of an answer's two scores, and
+    `position_bias` the mean score of the answer shown first less that of the second. `ties` is the share of rows on
+    which both answers score the same. `length_bias` is the rank correlation, -1 to 1, of the student's answer's length
+    less the teacher's with its score less the teacher's. `notes` are warnings for people.
+    """
+
+    rows: int
+    unjudged: int
+    agreement: float | None
+    order_difference: float | None
+    position_bias: float | None
+    ties: float | None
+    length_bias: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,8 @@ class Metrics:
     """A student on the holdout. Rates are 0 to 1; intervals are 95 %.
 
     `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5.
-    `accuracy` is the share of answers a checker finds right; None where the recipe has no checker.
+    `accuracy` is the share of answers a checker finds right; None where the recipe has no checker. `judge_quality` is
+    None in files of older versions.
     """
 
     round: int
@@ -147,6 +172,7 @@ class Metrics:
     by_task: Mapping[str, Mapping[str, float | None]]
     cut: int
     judge: str
+    judge_quality: JudgeQuality | None = None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What a run's files say: how far it is, and a round's plan, metrics and answers."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
 from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
+from tapir_local.judge_quality import quality
+from tapir_local.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, instruction_of
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.storefile import usage
@@ -32,6 +35,7 @@ def status_of(run: RunDir) -> dict[str, Any]:
         "prepare": [stage_status(step, taken) for step in steps if step.number is None],
         "rounds": rounds,
         "calls": calls_of(run, taken),
+        "warnings": warnings_of(run),
     }
 
 
@@ -63,7 +67,7 @@ def metrics_of(run: RunDir, number: int) -> dict[str, Any] | None:
 
 
 def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
-    """What `tapir-local show --json` prints: a round's plan, metrics and some of its student's answers.
+    """What `tapir-local show --json` prints: a round's plan, judge, metrics and some of its student's answers.
 
     Without a number the last round that has metrics; TapirError where the round has not begun.
     """
@@ -79,9 +83,30 @@ def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
         "run": run.name,
         "round": number,
         "plan": orjson.loads(plan.read_bytes()) if plan.exists() else None,
+        "judge": judge_of(run, number),
         "metrics": metrics_of(run, number),
         "answers": answers_of(run, number),
     }
+
+
+def agreement_of(run: RunDir) -> dict[str, Any] | None:
+    """How far the run's classifier agrees with its teacher; None where there is none."""
+    path = run.path / "classifier" / "agreement.json"
+    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+
+
+def warnings_of(run: RunDir) -> list[str]:
+    """What makes a run's results doubtful."""
+    found, least = agreement_of(run), kept_recipe(run).classifier.min_agreement
+    return [too_low(found["agreement"], least)] if found and found["agreement"] < least else []
+
+
+def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
+    """How far the judge's scores of a round's pool and holdout can be trusted, as far as they are there."""
+    files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
+    paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
+    found = {name: read_rows(Judgement, path) for name, path in paths.items()}
+    return {name: asdict(quality(rows)) for name, rows in found.items() if rows}
 
 
 def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """BASELINE and ROUND: a round's stages in order. Each reads files and writes one output that is whole or absent."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tapir_local import judging, metrics, prompts
+from tapir_local import metrics
 from tapir_local.curriculum import CURRICULA, Situation, is_judged
-from tapir_local.errors import TapirError
+from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgements
 from tapir_local.prepare import PREPARE
-from tapir_local.recipe import Recipe
-from tapir_local.records import Completion, Example, Judgement, Metrics, Request, RoundPlan, instruction_of
+from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.rows import pool, seeds
 from tapir_local.rundir import read_rows, write_record, write_rows
 from tapir_local.work import Stage, Work
@@ -50,67 +49,12 @@ def cut(completions: Sequence[Completion]) -> str:
 
 
 def judge(work: Work, out: Path) -> str:
-    """The pool's rows judged: the teacher's answer beside the student's, in both orders."""
+    """The pool's rows judged: the teacher's answer and the student's, as the recipe's judge.mode says."""
     completions = read_rows(Completion, work.folder / "answers.jsonl")
     if not is_judged(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: there are no answers"
     return write_judgements(work, "judge", pool(work), completions, out)
-
-
-def write_judgements(
-    work: Work, stage: str, rows: Sequence[Example], completions: Sequence[Completion], out: Path
-) -> str:
-    """Judgements of rows whose student's answers are given, in the rows' order."""
-    texts = {completion.id: completion.text for completion in completions}
-    if work.recipe.judge.kind == "reference":
-        found = [judging.likeness(row.id, row.completion, texts[row.id]) for row in rows]
-    else:
-        found = ask_judge(work, stage, rows, texts)
-    write_rows(out, found)
-    unjudged = sum(row.teacher is None for row in found)
-    return f"{len(found):,} rows judged by {judge_name(work.recipe)}, {unjudged:,} unreadable"
-
-
-def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
-    """Both orders of every row; a reply that cannot be read is asked for once more with the error."""
-    pairs = {(row.id, order): (row, *shown(row.completion, texts[row.id], order)) for row in rows for order in range(2)}
-    scores: dict[tuple[str, int], judging.Scores] = {}
-    replies: dict[tuple[str, int], str] = {}
-    for _ in range(2):
-        missing = [at for at in pairs if at not in scores]
-        requests = [
-            Request(
-                prompts.judge(pairs[at][0].prompt, pairs[at][1], pairs[at][2], replies.get(at, "")),
-                f"{at[0]}#{at[1]}",
-                stage,
-                work.number,
-                temperature=work.recipe.judge.temperature,
-                max_tokens=work.recipe.judge.max_tokens,
-                schema=prompts.JUDGEMENT,
-            )
-            for at in missing
-        ]
-        for at, reply in zip(missing, work.ask(work.tools.judge, requests), strict=True):
-            replies[at] = reply.text
-            if found := judging.parse_scores(reply.text):
-                scores[at] = found
-    return [judging.combine(row.id, scores.get((row.id, 0)), scores.get((row.id, 1))) for row in rows]
-
-
-def shown(teacher: str, student: str, order: int) -> tuple[str, str]:
-    """Which answer is shown first: the teacher's in order 0, the student's in order 1."""
-    return (teacher, student) if order == 0 else (student, teacher)
-
-
-def judge_name(recipe: Recipe) -> str:
-    """Who judges, in words for people."""
-    if recipe.judge.kind == "reference":
-        return "likeness to the teacher's answer (ROUGE-L, no judge)"
-    who = recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
-    if who.gguf:
-        return Path(who.gguf).name
-    return "the pocket teacher (a programme)" if who.kind == "pocket" else str(recipe.judge.model or who.model)
 
 
 def plan(work: Work, out: Path) -> str:
@@ -145,18 +89,6 @@ def summary(planned: RoundPlan) -> str:
         return f"{len(planned.drawn) + len(planned.reflected):,} of {planned.pool:,} seeds taken"
     counts = f"{len(planned.hard):,} of them chosen, {planned.to_write:,} to write"
     return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
-
-
-def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
-    """Stop where too many rows have no judgement for the plan to mean anything."""
-    unjudged = sum(row.teacher is None for row in judgements)
-    if unjudged > work.recipe.judge.max_unjudged * len(judgements):
-        raise TapirError(
-            f"{unjudged:,} of {len(judgements):,} judgements could not be read; judge.max_unjudged allows "
-            f"{work.recipe.judge.max_unjudged:.0%}",
-            where=str(work.folder / "judgements.jsonl"),
-            fix="Name a judge that keeps to JSON and start a new run with --name: the store keeps what was paid for.",
-        )
 
 
 def train(work: Work, out: Path) -> str:
@@ -209,16 +141,15 @@ def evaluate(work: Work, out: Path) -> str:
 def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
     """By id, whether the recipe's checker finds an answer right; None where it cannot tell or there is none."""
     check = work.tools.check
-    return {
-        row.id: check(instruction_of(row.prompt), text.text) if check else None
-        for row, text in zip(rows, completions, strict=True)
-    }
+    return {row.id: check(row, text.text) if check else None for row, text in zip(rows, completions, strict=True)}
 
 
 def headline(found: Metrics) -> str:
-    """Win rate and accuracy in a phrase."""
+    """Win rate and accuracy in a phrase, and whether the holdout is large enough for them."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
-    return win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}"
+    said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}"
+    unjudged = f"{found.unjudged:,} unjudged rows left out of the win rate" if found.unjudged else ""
+    return "; ".join(part for part in (said, unjudged, metrics.too_small(found)) if part)
 
 
 STUDENT = (

@@ -1,17 +1,31 @@
-"""The tasks that instructions are sorted into: label, target share, description, and the style of its answers."""
+"""The tasks that instructions are sorted into: label, target share, description, style of answers, and a checker."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+Checker = Literal["arithmetic", "python", "form", "script", "length"]
+CHECKER_NAMES: tuple[Checker, ...] = get_args(Checker)
 
 
 @dataclass(frozen=True)
 class Task:
-    """`share` is of a balanced training set; `style` completes the sentence "Write the answer ..."."""
+    """`share` is of a balanced training set; `style` completes the sentence "Write the answer ...".
+
+    `checker` names the function of checkers.py that can tell of some of its answers without an LLM.
+    """
 
     label: str
     share: float
     description: str
     style: str
+    checker: Checker | None = None
+
+
+def compared(label: str) -> str:
+    """A label as labels are compared: `common sense` names Common-Sense."""
+    return " ".join(re.split(r"[\s_-]+", label.casefold().strip()))
 
 
 PLAIN = "in clear, direct prose that answers exactly what was asked, with the main point first"
@@ -25,25 +39,34 @@ FACTS = "with the fact asked for first, then the reason or context that makes it
 TASKS: Mapping[str, Task] = {
     task.label: task
     for task in (
-        Task("Math", 0.167, "arithmetic, algebra, geometry, statistics and word problems with numbers", STEPS),
+        Task(
+            "Math",
+            0.167,
+            "arithmetic, algebra, geometry, statistics and word problems with numbers",
+            STEPS,
+            "arithmetic",
+        ),
         Task("Reasoning", 0.167, "logic, deduction, ordering, comparing, puzzles and patterns", STEPS),
         Task(
             "Code Generation",
             0.083,
             "writing a program, function, query or script",
             "as commented code in one block, the comments saying why, followed only by what is needed to run it",
+            "python",
         ),
         Task(
             "Code Debug",
             0.083,
             "finding or mending a fault in given code",
             "by naming the fault first, then giving the whole corrected code in one block with a comment at the change",
+            "python",
         ),
         Task(
             "Writing",
             0.017,
             "stories, essays, letters, e-mails, advertisements and other prose",
             "with a voice and structure fit for the kind of text",
+            "length",
         ),
         Task(
             "Computer Science", 0.017, "algorithms, data structures, networks and systems, without writing code", FACTS
@@ -53,6 +76,7 @@ TASKS: Mapping[str, Task] = {
             0.017,
             "answers that must have a given form: JSON, a table, a list, a template",
             "in exactly the form asked for and nothing outside it",
+            "form",
         ),
         Task("Common-Sense", 0.017, "everyday knowledge about things, people and the world", FACTS),
         Task(
@@ -66,6 +90,7 @@ TASKS: Mapping[str, Task] = {
             0.017,
             "translating, or answering in a language other than English",
             "in the language asked for, faithful and idiomatic",
+            "script",
         ),
         Task(
             "Roleplay",
@@ -112,6 +137,7 @@ TASKS: Mapping[str, Task] = {
             0.017,
             "saying, shortening or rearranging a given text in other words",
             "as the new text alone, with the meaning kept",
+            "length",
         ),
         Task("Others", 0.041, "anything that fits no other task", PLAIN),
     )

@@ -9,7 +9,7 @@ from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored
+from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
@@ -165,6 +165,16 @@ def checker(recipe: Recipe) -> Checker | None:
     """What tells right answers from wrong ones, where the recipe names it."""
     if recipe.checker is None:
         return None
+    if recipe.checker == "tasks":
+        return by_task(recipe)
     from tapir_local.pocket_world import check
 
-    return check
+    return lambda row, answer: check(instruction_of(row.prompt), answer)
+
+
+def by_task(recipe: Recipe) -> Checker:
+    """Each task's own checker; None for a task that has none."""
+    from tapir_local.checkers import CHECKERS
+
+    named = {label: CHECKERS[task.checker] for label, task in recipe.task_table().items() if task.checker}
+    return lambda row, answer: named[row.task](instruction_of(row.prompt), answer) if row.task in named else None

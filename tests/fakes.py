@@ -35,6 +35,8 @@ def reply(request: Request) -> str:
         return json.dumps({"task": "Math" if inner(text, "instruction").startswith("sum") else "Art"})
     if system == prompts.JUDGE:
         return json.dumps({f"answer_{n}": 9 if "right" in inner(text, f"answer_{n}") else 2 for n in (1, 2)})
+    if system == prompts.JUDGE_SINGLE:
+        return json.dumps({"score": 9 if "right" in inner(text, "answer") else 2})
     if system in (prompts.EXPAND, prompts.RARER):
         word, number = inner(text, "instruction").split()[:2]
         word, digit = (f"{word} rare", 9) if system == prompts.RARER else (word, "")

@@ -2,17 +2,30 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tapir_local.classifier import ClassifyJob, classify, run_job, split
+from tapir_local.classifier import (
+    ClassifyJob,
+    Prediction,
+    by_length,
+    classify,
+    compare,
+    head,
+    load,
+    predict,
+    run_job,
+    seed_torch,
+    split,
+)
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Classifier
 from tapir_local.records import Example, Message, from_json, to_json
-from tapir_local.rundir import write_rows
+from tapir_local.rundir import read_rows, write_rows
 
 WORDS = ("apple", "river", "stone", "garden", "winter", "copper", "violin", "market", "shadow", "ladder", "pepper")
 FAMILIES = {
@@ -128,7 +141,7 @@ def test_every_task_gives_its_share_and_keeps_a_row():
 def test_progress_counts_steps(job):
     seen = []
     run_job(job, lambda *step: seen.append(step))
-    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3), (30, 30)]  # steps, then rows
     assert seen[0][2].startswith("loss ")
 
 
@@ -146,5 +159,107 @@ def test_a_model_that_cannot_be_had_is_refused(job, monkeypatch, tmp_path, model
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TapirError, match=complaint) as caught:
         run_job(replace(job, settings=job.settings.model_copy(update={"model": model})))
+    assert "classifier.model" in caught.value.fix
+    assert not job.out.exists()
+
+
+def test_a_single_class_is_not_learned(job):
+    with pytest.raises(TapirError, match="every labelled row is Math: there is nothing to tell apart"):
+        run_job(replace(job, labels=("Math", "Law")))
+
+
+def test_a_class_with_a_single_row_is_learned_and_not_measured(job):
+    rows = [row for row in instructions(40, "learn") if row.task != "Grammar" or row.id == "learn-2"]
+    write_rows(job.labelled, rows)
+    run_job(job)
+    found = json.loads((job.out / "agreement.json").read_text())
+    assert "Grammar" not in found["by_label"]
+    assert found["rows"] + found["trained"] == len(rows)
+
+
+def test_agreement_has_its_interval_in_all_and_by_label():
+    held = [Example(str(n), (Message("user", "x"),), task="A" if n < 8 else "B") for n in range(10)]
+    found = compare(held, [Prediction(row.id, "A", 0.9) for row in held])
+    assert (found["agreement"], found["agree"], found["rows"]) == (0.8, 8, 10)
+    assert found["interval"] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson's, of 8 in 10
+    assert found["by_label"]["B"] == {"rows": 2, "agree": 0, "interval": pytest.approx((0, 0.657620), abs=1e-6)}
+    assert found["confusion"] == {"A": {"A": 8}, "B": {"A": 2}}
+
+
+def test_a_row_that_is_labelled_is_not_predicted(job):
+    write_rows(job.rows, [*instructions(40, "learn"), *instructions(3, "read")])
+    run_job(job)
+    assert [row["id"] for row in read(job.out / "predictions.jsonl")] == ["read-0", "read-1", "read-2"]
+
+
+def test_rows_of_like_length_are_read_together_within_the_limit():
+    lengths = [5, 300, 7, 6, 40, 38, 5]
+    found = list(by_length(lengths, 80))
+    assert found == [[1], [4, 5], [2, 3, 0, 6]]
+
+
+def test_a_batch_changes_no_label(job):
+    """A row's label and probability do not depend on its neighbours."""
+    rows = read_rows(Example, job.rows)
+    seed_torch(1)
+    model, tokenizer = load(job, [head(row, job) for row in rows])
+    together = predict(model, tokenizer, rows, job)
+    alone = [predict(model, tokenizer, [row], job)[0] for row in rows[:8]]
+    assert [row.task for row in together[:8]] == [row.task for row in alone]
+    assert [row.confidence for row in together[:8]] == pytest.approx([row.confidence for row in alone], abs=1e-4)
+
+
+def test_the_head_of_a_long_row_is_its_last_turn_first(job):
+    turns = (Message("system", "s" * 5000), Message("user", "old"), Message("user", "Translate this."))
+    text = head(Example("a", turns), job)
+    assert text.startswith("Translate this.\n\nsystem: sss")
+    assert len(text) == 16 * job.settings.max_length
+    assert head(Example("a", turns[-1:]), job) == "Translate this."
+
+
+def test_a_book_in_a_row_is_read_from_its_beginning(job):
+    book = Example("book", (Message("user", "What is 3 plus 4? " + "river stone " * 50_000),))
+    write_rows(job.rows, [book])
+    run_job(job)
+    assert [row["id"] for row in read(job.out / "predictions.jsonl")] == ["book"]
+
+
+def garbage(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"hello")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def of_other_sizes(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"hidden_size": 128', '"hidden_size": 64'))
+
+
+def of_another_kind(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+
+
+def emptied(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (garbage, "cannot be loaded"),
+        (without_tokenizer, "no tokenizer that knows a word"),
+        (of_other_sizes, "not of the sizes that config.json says"),
+        (of_another_kind, "cannot be loaded"),
+        (emptied, "model_type"),
+    ],
+)
+def test_a_damaged_model_is_refused_and_not_replaced_by_chance(taught, job, tmp_path, damage, complaint):
+    shutil.copytree(taught, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(TapirError, match=complaint) as caught:
+        run_job(replace(job, settings=job.settings.model_copy(update={"model": str(tmp_path / "model")})))
     assert "classifier.model" in caught.value.fix
     assert not job.out.exists()

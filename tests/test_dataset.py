@@ -1,85 +1,114 @@
-"""Seeds of every usual form are read; what cannot be is refused with its line."""
+"""Rows become examples, duplicates left out; a holdout is set apart; drafts that are near or leak are rejected."""
 
-import json
 import random
+from pathlib import Path
 
 import pytest
+from fakes import World, make_recipe, tools
 
-from tapir_local.dataset import Index, count_tasks, read_seeds, screen, split_holdout
+from tapir_local.dataset import Draft, Index, count_tasks, read_seeds, screen, split_holdout, without_near
 from tapir_local.errors import TapirError
-from tapir_local.records import Example, Message, instruction_of
+from tapir_local.prepare import read
+from tapir_local.recipe import Recipe, overridden
+from tapir_local.records import Example, Message
+from tapir_local.rundir import RunDir, read_rows
+from tapir_local.seedforms import Table
 from tapir_local.tasks import TASKS
+from tapir_local.work import Work
 
 
-def seeds(*rows: object) -> list[Example]:
-    return read_seeds(json.dumps(rows), "seeds.json", TASKS)[0]
+def seeds(*rows: dict[str, object]) -> tuple[list[Example], list[Draft]]:
+    return read_seeds(Table("seeds.json", list(enumerate(rows, 1))), TASKS)
 
 
 def ask(id: str, text: str, task: str = "Math") -> Example:
     return Example(id, (Message("user", text),), "x", task)
 
 
-def test_alpaca_rows_join_instruction_and_input() -> None:
-    (row,) = seeds({"instruction": "Add.", "input": "1 2", "output": "3"})
-    assert row == Example("seed-00001", (Message("user", "Add.\n\n1 2"),), "3")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "Add.", "instances": [{"input": "", "output": "3"}]},
-        {"messages": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]},
-        {"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"}]},
-        {"prompt": "Add.", "completion": "3"},
-    ],
-)
-def test_other_forms_read_alike(row: dict[str, object]) -> None:
-    (found,) = seeds(row)
-    assert (instruction_of(found.prompt), found.completion) == ("Add.", "3")
-
-
-def test_several_turns_are_kept() -> None:
-    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Add."), ("assistant", "3")]
-    (row,) = seeds({"messages": [{"role": role, "content": text} for role, text in turns]})
-    assert len(row.prompt) == 3
-    assert row.completion == "3"
-
-
-def test_json_lines_read_like_an_array() -> None:
-    lines = '{"instruction": "a"}\n\n{"instruction": "b"}\n'
-    assert [instruction_of(row.prompt) for row in read_seeds(lines, "f", TASKS)[0]] == ["a", "b"]
-
-
-def test_duplicates_are_left_out_and_counted() -> None:
-    rows = [{"instruction": "Add  one."}, {"instruction": "add one."}, {"instruction": "Add two."}]
-    found, duplicates = read_seeds(json.dumps(rows), "f", TASKS)
-    assert (len(found), duplicates) == (2, 1)
+def test_duplicates_are_left_out_with_the_row_they_repeat() -> None:
+    found, left_out = seeds({"instruction": "Add  one."}, {"instruction": "add one."}, {"instruction": "Add two."})
+    assert [row.id for row in found] == ["seed-00001", "seed-00003"]
+    assert [(row.example.id, row.reason, row.near) for row in left_out] == [("seed-00002", "duplicate", "seed-00001")]
 
 
 def test_labels_of_the_file_are_kept() -> None:
-    (row,) = seeds({"instruction": "a", "task": "Music"})
+    ((row,), _) = seeds({"instruction": "a", "task": "Music"})
     assert (row.task, row.labelled_by) == ("Music", "file")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("rows", "said"),
     [
-        ("", "no rows"),
-        ("[]", "no rows"),
-        ('{"instruction": "a"}\nnonsense\n', "line 2: not JSON"),
-        ('[\n{"instruction": "a"},\n{"instruction": }\n]', "line 3: not JSON"),
-        ('[{"instruction": "a"}', "line 1: not JSON"),
-        ('{"instruction": "a"}\n{"instruction": " "}\n{"output": "b"}\n', "lines 2, 3: 2 of 3 rows without an instr"),
-        ('"text"\n', "line 1: a row is a JSON object"),
-        ('{"instruction": "a", "task": "Cooking"}', "no task 'Cooking'"),
-        ('{"messages": 3}', "cannot be read"),
+        (
+            [{"instruction": "a"}, {"instruction": " "}, {"instruction": None}],
+            "lines 2, 3: 2 of 3 rows without an instr",
+        ),
+        ([{"instruction": "a", "task": "Cooking"}], "line 1: the recipe has no task 'Cooking'"),
+        ([{"instruction": "a", "task": ["Art"]}], "line 1: the recipe has no task"),
+        (
+            [{"instruction": "a"}, {"instruction": "b \ud83d"}],
+            r"line 2: not Unicode text: half a surrogate pair, '\ud83d'",
+        ),
+        ([{"instruction": "a"}, {"text": "b", "id": 3}], "line 2: a row of no known form; its keys: text, id"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_its_line(text: str, said: str) -> None:
+def test_rows_that_are_no_examples_are_refused_with_their_lines(rows: list[dict[str, object]], said: str) -> None:
     with pytest.raises(TapirError) as error:
-        read_seeds(text, "seeds.json", TASKS)
-    assert said in str(error.value)
-    assert "seeds.json" in str(error.value)
+        seeds(*rows)
+    assert f"seeds.json, {said}" in str(error.value)
+
+
+def test_near_duplicates_are_left_out_with_the_row_they_resemble() -> None:
+    rows = [ask("a", "Name a fruit that is red"), ask("b", "Name one fruit that is red"), ask("c", "Sing a song")]
+    kept, left_out = without_near(rows, 0.7)
+    assert [row.id for row in kept] == ["a", "c"]
+    assert left_out == [Draft(rows[1], "near-duplicate: ROUGE-L 0.83", "a")]
+    assert without_near(rows, None) == (rows, [])
+
+
+def read_stage(recipe: Recipe, folder: Path) -> tuple[str, Path]:
+    """What the stage says, and its run's folder."""
+    run = RunDir(folder, "run")
+    return read(Work(recipe, run, tools(World())), run.path / "rows.jsonl"), run.path
+
+
+LIKE = (
+    '{"instruction": "Name five rivers of Europe that flow into the North Sea."}\n'
+    '{"instruction": "Name six rivers of Europe that flow into the North Sea."}\n'
+    '{"instruction": "name six rivers of Europe that flow into the North Sea."}\n'
+    '{"instruction": "Sing."}\n'
+)
+
+
+def test_the_read_stage_counts_and_keeps_what_it_leaves_out(tmp_path: Path) -> None:
+    (tmp_path / "seeds.jsonl").write_text(LIKE)
+    recipe = overridden(
+        make_recipe(tmp_path), {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1, "seeds.max_rouge": 0.9}
+    )
+    said, run = read_stage(recipe, tmp_path)
+    assert said == "2 rows, 1 duplicate and 1 near-duplicate left out (rejected-seeds.jsonl)"
+    rejected = read_rows(Draft, run / "rejected-seeds.jsonl")
+    assert [(row.example.id, row.near) for row in rejected] == [
+        ("seed-00003", "seed-00002"),
+        ("seed-00002", "seed-00001"),
+    ]
+    assert [row.id for row in read_rows(Example, run / "rows.jsonl")] == ["seed-00001", "seed-00004"]
+
+
+def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
+    from tapir_local.assets import find_recipe
+    from tapir_local.recipe import parse_recipe
+
+    said, run = read_stage(parse_recipe(find_recipe("quickstart").read_text(), "quickstart"), tmp_path)
+    assert said == "2,626 rows"
+    assert (run / "rejected-seeds.jsonl").read_bytes() == b""
+
+
+def test_a_file_without_answers_cannot_answer(tmp_path: Path) -> None:
+    recipe = overridden(make_recipe(tmp_path), {"seeds.answers": "file"})
+    with pytest.raises(TapirError, match=r"no row has an answer(.|\n)*seeds.answers: teacher"):
+        read_stage(recipe, tmp_path)
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_the_holdout_has_the_tasks_in_proportion_and_shares_no_row() -> None:
@@ -113,10 +142,8 @@ def test_the_prompts_own_marks_are_rejected() -> None:
     assert "marks" in screened("Do this </new_instruction> <answer_1>")[0]
 
 
-def test_rouge_l_equals_the_published_definition() -> None:
-    """F1 of the longest common subsequence: 2 * LCS / (m + n)."""
-    near = Index(0.0)
-    near.add(ask("p", "a b c d e"))
-    found = near.nearest(ask("q", "a x c e"))
-    assert found is not None
-    assert found[1] == pytest.approx(2 * 3 / (5 + 4))
+def test_a_leak_is_found_whatever_conversation_it_is_in() -> None:
+    near, held = Index(0.7), Index(0.7)
+    held.add(ask("h", "Name three blue birds"))
+    draft = Example("d", (Message("system", "Be brief."), Message("user", "name three blue birds")))
+    assert screen([draft], near, held) == [Draft(draft, "near the holdout: ROUGE-L 1.00", "h")]

@@ -79,6 +79,21 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
     assert after == before  # a forecast changes nothing
 
 
+def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: Recipe, tmp_path: Path) -> None:
+    alone = overridden(recipe, {"judge.mode": "single"})
+    found = by_step(forecast(alone, RunDir(tmp_path / "cache", "fake")))
+    calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
+    assert calls == {
+        "round-00/holdout-judge": 20,
+        "round-01/judge": 100,
+        "round-01/holdout-judge": 10,
+        "round-02/judge": 53 + 6,  # three rows more in the pool, six answers that round 1 wrote or rewrote
+        "round-02/holdout-judge": 10,
+    }
+    few = by_step(forecast(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
+    assert few["round-02/judge"].calls == 10 + 9  # a fifth of them was drawn before, another few are new
+
+
 def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
     priced = by_step(forecast(overridden(recipe, PRICED), run))["prepare/label"]

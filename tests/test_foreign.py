@@ -14,6 +14,7 @@ from tapir_local.foreign import Given, Taken, read_answers, reasons, take
 from tapir_local.prepare import answer_seeds
 from tapir_local.recipe import Recipe, Teacher
 from tapir_local.rundir import RunDir
+from tapir_local.seedfiles import read_path
 from tapir_local.store import Store
 from tapir_local.tools import asker
 from tapir_local.work import Work
@@ -55,7 +56,7 @@ def imported(store: Path, file: Path, teacher: Teacher = TEACHER, requests: Path
 def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
     """What a run with this teacher has as answers to a file's seeds, when it may ask nobody."""
     recipe = Recipe(teacher=teacher)
-    examples, _ = read_seeds(seeds.read_text(encoding="utf-8"), str(seeds), recipe.task_table())
+    examples, _ = read_seeds(read_path(seeds), recipe.task_table())
     with Store(store, "replay") as opened:
         tools: Any = SimpleNamespace(teacher=asker(teacher, opened, "run"))
         work = Work(recipe, RunDir(store.parent, "run"), tools)

@@ -11,20 +11,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors records tasks recipe
+errors records tasks checkers own_tasks recipe
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging ifd curriculum dataset metrics template keys packing
-rundir assets lockfile
+prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
+stats
+rundir assets lockfile seedfiles
 llama sampling generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
 lora classifier train gguf_vocab weights export gate
-work rows prepare reflecting writing stages distill tools forecast chat
-report costs doctor display
-console calls_cli
+work rows prepare reflecting writing judge_asking stages distill tools forecast chat
+report costs why whatif doctor display labels
+sides compare comparison explanations
+console calls_cli runs_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
+HEAVY |= {"pandas", "pyarrow", "zstandard"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -20,12 +20,12 @@ from tapir_local.budget import Purse
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
+from tapir_local.judge_asking import ask_judge, judge_name
 from tapir_local.judging import parse_scores
 from tapir_local.local import answer_here
 from tapir_local.recipe import Budget, Judge, Recipe, Teacher, parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
 from tapir_local.rundir import RunDir
-from tapir_local.stages import ask_judge, judge_name
 from tapir_local.store import Store
 from tapir_local.storerows import Call
 from tapir_local.teacher import ask

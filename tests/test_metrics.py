@@ -2,8 +2,8 @@
 
 import pytest
 
-from tapir_local.metrics import evaluate, mean_interval, proportion_interval, win
-from tapir_local.records import Completion, Example, Judgement, Message
+from tapir_local.metrics import evaluate, mean_interval, proportion_interval, rows_for, too_small, win
+from tapir_local.records import Completion, Example, Judgement, Message, Metrics
 
 ROWS = [
     Example(id, (Message("user", id),), "x", task)
@@ -45,3 +45,29 @@ def test_the_bootstrap_surrounds_the_mean_and_repeats() -> None:
     low, high = mean_interval(values) or (1, 0)
     assert low < 0.5 < high
     assert mean_interval(values) == (low, high)
+
+
+def scored(rows: int) -> Metrics:
+    """Of so many holdout rows, every other one a win and every other one right."""
+    examples = [Example(f"{n}", (Message("user", "x"),), "y", "Math") for n in range(rows)]
+    judged = [Judgement(f"{n}", 8, 10 if n % 2 else 2) for n in range(rows)]
+    right = {f"{n}": bool(n % 2) for n in range(rows)}
+    return evaluate(1, examples, [Completion(f"{n}", "", "stop", 1) for n in range(rows)], judged, right, "J")
+
+
+def test_a_holdout_too_small_for_its_interval_says_how_many_rows_it_takes() -> None:
+    assert too_small(scored(40)) == (
+        "with 40 holdout rows the 95 % interval is +-15 points; about 385 rows (seeds.holdout) would give +-5"
+    )
+    assert too_small(scored(200)) == ""
+
+
+def test_the_rows_that_it_takes_give_that_interval() -> None:
+    low, high = scored(rows_for(0.05)).accuracy_interval or (0, 1)
+    assert (high - low) / 2 == pytest.approx(0.05, abs=5e-4)
+
+
+def test_metrics_say_how_far_the_judge_can_be_trusted() -> None:
+    found = evaluate(1, ROWS, TEXTS, JUDGED, {}, "somebody").judge_quality
+    assert found is not None
+    assert (found.rows, found.unjudged, found.ties) == (3, 1, pytest.approx(1 / 3, abs=1e-6))

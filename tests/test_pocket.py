@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from tapir_local import prompts
+from tapir_local.judging import parse_score
 from tapir_local.pocket import IGNORANCE, PocketTransport, answer, respond
 from tapir_local.pocket_world import FAMILIES, Problem, generate, grade, parse
 from tapir_local.records import Message, Prompt
@@ -63,6 +64,8 @@ def test_every_kind_of_prompt_is_answered_through_the_client() -> None:
     assert json.loads(asked(prompts.classify(prompt, TASKS))) == {"task": "Math"}
     assert json.loads(asked(prompts.judge(prompt, "132", "131"))) == {"answer_1": 8.0, "answer_2": 1.8}
     assert json.loads(asked(prompts.judge(prompt, "131", "132", previous="hm"))) == {"answer_1": 1.8, "answer_2": 8.0}
+    assert json.loads(asked(prompts.judge_single(prompt, "132"))) == {"score": 8.0}
+    assert json.loads(asked(prompts.judge_single(prompt, "131", previous="hm"))) == {"score": 1.8}
     assert asked(prompts.refine(prompt, task, "131")) == "7 + 5 = 12\n4 + 8 + 1 = 13\n47 + 85 = 132"
     assert "<new_instruction>" in asked(prompts.expand(prompt, task), seed=3)
 
@@ -95,6 +98,17 @@ def test_the_order_of_answers_means_nothing() -> None:
         two = json.loads(said(prompts.judge(user(problem.instruction), other, problem.solution.plain)))
         assert (one["answer_1"], one["answer_2"]) == (two["answer_2"], two["answer_1"])
         assert one["answer_1"] == grade(problem.instruction, problem.solution.plain)
+
+
+def test_an_answer_alone_is_graded_as_it_is_beside_another() -> None:
+    for problem in problems():
+        prompt = user(problem.instruction)
+        pair = json.loads(said(prompts.judge(prompt, problem.solution.styled, "something else")))
+        scores = [
+            parse_score(said(prompts.judge_single(prompt, text)))
+            for text in (problem.solution.styled, "something else")
+        ]
+        assert scores == [pair["answer_1"], pair["answer_2"]]
 
 
 def test_what_it_does_not_know_it_says() -> None:

@@ -1,12 +1,16 @@
 """A recipe is read whole or refused with the path of what is wrong."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from tapir_local.assets import recipe_files
 from tapir_local.errors import TapirError
+from tapir_local.judging import parse_label
+from tapir_local.own_tasks import odd_sum
 from tapir_local.recipe import Price, Recipe, differing, overridden, parse_recipe, read_change, settings, to_yaml
+from tapir_local.tasks import TASKS, Task
 
 
 def refused(text: str) -> str:
@@ -46,7 +50,18 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("teacher: recorded", "cannot judge"),
         ("teacher: {kind: pocket, batch: true}", "teacher: `batch` goes with `kind: openai`, not with `pocket`"),
         ("teacher: pocket\njudge: {batch: true}", "judge: `batch` goes with `kind: openai`, not with `teacher`"),
-        ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking'"),
+        ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking' is known; one of your own needs a share, a desc"),
+        ("tasks: {Mth: 1}\nteacher: pocket", "did you mean Math?"),
+        ("tasks: {Cooking: {share: 1, style: plainly}}\nteacher: pocket", "no task 'Cooking' is known"),
+        ("tasks: {Math: -1}\nteacher: pocket", "tasks.Math.share: Input should be greater than or equal to 0, not -1"),
+        ("tasks: {Math: .nan}\nteacher: pocket", "tasks.Math.share: Input should be a finite number"),
+        ("tasks: {Math: 0, Art: 0}\nteacher: pocket", "tasks: every share is 0"),
+        ("tasks: {}\nteacher: pocket", "tasks: there is none"),
+        ("tasks: {Math: {shar: 1}}\nteacher: pocket", "tasks.Math.shar: unknown setting (did you mean share?)"),
+        ("tasks: {Math: {share: 1, checker: magic}}\nteacher: pocket", "tasks.Math.checker"),
+        ("tasks: {'a: b': 1}\nteacher: pocket", "'a: b' is no label"),
+        ("tasks: {1: 1}\nteacher: pocket", "tasks.1: Input should be a valid string"),
+        ("tasks: {Math: 1, math: {share: 1, description: d, style: s}}\nteacher: pocket", "differ only in capitals"),
         ("a: [", "not YAML"),
         ("- a", "mapping"),
     ],
@@ -75,6 +90,48 @@ def test_two_recipes_differ_by_the_path_of_their_settings() -> None:
     recipe = parse_recipe("teacher: pocket", "r")
     assert differing(recipe, overridden(recipe, {"train.epochs": 5})) == ["train.epochs: 2.0 -> 5.0"]
     assert differing(recipe, recipe) == []
+
+
+OWN = """
+teacher: pocket
+tasks:
+  Math: 3
+  Art: {share: 1, style: as one line}
+  Code Debug: {share: 1, checker: length}
+  Customer mail: {share: 1, description: "a customer's letter\n  to answer", style: politely}
+"""
+
+
+def test_a_recipe_has_tasks_of_its_own_and_its_own_words_for_known_ones() -> None:
+    table = parse_recipe(OWN, "r").task_table()
+    assert [task.share for task in table.values()] == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+    assert (table["Math"].style, table["Math"].checker) == (TASKS["Math"].style, "arithmetic")
+    assert (table["Art"].style, table["Art"].description) == ("as one line", TASKS["Art"].description)
+    assert table["Code Debug"].checker == "length"
+    mail = Task("Customer mail", 1 / 6, "a customer's letter to answer", "politely")
+    assert table["Customer mail"] == mail
+
+
+def test_shares_are_parts_of_their_sum_and_an_odd_sum_is_known() -> None:
+    assert odd_sum(parse_recipe(OWN, "r").tasks) == 6
+    assert odd_sum(parse_recipe("teacher: pocket\ntasks: {Math: 0.6667, Art: 0.3333}", "r").tasks) is None
+    assert odd_sum(None) is None
+    assert sum(task.share for task in TASKS.values()) == pytest.approx(1)
+
+
+def test_own_tasks_survive_their_file_and_a_changed_one_is_named() -> None:
+    recipe = parse_recipe(OWN, "r")
+    assert parse_recipe(to_yaml(recipe), "again") == recipe
+    changed = overridden(recipe, {"tasks.Math": 2})
+    assert differing(recipe, changed) == ["tasks.Math.share: 3.0 -> 2.0"]
+
+
+def test_a_label_may_have_signs_but_no_wrapping() -> None:
+    words = "{share: 1, description: d, style: s}"
+    table = parse_recipe(f"teacher: pocket\ntasks: {{C++: {words}, 'R&D (new) x': {words}}}", "r").task_table()
+    assert parse_label('{"task": "c++"}', table) == "C++"
+    assert parse_label("r&d (new) x", table) == "R&D (new) x"
+    assert "is no label" in refused(f"teacher: pocket\ntasks: {{'D (old)': {words}}}")
 
 
 def test_every_setting_has_its_help() -> None:
@@ -116,3 +173,12 @@ def test_a_change_on_the_command_line(text: str, change: tuple[str, object]) -> 
 def test_what_is_no_change(text: str) -> None:
     with pytest.raises(TapirError):
         read_change(text)
+
+
+def test_every_setting_is_read_by_the_program() -> None:
+    """A switch that no code reads is a lie (a neighbour's deduplication was one)."""
+    package = Path(__file__).parent.parent / "tapir_local"
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.glob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {path.rpartition(".")[2] for path, *_ in settings()}
+    assert names - read == set()

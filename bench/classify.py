@@ -1,0 +1,107 @@
+"""Seconds and memory of the classifier's labels for many rows, beside two plainer ways of batching, in one run.
+
+    python bench/classify.py [--rows 52000] [--threads 2] [--model small]
+
+The instructions are words of the pocket seeds, of lengths like Alpaca's: most of some 60 letters, four in ten with an
+input, the longest of thousands. `small` is untaught here: how long it takes does not depend on what it has learnt.
+"""
+
+import argparse
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tapir_local.assets import seeds_path
+from tapir_local.classifier import (
+    ClassifyJob,
+    Prediction,
+    batches,
+    head,
+    load,
+    padded,
+    predict,
+    seed_torch,
+    tokenised,
+)
+from tapir_local.dataset import read_seeds
+from tapir_local.recipe import Classifier
+from tapir_local.records import Example, Message
+from tapir_local.tasks import TASKS
+
+
+def main() -> None:
+    """Measure each way and print a line for it; the first rows are read once before, to warm up."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    rows = alpaca_like(options.rows)
+    settings = Classifier(model=options.model, max_length=options.max_length)
+    job = ClassifyJob(Path(), Path(), tuple(TASKS), settings, 1, Path())
+    seed_torch(1)
+    model, tokenizer = load(job, [head(row, job) for row in rows])
+    letters = sorted(len(row.prompt[0].content) for row in rows)
+    print(f"{len(rows):,} rows; letters: median {letters[len(rows) // 2]}, longest {letters[-1]:,}")
+    predict(model, tokenizer, rows[:500], job)
+    ways: dict[str, tuple[Callable[..., list[Prediction]], int]] = {
+        "by tokens, 2,048 at once": (predict, 1),
+        "by letters, 64 rows at once": (by_letters, 1),
+        "as they come, 64 rows, a tenth": (as_they_come, 10),
+    }
+    for name, (way, part) in ways.items():
+        began = time.monotonic()
+        found = way(model, tokenizer, rows[: len(rows) // part], job)
+        took = time.monotonic() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{name:32} {took:7.1f} s  {len(found) / took:8,.0f} rows/s  peak so far {peak:.2f} GB", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=52_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--max-length", type=int, default=256)
+    return parser.parse_args()
+
+
+def alpaca_like(number: int) -> list[Example]:
+    """Rows of words in random order; lengths in words are lognormal, those with an input longer."""
+    chance = random.Random(1)
+    path = seeds_path("pocket")
+    seeds, _ = read_seeds(path.read_text(encoding="utf-8"), str(path), TASKS)
+    words = sorted({word for row in seeds for word in row.prompt[0].content.split()})
+    rows = []
+    for n in range(number):
+        count = chance.lognormvariate(2.3, 0.4) + (chance.random() < 0.4) * chance.lognormvariate(2.6, 1.0)
+        text = " ".join(chance.choices(words, k=max(2, round(count))))
+        rows.append(Example(str(n), (Message("user", text),)))
+    return rows
+
+
+def by_letters(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJob) -> list[Prediction]:
+    """Rows of like length in letters together."""
+    order = sorted(rows, key=lambda row: len(row.prompt[0].content))
+    return list(read(model, tokenizer, order, job))
+
+
+def as_they_come(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJob) -> list[Prediction]:
+    """In the order of the file."""
+    return list(read(model, tokenizer, rows, job))
+
+
+def read(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJob) -> Iterator[Prediction]:
+    """Sixty-four rows at a time, padded to the longest of them."""
+    with torch.inference_mode():
+        for batch in batches(rows, 64):
+            inputs = padded(tokenizer, tokenised(tokenizer, batch, job), model.device)
+            sure, best = model(**inputs).logits.float().softmax(-1).max(-1)
+            for row, label, probability in zip(batch, best.tolist(), sure.tolist(), strict=True):
+                yield Prediction(row.id, job.labels[label], round(probability, 6))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Have answers judged: in pairs and both orders, or each alone; asked once more where a reply cannot be read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tapir_local import judging, prompts
+from tapir_local.errors import TapirError
+from tapir_local.judge_quality import percent, quality
+from tapir_local.recipe import Recipe
+from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request
+from tapir_local.rundir import write_rows
+from tapir_local.work import Work
+
+S = TypeVar("S")
+Asked = Callable[[str], Prompt]  # from a reply that could not be read, or "", to the request
+
+BRIEF = 80  # characters of an unreadable reply that a reason quotes
+FEW = 5  # unreadable rows that a message names
+# What follows a row's id in the names of its requests, and what it stands for.
+SHOWN = {"0": "the teacher's answer first", "1": "the student's answer first"}
+ALONE = {"teacher": "the teacher's answer", "student": "the student's answer"}
+
+
+def write_judgements(
+    work: Work, stage: str, rows: Sequence[Example], completions: Sequence[Completion], out: Path
+) -> str:
+    """Judgements of rows whose student's answers are given, in the rows' order."""
+    texts = {completion.id: completion.text for completion in completions}
+    if work.recipe.judge.kind == "reference":
+        found = [judging.likeness(row.id, row.completion, texts[row.id]) for row in rows]
+    else:
+        found = ask_judge(work, stage, rows, texts)
+    found = [
+        replace(judgement, student_length=len(texts[row.id]), teacher_length=len(row.completion))
+        for judgement, row in zip(found, rows, strict=True)
+    ]
+    write_rows(out, found)
+    return told(found, judge_name(work.recipe))
+
+
+def told(judgements: Sequence[Judgement], judge: str) -> str:
+    """How many rows were judged and by whom, how many were not, whether the orders agree, and warnings."""
+    found, rows = quality(judgements), len(judgements)
+    share = f" ({percent(found.unjudged / rows)})" if found.unjudged else ""
+    agree = "" if found.agreement is None else f", the orders agree on {percent(found.agreement)}"
+    said = f"{rows:,} rows judged by {judge}, {found.unjudged:,} unreadable{share}{agree}"
+    return "; ".join([said, *found.notes])
+
+
+def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
+    """A judgement of every row, `texts` being the student's answers by id."""
+    judge = judge_alone if work.recipe.judge.mode == "single" else judge_pairs
+    return judge(work, stage, rows, texts)
+
+
+def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
+    """Both answers in one request, in both orders: two calls a row."""
+    asked: dict[str, Asked] = {}
+    for row in rows:
+        asked[f"{row.id}#0"] = partial(prompts.judge, row.prompt, row.completion, texts[row.id])
+        asked[f"{row.id}#1"] = partial(prompts.judge, row.prompt, texts[row.id], row.completion)
+    read, why = ask_twice(work, stage, asked, judging.parse_scores, prompts.JUDGEMENT)
+    return [
+        judging.combine(row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), reason(row.id, SHOWN, why))
+        for row in rows
+    ]
+
+
+def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
+    """Each answer in a request of its own; that of the teacher's is the same in every round, and paid for once."""
+    asked: dict[str, Asked] = {}
+    for row in rows:
+        asked[f"{row.id}#teacher"] = partial(prompts.judge_single, row.prompt, row.completion)
+        asked[f"{row.id}#student"] = partial(prompts.judge_single, row.prompt, texts[row.id])
+    read, why = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
+    return [
+        judging.combine_single(
+            row.id, read.get(f"{row.id}#teacher"), read.get(f"{row.id}#student"), reason(row.id, ALONE, why)
+        )
+        for row in rows
+    ]
+
+
+def ask_twice(
+    work: Work, stage: str, asked: Mapping[str, Asked], parse: Callable[[str], S | None], schema: Mapping[str, Any]
+) -> tuple[dict[str, S], dict[str, str]]:
+    """What was read, by request, and why the others were not: each of these has been asked once more with the error."""
+    settings = work.recipe.judge
+    read: dict[str, S] = {}
+    last: dict[str, Answer] = {}
+    for _ in range(2):
+        missing = [name for name in asked if name not in read]
+        requests = [
+            Request(
+                asked[name](last[name].text if name in last else ""),
+                name,
+                stage,
+                work.number,
+                temperature=settings.temperature,
+                max_tokens=settings.max_tokens,
+                schema=schema,
+            )
+            for name in missing
+        ]
+        for name, reply in zip(missing, work.ask(work.tools.judge, requests), strict=True):
+            last[name] = reply
+            # A reply that was cut may end in a candidate's own words, quoted: only a whole one counts.
+            if reply.complete and (found := parse(reply.text)) is not None:
+                read[name] = found
+    return read, {name: why_unread(last[name]) for name in asked if name not in read}
+
+
+def why_unread(reply: Answer) -> str:
+    """What is wrong with a judge's reply, and how it begins."""
+    begins = " ".join(reply.text.split())
+    quoted = f": {begins[:BRIEF]!r}" if begins else ""
+    if reply.finish == "length":
+        return f"cut at judge.max_tokens{quoted}"
+    if not begins:
+        return f"empty ({reply.finish or 'no finish reason'})"
+    return f"no score{quoted}" if reply.complete else f"not whole ({reply.finish or 'no finish reason'}){quoted}"
+
+
+def reason(id: str, names: Mapping[str, str], why: Mapping[str, str]) -> str:
+    """Which replies about a row could not be read, and why; "" where all were."""
+    return "; ".join(f"{words}: {why[f'{id}#{name}']}" for name, words in names.items() if f"{id}#{name}" in why)
+
+
+def judge_name(recipe: Recipe) -> str:
+    """Who judges, in words for people."""
+    if recipe.judge.kind == "reference":
+        return "likeness to the teacher's answer (ROUGE-L, no judge)"
+    who = recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
+    alone = ", each answer alone" if recipe.judge.mode == "single" else ""
+    if who.gguf:
+        return Path(who.gguf).name + alone
+    return (
+        "the pocket teacher (a programme)" if who.kind == "pocket" else str(recipe.judge.model or who.model)
+    ) + alone
+
+
+def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
+    """Stop where too many rows have no judgement for the plan to mean anything."""
+    unjudged, rows = [row for row in judgements if row.teacher is None], len(judgements)
+    if len(unjudged) > work.recipe.judge.max_unjudged * rows:
+        first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:FEW])
+        raise TapirError(
+            f"{len(unjudged):,} of {rows:,} judgements ({percent(len(unjudged) / rows)}) could not be read; "
+            f"judge.max_unjudged allows {percent(work.recipe.judge.max_unjudged)}. The first: {first}",
+            where=str(work.folder / "judgements.jsonl"),
+            fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Name a judge that "
+            "keeps to JSON (or give it more judge.max_tokens, where replies were cut) and start a new run with "
+            "--name: the store keeps what was paid for.",
+        )

@@ -1,0 +1,206 @@
+"""Means of rows, and of several seeds' rows, with intervals; paired differences with their tests; Holm's correction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, TypeVar
+
+from tapir_local.errors import TapirError
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+Key = TypeVar("Key")
+RESAMPLES = 10_000
+FLIPS = 100_000
+
+Rows = Mapping[str, float]  # a value by row id, 0 to 1: whether an answer is right, or its win value
+Arm = Mapping[int, Rows]  # by random seed, the values on that seed's holdout
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % bootstrap interval; with several seeds, the mean of the seeds' means.
+
+    `over_seeds` is Student's 95 % interval of the seeds' means, None with one seed: see resampled on which to trust.
+    """
+
+    mean: float
+    low: float
+    high: float
+    over_seeds: tuple[float, float] | None
+    rows: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm's mean less another's, on the rows that both have, and its intervals as in Estimate.
+
+    `better` and `worse` count the rows on which the first is above or below the other. `p` is two-sided, of `test`.
+    `p_holm` is `p` corrected for the comparisons made beside it; as long as there are none, `p` itself.
+    """
+
+    mean: float
+    low: float
+    high: float
+    over_seeds: tuple[float, float] | None
+    rows: int
+    seeds: int
+    better: int
+    worse: int
+    p: float
+    p_holm: float
+    test: str
+
+
+def pooled(arm: Arm) -> Estimate:
+    """The mean of an arm over its seeds, each counting alike, with a two-level bootstrap interval (see resampled).
+
+    TapirError where a seed has no value, or there is no seed.
+    """
+    if not arm or not all(arm.values()):
+        raise TapirError(f"no value to take the mean of, seeds: {sorted(arm)}", fix="Leave out what was not evaluated.")
+    means, (low, high) = means_of(arm), interval(arm)
+    return Estimate(fmean(means), low, high, student(means), sum(map(len, arm.values())), len(arm))
+
+
+def difference(one: Arm, other: Arm) -> Difference:
+    """One arm less another, paired by seed and row: {seed: {row id: value}} of each, on the same seeds.
+
+    Each row's difference is taken first and the differences are resampled, which is to resample both arms alike. A row
+    that only one arm has a value for is left out. TapirError where the seeds differ or have no row in common.
+    """
+    gaps = {seed: shared(one[seed], other[seed], seed) for seed in same_seeds(one, other)}
+    means, (low, high), (p, test) = means_of(gaps), interval(gaps), p_value(gaps)
+    flat = [gap for rows in gaps.values() for gap in rows.values()]
+    better, worse = sum(gap > 0 for gap in flat), sum(gap < 0 for gap in flat)
+    return Difference(fmean(means), low, high, student(means), len(flat), len(gaps), better, worse, p, p, test)
+
+
+def means_of(arm: Arm) -> list[float]:
+    """Each seed's mean, to 12 places: equal means may differ in the digits beyond."""
+    return [round(fmean(rows.values()), 12) for rows in arm.values()]
+
+
+def student(means: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean of several seeds' means; None of one seed."""
+    from scipy.stats import ttest_1samp
+
+    if len(means) < 2:
+        return None
+    if len(set(means)) == 1:
+        return means[0], means[0]
+    found = ttest_1samp(means, 0.0).confidence_interval(0.95)
+    return float(found.low), float(found.high)
+
+
+def same_seeds(one: Arm, other: Arm) -> list[int]:
+    """The seeds that both arms have; TapirError where one has a seed that the other lacks, or there is none."""
+    if set(one) != set(other) or not one:
+        raise TapirError(
+            f"the arms do not have the same random seeds: {sorted(one)} and {sorted(other)}",
+            fix="Compare them on the seeds that both were run with.",
+        )
+    return sorted(one)
+
+
+def shared(one: Rows, other: Rows, seed: int) -> Rows:
+    """The differences of the rows that both have."""
+    found = {id: one[id] - other[id] for id in one if id in other}
+    if not found:
+        raise TapirError(f"of random seed {seed}, the arms have no row in common", fix="Compare runs of one holdout.")
+    return found
+
+
+def interval(arm: Arm) -> tuple[float, float]:
+    """The 95 % percentile interval of the resampled means."""
+    import numpy
+
+    low, high = numpy.quantile(resampled(arm), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def resampled(arm: Arm) -> "NDArray[numpy.float64]":
+    """RESAMPLES bootstrap means of an arm: seeds drawn with replacement, then rows within each drawn seed.
+
+    Its own seed is fixed. Rows of equal value are drawn together, as a multinomial: the same distribution, and the
+    time does not grow with the rows. With one seed this is the plain bootstrap. With several, the seeds' spread holds
+    the rows' already, but few seeds show too little of their own (Davison and Hinkley 1997, 3.8). Simulated differences
+    of 5 seeds of 200 rows were within the interval in 98 of 100 where a seed moves its difference by 0.02 (standard
+    deviation), in 90 where by 0.1, in 86 where by 0.2; within Student's over the seeds in 94 to 95 of 100 always.
+    """
+    import numpy
+
+    rng, sums = numpy.random.default_rng(0), numpy.zeros(RESAMPLES)
+    picks = rng.integers(len(arm), size=(RESAMPLES, len(arm)))
+    for at, seed in enumerate(sorted(arm)):
+        kinds, counts = numpy.unique(numpy.array(list(arm[seed].values()), dtype=float), return_counts=True)
+        drawn_by, _ = numpy.nonzero(picks == at)
+        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=len(drawn_by))
+        numpy.add.at(sums, drawn_by, drawn @ kinds / counts.sum())
+    return sums / len(arm)
+
+
+def p_value(gaps: Arm) -> tuple[float, str]:
+    """(two-sided p, its test) that the mean difference is 0; 1 where no row differs.
+
+    Of one seed, over its rows: McNemar's exact test where each row is right or wrong, else by exchanging signs. Of
+    several seeds, over the seeds' mean differences: students trained anew differ by more than their rows do.
+    """
+    if len(gaps) > 1:
+        return over_seeds(means_of(gaps))
+    (values,) = (list(rows.values()) for rows in gaps.values())
+    return mcnemar(values) if {abs(value) for value in values} <= {0.0, 1.0} else sign_flips(values)
+
+
+def mcnemar(gaps: Sequence[float]) -> tuple[float, str]:
+    """McNemar's exact test: of the rows that only one gets right, how many are the first's, against a fair coin."""
+    from scipy.stats import binomtest
+
+    better, worse = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+    return (float(binomtest(better, better + worse).pvalue) if better + worse else 1.0), "McNemar, exact"
+
+
+def sign_flips(gaps: Sequence[float]) -> tuple[float, str]:
+    """The paired permutation test of the mean difference: each row's two values exchanged or not, FLIPS times.
+
+    Of rows that differ by as much, how many are exchanged is binomial. p is (1 + as extreme) / (1 + FLIPS).
+    """
+    import numpy
+
+    kinds, counts = numpy.unique(numpy.abs([gap for gap in gaps if gap]), return_counts=True)
+    kept = numpy.random.default_rng(0).binomial(counts, 0.5, size=(FLIPS, len(kinds)))
+    extreme = numpy.abs((2 * kept - counts) @ kinds) >= abs(sum(gaps)) - 1e-9
+    return float((1 + extreme.sum()) / (1 + FLIPS)), "permutation"
+
+
+def over_seeds(means: Sequence[float]) -> tuple[float, str]:
+    """Student's paired t-test of the seeds' mean differences."""
+    from scipy.stats import ttest_1samp
+
+    if len(set(means)) == 1:  # t is infinite or undefined; of the 2^n ways to exchange signs two are as extreme
+        return (2 * 0.5 ** len(means) if means[0] else 1.0), "exchanged signs of seeds"
+    return float(ttest_1samp(means, 0.0).pvalue), "t over seeds"
+
+
+def against(arms: Mapping[str, Arm], first: str) -> dict[str, Difference]:
+    """Every other arm less the first, p corrected for their number."""
+    return corrected({name: difference(arm, arms[first]) for name, arm in arms.items() if name != first})
+
+
+def corrected(gaps: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    """Differences with p corrected for their number."""
+    ps = holm([gap.p for gap in gaps.values()])
+    return {key: replace(gap, p_holm=p) for (key, gap), p in zip(gaps.items(), ps, strict=True)}
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number by Holm's step-down (1979), in the order given."""
+    order = sorted(range(len(ps)), key=lambda at: ps[at])
+    corrected, highest = [0.0] * len(ps), 0.0
+    for rank, at in enumerate(order):
+        highest = max(highest, min(1.0, ps[at] * (len(ps) - rank)))
+        corrected[at] = highest
+    return corrected
