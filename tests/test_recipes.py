@@ -75,11 +75,11 @@ def test_the_calls_that_a_recipe_speaks_of_are_the_forecasts(path: Path) -> None
         assert recipe.teacher.kind in ("pocket", "recorded")
         return
     rows = min(recipe.seeds.limit or ALPACA, ALPACA)
-    calls = rows + min(recipe.classifier.labelled, rows)
-    for number in range(recipe.rounds + 1):
-        calls += sum(
-            expected_calls(stage.name, number, recipe, rows) for stage in ROUND if number or "hold" in stage.name
-        )
+    labelled = min(recipe.classifier.labelled, rows)
+    calls = rows + labelled + min(recipe.classifier.ask_at_most, rows - labelled)
+    calls += expected_calls("holdout-judge", 0, recipe, rows)
+    for number in range(1, recipe.rounds + 1):
+        calls += sum(expected_calls(stage.name, number, recipe, rows) for stage in ROUND)
     assert quoted[1] == f"{calls:,}"
 
 
