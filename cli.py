@@ -19,6 +19,7 @@ from tapir_local.console import (
     print_table,
 )
 from tapir_local.errors import TapirError
+from tapir_local.models_cli import generate
 from tapir_local.runs_cli import compare, plan, why
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def load_recipe(
 ) -> "Recipe":
     """The recipe with what the command line says instead."""
     from tapir_local.assets import find_recipe
-    from tapir_local.recipe import overridden, parse_recipe, read_change
+    from tapir_local.recipe_text import overridden, parse_recipe, read_change
 
     path = find_recipe(named)
     recipe = parse_recipe(path.read_text(encoding="utf-8"), str(path))
@@ -301,7 +302,7 @@ def print_recipes(as_json: bool) -> None:
     """A row a recipe."""
     from tapir_local.assets import recipe_files
     from tapir_local.display import plain_table
-    from tapir_local.recipe import parse_recipe
+    from tapir_local.recipe_text import parse_recipe
 
     rows = []
     for path in recipe_files():
@@ -322,7 +323,7 @@ def print_recipes(as_json: bool) -> None:
 def print_settings(as_json: bool) -> None:
     """A row a setting."""
     from tapir_local.display import plain_table
-    from tapir_local.recipe import settings
+    from tapir_local.recipe_text import settings
 
     rows = [
         {"setting": path, "type": kind, "default": default, "meaning": text} for path, kind, default, text in settings()
@@ -356,7 +357,7 @@ def doctor(cache: Path | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for command in (calls, compare, why, plan):
+for command in (calls, compare, generate, plan, why):
     cli.add_command(command)
 
 

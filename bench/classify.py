@@ -31,6 +31,7 @@ from tapir_local.classifier import (
 from tapir_local.dataset import read_seeds
 from tapir_local.recipe import Classifier
 from tapir_local.records import Example, Message
+from tapir_local.seedfiles import read_path
 from tapir_local.tasks import TASKS
 
 
@@ -71,8 +72,7 @@ def arguments() -> argparse.Namespace:
 def alpaca_like(number: int) -> list[Example]:
     """Rows of words in random order; lengths in words are lognormal, those with an input longer."""
     chance = random.Random(1)
-    path = seeds_path("pocket")
-    seeds, _ = read_seeds(path.read_text(encoding="utf-8"), str(path), TASKS)
+    seeds, _ = read_seeds(read_path(seeds_path("pocket")), TASKS)
     words = sorted({word for row in seeds for word in row.prompt[0].content.split()})
     rows = []
     for n in range(number):

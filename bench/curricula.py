@@ -66,7 +66,7 @@ HEAVY = ("classifier", "train", "export", "gate")
 
 def recipe_of(arm: str, seed: int) -> Any:
     """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
-    from tapir_local.recipe import overridden, parse_recipe
+    from tapir_local.recipe_text import overridden, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
@@ -99,7 +99,7 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
         (copy / "recipe.yaml").unlink()
         copy.rename(place.path)
     if not (place.path / "recipe.yaml").exists() and arm != BASE:
-        from tapir_local.recipe import to_yaml
+        from tapir_local.recipe_text import to_yaml
         from tapir_local.rundir import write_text
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
@@ -179,7 +179,7 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
 
 
 def by_task(whole: Mapping[str, Mapping[int, Any]]) -> None:
-    """Accuracy at the end by task, all seeds' rows together, tasks of 50 rows and more."""
+    """Accuracy at the end by task, all seeds' rows together: tasks of 50 rows and more, and the mean of all tasks."""
     tasks: dict[str, dict[str, list[float]]] = {}
     for arm, runs in whole.items():
         for side in runs.values():
@@ -192,6 +192,8 @@ def by_task(whole: Mapping[str, Mapping[int, Any]]) -> None:
     for task in large:
         cells = [f"{100 * sum(tasks[task][arm]) / len(tasks[task][arm]):.0f}" for arm in whole]
         print(f"| {task} | {len(next(iter(tasks[task].values())))} | {' | '.join(cells)} |")
+    means = [sum(sum(found[arm]) / len(found[arm]) for found in tasks.values()) / len(tasks) for arm in whole]
+    print(f"| mean of {len(tasks)} tasks | | {' | '.join(f'{100 * value:.1f}' for value in means)} |")
 
 
 def spread(pair: tuple[float, float] | None, spelled: str) -> str:

@@ -235,7 +235,7 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
     """Answers from elsewhere."""
     from tapir_local.assets import find_recipe
     from tapir_local.foreign import read_answers, reasons, take
-    from tapir_local.recipe import parse_recipe
+    from tapir_local.recipe_text import parse_recipe
 
     if not named:
         fix = "Name a recipe with that teacher: --recipe RECIPE"

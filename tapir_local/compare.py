@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tapir_local.errors import TapirError
 from tapir_local.metrics import mean_interval, proportion_interval
-from tapir_local.recipe import flat, lasting
+from tapir_local.recipe_text import flat, lasting
 from tapir_local.rundir import RunDir
 from tapir_local.sides import BY_HOLDOUT, Cost, Evaluated, Side, read_sides
 from tapir_local.stats import Difference, Rows, corrected, difference

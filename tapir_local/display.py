@@ -111,7 +111,7 @@ def rounds_table(status: Mapping[str, Any]) -> Table:
             str(row["number"]),
             percent(found.get("win_rate")),
             interval(found.get("win_rate_interval")),
-            percent(found.get("accuracy")),
+            accuracy_cell(found),
             interval(found.get("accuracy_interval")),
             scores_phrase([found.get("student_score"), found.get("teacher_score")]),
             str(found.get("judged", "-")),
@@ -119,6 +119,13 @@ def rounds_table(status: Mapping[str, Any]) -> Table:
             f"{seconds:,.0f}",
         )
     return table
+
+
+def accuracy_cell(found: Mapping[str, Any]) -> str:
+    """The accuracy, and of how many rows where a checker cannot tell of all."""
+    checked = found.get("checked")
+    some = f" of {checked:,}" if checked is not None and checked != found["rows"] else ""
+    return percent(found.get("accuracy")) + (some if found.get("accuracy") is not None else "")
 
 
 def caption(status: Mapping[str, Any]) -> str:

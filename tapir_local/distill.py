@@ -15,7 +15,8 @@ from tapir_local import __version__
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
 from tapir_local.lockfile import unlock
-from tapir_local.recipe import Recipe, differing, parse_recipe, to_yaml
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import differing, parse_recipe, to_yaml
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
 from tapir_local.stages import BASELINE, PREPARE, ROUND
 from tapir_local.work import Progress, Stage, Tools, Work

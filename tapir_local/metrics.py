@@ -50,6 +50,7 @@ def evaluate(
         cut=sum(completion.finish != "stop" for completion in completions),
         judge=judge,
         judge_quality=quality(judgements),
+        checked=len(known_right),
     )
 
 

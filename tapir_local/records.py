@@ -155,8 +155,8 @@ class Metrics:
     """A student on the holdout. Rates are 0 to 1; intervals are 95 %.
 
     `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5.
-    `accuracy` is the share of answers a checker finds right; None where the recipe has no checker. `judge_quality` is
-    None in files of older versions.
+    `accuracy` is the share of answers a checker finds right, of the `checked` that it can tell of; None where the
+    recipe has no checker. `judge_quality` and `checked` are None in files of older versions.
     """
 
     round: int
@@ -173,6 +173,7 @@ class Metrics:
     cut: int
     judge: str
     judge_quality: JudgeQuality | None = None
+    checked: int | None = None
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completio
 def headline(found: Metrics) -> str:
     """Win rate and accuracy in a phrase, and whether the holdout is large enough for them."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
-    said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}"
+    some = f" of the {found.checked:,} rows that a checker can tell of" if found.checked != found.rows else ""
+    said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}{some}"
     unjudged = f"{found.unjudged:,} unjudged rows left out of the win rate" if found.unjudged else ""
     return "; ".join(part for part in (said, unjudged, metrics.too_small(found)) if part)
 

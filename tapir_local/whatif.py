@@ -10,7 +10,8 @@ from tapir_local.curriculum import CURRICULA, is_judged
 from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.forecast import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
-from tapir_local.recipe import Recipe, overridden, read_change
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden, read_change
 from tapir_local.records import RoundPlan
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
 from tapir_local.stages import situation

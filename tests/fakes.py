@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tapir_local import prompts
 from tapir_local.distill import Watch
-from tapir_local.recipe import Recipe, parse_recipe
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import read_rows, write_json, write_text
 from tapir_local.work import Progress, Tools

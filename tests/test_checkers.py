@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tapir_local.checkers import CHECKERS, arithmetic, form, length, python, script
-from tapir_local.recipe import parse_recipe
+from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Example, Message
 from tapir_local.tasks import TASKS
 from tapir_local.tools import checker

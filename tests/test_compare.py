@@ -16,7 +16,7 @@ from tapir_local.comparison import comparison_tables
 from tapir_local.errors import TapirError
 from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import evaluate
-from tapir_local.recipe import overridden, parse_recipe, to_yaml
+from tapir_local.recipe_text import overridden, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.rundir import RunDir, remove, write_record, write_rows, write_text
 from tapir_local.sides import read_sides

@@ -13,7 +13,8 @@ from tapir_local.dataset import Draft
 from tapir_local.distill import distill
 from tapir_local.errors import TapirError
 from tapir_local.forecast import expected_calls
-from tapir_local.recipe import Recipe, overridden, parse_recipe
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden, parse_recipe
 from tapir_local.records import Example, RoundPlan, Scored
 from tapir_local.rundir import RunDir, read_record, read_rows
 

@@ -9,7 +9,8 @@ from fakes import World, make_recipe, tools
 from tapir_local.dataset import Draft, Index, count_tasks, read_seeds, screen, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.prepare import read
-from tapir_local.recipe import Recipe, overridden
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden
 from tapir_local.records import Example, Message
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.seedforms import Table
@@ -97,7 +98,7 @@ def test_the_read_stage_counts_and_keeps_what_it_leaves_out(tmp_path: Path) -> N
 
 def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
     from tapir_local.assets import find_recipe
-    from tapir_local.recipe import parse_recipe
+    from tapir_local.recipe_text import parse_recipe
 
     said, run = read_stage(parse_recipe(find_recipe("quickstart").read_text(), "quickstart"), tmp_path)
     assert said == "2,626 rows"

@@ -10,7 +10,8 @@ from fakes import QUIET, World, make_recipe, tools
 from tapir_local.distill import distill, kept_recipe, pending, redo, sequence
 from tapir_local.errors import TapirError
 from tapir_local.lockfile import keys_of, locked
-from tapir_local.recipe import Recipe, parse_recipe
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report import round_of, status_of
 from tapir_local.rundir import RunDir, held, read_record, read_rows, remove, write_rows

@@ -9,7 +9,8 @@ from tapir_local import prompts
 from tapir_local.distill import distill, redo
 from tapir_local.errors import TapirError
 from tapir_local.forecast import Foreseen, forecast
-from tapir_local.recipe import Recipe, overridden
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden
 from tapir_local.records import Example, Request, RoundPlan
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.store import Store

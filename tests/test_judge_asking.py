@@ -17,7 +17,8 @@ from tapir_local.errors import TapirError
 from tapir_local.judge_asking import ask_judge, judge_name, refuse_unjudged, told, write_judgements
 from tapir_local.judging import mfd
 from tapir_local.metrics import evaluate
-from tapir_local.recipe import Recipe, Teacher, overridden
+from tapir_local.recipe import Recipe, Teacher
+from tapir_local.recipe_text import overridden
 from tapir_local.records import (
     Answer,
     Completion,

@@ -16,7 +16,8 @@ from tapir_local.distill import distill
 from tapir_local.errors import TapirError
 from tapir_local.forecast import forecast
 from tapir_local.labels import label_tables, labels_of
-from tapir_local.recipe import Recipe, overridden
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden
 from tapir_local.records import Answer, Example, Request
 from tapir_local.report import status_of
 from tapir_local.rundir import RunDir, read_rows, write_json

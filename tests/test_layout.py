@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors records tasks checkers own_tasks recipe
+errors records tasks checkers own_tasks recipe recipe_text
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
 stats
@@ -23,7 +23,7 @@ lora classifier train gguf_vocab weights export gate
 work rows prepare reflecting writing judge_asking stages distill tools forecast chat
 report costs why whatif doctor display labels
 sides compare comparison explanations
-console calls_cli runs_cli
+answering console calls_cli runs_cli models_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}

@@ -23,7 +23,8 @@ from tapir_local.export import export_gguf
 from tapir_local.judge_asking import ask_judge, judge_name
 from tapir_local.judging import parse_scores
 from tapir_local.local import answer_here
-from tapir_local.recipe import Budget, Judge, Recipe, Teacher, parse_recipe
+from tapir_local.recipe import Budget, Judge, Recipe, Teacher
+from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
 from tapir_local.rundir import RunDir
 from tapir_local.store import Store

@@ -4,6 +4,7 @@ import pytest
 
 from tapir_local.metrics import evaluate, mean_interval, proportion_interval, rows_for, too_small, win
 from tapir_local.records import Completion, Example, Judgement, Message, Metrics
+from tapir_local.stages import headline
 
 ROWS = [
     Example(id, (Message("user", id),), "x", task)
@@ -22,6 +23,8 @@ def test_rates_counts_and_tasks() -> None:
     assert (found.rows, found.judged, found.unjudged, found.cut) == (4, 3, 1, 1)
     assert found.win_rate == 0.5
     assert found.accuracy == pytest.approx(2 / 3, abs=1e-6)
+    assert found.checked == 3
+    assert "accuracy 66.7% of the 3 rows that a checker can tell of" in headline(found)
     assert found.by_task["Art"] == {"rows": 2, "win_rate": 0.0, "accuracy": 1.0}
 
 

@@ -10,7 +10,7 @@ from fakes import QUIET, World, make_recipe, tools
 from cli import cli
 from tapir_local.distill import distill
 from tapir_local.errors import TapirError
-from tapir_local.recipe import overridden
+from tapir_local.recipe_text import overridden
 from tapir_local.records import Example, Judgement, RoundPlan
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.whatif import what_if

@@ -1,0 +1,61 @@
+"""`tapir-local generate`: the commands that work on a model file, without a run."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from tapir_local.console import example, slowly
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(
+    epilog=example(
+        "tapir-local generate student.gguf prompts.jsonl -o answers.jsonl",
+        "tapir-local generate base.gguf prompts.jsonl --adapter lora.gguf --parallel 64 --max-tokens 256",
+    )
+)
+@click.argument("model", type=FILE)
+@click.argument("prompts", type=FILE)
+@click.option("-o", "--out", type=FILE, help="File of the answers, whole or absent; standard output if left out.")
+@click.option("--adapter", type=FILE, help="A LoRA GGUF over the model.")
+@click.option("--parallel", type=click.IntRange(1, 255), default=32, show_default=True, help="Answers written at once.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of an answer.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=32),
+    default=2048,
+    show_default=True,
+    help="Tokens of prompt and answer together.",
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is the likeliest.")
+@click.option("--random-seed", type=click.IntRange(min=0), default=1, show_default=True, help="Where chance begins.")
+@click.option("--json-schema", type=FILE, help="A JSON schema that every answer is held to.")
+@click.option("--exact", is_flag=True, help="The same at any --parallel, in 32 bits; about three times slower.")
+def generate(
+    model: Path,
+    prompts: Path,
+    out: Path | None,
+    adapter: Path | None,
+    parallel: int,
+    max_tokens: int,
+    context: int,
+    temperature: float,
+    random_seed: int,
+    json_schema: Path | None,
+    exact: bool,
+) -> None:
+    """Answer every prompt of the file PROMPTS with the GGUF MODEL, many at once; JSON lines in their order.
+
+    PROMPTS may have any form that seeds may have; what it answers already is not read. The same command gives the same
+    answers; at another --parallel near ties may fall otherwise, unless --exact.
+    """
+    from tapir_local.answering import Manner, answer_file, opened, read_schema
+
+    schema = read_schema(json_schema) if json_schema else None
+    manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema)
+    with opened(out, sys.stdout) as file:
+        found = answer_file(model, prompts, file, manner, slowly("answers"))
+    said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
+    click.echo(said + (f", {found.too_long:,} longer than the context" if found.too_long else ""), err=True)
