@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 
 from tapir_local.errors import TapirError
+from tapir_local.recipe import Recipe
+from tapir_local.rundir import RunDir, remove, whole
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
 POCKET_STUDENT = HERE / "assets" / "pocket_student"
+CHAT_TEMPLATES = HERE / "assets" / "chat_templates"
 POCKET_SEEDS = HERE / "assets" / "pocket_seeds.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"})
@@ -67,6 +70,41 @@ def model_folder(named: str) -> Path:
             where=named,
             fix="Download the model where there is a network and name its folder in student.path.",
         ) from error
+
+
+def student_folder(recipe: Recipe, run: RunDir) -> Path:
+    """The student as it is trained, exported and compared: its own folder or, with another chat template, a run's view.
+
+    The view is links to the student's files, and the template as it was at the run's first training, so that neither
+    a student that others use is changed, nor a run in its midst.
+    """
+    model = model_folder(recipe.student.path)
+    if recipe.student.chat_template is None:
+        return model
+    view = run.path / "student" / (Path(recipe.student.path).name or "student")
+    if not (view.is_dir() and (run.round(0) / "adapter").is_dir()):
+        template = chat_template(recipe.student.chat_template)
+        remove(view)
+        with whole(view) as partial:
+            partial.mkdir()
+            for file in model.iterdir():
+                if file.is_file() and file.name != "chat_template.jinja":
+                    (partial / file.name).symlink_to(file.absolute())
+            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return view
+
+
+def chat_template(named: str) -> str:
+    """The text of a recipe's student.chat_template; TapirError where there is no such file."""
+    known = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
+    path = CHAT_TEMPLATES / f"{named}.jinja" if named in known else Path(named)
+    if not path.is_file():
+        raise TapirError(
+            "there is no such chat template",
+            where=named,
+            fix=f"Name a Jinja file in student.chat_template, or one that comes with the program: {', '.join(known)}.",
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def seeds_path(named: str) -> Path | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import model_folder
+from tapir_local.assets import student_folder
 from tapir_local.distill import kept_recipe, rounds_begun
 from tapir_local.errors import TapirError
 from tapir_local.generate import chat_stream
@@ -45,7 +45,7 @@ def students(run: RunDir, number: int | None, vs: str | None, say: Say) -> Itera
     recipe = kept_recipe(run)
     files = {"student": student_gguf(run, number)}
     if vs == "base":
-        files["base"] = base_gguf(run.cache, recipe, say)
+        files["base"] = base_gguf(run, recipe, say)
     with ExitStack() as stack:
         yield [
             Student(
@@ -69,12 +69,12 @@ def student_gguf(run: RunDir, number: int | None) -> Path:
     return run.round(there[-1] if number is None else number) / "student.gguf"
 
 
-def base_gguf(cache: Path, recipe: Recipe, say: Say) -> Path:
+def base_gguf(run: RunDir, recipe: Recipe, say: Say) -> Path:
     """The untrained student as GGUF, made once for its weights and type in cache/base."""
     from tapir_local.export import export_gguf
 
-    model = model_folder(recipe.student.path)
-    path = cache / "base" / digest(model) / f"{recipe.export.quant}.gguf"
+    model = student_folder(recipe, run)
+    path = run.cache / "base" / digest(model) / f"{recipe.export.quant}.gguf"
     if not path.exists():
         say("making the base's GGUF, once")
         export_gguf(model, path, adapter=None, quant=recipe.export.quant)

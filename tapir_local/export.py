@@ -174,6 +174,18 @@ def family_of(config: Mapping[str, Any], model_dir: Path) -> Family:
     return family
 
 
+def check_exportable(model_dir: Path) -> None:
+    """TapirError when `export_gguf` would refuse the model's family, tokenizer or template; no weights are read."""
+    config = read_json(model_dir / "config.json")
+    family_of(config, model_dir)
+    if "eot" not in read_vocab(model_dir, config["vocab_size"]).special:
+        raise TapirError(
+            "the chat template ends no answer with a token of the tokenizer, so a student would never stop",
+            where=str(model_dir),
+            fix="Set student.chat_template; `alpaca` ends answers with the tokenizer's own EOS.",
+        )
+
+
 def write_settings(writer: Any, config: Mapping[str, Any], rows: int) -> None:
     """The architecture's numbers, out of config.json."""
     heads = config["num_attention_heads"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.records import Message
-from tapir_local.template import training_text
+from tapir_local.template import NO_TEMPLATE, training_text
 
 # llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
 # be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
@@ -103,7 +103,7 @@ def read_template(model_dir: Path) -> str:
         raise TapirError(
             "the tokenizer has no chat template",
             where=str(model_dir),
-            fix=f"Write one into {beside}, or take an instruct model's.",
+            fix=NO_TEMPLATE,
         )
     return str(template)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.template import NO_TEMPLATE
 
 Backend = Literal["auto", "trl", "unsloth"]
 
@@ -111,8 +112,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         tokenizer.get_chat_template()
     except ValueError as error:
-        fix = "Put the chat_template.jinja of the model's instruct version, or one of your own, into the folder."
-        raise TapirError("the tokenizer has no chat template", where=model, fix=fix) from error
+        raise TapirError("the tokenizer has no chat template", where=model, fix=NO_TEMPLATE) from error
     if tokenizer.pad_token is None:  # padding is masked and not attended to, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

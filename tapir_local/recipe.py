@@ -53,6 +53,11 @@ class Student(Settings):
         "pocket",
         description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
     )
+    chat_template: str | None = Field(
+        None,
+        description="a Jinja file, or one that comes with the program: `alpaca`, for bases without chat tokens such as "
+        "LLaMA-2, or `chatml`, for Qwen's; the student's own if left out",
+    )
     max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
     parallel: int = Field(32, ge=1, le=256, description="answers written at once by llama.cpp")

@@ -13,6 +13,9 @@ from tapir_local.records import Message
 # would train on one text and answer to another.
 FIXED_DATE = date(2024, 7, 26)
 GENERATION = {"generation"}
+NO_TEMPLATE = (
+    "Set student.chat_template: `alpaca` for a base without chat tokens, `chatml` for Qwen's, or a Jinja file."
+)
 
 
 def render(
@@ -84,9 +87,7 @@ def ends_turn(tail: str, stops: Sequence[str]) -> bool:
 
 
 def refuse(what: str) -> NoReturn:
-    raise TapirError(
-        f"the chat template {what}", fix="Put a mended chat_template.jinja into the student's folder, and run again."
-    )
+    raise TapirError(f"the chat template {what}", fix="Name a mended one in student.chat_template, and run again.")
 
 
 @lru_cache(maxsize=8)

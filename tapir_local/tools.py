@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tapir_local.asking import unheard
-from tapir_local.assets import model_folder
+from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
@@ -16,12 +16,22 @@ from tapir_local.storefile import spent
 from tapir_local.work import Ask, Progress, Tools
 
 
+def check_student(model: Path) -> None:
+    """TapirError for a student without a chat template, or that has no like in llama.cpp."""
+    from tapir_local.export import check_exportable
+
+    check_exportable(model)
+
+
 @contextmanager
 def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Tools]:
     """Tools that ask through the cache's store, answer with llama.cpp, and train in processes of their own.
 
     `say` is told what opening the store put right. In mode "replay" nobody is asked, and a miss is an error.
+    TapirError, before anything is paid, when the student could not be exported once it is trained.
     """
+    if not (run.round(0) / "adapter").exists():
+        check_student(student_folder(recipe, run))
     with Store(run.cache / "teacher.db", mode) as store:
         for notice in store.notices:
             say(notice)
@@ -31,9 +41,9 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             judge=asker(judge_of(recipe), store, run.name, purse, say),
             generate=generator(recipe),
             classify=classifier(recipe),
-            train=trainer(recipe),
-            export=exporter(recipe),
-            gate=gatekeeper(recipe),
+            train=trainer(recipe, run),
+            export=exporter(recipe, run),
+            gate=gatekeeper(recipe, run),
             score=scorer(recipe),
             check=checker(recipe),
             replay=mode == "replay",
@@ -101,14 +111,14 @@ def scorer(recipe: Recipe) -> Callable[[Path, Sequence[tuple[Prompt, str]], Prog
     return measure
 
 
-def trainer(recipe: Recipe) -> Callable[[Path, Path | None, int, Path, Progress], None]:
+def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
     def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.train import TrainJob, train
 
         job = TrainJob(
-            str(model_folder(recipe.student.path)), rows, out, recipe.train, recipe.student.max_length, seed, previous
+            str(student_folder(recipe, run)), rows, out, recipe.train, recipe.student.max_length, seed, previous
         )
         train(job, out.parent / "train", progress)
 
@@ -127,25 +137,25 @@ def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], No
     return sort
 
 
-def exporter(recipe: Recipe) -> Callable[[Path, Path, Progress], None]:
+def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
     """The student with an adapter as GGUF."""
 
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
 
-        job = ExportJob(model_folder(recipe.student.path), out, adapter=adapter, quant=recipe.export.quant)
+        job = ExportJob(student_folder(recipe, run), out, adapter=adapter, quant=recipe.export.quant)
         export(job, out.parent / "export", progress)
 
     return write
 
 
-def gatekeeper(recipe: Recipe) -> Callable[[Path, Path, Path, Path, Progress], None]:
+def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path, Progress], None]:
     """The comparison of the GGUF with the trained model."""
 
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.gate import GateJob, pass_gate
 
-        job = GateJob(model_folder(recipe.student.path), gguf, rows, out, recipe.export.min_agreement, adapter)
+        job = GateJob(student_folder(recipe, run), gguf, rows, out, recipe.export.min_agreement, adapter)
         pass_gate(job, out.parent / "gate", progress)
 
     return compare

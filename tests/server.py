@@ -22,8 +22,12 @@ Fault = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
 @dataclass
 class Server:
-    """What it was asked, and what it will do wrong: `faults` by the user's words, one after another."""
+    """What it was asked, and what it will do wrong: `faults` by the user's words, one after another.
 
+    Without a fault it does `otherwise`, or says the user's words again.
+    """
+
+    otherwise: Fault | None = None
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -48,7 +52,7 @@ class Server:
             self.paths.append(handler.path)
             self.flying += 1
             self.most = max(self.most, self.flying)
-            fault = self.faults[words].pop(0) if self.faults.get(words) else None
+            fault = self.faults[words].pop(0) if self.faults.get(words) else self.otherwise
         time.sleep(self.seconds)
         try:
             fault(handler, body) if fault else send(handler, 200, completion(f"re: {words}"), self.extra)

@@ -5,6 +5,7 @@ from datetime import date
 import pytest
 from models import CHATML, WITH_BOS, make_tokenizer
 
+from tapir_local.assets import chat_template
 from tapir_local.errors import TapirError
 from tapir_local.records import Message
 from tapir_local.template import render, training_text
@@ -102,6 +103,7 @@ MARKED = (
     "{% else %}{{ message | tojson }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 TEMPLATES = {
+    "our alpaca": chat_template("alpaca"), "our chatml": chat_template("chatml"),
     "chatml": CHATML, "chatml-bos": WITH_BOS, "llama2": LLAMA2, "llama3": LLAMA3, "qwen2.5": QWEN25, "zephyr": ZEPHYR,
     "gemma": GEMMA, "granite": GRANITE, "marked": MARKED,
 }  # fmt: skip
