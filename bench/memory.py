@@ -6,7 +6,8 @@
 from typing import Any
 
 from tapir_local.assets import find_recipe
-from tapir_local.recipe import Recipe, parse_recipe
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import parse_recipe
 
 SETTINGS = (
     *("vocab_size", "hidden_size", "intermediate_size"),

@@ -27,7 +27,8 @@ from tapir_local.forecast import expected_calls
 from tapir_local.gate import GateReport
 from tapir_local.llama import template_of
 from tapir_local.process import Progress
-from tapir_local.recipe import Recipe, overridden, parse_recipe
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, read_record, read_rows, write_record
 from tapir_local.stages import ROUND
