@@ -235,7 +235,11 @@ def from_json(kind: type[T], text: str | bytes, where: str = "") -> T:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise TapirError(f"not a {kind.__name__}: {key} {first['msg']}".strip(), where=where) from error
+        raise TapirError(
+            f"not a {kind.__name__}: {key} {first['msg']}".strip(),
+            where=where,
+            fix="It is damaged, or of another version of the program; `tapir-local redo` makes it again.",
+        ) from error
 
 
 def instruction_of(prompt: Prompt) -> str:

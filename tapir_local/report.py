@@ -10,8 +10,8 @@ from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.judge_quality import quality
 from tapir_local.prepare import too_low
-from tapir_local.records import Completion, Example, Judgement, instruction_of
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
+from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.storefile import usage
 
 SAMPLES = 6
@@ -82,7 +82,7 @@ def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
     return {
         "run": run.name,
         "round": number,
-        "plan": orjson.loads(plan.read_bytes()) if plan.exists() else None,
+        "plan": orjson.loads(to_json(read_record(RoundPlan, plan))) if plan.exists() else None,
         "judge": judge_of(run, number),
         "metrics": metrics_of(run, number),
         "answers": answers_of(run, number),

@@ -253,6 +253,14 @@ def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Pat
         round_of(run, 7)
 
 
+def test_a_plan_of_another_version_is_said_with_what_makes_it_again(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    (run.round(1) / "plan.json").write_text('{"round": 1, "alpha": 0.3, "expand": {"Math": 3}}')
+    with pytest.raises(TapirError, match=r"not a RoundPlan: curriculum .*\n.*redo"):
+        round_of(run, 1)
+
+
 def test_rows_written_for_the_stages_are_those_of_the_fake(recipe: Recipe, tmp_path: Path) -> None:
     """The classifier's labels reach the rows that the teacher did not label."""
     run = RunDir(tmp_path, "fake")
