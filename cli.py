@@ -109,13 +109,14 @@ def load_recipe(
 
     path = find_recipe(named)
     recipe = parse_recipe(path.read_text(encoding="utf-8"), str(path))
-    changes = dict(map(read_change, sets)) | {
+    options = {
         "rounds": rounds,
         "name": name,
         "random_seed": random_seed,
         "seeds.path": seeds and str(seeds.absolute()),
     }
-    return overridden(recipe, {key: value for key, value in changes.items() if value is not None})
+    given = {key: value for key, value in options.items() if value is not None}
+    return overridden(recipe, dict(map(read_change, sets)) | given)
 
 
 def foretell(recipe: "Recipe", run: "RunDir") -> None:

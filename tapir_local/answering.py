@@ -9,10 +9,17 @@ from typing import IO, Any
 
 from tapir_local.errors import TapirError
 from tapir_local.generate import generate
+from tapir_local.llama import Advice
 from tapir_local.records import Completion, Prompt, to_json
 from tapir_local.rundir import whole
 from tapir_local.seedfiles import read_path
 from tapir_local.seedforms import KNOWN, read_row
+
+ADVICE = Advice(
+    unusable="Name a whole GGUF of a kind that this llama.cpp knows.",
+    too_large="Set --parallel or --context lower.",
+    no_template="Take a GGUF with a chat template, such as an instruct model's.",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ def answer_file(
         adapter=manner.adapter,
         exact=manner.exact,
         schema=manner.schema,
+        advice=ADVICE,
         each=ordered.add,
         progress=progress,
     )

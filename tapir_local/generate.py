@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from tapir_local.errors import TapirError
 from tapir_local.llama import (
+    STUDENT,
+    Advice,
     Engine,
     Model,
     decode,
@@ -113,6 +115,7 @@ def generate(
     threads: int | None = None,
     exact: bool = False,
     schema: Mapping[str, Any] | None = None,
+    advice: Advice = STUDENT,
     each: Callable[[Completion], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
@@ -131,7 +134,7 @@ def generate(
         raise TapirError(f"{len(names)} ids for {len(prompts)} prompts", fix="Give one id for each prompt.")
     if not prompts:
         return []
-    with open_model(gguf, adapter=adapter) as model:
+    with open_model(gguf, adapter=adapter, advice=advice) as model:
         tokens = [encode_prompt(model, prompt) for prompt in prompts]
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         sequences, cells = size(tokens, max_tokens, context, parallel)

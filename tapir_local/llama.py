@@ -118,7 +118,7 @@ def open_model(
     """Load the weights, on the GPU where llama.cpp was built for one, and free them at the end."""
     check_gguf(gguf, "GGUF", advice.unusable)
     if adapter is not None:
-        check_gguf(adapter, "adapter", REMAKE)
+        check_gguf(adapter, "adapter", advice.unusable)
     llama = library()
     LOG.clear()
     params = llama.llama_model_default_params()

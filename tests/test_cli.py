@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import cli
 from tapir_local.calls_cli import calls
+from tapir_local.errors import TapirError
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,3 +161,15 @@ def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path:
     assert {"quickstart", "recorded"} <= {row["name"] for row in json.loads(out.stdout)}
     assert (place / "tapir_local" / "assets" / "pocket_student" / "model.safetensors").is_file()
     assert (place / "tapir_local" / "assets" / "pocket_seeds.json").is_file()
+
+
+@pytest.mark.parametrize("words", [["seeds.path=nowhere.json"], ["name=other", "seeds.path=nowhere.json"]])
+def test_a_setting_that_has_an_option_of_its_own_can_be_set_without_it(words: list[str], tmp_path: Path) -> None:
+    changes = [word for text in words for word in ("--set", text)]
+    with pytest.raises(TapirError, match=r"nowhere\.json: there is no such file of seeds"):
+        CliRunner().invoke(cli.cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
+
+
+def test_an_option_is_stronger_than_the_same_setting() -> None:
+    recipe = cli.load_recipe("quickstart", ["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
+    assert (recipe.rounds, recipe.name) == (2, "a")
