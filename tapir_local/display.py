@@ -166,13 +166,13 @@ def shown(value: float | None) -> str:
 
 def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
     """A row a task; `columns` maps a key of its values to how it is shown: `rate` or `count`."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("task")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for task, values in rows.items():
         cells = (
-            percent(values.get(name)) if kind == "rate" else str(values.get(name, "-"))
+            percent(values.get(name)) if kind == "rate" else f"{int(values.get(name, 0)):,}"
             for name, kind in columns.items()
         )
         table.add_row(escape(task), *cells)
