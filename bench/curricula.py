@@ -51,6 +51,15 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "curriculum.rows": 1500,
         "curriculum.alpha": 0.7,
     },
+    # The rate of learning does not fall within a round, so that it does not rise and fall once a round.
+    "refine-all-constant-rate": {"curriculum.refine": "all", "train.schedule": "constant"},
+    "refine-all-one-round-constant-rate": {
+        "curriculum.refine": "all",
+        "rounds": 1,
+        "curriculum.rows": 1500,
+        "curriculum.alpha": 0.7,
+        "train.schedule": "constant",
+    },
     # Neither difficulty, balance nor new rows: seeds at random with styled answers.
     "uniform-refined": {
         "curriculum.difficulty": False,
