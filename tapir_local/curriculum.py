@@ -12,6 +12,7 @@ from tapir_local.judging import mfd
 from tapir_local.recipe import Curriculum
 from tapir_local.records import Example, Expansion, Judgement, Manner, RoundPlan, Styled
 
+FROM_POOL = frozenset({"tapir", "lion"})  # the others take seeds, whatever was expanded
 LION_THRESHOLD = 1.0  # Lion (arXiv 2305.12870): hard where the teacher scores at least this much more
 
 
@@ -121,7 +122,7 @@ def tapir(known: Situation) -> RoundPlan:
     taken = set(chosen)
     left = [id for id in easy if id not in taken]
     replay = known.rng.sample(left, min(len(left), settings.rows - wanted))
-    got = tasks_of(hard, chosen) + Counter({expansion.task: expansion.rows for expansion in expansions})
+    got = tasks_of(hard, chosen) + new_rows(expansions)
     styled: Mapping[str, Styled] = {"hard": "hard", "all": "all", "off": "none"}
     return RoundPlan(
         round=known.number,
@@ -190,6 +191,14 @@ def tasks_of(rows: Sequence[Example], ids: Sequence[str]) -> Counter[str]:
     """How many of the rows named by `ids` are of each task."""
     chosen = set(ids)
     return Counter(row.task for row in rows if row.id in chosen)
+
+
+def new_rows(expansions: Sequence[Expansion]) -> Counter[str]:
+    """New rows wanted of each task."""
+    counts: Counter[str] = Counter()
+    for expansion in expansions:
+        counts[expansion.task] += expansion.rows
+    return counts
 
 
 def fractions(rows: Mapping[str, int]) -> dict[str, float]:
@@ -288,9 +297,7 @@ def lion(known: Situation) -> RoundPlan:
         *grown(hard, half, "alike", known.rng),
         *grown(easy, size - half if easy else 0, "rarer", known.rng),
     )
-    got: Counter[str] = Counter()
-    for expansion in expansions:
-        got[expansion.task] += expansion.rows
+    got = new_rows(expansions)
     notes = {"no row is hard": rows and not hard, "no row is easy": rows and not easy}
     return RoundPlan(
         round=known.number,

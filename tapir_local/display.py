@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from tapir_local.curriculum import FROM_POOL
 from tapir_local.distill import Step, Watch
 from tapir_local.forecast import Foreseen
 
@@ -229,7 +230,7 @@ def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
 
 def plan_phrase(plan: Mapping[str, Any]) -> str:
     """What a plan takes."""
-    if plan["curriculum"] not in ("tapir", "lion"):
+    if plan["curriculum"] not in FROM_POOL:
         return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds taken"
     hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows hard"
     alpha = f"alpha asked {plan['alpha']:.0%}, got {plan['alpha_got']:.0%}"

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tapir_local.curriculum import new_rows
 from tapir_local.display import cost_table, forecast_table, percent, plain_table, scores_phrase
 from tapir_local.records import RoundPlan
 from tapir_local.whatif import WhatIf
@@ -49,20 +50,12 @@ def what_if_tables(found: WhatIf) -> list[Table]:
     table.add_column("task")
     for name in ("share now", "share then", "to write now", "to write then"):
         table.add_column(name, justify="right")
-    new = [new_rows(plan) if plan else Counter[str]() for plan in (now, then)]
+    new = [new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
     for task in sorted({*then.got, *(now.got if now else ())}):
         shares = [percent(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
         table.add_row(escape(task), *shares, *(str(counts[task]) for counts in new))
     table.caption = "\n".join(what_if_phrases(found))
     return [table, forecast_table(found.calls, found.run)] if found.calls else [table]
-
-
-def new_rows(plan: RoundPlan) -> Counter[str]:
-    """New rows wanted of each task."""
-    counts: Counter[str] = Counter()
-    for expansion in plan.expansions:
-        counts[expansion.task] += expansion.rows
-    return counts
 
 
 def what_if_phrases(found: WhatIf) -> list[str]:

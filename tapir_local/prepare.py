@@ -14,7 +14,7 @@ from tapir_local.recipe import Recipe
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
-from tapir_local.work import Stage, Work, lost
+from tapir_local.work import Stage, Work, answered, lost
 
 
 def read(work: Work, out: Path) -> str:
@@ -269,12 +269,7 @@ def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> list[Exampl
     """Rows with a whole answer: the file's own where the recipe trusts it, else the teacher's."""
     if answered_by_file(work.recipe):
         return [row for row in rows if row.completion]
-    answers = work.ask(work.tools.teacher, [work.request(stage, row.id, prompts.answer(row.prompt)) for row in rows])
-    return [
-        replace(row, completion=answer.text.strip())
-        for row, answer in zip(rows, answers, strict=True)
-        if answer.complete
-    ]
+    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows])
 
 
 PREPARE = (

@@ -13,9 +13,9 @@ from tapir_local import judging, prompts
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.ifd import ifd
 from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
-from tapir_local.rows import seeds
+from tapir_local.rows import child_of, holdout_index, seeds
 from tapir_local.rundir import read_rows, write_rows
-from tapir_local.work import Work
+from tapir_local.work import Work, answered
 
 NOTHING = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
 Text = tuple[Prompt, str]
@@ -60,17 +60,7 @@ def reflected(work: Work, planned: RoundPlan) -> list[Example]:
 def rewritten(number: int, serial: int, row: Example, reply: str) -> Draft:
     """The new instruction and answer in a reply, or why there is none."""
     found = judging.parse_rewritten(reply)
-    prompt = (*row.prompt[:-1], replace(row.prompt[-1], content=found[0] if found else ""))
-    example = Example(
-        f"r{number}-{serial:05d}",
-        prompt,
-        found[1] if found else "",
-        row.task,
-        row.labelled_by,
-        "expanded",
-        row.id,
-        number,
-    )
+    example = child_of(row, number, serial, *(found or ("", "")))
     return Draft(example, "" if found else "no instruction and answer in the reply")
 
 
@@ -79,9 +69,7 @@ def screened(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
 
     A rewriting may resemble what it rewrites, so it is not compared with the rows that are known.
     """
-    held = Index(work.recipe.curriculum.max_rouge)
-    for row in read_rows(Example, work.run.path / "holdout.jsonl"):
-        held.add(row)
+    held = holdout_index(work)
     return [draft if draft.reason else screen([draft.example], Index(1.0), held)[0] for draft in drafts]
 
 
@@ -98,13 +86,9 @@ def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], s
     drafts = read_rows(Draft, work.folder / "expanded.jsonl")
     kept = {draft.example.parent: draft.example for draft in drafts if not draft.reason}
     rows = [kept.get(row.id, row) for row in reflected(work, planned)]
-    requests = [work.request("refine", row.id, prompts.reflect_on_answer(row.prompt, row.completion)) for row in rows]
-    replies = work.ask(work.tools.teacher, requests)
-    pairs = [
-        Pair(row, replace(row, completion=reply.text.strip()))
-        for row, reply in zip(rows, replies, strict=True)
-        if reply.complete
-    ]
+    asked = [prompts.reflect_on_answer(row.prompt, row.completion) for row in rows]
+    rewritten_ones = {row.id: row for row in answered(work, "refine", rows, asked)}
+    pairs = [Pair(row, rewritten_ones[row.id]) for row in rows if row.id in rewritten_ones]
     better = {
         pair.old.id: pair.new
         for pair, (old, new) in zip(pairs, compared(work, pairs, backwards), strict=True)

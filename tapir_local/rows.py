@@ -1,5 +1,8 @@
 """The rows that a round may use: the seeds, all that are known by now, and the pool of which it takes its pick."""
 
+from dataclasses import replace
+
+from tapir_local.near import Index
 from tapir_local.records import Example
 from tapir_local.rundir import read_rows
 from tapir_local.work import Work
@@ -25,3 +28,18 @@ def pool(work: Work) -> list[Example]:
     if size >= len(everything):
         return everything
     return sorted(work.chance("pool").sample(everything, size), key=lambda row: row.id)
+
+
+def child_of(parent: Example, number: int, serial: int, instruction: str, answer: str = "") -> Example:
+    """The new row of round `number` whose last turn is another instruction than its parent's."""
+    prompt = (*parent.prompt[:-1], replace(parent.prompt[-1], content=instruction))
+    id = f"r{number}-{serial:05d}"
+    return Example(id, prompt, answer, parent.task, parent.labelled_by, "expanded", parent.id, number)
+
+
+def holdout_index(work: Work) -> Index:
+    """The holdout, near which no new instruction may come."""
+    held = Index(work.recipe.curriculum.max_rouge)
+    for row in read_rows(Example, work.run.path / "holdout.jsonl"):
+        held.add(row)
+    return held

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tapir_local import metrics
-from tapir_local.curriculum import CURRICULA, Situation, is_judged
+from tapir_local.curriculum import CURRICULA, FROM_POOL, Situation, is_judged
 from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgements
 from tapir_local.prepare import PREPARE
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
@@ -85,7 +85,7 @@ def situation(work: Work) -> Situation:
 
 def summary(planned: RoundPlan) -> str:
     """The plan in a phrase."""
-    if planned.curriculum not in ("tapir", "lion"):
+    if planned.curriculum not in FROM_POOL:
         return f"{len(planned.drawn) + len(planned.reflected):,} of {planned.pool:,} seeds taken"
     counts = f"{len(planned.hard):,} of them chosen, {planned.to_write:,} to write"
     return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"

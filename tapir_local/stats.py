@@ -35,19 +35,13 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One arm's mean less another's, on the rows that both have, and its intervals as in Estimate.
+class Difference(Estimate):
+    """One arm's mean less another's, on the rows that both have.
 
     `better` and `worse` count the rows on which the first is above or below the other. `p` is two-sided, of `test`.
     `p_holm` is `p` corrected for the comparisons made beside it; as long as there are none, `p` itself.
     """
 
-    mean: float
-    low: float
-    high: float
-    over_seeds: tuple[float, float] | None
-    rows: int
-    seeds: int
     better: int
     worse: int
     p: float

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.curriculum import CURRICULA, is_judged
+from tapir_local.curriculum import CURRICULA, FROM_POOL, is_judged
 from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.forecast import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
@@ -90,7 +90,7 @@ def replan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     known = situation(Work(recipe, copy, Scout(recipe, None).tools(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
     if judging and not known.judgements:
-        others = sorted(name for name in CURRICULA if name not in ("lion", "tapir"))
+        others = sorted(CURRICULA.keys() - FROM_POOL)
         raise TapirError(
             f"round {number} of run {copy.name!r} was not judged: its curriculum does not ask how hard a row is",
             where="--set curriculum.name",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tapir_local.costs import costs
-from tapir_local.curriculum import LION_THRESHOLD, is_hard, is_judged, teachable
+from tapir_local.curriculum import FROM_POOL, LION_THRESHOLD, is_easy, is_hard, is_judged, teachable
 from tapir_local.dataset import Draft
 from tapir_local.distill import kept_recipe, rounds_begun
 from tapir_local.errors import TapirError
@@ -39,9 +39,9 @@ def why(run: RunDir, named: str) -> dict[str, Any]:
 
     TapirError when the run has no such row, or several.
     """
-    known = rows_of(run)
-    row = found(run, known, named)
     drafts = drafts_of(run)
+    known = rows_of(run, drafts)
+    row = found(run, known, named)
     draft = next((draft for _, draft in drafts if draft.example.id == row.id), None)
     store = run.cache / "teacher.db"
     return {
@@ -67,13 +67,13 @@ def why(run: RunDir, named: str) -> dict[str, Any]:
     }
 
 
-def rows_of(run: RunDir) -> dict[str, Example]:
+def rows_of(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str, Example]:
     """Every row that a run has met, by id, each with its newest answer."""
     files = [
         run.path / name for name in ("rows.jsonl", "labels.jsonl", "labelled.jsonl", "seeds.jsonl", "holdout.jsonl")
     ]
     rows = {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
-    rows |= {draft.example.id: draft.example for _, draft in drafts_of(run)}
+    rows |= {draft.example.id: draft.example for _, draft in drafts}
     for number in range(rounds_begun(run) + 1):
         rows |= {row.id: row for row in trained_on(run, number)}
     return rows
@@ -133,9 +133,8 @@ def rounds_of(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterator[R
     for number in range(rounds_begun(run) + 1):
         trained = any(other.id == row.id for other in trained_on(run, number))
         if row.id in held:
-            yield line(
-                number, judgement_of(run, number, "holdout-judgements", row.id), "", "a row of the holdout", False
-            )
+            judgement = judgements_of(run, number, "holdout-judgements").get(row.id)
+            yield line(number, judgement, "", "a row of the holdout", False)
         elif number == 0:
             said = "drawn for the student's first training" if trained else "not drawn for the first training"
             yield line(number, None, "drawn" if trained else "", said, trained)
@@ -157,23 +156,23 @@ def line(number: int, judgement: Judgement | None, use: str, said: str, trained:
     return Round(number, judgement.teacher, judgement.student, mfd(judgement), use, said, trained)
 
 
-def judgement_of(run: RunDir, number: int, name: str, id: str) -> Judgement | None:
-    """A row's judgement in a round, if it has one."""
+def judgements_of(run: RunDir, number: int, name: str) -> dict[str, Judgement]:
+    """A round's judgements by id, none until they are there."""
     path = run.round(number) / f"{name}.jsonl"
-    rows = read_rows(Judgement, path) if path.exists() else []
-    return next((judgement for judgement in rows if judgement.id == id), None)
+    return {judgement.id: judgement for judgement in read_rows(Judgement, path)} if path.exists() else {}
 
 
 def in_round(
     run: RunDir, number: int, row: Example, settings: Curriculum, trained: bool, tasks: Mapping[str, str]
 ) -> Round:
     """A row of the pool in a round with a plan, or without one yet."""
-    judgement, path = judgement_of(run, number, "judgements", row.id), run.round(number) / "plan.json"
+    judged, path = judgements_of(run, number, "judgements"), run.round(number) / "plan.json"
+    judgement = judged.get(row.id)
     if not path.exists():
         return line(number, judgement, "", "the round is not planned yet", trained)
     plan = read_record(RoundPlan, path)
     use = use_of(plan, row.id)
-    if plan.curriculum in ("uniform", "all", "growth", "reflection"):
+    if plan.curriculum not in FROM_POOL:
         taken = len(plan.drawn) + len(plan.reflected)
         said = f"{plan.curriculum}: {'taken' if use else 'not drawn'}, {taken:,} of {plan.pool:,} were"
     elif judgement is None and is_judged(settings):
@@ -181,8 +180,7 @@ def in_round(
     elif judgement is None:
         said = "difficulty is off: " + ("drawn at random" if use else "not drawn")
     else:
-        judged = read_rows(Judgement, run.round(number) / "judgements.jsonl")
-        said = f"{verdict_of(judgement, settings)}; {fate(plan, judgement, judged, settings, tasks)}"
+        said = f"{verdict_of(judgement, settings)}; {fate(plan, judgement, list(judged.values()), settings, tasks)}"
     parents = any(row.id in expansion.parents for expansion in plan.expansions)
     return line(number, judgement, use, said + ("; new rows may grow from it" if parents else ""), trained)
 
@@ -219,7 +217,7 @@ def fate(
     if not teachable(judgement, settings):
         return "neither trained on nor replayed"
     if not is_hard(judgement, settings):
-        easy = sum(teachable(other, settings) and not is_hard(other, settings) for other in judged)
+        easy = sum(is_easy(other, settings) for other in judged)
         return f"{'replayed' if use else 'not replayed'}: {len(plan.replay):,} of {easy:,} easy rows were drawn"
     task = tasks[judgement.id]
     rivals = [other for other in judged if tasks.get(other.id) == task and is_hard(other, settings)]

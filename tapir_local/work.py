@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored
+from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored
 from tapir_local.rundir import RunDir
 
 Progress = Callable[[int, int, str], None]
@@ -88,6 +88,15 @@ class Stage:
     name: str
     output: str
     run: Callable[[Work, Path], str]
+
+
+def answered(work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt]) -> list[Example]:
+    """Rows with the teacher's replies to `asked` as their completions; those without a whole reply are left out."""
+    requests = [work.request(stage, row.id, messages) for row, messages in zip(rows, asked, strict=True)]
+    replies = work.ask(work.tools.teacher, requests)
+    return [
+        replace(row, completion=reply.text.strip()) for row, reply in zip(rows, replies, strict=True) if reply.complete
+    ]
 
 
 def lost(count: int) -> str:

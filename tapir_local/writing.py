@@ -2,17 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
-from tapir_local.records import Answer, Example, Manner, Prompt, RoundPlan
+from tapir_local.records import Answer, Example, Manner, RoundPlan
 from tapir_local.reflecting import reflect_on_answers, reflect_on_instructions
-from tapir_local.rows import all_known, pool, seeds
+from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds
 from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.work import Work, lost
+from tapir_local.work import Work, answered, lost
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
 DRAWS_PER_ROUND = 1000
@@ -43,12 +42,10 @@ def expand(work: Work, out: Path) -> str:
 
 def indices(work: Work) -> tuple[Index, Index]:
     """What a draft may not resemble: all rows that are known, and the holdout."""
-    near, held = Index(work.recipe.curriculum.max_rouge), Index(work.recipe.curriculum.max_rouge)
+    near = Index(work.recipe.curriculum.max_rouge)
     for row in all_known(work):
         near.add(row)
-    for row in read_rows(Example, work.run.path / "holdout.jsonl"):
-        held.add(row)
-    return near, held
+    return near, holdout_index(work)
 
 
 def told(drafts: Sequence[Draft], short: int) -> str:
@@ -88,11 +85,7 @@ def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draf
         if text
         else ("no new instruction in the reply" if reply.complete else f"the reply is not whole ({reply.finish})")
     )
-    prompt = (*parent.prompt[:-1], replace(parent.prompt[-1], content=text or ""))
-    return Draft(
-        Example(f"r{number}-{serial:05d}", prompt, "", parent.task, parent.labelled_by, "expanded", parent.id, number),
-        reason,
-    )
+    return Draft(child_of(parent, number, serial, text or ""), reason)
 
 
 def refine(work: Work, out: Path) -> str:
@@ -140,18 +133,9 @@ def style_plain(work: Work, rows: Sequence[Example]) -> list[Example]:
 def ask_styled(work: Work, rows: Sequence[Example]) -> list[Example]:
     """Rows with the teacher's answer in their task's style; those without a whole one are left out."""
     tasks = work.recipe.task_table()
-    return answered(work, rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows])
+    return answered(work, "refine", rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows])
 
 
 def ask_plain(work: Work, rows: Sequence[Example]) -> list[Example]:
     """Rows with the teacher's plain answer; those without a whole one are left out."""
-    return answered(work, rows, [prompts.answer(row.prompt) for row in rows])
-
-
-def answered(work: Work, rows: Sequence[Example], asked: Sequence[Prompt]) -> list[Example]:
-    """Rows with the teacher's replies to `asked` as their completions; those without a whole reply are left out."""
-    requests = [work.request("refine", row.id, messages) for row, messages in zip(rows, asked, strict=True)]
-    replies = work.ask(work.tools.teacher, requests)
-    return [
-        replace(row, completion=reply.text.strip()) for row, reply in zip(rows, replies, strict=True) if reply.complete
-    ]
+    return answered(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])
