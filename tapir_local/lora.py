@@ -1,6 +1,5 @@
 """The student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers that are trained."""
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.memory import free_memory
 from tapir_local.template import NO_TEMPLATE
 
 Backend = Literal["auto", "trl", "unsloth"]
@@ -66,15 +66,6 @@ def library(backend: Backend) -> str:
         raise TapirError("Unsloth is not installed", where="train", fix="pip install 'tapir-local[gpu]'")
     print("Unsloth is not installed; training with plain TRL and PEFT.", file=sys.stderr)
     return "trl"
-
-
-def free_memory() -> int:
-    """Bytes of main memory that can be had without swapping, by the kernel's reckoning; elsewhere half of it all."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def check_folder(model: str, setting: str = "student.path") -> None:
