@@ -13,7 +13,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.generate import answer, encode_prompt, logits
-from tapir_local.gguf_vocab import end_of_turn, read_json, special_texts
+from tapir_local.gguf_vocab import end_of_turn, read_tokenizer, special_texts
 from tapir_local.llama import Engine, Model, encode, is_end, metadata, open_context, open_model
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.records import Example, Message, Prompt
@@ -255,10 +255,11 @@ def sample(prompts: Sequence[Prompt]) -> list[Prompt]:
 def probes(tokenizer: Any) -> list[Prompt]:
     """PROBES prompts of one or several fragments: every fragment, every added token in several places, and mixtures.
 
-    A tokenizer that composes characters first (NFC, Qwen's) gets composed ones: llama.cpp does not compose.
+    A tokenizer that composes characters first (NFC, Qwen's) gets composed ones: llama.cpp does not compose. Gemma's
+    added tokens of several `▁` stand for as many spaces.
     """
     chance = random.Random("gate-probes")
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()][:64]
+    added = [token.content.replace("▁", " ") for token in tokenizer.added_tokens_decoder.values()][:64]
     texts = [*FRAGMENTS, *(f"a{token}b {token} 1{token}" for token in added)]
     while len(texts) < PROBES:
         texts.append(chance.choice(["", " ", "\n"]).join(chance.choices([*FRAGMENTS, *added], k=chance.randint(2, 5))))
@@ -289,7 +290,7 @@ def bos_counts(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
 
 def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
     """True when EOS is the same and llama.cpp stops at the token that ended each turn in training."""
-    ends = end_of_turn(read_json(model_dir / "tokenizer.json"), tokenizer.get_chat_template(), special_texts(model_dir))
+    ends = end_of_turn(read_tokenizer(model_dir), tokenizer.get_chat_template(), special_texts(model_dir))
     return (
         bool(ends) and llama.eos == (tokenizer.eos_token or "") and all(is_end(llama, token) for token in ends.values())
     )
