@@ -200,8 +200,8 @@ def added_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
 def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
     """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
 
-    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens of
-    several `▁` are found by merging, as transformers finds them, since a text has spaces in their place.
+    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens
+    of several `▁` are found by merging, as transformers finds them, since a text has spaces in their place.
     """
     from gguf import TokenType
 

@@ -73,8 +73,12 @@ def load(source: Source, delta: Delta | None = None) -> Array:
     import numpy as np
 
     raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)
-    bits = source.dtype == "BF16"  # numpy has no bfloat16, which is the upper half of a float32
-    weight = (raw.astype(np.uint32) << 16).view(np.float32) if bits else raw.astype(np.float32)
+    if source.dtype == "BF16":  # numpy has no bfloat16, which is the upper half of a float32
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        weight = bits.view(np.float32)
+    else:
+        weight = raw.astype(np.float32)
     if delta is not None:
         weight += delta.scale * (load(delta.b) @ load(delta.a))
     return weight
