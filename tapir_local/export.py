@@ -13,10 +13,11 @@ from tapir_local.errors import TapirError
 from tapir_local.families import (
     Config,
     Family,
-    arranged,
     read_config,
     rope_factors,
     rotaries,
+    row_order,
+    shift,
     target_name,
     tensor_names,
     used,
@@ -53,7 +54,7 @@ K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
 def export_gguf(
     model_dir: Path, out: Path, *, adapter: Path | None, quant: str, progress: Progress = lambda done, total, note: None
 ) -> None:
-    """Write `out`, whole or not at all. Peak memory is a few copies of the largest tensor, not the model.
+    """Write `out`, whole or not at all. Peak memory is some blocks of a tensor's rows, not the model.
 
     `quant` is f32, f16, bf16, q8_0, q4_k_m, q5_k_m or q6_k; k-quants are made by llama.cpp from an f16 file beside
     `out`. Norms and biases stay in f32. `progress` gets (tensors written, tensors in all, name). TapirError for a
@@ -103,7 +104,9 @@ def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, 
     ]
     if rotaries(config)[0]["rope_type"] == "llama3":
         factors = rope_factors(config)
-        tensors.append(Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, lambda: factors))
+        tensors.append(
+            Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, lambda start, stop: factors)
+        )
     return tuple(tensors)
 
 
@@ -111,10 +114,12 @@ def plan_tensor(
     name: str, source: Source, delta: Delta | None, names: Any, config: Config, family: Family, quant: Any
 ) -> Planned:
     """Where a tensor goes, and how it is made."""
-    target = target_name(name, source, names, family)
+    target, added = target_name(name, source, names, family), shift(name, family)
+    order = row_order(name, source.shape[0], config, family)
 
-    def read() -> Array:
-        return arranged(load(source, delta), name, config, family)
+    def read(start: int, stop: int) -> Array:
+        weight = load(source, delta, slice(start, stop) if order is None else order[start:stop])
+        return weight + added if added else weight
 
     return Planned(target, type_of(target, source.shape, quant), source.shape, read)
 

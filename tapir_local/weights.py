@@ -68,11 +68,11 @@ def read_header(file: Path) -> dict[str, Source]:
     }
 
 
-def load(source: Source, delta: Delta | None = None) -> Array:
-    """The tensor in float32, LoRA's change added."""
+def load(source: Source, delta: Delta | None = None, rows: Any = slice(None)) -> Array:
+    """The tensor in float32, LoRA's change added; of a part of it where `rows`, a slice or row numbers, says so."""
     import numpy as np
 
-    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)
+    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)[rows]
     if source.dtype == "BF16":  # numpy has no bfloat16, which is the upper half of a float32
         bits = raw.astype(np.uint32)
         bits <<= 16
@@ -80,7 +80,7 @@ def load(source: Source, delta: Delta | None = None) -> Array:
     else:
         weight = raw.astype(np.float32)
     if delta is not None:
-        weight += delta.scale * (load(delta.b) @ load(delta.a))
+        weight += (delta.scale * load(delta.b, rows=rows)) @ load(delta.a)
     return weight
 
 

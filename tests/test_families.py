@@ -1,23 +1,19 @@
 """Every family of students on its whole way: base, a few steps of LoRA, export merged and apart, gate, generation."""
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import CHATML, WITH_BOS, make_adapter, make_model, merged_model
+from models import WITH_BOS, make_model
 from spm import GEMMA
 
-from tapir_local import families
 from tapir_local.adapter_gguf import export_adapter
-from tapir_local.errors import TapirError
-from tapir_local.export import check_exportable, export_gguf
+from tapir_local.export import export_gguf
 from tapir_local.gate import GateReport, gate
-from tapir_local.generate import generate, logits
-from tapir_local.llama import encode, open_context, open_model
+from tapir_local.generate import generate
 from tapir_local.recipe import Train
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
