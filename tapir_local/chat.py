@@ -72,12 +72,13 @@ def student_gguf(run: RunDir, number: int | None) -> Path:
 def base_gguf(run: RunDir, recipe: Recipe, say: Say) -> Path:
     """The untrained student as GGUF, made once for its weights and type in cache/base."""
     from tapir_local.export import export_gguf
+    from tapir_local.tools import converter_of
 
     model = student_folder(recipe, run)
     path = run.cache / "base" / digest(model) / f"{recipe.export.quant}.gguf"
     if not path.exists():
         say("making the base's GGUF, once")
-        export_gguf(model, path, adapter=None, quant=recipe.export.quant)
+        export_gguf(model, path, adapter=None, quant=recipe.export.quant, converter=converter_of(recipe))
     return path
 
 

@@ -50,6 +50,16 @@ def check_disk(path: Path, wanted: int, what: str) -> None:
         )
 
 
+def check_memory(wanted: int, what: str) -> None:
+    """TapirError unless `wanted` bytes of main memory are free for `what`."""
+    free = free_memory()
+    if wanted > free:
+        raise TapirError(
+            f"no memory for {what}: it takes {size(wanted)}, and {size(free)} are free",
+            fix="Close other programs, or take a larger machine.",
+        )
+
+
 def size(count: int) -> str:
     """Bytes for people, as disks are sold: 1.5 GB is 1,500,000,000."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

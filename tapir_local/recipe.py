@@ -227,6 +227,11 @@ class Export(Settings):
     quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
         "q8_0", description="type of the GGUF's weights"
     )
+    converter: str | None = Field(
+        None,
+        description="convert_hf_to_gguf.py in a checkout of llama.cpp, or its folder, for a student of a family that "
+        "is not mapped; our own export if left out",
+    )
     min_agreement: Share = Field(
         0.9, description="share of greedy tokens in which the GGUF and the trained model must agree"
     )

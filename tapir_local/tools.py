@@ -16,11 +16,16 @@ from tapir_local.storefile import spent
 from tapir_local.work import Ask, Progress, Tools
 
 
-def check_student(model: Path) -> None:
+def check_student(model: Path, converter: Path | None = None) -> None:
     """TapirError for a student without a chat template, or that has no like in llama.cpp."""
     from tapir_local.export import check_exportable
 
-    check_exportable(model)
+    check_exportable(model, converter)
+
+
+def converter_of(recipe: Recipe) -> Path | None:
+    """llama.cpp's own converter, where the recipe names it."""
+    return Path(recipe.export.converter).expanduser() if recipe.export.converter else None
 
 
 @contextmanager
@@ -31,7 +36,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     TapirError, before anything is paid, when the student could not be exported once it is trained.
     """
     if not (run.round(0) / "adapter").exists():
-        check_student(student_folder(recipe, run))
+        check_student(student_folder(recipe, run), converter_of(recipe))
     with Store(run.cache / "teacher.db", mode) as store:
         for notice in store.notices:
             say(notice)
@@ -143,7 +148,13 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
 
-        job = ExportJob(student_folder(recipe, run), out, adapter=adapter, quant=recipe.export.quant)
+        job = ExportJob(
+            student_folder(recipe, run),
+            out,
+            adapter=adapter,
+            quant=recipe.export.quant,
+            converter=converter_of(recipe),
+        )
         export(job, out.parent / "export", progress)
 
     return write
