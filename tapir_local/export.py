@@ -152,8 +152,6 @@ def check_room(path: Path, tensors: Sequence[Planned], vocab: Vocab, more: float
 
 def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, quant: Any) -> tuple[Planned, ...]:
     """Every tensor of the GGUF in the order of the base's names."""
-    import gguf
-
     sources = used(read_model(model_dir), config)
     deltas = {} if adapter is None else read_adapter(adapter, sources)
     names = tensor_names(config, family)
@@ -162,11 +160,18 @@ def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, 
         for name, source in sorted(sources.items())
     ]
     if rotaries(config)[0]["rope_type"] == "llama3":
-        factors = rope_factors(config)
-        tensors.append(
-            Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, lambda start, stop: factors)
-        )
+        tensors.append(planned_factors(rope_factors(config)))
     return tuple(tensors)
+
+
+def planned_factors(factors: Array) -> Planned:
+    """Llama 3's rotary scaling, which llama.cpp reads as a tensor."""
+    import gguf
+
+    def read(start: int, stop: int) -> Array:
+        return factors[start:stop]
+
+    return Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, read)
 
 
 def plan_tensor(
@@ -227,4 +232,5 @@ def run_folder(folder: Path, progress: Progress) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(run_folder))
+    # Blocks are made by threads of ours; OpenBLAS's own would spin beside them: a 0.5B with LoRA took 8.7 s, not 4.6.
+    sys.exit(child_main(run_folder, {"OPENBLAS_NUM_THREADS": "1"}))

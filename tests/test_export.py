@@ -154,6 +154,16 @@ def test_the_same_twice(llama: Student, tmp_path: Path) -> None:
     assert (tmp_path / "again.gguf").read_bytes() == llama.gguf.read_bytes()
 
 
+@pytest.mark.parametrize(("block", "quant"), [(1, "q8_0"), (300, "bf16"), (5000, "f32")])
+def test_the_same_file_in_blocks_of_any_size(
+    llama: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, quant: str
+) -> None:
+    for name in ("whole", "blocks"):
+        export_gguf(llama.model, tmp_path / name, adapter=llama.adapter, quant=quant)
+        monkeypatch.setattr("tapir_local.gguf_file.BLOCK", block)
+    assert (tmp_path / "blocks").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_sentencepiece_vocabulary() -> None:
     """LLaMA-2's, with chat tokens added: every id as transformers has it, without tokenizer.model being read."""
     if not LLAMA2_TOKENIZER.is_dir():
