@@ -41,7 +41,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             judge=asker(judge_of(recipe), store, run.name, purse, say),
             generate=generator(recipe),
             classify=classifier(recipe),
-            train=trainer(recipe, run),
+            train=trainer(recipe, run, say),
             export=exporter(recipe, run),
             gate=gatekeeper(recipe, run),
             score=scorer(recipe),
@@ -111,7 +111,9 @@ def scorer(recipe: Recipe) -> Callable[[Path, Sequence[tuple[Prompt, str]], Prog
     return measure
 
 
-def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Path, Progress], None]:
+def trainer(
+    recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
     def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
@@ -120,9 +122,14 @@ def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Pa
         job = TrainJob(
             str(student_folder(recipe, run)), rows, out, recipe.train, recipe.student.max_length, seed, previous
         )
-        train(job, out.parent / "train", progress)
+        train(job, out.parent / "train", progress, say)
 
     return fine_tune
+
+
+def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
+    """The model's folder and its adapter's, None where train.method `full` has left the whole model in adapter/."""
+    return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
 def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], None]:
@@ -143,7 +150,8 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
 
-        job = ExportJob(student_folder(recipe, run), out, adapter=adapter, quant=recipe.export.quant)
+        model, lora = trained(recipe, run, adapter)
+        job = ExportJob(model, out, adapter=lora, quant=recipe.export.quant)
         export(job, out.parent / "export", progress)
 
     return write
@@ -155,7 +163,8 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.gate import GateJob, pass_gate
 
-        job = GateJob(student_folder(recipe, run), gguf, rows, out, recipe.export.min_agreement, adapter)
+        model, lora = trained(recipe, run, adapter)
+        job = GateJob(model, gguf, rows, out, recipe.export.min_agreement, lora)
         pass_gate(job, out.parent / "gate", progress)
 
     return compare

@@ -12,12 +12,14 @@ import pytest
 from models import make_model, make_tokenizer
 
 from tapir_local.errors import TapirError
+from tapir_local.footprint import activation_bytes
 from tapir_local.lora import Hardware, linear_names
 from tapir_local.process import run_module
 from tapir_local.recipe import Train
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_rows
-from tapir_local.train import MASKED, TrainJob, activation_bytes, run_job, sft_arguments, split_batch, token_rows, train
+from tapir_local.sft import MASKED, TrainJob, sft_arguments, split_batch, token_rows
+from tapir_local.train import run_job, train
 
 # What unsloth 2026.10.9 changes of SFTConfig's defaults (trl 1.15), found by importing both side by side.
 UNSLOTH_CHANGES = {
@@ -257,10 +259,10 @@ def test_what_needs_a_gpu_is_refused_without_one(job):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(TapirError, match="load_in_4bit needs a GPU"):
-        run_job(replace(job, settings=SETTINGS.model_copy(update={"load_in_4bit": True})))
+    with pytest.raises(TapirError, match="qlora needs a GPU"):
+        run_job(replace(job, settings=SETTINGS.model_copy(update={"method": "qlora"})))
     with pytest.raises(TapirError, match="Unsloth needs a GPU"):
-        run_job(replace(job, backend="unsloth"))
+        run_job(replace(job, settings=SETTINGS.model_copy(update={"backend": "unsloth"})))
 
 
 def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):
