@@ -35,8 +35,8 @@ class Course:
     minutes: float = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     order: bytes = b""
-    began: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
+    began: float = 0
+    saved: float = 0
     resumed: bool = False
 
 
@@ -96,7 +96,12 @@ def go_on(course: Course, checkpoint: Path) -> None:
     """Take up a course where a checkpoint has left it."""
     mark = read_mark(checkpoint)
     course.log, course.order, course.resumed = mark["log"], bytes.fromhex(mark["order"]), True
-    course.began = time.monotonic() - (course.log[-1]["seconds"] if course.log else 0)
+
+
+def start_clock(course: Course) -> None:
+    """Count the training's seconds from now, those before a cut among them."""
+    course.saved = time.monotonic()
+    course.began = course.saved - (course.log[-1]["seconds"] if course.log else 0)
 
 
 def keep(course: Course, checkpoint: Path) -> None:
@@ -105,6 +110,7 @@ def keep(course: Course, checkpoint: Path) -> None:
         sync(file)
     write_json(checkpoint / MARK, {"job": course.job, "order": course.order.hex(), "log": course.log})
     clear(checkpoint.parent, but=checkpoint)
+    (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty form of a card
     course.saved = time.monotonic()
 
 

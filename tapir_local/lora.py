@@ -41,6 +41,8 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     import torch
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.launcher and processes == 1:
+        say("train.launcher has started one process: `accelerate launch` starts several with --multi_gpu.")
     if not torch.cuda.is_available():
         refuse_without_gpu(settings)
         precision = "bf16" if settings.precision == "bf16" else "f32"

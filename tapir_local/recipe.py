@@ -250,7 +250,7 @@ class Train(Settings):
     launcher: Annotated[str | None, BeforeValidator(as_command)] = Field(
         None,
         description="a command that starts the training's processes on several GPUs, such as `accelerate launch "
-        "--num_processes 2`; batch_size is that of all together",
+        "--multi_gpu --num_processes 2`; batch_size is that of all together",
     )
     lora_rank: int = Field(16, ge=1, description="r of LoRA, on all linear layers but the head")
     lora_alpha: int = Field(32, ge=1, description="LoRA's scale is alpha / r")

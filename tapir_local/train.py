@@ -239,6 +239,9 @@ def watcher(course: Course, setup: Setup, progress: Progress) -> Any:
     processes = setup.hardware.processes
     before = course.log[-1]["tokens"] if course.log else 0  # the Trainer counts from 0 again after a cut
 
+    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoints.start_clock(course)
+
     def on_epoch_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoints.epoch_begins(course, processes)
 
@@ -256,8 +259,8 @@ def watcher(course: Course, setup: Setup, progress: Progress) -> Any:
         if is_first():
             checkpoints.keep(course, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    hooks = {"on_epoch_begin": on_epoch_begin, "on_log": on_log, "on_step_end": on_step_end, "on_save": on_save}
-    return type("Watcher", (TrainerCallback,), hooks)()
+    hooks = (on_train_begin, on_epoch_begin, on_log, on_step_end, on_save)
+    return type("Watcher", (TrainerCallback,), {hook.__name__: hook for hook in hooks})()
 
 
 def entry(course: Course, step: int, logs: Mapping[str, float], before: int, micro: int) -> dict[str, Any]:
