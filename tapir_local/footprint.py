@@ -84,9 +84,10 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes in a safetensors file: 8 bytes say how long the JSON is that follows; TapirError for another file."""
     try:
         with file.open("rb") as opened:
-            found: Mapping[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            length = int.from_bytes(opened.read(8), "little")
+            found: Mapping[str, Any] = json.loads(opened.read(length))
         ends = max((item["data_offsets"][1] for name, item in found.items() if name != "__metadata__"), default=0)
-        whole = file.stat().st_size >= ends
+        whole = file.stat().st_size >= 8 + length + ends
     except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
         raise TapirError("no safetensors file", where=str(file), fix="Download or copy the model again.") from error
     if not whole:
