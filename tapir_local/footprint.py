@@ -119,7 +119,7 @@ def check_room(needs: Footprint, settings: Train, hardware: Hardware, twice: boo
     """
     batch = needs.checkpointed if twice else needs.activations
     wanted, free = needs.certain + batch, hardware.free
-    where = "the GPU" if hardware.device == "cuda" else "main memory"
+    where = f"the GPU's {size(hardware.total)}" if hardware.device == "cuda" else "main memory"
     numbers = (
         f"the weights take {size(needs.weights)}, gradients and optimiser {size(needs.state)}, a batch about "
         f"{size(batch)}; {size(free)} of {where} are free"

@@ -23,7 +23,8 @@ class Hardware:
     """What the training runs on.
 
     `device` is cpu or cuda, `backend` trl or unsloth, `precision` f32, bf16 or f16, and `free` the bytes of memory that
-    one process may fill, the GPU's where there is one. `processes` is how many train together under a launcher.
+    one process may fill, the GPU's where there is one, which has `total`. `processes` is how many train together under
+    a launcher.
     """
 
     device: str
@@ -31,6 +32,7 @@ class Hardware:
     precision: str
     free: int
     processes: int = 1
+    total: int = 0
 
 
 def look(settings: Train, say: Callable[[str], None]) -> Hardware:
@@ -54,8 +56,8 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     precision = best if settings.precision == "auto" else settings.precision
     if precision == "bf16" and best != "bf16":
         raise TapirError("this GPU does not compute in bf16", where="train.precision", fix="Write f16, or auto.")
-    free = int(torch.cuda.mem_get_info(local_rank())[0])
-    return Hardware("cuda", library(settings, precision, processes, say), precision, free, processes)
+    free, total = torch.cuda.mem_get_info(local_rank())
+    return Hardware("cuda", library(settings, precision, processes, say), precision, int(free), processes, int(total))
 
 
 def local_rank() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tapir_local.asking import unheard
 from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
+from tapir_local.memory import take_gpu
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
@@ -14,6 +15,8 @@ from tapir_local.rundir import RunDir
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
 from tapir_local.work import Ask, Progress, Tools
+
+CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
 
 
 def check_student(model: Path) -> None:
@@ -40,7 +43,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             teacher=asker(recipe.teacher, store, run.name, purse, say),
             judge=asker(judge_of(recipe), store, run.name, purse, say),
             generate=generator(recipe),
-            classify=classifier(recipe),
+            classify=classifier(recipe, say),
             train=trainer(recipe, run, say),
             export=exporter(recipe, run),
             gate=gatekeeper(recipe, run),
@@ -132,12 +135,15 @@ def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | No
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], None]:
+def classifier(
+    recipe: Recipe, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.classifier import ClassifyJob, classify
 
+        take_gpu(CLASSIFIER, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 

@@ -88,7 +88,7 @@ def test_a_name_on_the_hub_is_not_reckoned() -> None:
 
 def room(base: Path, free: int, settings: Train = SETTINGS, device: str = "cpu") -> list[str]:
     said: list[str] = []
-    hardware = Hardware(device, "trl", "f32", free)
+    hardware = Hardware(device, "trl", "f32", free, total=24 << 30)
     needs = footprint(str(base), settings, hardware, 512)
     assert needs
     check_room(needs, settings, hardware, False, said.append)
@@ -111,7 +111,7 @@ def test_what_may_not_fit_is_said(base) -> None:
 
 def test_what_fits_is_said_of_a_gpu_alone(base) -> None:
     assert room(base, 1 << 34) == []
-    assert "17.2 GB of the GPU are free" in room(base, 1 << 34, device="cuda")[0]
+    assert "17.2 GB of the GPU's 25.8 GB are free" in room(base, 1 << 34, device="cuda")[0]
 
 
 def test_gradient_checkpointing_is_as_asked_or_by_the_room(base) -> None:

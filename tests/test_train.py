@@ -13,9 +13,11 @@ from training import resolved as settled
 from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware, library, linear_names
 from tapir_local.process import run_module
+from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Example, Message, from_json, to_json
-from tapir_local.rundir import write_rows
+from tapir_local.rundir import RunDir, write_rows
 from tapir_local.sft import MASKED, TrainJob, pack, sft_arguments, split_batch, token_rows
+from tapir_local.tools import exporter, gatekeeper
 from tapir_local.train import run_job, train
 
 # What unsloth 2026.10.9 changes of SFTConfig's defaults (trl 1.15), found by importing both side by side.
@@ -310,6 +312,18 @@ def test_full_fine_tuning_leaves_a_whole_model(whole, base):
     before = load_file(base / "model.safetensors")
     assert not any(bool((weight == before[name]).all()) for name, weight in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(whole).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+
+
+def test_a_wholly_trained_model_goes_through_export_and_gate_as_it_is(whole, base, rows, tmp_path):
+    """As a run does it: what the trainer left in adapter/ is the model, and there is no adapter."""
+    recipe = parse_recipe(
+        f"teacher: pocket\nstudent: {{path: {base}}}\ntrain: {{method: full}}\nexport: {{quant: f16}}", "r"
+    )
+    run, gguf = RunDir(tmp_path, "run"), tmp_path / "student.gguf"
+    exporter(recipe, run)(whole, gguf, lambda done, total, note: None)
+    gatekeeper(recipe, run)(whole, gguf, rows, tmp_path / "gate.json", lambda done, total, note: None)
+    found = json.loads((tmp_path / "gate.json").read_text())
+    assert (found["failed"], found["figures"]["kl_base"]) == ([], None)
 
 
 def test_full_fine_tuning_goes_on_from_the_last_rounds_weights(whole, base, rows, tmp_path):
