@@ -89,7 +89,7 @@ def popen(command: Sequence[str], errors: IO[bytes], more: Mapping[str, str], lo
 
 def beside_python(name: str) -> str:
     """A command of the environment that we run in, which need not be on the PATH; else the name as it is."""
-    here = Path(sys.executable).with_name(name)
+    here = Path(sys.executable).parent / name  # a path from the root stays what it is
     return str(here) if here.is_file() else name
 
 
