@@ -7,6 +7,7 @@ from pathlib import Path
 from tapir_local.asking import unheard
 from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
+from tapir_local.memory import take_gpu
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
@@ -14,6 +15,8 @@ from tapir_local.rundir import RunDir
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
 from tapir_local.work import Ask, Progress, Tools
+
+CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
 
 
 def check_student(model: Path, converter: Path | None = None) -> None:
@@ -45,8 +48,8 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             teacher=asker(recipe.teacher, store, run.name, purse, say),
             judge=asker(judge_of(recipe), store, run.name, purse, say),
             generate=generator(recipe),
-            classify=classifier(recipe),
-            train=trainer(recipe, run),
+            classify=classifier(recipe, say),
+            train=trainer(recipe, run, say),
             export=exporter(recipe, run),
             gate=gatekeeper(recipe, run),
             score=scorer(recipe),
@@ -116,7 +119,9 @@ def scorer(recipe: Recipe) -> Callable[[Path, Sequence[tuple[Prompt, str]], Prog
     return measure
 
 
-def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Path, Progress], None]:
+def trainer(
+    recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
     def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
@@ -125,17 +130,25 @@ def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Pa
         job = TrainJob(
             str(student_folder(recipe, run)), rows, out, recipe.train, recipe.student.max_length, seed, previous
         )
-        train(job, out.parent / "train", progress)
+        train(job, out.parent / "train", progress, say)
 
     return fine_tune
 
 
-def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], None]:
+def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
+    """The model's folder and its adapter's, None where train.method `full` has left the whole model in adapter/."""
+    return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
+
+
+def classifier(
+    recipe: Recipe, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.classifier import ClassifyJob, classify
 
+        take_gpu(CLASSIFIER, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 
@@ -148,13 +161,8 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
 
-        job = ExportJob(
-            student_folder(recipe, run),
-            out,
-            adapter=adapter,
-            quant=recipe.export.quant,
-            converter=converter_of(recipe),
-        )
+        model, lora = trained(recipe, run, adapter)
+        job = ExportJob(model, out, adapter=lora, quant=recipe.export.quant, converter=converter_of(recipe))
         export(job, out.parent / "export", progress)
 
     return write
@@ -166,7 +174,8 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.gate import GateJob, pass_gate
 
-        job = GateJob(student_folder(recipe, run), gguf, rows, out, recipe.export.min_agreement, adapter)
+        model, lora = trained(recipe, run, adapter)
+        job = GateJob(model, gguf, rows, out, recipe.export.min_agreement, lora)
         pass_gate(job, out.parent / "gate", progress)
 
     return compare
