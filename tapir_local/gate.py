@@ -116,7 +116,10 @@ FRAGMENTS = (
 
 @dataclass(frozen=True)
 class GateJob:
-    """What one passage through the gate compares. `rows` is a JSONL file of Example, whose prompts are asked."""
+    """What one passage through the gate compares. `rows` is a JSONL file of Example, whose prompts are asked.
+
+    With `adapter_gguf`, an adapter alone, `gguf` is the base's and both together are what is compared.
+    """
 
     model_dir: Path
     gguf: Path
@@ -124,6 +127,7 @@ class GateJob:
     out: Path
     min_agreement: float
     adapter: Path | None = None
+    adapter_gguf: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -175,14 +179,22 @@ class GateReport:
 
 
 def gate(
-    model_dir: Path, adapter: Path | None, gguf: Path, prompts: Sequence[Prompt], *, min_agreement: float
+    model_dir: Path,
+    adapter: Path | None,
+    gguf: Path,
+    prompts: Sequence[Prompt],
+    *,
+    min_agreement: float,
+    adapter_gguf: Path | None = None,
 ) -> GateReport:
     """Compare a GGUF with the model it was made of, on some of `prompts` and on PROBES texts of many scripts.
+
+    An adapter that is not merged into it is laid over it: `adapter_gguf`.
 
     Needs the memory of the whole model in f32 on the CPU. TapirError when one of them cannot be loaded.
     """
     asked = (*sample(prompts), (Message("user", "Say hello."),))
-    with open_model(gguf) as llama:  # before torch, so that `patient_threads` is heeded
+    with open_model(gguf, adapter=adapter_gguf) as llama:  # before torch, so that `patient_threads` is heeded
         tokenizer = load_tokenizer(model_dir)
         texts = [rendered(tokenizer, prompt) for prompt in (*prompts, *probes(tokenizer))]
         wrong = mismatches(tokenizer, llama, texts)
@@ -343,7 +355,14 @@ def run_folder(folder: Path, progress: Progress) -> None:
     """The child's side of `pass_gate`."""
     job = read_record(GateJob, folder / "job.json")
     prompts = [row.prompt for row in read_rows(Example, job.rows)]
-    report = gate(job.model_dir, job.adapter, job.gguf, prompts, min_agreement=job.min_agreement)
+    report = gate(
+        job.model_dir,
+        job.adapter,
+        job.gguf,
+        prompts,
+        min_agreement=job.min_agreement,
+        adapter_gguf=job.adapter_gguf,
+    )
     (folder / "report.json").unlink(missing_ok=True)
     write_record(folder / "report.json", report)
     if not report.passed:

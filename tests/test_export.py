@@ -10,7 +10,7 @@ import pytest
 from conftest import Student
 from models import CHATML, make_adapter, make_model, merged_model
 
-from tapir_local import export, gguf_vocab
+from tapir_local import export, families, gguf_vocab
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
 from tapir_local.gate import GateJob, GateReport, gate, pass_gate, run_folder
@@ -146,7 +146,7 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     [
         ("config.json", lambda c: c.update(architectures=["FalconForCausalLM"]), "FalconForCausalLM is not mapped"),
         ("config.json", lambda c: c.update(hidden_act="gelu"), "hidden_act gelu"),
-        ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "longrope is not mapped"),
+        ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "type longrope has no like"),
         ("tokenizer.json", lambda c: c["model"].update(type="Unigram"), "type Unigram"),
         ("tokenizer.json", lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "no name for its pre_tokenizer"),
         (
@@ -212,7 +212,8 @@ def test_a_sound_gguf_passes(students, family: str) -> None:
 
 
 def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(export.FAMILIES, "LlamaForCausalLM", replace(export.FAMILIES["LlamaForCausalLM"], paired=False))
+    llama_family = families.FAMILIES["LlamaForCausalLM"]
+    monkeypatch.setitem(families.FAMILIES, "LlamaForCausalLM", replace(llama_family, paired=False))
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
     report = passage(llama, tmp_path / "out.gguf")
     assert set(report.failed) == {"logits", "agreement"}
