@@ -7,16 +7,17 @@ it, in ChatML. What is written here is derived from the Jinja's own renderings a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.llama import Model, library, template, token_text
+from tapir_local.llama import Model, library, open_model, template, token_text
 from tapir_local.records import Message
 from tapir_local.template import render
 
 UNKNOWN = """\
-# No TEMPLATE: the student's chat template does more than write marks around the turns (it may trim them, or tell thoughts
-# from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then render with the
-# GGUF's own template (started with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, which may be another."""
+# No TEMPLATE: the student's chat template does more than write marks around the turns (it may trim them, or tell
+# thoughts from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then render with
+# the GGUF's own template (started with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, maybe another."""
 WORDS = ("Qalpha", "Qbeta", "Qgamma")  # contents that no template writes by itself
 TEXTS = (
     "What is 7 + 5?",
@@ -155,6 +156,12 @@ def modelfile(model: Model, *, file: str, context: int, temperature: float) -> s
         f"PARAMETER temperature {temperature:g}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def write_modelfile(gguf: Path, out: Path, *, context: int, temperature: float = 0.0) -> None:
+    """The Modelfile of a GGUF that lies beside it."""
+    with open_model(gguf, vocab_only=True) as model:
+        out.write_text(modelfile(model, file=gguf.name, context=context, temperature=temperature), encoding="utf-8")
 
 
 def end_text(model: Model) -> str:

@@ -224,6 +224,11 @@ class Train(Settings):
 class Export(Settings):
     """The GGUF."""
 
+    rounds: Literal["adapter", "merged"] = Field(
+        "merged",
+        description="what a round keeps as its student.gguf: `merged`, the whole model, or `adapter`, a LoRA GGUF of "
+        "megabytes over the base's, which is made once in cache/base; a run's model/ is whole either way",
+    )
     quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
         "q8_0", description="type of the GGUF's weights"
     )
@@ -238,6 +243,16 @@ class Budget(Settings):
     money: float | None = Field(None, ge=0, description="in the money of the prices")
     tokens: int | None = Field(None, ge=0, description="of prompts and replies together")
     calls: int | None = Field(None, ge=0, description="requests that were answered")
+
+
+class Card(Settings):
+    """What a model card says and the program cannot know; left out, it says `not stated`."""
+
+    licence: str | None = Field(None, description="of the student that comes out")
+    base_licence: str | None = Field(None, description="of the model that is trained")
+    data_licence: str | None = Field(None, description="of the seeds")
+    terms: str | None = Field(None, description="the teacher's terms for what may be made of its answers")
+    language: str | None = Field(None, description="of the data, such as `en`")
 
 
 class Recipe(Settings):
@@ -256,6 +271,7 @@ class Recipe(Settings):
     train: Train = Train()
     export: Export = Export()
     budget: Budget = Budget()
+    card: Card = Card()
     checker: Literal["pocket", "tasks"] | None = Field(
         None,
         description="a programme that tells right answers from wrong ones, for `accuracy`: `pocket` knows its own "

@@ -108,8 +108,8 @@ FREE = frozenset({"api_key_env", "api_key_file", "concurrency", "timeout", "atte
 
 
 def lasting(recipe: Recipe) -> dict[str, Any]:
-    """The settings that a run keeps from its start to its end: all but `rounds`, `budget` and FREE ones."""
-    value = recipe.model_dump(mode="json", exclude={"rounds", "budget"})
+    """The settings that a run keeps from its start to its end: all but `rounds`, `budget`, `card` and FREE ones."""
+    value = recipe.model_dump(mode="json", exclude={"rounds", "budget", "card"})
     for role in ("teacher", "judge"):
         value[role] = {name: item for name, item in value[role].items() if name not in FREE}
     return value

@@ -31,7 +31,8 @@ func main() {
     for _, c := range cases {
         t := template.Must(template.New("").Option("missingkey=zero").Parse(c.Template))
         var b writer
-        if err := t.Execute(&b, map[string]any{"Messages": c.Messages, "System": "", "Response": ""}); err != nil { panic(err) }
+        err := t.Execute(&b, map[string]any{"Messages": c.Messages, "System": "", "Response": ""})
+        if err != nil { panic(err) }
         out = append(out, string(b))
     }
     json.NewEncoder(os.Stdout).Encode(out)
@@ -104,7 +105,8 @@ def test_the_go_template_of_the_pocket_student() -> None:
     assert go_template(parts_of(KNOWN["pocket"])) == (
         "{{ range $i, $_ := .Messages }}"
         '{{ if eq .Role "system" }}<|system|>{{ .Content }}'
-        '{{ else if eq .Role "user" }}<|user|>{{ .Content }}{{ if eq (len (slice $.Messages $i)) 1 }}<|assistant|>{{ end }}'
+        '{{ else if eq .Role "user" }}<|user|>{{ .Content }}'
+        "{{ if eq (len (slice $.Messages $i)) 1 }}<|assistant|>{{ end }}"
         '{{ else if eq .Role "assistant" }}<|assistant|>{{ .Content }}'
         "{{ if not (eq (len (slice $.Messages $i)) 1) }}<|end|>{{ end }}{{ end }}{{ end }}"
     )
