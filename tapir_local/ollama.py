@@ -140,11 +140,11 @@ def escaped(letter: str) -> str:
     return letter if letter.isprintable() else f"\\u{ord(letter):04x}"
 
 
-def modelfile(model: Model, *, file: str, context: int, temperature: float) -> str:
+def modelfile(model: Model, *, file: str, context: int | None = None, temperature: float | None = None) -> str:
     """The text of a Modelfile for a GGUF's `file` beside it, out of what is in the GGUF.
 
-    `context` is tokens of a conversation. The template is left out, and the reason said, where it would not ask as the
-    student was trained.
+    `context` is tokens of a conversation; what is not given is left to Ollama. The template is left out, and the reason
+    said, where it would not ask as the student was trained.
     """
     parts = parts_of(template(model), model.bos, model.eos)
     stop = end_text(model)
@@ -152,13 +152,13 @@ def modelfile(model: Model, *, file: str, context: int, temperature: float) -> s
         f"FROM ./{file}",
         UNKNOWN if parts is None else f'TEMPLATE """{go_template(parts)}"""',
         *([f'PARAMETER stop "{stop}"'] if stop else []),
-        f"PARAMETER num_ctx {context}",
-        f"PARAMETER temperature {temperature:g}",
+        *([f"PARAMETER num_ctx {context}"] if context else []),
+        *([f"PARAMETER temperature {temperature:g}"] if temperature is not None else []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def write_modelfile(gguf: Path, out: Path, *, context: int, temperature: float = 0.0) -> None:
+def write_modelfile(gguf: Path, out: Path, *, context: int | None = None, temperature: float | None = None) -> None:
     """The Modelfile of a GGUF that lies beside it."""
     with open_model(gguf, vocab_only=True) as model:
         out.write_text(modelfile(model, file=gguf.name, context=context, temperature=temperature), encoding="utf-8")

@@ -1,5 +1,6 @@
 """A run's folder: where each file is, how it is written whole or not at all, and who may write."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -120,6 +121,12 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         check_disk(target, source.stat().st_size, f"a copy of {source.name}")
         shutil.copyfile(source, target)
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """The end of a run: model/, with one whole GGUF, its gate's report, a Modelfile, a card and checksums."""
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from tapir_local.card import card
 from tapir_local.memory import size
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import parse_recipe
-from tapir_local.rundir import RunDir, whole
+from tapir_local.rundir import RunDir, sha256, whole
 from tapir_local.work import Stage, Work
 
 SUMS = "SHA256SUMS"
@@ -28,12 +27,6 @@ def ship(work: Work, out: Path) -> str:
 def sums(files: list[Path]) -> str:
     """Lines for `sha256sum -c`."""
     return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stale(run: RunDir, recipe: Recipe) -> bool:

@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 from tapir_local.assets import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.exporting import export_checked
-from tapir_local.memory import check_disk
+from tapir_local.llama import is_adapter
+from tapir_local.memory import check_disk, free_memory, size
 from tapir_local.process import Progress
 from tapir_local.recipe import Recipe
 from tapir_local.rundir import RunDir, remove, write_json
@@ -40,34 +39,6 @@ def student_of(recipe: Recipe, run: RunDir, gguf: Path) -> Student:
     TapirError where the base, or the model that it is made of, is no longer what the run began with.
     """
     return Student(base_of(recipe, run), gguf) if is_adapter(gguf) else Student(gguf)
-
-
-def is_adapter(gguf: Path) -> bool:
-    """Whether a GGUF is a LoRA adapter, by its `general.type`, which gguf.GGUFWriter puts among the first of its keys.
-
-    False also for what is no GGUF, or is not there: who opens it will say so.
-    """
-    if not gguf.is_file():
-        return False
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            return False
-        file.read(12)  # version, number of tensors
-        texts = leading_texts(file, struct.unpack("<Q", file.read(8))[0])
-        return dict(texts).get("general.type") == "adapter"
-
-
-def leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
-    """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
-
-    def text() -> str:
-        return file.read(struct.unpack("<Q", file.read(8))[0]).decode("utf-8", "replace")
-
-    for _ in range(keys):
-        key = text()
-        if struct.unpack("<I", file.read(4))[0] != 8:
-            return
-        yield key, text()
 
 
 def base_of(recipe: Recipe, run: RunDir, progress: Progress | None = None, *, anew: bool = False) -> Path:
@@ -198,5 +169,14 @@ def print_of(files: Iterable[Path]) -> str:
 
 def check_room(model: Path, out: Path, quant: str) -> None:
     """TapirError where a model's GGUF would not fit on the disk: its weights by the bits of each, roughly."""
-    weights = sum(prod(source.shape) for source in read_model(model).values())
-    check_disk(out, int(weights * BITS[quant] / 8), f"the student as a GGUF of {quant}")
+    check_disk(out, int(weights_of(model) * BITS[quant] / 8), f"the student as a GGUF of {quant}")
+
+
+def memory_words(model: Path) -> str:
+    """What the gate will take of main memory, and what there is."""
+    return f"the model in 32 bits takes {size(4 * weights_of(model))} of memory, {size(free_memory())} are free"
+
+
+def weights_of(model: Path) -> int:
+    """The number of a model's weights."""
+    return sum(prod(source.shape) for source in read_model(model).values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from tapir_local.asking import unheard
 from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
+from tapir_local.llama import is_adapter
 from tapir_local.metrics import Checker
 from tapir_local.ollama import write_modelfile
 from tapir_local.recipe import Endpoint, Recipe
@@ -14,7 +15,7 @@ from tapir_local.records import Answer, Completion, Prompt, Request, Scored, ins
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
-from tapir_local.student import base_of, check_base, check_room, is_adapter, student_of
+from tapir_local.student import base_of, check_base, check_room, memory_words, student_of
 from tapir_local.work import Ask, Progress, Tools
 
 
@@ -173,6 +174,7 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
         from tapir_local.gate import GateJob, pass_gate
 
         model, opened = student_folder(recipe, run), student_of(recipe, run, gguf)
+        progress(0, 0, memory_words(model))
         job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, adapter, opened.adapter)
         pass_gate(job, out.parent / "gate", progress)
 
@@ -188,7 +190,7 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
         else:
             for name in ("student.gguf", "gate.json"):
                 link_or_copy(student / name, out / name)
-        write_modelfile(out / "student.gguf", out / "Modelfile", context=recipe.student.max_length)
+        write_modelfile(out / "student.gguf", out / "Modelfile", context=recipe.student.max_length, temperature=0.0)
 
     def merge(student: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
@@ -197,6 +199,7 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
         model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
         check_room(model, gguf, recipe.export.quant)
         export(ExportJob(model, gguf, recipe.export.quant, student / "adapter"), work, progress)
+        progress(0, 0, memory_words(model))
         least, rows = recipe.export.min_agreement, student / "train.jsonl"
         pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
         remove(work)
