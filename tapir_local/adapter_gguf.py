@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.families import Config, Family, arranged, read_config, target_name, tensor_names, used
+from tapir_local.families import Config, Family, read_config, row_order, target_name, tensor_names, used
 from tapir_local.gguf_file import Planned, write_tensors
 from tapir_local.gguf_vocab import read_json
 from tapir_local.process import Progress
@@ -66,12 +66,13 @@ def pair_of(
 ) -> tuple[Planned, Planned]:
     """A and B of one weight. llama.cpp scales by `shared` / rank; what the module's own scale differs goes into B."""
     factor = delta.scale * delta.a.shape[0] / shared
+    order = row_order(name, delta.b.shape[0], config, family)
 
-    def read_b() -> Any:
-        weight = arranged(load(delta.b), name, config, family)
+    def read_b(start: int, stop: int) -> Any:
+        weight = load(delta.b, rows=slice(start, stop) if order is None else order[start:stop])
         return weight if isclose(factor, 1.0) else weight * factor
 
     return (
-        Planned(f"{target}.lora_a", quant, delta.a.shape, lambda: load(delta.a)),
+        Planned(f"{target}.lora_a", quant, delta.a.shape, lambda start, stop: load(delta.a, rows=slice(start, stop))),
         Planned(f"{target}.lora_b", quant, delta.b.shape, read_b),
     )

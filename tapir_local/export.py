@@ -13,10 +13,11 @@ from tapir_local.errors import TapirError
 from tapir_local.families import (
     Config,
     Family,
-    arranged,
     read_config,
     rope_factors,
     rotaries,
+    row_order,
+    shift,
     target_name,
     tensor_names,
     used,
@@ -53,7 +54,7 @@ K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
 def export_gguf(
     model_dir: Path, out: Path, *, adapter: Path | None, quant: str, progress: Progress = lambda done, total, note: None
 ) -> None:
-    """Write `out`, whole or not at all. Peak memory is a few copies of the largest tensor, not the model.
+    """Write `out`, whole or not at all. Peak memory is some blocks of a tensor's rows, not the model.
 
     `quant` is f32, f16, bf16, q8_0, q4_k_m, q5_k_m or q6_k; k-quants are made by llama.cpp from an f16 file beside
     `out`. Norms and biases stay in f32. `progress` gets (tensors written, tensors in all, name). TapirError for a
@@ -92,8 +93,6 @@ def write_gguf(model_dir: Path, path: Path, adapter: Path | None, quant: str, pr
 
 def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, quant: Any) -> tuple[Planned, ...]:
     """Every tensor of the GGUF in the order of the base's names."""
-    import gguf
-
     sources = used(read_model(model_dir), config)
     deltas = {} if adapter is None else read_adapter(adapter, sources)
     names = tensor_names(config, family)
@@ -102,19 +101,30 @@ def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, 
         for name, source in sorted(sources.items())
     ]
     if rotaries(config)[0]["rope_type"] == "llama3":
-        factors = rope_factors(config)
-        tensors.append(Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, lambda: factors))
+        tensors.append(planned_factors(rope_factors(config)))
     return tuple(tensors)
+
+
+def planned_factors(factors: Array) -> Planned:
+    """Llama 3's rotary scaling, which llama.cpp reads as a tensor."""
+    import gguf
+
+    def read(start: int, stop: int) -> Array:
+        return factors[start:stop]
+
+    return Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, read)
 
 
 def plan_tensor(
     name: str, source: Source, delta: Delta | None, names: Any, config: Config, family: Family, quant: Any
 ) -> Planned:
     """Where a tensor goes, and how it is made."""
-    target = target_name(name, source, names, family)
+    target, added = target_name(name, source, names, family), shift(name, family)
+    order = row_order(name, source.shape[0], config, family)
 
-    def read() -> Array:
-        return arranged(load(source, delta), name, config, family)
+    def read(start: int, stop: int) -> Array:
+        weight = load(source, delta, slice(start, stop) if order is None else order[start:stop])
+        return weight + added if added else weight
 
     return Planned(target, type_of(target, source.shape, quant), source.shape, read)
 

@@ -308,12 +308,17 @@ def target_name(name: str, source: Source, names: Any, family: Family) -> str:
     return str(target)
 
 
-def arranged(weight: Array, name: str, config: Config, family: Family) -> Array:
-    """A tensor of transformers, or the B of its LoRA, as llama.cpp computes with it."""
+def row_order(name: str, rows: int, config: Config, family: Family) -> Array | None:
+    """Which row of transformers' tensor, or of its LoRA's B, is each of llama.cpp's; None where all stay in place."""
+    import numpy as np
+
     heads = paired_heads(name, config) if family.paired else 0
-    if family.norm_shift and name.endswith("norm.weight"):
-        return weight + family.norm_shift
-    return pair(weight, heads) if heads else weight
+    return pair(np.arange(rows), heads) if heads else None
+
+
+def shift(name: str, family: Family) -> float:
+    """What llama.cpp wants added to a tensor."""
+    return family.norm_shift if name.endswith("norm.weight") else 0.0
 
 
 def paired_heads(name: str, config: Config) -> int:

@@ -68,15 +68,19 @@ def read_header(file: Path) -> dict[str, Source]:
     }
 
 
-def load(source: Source, delta: Delta | None = None) -> Array:
-    """The tensor in float32, LoRA's change added."""
+def load(source: Source, delta: Delta | None = None, rows: Any = slice(None)) -> Array:
+    """The tensor in float32, LoRA's change added; of a part of it where `rows`, a slice or row numbers, says so."""
     import numpy as np
 
-    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)
-    bits = source.dtype == "BF16"  # numpy has no bfloat16, which is the upper half of a float32
-    weight = (raw.astype(np.uint32) << 16).view(np.float32) if bits else raw.astype(np.float32)
+    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)[rows]
+    if source.dtype == "BF16":  # numpy has no bfloat16, which is the upper half of a float32
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        weight = bits.view(np.float32)
+    else:
+        weight = raw.astype(np.float32)
     if delta is not None:
-        weight += delta.scale * (load(delta.b) @ load(delta.a))
+        weight += (delta.scale * load(delta.b, rows=rows)) @ load(delta.a)
     return weight
 
 

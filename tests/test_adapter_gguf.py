@@ -16,10 +16,13 @@ from tapir_local.export import export_gguf
 from tapir_local.gate import GateReport, gate
 from tapir_local.generate import logits
 from tapir_local.llama import encode, open_context, open_model
-from tapir_local.records import Message
+from tapir_local.records import Example, Message
 
 TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
-PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(6)]
+ROWS = [
+    Example(str(n), (Message("user", f"What is {n} times {n % 7}?"),), f"It is {n * (n % 7)}, naïve 你好 🙂.")
+    for n in range(6)
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_half_the_size_in_f16(llama: Student, bases, tmp_path: Path) -> None:
 
 
 def passage(student: Student, base: Path, lora: Path, adapter: Path | None = None) -> GateReport:
-    return gate(student.model, adapter or student.adapter, base, PROMPTS, min_agreement=0.9, adapter_gguf=lora)
+    return gate(student.model, adapter or student.adapter, base, ROWS, min_agreement=0.9, adapter_gguf=lora)
 
 
 def test_the_gate_compares_both_together(llama: Student, bases, tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows
 
 TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
-PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(6)]
+ROWS = [
+    Example(str(n), (Message("user", f"What is {n} times {n % 7}?"),), f"It is {n * (n % 7)}, naïve 你好 🙂.")
+    for n in range(6)
+]
 LLAMA2_TOKENIZER = Path(__file__).parents[2] / "shared/data/tokenizers/granite-7b-lab"
 
 
@@ -106,6 +109,16 @@ def test_the_same_twice(llama: Student, tmp_path: Path) -> None:
     assert (tmp_path / "again.gguf").read_bytes() == llama.gguf.read_bytes()
 
 
+@pytest.mark.parametrize(("block", "quant"), [(1, "q8_0"), (300, "bf16"), (5000, "f32")])
+def test_the_same_file_in_blocks_of_any_size(
+    llama: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, quant: str
+) -> None:
+    for name in ("whole", "blocks"):
+        export_gguf(llama.model, tmp_path / name, adapter=llama.adapter, quant=quant)
+        monkeypatch.setattr("tapir_local.gguf_file.BLOCK", block)
+    assert (tmp_path / "blocks").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_sentencepiece_vocabulary() -> None:
     """LLaMA-2's, with chat tokens added: every id as transformers has it, without tokenizer.model being read."""
     if not LLAMA2_TOKENIZER.is_dir():
@@ -127,7 +140,7 @@ def test_sentencepiece_ids(tmp_path: Path) -> None:
         if path.name != "tokenizer.model":
             shutil.copy(path, folder)
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
-    report = gate(folder, None, tmp_path / "out.gguf", PROMPTS, min_agreement=0.9)
+    report = gate(folder, None, tmp_path / "out.gguf", ROWS, min_agreement=0.9)
     assert report.probes > 500
     assert report.passed, report
 
@@ -198,7 +211,7 @@ def test_no_such_quant(llama: Student, tmp_path: Path) -> None:
 
 
 def passage(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
-    return gate(student.model, adapter or student.adapter, gguf, PROMPTS, min_agreement=0.9)
+    return gate(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -274,7 +287,7 @@ def test_a_second_bos_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> 
 def test_jobs_in_their_own_process(llama: Student, tmp_path: Path) -> None:
     """Export, a passage that is granted, and one that is refused without leaving gate.json."""
     rows, out = tmp_path / "rows.jsonl", tmp_path / "student.gguf"
-    write_rows(rows, [Example(str(number), prompt) for number, prompt in enumerate(PROMPTS)])
+    write_rows(rows, ROWS)
     seen: list[tuple[int, int, str]] = []
     job = ExportJob(llama.model, out, "q8_0", llama.adapter)
     export.export(job, tmp_path / "export", lambda *news: seen.append(news))
