@@ -26,7 +26,7 @@ from tapir_local.families import (
     used,
     write_settings,
 )
-from tapir_local.gguf_file import BLOCK, THREADS, Planned, file_type, size_of, type_of, write_tensors
+from tapir_local.gguf_file import BLOCK, Planned, file_type, size_of, type_of, write_tensors
 from tapir_local.gguf_vocab import (
     Vocab,
     end_of_turn,
@@ -36,7 +36,7 @@ from tapir_local.gguf_vocab import (
     special_texts,
     write_vocab,
 )
-from tapir_local.llama import quantise
+from tapir_local.llama import cores, quantise
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.rundir import read_record, whole
@@ -142,7 +142,7 @@ def check_room(path: Path, tensors: Sequence[Planned], vocab: Vocab, more: float
     Also for too little memory: some blocks, and for a k-quant llama.cpp's float32 copy of the largest tensor and more.
     """
     largest = max(prod(tensor.shape) for tensor in tensors)
-    check_memory(2 * THREADS * 16 * min(BLOCK, largest) + (8 * largest if more else 0), "the export")
+    check_memory(3 * cores() * 16 * min(BLOCK, largest) + (8 * largest if more else 0), "the export")
     texts = sum(len(text.encode()) + 16 for text in (*(token.text for token in vocab.tokens), *vocab.merges))
     file = sum(size_of(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
     weights = sum(prod(tensor.shape) for tensor in tensors)

@@ -79,6 +79,7 @@ def generate(
     "[default: q8_0, of an adapter alone f32]",
 )
 @click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
+@click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
 def export(
     model: str,
@@ -88,13 +89,19 @@ def export(
     base: Path | None,
     quant: str | None,
     converter: Path | None,
+    modelfile: bool,
     no_gate: bool,
 ) -> None:
     """Write MODEL, a folder or Hub name, as the GGUF OUT, tensor by tensor, and compare it with the model.
 
-    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures.
+    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures. Its SHA-256 is
+    printed as `sha256sum -c` reads it.
     """
+    if modelfile and adapter_only:
+        raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
     from tapir_local.exporting import export_checked
+    from tapir_local.ollama import write_modelfile
+    from tapir_local.rundir import sha256
 
     show = slowly("tensors")
     report = export_checked(
@@ -113,4 +120,7 @@ def export(
         found = report.figures
         said += f"; {report.probes:,} texts tokenised alike, {found.agreement:.1%} of greedy tokens agree, "
         said += f"divergence {found.kl:.2g} nats"
+    if modelfile:
+        write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     click.echo(said, err=True)
+    click.echo(f"{sha256(out)}  {out}")

@@ -269,6 +269,11 @@ class Train(Settings):
 class Export(Settings):
     """The GGUF."""
 
+    rounds: Literal["adapter", "merged"] = Field(
+        "merged",
+        description="what a round keeps as its student.gguf: `merged`, the whole model, or `adapter`, a LoRA GGUF of "
+        "megabytes over the base's, which is made once in cache/base; a run's model/ is whole either way",
+    )
     quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
         "q8_0", description="type of the GGUF's weights"
     )
@@ -290,6 +295,16 @@ class Budget(Settings):
     calls: int | None = Field(None, ge=0, description="requests that were answered")
 
 
+class Card(Settings):
+    """What a model card says and the program cannot know; left out, it says `not stated`."""
+
+    licence: str | None = Field(None, description="of the student that comes out")
+    base_licence: str | None = Field(None, description="of the model that is trained")
+    data_licence: str | None = Field(None, description="of the seeds")
+    terms: str | None = Field(None, description="the teacher's terms for what may be made of its answers")
+    language: str | None = Field(None, description="of the data, such as `en`")
+
+
 class Recipe(Settings):
     """One distillation. Defaults are meant for a student of LLaMA-2's class on one GPU."""
 
@@ -306,6 +321,7 @@ class Recipe(Settings):
     train: Train = Train()
     export: Export = Export()
     budget: Budget = Budget()
+    card: Card = Card()
     checker: Literal["pocket", "tasks"] | None = Field(
         None,
         description="a programme that tells right answers from wrong ones, for `accuracy`: `pocket` knows its own "
@@ -345,6 +361,8 @@ class Recipe(Settings):
             raise ValueError("judge: model is missing")
         if self.train.backend == "unsloth" and (self.train.launcher or self.train.packing):
             raise ValueError("train: `launcher` and `packing` go with plain TRL, not with `backend: unsloth`")
+        if self.export.rounds == "adapter" and (self.train.method == "full" or self.export.converter):
+            raise ValueError("export: `rounds: adapter` goes neither with `train.method: full` nor with a `converter`")
         return self
 
     @property
