@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.generate import Batch, decode_batch, encode_prompt, make_batch
-from tapir_local.llama import Engine, Model, encode, library, open_context, open_model, template
+from tapir_local.batching import Batch, decode_batch, last_logits, make_batch
+from tapir_local.generate import encode_prompt
+from tapir_local.libllama import library
+from tapir_local.llama import UBATCH, Engine, Model, encode, open_context, open_model, template
 from tapir_local.records import Prompt, Scored
 from tapir_local.template import training_text
 
@@ -46,7 +48,7 @@ def score(
         tokens = [tokens_of(model, number, *text) for number, text in enumerate(texts)]
         fitting = sorted((text for text in tokens if len(text.ids) <= context), key=lambda text: len(text.ids))
         cells = max([CELLS, *(len(text.ids) for text in fitting[-1:])])
-        with open_context(model, cells=cells, sequences=SEQUENCES, threads=threads) as engine:
+        with open_context(model, cells=cells, sequences=SEQUENCES, threads=threads, batch=UBATCH) as engine:
             batch = make_batch(engine.batch)
             for group in groups(fitting, cells):
                 found |= score_group(engine, batch, group)
@@ -113,8 +115,6 @@ def logprobs(engine: Engine, targets: Any) -> Any:
 
     if not len(targets):
         return targets
-    llama = library()
-    width = llama.llama_vocab_n_tokens(engine.model.vocab)
-    rows = np.ctypeslib.as_array(llama.llama_get_logits(engine.context), (len(targets), width))
+    rows = last_logits(engine, len(targets))
     top = rows.max(axis=1, keepdims=True)
     return rows[np.arange(len(targets)), targets] - top[:, 0] - np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64))

@@ -1,6 +1,7 @@
 """Batched answers of a GGUF: the same as transformers', in order, stopped where they ought to be."""
 
 import json
+import random
 from codecs import getincrementaldecoder
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 from models import make_adapter, make_model, merged_model
 
+from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
-from tapir_local.generate import Manner, answer, answer_each, chat_stream, common, encode_prompt, generate, logits
+from tapir_local.generate import answer, chat_stream, encode_prompt, generate
 from tapir_local.llama import (
     decode,
     encode,
@@ -23,7 +25,8 @@ from tapir_local.llama import (
     tokenize,
 )
 from tapir_local.records import Completion, Message
-from tapir_local.sampling import Sampler, make_chain, open_grammar, pick, samplers, take
+from tapir_local.sampling import Sampler, open_grammar, pick, samplers, take
+from tapir_local.sequences import Manner, answer_each, common
 
 SUBJECTS = (
     "7 times 8",
@@ -180,7 +183,7 @@ def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
     with open_model(llama.gguf) as model, open_context(model, cells=1024, sequences=3) as engine:
         tokens = [encode_prompt(model, prompt) for prompt in PROMPTS]
         manner = Manner(24, 256)
-        answer_each(engine, tokens, lambda n, ids, _: found.update({n: ids}), manner, [0] * 10, begin)
+        answer_each(engine, tokens, lambda n, written: found.update({n: written.tokens}), manner, [0] * 10, begin)
         answer_each(engine, tokens, lambda *_: pytest.fail("none was to be begun"), manner, [0] * 10, lambda _: False)
     assert sorted(found) == [1, 2, 3, 5, 6, 7, 8]
     assert [number for number, _ in asked] == list(range(10))
@@ -222,7 +225,7 @@ def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
         for seed in range(300):
             with samplers(model, 1.0, [seed], {"enum": []}) as known:
                 known.grammar = "root ::= [ab]"
-                drawn.append(pick(engine, take(known, 0), len(prompt) - 1))
+                drawn.append(pick(model, take(known, 0), row))
     odds = 1 / (1 + 2.718281828 ** float(row[b] - row[a]))
     assert set(drawn) == {a, b}
     assert abs(drawn.count(a) / 300 - odds) < 0.1
@@ -247,10 +250,10 @@ def test_what_is_no_schema_is_an_error_and_no_crash(llama, schema: dict) -> None
 def test_a_grammar_that_lets_nothing_follow_ends_the_answer(llama) -> None:
     """llama.cpp ends the process when its grammar is to accept a token that it refused."""
     with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=1) as engine:
-        logits(engine, encode(model, "a b"))
-        for temperature in (0.0, 1.0):
-            assert pick(engine, Sampler(make_chain(temperature, 1), open_grammar(model, r'root ::= "\x00"')), 0) is None
-        ended = pick(engine, Sampler(make_chain(0.0, 1), open_grammar(model, 'root ::= ""')), 0)
+        row = logits(engine, encode(model, "a b"))[0]
+        for chance in (None, random.Random(1)):
+            assert pick(model, Sampler(1.0, chance, open_grammar(model, r'root ::= "\x00"')), row) is None
+        ended = pick(model, Sampler(0.0, None, open_grammar(model, 'root ::= ""')), row)
         assert ended is not None
         assert is_end(model, ended)
 
