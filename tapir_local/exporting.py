@@ -7,31 +7,58 @@ from tapir_local.assets import model_folder
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export
 from tapir_local.gate import GateJob, GateReport, pass_gate
+from tapir_local.llama import check_gguf
 from tapir_local.process import Progress
 from tapir_local.recipe import Export
 from tapir_local.rundir import read_record, write_rows
 
 
 def export_checked(
-    model: str, out: Path, *, adapter: Path | None, quant: str, check: bool, progress: Progress | None = None
+    model: str,
+    out: Path,
+    *,
+    adapter: Path | None,
+    quant: str,
+    check: bool,
+    base: Path | None = None,
+    adapter_only: bool = False,
+    progress: Progress | None = None,
 ) -> GateReport | None:
     """Write `out` and, beside it, the gate's report (`<out>.gate.json`); None where `check` is off.
 
-    The file has its name only once it has passed: until then, and for good where it fails, it is `<out>.unchecked`,
-    and `<out>.work` has logs and the report. TapirError where the model, the adapter or the quant will not do, the
-    file is there already, or the gate is not passed.
+    With `adapter_only` it is the adapter's GGUF, which is checked over `base`, the model's. The file has its name only
+    once it has passed: until then, and for good where it fails, it is `<out>.unchecked`, and `<out>.work` has logs and
+    the report. TapirError where the model, the adapter or the quant will not do, the file is there already, or the gate
+    is not passed.
     """
     if out.exists():
         raise TapirError("the file is there already", where=str(out), fix="Name another, or delete it first.")
+    if adapter_only:
+        check_pair(adapter, base, check)
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
-    export(ExportJob(folder, written, quant, adapter), work, progress)
+    export(ExportJob(folder, written, quant, adapter, adapter_only), work, progress)
     report = None
     if check:
         write_rows(work / "rows.jsonl", [])
-        kept = out.with_name(out.name + ".gate.json")
-        pass_gate(GateJob(folder, written, work / "rows.jsonl", kept, Export().min_agreement, adapter), work, progress)
+        kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None
+        job = GateJob(folder, base or written, work / "rows.jsonl", kept, Export().min_agreement, adapter, over)
+        pass_gate(job, work, progress)
         report = read_record(GateReport, kept)
     written.rename(out)
     shutil.rmtree(work)
     return report
+
+
+def check_pair(adapter: Path | None, base: Path | None, check: bool) -> None:
+    """TapirError unless an adapter alone is named, with the base that it is to be checked over."""
+    if adapter is None:
+        raise TapirError("there is no adapter to write", where="--adapter-only", fix="Name its folder with --adapter.")
+    if check and base is None:
+        raise TapirError(
+            "an adapter alone is checked over its base as a GGUF, and none is named",
+            where="--adapter-only",
+            fix="Name it with --base (`tapir-local export MODEL BASE.gguf` makes it), or do without: --no-gate.",
+        )
+    if check and base is not None:
+        check_gguf(base, "base's GGUF", "Make it with `tapir-local export MODEL BASE.gguf`.")

@@ -3,9 +3,7 @@
 `python -m tapir_local.gate FOLDER` does the GateJob in FOLDER/job.json, in a process of its own.
 """
 
-import random
 import sys
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,14 @@ from typing import Any
 from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.generate import answer, encode_prompt
-from tapir_local.gguf_vocab import end_of_turn, read_json, special_texts
+from tapir_local.gguf_vocab import end_of_turn, read_tokenizer, special_texts
+from tapir_local.libllama import library
 from tapir_local.llama import Engine, Model, encode, is_end, metadata, open_context, open_model
+from tapir_local.probes import sample, texts_of
 from tapir_local.process import Progress, child_main, in_own_process
-from tapir_local.records import Example, Message, Prompt
+from tapir_local.records import Example, Prompt
 from tapir_local.rundir import read_record, read_rows, write_record
-from tapir_local.template import render
+from tapir_local.trained import Trained, load_trained, trained_logits
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 
@@ -28,96 +28,16 @@ Array = Any  # numpy.ndarray; numpy is imported where it is used
 # a few million parameters lose about ten times as much. A wrong mapping costs 0.3 and more.
 MAX_KL = {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.1, "q4_k_m": 0.2}
 FILE_TYPES = {"0": "f32", "1": "f16", "7": "q8_0", "15": "q4_k_m", "17": "q5_k_m", "18": "q6_k", "32": "bf16"}
-PROBES = 600
-ANSWERS = 16  # prompts answered; more tell no more
 ANSWER_TOKENS = 48
 CONTEXT = 1024
-
-FRAGMENTS = (
-    *(
-        "Hello, world!",
-        "The quick brown fox",
-        "I'm, you're, it'll, WE'VE, don't",
-        "naïve café, coöperate, façade",
-        "ﬁne ½ ² Ⅷ",
-    ),
-    *(
-        "Привет, мир",
-        "Ελληνικά ΑΒΓ",
-        "你好\uff0c世界。",
-        "こんにちは カタカナ",
-        "안녕하세요",
-        "مرحبا بالعالم",
-        "שלום",
-        "नमस्ते दुनिया",
-        "สวัสดีชาวโลก",
-    ),
-    *(
-        "Tiếng Việt có dấu",
-        "ქართული",
-        "தமிழ்",
-        "ᚠᛇᚻ",
-        "Straße ẞ ǅ",
-        "🙂🚀",
-        "👩‍👩‍👧 🇩🇪",
-        "0",
-        "12",
-        "345",
-        "6789",
-        "3.14159",
-        "1,000,000",
-        "-7 + 8 = 1",
-    ),
-    *(
-        "٣٤٥",
-        "१२३",
-        " ",
-        "  ",
-        "   ",
-        "\t",
-        "\n",
-        "\n\n",
-        "\r\n",
-        " \n ",
-        "\u00a0",
-        "\u3000",
-        "\u200b",
-        "a  b   c",
-        "end. \n\n\n Next",
-    ),
-    *(
-        "def f(x):\n    return x ** 2  # square\n",
-        "for (int i = 0; i < n; ++i) { a[i] += 1; }",
-        '{"key": [1, 2.5e-3, null]}',
-        "SELECT * FROM t;",
-    ),
-    *(
-        "<p class='x'>&amp;</p>",
-        "https://example.org/a?b=c&d=%20",
-        "C:\\dir\\file.txt",
-        "\\frac{a}{b} $x^2$",
-        "- item\n* item\n1. item",
-        "`code`",
-    ),
-    *(
-        "!!!",
-        "...",
-        "—\u2013-",
-        "“quoted” \u2018text\u2019",
-        "(a)[b]{c}<d>",
-        "@#$%^&*",
-        "~|\\/",
-        "CamelCase snake_case kebab-case",
-        "ALLCAPS",
-        "x" * 40,
-        "ha" * 20,
-    ),
-)
 
 
 @dataclass(frozen=True)
 class GateJob:
-    """What one passage through the gate compares. `rows` is a JSONL file of Example, whose prompts are asked."""
+    """What one passage through the gate compares. `rows` is a JSONL file of Example, as trained on.
+
+    With `adapter_gguf`, an adapter alone, `gguf` is the base's and both together are what is compared.
+    """
 
     model_dir: Path
     gguf: Path
@@ -125,6 +45,7 @@ class GateJob:
     out: Path
     min_agreement: float
     adapter: Path | None = None
+    adapter_gguf: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +77,8 @@ class Figures:
 class GateReport:
     """What was compared. `failed` names the checks not passed, out of those in `refusal`.
 
-    `bos_trained` and `bos_gguf` count the BOS tokens of a prompt in training and with the GGUF.
+    `bos_trained` and `bos_gguf` count the BOS tokens of a prompt in training and with the GGUF. `streamed` says that
+    the trained model did not fit in memory and was read layer by layer.
     """
 
     failed: tuple[str, ...]
@@ -168,6 +90,7 @@ class GateReport:
     figures: Figures
     max_kl: float
     min_agreement: float
+    streamed: bool = False
 
     @property
     def passed(self) -> bool:
@@ -176,34 +99,47 @@ class GateReport:
 
 
 def gate(
-    model_dir: Path, adapter: Path | None, gguf: Path, prompts: Sequence[Prompt], *, min_agreement: float
+    model_dir: Path,
+    adapter: Path | None,
+    gguf: Path,
+    rows: Sequence[Example],
+    *,
+    min_agreement: float,
+    adapter_gguf: Path | None = None,
+    free: int | None = None,
 ) -> GateReport:
-    """Compare a GGUF with the model it was made of, on some of `prompts` and on PROBES texts of many scripts.
+    """Compare a GGUF with the model it was made of: the tokens of all `rows` and of many probes, answers to some.
 
-    Needs the memory of the whole model in f32 on the CPU. TapirError when one of them cannot be loaded.
+    An adapter that is not merged into it is laid over it: `adapter_gguf`. The model is loaded in f32 on the CPU where
+    `free` bytes of memory, what the machine has if left out, hold it, and read layer by layer where they do not.
+    TapirError when one of them cannot be loaded.
     """
-    asked = (*sample(prompts), (Message("user", "Say hello."),))
-    with open_model(gguf) as llama:  # before torch, so that `patient_threads` is heeded
-        tokenizer = load_tokenizer(model_dir)
-        texts = [rendered(tokenizer, prompt) for prompt in (*prompts, *probes(tokenizer))]
+    with open_model(gguf, adapter=adapter_gguf) as llama:  # before torch, so that `patient_threads` is heeded
+        allowed, tokenizer = MAX_KL[quant_of(llama)], load_tokenizer(model_dir)
+        texts = texts_of(tokenizer, rows)
         wrong = mismatches(tokenizer, llama, texts)
-        trained_bos, gguf_bos = bos_counts(tokenizer, llama, texts[-1])
+        trained_bos, gguf_bos = bos_counts(tokenizer, llama, texts[0])
         checks = {
             "tokens": not wrong,
             "bos": trained_bos == gguf_bos,
             "eos": stops_as_trained(tokenizer, llama, model_dir),
             "template": llama.template == tokenizer.get_chat_template(),
         }
+        trained = load_trained(model_dir, adapter, beside=working_memory(llama), free=free)
         with open_context(llama, cells=CONTEXT * 4, sequences=5, exact=True) as engine:
-            found = compare(engine, load_trained(model_dir, adapter), asked, adapter is not None)
-        allowed = MAX_KL[quant_of(llama)]
+            found = compare(engine, trained, sample(rows))
     checks["logits"] = found.kl <= allowed
     checks["adapter"] = found.kl_base is None or found.kl <= found.kl_base
     checks["agreement"] = found.agreement >= min_agreement
     failed = tuple(name for name, fine in checks.items() if not fine)
-    return GateReport(
-        failed, len(texts), len(wrong), tuple(wrong[:3]), trained_bos, gguf_bos, found, allowed, min_agreement
-    )
+    counts = (len(texts), len(wrong), tuple(wrong[:3]), trained_bos, gguf_bos)
+    return GateReport(failed, *counts, found, allowed, min_agreement, trained.streamed)
+
+
+def working_memory(llama: Model) -> int:
+    """Bytes beside the trained model: the GGUF, and the logits of a whole context on either side."""
+    words = int(library().llama_vocab_n_tokens(llama.vocab))
+    return llama.gguf.stat().st_size + 2 * 4 * CONTEXT * words
 
 
 def quant_of(llama: Model) -> str:
@@ -222,46 +158,6 @@ def load_tokenizer(model_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
 
 
-def load_trained(model_dir: Path, adapter: Path | None) -> Any:
-    """The trained model in f32, its adapter apart so that it can be switched off."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
-    if adapter is None:
-        return model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, adapter).eval()
-
-
-def sample(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Up to ANSWERS prompts from all over the list, the same ones each time."""
-    chosen = random.Random("gate-prompts").sample(range(len(prompts)), min(ANSWERS, len(prompts)))
-    return [prompts[number] for number in sorted(chosen)]
-
-
-def probes(tokenizer: Any) -> list[Prompt]:
-    """PROBES prompts of one or several fragments: every fragment, every added token in several places, and mixtures.
-
-    A tokenizer that composes characters first (NFC, Qwen's) gets composed ones: llama.cpp does not compose.
-    """
-    chance = random.Random("gate-probes")
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()][:64]
-    texts = [*FRAGMENTS, *(f"a{token}b {token} 1{token}" for token in added)]
-    while len(texts) < PROBES:
-        texts.append(chance.choice(["", " ", "\n"]).join(chance.choices([*FRAGMENTS, *added], k=chance.randint(2, 5))))
-    return [(Message("user", text),) for text in texts]
-
-
-def rendered(tokenizer: Any, prompt: Prompt) -> str:
-    """A prompt as it was trained on."""
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    text = render(tokenizer.get_chat_template(), prompt, add_generation_prompt=True, bos_token=bos, eos_token=eos)
-    composes = "NFC" in str(tokenizer.backend_tokenizer.normalizer)
-    return unicodedata.normalize("NFC", text) if composes else text
-
-
 def mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
     """The texts whose token ids are not the same on both sides."""
     trained = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -278,43 +174,62 @@ def bos_counts(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
 
 def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
     """True when EOS is the same and llama.cpp stops at the token that ended each turn in training."""
-    ends = end_of_turn(read_json(model_dir / "tokenizer.json"), tokenizer.get_chat_template(), special_texts(model_dir))
+    ends = end_of_turn(read_tokenizer(model_dir), tokenizer.get_chat_template(), special_texts(model_dir))
     return (
         bool(ends) and llama.eos == (tokenizer.eos_token or "") and all(is_end(llama, token) for token in ends.values())
     )
 
 
-def compare(engine: Engine, model: Any, prompts: Sequence[Prompt], adapted: bool) -> Figures:
+def compare(engine: Engine, trained: Trained, prompts: Sequence[Prompt]) -> Figures:
     """The GGUF's greedy answers, and what both make of every position in them."""
-    import numpy as np
+    texts = own_answers(engine, prompts)
+    parts = [
+        figures(logits(engine, ids)[start:], wanted, base)
+        for (ids, start), (wanted, base) in zip(texts, trained_logits(trained, texts), strict=True)
+    ]
+    return pooled(parts)
 
+
+def own_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
+    """Prompt and greedy answer as token ids, and the position that foretells the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
     answers = answer(
         engine, tokens, max_tokens=ANSWER_TOKENS, context=CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
     )
-    rows = [
+    texts = [
         (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
     ]
-    rows = rows or [(tokens[-1], len(tokens[-1]) - 1)]
-    gguf = np.concatenate([logits(engine, ids)[start:] for ids, start in rows])
-    trained = np.concatenate([trained_logits(model, ids)[start:] for ids, start in rows])[:, : gguf.shape[1]]
-    gguf = gguf[:, : trained.shape[1]]
-    kl_base = None
-    if adapted:
-        with model.disable_adapter():
-            base = np.concatenate([trained_logits(model, ids)[start:] for ids, start in rows])
-        kl_base = divergence(base, gguf)
+    return texts or [(tokens[-1], len(tokens[-1]) - 1)]
+
+
+def figures(gguf: Array, trained: Array, base: Array | None) -> Figures:
+    """Of one answer. A tokenizer's spare rows may be on one side only."""
+    import numpy as np
+
+    width = min(gguf.shape[1], trained.shape[1])
+    gguf, trained = gguf[:, :width], trained[:, :width]
+    kl_base = None if base is None else divergence(base[:, :width], gguf)
     largest = float(np.nan_to_num(np.abs(gguf - trained).max(), nan=1e9))
     agreement = float((gguf.argmax(axis=1) == trained.argmax(axis=1)).mean())
     return Figures(divergence(trained, gguf), kl_base, largest, agreement, len(gguf))
 
 
-def trained_logits(model: Any, ids: Sequence[int]) -> Array:
-    """transformers' logits, shape (tokens, vocabulary)."""
-    import torch
+def pooled(parts: Sequence[Figures]) -> Figures:
+    """Of all answers: means over their positions, and the largest difference anywhere."""
+    positions = sum(part.positions for part in parts)
 
-    with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0].float().numpy()
+    def mean(values: Sequence[float]) -> float:
+        weighed = zip(values, parts, strict=True)
+        return sum(value * part.positions for value, part in weighed) / positions
+
+    bases = [part.kl_base for part in parts if part.kl_base is not None]
+    return Figures(
+        mean([part.kl for part in parts]),
+        mean(bases) if bases else None,
+        max(part.largest_difference for part in parts),
+        mean([part.agreement for part in parts]),
+        positions,
+    )
 
 
 def divergence(trained: Array, gguf: Array) -> float:
@@ -343,8 +258,15 @@ def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> N
 def run_folder(folder: Path, progress: Progress) -> None:
     """The child's side of `pass_gate`."""
     job = read_record(GateJob, folder / "job.json")
-    prompts = [row.prompt for row in read_rows(Example, job.rows)]
-    report = gate(job.model_dir, job.adapter, job.gguf, prompts, min_agreement=job.min_agreement)
+    rows = read_rows(Example, job.rows)
+    report = gate(
+        job.model_dir,
+        job.adapter,
+        job.gguf,
+        rows,
+        min_agreement=job.min_agreement,
+        adapter_gguf=job.adapter_gguf,
+    )
     (folder / "report.json").unlink(missing_ok=True)
     write_record(folder / "report.json", report)
     if not report.passed:

@@ -30,6 +30,9 @@ SPLITTINGS: Mapping[tuple[str, ...], str] = {
 }
 
 
+SPACE = "▁"  # SentencePiece's
+
+
 @dataclass(frozen=True)
 class Token:
     """A row of the vocabulary: its text, gguf.TokenType's number and, for SentencePiece, its score."""
@@ -57,7 +60,7 @@ class Vocab:
 
 def read_vocab(model_dir: Path, rows: int) -> Vocab:
     """The tokenizer of a model's folder, padded to the embedding's `rows`. TapirError where llama.cpp has no like."""
-    tokenizer = read_json(model_dir / "tokenizer.json")
+    tokenizer = read_tokenizer(model_dir)
     model = tokenizer["model"]
     template, texts = read_template(model_dir), special_texts(model_dir)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())} | model["vocab"]
@@ -75,6 +78,24 @@ def read_vocab(model_dir: Path, rows: int) -> Vocab:
     tokens = tuple(padded(byte_level_tokens(tokenizer), rows, model_dir))
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return Vocab("gpt2", splitting_name(tokenizer, model_dir), tokens, merges, special, False, template)
+
+
+def read_tokenizer(model_dir: Path) -> dict[str, Any]:
+    """tokenizer.json; of a folder with SentencePiece's tokenizer.model alone what transformers makes of that."""
+    if (model_dir / "tokenizer.json").is_file() or not (model_dir / "tokenizer.model").is_file():
+        found: dict[str, Any] = read_json(model_dir / "tokenizer.json")
+        return found
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return dict(json.loads(made.backend_tokenizer.to_str()))
+    except (ImportError, OSError, ValueError) as error:
+        raise TapirError(
+            f"transformers cannot read its SentencePiece file: {str(error).strip().splitlines()[0]}",
+            where=str(model_dir / "tokenizer.model"),
+            fix="pip install sentencepiece protobuf, or save the tokenizer there with save_pretrained.",
+        ) from error
 
 
 def read_json(path: Path) -> Any:
@@ -179,7 +200,8 @@ def added_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
 def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
     """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
 
-    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges.
+    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens
+    of several `▁` are found by merging, as transformers finds them, since a text has spaces in their place.
     """
     from gguf import TokenType
 
@@ -191,7 +213,8 @@ def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
     for text, number in tokenizer["model"]["vocab"].items():
         kind = TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
         rows[number] = Token(text, kind, -float(ranks.get(text, len(ranks) * 2)))
-    rows |= added_tokens(tokenizer)
+    runs = {number for number, row in rows.items() if row.text == SPACE * len(row.text)}
+    rows |= {number: row for number, row in added_tokens(tokenizer).items() if number not in runs}
     unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
     return rows if unknown is None else rows | {unknown: Token(rows[unknown].text, TokenType.UNKNOWN)}
 

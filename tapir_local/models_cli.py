@@ -65,14 +65,29 @@ def generate(
     epilog=example(
         "tapir-local export models/Qwen2.5-1.5B student.gguf --adapter cache/runs/mine/round-03/adapter",
         "tapir-local export models/Qwen2.5-1.5B base.gguf --quant q4_k_m",
+        "tapir-local export models/Qwen2.5-1.5B lora.gguf --adapter my-lora --adapter-only --base base.gguf",
     )
 )
 @click.argument("model")
 @click.argument("out", type=FILE)
 @click.option("--adapter", type=FILE, help="A LoRA folder, as PEFT writes it, that is merged.")
-@click.option("--quant", default="q8_0", show_default=True, help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m.")
+@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, for llama.cpp to lay over its base.")
+@click.option("--base", type=FILE, help="MODEL as a GGUF, over which an adapter alone is checked.")
+@click.option(
+    "--quant",
+    help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
+    "[default: q8_0, of an adapter alone f32]",
+)
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
-def export(model: str, out: Path, adapter: Path | None, quant: str, no_gate: bool) -> None:
+def export(
+    model: str,
+    out: Path,
+    adapter: Path | None,
+    adapter_only: bool,
+    base: Path | None,
+    quant: str | None,
+    no_gate: bool,
+) -> None:
     """Write MODEL, a folder or Hub name, as the GGUF OUT, tensor by tensor, and compare it with the model.
 
     OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures.
@@ -81,7 +96,14 @@ def export(model: str, out: Path, adapter: Path | None, quant: str, no_gate: boo
 
     show = slowly("tensors")
     report = export_checked(
-        model, out, adapter=adapter, quant=quant, check=not no_gate, progress=lambda done, total, _: show(done, total)
+        model,
+        out,
+        adapter=adapter,
+        quant=quant or ("f32" if adapter_only else "q8_0"),
+        check=not no_gate,
+        base=base,
+        adapter_only=adapter_only,
+        progress=lambda done, total, _: show(done, total),
     )
     said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
     if report:

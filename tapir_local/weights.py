@@ -12,6 +12,7 @@ from tapir_local.gguf_vocab import read_json
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 PEFT_PREFIX = "base_model.model."
+ALPHA = ("alpha_pattern", "lora_alpha")
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,19 @@ def read_header(file: Path) -> dict[str, Source]:
     }
 
 
-def load(source: Source, delta: Delta | None = None) -> Array:
-    """The tensor in float32, LoRA's change added."""
+def load(source: Source, delta: Delta | None = None, rows: Any = slice(None)) -> Array:
+    """The tensor in float32, LoRA's change added; of a part of it where `rows`, a slice or row numbers, says so."""
     import numpy as np
 
-    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)
-    bits = source.dtype == "BF16"  # numpy has no bfloat16, which is the upper half of a float32
-    weight = (raw.astype(np.uint32) << 16).view(np.float32) if bits else raw.astype(np.float32)
+    raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)[rows]
+    if source.dtype == "BF16":  # numpy has no bfloat16, which is the upper half of a float32
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        weight = bits.view(np.float32)
+    else:
+        weight = raw.astype(np.float32)
     if delta is not None:
-        weight += delta.scale * (load(delta.b) @ load(delta.a))
+        weight += (delta.scale * load(delta.b, rows=rows)) @ load(delta.a)
     return weight
 
 
@@ -84,14 +89,14 @@ def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
 
     Also for a tensor that fits nothing in `base`: an adapter of another model, or one that would be left out silently.
     """
-    settings = read_json(folder / "adapter_config.json")
-    check_plain(settings, folder)
+    settings = adapter_settings(folder)
     tensors = read_header(folder / "adapter_model.safetensors")
     deltas = {}
     for name, a in tensors.items():
         target = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
         if ".lora_A." in name:
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
+            check_rank(a, settings, target, name)
             deltas[target] = fitting(a, b, base.get(target), scale(settings, target), name)
         elif ".lora_B." not in name:
             raise TapirError(
@@ -99,7 +104,23 @@ def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
                 where=str(folder),
                 fix="Train without modules_to_save and trainable tokens.",
             )
+    if not deltas:
+        raise TapirError("it changes nothing", where=str(folder), fix="Train the adapter again.")
     return deltas
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json; TapirError when the folder holds no adapter, or one that is more than plain LoRA."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise TapirError(
+                f"this folder holds no adapter: {name} is missing",
+                where=str(folder),
+                fix="Name the folder of an adapter as PEFT's save_pretrained writes it.",
+            )
+    settings: dict[str, Any] = read_json(folder / "adapter_config.json")
+    check_plain(settings, folder)
+    return settings
 
 
 def check_plain(settings: Mapping[str, Any], folder: Path) -> None:
@@ -122,11 +143,19 @@ def check_plain(settings: Mapping[str, Any], folder: Path) -> None:
 def scale(settings: Mapping[str, Any], target: str) -> float:
     """alpha / r, or alpha / √r with rank-stabilised LoRA; a module may have its own alpha and r."""
     module = target.removesuffix(".weight")
-    rank, alpha = (
-        patterned(settings, key, default, module)
-        for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
+    rank, alpha = patterned(settings, "rank_pattern", "r", module), patterned(settings, *ALPHA, module)
     return float(alpha / (sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def check_rank(a: Source, settings: Mapping[str, Any], target: str, name: str) -> None:
+    """TapirError when config and weights are not of one training: the scale would be wrong."""
+    rank = patterned(settings, "rank_pattern", "r", target.removesuffix(".weight"))
+    if a.shape[0] != rank:
+        raise TapirError(
+            f"its tensor {name} has rank {a.shape[0]}, its adapter_config.json says {rank:g}",
+            where=str(a.file),
+            fix="Put back the adapter_config.json that was written with these weights.",
+        )
 
 
 def patterned(settings: Mapping[str, Any], key: str, default: str, module: str) -> float:

@@ -1,7 +1,10 @@
 """Tiny random students for the tests: real configs, a real byte-level BPE tokenizer, a chat template, LoRA adapters."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tapir_local.gguf_vocab import TEKKEN
 
 CHATML = (
     "{% for message in messages %}"
@@ -12,6 +15,7 @@ WITH_BOS = "{{ bos_token }}" + CHATML
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Añade dos números: 12 + 34 = 46.",
     "def add(a, b):\n    return a + b  # the sum\n",
@@ -28,16 +32,15 @@ SHAPE = {
 
 
 def make_tokenizer(folder: Path, kind: str = "smollm", template: str = CHATML, vocab: int = 400) -> Any:
-    """A byte-level BPE of about `vocab` tokens, split as SmolLM, Qwen2 or GPT-2 do."""
+    """A byte-level BPE of about `vocab` tokens, split as SmolLM, Qwen2, Llama 3, Mistral (Nemo) or GPT-2 do."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "qwen2")
-    first = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "qwen2": [pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")],
-        "gpt2": [],
-    }[kind]
+    splits = {"qwen2": QWEN2_SPLIT, "llama3": LLAMA3_SPLIT, "mistral": TEKKEN}
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in splits)
+    first = [pre_tokenizers.Digits(individual_digits=True)] if kind == "smollm" else []
+    if kind in splits:
+        first = [pre_tokenizers.Split(Regex(splits[kind]), behavior="isolated")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, plain]) if first else plain
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,6 +66,20 @@ def make_tokenizer(folder: Path, kind: str = "smollm", template: str = CHATML, v
     return fast
 
 
+# Odd enough that nothing fits by chance: heads that are not hidden_size / heads, a window shorter than the probes.
+OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
+MAKERS: dict[str, Callable[..., Any]] = {}  # of tokenizers by kind, beside make_tokenizer; see spm.py
+
+
 def make_model(
     folder: Path, family: str = "llama", *, kind: str = "smollm", template: str = CHATML, seed: int = 0, **changes: Any
 ) -> Path:
@@ -70,7 +87,7 @@ def make_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = make_tokenizer(folder, kind, template)
+    tokenizer = MAKERS.get(kind, make_tokenizer)(folder, kind, template)
     torch.manual_seed(seed)
     tied = {"tie_word_embeddings": family != "llama", "vocab_size": len(tokenizer) + 3, "max_position_embeddings": 512}
     ends = {
@@ -78,8 +95,7 @@ def make_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    heads = {"head_dim": 32} if family == "qwen3" else {}
-    config = AutoConfig.for_model(family, **{**SHAPE, **tied, **ends, **heads, **changes})
+    config = AutoConfig.for_model(family, **{**SHAPE, **tied, **ends, **OWN.get(family, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
     scatter(model, 0.15)
     model.save_pretrained(folder)

@@ -10,7 +10,7 @@ import pytest
 from conftest import Student
 from models import CHATML, make_adapter, make_model, merged_model
 
-from tapir_local import export, gguf_vocab
+from tapir_local import export, families, gguf_vocab
 from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
@@ -20,7 +20,10 @@ from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows
 
 TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
-PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(6)]
+ROWS = [
+    Example(str(n), (Message("user", f"What is {n} times {n % 7}?"),), f"It is {n * (n % 7)}, naïve 你好 🙂.")
+    for n in range(6)
+]
 LLAMA2_TOKENIZER = Path(__file__).parents[2] / "shared/data/tokenizers/granite-7b-lab"
 
 
@@ -106,6 +109,16 @@ def test_the_same_twice(llama: Student, tmp_path: Path) -> None:
     assert (tmp_path / "again.gguf").read_bytes() == llama.gguf.read_bytes()
 
 
+@pytest.mark.parametrize(("block", "quant"), [(1, "q8_0"), (300, "bf16"), (5000, "f32")])
+def test_the_same_file_in_blocks_of_any_size(
+    llama: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, quant: str
+) -> None:
+    for name in ("whole", "blocks"):
+        export_gguf(llama.model, tmp_path / name, adapter=llama.adapter, quant=quant)
+        monkeypatch.setattr("tapir_local.gguf_file.BLOCK", block)
+    assert (tmp_path / "blocks").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_sentencepiece_vocabulary() -> None:
     """LLaMA-2's, with chat tokens added: every id as transformers has it, without tokenizer.model being read."""
     if not LLAMA2_TOKENIZER.is_dir():
@@ -127,7 +140,7 @@ def test_sentencepiece_ids(tmp_path: Path) -> None:
         if path.name != "tokenizer.model":
             shutil.copy(path, folder)
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
-    report = gate(folder, None, tmp_path / "out.gguf", PROMPTS, min_agreement=0.9)
+    report = gate(folder, None, tmp_path / "out.gguf", ROWS, min_agreement=0.9)
     assert report.probes > 500
     assert report.passed, report
 
@@ -146,7 +159,7 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     [
         ("config.json", lambda c: c.update(architectures=["FalconForCausalLM"]), "FalconForCausalLM is not mapped"),
         ("config.json", lambda c: c.update(hidden_act="gelu"), "hidden_act gelu"),
-        ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "longrope is not mapped"),
+        ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "type longrope has no like"),
         ("tokenizer.json", lambda c: c["model"].update(type="Unigram"), "type Unigram"),
         ("tokenizer.json", lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "no name for its pre_tokenizer"),
         (
@@ -198,7 +211,7 @@ def test_no_such_quant(llama: Student, tmp_path: Path) -> None:
 
 
 def passage(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
-    return gate(student.model, adapter or student.adapter, gguf, PROMPTS, min_agreement=0.9)
+    return gate(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -212,7 +225,8 @@ def test_a_sound_gguf_passes(students, family: str) -> None:
 
 
 def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(export.FAMILIES, "LlamaForCausalLM", replace(export.FAMILIES["LlamaForCausalLM"], paired=False))
+    llama_family = families.FAMILIES["LlamaForCausalLM"]
+    monkeypatch.setitem(families.FAMILIES, "LlamaForCausalLM", replace(llama_family, paired=False))
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
     report = passage(llama, tmp_path / "out.gguf")
     assert set(report.failed) == {"logits", "agreement"}
@@ -273,7 +287,7 @@ def test_a_second_bos_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> 
 def test_jobs_in_their_own_process(llama: Student, tmp_path: Path) -> None:
     """Export, a passage that is granted, and one that is refused without leaving gate.json."""
     rows, out = tmp_path / "rows.jsonl", tmp_path / "student.gguf"
-    write_rows(rows, [Example(str(number), prompt) for number, prompt in enumerate(PROMPTS)])
+    write_rows(rows, ROWS)
     seen: list[tuple[int, int, str]] = []
     job = ExportJob(llama.model, out, "q8_0", llama.adapter)
     export.export(job, tmp_path / "export", lambda *news: seen.append(news))

@@ -19,7 +19,7 @@ rundir assets lockfile seedfiles
 libllama llama batching room sampling sequences generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
-lora classifier train gguf_vocab weights export gate
+lora classifier train gguf_vocab weights families gguf_file adapter_gguf export probes trained gate
 work rows prepare reflecting writing judge_asking stages distill tools forecast chat
 report costs why whatif doctor display labels
 sides compare comparison explanations

@@ -1,0 +1,143 @@
+"""Texts for the gate: many scripts, digits, white space, code, every added token, and the rows that were trained on."""
+
+import random
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from tapir_local.records import Example, Message, Prompt
+from tapir_local.template import render, training_text
+
+PROBES = 600
+ANSWERS = 16  # prompts answered; more tell no more
+
+FRAGMENTS = (
+    *(
+        "Hello, world!",
+        "The quick brown fox",
+        "I'm, you're, it'll, WE'VE, don't",
+        "naïve café, coöperate, façade",
+        "ﬁne ½ ² Ⅷ",
+    ),
+    *(
+        "Привет, мир",
+        "Ελληνικά ΑΒΓ",
+        "你好\uff0c世界。",
+        "こんにちは カタカナ",
+        "안녕하세요",
+        "مرحبا بالعالم",
+        "שלום",
+        "नमस्ते दुनिया",
+        "สวัสดีชาวโลก",
+    ),
+    *(
+        "Tiếng Việt có dấu",
+        "ქართული",
+        "தமிழ்",
+        "ᚠᛇᚻ",
+        "Straße ẞ ǅ",
+        "🙂🚀",
+        "👩‍👩‍👧 🇩🇪",
+        "0",
+        "12",
+        "345",
+        "6789",
+        "3.14159",
+        "1,000,000",
+        "-7 + 8 = 1",
+    ),
+    *(
+        "٣٤٥",
+        "१२३",
+        " ",
+        "  ",
+        "   ",
+        "\t",
+        "\n",
+        "\n\n",
+        "\r\n",
+        " \n ",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "a  b   c",
+        "end. \n\n\n Next",
+    ),
+    *(
+        "def f(x):\n    return x ** 2  # square\n",
+        "for (int i = 0; i < n; ++i) { a[i] += 1; }",
+        '{"key": [1, 2.5e-3, null]}',
+        "SELECT * FROM t;",
+    ),
+    *(
+        "<p class='x'>&amp;</p>",
+        "https://example.org/a?b=c&d=%20",
+        "C:\\dir\\file.txt",
+        "\\frac{a}{b} $x^2$",
+        "- item\n* item\n1. item",
+        "`code`",
+    ),
+    *(
+        "!!!",
+        "...",
+        "—\u2013-",
+        "“quoted” \u2018text\u2019",
+        "(a)[b]{c}<d>",
+        "@#$%^&*",
+        "~|\\/",
+        "CamelCase snake_case kebab-case",
+        "ALLCAPS",
+        "x" * 40,
+        "ha" * 20,
+    ),
+)
+
+
+def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
+    """Every text to be tokenised: rows as they were trained on, prompt and completion, and the probes as prompts.
+
+    A tokenizer that composes characters first (NFC, Qwen's) gets composed ones: llama.cpp does not compose.
+    """
+    prompts = [*(row.prompt for row in rows), *((Message("user", text),) for text in probes(tokenizer))]
+    texts = [rendered(tokenizer, prompt) for prompt in prompts] + [answered(tokenizer, row) for row in rows]
+    composes = "NFC" in str(tokenizer.backend_tokenizer.normalizer)
+    return [unicodedata.normalize("NFC", text) for text in texts] if composes else texts
+
+
+def rendered(tokenizer: Any, prompt: Prompt) -> str:
+    """A prompt as the student is asked it."""
+    bos, eos = specials(tokenizer)
+    return render(tokenizer.get_chat_template(), prompt, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+
+
+def answered(tokenizer: Any, row: Example) -> str:
+    """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
+    if not row.completion:
+        return rendered(tokenizer, row.prompt)
+    bos, eos = specials(tokenizer)
+    template = tokenizer.get_chat_template()
+    return "".join(training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos))
+
+
+def specials(tokenizer: Any) -> tuple[str, str]:
+    """BOS and EOS, which a template may write by name."""
+    return tokenizer.bos_token or "", tokenizer.eos_token or ""
+
+
+def sample(rows: Sequence[Example]) -> list[Prompt]:
+    """Prompts to be answered: up to ANSWERS from all over the rows, the same ones each time, and one of our own."""
+    chosen = random.Random("gate-prompts").sample(range(len(rows)), min(ANSWERS, len(rows)))
+    return [*(rows[number].prompt for number in sorted(chosen)), (Message("user", "Say hello."),)]
+
+
+def probes(tokenizer: Any) -> list[str]:
+    """PROBES texts of one or several fragments: every fragment, every added token in several places, and mixtures.
+
+    Gemma's added tokens of several `▁` stand for as many spaces.
+    """
+    chance = random.Random("gate-probes")
+    added = [token.content.replace("▁", " ") for token in tokenizer.added_tokens_decoder.values()][:64]
+    texts = [*FRAGMENTS, *(f"a{token}b {token} 1{token}" for token in added)]
+    while len(texts) < PROBES:
+        texts.append(chance.choice(["", " ", "\n"]).join(chance.choices([*FRAGMENTS, *added], k=chance.randint(2, 5))))
+    return texts
