@@ -21,7 +21,7 @@ from tapir_local.errors import TapirError
 from tapir_local.libllama import library
 from tapir_local.llama import STUDENT, Advice, Engine, Model, encode, open_model, piece, template, unsaid
 from tapir_local.records import Completion, Message, Prompt
-from tapir_local.room import open_planned
+from tapir_local.room import Plan, open_planned
 from tapir_local.sampling import samplers
 from tapir_local.sequences import (
     Each,
@@ -60,6 +60,7 @@ def generate(
     each: Callable[[Completion], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = unsaid,
+    planned: Callable[[Plan], None] | None = None,
 ) -> list[Completion]:
     """Answer every prompt, at most `parallel` at a time; results are in the order of `prompts`, with `ids` or numbers.
 
@@ -70,8 +71,9 @@ def generate(
     near ties may fall otherwise unless `exact` (slower). Without `parallel` as many are in flight as are of use and as
     free memory has room for; fewer where it is short, of which `tell` is told. `schema` holds every answer to the JSON
     that it describes, up to where `max_tokens` cuts it. `each` is given every answer as soon as it is done, `progress`
-    is told (answers done, answers wanted). TapirError when the GGUF or the adapter cannot be loaded, memory has no room
-    for the weights or for a single answer, or nothing can be held to the schema.
+    is told (answers done, answers wanted), `planned` given the context's numbers before the first. TapirError when the
+    GGUF or the adapter cannot be loaded, memory has no room for the weights or for a single answer, or nothing can be
+    held to the schema.
     """
     names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
@@ -91,7 +93,18 @@ def generate(
             if progress:
                 progress(len(found), len(prompts))
 
-        answer_all(model, tokens, keep, manner, seeds, parallel=parallel, threads=threads, exact=exact, tell=tell)
+        answer_all(
+            model,
+            tokens,
+            keep,
+            manner,
+            seeds,
+            parallel=parallel,
+            threads=threads,
+            exact=exact,
+            tell=tell,
+            planned=planned,
+        )
         return [found[number] for number in range(len(prompts))]
 
 
@@ -113,13 +126,16 @@ def answer_all(
     exact: bool = False,
     begin: Callable[[int], bool] = always,
     tell: Callable[[str], None] = unsaid,
+    planned: Callable[[Plan], None] | None = None,
 ) -> None:
     """`answer_each` in a context as large as these prompts need and memory has room for."""
     fitting = [prompt for prompt in prompts if fits(prompt, manner)]
     needs = [need(prompt, manner) for prompt in fitting] or [1]
     with open_planned(
         model, needs, parallel=parallel, shared=common(fitting), threads=threads, exact=exact, tell=tell
-    ) as (engine, _):
+    ) as (engine, plan):
+        if planned:
+            planned(plan)
         answer_each(engine, prompts, each, manner, seeds, begin)
 
 
