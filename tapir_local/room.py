@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tapir_local.errors import TapirError
 from tapir_local.libllama import LOG, gpu_memory, library
-from tapir_local.llama import UBATCH, Engine, Model, NoContext, number_of, open_context, unsaid
+from tapir_local.llama import BATCH, UBATCH, Engine, Model, NoContext, number_of, open_context, unsaid
 from tapir_local.memory import free_memory
 from tapir_local.memory import size as bytes_of
 
@@ -56,25 +56,36 @@ def open_planned(
     """
     wanted = wanted_at_once(model, len(needs), parallel)
     found = list(plans(model, needs, wanted, shared, exact))
+    with open_first(model, found, threads=threads, exact=exact) as (engine, plan):
+        if plan.answers < wanted:
+            tell(f"{plan.words}, not {wanted}: memory is short")
+        yield engine, plan
+
+
+@contextmanager
+def open_first(
+    model: Model, found: Sequence[Plan], *, threads: int | None = None, exact: bool = False, batch: int = BATCH
+) -> Iterator[tuple[Engine, Plan]]:
+    """The first of the planned contexts that memory has room for, by its numbers and by llama.cpp's word.
+
+    TapirError with the numbers of the last where there is none.
+    """
     with ExitStack() as stack:
-        for plan in found:
-            if not fits(plan):
-                continue
+        for plan in filter(fits, found):
             LOG.clear()
+            opened = open_context(
+                model,
+                cells=plan.cells,
+                sequences=plan.sequences,
+                exact=exact,
+                split=plan.split,
+                threads=threads,
+                batch=batch,
+            )
             try:
-                opened = open_context(
-                    model,
-                    cells=plan.cells,
-                    sequences=plan.sequences,
-                    threads=threads,
-                    exact=exact,
-                    split=plan.split,
-                )
                 engine = stack.enter_context(opened)
             except NoContext:
                 continue
-            if plan.answers < wanted:
-                tell(f"{plan.words}, not {wanted}: memory is short")
             yield engine, plan
             return
     raise no_room(model, found[-1])
@@ -109,6 +120,12 @@ def planned(model: Model, needs: Sequence[int], shared: int, split: bool, exact:
     return Plan(len(needs), sequences, cells, split, taken, free)
 
 
+def planned_reading(model: Model, cells: int, sequences: int) -> Plan:
+    """A context of shared cells in which the logits of every token are kept, 512 at a time."""
+    taken = padded(cells) * cell_bytes(model) + work_bytes(model, padded(cells), UBATCH, exact=False)
+    return Plan(sequences, sequences, padded(cells), False, taken, free_for(model))
+
+
 def padded(cells: int) -> int:
     return -(-cells // PADDING) * PADDING
 
@@ -129,17 +146,17 @@ def heads_of(model: Model) -> int:
     return max(1, int(library().llama_model_n_head(model.handle)))
 
 
-def work_bytes(model: Model, seen: int, sequences: int, exact: bool) -> int:
-    """Bytes that llama.cpp computes in, from above: a batch's logits and layers, and its scores over `seen` cells.
+def work_bytes(model: Model, seen: int, rows: int, exact: bool) -> int:
+    """Bytes that llama.cpp computes in, from above: a batch's layers and logits, `rows` of them kept, and its scores.
 
     The logits of 512 tokens are most of it: 300 MB for Qwen's vocabulary of 152,000, where llama.cpp reported 300.25
-    MiB. Scores are kept for every head without flash attention, that is when `exact`.
+    MiB. Scores are over `seen` cells, and kept for every head without flash attention, that is when `exact`.
     """
     llama = library()
     vocabulary, embedding = llama.llama_vocab_n_tokens(model.vocab), llama.llama_model_n_embd(model.handle)
     inner = number_of(model, "feed_forward_length", 4 * embedding)
     row = vocabulary + 8 * embedding + 2 * inner + seen * (1 + exact * heads_of(model))
-    return int(4 * (min(UBATCH, seen * sequences) * row + sequences * vocabulary))
+    return int(4 * (UBATCH * row + rows * vocabulary))
 
 
 def free_for(model: Model) -> int:

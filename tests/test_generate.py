@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from models import make_adapter, make_model, merged_model
 
+from tapir_local.adapter_gguf import export_adapter
 from tapir_local.batching import logits, make_batch
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
@@ -28,7 +29,7 @@ from tapir_local.llama import (
     tokenize,
 )
 from tapir_local.records import Completion, Message
-from tapir_local.sampling import Sampler, open_grammar, pick, samplers, take
+from tapir_local.sampling import GREEDY, Sampler, draw, open_grammar, pick, samplers, take
 from tapir_local.sequences import Manner, Work, Written, answer_each, common, leave, step
 
 SUBJECTS = (
@@ -342,6 +343,21 @@ def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
     assert abs(drawn.count(a) / 300 - odds) < 0.1
 
 
+def test_tokens_are_drawn_by_the_softmax_at_a_temperature() -> None:
+    """Against NumPy's own draws of the same odds; the vocabulary ends within a block."""
+    import numpy as np
+
+    row = np.random.default_rng(1).normal(0, 3, 1300).astype(np.float32)
+    row[::7] = -np.inf  # what a grammar refuses
+    odds = np.exp((row - row.max()) / 0.7) / np.exp((row - row.max()) / 0.7).sum()
+    drawn = [draw(Sampler(0.7, random.Random(seed)), row) for seed in range(4000)]
+    counts = np.bincount(drawn, minlength=1300)
+    likely = odds > 0.005
+    assert (counts[row == -np.inf] == 0).all()
+    assert (abs(counts - 4000 * odds)[likely] < 5 * np.sqrt(4000 * odds[likely])).all()
+    assert draw(GREEDY, row) == row.argmax()
+
+
 def test_a_schema_cut_at_max_tokens_is_no_json_and_says_so(llama) -> None:
     (answer,) = generate(llama.gguf, PROMPTS[:1], max_tokens=3, context=256, schema=PERSON)
     assert (answer.finish, answer.tokens) == ("length", 3)
@@ -388,6 +404,22 @@ def test_missing_or_broken_files_do_not_crash(llama, tmp_path: Path) -> None:
         generate(llama.gguf, PROMPTS, adapter=tmp_path / "none.gguf", **SETTINGS)
     with pytest.raises(TapirError, match="cannot load the adapter"):
         generate(llama.gguf, PROMPTS, adapter=llama.gguf, **SETTINGS)
+
+
+def test_an_adapter_writes_as_the_merged_model_and_another_bases_is_refused(students, tmp_path: Path) -> None:
+    student, lora = students["llama"], tmp_path / "lora.gguf"
+    base = tmp_path / "base.gguf"
+    export_gguf(student.model, base, adapter=None, quant="f32")
+    export_adapter(student.model, student.adapter, lora)
+    settings = {**SETTINGS, "exact": True}
+    assert generate(base, PROMPTS, adapter=lora, **settings) == generate(student.gguf, PROMPTS, **settings)
+    wide = make_model(tmp_path / "wide", hidden_size=32)
+    export_gguf(wide, tmp_path / "wide.gguf", adapter=None, quant="f32")
+    for other in (tmp_path / "wide.gguf", students["qwen2"].gguf):
+        with pytest.raises(TapirError, match="cannot load the adapter over this model") as caught:
+            generate(other, PROMPTS, adapter=lora, **SETTINGS)
+        assert caught.value.where == str(lora)
+        assert "base" in caught.value.fix
 
 
 def test_llama_cpp_is_silent(llama, tmp_path: Path, capfd) -> None:
