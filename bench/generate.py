@@ -61,14 +61,15 @@ os._exit(0)
 
 @dataclass
 class Clock:
-    """Seconds of a run of ours: in steps that read no prompt, and in llama_decode, choosing, and all."""
+    """Seconds of a run of ours: in steps that read no prompt (and tokens), and in llama_decode, choosing, and all."""
 
     generating: float = 0.0
-    steps: int = 0
+    written: int = 0
     decoding: float = 0.0
     choosing: float = 0.0
     total: float = 0.0
     reading: bool = field(default=False, repr=False)
+    rows: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
             clock.total = time.perf_counter() - started
     assert written == [options.max_tokens] * len(prompts)
     python = (clock.total - clock.decoding - clock.choosing) / sum(written) * 1e6
-    rate = clock.steps * options.parallel / clock.generating if clock.steps else float("nan")
+    rate = clock.written / clock.generating if clock.written else float("nan")
     return Rates(rate, len(prompts) * length / clock.total, python)
 
 
@@ -188,11 +189,11 @@ def timed() -> Iterator[Clock]:
         kept["step"](work)
         if not clock.reading:
             clock.generating += time.perf_counter() - started
-            clock.steps += 1
+            clock.written += clock.rows
 
     def in_turn(work: Any) -> Any:
         turns = kept["in_turn"](work)
-        clock.reading = any(not run.written for run, _ in turns)
+        clock.reading, clock.rows = any(not run.written for run, _ in turns), len(turns)
         return turns
 
     try:
@@ -255,8 +256,12 @@ def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rate
     lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
     size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
     words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
-    said = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
-    lines = [line for line in (said.stdout + said.stderr).splitlines() if line.startswith('{"n_kv_max"')]
+    for _ in range(3):  # its log is written by a thread, and a line may be lost as the program ends
+        said = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+        if lines := [line for line in said.stdout.splitlines() if line.startswith('{"n_kv_max"')]:
+            break
+    else:
+        sys.exit(f"llama-batched-bench measured nothing:\n{said.stdout[-1000:]}\n{said.stderr[-2000:]}")
     found = json.loads(lines[-1])
     return Rates(found["speed_tg"], found["speed"])
 
