@@ -36,7 +36,8 @@ from tapir_local.gguf_vocab import (
     special_texts,
     write_vocab,
 )
-from tapir_local.llama import cores, quantise
+from tapir_local.libllama import cores
+from tapir_local.llama import quantise
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.rundir import read_record, whole

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.llama import Model, library, open_model, template, token_text
+from tapir_local.libllama import library
+from tapir_local.llama import Model, open_model, template, token_text
 from tapir_local.records import Message
 from tapir_local.template import render
 

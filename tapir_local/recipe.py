@@ -10,6 +10,7 @@ from tapir_local.own_tasks import Settings, Tasks, refuse_tasks, table_of
 from tapir_local.tasks import TASKS, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
+AtOnce = Annotated[int, Field(ge=1, le=256)]
 
 
 def named(word: Any) -> Any:
@@ -61,7 +62,11 @@ class Student(Settings):
     )
     max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
-    parallel: int = Field(32, ge=1, le=256, description="answers written at once by llama.cpp")
+    parallel: AtOnce | Literal["auto"] = Field(
+        32,
+        description="answers written at once by llama.cpp at the most; `auto` is 32, or 128 on a GPU; fewer where "
+        "memory is short",
+    )
 
 
 class Price(Settings):

@@ -100,9 +100,10 @@ def generator(
             ids=ids,
             max_tokens=student.max_tokens,
             context=student.max_length,
-            parallel=student.parallel,
+            parallel=None if student.parallel == "auto" else student.parallel,
             seed=recipe.random_seed,
             progress=lambda done, total: progress(done, total, ""),
+            tell=lambda words: progress(0, len(prompts), words),
         )
 
     return answer

@@ -16,7 +16,7 @@ pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_lang
 prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
 stats memory
 rundir assets lockfile seedfiles
-llama ollama sampling generate score
+libllama llama ollama batching room sampling sequences generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints classifier train
