@@ -213,6 +213,11 @@ def test_settings_of_training_that_will_not_do_are_refused(train: str, said: str
     assert said in refused(f"teacher: pocket\ntrain: {train}")
 
 
+@pytest.mark.parametrize("other", ["train: {method: full}\nexport: {", "export: {converter: x, "])
+def test_rounds_as_adapters_need_an_adapter_of_a_family_that_is_mapped(other: str) -> None:
+    assert "`rounds: adapter` goes neither with" in refused(f"teacher: pocket\n{other}rounds: adapter}}")
+
+
 def test_how_a_batch_goes_through_the_hardware_may_change_in_mid_run() -> None:
     old = parse_recipe("teacher: pocket", "r")
     free = {"micro_batch_size": 1, "gradient_checkpointing": True, "checkpoint_minutes": 0, "launcher": "torchrun"}
