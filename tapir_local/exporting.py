@@ -9,7 +9,6 @@ from tapir_local.export import ExportJob, export
 from tapir_local.gate import GateJob, GateReport, pass_gate
 from tapir_local.llama import check_gguf
 from tapir_local.process import Progress
-from tapir_local.recipe import Export
 from tapir_local.rundir import read_record, write_rows
 
 
@@ -42,15 +41,23 @@ def export_checked(
     export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
     report = None
     if check:
-        write_rows(work / "rows.jsonl", [])
         kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None
-        least = Export().min_agreement if min_agreement is None else min_agreement
-        job = GateJob(folder, base or written, work / "rows.jsonl", kept, least, adapter, over)
+        job = GateJob(folder, base or written, trained_rows(adapter, work), kept, min_agreement, adapter, over)
         pass_gate(job, work, progress)
         report = read_record(GateReport, kept)
     written.rename(out)
     shutil.rmtree(work)
     return report
+
+
+def trained_rows(adapter: Path | None, work: Path) -> Path:
+    """The rows that an adapter was trained on, where it lies in a run's round; an empty file otherwise."""
+    if adapter is not None and (adapter / "resolved.json").is_file():  # an adapter of ours
+        rows = adapter.absolute().parent / "train.jsonl"
+        if rows.is_file():
+            return rows
+    write_rows(work / "rows.jsonl", [])
+    return work / "rows.jsonl"
 
 
 def check_pair(adapter: Path | None, base: Path | None, check: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import Student
 from models import CHATML, make_adapter, make_model, merged_model
 
-from tapir_local import export, families, gguf_file, gguf_vocab
+from tapir_local import export, families, gguf_vocab
 from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
@@ -121,13 +121,6 @@ def test_mistrals_window_ends_the_context(tmp_path: Path) -> None:
     with open_model(tmp_path / "out.gguf") as model:
         assert metadata(model, "llama.context_length") == "100"
     assert largest_difference(folder, None, tmp_path / "out.gguf") < 1e-4
-
-
-def test_blocks_of_rows_join(llama: Student, tmp_path: Path, monkeypatch) -> None:
-    """Three rows at a time, q and k in another order, LoRA added: the file is the same."""
-    monkeypatch.setattr(gguf_file, "BLOCK", 200)
-    export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="f32")
-    assert (tmp_path / "out.gguf").read_bytes() == llama.gguf.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A GGUF made by hand has its name only when it has passed the gate."""
 
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from click.testing import CliRunner
 
 import cli
 from tapir_local.errors import TapirError
-from tapir_local.exporting import export_checked
+from tapir_local.exporting import export_checked, trained_rows
+from tapir_local.probes import PROBES
+from tapir_local.records import Example, Message
+from tapir_local.rundir import write_rows
 
 
 def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -> None:
@@ -35,6 +39,19 @@ def test_without_the_gate_there_is_no_report(llama, tmp_path: Path) -> None:
     out = tmp_path / "base.gguf"
     assert export_checked(str(llama.model), out, adapter=None, quant="q8_0", check=False) is None
     assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+
+
+def test_the_rows_of_a_run_are_probed_too(llama, tmp_path: Path) -> None:
+    """Prompt and whole row of each, beside the probes; a file beside another's adapter is let alone."""
+    shutil.copytree(llama.adapter, tmp_path / "adapter")
+    write_rows(tmp_path / "train.jsonl", [Example(str(n), (Message("user", f"Say {n}."),), f"{n}") for n in range(5)])
+    assert trained_rows(tmp_path / "adapter", tmp_path / "work") == tmp_path / "work/rows.jsonl"
+    (tmp_path / "adapter/resolved.json").write_text("{}")
+    report = export_checked(
+        str(llama.model), tmp_path / "out.gguf", adapter=tmp_path / "adapter", quant="f32", check=True
+    )
+    assert report
+    assert (report.probes, report.min_agreement) == (PROBES + 10, 0.99)
 
 
 def test_a_gguf_that_fails_does_not_get_its_name(llama, tmp_path: Path) -> None:
