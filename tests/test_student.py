@@ -230,7 +230,9 @@ def test_an_adapter_by_itself_is_no_model(recipe: Recipe, run: RunDir) -> None:
         generate(exported(recipe, run), PROMPTS[:1], max_tokens=4, context=64)
 
 
-@pytest.mark.parametrize("content", [b"", b"GG", b"no GGUF at all", b"GGUF" + bytes(30)])
+@pytest.mark.parametrize(
+    "content", [b"", b"GG", b"no GGUF at all", b"GGUF" + bytes(30), b"GGUF" + b"\xff" * 20, b"GGUF" + b"\x01" * 40]
+)
 def test_what_is_no_gguf_is_no_adapter(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     assert not is_adapter(tmp_path / "file")
