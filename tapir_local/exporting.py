@@ -22,6 +22,7 @@ def export_checked(
     check: bool,
     base: Path | None = None,
     adapter_only: bool = False,
+    converter: Path | None = None,
     min_agreement: float | None = None,
     progress: Progress | None = None,
 ) -> GateReport | None:
@@ -38,7 +39,7 @@ def export_checked(
         check_pair(adapter, base, check)
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
-    export(ExportJob(folder, written, quant, adapter, adapter_only), work, progress)
+    export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
     report = None
     if check:
         write_rows(work / "rows.jsonl", [])

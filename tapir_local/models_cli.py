@@ -78,6 +78,7 @@ def generate(
     help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
     "[default: q8_0, of an adapter alone f32]",
 )
+@click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
 @click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
 def export(
@@ -87,6 +88,7 @@ def export(
     adapter_only: bool,
     base: Path | None,
     quant: str | None,
+    converter: Path | None,
     modelfile: bool,
     no_gate: bool,
 ) -> None:
@@ -110,6 +112,7 @@ def export(
         check=not no_gate,
         base=base,
         adapter_only=adapter_only,
+        converter=converter,
         progress=lambda done, total, _: show(done, total),
     )
     said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"

@@ -93,11 +93,13 @@ def summary(planned: RoundPlan) -> str:
 
 
 def train(work: Work, out: Path) -> str:
-    """The student, from the last round's adapter or from the base, on this round's rows."""
+    """The student, from what the last round trained or from the base, on this round's rows."""
     go_on = work.number > 0 and work.recipe.train.start == "previous"
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
     work.tools.train(work.folder / "train.jsonl", previous, work.recipe.random_seed + work.number, out, work.progress)
-    return "from the last round's adapter" if go_on else "from the base"
+    if not go_on:
+        return "from the base"
+    return f"from the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}"
 
 
 def export(work: Work, out: Path) -> str:

@@ -12,7 +12,7 @@ from tapir_local.assets import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.exporting import export_checked
 from tapir_local.llama import is_adapter
-from tapir_local.memory import check_disk, free_memory, size
+from tapir_local.memory import free_memory, size
 from tapir_local.process import Progress
 from tapir_local.recipe import Recipe
 from tapir_local.rundir import RunDir, remove, write_json
@@ -20,8 +20,6 @@ from tapir_local.weights import read_model
 
 FORM = "1"  # to be raised when the same model would be written as another base GGUF
 BLOCKS, BLOCK = 64, 1 << 16
-# Bits of a weight on the disk while a GGUF is written: k-quants are made from an f16 file.
-BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 22.6, "q5_k_m": 21.7, "q4_k_m": 20.9}
 SMALL = ("*.json", "*.jinja", "tokenizer.model")
 
 
@@ -31,6 +29,11 @@ class Student:
 
     gguf: Path
     adapter: Path | None = None
+
+
+def converter_of(recipe: Recipe) -> Path | None:
+    """llama.cpp's own converter, where the recipe names it."""
+    return Path(recipe.export.converter).expanduser() if recipe.export.converter else None
 
 
 def student_of(recipe: Recipe, run: RunDir, gguf: Path) -> Student:
@@ -111,7 +114,6 @@ def make_base(model: Path, path: Path, recipe: Recipe, progress: Progress | None
     with FileLock(path.parent / ".lock"):
         if not made(path):
             remove(path)
-            check_room(model, path, recipe.export.quant)
             least = recipe.export.min_agreement
             export_checked(
                 str(model),
@@ -120,6 +122,7 @@ def make_base(model: Path, path: Path, recipe: Recipe, progress: Progress | None
                 quant=recipe.export.quant,
                 check=True,
                 min_agreement=least,
+                converter=converter_of(recipe),
                 progress=progress,
             )
             write_json(printed(path), {"bytes": path.stat().st_size, "print": print_of([path])})
@@ -165,11 +168,6 @@ def print_of(files: Iterable[Path]) -> str:
                 file.seek(max(0, size - BLOCK) * number // (BLOCKS - 1))
                 found.update(file.read(BLOCK))
     return found.hexdigest()
-
-
-def check_room(model: Path, out: Path, quant: str) -> None:
-    """TapirError where a model's GGUF would not fit on the disk: its weights by the bits of each, roughly."""
-    check_disk(out, int(weights_of(model) * BITS[quant] / 8), f"the student as a GGUF of {quant}")
 
 
 def memory_words(model: Path) -> str:

@@ -8,6 +8,7 @@ from tapir_local.asking import unheard
 from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.llama import is_adapter
+from tapir_local.memory import take_gpu
 from tapir_local.metrics import Checker
 from tapir_local.ollama import write_modelfile
 from tapir_local.recipe import Endpoint, Recipe
@@ -15,15 +16,17 @@ from tapir_local.records import Answer, Completion, Prompt, Request, Scored, ins
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
-from tapir_local.student import base_of, check_base, check_room, memory_words, student_of
+from tapir_local.student import base_of, check_base, converter_of, memory_words, student_of
 from tapir_local.work import Ask, Progress, Tools
 
+CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
 
-def check_student(model: Path) -> None:
+
+def check_student(model: Path, converter: Path | None = None) -> None:
     """TapirError for a student without a chat template, or that has no like in llama.cpp."""
     from tapir_local.export import check_exportable
 
-    check_exportable(model)
+    check_exportable(model, converter)
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     TapirError, before anything is paid, when the student could not be exported once it is trained.
     """
     if not (run.round(0) / "adapter").exists():
-        check_student(student_folder(recipe, run))
+        check_student(student_folder(recipe, run), converter_of(recipe))
     with Store(run.cache / "teacher.db", mode) as store:
         for notice in store.notices:
             say(notice)
@@ -43,8 +46,8 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             teacher=asker(recipe.teacher, store, run.name, purse, say),
             judge=asker(judge_of(recipe), store, run.name, purse, say),
             generate=generator(recipe, run),
-            classify=classifier(recipe),
-            train=trainer(recipe, run),
+            classify=classifier(recipe, say),
+            train=trainer(recipe, run, say),
             export=exporter(recipe, run),
             gate=gatekeeper(recipe, run),
             score=scorer(recipe, run),
@@ -123,7 +126,9 @@ def scorer(recipe: Recipe, run: RunDir) -> Callable[[Path, Sequence[tuple[Prompt
     return measure
 
 
-def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Path, Progress], None]:
+def trainer(
+    recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
     def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
@@ -132,17 +137,25 @@ def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Pa
         job = TrainJob(
             str(student_folder(recipe, run)), rows, out, recipe.train, recipe.student.max_length, seed, previous
         )
-        train(job, out.parent / "train", progress)
+        train(job, out.parent / "train", progress, say)
 
     return fine_tune
 
 
-def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], None]:
+def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
+    """The model's folder and its adapter's, None where train.method `full` has left the whole model in adapter/."""
+    return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
+
+
+def classifier(
+    recipe: Recipe, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.classifier import ClassifyJob, classify
 
+        take_gpu(CLASSIFIER, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 
@@ -155,14 +168,14 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
 
-        model, quant, alone = student_folder(recipe, run), recipe.export.quant, recipe.export.rounds == "adapter"
+        model, lora = trained(recipe, run, adapter)
+        quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
         if alone:
             base_of(recipe, run, progress, anew=out.parent == run.round(0))
             check_base(recipe, run)
             quant = "f32"
-        else:
-            check_room(model, out, quant)
-        export(ExportJob(model, out, quant, adapter, alone), out.parent / "export", progress)
+        job = ExportJob(model, out, quant, lora, alone, converter_of(recipe))
+        export(job, out.parent / "export", progress)
 
     return write
 
@@ -173,9 +186,10 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.gate import GateJob, pass_gate
 
-        model, opened = student_folder(recipe, run), student_of(recipe, run, gguf)
+        model, lora = trained(recipe, run, adapter)
+        opened = student_of(recipe, run, gguf)
         progress(0, 0, memory_words(model))
-        job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, adapter, opened.adapter)
+        job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, lora, opened.adapter)
         pass_gate(job, out.parent / "gate", progress)
 
     return compare
@@ -197,8 +211,8 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
         from tapir_local.gate import GateJob, pass_gate
 
         model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
-        check_room(model, gguf, recipe.export.quant)
-        export(ExportJob(model, gguf, recipe.export.quant, student / "adapter"), work, progress)
+        job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_of(recipe))
+        export(job, work, progress)
         progress(0, 0, memory_words(model))
         least, rows = recipe.export.min_agreement, student / "train.jsonl"
         pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)

@@ -19,7 +19,8 @@ rundir assets lockfile seedfiles
 llama ollama sampling generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
-lora classifier train gguf_vocab weights families gguf_file adapter_gguf export probes trained gate exporting student
+lora footprint sft checkpoints classifier train
+gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
 work rows prepare reflecting writing judge_asking stages card shipping distill tools forecast chat
 report costs why whatif doctor display labels
 sides compare comparison explanations

@@ -93,7 +93,7 @@ def test_the_paper_recipe_has_the_papers_settings() -> None:
 # That it runs
 
 
-def here(module: str, job: Any, folder: Path, progress: Progress | None = None) -> None:
+def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
     """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
