@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from tapir_local.libllama import LOG, cores, failure, gpu_memory, library
 from tapir_local.memory import free_memory
 from tapir_local.memory import size as bytes_of
 
+LONGEST = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
 REMAKE = "Delete it and run again, so that it is made anew."
 UBATCH, BATCH = 512, 2048  # tokens computed at once, and handed over at once: llama-batched-bench's
 GPU_SHARE = 0.8  # of a GPU's free memory for weights at the most: the rest is for answers
@@ -99,21 +99,22 @@ def is_adapter(gguf: Path) -> bool:
         if file.read(4) != b"GGUF":
             return False
         file.read(12)  # version, number of tensors
-        texts = leading_texts(file, struct.unpack("<Q", file.read(8))[0])
-        return dict(texts).get("general.type") == "adapter"
+        return dict(leading_texts(file, number(file, 8))).get("general.type") == "adapter"
 
 
 def leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
     """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
 
-    def text() -> str:
-        return file.read(struct.unpack("<Q", file.read(8))[0]).decode("utf-8", "replace")
-
     for _ in range(keys):
-        key = text()
-        if struct.unpack("<I", file.read(4))[0] != 8:
+        key = file.read(min(number(file, 8), LONGEST)).decode("utf-8", "replace")
+        if number(file, 4) != 8:
             return
-        yield key, text()
+        yield key, file.read(min(number(file, 8), LONGEST)).decode("utf-8", "replace")
+
+
+def number(file: BinaryIO, count: int) -> int:
+    """An unsigned number of so many bytes; less of it, down to 0, where the file ends."""
+    return int.from_bytes(file.read(count), "little")
 
 
 @contextmanager
