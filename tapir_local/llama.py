@@ -137,8 +137,8 @@ def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
 def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[int, float]:
     """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and what share of the weights that is."""
     free = gpu_memory()
-    if not free:
-        return 0, 0.0
+    if not free:  # none, or one that shares main memory
+        return (-1 if library().llama_supports_gpu_offload() else 0), 0.0
     if weights < free * GPU_SHARE:
         return -1, 1.0
     with open_model(gguf, vocab_only=True) as model:
