@@ -22,6 +22,8 @@ def export_checked(
     check: bool,
     base: Path | None = None,
     adapter_only: bool = False,
+    converter: Path | None = None,
+    min_agreement: float | None = None,
     progress: Progress | None = None,
 ) -> GateReport | None:
     """Write `out` and, beside it, the gate's report (`<out>.gate.json`); None where `check` is off.
@@ -37,12 +39,13 @@ def export_checked(
         check_pair(adapter, base, check)
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
-    export(ExportJob(folder, written, quant, adapter, adapter_only), work, progress)
+    export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
     report = None
     if check:
         write_rows(work / "rows.jsonl", [])
         kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None
-        job = GateJob(folder, base or written, work / "rows.jsonl", kept, Export().min_agreement, adapter, over)
+        least = Export().min_agreement if min_agreement is None else min_agreement
+        job = GateJob(folder, base or written, work / "rows.jsonl", kept, least, adapter, over)
         pass_gate(job, work, progress)
         report = read_record(GateReport, kept)
     written.rename(out)

@@ -2,11 +2,12 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tapir_local.errors import TapirError
 from tapir_local.libllama import LOG, cores, failure, gpu_memory, library
@@ -87,6 +88,34 @@ def check_gguf(path: Path, what: str, fix: str) -> None:
             raise TapirError(f"the {what} is no GGUF", where=str(path), fix=fix)
 
 
+def is_adapter(gguf: Path) -> bool:
+    """Whether a GGUF is a LoRA adapter, by its `general.type`, which gguf.GGUFWriter puts among the first of its keys.
+
+    False also for what is no GGUF, or is not there: who opens it will say so.
+    """
+    if not gguf.is_file():
+        return False
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+        file.read(12)  # version, number of tensors
+        texts = leading_texts(file, struct.unpack("<Q", file.read(8))[0])
+        return dict(texts).get("general.type") == "adapter"
+
+
+def leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
+    """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
+
+    def text() -> str:
+        return file.read(struct.unpack("<Q", file.read(8))[0]).decode("utf-8", "replace")
+
+    for _ in range(keys):
+        key = text()
+        if struct.unpack("<I", file.read(4))[0] != 8:
+            return
+        yield key, text()
+
+
 @contextmanager
 def open_model(
     gguf: Path,
@@ -102,6 +131,9 @@ def open_model(
     the numbers where main memory has no room for the weights.
     """
     check_gguf(gguf, "GGUF", advice.unusable)
+    if is_adapter(gguf):
+        fix = "Give the GGUF of the model that it lies over, and this one as its adapter."
+        raise TapirError("the GGUF is a LoRA adapter, not a model", where=str(gguf), fix=fix)
     if adapter is not None:
         check_gguf(adapter, "adapter", advice.unusable)
     llama = library()

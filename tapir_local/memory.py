@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def gpus() -> list[Gpu]:
     return [Gpu(name.strip(), int(free) << 20, int(total) << 20) for name, free, total in rows]  # it counts in MiB
 
 
+def take_gpu(wanted: int, what: str, say: Callable[[str], None]) -> None:
+    """Say how much of the GPU is free before a stage that takes about `wanted` bytes; nothing where there is none.
+
+    Nothing of ours holds it meanwhile: every stage that loads a model ends with it. What is missing is another's.
+    """
+    cards = gpus()
+    if not cards:
+        return
+    best = max(cards, key=lambda gpu: gpu.free)
+    short = "" if best.free >= wanted else f"; {what} takes about {size(wanted)}: another process holds what is missing"
+    say(f"{best.name}: {size(best.free)} of {size(best.total)} free{short}")
+
+
 def check_disk(path: Path, wanted: int, what: str) -> None:
     """TapirError unless the disk on which `path` is or will be has `wanted` bytes free for `what`."""
     place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
@@ -47,6 +61,16 @@ def check_disk(path: Path, wanted: int, what: str) -> None:
             f"no room for {what}: it takes {size(wanted)}, and {size(free)} are free",
             where=str(path),
             fix="Make room there, or name a place on another disk.",
+        )
+
+
+def check_memory(wanted: int, what: str) -> None:
+    """TapirError unless `wanted` bytes of main memory are free for `what`."""
+    free = free_memory()
+    if wanted > free:
+        raise TapirError(
+            f"no memory for {what}: it takes {size(wanted)}, and {size(free)} are free",
+            fix="Close other programs, or take a larger machine.",
         )
 
 

@@ -110,6 +110,8 @@ def closing(found: "Answered") -> str:
     help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
     "[default: q8_0, of an adapter alone f32]",
 )
+@click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
+@click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
 def export(
     model: str,
@@ -118,13 +120,20 @@ def export(
     adapter_only: bool,
     base: Path | None,
     quant: str | None,
+    converter: Path | None,
+    modelfile: bool,
     no_gate: bool,
 ) -> None:
     """Write MODEL, a folder or Hub name, as the GGUF OUT, tensor by tensor, and compare it with the model.
 
-    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures.
+    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures. Its SHA-256 is
+    printed as `sha256sum -c` reads it.
     """
+    if modelfile and adapter_only:
+        raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
     from tapir_local.exporting import export_checked
+    from tapir_local.ollama import write_modelfile
+    from tapir_local.rundir import sha256
 
     show = slowly("tensors")
     report = export_checked(
@@ -135,6 +144,7 @@ def export(
         check=not no_gate,
         base=base,
         adapter_only=adapter_only,
+        converter=converter,
         progress=lambda done, total, _: show(done, total),
     )
     said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
@@ -142,4 +152,7 @@ def export(
         found = report.figures
         said += f"; {report.probes:,} texts tokenised alike, {found.agreement:.1%} of greedy tokens agree, "
         said += f"divergence {found.kl:.2g} nats"
+    if modelfile:
+        write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     click.echo(said, err=True)
+    click.echo(f"{sha256(out)}  {out}")

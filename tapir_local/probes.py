@@ -10,6 +10,16 @@ from tapir_local.template import render, training_text
 
 PROBES = 600
 ANSWERS = 16  # prompts answered; more tell no more
+QUESTIONS = (  # what is asked where there are fewer rows
+    "Say hello.",
+    "List three fruits and the colour of each.",
+    "What is 17 times 23? Show each step.",
+    "Write a Python function that reverses a string.",
+    "Übersetze ins Englische: Das Wetter ist heute schön.",
+    "为什么天空是蓝色的\uff1f",
+    "Summarise in one sentence: The river rose in the night, and by morning the mill stood in water.",
+    "Write a polite letter that asks for a refund.",
+)
 
 FRAGMENTS = (
     *(
@@ -125,9 +135,13 @@ def specials(tokenizer: Any) -> tuple[str, str]:
 
 
 def sample(rows: Sequence[Example]) -> list[Prompt]:
-    """Prompts to be answered: up to ANSWERS from all over the rows, the same ones each time, and one of our own."""
+    """Prompts to be answered: up to ANSWERS from all over the rows, the same ones each time, and QUESTIONS where fewer.
+
+    "Say hello." is asked always.
+    """
     chosen = random.Random("gate-prompts").sample(range(len(rows)), min(ANSWERS, len(rows)))
-    return [*(rows[number].prompt for number in sorted(chosen)), (Message("user", "Say hello."),)]
+    own = QUESTIONS[: max(1, len(QUESTIONS) - len(chosen))]
+    return [*(rows[number].prompt for number in sorted(chosen)), *((Message("user", text),) for text in own)]
 
 
 def probes(tokenizer: Any) -> list[str]:

@@ -85,7 +85,7 @@ class Files(Mapping[str, Any]):
     """A model's parameters by PEFT's or transformers' name, read from their files each time one is asked for."""
 
     def __init__(self, model_dir: Path, adapter: Path | None) -> None:
-        self.base = read_model(model_dir)
+        self.folder, self.base = model_dir, read_model(model_dir)
         self.lora = {} if adapter is None else read_header(adapter / "adapter_model.safetensors")
 
     def __getitem__(self, name: str) -> Any:
@@ -98,7 +98,15 @@ class Files(Mapping[str, Any]):
         if ".lora_" in name:
             return self.lora[name.replace(".default.", ".")]
         plain = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        return self.base[plain] if plain in self.base else self.base["model.embed_tokens.weight"]
+        if plain == "lm_head.weight" and plain not in self.base:
+            plain = "model.embed_tokens.weight"
+        if plain in self.base:
+            return self.base[plain]
+        raise TapirError(
+            f"it cannot be read layer by layer: {plain} is in none of its files",
+            where=str(self.folder),
+            fix="Compare it where the memory holds it whole.",
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.lora, *self.base])

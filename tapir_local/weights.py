@@ -35,12 +35,26 @@ class Delta:
 
 
 def read_model(model_dir: Path) -> dict[str, Source]:
-    """Every tensor of a model by its name in transformers, whatever number of files it is in."""
+    """Every tensor of a model by its name in transformers, whatever number of files it is in.
+
+    TapirError naming the files that the index knows and the folder lacks, or a tensor that its file lacks.
+    """
     index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
-        return {name: source for file in files for name, source in read_header(model_dir / file).items()}
-    return read_header(model_dir / "model.safetensors")
+    if not index.is_file():
+        return read_header(model_dir / "model.safetensors")
+    wanted: dict[str, str] = read_json(index)["weight_map"]
+    files, fix = sorted(set(wanted.values())), "Download or copy the model again, every file of it."
+    missing = [file for file in files if not (model_dir / file).is_file()]
+    if missing:
+        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise TapirError(
+            f"{len(missing)} of its {len(files)} files of weights are missing: {names}", where=str(model_dir), fix=fix
+        )
+    found = {name: source for file in files for name, source in read_header(model_dir / file).items()}
+    absent = [name for name in wanted if name not in found]
+    if absent:
+        raise TapirError(f"tensor {absent[0]} is not in {wanted[absent[0]]}", where=str(model_dir), fix=fix)
+    return found
 
 
 def read_header(file: Path) -> dict[str, Source]:

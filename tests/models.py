@@ -106,9 +106,10 @@ def scatter(model: Any, spread: float) -> None:
     """Every weight anew, biases and norms too, which start as 0 and 1, where a wrong mapping would not show."""
     import torch
 
+    middle = 0.0 if "gemma" in model.config.model_type else 1.0  # Gemma adds 1 to a norm's weight itself
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(1.0 if "norm" in name else 0.0, spread)
+            weight.normal_(middle if "norm" in name else 0.0, spread)
 
 
 def make_adapter(

@@ -10,12 +10,12 @@ import pytest
 from conftest import Student
 from models import CHATML, make_adapter, make_model, merged_model
 
-from tapir_local import export, families, gguf_vocab
+from tapir_local import export, families, gguf_file, gguf_vocab
 from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
 from tapir_local.gate import GateJob, GateReport, gate, pass_gate, run_folder
-from tapir_local.llama import encode, open_context, open_model
+from tapir_local.llama import encode, metadata, open_context, open_model
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows
 
@@ -58,31 +58,76 @@ def test_mistral_shards_and_bf16(tmp_path: Path) -> None:
     model.save_pretrained(shards, max_shard_size="100KB")
     assert len(list(shards.glob("*.safetensors"))) > 1
     export_gguf(shards, tmp_path / "out.gguf", adapter=None, quant="f32")
+    export_gguf(shards, tmp_path / "small.gguf", adapter=None, quant="q4_k_m")  # made from bf16
     model.float().save_pretrained(folder)
     assert largest_difference(folder, None, tmp_path / "out.gguf") < 1e-4
+    assert largest_difference(folder, None, tmp_path / "small.gguf") < 4
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 @pytest.mark.parametrize(
-    "scaling",
+    ("family", "scaling"),
     [
-        {"rope_type": "linear", "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        ("llama", {"rope_type": "linear", "factor": 4.0}),
+        ("llama", {"rope_type": "llama3", **LLAMA3}),
+        ("llama", YARN),
+        ("qwen2", {**YARN, "attention_factor": 0.8}),
+        ("qwen3", {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}),
+        ("llama", {**YARN, "beta_fast": 32, "beta_slow": 1}),
+        ("gemma2", {"rope_type": "linear", "factor": 2.0}),
     ],
-    ids=lambda scaling: scaling["rope_type"],
+    ids=["linear", "llama3", "yarn", "yarn attention_factor", "yarn mscale", "yarn betas", "gemma2 linear"],
 )
-def test_rope_scaling(tmp_path: Path, scaling: dict) -> None:
+def test_rope_scaling(tmp_path: Path, family: str, scaling: dict) -> None:
     folder = make_model(
-        tmp_path / "model", rope_parameters={"rope_theta": 10000.0, **scaling}, max_position_embeddings=512
+        tmp_path / "model", family, rope_parameters={"rope_theta": 10000.0, **scaling}, max_position_embeddings=512
     )
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
-    assert largest_difference(folder, None, tmp_path / "out.gguf") < 1e-3
+    assert largest_difference(folder, None, tmp_path / "out.gguf") < (5e-2 if family == "gemma2" else 1e-3)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_gemma_3_with_its_own_pattern_of_layers_and_scaling(tmp_path: Path, older: bool) -> None:
+    """Seven layers of which the sixth sees everything, with a base and a scaling of its own; as transformers 4 too."""
+    bases = {"sliding_attention": {"rope_theta": 10000.0}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
+    bases["full_attention"]["rope_theta"] = 1e6
+    folder = make_model(tmp_path / "model", "gemma3_text", num_hidden_layers=7, layer_types=None, rope_parameters=bases)
+    if older:
+        edit(folder / "config.json", in_the_older_way)
+    export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+    assert largest_difference(folder, None, tmp_path / "out.gguf") < 5e-2
+
+
+def in_the_older_way(config: dict) -> None:
+    """As transformers 4 wrote Gemma 3's config, what is usual left out."""
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern", "tie_word_embeddings"):
+        config.pop(name, None)
+    config |= {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10000.0}
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+
+
+def test_mistrals_window_ends_the_context(tmp_path: Path) -> None:
+    """llama.cpp has no sliding window for it: within the window both are the same."""
+    folder = make_model(tmp_path / "model", "mistral", sliding_window=100)
+    export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+    with open_model(tmp_path / "out.gguf") as model:
+        assert metadata(model, "llama.context_length") == "100"
+    assert largest_difference(folder, None, tmp_path / "out.gguf") < 1e-4
+
+
+def test_blocks_of_rows_join(llama: Student, tmp_path: Path, monkeypatch) -> None:
+    """Three rows at a time, q and k in another order, LoRA added: the file is the same."""
+    monkeypatch.setattr(gguf_file, "BLOCK", 200)
+    export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="f32")
+    assert (tmp_path / "out.gguf").read_bytes() == llama.gguf.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -128,8 +173,9 @@ def test_sentencepiece_vocabulary() -> None:
     assert vocab.special == {"bos": 1, "eos": 32000, "unk": 0, "pad": 32001, "eot": 32000}
 
 
-def test_sentencepiece_ids(tmp_path: Path) -> None:
-    """The same vocabulary over a model of one layer, through the gate's probes."""
+@pytest.mark.parametrize("files", ["tokenizer.json", "tokenizer.model"])
+def test_sentencepiece_ids(tmp_path: Path, files: str) -> None:
+    """The same vocabulary over a model of one layer, through the gate's probes; from SentencePiece's own file too."""
     if not LLAMA2_TOKENIZER.is_dir():
         pytest.skip("the tokenizer is not on this machine")
     folder = make_model(tmp_path / "model", vocab_size=32008, num_hidden_layers=1, hidden_size=16)
@@ -137,7 +183,7 @@ def test_sentencepiece_ids(tmp_path: Path) -> None:
         path.unlink()
     (folder / "chat_template.jinja").unlink()
     for path in LLAMA2_TOKENIZER.glob("*oken*"):
-        if path.name != "tokenizer.model":
+        if path.name not in {"tokenizer.json", "tokenizer.model"} - {files}:
             shutil.copy(path, folder)
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
     report = gate(folder, None, tmp_path / "out.gguf", ROWS, min_agreement=0.9)
@@ -159,6 +205,9 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     [
         ("config.json", lambda c: c.update(architectures=["FalconForCausalLM"]), "FalconForCausalLM is not mapped"),
         ("config.json", lambda c: c.update(hidden_act="gelu"), "hidden_act gelu"),
+        ("config.json", lambda c: c.update(architectures=["Gemma3ForConditionalGeneration"]), "is not mapped"),
+        ("config.json", lambda c: c["rope_parameters"].update(YARN, beta_fast=16), "yarn's beta_fast 16"),
+        ("config.json", lambda c: c["rope_parameters"].update(YARN, truncate=False), "truncate"),
         ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "type longrope has no like"),
         ("tokenizer.json", lambda c: c["model"].update(type="Unigram"), "type Unigram"),
         ("tokenizer.json", lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "no name for its pre_tokenizer"),
@@ -182,6 +231,55 @@ def test_models_that_are_refused(
         export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
     assert caught.value.fix
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 64}, r"query_pre_attn_scalar 64 \(it takes 32\)"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_act silu"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", **LLAMA3}}, "type llama3"),
+    ],
+)
+def test_settings_that_llama_cpp_would_not_heed(tmp_path: Path, family: str, changes: dict, words: str) -> None:
+    folder = make_model(tmp_path / "model", family)
+    edit(folder / "config.json", lambda config: config.update(changes))
+    with pytest.raises(TapirError, match=words):
+        export.check_exportable(folder)
+
+
+def test_a_missing_shard_is_named(llama: Student, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "shards"
+    shutil.copytree(llama.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(llama.model).save_pretrained(folder, max_shard_size="100KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(TapirError, match=rf"1 of its {len(shards)} files of weights are missing: {shards[1].name}"):
+        export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m['content'] }} {% endfor %}", "no token that ends the assistant's turn"),
+        (CHATML.replace("<|im_end|>", "***"), "ends no answer with a token of the tokenizer"),
+    ],
+    ids=["nothing", "no token"],
+)
+def test_a_template_that_does_not_close_the_turn(tmp_path: Path, template: str, words: str) -> None:
+    folder = make_model(tmp_path / "model", template=template)
+    with pytest.raises(TapirError, match=words):
+        export.check_exportable(folder)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="missing"):
+        export_gguf(tmp_path, tmp_path / "out.gguf", adapter=None, quant="f32")
 
 
 def test_a_shortened_weights_file(llama: Student, tmp_path: Path) -> None:
