@@ -227,7 +227,7 @@ def open_context(
     `split`, each has its part of them, and no conversation looks over the others' cells: of 320 tokens each, the pocket
     student then wrote 1.4 times as fast with 32 in flight, and read prompts twice as fast. `exact` keeps keys and
     values in f32 and does without flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and
-    do not depend on what else is in the batch; with 32 in flight it takes three times as long. TapirError when
+    do not depend on what else is in the batch; with 32 in flight it takes twice as long. TapirError when
     llama.cpp finds no memory for it.
     """
     llama = library()
