@@ -170,8 +170,8 @@ def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
 def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[int, float]:
     """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and what share of the weights that is."""
     free = gpu_memory()
-    if not free:
-        return 0, 0.0
+    if not free:  # none, or one that shares main memory
+        return (-1 if library().llama_supports_gpu_offload() else 0), 0.0
     if weights < free * GPU_SHARE:
         return -1, 1.0
     with open_model(gguf, vocab_only=True) as model:
@@ -228,7 +228,7 @@ def open_context(
     `split`, each has its part of them, and no conversation looks over the others' cells: of 320 tokens each, the pocket
     student then wrote 1.4 times as fast with 32 in flight, and read prompts twice as fast. `exact` keeps keys and
     values in f32 and does without flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and
-    do not depend on what else is in the batch; with 32 in flight it takes three times as long. TapirError when
+    do not depend on what else is in the batch; with 32 in flight it takes twice as long. TapirError when
     llama.cpp finds no memory for it.
     """
     llama = library()
