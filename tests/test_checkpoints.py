@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training import WEIGHTS, log, losses, make_job, resolved
+from models import make_model
+from training import WEIGHTS, examples, log, losses, make_job, resolved
 
 from tapir_local import checkpoints
 from tapir_local.checkpoints import Course
@@ -18,7 +19,7 @@ from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware
 from tapir_local.process import OutOfMemory
 from tapir_local.records import to_json
-from tapir_local.rundir import write_json
+from tapir_local.rundir import write_json, write_rows
 from tapir_local.sft import TokenRows, TrainJob
 from tapir_local.train import run_job, train, with_less
 
@@ -82,6 +83,19 @@ def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) 
     assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
     assert steps(job.out) == steps(uncut)
     assert not list((tmp_path / "train").iterdir())
+
+
+def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
+    """With tied embeddings, whose weights a checkpoint holds once."""
+    make_model(tmp_path / "base", "qwen2", kind="qwen2")
+    write_rows(tmp_path / "rows.jsonl", examples(32))
+    job = make_job(tmp_path, method="full", learning_rate=1e-3, checkpoint_minutes=EACH_STEP)
+    run_job(replace(job, out=tmp_path / "uncut"))
+    cut_at(job, tmp_path / "train", 6)
+    run_job(job, folder=tmp_path / "train")
+    assert [entry["step"] for entry in log(job.out)] == list(range(1, 9))
+    name = "model.safetensors"
+    assert (job.out / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
 
 
 def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
