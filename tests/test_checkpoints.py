@@ -106,7 +106,7 @@ def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 4e-3}, {"lora_dropout": 0.2}, {"random_seed": 8}, {"rows": 31}])
-def test_another_jobs_checkpoint_is_not_used(job, tmp_path, change: dict) -> None:
+def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: dict) -> None:
     cut_at(job, tmp_path / "train", 3)
     if "rows" in change:
         (tmp_path / "rows.jsonl").write_text("".join(job.rows.read_text().splitlines(keepends=True)[:31]))
@@ -115,9 +115,9 @@ def test_another_jobs_checkpoint_is_not_used(job, tmp_path, change: dict) -> Non
         other = replace(job, **change)
     else:
         other = replace(job, settings=job.settings.model_copy(update=change))
-    seen: list[int] = []
-    run_job(other, lambda done, total, note: seen.append(done), tmp_path / "train")
-    assert seen[0] == 1
+    seen: list[tuple[int, list[Path]]] = []
+    run_job(other, lambda done, *_: seen.append((done, [*(tmp_path / "train").iterdir()])), tmp_path / "train")
+    assert seen[0] == (1, [])
 
 
 def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
