@@ -13,6 +13,18 @@ from tapir_local.records import Example
 from tapir_local.template import training_text
 
 MASKED = -100  # a label that torch's cross-entropy leaves out
+FIXED = {  # arguments of SFTConfig that nothing decides
+    "torch_empty_cache_steps": None,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "save_strategy": "no",  # checkpoints are made by the clock (see checkpoints.is_due)
+    "save_total_limit": None,
+    "save_only_model": False,
+    "ddp_find_unused_parameters": False,
+    "eval_strategy": "no",
+    "disable_tqdm": True,
+}
 
 
 @dataclass(frozen=True)
@@ -126,16 +138,7 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = Fa
         "loss_type": "nll" if hardware.backend == "unsloth" else "chunked_nll",  # the latter: no logits of the prompt
         "gradient_checkpointing": twice,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "torch_empty_cache_steps": None,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "save_strategy": "no",  # checkpoints are made by the clock (see checkpoints.is_due)
-        "save_total_limit": None,
-        "save_only_model": False,
-        "ddp_find_unused_parameters": False,
-        "eval_strategy": "no",
-        "disable_tqdm": True,
+        **FIXED,
     }
 
 
