@@ -1,5 +1,6 @@
 """The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,14 +85,23 @@ def distill(
         return
     if count := carry_out(chosen, run, replay):
         print_rounds(run)
-        click.echo(
-            f"\n{count} stages done. Talk to the student: tapir-local chat {run.name}{cache_words(cache)}", err=True
-        )
+        click.echo(f"\n{count} stages done. {what_now(run, cache)}", err=True)
     else:
         click.echo(
             f"Run {run.name!r} is done already: {chosen.rounds} rounds. tapir-local status {run.name} shows it.",
             err=True,
         )
+        click.echo(what_now(run, cache), err=True)
+
+
+def what_now(run: "RunDir", cache: Path | None) -> str:
+    """Where the student is and how one talks to it."""
+    model, name = run.path / "model", run.name.lower()
+    return (
+        f"The student is in {model}, with a Modelfile, a card and checksums.\n"
+        f"Talk to it:  tapir-local chat {run.name}{cache_words(cache)}\n"
+        f"In Ollama:   ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
+    )
 
 
 def load_recipe(

@@ -82,7 +82,7 @@ def recipe_of(arm: str, seed: int) -> Any:
     return overridden(parse_recipe(text, "quickstart.yaml"), changes)
 
 
-def here(module: str, job: Any, folder: Path, progress: Any = None) -> None:
+def here(module: str, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
     """What process.in_own_process does, in this process."""
     from tapir_local.rundir import write_record
 

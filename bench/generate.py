@@ -1,48 +1,120 @@
-"""Tokens per second of tapir_local.generate beside llama-cpp-python's own loop, on one GGUF in one run.
+"""Tokens per second of tapir_local's batching beside its rivals, on one GGUF, in one run.
 
-    python bench/generate.py STUDENT.gguf [--prompts 128] [--max-tokens 64] [--parallel 32] [--threads 2]
+    python bench/generate.py STUDENT.gguf [--prompt-tokens 16] [--max-tokens 64] [--parallel 32] [--waves 2]
+        [--threads 2] [--repeats 3] [--batched-bench PATH] [--xllamacpp PYTHON]
 
-Without a GGUF a random Llama of the pocket student's shape (3M parameters) is made. The rate counts the tokens written;
-loading is not in it for the loop and is for `generate`. OMP_NUM_THREADS bounds both.
+Rivals: llama-cpp-python's high-level class in a loop; llama.cpp's own llama-batched-bench, which chooses no tokens
+(build it from llama-cpp-python's sdist with the same flags); xllamacpp's server in-process, with as many in flight, run
+by the interpreter of an environment that has it. All read prompts of random tokens of the same length and write answers
+of the same length, whatever ends a turn. They take turns, and medians are told, for the machine may have other work.
+`generation` counts only steps that read no prompt, as llama-batched-bench does, `all` prompts' and answers' tokens over
+all the time; loading is in neither. Without a GGUF a random Llama of 3M parameters is made.
 """
 
 import argparse
+import json
+import random
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tapir_local.generate import generate
-from tapir_local.llama import cores, library, template_of
-from tapir_local.records import Message, Prompt
-from tapir_local.template import render
+from tapir_local import sequences
+from tapir_local.libllama import cores, library
+from tapir_local.llama import Model, open_model
+from tapir_local.room import open_planned, padded
+from tapir_local.sequences import Manner, answer_each
+
+SERVER = """
+import json, sys, time
+from concurrent.futures import ThreadPoolExecutor
+import xllamacpp
+task = json.load(open(sys.argv[1]))
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = task["gguf"], task["cells"], task["parallel"]
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = task["threads"]
+params.warmup = True
+server = xllamacpp.Server(params)
+def ask(prompt):
+    found = server.handle_completions({"prompt": prompt, "n_predict": task["max_tokens"], "ignore_eos": True,
+                                       "temperature": 0, "top_k": 1, "cache_prompt": False})
+    found = json.loads(found) if isinstance(found, str) else found
+    return found.get("tokens_predicted") or found["usage"]["completion_tokens"]
+with ThreadPoolExecutor(task["parallel"]) as pool:
+    list(pool.map(ask, task["prompts"][:2]))
+    started = time.perf_counter()
+    written = sum(pool.map(ask, task["prompts"]))
+    seconds = time.perf_counter() - started
+print("RESULT", json.dumps({"written": written, "seconds": seconds, "version": xllamacpp.__version__}), flush=True)
+import os
+os._exit(0)
+"""
+
+
+@dataclass
+class Clock:
+    """Seconds of a run of ours: in steps that read no prompt (and tokens), and in llama_decode, choosing, and all."""
+
+    generating: float = 0.0
+    written: int = 0
+    decoding: float = 0.0
+    choosing: float = 0.0
+    total: float = 0.0
+    reading: bool = field(default=False, repr=False)
+    rows: int = field(default=0, repr=False)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second: written in steps that read no prompt (nan if not told), and read or written in all the time."""
+
+    generation: float
+    all: float
+    python: float = float("nan")  # microseconds of our own code for a token written
 
 
 def main() -> None:
-    """Measure both and print one line each, then the ratio."""
+    """Let all take turns, and print a table."""
     options = arguments()
     library()  # loaded before the clock starts, and before torch
     with tempfile.TemporaryDirectory() as folder:
         gguf = options.gguf or random_student(Path(folder))
-        prompts = [
-            (Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(options.prompts)
-        ]
-        loop = high_level(gguf, prompts[: max(1, options.prompts // 8)], options)
-        ours = batched(gguf, prompts, options)
-    print(f"one at a time  {loop:8,.0f} tokens/s")
-    print(f"{options.parallel:3d} in flight  {ours:8,.0f} tokens/s")
-    print(f"ratio          {ours / loop:8.2f}")
+        rivals = chosen_rivals(options)
+        found: dict[str, list[Rates]] = {name: [] for name in rivals}
+        for _ in range(options.repeats):
+            for name, measure in rivals.items():
+                found[name].append(measure(gguf, options, Path(folder)))
+                if options.verbose:
+                    print(f"  {name}: {found[name][-1]}", file=sys.stderr)
+    print(
+        f"{gguf.name}: {options.prompt_tokens} tokens read, {options.max_tokens} written, {options.parallel} in flight,"
+    )
+    print(f"{options.threads} threads, medians of {options.repeats}; {versions(options)}")
+    print(table({name: median(rates) for name, rates in found.items()}))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", nargs="?", type=Path)
-    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--parallel", type=int, default=32)
+    parser.add_argument("--waves", type=int, default=2, help="prompts for every place in flight")
+    parser.add_argument("--loop-prompts", type=int, default=8, help="prompts for the loop; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
+    parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
+    parser.add_argument("--verbose", action="store_true", help="every measurement, as it is made")
+    parser.add_argument("--gpu", action="store_true", help="all layers on the GPU, for the rivals too")
     return parser.parse_args()
 
 
@@ -58,36 +130,200 @@ def random_student(folder: Path) -> Path:
     return folder / "student.gguf"
 
 
-def batched(gguf: Path, prompts: list[Prompt], options: argparse.Namespace) -> float:
-    """Tokens per second of continuous batching."""
-    started = time.perf_counter()
-    settings = {
-        "max_tokens": options.max_tokens,
-        "context": 512,
+def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argparse.Namespace, Path], Rates]]:
+    """Ours, and those that are asked for."""
+    found = {"tapir-local": ours}
+    if options.loop_prompts:
+        found["llama-cpp-python, a loop"] = loop
+    if options.batched_bench:
+        found["llama-batched-bench"] = batched_bench
+    if options.xllamacpp:
+        found["xllamacpp's server"] = server
+    return found
+
+
+def random_prompts(width: int, count: int, length: int) -> list[list[int]]:
+    """Prompts that have no beginning in common."""
+    chance = random.Random(0)
+    return [[chance.randrange(width) for _ in range(length)] for _ in range(count)]
+
+
+def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
+    """Continuous batching of all prompts."""
+    length = options.prompt_tokens + options.max_tokens
+    with open_model(gguf) as model:
+        prompts = prompts_for(model, options, options.parallel * options.waves)
+        model.ends.update(dict.fromkeys(range(library().llama_vocab_n_tokens(model.vocab)), False))
+        with (
+            open_planned(model, [length] * len(prompts), parallel=options.parallel, threads=options.threads) as (
+                engine,
+                _,
+            ),
+            timed() as clock,
+        ):
+            written: list[int] = []
+            warm = prompts[: options.parallel]
+            answer_each(engine, warm, lambda *_: None, Manner(2, length), [0] * len(warm))
+            clock.__init__()  # type: ignore[misc]
+            started = time.perf_counter()
+            manner = Manner(options.max_tokens, length)
+            answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), manner, [0] * len(prompts))
+            clock.total = time.perf_counter() - started
+    assert written == [options.max_tokens] * len(prompts)
+    python = (clock.total - clock.decoding - clock.choosing) / sum(written) * 1e6
+    rate = clock.written / clock.generating if clock.written else float("nan")
+    return Rates(rate, len(prompts) * length / clock.total, python)
+
+
+def prompts_for(model: Model, options: argparse.Namespace, count: int) -> list[list[int]]:
+    return random_prompts(library().llama_vocab_n_tokens(model.vocab), count, options.prompt_tokens)
+
+
+@contextmanager
+def timed() -> Iterator[Clock]:
+    """A clock on the steps of `answer_each` and on what they call."""
+    clock, kept = Clock(), {name: getattr(sequences, name) for name in ("step", "in_turn", *PARTS)}
+
+    def step(work: Any) -> None:
+        clock.reading, started = False, time.perf_counter()
+        kept["step"](work)
+        if not clock.reading:
+            clock.generating += time.perf_counter() - started
+            clock.written += clock.rows
+
+    def in_turn(work: Any) -> Any:
+        turns = kept["in_turn"](work)
+        clock.reading, clock.rows = any(not run.written for run, _ in turns), len(turns)
+        return turns
+
+    try:
+        sequences.step, sequences.in_turn = step, in_turn
+        for name, part in PARTS.items():
+            setattr(sequences, name, adding(clock, part, kept[name]))
+        yield clock
+    finally:
+        for name, function in kept.items():
+            setattr(sequences, name, function)
+
+
+# llama_decode may return before a GPU is done; last_logits waits for it
+PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose": "choosing"}
+
+
+def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose time is added to a part of the clock."""
+
+    def run(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            setattr(clock, part, getattr(clock, part) + time.perf_counter() - started)
+
+    return run
+
+
+def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
+    """llama_cpp.Llama, prompt after prompt."""
+    import llama_cpp.llama as high_level
+
+    length = options.prompt_tokens + options.max_tokens
+    threads = {"n_threads": options.threads, "n_threads_batch": options.threads}
+    model = high_level.Llama(
+        str(gguf), n_ctx=padded(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
+    )
+    library.cache_clear()
+    library()  # Llama sets a log of its own
+    ends, high_level.llama_cpp.llama_vocab_is_eog = high_level.llama_cpp.llama_vocab_is_eog, lambda *_: False
+    try:
+        prompts = random_prompts(model.n_vocab(), options.loop_prompts + 1, options.prompt_tokens)
+        started, written = 0.0, 0
+        for number, prompt in enumerate(prompts):
+            if number == 1:  # the first warms up
+                started, written = time.perf_counter(), 0
+            answer = model.create_completion(prompt, max_tokens=options.max_tokens, temperature=0)
+            written += answer["usage"]["completion_tokens"]
+        seconds = time.perf_counter() - started
+    finally:
+        high_level.llama_cpp.llama_vocab_is_eog = ends
+        model.close()
+    return Rates(float("nan"), (written + options.loop_prompts * options.prompt_tokens) / seconds)
+
+
+def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
+    """llama.cpp's own, with the same number of sequences and the same lengths."""
+    cells = padded(options.prompt_tokens + options.max_tokens) * options.parallel
+    lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
+    size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
+    words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
+    for _ in range(3):  # its log is written by a thread, and a line may be lost as the program ends
+        said = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+        if lines := [line for line in said.stdout.splitlines() if line.startswith('{"n_kv_max"')]:
+            break
+    else:
+        sys.exit(f"llama-batched-bench measured nothing:\n{said.stdout[-1000:]}\n{said.stderr[-2000:]}")
+    found = json.loads(lines[-1])
+    return Rates(found["speed_tg"], found["speed"])
+
+
+def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
+    """xllamacpp's, asked by as many threads as it has places."""
+    length, count = options.prompt_tokens + options.max_tokens, options.parallel * options.waves
+    with open_model(gguf, vocab_only=True) as model:
+        prompts = prompts_for(model, options, count)
+    task = {
+        "gguf": str(gguf),
+        "cells": padded(length) * options.parallel,
         "parallel": options.parallel,
         "threads": options.threads,
+        "max_tokens": options.max_tokens,
+        "prompts": prompts,
     }
-    answers = generate(gguf, prompts, **settings)
-    return sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
+    (folder / "task.json").write_text(json.dumps(task))
+    (folder / "server.py").write_text(SERVER)
+    words = [str(options.xllamacpp), str(folder / "server.py"), str(folder / "task.json")]
+    said = subprocess.run(words, capture_output=True, text=True)
+    lines = [line for line in said.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"xllamacpp failed:\n{said.stderr[-2000:]}")
+    found = json.loads(lines[-1].removeprefix("RESULT "))
+    return Rates(float("nan"), (found["written"] + count * options.prompt_tokens) / found["seconds"])
 
 
-def high_level(gguf: Path, prompts: list[Prompt], options: argparse.Namespace) -> float:
-    """Tokens per second of llama_cpp.Llama, prompt after prompt."""
-    from llama_cpp import Llama
+def median(rates: list[Rates]) -> Rates:
+    """Each figure's own median."""
+    return Rates(
+        *(statistics.median(getattr(rate, name) for rate in rates) for name in ("generation", "all", "python"))
+    )
 
-    template, bos, eos = template_of(gguf)
-    model = Llama(str(gguf), n_ctx=512, n_threads=options.threads, n_threads_batch=options.threads, verbose=False)
-    library()  # Llama sets a log of its own
-    written, started = 0, time.perf_counter()
-    for prompt in prompts:
-        text = render(template, prompt, add_generation_prompt=True, bos_token=bos, eos_token=eos)
-        tokens = model.tokenize(text.encode(), add_bos=False, special=True)
-        written += model.create_completion(tokens, max_tokens=options.max_tokens, temperature=0)["usage"][
-            "completion_tokens"
-        ]
-    rate = written / (time.perf_counter() - started)
-    model.close()
-    return rate
+
+def table(found: dict[str, Rates]) -> str:
+    """Rates, and ours over each rival's."""
+    own = found["tapir-local"]
+    lines = [f"{'':26} {'generation':>12} {'all':>12} {'ours, generation':>18} {'ours, all':>10}"]
+    for name, rates in found.items():
+        ratios = own.generation / rates.generation, own.all / rates.all
+        lines.append(
+            f"{name:26} {rates.generation:12,.0f} {rates.all:12,.0f} {ratios[0]:17.2f}x {ratios[1]:9.2f}x".replace(
+                "nanx", "   -"
+            ).replace("nan", "  -")
+        )
+    return "\n".join([*lines, f"our Python: {own.python:.1f} microseconds a token"])
+
+
+def versions(options: argparse.Namespace) -> str:
+    """What was compared."""
+    import llama_cpp
+
+    found = [f"llama-cpp-python {llama_cpp.__version__}"]
+    if options.batched_bench:
+        said = subprocess.run([options.batched_bench, "--version"], capture_output=True, text=True)
+        found.append("llama-batched-bench " + ((said.stdout + said.stderr).strip().splitlines() or ["?"])[0])
+    if options.xllamacpp:
+        code = "import xllamacpp; print(xllamacpp.__version__)"
+        said = subprocess.run([options.xllamacpp, "-c", code], capture_output=True, text=True)
+        found.append(f"xllamacpp {said.stdout.strip()}")
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from tapir_local.assets import find_recipe
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import parse_recipe
+from tapir_local.room import ON_CPU
 
 SETTINGS = (
     *("vocab_size", "hidden_size", "intermediate_size"),
@@ -44,6 +45,7 @@ def needs(recipe: Recipe, family: str, shape: dict[str, Any]) -> dict[str, float
     weights, lora = counts(family, shape, recipe.train.lora_rank)
     layers, hidden, length = shape["num_hidden_layers"], shape["hidden_size"], recipe.student.max_length
     rows = recipe.train.micro_batch_size * length * hidden
+    at_once = ON_CPU if recipe.student.parallel == "auto" else recipe.student.parallel
     cache = 2 * 2 * layers * shape["num_key_value_heads"] * HEAD  # keys and values of a token in f16
     found = {
         "parameters": weights,
@@ -51,7 +53,7 @@ def needs(recipe: Recipe, family: str, shape: dict[str, Any]) -> dict[str, float
         "LoRA in training": ADAPTER * lora,
         "activations, checkpointed": rows * (2 * layers + KEPT),
         "GGUF in q8_0": Q8_0 * weights,
-        "answers in flight": recipe.student.parallel * length * cache,
+        "answers in flight": at_once * length * cache,
         "gate, main memory": 4 * weights,
         "disk": 2 * weights + (recipe.rounds + 1) * (Q8_0 * weights + 4 * lora),
     }

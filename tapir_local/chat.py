@@ -1,27 +1,24 @@
 """Talk to a run's student, alone or beside its untrained base."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import student_folder
 from tapir_local.distill import kept_recipe, rounds_begun
 from tapir_local.errors import TapirError
 from tapir_local.generate import chat_stream
 from tapir_local.llama import open_engine
-from tapir_local.recipe import Recipe
 from tapir_local.records import Message
 from tapir_local.rundir import RunDir
+from tapir_local.student import Student, base_gguf, student_of
 
 Say = Callable[[str], None]
-BYTES_READ = 1 << 22
 
 
 @dataclass
-class Student:
+class Speaker:
     """One open model, the recipe's limits, and what was said so far."""
 
     name: str
@@ -40,25 +37,31 @@ class Student:
 
 
 @contextmanager
-def students(run: RunDir, number: int | None, vs: str | None, say: Say) -> Iterator[list[Student]]:
+def students(run: RunDir, number: int | None, vs: str | None, say: Say) -> Iterator[list[Speaker]]:
     """The run's student of a round and, where asked, its base, open."""
     recipe = kept_recipe(run)
-    files = {"student": student_gguf(run, number)}
+    files = {"student": student_of(recipe, run, student_gguf(run, number))}
     if vs == "base":
-        files["base"] = base_gguf(run, recipe, say)
+        say("opening the base; its GGUF is made once")
+        files["base"] = Student(base_gguf(recipe, run))
     with ExitStack() as stack:
         yield [
-            Student(
+            Speaker(
                 name,
-                stack.enter_context(open_engine(path, context=recipe.student.max_length, parallel=1)),
+                stack.enter_context(
+                    open_engine(opened.gguf, adapter=opened.adapter, context=recipe.student.max_length, parallel=1)
+                ),
                 recipe.student.max_tokens,
             )
-            for name, path in files.items()
+            for name, opened in files.items()
         ]
 
 
 def student_gguf(run: RunDir, number: int | None) -> Path:
-    """The GGUF of a round, of the last round that has one where none is named."""
+    """The GGUF of a round; where none is named the finished run's, or that of the last round that has one."""
+    finished = run.path / "model" / "student.gguf"
+    if number is None and finished.exists():
+        return finished
     there = [n for n in range(rounds_begun(run) + 1) if (run.round(n) / "student.gguf").exists()]
     if not there or (number is not None and number not in there):
         which = "student yet" if number is None else f"student of round {number}"
@@ -69,33 +72,7 @@ def student_gguf(run: RunDir, number: int | None) -> Path:
     return run.round(there[-1] if number is None else number) / "student.gguf"
 
 
-def base_gguf(run: RunDir, recipe: Recipe, say: Say) -> Path:
-    """The untrained student as GGUF, made once for its weights and type in cache/base."""
-    from tapir_local.export import export_gguf
-    from tapir_local.tools import converter_of
-
-    model = student_folder(recipe, run)
-    path = run.cache / "base" / digest(model) / f"{recipe.export.quant}.gguf"
-    if not path.exists():
-        say("making the base's GGUF, once")
-        export_gguf(model, path, adapter=None, quant=recipe.export.quant, converter=converter_of(recipe))
-    return path
-
-
-def digest(model: Path) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a model's weights, config and tokenizer."""
-    found = hashlib.sha256()
-    for path in sorted(
-        [*model.glob("*.safetensors"), *model.glob("*.json"), *model.glob("*.jinja"), *model.glob("tokenizer.model")]
-    ):
-        found.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(BYTES_READ):
-                found.update(block)
-    return found.hexdigest()[:16]
-
-
-def once(answering: Sequence[Student], prompt: str, temperature: float, write: Say) -> None:
+def once(answering: Sequence[Speaker], prompt: str, temperature: float, write: Say) -> None:
     """One answer of each, named where there are two."""
     for student in answering:
         if len(answering) > 1:
@@ -105,7 +82,7 @@ def once(answering: Sequence[Student], prompt: str, temperature: float, write: S
         write("\n")
 
 
-def converse(answering: Sequence[Student], temperature: float, read: Callable[[], str | None], write: Say) -> None:
+def converse(answering: Sequence[Speaker], temperature: float, read: Callable[[], str | None], write: Say) -> None:
     """Line after line until /exit or the end of the input."""
     write("/reset forgets the conversation, /exit ends it\n")
     while (line := read()) is not None and line.strip() != "/exit":
@@ -117,7 +94,7 @@ def converse(answering: Sequence[Student], temperature: float, read: Callable[[]
             say_or_explain(answering, line.strip(), temperature, write)
 
 
-def say_or_explain(answering: Sequence[Student], line: str, temperature: float, write: Say) -> None:
+def say_or_explain(answering: Sequence[Speaker], line: str, temperature: float, write: Say) -> None:
     """A conversation that has grown too long is said, and does not end the chat."""
     try:
         once(answering, line, temperature, write)

@@ -3,7 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,38 @@ def slowly(what: str) -> Callable[[int, int], None]:
             click.echo(f"  {what}: {done:,} of {total:,}", err=True)
 
     return show
+
+
+@contextmanager
+def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """A progress (done, all) and a way to tell something, both on stderr; `before` were done before it began.
+
+    On a terminal a bar with rate and time left, elsewhere a line with them now and then.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tapir_local.display import Rate
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar, started, said = bars.add_task(what, total=None), time.monotonic(), time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal said
+            bars.update(bar, completed=done, total=total)
+            now = time.monotonic()
+            if not console.is_terminal and now - said > SIGN_OF_LIFE:
+                said, rate = now, (done - before) / (now - started)
+                click.echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left(total - done, rate)} left", err=True)
+
+        yield show, lambda words: console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def left(items: int, rate: float) -> str:
+    """The time that items take at a rate, in hours, minutes and seconds."""
+    return "?" if rate <= 0 else str(timedelta(seconds=round(items / rate)))
 
 
 def print_json(value: Any) -> None:

@@ -150,9 +150,9 @@ def stages_table(status: Mapping[str, Any]) -> Table:
     for name in ("seconds", "paid", "hits"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for row in [{"number": None, "stages": status["prepare"]}, *status["rounds"]]:
-        place = "prepare" if row["number"] is None else f"round {row['number']}"
-        for stage in row["stages"]:
+    rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
+    for place, stages in [("prepare", status["prepare"]), *rounds, ("end", status["end"])]:
+        for stage in stages:
             numbers = (shown(stage.get(key)) for key in ("seconds", "paid", "hits"))
             table.add_row(
                 f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, escape(stage.get("note") or "")

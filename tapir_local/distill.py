@@ -18,6 +18,7 @@ from tapir_local.lockfile import unlock
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import differing, parse_recipe, to_yaml
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
+from tapir_local.shipping import SHIP, stale
 from tapir_local.stages import BASELINE, PREPARE, ROUND
 from tapir_local.work import Progress, Stage, Tools, Work
 
@@ -28,7 +29,7 @@ WORDS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
 
 @dataclass(frozen=True)
 class Step:
-    """A stage at its place in a run. `number` is the round, None for what is done once."""
+    """A stage at its place in a run. `number` is the round, None for what is done once, at the beginning or the end."""
 
     number: int | None
     stage: Stage
@@ -36,8 +37,9 @@ class Step:
 
     @property
     def name(self) -> str:
-        """`prepare/label`, `round-01/judge`."""
-        return f"{'prepare' if self.number is None else f'round-{self.number:02d}'}/{self.stage.name}"
+        """`prepare/label`, `round-01/judge`, `end/ship`."""
+        once = "end" if self.stage is SHIP else "prepare"
+        return f"{once if self.number is None else f'round-{self.number:02d}'}/{self.stage.name}"
 
     @property
     def done(self) -> bool:
@@ -55,11 +57,11 @@ class Watch:
 
 
 def sequence(run: RunDir, rounds: int) -> list[Step]:
-    """Every step of a run of so many rounds after the baseline, in order."""
+    """Every step of a run of so many rounds after the baseline, in order; the last makes model/."""
     steps = [Step(None, stage, run.path / stage.output) for stage in PREPARE]
     for number in range(rounds + 1):
         steps += [Step(number, stage, run.round(number) / stage.output) for stage in (ROUND if number else BASELINE)]
-    return steps
+    return [*steps, Step(None, SHIP, run.path / SHIP.output)]
 
 
 def rounds_begun(run: RunDir) -> int:
@@ -70,9 +72,12 @@ def rounds_begun(run: RunDir) -> int:
 
 
 def pending(steps: Sequence[Step], run_name: str) -> list[Step]:
-    """The steps still to do; TapirError where a later output is there and an earlier one is not."""
-    missing = [number for number, step in enumerate(steps) if not step.done]
-    later = [step for step in steps[missing[0] :] if step.done] if missing else []
+    """The steps still to do; TapirError where a later output is there and an earlier one is not.
+
+    The last, which makes model/, is to be done again wherever another is: what is there is of fewer rounds.
+    """
+    missing = [number for number, step in enumerate(steps[:-1]) if not step.done]
+    later = [step for step in steps[missing[0] : -1] if step.done] if missing else []
     if later:
         hole, after = steps[missing[0]], later[0]
         raise TapirError(
@@ -80,7 +85,7 @@ def pending(steps: Sequence[Step], run_name: str) -> list[Step]:
             where=str(hole.output),
             fix=f"Put the file back, or do everything from there again: {redo_command(run_name, hole)}",
         )
-    return [steps[number] for number in missing]
+    return [*(steps[number] for number in missing), *(steps[-1:] if missing or not steps[-1].done else [])]
 
 
 def redo_command(run_name: str, step: Step) -> str:
@@ -137,12 +142,22 @@ def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
     """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
     with held(run):
         start(recipe, run)
-        steps = pending(sequence(run, recipe.rounds), run.name)
+        steps = to_do(recipe, run)
         for step in steps:
             do(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
         if steps:
             note(run, status="done")
     return len(steps)
+
+
+def to_do(recipe: Recipe, run: RunDir) -> list[Step]:
+    """The steps still to do; a model/ of other rounds, or with another card, is deleted."""
+    steps = sequence(run, recipe.rounds)
+    left = pending(steps, run.name)
+    if not left and not stale(run, recipe):
+        return []
+    remove(steps[-1].output)
+    return left or steps[-1:]
 
 
 def do(step: Step, work: Work, watch: Watch) -> None:

@@ -22,6 +22,7 @@ def export_checked(
     base: Path | None = None,
     adapter_only: bool = False,
     converter: Path | None = None,
+    min_agreement: float | None = None,
     progress: Progress | None = None,
 ) -> GateReport | None:
     """Write `out` and, beside it, the gate's report (`<out>.gate.json`); None where `check` is off.
@@ -41,7 +42,7 @@ def export_checked(
     report = None
     if check:
         kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None
-        job = GateJob(folder, base or written, trained_rows(adapter, work), kept, None, adapter, over)
+        job = GateJob(folder, base or written, trained_rows(adapter, work), kept, min_agreement, adapter, over)
         pass_gate(job, work, progress)
         report = read_record(GateReport, kept)
     written.rename(out)

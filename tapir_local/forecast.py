@@ -83,6 +83,7 @@ class Scout:
             export=unreached,
             score=unreached,
             gate=unreached,
+            ship=unreached,
         )
 
     def look_up(self, requests: Sequence[Request], endpoint: Endpoint) -> list[Answer]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tapir_local.batching import logits
 from tapir_local.errors import TapirError
-from tapir_local.generate import answer, encode_prompt, logits
+from tapir_local.generate import answer, encode_prompt
 from tapir_local.gguf_vocab import end_of_turn, read_tokenizer, special_texts
-from tapir_local.llama import Engine, Model, encode, is_end, library, metadata, open_context, open_model
+from tapir_local.libllama import library
+from tapir_local.llama import Engine, Model, encode, is_end, metadata, open_context, open_model
 from tapir_local.probes import sample, texts_of
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.records import Example, Prompt

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
 
-from tapir_local.llama import cores
+from tapir_local.libllama import cores
 from tapir_local.process import Progress
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used

@@ -1,20 +1,30 @@
-"""A GGUF opened with llama.cpp: its weights, adapter and context, its tokens and its log."""
+"""A GGUF opened with llama.cpp: its weights, adapter and context, and its tokens."""
 
 import ctypes
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tapir_local.errors import TapirError
+from tapir_local.libllama import LOG, cores, failure, gpu_memory, library
+from tapir_local.memory import free_memory
+from tapir_local.memory import size as bytes_of
 
-LOG: deque[str] = deque(maxlen=8)
-WARNING, CONTINUED = 3, 5  # ggml.h: GGML_LOG_LEVEL_WARN (errors are 4), GGML_LOG_LEVEL_CONT
 REMAKE = "Delete it and run again, so that it is made anew."
+UBATCH, BATCH = 512, 2048  # tokens computed at once, and handed over at once: llama-batched-bench's
+GPU_SHARE = 0.8  # of a GPU's free memory for weights at the most: the rest is for answers
+
+
+def unsaid(words: str) -> None:
+    """Nobody is told."""
+
+
+class NoContext(TapirError):
+    """llama.cpp could not make a context, for want of memory as a rule."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,8 @@ class Advice:
     unusable: str = REMAKE
     too_large: str = "Set student.parallel or student.max_length lower."
     no_template: str = "Export the student again, from a folder with a chat_template.jinja."
+    too_heavy: str = "Stop what else holds memory, take a smaller export.quant, or a smaller student."
+    other_base: str = "Make it anew for this base, or give the base it was made for."
 
 
 STUDENT = Advice()
@@ -31,7 +43,11 @@ STUDENT = Advice()
 
 @dataclass(frozen=True)
 class Model:
-    """An open GGUF. `template`, `bos` and `eos` are texts out of its metadata, empty where it has none."""
+    """An open GGUF. `template`, `bos` and `eos` are texts out of its metadata, empty where it has none.
+
+    `room` is the main memory in bytes that its weights leave free, `on_gpu` the share of its layers that a GPU holds.
+    `pieces` and `ends` are what tokens stand for and whether they end a turn, as far as that was asked.
+    """
 
     gguf: Path
     handle: Any
@@ -41,11 +57,18 @@ class Model:
     bos: str
     eos: str
     advice: Advice
+    room: int
+    on_gpu: float
+    pieces: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
+    ends: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and a context: `cells` tokens that `sequences` conversations share."""
+    """A model and a context of `cells` tokens for `sequences` conversations, `batch` tokens a call.
+
+    They share the cells, or, where it is `split`, each has as many of its own.
+    """
 
     model: Model
     context: Any
@@ -53,53 +76,7 @@ class Engine:
     cells: int
     sequences: int
     batch: int
-
-
-@cache
-def library() -> Any:
-    """llama_cpp, with what it logs kept in LOG for a TapirError's text instead of printed."""
-    with patient_threads():
-        import llama_cpp
-
-    llama_cpp.llama_log_set(log_callback(llama_cpp), ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-@contextmanager
-def patient_threads() -> Iterator[None]:
-    """Let threads that OpenMP starts from here on sleep soon when they wait, instead of spinning.
-
-    libgomp reads its settings when it is loaded; an environment that names its own is left alone. On two cores that
-    others were using, the pocket student wrote 93 tokens a second with two spinning threads, 1,140 so, 1,060 with one.
-    """
-    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
-    if not names:
-        os.environ["GOMP_SPINCOUNT"] = "1000"
-    try:
-        yield
-    finally:
-        if not names:
-            del os.environ["GOMP_SPINCOUNT"]
-
-
-@cache
-def log_callback(llama_cpp: Any) -> Any:
-    """Cached, for llama.cpp calls it as long as the process lives."""
-    said = [0]
-
-    def keep(level: int, text: bytes, _: Any) -> None:
-        said[0] = said[0] if level == CONTINUED else level
-        if said[0] in (WARNING, WARNING + 1) and text.strip():
-            LOG.append(text.decode("utf-8", "replace").strip())
-
-    return llama_cpp.llama_log_callback(keep)
-
-
-def failure(what: str, where: Path, fix: str) -> TapirError:
-    """A TapirError that ends with llama.cpp's last words."""
-    words = "; ".join(LOG)
-    return TapirError(f"{what} (llama.cpp: {words})" if words else what, where=str(where), fix=fix)
+    split: bool = False
 
 
 def check_gguf(path: Path, what: str, fix: str) -> None:
@@ -111,29 +88,101 @@ def check_gguf(path: Path, what: str, fix: str) -> None:
             raise TapirError(f"the {what} is no GGUF", where=str(path), fix=fix)
 
 
+def is_adapter(gguf: Path) -> bool:
+    """Whether a GGUF is a LoRA adapter, by its `general.type`, which gguf.GGUFWriter puts among the first of its keys.
+
+    False also for what is no GGUF, or is not there: who opens it will say so.
+    """
+    if not gguf.is_file():
+        return False
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+        file.read(12)  # version, number of tensors
+        texts = leading_texts(file, struct.unpack("<Q", file.read(8))[0])
+        return dict(texts).get("general.type") == "adapter"
+
+
+def leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
+    """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
+
+    def text() -> str:
+        return file.read(struct.unpack("<Q", file.read(8))[0]).decode("utf-8", "replace")
+
+    for _ in range(keys):
+        key = text()
+        if struct.unpack("<I", file.read(4))[0] != 8:
+            return
+        yield key, text()
+
+
 @contextmanager
 def open_model(
-    gguf: Path, *, adapter: Path | None = None, vocab_only: bool = False, advice: Advice = STUDENT
+    gguf: Path,
+    *,
+    adapter: Path | None = None,
+    vocab_only: bool = False,
+    advice: Advice = STUDENT,
+    tell: Callable[[str], None] = unsaid,
 ) -> Iterator[Model]:
-    """Load the weights, on the GPU where llama.cpp was built for one, and free them at the end."""
+    """Load the weights, on the GPU where llama.cpp was built for one, and free them at the end.
+
+    Where the GPU has no room for all layers, as many as it has room for go there, and `tell` is told. TapirError with
+    the numbers where main memory has no room for the weights.
+    """
     check_gguf(gguf, "GGUF", advice.unusable)
+    if is_adapter(gguf):
+        fix = "Give the GGUF of the model that it lies over, and this one as its adapter."
+        raise TapirError("the GGUF is a LoRA adapter, not a model", where=str(gguf), fix=fix)
     if adapter is not None:
         check_gguf(adapter, "adapter", advice.unusable)
     llama = library()
     LOG.clear()
     params = llama.llama_model_default_params()
     params.vocab_only = vocab_only
-    params.n_gpu_layers = -1 if llama.llama_supports_gpu_offload() else 0
+    params.n_gpu_layers = 0
+    free, on_gpu = free_memory(), 0.0
+    weights = 0 if vocab_only else sum(file.stat().st_size for file in (gguf, adapter) if file)
+    if not vocab_only:
+        params.n_gpu_layers, on_gpu = gpu_layers(gguf, weights, tell)
+        check_weights(gguf, int(weights * (1 - on_gpu)), free, advice)
     handle = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not handle:
         raise failure("llama.cpp cannot load the GGUF", gguf, advice.unusable)
     try:
-        yield described(gguf, handle, load_adapter(handle, adapter), advice)
+        room = free - int(weights * (1 - on_gpu))
+        yield described(gguf, handle, load_adapter(handle, adapter, advice), advice, room, on_gpu)
     finally:
         llama.llama_model_free(handle)  # frees its adapters too
 
 
-def load_adapter(handle: Any, adapter: Path | None) -> Any:
+def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
+    """TapirError unless main memory has room for the weights: paged in from the disk they would be read every token."""
+    if weights > free:
+        raise TapirError(
+            f"no memory for the model: its weights take {bytes_of(weights)}, and {bytes_of(free)} are free",
+            where=str(gguf),
+            fix=advice.too_heavy,
+        )
+
+
+def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[int, float]:
+    """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and what share of the weights that is."""
+    free = gpu_memory()
+    if not free:
+        return 0, 0.0
+    if weights < free * GPU_SHARE:
+        return -1, 1.0
+    with open_model(gguf, vocab_only=True) as model:
+        layers = number_of(model, "block_count", 1) + 1  # llama.cpp counts the output as one
+    fitting = int(layers * free * GPU_SHARE / weights)
+    tell(
+        f"{fitting} of {layers} layers on the GPU: the weights take {bytes_of(weights)}, and {bytes_of(free)} are free"
+    )
+    return fitting, fitting / layers
+
+
+def load_adapter(handle: Any, adapter: Path | None, advice: Advice) -> Any:
     """A LoRA GGUF, or None. A failure is a NULL pointer object: llama-cpp-python 0.3.36 does not look, and crashes."""
     if adapter is None:
         return None
@@ -142,18 +191,18 @@ def load_adapter(handle: Any, adapter: Path | None) -> Any:
         raise failure(
             "llama.cpp cannot load the adapter over this model",
             adapter,
-            "Make it anew for this base, or give the base it was made for.",
+            advice.other_base,
         )
     return loaded
 
 
-def described(gguf: Path, handle: Any, adapter: Any, advice: Advice) -> Model:
+def described(gguf: Path, handle: Any, adapter: Any, advice: Advice, room: int, on_gpu: float) -> Model:
     """The model with the texts of its metadata."""
     llama = library()
     vocab = llama.llama_model_get_vocab(handle)
     template = (llama.llama_model_chat_template(handle, None) or b"").decode()
     bos, eos = (token_text(vocab, number) for number in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)))
-    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice)
+    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice, room, on_gpu)
 
 
 def token_text(vocab: Any, number: int) -> str:
@@ -163,18 +212,28 @@ def token_text(vocab: Any, number: int) -> str:
 
 @contextmanager
 def open_context(
-    model: Model, *, cells: int, sequences: int, threads: int | None = None, batch: int = 512, exact: bool = False
+    model: Model,
+    *,
+    cells: int,
+    sequences: int,
+    threads: int | None = None,
+    batch: int = BATCH,
+    exact: bool = False,
+    split: bool = False,
 ) -> Iterator[Engine]:
     """A context of `cells` tokens for `sequences` conversations, with the model's adapter on.
 
-    All share one pool of cells (kv_unified), so that a prefix that they have in common is held once. `exact` keeps keys
-    and values in f32 and does without flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3,
-    and do not depend on what else is in the batch; with 32 in flight it takes three times as long.
+    All share one pool of cells (kv_unified), so that a prefix that they have in common is held once; where it is
+    `split`, each has its part of them, and no conversation looks over the others' cells: of 320 tokens each, the pocket
+    student then wrote 1.4 times as fast with 32 in flight, and read prompts twice as fast. `exact` keeps keys and
+    values in f32 and does without flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and
+    do not depend on what else is in the batch; with 32 in flight it takes three times as long. TapirError when
+    llama.cpp finds no memory for it.
     """
     llama = library()
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = cells, batch, batch
-    params.n_seq_max, params.kv_unified = sequences, True
+    params.n_ctx, params.n_batch, params.n_ubatch = cells, batch, min(batch, UBATCH)
+    params.n_seq_max, params.kv_unified = sequences, not split
     params.n_threads = params.n_threads_batch = threads or cores()
     params.no_perf = True
     if exact:
@@ -182,18 +241,15 @@ def open_context(
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
-        raise failure(f"no context of {cells} tokens could be made", model.gguf, model.advice.too_large)
+        known = failure(f"no context of {cells:,} tokens could be made", model.gguf, model.advice.too_large)
+        raise NoContext(known.what, where=known.where, fix=known.fix)
     try:
         if model.adapter is not None:
             apply_adapter(model, context)
-        yield Engine(model, context, llama.llama_get_memory(context), cells, sequences, batch)
+        batch = llama.llama_n_batch(context)  # llama.cpp takes less in a small context, and ends the process over it
+        yield Engine(model, context, llama.llama_get_memory(context), cells, sequences, batch, split)
     finally:
         llama.llama_free(context)
-
-
-def cores() -> int:
-    """Threads to use: OMP_NUM_THREADS where it is set, otherwise every core this process may run on."""
-    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or len(os.sched_getaffinity(0)))
 
 
 def apply_adapter(model: Model, context: Any) -> None:
@@ -222,9 +278,18 @@ def metadata(model: Model, key: str) -> str:
     return buffer.value.decode() if count >= 0 else ""
 
 
+def number_of(model: Model, key: str, default: int) -> int:
+    """A whole number under the architecture's name in the GGUF's metadata; the default where there is none."""
+    text = metadata(model, f"{metadata(model, 'general.architecture')}.{key}")
+    return int(text) if text.isdigit() else default
+
+
 def is_end(model: Model, token: int) -> bool:
     """True for the tokens at which llama.cpp stops."""
-    return bool(library().llama_vocab_is_eog(model.vocab, token))
+    known = model.ends.get(token)
+    if known is None:
+        known = model.ends[token] = bool(library().llama_vocab_is_eog(model.vocab, token))
+    return known
 
 
 def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
@@ -240,6 +305,13 @@ def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
 
 def piece(model: Model, token: int) -> bytes:
     """The bytes a token stands for; none for a special one. A character may be spread over several tokens."""
+    known = model.pieces.get(token)
+    if known is None:
+        known = model.pieces[token] = read_piece(model, token)
+    return known
+
+
+def read_piece(model: Model, token: int) -> bytes:
     llama = library()
     buffer = ctypes.create_string_buffer(64)
     count = llama.llama_token_to_piece(model.vocab, token, buffer, len(buffer), 0, False)
@@ -249,9 +321,9 @@ def piece(model: Model, token: int) -> bytes:
     return buffer.raw[:count]
 
 
-def decode(model: Model, tokens: Sequence[int]) -> str:
-    """The text of an answer, just as written: no spaces tidied, bytes that are no UTF-8 shown as U+FFFD."""
-    return b"".join(piece(model, token) for token in tokens).decode("utf-8", "replace")
+def decode(model: Model, tokens: Sequence[int], most: int | None = None) -> str:
+    """The text of an answer, or its first `most` bytes, as written: no spaces tidied, no UTF-8 shown as U+FFFD."""
+    return b"".join(piece(model, token) for token in tokens)[:most].decode("utf-8", "replace")
 
 
 def tokenize(gguf: Path, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:

@@ -11,10 +11,12 @@ from tapir_local import keys
 from tapir_local.asking import Asking, Job
 from tapir_local.endpoint import gguf_of, identity_of, role_of
 from tapir_local.errors import TapirError
-from tapir_local.generate import Finish, Manner, answer_each, encode_prompt, size
-from tapir_local.llama import Advice, Model, decode, library, open_context, open_model, template
+from tapir_local.generate import answer_all, encode_prompt
+from tapir_local.libllama import library
+from tapir_local.llama import Advice, Model, open_model, template
 from tapir_local.records import Message, Prompt
 from tapir_local.replies import read_reply
+from tapir_local.sequences import Finish, Manner, Written
 
 ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process is answering
 
@@ -136,11 +138,18 @@ def without_system(prompt: Prompt) -> Prompt:
 def answer_group(group: Group) -> None:
     """Answer the group's jobs, so many at once as the recipe says; claims that are left over are given up."""
     manner, most = group.manner, group.asking.endpoint.concurrency
-    sequences, cells = size(group.prompts, manner.max_tokens, manner.context, most)
     seeds = [int.from_bytes(job.key[:4]) >> 1 for job in group.jobs]  # 32 bits all set mean chance to llama.cpp
     try:
-        with open_context(group.model, cells=cells, sequences=sequences + 1) as engine:
-            answer_each(engine, group.prompts, partial(keep, group), manner, seeds, partial(begin, group))
+        answer_all(
+            group.model,
+            group.prompts,
+            partial(keep, group),
+            manner,
+            seeds,
+            parallel=most,
+            begin=partial(begin, group),
+            tell=group.asking.warn,
+        )
     finally:
         for number in group.began:
             group.asking.store.release(group.jobs[number].key)
@@ -164,18 +173,18 @@ def begin(group: Group, number: int) -> bool:
     return True
 
 
-def keep(group: Group, number: int, written: list[int], finish: Finish) -> None:
+def keep(group: Group, number: int, written: Written) -> None:
     """Store an answer, or note why it cannot serve again; then let others have the key, and serve it."""
     asking, job = group.asking, group.jobs[number]
-    counts = (len(group.prompts[number]), len(written))
+    counts = (len(group.prompts[number]), len(written.tokens))
     began = group.began.get(number)  # a prompt that is too long never began, and is not claimed
     seconds = 0.0 if began is None else time.monotonic() - began
-    raw = completion(job, group.model.gguf.name, decode(group.model, written), finish, counts)
+    raw = completion(job, group.model.gguf.name, written.text(group.model), written.finish, counts)
     reply, kept = read_reply(raw), None
-    if finish == "stop" or len(written) == group.manner.max_tokens:
+    if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
         kept = asking.keep(job, raw, reply, seconds)
     else:
-        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        why = f"finish {written.finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
         spent = (0, 0) if began is None else counts
         asking.note(job, why, raw, seconds, spent, asking.spend(*spent) if began else None)
     if kept:

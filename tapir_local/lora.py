@@ -1,20 +1,21 @@
 """The student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers that are trained."""
 
-import sys
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import free_memory
+from tapir_local.memory import free_memory, size
+from tapir_local.recipe import Train
 from tapir_local.template import NO_TEMPLATE
 
-Backend = Literal["auto", "trl", "unsloth"]
+SAME = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -22,50 +23,85 @@ class Hardware:
     """What the training runs on.
 
     `device` is cpu or cuda, `backend` trl or unsloth, `precision` f32, bf16 or f16, and `free` the bytes of memory that
-    may be filled, the GPU's where there is one.
+    one process may fill, the GPU's where there is one, which has `total`. `processes` is how many train together under
+    a launcher.
     """
 
     device: str
     backend: str
     precision: str
     free: int
+    processes: int = 1
+    total: int = 0
 
 
-def look(four_bits: bool = False, backend: Backend = "auto") -> Hardware:
+def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     """The hardware, and the libraries to use on it. Unsloth is imported here, before what it patches.
 
-    TapirError when 4 bits or Unsloth are asked for and cannot be had.
+    `say` is told where Unsloth is left out. TapirError when what is asked for cannot be had.
     """
     import torch
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.launcher and processes == 1:
+        say("train.launcher has started one process: `accelerate launch` starts several with --multi_gpu.")
     if not torch.cuda.is_available():
-        if four_bits or backend == "unsloth":
-            what = "load_in_4bit" if four_bits else "Unsloth"
-            raise TapirError(
-                f"{what} needs a GPU, and torch sees none",
-                where="train",
-                fix="Leave it out: LoRA then trains in 32 bits.",
-            )
-        return Hardware("cpu", "trl", "f32", free_memory())
-    if four_bits and not find_spec("bitsandbytes"):
-        raise TapirError(
-            "load_in_4bit needs bitsandbytes", where="train", fix="pip install bitsandbytes, or tapir-local[gpu]."
-        )
-    precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
-    return Hardware("cuda", library(backend), precision, int(torch.cuda.mem_get_info()[0]))
+        refuse_without_gpu(settings)
+        precision = "bf16" if settings.precision == "bf16" else "f32"
+        return Hardware("cpu", "trl", precision, free_memory() // processes, processes)
+    if settings.method == "qlora" and not find_spec("bitsandbytes"):
+        fix = "pip install bitsandbytes, or tapir-local[gpu]."
+        raise TapirError("train.method qlora needs bitsandbytes", where="train", fix=fix)
+    best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
+    precision = best if settings.precision == "auto" else settings.precision
+    if precision == "bf16" and best != "bf16":
+        raise TapirError("this GPU does not compute in bf16", where="train.precision", fix="Write f16, or auto.")
+    free, total = torch.cuda.mem_get_info(local_rank())
+    return Hardware("cuda", library(settings, precision, processes, say), precision, int(free), processes, int(total))
 
 
-def library(backend: Backend) -> str:
-    """`unsloth`, imported, or `trl`; without Unsloth `auto` says so and goes on."""
-    if backend == "trl":
+def local_rank() -> int:
+    """The number of this process's GPU under a launcher, 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def refuse_without_gpu(settings: Train) -> None:
+    """TapirError for what only a GPU can do."""
+    wants = {
+        "train.method qlora": settings.method == "qlora",
+        "Unsloth": settings.backend == "unsloth",
+        "train.precision f16": settings.precision == "f16",
+    }
+    for what, wanted in wants.items():
+        if wanted:
+            fix = "Leave it out: LoRA then trains in 32 bits."
+            raise TapirError(f"{what} needs a GPU, and torch sees none", where="train", fix=fix)
+
+
+def library(settings: Train, precision: str, processes: int, say: Callable[[str], None]) -> str:
+    """`unsloth`, imported, or `trl`; where `auto` does without Unsloth on a GPU, it says why and goes on."""
+    if settings.backend == "trl":
         return "trl"
-    if find_spec("unsloth"):
+    why = without_unsloth(settings, precision, processes)
+    if not why:
         import_module("unsloth")  # it patches trl, transformers and peft, so it must come before them
         return "unsloth"
-    if backend == "unsloth":
-        raise TapirError("Unsloth is not installed", where="train", fix="pip install 'tapir-local[gpu]'")
-    print("Unsloth is not installed; training with plain TRL and PEFT.", file=sys.stderr)
+    if settings.backend == "unsloth":
+        raise TapirError(f"Unsloth cannot be used: {why}", where="train.backend", fix="Mend that, or write `auto`.")
+    say(f"Training with plain TRL and PEFT, not with Unsloth: {why}.")
     return "trl"
+
+
+def without_unsloth(settings: Train, precision: str, processes: int) -> str:
+    """Why Unsloth does not serve, "" where it does. What it makes of packed token rows was never tried, so it is not
+    given any."""
+    if not find_spec("unsloth"):
+        return "it is not installed (pip install 'tapir-local[gpu]')"
+    if processes > 1:
+        return "it trains on one GPU, and train.launcher started several processes"
+    if settings.packing:
+        return "train.packing goes through TRL"
+    return "it does not compute in f32" if precision == "f32" else ""
 
 
 def check_folder(model: str, setting: str = "student.path") -> None:
@@ -109,32 +145,44 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(model: str, hardware: Hardware, *, four_bits: bool, max_length: int, seed: int) -> Any:
-    """The base; TapirError when transformers or Unsloth cannot load it."""
+def load_model(
+    model: str, hardware: Hardware, *, method: str, max_length: int, seed: int, checkpointing: bool = False
+) -> Any:
+    """The base; TapirError when transformers or Unsloth cannot load it, or the GPU has no room for it."""
+    import torch
+
     try:
         if hardware.backend == "unsloth":
-            return load_unsloth(model, hardware, four_bits, max_length, seed)
-        return load_plain(model, hardware, four_bits)
+            return load_unsloth(model, hardware, method, max_length, seed, checkpointing)
+        return load_plain(model, hardware, method)
+    except torch.OutOfMemoryError as error:
+        what = f"the model does not fit into the {size(hardware.free)} of memory that were free"
+        raise TapirError(what, where=model, fix="End what else is on the GPU, or write train.method: qlora.") from error
     except (OSError, ValueError) as error:
         raise unloadable(model, "model", error) from error
 
 
-def load_plain(model: str, hardware: Hardware, four_bits: bool) -> Any:
-    """Through transformers, in the precision of the hardware."""
+def load_plain(model: str, hardware: Hardware, method: str) -> Any:
+    """Through transformers, in the precision of the hardware; in 32 bits where all weights are trained.
+
+    A step changes a weight by less than 16 bits can tell: they are computed with in 16 bits, and kept in 32.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[hardware.precision]
+    if method == "full":
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     quantized: dict[str, Any] = {}
-    if four_bits:
+    if method == "qlora":
         four = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-        quantized = {"quantization_config": four, "device_map": {"": 0}}
+        quantized = {"quantization_config": four, "device_map": {"": local_rank()}}
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **quantized)
 
 
-def load_unsloth(model: str, hardware: Hardware, four_bits: bool, max_length: int, seed: int) -> Any:
+def load_unsloth(model: str, hardware: Hardware, method: str, max_length: int, seed: int, checkpointing: bool) -> Any:
     """Through Unsloth; the very model named, not the repository of its own that it would put in its place."""
     import torch
     from unsloth import FastLanguageModel
@@ -143,7 +191,10 @@ def load_unsloth(model: str, hardware: Hardware, four_bits: bool, max_length: in
         model,
         max_seq_length=max_length,
         dtype=torch.bfloat16 if hardware.precision == "bf16" else torch.float16,
-        load_in_4bit=four_bits,
+        load_in_4bit=method == "qlora",
+        full_finetuning=method == "full",
+        float32_mixed_precision=True if method == "full" else None,  # weights in 32 bits, as in `load_plain`
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
         use_exact_model_name=True,
         random_state=seed,
     )
@@ -213,3 +264,20 @@ def check_shape(folder: Path, shape: Mapping[str, Any]) -> None:
         if before != now:
             fix = "Keep train.lora_rank, train.lora_alpha and the student through a run, or set train.start to `base`."
             raise TapirError(f"the earlier adapter has {key} {before}, this training {now}", where=str(folder), fix=fix)
+
+
+def check_same_model(folder: Path, base: Path) -> None:
+    """TapirError when `folder` holds no whole model, or one of another shape than the base."""
+    config = folder / "config.json"
+    if not config.exists():
+        what = "an adapter, not a whole model" if (folder / "adapter_config.json").exists() else "no model"
+        raise TapirError(
+            f"the earlier training left {what}",
+            where=str(folder),
+            fix="Keep train.method through a run, or set train.start to `base`.",
+        )
+    before, now = (orjson.loads(path.read_bytes()) for path in (config, base / "config.json"))
+    for key in SAME:
+        if before.get(key) != now.get(key):
+            what = f"the earlier model has {key} {before.get(key)}, the student {now.get(key)}"
+            raise TapirError(what, where=str(folder), fix="Go on with the student that it was trained on.")

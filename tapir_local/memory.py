@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def gpus() -> list[Gpu]:
         return []
     rows = [line.rsplit(",", 2) for line in said.splitlines() if line.strip()]
     return [Gpu(name.strip(), int(free) << 20, int(total) << 20) for name, free, total in rows]  # it counts in MiB
+
+
+def take_gpu(wanted: int, what: str, say: Callable[[str], None]) -> None:
+    """Say how much of the GPU is free before a stage that takes about `wanted` bytes; nothing where there is none.
+
+    Nothing of ours holds it meanwhile: every stage that loads a model ends with it. What is missing is another's.
+    """
+    cards = gpus()
+    if not cards:
+        return
+    best = max(cards, key=lambda gpu: gpu.free)
+    short = "" if best.free >= wanted else f"; {what} takes about {size(wanted)}: another process holds what is missing"
+    say(f"{best.name}: {size(best.free)} of {size(best.total)} free{short}")
 
 
 def check_disk(path: Path, wanted: int, what: str) -> None:

@@ -2,12 +2,21 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.console import example, slowly
+from tapir_local.console import example, shown, slowly
+
+if TYPE_CHECKING:
+    from tapir_local.answering import Answered
 
 FILE = click.Path(path_type=Path)
+
+
+def at_once(context: click.Context, option: click.Parameter, text: str) -> int | None:
+    """How many answers are written at once at the most: 1 to 255, or None for `auto`."""
+    return None if text == "auto" else click.IntRange(1, 255)(text, option, context)
 
 
 @click.command(
@@ -20,7 +29,14 @@ FILE = click.Path(path_type=Path)
 @click.argument("prompts", type=FILE)
 @click.option("-o", "--out", type=FILE, help="File of the answers, whole or absent; standard output if left out.")
 @click.option("--adapter", type=FILE, help="A LoRA GGUF over the model.")
-@click.option("--parallel", type=click.IntRange(1, 255), default=32, show_default=True, help="Answers written at once.")
+@click.option(
+    "--parallel",
+    metavar="1-255|auto",
+    callback=at_once,
+    default="auto",
+    show_default=True,
+    help="Answers written at once at the most; auto: 32, or 128 on a GPU, and fewer where memory is short.",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of an answer.")
 @click.option(
     "--context",
@@ -31,6 +47,7 @@ FILE = click.Path(path_type=Path)
 )
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is the likeliest.")
 @click.option("--random-seed", type=click.IntRange(min=0), default=1, show_default=True, help="Where chance begins.")
+@click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
 @click.option("--json-schema", type=FILE, help="A JSON schema that every answer is held to.")
 @click.option("--exact", is_flag=True, help="The same at any --parallel, in 32 bits; about three times slower.")
 def generate(
@@ -38,27 +55,42 @@ def generate(
     prompts: Path,
     out: Path | None,
     adapter: Path | None,
-    parallel: int,
+    parallel: int | None,
     max_tokens: int,
     context: int,
     temperature: float,
     random_seed: int,
+    stop: tuple[str, ...],
     json_schema: Path | None,
     exact: bool,
 ) -> None:
     """Answer every prompt of the file PROMPTS with the GGUF MODEL, many at once; JSON lines in their order.
 
     PROMPTS may have any form that seeds may have; what it answers already is not read. The same command gives the same
-    answers; at another --parallel near ties may fall otherwise, unless --exact.
+    answers; at another --parallel near ties may fall otherwise, unless --exact. Cut in the middle, the same command
+    with -o goes on where it stopped.
     """
-    from tapir_local.answering import Manner, answer_file, opened, read_schema
+    from tapir_local.answering import Manner, answer_file, opened, read_schema, task_of
 
+    if "" in stop:
+        raise click.BadParameter("it is empty", param_hint="--stop")
     schema = read_schema(json_schema) if json_schema else None
-    manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema)
-    with opened(out, sys.stdout) as file:
-        found = answer_file(model, prompts, file, manner, slowly("answers"))
+    manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema, stop)
+    with (
+        opened(out, sys.stdout, task_of(model, prompts, manner)) as (file, done),
+        shown("answers", len(done)) as (progress, tell),
+    ):
+        if done:
+            tell(f"{len(done):,} answers are there already; going on")
+        found = answer_file(model, prompts, file, manner, progress, done, tell)
+    click.echo(closing(found), err=True)
+
+
+def closing(found: "Answered") -> str:
+    """The line that a person reads at the end: what there is, what did not end or fit, and what it took."""
     said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
-    click.echo(said + (f", {found.too_long:,} longer than the context" if found.too_long else ""), err=True)
+    said += f", {found.too_long:,} longer than the context" if found.too_long else ""
+    return said + (f"; {found.plan.words}" if found.plan else "")
 
 
 @click.command(
@@ -79,6 +111,7 @@ def generate(
     "[default: q8_0, of an adapter alone f32]",
 )
 @click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
+@click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
 def export(
     model: str,
@@ -88,13 +121,19 @@ def export(
     base: Path | None,
     quant: str | None,
     converter: Path | None,
+    modelfile: bool,
     no_gate: bool,
 ) -> None:
     """Write MODEL, a folder or Hub name, as the GGUF OUT, tensor by tensor, and compare it with the model.
 
-    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures.
+    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures. Its SHA-256 is
+    printed as `sha256sum -c` reads it.
     """
+    if modelfile and adapter_only:
+        raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
     from tapir_local.exporting import export_checked
+    from tapir_local.ollama import write_modelfile
+    from tapir_local.rundir import sha256
 
     show = slowly("tensors")
     report = export_checked(
@@ -113,4 +152,7 @@ def export(
         found = report.figures
         said += f"; {report.probes:,} texts tokenised alike, {found.agreement:.1%} of greedy tokens agree, "
         said += f"divergence {found.kl:.2g} nats"
+    if modelfile:
+        write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     click.echo(said, err=True)
+    click.echo(f"{sha256(out)}  {out}")

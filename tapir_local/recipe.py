@@ -1,5 +1,6 @@
 """Recipe: every setting of a distillation, in the one place where it has its name, type, default and help."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from tapir_local.own_tasks import Settings, Tasks, refuse_tasks, table_of
 from tapir_local.tasks import TASKS, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
+AtOnce = Annotated[int, Field(ge=1, le=256)]
 
 
 def named(word: Any) -> Any:
@@ -60,7 +62,11 @@ class Student(Settings):
     )
     max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
-    parallel: int = Field(32, ge=1, le=256, description="answers written at once by llama.cpp")
+    parallel: AtOnce | Literal["auto"] = Field(
+        32,
+        description="answers written at once by llama.cpp at the most; `auto` is 32, or 128 on a GPU; fewer where "
+        "memory is short",
+    )
 
 
 class Price(Settings):
@@ -199,11 +205,27 @@ class Curriculum(Settings):
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
 
 
-class Train(Settings):
-    """LoRA fine-tuning."""
+def as_command(word: Any) -> Any:
+    """A command as a list of words means the same words in a line."""
+    return shlex.join(word) if isinstance(word, list | tuple) and all(isinstance(part, str) for part in word) else word
 
+
+class Train(Settings):
+    """Fine-tuning."""
+
+    method: Literal["lora", "qlora", "full"] = Field(
+        "lora",
+        description="`lora`: small matrices beside the base's weights; `qlora`: the same over a base in 4 bits (a GPU "
+        "is needed); `full`: all weights, and a round's adapter/ is then the whole model",
+    )
+    backend: Literal["auto", "unsloth", "trl"] = Field(
+        "auto", description="`auto`: Unsloth where a GPU and the package are there, else plain TRL and PEFT"
+    )
+    precision: Literal["auto", "bf16", "f16", "f32"] = Field(
+        "auto", description="what is computed in; `auto`: bf16 where the GPU knows it, else f16; f32 on a CPU"
+    )
     start: Literal["previous", "base"] = Field(
-        "previous", description="a round goes on from the last round's adapter, or begins at the base"
+        "previous", description="a round goes on from what the last round trained, or begins at the base"
     )
     epochs: float = Field(2.0, gt=0, description="passes over a round's rows")
     learning_rate: float = Field(2e-4, gt=0, description="peak, after the warm-up")
@@ -214,16 +236,49 @@ class Train(Settings):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
     batch_size: int = Field(16, ge=1, description="rows of an optimiser step")
-    micro_batch_size: int = Field(4, ge=1, description="rows that are in memory at once")
-    lora_rank: int = Field(16, ge=1, description="r of LoRA, on all linear layers")
+    micro_batch_size: int = Field(
+        4, ge=1, description="rows that are in memory at once; fewer are tried where the memory runs out"
+    )
+    packing: bool = Field(
+        False,
+        description="several rows one after another in one of student.max_length tokens, blind to each other; batch "
+        "sizes then count such rows",
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="compute activations twice instead of keeping them: about a third slower, far less memory; `auto`: "
+        "where they would fill more than half of what is left beside the weights",
+    )
+    checkpoint_minutes: float = Field(
+        10.0, ge=0, description="minutes of training between checkpoints, from which a cut round goes on; 0: none"
+    )
+    launcher: Annotated[str | None, BeforeValidator(as_command)] = Field(
+        None,
+        description="a command that starts the training's processes on several GPUs, such as `accelerate launch "
+        "--multi_gpu --num_processes 2`; batch_size is that of all together",
+    )
+    lora_rank: int = Field(16, ge=1, description="r of LoRA, on all linear layers but the head")
     lora_alpha: int = Field(32, ge=1, description="LoRA's scale is alpha / r")
     lora_dropout: Share = Field(0.0, description="dropout of LoRA's input")
-    load_in_4bit: bool = Field(False, description="QLoRA: the base in 4 bits (a GPU is needed)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def renamed(cls, value: Any) -> Any:
+        """Recipes that runs have kept may still say `load_in_4bit`, which is now a method."""
+        if not isinstance(value, dict) or "load_in_4bit" not in value:
+            return value
+        four = {"method": "qlora"} if value["load_in_4bit"] else {}
+        return {**four, **{name: item for name, item in value.items() if name != "load_in_4bit"}}
 
 
 class Export(Settings):
     """The GGUF."""
 
+    rounds: Literal["adapter", "merged"] = Field(
+        "merged",
+        description="what a round keeps as its student.gguf: `merged`, the whole model, or `adapter`, a LoRA GGUF of "
+        "megabytes over the base's, which is made once in cache/base; a run's model/ is whole either way",
+    )
     quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
         "q8_0", description="type of the GGUF's weights"
     )
@@ -247,6 +302,16 @@ class Budget(Settings):
     calls: int | None = Field(None, ge=0, description="requests that were answered")
 
 
+class Card(Settings):
+    """What a model card says and the program cannot know; left out, it says `not stated`."""
+
+    licence: str | None = Field(None, description="of the student that comes out")
+    base_licence: str | None = Field(None, description="of the model that is trained")
+    data_licence: str | None = Field(None, description="of the seeds")
+    terms: str | None = Field(None, description="the teacher's terms for what may be made of its answers")
+    language: str | None = Field(None, description="of the data, such as `en`")
+
+
 class Recipe(Settings):
     """One distillation. Defaults are meant for a student of LLaMA-2's class on one GPU."""
 
@@ -263,6 +328,7 @@ class Recipe(Settings):
     train: Train = Train()
     export: Export = Export()
     budget: Budget = Budget()
+    card: Card = Card()
     checker: Literal["pocket", "tasks"] | None = Field(
         None,
         description="a programme that tells right answers from wrong ones, for `accuracy`: `pocket` knows its own "
@@ -300,6 +366,10 @@ class Recipe(Settings):
             )
         if self.judge.kind == "openai" and not self.judge.model:
             raise ValueError("judge: model is missing")
+        if self.train.backend == "unsloth" and (self.train.launcher or self.train.packing):
+            raise ValueError("train: `launcher` and `packing` go with plain TRL, not with `backend: unsloth`")
+        if self.export.rounds == "adapter" and (self.train.method == "full" or self.export.converter):
+            raise ValueError("export: `rounds: adapter` goes neither with `train.method: full` nor with a `converter`")
         return self
 
     @property

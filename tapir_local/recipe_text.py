@@ -79,7 +79,7 @@ def is_section(kind: Any) -> bool:
 def type_name(kind: Any) -> str:
     """`int`, `float | None`, `previous | base` as people write them."""
     words = str(kind) if not isinstance(kind, type) else kind.__name__
-    for noise in ("typing.", "collections.abc.", "Literal", "[", "]", "'"):
+    for noise in ("typing.", "collections.abc.", "Literal", "Union", "[", "]", "'"):
         words = words.replace(noise, " " if noise == "[" else "")
     words = " ".join(words.replace("NoneType", "None").replace(", ", " | ").split())
     return f"{words.removeprefix('Optional ')} | None" if words.startswith("Optional ") else words
@@ -105,13 +105,16 @@ def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 # What decides when, from whom and at what cost answers come, but not which: free to change while a run is under way.
 FREE = frozenset({"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price", "context"})
+# What decides how a batch goes through the hardware, but not what is learned from it, up to rounding.
+CARRIED = frozenset({"micro_batch_size", "gradient_checkpointing", "checkpoint_minutes", "launcher"})
 
 
 def lasting(recipe: Recipe) -> dict[str, Any]:
-    """The settings that a run keeps from its start to its end: all but `rounds`, `budget` and FREE ones."""
-    value = recipe.model_dump(mode="json", exclude={"rounds", "budget"})
+    """What a run keeps from its start to its end: all but `rounds`, `budget`, `card`, and the FREE and CARRIED ones."""
+    value = recipe.model_dump(mode="json", exclude={"rounds", "budget", "card"})
     for role in ("teacher", "judge"):
         value[role] = {name: item for name, item in value[role].items() if name not in FREE}
+    value["train"] = {name: item for name, item in value["train"].items() if name not in CARRIED}
     return value
 
 

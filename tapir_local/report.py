@@ -32,8 +32,9 @@ def status_of(run: RunDir) -> dict[str, Any]:
     return {
         "run": run.name,
         "state": "done" if all(step.done for step in steps) else record.get("status", "unknown"),
-        "prepare": [stage_status(step, taken) for step in steps if step.number is None],
+        "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
         "rounds": rounds,
+        "end": [stage_status(steps[-1], taken)],
         "calls": calls_of(run, taken),
         "warnings": warnings_of(run),
     }

@@ -1,5 +1,6 @@
 """A run's folder: where each file is, how it is written whole or not at all, and who may write."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.memory import check_disk
 from tapir_local.records import from_json, to_json
 
 T = TypeVar("T")
@@ -102,11 +104,29 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder if it is there."""
+    """Delete a file or a folder if it is there; a cut leaves no half of a folder under its name."""
     if path.is_dir() and not path.is_symlink():
+        if path.suffix != ".partial":
+            remove(half := path.with_name(path.name + ".partial"))
+            path = path.rename(half)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A file under a second name: a hard link, or where the disk knows none a copy, if there is room for it."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        check_disk(target, source.stat().st_size, f"a copy of {source.name}")
+        shutil.copyfile(source, target)
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.generate import Batch, decode_batch, encode_prompt, make_batch
-from tapir_local.llama import Engine, Model, encode, library, open_context, open_model, template
+from tapir_local.batching import Batch, decode_batch, last_logits, make_batch
+from tapir_local.generate import encode_prompt
+from tapir_local.libllama import library
+from tapir_local.llama import UBATCH, Engine, Model, encode, open_model, template
 from tapir_local.records import Prompt, Scored
+from tapir_local.room import open_first, planned_reading
 from tapir_local.template import training_text
 
 SEQUENCES = 64  # texts in the context at once
@@ -36,7 +39,8 @@ def score(
     """The log-probability (natural) of each completion after its prompt, with the token that ends the turn.
 
     Prompt and completion are tokenised as train.py does. In the order of `texts`; `ids` name them, or numbers do. A
-    text longer than `context` tokens has 0 tokens. TapirError when the GGUF or the adapter cannot be loaded.
+    text longer than `context` tokens has 0 tokens. TapirError when the GGUF or the adapter cannot be loaded, or memory
+    has no room for the longest text.
     """
     names = [str(number) for number in range(len(texts))] if ids is None else list(ids)
     if not texts:
@@ -45,10 +49,11 @@ def score(
     with open_model(gguf, adapter=adapter) as model:
         tokens = [tokens_of(model, number, *text) for number, text in enumerate(texts)]
         fitting = sorted((text for text in tokens if len(text.ids) <= context), key=lambda text: len(text.ids))
-        cells = max([CELLS, *(len(text.ids) for text in fitting[-1:])])
-        with open_context(model, cells=cells, sequences=SEQUENCES, threads=threads) as engine:
+        longest = max((len(text.ids) for text in fitting), default=1)
+        plans = [planned_reading(model, cells, SEQUENCES) for cells in (max(CELLS, longest), longest)]
+        with open_first(model, plans, threads=threads, batch=UBATCH) as (engine, plan):
             batch = make_batch(engine.batch)
-            for group in groups(fitting, cells):
+            for group in groups(fitting, plan.cells):
                 found |= score_group(engine, batch, group)
                 if progress:
                     progress(len(found), len(texts))
@@ -113,8 +118,6 @@ def logprobs(engine: Engine, targets: Any) -> Any:
 
     if not len(targets):
         return targets
-    llama = library()
-    width = llama.llama_vocab_n_tokens(engine.model.vocab)
-    rows = np.ctypeslib.as_array(llama.llama_get_logits(engine.context), (len(targets), width))
+    rows = last_logits(engine, len(targets))
     top = rows.max(axis=1, keepdims=True)
     return rows[np.arange(len(targets)), targets] - top[:, 0] - np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64))

@@ -6,6 +6,7 @@ from pathlib import Path
 from tapir_local import metrics
 from tapir_local.curriculum import CURRICULA, FROM_POOL, Situation, is_judged
 from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgements
+from tapir_local.memory import size
 from tapir_local.prepare import PREPARE
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.rows import pool, seeds
@@ -92,17 +93,20 @@ def summary(planned: RoundPlan) -> str:
 
 
 def train(work: Work, out: Path) -> str:
-    """The student, from the last round's adapter or from the base, on this round's rows."""
+    """The student, from what the last round trained or from the base, on this round's rows."""
     go_on = work.number > 0 and work.recipe.train.start == "previous"
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
     work.tools.train(work.folder / "train.jsonl", previous, work.recipe.random_seed + work.number, out, work.progress)
-    return "from the last round's adapter" if go_on else "from the base"
+    if not go_on:
+        return "from the base"
+    return f"from the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}"
 
 
 def export(work: Work, out: Path) -> str:
     """The student as GGUF."""
     work.tools.export(work.folder / "adapter", out, work.progress)
-    return f"{out.stat().st_size / 1e6:,.1f} MB, {work.recipe.export.quant}"
+    alone, quant = work.recipe.export.rounds == "adapter", work.recipe.export.quant
+    return f"{size(out.stat().st_size)}, " + (f"an adapter over the base's {quant}" if alone else quant)
 
 
 def gate(work: Work, out: Path) -> str:

@@ -7,13 +7,19 @@ from pathlib import Path
 from tapir_local.asking import unheard
 from tapir_local.assets import student_folder
 from tapir_local.budget import Cost, Purse
+from tapir_local.llama import is_adapter
+from tapir_local.memory import take_gpu
 from tapir_local.metrics import Checker
+from tapir_local.ollama import write_modelfile
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import RunDir
+from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
+from tapir_local.student import base_of, check_base, converter_of, memory_words, student_of
 from tapir_local.work import Ask, Progress, Tools
+
+CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
 
 
 def check_student(model: Path, converter: Path | None = None) -> None:
@@ -21,11 +27,6 @@ def check_student(model: Path, converter: Path | None = None) -> None:
     from tapir_local.export import check_exportable
 
     check_exportable(model, converter)
-
-
-def converter_of(recipe: Recipe) -> Path | None:
-    """llama.cpp's own converter, where the recipe names it."""
-    return Path(recipe.export.converter).expanduser() if recipe.export.converter else None
 
 
 @contextmanager
@@ -44,12 +45,13 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
         yield Tools(
             teacher=asker(recipe.teacher, store, run.name, purse, say),
             judge=asker(judge_of(recipe), store, run.name, purse, say),
-            generate=generator(recipe),
-            classify=classifier(recipe),
-            train=trainer(recipe, run),
+            generate=generator(recipe, run),
+            classify=classifier(recipe, say),
+            train=trainer(recipe, run, say),
             export=exporter(recipe, run),
             gate=gatekeeper(recipe, run),
-            score=scorer(recipe),
+            score=scorer(recipe, run),
+            ship=shipper(recipe, run),
             check=checker(recipe),
             replay=mode == "replay",
         )
@@ -82,41 +84,52 @@ def asker(
     return ask
 
 
-def generator(recipe: Recipe) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress], list[Completion]]:
-    """A GGUF's greedy answers."""
+def generator(
+    recipe: Recipe, run: RunDir
+) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress], list[Completion]]:
+    """The greedy answers of a round's student."""
 
     def answer(gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
         from tapir_local.generate import generate
 
-        student = recipe.student
+        student, opened = recipe.student, student_of(recipe, run, gguf)
         return generate(
-            gguf,
+            opened.gguf,
             prompts,
+            adapter=opened.adapter,
             ids=ids,
             max_tokens=student.max_tokens,
             context=student.max_length,
-            parallel=student.parallel,
+            parallel=None if student.parallel == "auto" else student.parallel,
             seed=recipe.random_seed,
             progress=lambda done, total: progress(done, total, ""),
+            tell=lambda words: progress(0, len(prompts), words),
         )
 
     return answer
 
 
-def scorer(recipe: Recipe) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]:
-    """A GGUF's log-probabilities of given completions."""
+def scorer(recipe: Recipe, run: RunDir) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]:
+    """Log-probabilities of given completions by a round's student."""
 
     def measure(gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress) -> list[Scored]:
         from tapir_local.score import score
 
+        opened = student_of(recipe, run, gguf)
         return score(
-            gguf, texts, context=recipe.student.max_length, progress=lambda done, total: progress(done, total, "")
+            opened.gguf,
+            texts,
+            adapter=opened.adapter,
+            context=recipe.student.max_length,
+            progress=lambda done, total: progress(done, total, ""),
         )
 
     return measure
 
 
-def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Path, Progress], None]:
+def trainer(
+    recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
     def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
@@ -125,17 +138,25 @@ def trainer(recipe: Recipe, run: RunDir) -> Callable[[Path, Path | None, int, Pa
         job = TrainJob(
             str(student_folder(recipe, run)), rows, out, recipe.train, recipe.student.max_length, seed, previous
         )
-        train(job, out.parent / "train", progress)
+        train(job, out.parent / "train", progress, say)
 
     return fine_tune
 
 
-def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], None]:
+def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
+    """The model's folder and its adapter's, None where train.method `full` has left the whole model in adapter/."""
+    return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
+
+
+def classifier(
+    recipe: Recipe, say: Callable[[str], None] = unheard
+) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.classifier import ClassifyJob, classify
 
+        take_gpu(CLASSIFIER, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 
@@ -143,18 +164,18 @@ def classifier(recipe: Recipe) -> Callable[[Path, Path, int, Path, Progress], No
 
 
 def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
-    """The student with an adapter as GGUF."""
+    """What a round keeps as its student: an adapter merged into its base, or by itself."""
 
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export import ExportJob, export
 
-        job = ExportJob(
-            student_folder(recipe, run),
-            out,
-            adapter=adapter,
-            quant=recipe.export.quant,
-            converter=converter_of(recipe),
-        )
+        model, lora = trained(recipe, run, adapter)
+        quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
+        if alone:
+            base_of(recipe, run, progress, anew=out.parent == run.round(0))
+            check_base(recipe, run)
+            quant = "f32"
+        job = ExportJob(model, out, quant, lora, alone, converter_of(recipe))
         export(job, out.parent / "export", progress)
 
     return write
@@ -166,10 +187,39 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.gate import GateJob, pass_gate
 
-        job = GateJob(student_folder(recipe, run), gguf, rows, out, recipe.export.min_agreement, adapter)
+        model, lora = trained(recipe, run, adapter)
+        opened = student_of(recipe, run, gguf)
+        progress(0, 0, memory_words(model))
+        job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, lora, opened.adapter)
         pass_gate(job, out.parent / "gate", progress)
 
     return compare
+
+
+def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
+    """A round's student as one whole GGUF with its gate's report, and a Modelfile for Ollama."""
+
+    def pack(student: Path, out: Path, progress: Progress) -> None:
+        if is_adapter(student / "student.gguf"):
+            merge(student, out, progress)
+        else:
+            for name in ("student.gguf", "gate.json"):
+                link_or_copy(student / name, out / name)
+        write_modelfile(out / "student.gguf", out / "Modelfile", context=recipe.student.max_length, temperature=0.0)
+
+    def merge(student: Path, out: Path, progress: Progress) -> None:
+        from tapir_local.export import ExportJob, export
+        from tapir_local.gate import GateJob, pass_gate
+
+        model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
+        job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_of(recipe))
+        export(job, work, progress)
+        progress(0, 0, memory_words(model))
+        least, rows = recipe.export.min_agreement, student / "train.jsonl"
+        pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
+        remove(work)
+
+    return pack
 
 
 def checker(recipe: Recipe) -> Checker | None:

@@ -1,11 +1,16 @@
-"""LoRA fine-tuning of the student, in its own process: Unsloth on a GPU, plain TRL and PEFT elsewhere."""
+"""Fine-tuning of the student, in its own process: Unsloth on a GPU, plain TRL and PEFT elsewhere.
 
-import math
+`python -m tapir_local.train FOLDER` does the TrainJob in FOLDER/job.json.
+"""
+
 import os
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,25 +18,30 @@ from typing import Any
 
 import orjson
 
+from tapir_local import checkpoints
+from tapir_local.assets import model_folder
+from tapir_local.checkpoints import Course
 from tapir_local.errors import TapirError
+from tapir_local.footprint import Footprint, check_room, checkpointing, footprint
 from tapir_local.lora import (
-    Backend,
     Hardware,
     add_lora,
     check_folder,
+    check_same_model,
     go_on_from,
     linear_names,
     load_model,
     load_tokenizer,
     look,
 )
-from tapir_local.process import Progress, child_main, in_own_process
-from tapir_local.recipe import Train
+from tapir_local.memory import check_disk
+from tapir_local.process import Killed, OutOfMemory, Progress, child_main, in_own_process, remark, say_on_stderr
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, whole, write_json
-from tapir_local.template import training_text
+from tapir_local.sft import TokenRows, TrainJob, pack, sft_arguments, split_batch, token_rows
 
-MASKED = -100  # a label that torch's cross-entropy leaves out
+__all__ = ["TrainJob", "train"]
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -44,57 +54,60 @@ LIBRARIES = (
     "unsloth_zoo",
     "bitsandbytes",
 )
+BESIDE = {".json", ".jinja", ".model", ".txt"}  # what a model's folder holds beside its weights: its tokenizer
+LESS = "Lower student.max_length, set train.gradient_checkpointing, or write train.method: qlora."
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """What one fine-tuning reads, does and writes.
+class Setup:
+    """What a training starts from: the rows as a Dataset, the arguments of SFTConfig and those of LoraConfig (none
+    where all weights are trained), and what it is reckoned to take of the memory, where that is known."""
 
-    `model` is a folder or Hub name; `rows` a JSONL file of Example; `adapter_from` a folder whose LoRA weights to go on
-    from; `out` the adapter's folder, whole or absent, with `resolved.json` and `train_log.jsonl` beside the weights.
-    `backend` `auto` is Unsloth where it can run.
-    """
-
-    model: str
-    rows: Path
-    out: Path
-    settings: Train
-    max_length: int
-    random_seed: int
-    adapter_from: Path | None = None
-    backend: Backend = "auto"
+    job: TrainJob
+    hardware: Hardware
+    dataset: Any
+    arguments: dict[str, Any]
+    needs: Footprint | None
 
 
-@dataclass(frozen=True)
-class TokenRows:
-    """Rows as token ids, `labels` being MASKED on the prompt. `cut` counts rows whose completion lost its end to
-    `max_length`, `dropped` those whose prompt alone fills it."""
+def train(
+    job: TrainJob,
+    folder: Path,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+) -> None:
+    """Run the job in a process of its own, which leaves job.json and train.log in `folder`, and checkpoints on its way.
 
-    rows: list[dict[str, list[int]]]
-    cut: int = 0
-    dropped: int = 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"trained": len(self.rows), "cut": self.cut, "dropped": self.dropped}
-
-    def __str__(self) -> str:
-        return ", ".join(f"{number:,} rows {what}" for what, number in self.counts.items() if number)
-
-
-def train(job: TrainJob, folder: Path, progress: Progress | None = None) -> None:
-    """Run the job in a process of its own, which leaves job.json and train.log in `folder`.
-
+    Cut anywhere, the same call goes on from the last checkpoint. Where the memory runs out it goes on with fewer rows
+    at once, and says so; where the process was killed, which is how the kernel takes memory back, it does so once.
     `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
     """
-    in_own_process("tapir_local.train", job, folder, progress)
+    launcher, killed = shlex.split(job.settings.launcher or ""), False
+    while True:
+        try:
+            in_own_process("tapir_local.train", job, folder, progress, say, launcher)
+        except OutOfMemory as error:
+            smaller = with_less(job)
+            if smaller is None or (killed and isinstance(error, Killed)):
+                raise
+            killed, job = isinstance(error, Killed), smaller
+            say(f"{error.what}; it goes on with {job.micro} rows at once, and as many to a step as before.")
+        else:
+            return
+
+
+def with_less(job: TrainJob) -> TrainJob | None:
+    """The job with half as many rows in memory at once, or fewer; None where there is but one."""
+    batch = job.settings.batch_size
+    micro, _ = split_batch(batch, job.micro or job.settings.micro_batch_size)
+    return None if micro == 1 else replace(job, micro=split_batch(batch, micro // 2)[0])
 
 
 def run_folder(folder: Path, progress: Progress) -> None:
     """The child's side of `train`: the environment first, since the libraries read it when they are imported."""
     job = read_record(TrainJob, folder / "job.json")
     os.environ.update(environment(job.model))
-    run_job(job, progress)
+    run_job(job, progress, folder)
 
 
 def environment(model: str) -> dict[str, str]:
@@ -104,207 +117,171 @@ def environment(model: str) -> dict[str, str]:
     return quiet | offline
 
 
-def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None) -> None:
-    """Train and write the adapter; TapirError when model, template, rows or earlier adapter do not serve."""
-    started = time.monotonic()
+def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, folder: Path | None = None) -> None:
+    """Train and write what was trained; TapirError when model, template, rows or earlier adapter do not serve.
+
+    Checkpoints are made in `folder`, where one is named, and gone on from. Of several processes that a launcher has
+    started, the first writes.
+    """
     examples = read_rows(Example, job.rows)
     if not examples:
         raise TapirError("no rows to train on", where=str(job.rows), fix="Make them again: `tapir-local redo`.")
     check_folder(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
-        hardware = look(job.settings.load_in_4bit, job.backend)
+        hardware = look(job.settings, partial(remark, progress))
         tokenizer = load_tokenizer(job.model)
-        tokens = token_rows(examples, tokenizer, job.max_length)
-        if not tokens.rows:
-            raise TapirError(
-                f"every prompt fills the {job.max_length} tokens of a row",
-                where=str(job.rows),
-                fix="Raise student.max_length.",
-            )
-        model, shape, arguments = prepare(job, hardware, tokens)
-        steps = fit(model, tokenizer, tokens, {**arguments, "output_dir": scratch}, progress)
-    end = {"seconds": time.monotonic() - started, "peak_memory": peak_memory()}
-    resolved = {
-        "model": job.model,
-        "device": hardware.device,
-        "backend": hardware.backend,
-        "versions": versions(),
-        "rows": tokens.counts,
-        "lora": shape,
-        "sft": arguments,
-    }
-    write_adapter(job.out, model, resolved, [*steps, end])
-    progress(len(steps), len(steps), f"loss {steps[-1]['loss']:.3f}, {tokens}")
+        tokens = learnable(token_rows(examples, tokenizer, job.max_length), job)
+        setup = set_up(job, hardware, tokens, partial(remark, progress))
+        course = under_way(setup, tokens, folder)
+        model, shape = load(setup)
+        fit(model, tokenizer, setup, course, Path(scratch), progress)
+    if is_first():
+        end = {"seconds": time.monotonic() - course.began, "peak_memory": peak_memory()}
+        write_trained(job, model, resolved(setup, shape, tokens), [*course.log, end])
+        if folder:
+            checkpoints.clear(folder)
+    progress(len(course.log), len(course.log), f"loss {course.log[-1]['loss']:.3f}, {tokens}")
 
 
-def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> TokenRows:
-    """Token ids and labels of every row, in order.
-
-    The prompt's ids are those that a student is asked with; the completion's are what follows them in the ids of the
-    whole text, or its own where a token spans the boundary. A completion that is cut has no end-of-turn token.
-    """
-    stops = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    bos, eos, template = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.get_chat_template()
-    texts = [
-        training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos, stops=stops)
-        for row in examples
-    ]
-    asked = ids_of(tokenizer, [prompt for prompt, _ in texts])
-    joined = ids_of(tokenizer, [prompt + completion for prompt, completion in texts])
-    apart = ids_of(tokenizer, [completion for _, completion in texts])
-    ends = [
-        whole_ids[len(head) :] if whole_ids[: len(head)] == head else tail
-        for head, whole_ids, tail in zip(asked, joined, apart, strict=True)
-    ]
-    fits = [(head, tail) for head, tail in zip(asked, ends, strict=True) if len(head) < max_length]
-    rows = [
-        {"input_ids": (head + tail)[:max_length], "labels": ([MASKED] * len(head) + tail)[:max_length]}
-        for head, tail in fits
-    ]
-    return TokenRows(rows, sum(len(head) + len(tail) > max_length for head, tail in fits), len(texts) - len(fits))
+def learnable(tokens: TokenRows, job: TrainJob) -> TokenRows:
+    """The rows; TapirError where none is left."""
+    if not tokens.rows:
+        raise TapirError(
+            f"every prompt fills the {job.max_length} tokens of a row",
+            where=str(job.rows),
+            fix="Raise student.max_length.",
+        )
+    return tokens
 
 
-def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, none added: the template has written the special ones."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return ids
+def set_up(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: Callable[[str], None]) -> Setup:
+    """All that is settled before the model is loaded; TapirError where memory or disk will not do."""
+    from datasets import Dataset
+
+    dataset = pack(tokens.rows, job.max_length) if job.settings.packing else Dataset.from_list(tokens.rows)
+    arguments = sft_arguments(job, hardware, len(dataset))
+    longest = job.max_length if job.settings.packing else max(len(row["input_ids"]) for row in tokens.rows)
+    needs = footprint(job.model, job.settings, hardware, arguments["per_device_train_batch_size"] * longest)
+    twice = arguments["gradient_checkpointing"] = checkpointing(job.settings, hardware, needs)
+    if needs and is_first():
+        check_room(needs, job.settings, hardware, twice, say)
+        kept = 2 * needs.state if job.settings.checkpoint_minutes else 0  # the one before is deleted after the next
+        trained = needs.weights if job.settings.method == "full" else needs.state
+        check_disk(job.out, kept + trained, "what is trained and its checkpoints")
+    return Setup(job, hardware, dataset, arguments, needs)
 
 
-def sft_arguments(job: TrainJob, hardware: Hardware, rows: int) -> dict[str, Any]:
-    """The arguments of SFTConfig, for Unsloth and plain TRL alike, without `output_dir`.
-
-    Whatever Unsloth gives another default than TRL is written out (unsloth 2026.10: 8-bit Adam, accumulation 2, batch
-    4, learning rate 5e-5, warm-up 0.1, weight decay 0.001, seed 3407 and more).
-    """
-    settings = job.settings
-    micro, accumulation = split_batch(settings.batch_size, settings.micro_batch_size)
-    steps = math.ceil(settings.epochs * math.ceil(math.ceil(rows / micro) / accumulation))
-    gpu = hardware.device == "cuda"
-    return {
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        "warmup_steps": round(settings.warmup * steps),
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": "adamw_8bit" if settings.load_in_4bit else "adamw_torch_fused",
-        "seed": job.random_seed,
-        "data_seed": job.random_seed,
-        "full_determinism": not gpu,  # costs nothing on a CPU; on a GPU some kernels have no such version
-        "bf16": hardware.precision == "bf16",
-        "fp16": hardware.precision == "f16",
-        "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu,
-        "max_length": job.max_length,
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # rows are token ids and labels already
-        # On two cores, rows of 60 to 120 tokens, a Llama of 3.8M: 3,300 to 3,500 tokens/s by length, 2,500 at random
-        # lengths, 1,600 packed, whose attention is over the whole pack. A step is `batch_size` rows in the first two.
-        "train_sampling_strategy": "group_by_length",
-        "packing": False,
-        "padding_free": False,
-        "loss_type": "nll" if hardware.backend == "unsloth" else "chunked_nll",  # the latter: no logits of the prompt
-        "gradient_checkpointing": False,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "torch_empty_cache_steps": None,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "disable_tqdm": True,
-    }
+def under_way(setup: Setup, tokens: TokenRows, folder: Path | None) -> Course:
+    """The training's course: from its beginning, or from the last checkpoint of the same job."""
+    job = setup.job
+    if folder is None:
+        return Course()
+    digest = checkpoints.digest_of(job, setup.hardware, tokens, setup.arguments, versions())
+    course = Course(digest, folder, job.settings.checkpoint_minutes)
+    last = checkpoints.newest(folder, digest)
+    if last:
+        checkpoints.go_on(course, last)
+    return course
 
 
-def split_batch(batch: int, micro: int) -> tuple[int, int]:
-    """Rows at once and how often gradients are summed: the most rows, at most `micro`, that divide `batch`."""
-    most = max(size for size in range(1, min(batch, micro) + 1) if batch % size == 0)
-    return most, batch // most
-
-
-def prepare(job: TrainJob, hardware: Hardware, tokens: TokenRows) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The model with its LoRA layers, from an earlier adapter if any; the arguments of those layers and of SFTConfig.
-
-    `gradient_checkpointing` is on where the activations would fill more than half of the memory left beside the
-    weights; it costs about a third of the speed.
-    """
-    settings, arguments = job.settings, sft_arguments(job, hardware, len(tokens.rows))
+def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
+    """The model to be trained, with its LoRA layers and from an earlier training if any; the arguments of LoraConfig,
+    {} where all weights are trained."""
+    job, hardware = setup.job, setup.hardware
+    settings, twice = job.settings, setup.arguments["gradient_checkpointing"]
+    full = settings.method == "full"
+    if full and job.adapter_from:
+        check_same_model(job.adapter_from, model_folder(job.model))
     model = load_model(
-        job.model, hardware, four_bits=settings.load_in_4bit, max_length=job.max_length, seed=job.random_seed
+        str(job.adapter_from) if full and job.adapter_from else job.model,
+        hardware,
+        method=settings.method,
+        max_length=job.max_length,
+        seed=job.random_seed,
+        checkpointing=twice,
     )
-    size = model.config.get_text_config()
-    batch = arguments["per_device_train_batch_size"] * max(len(row["input_ids"]) for row in tokens.rows)
-    wanted = activation_bytes(size.num_hidden_layers, size.hidden_size, size.vocab_size, batch)
-    arguments["gradient_checkpointing"] = 2 * wanted > hardware.free - model.get_memory_footprint()
+    if full:
+        return model, {}
     lora = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
     shape = {**lora, "bias": "none", "target_modules": linear_names(model)}
-    model = add_lora(model, shape, hardware, job.random_seed, arguments["gradient_checkpointing"])
+    model = add_lora(model, shape, hardware, job.random_seed, twice)
     if job.adapter_from:
         go_on_from(model, job.adapter_from, shape)
-    return model, shape, arguments
+    return model, shape
 
 
-def activation_bytes(layers: int, hidden: int, vocabulary: int, tokens: int) -> int:
-    """Roughly what a forward pass keeps for the backward one, in 32 bits.
-
-    34 bytes for each token, layer and hidden unit in 16 bits, attention's scores not kept (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models", section 4); the logits three times over.
-    """
-    return 2 * 34 * tokens * layers * hidden + 3 * 4 * tokens * vocabulary
-
-
-def fit(
-    model: Any, tokenizer: Any, tokens: TokenRows, arguments: Mapping[str, Any], progress: Progress
-) -> list[dict[str, Any]]:
-    """Train; one entry for each step. TapirError when the GPU's memory runs out."""
+def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path, progress: Progress) -> None:
+    """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out."""
     import torch
-    from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    log: list[dict[str, Any]] = []
-    trainer = SFTTrainer(
-        model, SFTConfig(**arguments), train_dataset=Dataset.from_list(tokens.rows), processing_class=tokenizer
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(recorder(log, progress))
+    output = course.folder or scratch
+    last = checkpoints.newest(output, course.job) if course.resumed else None
+    micro = setup.arguments["per_device_train_batch_size"]
     try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        fix = (
-            "Lower train.micro_batch_size (the result stays the same) or student.max_length, or set train.load_in_4bit."
-        )
-        raise TapirError("the GPU's memory ran out", where="train", fix=fix) from error
-    return log
+        arguments = SFTConfig(**setup.arguments, output_dir=str(output))
+        trainer = SFTTrainer(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watcher(course, setup, progress))
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain class
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
 
 
-def recorder(log: list[dict[str, Any]], progress: Progress) -> Any:
-    """A callback of the Trainer that adds each step to `log` and passes it on as progress."""
+def watcher(course: Course, setup: Setup, progress: Progress) -> Any:
+    """A callback of the Trainer that keeps the log, passes steps on as progress, and makes checkpoints."""
     from transformers import TrainerCallback
 
-    started = time.monotonic()
+    processes = setup.hardware.processes
+    before = course.log[-1]["tokens"] if course.log else 0  # the Trainer counts from 0 again after a cut
+
+    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoints.start_clock(course)
+
+    def on_epoch_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoints.epoch_begins(course, processes)
 
     def on_log(self: Any, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if "loss" not in logs:  # the summary at the end
-            return
-        seconds = time.monotonic() - started
-        kept = {key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm", "epoch")}
-        tokens = int(logs.get("num_tokens", 0))
-        log.append(
-            {
-                "step": state.global_step,
-                **kept,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "seconds": seconds,
-            }
-        )
-        progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+        if "loss" in logs:  # the summary at the end has none
+            course.log.append(entry(course, state.global_step, logs, before, args.per_device_train_batch_size))
+            progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
 
-    return type("Recorder", (TrainerCallback,), {"on_log": on_log})()
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and checkpoints.is_due(course, processes):
+            control.should_save = True
+
+    def on_save(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        args.distributed_state.wait_for_everyone()
+        if is_first():
+            checkpoints.keep(course, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    hooks = (on_train_begin, on_epoch_begin, on_log, on_step_end, on_save)
+    return type("Watcher", (TrainerCallback,), {hook.__name__: hook for hook in hooks})()
+
+
+def entry(course: Course, step: int, logs: Mapping[str, float], before: int, micro: int) -> dict[str, Any]:
+    """A step for the log. `tokens` and `seconds` are counted from the beginning of the training, `tokens_per_second`
+    from the step before; `peak_memory` is in bytes."""
+    tokens, seconds = before + int(logs.get("num_tokens", 0)), time.monotonic() - course.began
+    last = course.log[-1] if course.log else {"tokens": 0, "seconds": 0.0}
+    return {
+        "step": step,
+        **{key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm", "epoch")},
+        "tokens": tokens,
+        "tokens_per_second": (tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9),
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
+        "micro_batch_size": micro,
+    }
+
+
+def is_first() -> bool:
+    """Whether this process is alone, or the first of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory() -> int:
@@ -330,18 +307,48 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_adapter(out: Path, model: Any, resolved: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """The adapter's folder: weights and config, resolved.json, train_log.jsonl."""
-    with whole(out) as partial:
+def resolved(setup: Setup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[str, Any]:
+    """What was made of the settings: for resolved.json."""
+    job, hardware = setup.job, setup.hardware
+    micro = setup.arguments["per_device_train_batch_size"]
+    return {
+        "model": job.model,
+        "method": job.settings.method,
+        "device": hardware.device,
+        "backend": hardware.backend,
+        "precision": hardware.precision,
+        "processes": hardware.processes,
+        "versions": versions(),
+        "rows": tokens.counts,
+        "micro_batch_size": {"asked": job.settings.micro_batch_size, "used": micro},
+        "lora": shape,
+        "sft": setup.arguments,
+    }
+
+
+def write_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
+    """The folder of what was trained: the adapter, or the whole model with its tokenizer; beside it resolved.json and
+    train_log.jsonl."""
+    with whole(job.out) as partial:
         model.save_pretrained(partial)
-        config = orjson.loads((partial / "adapter_config.json").read_bytes())
-        config["target_modules"].sort()  # PEFT writes a set, in another order each time
-        write_json(partial / "adapter_config.json", config)
+        if job.settings.method == "full":
+            copy_beside(model_folder(job.model), partial)
+        else:
+            config = orjson.loads((partial / "adapter_config.json").read_bytes())
+            config["target_modules"].sort()  # PEFT writes a set, in another order each time
+            write_json(partial / "adapter_config.json", config)
         (partial / "README.md").unlink(missing_ok=True)  # an empty form, and the run has its own card
-        write_json(partial / "resolved.json", resolved)
+        write_json(partial / "resolved.json", settled)
         (partial / "train_log.jsonl").write_bytes(
             b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in log)
         )
+
+
+def copy_beside(model: Path, out: Path) -> None:
+    """The student's tokenizer and template, as they are, beside its trained weights: a whole model."""
+    for file in model.iterdir():
+        if file.suffix in BESIDE and not file.name.endswith(".index.json") and not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
 
 
 if __name__ == "__main__":

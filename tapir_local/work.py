@@ -27,6 +27,7 @@ class Tools:
     export: Callable[[Path, Path, Progress], None]  # adapter, GGUF out
     gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
     score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]  # GGUF, prompts with completions
+    ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tapir_local import prompts
 from tapir_local.distill import Watch
+from tapir_local.gate import Figures, GateReport
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import read_rows, write_json, write_text
+from tapir_local.rundir import read_rows, write_json, write_record, write_text
 from tapir_local.work import Progress, Tools
 
 RECIPE = """
@@ -21,6 +22,7 @@ teacher: {kind: pocket}
 curriculum: {rows: 20, first_rows: 10, drafts: 2}
 classifier: {labelled: 30}
 """
+PASSED = GateReport((), 600, 0, (), 0, 0, Figures(1e-4, 0.5, 0.01, 1.0, 100), 1e-2, 0.9)
 QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
 
 
@@ -107,6 +109,12 @@ def score(gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress) -
     ]
 
 
+def ship(student: Path, out: Path, progress: Progress) -> None:
+    for name in ("student.gguf", "gate.json"):
+        (out / name).write_bytes((student / name).read_bytes())
+    (out / "Modelfile").write_text("FROM ./student.gguf\n")
+
+
 def tools(world: World) -> Tools:
     return Tools(
         teacher=world.ask,
@@ -115,8 +123,9 @@ def tools(world: World) -> Tools:
         classify=classify,
         train=train,
         export=lambda adapter, out, progress: write_text(out, (adapter / "known").read_text()),
-        gate=lambda adapter, gguf, rows, out, progress: write_json(out, {"passed": True}),
+        gate=lambda adapter, gguf, rows, out, progress: write_record(out, PASSED),
         score=score,
+        ship=ship,
         check=lambda instruction, answer: "right" in answer,
     )
 

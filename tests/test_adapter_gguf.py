@@ -11,10 +11,10 @@ from models import make_adapter, make_model, merged_model
 
 import cli
 from tapir_local.adapter_gguf import export_adapter
+from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
 from tapir_local.gate import GateReport, gate
-from tapir_local.generate import logits
 from tapir_local.llama import encode, open_context, open_model
 from tapir_local.records import Example, Message
 

@@ -2,13 +2,15 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import cli
-from tapir_local.answering import InOrder, read_prompts
+from tapir_local.answering import InOrder, Manner, answer_file, opened, read_prompts, task_of
+from tapir_local.console import left
 from tapir_local.errors import TapirError
 from tapir_local.generate import generate
 from tapir_local.records import Completion
@@ -84,3 +86,77 @@ def test_what_is_done_early_waits_for_its_turn() -> None:
     for id, lines in (("c", 0), ("a", 1), ("b", 3)):
         ordered.add(Completion(id, "x", "stop", 1))
         assert out.getvalue().count("\n") == lines
+
+
+def asked(folder: Path, count: int = 30) -> Path:
+    """Prompts of several lengths, one of them too long for a context of 128 tokens."""
+    rows = [{"instruction": f"What is {n} times {n}? " * (1 + n % 3)} for n in range(count)]
+    return written(folder / "asked.jsonl", [*rows[:7], {"instruction": "word " * 300}, *rows[7:]])
+
+
+def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path: Path) -> None:
+    """Killed after some answers, with a torn line as the last: the same command keeps the whole ones."""
+    words = ["generate", str(llama.gguf), str(asked(tmp_path)), "--context", "128", "--max-tokens", "8", "--exact"]
+    uncut = CliRunner().invoke(cli.cli, [*words, "-o", str(tmp_path / "uncut.jsonl")], catch_exceptions=False)
+    cut = tmp_path / "cut.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(llama.gguf, words, cut, after=12)
+    partial = tmp_path / "cut.jsonl.partial"
+    kept = partial.read_text().splitlines()
+    partial.write_text("\n".join(kept) + '\n{"id":"torn')
+    found = CliRunner().invoke(cli.cli, [*words, "-o", str(cut)], catch_exceptions=False)
+    assert f"{len(kept)} answers are there already" in found.stderr
+    assert cut.read_text() == (tmp_path / "uncut.jsonl").read_text()
+    assert "31 answers" in uncut.stderr
+    assert "31 answers" in found.stderr
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
+    """The command stopped after so many answers, as Ctrl-C does it."""
+    manner = Manner(8, 128, None, 0.0, 1, True)
+    done: list[int] = []
+
+    def stop(count: int, total: int) -> None:
+        done.append(count)
+        if count == after:
+            raise KeyboardInterrupt
+
+    with opened(out, io.StringIO(), task_of(gguf, Path(words[2]), manner)) as (file, _):
+        answer_file(gguf, Path(words[2]), file, manner, stop)
+
+
+def test_a_cut_run_of_another_task_begins_anew(llama, tmp_path: Path) -> None:
+    words = ["generate", str(llama.gguf), str(asked(tmp_path))]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(llama.gguf, words, tmp_path / "out.jsonl", after=20)
+    again = [*words, "-o", str(tmp_path / "out.jsonl"), "--context", "128", "--max-tokens", "4"]
+    found = CliRunner().invoke(cli.cli, again, catch_exceptions=False)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert "already" not in found.stderr
+    assert max(row["tokens"] for row in rows) == 4
+
+
+def test_the_last_line_says_how_many_were_at_once_and_what_memory_they_took(llama, tmp_path: Path) -> None:
+    words = ["generate", str(llama.gguf), str(asked(tmp_path, 9)), "--parallel", "3", "--max-tokens", "2"]
+    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    assert re.search(r"; 3 at once in a context of 1,536 tokens \([\d.]+ MB of [\d.]+ GB free\)\n$", found.stderr)
+
+
+def test_answers_end_before_a_stop_string(llama, tmp_path: Path) -> None:
+    whole = run(llama.gguf, asked(tmp_path, 9), "--max-tokens", 12)
+    [stop] = {row["text"][3:5] for row in whole[:1]}
+    found = run(llama.gguf, asked(tmp_path, 9), "--max-tokens", 12, "--stop", stop, "--stop", "never written")
+    assert [row["text"] for row in found] == [row["text"].split(stop)[0] for row in whole]
+    assert found[0]["finish"] == "stop"
+
+
+@pytest.mark.parametrize("words", [["--parallel", "0"], ["--parallel", "many"], ["--stop", ""]])
+def test_what_cannot_be_is_refused(llama, words: list[str], tmp_path: Path) -> None:
+    found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(asked(tmp_path)), *words])
+    assert found.exit_code == 2
+    assert words[0] in found.stderr
+
+
+def test_time_left_is_told() -> None:
+    assert (left(90, 1.5), left(7200, 1), left(5, 0)) == ("0:01:00", "2:00:00", "?")

@@ -92,7 +92,7 @@ def test_more_rounds_go_on_from_a_finished_run(recipe: Recipe, tmp_path: Path) -
     run, world = RunDir(tmp_path, "fake"), World()
     distill(recipe, run, tools(world), QUIET)
     more = recipe.model_copy(update={"rounds": 3})
-    assert distill(more, run, tools(world), QUIET) == 11
+    assert distill(more, run, tools(world), QUIET) == 12  # eleven stages of the round, and model/ anew
     assert kept_recipe(run).rounds == 3
 
 
@@ -118,7 +118,7 @@ def test_redo_deletes_from_the_last_backwards_and_the_run_comes_back_the_same(re
     distill(recipe, run, tools(world), QUIET)
     before, paid = outputs(run), len(world.asked)
     gone = redo(run, 1, "plan")
-    assert (gone[0], gone[-1]) == ("round-02/evaluate", "round-01/plan")
+    assert (gone[0], gone[1], gone[-1]) == ("end/ship", "round-02/evaluate", "round-01/plan")
     assert [step.name for step in pending(sequence(run, 2), "fake")] == gone[::-1]
     distill(recipe, run, tools(world), QUIET)
     assert outputs(run) == before

@@ -11,10 +11,10 @@ from conftest import Student
 from models import CHATML, make_adapter, make_model, merged_model
 
 from tapir_local import export, families, gguf_vocab
+from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
 from tapir_local.gate import GateJob, GateReport, gate, pass_gate, run_folder
-from tapir_local.generate import logits
 from tapir_local.llama import encode, metadata, open_context, open_model
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows

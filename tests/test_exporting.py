@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -
     assert "texts tokenised alike" in found.stderr
     assert json.loads((tmp_path / "student.gguf.gate.json").read_text())["failed"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.gguf", "student.gguf.gate.json"]
+    assert found.stdout == f"{sha256(out.read_bytes()).hexdigest()}  {out}\n"
+
+
+def test_a_modelfile_beside_it_where_it_is_asked_for(llama, tmp_path: Path) -> None:
+    words = ["export", str(llama.model), str(tmp_path / "base.gguf"), "--modelfile", "--no-gate"]
+    CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    text = (tmp_path / "base.gguf.Modelfile").read_text()
+    assert text.startswith("FROM ./base.gguf\nTEMPLATE")
+    assert "num_ctx" not in text  # nothing is known of how it was trained
+    assert CliRunner().invoke(cli.cli, [*words, "--adapter-only"]).exit_code == 2
 
 
 def test_without_the_gate_there_is_no_report(llama, tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
 """Batched answers of a GGUF: the same as transformers', in order, stopped where they ought to be."""
 
 import json
+import random
 from codecs import getincrementaldecoder
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from models import make_adapter, make_model, merged_model
 
+from tapir_local.adapter_gguf import export_adapter
+from tapir_local.batching import logits, make_batch
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
-from tapir_local.generate import Manner, answer, answer_each, chat_stream, common, encode_prompt, generate, logits
+from tapir_local.generate import answer, chat_stream, encode_prompt, generate
 from tapir_local.llama import (
+    Engine,
+    Model,
     decode,
     encode,
     is_end,
@@ -23,7 +29,8 @@ from tapir_local.llama import (
     tokenize,
 )
 from tapir_local.records import Completion, Message
-from tapir_local.sampling import Sampler, make_chain, open_grammar, pick, samplers, take
+from tapir_local.sampling import GREEDY, Sampler, draw, open_grammar, pick, samplers, take
+from tapir_local.sequences import Manner, Work, Written, answer_each, common, leave, step
 
 SUBJECTS = (
     "7 times 8",
@@ -180,11 +187,119 @@ def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
     with open_model(llama.gguf) as model, open_context(model, cells=1024, sequences=3) as engine:
         tokens = [encode_prompt(model, prompt) for prompt in PROMPTS]
         manner = Manner(24, 256)
-        answer_each(engine, tokens, lambda n, ids, _: found.update({n: ids}), manner, [0] * 10, begin)
+        answer_each(engine, tokens, lambda n, written: found.update({n: written.tokens}), manner, [0] * 10, begin)
         answer_each(engine, tokens, lambda *_: pytest.fail("none was to be begun"), manner, [0] * 10, lambda _: False)
     assert sorted(found) == [1, 2, 3, 5, 6, 7, 8]
     assert [number for number, _ in asked] == list(range(10))
     assert max(number - 2 - done for number, done in asked) <= 3, "asked late, not all at the start"
+
+
+# Stop strings
+
+
+def test_a_stop_string_ends_an_answer_wherever_it_lies_in_the_tokens(llama) -> None:
+    """Every piece of two to seven bytes of an answer: within a token, at its end, over several."""
+    settings = {"max_tokens": 24, "context": 256}
+    whole = generate(llama.gguf, PROMPTS[:3], **settings)
+    text = whole[1].text
+    pieces = {text[at : at + size] for at in range(0, len(text) - 7, 3) for size in (2, 4, 7)}
+    pieces = [piece for piece in pieces if "\ufffd" not in piece]
+    assert len(pieces) > 10
+    for stop in pieces:
+        for found, uncut in zip(generate(llama.gguf, PROMPTS[:3], stops=[stop], **settings), whole, strict=True):
+            assert found.text == uncut.text.split(stop)[0]
+            assert found.finish == ("stop" if stop in uncut.text else uncut.finish)
+            assert found.tokens <= uncut.tokens
+
+
+def test_the_first_of_several_stop_strings_ends_an_answer(llama) -> None:
+    [whole] = generate(llama.gguf, PROMPTS[1:2], **SETTINGS)
+    early, late = whole.text[3:6], whole.text[12:15]
+    [found] = generate(llama.gguf, PROMPTS[1:2], stops=[late, early, "not in it"], **SETTINGS)
+    assert found.text == whole.text[: whole.text.index(early)]
+
+
+# Cells
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_shared_and_split_cells_give_the_same_answers(students, split: bool) -> None:
+    """Prompts that begin alike, so that the beginning is copied, and more of them than places."""
+    head = "You are asked a question, and answer it in few words, or in one where one is enough. " * 2
+    asked = [(Message("system", head), *prompt) for prompt in PROMPTS]
+    for student in students.values():
+        alone = generate(student.gguf, asked, parallel=1, exact=True, max_tokens=12, context=512)
+        with open_model(student.gguf) as model:
+            tokens = [encode_prompt(model, prompt) for prompt in asked]
+            assert common(tokens) > 32
+            with open_context(model, cells=4 * 512, sequences=4, exact=True, split=split) as engine:
+                found = answer(engine, tokens, max_tokens=12, context=512, temperature=0, seeds=[0] * 10)
+            assert [decode(model, ids) for ids, _ in found] == [one.text for one in alone]
+
+
+def test_sequences_that_end_leave_gaps_that_change_nothing(llama) -> None:
+    """Twelve places, answers of 1 to 12 tokens in a scattered order, and none to follow: gaps narrow and wide."""
+    lengths = [3, 12, 1, 1, 9, 2, 2, 2, 2, 2, 11, 5]
+    with open_model(llama.gguf) as model:
+        tokens = [encode_prompt(model, PROMPTS[number % 10]) for number in range(12)]
+        ends = [answers_of(model, [ids], 1)[0][:length] for ids, length in zip(tokens, lengths, strict=True)]
+        found = dict[int, list[int]]()
+        with open_context(model, cells=12 * 256, sequences=12, exact=True, split=True) as engine:
+            cut_at(engine, tokens, lengths, found)
+    assert [found[number] for number in range(12)] == ends
+
+
+def answers_of(model: Model, tokens: list[list[int]], sequences: int) -> list[list[int]]:
+    """Twelve tokens for each prompt, whatever ends a turn."""
+    found = dict[int, list[int]]()
+    with open_context(model, cells=256 * sequences, sequences=sequences, exact=True, split=True) as engine:
+        cut_at(engine, tokens, [12] * len(tokens), found)
+    return [found[number] for number in range(len(tokens))]
+
+
+def cut_at(engine: Engine, tokens: list[list[int]], lengths: list[int], found: dict[int, list[int]]) -> None:
+    """Answers of these lengths: the context that each may fill is cut through the prompt's own room."""
+    engine.model.ends.update(dict.fromkeys(range(500), False))
+    with samplers(engine.model, 0.0, [0] * len(tokens)) as known:
+        batch, slots = make_batch(engine.batch), list(range(engine.sequences))[::-1]
+        keep = lambda number, written: found.update({number: written.tokens})  # noqa: E731
+        work = Work(
+            engine, batch, tokens, Manner(12, 256), 0, known, deque(range(len(tokens))), slots, engine.cells, keep
+        )
+        while work.queue or work.running:
+            step(work)
+            for run in [run for run in work.running if len(run.written) == lengths[run.number]]:
+                leave(work, run, "length")
+
+
+def test_a_context_without_cells_for_all_lets_the_last_begin_anew(llama) -> None:
+    """The engine is told of more cells than there are: llama.cpp finds none, and one answer after another waits."""
+    asked = [(Message("user", "Count the words. " * 6 + subject),) for subject in SUBJECTS]
+    alone = generate(llama.gguf, asked, parallel=1, exact=True, max_tokens=40, context=250)
+    began: list[int] = []
+    found: dict[int, str] = {}
+    with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=9, exact=True) as engine:
+        tokens = [encode_prompt(model, prompt) for prompt in asked]
+        assert sum(map(len, tokens[:8])) > 256
+
+        def begin(number: int) -> bool:
+            began.append(number)
+            return True
+
+        def keep(number: int, written: Written) -> None:
+            found[number] = written.text(model)
+
+        answer_each(replace(engine, cells=10_000), tokens, keep, Manner(40, 250), [0] * 10, begin)
+    assert [found[number] for number in range(10)] == [one.text for one in alone]
+    assert sorted(began) == list(range(10)), "each is begun once for those who count"
+
+
+def test_a_context_without_cells_for_one_is_an_error(llama) -> None:
+    asked = (Message("user", "Count the words. " * 60),)
+    with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=2) as engine:
+        tokens = [encode_prompt(model, asked)] * 2
+        with pytest.raises(TapirError, match="no room in the context"):
+            answer_each(replace(engine, cells=9999), tokens, print, Manner(5, 9999), [0, 0])
 
 
 # Held to a schema
@@ -222,10 +337,25 @@ def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
         for seed in range(300):
             with samplers(model, 1.0, [seed], {"enum": []}) as known:
                 known.grammar = "root ::= [ab]"
-                drawn.append(pick(engine, take(known, 0), len(prompt) - 1))
+                drawn.append(pick(model, take(known, 0), row))
     odds = 1 / (1 + 2.718281828 ** float(row[b] - row[a]))
     assert set(drawn) == {a, b}
     assert abs(drawn.count(a) / 300 - odds) < 0.1
+
+
+def test_tokens_are_drawn_by_the_softmax_at_a_temperature() -> None:
+    """Against NumPy's own draws of the same odds; the vocabulary ends within a block."""
+    import numpy as np
+
+    row = np.random.default_rng(1).normal(0, 3, 1300).astype(np.float32)
+    row[::7] = -np.inf  # what a grammar refuses
+    odds = np.exp((row - row.max()) / 0.7) / np.exp((row - row.max()) / 0.7).sum()
+    drawn = [draw(Sampler(0.7, random.Random(seed)), row) for seed in range(4000)]
+    counts = np.bincount(drawn, minlength=1300)
+    likely = odds > 0.005
+    assert (counts[row == -np.inf] == 0).all()
+    assert (abs(counts - 4000 * odds)[likely] < 5 * np.sqrt(4000 * odds[likely])).all()
+    assert draw(GREEDY, row) == row.argmax()
 
 
 def test_a_schema_cut_at_max_tokens_is_no_json_and_says_so(llama) -> None:
@@ -247,10 +377,10 @@ def test_what_is_no_schema_is_an_error_and_no_crash(llama, schema: dict) -> None
 def test_a_grammar_that_lets_nothing_follow_ends_the_answer(llama) -> None:
     """llama.cpp ends the process when its grammar is to accept a token that it refused."""
     with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=1) as engine:
-        logits(engine, encode(model, "a b"))
-        for temperature in (0.0, 1.0):
-            assert pick(engine, Sampler(make_chain(temperature, 1), open_grammar(model, r'root ::= "\x00"')), 0) is None
-        ended = pick(engine, Sampler(make_chain(0.0, 1), open_grammar(model, 'root ::= ""')), 0)
+        row = logits(engine, encode(model, "a b"))[0]
+        for chance in (None, random.Random(1)):
+            assert pick(model, Sampler(1.0, chance, open_grammar(model, r'root ::= "\x00"')), row) is None
+        ended = pick(model, Sampler(0.0, None, open_grammar(model, 'root ::= ""')), row)
         assert ended is not None
         assert is_end(model, ended)
 
@@ -274,6 +404,22 @@ def test_missing_or_broken_files_do_not_crash(llama, tmp_path: Path) -> None:
         generate(llama.gguf, PROMPTS, adapter=tmp_path / "none.gguf", **SETTINGS)
     with pytest.raises(TapirError, match="cannot load the adapter"):
         generate(llama.gguf, PROMPTS, adapter=llama.gguf, **SETTINGS)
+
+
+def test_an_adapter_writes_as_the_merged_model_and_another_bases_is_refused(students, tmp_path: Path) -> None:
+    student, lora = students["llama"], tmp_path / "lora.gguf"
+    base = tmp_path / "base.gguf"
+    export_gguf(student.model, base, adapter=None, quant="f32")
+    export_adapter(student.model, student.adapter, lora)
+    settings = {**SETTINGS, "exact": True}
+    assert generate(base, PROMPTS, adapter=lora, **settings) == generate(student.gguf, PROMPTS, **settings)
+    wide = make_model(tmp_path / "wide", hidden_size=32)
+    export_gguf(wide, tmp_path / "wide.gguf", adapter=None, quant="f32")
+    for other in (tmp_path / "wide.gguf", students["qwen2"].gguf):
+        with pytest.raises(TapirError, match="cannot load the adapter over this model") as caught:
+            generate(other, PROMPTS, adapter=lora, **SETTINGS)
+        assert caught.value.where == str(lora)
+        assert "base" in caught.value.fix
 
 
 def test_llama_cpp_is_silent(llama, tmp_path: Path, capfd) -> None:

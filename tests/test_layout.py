@@ -16,14 +16,15 @@ pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_lang
 prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
 stats memory
 rundir assets lockfile seedfiles
-llama sampling generate score
+libllama llama ollama batching room sampling sequences generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
-lora classifier train gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate
-work rows prepare reflecting writing judge_asking stages distill tools forecast chat
+lora footprint sft checkpoints classifier train
+gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
+work rows prepare reflecting writing judge_asking stages card shipping distill tools forecast chat
 report costs why whatif doctor display labels
 sides compare comparison explanations
-answering exporting console calls_cli runs_cli models_cli
+answering console calls_cli runs_cli models_cli
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import Gpu, check_disk, free_memory, gpus, size
+from tapir_local.memory import Gpu, check_disk, free_memory, gpus, size, take_gpu
 
 
 def test_free_memory_is_some_of_what_the_machine_has() -> None:
@@ -31,9 +31,26 @@ def test_gpus_are_read_from_what_their_driver_says(tmp_path: Path, monkeypatch: 
     assert gpus() == [Gpu("NVIDIA H200, SXM", 1 << 30, 143771 << 20)]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "rest"),
+    [(1 << 30, ""), (3 << 30, "; the classifier takes about 3.2 GB: another process holds what is missing")],
+)
+def test_what_is_free_of_a_gpu_is_said_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int, rest: str
+) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA A, 100, 24576'\necho 'NVIDIA B, 2048, 24576'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    said: list[str] = []
+    take_gpu(wanted, "the classifier", said.append)
+    assert said == [f"NVIDIA B: 2.1 GB of 25.8 GB free{rest}"]
+
+
 def test_no_driver_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus() == []
+    take_gpu(1 << 50, "anything", pytest.fail)
 
 
 def test_sizes_are_told_as_disks_are_sold() -> None:

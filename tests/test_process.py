@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.process import run_module
+from tapir_local.process import Killed, OutOfMemory, run_module
 
 HEAD = """
 import os, signal, sys, time
 from pathlib import Path
 from tapir_local.errors import TapirError
-from tapir_local.process import child_main
+from tapir_local.process import OutOfMemory, child_main, remark
 """
 TAIL = """
 sys.exit(child_main(work))
@@ -28,9 +28,9 @@ def child(tmp_path, monkeypatch):
     """Runs the body of a `work(folder, progress)` as a module of its own; the log file is tmp_path/log."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
-    def run(body: str, progress=None) -> None:
+    def run(body: str, progress=None, *more) -> None:
         (tmp_path / "heavy.py").write_text(f"{HEAD}\ndef work(folder, progress):\n    {body}\n{TAIL}")
-        run_module("heavy", tmp_path, tmp_path / "log", progress)
+        run_module("heavy", tmp_path, tmp_path / "log", progress, *more)
 
     return run
 
@@ -127,3 +127,45 @@ def test_files_in_the_users_folder_do_not_take_the_place_of_packages(child, tmp_
     seen = []
     child("progress(1, 1, 'well')", lambda *step: seen.append(step))
     assert seen == [(1, 1, "well")]
+
+
+def test_a_remark_is_said_and_is_no_progress(child):
+    seen, said = [], []
+    child("remark(progress, 'without Unsloth'); progress(1, 1, 'loss')", lambda *step: seen.append(step), said.append)
+    assert (seen, said) == ([(1, 1, "loss")], ["without Unsloth"])
+
+
+def test_a_remark_that_nobody_asks_for_is_on_stderr(child, capfd):
+    child("remark(progress, 'without Unsloth')")
+    assert capfd.readouterr().err == "without Unsloth\n"
+
+
+def test_memory_that_ran_out_is_known_as_such(child):
+    with pytest.raises(OutOfMemory) as caught:
+        child("raise OutOfMemory('too much', where='train', fix='less')")
+    assert (caught.value.what, type(caught.value)) == ("too much", OutOfMemory)
+    with pytest.raises(Killed):
+        child("os.kill(os.getpid(), signal.SIGKILL)")
+
+
+LAUNCHER = """
+import os, subprocess, sys
+print("a launcher's own line")
+many = [subprocess.Popen([sys.executable, *sys.argv[1:]], env={**os.environ, "RANK": str(n)}) for n in range(3)]
+sys.exit(max(one.wait() != 0 for one in many))
+"""
+
+
+def test_of_a_launchers_processes_the_first_reports_and_any_may_fail(child, tmp_path):
+    (tmp_path / "launch.py").write_text(LAUNCHER)
+    seen, launcher = [], [sys.executable, str(tmp_path / "launch.py")]
+    child("progress(1, 1, os.environ['RANK'])", lambda *step: seen.append(step), print, launcher)
+    assert seen == [(1, 1, "0")]
+    assert "a launcher's own line" in (tmp_path / "log").read_text()
+    with pytest.raises(TapirError, match="the third"):
+        child("if os.environ['RANK'] == '2': raise TapirError('the third failed')", None, print, launcher)
+
+
+def test_a_launcher_that_is_not_there_is_named(child):
+    with pytest.raises(TapirError, match="no-such-launcher cannot be started: No such file"):
+        child("pass", None, print, ["no-such-launcher"])

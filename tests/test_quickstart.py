@@ -58,6 +58,7 @@ def test_status_has_what_others_rely_on(run: RunDir) -> None:
         assert all({"name", "done", "seconds"} <= set(stage) and stage["done"] for stage in row["stages"])
         assert {"win_rate", "accuracy", "by_task", "judged", "unjudged"} <= set(row["metrics"])
         assert row["metrics"]["rows"] == row["metrics"]["judged"] == 60
+    assert [(stage["name"], stage["done"]) for stage in found["end"]] == [("ship", True)]  # type: ignore[attr-defined]
 
 
 def test_the_holdout_is_never_trained_on(run: RunDir) -> None:

@@ -183,3 +183,43 @@ def test_every_setting_is_read_by_the_program() -> None:
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     names = {path.rpartition(".")[2] for path, *_ in settings()}
     assert names - read == set()
+
+
+def test_a_recipe_that_a_run_kept_may_still_say_load_in_4bit() -> None:
+    for word, method in (("true", "qlora"), ("false", "lora")):
+        assert parse_recipe(f"teacher: pocket\ntrain: {{load_in_4bit: {word}}}", "r").train.method == method
+
+
+def test_a_launcher_is_a_line_or_a_list_of_words() -> None:
+    line, words = (
+        parse_recipe(f"teacher: pocket\ntrain: {{launcher: {said}}}", "r").train.launcher
+        for said in ("accelerate launch --num_processes 2", "[accelerate, launch, --num_processes, '2']")
+    )
+    assert line == words == "accelerate launch --num_processes 2"
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ("{method: dora}", "train.method: Input should be 'lora', 'qlora' or 'full'"),
+        ("{precision: fp8}", "train.precision"),
+        ("{gradient_checkpointing: maybe}", "train.gradient_checkpointing"),
+        ("{checkpoint_minutes: -1}", "greater than or equal to 0"),
+        ("{backend: unsloth, packing: true}", "go with plain TRL"),
+        ("{backend: unsloth, launcher: accelerate launch}", "go with plain TRL"),
+    ],
+)
+def test_settings_of_training_that_will_not_do_are_refused(train: str, said: str) -> None:
+    assert said in refused(f"teacher: pocket\ntrain: {train}")
+
+
+@pytest.mark.parametrize("other", ["train: {method: full}\nexport: {", "export: {converter: x, "])
+def test_rounds_as_adapters_need_an_adapter_of_a_family_that_is_mapped(other: str) -> None:
+    assert "`rounds: adapter` goes neither with" in refused(f"teacher: pocket\n{other}rounds: adapter}}")
+
+
+def test_how_a_batch_goes_through_the_hardware_may_change_in_mid_run() -> None:
+    old = parse_recipe("teacher: pocket", "r")
+    free = {"micro_batch_size": 1, "gradient_checkpointing": True, "checkpoint_minutes": 0, "launcher": "torchrun"}
+    assert differing(old, overridden(old, {f"train.{name}": value for name, value in free.items()})) == []
+    assert differing(old, overridden(old, {"train.method": "full"})) == ["train.method: 'lora' -> 'full'"]

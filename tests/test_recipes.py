@@ -18,7 +18,6 @@ from server import Server, send
 from cli import distill as command
 from tapir_local import classifier, export, gate, pocket, train
 from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files, student_folder
-from tapir_local.chat import base_gguf
 from tapir_local.dataset import Draft
 from tapir_local.distill import distill, sequence
 from tapir_local.errors import TapirError
@@ -32,6 +31,7 @@ from tapir_local.recipe_text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, read_record, read_rows, write_record
 from tapir_local.stages import ROUND
+from tapir_local.student import base_gguf
 from tapir_local.template import training_text
 from tapir_local.tools import real_tools
 
@@ -93,7 +93,7 @@ def test_the_paper_recipe_has_the_papers_settings() -> None:
 # That it runs
 
 
-def here(module: str, job: Any, folder: Path, progress: Progress | None = None) -> None:
+def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
     """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
@@ -210,7 +210,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
         assert template_of(run.round(number) / "student.gguf")[0] == wanted
     held, answers = (run.path / "holdout.jsonl", run.round(1) / "holdout-answers.jsonl")
     assert [row.id for row in read_rows(Completion, answers)] == [row.id for row in read_rows(Example, held)]
-    assert template_of(base_gguf(run, recipe, print))[0] == wanted
+    assert template_of(base_gguf(recipe, run))[0] == wanted
     assert bool(server.bodies) == (recipe.teacher.kind == "openai")
 
 

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 from models import merged_model
 
+from tapir_local.adapter_gguf import export_adapter
 from tapir_local.errors import TapirError
+from tapir_local.export import export_gguf
 from tapir_local.ifd import ifd, perplexity
+from tapir_local.llama import open_model
 from tapir_local.records import Message, Scored
+from tapir_local.room import open_first, planned_reading
 from tapir_local.score import score
 
 TEXTS = [
@@ -61,6 +65,23 @@ def test_a_text_longer_than_a_batch_is_scored_whole(llama) -> None:
     [long] = score(llama.gguf, [(TEXTS[0][0], "word " * 700)], context=4096)
     assert long.tokens > 700
     assert long.logprob < -700
+
+
+def test_an_adapter_over_its_base_scores_as_the_two_merged(llama, tmp_path: Path) -> None:
+    base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
+    export_gguf(llama.model, base, adapter=None, quant="f32")
+    export_adapter(llama.model, llama.adapter, lora)
+    merged, over = score(llama.gguf, TEXTS[:9], context=512), score(base, TEXTS[:9], adapter=lora, context=512)
+    assert [one.tokens for one in over] == [one.tokens for one in merged]
+    assert all(abs(a.logprob - b.logprob) < 0.02 * a.tokens for a, b in zip(over, merged, strict=True))
+    assert score(base, TEXTS[:1], context=512)[0].logprob != pytest.approx(over[0].logprob, abs=0.5)
+
+
+def test_no_memory_for_the_longest_text_is_said_with_the_numbers(llama) -> None:
+    with open_model(llama.gguf) as model:
+        plans = [planned_reading(model, cells, 64) for cells in (2**31 - 300, 2**30)]
+        with pytest.raises(TapirError, match=r"takes [\d,.]+ GB, and .* are free"), open_first(model, plans):
+            pytest.fail("there is no such memory")
 
 
 def test_nothing_to_score(llama) -> None:

@@ -1,0 +1,38 @@
+"""The end of a run: model/, with one whole GGUF, its gate's report, a Modelfile, a card and checksums."""
+
+import shutil
+from pathlib import Path
+
+from tapir_local.card import card
+from tapir_local.memory import size
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import parse_recipe
+from tapir_local.rundir import RunDir, sha256, whole
+from tapir_local.work import Stage, Work
+
+SUMS = "SHA256SUMS"
+
+
+def ship(work: Work, out: Path) -> str:
+    """The last round's student with all that goes along with it, whole or absent."""
+    with whole(out) as partial:
+        partial.mkdir()
+        work.tools.ship(work.run.round(work.recipe.rounds), partial, work.progress)
+        shutil.copyfile(work.run.path / "recipe.yaml", partial / "recipe.yaml")
+        (partial / "README.md").write_text(card(work.run, work.recipe, partial), encoding="utf-8")
+        (partial / SUMS).write_text(sums(sorted(partial.iterdir())), encoding="utf-8")
+    return f"{out}: student.gguf, {size((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
+
+
+def sums(files: list[Path]) -> str:
+    """Lines for `sha256sum -c`."""
+    return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+
+
+def stale(run: RunDir, recipe: Recipe) -> bool:
+    """Whether model/ is there and was made by other settings: of another number of rounds, or with another card."""
+    path = run.path / SHIP.output / "recipe.yaml"
+    return path.exists() and parse_recipe(path.read_text(encoding="utf-8"), str(path)) != recipe
+
+
+SHIP = Stage("ship", "model", ship)
