@@ -240,7 +240,10 @@ def show(run: str | None, number: int | None, labels: bool, cache: Path | None, 
 )
 @click.argument("run")
 @click.option(
-    "--round", "number", type=click.IntRange(min=0), help="The round; without it, a stage of the preparation."
+    "--round",
+    "number",
+    type=click.IntRange(min=0),
+    help="The round; without it, a stage of the preparation, or `ship`, the last.",
 )
 @click.option("--from", "stage", required=True, help="The stage; it and all that follow are deleted, the last first.")
 @cache_option

@@ -61,13 +61,17 @@ os._exit(0)
 
 @dataclass
 class Clock:
-    """Seconds of a run of ours: in steps that read no prompt (and tokens), and in llama_decode, choosing, and all."""
+    """Seconds of a run of ours: in steps that read no prompt (and the tokens of these), and in all.
+
+    `decoding` and `choosing` are of this thread's own time, as is `thread`, all of it: what else runs is not in them.
+    """
 
     generating: float = 0.0
     written: int = 0
     decoding: float = 0.0
     choosing: float = 0.0
     total: float = 0.0
+    thread: float = 0.0
     reading: bool = field(default=False, repr=False)
     rows: int = field(default=0, repr=False)
 
@@ -94,10 +98,9 @@ def main() -> None:
                 found[name].append(measure(gguf, options, Path(folder)))
                 if options.verbose:
                     print(f"  {name}: {found[name][-1]}", file=sys.stderr)
-    print(
-        f"{gguf.name}: {options.prompt_tokens} tokens read, {options.max_tokens} written, {options.parallel} in flight,"
-    )
-    print(f"{options.threads} threads, medians of {options.repeats}; {versions(options)}")
+    lengths = f"{options.prompt_tokens} tokens read, {options.max_tokens} written, {options.parallel} in flight"
+    print(f"{gguf.name}: {lengths}, {options.threads} threads")
+    print(f"medians of {options.repeats}; {versions(options)}")
     print(table({name: median(rates) for name, rates in found.items()}))
 
 
@@ -165,12 +168,12 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
             warm = prompts[: options.parallel]
             answer_each(engine, warm, lambda *_: None, Manner(2, length), [0] * len(warm))
             clock.__init__()  # type: ignore[misc]
-            started = time.perf_counter()
+            started, own = time.perf_counter(), time.thread_time()
             manner = Manner(options.max_tokens, length)
             answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), manner, [0] * len(prompts))
-            clock.total = time.perf_counter() - started
+            clock.total, clock.thread = time.perf_counter() - started, time.thread_time() - own
     assert written == [options.max_tokens] * len(prompts)
-    python = (clock.total - clock.decoding - clock.choosing) / sum(written) * 1e6
+    python = (clock.thread - clock.decoding - clock.choosing) / sum(written) * 1e6
     rate = clock.written / clock.generating if clock.written else float("nan")
     return Rates(rate, len(prompts) * length / clock.total, python)
 
@@ -214,11 +217,11 @@ def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..
     """The function, whose time is added to a part of the clock."""
 
     def run(*arguments: Any) -> Any:
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             return function(*arguments)
         finally:
-            setattr(clock, part, getattr(clock, part) + time.perf_counter() - started)
+            setattr(clock, part, getattr(clock, part) + time.thread_time() - started)
 
     return run
 

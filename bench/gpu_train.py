@@ -1,22 +1,31 @@
-"""Unsloth against plain TRL and PEFT on one GPU: the same random model, rows, rank and length.
+"""Unsloth against plain TRL and PEFT on one GPU: the same random model, rows, rank and length, by each method.
 
-    python bench/gpu_train.py --hidden 2048 --layers 16 --rows 512 --length 1024
+    python bench/gpu_train.py --hidden 2048 --layers 16 --rows 512 --length 1024 [--methods lora qlora full]
+                              [--backends trl unsloth] [--twice on|off|auto]
 
-Prints a line of JSON for each: tokens/s after the first fifth of the steps (Unsloth compiles in those), peak memory,
-and the losses, which ought to be near each other since weights, rows, their order and every setting are the same.
+Prints a line of JSON for each: tokens/s after the first fifth of the steps (Unsloth compiles in those), peak memory of
+the GPU, and the loss of every step, which ought to be near each other for one method since weights, rows, their order
+and every setting are the same. What fails says why in its line, and the next one is tried. Without Unsloth the
+`unsloth` lines say that it is not installed.
 """
 
 import argparse
+import itertools
 import json
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from tapir_local.errors import TapirError
 from tapir_local.recipe import Train
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
-from tapir_local.train import TrainJob, train
+from tapir_local.sft import TrainJob
+from tapir_local.train import train
+
+METHODS, BACKENDS = ("lora", "qlora", "full"), ("trl", "unsloth")
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -74,25 +83,25 @@ def make_rows(path: Path, rows: int, length: int) -> None:
 
 def measure(job: TrainJob, folder: Path) -> dict[str, object]:
     """Train in a process of its own and read its log."""
-    train(
-        job, folder, lambda done, total, note: print(f"\r{job.backend} {done}/{total} {note}", end="", file=sys.stderr)
-    )
+    name = f"{job.settings.method} {job.settings.backend}"
+    train(job, folder, lambda done, total, note: print(f"\r{name} {done}/{total} {note}", end="", file=sys.stderr))
     *steps, end = map(json.loads, (job.out / "train_log.jsonl").read_text().splitlines())
     warm = steps[len(steps) // 5]
     speed = (steps[-1]["tokens"] - warm["tokens"]) / (steps[-1]["seconds"] - warm["seconds"])
-    losses = [round(step["loss"], 4) for step in steps]
     resolved = json.loads((job.out / "resolved.json").read_text())
     return {
-        "backend": resolved["backend"],
+        "precision": resolved["precision"],
+        "rows_at_once": resolved["micro_batch_size"]["used"],
+        "gradient_checkpointing": resolved["sft"]["gradient_checkpointing"],
         "tokens_per_second": round(speed),
         "peak_gib": round(end["peak_memory"] / 2**30, 2),
         "seconds": round(end["seconds"], 1),
-        "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
+        "losses": [round(step["loss"], 4) for step in steps],
         "versions": resolved["versions"],
     }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("hidden", 2048),
@@ -100,28 +109,47 @@ def main() -> None:
         ("rows", 512),
         ("length", 1024),
         ("rank", 16),
+        ("batch", 16),
         ("micro", 4),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--load-in-4bit", action="store_true")
-    asked = parser.parse_args()
-    settings = Train(epochs=1, lora_rank=asked.rank, micro_batch_size=asked.micro, load_in_4bit=asked.load_in_4bit)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--twice", choices=("on", "off", "auto"), default="auto", help="gradient checkpointing")
+    return parser.parse_args()
+
+
+def settings(asked: argparse.Namespace, method: str, backend: str) -> Train:
+    """The recipe's `train`; all weights are trained at a tenth of LoRA's rate."""
+    return Train(
+        method=method,
+        backend=backend,
+        epochs=1,
+        learning_rate=2e-5 if method == "full" else 2e-4,
+        batch_size=asked.batch,
+        micro_batch_size=asked.micro,
+        lora_rank=asked.rank,
+        gradient_checkpointing={"on": True, "off": False}.get(asked.twice, "auto"),
+        checkpoint_minutes=0,
+    )
+
+
+def main() -> None:
+    asked = arguments()
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         make_student(here / "student", asked.hidden, asked.layers)
         make_rows(here / "train.jsonl", asked.rows, asked.length)
-        for backend in ("trl", "unsloth"):
-            folder = here / backend
-            job = TrainJob(
-                str(here / "student"),
-                here / "train.jsonl",
-                folder / "adapter",
-                settings,
-                asked.length,
-                1,
-                backend=backend,
-            )
-            print(json.dumps(measure(job, folder)), flush=True)
+        for method, backend in itertools.product(asked.methods, asked.backends):
+            folder = here / f"{method}-{backend}"
+            chosen = settings(asked, method, backend)
+            job = TrainJob(str(here / "student"), here / "train.jsonl", folder / "adapter", chosen, asked.length, 1)
+            try:
+                found = measure(job, folder)
+            except TapirError as error:
+                found = {"failed": error.what}
+            print(json.dumps({"method": method, "backend": backend, **found}), flush=True)
+            shutil.rmtree(folder, ignore_errors=True)  # full fine-tuning leaves a whole model
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def run(cache: Path, seed: int) -> dict[str, Any]:
 def by_stage(status: dict[str, Any]) -> dict[str, float]:
     """Seconds of each stage, all rounds together."""
     seconds: dict[str, float] = defaultdict(float)
-    for part in [{"stages": status["prepare"]}, *status["rounds"]]:
+    for part in [{"stages": status["prepare"]}, *status["rounds"], {"stages": status["end"]}]:
         for stage in part["stages"]:
             seconds[stage["name"]] += stage["seconds"]
     return dict(seconds)

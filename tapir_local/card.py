@@ -74,7 +74,7 @@ def origins(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
         ("curriculum", f"{plan.name}; rounds after round 0: {recipe.rounds}, of {plan.rows:,} rows"),
         (
             "training",
-            f"passes over a round's rows: {train.epochs:g}; learning rate {train.learning_rate:g}",
+            f"{train.method}; passes over a round's rows: {train.epochs:g}; learning rate {train.learning_rate:g}",
         ),
         ("random_seed", str(recipe.random_seed)),
         ("weights", recipe.export.quant),

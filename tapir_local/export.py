@@ -26,7 +26,7 @@ from tapir_local.families import (
     used,
     write_settings,
 )
-from tapir_local.gguf_file import BLOCK, Planned, file_type, size_of, type_of, write_tensors
+from tapir_local.gguf_file import Planned, file_type, size_of, type_of, write_tensors
 from tapir_local.gguf_vocab import (
     Vocab,
     end_of_turn,
@@ -36,7 +36,6 @@ from tapir_local.gguf_vocab import (
     special_texts,
     write_vocab,
 )
-from tapir_local.libllama import cores
 from tapir_local.llama import quantise
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
@@ -64,6 +63,7 @@ class ExportJob:
 
 NATIVE = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
+MEMORY = 64 << 20  # bytes beside those of the libraries: the vocabulary, and blocks of a megabyte in the making
 BITS = {"q4_k_m": 5.5, "q5_k_m": 6.3, "q6_k": 7.0}  # a weight, of small models too, whose embedding has six
 
 
@@ -140,10 +140,11 @@ def write_gguf(
 def check_room(path: Path, tensors: Sequence[Planned], vocab: Vocab, more: float) -> None:
     """TapirError where the file does not fit on the disk, or the k-quant of `more` bits a weight made from it.
 
-    Also for too little memory: some blocks, and for a k-quant llama.cpp's float32 copy of the largest tensor and more.
+    Also for too little memory: the export's own (see `MEMORY`), and what llama.cpp needs for a k-quant, which are the
+    largest tensor in float32 and its quants.
     """
     largest = max(prod(tensor.shape) for tensor in tensors)
-    check_memory(3 * cores() * 16 * min(BLOCK, largest) + (8 * largest if more else 0), "the export")
+    check_memory(MEMORY + (8 * largest if more else 0), "the export")
     texts = sum(len(text.encode()) + 16 for text in (*(token.text for token in vocab.tokens), *vocab.merges))
     file = sum(size_of(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
     weights = sum(prod(tensor.shape) for tensor in tensors)

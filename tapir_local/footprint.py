@@ -36,14 +36,14 @@ class Footprint:
 
 
 def footprint(model: str, settings: Train, hardware: Hardware, tokens: int) -> Footprint | None:
-    """What training a model in a folder takes with `tokens` in a batch; None for a name on the Hub.
+    """What training a model in a folder takes with `tokens` in a batch; None without safetensors in it.
 
     TapirError for a shard that is missing, or a file that is no safetensors.
     """
     folder = Path(model)
-    if not folder.is_dir():
+    shapes = tensors(folder) if folder.is_dir() else {}
+    if not shapes:
         return None
-    shapes = tensors(folder)
     count = sum(map(prod, shapes.values()))
     linear = {name: shape for name, shape in shapes.items() if is_linear(name, shape)}
     quantised = sum(map(prod, linear.values())) if settings.method == "qlora" else 0

@@ -1,12 +1,12 @@
 """Many prompts to one GGUF: continuous batching on llama.cpp, so that a student answers a holdout in one go.
 
-Batching and determinism. The same call gives the same answers, whatever the order of its prompts. At another number in
-flight a sequence stands beside others in llama.cpp's batches, whose arithmetic then rounds otherwise: a token whose
-logits lie within that rounding (about 5e-3 with keys and values in 16 bits) may fall the other way, and with it the
-rest of the answer. `exact` does without: keys and values in 32 bits, no flash attention, the same answers at any
-number in flight; one at a time (`parallel=1`, `exact=True`) is the plainest. On a GPU kernels are chosen by the size of
-the batch, so there only one at a time is sure. An answer that is drawn has its own seed, made of the call's and its id,
-and so does not depend on what is drawn beside it.
+Batching and determinism. The same call gives the same answers, in the order of its prompts. In another order, or at
+another number in flight, an answer stands beside others in llama.cpp's batches, whose arithmetic then rounds otherwise:
+where two tokens' logits lie within that rounding (about 5e-3 with keys and values in 16 bits) the other may be taken,
+and with it another end of the answer. `exact` does without: keys and values in 32 bits and no flash attention give the
+same answers in any order and at any number in flight; one at a time (`parallel=1` and `exact`) is the plainest. On a
+GPU kernels are chosen by the size of the batch, so there only one at a time is sure. An answer that is drawn has its
+own seed, made of the call's and its id: what is drawn beside it counts for no more than that.
 """
 
 import codecs

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from tapir_local.libllama import LOG, cores, failure, gpu_memory, library
 from tapir_local.memory import free_memory
 from tapir_local.memory import size as bytes_of
 
+LONGEST = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
 REMAKE = "Delete it and run again, so that it is made anew."
 UBATCH, BATCH = 512, 2048  # tokens computed at once, and handed over at once: llama-batched-bench's
 GPU_SHARE = 0.8  # of a GPU's free memory for weights at the most: the rest is for answers
@@ -99,21 +99,22 @@ def is_adapter(gguf: Path) -> bool:
         if file.read(4) != b"GGUF":
             return False
         file.read(12)  # version, number of tensors
-        texts = leading_texts(file, struct.unpack("<Q", file.read(8))[0])
-        return dict(texts).get("general.type") == "adapter"
+        return dict(leading_texts(file, number(file, 8))).get("general.type") == "adapter"
 
 
 def leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
     """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
 
-    def text() -> str:
-        return file.read(struct.unpack("<Q", file.read(8))[0]).decode("utf-8", "replace")
-
     for _ in range(keys):
-        key = text()
-        if struct.unpack("<I", file.read(4))[0] != 8:
+        key = file.read(min(number(file, 8), LONGEST)).decode("utf-8", "replace")
+        if number(file, 4) != 8:
             return
-        yield key, text()
+        yield key, file.read(min(number(file, 8), LONGEST)).decode("utf-8", "replace")
+
+
+def number(file: BinaryIO, count: int) -> int:
+    """An unsigned number of so many bytes; less of it, down to 0, where the file ends."""
+    return int.from_bytes(file.read(count), "little")
 
 
 @contextmanager
@@ -169,8 +170,8 @@ def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
 def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[int, float]:
     """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and what share of the weights that is."""
     free = gpu_memory()
-    if not free:
-        return 0, 0.0
+    if not free:  # none, or one that shares main memory
+        return (-1 if library().llama_supports_gpu_offload() else 0), 0.0
     if weights < free * GPU_SHARE:
         return -1, 1.0
     with open_model(gguf, vocab_only=True) as model:
@@ -227,7 +228,7 @@ def open_context(
     `split`, each has its part of them, and no conversation looks over the others' cells: of 320 tokens each, the pocket
     student then wrote 1.4 times as fast with 32 in flight, and read prompts twice as fast. `exact` keeps keys and
     values in f32 and does without flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and
-    do not depend on what else is in the batch; with 32 in flight it takes three times as long. TapirError when
+    do not depend on what else is in the batch; with 32 in flight it takes twice as long. TapirError when
     llama.cpp finds no memory for it.
     """
     llama = library()

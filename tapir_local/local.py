@@ -73,7 +73,7 @@ def claim(asking: Asking, job: Job) -> bool:
 def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
     """Open the GGUF, answer the jobs, those of one manner together, and close it."""
     path, role = gguf_of(asking.endpoint), role_of(asking.endpoint)
-    with open_model(path, advice=advice(role)) as model:
+    with open_model(path, advice=advice(role), tell=asking.warn) as model:
         if identity_of(asking.endpoint) != asking.identity:  # its answers would be kept under another's keys
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
         template(model)
@@ -90,6 +90,7 @@ def advice(role: str) -> Advice:
         unusable=f"See that {role}.gguf names a whole GGUF of a kind that this llama.cpp knows.",
         too_large=f"Set {role}.concurrency or {role}.context lower.",
         no_template=f"Name a GGUF of an instruct model in {role}.gguf.",
+        too_heavy=f"Stop what else holds memory, or name a GGUF of a smaller quantisation in {role}.gguf.",
     )
 
 

@@ -49,7 +49,7 @@ def at_once(context: click.Context, option: click.Parameter, text: str) -> int |
 @click.option("--random-seed", type=click.IntRange(min=0), default=1, show_default=True, help="Where chance begins.")
 @click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
 @click.option("--json-schema", type=FILE, help="A JSON schema that every answer is held to.")
-@click.option("--exact", is_flag=True, help="The same at any --parallel, in 32 bits; about three times slower.")
+@click.option("--exact", is_flag=True, help="The same at any --parallel, in 32 bits; it takes about twice as long.")
 def generate(
     model: Path,
     prompts: Path,

@@ -83,17 +83,17 @@ def changed(model: Path, run: RunDir) -> TapirError:
 
 def base_gguf(recipe: Recipe, run: RunDir, progress: Progress | None = None) -> Path:
     """The untrained student as a GGUF of the recipe's quant, made and gated once for all runs of the cache."""
-    model = student_folder(recipe, run)
-    path = base_path(run.cache, digest(model), recipe.export.quant)
+    model, form = student_folder(recipe, run), recipe.export.quant + ("-converter" if recipe.export.converter else "")
+    path = base_path(run.cache, digest(model), form)
     if not made(path):
         return make_base(model, path, recipe, progress)
     check(path)
     return path
 
 
-def base_path(cache: Path, name: str, quant: str) -> Path:
-    """Where a base's GGUF is, by its model's digest."""
-    return cache / "base" / name / f"{quant}.gguf"
+def base_path(cache: Path, name: str, form: str) -> Path:
+    """Where a base's GGUF is, by its model's digest and the type of its weights."""
+    return cache / "base" / name / f"{form}.gguf"
 
 
 def made(path: Path) -> bool:

@@ -22,7 +22,7 @@ from tapir_local import checkpoints
 from tapir_local.assets import model_folder
 from tapir_local.checkpoints import Course
 from tapir_local.errors import TapirError
-from tapir_local.footprint import Footprint, check_room, checkpointing, footprint
+from tapir_local.footprint import check_room, checkpointing, footprint
 from tapir_local.lora import (
     Hardware,
     add_lora,
@@ -60,14 +60,12 @@ LESS = "Lower student.max_length, set train.gradient_checkpointing, or write tra
 
 @dataclass(frozen=True)
 class Setup:
-    """What a training starts from: the rows as a Dataset, the arguments of SFTConfig and those of LoraConfig (none
-    where all weights are trained), and what it is reckoned to take of the memory, where that is known."""
+    """What a training starts from: the rows as a Dataset, and the arguments of SFTConfig less `output_dir`."""
 
     job: TrainJob
     hardware: Hardware
     dataset: Any
     arguments: dict[str, Any]
-    needs: Footprint | None
 
 
 def train(
@@ -169,11 +167,11 @@ def set_up(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: Callable[[
         kept = 2 * needs.state if job.settings.checkpoint_minutes else 0  # the one before is deleted after the next
         trained = needs.weights if job.settings.method == "full" else needs.state
         check_disk(job.out, kept + trained, "what is trained and its checkpoints")
-    return Setup(job, hardware, dataset, arguments, needs)
+    return Setup(job, hardware, dataset, arguments)
 
 
 def under_way(setup: Setup, tokens: TokenRows, folder: Path | None) -> Course:
-    """The training's course: from its beginning, or from the last checkpoint of the same job."""
+    """The course, from its beginning or from the last checkpoint of the same job; all others are deleted."""
     job = setup.job
     if folder is None:
         return Course()
@@ -182,6 +180,8 @@ def under_way(setup: Setup, tokens: TokenRows, folder: Path | None) -> Course:
     last = checkpoints.newest(folder, digest)
     if last:
         checkpoints.go_on(course, last)
+    if is_first():
+        checkpoints.clear(folder, but=last)
     return course
 
 

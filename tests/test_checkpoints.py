@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training import WEIGHTS, log, losses, make_job, resolved
+from models import make_model
+from training import WEIGHTS, examples, log, losses, make_job, resolved
 
 from tapir_local import checkpoints
 from tapir_local.checkpoints import Course
@@ -18,7 +19,7 @@ from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware
 from tapir_local.process import OutOfMemory
 from tapir_local.records import to_json
-from tapir_local.rundir import write_json
+from tapir_local.rundir import write_json, write_rows
 from tapir_local.sft import TokenRows, TrainJob
 from tapir_local.train import run_job, train, with_less
 
@@ -84,6 +85,19 @@ def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) 
     assert not list((tmp_path / "train").iterdir())
 
 
+def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
+    """With tied embeddings, whose weights a checkpoint holds once."""
+    make_model(tmp_path / "base", "qwen2", kind="qwen2")
+    write_rows(tmp_path / "rows.jsonl", examples(32))
+    job = make_job(tmp_path, method="full", learning_rate=1e-3, checkpoint_minutes=EACH_STEP)
+    run_job(replace(job, out=tmp_path / "uncut"))
+    cut_at(job, tmp_path / "train", 6)
+    run_job(job, folder=tmp_path / "train")
+    assert [entry["step"] for entry in log(job.out)] == list(range(1, 9))
+    name = "model.safetensors"
+    assert (job.out / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
+
+
 def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
     cut_at(job, tmp_path / "train", 4)
     run_job(job, folder=tmp_path / "train")
@@ -92,7 +106,7 @@ def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 4e-3}, {"lora_dropout": 0.2}, {"random_seed": 8}, {"rows": 31}])
-def test_another_jobs_checkpoint_is_not_used(job, tmp_path, change: dict) -> None:
+def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: dict) -> None:
     cut_at(job, tmp_path / "train", 3)
     if "rows" in change:
         (tmp_path / "rows.jsonl").write_text("".join(job.rows.read_text().splitlines(keepends=True)[:31]))
@@ -101,9 +115,9 @@ def test_another_jobs_checkpoint_is_not_used(job, tmp_path, change: dict) -> Non
         other = replace(job, **change)
     else:
         other = replace(job, settings=job.settings.model_copy(update=change))
-    seen: list[int] = []
-    run_job(other, lambda done, total, note: seen.append(done), tmp_path / "train")
-    assert seen[0] == 1
+    seen: list[tuple[int, list[Path]]] = []
+    run_job(other, lambda done, *_: seen.append((done, [*(tmp_path / "train").iterdir()])), tmp_path / "train")
+    assert seen[0] == (1, [])
 
 
 def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:

@@ -82,8 +82,9 @@ def test_a_damaged_file_of_weights_is_named(base, tmp_path, bytes_kept: int, sai
     assert caught.value.where == str(file)
 
 
-def test_a_name_on_the_hub_is_not_reckoned() -> None:
+def test_a_name_on_the_hub_is_not_reckoned_nor_a_model_without_safetensors(tmp_path) -> None:
     assert footprint("someone/model", SETTINGS, GPU, 512) is None
+    assert footprint(str(tmp_path), SETTINGS, GPU, 512) is None
 
 
 def room(base: Path, free: int, settings: Train = SETTINGS, device: str = "cpu") -> list[str]:

@@ -37,10 +37,11 @@ def status(run: RunDir) -> dict[str, object]:
 
 
 def results(run: RunDir) -> dict[str, bytes]:
-    """The bytes of every output of a stage, adapters and GGUFs among them."""
+    """The bytes of every output of a stage, adapters and GGUFs among them; what has the run's name in it left out."""
     outputs = [run.path / "tapir.lock", *(step.output for step in sequence(run, 1))]
     files = [file for out in outputs for file in ([out] if out.is_file() else sorted(out.rglob("*")))]
-    kept = [file for file in files if file.name not in ("train_log.jsonl", "resolved.json")]  # they tell of times
+    times, named = ("train_log.jsonl", "resolved.json"), ("README.md", "recipe.yaml", "SHA256SUMS")
+    kept = [file for file in files if file.name not in (*times, *(named if file.parent == run.path / "model" else ()))]
     return {str(file.relative_to(run.path)): file.read_bytes() for file in kept if file.is_file()}
 
 

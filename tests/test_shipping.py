@@ -144,6 +144,7 @@ def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> 
     low, high = rate["win_rate_interval"]
     assert f"| {rate['win_rate']:.1%} | {low:.1%} to {high:.1%} |" in rows[2]
     assert "600 texts tokenised" in text
+    assert "| training | lora; passes over a round's rows: 2;" in text
 
 
 def test_a_base_on_the_hub_is_named_for_it_and_a_folder_is_not(recipe: Recipe) -> None:

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fakes import QUIET
 from models import make_adapter, make_model
+from test_recipes import here
 
 from tapir_local import export, gate, train
 from tapir_local.adapter_gguf import export_adapter
@@ -25,19 +24,12 @@ from tapir_local.process import Progress
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, read_record, read_rows, write_json, write_record, write_rows
+from tapir_local.rundir import RunDir, read_record, read_rows, write_json, write_rows
 from tapir_local.student import base_gguf, base_path, digest, print_of, printed, student_of
 from tapir_local.tools import exporter, gatekeeper, real_tools, shipper
 
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(12)]
 SETTINGS = {"export.rounds": "adapter", "export.quant": "f32", "export.min_agreement": 0.5}
-
-
-def here(module: str, job: Any, folder: Path, progress: Progress | None = None) -> None:
-    """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder / "job.json", job)
-    import_module(module).run_folder(folder, progress or QUIET.progress)
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +222,9 @@ def test_an_adapter_by_itself_is_no_model(recipe: Recipe, run: RunDir) -> None:
         generate(exported(recipe, run), PROMPTS[:1], max_tokens=4, context=64)
 
 
-@pytest.mark.parametrize("content", [b"", b"GG", b"no GGUF at all", b"GGUF" + bytes(30)])
+@pytest.mark.parametrize(
+    "content", [b"", b"GG", b"no GGUF at all", b"GGUF" + bytes(30), b"GGUF" + b"\xff" * 20, b"GGUF" + b"\x01" * 40]
+)
 def test_what_is_no_gguf_is_no_adapter(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     assert not is_adapter(tmp_path / "file")
@@ -239,9 +233,10 @@ def test_what_is_no_gguf_is_no_adapter(tmp_path: Path, content: bytes) -> None:
 
 def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(TapirError, match="no room for the student as a GGUF of f32"):
+    with pytest.raises(TapirError, match="no room for"):
         exported(recipe, run)
-    assert not (run.round(0) / "export").exists()
+    assert not (run.cache / "base" / digest(Path(recipe.student.path)) / "f32.gguf").exists()
+    assert not (run.round(0) / "student.gguf").exists()
 
 
 # A whole run

@@ -353,6 +353,21 @@ def test_a_gpu_without_unsloth_says_so_and_goes_on():
         library(SETTINGS.model_copy(update={"backend": "unsloth"}), "bf16", 1, said.append)
 
 
+def test_no_gguf_is_open_once_its_answers_are_there(llama):
+    """llama.cpp maps the file it has open: a training that comes next has the memory, and the GPU, to itself."""
+    from tapir_local.generate import generate
+    from tapir_local.score import score
+
+    def is_open(*_: object) -> bool:
+        return llama.gguf.name in Path("/proc/self/maps").read_text()
+
+    prompt, seen = (Message("user", "Add 1 and 2."),), []
+    generate(llama.gguf, [prompt], max_tokens=4, context=128, progress=lambda *_: seen.append(is_open()))
+    score(llama.gguf, [(prompt, "3")], context=128)
+    assert any(seen)
+    assert not is_open()
+
+
 def test_a_batch_is_shared_by_processes_or_refused(job):
     two = sft_arguments(job, replace(CPU, processes=2), 32)
     assert (two["per_device_train_batch_size"], two["gradient_accumulation_steps"]) == (4, 1)

@@ -1,0 +1,185 @@
+"""From the end of a round's training to the first answer of the next: a run that keeps adapters, and one that merges.
+
+    python bench/turnround.py [MODEL_DIR] [--quant q8_0] [--rank 16] [--repeat 3] [--prompts 64] [--max-tokens 64]
+
+Without MODEL_DIR the pocket student; others are made by bench/random_student.py. The adapter, on all linear layers, is
+drawn here. Both ways go through the very tools of a run, in turns: the export and the gate, each in a process of its
+own, then the student is opened and writes one answer. What a run does in between, the holdout's answers and all that is
+asked of the teacher, is the same in both and left out. Told are medians of seconds; the base's GGUF is made and gated
+once, before, and told apart. Then the other side of it: tokens a second of `prompts` answers at once, what a round
+keeps on the disk, and what it takes to ship the last round's student whole.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tapir_local.assets import POCKET_STUDENT
+from tapir_local.memory import size
+from tapir_local.recipe import Recipe
+from tapir_local.recipe_text import overridden, parse_recipe
+from tapir_local.records import Example, Message
+from tapir_local.rundir import RunDir, remove, write_rows
+from tapir_local.student import base_of
+from tapir_local.tools import exporter, gatekeeper, generator, shipper
+
+WAYS = ("merged", "adapter")
+TURN = ("export", "gate", "first answer")
+
+
+def main() -> None:
+    """Measure both ways in turns, and print a table."""
+    asked = arguments()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
+        runs = {way: begun(asked, way, Path(scratch)) for way in WAYS}
+        with timed() as base:
+            base_of(*runs["adapter"], anew=True)
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        for number in range(asked.repeat):
+            for way in WAYS:
+                found[way].append(turn(*runs[way], asked))
+                print(f"turn {number + 1}, {way}: {told(found[way][-1])}", file=sys.stderr)
+        kept = {way: (runs[way][1].round(1) / "student.gguf").stat().st_size for way in WAYS}
+        shipped = {way: ship(*runs[way]) for way in WAYS}
+    print(f"{asked.model.name}, {asked.quant}, rank {asked.rank}; medians of {asked.repeat}, seconds\n")
+    print_table(found, kept, shipped)
+    print(f"\nThe base's GGUF, made and gated once: {base[0]:.1f} s")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, default=POCKET_STUDENT)
+    parser.add_argument("--quant", default="q8_0")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--folder", type=Path, help="Where the scratch files go.")
+    return parser.parse_args()
+
+
+def begun(asked: argparse.Namespace, way: str, scratch: Path) -> tuple[Recipe, RunDir]:
+    """A run with a trained adapter in round 1, as far as an export and the gate look."""
+    recipe = overridden(
+        parse_recipe("teacher: pocket", "bench"),
+        {
+            "name": way,
+            "student.path": str(asked.model),
+            "student.max_tokens": asked.max_tokens,
+            "student.max_length": 512,
+            "export.rounds": way,
+            "export.quant": asked.quant,
+            "export.min_agreement": 0.0,  # the choices of random weights are near ties; the divergence is held to
+        },
+    )
+    run = RunDir(scratch / way, way)
+    make_adapter(asked.model, run.round(1) / "adapter", asked.rank)
+    prompts = ((Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts))
+    write_rows(run.round(1) / "train.jsonl", [Example(str(n), prompt) for n, prompt in enumerate(prompts)])
+    return recipe, run
+
+
+def make_adapter(model: Path, out: Path, rank: int) -> None:
+    """Small random A and B for every linear layer, drawn from the shapes alone: the model need not fit in memory."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from tapir_local.weights import read_model
+
+    torch.manual_seed(1)
+    names = {name: source.shape for name, source in read_model(model).items() if name.endswith("_proj.weight")}
+    tensors = {}
+    for name, (rows, columns) in names.items():
+        place = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{place}.lora_A.weight"] = torch.randn(rank, columns) / columns**0.5
+        tensors[f"{place}.lora_B.weight"] = torch.randn(rows, rank) * 0.002
+    out.mkdir(parents=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = sorted({name.split(".")[-2] for name in names})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": modules,
+        "base_model_name_or_path": str(model),
+        "bias": "none",
+    }
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one turn, by part, and the tokens a second that its student then writes."""
+    folder = run.round(1)
+    adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
+    remove(gguf)
+    found = {
+        "export": seconds(lambda: exporter(recipe, run)(adapter, gguf, quiet)),
+        "gate": seconds(lambda: gatekeeper(recipe, run)(adapter, gguf, rows, report, quiet)),
+    }
+    write = generator(recipe, run)
+    prompts = [(Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts)]
+    found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], quiet))
+    with timed() as taken:
+        answers = write(gguf, prompts, [str(n) for n in range(len(prompts))], quiet)
+    return {**found, "all": sum(found.values()), "tokens/s": sum(row.tokens for row in answers) / taken[0]}
+
+
+def ship(recipe: Recipe, run: RunDir) -> float:
+    """Seconds until the last round's student is whole, gated again where it was merged for it."""
+    out = run.path / "out"
+    out.mkdir()
+    return seconds(lambda: shipper(recipe, run)(run.round(1), out, quiet))
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """A list that has the seconds in it at the end."""
+    taken, began = [0.0], time.perf_counter()
+    yield taken
+    taken[0] = time.perf_counter() - began
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long a piece of work takes."""
+    with timed() as taken:
+        work()
+    return taken[0]
+
+
+def quiet(done: int, total: int, said: str) -> None:
+    """Nobody looks on."""
+
+
+def told(found: dict[str, float]) -> str:
+    """A turn in a line."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+
+
+def print_table(found: dict[str, list[dict[str, float]]], kept: dict[str, int], shipped: dict[str, float]) -> None:
+    """A row a part, a column a way."""
+    print("| | " + " | ".join(WAYS) + " |\n|---|---|---|")
+    for name in (*TURN, "all", "tokens/s"):
+        middle = {way: statistics.median(turn[name] for turn in found[way]) for way in WAYS}
+        shown = (
+            f"answers at once, {name}"
+            if name == "tokens/s"
+            else "first answer after training"
+            if name == "all"
+            else name
+        )
+        print(f"| {shown} | " + " | ".join(f"{middle[way]:,.2f}" for way in WAYS) + " |")
+    print("| kept by a round | " + " | ".join(size(kept[way]) for way in WAYS) + " |")
+    print("| shipping, at the end | " + " | ".join(f"{shipped[way]:,.2f}" for way in WAYS) + " |")
+
+
+if __name__ == "__main__":
+    main()
