@@ -35,9 +35,10 @@ def load_trained(model_dir: Path, adapter: Path | None, *, beside: int = 0, free
     if sum(sizes) <= room:
         return Trained(load_whole(model_dir, adapter), False, adapter is not None)
     said = f"{model_dir} takes {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"
-    if 2 * max(sizes) > room:  # a tensor as it is read, and the copy that torch computes with
+    largest = 3 * max(sizes)  # as it is read, as torch computes with it, and the one that is going
+    if largest > room:
         raise TapirError(
-            f"no memory for the comparison: {said}; layer by layer it takes {size(2 * max(sizes))}",
+            f"no memory for the comparison: {said}; layer by layer it takes {size(largest)}",
             where=str(model_dir),
             fix="Close other programs, or compare on a larger machine.",
         )
