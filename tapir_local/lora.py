@@ -171,15 +171,23 @@ def load_plain(model: str, hardware: Hardware, method: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[hardware.precision]
+    more = attention(model)
     if method == "full":
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    quantized: dict[str, Any] = {}
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **more)
     if method == "qlora":
         four = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-        quantized = {"quantization_config": four, "device_map": {"": local_rank()}}
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **quantized)
+        more |= {"quantization_config": four, "device_map": {"": local_rank()}}
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **more)
+
+
+def attention(model: str) -> dict[str, Any]:
+    """`eager` where attention's scores are capped, as Gemma 2's are: transformers' other ways leave the cap out."""
+    from transformers import AutoConfig
+
+    capped = getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def load_unsloth(model: str, hardware: Hardware, method: str, max_length: int, seed: int, checkpointing: bool) -> Any:

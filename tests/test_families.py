@@ -14,6 +14,7 @@ from tapir_local.adapter_gguf import export_adapter
 from tapir_local.export import export_gguf
 from tapir_local.gate import GateReport, gate
 from tapir_local.generate import generate
+from tapir_local.lora import Hardware, load_model
 from tapir_local.recipe import Train
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
@@ -38,6 +39,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "llama3": {"family": "llama", "kind": "llama3", "template": WITH_BOS, "rope_parameters": LLAMA3_ROPE},
     "smollm2": {"family": "llama", "kind": "smollm", "tie_word_embeddings": True},
     "mistral": {"family": "mistral", "kind": "mistral", "template": WITH_BOS, "tie_word_embeddings": False},
+    "qwen1.5": {"family": "qwen2", "kind": "qwen2", "tie_word_embeddings": False},
     "qwen2": {"family": "qwen2", "kind": "qwen2"},
     "qwen3": {"family": "qwen3", "kind": "qwen2"},
     "gemma2": {"family": "gemma2", "kind": "gemma", "template": GEMMA},
@@ -115,3 +117,12 @@ def test_adapter_alone(made, tmp_path: Path, name: str) -> None:
     assert lora.stat().st_size < (tmp_path / "f32").stat().st_size / 2
     found = generate(tmp_path / "q8_0", [row.prompt for row in ROWS], max_tokens=12, context=256, adapter=lora)
     assert len(found) == len(ROWS)
+
+
+@pytest.mark.parametrize(("name", "way"), [("gemma2", "eager"), ("qwen2", "sdpa")])
+def test_scores_that_are_capped_are_capped_in_training_too(tmp_path: Path, name: str, way: str) -> None:
+    model = make_model(tmp_path / "model", **STUDENTS[name])
+    loaded = load_model(
+        str(model), Hardware("cpu", "trl", "f32", 0), method="lora", max_length=64, seed=1, checkpointing=False
+    )
+    assert loaded.config._attn_implementation == way
