@@ -90,13 +90,17 @@ def test_a_shared_beginning_is_counted_once_in_shared_cells(llama) -> None:
 
 
 def test_fewer_at_once_when_llama_cpp_finds_no_memory(llama) -> None:
-    """A limit on the process, which the kernel's figures know nothing of, makes llama.cpp's own request fail."""
+    """A limit on the process, which the kernel's figures know nothing of, makes llama.cpp's own request fail.
+
+    It leaves room for half of what is wanted, and to spare: what C++ cannot have in small things ends the process.
+    """
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from tapir_local.llama import open_model\nfrom tapir_local.room import open_planned\n"
+        "from tapir_local.llama import open_model\nfrom tapir_local.room import open_planned, plans\n"
         "with open_model(Path(sys.argv[1])) as model:\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))\n"
+        "    wanted = next(plans(model, [30_000] * 64, 64, 0, False)).taken\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + wanted * 4 // 5, -1))\n"
         "    with open_planned(model, [30_000] * 64, parallel=64, tell=print) as (engine, plan):\n"
         "        print(plan.answers)\n"
     )
