@@ -22,6 +22,7 @@ CORPUS = [
     "Привет, мир! 你好\uff0c世界。こんにちは 🙂 naïve café coöperate",
     "List the words in order: apple, banana, cherry. What is 7 times 8? 56.",
 ] * 20
+TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -138,3 +139,31 @@ def merged_model(model_dir: Path, adapter: Path | None) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     return model.eval() if adapter is None else PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+
+
+def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path, lora: Path | None = None) -> float:
+    """Of two logits over every token of TEXT: transformers' and PEFT's, merged, and llama.cpp's, `lora` over `gguf`."""
+    import torch
+
+    from tapir_local.batching import logits
+    from tapir_local.llama import encode, open_context, open_model
+
+    with open_model(gguf, adapter=lora) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
+        ids = encode(model, TEXT)
+        found = logits(engine, ids)
+    with torch.no_grad():
+        wanted = merged_model(model_dir, adapter)(torch.tensor([ids])).logits[0].numpy()
+    return float(abs(found - wanted).max())
+
+
+def let_a_runtime_add_bos(monkeypatch: Any) -> None:
+    """Exports say from now on that a runtime is to add BOS, which the template writes already."""
+    from tapir_local import export
+
+    write = export.write_vocab
+
+    def with_bos(writer: Any, vocab: Any) -> None:
+        write(writer, vocab)
+        writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
+
+    monkeypatch.setattr(export, "write_vocab", with_bos)

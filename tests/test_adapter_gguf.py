@@ -7,18 +7,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import Student
-from models import make_adapter, make_model, merged_model
+from models import largest_difference, make_adapter, make_model
 
 import cli
 from tapir_local.adapter_gguf import export_adapter
-from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
 from tapir_local.gate import GateReport, gate
-from tapir_local.llama import encode, open_context, open_model
 from tapir_local.records import Example, Message
 
-TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
 ROWS = [
     Example(str(n), (Message("user", f"What is {n} times {n % 7}?"),), f"It is {n * (n % 7)}, naïve 你好 🙂.")
     for n in range(6)
@@ -32,18 +29,6 @@ def bases(students, tmp_path_factory) -> dict[str, Path]:
     for family, student in students.items():
         export_gguf(student.model, folder / f"{family}.gguf", adapter=None, quant="f32")
     return {family: folder / f"{family}.gguf" for family in students}
-
-
-def largest_difference(model_dir: Path, adapter: Path, base: Path, lora: Path) -> float:
-    """Between logits of transformers and PEFT, merged, and those of llama.cpp with the adapter over the base."""
-    import torch
-
-    with open_model(base, adapter=lora) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
-        ids = encode(model, TEXT)
-        found = logits(engine, ids)
-    with torch.no_grad():
-        wanted = merged_model(model_dir, adapter)(torch.tensor([ids])).logits[0].numpy()
-    return float(abs(found - wanted).max())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -8,35 +8,21 @@ from pathlib import Path
 
 import pytest
 from conftest import Student
-from models import CHATML, make_adapter, make_model, merged_model
+from models import CHATML, largest_difference, let_a_runtime_add_bos, make_adapter, make_model
 
 from tapir_local import export, families, gguf_vocab
-from tapir_local.batching import logits
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export_gguf
 from tapir_local.gate import GateJob, GateReport, gate, pass_gate, run_folder
-from tapir_local.llama import encode, metadata, open_context, open_model
+from tapir_local.llama import metadata, open_model
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows
 
-TEXT = "<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂 <tool><|im_end|>\n<|im_start|>assistant\n46."
 ROWS = [
     Example(str(n), (Message("user", f"What is {n} times {n % 7}?"),), f"It is {n * (n % 7)}, naïve 你好 🙂.")
     for n in range(6)
 ]
 LLAMA2_TOKENIZER = Path(__file__).parents[2] / "shared/data/tokenizers/granite-7b-lab"
-
-
-def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path) -> float:
-    """Between logits of transformers and PEFT, merged, and those of llama.cpp, over every token of TEXT."""
-    import torch
-
-    with open_model(gguf) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
-        ids = encode(model, TEXT)
-        found = logits(engine, ids)
-    with torch.no_grad():
-        wanted = merged_model(model_dir, adapter)(torch.tensor([ids])).logits[0].numpy()
-    return float(abs(found - wanted).max())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -362,13 +348,7 @@ def test_a_wrong_vocabulary_is_caught(
 
 
 def test_a_second_bos_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
-    write = export.write_vocab
-
-    def with_bos(writer, vocab) -> None:
-        write(writer, vocab)
-        writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
-
-    monkeypatch.setattr(export, "write_vocab", with_bos)
+    let_a_runtime_add_bos(monkeypatch)
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="f32")
     report = passage(llama, tmp_path / "out.gguf")
     assert report.failed == ("bos",)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Student, make_student
-from models import CHATML, make_adapter
+from models import CHATML, let_a_runtime_add_bos, make_adapter
 from spm import GEMMA
 
 from tapir_local import export, families, gguf_vocab, memory
@@ -112,13 +112,7 @@ def test_a_wrong_vocabulary(gemma: Student, tmp_path: Path, monkeypatch, change:
 
 
 def test_a_second_bos(gemma: Student, tmp_path: Path, monkeypatch) -> None:
-    write = export.write_vocab
-
-    def with_bos(writer, vocab) -> None:
-        write(writer, vocab)
-        writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
-
-    monkeypatch.setattr(export, "write_vocab", with_bos)
+    let_a_runtime_add_bos(monkeypatch)
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
     assert passage(gemma, tmp_path / "out.gguf").failed == ("bos",)
 
