@@ -38,7 +38,12 @@ def export_checked(
         check_pair(adapter, base, check)
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
-    export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
+    try:
+        export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
+    except TapirError as error:
+        if str(work) not in str(error):  # it does not send the user to a log there
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     report = None
     if check:
         kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None

@@ -136,7 +136,7 @@ def open_model(
         fix = "Give the GGUF of the model that it lies over, and this one as its adapter."
         raise TapirError("the GGUF is a LoRA adapter, not a model", where=str(gguf), fix=fix)
     if adapter is not None:
-        check_gguf(adapter, "adapter", advice.unusable)
+        check_gguf(adapter, "adapter", advice.other_base)
     llama = library()
     LOG.clear()
     params = llama.llama_model_default_params()
