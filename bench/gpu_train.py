@@ -86,6 +86,8 @@ def measure(job: TrainJob, folder: Path) -> dict[str, object]:
     name = f"{job.settings.method} {job.settings.backend}"
     train(job, folder, lambda done, total, note: print(f"\r{name} {done}/{total} {note}", end="", file=sys.stderr))
     *steps, end = map(json.loads, (job.out / "train_log.jsonl").read_text().splitlines())
+    if len(steps) < 5:
+        sys.exit(f"error: {len(steps)} steps are too few to measure; give more --rows or a smaller --batch")
     warm = steps[len(steps) // 5]
     speed = (steps[-1]["tokens"] - warm["tokens"]) / (steps[-1]["seconds"] - warm["seconds"])
     resolved = json.loads((job.out / "resolved.json").read_text())
