@@ -64,25 +64,25 @@ def generate(
 ) -> list[Completion]:
     """Answer every prompt, at most `parallel` at a time; results are in the order of `prompts`, with `ids` or numbers.
 
-    `context` is tokens of a prompt and its answer together. `finish` is `stop` at any token that llama.cpp knows to end
-    a turn and before the first of `stops` in the text, `length` at `max_tokens` or at the context's end, and
-    `too_long`, with no text, where the prompt leaves no room for an answer. Greedy at temperature 0; else each answer
-    is drawn with its own seed, made of `seed` and its id. The same call gives the same answers; at another `parallel`,
-    near ties may fall otherwise unless `exact` (slower). Without `parallel` as many are in flight as are of use and as
-    free memory has room for; fewer where it is short, of which `tell` is told. `schema` holds every answer to the JSON
-    that it describes, up to where `max_tokens` cuts it. `each` is given every answer as soon as it is done, `progress`
-    is told (answers done, answers wanted), `planned` given the context's numbers before the first. TapirError when the
-    GGUF or the adapter cannot be loaded, memory has no room for the weights or for a single answer, or nothing can be
-    held to the schema.
+    `context` is tokens of a prompt and its answer together, the model's own at the most. `finish` is `stop` at any
+    token that llama.cpp knows to end a turn and before the first of `stops` in the text, `length` at `max_tokens` or at
+    the context's end, and `too_long`, with no text, where the prompt leaves no room for an answer. Greedy at
+    temperature 0; else each answer is drawn with its own seed, made of `seed` and its id. The same call gives the same
+    answers; at another `parallel`, near ties may fall otherwise unless `exact` (slower). Without `parallel` as many are
+    in flight as are of use and as free memory has room for; fewer where it is short, of which `tell` is told. `schema`
+    holds every answer to the JSON that it describes, up to where `max_tokens` cuts it. `each` is given every answer as
+    soon as it is done, `progress` is told (answers done, answers wanted), `planned` given the context's numbers before
+    the first. TapirError when the GGUF or the adapter cannot be loaded, memory has no room for the weights or for a
+    single answer, or nothing can be held to the schema.
     """
     names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
         raise TapirError(f"{len(names)} ids for {len(prompts)} prompts", fix="Give one id for each prompt.")
     if not prompts:
         return []
-    manner = Manner(max_tokens, context, temperature, schema, tuple(stops))
     with open_model(gguf, adapter=adapter, advice=advice, tell=tell) as model:
         tokens = [encode_prompt(model, prompt) for prompt in prompts]
+        manner = Manner(max_tokens, within(model, context, tokens, tell), temperature, schema, tuple(stops))
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         found: dict[int, Completion] = {}
 
@@ -112,6 +112,15 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on."""
     text = render(template(model), prompt, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
     return encode(model, text)
+
+
+def within(model: Model, context: int, prompts: Sequence[list[int]], tell: Callable[[str], None] = unsaid) -> int:
+    """The context, no longer than what the model was made for, beyond which it writes nonsense."""
+    longest = int(library().llama_model_n_ctx_train(model.handle))
+    lost = sum(longest <= len(prompt) < context for prompt in prompts)
+    if lost:
+        tell(f"prompts longer than the {longest:,} tokens that the model was made for: {lost:,}")
+    return min(context, longest)
 
 
 def answer_all(

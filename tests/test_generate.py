@@ -474,3 +474,11 @@ def test_an_adapter_of_another_shape_is_one_error(llama, tmp_path: Path) -> None
     with pytest.raises(TapirError, match="fits no weight"):
         export_gguf(llama.model, tmp_path / "out.gguf", adapter=adapter, quant="f32")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_context_ends_where_the_model_was_not_made_for_more(llama) -> None:
+    said: list[str] = []
+    long = [PROMPTS[0], (Message("user", "word " * 900),)]
+    found = generate(llama.gguf, long, max_tokens=4, context=8192, tell=said.append)
+    assert [answer.finish == "too_long" for answer in found] == [False, True]
+    assert said == ["prompts longer than the 512 tokens that the model was made for: 1"]
