@@ -19,7 +19,7 @@ from typing import Any
 from tapir_local.batching import make_batch
 from tapir_local.errors import TapirError
 from tapir_local.libllama import library
-from tapir_local.llama import STUDENT, Advice, Engine, Model, encode, open_model, piece, template, unsaid
+from tapir_local.llama import STUDENT, Advice, Engine, Model, encode, made_for, open_model, piece, template, unsaid
 from tapir_local.records import Completion, Message, Prompt
 from tapir_local.room import Plan, open_planned
 from tapir_local.sampling import samplers
@@ -75,9 +75,7 @@ def generate(
     the first. TapirError when the GGUF or the adapter cannot be loaded, memory has no room for the weights or for a
     single answer, or nothing can be held to the schema.
     """
-    names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
-    if len(names) != len(prompts):
-        raise TapirError(f"{len(names)} ids for {len(prompts)} prompts", fix="Give one id for each prompt.")
+    names = named(ids, len(prompts))
     if not prompts:
         return []
     with open_model(gguf, adapter=adapter, advice=advice, tell=tell) as model:
@@ -85,18 +83,10 @@ def generate(
         manner = Manner(max_tokens, within(model, context, tokens, tell), temperature, schema, tuple(stops))
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         found: dict[int, Completion] = {}
-
-        def keep(number: int, written: Written) -> None:
-            found[number] = Completion(names[number], written.text(model), written.finish, len(written.tokens))
-            if each:
-                each(found[number])
-            if progress:
-                progress(len(found), len(prompts))
-
         answer_all(
             model,
             tokens,
-            keep,
+            keeper(model, names, found, each, progress),
             manner,
             seeds,
             parallel=parallel,
@@ -108,6 +98,33 @@ def generate(
         return [found[number] for number in range(len(prompts))]
 
 
+def named(ids: Sequence[str] | None, prompts: int) -> list[str]:
+    """An id for each prompt, its number where none are given."""
+    names = [str(number) for number in range(prompts)] if ids is None else list(ids)
+    if len(names) != prompts:
+        raise TapirError(f"{len(names)} ids for {prompts} prompts", fix="Give one id for each prompt.")
+    return names
+
+
+def keeper(
+    model: Model,
+    names: Sequence[str],
+    found: dict[int, Completion],
+    each: Callable[[Completion], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Each:
+    """What takes every answer as it is done into `found`, and tells `each` and `progress`."""
+
+    def keep(number: int, written: Written) -> None:
+        found[number] = Completion(names[number], written.text(model), written.finish, len(written.tokens))
+        if each:
+            each(found[number])
+        if progress:
+            progress(len(found), len(names))
+
+    return keep
+
+
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on."""
     text = render(template(model), prompt, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
@@ -116,7 +133,7 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
 
 def within(model: Model, context: int, prompts: Sequence[list[int]], tell: Callable[[str], None] = unsaid) -> int:
     """The context, no longer than what the model was made for, beyond which it writes nonsense."""
-    longest = int(library().llama_model_n_ctx_train(model.handle))
+    longest = made_for(model)
     lost = sum(longest <= len(prompt) < context for prompt in prompts)
     if lost:
         tell(f"prompts longer than the {longest:,} tokens that the model was made for: {lost:,}")

@@ -285,6 +285,11 @@ def number_of(model: Model, key: str, default: int) -> int:
     return int(text) if text.isdigit() else default
 
 
+def made_for(model: Model) -> int:
+    """The tokens of the longest text that the model was made for."""
+    return int(library().llama_model_n_ctx_train(model.handle))
+
+
 def is_end(model: Model, token: int) -> bool:
     """True for the tokens at which llama.cpp stops."""
     known = model.ends.get(token)

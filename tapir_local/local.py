@@ -12,8 +12,7 @@ from tapir_local.asking import Asking, Job
 from tapir_local.endpoint import gguf_of, identity_of, role_of
 from tapir_local.errors import TapirError
 from tapir_local.generate import answer_all, encode_prompt
-from tapir_local.libllama import library
-from tapir_local.llama import Advice, Model, open_model, template
+from tapir_local.llama import Advice, Model, made_for, open_model, template
 from tapir_local.records import Message, Prompt
 from tapir_local.replies import read_reply
 from tapir_local.sequences import Finish, Manner, Written
@@ -77,7 +76,7 @@ def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
         if identity_of(asking.endpoint) != asking.identity:  # its answers would be kept under another's keys
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
         template(model)
-        context = min(asking.endpoint.context, library().llama_model_n_ctx_train(model.handle))
+        context = min(asking.endpoint.context, made_for(model))
         system = takes_system(model)
         for alike in grouped(jobs):
             prompts = [encode_job(model, job, system) for job in alike]

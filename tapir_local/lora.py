@@ -257,15 +257,16 @@ def go_on_from(model: Any, folder: Path, shape: Mapping[str, Any]) -> None:
         )
 
 
+def check_adapter(folder: Path, fix: str) -> None:
+    """TapirError when `folder` does not hold what PEFT writes of an adapter."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise TapirError(f"this folder holds no adapter: {name} is missing", where=str(folder), fix=fix)
+
+
 def check_shape(folder: Path, shape: Mapping[str, Any]) -> None:
     """TapirError when `folder` holds no adapter, or one of another rank, scale or choice of layers."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).exists():
-            raise TapirError(
-                f"this folder holds no adapter: {name} is missing",
-                where=str(folder),
-                fix="Train that round again: `tapir-local redo`.",
-            )
+    check_adapter(folder, "Train that round again: `tapir-local redo`.")
     had = orjson.loads((folder / "adapter_config.json").read_bytes())
     for key in ("r", "lora_alpha", "target_modules"):
         before, now = (sorted(value) if isinstance(value, list) else value for value in (had[key], shape[key]))

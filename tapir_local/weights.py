@@ -8,6 +8,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.gguf_vocab import read_json
+from tapir_local.lora import check_adapter
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
@@ -125,13 +126,7 @@ def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """adapter_config.json; TapirError when the folder holds no adapter, or one that is more than plain LoRA."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise TapirError(
-                f"this folder holds no adapter: {name} is missing",
-                where=str(folder),
-                fix="Name the folder of an adapter as PEFT's save_pretrained writes it.",
-            )
+    check_adapter(folder, "Name the folder of an adapter as PEFT's save_pretrained writes it.")
     settings: dict[str, Any] = read_json(folder / "adapter_config.json")
     check_plain(settings, folder)
     return settings
