@@ -20,6 +20,7 @@ from tapir_local.recipe_text import differing, parse_recipe, to_yaml
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
 from tapir_local.shipping import SHIP, stale
 from tapir_local.stages import BASELINE, PREPARE, ROUND
+from tapir_local.unusable import forget_unusable
 from tapir_local.work import Progress, Stage, Tools, Work
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
@@ -214,7 +215,9 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
         gone = [step for step in reversed(steps[first:]) if step.done]
         for step in gone:
             remove(step.output)
-        unlock(run, {step.name for step in steps[first:]})
+        names_gone = {step.name for step in steps[first:]}
+        unlock(run, names_gone)
+        forget_unusable(run, names_gone)
         return [step.name for step in gone]
 
 

@@ -14,7 +14,8 @@ from tapir_local.recipe import Recipe
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
-from tapir_local.work import Stage, Work, answered, lost
+from tapir_local.unusable import Unusable, left_out
+from tapir_local.work import Stage, Work, answered
 
 
 def read(work: Work, out: Path) -> str:
@@ -45,7 +46,7 @@ def read(work: Work, out: Path) -> str:
         work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
     )  # first: with rows.jsonl the stage is done
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + left_out(len(duplicates), len(alike))
+    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike))
 
 
 def answered_by_file(recipe: Recipe) -> bool:
@@ -53,7 +54,7 @@ def answered_by_file(recipe: Recipe) -> bool:
     return not recipe.can_expand or recipe.seeds.answers == "file"
 
 
-def left_out(duplicates: int, alike: int) -> str:
+def repeated(duplicates: int, alike: int) -> str:
     """`, 3 duplicates and 1 near-duplicate left out (rejected-seeds.jsonl)`, of those that there are."""
     counts = ((duplicates, "duplicate"), (alike, "near-duplicate"))
     found = [f"{count:,} {name}{'s' if count > 1 else ''}" for count, name in counts if count]
@@ -252,23 +253,26 @@ def labelled_rows(work: Work) -> list[Example]:
 def holdout(work: Work, out: Path) -> str:
     """Rows set apart by task, with the teacher's answers to compare with."""
     held, _ = split_holdout(labelled_rows(work), work.recipe.seeds.holdout, work.chance("holdout"))
-    answered = answer_seeds(work, held, "holdout")
+    answered, unusable = answer_seeds(work, held, "holdout")
+    work.leave_out(unusable, len(held))
     write_rows(out, answered)
-    return f"{len(answered):,} rows of {len(count_tasks(answered))} tasks" + lost(len(held) - len(answered))
+    return f"{len(answered):,} rows of {len(count_tasks(answered))} tasks" + left_out(unusable)
 
 
 def seeds(work: Work, out: Path) -> str:
     """The other rows, with the teacher's answers to train on."""
     _, rest = split_holdout(labelled_rows(work), work.recipe.seeds.holdout, work.chance("holdout"))
-    answered = answer_seeds(work, rest, "seeds")
+    answered, unusable = answer_seeds(work, rest, "seeds")
+    work.leave_out(unusable, len(rest))
     write_rows(out, answered)
-    return f"{len(answered):,} rows" + lost(len(rest) - len(answered))
+    return f"{len(answered):,} rows" + left_out(unusable)
 
 
-def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> list[Example]:
-    """Rows with a whole answer: the file's own where the recipe trusts it, else the teacher's."""
+def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
+    """Rows with a whole answer, the file's own where the recipe trusts it, else the teacher's; and those without."""
     if answered_by_file(work.recipe):
-        return [row for row in rows if row.completion]
+        without = [Unusable(work.step, row.id, "no answer in the seed file") for row in rows if not row.completion]
+        return [row for row in rows if row.completion], without
     return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows])
 
 

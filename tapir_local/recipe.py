@@ -302,6 +302,16 @@ class Budget(Settings):
     calls: int | None = Field(None, ge=0, description="requests that were answered")
 
 
+class Limits(Settings):
+    """How much may go wrong before a run stops."""
+
+    unusable: Share = Field(
+        0.05,
+        description="share of a stage's rows that may be left out because they cannot be used (refused by the server, "
+        "cut, not taken by the chat template); a stage with more of them stops. They are listed in unusable.jsonl",
+    )
+
+
 class Card(Settings):
     """What a model card says and the program cannot know; left out, it says `not stated`."""
 
@@ -328,6 +338,7 @@ class Recipe(Settings):
     train: Train = Train()
     export: Export = Export()
     budget: Budget = Budget()
+    limits: Limits = Limits()
     card: Card = Card()
     checker: Literal["pocket", "tasks"] | None = Field(
         None,

@@ -110,8 +110,8 @@ CARRIED = frozenset({"micro_batch_size", "gradient_checkpointing", "checkpoint_m
 
 
 def lasting(recipe: Recipe) -> dict[str, Any]:
-    """What a run keeps from its start to its end: all but `rounds`, `budget`, `card`, and the FREE and CARRIED ones."""
-    value = recipe.model_dump(mode="json", exclude={"rounds", "budget", "card"})
+    """What a run keeps from its start to its end: all but `rounds`, `budget`, `limits`, `card`, FREE and CARRIED."""
+    value = recipe.model_dump(mode="json", exclude={"rounds", "budget", "limits", "card"})
     for role in ("teacher", "judge"):
         value[role] = {name: item for name, item in value[role].items() if name not in FREE}
     value["train"] = {name: item for name, item in value["train"].items() if name not in CARRIED}

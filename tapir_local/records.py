@@ -197,7 +197,8 @@ class Request:
 class Answer:
     """What came back. `finish` is the API's finish reason; `hit` says that it came from the store, unpaid.
 
-    `key` is the call's, 64 hexadecimal digits.
+    `key` is the call's, 64 hexadecimal digits. `why` says why there is no usable text, in the server's own words where
+    it gave any; "" where there is one.
     """
 
     text: str
@@ -206,6 +207,7 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     key: str = ""
+    why: str = ""
 
     @property
     def complete(self) -> bool:

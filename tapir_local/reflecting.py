@@ -87,7 +87,7 @@ def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], s
     kept = {draft.example.parent: draft.example for draft in drafts if not draft.reason}
     rows = [kept.get(row.id, row) for row in reflected(work, planned)]
     asked = [prompts.reflect_on_answer(row.prompt, row.completion) for row in rows]
-    rewritten_ones = {row.id: row for row in answered(work, "refine", rows, asked)}
+    rewritten_ones = {row.id: row for row in answered(work, "refine", rows, asked)[0]}
     pairs = [Pair(row, rewritten_ones[row.id]) for row in rows if row.id in rewritten_ones]
     better = {
         pair.old.id: pair.new

@@ -8,8 +8,9 @@ from pathlib import Path
 from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import Checker
 from tapir_local.recipe import Recipe
-from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored
+from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
+from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
 Progress = Callable[[int, int, str], None]
 Ask = Callable[[Sequence[Request], Progress], list[Answer]]
@@ -66,6 +67,14 @@ class Work:
             lock(self.run, self.step, self.calls)
         return answers
 
+    def leave_out(self, rows: Sequence[Unusable], total: int) -> None:
+        """Record the rows that this step leaves out; TapirError where limits.unusable allows fewer of `total` rows.
+
+        To be called once in a step, with all its unusable rows, before its output is written.
+        """
+        record_unusable(self.run, self.step, rows)
+        refuse_too_many(rows, total, self.recipe.limits.unusable, f"{self.run.name}, {self.step}")
+
     def request(
         self, stage: str, row: str, messages: Prompt, *, draw: int = 0, temperature: float | None = None
     ) -> Request:
@@ -91,15 +100,26 @@ class Stage:
     run: Callable[[Work, Path], str]
 
 
-def answered(work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt]) -> list[Example]:
-    """Rows with the teacher's replies to `asked` as their completions; those without a whole reply are left out."""
+def answered(
+    work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt]
+) -> tuple[list[Example], list[Unusable]]:
+    """Rows with the teacher's replies to `asked` as their completions, and the rows without a whole reply."""
     requests = [work.request(stage, row.id, messages) for row, messages in zip(rows, asked, strict=True)]
-    replies = work.ask(work.tools.teacher, requests)
-    return [
-        replace(row, completion=reply.text.strip()) for row, reply in zip(rows, replies, strict=True) if reply.complete
-    ]
+    found, unusable = list[Example](), list[Unusable]()
+    for row, reply in zip(rows, work.ask(work.tools.teacher, requests), strict=True):
+        if reply.complete:
+            found.append(replace(row, completion=reply.text.strip()))
+        else:
+            unusable.append(unanswered(work, row, reply))
+    return found, unusable
 
 
-def lost(count: int) -> str:
-    """What to say of rows left out for want of a whole answer."""
-    return f", {count:,} left out without a whole answer" if count else ""
+def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:
+    """The record of a row to which the teacher gave no whole answer."""
+    kinds = {
+        "length": "cut at teacher.max_tokens",
+        "content_filter": "refused by the server's filter",
+        "refused": "refused by the server",
+    }
+    kind = kinds.get(reply.finish, "empty reply" if not reply.text.strip() else "reply not whole")
+    return Unusable(work.step, row.id, kind, reply.why, instruction_of(row.prompt)[:BRIEF])

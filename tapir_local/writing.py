@@ -11,7 +11,8 @@ from tapir_local.records import Answer, Example, Manner, RoundPlan
 from tapir_local.reflecting import reflect_on_answers, reflect_on_instructions
 from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds
 from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.work import Work, answered, lost
+from tapir_local.unusable import Unusable, left_out
+from tapir_local.work import Work, answered
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
 DRAWS_PER_ROUND = 1000
@@ -115,27 +116,31 @@ def hard_and_easy(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
     rows = {row.id: row for row in pool(work)}
     old, easy = [rows[id] for id in planned.hard], [rows[id] for id in planned.replay]
     new = [draft.example for draft in read_rows(Draft, work.folder / "expanded.jsonl") if not draft.reason]
-    hard = old + ask_plain(work, new) if planned.styled == "none" else ask_styled(work, old + new)
+    asked = len(new) if planned.styled == "none" else len(old) + len(new)
+    found, unusable = ask_plain(work, new) if planned.styled == "none" else ask_styled(work, old + new)
+    hard = old + found if planned.styled == "none" else found
     if planned.styled == "all":
-        easy = style_plain(work, easy)
+        easy, without = style_plain(work, easy)
+        asked, unusable = asked + len(planned.replay), unusable + without
+    work.leave_out(unusable, asked)
     share = len(hard) / max(1, len(hard) + len(easy))
-    missing = len(old) + len(new) - len(hard) + len(planned.replay) - len(easy)
-    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + lost(missing)
+    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + left_out(unusable)
 
 
-def style_plain(work: Work, rows: Sequence[Example]) -> list[Example]:
-    """Rows with a styled answer: what an earlier round has styled is left as it is."""
+def style_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+    """Rows with a styled answer, what an earlier round has styled being left as it is; and those without one."""
     plain = {(row.id, row.completion) for row in seeds(work)}
     wanting = [row for row in rows if (row.id, row.completion) in plain]
-    return ask_styled(work, wanting) + [row for row in rows if (row.id, row.completion) not in plain]
+    found, unusable = ask_styled(work, wanting)
+    return found + [row for row in rows if (row.id, row.completion) not in plain], unusable
 
 
-def ask_styled(work: Work, rows: Sequence[Example]) -> list[Example]:
-    """Rows with the teacher's answer in their task's style; those without a whole one are left out."""
+def ask_styled(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+    """Rows with the teacher's answer in their task's style, and those without a whole one."""
     tasks = work.recipe.task_table()
     return answered(work, "refine", rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows])
 
 
-def ask_plain(work: Work, rows: Sequence[Example]) -> list[Example]:
-    """Rows with the teacher's plain answer; those without a whole one are left out."""
+def ask_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+    """Rows with the teacher's plain answer, and those without a whole one."""
     return answered(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])

@@ -1,0 +1,80 @@
+"""unusable.jsonl in a run's folder: the rows that were left out, at which step and why, and when there are too many."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from tapir_local.errors import TapirError
+from tapir_local.rundir import RunDir, read_rows, write_rows
+
+NAME = "unusable.jsonl"
+FEW = 5  # rows that an error names
+COMMON = 3  # reasons that an error or a closing line names
+BRIEF = 200  # characters of a row's text that are kept
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A row that a step (`prepare/seeds`, `round-01/refine`) left out.
+
+    `kind` is the reason in a few words, the same for all rows of a kind, so that they can be counted
+    (`cut at teacher.max_tokens`); `detail` is what holds for this row alone, such as the server's own words; `text` is
+    the beginning of the row.
+    """
+
+    step: str
+    id: str
+    kind: str
+    detail: str = ""
+    text: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The kind, and the detail where there is any."""
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+def read_unusable(run: RunDir) -> list[Unusable]:
+    """Every row that a run left out, in the order of its steps; [] where there is none."""
+    path = run.path / NAME
+    return read_rows(Unusable, path) if path.exists() else []
+
+
+def record_unusable(run: RunDir, step: str, rows: Sequence[Unusable]) -> None:
+    """Record the rows that a step left out, in place of those of an earlier attempt at the step."""
+    others = [row for row in read_unusable(run) if row.step != step]
+    if rows or (run.path / NAME).exists():
+        write_rows(run.path / NAME, [*others, *rows])
+
+
+def forget_unusable(run: RunDir, steps: Collection[str]) -> None:
+    """Remove the rows of steps whose outputs were deleted."""
+    if (run.path / NAME).exists():
+        write_rows(run.path / NAME, [row for row in read_unusable(run) if row.step not in steps])
+
+
+def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: str) -> None:
+    """TapirError where more than the share `limit` of `total` rows is unusable: the commonest reasons, the first rows."""
+    if len(rows) <= limit * total:
+        return
+    first = "; ".join(f"{row.id} ({row.reason})" for row in rows[:FEW])
+    raise TapirError(
+        f"{len(rows):,} of {total:,} rows ({len(rows) / total:.0%}) cannot be used: {commonest(rows)}. "
+        f"limits.unusable allows {limit:.0%}. The first: {first}",
+        where=where,
+        fix=f"{NAME} in the run's folder lists all of them. Correct the cause, or allow more: "
+        f"--set limits.unusable={min(1.0, -(-100 * len(rows) // total) / 100):g}",
+    )
+
+
+def commonest(rows: Sequence[Unusable]) -> str:
+    """`3 refused by the server, 1 cut at teacher.max_tokens`: the commonest kinds with their counts."""
+    counts = Counter(row.kind for row in rows).most_common()
+    others = sum(count for _, count in counts[COMMON:])
+    said = ", ".join(f"{count:,} {kind}" for kind, count in counts[:COMMON])
+    return said + (f", {others:,} for other reasons" if others else "")
+
+
+def left_out(rows: Sequence[Unusable]) -> str:
+    """What a closing line says of the rows left out; "" where there is none."""
+    return f", {len(rows):,} left out ({commonest(rows)}; {NAME})" if rows else ""

@@ -1,0 +1,44 @@
+"""Rows that cannot be used: kept with their reason, counted, and refused where they are too many."""
+
+from pathlib import Path
+
+import pytest
+
+from tapir_local.errors import TapirError
+from tapir_local.rundir import RunDir
+from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
+
+
+def rows(count: int, kind: str = "refused by the server", step: str = "prepare/seeds") -> list[Unusable]:
+    return [Unusable(step, f"seed-{number:05d}", kind, "too long", "What?") for number in range(count)]
+
+
+def test_a_step_that_is_repeated_replaces_its_rows(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "r")
+    record_unusable(run, "prepare/read", rows(1, step="prepare/read"))
+    record_unusable(run, "prepare/seeds", rows(3))
+    record_unusable(run, "prepare/seeds", rows(2))
+    assert [row.step for row in read_unusable(run)] == ["prepare/read", "prepare/seeds", "prepare/seeds"]
+    forget_unusable(run, {"prepare/seeds"})
+    assert [row.step for row in read_unusable(run)] == ["prepare/read"]
+
+
+def test_no_file_is_written_where_nothing_was_left_out(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "r")
+    record_unusable(run, "prepare/seeds", [])
+    assert not (run.path / "unusable.jsonl").exists()
+
+
+def test_the_share_that_the_limit_names_is_still_allowed() -> None:
+    refuse_too_many(rows(5), 100, 0.05, "r")
+    with pytest.raises(TapirError) as caught:
+        refuse_too_many([*rows(5), *rows(1, "empty reply")], 100, 0.05, "r")
+    said = str(caught.value)
+    assert "6 of 100 rows (6%) cannot be used: 5 refused by the server, 1 empty reply" in said
+    assert "seed-00000 (refused by the server: too long)" in said
+    assert "--set limits.unusable=0.06" in said
+
+
+def test_a_closing_line_counts_them() -> None:
+    assert left_out([]) == ""
+    assert left_out(rows(2)) == ", 2 left out (2 refused by the server; unusable.jsonl)"
