@@ -13,7 +13,6 @@ from tapir_local.endpoint import gguf_of, identity_of, role_of
 from tapir_local.errors import TapirError
 from tapir_local.generate import answer_all, encode_prompt
 from tapir_local.llama import Advice, Model, made_for, open_model, template
-from tapir_local.records import Message, Prompt
 from tapir_local.replies import read_reply
 from tapir_local.sequences import Finish, Manner, Written
 
@@ -77,9 +76,8 @@ def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
         template(model)
         context = min(asking.endpoint.context, made_for(model))
-        system = takes_system(model)
         for alike in grouped(jobs):
-            prompts = [encode_job(model, job, system) for job in alike]
+            prompts = [encode_job(model, job) for job in alike]
             answer_group(Group(asking, model, manner_of(alike[0], context), alike, prompts))
 
 
@@ -109,30 +107,13 @@ def manner_of(job: Job, context: int) -> Manner:
     return Manner(job.body["max_tokens"], context, job.body["temperature"], schema)
 
 
-def takes_system(model: Model) -> bool:
-    """Whether the GGUF's chat template knows a system turn: Gemma's and older ones of Mistral refuse it."""
-    try:
-        encode_prompt(model, (Message("system", "."), Message("user", ".")))
-    except TapirError:
-        return False
-    return True
-
-
-def encode_job(model: Model, job: Job, system: bool) -> list[int]:
+def encode_job(model: Model, job: Job) -> list[int]:
     """Token ids of a job's prompt; TapirError with its row where the chat template refuses it."""
-    prompt = job.request.messages
     try:
-        return encode_prompt(model, prompt if system else without_system(prompt))
+        return encode_prompt(model, job.request.messages)
     except TapirError as error:
         place = f"{model.gguf}, stage {job.request.stage}, row {job.request.row}"
         raise TapirError(error.what, where=place, fix=model.advice.no_template) from error
-
-
-def without_system(prompt: Prompt) -> Prompt:
-    """The system's words at the head of the user's."""
-    if len(prompt) < 2 or (prompt[0].role, prompt[1].role) != ("system", "user"):
-        return prompt
-    return (Message("user", f"{prompt[0].content}\n\n{prompt[1].content}"), *prompt[2:])
 
 
 def answer_group(group: Group) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.console import example, shown, slowly
+from tapir_local.console import echo, example, shown, slowly
 
 if TYPE_CHECKING:
     from tapir_local.answering import Answered
@@ -83,7 +83,7 @@ def generate(
         if done:
             tell(f"{len(done):,} answers are there already; going on")
         found = answer_file(model, prompts, file, manner, progress, done, tell)
-    click.echo(closing(found), err=True)
+    echo(closing(found), err=True)
 
 
 def closing(found: "Answered") -> str:
@@ -154,5 +154,5 @@ def export(
         said += f"divergence {found.kl:.2g} nats"
     if modelfile:
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
-    click.echo(said, err=True)
-    click.echo(f"{sha256(out)}  {out}")
+    echo(said, err=True)
+    echo(f"{sha256(out)}  {out}")

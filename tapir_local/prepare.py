@@ -11,11 +11,12 @@ from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
 from tapir_local.recipe import Recipe
-from tapir_local.records import Example
+from tapir_local.records import Example, instruction_of
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
-from tapir_local.unusable import Unusable, left_out
-from tapir_local.work import Stage, Work, answered
+from tapir_local.student_text import fold_rows
+from tapir_local.unusable import BRIEF, Unusable, left_out
+from tapir_local.work import Stage, Work, answered, askable, trainable
 
 
 def read(work: Work, out: Path) -> str:
@@ -23,6 +24,7 @@ def read(work: Work, out: Path) -> str:
     recipe = work.recipe
     table = read_table(recipe.seeds)
     examples, duplicates = read_seeds(table, recipe.task_table())
+    examples, turns, unusable = usable(work, examples)
     if answered_by_file(recipe) and not any(row.completion for row in examples):
         raise TapirError(
             "no row has an answer, and the recipe takes the file's",
@@ -46,7 +48,34 @@ def read(work: Work, out: Path) -> str:
         work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
     )  # first: with rows.jsonl the stage is done
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike))
+    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike)) + turned(turns) + left_out(unusable)
+
+
+def usable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, list[Unusable]]:
+    """(rows that the student can be asked and, where the file answers, trained on; system turns folded; the others).
+
+    All that is known of a row before anything is paid for it; the rows left out are recorded.
+    """
+    if not rows:
+        return [], 0, []
+    kept, folds = fold_rows(work.tools.student_text(), rows)
+    kept, unusable = askable(work, kept)
+    if answered_by_file(work.recipe) and any(row.completion for row in kept):
+        unusable += [no_answer(work, row) for row in kept if not row.completion]
+        kept, unfit = trainable(work, [row for row in kept if row.completion])
+        unusable += unfit
+    work.leave_out(unusable, len(rows))
+    return kept, folds, unusable
+
+
+def turned(folds: int) -> str:
+    """What to say of system turns that the student's chat template has no place for."""
+    return f", {folds:,} system turns moved into the user's (the chat template has no system role)" if folds else ""
+
+
+def no_answer(work: Work, row: Example) -> Unusable:
+    """The record of a row that the seed file does not answer."""
+    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:BRIEF])
 
 
 def answered_by_file(recipe: Recipe) -> bool:
@@ -271,9 +300,10 @@ def seeds(work: Work, out: Path) -> str:
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
     """Rows with a whole answer, the file's own where the recipe trusts it, else the teacher's; and those without."""
     if answered_by_file(work.recipe):
-        without = [Unusable(work.step, row.id, "no answer in the seed file") for row in rows if not row.completion]
+        without = [no_answer(work, row) for row in rows if not row.completion]
         return [row for row in rows if row.completion], without
-    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows])
+    # The holdout is never trained on: an answer that the template would change can be compared with all the same.
+    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")
 
 
 PREPARE = (

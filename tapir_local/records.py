@@ -42,12 +42,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a student wrote. `finish`: `stop`, `length` (cut at max_tokens) or `too_long` (prompt over the context)."""
+    """What a student wrote.
+
+    `finish`: `stop`, `length` (cut at max_tokens), or without a text `too_long` (the prompt fills the context) and
+    `refused` (the chat template cannot render the prompt).
+    """
 
     id: str
     text: str
-    finish: Literal["stop", "length", "too_long"]
+    finish: Literal["stop", "length", "too_long", "refused"]
     tokens: int
+
+    @property
+    def asked(self) -> bool:
+        """False where the prompt could not be given to the student."""
+        return self.finish not in ("too_long", "refused")
 
 
 @dataclass(frozen=True)

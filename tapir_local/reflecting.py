@@ -13,8 +13,9 @@ from tapir_local import judging, prompts
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.ifd import ifd
 from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
-from tapir_local.rows import child_of, holdout_index, seeds
-from tapir_local.rundir import read_rows, write_rows
+from tapir_local.resumable import going_on, write_line
+from tapir_local.rows import after, child_of, holdout_index, seeds, student_task, with_room
+from tapir_local.rundir import read_rows, remove, write_rows
 from tapir_local.work import Work, answered
 
 NOTHING = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
@@ -41,7 +42,7 @@ def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
         rewritten(work.number, n, row, reply.text if reply.complete else "")
         for n, (row, reply) in enumerate(zip(rows, replies, strict=True))
     ]
-    drafts = screened(work, drafts)
+    drafts = screened(work, with_room(work, drafts))
     by_id = {row.id: row for row in rows}
     pairs = [Pair(by_id[draft.example.parent], draft.example) for draft in drafts if not draft.reason]
     found = iter(instruction_reasons(work, pairs))
@@ -108,9 +109,24 @@ def compared(work: Work, pairs: Sequence[Pair], way: Way) -> list[tuple[float, f
 
 
 def score(work: Work, texts: Sequence[Text]) -> list[Scored]:
-    """Log-probabilities by the last round's student."""
+    """Log-probabilities by the last round's student. What a cut attempt at the stage has scored is not scored again."""
     student = work.run.round(work.number - 1) / "student.gguf"
-    return work.tools.score(student, texts, work.progress) if texts else []
+    path = work.folder / f"{work.step.rpartition('/')[2]}-scores.jsonl"
+    if not texts:
+        return []
+    with going_on(path, student_task(work, student, texts), Scored) as (file, done):
+        known = {row.id for row in done}
+        left = [number for number in range(len(texts)) if str(number) not in known]
+
+        def keep(found: Scored) -> None:
+            write_line(file, replace(found, id=str(left[int(found.id)])))
+            file.flush()
+
+        if left:
+            work.tools.score(student, [texts[number] for number in left], after(work, len(done), len(texts)), keep)
+    scored = {row.id: row for row in read_rows(Scored, path)}
+    remove(path)
+    return [scored[str(number)] for number in range(len(texts))]
 
 
 def forwards(row: Example) -> tuple[Text, Text]:
