@@ -213,6 +213,7 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
         "tapir-local show quickstart",
         "tapir-local show quickstart --round 2 --json",
         "tapir-local show quickstart --labels",
+        "tapir-local show quickstart --unusable",
     )
 )
 @click.argument("run", required=False)
@@ -220,22 +221,24 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
 @click.option(
     "--labels", is_flag=True, help="Instead: who labelled the rows of each task, and what the classifier confuses."
 )
+@click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
 @cache_option
 @json_option
-def show(run: str | None, number: int | None, labels: bool, cache: Path | None, as_json: bool) -> None:
+def show(run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool) -> None:
     """A round of RUN: its plan, its metrics by task, and some answers of its student."""
-    from tapir_local.display import round_tables
+    from tapir_local.display import round_tables, unusable_tables
     from tapir_local.labels import label_tables, labels_of
-    from tapir_local.report import round_of
+    from tapir_local.report import round_of, unusable_of
 
-    if labels and number is not None:
-        raise click.UsageError("--labels is of the whole run, not of a round")
+    if ((labels or unusable) and number is not None) or (labels and unusable):
+        raise click.UsageError("--labels and --unusable are each of the whole run: give one of them, without --round")
     place = chosen_run(cache, run)
-    found = labels_of(place) if labels else round_of(place, number)
+    found = labels_of(place) if labels else unusable_of(place) if unusable else round_of(place, number)
+    tables = label_tables if labels else unusable_tables if unusable else round_tables
     if as_json:
         print_json(found)
     else:
-        print_table(*(label_tables(found) if labels else round_tables(found)))
+        print_table(*tables(found))
 
 
 @cli.command(

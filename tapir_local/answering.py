@@ -43,7 +43,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class Answered:
-    """What came of a file: answers, their tokens, and how many did not end by themselves or did not fit.
+    """What came of a file: answers, their tokens, how many did not end by themselves, did not fit or were not asked.
 
     `kept` of them were there already; `plan` is the context of the others, None where all were.
     """
@@ -52,6 +52,7 @@ class Answered:
     tokens: int
     cut: int
     too_long: int
+    refused: int = 0
     kept: int = 0
     plan: Plan | None = None
 
@@ -93,8 +94,8 @@ def answer_file(
     )
     answers = [*done, *found]
     finishes, tokens = [one.finish for one in answers], sum(one.tokens for one in answers)
-    cut, too_long = finishes.count("length"), finishes.count("too_long")
-    return Answered(len(answers), tokens, cut, too_long, len(done), plans[0] if plans else None)
+    cut, too_long, refused = (finishes.count(word) for word in ("length", "too_long", "refused"))
+    return Answered(len(answers), tokens, cut, too_long, refused, len(done), plans[0] if plans else None)
 
 
 def read_prompts(path: Path) -> list[tuple[str, Prompt]]:

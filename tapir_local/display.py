@@ -138,7 +138,8 @@ def caption(status: Mapping[str, Any]) -> str:
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
     table = PlainTable(f"run {status['run']}: stages")
-    table.caption = "\n".join(f"WARNING: {text}" for text in status["warnings"]) or None
+    told = [*unusable_phrase(status), *(f"WARNING: {text}" for text in status["warnings"])]
+    table.caption = "\n".join(told) or None
     for name in ("stage", "done"):
         table.add_column(name)
     for name in ("seconds", "paid", "hits"):
@@ -152,6 +153,30 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
                 f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, stage.get("note") or ""
             )
     return table
+
+
+def unusable_phrase(found: Mapping[str, Any]) -> list[str]:
+    """A line that says how many rows were left out and how to see them; none where none was."""
+    kinds = Counter[str]()
+    for counts in found["unusable"].values():
+        kinds.update(counts)
+    said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    total = kinds.total()
+    rows = "1 row" if total == 1 else f"{total:,} rows"
+    return [f"{rows} left out: {said}. `tapir-local show {found['run']} --unusable` lists them."] if total else []
+
+
+def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable]:
+    """The rows left out, counted by step and reason, and the first of them."""
+    counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
+    rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
+    table = plain_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
+    if not rows:
+        table.caption = "No row was left out."
+        return [table]
+    first = plain_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "in particular", "text"], rows)
+    first.caption = f"All {len(found['rows']):,} are in unusable.jsonl of the run's folder; --json prints them."
+    return [table, first]
 
 
 def shown(value: float | None) -> str:
@@ -196,10 +221,9 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
         [row["task"], row["instruction"], row["teacher"], row["student"], scores_phrase(row["scores"])]
         for row in found["answers"]
     ]
-    return [
-        *tables,
-        plain_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells),
-    ]
+    answers = plain_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells)
+    answers.caption = "\n".join(unusable_phrase(found)) or None
+    return [*tables, answers]
 
 
 def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:

@@ -35,6 +35,9 @@ def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
         head,
         plain_table("round by round", ["round", "student : teacher", "MFD", "use", "why", "trained"], cells),
     ]
+    if found["left_out"]:
+        lost = [[row["step"], row["kind"], row["detail"]] for row in found["left_out"]]
+        tables.append(plain_table("where it was left out", ["step", "reason", "in particular"], lost))
     if found["grew"]:
         grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
         tables.append(plain_table("what grew from it", ["round", "row", "kept or why not", "instruction"], grew))

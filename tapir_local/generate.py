@@ -38,7 +38,7 @@ from tapir_local.sequences import (
     need,
     step,
 )
-from tapir_local.template import folded, render
+from tapir_local.template import asked_text
 
 
 def generate(
@@ -134,10 +134,7 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     A system turn goes into the user's where the template has no system role. TapirError when the template refuses the
     prompt.
     """
-    jinja = template(model)
-    prompt = folded(jinja, prompt, model.bos, model.eos)
-    text = render(jinja, prompt, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
-    return encode(model, text)
+    return encode(model, asked_text(template(model), prompt, bos_token=model.bos, eos_token=model.eos))
 
 
 def encode_prompts(model: Model, prompts: Sequence[Prompt], tell: Callable[[str], None] = unsaid) -> list[list[int]]:

@@ -120,7 +120,18 @@ def label(work: Work, out: Path) -> str:
     counts = f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
     total = odd_sum(work.recipe.tasks)
     odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
-    return counts + (" and so Others" if others else "") + odd
+    return counts + (" and so Others" if others else "") + odd + many_unreadable(work, len(unreadable), len(sample))
+
+
+def many_unreadable(work: Work, unreadable: int, asked: int) -> str:
+    """A warning where more of the teacher's labels cannot be read than limits.unusable allows of other rows."""
+    if unreadable <= work.recipe.limits.unusable * asked:
+        return ""
+    return (
+        f"; WARNING: {unreadable / asked:.0%} of the teacher's labels cannot be read: `tapir-local calls list --run "
+        f"{work.run.name} --stage label` shows the replies. A teacher that keeps to JSON, or tasks in the seed file, "
+        "make the balance of tasks reliable"
+    )
 
 
 def refuse_no_label(work: Work, asked: int, read: int) -> None:

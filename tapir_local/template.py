@@ -51,6 +51,12 @@ def render(
         raise TapirError(f"the chat template refused a conversation of turns {roles}: {error}", fix=fix) from error
 
 
+def asked_text(template: str, prompt: Prompt, *, bos_token: str = "", eos_token: str = "") -> str:
+    """The prompt as a student is asked it: up to where its answer begins. TapirError as from `render`."""
+    turns = folded(template, prompt, bos_token, eos_token)
+    return render(template, turns, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
+
+
 def training_text(
     template: str,
     prompt: Sequence[Message],
@@ -67,6 +73,7 @@ def training_text(
     prompt is not how the conversation begins, when the template changed the completion, or when nothing ends the turn:
     a student trained so never stops.
     """
+    prompt = folded(template, tuple(prompt), bos_token, eos_token)
     asked = render(template, prompt, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
     turns = (*prompt, Message("assistant", completion))
     whole = render(template, turns, add_generation_prompt=False, bos_token=bos_token, eos_token=eos_token)
