@@ -1,6 +1,9 @@
 """One bad row costs one row: it is left out where it is first known, with its reason, and the run goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -418,3 +421,42 @@ def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, 
     before = partial.read_bytes()
     forecast(recipe, run)
     assert partial.read_bytes() == before
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from dataclasses import replace
+from fakes import QUIET, World, generate, make_recipe, tools
+from tapir_local.distill import distill
+from tapir_local.rundir import RunDir
+made = 0
+def dying(gguf, wanted, ids, progress, each):
+    def one(row):
+        global made
+        each(row)
+        made += 1
+        if made == 4:
+            os.kill(os.getpid(), 9)
+    return generate(gguf, wanted, ids, progress, one)
+folder = Path(sys.argv[1])
+distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(tools(World()), generate=dying), QUIET)
+"""
+
+
+def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == -9
+    whole, run, counts = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), list[int]()
+    assert len((run.round(0) / "holdout-answers.jsonl.partial").read_text().splitlines()) == 4
+
+    def counting(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+        counts.append(len(ids))
+        return generate(gguf, wanted, ids, progress, each)
+
+    distill(recipe, run, replace(tools(World()), generate=counting), QUIET)
+    distill(recipe, whole, tools(World()), QUIET)
+    assert counts[0] == 6
+    assert outputs(run) == outputs(whole)
