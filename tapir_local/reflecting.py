@@ -5,6 +5,7 @@ student's IFD rises: the instruction helps it less, so the row has more to teach
 student's reversed IFD falls: the answer tells it more of the instruction. No judge is asked.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,10 +77,14 @@ def screened(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
 
 def instruction_reasons(work: Work, pairs: Sequence[Pair]) -> list[str]:
     """For each pair why its new instruction is not kept, "" where it is: the student's IFD rises."""
-    return [
-        "" if new > old else f"the student's IFD does not rise: {new:.3f}, was {old:.3f}"
-        for old, new in compared(work, pairs, forwards)
-    ]
+    return [why_not(old, new) for old, new in compared(work, pairs, forwards)]
+
+
+def why_not(old: float, new: float) -> str:
+    """Why a rewritten instruction with this IFD is not kept, the old one's being `old`; "" where it is."""
+    if math.isnan(old) or math.isnan(new):
+        return "the student's IFD is not known: a text does not fit its context, or its chat template refuses it"
+    return "" if new > old else f"the student's IFD does not rise: {new:.3f}, was {old:.3f}"
 
 
 def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:

@@ -1,6 +1,6 @@
 """What the student's chat template makes of a row, and whether there is room for it: known before it is paid for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from tapir_local.unusable import BRIEF, Unusable
 
 ROOM = 16  # tokens that a prompt must leave for its answer, or a quarter of all where these are fewer
 PROBE = "so be it"  # an answer of no importance
-AT_ONCE = 1000  # rows whose token ids are in memory together
+AT_ONCE = 1000  # texts whose token ids are in memory together
+SPELLED = 16  # tokens that a tokenizer may put before a text
+SPANNED = 8  # tokens more that a row may have once a token that spans prompt and answer is split
 LETTERS = 4  # characters of a token, roughly
 MODELS_OWN = "the length that the student was made for"
 
@@ -57,6 +59,9 @@ class Unfit:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
+EMPTY = Unfit("no instruction")
+
+
 def read_student_text(model: Path, max_length: int, template: str | None = None) -> StudentText:
     """Of a model's folder, with another chat template than its own where one is given.
 
@@ -66,7 +71,7 @@ def read_student_text(model: Path, max_length: int, template: str | None = None)
     stops = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def encode(some: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in tokenizer.encode_batch(list(some), add_special_tokens=False)]
+        return [found.ids for found in tokenizer.encode_batch_fast(list(some), add_special_tokens=False)]
 
     made_for = longest_of(model)
     length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODELS_OWN)
@@ -114,45 +119,28 @@ def any_student(length: int) -> StudentText:
 
 def unfit_prompts(student: StudentText, prompts: Sequence[Prompt]) -> list[Unfit | None]:
     """For each prompt why the student cannot be asked it, or None where it can."""
-    measured = measure(student, [(prompt, PROBE) for prompt in prompts])
-    found = list[Unfit | None]()
-    for prompt, sizes in zip(prompts, measured, strict=True):
-        if not prompt or not prompt[-1].content.strip():
-            found.append(Unfit("no instruction"))
-        elif isinstance(sizes, Unfit):
-            found.append(sizes)
-        elif sizes[0] + student.room > student.length:
-            found.append(
-                Unfit(f"the prompt leaves no room for an answer in {student.limit}", counted(sizes[0], student))
-            )
-        else:
-            found.append(None)
-    return found
+    most, kind = student.length - student.room, f"the prompt leaves no room for an answer in {student.limit}"
+    rendered = [render_row(student, (prompt, PROBE)) if is_asking(prompt) else EMPTY for prompt in prompts]
+    sizes = iter(tokens_of(student, [row[0] for row in rendered if not isinstance(row, Unfit)], most))
+    return [row if isinstance(row, Unfit) else too_long(kind, next(sizes), most, student.length) for row in rendered]
+
+
+def is_asking(prompt: Prompt) -> bool:
+    """Whether a prompt ends with a turn that says something."""
+    return bool(prompt and prompt[-1].content.strip())
 
 
 def unfit_answers(student: StudentText, texts: Sequence[Text]) -> list[Unfit | None]:
     """For each prompt and answer why the student cannot be trained on them, or None where it can."""
-    return [
-        sizes
-        if isinstance(sizes, Unfit)
-        else Unfit(f"longer than {student.limit}", counted(sizes[1], student))
-        if sizes[1] > student.length
-        else None
-        for sizes in measure(student, texts)
-    ]
+    most, kind = student.length, f"longer than {student.limit}"
+    rendered = [render_row(student, text) for text in texts]
+    sizes = iter(row_tokens(student, [row for row in rendered if not isinstance(row, Unfit)], most))
+    return [row if isinstance(row, Unfit) else too_long(kind, next(sizes), most, most) for row in rendered]
 
 
-def counted(tokens: int, student: StudentText) -> str:
-    """`2,310 tokens, 2,048 allowed`."""
-    return f"{tokens:,} tokens, {student.length:,} allowed"
-
-
-def measure(student: StudentText, texts: Sequence[Text]) -> Iterator[Unfit | tuple[int, int]]:
-    """For each prompt and answer their tokens (the prompt's, all), as a row for training, or why it is none."""
-    for start in range(0, len(texts), AT_ONCE):
-        rendered = [render_row(student, text) for text in texts[start : start + AT_ONCE]]
-        sizes = sizes_of(student, [row for row in rendered if not isinstance(row, Unfit)])
-        yield from (row if isinstance(row, Unfit) else next(sizes) for row in rendered)
+def too_long(kind: str, tokens: int, most: int, length: int) -> Unfit | None:
+    """The finding of this kind where there are more tokens than fit."""
+    return Unfit(kind, f"{tokens:,} tokens, {length:,} allowed") if tokens > most else None
 
 
 def render_row(student: StudentText, text: Text) -> tuple[str, str] | Unfit:
@@ -166,13 +154,32 @@ def render_row(student: StudentText, text: Text) -> tuple[str, str] | Unfit:
         return Unfit("refused by the chat template", f"turns {roles}: {error.__cause__}")
 
 
-def sizes_of(student: StudentText, rows: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
-    """Tokens of each rendered row (the prompt's, all). A token that spans both is split, as in training."""
-    heads = student.encode([asked for asked, _ in rows])
-    wholes = student.encode([asked + answer for asked, answer in rows])
-    for (_, answer), head, whole in zip(rows, heads, wholes, strict=True):
-        spans = whole[: len(head)] != head
-        yield len(head), len(head) + len(student.encode([answer])[0]) if spans else len(whole)
+def tokens_of(student: StudentText, texts: Sequence[str], most: int) -> list[int]:
+    """The tokens of each text; 0 without a count where there can be no more than `most`.
+
+    A token is a byte or more of its text, and some tokenizers spell a few characters out first: hence twice the bytes.
+    """
+    found = [0] * len(texts)
+    counted = [number for number, text in enumerate(texts) if 2 * len(text.encode()) + SPELLED > most]
+    for start in range(0, len(counted), AT_ONCE):
+        some = counted[start : start + AT_ONCE]
+        for number, ids in zip(some, student.encode([texts[number] for number in some]), strict=True):
+            found[number] = len(ids)
+    return found
+
+
+def row_tokens(student: StudentText, rows: Sequence[tuple[str, str]], most: int) -> list[int]:
+    """The tokens of each rendered row as in training, where a token that spans prompt and answer is split.
+
+    Only near `most` does that matter, so only there prompt and answer are counted by themselves.
+    """
+    found = tokens_of(student, [asked + answer for asked, answer in rows], most)
+    near = [number for number, tokens in enumerate(found) if most - SPANNED < tokens <= most]
+    parts = student.encode([text for number in near for text in (*rows[number], "".join(rows[number]))])
+    for place, number in enumerate(near):
+        head, tail, whole = parts[3 * place : 3 * place + 3]
+        found[number] = len(whole) if whole[: len(head)] == head else len(head) + len(tail)
+    return found
 
 
 def fold_rows(student: StudentText, rows: Sequence[Example]) -> tuple[list[Example], int]:

@@ -16,7 +16,6 @@ from tapir_local.student_text import (
     any_student,
     fold_rows,
     longest_of,
-    measure,
     read_student_text,
     unfit_answers,
     unfit_prompts,
@@ -88,7 +87,7 @@ def test_prompts_that_the_template_refuses_or_that_are_empty_say_why(pocket: Stu
 def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentText) -> None:
     """The prompt whose room is just enough is taken, one token more is not."""
     prompts = [(Message("user", "7 " * n),) for n in range(1, 300)]
-    sizes = [size for size, _ in measure(pocket, [(prompt, "x") for prompt in prompts])]
+    sizes = [len(ids) for ids in pocket.encode([asked_text(pocket.template, prompt) for prompt in prompts])]
     student = replace(pocket, length=sizes[100] + pocket.room)
     found = unfit_prompts(student, prompts)
     assert [unfit is None for unfit in found] == [size <= sizes[100] for size in sizes]
@@ -97,21 +96,17 @@ def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentText) -> None:
     assert found[-1].detail == f"{sizes[-1]:,} tokens, {student.length:,} allowed"
 
 
-def test_answers_are_measured_as_training_measures_them(pocket: StudentText) -> None:
+def test_a_row_is_too_long_exactly_where_training_would_cut_it(pocket: StudentText) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(POCKET_STUDENT)
     rows = [Example(str(n), (Message("user", f"Add {n} and {n * n}."),), f"{n} " * (1 + n % 40)) for n in range(60)]
-    trained = token_rows(rows, tokenizer, 1000).rows
-    measured = list(measure(pocket, [(row.prompt, row.completion) for row in rows]))
-    assert [size[1] for size in measured if not isinstance(size, type(None))] == [
-        len(row["input_ids"]) for row in trained
-    ]  # type: ignore[index]
-    length = sorted(len(row["input_ids"]) for row in trained)[30]
-    kept = token_rows(rows, tokenizer, length)
-    unfit = unfit_answers(replace(pocket, length=length), [(row.prompt, row.completion) for row in rows])
-    assert sum(found is not None for found in unfit) == kept.cut + kept.dropped > 0
-    assert {found.kind for found in unfit if found} == {"longer than student.max_length"}
+    texts = [(row.prompt, row.completion) for row in rows]
+    sizes = [len(row["input_ids"]) for row in token_rows(rows, tokenizer, 1000).rows]
+    for length in sorted(set(sizes)):
+        unfit = unfit_answers(replace(pocket, length=length), texts)
+        assert [found is not None for found in unfit] == [size > length for size in sizes]
+        assert {found.kind for found in unfit if found} <= {"longer than student.max_length"}
 
 
 @pytest.mark.parametrize(
