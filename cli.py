@@ -230,8 +230,10 @@ def show(run: str | None, number: int | None, labels: bool, unusable: bool, cach
     from tapir_local.labels import label_tables, labels_of
     from tapir_local.report import round_of, unusable_of
 
-    if ((labels or unusable) and number is not None) or (labels and unusable):
-        raise click.UsageError("--labels and --unusable are each of the whole run: give one of them, without --round")
+    if labels and unusable:
+        raise click.UsageError("give --labels or --unusable, not both")
+    if (labels or unusable) and number is not None:
+        raise click.UsageError(f"--{'labels' if labels else 'unusable'} is of the whole run, not of a round")
     place = chosen_run(cache, run)
     found = labels_of(place) if labels else unusable_of(place) if unusable else round_of(place, number)
     tables = label_tables if labels else unusable_tables if unusable else round_tables

@@ -24,7 +24,8 @@ def read(work: Work, out: Path) -> str:
     recipe = work.recipe
     table = read_table(recipe.seeds)
     examples, duplicates = read_seeds(table, recipe.task_table())
-    examples, turns, unusable = usable(work, examples)
+    examples, folds, unusable = usable(work, examples)
+    work.leave_out(unusable, len(examples) + len(unusable))
     if answered_by_file(recipe) and not any(row.completion for row in examples):
         raise TapirError(
             "no row has an answer, and the recipe takes the file's",
@@ -48,13 +49,13 @@ def read(work: Work, out: Path) -> str:
         work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
     )  # first: with rows.jsonl the stage is done
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike)) + turned(turns) + left_out(unusable)
+    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike)) + turned(folds) + left_out(unusable)
 
 
 def usable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, list[Unusable]]:
     """(rows that the student can be asked and, where the file answers, trained on; system turns folded; the others).
 
-    All that is known of a row before anything is paid for it; the rows left out are recorded.
+    This is all that can be known of a row before anything is paid for it.
     """
     if not rows:
         return [], 0, []
@@ -64,7 +65,6 @@ def usable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, lis
         unusable += [no_answer(work, row) for row in kept if not row.completion]
         kept, unfit = trainable(work, [row for row in kept if row.completion])
         unusable += unfit
-    work.leave_out(unusable, len(rows))
     return kept, folds, unusable
 
 
