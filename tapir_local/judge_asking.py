@@ -21,7 +21,6 @@ Asked = Callable[[str], Prompt]  # from a reply that could not be read, or "", t
 
 BRIEF = 80  # characters of an unreadable reply that a reason quotes
 FEW = 5  # unreadable rows that a message names
-REFUSED = frozenset({"refused", "content_filter"})  # what a server says of a request that it will never answer
 UNASKED = {
     "too_long": "no answer of the student: the prompt fills its context",
     "refused": "no answer of the student: its chat template refuses the prompt",
@@ -133,7 +132,7 @@ def ask_twice(
     read: dict[str, S] = {}
     last: dict[str, Answer] = {}
     for _ in range(2):
-        missing = [name for name in asked if name not in read and not is_refused(last.get(name))]
+        missing = [name for name in asked if name not in read and not (name in last and last[name].refused)]
         requests = [
             Request(
                 asked[name](last[name].text if name in last else ""),
@@ -154,16 +153,11 @@ def ask_twice(
     return read, {name: why_unread(last[name]) for name in asked if name not in read}
 
 
-def is_refused(reply: Answer | None) -> bool:
-    """Whether the server will not answer a request for what it says: asked once more, it would refuse once more."""
-    return reply is not None and reply.finish in REFUSED
-
-
 def why_unread(reply: Answer) -> str:
     """What is wrong with a judge's reply, and how it begins."""
     begins = " ".join(reply.text.split())
     quoted = f": {begins[:BRIEF]!r}" if begins else ""
-    if is_refused(reply) and (reply.why or reply.finish == "refused"):
+    if reply.refused and (reply.why or reply.finish == "refused"):
         return f"refused by the server: {reply.why}".removesuffix(": ")
     if reply.finish == "length":
         return f"cut at judge.max_tokens{quoted}"

@@ -163,7 +163,7 @@ def keep(group: Group, number: int, written: Written) -> None:
     refused = not group.prompts[number]
     finish = "refused" if refused else written.finish
     raw = completion(job, group.model.gguf.name, written.text(group.model), finish, counts)
-    reply, kept = read_reply(raw), None
+    reply, kept = read_reply(raw)._replace(finish=finish), None
     if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
         kept = asking.keep(job, raw, reply, seconds)
     else:

@@ -146,11 +146,14 @@ def refuse_no_label(work: Work, asked: int, read: int) -> None:
 
 
 def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:
-    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out."""
+    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out.
+
+    A row that the server refuses is not asked again.
+    """
     tasks = work.recipe.task_table()
-    labels: dict[str, str] = {}
+    labels, refused = dict[str, str](), set[str]()
     for draw in range(2):
-        missing = [example for example in examples if example.id not in labels]
+        missing = [example for example in examples if example.id not in labels.keys() | refused]
         requests = [
             work.request(stage, row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
             for row in missing
@@ -158,6 +161,8 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
         for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
             if answer.complete and (found := judging.parse_label(answer.text, tasks)):
                 labels[row.id] = found
+            elif answer.refused:
+                refused.add(row.id)
     return labels
 
 

@@ -223,6 +223,11 @@ class Answer:
         """True when the text is whole: neither cut, nor filtered, nor empty."""
         return self.finish == "stop" and bool(self.text.strip())
 
+    @property
+    def refused(self) -> bool:
+        """True when the server will not answer the request for what it says: asked again, it would refuse again."""
+        return self.finish in ("refused", "content_filter")
+
 
 ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 

@@ -36,7 +36,10 @@ def answer(work: Work, out: Path) -> str:
 
 
 def student_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
-    """Completions of a round's GGUF for some rows."""
+    """Completions of a round's GGUF for some rows. Those that a cut attempt has written are kept.
+
+    The others are then batched otherwise, so at near ties they may differ from an uncut attempt's (see generate.py).
+    """
     gguf = student / "student.gguf"
     with going_on(out, student_task(work, gguf, rows), Completion) as (file, done):
         left, found = rows[len(done) :], list[Completion]()

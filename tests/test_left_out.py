@@ -460,3 +460,12 @@ def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path
     distill(recipe, whole, tools(World()), QUIET)
     assert counts[0] == 6
     assert outputs(run) == outputs(whole)
+
+
+def test_a_label_that_the_server_refuses_is_not_asked_for_again(recipe: Recipe, run: RunDir) -> None:
+    world, is_first = World(), first_of("label")
+    refused = Answer("", "refused", False, why="400: flagged")
+    made = with_ask(world, lambda request, answer: refused if is_first(request) else answer)
+    distill(recipe, run, made, QUIET)
+    asked = [request.row for request in world.asked if request.stage == "label"]
+    assert asked.count(asked[0]) == 1
