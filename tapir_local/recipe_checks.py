@@ -200,7 +200,7 @@ def impossible(recipe: Recipe) -> Iterator[str]:
         yield f"seeds.{name}: the pocket seeds have none; leave it out, or name a dataset in seeds.path"
     if recipe.teacher.kind == "recorded" and seeds.answers == "teacher" and "answers" in seeds.model_fields_set:
         yield "seeds.answers: a recorded teacher's answers are the file's; write `seeds.answers: file` or leave it out"
-    yield from secrets_in_urls(recipe)
+    yield from wrong_urls(recipe)
 
 
 def no_room(reply: int, whole: int) -> bool:
@@ -227,22 +227,23 @@ def replies_too_long(recipe: Recipe) -> Iterator[str]:
             yield too_long(f"{role}.max_tokens", endpoint.max_tokens, f"{name}.context", writer.context)
 
 
-def secrets_in_urls(recipe: Recipe) -> Iterator[str]:
-    """Addresses that hold a user's name or password, which a request would not send and a published recipe would."""
+def wrong_urls(recipe: Recipe) -> Iterator[str]:
+    """Addresses that are none, and those with a login, which no request would send and a published recipe would."""
     for role in ROLES:
-        if has_login(getattr(recipe, role).base_url):
+        if (url := getattr(recipe, role).base_url) is None:
+            continue
+        try:
+            parts = urlsplit(url)
+            server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            server = None
+        if not server:
+            yield f"{role}.base_url: it is not the address of a server; write it as http://host:port/v1"
+        elif "@" in parts.netloc:
             yield (
                 f"{role}.base_url: it holds a user name or a password; leave them out and put the key into the "
                 f"variable that {role}.api_key_env names"
             )
-
-
-def has_login(base_url: str | None) -> bool:
-    """Whether a URL has a part before `@`."""
-    try:
-        return base_url is not None and "@" in urlsplit(base_url).netloc
-    except ValueError:
-        return False
 
 
 def idle(recipe: Recipe) -> Iterator[str]:
