@@ -150,7 +150,11 @@ def read_line() -> str | None:
 )
 @json_option
 def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
-    """The recipes that come with the program; with NAME, the text of one."""
+    """List the recipes that come with the program; with NAME, print the text of one.
+
+    A recipe from elsewhere can run commands (train.launcher, export.converter) and send a key other than
+    OPENAI_API_KEY to a host that it names. Read it first; `distill` then wants your answer, or --trust, once.
+    """
     from tapir_local.assets import find_recipe, text_of_recipe
 
     if list_settings:

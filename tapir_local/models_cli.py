@@ -110,7 +110,7 @@ def closing(found: "Answered") -> str:
     help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
     "[default: q8_0, of an adapter alone f32]",
 )
-@click.option("--chat-template", help="A Jinja file, `alpaca` or `chatml`, instead of MODEL's own template.")
+@click.option("--chat-template", help="Use this Jinja file, `alpaca` or `chatml` as template.")
 @click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
 @click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")

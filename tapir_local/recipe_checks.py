@@ -82,6 +82,11 @@ IDLE = (
         "nothing is judged where `curriculum.difficulty` is off",
     ),
     Idle(
+        named("curriculum", "teacher_floor"),
+        lambda recipe: recipe.judge.kind == "reference",
+        "`judge: reference` gives every answer of the teacher 10",
+    ),
+    Idle(
         named("curriculum", "drafts"),
         lambda recipe: recipe.curriculum.name not in ("tapir", "lion"),
         "this curriculum asks for no second draft",

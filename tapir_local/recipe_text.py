@@ -37,15 +37,21 @@ def parse_recipe(text: str, where: str, *, kept: bool = False) -> Recipe:
     return validated(without_defaults(value) if written_out(value) else value, where, kept=kept)
 
 
-def validated(value: Mapping[str, Any], where: str, *, kept: bool = False) -> Recipe:
-    """A recipe from its settings; TapirError with the path of every faulty one."""
+def validated(
+    value: Mapping[str, Any], where: str, *, kept: bool = False, known: Sequence[str] | None = None
+) -> Recipe:
+    """A recipe from its settings; TapirError with the path of every faulty one.
+
+    Of a recipe that a run has `kept` the faults that newer versions find are let be, all or those `known`.
+    """
     fix = "`tapir-local recipes --settings` lists every setting."
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
         found = "; ".join(dict.fromkeys(fault(item) for item in error.errors()))
         raise TapirError(masked(found), where=where, fix=fix) from error
-    if not kept and (wrong := faults(recipe)):
+    wrong = [] if kept and known is None else [text for text in faults(recipe) if text not in (known or ())]
+    if wrong:
         raise TapirError(masked("; ".join(wrong)), where=where, fix=fix)
     return recipe
 
@@ -145,7 +151,7 @@ def overridden(
     """The recipe with some settings changed, each named by its path; checked as a whole again.
 
     Where the changes say who teaches or judges (`teacher.base_url`), the recipe's own kind yields, and with it what
-    only that kind used.
+    only that kind used. In a recipe that a run has `kept`, only what the changes make wrong is refused.
     """
     value = recipe.model_dump(exclude_unset=True)
     if recipe.tasks is None and any(path.startswith("tasks.") for path in changes):
@@ -164,7 +170,7 @@ def overridden(
         place[name] = new
     for role in ROLES:
         other_kind(value, role, changes)
-    return validated(value, where, kept=kept)
+    return validated(value, where, kept=kept, known=faults(recipe) if kept else ())
 
 
 def other_kind(value: dict[str, Any], role: str, changes: Mapping[str, Any]) -> None:

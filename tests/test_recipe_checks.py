@@ -1,14 +1,21 @@
 """Nothing is accepted and ignored: every kind with every field, and settings that others leave without effect."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from server import Server, send
 
+from tapir_local import pocket, prompts
+from tapir_local.assets import find_recipe
 from tapir_local.errors import TapirError
 from tapir_local.judge_asking import judge_name
 from tapir_local.recipe import Judge, Teacher
 from tapir_local.recipe_checks import USED_BY, notices, unnamed
 from tapir_local.recipe_text import differing, lasting, overridden, parse_recipe, replaced, settings, to_yaml, validated
+from tapir_local.records import Message, Request
+from tapir_local.store import Store
+from tapir_local.teacher import ask
 from tapir_local.tools import judge_of
 
 QUICK = {"seeds": "pocket", "student": "pocket", "teacher": {"kind": "pocket", "send_seed": True}, "judge": "teacher"}
@@ -186,6 +193,24 @@ def test_what_only_the_old_kind_used_yields_with_it_and_is_told() -> None:
 def test_a_base_url_alone_says_what_else_to_set() -> None:
     with pytest.raises(TapirError, match=r"teacher: model is missing; name it .*teacher\.model"):
         overridden(validated(QUICK, "r"), {"teacher.base_url": "http://127.0.0.1/v1"})
+
+
+def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: Path) -> None:
+    server.otherwise = lambda handler, body: send(handler, 200, {**pocket.completion(body), "model": body["model"]})
+    recipe = parse_recipe(find_recipe("quickstart").read_text(encoding="utf-8"), "quickstart")
+    changed = overridden(recipe, {"teacher.base_url": server.url, "teacher.model": "theirs"})
+    request = Request(prompts.answer((Message("user", "What is 2 + 3?"),)), "row", "seeds")
+    with Store(tmp_path / "teacher.db") as store:
+        for endpoint in (changed.teacher, judge_of(changed)):
+            ask([request], endpoint.model_copy(update={"api_key_env": "PATH"}), store, run="r")
+    assert [body["model"] for body in server.bodies] == ["theirs"]  # the judge's was in the store
+
+
+def test_a_kept_recipe_is_refused_only_what_changes_make_wrong() -> None:
+    kept = validated({"teacher": {"kind": "pocket", "model": "m"}}, "r", kept=True)
+    assert overridden(kept, {"curriculum.rows": 7}, kept=True).curriculum.rows == 7
+    with pytest.raises(TapirError, match=r"teacher\.price"):
+        overridden(kept, {"teacher.price": {"input": 1, "output": 1}}, kept=True)
 
 
 def test_a_change_that_the_kind_cannot_use_is_refused() -> None:
