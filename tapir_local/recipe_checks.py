@@ -30,6 +30,8 @@ USED_BY: Mapping[str, frozenset[str]] = {
     "attempts": frozenset({"openai", "pocket"}),
     "batch": frozenset({"openai"}),
     "price": frozenset({"openai"}),
+    "stream": frozenset({"openai"}),
+    "thinking": frozenset({"openai", "gguf"}),
     "mode": JUDGING,
     "max_unjudged": JUDGING,
 }
@@ -87,9 +89,9 @@ IDLE = (
         "`judge: reference` gives every answer of the teacher 10",
     ),
     Idle(
-        named("curriculum", "drafts"),
+        named("curriculum", "drafts", "children", "max_opening"),
         lambda recipe: recipe.curriculum.name not in ("tapir", "lion"),
-        "this curriculum asks for no second draft",
+        "this curriculum grows no new instructions from others",
     ),
     Idle(
         named("curriculum", "max_rouge"),
@@ -107,7 +109,7 @@ IDLE = (
         "`curriculum.name: all` takes every seed",
     ),
     Idle(
-        named("curriculum", "refine", "balance", "expand_share", "drafts", "max_rouge"),
+        named("curriculum", "refine", "balance", "expand_share", "drafts", "children", "max_opening", "max_rouge"),
         lambda recipe: recipe.teacher.kind == "recorded" and recipe.curriculum.name == "tapir",
         "recorded answers can neither be expanded nor refined nor balanced",
     ),

@@ -23,7 +23,7 @@ VALUES: dict[str, Any] = {
     **{"gguf": "x.gguf", "context": 8192, "base_url": "http://127.0.0.1/v1", "model": "m", "alias": "a"},
     **{"api_key_env": "KEY", "api_key_file": "key.txt", "temperature": 0.1, "max_tokens": 99, "extra": {"top_p": 0.5}},
     **{"send_seed": True, "concurrency": 3, "timeout": 9.0, "attempts": 2, "batch": True, "mode": "single"},
-    **{"price": {"input": 1, "output": 1}, "max_unjudged": 0.5},
+    **{"price": {"input": 1, "output": 1}, "max_unjudged": 0.5, "stream": True, "thinking": "keep"},
 }
 NEEDED: dict[str, dict[str, Any]] = {"openai": {"model": "m"}, "gguf": {"gguf": "x.gguf"}}
 PAIRS = [
