@@ -69,7 +69,7 @@ def compiler() -> Check:
         "C++ compiler",
         bool(found) if needed else (True if found else None),
         found or "none",
-        "Install one (Debian: apt-get install g++ cmake; Fedora: dnf install gcc-c++ cmake).",
+        "Install one (Debian: apt-get install g++ cmake; macOS: xcode-select --install).",
     )
 
 
