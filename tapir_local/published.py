@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
-
 from tapir_local.assets import HUB_NAME
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import lasting, path_settings
+from tapir_local.recipe_yaml import write_yaml
 
 SHOWN = ("rounds", "about", "card")  # settings that may change in mid-run and that a model's card shows
 
@@ -58,8 +57,7 @@ def published(recipe: Recipe) -> str:
             value[role]["base_url"] = public_url(value[role]["base_url"])
     if recipe.train.launcher:
         value["train"]["launcher"] = public_command(recipe.train.launcher)
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-    return text
+    return write_yaml(value)
 
 
 def shown(recipe: Recipe) -> dict[str, Any]:

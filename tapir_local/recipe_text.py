@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from tapir_local.errors import TapirError
@@ -13,13 +12,14 @@ from tapir_local.own_tasks import OwnTask
 from tapir_local.paths import at_home
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_checks import ROLES, USED_BY, faults, unused_by
-from tapir_local.recipe_yaml import kind_at, read_yaml
+from tapir_local.recipe_yaml import kind_at, read_yaml, write_yaml
 from tapir_local.setting_types import Settings, inferred_kind
 from tapir_local.tasks import TASKS
 
 # A teacher's section that names all of these is the program's own writing: nobody writes out every default.
 WRITTEN_OUT = frozenset({"base_url", "model", "alias", "api_key_env", "temperature", "extra", "timeout", "attempts"})
 KINDS = {role: Recipe.model_fields[role].default.kind for role in ROLES}
+UNION = re.compile(r"constrained-\w+|literal\[.*\]|bool|int|float|str|\[key\]")  # pydantic's names of a setting's types
 LOGIN = re.compile(r"(?<=://)[^/@\s'\"]+@")
 
 
@@ -87,7 +87,7 @@ def masked(text: str) -> str:
 
 def fault(item: Any) -> str:
     """One validation error as `path: what is wrong`."""
-    path = ".".join(str(part) for part in item["loc"]).removesuffix(".[key]")
+    path = ".".join(str(part) for part in item["loc"] if not UNION.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), siblings(path), 1)
         return f"{path}: unknown setting" + (f" (did you mean {near[0]}?)" if near else "")
@@ -268,5 +268,4 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every setting written out."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text
+    return write_yaml(recipe.model_dump(mode="json"))

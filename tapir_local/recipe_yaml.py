@@ -20,6 +20,7 @@ TRUE, FALSE = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"}
 WHOLE = re.compile(r"[-+]?\d+")
 BASED = re.compile(r"[-+]?0[xob][0-9a-f]+", re.IGNORECASE)
 DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+NUMERIC = re.compile(r"[-+]?\.?\d[\w.:+-]*")  # what looks like a number
 ENDLESS = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 
 
@@ -39,6 +40,25 @@ def read_yaml(text: str, kind: Any, where: str, path: str = "") -> Any:
     except RecursionError as error:
         raise TapirError("not a recipe: its brackets are nested too deeply", where=where) from error
     return None if node is None else Reader(where).value(node, kind, tuple(filter(None, path.split("."))))
+
+
+def write_yaml(value: Mapping[str, Any]) -> str:
+    """Settings as YAML that `read_yaml` reads as the same ones, text that looks like a number in quotes."""
+    text: str = yaml.dump(value, Dumper=Quoting, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class Quoting(yaml.SafeDumper):
+    """PyYAML leaves `1e5` without quotes, which is text in YAML 1.1 alone."""
+
+
+def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text as a node, in quotes where it could be a number."""
+    style = "'" if NUMERIC.fullmatch(text) else None
+    return dumper.represent_scalar(f"{TAG}str", text, style=style)
+
+
+Quoting.add_representer(str, quoted)
 
 
 def told(error: yaml.YAMLError) -> str:
@@ -170,9 +190,11 @@ def plain_value(text: str, want: str, where: str) -> Any:
 
 def number_of(text: str, where: str) -> int | float | None:
     """The number that a word is, None where it is none; TapirError where it may be two: 010 is 8 in old YAML."""
-    word = text.replace("_", "")
-    if len(word) > LONGEST_NUMBER:
+    if ENDLESS.fullmatch(text):
+        return float(text.replace(".", ""))
+    if len(text) > LONGEST_NUMBER or not NUMERIC.fullmatch(text):
         return None
+    word = text.replace("_", "")
     if BASED.fullmatch(word):
         try:
             return int(word, 0)
@@ -183,8 +205,6 @@ def number_of(text: str, where: str) -> int | float | None:
         raise TapirError(f"{text} may mean {value} or an octal number", where=where, fix=f"Write {value}.")
     if WHOLE.fullmatch(word):
         return int(word)
-    if ENDLESS.fullmatch(word):
-        return float(word.replace(".", ""))
     if DECIMAL.fullmatch(word):
         number = float(word)
         return int(number) if "e" in word.lower() and number.is_integer() and abs(number) < 2**53 else number

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import zipfile
@@ -258,6 +259,22 @@ def test_what_the_user_types_needs_no_agreement_and_is_remembered(tmp_path: Path
     assert "no such file of seeds" in refused(*words, "--set", "train.launcher=torchrun", cwd=tmp_path)
     (tmp_path / "my.yaml").write_text(LAUNCHED)
     assert "no such file of seeds" in refused(*words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("answer", "said"), [("n", "this recipe runs the command"), ("y", "no such file of seeds")])
+def test_on_a_terminal_the_user_is_asked(answer: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    command = [sys.executable, str(ROOT / "cli.py"), "distill", "my.yaml", "--cache", "c"]
+    child = subprocess.run(command, stdin=theirs, stderr=theirs, cwd=tmp_path, check=False)
+    shown = os.read(ours, 10_000).decode()
+    for end in (ours, theirs):
+        os.close(end)
+    assert child.returncode == 1
+    assert "This recipe runs the command: torchrun" in shown
+    assert "Is that what you want? [y/N]" in shown
+    assert said in shown
 
 
 def test_a_dry_run_of_any_recipe_needs_none(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_a_judge_with_a_model_is_asked_and_named() -> None:
         ("teacher: {model: m, base_url: 'http://[::1/v1'}", "teacher.base_url: it is not the address of a server"),
         ("teacher: {model: m, base_url: 'localhost:8000'}", "teacher.base_url: it is not the address of a server"),
         ("teacher: {model: m, base_url: 'http://h:99999/v1'}", "teacher.base_url: it is not the address of a server"),
+        ("teacher: pocket\nstudent: {parallel: 0}", "my.yaml: student.parallel: Input should be greater than or"),
         ("teacher: pocket\nstudent: {max_tokens: 2048}", "student.max_tokens: 2,048 tokens of a reply leave no room"),
         ("teacher: pocket\nstudent: {max_length: 128}", "set student.max_tokens to 64"),
         ("teacher: {gguf: a, max_tokens: 4096}", "teacher.max_tokens: 4,096 tokens of a reply leave no room"),

@@ -5,12 +5,21 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tapir_local.assets import text_of_recipe
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Recipe
-from tapir_local.recipe_text import overridden, parse_recipe, path_settings, read_change, read_changes, settings
+from tapir_local.recipe_text import (
+    overridden,
+    parse_recipe,
+    path_settings,
+    read_change,
+    read_changes,
+    settings,
+    to_yaml,
+)
 from tapir_local.recipe_yaml import kind_at, wanted
 
 PATHS = [
@@ -56,6 +65,7 @@ def test_no_numeric_setting_takes_what_is_no_finite_number(path: str) -> None:
             overridden(recipe, {path: value})
 
 
+@examples(deadline=None)
 @given(st.floats(min_value=1e-300, max_value=1e300), st.sampled_from(["{:e}", "{!r}", "{:E}", "+{!r}"]))
 def test_every_spelling_of_a_number_is_that_number(number: float, spelling: str) -> None:
     text = spelling.format(number)
@@ -112,6 +122,36 @@ def test_extra_keeps_its_types_and_takes_no_nan() -> None:
     }
     for text in (".nan", "[1, .inf]", "{a: {b: -.inf}}"):
         assert "teacher.extra" in refused(f"teacher: {{model: m, extra: {{x: {text}}}}}")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs", "Cc"]))
+    | st.from_regex(r"[-+.0-9xobeE_:]{1,8}", fullmatch=True),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.from_regex(r"[a-z]{1,6}", fullmatch=True), inner),
+    max_leaves=8,
+)
+
+
+@examples(deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z]{1,6}", fullmatch=True), JSON, max_size=4))
+def test_a_recipe_that_is_written_is_read_as_the_same(extra: dict[str, object]) -> None:
+    recipe = overridden(parse_recipe("teacher: {model: m}", "r"), {"teacher.extra": extra})
+    assert parse_recipe(to_yaml(recipe), "again").teacher.extra == extra
+
+
+@examples(deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20) | st.sampled_from(["1e5", "0o7", "010", "no"])
+)
+def test_text_that_is_written_is_read_as_the_same(text: str) -> None:
+    recipe = overridden(
+        parse_recipe("teacher: pocket", "r"), {"about": text, "card.terms": text, "teacher.alias": text}
+    )
+    assert parse_recipe(to_yaml(recipe), "again") == recipe
 
 
 @pytest.mark.parametrize(
