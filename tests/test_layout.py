@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors records tasks checkers own_tasks recipe recipe_text
+errors records tasks form_check checkers own_tasks recipe recipe_text
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
 stats memory
