@@ -202,6 +202,27 @@ class Curriculum(Settings):
         0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool"
     )
     drafts: int = Field(3, ge=1, description="drafts asked for every expansion still missing, at the most")
+    children: int = Field(
+        3,
+        ge=1,
+        description="new rows of a round that may grow from one parent; then less hard rows of the task are parents, "
+        "and what they cannot fill is left out",
+    )
+    max_opening: Share | None = Field(
+        0.2,
+        description="share of a task's new rows in a round that may begin with the same four words (three rows may in "
+        "any case); null: no limit",
+    )
+    check_drafts: bool = Field(
+        False,
+        description="ask the teacher of every new instruction whether it is complete, answerable and of its task: one "
+        "call more for each",
+    )
+    check_answers: bool = Field(
+        False,
+        description="have the judge score the answers written in a round and leave out those below teacher_floor: one "
+        "call more for each",
+    )
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
 
 

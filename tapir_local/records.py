@@ -104,8 +104,9 @@ Styled = Literal["hard", "all", "none"]
 
 @dataclass(frozen=True)
 class Expansion:
-    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`.
+    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`, then from `others`.
 
+    `others` are less hard rows of the task, for where the parents have as many new rows as curriculum.children allows.
     `alike`: of the same task, domain and difficulty as the parent; `rarer`: of the same domain, and rarer (Lion's).
     """
 
@@ -113,6 +114,7 @@ class Expansion:
     rows: int
     parents: tuple[str, ...]
     manner: Manner = "alike"
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
