@@ -190,7 +190,7 @@ def fill(
     others: Mapping[str, Sequence[str]],
     settings: Curriculum,
 ) -> tuple[list[str], tuple[Expansion, ...]]:
-    """(hard rows chosen, new rows wanted of each task) that together are what was asked of each task, as far as it goes.
+    """(hard rows chosen, new rows wanted of each task) that together are what was asked of each task, if possible.
 
     A parent has at most settings.children new rows: ten of one parent would be one question told ten times. Where the
     hard rows are too few for that, `others` are parents too; where these are too few, more hard rows are taken.
@@ -208,9 +208,7 @@ def fill(
     return chosen, tuple(expansions)
 
 
-def parent_remarks(
-    expansions: Sequence[Expansion], short: Mapping[str, int], settings: Curriculum
-) -> tuple[str, ...]:
+def parent_remarks(expansions: Sequence[Expansion], short: Mapping[str, int], settings: Curriculum) -> tuple[str, ...]:
     """What the limit of new rows for a parent has come to."""
     beyond = {e.task: e.rows - settings.children * len(e.parents) for e in expansions}
     grown = [f"{task} {count:,}" for task, count in beyond.items() if count > 0]

@@ -45,7 +45,7 @@ OTHER_TABLE = re.compile(
     r"excel|hash|lookup|pivot|database)[ -]table\b|\breserv|\bbook\b",
     re.IGNORECASE,
 )
-DRAWN = re.compile(r"<table|\\begin\{tabular|[\u2500-\u257f]|^\s*\+[-=+]{3,}|\t", re.IGNORECASE | re.MULTILINE)
+DRAWN = re.compile(r"<table|\\begin\{tabular|[\u2500-\u257f]|^[ \t]*\+[-=+]{3,}|\t", re.IGNORECASE | re.MULTILINE)
 RULE = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?")
 DEEPEST, LONGEST_YAML = 50, 20_000  # brackets within brackets, letters: PyYAML's time grows with their square
 

@@ -245,6 +245,21 @@ def parse_instruction(reply: str) -> str | None:
     return (found[0].strip() or None) if len(found) == 1 else None
 
 
+CHECKED = {"complete": "complete", "answerable": "answerable", "of_task": "of its task"}  # a check's keys, in words
+
+
+def parse_check(reply: str) -> str | None:
+    """What a teacher finds wrong with a new instruction, "" where nothing; None where the reply does not say it.
+
+    Reads the JSON object that prompts.check_draft asks for, which must open or close the reply.
+    """
+    reply = without_thought(reply)
+    outer = [value for value, start, end in json_objects(reply) if is_outer(reply, start, end)]
+    if len(outer) != 1 or not all(isinstance(outer[0].get(key), bool) for key in CHECKED):
+        return None
+    return ", ".join(f"not {words}" for key, words in CHECKED.items() if not outer[0][key])
+
+
 ANSWER = re.compile(r"<new_answer>(.*?)</new_answer>", re.IGNORECASE | re.DOTALL)
 
 

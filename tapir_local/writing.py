@@ -2,20 +2,36 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
+from tapir_local.curriculum import new_rows
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
-from tapir_local.records import Answer, Example, Manner, RoundPlan
+from tapir_local.parents import Parents
+from tapir_local.records import Answer, Example, Expansion, Manner, RoundPlan
 from tapir_local.reflecting import reflect_on_answers, reflect_on_instructions
 from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds
 from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.unusable import Unusable, left_out
+from tapir_local.screening import fault_of, most_openings, opening, own_sentences
+from tapir_local.unusable import COMMON, Unusable, left_out
 from tapir_local.work import Work, answered
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
 DRAWS_PER_ROUND = 1000
+FIRST = 50  # drafts of a round after which it is first asked whether more are worth their price
+FEW, HOPELESS = 10, 0.8  # drafts, and the share of them rejected from which no more are asked for
+SAME_OPENING = "begins as too many others do"
+
+
+@dataclass
+class Group:
+    """One expansion of the plan at work: its parents, and how many new rows are still missing."""
+
+    expansion: Expansion
+    parents: Parents
+    missing: int
 
 
 def expand(work: Work, out: Path) -> str:
@@ -23,22 +39,77 @@ def expand(work: Work, out: Path) -> str:
     planned = read_record(RoundPlan, work.folder / "plan.json")
     if planned.reflected:
         return reflect_on_instructions(work, planned, out)
-    rows = {row.id: row for row in pool(work)}
-    near, held = indices(work) if planned.expansions else (Index(1.0), Index(1.0))
-    missing, drafts = [expansion.rows for expansion in planned.expansions], list[Draft]()
-    for attempt in range(work.recipe.curriculum.drafts):
-        wanted = [
-            (place, rows[id])
-            for place, expansion in enumerate(planned.expansions)
-            for id in turns(expansion.parents, attempt, missing[place])
-        ]
-        asked = [(row, planned.expansions[place].manner) for place, row in wanted]
-        for (place, _), draft in zip(wanted, ask_drafts(work, asked, drafts), strict=True):
-            found = draft if draft.reason else screen([draft.example], near, held)[0]
-            missing[place] -= not found.reason
-            drafts.append(found)
+    settings, rows = work.recipe.curriculum, {row.id: row for row in pool(work)}
+    groups = [Group(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
+    screen, drafts, stopped = Screen(work, planned), list[Draft](), ""
+    for _ in range(settings.drafts):
+        wanted = [(group, rows[id]) for group in groups for id in group.parents.take(group.missing)]
+        for part in (wanted[:FIRST], wanted[FIRST:]) if not drafts else (wanted,):
+            found = draft_rows(work, part, drafts, screen)
+            drafts += found
+            if stopped := hopeless(found):
+                break
+        if stopped:
+            break
     write_rows(out, drafts)
-    return told(drafts, sum(missing))
+    return told(drafts, sum(group.missing for group in groups), stopped, screen.unchecked)
+
+
+def draft_rows(
+    work: Work, wanted: Sequence[tuple[Group, Example]], before: Sequence[Draft], screen: "Screen"
+) -> list[Draft]:
+    """One draft of each parent, screened; what is kept is counted where it was missing."""
+    asked = [(row, group.expansion.manner) for group, row in wanted]
+    found = ask_drafts(work, asked, before)
+    found = [screen.look_at(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
+    if work.recipe.curriculum.check_drafts:
+        found = screen.check(work, found)
+    for draft, (group, row) in zip(found, wanted, strict=True):
+        if not draft.reason:
+            group.missing -= 1
+            group.parents.keep(row.id)
+    return found
+
+
+class Screen:
+    """What a round's drafts are held against: known rows, the holdout, words of ours, and what was kept before."""
+
+    def __init__(self, work: Work, planned: RoundPlan) -> None:
+        self.near, self.held = indices(work) if planned.expansions else (Index(1.0), Index(1.0))
+        self.ours = own_sentences(work.recipe.task_table())
+        share = work.recipe.curriculum.max_opening
+        self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
+        self.openings: Counter[tuple[str, str]] = Counter()
+        self.unchecked = 0
+
+    def look_at(self, draft: Draft, parent: Example) -> Draft:
+        """The draft with the reason why it is rejected; one without is kept from now on."""
+        if draft.reason:
+            return draft
+        text, task = draft.example.prompt[-1].content, draft.example.task
+        reason = fault_of(text, parent.prompt[-1].content, self.ours)
+        if not reason and self.openings[task, opening(text)] >= self.most[task]:
+            reason = f"{SAME_OPENING}: {opening(text)!r}"
+        found = replace(draft, reason=reason) if reason else screen([draft.example], self.near, self.held)[0]
+        self.openings[task, opening(text)] += not found.reason
+        return found
+
+    def check(self, work: Work, drafts: Sequence[Draft]) -> list[Draft]:
+        """The drafts as the teacher finds them; where its reply cannot be read a draft is kept, and counted."""
+        tasks, left = work.recipe.task_table(), [draft for draft in drafts if not draft.reason]
+        asked = [prompts.check_draft(draft.example.prompt, tasks[draft.example.task]) for draft in left]
+        requests = [
+            work.request("expand", f"{draft.example.id}#check", messages, temperature=0.0)
+            for draft, messages in zip(left, asked, strict=True)
+        ]
+        replies = iter(work.ask(work.tools.teacher, requests))
+        return [draft if draft.reason else self.checked(draft, next(replies)) for draft in drafts]
+
+    def checked(self, draft: Draft, reply: Answer) -> Draft:
+        """A draft with what the teacher finds wrong with it."""
+        fault = judging.parse_check(reply.text) if reply.complete else None
+        self.unchecked += fault is None
+        return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
 
 def indices(work: Work) -> tuple[Index, Index]:
@@ -49,16 +120,23 @@ def indices(work: Work) -> tuple[Index, Index]:
     return near, holdout_index(work)
 
 
-def told(drafts: Sequence[Draft], short: int) -> str:
-    """What became of the drafts, in a phrase."""
-    kept = sum(not draft.reason for draft in drafts)
-    said = f"{kept:,} new instructions, {len(drafts) - kept:,} drafts rejected"
-    return said + (f", {short:,} short" if short else "")
+def hopeless(found: Sequence[Draft]) -> str:
+    """Why no more drafts are asked for after these, "" where they were worth it."""
+    rejected = [draft for draft in found if draft.reason]
+    if len(found) < FEW or len(rejected) < HOPELESS * len(found):
+        return ""
+    return f"no more asked for, because {len(rejected):,} of {len(found):,} drafts were rejected"
 
 
-def turns(ids: Sequence[str], attempt: int, count: int) -> list[str]:
-    """`count` ids in turn, a later attempt beginning where it has not been."""
-    return [ids[(attempt * count + number) % len(ids)] for number in range(count)]
+def told(drafts: Sequence[Draft], short: int, stopped: str = "", unchecked: int = 0) -> str:
+    """What became of the drafts, in a phrase, with the commonest reasons why they were rejected."""
+    rejected = Counter(draft.reason.partition(":")[0] for draft in drafts if draft.reason)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(COMMON))
+    said = f"{len(drafts) - rejected.total():,} new instructions, {rejected.total():,} drafts rejected"
+    said += f" ({reasons})" if reasons else ""
+    said += f", {short:,} short" if short else ""
+    said += f", {unchecked:,} unchecked: the teacher's reply could not be read" if unchecked else ""
+    return said + (f"; {stopped}" if stopped else "")
 
 
 def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Sequence[Draft]) -> list[Draft]:

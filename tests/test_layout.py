@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
 errors records tasks form_check checkers own_tasks recipe recipe_text
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
+prompts judging judge_quality ifd curriculum parents screening seedforms near dataset metrics template keys packing
 stats memory
 rundir assets lockfile unusable seedfiles
 libllama llama ollama batching room sampling sequences generate score
@@ -21,7 +21,7 @@ process storerows storefile replies calls claims store search transfer pace pock
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
-work rows prepare reflecting writing judge_asking stages card shipping distill tools forecast chat
+work rows prepare judge_asking reflecting writing stages card shipping distill tools forecast chat
 report costs why whatif doctor display labels
 sides compare comparison explanations
 answering console calls_cli runs_cli models_cli
