@@ -57,7 +57,7 @@ OTHERWISE = re.compile(
     r"\d \d+/\d|\d ?r(?:em(?:ainder)?)? ?\.?\d|remainder|\b10 ?(?:\^|\*\*)|\d[eE][-+]?\d|"
     r"\d[ '\u00a0\u202f_]\d{3}(?!\d)|"
     r"\d\.\d{3}\.\d{3}|\d,\d{1,2}(?!\d)|\d ?%\D*\Z|"
-    r"\d ?(?:\.{3}|\u2026)|\\frac|\\sqrt|[\u00b2\u00b3\u00b9\u2070-\u2079]",
+    r"\d ?(?:\.{3}|\u2026)|\\frac|\\sqrt|[\u00b2\u00b3\u00b9\u2070-\u2079]|\d[\u00bc-\u00be\u2150-\u215e]",
     re.IGNORECASE,
 )
 REFUSAL = re.compile(r"\b(?:not|cannot|unable|sorry|no idea|unsure)\b|n't\b", re.IGNORECASE)

@@ -102,6 +102,29 @@ def teachable(judgement: Judgement, settings: Curriculum) -> bool:
     return judgement.teacher is not None and judgement.teacher >= settings.teacher_floor
 
 
+UNREAD, POOR, NO_REASON = "not judged", "whose teacher's own answer is below teacher_floor", "taken by none"
+NEAR = "whose MFD is at most mfd_threshold"
+ADVICE: Mapping[str, str] = {
+    UNREAD: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
+    POOR: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
+    "curriculum.teacher_floor lower.",
+    NEAR: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more hard rows.",
+    NO_REASON: "See what became of the drafts in expanded.jsonl of the round's folder.",
+}
+
+
+def untaken(judgements: Sequence[Judgement], settings: Curriculum) -> Counter[str]:
+    """How many rows are not hard for each reason: the keys of ADVICE."""
+    return Counter(why_untaken(row, settings) for row in judgements if not is_hard(row, settings))
+
+
+def why_untaken(judgement: Judgement, settings: Curriculum) -> str:
+    """Why a row is not hard."""
+    if mfd(judgement) is None:
+        return UNREAD
+    return NEAR if teachable(judgement, settings) else POOR
+
+
 def tapir(known: Situation) -> RoundPlan:
     """Hard rows in the tasks' shares and easy rows at random, alpha to 1 - alpha (arXiv 2405.13448, section 3.3).
 
@@ -245,11 +268,13 @@ def fractions(rows: Mapping[str, int]) -> dict[str, float]:
 def remarks(known: Situation, rows: Sequence[Example], hard: Sequence[Example], easy: int) -> tuple[str, ...]:
     """What the reader ought to know of an unusual pool."""
     mastered = sorted({row.task for row in rows} - {row.task for row in hard})
+    reasons = ", ".join(f"{n:,} {why}" for why, n in untaken(known.judgements, known.settings).most_common())
     missing = known.settings.rows - round(known.alpha * known.settings.rows) - easy
     said = {
         "difficulty is off: rows are drawn at random": not known.settings.difficulty,
-        "no row is hard: the round only replays easy rows": rows and not hard,
-        "no row is easy: the whole round is hard": rows and not easy,
+        "no row is hard: the round only replays easy rows": rows and not hard and easy,
+        "no row is easy: the whole round is hard": rows and not easy and hard,
+        f"no row is hard and none is easy: {reasons}": rows and not hard and not easy,
         f"{missing:,} easy rows fewer than asked, hard ones in their place": hard and easy and missing > 0,
         f"no hard row in {', '.join(mastered)}: the other tasks have their shares": hard and mastered,
     }

@@ -300,6 +300,11 @@ def mfd(judgement: Judgement) -> float | None:
     return judgement.teacher - judgement.student
 
 
+def share_alike(score: float | None) -> float | None:
+    """The ROUGE-L, 0 to 1, of which `likeness` made a score."""
+    return None if score is None else (score - LOWEST) / (HIGHEST - LOWEST)
+
+
 def likeness(id: str, teacher_answer: str, student_answer: str) -> Judgement:
     """`judge: reference`: the student's answer scored by its ROUGE-L to the teacher's, which counts 10.
 

@@ -404,6 +404,16 @@ class Recipe(Settings):
             raise ValueError("export: `rounds: adapter` goes neither with `train.method: full` nor with a `converter`")
         return self
 
+    @model_validator(mode="after")
+    def checked(self) -> "Recipe":
+        """Checks of what a round writes need somebody who writes, and answers a judge."""
+        if self.curriculum.check_answers and self.judge.kind == "reference":
+            raise ValueError("curriculum: `check_answers` needs a judge to score answers; `judge: reference` has none")
+        for name in ("check_drafts", "check_answers"):
+            if getattr(self.curriculum, name) and not (self.can_expand and self.curriculum.name in ("tapir", "lion")):
+                raise ValueError(f"curriculum: `{name}` goes with `tapir` and `lion` and a teacher that can be asked")
+        return self
+
     @property
     def can_expand(self) -> bool:
         """Whether the teacher can be asked: recorded answers can be neither expanded nor refined."""

@@ -19,6 +19,7 @@ LIKE = (
 )
 FEW = 4  # words of ours from which a whole sentence in an instruction is none by chance
 RUN = 8  # words of ours in a row, of whatever sentence, that no instruction has by chance
+LONG = 300  # words of an instruction that are compared with ours
 OPENING = 4  # words
 AT_LEAST = 3  # new rows that may share an opening whatever the share: two or three are no pattern
 LONG_STATEMENT = 60  # words; a longer text has material, and its task may stand anywhere in it
@@ -53,6 +54,7 @@ def own_sentences(tasks: Mapping[str, Task]) -> list[list[str]]:
 
 def is_echo(words: Sequence[str], ours: Sequence[Sequence[str]]) -> bool:
     """Whether an instruction is a part of one of our sentences, holds a whole one or a long part, or nearly is one."""
+    words = words[:LONG]
     runs = [words[place : place + RUN] for place in range(len(words) - RUN + 1)]
     return any(
         within(words, sentence)

@@ -1,27 +1,31 @@
 """What the teacher writes for a round: new instructions, and answers in the style that each task needs."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
-from tapir_local.curriculum import new_rows
+from tapir_local.curriculum import ADVICE, NO_REASON, new_rows, untaken
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
+from tapir_local.judge_asking import score_answers
 from tapir_local.parents import Parents
-from tapir_local.records import Answer, Example, Expansion, Manner, RoundPlan
+from tapir_local.recipe import Recipe
+from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
 from tapir_local.reflecting import reflect_on_answers, reflect_on_instructions
 from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds
 from tapir_local.rundir import read_record, read_rows, write_rows
 from tapir_local.screening import fault_of, most_openings, opening, own_sentences
-from tapir_local.unusable import COMMON, Unusable, left_out
+from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
 from tapir_local.work import Work, answered
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
 DRAWS_PER_ROUND = 1000
 FIRST = 50  # drafts of a round after which it is first asked whether more are worth their price
 FEW, HOPELESS = 10, 0.8  # drafts, and the share of them rejected from which no more are asked for
+FEW_STEPS = 10  # steps of training below which a round is said to have few
 SAME_OPENING = "begins as too many others do"
 
 
@@ -178,15 +182,48 @@ def refine(work: Work, out: Path) -> str:
     else:
         rows, said = hard_and_easy(work, planned)
     if not rows:
-        raise TapirError(
-            "no row to train on: none is hard and none is easy",
-            where=str(work.folder / "plan.json"),
-            fix=f"Look at the judgements with `tapir-local show {work.run.name} --round {work.number}`; a lower "
-            "curriculum.mfd_threshold or teacher_floor finds more rows.",
-        )
+        raise nothing_to_train_on(work, planned)
     work.chance("refine").shuffle(rows)
     write_rows(out, rows)
-    return f"{len(rows):,} rows, {said}"
+    return "; ".join([f"{len(rows):,} rows, {said}", *few_rows(work.recipe, len(rows))])
+
+
+def nothing_to_train_on(work: Work, planned: RoundPlan) -> TapirError:
+    """The error of a round without a row: why none was taken, with what would change that."""
+    judgements = read_rows(Judgement, work.folder / "judgements.jsonl")
+    reasons = Counter[str]() if planned.to_write else untaken(judgements, work.recipe.curriculum)
+    counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    commonest = reasons.most_common(1)[0][0] if reasons else NO_REASON
+    why = (
+        f"of {len(judgements):,} judged rows {counted}"
+        if counted
+        else f"{planned.to_write:,} new ones were to be written, and none was kept"
+    )
+    return TapirError(
+        f"no row to train on: {why}",
+        where=str(work.folder / "plan.json"),
+        fix=f"{ADVICE[commonest]} `tapir-local why {work.run.name} ROW` tells of one row.",
+    )
+
+
+def few_rows(recipe: Recipe, rows: int) -> list[str]:
+    """Warnings of a round that has far fewer rows than were asked, or makes few steps of training."""
+    asked, few = recipe.curriculum.rows, []
+    if recipe.curriculum.name != "all" and rows < asked / 2:
+        few = [f"WARNING: {rows:,} of the {asked:,} rows asked (curriculum.rows), less than half"]
+    return [*few, *few_steps(recipe, rows)]
+
+
+def few_steps(recipe: Recipe, rows: int) -> list[str]:
+    """A warning of a round whose rows make few steps of training; packed, their lengths decide that."""
+    train = recipe.train
+    steps = math.ceil(train.epochs * math.ceil(rows / train.batch_size))
+    if steps >= FEW_STEPS or train.packing:
+        return []
+    return [
+        f"WARNING: {rows:,} rows make {steps:,} steps of train.batch_size ({train.batch_size}), too few to learn much: "
+        "set it lower, or train.epochs higher"
+    ]
 
 
 def hard_and_easy(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
@@ -198,11 +235,35 @@ def hard_and_easy(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
     found, unusable = ask_plain(work, new) if planned.styled == "none" else ask_styled(work, old + new)
     hard = old + found if planned.styled == "none" else found
     if planned.styled == "all":
-        easy, without = style_plain(work, easy)
-        asked, unusable = asked + len(planned.replay), unusable + without
-    work.leave_out(unusable, asked)
+        easy, unstyled = style_plain(work, easy)
+        asked, unusable = asked + len(planned.replay), unusable + unstyled
+    poor = poor_answers(work, [row for row in hard + easy if rows.get(row.id) != row])
+    work.leave_out(unusable, asked, poor)
+    hard, easy = (without(group, poor) for group in (hard, easy))
     share = len(hard) / max(1, len(hard) + len(easy))
-    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + left_out(unusable)
+    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + left_out([*unusable, *poor])
+
+
+def poor_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
+    """The rows whose new answers the judge scores below the floor, where the recipe asks for it.
+
+    A row is not among them where no score could be read.
+    """
+    if not work.recipe.curriculum.check_answers:
+        return []
+    scores, floor = score_answers(work, "refine", rows), work.recipe.curriculum.teacher_floor
+    kind = "new answer below curriculum.teacher_floor"
+    return [
+        Unusable(work.step, row.id, kind, f"{scores[row.id]:g} of {floor:g}", instruction_of(row.prompt)[:BRIEF])
+        for row in rows
+        if scores.get(row.id, floor) < floor
+    ]
+
+
+def without(rows: Sequence[Example], left: Sequence[Unusable]) -> list[Example]:
+    """The rows that are not left out."""
+    ids = {row.id for row in left}
+    return [row for row in rows if row.id not in ids]
 
 
 def style_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:

@@ -9,6 +9,7 @@ from tapir_local.judging import (
     combine_single,
     likeness,
     mfd,
+    parse_check,
     parse_instruction,
     parse_label,
     parse_rewritten,
@@ -286,6 +287,23 @@ def test_a_new_instruction_is_what_lies_between_the_tags() -> None:
     assert parse_instruction("Sure: <new_instruction>\nAdd 2.\n</new_instruction>") == "Add 2."
     assert parse_instruction("Add 2.") is None
     assert parse_instruction("<new_instruction> </new_instruction>") is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "fault"),
+    [
+        ('{"complete": true, "answerable": true, "of_task": true}', ""),
+        ('```json\n{"complete": false, "answerable": true, "of_task": false}\n```', "not complete, not of its task"),
+        ('{"answerable": false, "complete": true, "of_task": true, "why": "It needs a picture."}', "not answerable"),
+        ('{"complete": true, "answerable": true}', None),
+        ('{"complete": "yes", "answerable": "yes", "of_task": "yes"}', None),
+        ("Yes.", None),
+        ('It is {"complete": true, "answerable": true, "of_task": true} of course.', None),
+        ('{"complete": true, "answerable": true, "of_task": true} {"complete": false}', None),
+    ],
+)
+def test_a_check_of_an_instruction_is_read_or_not(reply: str, fault: str | None) -> None:
+    assert parse_check(reply) == fault
 
 
 def test_what_was_thought_is_no_new_instruction() -> None:
