@@ -221,7 +221,7 @@ def few_steps(recipe: Recipe, rows: int) -> list[str]:
     if steps >= FEW_STEPS or train.packing:
         return []
     return [
-        f"WARNING: {rows:,} rows make {steps:,} steps of train.batch_size ({train.batch_size}), too few to learn much: "
+        f"{rows:,} rows make {steps:,} steps of train.batch_size ({train.batch_size}), too few to learn much: "
         "set it lower, or train.epochs higher"
     ]
 

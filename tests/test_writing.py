@@ -235,8 +235,7 @@ def test_a_round_of_few_rows_or_few_steps_is_warned_of() -> None:
     recipe = Recipe.model_validate({"teacher": "pocket", "curriculum": {"rows": 40}, "train": {"epochs": 2}})
     assert few_rows(recipe, 12) == [
         "WARNING: 12 of the 40 rows asked (curriculum.rows), less than half",
-        "WARNING: 12 rows make 2 steps of train.batch_size (16), too few to learn much: set it lower, or train.epochs "
-        "higher",
+        "12 rows make 2 steps of train.batch_size (16), too few to learn much: set it lower, or train.epochs higher",
     ]
     assert len(few_rows(recipe, 20)) == 1
     assert few_rows(overridden(recipe, {"train.batch_size": 4}), 20) == []
