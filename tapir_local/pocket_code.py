@@ -1,6 +1,7 @@
 """The families about code: small Python functions to write and to mend, and a safe way to try them."""
 
 import ast
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -216,6 +217,13 @@ def rebound(node: ast.AST) -> bool:
     return isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load)
 
 
+def factors(nodes: Sequence[ast.AST]) -> list[float]:
+    """The numbers that stand in products: of a sequence they may come to its length."""
+    products = [node for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)]
+    sides = [side for node in products for side in (node.left, node.right)]
+    return [abs(side.value) for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, int | float)]
+
+
 def harmless(tree: ast.Module) -> bool:
     """One short function of plain expressions: no loops, attributes, powers or calls but of a few builtins.
 
@@ -232,6 +240,7 @@ def harmless(tree: ast.Module) -> bool:
         and all(isinstance(node, NODES) for node in nodes)
         and not any(isinstance(node, ast.Pow | ast.LShift) for node in nodes)
         and sum(isinstance(node, ast.Mult) for node in nodes) <= 3
+        and math.prod(factors(nodes)) <= MOST_ITEMS
         and all(
             isinstance(node.func, ast.Name) and node.func.id in ALLOWED for node in nodes if isinstance(node, ast.Call)
         )

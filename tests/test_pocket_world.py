@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tapir_local.pocket_check import is_right, score
-from tapir_local.pocket_code import JOBS, Job, outcomes
+from tapir_local.pocket_code import JOBS, Job, harmless, outcomes
 from tapir_local.pocket_world import FAMILIES, Problem, check, generate, grade, parse, reserved, solve, variant
 from tapir_local.tasks import TASKS
 
@@ -217,6 +217,14 @@ def test_the_guards_change_nothing_for_code_that_is_right(job: Job) -> None:
 def test_the_guards_change_nothing_for_small_values(body: str) -> None:
     wanted = tuple(eval(body, {"x": x}) for x in (-7, 0, 12, 100))
     assert outcomes(f"def f(x): return {body}", "f", ("-7", "0", "12", "100")) == wanted
+
+
+def test_a_call_of_itself_and_a_huge_product_are_refused_before_anything_runs() -> None:
+    for code in (
+        "def f(x):\n    max = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0",
+        "def f(x):\n    return [0] * 9999 * 9999 * 9",
+    ):
+        assert not harmless(ast.parse(code))
 
 
 def test_code_is_judged_by_what_it_does() -> None:

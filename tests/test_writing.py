@@ -80,7 +80,7 @@ def test_useless_instructions_are_rejected_with_their_reason_and_no_more_are_ask
     text: str, reason: str, tmp_path: Path
 ) -> None:
     world = World()
-    run = run_of(tmp_path, new(text), world, rows=40, alpha=0.8)
+    run = run_of(tmp_path, new(text), world, rows=40, alpha=0.8, expand_share=1.0)
     planned = read_record(RoundPlan, run.round(1) / "plan.json")
     assert planned.to_write > 10
     assert {draft.reason for draft in drafts_of(run)} == {reason}
@@ -90,7 +90,8 @@ def test_useless_instructions_are_rejected_with_their_reason_and_no_more_are_ask
         f"0 new instructions, {count} drafts rejected ({count} {reason}), {count} short; "
         f"no more asked for, because {count} of {count} drafts were rejected"
     )
-    assert "WARNING" in note(run, "refine")
+    rows = len(read_rows(Example, run.round(1) / "train.jsonl"))
+    assert f"WARNING: {rows} of the 40 rows asked (curriculum.rows), less than half" in note(run, "refine")
 
 
 def test_of_many_drafts_the_first_fifty_decide(tmp_path: Path) -> None:
