@@ -104,17 +104,10 @@ def teachable(judgement: Judgement, settings: Curriculum) -> bool:
 
 UNREAD, POOR, NO_REASON = "not judged", "whose teacher's own answer is below teacher_floor", "taken by none"
 NEAR = "whose MFD is at most mfd_threshold"
-ADVICE: Mapping[str, str] = {
-    UNREAD: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
-    POOR: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
-    "curriculum.teacher_floor lower.",
-    NEAR: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more hard rows.",
-    NO_REASON: "See what became of the drafts in expanded.jsonl of the round's folder.",
-}
 
 
 def untaken(judgements: Sequence[Judgement], settings: Curriculum) -> Counter[str]:
-    """How many rows are not hard for each reason: the keys of ADVICE."""
+    """How many rows are not hard, by the reason why."""
     return Counter(why_untaken(row, settings) for row in judgements if not is_hard(row, settings))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
-from tapir_local.curriculum import ADVICE, NO_REASON, new_rows, untaken
+from tapir_local.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
 from tapir_local.judge_asking import score_answers
@@ -27,6 +27,14 @@ FIRST = 50  # drafts of a round after which it is first asked whether more are w
 FEW, HOPELESS = 10, 0.8  # drafts, and the share of them rejected from which no more are asked for
 FEW_STEPS = 10  # steps of training below which a round is said to have few
 SAME_OPENING = "begins as too many others do"
+# What to do where no row can be trained on, by the commonest reason.
+ADVICE: Mapping[str, str] = {
+    UNREAD: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
+    POOR: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
+    "curriculum.teacher_floor lower.",
+    NEAR: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more hard rows.",
+    NO_REASON: "See what became of the drafts in expanded.jsonl of the round's folder.",
+}
 
 
 @dataclass
