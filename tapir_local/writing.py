@@ -15,7 +15,7 @@ from tapir_local.parents import Parents
 from tapir_local.recipe import Recipe
 from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
 from tapir_local.reflecting import reflect_on_answers, reflect_on_instructions
-from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds
+from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds, with_room
 from tapir_local.rundir import read_record, read_rows, write_rows
 from tapir_local.screening import fault_of, most_openings, opening, own_sentences
 from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
@@ -162,10 +162,11 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Se
         messages = prompts.expand(parent.prompt, tasks[parent.task], manner)
         requests.append(work.request("expand", parent.id, messages, draw=draw))
     answers = work.ask(work.tools.teacher, requests)
-    return [
+    drafts = [
         read_draft(work.number, len(before) + n, parent, reply)
         for n, ((parent, _), reply) in enumerate(zip(parents, answers, strict=True))
     ]
+    return with_room(work, drafts)
 
 
 def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:
