@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tapir_local.gate import GateReport
+from tapir_local.metrics import is_likeness
 from tapir_local.published import on_the_hub, public_name, public_url
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Metrics
@@ -132,9 +133,14 @@ def results(run: RunDir, recipe: Recipe) -> str:
         if recipe.export.rounds == "merged"
         else (" Answers were written with the round's adapter over the base's GGUF; the file here is both merged.")
     )
-    return (
-        f"Greedy answers to the held-out rows. Win rate is against the teacher's own answers, a tie being half a win, "
-        f"judged by {found[-1].judge}; the last row is this student.{lone}\n\n" + table(heads, rows)
+    alike = is_likeness(found[-1].win_rate, found[-1].student_score)
+    measured = (
+        f"There is no win rate: scores are {found[-1].judge}, 1 to 10, and the teacher's own answer counts 10"
+        if alike
+        else f"Win rate is against the teacher's own answers, a tie being half a win, judged by {found[-1].judge}"
+    )
+    return f"Greedy answers to the held-out rows. {measured}; the last row is this student.{lone}\n\n" + table(
+        heads, rows
     )
 
 

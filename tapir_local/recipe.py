@@ -206,6 +206,27 @@ class Curriculum(Settings):
         0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool"
     )
     drafts: int = Field(3, ge=1, description="drafts asked for every expansion still missing, at the most")
+    children: int = Field(
+        3,
+        ge=1,
+        description="new rows of a round that may grow from one parent; then less hard rows of the task are parents, "
+        "and what they cannot fill is left out",
+    )
+    max_opening: Share | None = Field(
+        0.2,
+        description="share of a task's new rows in a round that may begin with the same four words (three rows may in "
+        "any case); null: no limit",
+    )
+    check_drafts: bool = Field(
+        False,
+        description="ask the teacher of every new instruction whether it is complete, answerable and of its task: one "
+        "call more for each",
+    )
+    check_answers: bool = Field(
+        False,
+        description="have the judge score the answers written in a round and leave out those below teacher_floor: one "
+        "call more for each",
+    )
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
 
 
@@ -381,6 +402,16 @@ class Recipe(Settings):
             raise ValueError("train: `launcher` and `packing` go with plain TRL, not with `backend: unsloth`")
         if self.export.rounds == "adapter" and (self.train.method == "full" or self.export.converter):
             raise ValueError("export: `rounds: adapter` goes neither with `train.method: full` nor with a `converter`")
+        return self
+
+    @model_validator(mode="after")
+    def checked(self) -> "Recipe":
+        """Checks of what a round writes need somebody who writes, and answers a judge."""
+        if self.curriculum.check_answers and self.judge.kind == "reference":
+            raise ValueError("curriculum: `check_answers` needs a judge to score answers; `judge: reference` has none")
+        for name in ("check_drafts", "check_answers"):
+            if getattr(self.curriculum, name) and not (self.can_expand and self.curriculum.name in ("tapir", "lion")):
+                raise ValueError(f"curriculum: `{name}` goes with `tapir` and `lion` and a teacher that can be asked")
         return self
 
     @property

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors printable paths records tasks checkers setting_types own_tasks recipe recipe_yaml
+errors printable paths records tasks form_check checkers setting_types own_tasks recipe recipe_yaml
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging judge_quality ifd curriculum recipe_checks recipe_text
+prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
 seedforms near dataset metrics template keys packing
 stats memory
 rundir assets lockfile unusable resumable seedfiles
@@ -22,7 +22,7 @@ process storerows storefile replies calls claims store search transfer pace pock
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
-student_text work rows prepare reflecting writing judge_asking stages published card shipping distill tools
+student_text work rows prepare judge_asking reflecting writing stages published card shipping distill tools
 forecast trust chat report costs why whatif doctor tables display labels
 sides compare comparison explanations
 answering console calls_cli runs_cli models_cli distill_cli commands
