@@ -1,5 +1,6 @@
 """The loop: which stages are pending, running them in order, and undoing them from the last backwards."""
 
+import os
 import platform
 import subprocess
 import time
@@ -177,13 +178,29 @@ def do(step: Step, work: Work, watch: Watch) -> None:
 
 @contextmanager
 def counted(work: Work, step: Step, began: float) -> Iterator[None]:
-    """Record why a step did not end."""
+    """Record why a step did not end. TapirError for a file that it could not open."""
     try:
-        yield
+        with named_files(work.run, step):
+            yield
     except BaseException as error:
         why = str(error) if isinstance(error, TapirError) else WORDS.get(type(error), type(error).__name__)
         note(work.run, status=f"stopped in {step.name} after {time.monotonic() - began:.0f} s: {why}")
         raise
+
+
+@contextmanager
+def named_files(run: RunDir, step: Step) -> Iterator[None]:
+    """TapirError for an OSError that names a file."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes):
+            raise
+        raise TapirError(
+            f"cannot be opened: {error.strerror or error}",
+            where=os.fsdecode(error.filename),
+            fix=f"Put the file back. If the run made it, redo the stage that writes it: {redo_command(run.name, step)}",
+        ) from error
 
 
 def note(run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None) -> None:

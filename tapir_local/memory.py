@@ -56,7 +56,7 @@ def fields(path: Path) -> dict[str, int]:
 
 
 def container_memory(root: Path) -> Iterator[int]:
-    """What each cgroup of this process leaves: its limit less what it holds; cached files are given back when needed."""
+    """What each cgroup of this process leaves: its limit less what it holds, cached files apart, which it gives back."""
     for limit, used, cached in memory_cgroups(root):
         yield limit - max(0, used - cached)
 
