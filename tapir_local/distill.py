@@ -144,6 +144,7 @@ def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
     """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
     with held(run):
         start(recipe, run)
+        tools.begin()
         steps = to_do(recipe, run)
         for step in steps:
             do(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)

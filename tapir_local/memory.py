@@ -56,7 +56,7 @@ def fields(path: Path) -> dict[str, int]:
 
 
 def container_memory(root: Path) -> Iterator[int]:
-    """What each cgroup of this process leaves: its limit less what it holds, cached files apart, which it gives back."""
+    """What each cgroup of this process leaves: its limit less what it holds, apart from cached files."""
     for limit, used, cached in memory_cgroups(root):
         yield limit - max(0, used - cached)
 

@@ -55,6 +55,11 @@ class Student(Settings):
         "pocket",
         description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
     )
+    revision: str | None = Field(
+        None,
+        description="a branch, tag or commit of a student on the Hub, its main branch if left out; a run keeps the "
+        "commit that it began with",
+    )
     chat_template: str | None = Field(
         None,
         description="a Jinja file, or one that comes with the program: `alpaca`, for bases without chat tokens such as "

@@ -16,6 +16,10 @@ Progress = Callable[[int, int, str], None]
 Ask = Callable[[Sequence[Request], Progress], list[Answer]]
 
 
+def nothing() -> None:
+    """What tools do at a run's beginning that need not do anything."""
+
+
 @dataclass(frozen=True)
 class Tools:
     """All that a stage may do to the world beyond its own run's folder."""
@@ -29,6 +33,7 @@ class Tools:
     gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
     score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]  # GGUF, prompts with completions
     ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
+    begin: Callable[[], None] = nothing  # called once the run is held, before its first step
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 

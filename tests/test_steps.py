@@ -112,7 +112,7 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_not_saved(tmp_path: Path)
     refuse_dead_weights(model, job, "f32")
     with torch.no_grad():
         model.bias[1] = float("inf")
-    with pytest.raises(TapirError, match="1 of the trained weights' tensors .* bias the first"):
+    with pytest.raises(TapirError, match=r"1 of the trained weights' tensors .* bias the first"):
         refuse_dead_weights(model, job, "f32")
     model.bias.requires_grad = False
     refuse_dead_weights(model, job, "f32")

@@ -257,7 +257,7 @@ def test_rows_that_cannot_be_learned_from_are_refused(base, rows, tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(TapirError, match="no rows to train on"):
         run_job(TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7))
-    with pytest.raises(TapirError, match="no row is left to train on: 32 longer than student.max_length"):
+    with pytest.raises(TapirError, match=r"no row is left to train on: 32 longer than student\.max_length"):
         run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 8, 7))
 
 
