@@ -166,9 +166,7 @@ def mebibytes(text: str, unknown: Callable[[], int]) -> int:
 def nvidia_smi(*arguments: str) -> str:
     """What the driver's tool says; "" where there is none, or it fails."""
     try:
-        return subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -40,8 +40,15 @@ class OutOfMemory(TapirError):
     """Memory ran out, main or the GPU's, or probably did: less at once may fit."""
 
 
+class Unsupported(TapirError):
+    """What was tried first does not work here, and another way may."""
+
+
 class Killed(OutOfMemory):
     """A process ended by SIGKILL, which is how the kernel takes memory back."""
+
+
+KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
 
 
 def say_on_stderr(text: str) -> None:
@@ -168,7 +175,7 @@ def follow(
     failure = None
     for report in said:
         if "error" in report:
-            failure = (OutOfMemory if report.get("memory") else TapirError)(**report["error"])
+            failure = KINDS.get(report["kind"], TapirError)(**report["error"])
         elif not report["total"]:
             say(report["note"])
         elif progress:
@@ -222,7 +229,7 @@ def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str,
         work(Path(sys.argv[1]), lambda done, total, note: report({"done": done, "total": total, "note": note}))
     except TapirError as error:
         shown = {"what": error.what, "where": error.where, "fix": error.fix}
-        report({"error": shown, "memory": isinstance(error, OutOfMemory)})
+        report({"error": shown, "kind": type(error).__name__})
         traceback.print_exc()
         return 1
     return 0

@@ -91,9 +91,7 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     return TokenRows(rows, tuple(unusable(examples[number], *reasons[number]) for number in sorted(reasons)))
 
 
-def training_texts(
-    examples: Sequence[Example], tokenizer: Any
-) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
+def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
     """Number, prompt and completion of each row as the template writes them; the numbers of those that it refuses."""
     stops = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     bos, eos, template = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.get_chat_template()

@@ -33,9 +33,20 @@ from tapir_local.lora import (
     load_model,
     load_tokenizer,
     look,
+    positions,
+    ran_out,
 )
 from tapir_local.memory import check_disk, one_gpu
-from tapir_local.process import Killed, OutOfMemory, Progress, child_main, in_own_process, remark, say_on_stderr
+from tapir_local.process import (
+    Killed,
+    OutOfMemory,
+    Progress,
+    Unsupported,
+    child_main,
+    in_own_process,
+    remark,
+    say_on_stderr,
+)
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, remove, whole, write_json, write_rows
 from tapir_local.sft import LEFT_OUT, RowOrder, TokenRows, TrainJob, pack, sft_arguments, split_batch, token_rows
@@ -57,8 +68,6 @@ LIBRARIES = (
     "bitsandbytes",
 )
 BESIDE = {".json", ".jinja", ".model", ".txt"}  # what a model's folder holds beside its weights: its tokenizer
-# The CPU's allocator; CUDA itself, Triton; cuBLAS.
-NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 LESS = "Lower student.max_length, set train.gradient_checkpointing, or write train.method: qlora."
 
 
@@ -94,6 +103,11 @@ def train(
                 raise
             killed, job = isinstance(error, Killed), smaller
             say(f"{error.what}; it goes on with {job.micro} rows at once, and as many to a step as before.")
+        except Unsupported as error:
+            if job.settings.backend != "auto":
+                raise
+            job = replace(job, settings=job.settings.model_copy(update={"backend": "trl"}))
+            say(f"Training with plain TRL and PEFT, not with Unsloth: {error.what}.")
         else:
             return
 
@@ -133,6 +147,7 @@ def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, 
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
         hardware = look(job.settings, partial(remark, progress))
         tokenizer = load_tokenizer(job.model)
+        job = within(job, partial(remark, progress))
         tokens = learnable(token_rows(examples, tokenizer, job.max_length), job, folder)
         setup = set_up(job, hardware, tokens, partial(remark, progress))
         course = under_way(setup, tokens, folder)
@@ -145,6 +160,17 @@ def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, 
         if folder:
             checkpoints.clear(folder)
     progress(len(course.log), len(course.log), f"loss {course.log[-1]['loss']:.3f}, {tokens}")
+
+
+def within(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
+    """The job with rows no longer than the model was made for: beyond that Unsloth would stretch its positions, which
+    neither the GGUF nor plain transformers does."""
+    most = positions(job.model)
+    if most is None or job.max_length <= most:
+        return job
+    asked = f"student.max_length is {job.max_length:,}"
+    say(f"The student was made for {most:,} tokens: longer rows are left out ({asked}).")
+    return replace(job, max_length=most)
 
 
 def learnable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
@@ -226,7 +252,6 @@ def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
 
 def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path, progress: Progress) -> None:
     """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out."""
-    import torch
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -243,7 +268,7 @@ def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path,
         trainer.add_callback(watcher(course, job, setup.hardware, order, progress))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; others raise the plain class
-        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)):
+        if not ran_out(error):
             raise
         raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
 

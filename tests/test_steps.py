@@ -5,15 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fakes import World, tools
 from hypothesis import given
 from hypothesis import strategies as st
 from training import WEIGHTS, log, make_job
 
-from tapir_local import checkpoints
+from tapir_local import checkpoints, stages
 from tapir_local.errors import TapirError
+from tapir_local.recipe_text import parse_recipe
+from tapir_local.rundir import RunDir, write_text
 from tapir_local.sft import STRETCH, RowOrder, epoch_order
 from tapir_local.steps import refuse_dead_step, refuse_dead_weights
+from tapir_local.tools import trainer
 from tapir_local.train import run_job, train
+from tapir_local.unusable import read_unusable
+from tapir_local.work import Work
 
 LENGTHS = st.lists(st.integers(1, 2048), max_size=300)
 
@@ -137,6 +143,34 @@ def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monk
     with pytest.raises(TapirError, match="trained weights' tensors hold values that are no numbers"):
         run_job(job, folder=tmp_path / "train")
     assert not job.out.exists()
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.02])
+def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_much(
+    tmp_path: Path, limit: float
+) -> None:
+    """One row of 32, by the real trainer in its own process."""
+    base = make_job(tmp_path)
+    lines = base.rows.read_text().splitlines()
+    long = lines[3].replace('"completion":"', '"completion":"' + "one more number and " * 40)
+    run = RunDir(tmp_path, "r")
+    recipe = parse_recipe(
+        f"teacher: pocket\nstudent: {{path: {base.model}, max_length: 128}}\n"
+        f"train: {{epochs: 1, batch_size: 8}}\nlimits: {{unusable: {limit}}}",
+        "r",
+    )
+    write_text(run.round(0) / "train.jsonl", "\n".join([*lines[:3], long, *lines[4:]]) + "\n")
+    work = Work(recipe, run, replace(tools(World()), train=trainer(recipe, run)), 0, "round-00/train")
+    out = run.round(0) / "adapter"
+    if limit < 1 / 32:
+        with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used"):
+            stages.train(work, out)
+    else:
+        said = "from the base, 1 left out (1 longer than student.max_length; unusable.jsonl)"
+        assert stages.train(work, out) == said
+    assert out.exists() == (limit > 1 / 32)
+    (row,) = read_unusable(run)
+    assert (row.step, row.id, row.kind) == ("round-00/train", "3", "longer than student.max_length")
 
 
 def test_what_is_left_out_in_training_is_recorded_and_too_much_of_it_stops_it(tmp_path: Path) -> None:
