@@ -62,6 +62,8 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     if precision == "bf16" and best != "bf16":
         raise TapirError("this GPU does not compute in bf16", where="train.precision", fix="Write f16, or auto.")
     free, total = torch.cuda.mem_get_info(local_rank())
+    if torch.cuda.get_device_properties(local_rank()).is_integrated:  # it has main memory; CUDA counts caches as taken
+        free = max(free, free_memory())
     return Hardware("cuda", library(settings, precision, processes, say), precision, int(free), processes, int(total))
 
 
@@ -200,11 +202,16 @@ def load_model(
             fix = "End what else is on the GPU, or write train.method: qlora."
             raise TapirError(what, where=model, fix=fix) from error
         if hardware.backend == "unsloth":
-            what = f"Unsloth cannot load the model ({type(error).__name__}: {first_line(error)})"
-            raise Unsupported(what, where=model, fix="Write train.backend: trl.") from error
+            raise without(error, model, "load") from error
         if isinstance(error, OSError | ValueError):
             raise unloadable(model, "model", error) from error
         raise
+
+
+def without(error: Exception, model: str, work: str) -> Unsupported:
+    """What to say of a model that Unsloth cannot load or train, whatever it or a package below it has raised."""
+    what = f"Unsloth cannot {work} the model ({type(error).__name__}: {first_line(error)})"
+    return Unsupported(what, where=model, fix="Write train.backend: trl.")
 
 
 def load_plain(model: str, hardware: Hardware, method: str) -> Any:
@@ -284,9 +291,11 @@ def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int
     if hardware.backend == "unsloth":
         from unsloth import FastLanguageModel
 
-        return FastLanguageModel.get_peft_model(
-            model, **shape, use_gradient_checkpointing="unsloth" if checkpointing else False, random_state=seed
-        )
+        twice = "unsloth" if checkpointing else False
+        try:
+            return FastLanguageModel.get_peft_model(model, **shape, use_gradient_checkpointing=twice, random_state=seed)
+        except Exception as error:
+            raise without(error, "train", "put LoRA on") from error
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 

@@ -389,6 +389,11 @@ class Recipe(Settings):
         return self
 
     @property
+    def key_variables(self) -> frozenset[str]:
+        """Environment variables that hold the keys of the recipe's endpoints."""
+        return frozenset({self.teacher.api_key_env, self.judge.api_key_env})
+
+    @property
     def can_expand(self) -> bool:
         """Whether the teacher can be asked: recorded answers can be neither expanded nor refined."""
         return self.teacher.kind != "recorded"

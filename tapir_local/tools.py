@@ -38,8 +38,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     is written in the run before it is held; `begin` then raises TapirError, before anything is paid, when the student
     could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
     """
-    keys = (recipe.teacher.api_key_env, recipe.judge.api_key_env)
-    with Store(run.cache / "teacher.db", mode) as store, withheld(keys):
+    with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
         purse = Purse(recipe.budget, spent_by(run))

@@ -35,6 +35,7 @@ from tapir_local.lora import (
     look,
     positions,
     ran_out,
+    without,
 )
 from tapir_local.memory import check_disk, one_gpu
 from tapir_local.process import (
@@ -251,7 +252,8 @@ def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
 
 
 def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path, progress: Progress) -> None:
-    """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out."""
+    """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out, Unsupported
+    where Unsloth fails before the first step has ended."""
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -267,10 +269,14 @@ def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path,
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watcher(course, job, setup.hardware, order, progress))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; others raise the plain class
-        if not ran_out(error):
-            raise
-        raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
+    except TapirError:
+        raise
+    except Exception as error:
+        if ran_out(error):
+            raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
+        if setup.hardware.backend == "unsloth" and not course.log:
+            raise without(error, job.model, "train") from error
+        raise
 
 
 def versions() -> dict[str, str]:

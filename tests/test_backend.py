@@ -101,6 +101,7 @@ def test_an_unsloth_that_can_be_imported_is_used(tmp_path: Path) -> None:
 FIRST_CHILD = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 mark = Path(__file__).with_name("mark")
 if "tapir_local.train" in sys.orig_argv and not mark.exists():
@@ -110,6 +111,7 @@ if "tapir_local.train" in sys.orig_argv and not mark.exists():
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda **_: True
     torch.cuda.mem_get_info = lambda *_: (8 << 30, 8 << 30)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(is_integrated=False)
 """
 UNSLOTH = """
 class FastLanguageModel:
