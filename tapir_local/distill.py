@@ -144,7 +144,8 @@ def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
     """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
     with held(run):
         start(recipe, run)
-        tools.begin()
+        with counted(run, "before the first step"):
+            tools.begin()
         steps = to_do(recipe, run)
         for step in steps:
             do(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
@@ -169,7 +170,7 @@ def do(step: Step, work: Work, watch: Watch) -> None:
     remove(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
-    with counted(work, step, began):
+    with counted(work.run, f"in {step.name}", began), named_files(work.run, step):
         said = step.stage.run(work, step.output)
     taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": now(), **work.tally}
     taken |= {"replay": True} if work.tools.replay else {}
@@ -178,14 +179,14 @@ def do(step: Step, work: Work, watch: Watch) -> None:
 
 
 @contextmanager
-def counted(work: Work, step: Step, began: float) -> Iterator[None]:
-    """Record why a step did not end. TapirError for a file that it could not open."""
+def counted(run: RunDir, place: str, began: float | None = None) -> Iterator[None]:
+    """Record where and why a run did not go on."""
     try:
-        with named_files(work.run, step):
-            yield
+        yield
     except BaseException as error:
         why = str(error) if isinstance(error, TapirError) else WORDS.get(type(error), type(error).__name__)
-        note(work.run, status=f"stopped in {step.name} after {time.monotonic() - began:.0f} s: {why}")
+        after = "" if began is None else f" after {time.monotonic() - began:.0f} s"
+        note(run, status=f"stopped {place}{after}: {why}")
         raise
 
 

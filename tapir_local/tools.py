@@ -62,9 +62,8 @@ def beginner(recipe: Recipe, run: RunDir) -> Callable[[], None]:
     """What is settled, and refused, of a run's student before the first step."""
 
     def begin() -> None:
-        student = settle_student(recipe, run)
         if not (run.round(0) / "adapter").exists():
-            check_student(student, converter_of(recipe))
+            check_student(settle_student(recipe, run), converter_of(recipe))
 
     return begin
 

@@ -134,3 +134,22 @@ def test_a_refused_second_process_writes_nothing_in_the_run(tmp_path: Path, temp
             distill(second, run, tools, QUIET)
         student_folder(second, run)
         assert files(run.path) == before
+
+
+def test_a_student_that_will_not_do_is_refused_before_the_first_step_and_the_run_says_so(tmp_path: Path) -> None:
+    model, run = make_model(tmp_path / "model"), RunDir(tmp_path / "cache", "r")
+    (model / "chat_template.jinja").unlink()
+    recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {model}}}\nseeds: {{path: pocket}}", "r")
+    with pytest.raises(TapirError, match="no chat template"), real_tools(recipe, run, print) as tools:
+        distill(recipe, run, tools, QUIET)
+    assert run.record()["status"].startswith("stopped before the first step: ")
+    assert {path.name for path in run.path.iterdir()} <= {"recipe.yaml", "run.json", ".lock"}
+
+
+def test_a_run_that_is_done_needs_its_student_no_more(tmp_path: Path) -> None:
+    """The check of the student is for what is still to be trained."""
+    run = RunDir(tmp_path / "cache", "r")
+    recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {tmp_path / 'gone'}}}", "r")
+    (run.round(0) / "adapter").mkdir(parents=True)
+    with real_tools(recipe, run, print) as tools:
+        tools.begin()
