@@ -18,6 +18,7 @@ from typing import IO, Any
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
 from tapir_local.memory import cpus
+from tapir_local.printable import printable
 from tapir_local.rundir import write_record
 
 Progress = Callable[[int, int, str], None]
@@ -53,7 +54,7 @@ KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfM
 
 def say_on_stderr(text: str) -> None:
     """A remark for people, where nobody has said how to show one."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def remark(progress: Progress, text: str) -> None:
