@@ -138,7 +138,7 @@ def refuse_changed(recipe: Recipe, run: RunDir) -> None:
 def kept_recipe(run: RunDir) -> Recipe:
     """The recipe that a run started with."""
     path = run.path / "recipe.yaml"
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)
 
 
 def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
@@ -180,6 +180,20 @@ def do(step: Step, work: Work, watch: Watch) -> None:
     watch.ends(step, taken)
 
 
+def missing_file(error: FileNotFoundError, run: RunDir, step: str) -> TapirError:
+    """What to say of a file that a step reads and that is not there; one of the run's own names who makes it."""
+    missing = Path(str(error.filename))
+    made = [
+        made for made in sequence(run, rounds_begun(run)) if made.output == missing or made.output in missing.parents
+    ]
+    if made:
+        fix = f"Put it back, or make it again: {redo_command(run.name, made[0])}"
+    else:
+        fix = "Put it back, or name another in the recipe."
+    place = missing.relative_to(run.path) if run.path in missing.parents else missing
+    return TapirError(f"{step} needs a file that is not there: {place}", where=f"run {run.name!r}", fix=fix)
+
+
 @contextmanager
 def counted(run: RunDir, place: str, began: float | None = None) -> Iterator[None]:
     """Record where and why a run did not go on."""
@@ -200,10 +214,12 @@ def named_files(run: RunDir, step: Step) -> Iterator[None]:
     except OSError as error:
         if not isinstance(error.filename, str | bytes):
             raise
+        if isinstance(error, FileNotFoundError):
+            raise missing_file(error, run, step.name) from error
         raise TapirError(
             f"cannot be opened: {error.strerror or error}",
             where=os.fsdecode(error.filename),
-            fix=f"Put the file back. If the run made it, redo the stage that writes it: {redo_command(run.name, step)}",
+            fix="Correct what the error says of it; the same command goes on from here.",
         ) from error
 
 
