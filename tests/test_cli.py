@@ -38,7 +38,7 @@ def refused(*words: str, cwd: Path | None = None, code: int = 1) -> str:
 
 @pytest.mark.parametrize("system", ["darwin", "win32", "freebsd14"])
 def test_another_system_than_linux_is_refused_in_one_sentence(system: str) -> None:
-    code = f"import sys; sys.argv = ['tapir-local', 'recipes']; from tapir_local.commands import main; sys.platform = {system!r}; main()"
+    code = f"import sys; sys.argv = ['tapir-local', 'recipes']; import cli; sys.platform = {system!r}; cli.main()"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert out.returncode == 1

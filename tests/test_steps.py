@@ -155,7 +155,7 @@ def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_m
     long = lines[3].replace('"completion":"', '"completion":"' + "one more number and " * 40)
     run = RunDir(tmp_path, "r")
     recipe = parse_recipe(
-        f"teacher: pocket\nstudent: {{path: {base.model}, max_length: 128}}\n"
+        f"teacher: pocket\nstudent: {{path: {base.model}, max_length: 128, max_tokens: 32}}\n"
         f"train: {{epochs: 1, batch_size: 8}}\nlimits: {{unusable: {limit}}}",
         "r",
     )
