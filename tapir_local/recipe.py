@@ -50,6 +50,11 @@ class Student(Settings):
         "pocket",
         description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
     )
+    revision: str | None = Field(
+        None,
+        description="a branch, tag or commit of a student on the Hub, its main branch if left out; a run keeps the "
+        "commit that it began with",
+    )
     chat_template: OptionalPath = Field(
         None,
         description="a Jinja file, or one that comes with the program: `alpaca`, for bases without chat tokens such as "
@@ -413,6 +418,11 @@ class Recipe(Settings):
             if getattr(self.curriculum, name) and not (self.can_expand and self.curriculum.name in ("tapir", "lion")):
                 raise ValueError(f"curriculum: `{name}` goes with `tapir` and `lion` and a teacher that can be asked")
         return self
+
+    @property
+    def key_variables(self) -> frozenset[str]:
+        """Environment variables that hold the keys of the recipe's endpoints."""
+        return frozenset({self.teacher.api_key_env, self.judge.api_key_env})
 
     @property
     def can_expand(self) -> bool:

@@ -20,7 +20,7 @@ rundir assets lockfile unusable resumable seedfiles
 libllama llama ollama batching room sampling sequences generate score
 process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
 away online batch_lines batch_api batch teacher
-lora footprint sft checkpoints classifier train
+lora footprint sft checkpoints steps classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
 student_text work rows prepare judge_asking reflecting writing stages published card shipping distill tools
 forecast trust chat report costs why whatif doctor tables display labels
