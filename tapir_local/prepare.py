@@ -1,52 +1,91 @@
 """PREPARE: read the seeds, label them, set the holdout apart, and have the teacher answer; once for a run."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
 from tapir_local.classifier import Prediction
-from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_near
+from tapir_local.dataset import Faulty, count_tasks, sorted_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
 from tapir_local.recipe import Recipe
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
-from tapir_local.unusable import Unusable, left_out
+from tapir_local.seedforms import Table
+from tapir_local.seedsource import digest, keep_source
+from tapir_local.unusable import BRIEF, Unusable, left_out
 from tapir_local.work import Stage, Work, answered
+
+MANY, SOME = 0.2, 3  # near-duplicates, as a share of the rows and in number, from which the stage warns
 
 
 def read(work: Work, out: Path) -> str:
     """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
     recipe = work.recipe
-    table = read_table(recipe.seeds)
-    examples, duplicates = read_seeds(table, recipe.task_table())
-    if answered_by_file(recipe) and not any(row.completion for row in examples):
+    source, table = digest(recipe.seeds), read_table(recipe.seeds)
+    found = sorted_seeds(table, recipe.task_table())
+    if recipe.seeds.unusable == "refuse" or not found.examples:
+        found.refuse()
+    unusable = [unreadable(work, table, row) for row in found.faulty]
+    if answered_by_file(recipe) and not any(row.completion for row in found.examples):
         raise TapirError(
             "no row has an answer, and the recipe takes the file's",
             where=table.where,
             fix="Set seeds.answers: teacher.",
         )
+    work.leave_out(unusable, len(table.rows))
     examples, alike = without_near(
-        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(examples), "compared")
+        found.examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(found.examples), "compared")
     )
-    limit = recipe.seeds.limit
+    said = [repeated(len(found.duplicates), len(alike)) + left_out(unusable), *table.notes, not_read(found.unread)]
+    said.append(many_alike(len(alike), len(found.examples)))
+    examples = drawn(work, examples, table.where)
+    # First these: with rows.jsonl the stage is done.
+    write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
+    keep_source(work.run, source, len(table.rows))
+    write_rows(out, examples)
+    return f"{len(examples):,} rows" + "; ".join(filter(None, said))
+
+
+def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
+    """As many of the rows as seeds.limit says, at random; TapirError where a holdout would leave none to train on."""
+    limit, held = work.recipe.seeds.limit, work.recipe.seeds.holdout
     if limit is not None and limit < len(examples):
         kept = set(work.chance("read").sample(range(len(examples)), limit))
         examples = [example for number, example in enumerate(examples) if number in kept]
-    if len(examples) <= recipe.seeds.holdout:
+    if len(examples) <= held:
         raise TapirError(
-            f"{len(examples)} rows are too few for a holdout of {recipe.seeds.holdout} and something to train on",
-            where=table.where,
+            f"{len(examples)} rows are too few for a holdout of {held} and something to train on",
+            where=where,
             fix="Add rows or set seeds.holdout lower.",
         )
-    write_rows(
-        work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
-    )  # first: with rows.jsonl the stage is done
-    write_rows(out, examples)
-    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike))
+    return examples
+
+
+def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
+    """The record of a row that cannot be read, known by its line."""
+    fault = row.fault
+    detail = "" if fault.said == fault.kind else fault.said
+    return Unusable(work.step, f"{table.unit} {row.number}", fault.kind, detail, row.text[:BRIEF])
+
+
+def not_read(unread: Mapping[str, int], most: int = 5) -> str:
+    """`not read: column 'notes' (12 rows)`; "" where all text was read."""
+    names = [f"{name} ({count:,} row{'s' if count > 1 else ''})" for name, count in unread.items()]
+    return f"not read: {some(names, most)}" if names else ""
+
+
+def many_alike(alike: int, rows: int) -> str:
+    """A warning where many rows go as near-duplicates."""
+    if alike < SOME or alike <= MANY * rows:
+        return ""
+    return (
+        f"WARNING: {alike / rows:.0%} of the rows are near-duplicates of others. Look at rejected-seeds.jsonl; "
+        "a higher seeds.max_rouge keeps more, null keeps all"
+    )
 
 
 def answered_by_file(recipe: Recipe) -> bool:

@@ -35,13 +35,13 @@ def table(word: str, b: list[str], above: list[int]) -> list[int]:
 
 
 def every_pair(text: str, rows: list[Example], limit: float) -> tuple[str, float] | None:
-    """The plain loop: the highest ROUGE-L above the limit, of several rows the first."""
+    """The plain loop: the highest ROUGE-L above the limit, or the same words; of several rows the first."""
     words = WORD.findall(text.lower()) or [""]
     best: tuple[str, float] | None = None
     for row in rows:
         other = WORD.findall(row.prompt[-1].content.lower()) or [""]
         score = 2 * lcs(words, other) / (len(words) + len(other))
-        if score > (best[1] if best else limit):
+        if score > best[1] if best else (score > limit or words == other):
             best = row.id, score
     return best
 
