@@ -17,7 +17,9 @@ QUOTED = (
     r"|‘[^’\n]*’(?!\w)|(?<!\w)'[^'\n]+'(?!\w)"  # noqa: RUF001
 )
 SIGN = r"(?<=[\d)])\s*[-+*/×÷^=<>·−]\s*(?=[\d(])"  # noqa: RUF001
-NUMBER = rf"(?:(?<![\w)])[-−])?(?<![^\W{UNSPACED}])\d+(?:[.,:/]\d+)*(?:\s?%)?|[²³¹¼-¾⅐-↉零〇一二两三四五六七八九十百千万]"  # noqa: RUF001
+NUMBER = (
+    rf"(?:(?<![\w)])[-−])?(?<![^\W{UNSPACED}])\d+(?:[.,:/]\d+)*(?:\s?%)?|[²³¹¼-¾⅐-↉零〇一二两三四五六七八九十百千万]"  # noqa: RUF001
+)
 LITERAL = re.compile(f"{QUOTED}|{SIGN}|{NUMBER}", re.DOTALL)
 MARKS = "\"'`“”„«»「」『』‘’ \n"  # noqa: RUF001
 
