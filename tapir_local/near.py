@@ -63,6 +63,7 @@ class Index:
         self.literals: dict[tuple[str, ...], int] = {}
         self.literals_of = array("i")
         self.frames: dict[str, tuple[int, int]] = {}
+        self.lettered: dict[str, str] = {}  # the learned texts in letters
         self.holders: dict[int, array[int]] = defaultdict(lambda: array("i"))  # of a token: places of texts with it
         self.sketched: dict[int, array[int]] = defaultdict(lambda: array("i"))  # of a word triple: the same
         # Texts of lengths in this ratio may just be alike.
@@ -81,18 +82,20 @@ class Index:
 
         To be called once, before the first is added: what is found then does not depend on the order of the rows.
         """
-        self.frames = frames([self.letters(row.prompt[-1].content) for row in examples])
+        self.lettered = {(text := row.prompt[-1].content): self.letters(text) for row in examples}
+        self.frames = frames(list(self.lettered.values()))
 
     def letters(self, text: str) -> str:
         """A text as one character a word."""
-        return "".join(map(chr, self.encode(text)))
+        return self.lettered.get(text) or "".join(map(chr, self.encode(text)))
 
     def add(self, example: Example) -> None:
         """Make an example one that others may not resemble."""
         text, place = example.prompt[-1].content, len(self.texts)
-        words = self.encode(text)
+        letters = self.letters(text)
+        words = list(map(ord, letters))
         self.ids.append(example.id)
-        self.texts.append("".join(map(chr, words)))
+        self.texts.append(letters)
         self.written.append(text)
         self.lengths.append(len(words))
         self.context_of.append(self.contexts.setdefault(example.prompt[:-1], len(self.contexts)))
@@ -113,9 +116,8 @@ class Index:
         given, known = example.prompt[-1].content, literals(example.prompt[-1].content)
         if not anywhere and (known not in self.literals or example.prompt[:-1] not in self.contexts):
             return None
-        words = self.encode(given)
-        places = self.comparable(example, known, self.candidates(words), anywhere)
-        text = "".join(map(chr, words))
+        text = self.letters(given)
+        places = self.comparable(example, known, self.candidates(list(map(ord, text))), anywhere)
         found = process.extract(
             text,
             [self.texts[place] for place in places.tolist()],
