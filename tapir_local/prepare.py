@@ -40,14 +40,14 @@ def read(work: Work, out: Path) -> str:
     examples, alike = without_near(
         found.examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(found.examples), "compared")
     )
-    said = [repeated(len(found.duplicates), len(alike)) + left_out(unusable), *table.notes, not_read(found.unread)]
-    said.append(many_alike(len(alike), len(found.examples)))
+    said = repeated(len(found.duplicates), len(alike)) + left_out(unusable)
+    told = [*table.notes, not_read(found.unread), many_alike(len(alike), len(found.examples))]
     examples = drawn(work, examples, table.where)
     # First these: with rows.jsonl the stage is done.
     write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
     keep_source(work.run, source, len(table.rows))
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + "; ".join(filter(None, said))
+    return "; ".join(filter(None, [f"{len(examples):,} rows{said}", *told]))
 
 
 def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
@@ -69,7 +69,8 @@ def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
     """The record of a row that cannot be read, known by its line."""
     fault = row.fault
     detail = "" if fault.said == fault.kind else fault.said
-    return Unusable(work.step, f"{table.unit} {row.number}", fault.kind, detail, row.text[:BRIEF])
+    place = f"{Path(table.where).name}, {table.unit} {row.number}"
+    return Unusable(work.step, place, fault.kind, detail, row.text[:BRIEF])
 
 
 def not_read(unread: Mapping[str, int], most: int = 5) -> str:

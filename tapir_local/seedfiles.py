@@ -92,7 +92,7 @@ def read_text(text: str, path: Path) -> Table:
     if name.endswith((".csv", ".tsv")):
         rows = list(table_rows(text, where))
         empty = sum(value in NULLS for _, row in rows if isinstance(row, dict) for value in row.values())
-        notes = (f"{empty:,} cells that say NULL count as empty",) if empty else ()
+        notes = (f"cells that say NULL and count as empty: {empty:,}",) if empty else ()
         return Table(where, checked([(line, without_nulls(row)) for line, row in rows], where), notes=notes)
     if name.endswith(".txt") and text.lstrip()[:1] not in ("[", "{"):
         lines = [(number, {"instruction": line}) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -94,11 +94,14 @@ def self_instruct(row: Columns) -> Read:
         raise RowFault("instances is not a list of objects")
     first = instances[0] if instances else {}
     refuse_twice(first)
-    one = Columns({**{name: value for name, value in row.items() if name != "instances"}, **first})
+    others = {name: value for name, value in row.items() if name != "instances"}
+    one = Columns({**others, **first, "instruction": row["instruction"]})
     prompt, completion = alpaca(one)
-    row.asked |= one.asked
+    row.asked |= {"instances", "instruction", *(one.asked - set(first))}
     row.dropped += one.dropped + (["instances after the first"] if len(instances) > 1 else [])
-    row.dropped += [name for name in one.unread(seen_in(prompt, completion)) if name not in row.dropped]
+    own = Columns(first)
+    own.asked = one.asked - {"instruction"}
+    row.dropped += [f"{name} of an instance" for name in own.unread(seen_in(prompt, completion))]
     return prompt, completion
 
 

@@ -20,10 +20,10 @@ def digest(seeds: Seeds) -> Source:
     if path is None:
         return {"path": seeds.path, "revision": hub_revision(seeds.path)}
     if path.is_file():
-        return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"path": seeds.path, "bytes": path.stat().st_size, "sha256": sha256(path)}
     files = {str(file.relative_to(path)): digest_of(file) for file in sorted(path.rglob("*")) if is_data(file, path)}
     whole = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    return {"path": str(path), "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
+    return {"path": seeds.path, "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
 
 
 def is_data(file: Path, folder: Path) -> bool:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
 errors records tasks checkers own_tasks recipe recipe_text
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging judge_quality ifd curriculum seedtext seedforms seedrows likeness near dataset metrics template keys packing
+prompts judging judge_quality ifd curriculum seedtext seedforms seedrows likeness near dataset
+metrics template keys packing
 stats memory
 rundir assets lockfile unusable seedfiles seedsource
 libllama llama ollama batching room sampling sequences generate score
