@@ -49,12 +49,6 @@ def is_quoted(part: str) -> bool:
     return part[0] in MARKS and len(part) > 1 and not part[0].isspace()
 
 
-def included(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Whether one text has all literals of the other, in whatever order."""
-    one, other = Counter(first), Counter(second)
-    return one <= other or other <= one
-
-
 def pieces(text: str) -> list[str]:
     """A text cut into lines, sentences and headings that end in a colon."""
     return [piece for piece in PIECE.split(text) if piece and not piece.isspace()]

@@ -15,7 +15,6 @@ from tapir_local.likeness import (
     WORD,
     fewest_common,
     frames,
-    included,
     literals,
     pieces,
     remainders,
@@ -110,14 +109,17 @@ class Index:
     def nearest(self, example: Example, anywhere: bool = False) -> tuple[str, float] | None:
         """The id of the most similar instruction, of several the first added, and its ROUGE-L, if they are alike.
 
-        `anywhere` is for leaks: among all rows, whatever the turns before the last, and numbers or quoted strings make
-        a difference only where each text has one that the other lacks, not where one adds some.
+        `anywhere` is for leaks: among all rows, whatever the turns before the last, and whatever the numbers and quoted
+        strings. To train on a held-out question with other numbers would flatter the student.
         """
         given, known = example.prompt[-1].content, literals(example.prompt[-1].content)
         if not anywhere and (known not in self.literals or example.prompt[:-1] not in self.contexts):
             return None
         text = self.letters(given)
-        places = self.comparable(example, known, self.candidates(list(map(ord, text))), anywhere)
+        places = self.candidates(list(map(ord, text)))
+        if not anywhere and len(places):
+            same = numbers(self.context_of)[places] == self.contexts[example.prompt[:-1]]
+            places = places[same & (numbers(self.literals_of)[places] == self.literals[known])]
         found = process.extract(
             text,
             [self.texts[place] for place in places.tolist()],
@@ -129,21 +131,6 @@ class Index:
             if score := self.alike(text, given, place := int(places[number])):
                 return self.ids[place], score
         return None
-
-    def comparable(
-        self, example: Example, known: tuple[str, ...], places: NDArray[np.int64], anywhere: bool
-    ) -> NDArray[np.int64]:
-        """The places whose literals, and whose turns before the last, do not make them different."""
-        if not len(places):
-            return places
-        of = numbers(self.literals_of)[places]
-        if anywhere:
-            every = list(self.literals)
-            fit = [number for number in np.unique(of).tolist() if included(known, every[number])]
-            return places[np.isin(of, fit)]
-        context = numbers(self.context_of)[places] == self.contexts[example.prompt[:-1]]
-        fitting: NDArray[np.bool_] = context & (of == self.literals[known])
-        return places[fitting]
 
     def alike(self, text: str, given: str, place: int) -> float:
         """The ROUGE-L of a text and a row, rounded once, if they are alike; else 0."""

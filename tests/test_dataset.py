@@ -200,6 +200,13 @@ def test_near_duplicates_of_the_pool_and_of_each_other_are_rejected() -> None:
     assert "near-duplicate" in reasons[2]
 
 
+def test_a_draft_with_other_numbers_than_a_rows_is_new_but_near_the_holdout_it_is_a_leak() -> None:
+    row, draft = "What do 3 crates for 4 coins each cost?", "What do 5 crates for 2 coins each cost?"
+    assert screened(draft, pool=row) == [""]
+    assert screened(row, pool=row) == ["near-duplicate: ROUGE-L 1.00"]
+    assert "near the holdout" in screened(draft, holdout=row)[0]
+
+
 def test_what_resembles_the_holdout_is_rejected() -> None:
     assert "near the holdout" in screened("Name three blue birds", holdout="name three blue birds")[0]
 

@@ -166,12 +166,12 @@ def test_the_same_words_are_alike_at_any_limit(limit: float) -> None:
     [
         ("Name a rhyme for sea that a child knows", '1. Name a rhyme for "sea" that a child knows', True),
         ("What is the sum of 27 and 48, my friend?", "What is the sum of 48 and 27, my friend?", True),
-        ("What is the sum of 27 and 48, my friend?", "What is the sum of 27 and 49, my friend?", False),
+        ("What is the sum of 27 and 48, my friend?", "What is the sum of 5 and 49, my friend?", True),
         (LOG + ASKED[0], LOG + ASKED[1], False),
         (LOG + ASKED[0], "Be brief. " + LOG + ASKED[0], True),
     ],
 )
-def test_a_leak_adds_to_a_text_or_reorders_it_but_asks_nothing_else(held: str, draft: str, leaks: bool) -> None:
+def test_a_leak_may_have_other_numbers_but_asks_nothing_else(held: str, draft: str, leaks: bool) -> None:
     index = Index(0.7)
     index.add(ask("h", held))
     assert (index.nearest(ask("d", draft), anywhere=True) is not None) == leaks
