@@ -132,7 +132,10 @@ def known_label(label: Any, labels: Collection[str]) -> str:
 
 def shown(row: Any) -> str:
     """A row as text, for people."""
-    return row.text if isinstance(row, Broken) else ascii(row) if isinstance(row, str) else json.dumps(row, default=str)
+    try:
+        return row.text if isinstance(row, Broken) else json.dumps(row, default=str)
+    except (ValueError, TypeError, RecursionError):
+        return ""
 
 
 def without_near(

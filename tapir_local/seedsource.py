@@ -19,11 +19,19 @@ def digest(seeds: Seeds) -> Source:
     path = seeds_path(seeds.path)
     if path is None:
         return {"path": seeds.path, "revision": hub_revision(seeds.path)}
+    try:
+        return digest_at(path, seeds.path)
+    except OSError as error:
+        raise TapirError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+
+def digest_at(path: Path, named: str) -> Source:
+    """What identifies a file or a folder."""
     if path.is_file():
-        return {"path": seeds.path, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"path": named, "bytes": path.stat().st_size, "sha256": sha256(path)}
     files = {str(file.relative_to(path)): digest_of(file) for file in sorted(path.rglob("*")) if is_data(file, path)}
     whole = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    return {"path": seeds.path, "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
+    return {"path": named, "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
 
 
 def is_data(file: Path, folder: Path) -> bool:

@@ -33,8 +33,9 @@ class RowFault(ValueError):
     """Why a row cannot be read: `kind` in words that all such rows share, `said` of this one, `fix` what to do."""
 
     def __init__(self, kind: str, said: str = "", fix: str = "") -> None:
-        super().__init__(said or kind)
-        self.kind, self.said, self.fix = kind, said or kind, fix
+        said = (said or kind).encode(errors="backslashreplace").decode()  # what it quotes may be half a surrogate pair
+        super().__init__(said)
+        self.kind, self.said, self.fix = kind, said, fix
 
 
 class Spelled(str):
@@ -98,11 +99,13 @@ def is_metadata(name: Any) -> bool:
 
 def holds_more(value: Any, seen: str) -> bool:
     """Whether a value has text, however deep, that is not in `seen`; a text has at least one letter."""
-    if isinstance(value, str):
-        return any(map(str.isalpha, value)) and value.strip() not in seen
-    if isinstance(value, Mapping):
-        return any(holds_more(item, seen) for item in value.values())
-    return isinstance(value, list | tuple) and any(holds_more(item, seen) for item in value)
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str) and any(map(str.isalpha, item)) and item.strip() not in seen:
+            return True
+        left += item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
+    return False
 
 
 def text_of(value: Any) -> str:

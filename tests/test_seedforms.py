@@ -149,6 +149,7 @@ def test_what_a_row_says_is_read_to_the_letter(
         ({"messages": ["a"]}, "the conversation is not a list of objects"),
         ({"instruction": "half \ud83d"}, "not Unicode text: half a surrogate pair"),
         ({"instruction": "a", "output": "half \ude00"}, "not Unicode text: half a surrogate pair"),
+        ({"\ud83d": "a"}, "no known form"),
         ("text", "not an object"),
         (3, "not an object"),
         ([], "not an object"),
@@ -158,6 +159,14 @@ def test_what_cannot_be_read_is_named(row: Any, kind: str) -> None:
     with pytest.raises(RowFault) as fault:
         read_whole(row)
     assert fault.value.kind == kind
+    assert fault.value.said.encode()  # also where it quotes half a surrogate pair
+
+
+def test_a_column_however_deep_is_told() -> None:
+    deep: Any = "text"
+    for _ in range(5000):
+        deep = [deep]
+    assert read_whole({"instruction": "a", "notes": deep}).unread == ["column 'notes'"]
 
 
 @pytest.mark.parametrize(
