@@ -49,8 +49,7 @@ class Seeds(Settings):
     # Near-duplicates that straddle holdout and training would flatter the student. At 0.9 one exchanged word makes
     # two instructions different where they have up to ten; of Alpaca's and self-instruct's rows at hand none is lost.
     max_rouge: Share | None = Field(
-        0.9,
-        description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: only exact ones are left out",
+        0.9, description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: none is"
     )
     limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
     holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
