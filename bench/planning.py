@@ -124,8 +124,8 @@ def all_pairs(slow: Index, drafts: Sequence[Example]) -> list[str]:
         scored = process.extract(
             text, slow.texts, scorer=Indel.normalized_similarity, score_cutoff=slow.max_rouge - 1e-9, limit=None
         )
-        places = [place for _, _, place in scored if slow.literals_of[place] == slow.literals.get(known, -1)]
-        best = next((slow.ids[place] for place in places if slow.alike(text, given, place)), "")
+        same = [row for row in scored if slow.literals_of[row[2]] == slow.literals.get(known, -1)]
+        best = next((slow.ids[place] for _, score, place in same if slow.alike(text, given, place, score)), "")
         found.append(best)
         if not best:
             slow.add(draft)

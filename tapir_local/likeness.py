@@ -77,11 +77,16 @@ def rouge_l(first: str, second: str) -> float:
 
 
 def unframed(first: str, second: str, frame: tuple[int, int]) -> tuple[str, str]:
-    """Two texts without the beginning and the ending that both share, as far as `frame` says that many rows do."""
+    """Two texts without the beginning and the ending that both share, as far as `frame` says that many rows do.
+
+    Both as they are where that is less than FRAME_WORDS.
+    """
     begins = min(common(first, second), frame[0])
-    first, second = first[begins:], second[begins:]
-    ends = min(common(first[::-1], second[::-1]), frame[1])
-    return first[: len(first) - ends], second[: len(second) - ends]
+    one, other = first[begins:], second[begins:]
+    ends = min(common(one[::-1], other[::-1]), frame[1])
+    if begins + ends < FRAME_WORDS:
+        return first, second
+    return one[: len(one) - ends], other[: len(other) - ends]
 
 
 def common(first: str, second: str) -> int:

@@ -11,7 +11,6 @@ from rapidfuzz.distance import Indel
 
 from tapir_local.errors import TapirError
 from tapir_local.likeness import (
-    FRAME_WORDS,
     WORD,
     fewest_common,
     frames,
@@ -127,23 +126,25 @@ class Index:
             score_cutoff=max(0.0, self.max_rouge - LEAST),
             limit=None,
         )
-        for _, _, number in found:
-            if score := self.alike(text, given, place := int(places[number])):
+        for _, similarity, number in found:
+            if score := self.alike(text, given, place := int(places[number]), similarity):
                 return self.ids[place], score
         return None
 
-    def alike(self, text: str, given: str, place: int) -> float:
-        """The ROUGE-L of a text and a row, rounded once, if they are alike; else 0."""
+    def alike(self, text: str, given: str, place: int, similarity: float) -> float:
+        """The ROUGE-L of a text and a row, if they are alike; else 0.
+
+        `similarity` is the same number from rapidfuzz, which rounds more than once: the LCS's length follows from it.
+        """
         other = self.texts[place]
         if text == other:
             return 1.0
-        score = rouge_l(text, other)
+        size = len(text) + len(other)
+        score = 2 * round(similarity * size / 2) / size
         if score <= self.max_rouge:
             return 0.0
         parts = [[self.letters(piece) for piece in pieces(whole)] for whole in (given, self.written[place])]
-        rests = [remainders(*parts)]
-        if (frame := self.frames.get(other, (0, 0))) and sum(frame) >= FRAME_WORDS:
-            rests.append(unframed(text, other, frame))
+        rests = {remainders(*parts), unframed(text, other, self.frames.get(other, (0, 0)))} - {(text, other)}
         differ = any(one and two and rouge_l(one, two) <= self.max_rouge for one, two in rests)
         return 0.0 if differ else score
 
