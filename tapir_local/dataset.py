@@ -64,8 +64,8 @@ class Seeds:
     faulty: list[Faulty] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
-    def refuse(self) -> None:
-        """TapirError with all rows of the first kind of fault; nothing where there is none."""
+    def refuse(self, advice: str = "") -> None:
+        """TapirError with all rows of the first kind of fault, and more advice; nothing where there is no fault."""
         if not self.faulty:
             return
         first = self.faulty[0].fault

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapir_local import judging, prompts
 from tapir_local.classifier import Prediction
-from tapir_local.dataset import Faulty, count_tasks, sorted_seeds, split_holdout, without_near
+from tapir_local.dataset import Faulty, Seeds, count_tasks, sorted_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
 from tapir_local.recipe import Recipe
@@ -36,7 +36,7 @@ def read(work: Work, out: Path) -> str:
             where=table.where,
             fix="Set seeds.answers: teacher.",
         )
-    work.leave_out(unusable, len(table.rows))
+    leave_out(work, found, unusable)
     examples, alike = without_near(
         found.examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(found.examples), "compared")
     )
@@ -48,6 +48,16 @@ def read(work: Work, out: Path) -> str:
     keep_source(work.run, source, len(table.rows))
     write_rows(out, examples)
     return "; ".join(filter(None, [f"{len(examples):,} rows{said}", *told]))
+
+
+def leave_out(work: Work, found: Seeds, unusable: Sequence[Unusable]) -> None:
+    """Leave out the rows that cannot be read; where they are too many for one reason, the error is the reason's own."""
+    try:
+        work.leave_out(unusable, len(found.table.rows))
+    except TapirError as error:
+        if len({row.kind for row in unusable}) == 1:
+            found.refuse(error.fix)
+        raise
 
 
 def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
