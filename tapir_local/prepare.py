@@ -1,25 +1,24 @@
 """PREPARE: read the seeds, label them, set the holdout apart, and have the teacher answer; once for a run."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local import judging, prompts
 from tapir_local.classifier import Prediction
-from tapir_local.dataset import Faulty, Seeds, count_tasks, sorted_seeds, split_holdout, without_near
+from tapir_local.dataset import count_tasks, sorted_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
+from tapir_local.reading import drawn, leave_out, many_alike, not_read, unreadable
 from tapir_local.recipe import Recipe
-from tapir_local.records import Example
+from tapir_local.records import Example, instruction_of
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
-from tapir_local.seedforms import Table
 from tapir_local.seedsource import digest, keep_source
+from tapir_local.student_text import fold_rows
 from tapir_local.unusable import BRIEF, Unusable, left_out
-from tapir_local.work import Stage, Work, answered
-
-MANY, SOME = 0.2, 3  # near-duplicates, as a share of the rows and in number, from which the stage warns
+from tapir_local.work import Stage, Work, answered, askable, trainable
 
 
 def read(work: Work, out: Path) -> str:
@@ -29,19 +28,22 @@ def read(work: Work, out: Path) -> str:
     found = sorted_seeds(table, recipe.task_table())
     if recipe.seeds.unusable == "refuse" or not found.examples:
         found.refuse()
-    unusable = [unreadable(work, table, row) for row in found.faulty]
-    if answered_by_file(recipe) and not any(row.completion for row in found.examples):
+    examples, folds, unfit = usable(work, found.examples)
+    unusable = [*(unreadable(work, table, row) for row in found.faulty), *unfit]
+    leave_out(work, found, unusable)
+    if answered_by_file(recipe) and not any(row.completion for row in examples):
+        found.refuse()  # perhaps the answers are in the rows that cannot be read
         raise TapirError(
             "no row has an answer, and the recipe takes the file's",
             where=table.where,
             fix="Set seeds.answers: teacher.",
         )
-    leave_out(work, found, unusable)
+    compared = len(examples)
     examples, alike = without_near(
-        found.examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(found.examples), "compared")
+        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, compared, "compared")
     )
-    said = repeated(len(found.duplicates), len(alike)) + left_out(unusable)
-    told = [*table.notes, not_read(found.unread), many_alike(len(alike), len(found.examples))]
+    said = repeated(len(found.duplicates), len(alike)) + turned(folds) + left_out(unusable)
+    told = [*table.notes, not_read(found.unread), many_alike(len(alike), compared)]
     examples = drawn(work, examples, table.where)
     # First these: with rows.jsonl the stage is done.
     write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
@@ -50,53 +52,30 @@ def read(work: Work, out: Path) -> str:
     return "; ".join(filter(None, [f"{len(examples):,} rows{said}", *told]))
 
 
-def leave_out(work: Work, found: Seeds, unusable: Sequence[Unusable]) -> None:
-    """Leave out the rows that cannot be read; where they are too many for one reason, the error is the reason's own."""
-    try:
-        work.leave_out(unusable, len(found.table.rows))
-    except TapirError as error:
-        if len({row.kind for row in unusable}) == 1:
-            found.refuse(error.fix)
-        raise
+def usable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, list[Unusable]]:
+    """(rows that the student can be asked and, where the file answers, trained on; system turns folded; the others).
+
+    This is all that can be known of a row before anything is paid for it.
+    """
+    if not rows:
+        return [], 0, []
+    kept, folds = fold_rows(work.tools.student_text(), rows)
+    kept, unusable = askable(work, kept)
+    if answered_by_file(work.recipe) and any(row.completion for row in kept):
+        unusable += [no_answer(work, row) for row in kept if not row.completion]
+        kept, unfit = trainable(work, [row for row in kept if row.completion])
+        unusable += unfit
+    return kept, folds, unusable
 
 
-def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
-    """As many of the rows as seeds.limit says, at random; TapirError where a holdout would leave none to train on."""
-    limit, held = work.recipe.seeds.limit, work.recipe.seeds.holdout
-    if limit is not None and limit < len(examples):
-        kept = set(work.chance("read").sample(range(len(examples)), limit))
-        examples = [example for number, example in enumerate(examples) if number in kept]
-    if len(examples) <= held:
-        raise TapirError(
-            f"{len(examples)} rows are too few for a holdout of {held} and something to train on",
-            where=where,
-            fix="Add rows or set seeds.holdout lower.",
-        )
-    return examples
+def turned(folds: int) -> str:
+    """What to say of system turns that the student's chat template has no place for."""
+    return f", {folds:,} system turns moved into the user's (the chat template has no system role)" if folds else ""
 
 
-def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
-    """The record of a row that cannot be read, known by its line."""
-    fault = row.fault
-    detail = "" if fault.said == fault.kind else fault.said
-    place = f"{Path(table.where).name}, {table.unit} {row.number}"
-    return Unusable(work.step, place, fault.kind, detail, row.text[:BRIEF])
-
-
-def not_read(unread: Mapping[str, int], most: int = 5) -> str:
-    """`not read: column 'notes' (12 rows)`; "" where all text was read."""
-    names = [f"{name} ({count:,} row{'s' if count > 1 else ''})" for name, count in unread.items()]
-    return f"not read: {some(names, most)}" if names else ""
-
-
-def many_alike(alike: int, rows: int) -> str:
-    """A warning where many rows go as near-duplicates."""
-    if alike < SOME or alike <= MANY * rows:
-        return ""
-    return (
-        f"WARNING: {alike / rows:.0%} of the rows are near-duplicates of others. Look at rejected-seeds.jsonl; "
-        "a higher seeds.max_rouge keeps more, null keeps all"
-    )
+def no_answer(work: Work, row: Example) -> Unusable:
+    """The record of a row that the seed file does not answer."""
+    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:BRIEF])
 
 
 def answered_by_file(recipe: Recipe) -> bool:
@@ -141,7 +120,18 @@ def label(work: Work, out: Path) -> str:
     counts = f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
     total = odd_sum(work.recipe.tasks)
     odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
-    return counts + (" and so Others" if others else "") + odd
+    return counts + (" and so Others" if others else "") + odd + many_unreadable(work, len(unreadable), len(sample))
+
+
+def many_unreadable(work: Work, unreadable: int, asked: int) -> str:
+    """A warning where more of the teacher's labels cannot be read than limits.unusable allows of other rows."""
+    if unreadable <= work.recipe.limits.unusable * asked:
+        return ""
+    return (
+        f"; WARNING: {unreadable / asked:.0%} of the teacher's labels cannot be read: `tapir-local calls list --run "
+        f"{work.run.name} --stage label` shows the replies. A teacher that keeps to JSON, or tasks in the seed file, "
+        "make the balance of tasks reliable"
+    )
 
 
 def refuse_no_label(work: Work, asked: int, read: int) -> None:
@@ -156,11 +146,14 @@ def refuse_no_label(work: Work, asked: int, read: int) -> None:
 
 
 def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:
-    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out."""
+    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out.
+
+    A row that the server refuses is not asked again.
+    """
     tasks = work.recipe.task_table()
-    labels: dict[str, str] = {}
+    labels, refused = dict[str, str](), set[str]()
     for draw in range(2):
-        missing = [example for example in examples if example.id not in labels]
+        missing = [example for example in examples if example.id not in labels.keys() | refused]
         requests = [
             work.request(stage, row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
             for row in missing
@@ -168,6 +161,8 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
         for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
             if answer.complete and (found := judging.parse_label(answer.text, tasks)):
                 labels[row.id] = found
+            elif answer.refused:
+                refused.add(row.id)
     return labels
 
 
@@ -321,9 +316,10 @@ def seeds(work: Work, out: Path) -> str:
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
     """Rows with a whole answer, the file's own where the recipe trusts it, else the teacher's; and those without."""
     if answered_by_file(work.recipe):
-        without = [Unusable(work.step, row.id, "no answer in the seed file") for row in rows if not row.completion]
+        without = [no_answer(work, row) for row in rows if not row.completion]
         return [row for row in rows if row.completion], without
-    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows])
+    # The holdout is never trained on: an answer that the template would change can be compared with all the same.
+    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")
 
 
 PREPARE = (

@@ -207,11 +207,11 @@ def role_and_content(row: Columns, turn: Any) -> tuple[str, Any]:
 def dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> Read:
     """Turns up to the last user's as prompt, the assistant's after it as completion; ((), "") where no user speaks.
 
-    Turns in a row by the same speaker are one turn, an empty line between them. Empty system turns are left out, and
-    what an assistant says before any user: chat templates refuse such a beginning, and FastChat, ShareGPT's first
-    reader, skips it too.
+    Several turns of the assistant after the last user's are one answer, an empty line between them. Empty system turns
+    are left out, and what an assistant says before any user: chat templates refuse such a beginning, and FastChat,
+    ShareGPT's first reader, skips it too.
     """
-    said = joined([(role, text) for role, value in turns if (text := text_of(value)) or role != "system"])
+    said = [Message(role, text) for role, value in turns if (text := text_of(value)) or role != "system"]
     users = [number for number, turn in enumerate(said) if turn.role == "user"]
     if not users:
         return (), ""
@@ -223,19 +223,7 @@ def dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> Read:
         raise RowFault("an empty turn", f"turn {empty[0]} of the conversation is empty")
     if any(turn.role == "system" for turn in said[last:]):
         raise RowFault("a system turn after the last question")
-    return tuple(prompt), "".join(turn.content for turn in said[last:])
-
-
-def joined(turns: Sequence[tuple[str, str]]) -> list[Message]:
-    """Turns of which no two in a row are by the same speaker, unless one of the two is empty."""
-    found: list[Message] = []
-    for role, text in turns:
-        if found and found[-1].role == role and text and found[-1].content:
-            text = f"{found.pop().content}\n\n{text}"
-        elif found and found[-1].role == role == "assistant":
-            text = found.pop().content or text
-        found.append(Message(role, text))
-    return found
+    return tuple(prompt), "\n\n".join(turn.content for turn in said[last:] if turn.content)
 
 
 class Form(NamedTuple):

@@ -93,7 +93,7 @@ def test_every_text_of_a_row_is_read_or_metadata_or_told_or_refused(form: str, m
             "",
         ),
         ({"messages": turns(("user", "Hi"), ("assistant", "a"), ("assistant", "b"))}, user("Hi"), "a\n\nb"),
-        ({"messages": turns(("user", "a"), ("user", "b"), ("assistant", "c"))}, user("a\n\nb"), "c"),
+        ({"messages": turns(("user", "a"), ("user", "b"), ("assistant", "c"))}, (*user("a"), *user("b")), "c"),
         ({"messages": turns(("user", "a"), ("assistant", ""), ("assistant", "c"))}, user("a"), "c"),
         ({"messages": turns(("user", "a"), ("assistant", "c"), ("assistant", ""))}, user("a"), "c"),
         (
