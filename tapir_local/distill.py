@@ -20,6 +20,7 @@ from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import differing, parse_recipe, to_yaml
 from tapir_local.resumable import forget_partial
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
+from tapir_local.seedsource import same_seeds
 from tapir_local.shipping import SHIP, stale
 from tapir_local.stages import BASELINE, PREPARE, ROUND
 from tapir_local.unusable import forget_unusable
@@ -125,8 +126,8 @@ def has_begun(run: RunDir) -> bool:
 
 
 def refuse_changed(recipe: Recipe, run: RunDir) -> None:
-    """TapirError where a run was started with a recipe that differs in what must last."""
-    changed = differing(kept_recipe(run), recipe) if has_begun(run) else []
+    """TapirError where a run was started with a recipe that differs in what must last, or with other seeds."""
+    changed = differing(kept_recipe(run), same_seeds(kept_recipe(run), recipe, run)) if has_begun(run) else []
     if changed:
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
