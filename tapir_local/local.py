@@ -14,7 +14,6 @@ from tapir_local.errors import TapirError
 from tapir_local.generate import answer_all, encode_prompt
 from tapir_local.llama import Advice, Model, made_for, open_model, template
 from tapir_local.records import Message, Prompt
-from tapir_local.replies import read_reply
 from tapir_local.sequences import Finish, Manner, Written
 
 ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process is answering
@@ -65,7 +64,7 @@ def claim(asking: Asking, job: Job) -> bool:
     raw = asking.store.get(job.key)
     if raw:
         asking.store.release(job.key)
-        asking.finish(job, read_reply(raw), paid=False)
+        asking.finish(job, asking.read(job.body, raw), paid=False)
     return not raw
 
 
@@ -180,11 +179,12 @@ def keep(group: Group, number: int, written: Written) -> None:
     began = group.began.get(number)  # a prompt that is too long never began, and is not claimed
     seconds = 0.0 if began is None else time.monotonic() - began
     raw = completion(job, group.model.gguf.name, written.text(group.model), written.finish, counts)
-    reply, kept = read_reply(raw), None
+    reply, kept = asking.read(job.body, raw), None
     if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
         kept = asking.keep(job, raw, reply, seconds)
     else:
         why = f"finish {written.finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        reply = reply._replace(why="" if reply.text.strip() else why)
         spent = (0, 0) if began is None else counts
         asking.note(job, why, raw, seconds, spent, asking.spend(*spent) if began else None)
     if kept:
@@ -194,6 +194,8 @@ def keep(group: Group, number: int, written: Written) -> None:
     if group.began.pop(number, None) is not None:
         asking.purse.free(job.dearest)
     asking.finish(job, reply, paid=True)
+    if not reply.text.strip() and (error := asking.hopeless(job, reply)):
+        raise error
 
 
 def completion(job: Job, model: str, text: str, finish: Finish, counts: tuple[int, int]) -> bytes:

@@ -98,6 +98,10 @@ class Endpoint(Settings):
     extra: Mapping[str, Any] = Field(
         default_factory=dict, description="further parameters of the request, sent as they are; a GGUF takes none"
     )
+    thinking: Literal["strip", "keep"] = Field(
+        "strip", description="remove what a model thinks aloud before its answer (`<think>…</think>`), or keep it"
+    )
+    stream: bool = Field(False, description="have replies sent piece by piece, where an endpoint answers only so")
     send_seed: bool = Field(False, description="send the draw number as the API's `seed`, where the endpoint knows it")
     concurrency: int = Field(16, ge=1, description="requests in flight at the most; replies that a GGUF writes at once")
     timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and sent again")
@@ -106,6 +110,13 @@ class Endpoint(Settings):
         False, description="ask by OpenAI's Batch API: half the price, and up to a day until the answers are there"
     )
     price: Price | None = Field(None, description="of the endpoint, for receipts, forecasts and a budget of money")
+
+    @model_validator(mode="after")
+    def streams(self) -> "Endpoint":
+        """Only an endpoint that is asked live sends its replies piece by piece."""
+        if self.stream and (self.batch or getattr(self, "kind", "openai") != "openai"):
+            raise ValueError("`stream` goes with `kind: openai` and without `batch`")
+        return self
 
 
 class Teacher(Endpoint):
