@@ -192,12 +192,12 @@ class Asking:
         if trouble := self.outcomes.for_nothing():
             raise TapirError(trouble.why, where=self.identity, fix=trouble.fix)
 
-    def hopeless(self, job: Job, reply: Reply) -> TapirError | None:
-        """The error that stops before more is paid, when the last replies were all useless."""
+    def hopeless(self, job: Job, why: str, cut: bool = False) -> TapirError | None:
+        """The error that stops before more is paid, when the last replies were all useless; `why` the last one was."""
         if not self.outcomes.is_hopeless():
             return None
-        role, cut = role_of(self.endpoint), reply.finish == "length"
-        why = reply.why or (f"the reply was cut at {role}.max_tokens" if cut else "the reply is not whole")
+        role = role_of(self.endpoint)
+        why = why or f"the reply was cut at {role}.max_tokens"
         what = f"{self.outcomes.useless:,} replies in a row cannot be used; the last: {why}"
         raised = f"Raise {role}.max_tokens (now {self.endpoint.max_tokens:,}), or have shorter answers asked for."
         return TapirError(what, where=self.place(job), fix=raised if cut else f"Correct the cause. {RERUN}")

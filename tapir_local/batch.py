@@ -308,8 +308,6 @@ class Batches:
 
     def take(self, job: Job, line: Any, made: Batch) -> None:
         """Store what came to a job as a live reply is stored, then see whether it is an answer."""
-        import httpx2
-
         seconds = float(made.completed_at - made.created_at) if made.completed_at else 0.0
         raw = body_in(line)
         if raw is None:
@@ -319,7 +317,7 @@ class Batches:
         try:
             reply = self.asking.read(job.body, raw)
         except ValueError:
-            self.suffer(job, unreadable(httpx2.Response(200, content=raw), self.endpoint), seconds)
+            self.suffer(job, unreadable(raw, {}, self.endpoint), seconds)
             return
         share = 1.0 if self.endpoint.batch else BATCH_DISCOUNT  # asked live now, it was still a batch that was paid for
         self.asking.keep(job, raw, reply, seconds, share)
@@ -328,7 +326,7 @@ class Batches:
             job.tries += 1
         else:
             self.finish(job, reply, paid=True)
-        self.failed = self.failed or self.asking.hopeless(job, reply)
+        self.failed = self.failed or self.asking.hopeless(job, reply.why, reply.finish == "length")
 
     def suffer(self, job: Job, trouble: Trouble, seconds: float) -> None:
         """No answer came: note it; into the next batch with the job, or stop."""

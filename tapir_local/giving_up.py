@@ -40,6 +40,10 @@ class Outcomes:
         self.whole += reply.complete
         self.useless = 0 if reply.complete else self.useless + 1
 
+    def unread(self) -> None:
+        """A reply came that may have been paid for, and is no completion."""
+        self.useless += 1
+
     def is_rows_own(self, trouble: Trouble, tries: int) -> bool:
         """Whether what ended a request after so many tries is this row's own trouble, and not every row's."""
         if trouble.then == "stop":

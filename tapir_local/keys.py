@@ -99,7 +99,7 @@ def address(base_url: str) -> str:
     except ValueError as error:
         fix = "Write it as http://host:port/v1, an IPv6 address in brackets: http://[::1]:8000/v1"
         raise TapirError(f"not a URL: {base_url!r} ({error})", where="base_url", fix=fix) from error
-    if parts.scheme not in PORTS or not parts.hostname:
+    if parts.scheme not in PORTS or not parts.hostname or len(parts.netloc.split()) > 1:
         raise TapirError(
             f"not the URL of a server: {base_url!r}", where="base_url", fix="Write it as http://host:port/v1"
         )

@@ -194,7 +194,7 @@ def keep(group: Group, number: int, written: Written) -> None:
     if group.began.pop(number, None) is not None:
         asking.purse.free(job.dearest)
     asking.finish(job, reply, paid=True)
-    if not reply.text.strip() and (error := asking.hopeless(job, reply)):
+    if not reply.text.strip() and (error := asking.hopeless(job, reply.why)):
         raise error
 
 

@@ -171,7 +171,7 @@ class Online:
             raw = joined(raw) if self.endpoint.stream and is_stream(raw) else raw
             reply = self.asking.read(job.body, raw)
         except ValueError as error:
-            self.suffer(job, self.unread(response, raw, error), sent)
+            self.unread(job, response, raw, error, sent)
             return None
         kept = self.asking.keep(job, raw, reply, seconds)
         if kept:
@@ -184,17 +184,19 @@ class Online:
             self.again(job)
         else:
             self.finish(job, reply, paid=True)
-        if hopeless := self.asking.hopeless(job, reply):
+        if hopeless := self.asking.hopeless(job, reply.why, reply.finish == "length"):
             self.line.stop(hopeless)
         return kept
 
-    def unread(self, response: httpx2.Response, raw: bytes, error: ValueError) -> Trouble:
-        """What a reply of status 200 means that is no chat completion, or a stream that was cut."""
-        import httpx2
-
+    def unread(self, job: Job, response: httpx2.Response, raw: bytes, error: ValueError, sent: float) -> None:
+        """A reply of status 200 came that is no chat completion, or a stream that was cut."""
+        trouble = unreadable(raw, response.headers, self.endpoint)
         if self.endpoint.stream and is_stream(raw):
-            return Trouble("again", str(error), raw, sure=False, last="row")
-        return unreadable(httpx2.Response(200, headers=response.headers, content=raw), self.endpoint)
+            trouble = Trouble("again", str(error), raw, sure=False, last="row")
+        self.asking.outcomes.unread()
+        self.suffer(job, trouble, sent)
+        if hopeless := self.asking.hopeless(job, hidden(trouble.why, self.client)):
+            self.line.stop(hopeless)
 
     def written(self, kept: Future[None]) -> None:
         """Called by the store's thread: when it could not write, nothing more is asked for."""

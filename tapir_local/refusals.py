@@ -30,14 +30,13 @@ TOO_LONG = re.compile(
 )
 FILTERED = re.compile(
     r"content.?(filter|policy|management|moderation|exists risk)|data.?inspection|inappropriate|moderat|flagged|harmful"
-    r"|unsafe|safety|(?<!case.)sensitive|prohibited|responsible.?ai|usage polic|violat|blocked (by|due|for)|guardrail|jailbreak"
-    r"|toxic|invalid_prompt|risk control",
+    r"|unsafe|safety|(?<!case.)sensitive|prohibited|responsible.?ai|usage polic|violat|blocked (by|due|for)|guardrail"
+    r"|jailbreak|toxic|invalid_prompt|risk control",
     re.IGNORECASE,
 )
 EMPTY = re.compile(
     r"insufficient.{0,20}(balance|credit|fund|money)|balance.{0,20}(too low|negative|empty|exhaust|insufficient)"
-    r"|(out of|not enough|no more) credits?"
-    r"|余额不足|欠费",
+    r"|(out of|not enough|no more) credits?|余额不足|欠费",
     re.IGNORECASE,
 )
 MONEY = re.compile(
@@ -93,25 +92,35 @@ def trouble_of(response: Any, endpoint: Endpoint) -> Trouble:
 
     `response` is httpx2's, or one of the likes: status_code, content, text, headers.
     """
-    return meaning(response.status_code, *said_in(response.content), response, endpoint)
+    return meaning(response.status_code, *said_in(response.content), response.content, response.headers, endpoint)
 
 
-def unreadable(response: Any, endpoint: Endpoint) -> Trouble:
+def unreadable(raw: bytes, headers: Mapping[str, str], endpoint: Endpoint) -> Trouble:
     """What a reply of status 200 means that is no chat completion: an error's object, a web page, anything else."""
-    raw, (message, code) = response.content, said_in(response.content)
+    message, code = said_in(raw)
     body = json_in(raw)
-    found = first_error(body)
-    if found:
+    if found := hidden_error(body):
         status = str(found.get("code") or found.get("status") or found.get("status_code"))
         number = int(status) if re.fullmatch("[45][0-9]{2}", status) else 0
-        trouble = meaning(number or 500, message, code, response, endpoint)
-        return trouble._replace(why=f"an error in a reply of status 200: {trouble.why}" if number else message)
+        trouble = meaning(number or 500, message, code, raw, headers, endpoint)
+        return trouble._replace(why=f"an error in a reply of status 200: {f'{number}: ' if number else ''}{message}")
     if is_page(raw):
         fix = f"base_url leads to a web page: write it as the endpoint's own manual says (often with /v1), and {LAST}"
         return Trouble("again", f"the reply is {message}", raw, fix, tries=UNREADABLE)
     fix = f"See that base_url is an OpenAI-compatible endpoint's, as its own manual has it, and {LAST}"
     why = f"the reply is not a chat completion ({shape_of(body, raw)})"
     return Trouble("again", why, raw, fix, finish="", sure=False, tries=UNREADABLE, last="row")
+
+
+def hidden_error(body: Any) -> dict[str, Any] | None:
+    """The error in a body without choices: under `error`, or the body itself, as gateways have it."""
+    if found := first_error(body):
+        return found
+    if not isinstance(body, dict) or body.get("choices") is not None:
+        return None
+    if isinstance(base := body.get("base_resp"), dict):
+        return {"message": base.get("status_msg"), "code": base.get("status_code")}
+    return body if any(isinstance(body.get(name), str) for name in ("message", "msg", "detail", "error_msg")) else None
 
 
 def shape_of(body: Any, raw: bytes) -> str:
@@ -147,7 +156,7 @@ def said_in(raw: bytes) -> tuple[str, str]:
     body = json_in(raw)
     if body is None:
         return (page_words(raw) if is_page(raw) else raw.decode(errors="replace").strip()[:BRIEF]), ""
-    error = first_error(body) or body
+    error = hidden_error(body) or body
     if isinstance(error, list) and error:
         error = error[0]
     if not isinstance(error, dict):
@@ -190,12 +199,13 @@ def page_words(raw: bytes) -> str:
     return f"a web page: {words[:BRIEF]}" if words else "a web page"
 
 
-def meaning(status: int, message: str, code: str, response: Any, endpoint: Endpoint) -> Trouble:
+def meaning(
+    status: int, message: str, code: str, body: bytes, headers: Mapping[str, str], endpoint: Endpoint
+) -> Trouble:
     """What an error with this status, message and code means."""
-    why, body, headers = f"{status}: {message}" if message else str(status), response.content, response.headers
-    text, role = f"{code} {message}", role_of(endpoint)
+    why, text = f"{status}: {message}" if message else str(status), f"{code} {message}"
     if status in (301, 302, 303, 307, 308):
-        return moved(status, response, endpoint)
+        return moved(status, str(headers.get("location") or ""), body, endpoint)
     if is_money(status, text, code):
         return Trouble("stop", why, body, f"Top up the account of the key in the {key_place(endpoint)}, then {LAST}")
     if status == 429 and TOO_LONG.search(text):
@@ -211,7 +221,7 @@ def meaning(status: int, message: str, code: str, response: Any, endpoint: Endpo
     if fix := parameter_fix(text, endpoint):
         return Trouble("stop", why, body, fix, sure=False, last="row")
     if status not in (401, 404, 405, 407) and (finish := row_finish(text)):
-        return Trouble("row", why, body, row_fix(text, role), finish=finish)
+        return Trouble("row", why, body, row_fix(text, role_of(endpoint)), finish=finish)
     return last_word(status, why, body, text, endpoint)
 
 
@@ -275,12 +285,12 @@ def parameter_fix(text: str, endpoint: Endpoint) -> str:
     return f"Leave {named} out of {role}.extra in the recipe." if named and UNSUPPORTED.search(text) else ""
 
 
-def moved(status: int, response: Any, endpoint: Endpoint) -> Trouble:
+def moved(status: int, location: str, body: bytes, endpoint: Endpoint) -> Trouble:
     """The address to write, where the server sends us to another one: a POST that is redirected becomes a GET."""
     asked = f"{(endpoint.base_url or VENDOR).rstrip('/')}/chat/completions"
-    place = urljoin(asked, str(response.headers.get("location") or ""))
+    place = urljoin(asked, location)
     base = place.partition("?")[0].removesuffix("/").removesuffix("/chat/completions")
     fix = f"Write in the recipe: {role_of(endpoint)}: {{base_url: {base}}}"
     if place == asked:
         fix = "Its reply does not say where: see the endpoint's own manual for base_url."
-    return Trouble("stop", f"{status}: the endpoint has moved to {base}", response.content, fix)
+    return Trouble("stop", f"{status}: the endpoint has moved to {base}", body, fix)

@@ -45,7 +45,7 @@ FINISHES: Mapping[str, str] = {
     for word in words.split()
 }
 NO_WORD = frozenset({"", "none", "null", "unspecified", "unknown"})
-PREFIX = re.compile(r"(?:finish|stop|done)_reason_|finishreason[._]")
+PREFIX = re.compile(r"(?:finish|stop|done)_?reason[._]")
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 

@@ -82,7 +82,8 @@ def broken(error: Exception, endpoint: Endpoint, reached: bool, tries: int) -> T
         fix = f"Give it more time ({role_of(endpoint)}.timeout), and {LAST}"
         return Trouble("again", f"no answer within {endpoint.timeout:g} s", fix=fix, sure=False, last="row")
     why, fix = words_of(cause, endpoint)
-    unreached = isinstance(cause, aiohttp.ClientConnectorError | httpx2.ConnectError | aiohttp.ClientResponseError)
+    garbled = isinstance(cause, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError)
+    unreached = garbled or isinstance(cause, aiohttp.ClientConnectorError | httpx2.ConnectError)
     return Trouble("stop" if unreached and not reached and tries > 0 else "again", why, fix=fix)
 
 
