@@ -58,9 +58,9 @@ def body(text, finish, tokens=3, **message):
 
 WHOLE = """stop STOP Stop FINISH_REASON_STOP finish_reason_stop FinishReason.STOP eos EOS eos_token EOS_TOKEN eosFound
 stop_sequence STOP_SEQUENCE stop-sequence end_turn endTurn END_TURN end_of_turn complete COMPLETE completed done
-finished FINISHED stop_token stop_word stopStringFound stop_criteria_met STOP_CRITERIA_MET endoftext end_of_text normal"""
-CUT = """length LENGTH max_tokens MAX_TOKENS maxTokens FINISH_REASON_MAX_TOKENS token_limit TOKEN_LIMIT max_length limit
-model_length max_output_tokens maxPredictedTokensReached model_context_window_exceeded ERROR_LIMIT"""
+finished FINISHED stop_token stop_word stopStringFound stop_criteria_met STOP_CRITERIA_MET endoftext end_of_text"""
+CUT = """length LENGTH max_tokens MAX_TOKENS maxTokens FINISH_REASON_MAX_TOKENS token_limit TOKEN_LIMIT max_length
+model_length max_output_tokens maxPredictedTokensReached model_context_window_exceeded ERROR_LIMIT limit"""
 BLOCKED = """content_filter CONTENT_FILTER content_filtered SAFETY FINISH_REASON_SAFETY RECITATION BLOCKLIST
 PROHIBITED_CONTENT SPII sensitive refusal guardrail_intervened ERROR_TOXIC"""
 
