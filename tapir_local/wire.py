@@ -99,6 +99,10 @@ def words_of(error: BaseException, endpoint: Endpoint) -> tuple[str, str]:
         return f"the certificate of {place} is not trusted: {found[1].strip()}", fix
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER" in text or "UNKNOWN_PROTOCOL" in text:
         return f"{place} does not speak https", f"Write http:// in {role_of(endpoint)}.base_url, and {LAST}"
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        said = getattr(error, "message", "") or "nothing listens there"
+        fix = f"Correct HTTPS_PROXY or HTTP_PROXY, or go without: export NO_PROXY={place.rpartition(':')[0] or place}"
+        return f"the proxy that the environment names cannot be used ({said})", fix
     fix = f"Start the server or correct {role_of(endpoint)}.base_url, and {LAST}"
     if isinstance(error, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
         said = " ".join(str(getattr(error, "message", "") or error).split())[:120]

@@ -513,6 +513,18 @@ def test_a_socks_proxy_is_named_before_anything_is_sent(store, monkeypatch):
         ask(questions("a"), Teacher(base_url="http://teacher.invalid/v1", model="m"), store, run="r")
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_proxy_that_cannot_be_used_is_named(server, store, monkeypatch, refuses):
+    for name in ("http_proxy", "no_proxy", "NO_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "short")
+    server.otherwise = status(407, "Proxy Authentication Required")
+    monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1") if refuses else "http://127.0.0.1:9")
+    with raises("proxy") as caught:
+        ask(questions("a"), Teacher(base_url="http://teacher.invalid/v1", model="m"), store, run="r")
+    assert "PROXY" in str(caught.value)
+
+
 def test_a_server_at_an_ipv6_address_answers(store):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -1,9 +1,17 @@
 """What a model thinks aloud is told apart from its answer, and an answer that speaks of thoughts stays as it is."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import fakes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tapir_local.distill import distill
+from tapir_local.recipe_text import overridden
+from tapir_local.records import Answer, Example, Request
+from tapir_local.rundir import RunDir, read_rows
 from tapir_local.thinking import without_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>"
@@ -102,3 +110,26 @@ def test_a_text_without_marks_is_left_alone(text: str) -> None:
 def test_the_answer_after_a_thought_is_what_stays(thought: str, answer: str) -> None:
     if "</" not in thought and "<" not in thought:
         assert without_thoughts(f"<think>{thought}</think>\n{answer}").strip() == answer.strip()
+
+
+def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]:
+    """The completions that a run with a teacher who thinks so trains on."""
+    folder.mkdir()
+    world = fakes.World()
+
+    def think(requests: list[Request], progress: fakes.Progress) -> list[Answer]:
+        return [replace(answer, text=thought + answer.text) for answer in world.ask(requests, progress)]
+
+    recipe = overridden(fakes.make_recipe(folder), {"teacher.thinking": thinking, "judge.thinking": thinking})
+    run = RunDir(folder, "fake")
+    distill(recipe, run, replace(fakes.tools(fakes.World()), teacher=think, judge=think), fakes.QUIET)
+    return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]
+
+
+def test_a_teacher_and_a_judge_who_think_aloud_make_the_same_rows(tmp_path: Path) -> None:
+    aloud = trained_on(tmp_path / "aloud", "<think>They want <new_instruction>…</new_instruction>.</think>\n")
+    assert aloud == trained_on(tmp_path / "silent", "")
+
+
+def test_thoughts_are_kept_where_the_recipe_says_so(tmp_path: Path) -> None:
+    assert all(text.startswith("<think>") for text in trained_on(tmp_path / "kept", "<think>Hm.</think>", "keep"))
