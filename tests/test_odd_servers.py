@@ -9,8 +9,11 @@ import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from server import (
     ODD,
     attempts,
@@ -31,11 +34,26 @@ from tapir_local import online, wire
 from tapir_local.endpoint import hidden, in_the_clear
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Judge, Teacher
+from tapir_local.refusals import trouble_of, unreadable
 from tapir_local.replies import Reading, read_reply
 from tapir_local.store import Store
 from tapir_local.streaming import joined
 from tapir_local.teacher import ask
 
+NAMES = [
+    "choices",
+    "message",
+    "content",
+    "text",
+    "error",
+    "errors",
+    "code",
+    "detail",
+    "usage",
+    "metadata",
+    "raw",
+    "type",
+]
 WORDS = [str(number) for number in range(8)]
 
 
@@ -604,6 +622,46 @@ def test_a_private_authority_is_trusted_by_its_file_on_this_machine_too(secure, 
 def test_https_to_a_server_of_http_is_named(server, store):
     with raises("does not speak https"):
         ask(questions("a"), Teacher(base_url=server.url.replace("http:", "https:"), model="m"), store, run="r")
+
+
+# Anything at all
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(JSON, st.booleans())
+def test_whatever_json_comes_is_read_or_refused_in_words(value, strip):
+    raw = json.dumps(value).encode()
+    reading = Reading("strip" if strip else "keep", 5)
+    with suppress(ValueError):
+        read_reply(raw, reading).text.encode()
+    trouble = unreadable(raw, {}, Teacher(model="m"))
+    assert trouble.why
+    assert trouble.fix
+    trouble.why.encode()
+    for code in (301, 400, 401, 404, 422, 429, 500, 503):
+        assert trouble_of(httpx2.Response(code, content=raw), Teacher(model="m")).why.startswith(str(code))
+
+
+@given(JSON)
+def test_whatever_stands_in_a_completions_place_is_read_or_refused(value):
+    for name in ("message", "finish_reason"):
+        choice = {"message": {"content": "A."}, "finish_reason": "stop", name: value}
+        with suppress(ValueError):
+            read_reply(json.dumps({"choices": [choice], "usage": value, "model": value}).encode()).text.encode()
+
+
+@given(st.binary(max_size=60))
+def test_whatever_bytes_come_are_refused_in_words(raw):
+    with pytest.raises(ValueError, match=r"."):
+        read_reply(raw)
+    assert unreadable(raw, {}, Teacher(model="m")).why
+    with suppress(ValueError):
+        joined(b"data: " + raw + b"\n\n")
 
 
 # Streams
