@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from tapir_local import keys
 from tapir_local.budget import NO_COST, Cost, Purse, dearest, money_of, price_of
-from tapir_local.endpoint import body_of, identity_of
+from tapir_local.endpoint import body_of, identity_of, role_of
 from tapir_local.errors import TapirError
+from tapir_local.giving_up import Outcomes
 from tapir_local.recipe import Budget, Endpoint
 from tapir_local.records import Answer, Request
-from tapir_local.replies import Reply, read_reply
+from tapir_local.refusals import RERUN, Trouble
+from tapir_local.replies import Reading, Reply, read_reply
 from tapir_local.store import Store
 from tapir_local.storerows import Attempt, Call, Use
 
@@ -66,6 +68,7 @@ class Asking:
         self.answers: list[Answer | None] = [None] * len(requests)
         self.finished = self.hits = 0
         self.served: dict[str, list[tuple[str, str]]] = {}
+        self.outcomes = Outcomes(self.whole_before, self.answered_ever)
 
     def look_up(self) -> list[Job]:
         """Serve the hits; the jobs for the rest, one for requests that are the same."""
@@ -77,7 +80,9 @@ class Asking:
             for job in some:
                 raw = known.get(job.key)
                 if raw is not None:
-                    self.serve(job.places[0], job.key, read_reply(raw), hit=True)
+                    reply = self.read(job.body, raw)
+                    self.outcomes.hit(reply)
+                    self.serve(job.places[0], job.key, reply, hit=True)
                     uses.append(self.use(job.places[0], job.key))
                 elif job.key in jobs:
                     jobs[job.key].places += job.places
@@ -103,9 +108,15 @@ class Asking:
 
     def serve(self, place: int, key: bytes, reply: Reply, hit: bool) -> None:
         """The answer to the request at `place`."""
-        self.answers[place] = Answer(reply.text, reply.finish, hit, reply.tokens_in, reply.tokens_out, key.hex())
+        tokens = (reply.tokens_in, reply.tokens_out)
+        self.answers[place] = Answer(reply.text, reply.finish, hit, *tokens, key.hex(), reply.why)
         self.finished += 1
         self.hits += hit
+
+    def read(self, body: Mapping[str, Any], raw: bytes) -> Reply:
+        """A reply to this body as text, with or without what the model thought aloud; ValueError where it is none."""
+        endpoint = self.endpoint
+        return read_reply(raw, Reading(endpoint.thinking, room_in(body), role_of(endpoint)))
 
     def use(self, place: int, key: bytes, paid: bool = False) -> Use:
         """The record that this run's row used a call."""
@@ -120,6 +131,7 @@ class Asking:
         tokens = (reply.tokens_in, reply.tokens_out)
         price = self.spend(*tokens, discount)
         self.notice(job, reply)
+        self.outcomes.came(reply)
         if not reply.keeps:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
             self.note(job, why, raw, seconds, tokens, price)
@@ -168,6 +180,37 @@ class Asking:
         tried = f" (tried {job.tries + 1} times)" if job.tries else ""
         return TapirError(f"{why}{tried}", where=self.place(job), fix=fix)
 
+    def give_up(self, job: Job, trouble: Trouble) -> TapirError | None:
+        """Leave the job's row out where the trouble is its own; the error that stops everything where it is not."""
+        if not self.outcomes.is_rows_own(trouble, job.tries + 1):
+            return self.refusal(job, trouble.why, trouble.fix)
+        self.finish(job, Reply("", trouble.finish, why=trouble.why), paid=True)
+        return None
+
+    def refuse_nothing(self) -> None:
+        """TapirError where nothing was answered, and no server said what is wrong with any row."""
+        if trouble := self.outcomes.for_nothing():
+            raise TapirError(trouble.why, where=self.identity, fix=trouble.fix)
+
+    def hopeless(self, job: Job, why: str, cut: bool = False) -> TapirError | None:
+        """The error that stops before more is paid, when the last replies were all useless; `why` the last one was."""
+        if not self.outcomes.is_hopeless():
+            return None
+        role = role_of(self.endpoint)
+        why = why or f"the reply was cut at {role}.max_tokens"
+        what = f"{self.outcomes.useless:,} replies in a row cannot be used; the last: {why}"
+        raised = f"Raise {role}.max_tokens (now {self.endpoint.max_tokens:,}), or have shorter answers asked for."
+        return TapirError(what, where=self.place(job), fix=raised if cut else f"Correct the cause. {RERUN}")
+
+    def whole_before(self) -> int:
+        """The whole answers that the stage had before."""
+        request = self.requests[0]
+        return self.store.whole_answers(self.run, request.round, request.stage)
+
+    def answered_ever(self) -> bool:
+        """Whether the store has an answer of this endpoint."""
+        return bool(self.store.served(f"{self.identity} "))
+
     def place(self, job: Job) -> str:
         """Where a job stands, for people."""
         return f"{self.identity}, stage {job.request.stage}, row {job.request.row}"
@@ -179,3 +222,9 @@ class Asking:
         if not paid:
             self.store.used([self.use(place, job.key) for place in job.places])
         self.progress(self.finished, len(self.requests), self.hits)
+
+
+def room_in(body: Mapping[str, Any]) -> int:
+    """The tokens that a request allows its reply, 0 where it does not say."""
+    found = body.get("max_tokens") or body.get("max_completion_tokens")
+    return found if type(found) is int else 0

@@ -29,7 +29,8 @@ from tapir_local.batch_lines import (
 from tapir_local.budget import BATCH_DISCOUNT, Cost
 from tapir_local.endpoint import client_of, hidden, hidden_in, http_of, key_place, kind_of
 from tapir_local.errors import TapirError
-from tapir_local.replies import Reply, Trouble, read_reply
+from tapir_local.refusals import Trouble, unreadable
+from tapir_local.replies import Reply
 
 if TYPE_CHECKING:
     import httpx2
@@ -208,7 +209,7 @@ class Batches:
             for job in claimed:
                 raw = self.store.get(job.key)
                 if raw:
-                    self.finish(job, read_reply(raw), paid=False)
+                    self.finish(job, self.asking.read(job.body, raw), paid=False)
                 else:
                     mine.append(job)
             self.away.hold(tag, [job.key for job in mine])
@@ -314,17 +315,18 @@ class Batches:
             self.suffer(job, trouble_in(line, self.endpoint, otherwise), seconds)
             return
         try:
-            reply = read_reply(raw)
+            reply = self.asking.read(job.body, raw)
         except ValueError:
-            self.suffer(job, Trouble("again", "the reply is not a chat completion", raw), seconds)
+            self.suffer(job, unreadable(raw, {}, self.endpoint), seconds)
             return
         share = 1.0 if self.endpoint.batch else BATCH_DISCOUNT  # asked live now, it was still a batch that was paid for
-        kept = self.asking.keep(job, raw, reply, seconds, share)
+        self.asking.keep(job, raw, reply, seconds, share)
         self.put_back(job)
-        if reply.finish == "stop" and not kept and job.tries + 1 < self.endpoint.attempts:
+        if reply.again and job.tries + 1 < self.endpoint.attempts:
             job.tries += 1
         else:
             self.finish(job, reply, paid=True)
+        self.failed = self.failed or self.asking.hopeless(job, reply.why, reply.finish == "length")
 
     def suffer(self, job: Job, trouble: Trouble, seconds: float) -> None:
         """No answer came: note it; into the next batch with the job, or stop."""
@@ -332,12 +334,13 @@ class Batches:
         why = hidden(trouble.why, client)
         self.asking.note(job, why, hidden_in(trouble.body, client), seconds)
         self.put_back(job)
-        if trouble.then == "filtered":
-            self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
-        elif trouble.then != "stop" and job.tries + 1 < self.endpoint.attempts:
+        tries = min(trouble.tries or self.endpoint.attempts, self.endpoint.attempts)
+        if trouble.then not in ("stop", "row") and job.tries + 1 < tries:
             job.tries += 1
+        elif error := self.asking.give_up(job, trouble._replace(why=why)):
+            self.failed = self.failed or error
         else:
-            self.failed = self.failed or self.asking.refusal(job, why, trouble.fix)
+            del self.waiting[job.key]
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve a job's places."""

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tapir_local.away import Away, Sent
 from tapir_local.batch_lines import URL, id_of
-from tapir_local.endpoint import hidden, key_place
+from tapir_local.endpoint import hidden
 from tapir_local.errors import TapirError
 from tapir_local.pace import backoff, wait_asked
 from tapir_local.recipe import Endpoint
-from tapir_local.replies import AGAIN, Trouble, trouble_of
+from tapir_local.refusals import AGAIN, Trouble, trouble_of
+from tapir_local.wire import words_of
 
 if TYPE_CHECKING:
     import openai
@@ -151,7 +152,7 @@ class BatchServer:
                 return found
             pause = wait_asked(trouble.headers) or backoff(tries, random.Random(f"batch-{tries}").random())
             why = hidden(trouble.why, self.client)
-            if trouble.then in ("stop", "filtered") or loop.time() + pause - began > self.patience:
+            if trouble.then in ("stop", "row") or loop.time() + pause - began > self.patience:
                 raise TapirError(why, where=self.identity, fix=trouble.fix)
             self.say(f"{why}; trying again")
             await asyncio.sleep(pause)
@@ -161,8 +162,10 @@ class BatchServer:
         import openai
 
         if isinstance(error, openai.APIStatusError):
-            return trouble_of(error.response, key_place(self.endpoint), str(self.endpoint.model))
+            return trouble_of(error.response, self.endpoint)
         if isinstance(error, openai.APIConnectionError):
             never = not self.reached and tries > 1
-            return Trouble("stop" if never else "again", f"no connection ({error.__cause__ or error})", fix=RESUME)
+            cause = error.__cause__ or error
+            why, _ = words_of(cause.__cause__ or cause, self.endpoint)
+            return Trouble("stop" if never else "again", why, fix=RESUME)
         return Trouble("stop", str(error), fix="See that base_url ends as the endpoint's own manual says.")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from tapir_local.asking import Job
-from tapir_local.endpoint import key_place
 from tapir_local.recipe import Endpoint
-from tapir_local.replies import Trouble, trouble_of
+from tapir_local.refusals import Trouble, trouble_of
 
 if TYPE_CHECKING:
     from openai.types import Batch
@@ -70,7 +69,7 @@ def trouble_in(line: Any, endpoint: Endpoint, otherwise: str) -> Trouble:
         status = response.get("status_code")
         content = orjson.dumps(response.get("body"))
         refusal = httpx2.Response(status if isinstance(status, int) else 500, content=content)
-        return trouble_of(refusal, key_place(endpoint), str(endpoint.model))
+        return trouble_of(refusal, endpoint)
     if isinstance(error, dict):  # batch_expired, batch_cancelled, request_timeout
         return Trouble("again", f"{error.get('code')}: {error.get('message')}", orjson.dumps(error))
     return Trouble("again", otherwise)

@@ -6,13 +6,15 @@ import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from tapir_local import keys
 from tapir_local.errors import TapirError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import openai
 
 VENDOR = "https://api.openai.com/v1"
+SECRET = 8  # letters that a key has at least
+KEY_WORDS = r"(?i:bearer|(?:api[ _-]?)?key(?: provided)?|token|authorization)"
 NO_KEY = "none"  # sent to a server that wants none: the client insists on some word
 OURS = frozenset({"messages", "n", "stream", *keys.NOT_ASKED})  # what `extra` may not set
 FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
@@ -127,9 +131,8 @@ def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
         return body_here(request, endpoint)
     wrong = OURS & set(endpoint.extra)
     if wrong:
-        raise TapirError(
-            f"{', '.join(sorted(wrong))} cannot be set here", where="extra", fix="Leave it out of the recipe."
-        )
+        fix = f"Write {role_of(endpoint)}.stream: true instead." if "stream" in wrong else "Leave it out of the recipe."
+        raise TapirError(f"{', '.join(sorted(wrong))} cannot be set here", where="extra", fix=fix)
     body: dict[str, Any] = {
         "model": endpoint.model or ("pocket" if kind_of(endpoint) == "pocket" else None),
         "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
@@ -170,8 +173,8 @@ def api_key(endpoint: Endpoint) -> str:
     if kind_of(endpoint) == "pocket":
         return NO_KEY
     if endpoint.api_key_file:
-        return key_in(Path(endpoint.api_key_file).expanduser())
-    found = os.environ.get(endpoint.api_key_env, "").strip()
+        return sendable(key_in(Path(endpoint.api_key_file).expanduser()), endpoint)
+    found = sendable(os.environ.get(endpoint.api_key_env, "").strip(), endpoint)
     if not found and is_loopback(endpoint.base_url or VENDOR):
         return NO_KEY
     if not found:
@@ -182,6 +185,14 @@ def api_key(endpoint: Endpoint) -> str:
             fix=f"export {name}=… (any word, if the server wants no key), or name a file in api_key_file.",
         )
     return found
+
+
+def sendable(key: str, endpoint: Endpoint) -> str:
+    """A key that an HTTP header can carry; TapirError for others."""
+    if not key.isascii() or not key.isprintable():
+        fix = "Copy the key again, without quotation marks of a text program or line breaks."
+        raise TapirError("the key has letters that no HTTP header can carry", where=key_place(endpoint), fix=fix)
+    return key
 
 
 def key_place(endpoint: Endpoint) -> str:
@@ -205,8 +216,8 @@ def key_in(file: Path) -> str:
 
 def is_loopback(base_url: str) -> bool:
     """Whether a URL is of this machine."""
-    host = urlsplit(base_url).hostname or ""
     try:
+        host = urlsplit(base_url).hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
@@ -222,21 +233,61 @@ def http_of(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> 
     import openai
 
     given = transport or SENDERS[kind_of(endpoint)](endpoint)
+    local, secure = is_loopback(endpoint.base_url or VENDOR), (endpoint.base_url or VENDOR).startswith("https")
+    if not given and not local:
+        refuse_socks(endpoint)
     settings: dict[str, Any] = {
         "timeout": httpx2.Timeout(endpoint.timeout, connect=min(10.0, endpoint.timeout)),
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency),
-        "trust_env": not is_loopback(endpoint.base_url or VENDOR),  # a proxy knows nothing of this machine's servers
+        "trust_env": not local,  # a proxy knows nothing of this machine's servers
         "follow_redirects": True,
     }
-    return httpx2.AsyncClient(transport=given, **settings) if given else openai.DefaultAioHttpClient(**settings)
+    if given:
+        return httpx2.AsyncClient(transport=given, **settings)
+    with told_of_environment():
+        if secure and local:
+            settings["verify"] = httpx2.create_ssl_context()  # by SSL_CERT_FILE, as it is done where trust_env is set
+        return openai.DefaultAioHttpClient(**settings)
+
+
+def refuse_socks(endpoint: Endpoint) -> None:
+    """TapirError where the environment names a SOCKS proxy for an endpoint: aiohttp knows only those of HTTP."""
+    parts = urlsplit(endpoint.base_url or VENDOR)
+    proxies, host = getproxies(), parts.hostname or ""
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    if proxy.lower().startswith("socks") and not proxy_bypass(host):
+        fix = f"Name an HTTP proxy in HTTPS_PROXY or HTTP_PROXY, or reach {host} without one: export NO_PROXY={host}"
+        raise TapirError("the environment names a SOCKS proxy (ALL_PROXY), which cannot be used", where=host, fix=fix)
+
+
+@contextmanager
+def told_of_environment() -> Iterator[None]:
+    """TapirErrors for a proxy or a file of certificates in the environment that cannot be used."""
+    import httpx2
+
+    try:
+        yield
+    except (OSError, ssl.SSLError) as error:
+        fix = "See that SSL_CERT_FILE, or SSL_CERT_DIR, names certificates in PEM form that can be read."
+        raise TapirError(f"the trusted certificates cannot be read: {error}", where="SSL_CERT_FILE", fix=fix) from error
+    except (ValueError, httpx2.InvalidURL) as error:
+        fix = "Write it as http://host:port in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY."
+        raise TapirError(
+            f"the environment names a proxy that cannot be used: {error}", where="proxy", fix=fix
+        ) from error
 
 
 def client_of(endpoint: Endpoint, http: httpx2.AsyncClient) -> openai.AsyncOpenAI:
     """The endpoint as openai's client knows it. It never retries: what is tried again, and when, is decided here."""
+    import httpx2
     import openai
 
-    base_url = endpoint.base_url or VENDOR
-    return openai.AsyncOpenAI(api_key=api_key(endpoint), base_url=base_url, http_client=http, max_retries=0)
+    base_url, key = endpoint.base_url or VENDOR, api_key(endpoint)
+    try:
+        return openai.AsyncOpenAI(api_key=key, base_url=base_url, http_client=http, max_retries=0)
+    except (ValueError, httpx2.InvalidURL) as error:
+        fix = "Write it as http://host:port/v1"
+        raise TapirError(f"not a URL: {error}", where=f"{role_of(endpoint)}.base_url", fix=fix) from error
 
 
 def chat_of(client: openai.AsyncOpenAI) -> tuple[httpx2.URL, dict[str, str]]:
@@ -247,10 +298,29 @@ def chat_of(client: openai.AsyncOpenAI) -> tuple[httpx2.URL, dict[str, str]]:
     return url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions"), known
 
 
+def in_the_clear(endpoint: Endpoint, key: str) -> str:
+    """A warning where the key goes over a network unencrypted; "" where it does not, or is too short to be a secret."""
+    parts = urlsplit(endpoint.base_url or VENDOR)
+    if parts.scheme != "http" or is_loopback(endpoint.base_url or VENDOR) or len(key) < SECRET:
+        return ""
+    return (
+        f"the key in the {key_place(endpoint)} goes unencrypted over the network to {parts.hostname}: "
+        f"write https:// in {role_of(endpoint)}.base_url, or give a server that wants no key a short word"
+    )
+
+
 def hidden(text: str, client: openai.AsyncOpenAI) -> str:
-    """A server's words without our key, should it repeat it."""
+    """A server's words without our key, should it repeat it.
+
+    A key of fewer than SECRET letters is no secret but any word, as servers on this machine take it; it is masked only
+    where the words around it say that it is a key.
+    """
     key = client.api_key
-    return text if key == NO_KEY else text.replace(key, "***")
+    if key == NO_KEY or not key:
+        return text
+    if len(key) >= SECRET:
+        return text.replace(key, "***")
+    return re.sub(rf"({KEY_WORDS}[^A-Za-z0-9]{{1,4}}){re.escape(key)}(?![A-Za-z0-9])", r"\1***", text)
 
 
 def hidden_in(body: bytes, client: openai.AsyncOpenAI) -> bytes:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from tapir_local import keys, prompts
 from tapir_local.asking import Asking, Job
 from tapir_local.calls import Progress, quiet
@@ -152,6 +154,7 @@ def completion(answer: str, model: str, source: str, line: int) -> bytes:
 def checked(given: Given) -> Given | str:
     """The row if it is whole, or why it is not."""
     try:
+        orjson.loads(given.raw)  # half a surrogate pair: a fault of the file, which can be corrected there
         reply = read_reply(given.raw)
         keys.canonical([given.name, *(turn.content for turn in given.prompt)])
     except (ValueError, TapirError):

@@ -223,7 +223,7 @@ def why_unread(reply: Answer) -> str:
     if reply.finish == "length":
         return f"cut at judge.max_tokens{quoted}"
     if not begins:
-        return f"empty ({reply.finish or 'no finish reason'})"
+        return reply.why or f"empty ({reply.finish or 'no finish reason'})"
     return f"no score{quoted}" if reply.complete else f"not whole ({reply.finish or 'no finish reason'}){quoted}"
 
 

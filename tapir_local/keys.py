@@ -93,12 +93,13 @@ def key(identity: str, body: Mapping[str, Any], draw: int = 0) -> bytes:
 
 def address(base_url: str) -> str:
     """A base URL in its one spelling: lower-case scheme and host, no default port, no password, no trailing slash."""
-    parts = urlsplit(base_url.strip())
     try:
+        parts = urlsplit(base_url.strip())
         port = parts.port
     except ValueError as error:
-        raise TapirError(f"not a URL: {error}", where="base_url") from error
-    if parts.scheme not in PORTS or not parts.hostname:
+        fix = "Write it as http://host:port/v1, an IPv6 address in brackets: http://[::1]:8000/v1"
+        raise TapirError(f"not a URL: {base_url!r} ({error})", where="base_url", fix=fix) from error
+    if parts.scheme not in PORTS or not parts.hostname or len(parts.netloc.split()) > 1:
         raise TapirError(
             f"not the URL of a server: {base_url!r}", where="base_url", fix="Write it as http://host:port/v1"
         )

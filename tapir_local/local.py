@@ -13,7 +13,6 @@ from tapir_local.endpoint import gguf_of, identity_of, role_of
 from tapir_local.errors import TapirError
 from tapir_local.generate import answer_all, encode_prompt, encode_prompts
 from tapir_local.llama import Advice, Model, made_for, open_model, template
-from tapir_local.replies import read_reply
 from tapir_local.sequences import Manner, Written
 
 ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process is answering
@@ -64,7 +63,7 @@ def claim(asking: Asking, job: Job) -> bool:
     raw = asking.store.get(job.key)
     if raw:
         asking.store.release(job.key)
-        asking.finish(job, read_reply(raw), paid=False)
+        asking.finish(job, asking.read(job.body, raw), paid=False)
     return not raw
 
 
@@ -163,12 +162,13 @@ def keep(group: Group, number: int, written: Written) -> None:
     refused = not group.prompts[number]
     finish = "refused" if refused else written.finish
     raw = completion(job, group.model.gguf.name, written.text(group.model), finish, counts)
-    reply, kept = read_reply(raw)._replace(finish=finish), None
+    reply, kept = asking.read(job.body, raw)._replace(finish=finish), None
     if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
         kept = asking.keep(job, raw, reply, seconds)
     else:
         why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
         why = refusal_of(group.model, job) if refused else why
+        reply = reply._replace(why="" if reply.text.strip() else why)
         spent = (0, 0) if began is None else counts
         asking.note(job, why, raw, seconds, spent, asking.spend(*spent) if began else None)
     if kept:
@@ -178,6 +178,8 @@ def keep(group: Group, number: int, written: Written) -> None:
     if group.began.pop(number, None) is not None:
         asking.purse.free(job.dearest)
     asking.finish(job, reply, paid=True)
+    if not reply.text.strip() and (error := asking.hopeless(job, reply.why)):
+        raise error
 
 
 def completion(job: Job, model: str, text: str, finish: str, counts: tuple[int, int]) -> bytes:

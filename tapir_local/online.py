@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,12 @@ import orjson
 
 from tapir_local.asking import Asking, Job
 from tapir_local.away import Away
-from tapir_local.endpoint import chat_of, client_of, hidden, hidden_in, http_of, key_place
+from tapir_local.endpoint import chat_of, client_of, hidden, hidden_in, http_of, in_the_clear
 from tapir_local.pace import Line, Pace, backoff, used_up, wait_asked
-from tapir_local.replies import Reply, Trouble, read_reply, trouble_of
+from tapir_local.refusals import Trouble, trouble_of, unreadable
+from tapir_local.replies import Reply
+from tapir_local.streaming import is_stream, joined, streamed
+from tapir_local.wire import broken, failures, post
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -26,14 +29,25 @@ ASKED_ELSEWHERE = 0.05  # seconds between looks at a request that another thread
 SHORT_OF_MONEY = 0.05  # seconds between looks at a budget that requests in flight may leave room in
 SECOND_COPIES = 0.02  # share of the requests that may be sent twice because they are late
 NOTHING_LOST = "run the same command again: nothing paid for is lost."
+LOADS = 600.0  # seconds that a server may take to load its model; `patience`, where that is less
+LOOK_AGAIN = 2.0  # seconds between requests to a server that loads its model, where it names none
+
+Told = Callable[[int, int, str], None]
+WARNED: set[str] = set()  # endpoints of which a key in the clear was told; once a process
+
+
+def nothing_told(done: int, total: int, text: str) -> None:
+    """Nobody is told."""
 
 
 class Online:
     """The jobs of an Asking on their way: a line of those waiting, workers that send, and what becomes of each."""
 
-    def __init__(self, asking: Asking, away: Away, patience: float) -> None:
+    def __init__(self, asking: Asking, away: Away, patience: float, tell: Told = nothing_told) -> None:
         self.asking, self.endpoint, self.store = asking, asking.endpoint, asking.store
-        self.away, self.patience = away, patience
+        self.away, self.patience, self.tell = away, patience, tell
+        self.loading_since: float | None = None
+        self.usage_too = True  # whether a stream is asked to end in the count of tokens
         self.left: list[Job] = []
         self.refused_since: float | None = None
         self.reached = False
@@ -47,6 +61,7 @@ class Online:
         async with http_of(self.endpoint, transport) as self.http:
             self.client = client_of(self.endpoint, self.http)
             self.url, self.headers = chat_of(self.client)
+            self.warn_of_key()
             workers = [asyncio.create_task(self.work(number)) for number in range(most)]
             try:
                 await asyncio.wait(workers)
@@ -80,7 +95,7 @@ class Online:
         try:
             raw = self.store.get(job.key)
             if raw:
-                self.finish(job, read_reply(raw), paid=False)
+                self.finish(job, self.asking.read(job.body, raw), paid=False)
             elif self.away.holds(job.key):
                 self.left.append(job)
                 self.line.done()
@@ -105,20 +120,19 @@ class Online:
 
     async def attempt(self, job: Job) -> Future[None] | None:
         """Send a job once and see to what comes; what the store owes when it came to an answer."""
-        import httpx2
-
         if (wait := self.pace.turn(self.loop.time(), self.line.limit)) > 0:
             await asyncio.sleep(wait)
         sent = self.loop.time()
         try:
             async with asyncio.timeout(self.endpoint.timeout):
                 response = await self.first_reply(job)
-        except (TimeoutError, httpx2.RequestError) as error:
-            trouble = self.broken(error, job)
+        except failures() as error:
+            trouble = broken(error, self.endpoint, self.reached, job.tries)
         else:
             if response.is_success:
                 return self.received(job, response, sent)
-            trouble = trouble_of(response, key_place(self.endpoint), str(self.endpoint.model))
+            self.reached = True
+            trouble = trouble_of(response, self.endpoint)
         finally:
             self.asking.purse.free(job.dearest)
         self.suffer(job, trouble, sent)
@@ -132,9 +146,10 @@ class Online:
         """
 
         def send() -> asyncio.Task[httpx2.Response]:
-            return asyncio.ensure_future(self.http.post(self.url, content=body, headers=self.headers))
+            request = self.http.build_request("POST", self.url, content=body, headers=self.headers)
+            return asyncio.ensure_future(post(self.http, request))
 
-        body = orjson.dumps(job.body)
+        body = orjson.dumps(streamed(job.body, self.usage_too) if self.endpoint.stream else job.body)
         sending = [send()]
         try:
             while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.pace.late))[0]:
@@ -150,12 +165,13 @@ class Online:
     def received(self, job: Job, response: httpx2.Response, sent: float) -> Future[None] | None:
         """Store what came before anything else, then see whether it is an answer."""
         raw, seconds = response.content, self.loop.time() - sent
-        self.reached, self.refused_since = True, None
+        self.reached, self.refused_since, self.loading_since = True, None, None
         self.pace.took(seconds)
         try:
-            reply = read_reply(raw)
-        except ValueError:
-            self.suffer(job, Trouble("again", "the reply is not a chat completion", raw), sent)
+            raw = joined(raw) if self.endpoint.stream and is_stream(raw) else raw
+            reply = self.asking.read(job.body, raw)
+        except ValueError as error:
+            self.unread(job, response, raw, error, sent)
             return None
         kept = self.asking.keep(job, raw, reply, seconds)
         if kept:
@@ -164,11 +180,23 @@ class Online:
         pause = used_up(response.headers)
         if pause:
             self.line.hold(min(pause, self.patience))
-        if reply.finish == "stop" and not kept and job.tries + 1 < self.endpoint.attempts:
+        if reply.again and job.tries + 1 < self.endpoint.attempts:
             self.again(job)
         else:
             self.finish(job, reply, paid=True)
+        if hopeless := self.asking.hopeless(job, reply.why, reply.finish == "length"):
+            self.line.stop(hopeless)
         return kept
+
+    def unread(self, job: Job, response: httpx2.Response, raw: bytes, error: ValueError, sent: float) -> None:
+        """A reply of status 200 came that is no chat completion, or a stream that was cut."""
+        trouble = unreadable(raw, response.headers, self.endpoint)
+        if self.endpoint.stream and is_stream(raw):
+            trouble = Trouble("again", str(error), raw, sure=False, last="row")
+        self.asking.outcomes.unread()
+        self.suffer(job, trouble, sent)
+        if hopeless := self.asking.hopeless(job, hidden(trouble.why, self.client)):
+            self.line.stop(hopeless)
 
     def written(self, kept: Future[None]) -> None:
         """Called by the store's thread: when it could not write, nothing more is asked for."""
@@ -178,23 +206,45 @@ class Online:
                 self.loop.call_soon_threadsafe(self.line.stop, error)
 
     def suffer(self, job: Job, trouble: Trouble, sent: float) -> None:
-        """No answer came: note it, and try again, wait, or stop."""
+        """No answer came: note it, and try again, wait, leave the row out, or stop."""
         why = hidden(trouble.why, self.client)
         self.asking.note(job, why, hidden_in(trouble.body, self.client), self.loop.time() - sent)
-        if trouble.then == "filtered":
-            self.finish(job, Reply("", "content_filter", "", "", 0, 0), paid=True)
+        tries = min(trouble.tries or self.endpoint.attempts, self.endpoint.attempts)
+        if self.usage_too and self.endpoint.stream and "stream_options" in why:
+            self.usage_too = False
+            self.line.later(job, 0.0)
         elif trouble.then == "wait":
             self.wait(job, trouble, why)
-        elif trouble.then == "again" and job.tries + 1 < self.endpoint.attempts:
-            self.again(job, wait_asked(trouble.headers))
+        elif trouble.then == "load":
+            self.wait_for_model(job, trouble, why)
+        elif trouble.then == "again" and job.tries + 1 < tries:
+            self.again(job, wait_asked(trouble.headers), why)
         else:
-            self.give_up(job, why, trouble.fix)
+            self.give_up_row(job, trouble._replace(why=why))
 
-    def again(self, job: Job, asked: float | None = None) -> None:
+    def again(self, job: Job, asked: float | None = None, why: str = "") -> None:
         """Another try, after the time that the server asks for or a jittered backoff."""
+        if asked is not None and asked > self.patience:
+            self.give_up(job, f"{why}; the next request may go in {asked:,.0f} s", f"Wait, and {NOTHING_LOST}")
+            return
         job.tries += 1
         wait = backoff(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
-        self.line.later(job, wait if asked is None else min(asked, self.patience))
+        self.line.later(job, wait if asked is None else asked)
+
+    def wait_for_model(self, job: Job, trouble: Trouble, why: str) -> None:
+        """Its server loads its model: nobody asks for a while. No attempt is used up."""
+        now = self.loop.time()
+        self.loading_since = now if self.loading_since is None else self.loading_since
+        longest = min(LOADS, self.patience)
+        pause = min(wait_asked(trouble.headers) or LOOK_AGAIN, longest)
+        if now + pause - self.loading_since > longest:
+            fix = f"See what the server writes about its model, and {NOTHING_LOST}"
+            self.give_up(job, f"{why}; the server still loads its model after {longest:,.0f} s", fix)
+            return
+        waited = f"the server loads its model ({now - self.loading_since:,.0f} s)"
+        self.tell(self.asking.finished, len(self.asking.requests), waited)
+        self.line.hold(pause)
+        self.line.later(job, pause)
 
     def wait(self, job: Job, trouble: Trouble, why: str) -> None:
         """429: all wait when the server says how long, or refuses everything; else this job. No attempt is used up."""
@@ -212,20 +262,23 @@ class Online:
             self.line.hold(pause)
         self.line.later(job, pause)
 
-    def broken(self, error: TimeoutError | httpx2.RequestError, job: Job) -> Trouble:
-        """No connection, one that broke, or no answer in time. A server that was never reached is given up soon."""
-        import httpx2
-
-        late = TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout, httpx2.PoolTimeout
-        if isinstance(error, late):
-            return Trouble("again", f"no answer within {self.endpoint.timeout:g} s")
-        fix = f"Start the server or mend base_url, and {NOTHING_LOST}"
-        never = isinstance(error, httpx2.ConnectError) and not self.reached and job.tries > 0
-        return Trouble("stop" if never else "again", f"no connection ({str(error) or type(error).__name__})", fix=fix)
-
     def give_up(self, job: Job, why: str, fix: str) -> None:
         """Stop asking, for this reason."""
         self.line.stop(self.asking.refusal(job, why, fix))
+
+    def give_up_row(self, job: Job, trouble: Trouble) -> None:
+        """Leave a job's row out, or stop asking, whichever the trouble means."""
+        if error := self.asking.give_up(job, trouble):
+            self.line.stop(error)
+        else:
+            self.line.done()
+
+    def warn_of_key(self) -> None:
+        """Say once that the key goes unencrypted over a network."""
+        warning = in_the_clear(self.endpoint, self.client.api_key)
+        if warning and self.asking.identity not in WARNED:
+            WARNED.add(self.asking.identity)
+            self.asking.warn(warning)
 
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve a job's places, and out of the line with it."""

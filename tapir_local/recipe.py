@@ -108,6 +108,10 @@ class Endpoint(Settings):
     extra: Mapping[str, Any] = Field(
         default_factory=dict, description="further parameters of the request, sent as they are; a GGUF takes none"
     )
+    thinking: Literal["strip", "keep"] = Field(
+        "strip", description="remove what a model thinks aloud before its answer (`<think>…</think>`), or keep it"
+    )
+    stream: bool = Field(False, description="have replies sent piece by piece, where an endpoint answers only so")
     send_seed: bool = Field(False, description="send the draw number as the API's `seed`, where the endpoint knows it")
     concurrency: int = Field(16, ge=1, description="requests in flight at the most; replies that a GGUF writes at once")
     timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and sent again")

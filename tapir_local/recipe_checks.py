@@ -192,6 +192,9 @@ def advice(role: str, kind: str, name: str) -> str:
 def impossible(recipe: Recipe) -> Iterator[str]:
     """Settings that leave nothing for others."""
     student, seeds = recipe.student, recipe.seeds
+    for role, endpoint in (("teacher", recipe.teacher), ("judge", recipe.judge)):
+        if endpoint.stream and endpoint.batch:
+            yield f"{role}.stream: a batch sends no streams; leave `stream` or `batch` out"
     if no_room(student.max_tokens, student.max_length):
         yield too_long("student.max_tokens", student.max_tokens, "student.max_length", student.max_length)
     yield from replies_too_long(recipe)

@@ -197,7 +197,9 @@ def replaced(before: Recipe, after: Recipe) -> list[str]:
 
 
 # What decides when, from whom and at what cost answers come, but not which: free to change while a run is under way.
-FREE = frozenset({"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price", "context"})
+FREE = frozenset(
+    {"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price", "context", "stream"}
+)
 # What decides how a batch goes through the hardware, but not what is learned from it, up to rounding.
 CARRIED = frozenset({"micro_batch_size", "gradient_checkpointing", "checkpoint_minutes", "launcher"})
 # Other settings that decide no row: words, how many answers at once, and how much may go wrong.

@@ -136,6 +136,17 @@ class Store:
         with explained(self.path):
             return list(self._reader().execute(sql, (len(kinds), kinds)).fetchall())
 
+    def whole_answers(self, run: str, round: int, stage: str) -> int:
+        """How many whole answers a run has used in a stage."""
+        if not self.reads:
+            return 0
+        sql = (
+            "select count(*) from uses u join calls c on c.key = u.key"
+            " where u.run = ? and u.round = ? and u.stage = ? and c.finish = 'stop'"
+        )
+        with explained(self.path):
+            return int(self._reader().execute(sql, (run, round, stage)).fetchone()[0])
+
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
         """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
         wanted = keys.fields(request)

@@ -46,8 +46,10 @@ def ask(
     budget; `warn` is told when another model answers than before; `transport` takes the place of the network; `bounds`
     are those of batches, and `tell` is called with (done, all, what they are at). A GGUF is opened only if something is
     to be asked of it, and closed again on return. An answer that was cut, filtered or stayed empty comes back with its
-    `finish` and is no error. TapirError when the endpoint or the GGUF cannot be used, refuses everything for `patience`
-    seconds, or the budget is spent; what arrived before is in the store.
+    `finish` and is no error; so does one whose row the endpoint refused, while it answered others (finish `refused` or
+    `content_filter`, the server's words in `why`). TapirError when the endpoint or the GGUF cannot be used, refuses
+    everything for `patience` seconds, answers nothing that can be used, or the budget is spent; what arrived before is
+    in the store.
     """
     asking = Asking(requests, endpoint, store, run, progress, purse, warn)
     try:
@@ -57,6 +59,7 @@ def ask(
         elif missing:
             with away_noted(asking, missing):
                 asyncio.run(send(asking, missing, patience, bounds, tell, transport))
+            asking.refuse_nothing()
     finally:
         store.flush()
     return [answer for answer in asking.answers if answer]
@@ -93,4 +96,4 @@ async def send(
                     asking, away, jobs, patience=patience, bounds=bounds, tell=tell, transport=transport
                 )
             if jobs:
-                jobs = await Online(asking, away, patience).send(jobs, transport)
+                jobs = await Online(asking, away, patience, tell).send(jobs, transport)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import Checker
-from tapir_local.recipe import Recipe
+from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
 from tapir_local.student_text import StudentText, sift, unfit_answers, unfit_prompts
+from tapir_local.thinking import without_thoughts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
 Progress = Callable[[int, int, str], None]
@@ -69,6 +70,8 @@ class Work:
     def ask(self, ask: Ask, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, counted as paid or hits, their calls recorded in tapir.lock."""
         answers = ask(requests, self.progress) if requests else []
+        if self.endpoint_of(ask).thinking == "strip":  # whoever answers: what is not asked through the store, too
+            answers = [stripped(answer) for answer in answers]
         hits = sum(answer.hit for answer in answers)
         self.tally["hits"] += hits
         self.tally["paid"] += len(answers) - hits
@@ -77,6 +80,11 @@ class Work:
         if self.calls:
             lock(self.run, self.step, self.calls)
         return answers
+
+    def endpoint_of(self, ask: Ask) -> Endpoint:
+        """Who answers: the teacher, or the judge where it is another."""
+        judges = ask is self.tools.judge and ask is not self.tools.teacher
+        return self.recipe.judge if judges and self.recipe.judge.kind != "teacher" else self.recipe.teacher
 
     def leave_out(self, rows: Sequence[Unusable], total: int, by_choice: Sequence[Unusable] = ()) -> None:
         """Record the rows that this step leaves out; TapirError where limits.unusable allows fewer of `total` rows.
@@ -101,6 +109,14 @@ class Work:
             teacher.temperature if temperature is None else temperature,
             teacher.max_tokens,
         )
+
+
+def stripped(answer: Answer) -> Answer:
+    """The answer without what was thought aloud before it."""
+    text = without_thoughts(answer.text)
+    if text == answer.text:
+        return answer
+    return replace(answer, text=text, why=answer.why or ("" if text.strip() else "the reply is only a thought"))
 
 
 @dataclass(frozen=True)

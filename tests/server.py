@@ -88,6 +88,114 @@ def says(text: str | None, finish: str = "stop", **message: Any) -> Fault:
     return lambda handler, _: send(handler, 200, completion(text, finish, **message))
 
 
+def garbled(*raw: bytes) -> Fault:
+    """Bytes in place of a reply."""
+
+    def act(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+        handler.close_connection = True
+        handler.wfile.write(b"".join(raw))
+
+    return act
+
+
+def brings(raw: bytes | dict[str, Any] | list[Any], status: int = 200, **headers: str) -> Fault:
+    """A reply of this body."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler, _: send(handler, status, raw, named)
+
+
+def with_usage(text: Any, finish: Any = "stop", tokens: int = 3, **message: Any) -> Fault:
+    """A completion of so many tokens."""
+    body = completion(text, finish, **message)
+    return brings({**body, "usage": {"prompt_tokens": 7, "completion_tokens": tokens}})
+
+
+def streams(*pieces: str, finish: str | None = "stop", ends: bool = True, **delta: Any) -> Fault:
+    """A stream of events where one is asked for, else a refusal."""
+
+    def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if not body.get("stream"):
+            error = {"message": "This model only support stream mode, please enable the stream parameter"}
+            return send(handler, 400, {"error": error})
+        deltas = [{"role": "assistant"}, *({"content": piece} for piece in pieces), *([delta] if delta else [])]
+        chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": item}]} for item in deltas]
+        chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}] if finish else []
+        if (body.get("stream_options") or {}).get("include_usage"):
+            chunks.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})
+        head = {"id": "x", "object": "chat.completion.chunk", "model": "m-1"}
+        lines = [f"data: {json.dumps({**head, **chunk})}\n\n" for chunk in chunks]
+        raw = ": hello\n\n" + "".join(lines) + ("data: [DONE]\n\n" if ends else "")
+        return send(handler, 200, raw.encode(), {"content-type": "text/event-stream"})
+
+    return act
+
+
+def loading(replies: int) -> Fault:
+    """503 for so many requests, as llama-server says while it reads its model; then answers."""
+    left = [replies]
+
+    def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+            return send(handler, 503, {"error": error})
+        return send(handler, 200, completion("loaded"))
+
+    return act
+
+
+def new_names(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """A model that takes max_completion_tokens alone, and no temperature but 1."""
+    if "max_tokens" in body:
+        words = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'"
+        status(400, f"{words} instead.", "unsupported_parameter")(handler, body)
+    elif body.get("temperature", 1) != 1:
+        words = "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is"
+        status(400, f"{words} supported.", "unsupported_value")(handler, body)
+    else:
+        send(handler, 200, completion("A plain answer."))
+
+
+THOUGHT = "The answer is plain."
+# Behaviors of servers that were met, by name: what each does to every request, or to the odd row among others.
+ODD: dict[str, Fault] = {
+    "no finish": with_usage("A plain answer.", None),
+    "no finish, all tokens": with_usage("A plain ans", None, tokens=1024),
+    "unknown finish": with_usage("A plain answer.", "moon"),
+    "thought only": with_usage(None, reasoning_content=THOUGHT),
+    "thought used all": with_usage("", "length", 1024, reasoning_content="Hm, hm."),
+    "unclosed thought": with_usage("<think>Hm, hm.", "stop"),
+    "thinks inline": with_usage("<think>They ask for a use.</think>A plain answer."),
+    "no usage": brings({**completion("A plain answer."), "usage": None}),
+    "empty choices": brings({"id": "x", "choices": [], "usage": None}),
+    "null choices": brings({"id": "x", "choices": None}),
+    "content object": with_usage({"text": "A plain answer."}),
+    "empty body": brings(b""),
+    "list": brings([1, 2]),
+    "error in 200": brings({"error": {"message": "Insufficient credits", "code": 402}}),
+    "web page": brings(b"<!doctype html><title>Sign in</title>", content_type="text/html"),
+    "inspected": status(400, "Input data may contain inappropriate content.", "data_inspection_failed"),
+    "too long": status(400, "This model's maximum context length is 64 tokens.", "context_length_exceeded"),
+    "no money": brings({"error": {"message": "Insufficient Balance", "code": "invalid_request_error"}}, 402),
+    "new names": new_names,
+    "stream only": streams("A plain", " answer."),
+    "half a pair": brings(b'{"choices": [{"message": {"content": "A \\ud83d smile"}, "finish_reason": "stop"}]}'),
+    "not a number": brings(
+        b'{"choices": [{"message": {"content": "A plain answer."}, "finish_reason": "stop", "logprobs": NaN}]}'
+    ),
+    "latin-1": brings(b'{"choices": [{"message": {"content": "A caf\xe9"}, "finish_reason": "stop"}]}'),
+    "mark at the beginning": brings(
+        b'\xef\xbb\xbf{"choices": [{"message": {"content": "A plain answer."}, "finish_reason": "stop"}]}'
+    ),
+    "status line": garbled(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "long header": garbled(b"HTTP/1.1 200 OK\r\nx-long: " + b"a" * 20000 + b"\r\ncontent-length: 2\r\n\r\n{}"),
+    "bad chunk": garbled(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"),
+    "bad length": garbled(b"HTTP/1.1 200 OK\r\ncontent-length: many\r\n\r\n{}"),
+    "cut body": garbled(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{}"),
+    "bad gzip": brings(b"this is not gzip", content_encoding="gzip"),
+}
+
+
 def malformed(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
     send(handler, 200, b'{"choices": [{"mess')
 

@@ -468,7 +468,7 @@ def test_a_file_that_is_late_is_waited_for(server, store):
         (refused(500, "oops"), "500: oops"),
         (never("request_timeout"), "request_timeout: This request could not be executed."),
         ({"response": None, "error": None}, "no answer in batch batch_0, which is completed"),
-        (replied(200, {"choices": []}), "the reply is not a chat completion"),
+        (replied(200, {"choices": []}), 'the reply is not a chat completion (without choices: {"choices":[]})'),
         (replied(200, completion(" ")), "finish stop, empty"),
     ],
 )
@@ -493,6 +493,8 @@ def test_attempts_are_counted(server, store):
     ("line", "finish"),
     [
         (refused(400, "filtered", "content_filter"), "content_filter"),
+        (refused(400, "this prompt is too long"), "refused"),
+        (refused(400, "unheard of"), "refused"),
         (replied(200, completion("", "content_filter")), "content_filter"),
         (replied(200, completion("half", "length")), "length"),
     ],
@@ -507,7 +509,6 @@ def test_a_refusal_or_a_truncation_is_told_as_by_the_live_api(server, store, lin
 @pytest.mark.parametrize(
     ("line", "fix"),
     [
-        (refused(400, "this prompt is too long"), "see `model` and `extra`"),
         (refused(404, "no such model"), "the model 'm'"),
         (refused(429, "You exceeded your quota", "insufficient_quota"), "Top up the account"),
     ],

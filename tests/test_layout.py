@@ -18,7 +18,8 @@ seedtext seedforms seedrows likeness near dataset metrics template keys packing
 stats memory
 rundir assets lockfile unusable resumable seedfiles seedsource
 libllama llama ollama batching room sampling sequences generate score
-process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
+process storerows storefile thinking replies calls claims store search transfer pace pocket endpoint
+refusals streaming wire giving_up budget asking local foreign
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints steps classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student

@@ -54,6 +54,10 @@ def test_one_e_minus_five_is_a_number() -> None:
             "teacher.batch: `kind: pocket` does not use it; leave it out (`openai`",
         ),
         ("teacher: pocket\njudge: {batch: true}", "judge.batch: `kind: teacher` does not use it; the teacher judges;"),
+        ("teacher: {kind: pocket, stream: true}", "teacher.stream: `kind: pocket` does not use it"),
+        ("teacher: {model: m, stream: true, batch: true}", "teacher.stream: a batch sends no streams"),
+        ("teacher: {gguf: x.gguf, stream: true}", "teacher.stream: `kind: gguf` does not use it"),
+        ("teacher: {model: m, thinking: off}", "teacher.thinking"),
         ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking' is known; one of your own needs a share, a desc"),
         ("tasks: {Mth: 1}\nteacher: pocket", "did you mean Math?"),
         ("tasks: {Cooking: {share: 1, style: plainly}}\nteacher: pocket", "no task 'Cooking' is known"),
@@ -88,6 +92,14 @@ def test_how_a_gguf_is_asked_may_change_in_mid_run_but_not_which() -> None:
     assert differing(recipe, overridden(recipe, {"teacher.gguf": "b.gguf"})) == ["teacher.gguf: 'a.gguf' -> 'b.gguf'"]
     assert "`kind: gguf` goes with `gguf: PATH`" in refused("teacher: {kind: gguf}")
     assert "teacher.context" in refused("teacher: {gguf: a.gguf, context: 4}")
+
+
+def test_thinking_lasts_for_a_run_and_streaming_may_change() -> None:
+    recipe = parse_recipe("teacher: {model: m}", "r")
+    assert differing(recipe, overridden(recipe, {"teacher.stream": True})) == []
+    assert differing(recipe, overridden(recipe, {"teacher.thinking": "keep"})) == [
+        "teacher.thinking: 'strip' -> 'keep'"
+    ]
 
 
 def test_two_recipes_differ_by_the_path_of_their_settings() -> None:

@@ -247,8 +247,8 @@ def test_another_served_model_is_told_once(server, store):
 
 def test_one_failing_request_of_twelve_keeps_the_other_eleven(server, store):
     words = [str(number) for number in range(12)]
-    server.faults["5"] = [status(400, "this prompt is too long")]
-    with raises("row row-5: 400: this prompt is too long"):
+    server.faults["5"] = [status(401, "no such key")]
+    with raises("row row-5: 401: no such key"):
         ask(questions(*words), teacher(server, concurrency=12), store, run="r")
     assert len(server.bodies) == 12
     answers = ask(questions(*words), teacher(server), store, run="r")
