@@ -19,7 +19,8 @@ from typing import Any
 from tapir_local.batching import make_batch
 from tapir_local.errors import TapirError
 from tapir_local.libllama import library
-from tapir_local.llama import STUDENT, Advice, Engine, Model, encode, made_for, open_model, piece, template, unsaid
+from tapir_local.llama import STUDENT, Advice, Engine, Model, made_for, open_model, template, unsaid
+from tapir_local.quoting import guarded
 from tapir_local.records import Completion, Message, Prompt
 from tapir_local.room import Plan, open_planned
 from tapir_local.sampling import samplers
@@ -39,6 +40,7 @@ from tapir_local.sequences import (
     step,
 )
 from tapir_local.template import render
+from tapir_local.tokens import encode, marks_of, piece
 
 
 def generate(
@@ -126,8 +128,12 @@ def keeper(
 
 
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on."""
-    text = render(template(model), prompt, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
+    """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on.
+
+    A special token that the prompt quotes is text.
+    """
+    asked = guarded(prompt, marks_of(model))
+    text = render(template(model), asked, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
     return encode(model, text)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware
+from tapir_local.quoting import guard, guarded, ids_of, marks_of
 from tapir_local.recipe import Train
 from tapir_local.records import Example
 from tapir_local.template import training_text
@@ -68,12 +69,23 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     """Token ids and labels of every row, in order.
 
     The prompt's ids are those that a student is asked with; the completion's are what follows them in the ids of the
-    whole text, or its own where a token spans the boundary. A completion that is cut has no end-of-turn token.
+    whole text, or its own where a token spans the boundary. A completion that is cut has no end-of-turn token. A
+    special token that a row quotes is text, in the prompt and in the completion.
     """
-    stops = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    stops, marks = (
+        [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special],
+        marks_of(tokenizer),
+    )
     bos, eos, template = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.get_chat_template()
     texts = [
-        training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos, stops=stops)
+        training_text(
+            template,
+            guarded(row.prompt, marks),
+            guard(row.completion, marks),
+            bos_token=bos,
+            eos_token=eos,
+            stops=stops,
+        )
         for row in examples
     ]
     asked = ids_of(tokenizer, [prompt for prompt, _ in texts])
@@ -89,12 +101,6 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
         for head, tail in fits
     ]
     return TokenRows(rows, sum(len(head) + len(tail) > max_length for head, tail in fits), len(texts) - len(fits))
-
-
-def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, none added: the template has written the special ones."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = False) -> dict[str, Any]:
