@@ -16,7 +16,7 @@ from tapir_local.gguf_vocab import end_of_turn, read_tokenizer, special_texts
 from tapir_local.libllama import library
 from tapir_local.llama import Engine, Model, metadata, open_context, open_model
 from tapir_local.probes import QUESTIONS, rendered, sample, texts_of
-from tapir_local.process import Progress, child_main, in_own_process
+from tapir_local.process import Crashed, Progress, child_main, in_own_process
 from tapir_local.quoting import ids_of, plain
 from tapir_local.records import Example, Message, Prompt
 from tapir_local.rundir import read_record, read_rows, write_record
@@ -265,9 +265,14 @@ def log_softmax(values: Array) -> Array:
 def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> None:
     """Run the job in a process of its own, which leaves job.json, report.json and gate.log in `folder`.
 
-    `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise.
+    `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise, or the GGUF where
+    llama.cpp ended the process over it.
     """
-    in_own_process("tapir_local.gate", job, folder, progress)
+    try:
+        in_own_process("tapir_local.gate", job, folder, progress)
+    except Crashed as error:
+        fix = f"{error.where} has the whole message. Take the tokenizer that the model was published with."
+        raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error
 
 
 def run_folder(folder: Path, progress: Progress) -> None:

@@ -85,10 +85,11 @@ def read_vocab(model_dir: Path, rows: int) -> Vocab:
 def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any]:
     """The `model` of tokenizer.json. TapirError for one that is no BPE, or one with marks on the parts of words."""
     model = tokenizer.get("model") or {}
+    kind = model.get("type", "unknown")
     odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    if model.get("type") == "BPE" and not odd:
+    if kind == "BPE" and not odd:
         return dict(model)
-    what = f"a BPE tokenizer with {' and '.join(odd)}" if odd else f"a tokenizer of type {model.get('type', 'unknown')}"
+    what = f"a BPE tokenizer with {' and '.join(odd)}" if kind == "BPE" else f"a tokenizer of type {kind}"
     raise TapirError(
         f"{what} cannot be exported",
         where=str(model_dir / "tokenizer.json"),

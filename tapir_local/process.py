@@ -30,6 +30,10 @@ class OutOfMemory(TapirError):
     """Memory ran out, main or the GPU's, or probably did: less at once may fit."""
 
 
+class Crashed(TapirError):
+    """A library ended the process, by SIGABRT or SIGSEGV as a rule."""
+
+
 class Killed(OutOfMemory):
     """A process ended by SIGKILL, which is how the kernel takes memory back."""
 
@@ -109,9 +113,14 @@ def in_own_process(
 
 def environment() -> dict[str, str]:
     """The child's: patient threads, the life line, and our own modules where they are not installed."""
-    ours = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
-    path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**PATIENT, **os.environ, OWNED: "1", **({"PYTHONPATH": path} if path else {})}
+    return {**PATIENT, **os.environ, OWNED: "1", **ours()}
+
+
+def ours() -> dict[str, str]:
+    """What lets a child find our own modules where they are not installed."""
+    places = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
+    path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path} if path else {}
 
 
 def follow(
@@ -161,7 +170,7 @@ def death(module: str, code: int, log: Path) -> TapirError:
         )
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
     last = f": {lines[-1]}" if lines else ""
-    return TapirError(
+    return (Crashed if code < 0 else TapirError)(
         f"{module} {how}{last}",
         where=str(log),
         fix="The whole message is in that file; the same command goes on from here.",
