@@ -19,8 +19,7 @@ from typing import Any
 from tapir_local.batching import make_batch
 from tapir_local.errors import TapirError
 from tapir_local.libllama import library
-from tapir_local.llama import STUDENT, Advice, Engine, Model, made_for, open_model, template, unsaid
-from tapir_local.quoting import guarded
+from tapir_local.llama import STUDENT, Advice, Engine, Model, made_for, open_model, unsaid
 from tapir_local.records import Completion, Message, Prompt
 from tapir_local.room import Plan, open_planned
 from tapir_local.sampling import samplers
@@ -39,8 +38,7 @@ from tapir_local.sequences import (
     need,
     step,
 )
-from tapir_local.template import render
-from tapir_local.tokens import encode, marks_of, piece
+from tapir_local.tokens import encode, format_of, piece
 
 
 def generate(
@@ -132,9 +130,7 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
 
     A special token that the prompt quotes is text.
     """
-    asked = guarded(prompt, marks_of(model))
-    text = render(template(model), asked, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
-    return encode(model, text)
+    return encode(model, format_of(model).asked(prompt))
 
 
 def within(model: Model, context: int, prompts: Sequence[list[int]], tell: Callable[[str], None] = unsaid) -> int:

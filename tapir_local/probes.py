@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from tapir_local.quoting import guard, guarded, marks_of
+from tapir_local.quoting import format_of
 from tapir_local.records import Example, Message, Prompt
-from tapir_local.template import render, training_text
 
 PROBES = 600
 ANSWERS = 16  # prompts answered; more tell no more
@@ -115,24 +115,13 @@ def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
 
 def rendered(tokenizer: Any, prompt: Prompt) -> str:
     """A prompt as the student is asked it."""
-    bos, eos = specials(tokenizer)
-    asked = guarded(prompt, marks_of(tokenizer))
-    return render(tokenizer.get_chat_template(), asked, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+    return format_of(tokenizer).asked(prompt)
 
 
 def answered(tokenizer: Any, row: Example) -> str:
     """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
-    if not row.completion:
-        return rendered(tokenizer, row.prompt)
-    bos, eos = specials(tokenizer)
-    template, marks = tokenizer.get_chat_template(), marks_of(tokenizer)
-    asked, words = guarded(row.prompt, marks), guard(row.completion, marks)
-    return "".join(training_text(template, asked, words, bos_token=bos, eos_token=eos))
-
-
-def specials(tokenizer: Any) -> tuple[str, str]:
-    """BOS and EOS, which a template may write by name."""
-    return tokenizer.bos_token or "", tokenizer.eos_token or ""
+    form = replace(format_of(tokenizer), stops=())
+    return "".join(form.answered(row.prompt, row.completion)) if row.completion else form.asked(row.prompt)
 
 
 def sample(rows: Sequence[Example]) -> list[Prompt]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from tapir_local.records import Message, Prompt
-from tapir_local.template import training_text
+from tapir_local.template import render, training_text
 
 GUARD = "\ufdd0"  # a noncharacter: Unicode keeps it for a program's own use; doubled, it stands for itself
 SIGNS = range(0x10_0000, 0x10FFFE)  # of private use, for `renamed`
@@ -93,6 +93,31 @@ def pieces(text: str, known: Marks) -> Iterator[tuple[str, int | None]]:
     yield text[start:], None
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How conversations become text: a chat template, the texts that it may write by name, and the tokenizer's marks.
+
+    Training and inference both render by it, so that neither reads a special token out of a row's own words. `stops`
+    are the texts of which one must end an answer; any text will do where there are none.
+    """
+
+    template: str
+    bos: str
+    eos: str
+    marks: Marks
+    stops: tuple[str, ...] = ()
+
+    def asked(self, prompt: Sequence[Message]) -> str:
+        """A prompt as a student is asked it, guarded; TapirError as from template.render."""
+        turns = guarded(prompt, self.marks)
+        return render(self.template, turns, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos)
+
+    def answered(self, prompt: Sequence[Message], completion: str) -> tuple[str, str]:
+        """The prompt, and what a student ought to write, both guarded; TapirError as from template.training_text."""
+        turns, words = guarded(prompt, self.marks), guard(completion, self.marks)
+        return training_text(self.template, turns, words, bos_token=self.bos, eos_token=self.eos, stops=self.stops)
+
+
 def turn_end(added: Iterable[str], template: str, bos: str, eos: str) -> str | None:
     """The added token that the template ends an answer with; None where it ends it with none.
 
@@ -119,6 +144,19 @@ def marks_of(tokenizer: Any) -> Marks:
         names |= {turn_end(added, tokenizer.get_chat_template(), tokenizer.bos_token or "", tokenizer.eos_token or "")}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | names
     return marks({text: number for text, number in added.items() if is_special(text, text in special)})
+
+
+def format_of(tokenizer: Any) -> ChatFormat:
+    """The chat format of a tokenizer of transformers; an answer must end with one of its special tokens."""
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    return ChatFormat(tokenizer.get_chat_template(), bos, eos, marks_of(tokenizer), stops_of(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def stops_of(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokens that may end an answer."""
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys([*special, *marks_of(tokenizer).ids]))
 
 
 def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

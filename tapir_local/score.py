@@ -8,12 +8,10 @@ from typing import Any
 from tapir_local.batching import Batch, decode_batch, last_logits, make_batch
 from tapir_local.generate import encode_prompt
 from tapir_local.libllama import library
-from tapir_local.llama import UBATCH, Engine, Model, open_model, template
-from tapir_local.quoting import guard, guarded
+from tapir_local.llama import UBATCH, Engine, Model, open_model
 from tapir_local.records import Prompt, Scored
 from tapir_local.room import open_first, planned_reading
-from tapir_local.template import training_text
-from tapir_local.tokens import encode, marks_of
+from tapir_local.tokens import encode, format_of
 
 SEQUENCES = 64  # texts in the context at once
 CELLS = 2048  # and tokens, where none is longer
@@ -69,9 +67,8 @@ def score(
 
 def tokens_of(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:
     """A text's ids: the prompt's, then what follows them in the ids of the whole, as in train.token_rows."""
-    head, marks = encode_prompt(model, prompt), marks_of(model)
-    turns, words = guarded(prompt, marks), guard(completion, marks)
-    asked, answer = training_text(template(model), turns, words, bos_token=model.bos, eos_token=model.eos)
+    head = encode_prompt(model, prompt)
+    asked, answer = format_of(model).answered(prompt, completion)
     joined = encode(model, asked + answer)
     tail = joined[len(head) :] if joined[: len(head)] == head else encode(model, answer)
     return Tokens(number, head + tail, len(head))

@@ -8,10 +8,9 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware
-from tapir_local.quoting import guard, guarded, ids_of, marks_of
+from tapir_local.quoting import format_of, ids_of
 from tapir_local.recipe import Train
 from tapir_local.records import Example
-from tapir_local.template import training_text
 
 MASKED = -100  # a label that torch's cross-entropy leaves out
 FIXED = {  # arguments of SFTConfig that nothing decides
@@ -72,22 +71,8 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     whole text, or its own where a token spans the boundary. A completion that is cut has no end-of-turn token. A
     special token that a row quotes is text, in the prompt and in the completion.
     """
-    stops, marks = (
-        [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special],
-        marks_of(tokenizer),
-    )
-    bos, eos, template = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.get_chat_template()
-    texts = [
-        training_text(
-            template,
-            guarded(row.prompt, marks),
-            guard(row.completion, marks),
-            bos_token=bos,
-            eos_token=eos,
-            stops=stops,
-        )
-        for row in examples
-    ]
+    form = format_of(tokenizer)
+    texts = [form.answered(row.prompt, row.completion) for row in examples]
     asked = ids_of(tokenizer, [prompt for prompt, _ in texts])
     joined = ids_of(tokenizer, [prompt + completion for prompt, completion in texts])
     apart = ids_of(tokenizer, [completion for _, completion in texts])

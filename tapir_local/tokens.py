@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 from tapir_local.libllama import failure, library
-from tapir_local.llama import Model, open_model
-from tapir_local.quoting import GUARD, Marks, marks, pieces, plain
+from tapir_local.llama import Model, open_model, template
+from tapir_local.quoting import GUARD, ChatFormat, Marks, marks, pieces, plain
 
 SPACE = "▁"  # SentencePiece's
 SPACES = " \t\n\v\f\r"  # C's isspace
@@ -99,6 +99,11 @@ def made_of(model: Model, special: int) -> tuple[int, ...]:
     text = raw_text(model, special)
     halves = ((single(model, text[:at]), single(model, text[at:])) for at in range(1, len(text)))
     return next(((left[0], right[0]) for left, right in halves if left and right), (special,))
+
+
+def format_of(model: Model) -> ChatFormat:
+    """The chat format of a GGUF; TapirError where it has no template."""
+    return ChatFormat(template(model), model.bos, model.eos, marks_of(model))
 
 
 @dataclass(frozen=True)
