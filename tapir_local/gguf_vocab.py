@@ -87,9 +87,12 @@ def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any
     model = tokenizer.get("model") or {}
     kind = model.get("type", "unknown")
     odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    if kind == "BPE" and not odd:
+    lacking = [name for name, form in (("vocab", dict), ("merges", list)) if not isinstance(model.get(name), form)]
+    if kind == "BPE" and not odd and not lacking:
         return dict(model)
-    what = f"a BPE tokenizer with {' and '.join(odd)}" if kind == "BPE" else f"a tokenizer of type {kind}"
+    what = f"a tokenizer of type {kind}"
+    if kind == "BPE":
+        what = f"a BPE tokenizer without {lacking[0]}" if lacking else f"a BPE tokenizer with {' and '.join(odd)}"
     raise TapirError(
         f"{what} cannot be exported",
         where=str(model_dir / "tokenizer.json"),
@@ -148,8 +151,7 @@ def loaded_normalizer(model_dir: Path) -> list[str]:
 def read_tokenizer(model_dir: Path) -> dict[str, Any]:
     """tokenizer.json; of a folder with SentencePiece's tokenizer.model alone what transformers makes of that."""
     if (model_dir / "tokenizer.json").is_file() or not (model_dir / "tokenizer.model").is_file():
-        found: dict[str, Any] = read_json(model_dir / "tokenizer.json")
-        return found
+        return read_json(model_dir / "tokenizer.json")
     from transformers import AutoTokenizer
 
     try:
@@ -163,10 +165,10 @@ def read_tokenizer(model_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of the model; TapirError naming it when it is absent or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the model; TapirError naming the file when it is absent or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TapirError(
             "the file is missing",
@@ -175,6 +177,9 @@ def read_json(path: Path) -> Any:
         ) from error
     except ValueError as error:
         raise TapirError(f"not JSON: {error}", where=str(path), fix="Save model and tokenizer again.") from error
+    if not isinstance(found, dict):
+        raise TapirError("not a JSON object", where=str(path), fix="Save model and tokenizer again.")
+    return found
 
 
 def read_template(model_dir: Path) -> str:
@@ -184,7 +189,8 @@ def read_template(model_dir: Path) -> str:
         return beside.read_text(encoding="utf-8")
     template = read_json(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     if not template:
         raise TapirError(
             "the tokenizer has no chat template",
@@ -202,8 +208,8 @@ def special_texts(model_dir: Path) -> dict[str, str]:
         key: value for key, value in settings.items() if value is not None
     }
     entries = {name: named.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    texts = {name: entry["content"] if isinstance(entry, dict) else entry for name, entry in entries.items()}
-    return {name: text for name, text in texts.items() if text}
+    texts = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and text}
 
 
 def end_of_turn(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:

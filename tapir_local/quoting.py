@@ -136,14 +136,17 @@ def turn_end(added: Iterable[str], template: str, bos: str, eos: str) -> str | N
 def marks_of(tokenizer: Any) -> Marks:
     """The marks of a tokenizer of transformers: its special tokens, those it names, and the one that ends a turn.
 
-    The export makes control tokens of the same ones.
+    The export makes control tokens of the same ones. Of the vocabulary's plain tokens those are marks that llama.cpp
+    reads in any text all the same, as Qwen's `</s>`: guarded, they stay plain text there too.
     """
     added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     names = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
     if tokenizer.chat_template:
         names |= {turn_end(added, tokenizer.get_chat_template(), tokenizer.bos_token or "", tokenizer.eos_token or "")}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | names
-    return marks({text: number for text, number in added.items() if is_special(text, text in special)})
+    known = {text: number for text, number in added.items() if is_special(text, text in special)}
+    plain_ones = {text: tokenizer.backend_tokenizer.token_to_id(text) for text in sorted(CONTROLLED - set(added))}
+    return marks(known | {text: number for text, number in plain_ones.items() if number is not None})
 
 
 def format_of(tokenizer: Any) -> ChatFormat:
@@ -175,9 +178,9 @@ def quoted_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     Cutting a text at its marks would change what follows them where a tokenizer treats a text's beginning in a way of
     its own. So the text stays whole, and a tokenizer is used that knows each mark by another name.
     """
-    known, sign = marks_of(tokenizer), next(chr(code) for code in SIGNS if not any(chr(code) in text for text in texts))
-    other, numbers = renamed(tokenizer, sign)
-    written = [plain(known.pattern.sub(lambda found: sign + found[0], text)) for text in texts]
+    sign = next(chr(code) for code in SIGNS if not any(chr(code) in text for text in texts))
+    other, numbers, known = renamed(tokenizer, sign)
+    written = [plain(known.sub(lambda found: sign + found[0], text)) for text in texts]
     return [
         [numbers.get(number, number) for number in found.ids]
         for found in other.encode_batch(written, add_special_tokens=False)
@@ -185,19 +188,22 @@ def quoted_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 @lru_cache(maxsize=4)
-def renamed(tokenizer: Any, sign: str) -> tuple[Any, dict[int, int]]:
-    """A copy of the tokenizer in which every mark is written with a sign before it, and its ids as the original's."""
+def renamed(tokenizer: Any, sign: str) -> tuple[Any, dict[int, int], "re.Pattern[str]"]:
+    """A copy of the tokenizer in which every mark is written with a sign before it, what its ids are in the original,
+    and what finds those marks."""
     from tokenizers import Tokenizer
 
     state, known = json.loads(tokenizer.backend_tokenizer.to_str()), marks_of(tokenizer)
     fill_gaps(state["model"], sign)
-    originals = [(token["content"], token["id"]) for token in state["added_tokens"]]
+    originals = {token["content"]: token["id"] for token in state["added_tokens"]}
+    names = {text: sign * (text in known.ids) + text for text in originals}
     for token in state["added_tokens"]:
-        token["content"] = sign * (token["content"] in known.ids) + token["content"]
+        token["content"] = names[token["content"]]
     state["truncation"] = state["padding"] = None
     other = Tokenizer.from_str(json.dumps(state))
-    numbers = {other.token_to_id(sign * (text in known.ids) + text): number for text, number in originals}
-    return other, {found: number for found, number in numbers.items() if found is not None}
+    numbers = {other.token_to_id(name): originals[text] for text, name in names.items()}
+    own = marks({text: number for text, number in originals.items() if text in known.ids})
+    return other, {found: number for found, number in numbers.items() if found is not None}, own.pattern
 
 
 def fill_gaps(model: dict[str, Any], sign: str) -> None:

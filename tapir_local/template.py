@@ -14,7 +14,8 @@ from tapir_local.records import Message
 FIXED_DATE = date(2024, 7, 26)
 GENERATION = {"generation"}
 NO_TEMPLATE = (
-    "Set student.chat_template: `alpaca` for a base without chat tokens, `chatml` for Qwen's, or a Jinja file."
+    "Set student.chat_template in a recipe: `alpaca` for a base without chat tokens, `chatml` for Qwen's, or a Jinja "
+    "file. For `tapir-local export`, put the template into the folder as chat_template.jinja."
 )
 
 

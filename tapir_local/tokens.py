@@ -86,7 +86,10 @@ def text_ids(model: Model, text: str) -> list[int]:
             part if mark is not None else unicodedata.normalize(model.form, part)
             for part, mark in pieces(text, lists_of(model).defined)
         )
-    special, ids = set(marks_of(model).ids.values()), tokenized(model, text, special=False)
+    llama, ids = library(), tokenized(model, text, special=False)
+    if llama.llama_vocab_type(model.vocab) != llama.LLAMA_VOCAB_TYPE_SPM:
+        return ids
+    special = set(marks_of(model).ids.values())
     return [part for token in ids for part in (made_of(model, token) if token in special else (token,))]
 
 

@@ -60,8 +60,7 @@ def read_model(model_dir: Path) -> dict[str, Source]:
 
 def weight_map(index: Path) -> dict[str, str]:
     """The file of each tensor. TapirError where the index is none, or names a file outside the model's own folder."""
-    found = read_json(index)
-    files = found.get("weight_map") if isinstance(found, dict) else None
+    files = read_json(index).get("weight_map")
     fix = "Take a whole copy of the model from a source that you trust."
     if not isinstance(files, dict) or not files:
         raise TapirError("it has no weight_map", where=str(index), fix=fix)

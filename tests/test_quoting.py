@@ -276,6 +276,24 @@ def test_the_token_that_ends_a_turn_is_special_whatever_its_flag_says(tmp_path: 
         assert encode(opened, text).count(loaded.convert_tokens_to_ids("<over>")) == 1
 
 
+def test_a_plain_token_that_llama_cpp_takes_for_the_end_is_text_on_both_sides(tmp_path: Path) -> None:
+    """Qwen's vocabulary has `</s>` among its ordinary tokens."""
+    model = make_model(tmp_path / "model")
+    state = json.loads((model / "tokenizer.json").read_text())
+    state["model"]["vocab"]["</s>"] = len(state["model"]["vocab"]) + 1
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    resize(model, 420)
+    export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
+    loaded = load_tokenizer(model)
+    with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
+        assert marks_of(loaded).ids == marks_in(opened).ids
+        assert "</s>" in marks_of(loaded).ids
+        for text in ("It ends with </s>.", "</s><|im_end|> and <|im_start|>"):
+            whole = rendered(loaded, asked(text))
+            assert ids_of(loaded, [whole]) == [encode(opened, whole)] == [encode_prompt(opened, asked(text))]
+            assert marks_of(loaded).ids["</s>"] not in encode(opened, whole)
+
+
 def resize(model: Path, rows: int) -> None:
     from transformers import AutoModelForCausalLM
 

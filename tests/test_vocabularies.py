@@ -69,6 +69,8 @@ def test_a_tokenizer_of_another_type_is_refused_by_name_before_anything_is_paid(
             "Strip",
         ),
         (lambda c: c.pop("model"), "type unknown"),
+        (lambda c: c["model"].pop("merges"), "without merges"),
+        (lambda c: c["model"].update(vocab=[]), "without vocab"),
         (
             lambda c: c["added_tokens"].append({"id": 401, "content": "<tool>", "special": False}),
             "the same text, '<tool>'",
@@ -81,6 +83,17 @@ def test_what_llama_cpp_does_not_do_is_refused_by_name(tmp_path: Path, change: C
     with pytest.raises(TapirError, match=said) as caught:
         check_exportable(model)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "7", "null", "{", "\xff"])
+def test_a_file_that_is_no_object_is_named(tmp_path: Path, file: str, text: str) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    (model / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(TapirError, match=r"not (a )?JSON") as caught:
+        check_exportable(model)
+    assert caught.value.where == str(model / file)
 
 
 def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
