@@ -181,7 +181,9 @@ def export_calls(file: Path, run: str | None, cache: Path | None) -> None:
     from tapir_local.transfer import export
 
     store = store_path(cache)
-    check_output(file, [store.with_name(store.name + end) for end in ("", "-wal", "-shm")], beside=(".partial",))
+    check_output(
+        file, [store.with_name(store.name + end) for end in ("", "-wal", "-shm")], beside=(".partial",), force=True
+    )
     used = [bytes.fromhex(key) for key in locked_keys(cache, run)] if run else []
     done = export(store, file, run, used)
     click.echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
