@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from tapir_local.records import Message, Prompt
-from tapir_local.template import render, training_text
+from tapir_local.template import asked_text, training_text
 
 GUARD = "\ufdd0"  # a noncharacter: Unicode keeps it for a program's own use; doubled, it stands for itself
 SIGNS = range(0x10_0000, 0x10FFFE)  # of private use, for `renamed`
@@ -108,9 +108,8 @@ class ChatFormat:
     stops: tuple[str, ...] = ()
 
     def asked(self, prompt: Sequence[Message]) -> str:
-        """A prompt as a student is asked it, guarded; TapirError as from template.render."""
-        turns = guarded(prompt, self.marks)
-        return render(self.template, turns, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos)
+        """A prompt as a student is asked it, guarded; TapirError as from template.asked_text."""
+        return asked_text(self.template, guarded(prompt, self.marks), bos_token=self.bos, eos_token=self.eos)
 
     def answered(self, prompt: Sequence[Message], completion: str) -> tuple[str, str]:
         """The prompt, and what a student ought to write, both guarded; TapirError as from template.training_text."""
