@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from tapir_local.assets import HUB_NAME
 from tapir_local.gate import GateReport
+from tapir_local.published import on_the_hub, public_name, public_url
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Metrics
 from tapir_local.rundir import RunDir, read_record
@@ -49,7 +49,7 @@ def front_matter(recipe: Recipe) -> str:
     known = {
         "language": recipe.card.language,
         "license": recipe.card.licence,
-        "base_model": recipe.student.path if HUB_NAME.fullmatch(recipe.student.path) else None,
+        "base_model": recipe.student.path if on_the_hub(recipe.student.path) else None,
     }
     values = {key: value for key, value in known.items() if value} | {"tags": ["gguf", "tapir-local"]}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -71,8 +71,8 @@ def origins(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
     plan, train = recipe.curriculum, recipe.train
     seeds, held = (count(run.path / name) for name in ("seeds.jsonl", "holdout.jsonl"))
     return [
-        ("base", recipe.student.path),
-        ("seeds", f"{recipe.seeds.path}: {seeds:,} to train on, {held:,} held out and never trained on"),
+        ("base", public_name(recipe.student.path)),
+        ("seeds", f"{public_name(recipe.seeds.path)}: {seeds:,} to train on, {held:,} held out and never trained on"),
         ("answers", "the file's own" if recipe.seeds.answers == "file" else "the teacher's"),
         ("teacher", asked(recipe.teacher)),
         ("judge", "the teacher" if recipe.judge.kind == "teacher" else asked(recipe.judge)),
@@ -97,7 +97,7 @@ def asked(endpoint: Endpoint) -> str:
         "reference": "reference: likeness to the teacher's answer (ROUGE-L), no LLM",
         "gguf": f"the GGUF {Path(endpoint.gguf or '').name} on the same machine",
     }
-    where = f" at {endpoint.base_url}" if endpoint.base_url else ""
+    where = f" at {public_url(endpoint.base_url)}" if endpoint.base_url else ""
     return words.get(kind, f"{endpoint.model}{where}")
 
 

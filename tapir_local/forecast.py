@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tapir_local.asking import Asking
 from tapir_local.assets import chat_template, model_folder
 from tapir_local.budget import money_of, price_of
 from tapir_local.curriculum import challenge, is_judged
-from tapir_local.distill import Step, refuse_changed, sequence
+from tapir_local.distill import Step, missing_file, refuse_changed, sequence
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.recipe import Curriculum, Endpoint, Recipe
 from tapir_local.records import Answer, Example, Request, instruction_of
@@ -143,8 +143,13 @@ def foresee(
     """A step played through, or estimated where it cannot be."""
     scout = Scout(recipe, store)
     step.output.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(Unreached, FileNotFoundError):
+    try:
         step.stage.run(Work(recipe, copy, scout.tools(), step.number or 0, step.name), step.output)
+    except Unreached:
+        pass
+    except FileNotFoundError as error:
+        if not awaited(error, recipe, copy):
+            raise missing_file(error, copy, step.name) from error
     done = step.done
     if step.stage.name == "tasks" and not done:
         # The split between holdout and seeds will be another; what is asked of both together is the same.
@@ -152,6 +157,13 @@ def foresee(
     if scout.asked:
         return counted(step, scout, known)
     return Foreseen(step.name, 0, 0, 0, 0, 0.0, True) if done else estimated(step, recipe, copy, known)
+
+
+def awaited(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
+    """Whether what a stage did not find is the output of a step that is still to be done."""
+    missing = Path(str(error.filename))
+    outputs = [step.output for step in sequence(copy, recipe.rounds) if not step.done]
+    return any(missing == output or output in missing.parents for output in outputs)
 
 
 def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
