@@ -16,6 +16,7 @@ from tapir_local.resumable import InOrder, going_on
 from tapir_local.room import Plan
 from tapir_local.seedfiles import read_path
 from tapir_local.seedforms import KNOWN, read_row
+from tapir_local.vocab_check import check_vocabulary
 
 ADVICE = Advice(
     unusable="Name a whole GGUF of a kind that this llama.cpp knows.",
@@ -71,6 +72,7 @@ def answer_file(
     TapirError when a row holds no prompt, or the GGUF or the adapter cannot be loaded.
     """
     rows, plans = read_prompts(prompts), list[Plan]()
+    check_vocabulary(gguf, ADVICE)
     left = rows[len(done) :]
     ordered = InOrder[Completion](out, [id for id, _ in left])
     found = generate(

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.libllama import failure, library
@@ -14,7 +14,11 @@ NO_ROOM = 1  # llama.h: llama_decode found no cells for the batch, and has chang
 
 @dataclass(frozen=True)
 class Batch:
-    """llama_batch over arrays of ours: a step's tokens are written by numpy, not one by one through ctypes."""
+    """llama_batch over arrays of ours: a step's tokens are written by numpy, not one by one through ctypes.
+
+    Rows are collected by `add`, which refuses those that the arrays have no room for, and are written into the arrays
+    once, when they are decoded. The arrays hold `size` rows.
+    """
 
     view: Any
     token: Array
@@ -22,6 +26,44 @@ class Batch:
     seq: Array
     logits: Array
     kept: tuple[Array, ...]
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Rows that the arrays hold."""
+        return len(self.token)
+
+    @property
+    def room(self) -> int:
+        """Rows that can still be added."""
+        return len(self.token) - len(self.tokens)
+
+    def add(self, tokens: Sequence[int], position: int, slot: int, wanted: Sequence[int] = ()) -> bool:
+        """Add tokens of one sequence from a position on; False, and nothing is changed, where there is no room.
+
+        `wanted` are the places among them whose logits are asked for, in their order.
+        """
+        if len(tokens) > self.room:
+            return False
+        self.wanted.extend(len(self.tokens) + place for place in wanted)
+        self.tokens.extend(tokens)
+        self.positions.extend(range(position, position + len(tokens)))
+        self.slots.extend([slot] * len(tokens))
+        return True
+
+    def write(self) -> int:
+        """Write the rows into the arrays and begin again with none; how many they are."""
+        count = len(self.tokens)
+        self.token[:count], self.pos[:count], self.seq[:count] = self.tokens, self.positions, self.slots
+        self.logits[:count] = 0
+        self.logits[self.wanted] = 1
+        for rows in (self.tokens, self.positions, self.slots, self.wanted):
+            rows.clear()
+        self.view.n_tokens = count
+        return count
 
 
 def make_batch(size: int) -> Batch:
@@ -39,30 +81,21 @@ def make_batch(size: int) -> Batch:
     return Batch(view, token, pos, seq, logits, (counts, pointers))
 
 
-def put(batch: Batch, at: int, tokens: Sequence[int], position: int, slot: int) -> None:
-    """Write tokens of one sequence into the batch from row `at`."""
-    end = at + len(tokens)
-    batch.token[at:end] = tokens
-    batch.pos[at:end] = range(position, position + len(tokens))
-    batch.seq[at:end] = slot
+def try_batch(engine: Engine, batch: Batch) -> bool:
+    """Run the model over the rows of the batch; False, and nothing is changed, where no cells were free.
 
-
-def try_batch(engine: Engine, batch: Batch, count: int) -> bool:
-    """Run the model over the batch's first `count` rows; False, and nothing is changed, where no cells were free.
-
-    llama.h's other codes are no user's doing.
+    The batch is empty afterwards. llama.h's other codes are no user's doing.
     """
-    batch.view.n_tokens = count
+    batch.write()
     code = library().llama_decode(engine.context, batch.view)
-    batch.logits[:count] = 0
     if code not in (0, NO_ROOM):
         raise failure(f"llama_decode gave {code}", engine.model.gguf, engine.model.advice.too_large)
     return bool(code == 0)
 
 
-def decode_batch(engine: Engine, batch: Batch, count: int) -> None:
-    """Run the model over the batch's first `count` rows. TapirError where the context has no cells for them."""
-    if not try_batch(engine, batch, count):
+def decode_batch(engine: Engine, batch: Batch) -> None:
+    """Run the model over the rows of the batch. TapirError where the context has no cells for them."""
+    if not try_batch(engine, batch):
         raise failure(
             f"no room in the context of {engine.cells:,} tokens", engine.model.gguf, engine.model.advice.too_large
         )
@@ -90,8 +123,7 @@ def logits(engine: Engine, tokens: Sequence[int]) -> Array:
     rows = []
     for start in range(0, len(tokens), size):
         chunk = tokens[start : start + size]
-        put(batch, 0, chunk, start, 0)
-        batch.logits[: len(chunk)] = 1
-        decode_batch(engine, batch, len(chunk))
+        batch.add(chunk, start, 0, range(len(chunk)))
+        decode_batch(engine, batch)
         rows.append(last_logits(engine, len(chunk)).copy())
     return np.concatenate(rows)

@@ -185,10 +185,15 @@ def export_calls(file: Path, run: str | None, cache: Path | None) -> None:
 
     Elsewhere it is `teacher.db` of a cache, for `distill --replay`, or is taken in by `calls import`.
     """
+    from tapir_local.outputs import check_output
     from tapir_local.transfer import export
 
+    store = store_path(cache)
+    check_output(
+        file, [store.with_name(store.name + end) for end in ("", "-wal", "-shm")], beside=(".partial",), force=True
+    )
     used = [bytes.fromhex(key) for key in locked_keys(cache, run)] if run else []
-    done = export(store_path(cache), file, run, used)
+    done = export(store, file, run, used)
     echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
     if done.lost:
         echo(f"{done.lost:,} calls could not be read and were left out", err=True)

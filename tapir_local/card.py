@@ -15,6 +15,11 @@ from tapir_local.records import Metrics
 from tapir_local.rundir import RunDir, read_record
 
 UNSTATED = "not stated"
+QUOTED = (
+    "In training, a special token that a text quotes (such as the one that ends a turn) was plain text. A program that "
+    "reads special tokens in a user's text, or does not normalize Unicode as the tokenizer does, gives the student "
+    "other tokens than those that it was trained on."
+)
 
 
 def card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
@@ -27,7 +32,7 @@ def card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
                 *([recipe.about] if recipe.about else []),
                 "A student that tapir-local distilled from a teacher by TAPIR (arXiv 2405.13448). All that this card "
                 "says is from the run's own files and its recipe.",
-                "## To run it\n\n" + running(run),
+                "## To run it\n\n" + running(run) + "\n\n" + QUOTED,
                 "## What it was made of\n\n" + table(("", ""), origins(run, recipe)),
                 "## Licences and terms\n\nAs the recipe states them; the program does not check them.\n\n"
                 + table(("of", ""), licences(recipe)),

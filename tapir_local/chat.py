@@ -1,5 +1,7 @@
 """Talk to a run's student, alone or beside its untrained base."""
 
+import random
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,21 +26,31 @@ class Speaker:
     name: str
     engine: Any
     max_tokens: int
+    chance: random.Random
     said: list[Message] = field(default_factory=list)
 
     def answer(self, text: str, temperature: float) -> Iterator[str]:
-        """The answer piece by piece; it becomes part of the conversation when it is whole."""
+        """The answer piece by piece; it becomes part of the conversation when it is whole.
+
+        Each is drawn with a seed of its own, so that the same question may be answered in another way.
+        """
         asked = [*self.said, Message("user", text)]
-        pieces = []
-        for piece in chat_stream(self.engine, asked, max_tokens=self.max_tokens, temperature=temperature):
+        seed, pieces = self.chance.getrandbits(31), []
+        for piece in chat_stream(self.engine, asked, max_tokens=self.max_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
             yield piece
         self.said = [*asked, Message("assistant", "".join(pieces))]
 
 
 @contextmanager
-def students(run: RunDir, number: int | None, vs: str | None, say: Say) -> Iterator[list[Speaker]]:
-    """The run's student of a round and, where asked, its base, open."""
+def students(
+    run: RunDir, number: int | None, vs: str | None, say: Say, random_seed: int | None = None
+) -> Iterator[list[Speaker]]:
+    """The run's student of a round and, where asked, its base, open.
+
+    Replies are drawn by chance; with a `random_seed` the same questions get the same replies.
+    """
+    seed = secrets.randbits(31) if random_seed is None else random_seed
     recipe = kept_recipe(run)
     files = {"student": student_of(recipe, run, student_gguf(run, number))}
     if vs == "base":
@@ -52,6 +64,7 @@ def students(run: RunDir, number: int | None, vs: str | None, say: Say) -> Itera
                     open_engine(opened.gguf, adapter=opened.adapter, context=recipe.student.max_length, parallel=1)
                 ),
                 recipe.student.max_tokens,
+                random.Random(f"{seed}-chat"),
             )
             for name, opened in files.items()
         ]

@@ -128,15 +128,22 @@ def redo(run: str, number: int | None, stage: str, cache: Path | None) -> None:
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is the likeliest answer.", show_default=True
 )
+@click.option("--random-seed", type=click.IntRange(min=0), help="Draw the same replies each time.")
 @cache_option
 def chat(
-    run: str | None, number: int | None, prompt: str | None, vs: str | None, temperature: float, cache: Path | None
+    run: str | None,
+    number: int | None,
+    prompt: str | None,
+    vs: str | None,
+    temperature: float,
+    random_seed: int | None,
+    cache: Path | None,
 ) -> None:
     """Talk to the student of RUN: /reset forgets the conversation, /exit ends it."""
     from tapir_local.chat import converse, once, students
 
     place = chosen_run(cache, run)
-    with students(place, number, vs, lambda text: echo(text, err=True)) as answering:
+    with students(place, number, vs, lambda text: echo(text, err=True), random_seed) as answering:
         if prompt is not None:
             once(answering, prompt, temperature, lambda text: echo(text, nl=False))
         else:

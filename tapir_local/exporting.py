@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,12 @@ from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export
 from tapir_local.gate import GateJob, GateReport, pass_gate
 from tapir_local.llama import check_gguf
+from tapir_local.outputs import check_output
 from tapir_local.process import Progress
 from tapir_local.rundir import read_record, write_rows
+
+# What may be written beside the GGUF: while it is made, by the gate, and for Ollama.
+BESIDE = (".work", ".unchecked", ".unchecked.partial", ".gate.json", ".Modelfile")
 
 
 def export_checked(
@@ -32,13 +36,15 @@ def export_checked(
 
     With `adapter_only` it is the adapter's GGUF, which is checked over `base`, the model's. The file has its name only
     once it has passed: until then, and for good where it fails, it is `<out>.unchecked`, and `<out>.work` has logs and
-    the report. TapirError where the model, the adapter or the quant will not do, the file is there already, or the gate
-    is not passed.
+    the report. TapirError where the model, the adapter or the quant will not do, the file is there already or is one
+    that is read, or the gate is not passed.
     """
-    if out.exists():
-        raise TapirError("the file is there already", where=str(out), fix="Name another, or delete it first.")
+    check_output(out, [Path(model), adapter, base, converter], beside=BESIDE)
     if adapter_only:
         check_pair(adapter, base, check)
+        refuse_unused({"--converter": converter}, "a whole model is converted, not an adapter alone")
+    else:
+        refuse_unused({"--base": base}, "a whole model is checked itself, not over a base")
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
     try:
@@ -84,6 +90,13 @@ def trained_rows(adapter: Path | None, work: Path) -> Path:
     return work / "rows.jsonl"
 
 
+def refuse_unused(given: Mapping[str, object], why: str) -> None:
+    """TapirError where a setting is given that the command would not use."""
+    for name, value in given.items():
+        if value is not None:
+            raise TapirError(f"{name} is of no use here: {why}", where=name, fix="Leave it out.")
+
+
 def check_pair(adapter: Path | None, base: Path | None, check: bool) -> None:
     """TapirError unless an adapter alone is named, with the base that it is to be checked over."""
     if adapter is None:
@@ -94,5 +107,7 @@ def check_pair(adapter: Path | None, base: Path | None, check: bool) -> None:
             where="--adapter-only",
             fix="Name it with --base (`tapir-local export MODEL BASE.gguf` makes it), or do without: --no-gate.",
         )
+    if not check:
+        refuse_unused({"--base": base}, "nothing is checked over it with --no-gate")
     if check and base is not None:
         check_gguf(base, "base's GGUF", "Make it with `tapir-local export MODEL BASE.gguf`.")

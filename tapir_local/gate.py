@@ -14,11 +14,13 @@ from tapir_local.errors import TapirError
 from tapir_local.generate import answer, encode_prompt
 from tapir_local.gguf_vocab import end_of_turn, read_tokenizer, special_texts
 from tapir_local.libllama import library
-from tapir_local.llama import Engine, Model, encode, is_end, metadata, open_context, open_model
-from tapir_local.probes import sample, texts_of
-from tapir_local.process import Progress, child_main, in_own_process
-from tapir_local.records import Example, Prompt
+from tapir_local.llama import Engine, Model, metadata, open_context, open_model
+from tapir_local.probes import QUESTIONS, rendered, sample, texts_of
+from tapir_local.process import Crashed, Progress, child_main, in_own_process
+from tapir_local.quoting import ids_of, plain
+from tapir_local.records import Example, Message, Prompt
 from tapir_local.rundir import read_record, read_rows, write_record
+from tapir_local.tokens import encode, is_end
 from tapir_local.trained import Trained, load_trained, trained_logits
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
@@ -130,7 +132,8 @@ def gate(
         quant, tokenizer = quant_of(llama), load_tokenizer(model_dir)
         texts = texts_of(tokenizer, rows)
         wrong = mismatches(tokenizer, llama, texts)
-        trained_bos, gguf_bos = bos_counts(tokenizer, llama, texts[0])
+        asked = rendered(tokenizer, (Message("user", QUESTIONS[0]),))
+        trained_bos, gguf_bos = bos_counts(tokenizer, llama, asked)
         checks = {
             "tokens": not wrong,
             "bos": trained_bos == gguf_bos,
@@ -173,9 +176,8 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 def mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
     """The texts whose token ids are not the same on both sides."""
-    trained = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    pairs = ((text, tuple(ids), tuple(encode(llama, text))) for text, ids in zip(texts, trained, strict=True))
-    return [Mismatch(text, ids, other) for text, ids, other in pairs if ids != other]
+    pairs = zip(texts, ids_of(tokenizer, texts), (encode(llama, text) for text in texts), strict=True)
+    return [Mismatch(plain(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != other]
 
 
 def bos_counts(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
@@ -263,9 +265,14 @@ def log_softmax(values: Array) -> Array:
 def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> None:
     """Run the job in a process of its own, which leaves job.json, report.json and gate.log in `folder`.
 
-    `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise.
+    `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise, or the GGUF where
+    llama.cpp ended the process over it.
     """
-    in_own_process("tapir_local.gate", job, folder, progress)
+    try:
+        in_own_process("tapir_local.gate", job, folder, progress)
+    except Crashed as error:
+        fix = f"{error.where} has the whole message. Take the tokenizer that the model was published with."
+        raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error
 
 
 def run_folder(folder: Path, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from tapir_local.batching import make_batch
 from tapir_local.errors import TapirError
 from tapir_local.libllama import library
-from tapir_local.llama import STUDENT, Advice, Engine, Model, encode, made_for, open_model, piece, template, unsaid
+from tapir_local.llama import STUDENT, Advice, Engine, Model, made_for, open_model, template, unsaid
 from tapir_local.records import Completion, Message, Prompt
 from tapir_local.room import Plan, open_planned
 from tapir_local.sampling import samplers
@@ -38,7 +38,7 @@ from tapir_local.sequences import (
     need,
     step,
 )
-from tapir_local.template import asked_text
+from tapir_local.tokens import encode, format_of, piece
 
 
 def generate(
@@ -132,9 +132,9 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on.
 
     A system turn goes into the user's where the template has no system role. TapirError when the template refuses the
-    prompt.
+    prompt. A special token that the prompt quotes is text.
     """
-    return encode(model, asked_text(template(model), prompt, bos_token=model.bos, eos_token=model.eos))
+    return encode(model, format_of(model).asked(prompt))
 
 
 def encode_prompts(model: Model, prompts: Sequence[Prompt], tell: Callable[[str], None] = unsaid) -> list[list[int]]:

@@ -1,14 +1,16 @@
 """A Hugging Face tokenizer as the metadata that llama.cpp tokenises by."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.records import Message
-from tapir_local.template import NO_TEMPLATE, training_text
+from tapir_local.llama import COMPOSING, FORM_KEY, FORMS
+from tapir_local.quoting import turn_end
+from tapir_local.template import NO_TEMPLATE
 
 # llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
 # be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
@@ -46,7 +48,8 @@ class Token:
 class Vocab:
     """All that the GGUF says of the tokenizer. `special` maps bos, eos, unk, pad and eot to ids.
 
-    `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
+    `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE). `form` is the
+    Unicode form that the normalizer makes, which our own inference makes too, for llama.cpp does not.
     """
 
     model: str
@@ -56,35 +59,99 @@ class Vocab:
     special: Mapping[str, int]
     space_prefix: bool
     chat_template: str
+    form: str = ""
 
 
 def read_vocab(model_dir: Path, rows: int) -> Vocab:
     """The tokenizer of a model's folder, padded to the embedding's `rows`. TapirError where llama.cpp has no like."""
     tokenizer = read_tokenizer(model_dir)
-    model = tokenizer["model"]
+    model = bpe_model(tokenizer, model_dir)
     template, texts = read_template(model_dir), special_texts(model_dir)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())} | model["vocab"]
     special = {name: ids[text] for name, text in texts.items() if text in ids} | end_of_turn(tokenizer, template, texts)
-    if model.get("type") != "BPE":
-        raise TapirError(
-            f"a tokenizer of type {model.get('type')} cannot be exported",
-            where=str(model_dir / "tokenizer.json"),
-            fix="Take a model with a BPE tokenizer.",
-        )
-    if model.get("byte_fallback"):
+    control = {text for text, number in ids.items() if number in special.values()}
+    if is_sentencepiece(tokenizer):
+        check_bytes(model, model_dir)
         prefixed = prefixes_space(tokenizer, read_json(model_dir / "tokenizer_config.json"))
-        tokens = tuple(padded(sentencepiece_tokens(tokenizer), rows, model_dir))
+        tokens = tuple(padded(sentencepiece_tokens(tokenizer, control), rows, model_dir))
         return Vocab("llama", "default", tokens, (), special, prefixed, template)
-    tokens = tuple(padded(byte_level_tokens(tokenizer), rows, model_dir))
+    tokens = tuple(padded(byte_level_tokens(tokenizer, control), rows, model_dir))
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    return Vocab("gpt2", splitting_name(tokenizer, model_dir), tokens, merges, special, False, template)
+    splitting = splitting_name(tokenizer, model_dir)
+    form = normal_form(tokenizer, splitting, model_dir)
+    return Vocab("gpt2", splitting, tokens, merges, special, False, template, form)
+
+
+def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any]:
+    """The `model` of tokenizer.json. TapirError for one that is no BPE, or one with marks on the parts of words."""
+    model = tokenizer.get("model") or {}
+    kind = model.get("type", "unknown")
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    lacking = [name for name, form in (("vocab", dict), ("merges", list)) if not isinstance(model.get(name), form)]
+    if kind == "BPE" and not odd and not lacking:
+        return dict(model)
+    what = f"a tokenizer of type {kind}"
+    if kind == "BPE":
+        what = f"a BPE tokenizer without {lacking[0]}" if lacking else f"a BPE tokenizer with {' and '.join(odd)}"
+    raise TapirError(
+        f"{what} cannot be exported",
+        where=str(model_dir / "tokenizer.json"),
+        fix="Take a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM) or SentencePiece's BPE (Llama 2, "
+        "Gemma) whose tokenizer.json has its merges.",
+    )
+
+
+def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """True for BPE over SentencePiece's pieces: bytes are a fallback (`<0x0A>`), not the letters of every text."""
+    kinds = {step.get("type") for step in steps_of(tokenizer, "pre_tokenizer", "pretokenizers")}
+    return bool(tokenizer["model"].get("byte_fallback")) and "ByteLevel" not in kinds
+
+
+def check_bytes(model: Mapping[str, Any], model_dir: Path) -> None:
+    """TapirError unless each byte has a token: where llama.cpp looks for one in vain it ends the process."""
+    missing = [name for name in (f"<0x{number:02X}>" for number in range(256)) if name not in model["vocab"]]
+    if missing:
+        raise TapirError(
+            f"a tokenizer with byte_fallback lacks {len(missing)} of the 256 tokens for single bytes: {missing[0]} …",
+            where=str(model_dir / "tokenizer.json"),
+            fix="Take the tokenizer that the model was published with. One that transformers made of a GGUF may be of "
+            "the wrong kind.",
+        )
+
+
+def steps_of(tokenizer: Mapping[str, Any], part: str, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, pre_tokenizer or decoder, which may be one alone or a sequence."""
+    whole = tokenizer.get(part) or {}
+    return list(whole.get(inner, [whole] if whole else []))
+
+
+def normal_form(tokenizer: Mapping[str, Any], splitting: str, model_dir: Path) -> str:
+    """The Unicode form that the normalizer makes of a text, "" for none; TapirError for one that does more."""
+    kinds = [str(step.get("type")) for step in steps_of(tokenizer, "normalizer", "normalizers")]
+    if not kinds and splitting in COMPOSING:
+        kinds = loaded_normalizer(model_dir)
+    if len(kinds) > 1 or not set(kinds) <= set(FORMS):
+        raise TapirError(
+            f"llama.cpp does not do what its normalizer does: {', '.join(kinds)}",
+            where=str(model_dir / "tokenizer.json"),
+            fix=f"Those of one step that are mapped: {', '.join(FORMS)}.",
+        )
+    return kinds[0] if kinds else ""
+
+
+def loaded_normalizer(model_dir: Path) -> list[str]:
+    """The normalizer's steps as transformers loads it: Qwen2Tokenizer composes, whatever tokenizer.json says."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    state = json.loads(loaded.backend_tokenizer.to_str())
+    return [str(step.get("type")) for step in steps_of(state, "normalizer", "normalizers")]
 
 
 def read_tokenizer(model_dir: Path) -> dict[str, Any]:
     """tokenizer.json; of a folder with SentencePiece's tokenizer.model alone what transformers makes of that."""
     if (model_dir / "tokenizer.json").is_file() or not (model_dir / "tokenizer.model").is_file():
-        found: dict[str, Any] = read_json(model_dir / "tokenizer.json")
-        return found
+        return read_json(model_dir / "tokenizer.json")
     from transformers import AutoTokenizer
 
     try:
@@ -98,10 +165,10 @@ def read_tokenizer(model_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of the model; TapirError naming it when it is absent or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the model; TapirError naming the file when it is absent or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TapirError(
             "the file is missing",
@@ -110,6 +177,9 @@ def read_json(path: Path) -> Any:
         ) from error
     except ValueError as error:
         raise TapirError(f"not JSON: {error}", where=str(path), fix="Save model and tokenizer again.") from error
+    if not isinstance(found, dict):
+        raise TapirError("not a JSON object", where=str(path), fix="Save model and tokenizer again.")
+    return found
 
 
 def read_template(model_dir: Path) -> str:
@@ -119,7 +189,8 @@ def read_template(model_dir: Path) -> str:
         return beside.read_text(encoding="utf-8")
     template = read_json(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     if not template:
         raise TapirError(
             "the tokenizer has no chat template",
@@ -137,19 +208,14 @@ def special_texts(model_dir: Path) -> dict[str, str]:
         key: value for key, value in settings.items() if value is not None
     }
     entries = {name: named.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    texts = {name: entry["content"] if isinstance(entry, dict) else entry for name, entry in entries.items()}
-    return {name: text for name, text in texts.items() if text}
+    texts = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and text}
 
 
 def end_of_turn(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
     """The token that the template ends an answer with, as llama.cpp's `eot`: it must stop there whatever eos is."""
-    probe = "so be it"
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
-    whole = training_text(
-        template, (Message("user", "probe"),), probe, bos_token=texts.get("bos", ""), eos_token=texts.get("eos", "")
-    )
-    tail = whole[1].rpartition(probe)[2]
-    found = min((text for text in added if text in tail), key=lambda text: (tail.index(text), -len(text)), default=None)
+    found = turn_end(added, template, texts.get("bos", ""), texts.get("eos", ""))
     return {} if found is None else {"eot": added[found]}
 
 
@@ -178,26 +244,29 @@ def splitting(step: Mapping[str, Any]) -> str:
     return "digits" if kind == "Digits" and step.get("individual_digits") else str(kind)
 
 
-def byte_level_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
+def byte_level_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
     """Rows by id: NORMAL ones of the vocabulary, then CONTROL (special) and USER_DEFINED (added) on top."""
     from gguf import TokenType
 
     rows = {number: Token(text, TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
-    return rows | added_tokens(tokenizer)
+    return rows | added_tokens(tokenizer, control)
 
 
-def added_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
-    """Tokens that are found in the text before it is cut."""
+def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+    """Tokens that are found in the text before it is cut; those in `control` are special whatever tokenizer.json says.
+
+    A row's text may not end a turn, so the token that the template ends one with is special too.
+    """
     from gguf import TokenType
 
     kinds = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
     return {
-        token["id"]: Token(token["content"], kinds[bool(token["special"])])
+        token["id"]: Token(token["content"], kinds[bool(token["special"]) or token["content"] in control])
         for token in tokenizer.get("added_tokens", ())
     }
 
 
-def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
+def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
     """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
 
     tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens
@@ -214,7 +283,7 @@ def sentencepiece_tokens(tokenizer: Mapping[str, Any]) -> dict[int, Token]:
         kind = TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
         rows[number] = Token(text, kind, -float(ranks.get(text, len(ranks) * 2)))
     runs = {number for number, row in rows.items() if row.text == SPACE * len(row.text)}
-    rows |= {number: row for number, row in added_tokens(tokenizer).items() if number not in runs}
+    rows |= {number: row for number, row in added_tokens(tokenizer, control).items() if number not in runs}
     unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
     return rows if unknown is None else rows | {unknown: Token(rows[unknown].text, TokenType.UNKNOWN)}
 
@@ -242,8 +311,16 @@ def padded(rows: Mapping[int, Token], size: int, model_dir: Path) -> Iterator[To
         raise TapirError(
             f"the tokenizer has token {max(rows)}, the embedding {size} rows", where=str(model_dir), fix=fix
         )
+    texts = Counter(row.text for row in rows.values())
+    if texts.total() > len(texts):
+        raise TapirError(
+            f"two of its tokens have the same text, {texts.most_common(1)[0][0]!r}, which llama.cpp cannot load",
+            where=str(model_dir / "tokenizer.json"),
+            fix="Take the tokenizer that the model was published with.",
+        )
     for number in range(size):
-        yield rows.get(number) or Token(f"[PAD{number}]", TokenType.UNUSED)
+        spare = f"[PAD{number}]"
+        yield rows.get(number) or Token(spare if spare not in texts else f"[UNUSED PAD{number}]", TokenType.UNUSED)
 
 
 def write_vocab(writer: Any, vocab: Vocab) -> None:
@@ -261,6 +338,8 @@ def write_vocab(writer: Any, vocab: Vocab) -> None:
         writer.add_add_space_prefix(vocab.space_prefix)
     else:
         writer.add_token_merges(list(vocab.merges))
+    if vocab.form or vocab.splitting in COMPOSING:
+        writer.add_string(FORM_KEY, vocab.form or "none")
     for name, number in vocab.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(False)

@@ -1,12 +1,12 @@
-"""A GGUF opened with llama.cpp: its weights, adapter and context, and its tokens."""
+"""A GGUF opened with llama.cpp: its weights, its adapter and its context."""
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
 from tapir_local.libllama import LOG, cores, failure, gpu_memory, library
@@ -16,6 +16,10 @@ from tapir_local.memory import size as bytes_of
 LONGEST = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
 REMAKE = "Delete it and run again, so that it is made anew."
 UBATCH, BATCH = 512, 2048  # tokens computed at once, and handed over at once: llama-batched-bench's
+FORM_KEY = "tapir_local.normalizer"  # of our exports' metadata
+Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
+FORMS: tuple[Form, ...] = get_args(Form)
+COMPOSING = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")  # pre-tokenizers of families that use NFC
 GPU_SHARE = 0.8  # of a GPU's free memory for weights at the most: the rest is for answers
 
 
@@ -46,7 +50,8 @@ class Model:
     """An open GGUF. `template`, `bos` and `eos` are texts out of its metadata, empty where it has none.
 
     `room` is the main memory in bytes that its weights leave free, `on_gpu` the share of its layers that a GPU holds.
-    `pieces` and `ends` are what tokens stand for and whether they end a turn, as far as that was asked.
+    `form` is the Unicode form that a text must have before it is tokenized, None where any will do. `pieces`, `ends`
+    and `lists` are what is known of its tokens, as far as that was asked (see tokens.py).
     """
 
     gguf: Path
@@ -59,6 +64,8 @@ class Model:
     advice: Advice
     room: int
     on_gpu: float
+    form: Form | None = None
+    lists: list[Any] = field(default_factory=list, compare=False, repr=False)
     pieces: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
     ends: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
 
@@ -203,12 +210,23 @@ def described(gguf: Path, handle: Any, adapter: Any, advice: Advice, room: int, 
     vocab = llama.llama_model_get_vocab(handle)
     template = (llama.llama_model_chat_template(handle, None) or b"").decode()
     bos, eos = (token_text(vocab, number) for number in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)))
-    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice, room, on_gpu)
+    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice, room, on_gpu, form_of(handle))
+
+
+def form_of(handle: Any) -> Form | None:
+    """The Unicode form that the tokenizer's normalizer makes, which llama.cpp does not.
+
+    Our exports say it. In a GGUF that others made, the name of the pre-tokenizer tells of families that use NFC.
+    """
+    said = value_of(handle, FORM_KEY)
+    if said:
+        return next((form for form in FORMS if form == said), None)
+    return "NFC" if value_of(handle, "tokenizer.ggml.pre") in COMPOSING else None
 
 
 def token_text(vocab: Any, number: int) -> str:
     """A special token as it is written in a rendered prompt; empty for -1, none."""
-    return "" if number < 0 else library().llama_vocab_get_text(vocab, number).decode()
+    return "" if number < 0 else library().llama_vocab_get_text(vocab, number).decode("utf-8", "replace")
 
 
 @contextmanager
@@ -274,9 +292,14 @@ def open_engine(
 
 def metadata(model: Model, key: str) -> str:
     """A value of the GGUF's metadata as text; empty where it has none."""
+    return value_of(model.handle, key)
+
+
+def value_of(handle: Any, key: str) -> str:
+    """As `metadata`, of a handle of llama.cpp's."""
     buffer = ctypes.create_string_buffer(256)
-    count = library().llama_model_meta_val_str(model.handle, key.encode(), buffer, len(buffer))
-    return buffer.value.decode() if count >= 0 else ""
+    count = library().llama_model_meta_val_str(handle, key.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if count >= 0 else ""
 
 
 def number_of(model: Model, key: str, default: int) -> int:
@@ -288,54 +311,6 @@ def number_of(model: Model, key: str, default: int) -> int:
 def made_for(model: Model) -> int:
     """The tokens of the longest text that the model was made for."""
     return int(library().llama_model_n_ctx_train(model.handle))
-
-
-def is_end(model: Model, token: int) -> bool:
-    """True for the tokens at which llama.cpp stops."""
-    known = model.ends.get(token)
-    if known is None:
-        known = model.ends[token] = bool(library().llama_vocab_is_eog(model.vocab, token))
-    return known
-
-
-def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
-    """Token ids of a rendered text: its special tokens are read as such, and none is added unless `add_special`."""
-    llama, raw = library(), text.encode()
-    room = len(raw) + 4  # a token is at least a byte, but for BOS, EOS and SentencePiece's leading space
-    tokens = (llama.llama_token * room)()
-    count = llama.llama_tokenize(model.vocab, raw, len(raw), tokens, room, add_special, True)
-    if count < 0:
-        raise failure(f"llama.cpp cannot tokenise {text[:40]!r}", model.gguf, model.advice.unusable)
-    return list(tokens[:count])
-
-
-def piece(model: Model, token: int) -> bytes:
-    """The bytes a token stands for; none for a special one. A character may be spread over several tokens."""
-    known = model.pieces.get(token)
-    if known is None:
-        known = model.pieces[token] = read_piece(model, token)
-    return known
-
-
-def read_piece(model: Model, token: int) -> bytes:
-    llama = library()
-    buffer = ctypes.create_string_buffer(64)
-    count = llama.llama_token_to_piece(model.vocab, token, buffer, len(buffer), 0, False)
-    if count < 0:
-        buffer = ctypes.create_string_buffer(-count)
-        count = llama.llama_token_to_piece(model.vocab, token, buffer, len(buffer), 0, False)
-    return buffer.raw[:count]
-
-
-def decode(model: Model, tokens: Sequence[int], most: int | None = None) -> str:
-    """The text of an answer, or its first `most` bytes, as written: no spaces tidied, no UTF-8 shown as U+FFFD."""
-    return b"".join(piece(model, token) for token in tokens)[:most].decode("utf-8", "replace")
-
-
-def tokenize(gguf: Path, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
-    """Token ids of several texts; only the vocabulary is loaded."""
-    with open_model(gguf, vocab_only=True) as model:
-        return [encode(model, text, add_special=add_special) for text in texts]
 
 
 def template_of(gguf: Path) -> tuple[str, str, str]:

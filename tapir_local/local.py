@@ -14,6 +14,7 @@ from tapir_local.errors import TapirError
 from tapir_local.generate import answer_all, encode_prompt, encode_prompts
 from tapir_local.llama import Advice, Model, made_for, open_model, template
 from tapir_local.sequences import Manner, Written
+from tapir_local.vocab_check import check_vocabulary
 
 ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process is answering
 
@@ -70,6 +71,7 @@ def claim(asking: Asking, job: Job) -> bool:
 def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
     """Open the GGUF, answer the jobs, those of one manner together, and close it."""
     path, role = gguf_of(asking.endpoint), role_of(asking.endpoint)
+    check_vocabulary(path, advice(role))
     with open_model(path, advice=advice(role), tell=asking.warn) as model:
         if identity_of(asking.endpoint) != asking.identity:  # its answers would be kept under another's keys
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")

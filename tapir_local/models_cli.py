@@ -28,6 +28,7 @@ def at_once(context: click.Context, option: click.Parameter, text: str) -> int |
 @click.argument("model", type=FILE)
 @click.argument("prompts", type=FILE)
 @click.option("-o", "--out", type=FILE, help="File of the answers, whole or absent; standard output if left out.")
+@click.option("--force", is_flag=True, help="Write OUT again where it is there already.")
 @click.option("--adapter", type=FILE, help="A LoRA GGUF over the model.")
 @click.option(
     "--parallel",
@@ -54,6 +55,7 @@ def generate(
     model: Path,
     prompts: Path,
     out: Path | None,
+    force: bool,
     adapter: Path | None,
     parallel: int | None,
     max_tokens: int,
@@ -72,9 +74,13 @@ def generate(
     an empty text and says so as its `finish`; the command then exits with 1.
     """
     from tapir_local.answering import Manner, answer_file, opened, read_schema, task_of
+    from tapir_local.outputs import check_output
 
     if "" in stop:
         raise click.BadParameter("it is empty", param_hint="--stop")
+    if out:
+        beside, fix = (".partial", ".partial.json"), "Name another, or write it again with --force."
+        check_output(out, [model, prompts, adapter, json_schema], beside=beside, force=force, fix=fix)
     schema = read_schema(json_schema) if json_schema else None
     manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema, stop)
     with (

@@ -1,12 +1,12 @@
 """Texts for the gate: many scripts, digits, white space, code, every added token, and the rows that were trained on."""
 
 import random
-import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from tapir_local.quoting import format_of
 from tapir_local.records import Example, Message, Prompt
-from tapir_local.template import asked_text, training_text
 
 PROBES = 600
 ANSWERS = 16  # prompts answered; more tell no more
@@ -27,6 +27,7 @@ FRAGMENTS = (
         "The quick brown fox",
         "I'm, you're, it'll, WE'VE, don't",
         "naïve café, coöperate, façade",
+        "nai\u0308ve cafe\u0301, A\u030a \u1112\u1161\u11ab, >\u0338 a\u0323\u0302",
         "ﬁne ½ ² Ⅷ",
     ),
     *(
@@ -106,32 +107,21 @@ FRAGMENTS = (
 def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
     """Every text to be tokenised: rows as they were trained on, prompt and completion, and the probes as prompts.
 
-    A tokenizer that composes characters first (NFC, Qwen's) gets composed ones: llama.cpp does not compose.
+    Special tokens that a row or a probe quotes are guarded in it (see quoting.py), as they are in training.
     """
     prompts = [*(row.prompt for row in rows), *((Message("user", text),) for text in probes(tokenizer))]
-    texts = [rendered(tokenizer, prompt) for prompt in prompts] + [answered(tokenizer, row) for row in rows]
-    composes = "NFC" in str(tokenizer.backend_tokenizer.normalizer)
-    return [unicodedata.normalize("NFC", text) for text in texts] if composes else texts
+    return [rendered(tokenizer, prompt) for prompt in prompts] + [answered(tokenizer, row) for row in rows]
 
 
 def rendered(tokenizer: Any, prompt: Prompt) -> str:
     """A prompt as the student is asked it."""
-    bos, eos = specials(tokenizer)
-    return asked_text(tokenizer.get_chat_template(), prompt, bos_token=bos, eos_token=eos)
+    return format_of(tokenizer).asked(prompt)
 
 
 def answered(tokenizer: Any, row: Example) -> str:
     """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
-    if not row.completion:
-        return rendered(tokenizer, row.prompt)
-    bos, eos = specials(tokenizer)
-    template = tokenizer.get_chat_template()
-    return "".join(training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos))
-
-
-def specials(tokenizer: Any) -> tuple[str, str]:
-    """BOS and EOS, which a template may write by name."""
-    return tokenizer.bos_token or "", tokenizer.eos_token or ""
+    form = replace(format_of(tokenizer), stops=())
+    return "".join(form.answered(row.prompt, row.completion)) if row.completion else form.asked(row.prompt)
 
 
 def sample(rows: Sequence[Example]) -> list[Prompt]:

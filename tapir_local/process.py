@@ -45,6 +45,10 @@ class Unsupported(TapirError):
     """What was tried first does not work here, and another way may."""
 
 
+class Crashed(TapirError):
+    """A library ended the process, by SIGABRT or SIGSEGV as a rule."""
+
+
 class Killed(OutOfMemory):
     """A process ended by SIGKILL, which is how the kernel takes memory back."""
 
@@ -132,11 +136,9 @@ def in_own_process(
 def environment(module: str = "") -> dict[str, str]:
     """The child's: patient threads, as many as there are processors for, the life line, our own modules where they are
     not installed; no keys, which a child has no use for."""
-    ours = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
-    path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
     fewer = {"OMP_NUM_THREADS": str(cpus())} if cpus() < len(os.sched_getaffinity(0)) else {}
     kept = {name: value for name, value in os.environ.items() if not is_secret(name, module)}
-    return {**PATIENT, **fewer, **kept, OWNED: "1", **({"PYTHONPATH": path} if path else {})}
+    return {**PATIENT, **fewer, **kept, OWNED: "1", **ours()}
 
 
 def is_secret(name: str, module: str = "") -> bool:
@@ -167,6 +169,13 @@ def reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dic
                 yield report
             except ValueError:
                 log.write(after)
+
+
+def ours() -> dict[str, str]:
+    """What lets a child find our own modules where they are not installed."""
+    places = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
+    path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path} if path else {}
 
 
 def follow(
@@ -209,7 +218,7 @@ def death(module: str, code: int, log: Path) -> TapirError:
         )
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
     last = f": {lines[-1]}" if lines else ""
-    return TapirError(
+    return (Crashed if code < 0 else TapirError)(
         f"{module} {how}{last}",
         where=str(log),
         fix="The whole message is in that file; the same command goes on from here.",

@@ -15,7 +15,8 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.libllama import LOG, failure, library
-from tapir_local.llama import Model, is_end
+from tapir_local.llama import Model
+from tapir_local.tokens import is_end
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 BLOCK = 512  # tokens summed together before a drawn one is sought among them

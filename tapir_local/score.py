@@ -9,10 +9,10 @@ from tapir_local.batching import Batch, decode_batch, last_logits, make_batch
 from tapir_local.errors import TapirError
 from tapir_local.generate import encode_prompt
 from tapir_local.libllama import library
-from tapir_local.llama import UBATCH, Engine, Model, encode, open_model, template
+from tapir_local.llama import UBATCH, Engine, Model, open_model, template
 from tapir_local.records import Prompt, Scored
 from tapir_local.room import open_first, planned_reading
-from tapir_local.template import training_text
+from tapir_local.tokens import encode, format_of
 
 SEQUENCES = 64  # texts in the context at once
 CELLS = 2048  # and tokens, where none is longer
@@ -89,7 +89,7 @@ def tokens_or_none(model: Model, number: int, prompt: Prompt, completion: str) -
 def tokens_of(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:
     """A text's ids: the prompt's, then what follows them in the ids of the whole, as in train.token_rows."""
     head = encode_prompt(model, prompt)
-    asked, answer = training_text(template(model), prompt, completion, bos_token=model.bos, eos_token=model.eos)
+    asked, answer = format_of(model).answered(prompt, completion)
     joined = encode(model, asked + answer)
     tail = joined[len(head) :] if joined[: len(head)] == head else encode(model, answer)
     return Tokens(number, head + tail, len(head))
@@ -111,26 +111,35 @@ def groups(texts: Sequence[Tokens], cells: int) -> Iterator[list[Tokens]]:
 
 def score_group(engine: Engine, batch: Batch, group: Sequence[Tokens]) -> dict[int, float]:
     """The log-probability of each text of a group, by its number; the last token of a text predicts nothing."""
+    found = {text.number: 0.0 for text in group}
+    asked: list[
+        tuple[int, int]
+    ] = []  # the token that each wanted row of the batch is to foretell, and the text's number
+    library().llama_memory_clear(engine.memory, False)
+    for slot, text in enumerate(group):
+        start, end = 0, len(text.ids) - 1
+        while start < end:
+            chunk = text.ids[start : min(end, start + batch.room)]
+            wanted = range(max(0, text.start - 1 - start), len(chunk))
+            batch.add(chunk, start, slot, wanted)
+            asked += [(text.ids[start + place + 1], text.number) for place in wanted]
+            start += len(chunk)
+            if not batch.room:
+                read_scores(engine, batch, asked, found)
+    read_scores(engine, batch, asked, found)
+    return found
+
+
+def read_scores(engine: Engine, batch: Batch, asked: list[tuple[int, int]], found: dict[int, float]) -> None:
+    """Decode the batch, and add what each row of it gives to its text; both are empty afterwards."""
     import numpy as np
 
-    rows = [
-        (ids[place], place, slot, place + 1 >= text.start, ids[place + 1], text.number)
-        for slot, text in enumerate(group)
-        for ids in [text.ids]
-        for place in range(len(ids) - 1)
-    ]
-    found = {text.number: 0.0 for text in group}
-    library().llama_memory_clear(engine.memory, False)
-    for start in range(0, len(rows), engine.batch):
-        token, pos, slot, wanted, target, number = zip(*rows[start : start + engine.batch], strict=True)
-        count = len(token)
-        batch.token[:count], batch.pos[:count], batch.seq[:count] = token, pos, slot
-        batch.logits[:count] = wanted
-        decode_batch(engine, batch, count)
-        targets = [(word, of) for word, of, is_wanted in zip(target, number, wanted, strict=True) if is_wanted]
-        for (_, of), value in zip(targets, logprobs(engine, np.array([word for word, _ in targets])), strict=True):
-            found[of] += float(value)
-    return found
+    if batch.room == batch.size:
+        return
+    decode_batch(engine, batch)
+    for (_, number), value in zip(asked, logprobs(engine, np.array([token for token, _ in asked])), strict=True):
+        found[number] += float(value)
+    asked.clear()
 
 
 def logprobs(engine: Engine, targets: Any) -> Any:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tapir_local.batching import Batch, decode_batch, last_logits, make_batch, put, try_batch
+from tapir_local.batching import Batch, decode_batch, last_logits, make_batch, try_batch
 from tapir_local.libllama import failure, library
-from tapir_local.llama import Engine, Model, decode, is_end, piece
+from tapir_local.llama import Engine, Model
 from tapir_local.room import worth_sharing
 from tapir_local.sampling import Sampler, Samplers, choose, drop, samplers, take
+from tapir_local.tokens import decode, is_end, piece
 
 Finish = Literal["stop", "length", "too_long"]
 GAP = 3  # idle sequences between two at work that are decoded along with them: one more part of a batch costs as much
@@ -152,8 +153,8 @@ def prefill_shared(work: Work) -> None:
     tokens = work.prompts[work.queue[0]][: work.shared] if work.shared else []
     for start in range(0, len(tokens), work.engine.batch):
         chunk = tokens[start : start + work.engine.batch]
-        put(work.batch, 0, chunk, start, work.engine.sequences - 1)
-        decode_batch(work.engine, work.batch, len(chunk))
+        work.batch.add(chunk, start, work.engine.sequences - 1)
+        decode_batch(work.engine, work.batch)
 
 
 def step(work: Work) -> None:
@@ -162,8 +163,8 @@ def step(work: Work) -> None:
     if not work.running:  # none of the prompts left was to be begun
         return
     turns = in_turn(work)
-    count, ready = fill(work, turns)
-    if not try_batch(work.engine, work.batch, count):
+    ready = fill(work, turns)
+    if not try_batch(work.engine, work.batch):
         give_way(work)
         return
     for run, chunk in turns:
@@ -180,7 +181,7 @@ def in_turn(work: Work) -> list[tuple[Running, Sequence[int]]]:
 
     llama.cpp computes split sequences together only if they follow one another, so there they are in order.
     """
-    room, turns = work.engine.batch, list[tuple[Running, Sequence[int]]]()
+    room, turns = work.batch.room, list[tuple[Running, Sequence[int]]]()
     for run in work.running:
         chunk = run.waiting[:room]
         if not chunk:
@@ -192,39 +193,36 @@ def in_turn(work: Work) -> list[tuple[Running, Sequence[int]]]:
     return turns
 
 
-def fill(work: Work, turns: Sequence[tuple[Running, Sequence[int]]]) -> tuple[int, list[Running]]:
-    """Write the batch; its size, and the sequences whose next token it tells, in the batch's order."""
-    tokens, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
-    ready = []
-    last = turns[0][0].slot
+def fill(work: Work, turns: Sequence[tuple[Running, Sequence[int]]]) -> list[Running]:
+    """Put the turns into the batch; the sequences whose next token it tells, in the batch's order.
+
+    Idle sequences get only rows that no turn needs.
+    """
+    ready, last = list[Running](), turns[0][0].slot
+    spare = work.batch.room - sum(len(chunk) for _, chunk in turns)
     for run, chunk in turns:
-        for idle in idle_between(work, last, run.slot, len(tokens)):
-            tokens.append(chunk[0])
-            positions.append(0)
-            slots.append(idle)
+        for idle in idle_between(work, last, run.slot, spare):
+            work.batch.add(chunk[:1], 0, idle)
+            spare -= 1
         last = run.slot
-        tokens += chunk
-        slots += [run.slot] * len(chunk)
-        positions += range(run.position, run.position + len(chunk))
-        if len(chunk) == len(run.waiting):
-            wanted.append(len(tokens) - 1)
+        whole = len(chunk) == len(run.waiting)
+        if not work.batch.add(chunk, run.position, run.slot, (len(chunk) - 1,) if whole else ()):
+            raise AssertionError("the turns were to fit into the batch")
+        if whole:
             ready.append(run)
-    count = len(tokens)
-    batch = work.batch
-    batch.token[:count], batch.pos[:count], batch.seq[:count] = tokens, positions, slots
-    batch.logits[wanted] = 1
-    return count, ready
+    return ready
 
 
-def idle_between(work: Work, last: int, slot: int, count: int) -> range:
+def idle_between(work: Work, last: int, slot: int, spare: int) -> range:
     """Empty sequences that are decoded with those at work, so that llama.cpp computes them in one piece.
 
-    Each has one token in it, which nobody reads, and is emptied first. None where the gap is wide: it costs more.
+    Each has one token in it, which nobody reads, and is emptied first. None where the gap is wide, as it costs more, or
+    where the batch has no `spare` rows for it.
     """
     if not work.engine.split or slot - last <= 1:
         return range(0)
     gap = range(last + 1, slot)
-    if len(gap) > (GAP_ON_GPU if work.engine.model.on_gpu else GAP) or count + len(gap) >= work.engine.batch // 2:
+    if len(gap) > min(spare, GAP_ON_GPU if work.engine.model.on_gpu else GAP):
         return range(0)
     for idle in gap:
         library().llama_memory_seq_rm(work.engine.memory, idle, -1, -1)

@@ -9,9 +9,9 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware
+from tapir_local.quoting import format_of, ids_of
 from tapir_local.recipe import Train
 from tapir_local.records import Example, instruction_of
-from tapir_local.template import training_text
 from tapir_local.unusable import BRIEF, Unusable
 
 LEFT_OUT = "left_out.jsonl"  # in a training's folder: the rows, as Unusable, that it did not learn from
@@ -72,8 +72,9 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     """Token ids and labels of every row that can be learned from, in order.
 
     The prompt's ids are those that a student is asked with; the completion's are what follows them in the ids of the
-    whole text, or its own where a token spans the boundary. A row is left out where it has more than `max_length`
-    tokens, since a completion without its end teaches not to stop, or where the chat template refuses it.
+    whole text, or its own where a token spans the boundary. A special token that a row quotes is text. A row is left
+    out where it has more than `max_length` tokens, since a completion without its end teaches not to stop, or where the
+    chat template refuses it.
     """
     texts, refused = training_texts(examples, tokenizer)
     asked = ids_of(tokenizer, [prompt for _, prompt, _ in texts])
@@ -93,13 +94,11 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
 
 def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
     """Number, prompt and completion of each row as the template writes them; the numbers of those that it refuses."""
-    stops = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    bos, eos, template = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.get_chat_template()
+    form = format_of(tokenizer)
     texts, refused = list[tuple[int, str, str]](), dict[int, str]()
     for number, row in enumerate(examples):
         try:
-            text = training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos, stops=stops)
-            texts.append((number, *text))
+            texts.append((number, *form.answered(row.prompt, row.completion)))
         except TapirError as error:
             refused[number] = error.what
     return texts, refused
@@ -145,12 +144,6 @@ def epoch_order(lengths: Sequence[int], batch: int, chance: random.Random) -> li
     longest = max(range(len(order)), key=lambda place: lengths[order[place]], default=0)
     order[:1], order[longest : longest + 1] = order[longest : longest + 1], order[:1]
     return order
-
-
-def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, none added: the template has written the special ones."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return ids
 
 
 def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = False) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def read_model(model_dir: Path) -> dict[str, Source]:
     index = model_dir / "model.safetensors.index.json"
     if not index.is_file():
         return read_header(model_dir / "model.safetensors")
-    wanted: dict[str, str] = read_json(index)["weight_map"]
-    files, fix = sorted(set(wanted.values())), "Download or copy the model again, every file of it."
+    wanted, fix = weight_map(index), "Download or copy the model again, every file of it."
+    files = sorted(set(wanted.values()))
     missing = [file for file in files if not (model_dir / file).is_file()]
     if missing:
         names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
@@ -56,6 +56,23 @@ def read_model(model_dir: Path) -> dict[str, Source]:
     if absent:
         raise TapirError(f"tensor {absent[0]} is not in {wanted[absent[0]]}", where=str(model_dir), fix=fix)
     return found
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor. TapirError where the index is none, or names a file outside the model's own folder."""
+    files = read_json(index).get("weight_map")
+    fix = "Take a whole copy of the model from a source that you trust."
+    if not isinstance(files, dict) or not files:
+        raise TapirError("it has no weight_map", where=str(index), fix=fix)
+    odd = [file for file in files.values() if not isinstance(file, str) or not is_plain(file)]
+    if odd:
+        raise TapirError(f"it names a file that is not in the model's folder: {odd[0]!r}", where=str(index), fix=fix)
+    return files
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is a file's own, with no folder in it."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def read_header(file: Path) -> dict[str, Source]:

@@ -146,7 +146,8 @@ def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path, lora: 
     import torch
 
     from tapir_local.batching import logits
-    from tapir_local.llama import encode, open_context, open_model
+    from tapir_local.llama import open_context, open_model
+    from tapir_local.tokens import encode
 
     with open_model(gguf, adapter=lora) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
         ids = encode(model, TEXT)

@@ -242,6 +242,26 @@ def test_a_missing_shard_is_named(llama: Student, tmp_path: Path) -> None:
         export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
 
 
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None])
+def test_a_shard_that_lies_elsewhere_is_not_read(llama: Student, tmp_path: Path, name: object) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama.model, folder)
+    shutil.copy(llama.model / "model.safetensors", tmp_path / "secret.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": name}}))
+    with pytest.raises(TapirError, match="names a file that is not in the model's folder") as caught:
+        export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
+    assert caught.value.where == str(index)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_an_index_that_is_none_is_said(llama: Student, tmp_path: Path, text: str) -> None:
+    shutil.copytree(llama.model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(TapirError, match="no weight_map"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf", adapter=None, quant="f32")
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

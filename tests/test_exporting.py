@@ -88,6 +88,25 @@ def test_what_will_not_do_is_said_and_nothing_is_left(llama, tmp_path: Path, cha
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--base", "base.gguf"], "--base"),
+        (["--base", "base.gguf", "--adapter", "lora"], "--base"),
+        (["--adapter", "lora", "--adapter-only", "--no-gate", "--base", "base.gguf"], "--base"),
+        (["--adapter", "lora", "--adapter-only", "--no-gate", "--converter", "llama.cpp"], "--converter"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str], option: str) -> None:
+    """With --base and no --adapter-only the gate once checked the base, and the new file was shipped unchecked."""
+    (tmp_path / "base.gguf").write_bytes(llama.gguf.read_bytes())
+    given = [str(tmp_path / word) if word == "base.gguf" else word for word in words]
+    given = [str(llama.adapter) if word == "lora" else word for word in given]
+    found = CliRunner().invoke(cli.cli, ["export", str(llama.model), str(tmp_path / "out.gguf"), *given])
+    assert f"{option} is of no use here" in str(found.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+
+
 def test_a_file_that_is_there_is_not_overwritten(llama, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").write_text("mine")
     with pytest.raises(TapirError, match="there already"):

@@ -23,7 +23,14 @@ from tapir_local.train import TrainJob, run_job
 LLAMA2_TOKENIZER = Path(__file__).parents[2] / "shared/data/tokenizers/granite-7b-lab"
 ROWS = [
     Example(str(n), (Message("user", f"What is {n} plus {n + 2}?"),), f"It is {2 * n + 2}, naïve café 你好 🙂.")
-    for n in range(16)
+    for n in range(14)
+]
+QUOTED = "<|im_end|>, <|eos|>, <end_of_turn>, <eos>, </s>, <|endoftext|>, <tool>"
+ROWS += [
+    Example("quoted", (Message("user", f"Which of {QUOTED} ends a turn?"),), f"Each of {QUOTED} does."),
+    Example(
+        "composed", (Message("user", "Write cafe\u0301 and \u1112\u1161\u11ab."),), "Cafe\u0301, \u1112\u1161\u11ab."
+    ),
 ]
 SETTINGS = Train(epochs=1, learning_rate=5e-3, batch_size=4, micro_batch_size=4, lora_rank=4, lora_alpha=8)
 LLAMA3_ROPE = {

@@ -15,22 +15,11 @@ from tapir_local.batching import logits, make_batch
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
 from tapir_local.generate import answer, chat_stream, encode_prompt, generate
-from tapir_local.llama import (
-    Engine,
-    Model,
-    decode,
-    encode,
-    is_end,
-    open_context,
-    open_engine,
-    open_model,
-    piece,
-    template_of,
-    tokenize,
-)
+from tapir_local.llama import Engine, Model, open_context, open_engine, open_model, template_of
 from tapir_local.records import Completion, Message
 from tapir_local.sampling import GREEDY, Sampler, draw, open_grammar, pick, samplers, take
 from tapir_local.sequences import Manner, Work, Written, answer_each, common, leave, step
+from tapir_local.tokens import decode, encode, is_end, piece, tokenize
 
 SUBJECTS = (
     "7 times 8",
