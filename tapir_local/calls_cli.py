@@ -161,11 +161,12 @@ def verify(run: str | None, cache: Path | None) -> None:
 
 
 def locked_keys(cache: Path | None, run: str) -> list[str]:
-    """The keys in a run's tapir.lock, [] where the run's folder is not there."""
+    """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
     from tapir_local.lockfile import keys_of, locked
-    from tapir_local.rundir import RunDir
+    from tapir_local.rundir import named_run
 
-    return keys_of(locked(RunDir(store_path(cache).parent, run)))
+    folder = named_run(store_path(cache).parent, run)
+    return keys_of(locked(folder)) if folder else []
 
 
 @calls.command(name="export", epilog=example("tapir-local calls export --run quickstart quickstart.db"))

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
+from tapir_local.private import private_file
 from tapir_local.rundir import write_record
 
 Progress = Callable[[int, int, str], None]
@@ -59,6 +60,7 @@ def run_module(
     log and its last line. The child is stopped when this is interrupted, and ends by itself when this process dies.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    private_file(log)
     start = [beside_python(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
     with log.open("wb", buffering=0) as errors:  # the child writes at the same place
         child = popen([*start, "-m", module, str(folder)], errors, LAUNCHED if launcher else {}, log)

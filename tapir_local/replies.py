@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
+from tapir_local.usage import counts_of
+
 BRIEF = 300  # characters of a server's message that are worth reading
 AGAIN = frozenset({408, 409, 425})  # besides 429 and 5xx: the server had no time, or a lock in the way
 ENDED = frozenset({"eos", "end_turn", "stop_sequence"})  # other servers' words for "stop"
@@ -39,14 +41,12 @@ def read_reply(raw: bytes) -> Reply:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a chat completion: {raw[:BRIEF]!r}") from error
     finish = str(choice.get("finish_reason") or "")
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     return Reply(
         text,
         "content_filter" if refused else "stop" if finish in ENDED else finish,
         str(body.get("model") or ""),
         str(body.get("system_fingerprint") or ""),
-        count_of(usage.get("prompt_tokens")),
-        count_of(usage.get("completion_tokens")),
+        *counts_of(body.get("usage")),
     )
 
 
@@ -55,11 +55,6 @@ def text_of(content: Any) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content)
     return "" if content is None else str(content)
-
-
-def count_of(value: Any) -> int:
-    """A token count, 0 where the server gives none."""
-    return value if isinstance(value, int) and 0 <= value < 2**63 else 0
 
 
 class Trouble(NamedTuple):

@@ -14,10 +14,11 @@ ORDER = """
 errors records tasks checkers own_tasks recipe recipe_text
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
-stats memory
+stats memory private usage reply_limits
 rundir assets lockfile unusable seedfiles
 libllama llama ollama batching room sampling sequences generate score
-process storerows storefile replies calls claims store search transfer pace pocket endpoint budget asking local foreign
+process storerows storefile inserting replies calls claims store search transfer pace pocket endpoint budget account
+asking local foreign
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
