@@ -143,7 +143,7 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
 
 
 @calls.command(epilog=example("tapir-local calls verify", "tapir-local calls verify --run quickstart"))
-@click.option("--run", help="See too that every call in this run's tapir.lock is there.")
+@click.option("--run", help="Check too that every call that this run used, or that its tapir.lock names, is there.")
 @cache_option
 def verify(run: str | None, cache: Path | None) -> None:
     """Read every call and check its key against its request; exits with 1 where one is damaged or absent."""
@@ -151,13 +151,23 @@ def verify(run: str | None, cache: Path | None) -> None:
     from tapir_local.calls import verify as check
 
     count, bad = check(store_path(cache))
-    gone = absent(store_path(cache), locked_keys(cache, run)) if run else []
+    gone = absent(store_path(cache), used_keys(cache, run)) if run else []
     for key in [*bad, *gone]:
         click.echo(key)
     missing = f", {len(gone):,} of run {run} absent" if run else ""
     click.echo(f"{count:,} calls read, {len(bad):,} damaged{missing}", err=True)
     if bad or gone:
         sys.exit(1)
+
+
+def used_keys(cache: Path | None, run: str) -> list[str]:
+    """The keys that a run used by the store's record or its tapir.lock; TapirError where it used none."""
+    from tapir_local.calls import opened
+    from tapir_local.transfer import keys_of
+
+    locked = [bytes.fromhex(key) for key in locked_keys(cache, run)]
+    with opened(store_path(cache)) as store:
+        return sorted(key.hex() for key in keys_of(store, store_path(cache), run, locked))
 
 
 def locked_keys(cache: Path | None, run: str) -> list[str]:
