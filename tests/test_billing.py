@@ -3,11 +3,14 @@
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from billing import BEHAVIOURS, PRICE, Biller, answering, behaving, late, usage, worked_then
@@ -139,11 +142,20 @@ def test_requests_in_flight_when_a_process_ends_are_counted(
     assert biller.calls > 8
 
 
-def test_the_store_names_requests_whose_process_was_killed_and_forgets_those_that_ended(
-    server: Server, store: Store
-) -> None:
-    ask(questions("a"), teacher(server), store, run="r")
-    assert not attempts(store)
+def test_a_request_is_on_the_disk_before_it_goes(server: Server, tmp_path: Path) -> None:
+    path, known = tmp_path / "teacher.db", list[int]()
+
+    def look(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        sql = "select count(*) from attempts where row = ? and tokens_out = 40"
+        with sqlite3.connect(path) as conn:
+            known.append(conn.execute(sql, (f"row-{body['messages'][-1]['content']}",)).fetchone()[0])
+        BEHAVIOURS["answers"](Biller(), handler, body)
+
+    server.otherwise = look
+    assert not start(server, path, Budget(calls=100), words(60))
+    assert known == [1] * 60
+    with sqlite3.connect(path) as conn:
+        assert conn.execute("select count(*) from attempts").fetchall() == [(0,)]
 
 
 # Bounds of replies
@@ -231,8 +243,6 @@ def test_what_is_estimated_is_told_apart(server: Server, store: Store) -> None:
 
 
 def test_a_damaged_answer_that_is_bought_again_counts_twice(server: Server, tmp_path: Path) -> None:
-    import sqlite3
-
     path = tmp_path / "teacher.db"
     for _ in range(3):
         with Store(path) as store:
@@ -263,3 +273,28 @@ def test_more_room_pays_for_the_cut_answers_alone(server: Server, store: Store, 
     assert len(server.bodies) == 105
     assert asked(400) == [True] * 100
     assert asked(20) == [False] * 100  # a longer answer is none to a request with less room
+
+
+def test_a_replay_finds_shorter_answers_and_a_run_is_told_their_keys(server: Server, store: Store) -> None:
+    (first,) = ask(questions("a", max_tokens=40), teacher(server), store, run="r")
+    with Store(store.path, "replay") as replay:
+        (again,) = ask(questions("a", max_tokens=80), teacher(server), replay, run="s")
+    assert (again.text, again.hit, again.key) == ("re: a", True, first.key)
+    (here,) = ask(questions("a", max_tokens=80), teacher(server), store, run="s")
+    assert here.key == first.key
+    store.flush()
+    with sqlite3.connect(store.path) as conn:
+        assert conn.execute("select run, hex(key) from uses order by run").fetchall() == [
+            ("r", first.key.upper()),
+            ("s", first.key.upper()),
+        ]
+
+
+@pytest.mark.parametrize("change", [{"model": "n"}, {"alias": "other"}, {"extra": {"top_p": 0.5}}])
+def test_an_answer_of_another_endpoint_or_with_other_settings_serves_nobody(
+    server: Server, store: Store, change: dict[str, Any]
+) -> None:
+    ask(questions("a", max_tokens=40), teacher(server), store, run="r")
+    assert not ask(questions("a", max_tokens=80), teacher(server, **change), store, run="r")[0].hit
+    assert not ask(questions("a", max_tokens=80, draw=1), teacher(server), store, run="r")[0].hit
+    assert not ask(questions("a", max_tokens=80, temperature=1.0), teacher(server), store, run="r")[0].hit
