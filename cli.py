@@ -1,5 +1,6 @@
 """The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
 
+import io
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from tapir_local.console import (
     cache_option,
     cache_words,
     chosen_run,
+    echo,
     example,
     json_option,
     print_json,
@@ -85,13 +87,13 @@ def distill(
         return
     if count := carry_out(chosen, run, replay):
         print_rounds(run)
-        click.echo(f"\n{count} stages done. {what_now(run, cache)}", err=True)
+        echo(f"\n{count} stages done. {what_now(run, cache)}", err=True)
     else:
-        click.echo(
+        echo(
             f"Run {run.name!r} is done already: {chosen.rounds} rounds. tapir-local status {run.name} shows it.",
             err=True,
         )
-        click.echo(what_now(run, cache), err=True)
+        echo(what_now(run, cache), err=True)
 
 
 def what_now(run: "RunDir", cache: Path | None) -> str:
@@ -144,6 +146,7 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     from tapir_local.display import watched
     from tapir_local.distill import distill as loop
     from tapir_local.distill import sequence
+    from tapir_local.tables import plain
     from tapir_local.tools import real_tools
 
     console, steps = Console(stderr=True), sequence(run, recipe.rounds)
@@ -151,7 +154,7 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     mode: Mode = "replay" if replay else "on"
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(plain(text), soft_wrap=True)
 
     with real_tools(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
@@ -210,6 +213,7 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
         "tapir-local show quickstart",
         "tapir-local show quickstart --round 2 --json",
         "tapir-local show quickstart --labels",
+        "tapir-local show quickstart --unusable",
     )
 )
 @click.argument("run", required=False)
@@ -217,22 +221,26 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
 @click.option(
     "--labels", is_flag=True, help="Instead: who labelled the rows of each task, and what the classifier confuses."
 )
+@click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
 @cache_option
 @json_option
-def show(run: str | None, number: int | None, labels: bool, cache: Path | None, as_json: bool) -> None:
+def show(run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool) -> None:
     """A round of RUN: its plan, its metrics by task, and some answers of its student."""
-    from tapir_local.display import round_tables
+    from tapir_local.display import round_tables, unusable_tables
     from tapir_local.labels import label_tables, labels_of
-    from tapir_local.report import round_of
+    from tapir_local.report import round_of, unusable_of
 
-    if labels and number is not None:
-        raise click.UsageError("--labels is of the whole run, not of a round")
+    if labels and unusable:
+        raise click.UsageError("give --labels or --unusable, not both")
+    if (labels or unusable) and number is not None:
+        raise click.UsageError(f"--{'labels' if labels else 'unusable'} is of the whole run, not of a round")
     place = chosen_run(cache, run)
-    found = labels_of(place) if labels else round_of(place, number)
+    found = labels_of(place) if labels else unusable_of(place) if unusable else round_of(place, number)
+    tables = label_tables if labels else unusable_tables if unusable else round_tables
     if as_json:
         print_json(found)
     else:
-        print_table(*(label_tables(found) if labels else round_tables(found)))
+        print_table(*tables(found))
 
 
 @cli.command(
@@ -255,8 +263,8 @@ def redo(run: str, number: int | None, stage: str, cache: Path | None) -> None:
     from tapir_local.distill import redo as undo
 
     gone = undo(chosen_run(cache, run), number, stage)
-    click.echo("\n".join(gone) if gone else "nothing was there", err=False)
-    click.echo(f"{len(gone)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
+    echo("\n".join(gone) if gone else "nothing was there", err=False)
+    echo(f"{len(gone)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
 
 
 @cli.command(
@@ -279,11 +287,11 @@ def chat(
     from tapir_local.chat import converse, once, students
 
     place = chosen_run(cache, run)
-    with students(place, number, vs, lambda text: click.echo(text, err=True)) as answering:
+    with students(place, number, vs, lambda text: echo(text, err=True)) as answering:
         if prompt is not None:
-            once(answering, prompt, temperature, lambda text: click.echo(text, nl=False))
+            once(answering, prompt, temperature, lambda text: echo(text, nl=False))
         else:
-            converse(answering, temperature, read_line, lambda text: click.echo(text, nl=False))
+            converse(answering, temperature, read_line, lambda text: echo(text, nl=False))
 
 
 def read_line() -> str | None:
@@ -307,7 +315,7 @@ def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
     if list_settings:
         print_settings(as_json)
     elif name:
-        click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
     else:
         print_recipes(as_json)
 
@@ -381,15 +389,17 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except TapirError as error:
         click.secho("error: ", err=True, nl=False, fg="red", bold=True)
-        click.echo(str(error), err=True)
+        echo(str(error), err=True)
         sys.exit(1)
     except click.ClickException as error:
-        error.show()
+        words = io.StringIO()
+        error.show(words)
+        echo(words.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as stopped:
-        click.echo("\nstopped; the same command goes on from here, and nothing paid for is lost", err=True)
+        echo("\nstopped; the same command goes on from here, and nothing paid for is lost", err=True)
         for note in getattr(stopped.__cause__ or stopped, "__notes__", ()):
-            click.echo(note, err=True)
+            echo(note, err=True)
         sys.exit(130)
 
 

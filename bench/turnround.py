@@ -24,7 +24,7 @@ from tapir_local.assets import POCKET_STUDENT
 from tapir_local.memory import size
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import overridden, parse_recipe
-from tapir_local.records import Example, Message
+from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, remove, write_rows
 from tapir_local.student import base_of
 from tapir_local.tools import exporter, gatekeeper, generator, shipper
@@ -116,6 +116,10 @@ def make_adapter(model: Path, out: Path, rank: int) -> None:
     (out / "adapter_config.json").write_text(json.dumps(settings))
 
 
+def unkept(answer: Completion) -> None:
+    """No answer is kept as it is written: all are returned."""
+
+
 def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, float]:
     """Seconds of one turn, by part, and the tokens a second that its student then writes."""
     folder = run.round(1)
@@ -127,9 +131,9 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     }
     write = generator(recipe, run)
     prompts = [(Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts)]
-    found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], quiet))
+    found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], quiet, unkept))
     with timed() as taken:
-        answers = write(gguf, prompts, [str(n) for n in range(len(prompts))], quiet)
+        answers = write(gguf, prompts, [str(n) for n in range(len(prompts))], quiet, unkept)
     return {**found, "all": sum(found.values()), "tokens/s": sum(row.tokens for row in answers) / taken[0]}
 
 

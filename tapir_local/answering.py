@@ -1,7 +1,6 @@
 """A file of prompts answered by a GGUF: completions as JSON lines, in the order of the prompts."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,9 +11,9 @@ from tapir_local import __version__
 from tapir_local.errors import TapirError
 from tapir_local.generate import generate
 from tapir_local.llama import Advice, unsaid
-from tapir_local.records import Completion, Prompt, from_json, to_json
+from tapir_local.records import Completion, Prompt
+from tapir_local.resumable import InOrder, going_on
 from tapir_local.room import Plan
-from tapir_local.rundir import remove, sync, write_json
 from tapir_local.seedfiles import read_path
 from tapir_local.seedforms import KNOWN, read_row
 
@@ -44,7 +43,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class Answered:
-    """What came of a file: answers, their tokens, and how many did not end by themselves or did not fit.
+    """What came of a file: answers, their tokens, how many did not end by themselves, did not fit or were not asked.
 
     `kept` of them were there already; `plan` is the context of the others, None where all were.
     """
@@ -53,6 +52,7 @@ class Answered:
     tokens: int
     cut: int
     too_long: int
+    refused: int = 0
     kept: int = 0
     plan: Plan | None = None
 
@@ -72,7 +72,7 @@ def answer_file(
     """
     rows, plans = read_prompts(prompts), list[Plan]()
     left = rows[len(done) :]
-    ordered = InOrder(out, [id for id, _ in left])
+    ordered = InOrder[Completion](out, [id for id, _ in left])
     found = generate(
         gguf,
         [prompt for _, prompt in left],
@@ -94,8 +94,8 @@ def answer_file(
     )
     answers = [*done, *found]
     finishes, tokens = [one.finish for one in answers], sum(one.tokens for one in answers)
-    cut, too_long = finishes.count("length"), finishes.count("too_long")
-    return Answered(len(answers), tokens, cut, too_long, len(done), plans[0] if plans else None)
+    cut, too_long, refused = (finishes.count(word) for word in ("length", "too_long", "refused"))
+    return Answered(len(answers), tokens, cut, too_long, refused, len(done), plans[0] if plans else None)
 
 
 def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
@@ -119,22 +119,6 @@ def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
     return found
 
 
-class InOrder:
-    """Writes completions in the order of their ids, holding back those whose turn has not come."""
-
-    def __init__(self, out: IO[str], ids: list[str]) -> None:
-        self.out, self.ids, self.next = out, ids, 0
-        self.waiting: dict[str, Completion] = {}
-
-    def add(self, completion: Completion) -> None:
-        """Take one, and write all whose turn it is."""
-        self.waiting[completion.id] = completion
-        while self.next < len(self.ids) and self.ids[self.next] in self.waiting:
-            self.out.write(to_json(self.waiting.pop(self.ids[self.next])) + "\n")
-            self.next += 1
-        self.out.flush()
-
-
 @contextmanager
 def opened(path: Path | None, stdout: IO[str], task: Mapping[str, Any]) -> Iterator[tuple[IO[str], list[Completion]]]:
     """Where answers go, a file that is whole or absent or standard output, and the answers that are there already.
@@ -145,40 +129,8 @@ def opened(path: Path | None, stdout: IO[str], task: Mapping[str, Any]) -> Itera
     if path is None:
         yield stdout, []
         return
-    partial, note = (path.with_name(path.name + end) for end in (".partial", ".partial.json"))
-    if not (partial.exists() and note.exists() and read_json(note) == task):
-        remove(partial)
-        write_json(note, dict(task))
-    done = kept_answers(partial)
-    try:
-        with partial.open("a", encoding="utf-8") as file:
-            yield file, done
-        sync(partial)
-        partial.rename(path)
-        remove(note)
-        sync(path.parent)
-    except OSError as error:
-        fix = "Make room or mend the folder; the same command goes on from here."
-        raise TapirError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
-
-
-def read_json(path: Path) -> Any:
-    """What a note says; None where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def kept_answers(partial: Path) -> list[Completion]:
-    """The whole lines of a cut file; a last one that is torn is taken off it."""
-    if not partial.exists():
-        return []
-    text = partial.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        os.truncate(partial, len(whole))
-    return [from_json(Completion, line, str(partial)) for line in whole.splitlines()]
+    with going_on(path, task, Completion) as kept:
+        yield kept
 
 
 def task_of(gguf: Path, prompts: Path, manner: Manner) -> dict[str, Any]:

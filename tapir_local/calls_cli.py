@@ -10,6 +10,7 @@ import click
 
 from tapir_local.console import (
     cache_option,
+    echo,
     example,
     json_option,
     print_json,
@@ -43,7 +44,7 @@ def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
     print_rows("calls", names, count(store_path(cache), run), as_json)
     stored, weight = size(store_path(cache))
     each = f", {weight / stored:,.0f} bytes a call" if stored else ""
-    click.echo(f"{stored:,} calls stored, {weight / 1e6:,.1f} MB{each}", err=True)
+    echo(f"{stored:,} calls stored, {weight / 1e6:,.1f} MB{each}", err=True)
 
 
 @calls.command(epilog=example("tapir-local calls cost --run quickstart", "tapir-local calls cost --by run --json"))
@@ -99,9 +100,9 @@ def search(
 
     rows = find(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=slowly("calls indexed"))
     if not rows:
-        click.echo("no call has all of these words", err=True)
+        echo("no call has all of these words", err=True)
     if len(rows) > limit:
-        click.echo(f"more than {limit:,} calls have these words; --limit shows more", err=True)
+        echo(f"more than {limit:,} calls have these words; --limit shows more", err=True)
     rows = rows[:limit]
     if not as_json:
         rows = [{**row, "key": row["key"][:12]} for row in rows]
@@ -135,11 +136,11 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({name: item for name, item in found.items() if name != "told"})
         return
-    click.echo(f"A {found['a']}\nB {found['b']}")
+    echo(f"A {found['a']}\nB {found['b']}")
     first, *others = found["told"] or ["they are one and the same request"]
-    click.echo(first)
+    echo(first)
     for sentence in others:
-        click.echo(f"also {sentence}")
+        echo(f"also {sentence}")
 
 
 @calls.command(epilog=example("tapir-local calls verify", "tapir-local calls verify --run quickstart"))
@@ -153,9 +154,9 @@ def verify(run: str | None, cache: Path | None) -> None:
     count, bad = check(store_path(cache))
     gone = absent(store_path(cache), used_keys(cache, run)) if run else []
     for key in [*bad, *gone]:
-        click.echo(key)
+        echo(key)
     missing = f", {len(gone):,} of run {run} absent" if run else ""
-    click.echo(f"{count:,} calls read, {len(bad):,} damaged{missing}", err=True)
+    echo(f"{count:,} calls read, {len(bad):,} damaged{missing}", err=True)
     if bad or gone:
         sys.exit(1)
 
@@ -192,9 +193,9 @@ def export_calls(file: Path, run: str | None, cache: Path | None) -> None:
 
     used = [bytes.fromhex(key) for key in locked_keys(cache, run)] if run else []
     done = export(store_path(cache), file, run, used)
-    click.echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
+    echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
     if done.lost:
-        click.echo(f"{done.lost:,} calls could not be read and were left out", err=True)
+        echo(f"{done.lost:,} calls could not be read and were left out", err=True)
         sys.exit(1)
 
 
@@ -237,7 +238,7 @@ def import_store_file(file: Path, cache: Path | None) -> None:
         found = import_store(store, file, slowly("calls read"))
     why = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
     refused = f", {found.refused.total():,} refused: {why}" if why else ""
-    click.echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
+    echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
     if why:
         sys.exit(1)
 
@@ -257,10 +258,10 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
     with written_store(cache) as store:
         take(store, teacher, rows, file, found, slowly("answers imported"))
     refused = f", refused: {reasons(found)}" if found.refused else ""
-    click.echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
+    echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
     if found.otherwise:
         said = f"the first: {found.difference}, `here` being the recipe"
-        click.echo(f"{found.otherwise:,} were asked with other settings than the recipe's; {said}", err=True)
+        echo(f"{found.otherwise:,} were asked with other settings than the recipe's; {said}", err=True)
 
 
 @contextmanager
@@ -270,5 +271,5 @@ def written_store(cache: Path | None) -> Iterator["Store"]:
 
     with Store(store_path(cache)) as store:
         for notice in store.notices:
-            click.echo(notice, err=True)
+            echo(notice, err=True)
         yield store

@@ -3,16 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from tapir_local.compare import UNITS
 from tapir_local.display import percent
+from tapir_local.tables import PlainTable
 
 NAMES = {"accuracy": "accuracy", "win_rate": "win rate"}
 
 
-def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
+def comparison_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     """The rounds with their cost, the chosen rounds against the first run's and, where asked for, each task's."""
     differences = differences_table(found["compared"], found["baseline"])
     differences.caption = " ".join([*found["notes"], differences_caption(found["compared"])])
@@ -25,9 +23,9 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> PlainTable:
     """An empty table with columns of text and of numbers."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = PlainTable(title)
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:
@@ -35,7 +33,7 @@ def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def rounds_table(found: Mapping[str, Any]) -> Table:
+def rounds_table(found: Mapping[str, Any]) -> PlainTable:
     """A row a round of each run: cost so far, accuracy and win rate with their intervals; the chosen one is marked."""
     table = table_of(
         f"runs side by side: {found['holdout']['rows']:,} rows of one holdout",
@@ -47,9 +45,7 @@ def rounds_table(found: Mapping[str, Any]) -> Table:
             table.add_section()
         costs = (count(row[name]) for name in ("rows", "tokens", "teacher_calls", "judge_calls"))
         rates = (rate_cell(row[metric]) for metric in NAMES)
-        table.add_row(
-            escape(row["run"]) if new else "", f"{'*' if row['chosen'] else ''}{row['round']}", *costs, *rates
-        )
+        table.add_row(row["run"] if new else "", f"{'*' if row['chosen'] else ''}{row['round']}", *costs, *rates)
     table.caption = rounds_caption(found)
     return table
 
@@ -66,14 +62,14 @@ def rounds_caption(found: Mapping[str, Any]) -> str:
     )
 
 
-def differences_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> Table:
+def differences_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> PlainTable:
     """A row for each metric and run: its rate, how far it is from the first run's, and p."""
     title = f"the chosen rounds against {baseline}'s, on the same rows"
     table = table_of(title, ["", "run"], ["round", "rate", "less first", "+/-", "p", "p Holm"])
     for row, new in begun(rows, "metric"):
         if new:
             table.add_section()
-        names = [NAMES[row["metric"]] if new else "", escape(row["run"]), str(row["round"])]
+        names = [NAMES[row["metric"]] if new else "", row["run"], str(row["round"])]
         table.add_row(*names, rate_cell(row), *gap_cells(row["difference"]))
     return table
 
@@ -91,12 +87,12 @@ def differences_caption(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def tasks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
     """One metric: a row for each task and run."""
     name = NAMES[rows[0]["metric"]]
     table = table_of(f"{name} by task", ["task", "run"], ["rows", name, "less first", "+/-", "p", "p Holm"])
     for row, new in begun(rows, "task"):
-        names = [escape(row["task"]) if new else "", escape(row["run"]), str(row["rows"])]
+        names = [row["task"] if new else "", row["run"], str(row["rows"])]
         table.add_row(*names, rate_cell(row), *gap_cells(row["difference"]))
     gaps = sum(row["difference"] is not None for row in rows)
     table.caption = (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import printable, safe_json
 
 if TYPE_CHECKING:
     from tapir_local.rundir import RunDir
@@ -30,6 +31,11 @@ cache_option = click.option(
     help="Folder of the store and the runs.  [default: cache]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text for people, made safe for a terminal."""
+    click.echo(printable(text), err=err, nl=nl)
 
 
 def store_path(cache: Path | None) -> Path:
@@ -68,7 +74,7 @@ def slowly(what: str) -> Callable[[int, int], None]:
         nonlocal said
         if time.monotonic() - said > SIGN_OF_LIFE:
             said = time.monotonic()
-            click.echo(f"  {what}: {done:,} of {total:,}", err=True)
+            echo(f"  {what}: {done:,} of {total:,}", err=True)
 
     return show
 
@@ -83,9 +89,10 @@ def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], Non
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tapir_local.display import Rate
+    from tapir_local.tables import plain
 
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar, started, said = bars.add_task(what, total=None), time.monotonic(), time.monotonic()
 
@@ -95,9 +102,9 @@ def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], Non
             now = time.monotonic()
             if not console.is_terminal and now - said > SIGN_OF_LIFE:
                 said, rate = now, (done - before) / (now - started)
-                click.echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left(total - done, rate)} left", err=True)
+                echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left(total - done, rate)} left", err=True)
 
-        yield show, lambda words: console.print(words, markup=False, highlight=False, soft_wrap=True)
+        yield show, lambda words: console.print(plain(words), soft_wrap=True)
 
 
 def left(items: int, rate: float) -> str:
@@ -107,7 +114,7 @@ def left(items: int, rate: float) -> str:
 
 def print_json(value: Any) -> None:
     """Data for programs."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(safe_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def print_table(*tables: Any) -> None:

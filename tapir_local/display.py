@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from tapir_local.curriculum import FROM_POOL
 from tapir_local.distill import Step, Watch
 from tapir_local.forecast import Foreseen
+from tapir_local.printable import printable
+from tapir_local.tables import PlainTable, joined, plain
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
 LOG_EVERY = 30.0
@@ -32,12 +32,12 @@ class Rate(ProgressColumn):
 def watched(console: Console, done: int, total: int) -> Iterator[Watch]:
     """A Watch that shows a bar for the step at work and keeps one line for each that has ended, `done` before now."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[said]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield Shown(console, bars, done, total).watch()
@@ -62,20 +62,19 @@ class Shown:
 
     def progress(self, done: int, total: int, said: str) -> None:
         """Move the bar; without a terminal, now and then a line."""
-        self.bars.update(self.bar, completed=done, total=total or None, said=escape(said))
+        self.bars.update(self.bar, completed=done, total=total or None, said=printable(said))
         if not self.console.is_terminal and time.monotonic() - self.logged > LOG_EVERY:
             self.logged = time.monotonic()
-            self.console.print(
-                f"  {self.step}: {done:,} of {total:,} {said}", markup=False, highlight=False, soft_wrap=True
-            )
+            self.console.print(plain(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
         """The closing line: what came out, calls, seconds."""
         self.count += 1
         self.bars.update(self.bar, visible=False)
-        place = f"[dim]{self.count:>{len(str(self.total))}}/{self.total}[/dim]"
-        said = f"{escape(taken['note'])}{calls_phrase(taken)}  [dim]{taken['seconds']:.1f} s[/dim]"
-        self.console.print(f"{place} [bold]{step.name}[/bold]  {said}", highlight=False, soft_wrap=True)
+        place, seconds = f"{self.count:>{len(str(self.total))}}/{self.total}", f"  {taken['seconds']:.1f} s"
+        said = f"  {taken['note']}{calls_phrase(taken)}"
+        line = joined((place, "dim"), " ", (step.name, "bold"), said, (seconds, "dim"))
+        self.console.print(line, soft_wrap=True)
 
 
 def calls_phrase(taken: Mapping[str, Any]) -> str:
@@ -95,14 +94,9 @@ def interval(pair: Sequence[float] | None) -> str:
     return "" if pair is None else f"{pair[0]:.0%} to {pair[1]:.0%}"
 
 
-def rounds_table(status: Mapping[str, Any]) -> Table:
+def rounds_table(status: Mapping[str, Any]) -> PlainTable:
     """A row a round: win rate and accuracy on the holdout with their intervals, seconds."""
-    table = Table(
-        title=f"run {status['run']}: the holdout, round by round",
-        caption=caption(status),
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = PlainTable(f"run {status['run']}: the holdout, round by round", caption(status))
     for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
         table.add_column(name, justify="right")
     for row in status["rounds"]:
@@ -141,10 +135,11 @@ def caption(status: Mapping[str, Any]) -> str:
     return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
 
 
-def stages_table(status: Mapping[str, Any]) -> Table:
+def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
-    table = Table(title=f"run {status['run']}: stages", title_justify="left", caption_justify="left")
-    table.caption = "\n".join(f"WARNING: {text}" for text in status["warnings"]) or None
+    table = PlainTable(f"run {status['run']}: stages")
+    told = [*unusable_phrase(status), *(f"WARNING: {text}" for text in status["warnings"])]
+    table.caption = "\n".join(told) or None
     for name in ("stage", "done"):
         table.add_column(name)
     for name in ("seconds", "paid", "hits"):
@@ -155,9 +150,33 @@ def stages_table(status: Mapping[str, Any]) -> Table:
         for stage in stages:
             numbers = (shown(stage.get(key)) for key in ("seconds", "paid", "hits"))
             table.add_row(
-                f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, escape(stage.get("note") or "")
+                f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, stage.get("note") or ""
             )
     return table
+
+
+def unusable_phrase(found: Mapping[str, Any]) -> list[str]:
+    """A line that says how many rows were left out and how to see them; none where none was."""
+    kinds = Counter[str]()
+    for counts in found["unusable"].values():
+        kinds.update(counts)
+    said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    total = kinds.total()
+    rows = "1 row" if total == 1 else f"{total:,} rows"
+    return [f"{rows} left out: {said}. `tapir-local show {found['run']} --unusable` lists them."] if total else []
+
+
+def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable]:
+    """The rows left out, counted by step and reason, and the first of them."""
+    counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
+    rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
+    table = plain_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
+    if not rows:
+        table.caption = "No row was left out."
+        return [table]
+    first = plain_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "in particular", "text"], rows)
+    first.caption = f"All {len(found['rows']):,} are in unusable.jsonl of the run's folder; --json prints them."
+    return [table, first]
 
 
 def shown(value: float | None) -> str:
@@ -165,9 +184,9 @@ def shown(value: float | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
+def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> PlainTable:
     """A row a task; `columns` maps a key of its values to how it is shown: `rate` or `count`."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = PlainTable(title)
     table.add_column("task")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
@@ -176,21 +195,21 @@ def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapp
             percent(values.get(name)) if kind == "rate" else f"{int(values.get(name, 0)):,}"
             for name, kind in columns.items()
         )
-        table.add_row(escape(task), *cells)
+        table.add_row(task, *cells)
     return table
 
 
-def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
     """Text in columns."""
-    table = Table(title=title, title_justify="left")
+    table = PlainTable(title)
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*row)
     return table
 
 
-def round_tables(found: Mapping[str, Any]) -> list[Table]:
+def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     """A round's plan, metrics and answers, as far as they are there."""
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
@@ -202,13 +221,12 @@ def round_tables(found: Mapping[str, Any]) -> list[Table]:
         [row["task"], row["instruction"], row["teacher"], row["student"], scores_phrase(row["scores"])]
         for row in found["answers"]
     ]
-    return [
-        *tables,
-        plain_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells),
-    ]
+    answers = plain_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells)
+    answers.caption = "\n".join(unusable_phrase(found)) or None
+    return [*tables, answers]
 
 
-def plan_table(title: str, plan: Mapping[str, Any]) -> Table:
+def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
     """A row a task: the share asked and got, new rows."""
     new: Counter[str] = Counter()
     for expansion in plan["expansions"]:
@@ -249,9 +267,9 @@ JUDGED: Mapping[str, tuple[str, str]] = {
 }
 
 
-def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> Table:
+def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable:
     """A row a measure, a column each for the pool's judgements and the holdout's; a dash where there is no measure."""
-    table = Table(title=f"{title}: the judge", title_justify="left", caption_justify="left")
+    table = PlainTable(f"{title}: the judge")
     table.add_column("")
     for name in sets:
         table.add_column(name, justify="right")
@@ -276,9 +294,9 @@ def money(value: float | None) -> str:
     return f"{value:,.2f}" if value >= 1 or not value else f"{value:,.4f}"
 
 
-def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
+def forecast_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
     """A row a stage that will ask somebody, and their sum."""
-    table = Table(title=f"run {run}: what the rest will ask", title_justify="left", caption_justify="left")
+    table = PlainTable(f"run {run}: what the rest will ask")
     table.add_column("stage")
     for name in ("calls", "in the store", "to pay", "tokens in", "tokens out", "money"):
         table.add_column(name, justify="right")
@@ -307,20 +325,29 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> Table:
     return table
 
 
-def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> Table:
+def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainTable:
     """A row for each value of `by`: calls paid and from the store, tokens, money, what the store saved; their sum."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = PlainTable(title)
     table.add_column(by, min_width=13)
     numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
     for name in (*numbers, "money", "saved"):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(escape(str(row[by])), *(f"{row[name]:,}" for name in numbers), *moneys([row]))
+        table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *moneys([row]))
     table.add_section()
     table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *moneys(rows))
-    if any(row["failed"] for row in rows):
-        table.caption = "Failed: attempts without an answer. What they cost is in the tokens and the money."
+    table.caption = costs_caption(rows)
     return table
+
+
+def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the numbers of failed attempts and of estimated ones mean, where there are any."""
+    said = []
+    if any(row["failed"] for row in rows):
+        said.append("Failed: attempts without an answer. What may have been billed is in the tokens and the money.")
+    if count := sum(row["estimated"] for row in rows):
+        said.append(f"Of {count:,} calls and attempts no token counts came; the most that they may be is counted.")
+    return " ".join(said) or None
 
 
 def moneys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -336,10 +363,10 @@ def moneys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 def receipt(
     title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
-) -> tuple[Table, Text] | tuple[()]:
+) -> tuple[PlainTable, Text] | tuple[()]:
     """What a round cost by stage, and a line of what each task did; nothing where nobody was asked."""
     if not stages:
         return ()
     dearest = sorted(tasks, key=lambda row: -row["paid"])
     told = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in dearest)
-    return cost_table(title, stages, "stage"), Text(f"By task: {'; '.join(told)}.")
+    return cost_table(title, stages, "stage"), plain(f"By task: {'; '.join(told)}.")

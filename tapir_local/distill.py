@@ -17,6 +17,7 @@ from tapir_local.errors import TapirError
 from tapir_local.lockfile import unlock
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import differing, parse_recipe, to_yaml
+from tapir_local.resumable import forget_partial
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
 from tapir_local.shipping import SHIP, stale
 from tapir_local.stages import BASELINE, PREPARE, ROUND
@@ -164,7 +165,8 @@ def to_do(recipe: Recipe, run: RunDir) -> list[Step]:
 def do(step: Step, work: Work, watch: Watch) -> None:
     """One step, timed and counted; what it cost is recorded even when it fails."""
     began = time.monotonic()
-    remove(step.output.with_name(step.output.name + ".partial"))
+    if step.stage.resumes != step.stage.output:
+        remove(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
     with counted(work, step, began):
@@ -215,6 +217,9 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
         gone = [step for step in reversed(steps[first:]) if step.done]
         for step in gone:
             remove(step.output)
+        for step in steps[first:]:
+            if step.stage.resumes:
+                forget_partial(step.output.with_name(step.stage.resumes))
         names_gone = {step.name for step in steps[first:]}
         unlock(run, names_gone)
         forget_unusable(run, names_gone)

@@ -4,21 +4,22 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from tapir_local.curriculum import new_rows
 from tapir_local.display import cost_table, forecast_table, percent, plain_table, scores_phrase
 from tapir_local.records import RoundPlan
+from tapir_local.tables import PlainTable, plain
 from tapir_local.whatif import WhatIf
 
 
-def why_tables(found: Mapping[str, Any]) -> list[Table | Text]:
+def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
     """A row's story: what it is, each round, what grew from it, what it cost."""
-    head = Text(f"{found['id']} of run {found['run']}: {found['place']}\n")
-    head.append(f"task {found['task'] or 'not known yet'}, labelled by {found['labelled_by'] or 'nobody yet'}\n")
-    head.append(f"{found['instruction']}\n-> {found['answer']}\n")
+    head = plain(
+        f"{found['id']} of run {found['run']}: {found['place']}\n"
+        f"task {found['task'] or 'not known yet'}, labelled by {found['labelled_by'] or 'nobody yet'}\n"
+        f"{found['instruction']}\n-> {found['answer']}\n"
+    )
     cells = [
         [
             str(row["round"]),
@@ -30,30 +31,30 @@ def why_tables(found: Mapping[str, Any]) -> list[Table | Text]:
         ]
         for row in found["rounds"]
     ]
-    tables: list[Table | Text] = [
+    tables: list[PlainTable | Text] = [
         head,
         plain_table("round by round", ["round", "student : teacher", "MFD", "use", "why", "trained"], cells),
     ]
+    if found["left_out"]:
+        lost = [[row["step"], row["kind"], row["detail"]] for row in found["left_out"]]
+        tables.append(plain_table("where it was left out", ["step", "reason", "in particular"], lost))
     if found["grew"]:
         grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
         tables.append(plain_table("what grew from it", ["round", "row", "kept or why not", "instruction"], grew))
     return [*tables, cost_table("what it cost", found["cost"], "stage")] if found["cost"] else tables
 
 
-def what_if_tables(found: WhatIf) -> list[Table]:
+def what_if_tables(found: WhatIf) -> list[PlainTable]:
     """The plan as it is and as it would be, task by task, and the calls that would be made."""
     then, now = found.then, found.now
-    table = Table(
-        title=f"run {found.run}, round {found.round}: the plan with {', '.join(found.changes) or 'no change'}"
-    )
-    table.title_justify = table.caption_justify = "left"
+    table = PlainTable(f"run {found.run}, round {found.round}: the plan with {', '.join(found.changes) or 'no change'}")
     table.add_column("task")
     for name in ("share now", "share then", "to write now", "to write then"):
         table.add_column(name, justify="right")
     new = [new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
     for task in sorted({*then.got, *(now.got if now else ())}):
         shares = [percent(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
-        table.add_row(escape(task), *shares, *(str(counts[task]) for counts in new))
+        table.add_row(task, *shares, *(str(counts[task]) for counts in new))
     table.caption = "\n".join(what_if_phrases(found))
     return [table, forecast_table(found.calls, found.run)] if found.calls else [table]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tapir_local import keys, prompts
 from tapir_local.asking import Asking
+from tapir_local.assets import chat_template, model_folder
 from tapir_local.budget import money_of, price_of
 from tapir_local.curriculum import challenge, is_judged
 from tapir_local.distill import Step, refuse_changed, sequence
@@ -24,6 +25,7 @@ from tapir_local.records import Answer, Example, Request, instruction_of
 from tapir_local.rundir import RunDir, read_rows, write_rows
 from tapir_local.store import Store
 from tapir_local.storefile import tokens_by_stage
+from tapir_local.student_text import StudentText, any_student, read_student_text
 from tapir_local.tools import judge_of
 from tapir_local.work import Tools, Work
 
@@ -84,6 +86,7 @@ class Scout:
             score=unreached,
             gate=unreached,
             ship=unreached,
+            student_text=lambda: student_text(self.recipe),
         )
 
     def look_up(self, requests: Sequence[Request], endpoint: Endpoint) -> list[Answer]:
@@ -98,6 +101,15 @@ class Scout:
         if jobs:
             raise Unreached
         return [answer for answer in asking.answers if answer]
+
+
+def student_text(recipe: Recipe) -> StudentText:
+    """The student's chat template and tokens; where the student would first be downloaded, one that takes every row."""
+    settings = recipe.student
+    if settings.path != "pocket" and not Path(settings.path).is_dir():
+        return any_student(settings.max_length)
+    template = chat_template(settings.chat_template) if settings.chat_template else None
+    return read_student_text(model_folder(settings.path), settings.max_length, template)
 
 
 def forecast(recipe: Recipe, run: RunDir) -> list[Foreseen]:
@@ -120,7 +132,8 @@ def link(source: Path, target: Path) -> None:
     for folder, _, files in os.walk(source):
         place = target / Path(folder).relative_to(source)
         place.mkdir(exist_ok=True)
-        for name in files:
+        # What a stage is appending to just now is not for others to open.
+        for name in (name for name in files if not name.endswith((".partial", ".partial.json"))):
             (place / name).symlink_to((Path(folder) / name).absolute())
 
 

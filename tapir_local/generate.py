@@ -38,7 +38,7 @@ from tapir_local.sequences import (
     need,
     step,
 )
-from tapir_local.template import render
+from tapir_local.template import asked_text
 
 
 def generate(
@@ -66,7 +66,8 @@ def generate(
 
     `context` is tokens of a prompt and its answer together, the model's own at the most. `finish` is `stop` at any
     token that llama.cpp knows to end a turn and before the first of `stops` in the text, `length` at `max_tokens` or at
-    the context's end, and `too_long`, with no text, where the prompt leaves no room for an answer. Greedy at
+    the context's end, and with no text `too_long` where the prompt leaves no room for an answer, `refused` where the
+    chat template cannot render it (`tell` is told why). Greedy at
     temperature 0; else each answer is drawn with its own seed, made of `seed` and its id. The same call gives the same
     answers; at another `parallel`, near ties may fall otherwise unless `exact` (slower). Without `parallel` as many are
     in flight as are of use and as free memory has room for; fewer where it is short, of which `tell` is told. `schema`
@@ -79,14 +80,14 @@ def generate(
     if not prompts:
         return []
     with open_model(gguf, adapter=adapter, advice=advice, tell=tell) as model:
-        tokens = [encode_prompt(model, prompt) for prompt in prompts]
+        tokens = encode_prompts(model, prompts, tell)
         manner = Manner(max_tokens, within(model, context, tokens, tell), temperature, schema, tuple(stops))
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         found: dict[int, Completion] = {}
         answer_all(
             model,
             tokens,
-            keeper(model, names, found, each, progress),
+            keeper(model, names, tokens, found, each, progress),
             manner,
             seeds,
             parallel=parallel,
@@ -109,6 +110,7 @@ def named(ids: Sequence[str] | None, prompts: int) -> list[str]:
 def keeper(
     model: Model,
     names: Sequence[str],
+    prompts: Sequence[list[int]],
     found: dict[int, Completion],
     each: Callable[[Completion], None] | None,
     progress: Callable[[int, int], None] | None,
@@ -116,7 +118,8 @@ def keeper(
     """What takes every answer as it is done into `found`, and tells `each` and `progress`."""
 
     def keep(number: int, written: Written) -> None:
-        found[number] = Completion(names[number], written.text(model), written.finish, len(written.tokens))
+        finish = written.finish if prompts[number] else "refused"
+        found[number] = Completion(names[number], written.text(model), finish, len(written.tokens))
         if each:
             each(found[number])
         if progress:
@@ -126,9 +129,27 @@ def keeper(
 
 
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on."""
-    text = render(template(model), prompt, add_generation_prompt=True, bos_token=model.bos, eos_token=model.eos)
-    return encode(model, text)
+    """Token ids of a prompt as the GGUF's own template renders it: what train.py trained on.
+
+    A system turn goes into the user's where the template has no system role. TapirError when the template refuses the
+    prompt.
+    """
+    return encode(model, asked_text(template(model), prompt, bos_token=model.bos, eos_token=model.eos))
+
+
+def encode_prompts(model: Model, prompts: Sequence[Prompt], tell: Callable[[str], None] = unsaid) -> list[list[int]]:
+    """Token ids of every prompt, none for one that the template refuses; `tell` is told how many these are and why."""
+    found, refusals = list[list[int]](), list[str]()
+    template(model)
+    for prompt in prompts:
+        try:
+            found.append(encode_prompt(model, prompt))
+        except TapirError as error:
+            found.append([])
+            refusals.append(error.what)
+    if refusals:
+        tell(f"prompts that cannot be asked: {len(refusals):,} of {len(prompts):,}; the first: {refusals[0]}")
+    return found
 
 
 def within(model: Model, context: int, prompts: Sequence[list[int]], tell: Callable[[str], None] = unsaid) -> int:

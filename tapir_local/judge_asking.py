@@ -10,8 +10,10 @@ from tapir_local import judging, prompts
 from tapir_local.errors import TapirError
 from tapir_local.judge_quality import percent, quality
 from tapir_local.recipe import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request
+from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
 from tapir_local.rundir import write_rows
+from tapir_local.unusable import BRIEF as CHARACTERS
+from tapir_local.unusable import Unusable, record_unusable
 from tapir_local.work import Work
 
 S = TypeVar("S")
@@ -19,6 +21,19 @@ Asked = Callable[[str], Prompt]  # from a reply that could not be read, or "", t
 
 BRIEF = 80  # characters of an unreadable reply that a reason quotes
 FEW = 5  # unreadable rows that a message names
+UNASKED = {
+    "too_long": "no answer of the student: the prompt fills its context",
+    "refused": "no answer of the student: its chat template refuses the prompt",
+}
+# What is wrong with a judge's replies, each the beginning of a reason, the worst first.
+KINDS = (
+    "no answer of the student",
+    "refused by the server",
+    "cut at judge.max_tokens",
+    "empty",
+    "not whole",
+    "no score",
+)
 # What follows a row's id in the names of its requests, and what it stands for.
 SHOWN = {"0": "the teacher's answer first", "1": "the student's answer first"}
 ALONE = {"teacher": "the teacher's answer", "student": "the student's answer"}
@@ -27,18 +42,43 @@ ALONE = {"teacher": "the teacher's answer", "student": "the student's answer"}
 def write_judgements(
     work: Work, stage: str, rows: Sequence[Example], completions: Sequence[Completion], out: Path
 ) -> str:
-    """Judgements of rows whose student's answers are given, in the rows' order."""
+    """Judgements of rows whose student's answers are given, in the rows' order; those without one are recorded.
+
+    A row that the student could not be asked is not judged: there is no answer to pay a judge for.
+    """
     texts = {completion.id: completion.text for completion in completions}
+    unasked = {completion.id: completion.finish for completion in completions if not completion.asked}
+    asked = [row for row in rows if row.id not in unasked]
     if work.recipe.judge.kind == "reference":
-        found = [judging.likeness(row.id, row.completion, texts[row.id]) for row in rows]
+        judged = [judging.likeness(row.id, row.completion, texts[row.id]) for row in asked]
     else:
-        found = ask_judge(work, stage, rows, texts)
+        judged = ask_judge(work, stage, asked, texts)
+    by_id = {judgement.id: judgement for judgement in judged}
     found = [
-        replace(judgement, student_length=len(texts[row.id]), teacher_length=len(row.completion))
-        for judgement, row in zip(found, rows, strict=True)
+        replace(by_id[row.id], student_length=len(texts[row.id]), teacher_length=len(row.completion))
+        if row.id in by_id
+        else Judgement(row.id, None, None, reason=UNASKED[unasked[row.id]], teacher_length=len(row.completion))
+        for row in rows
     ]
+    record_unusable(work.run, work.step, unjudged_rows(work.step, rows, found))
     write_rows(out, found)
     return told(found, judge_name(work.recipe))
+
+
+def unjudged_rows(step: str, rows: Sequence[Example], judgements: Sequence[Judgement]) -> list[Unusable]:
+    """The rows without a judgement, for the record; the kind is what their reasons have in common."""
+    return [
+        Unusable(
+            step, row.id, f"unjudged: {kind_of(found.reason)}", found.reason, instruction_of(row.prompt)[:CHARACTERS]
+        )
+        for row, found in zip(rows, judgements, strict=True)
+        if found.teacher is None
+    ]
+
+
+def kind_of(reason: str) -> str:
+    """The first of KINDS that a reason names."""
+    return next((kind for kind in KINDS if kind in reason), "not readable")
 
 
 def told(judgements: Sequence[Judgement], judge: str) -> str:
@@ -92,7 +132,7 @@ def ask_twice(
     read: dict[str, S] = {}
     last: dict[str, Answer] = {}
     for _ in range(2):
-        missing = [name for name in asked if name not in read]
+        missing = [name for name in asked if name not in read and not (name in last and last[name].refused)]
         requests = [
             Request(
                 asked[name](last[name].text if name in last else ""),
@@ -117,6 +157,8 @@ def why_unread(reply: Answer) -> str:
     """What is wrong with a judge's reply, and how it begins."""
     begins = " ".join(reply.text.split())
     quoted = f": {begins[:BRIEF]!r}" if begins else ""
+    if reply.refused and (reply.why or reply.finish == "refused"):
+        return f"refused by the server: {reply.why}".removesuffix(": ")
     if reply.finish == "length":
         return f"cut at judge.max_tokens{quoted}"
     if not begins:

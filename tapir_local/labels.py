@@ -4,15 +4,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from tapir_local.display import interval, percent, plain_table, shown
 from tapir_local.distill import kept_recipe
 from tapir_local.errors import TapirError
 from tapir_local.records import Example
 from tapir_local.report import agreement_of, warnings_of
 from tapir_local.rundir import RunDir, read_rows
+from tapir_local.tables import PlainTable
 from tapir_local.tasks import Task
 
 
@@ -64,9 +62,9 @@ def notes_of(run: RunDir) -> list[str]:
     return [text for text in told if text]
 
 
-def label_tables(found: Mapping[str, Any]) -> list[Table]:
+def label_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     """Who labelled the rows of each task, how far the classifier agrees with the teacher, and what it confuses."""
-    table = Table(title=f"run {found['run']}: labels", title_justify="left", caption_justify="left")
+    table = PlainTable(f"run {found['run']}: labels")
     table.add_column("task")
     for name in ("share", "rows", "file", "teacher", "classifier", "agreement", "95 %", "held out"):
         table.add_column(name, justify="right")
@@ -76,7 +74,7 @@ def label_tables(found: Mapping[str, Any]) -> list[Table]:
         rate = held["agree"] / held["rows"] if held else None
         counts = (shown(row[name]) for name in ("rows", "file", "teacher", "classifier"))
         table.add_row(
-            escape(task), percent(row["share"]), *counts, percent(rate), interval(held.get("interval")), agreeing(held)
+            task, percent(row["share"]), *counts, percent(rate), interval(held.get("interval")), agreeing(held)
         )
     empty = ", ".join(task for task in found["tasks"] if task not in present)
     table.caption = "\n".join([*found["notes"], *([f"Tasks without a row: {empty}."] if empty else [])])

@@ -11,11 +11,10 @@ from tapir_local import keys
 from tapir_local.asking import Asking, Job
 from tapir_local.endpoint import gguf_of, identity_of, role_of
 from tapir_local.errors import TapirError
-from tapir_local.generate import answer_all, encode_prompt
+from tapir_local.generate import answer_all, encode_prompt, encode_prompts
 from tapir_local.llama import Advice, Model, made_for, open_model, template
-from tapir_local.records import Message, Prompt
 from tapir_local.replies import read_reply
-from tapir_local.sequences import Finish, Manner, Written
+from tapir_local.sequences import Manner, Written
 
 ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process is answering
 
@@ -37,9 +36,9 @@ def answer_here(asking: Asking, jobs: Sequence[Job]) -> None:
 
     What another process is answering is left to it and then taken from the store. An answer is drawn with a seed made
     of its key: but for near ties it is the same whenever and beside whatever it is written. A prompt that leaves no
-    room in the context has no answer (finish `too_long`), and one cut by the context's end (finish `length`) would end
-    otherwise in a larger one: neither is stored, both are noted as attempts. TapirError when the GGUF cannot be opened
-    or its chat template refuses a prompt; what was answered before is stored.
+    room in the context has no answer (finish `too_long`), nor has one that the chat template refuses (`refused`), and
+    one cut by the context's end (`length`) would end otherwise in a larger one: none is stored, all are noted as
+    attempts. TapirError when the GGUF cannot be opened or has no template; what was answered before is stored.
     """
     while jobs:
         free = [job for job in jobs if is_free(asking, job)]
@@ -77,9 +76,8 @@ def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
         template(model)
         context = min(asking.endpoint.context, made_for(model))
-        system = takes_system(model)
         for alike in grouped(jobs):
-            prompts = [encode_job(model, job, system) for job in alike]
+            prompts = encode_prompts(model, [job.request.messages for job in alike], asking.warn)
             answer_group(Group(asking, model, manner_of(alike[0], context), alike, prompts))
 
 
@@ -109,30 +107,13 @@ def manner_of(job: Job, context: int) -> Manner:
     return Manner(job.body["max_tokens"], context, job.body["temperature"], schema)
 
 
-def takes_system(model: Model) -> bool:
-    """Whether the GGUF's chat template knows a system turn: Gemma's and older ones of Mistral refuse it."""
+def refusal_of(model: Model, job: Job) -> str:
+    """Why the chat template refuses a job's prompt."""
     try:
-        encode_prompt(model, (Message("system", "."), Message("user", ".")))
-    except TapirError:
-        return False
-    return True
-
-
-def encode_job(model: Model, job: Job, system: bool) -> list[int]:
-    """Token ids of a job's prompt; TapirError with its row where the chat template refuses it."""
-    prompt = job.request.messages
-    try:
-        return encode_prompt(model, prompt if system else without_system(prompt))
+        encode_prompt(model, job.request.messages)
     except TapirError as error:
-        place = f"{model.gguf}, stage {job.request.stage}, row {job.request.row}"
-        raise TapirError(error.what, where=place, fix=model.advice.no_template) from error
-
-
-def without_system(prompt: Prompt) -> Prompt:
-    """The system's words at the head of the user's."""
-    if len(prompt) < 2 or (prompt[0].role, prompt[1].role) != ("system", "user"):
-        return prompt
-    return (Message("user", f"{prompt[0].content}\n\n{prompt[1].content}"), *prompt[2:])
+        return error.what
+    return "the chat template writes nothing"
 
 
 def answer_group(group: Group) -> None:
@@ -179,12 +160,15 @@ def keep(group: Group, number: int, written: Written) -> None:
     counts = (len(group.prompts[number]), len(written.tokens))
     began = group.began.get(number)  # a prompt that is too long never began, and is not claimed
     seconds = 0.0 if began is None else time.monotonic() - began
-    raw = completion(job, group.model.gguf.name, written.text(group.model), written.finish, counts)
-    reply, kept = read_reply(raw), None
+    refused = not group.prompts[number]
+    finish = "refused" if refused else written.finish
+    raw = completion(job, group.model.gguf.name, written.text(group.model), finish, counts)
+    reply, kept = read_reply(raw)._replace(finish=finish), None
     if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
         kept = asking.keep(job, raw, reply, seconds)
     else:
-        why = f"finish {written.finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        why = refusal_of(group.model, job) if refused else why
         asking.note(job, why, raw, seconds, None if began is None else asking.account.priced(*counts))
     if kept:
         kept.add_done_callback(lambda _: asking.store.release(job.key))
@@ -195,7 +179,7 @@ def keep(group: Group, number: int, written: Written) -> None:
     asking.finish(job, reply, paid=True)
 
 
-def completion(job: Job, model: str, text: str, finish: Finish, counts: tuple[int, int]) -> bytes:
+def completion(job: Job, model: str, text: str, finish: str, counts: tuple[int, int]) -> bytes:
     """The answer as an OpenAI endpoint would send it; `counts` are the prompt's and the answer's tokens."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     usage = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*counts, sum(counts)), strict=True))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.console import example, shown, slowly
+from tapir_local.console import echo, example, shown, slowly
 
 if TYPE_CHECKING:
     from tapir_local.answering import Answered
@@ -68,7 +68,8 @@ def generate(
 
     PROMPTS may have any form that seeds may have; what it answers already is not read. The same command gives the same
     answers; at another --parallel near ties may fall otherwise, unless --exact. Cut in the middle, the same command
-    with -o goes on where it stopped.
+    with -o goes on where it stopped. A prompt that the chat template refuses, or that is longer than the context, has
+    an empty text and says so as its `finish`; the command then exits with 1.
     """
     from tapir_local.answering import Manner, answer_file, opened, read_schema, task_of
 
@@ -83,13 +84,16 @@ def generate(
         if done:
             tell(f"{len(done):,} answers are there already; going on")
         found = answer_file(model, prompts, file, manner, progress, done, tell)
-    click.echo(closing(found), err=True)
+    echo(closing(found), err=True)
+    if found.too_long or found.refused:
+        sys.exit(1)
 
 
 def closing(found: "Answered") -> str:
     """The line that a person reads at the end: what there is, what did not end or fit, and what it took."""
     said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
     said += f", {found.too_long:,} longer than the context" if found.too_long else ""
+    said += f", {found.refused:,} refused by the chat template" if found.refused else ""
     return said + (f"; {found.plan.words}" if found.plan else "")
 
 
@@ -154,5 +158,5 @@ def export(
         said += f"divergence {found.kl:.2g} nats"
     if modelfile:
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
-    click.echo(said, err=True)
-    click.echo(f"{sha256(out)}  {out}")
+    echo(said, err=True)
+    echo(f"{sha256(out)}  {out}")

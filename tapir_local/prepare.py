@@ -11,11 +11,12 @@ from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
 from tapir_local.recipe import Recipe
-from tapir_local.records import Example
+from tapir_local.records import Example, instruction_of
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
-from tapir_local.unusable import Unusable, left_out
-from tapir_local.work import Stage, Work, answered
+from tapir_local.student_text import fold_rows
+from tapir_local.unusable import BRIEF, Unusable, left_out
+from tapir_local.work import Stage, Work, answered, askable, trainable
 
 
 def read(work: Work, out: Path) -> str:
@@ -23,6 +24,8 @@ def read(work: Work, out: Path) -> str:
     recipe = work.recipe
     table = read_table(recipe.seeds)
     examples, duplicates = read_seeds(table, recipe.task_table())
+    examples, folds, unusable = usable(work, examples)
+    work.leave_out(unusable, len(examples) + len(unusable))
     if answered_by_file(recipe) and not any(row.completion for row in examples):
         raise TapirError(
             "no row has an answer, and the recipe takes the file's",
@@ -46,7 +49,33 @@ def read(work: Work, out: Path) -> str:
         work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
     )  # first: with rows.jsonl the stage is done
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike))
+    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike)) + turned(folds) + left_out(unusable)
+
+
+def usable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, list[Unusable]]:
+    """(rows that the student can be asked and, where the file answers, trained on; system turns folded; the others).
+
+    This is all that can be known of a row before anything is paid for it.
+    """
+    if not rows:
+        return [], 0, []
+    kept, folds = fold_rows(work.tools.student_text(), rows)
+    kept, unusable = askable(work, kept)
+    if answered_by_file(work.recipe) and any(row.completion for row in kept):
+        unusable += [no_answer(work, row) for row in kept if not row.completion]
+        kept, unfit = trainable(work, [row for row in kept if row.completion])
+        unusable += unfit
+    return kept, folds, unusable
+
+
+def turned(folds: int) -> str:
+    """What to say of system turns that the student's chat template has no place for."""
+    return f", {folds:,} system turns moved into the user's (the chat template has no system role)" if folds else ""
+
+
+def no_answer(work: Work, row: Example) -> Unusable:
+    """The record of a row that the seed file does not answer."""
+    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:BRIEF])
 
 
 def answered_by_file(recipe: Recipe) -> bool:
@@ -91,7 +120,18 @@ def label(work: Work, out: Path) -> str:
     counts = f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
     total = odd_sum(work.recipe.tasks)
     odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
-    return counts + (" and so Others" if others else "") + odd
+    return counts + (" and so Others" if others else "") + odd + many_unreadable(work, len(unreadable), len(sample))
+
+
+def many_unreadable(work: Work, unreadable: int, asked: int) -> str:
+    """A warning where more of the teacher's labels cannot be read than limits.unusable allows of other rows."""
+    if unreadable <= work.recipe.limits.unusable * asked:
+        return ""
+    return (
+        f"; WARNING: {unreadable / asked:.0%} of the teacher's labels cannot be read: `tapir-local calls list --run "
+        f"{work.run.name} --stage label` shows the replies. A teacher that keeps to JSON, or tasks in the seed file, "
+        "make the balance of tasks reliable"
+    )
 
 
 def refuse_no_label(work: Work, asked: int, read: int) -> None:
@@ -106,11 +146,14 @@ def refuse_no_label(work: Work, asked: int, read: int) -> None:
 
 
 def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:
-    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out."""
+    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out.
+
+    A row that the server refuses is not asked again.
+    """
     tasks = work.recipe.task_table()
-    labels: dict[str, str] = {}
+    labels, refused = dict[str, str](), set[str]()
     for draw in range(2):
-        missing = [example for example in examples if example.id not in labels]
+        missing = [example for example in examples if example.id not in labels.keys() | refused]
         requests = [
             work.request(stage, row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
             for row in missing
@@ -118,6 +161,8 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
         for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
             if answer.complete and (found := judging.parse_label(answer.text, tasks)):
                 labels[row.id] = found
+            elif answer.refused:
+                refused.add(row.id)
     return labels
 
 
@@ -271,9 +316,10 @@ def seeds(work: Work, out: Path) -> str:
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
     """Rows with a whole answer, the file's own where the recipe trusts it, else the teacher's; and those without."""
     if answered_by_file(work.recipe):
-        without = [Unusable(work.step, row.id, "no answer in the seed file") for row in rows if not row.completion]
+        without = [no_answer(work, row) for row in rows if not row.completion]
         return [row for row in rows if row.completion], without
-    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows])
+    # The holdout is never trained on: an answer that the template would change can be compared with all the same.
+    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")
 
 
 PREPARE = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tapir_local.records import Example, Message, Prompt
-from tapir_local.template import render, training_text
+from tapir_local.template import asked_text, training_text
 
 PROBES = 600
 ANSWERS = 16  # prompts answered; more tell no more
@@ -117,7 +117,7 @@ def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
 def rendered(tokenizer: Any, prompt: Prompt) -> str:
     """A prompt as the student is asked it."""
     bos, eos = specials(tokenizer)
-    return render(tokenizer.get_chat_template(), prompt, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+    return asked_text(tokenizer.get_chat_template(), prompt, bos_token=bos, eos_token=eos)
 
 
 def answered(tokenizer: Any, row: Example) -> str:

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
+from tapir_local.printable import printable
 from tapir_local.private import private_file
 from tapir_local.rundir import write_record
 
@@ -37,7 +38,7 @@ class Killed(OutOfMemory):
 
 def say_on_stderr(text: str) -> None:
     """A remark for people, where nobody has said how to show one."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def remark(progress: Progress, text: str) -> None:

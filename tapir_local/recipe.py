@@ -308,7 +308,8 @@ class Limits(Settings):
     unusable: Share = Field(
         0.05,
         description="share of a stage's rows that may be left out because they cannot be used (refused by the server, "
-        "cut, not taken by the chat template); a stage with more of them stops. They are listed in unusable.jsonl",
+        "cut, not taken by the chat template); a stage with more of them stops (over a single row only "
+        "at 0). They are listed in unusable.jsonl",
     )
 
 

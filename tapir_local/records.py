@@ -42,12 +42,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a student wrote. `finish`: `stop`, `length` (cut at max_tokens) or `too_long` (prompt over the context)."""
+    """What a student wrote.
+
+    `finish`: `stop`, `length` (cut at max_tokens), or without a text `too_long` (the prompt fills the context) and
+    `refused` (the chat template cannot render the prompt).
+    """
 
     id: str
     text: str
-    finish: Literal["stop", "length", "too_long"]
+    finish: Literal["stop", "length", "too_long", "refused"]
     tokens: int
+
+    @property
+    def asked(self) -> bool:
+        """False where the prompt could not be given to the student."""
+        return self.finish not in ("too_long", "refused")
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,11 @@ class Answer:
     def complete(self) -> bool:
         """True when the text is whole: neither cut, nor filtered, nor empty."""
         return self.finish == "stop" and bool(self.text.strip())
+
+    @property
+    def refused(self) -> bool:
+        """True when the server will not answer the request for what it says: asked again, it would refuse again."""
+        return self.finish in ("refused", "content_filter")
 
 
 ADAPTERS: dict[type, TypeAdapter[Any]] = {}

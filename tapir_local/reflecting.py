@@ -5,6 +5,7 @@ student's IFD rises: the instruction helps it less, so the row has more to teach
 student's reversed IFD falls: the answer tells it more of the instruction. No judge is asked.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from tapir_local import judging, prompts
 from tapir_local.dataset import Draft, Index, screen
 from tapir_local.ifd import ifd
 from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
-from tapir_local.rows import child_of, holdout_index, seeds
-from tapir_local.rundir import read_rows, write_rows
+from tapir_local.resumable import going_on, write_line
+from tapir_local.rows import after, child_of, holdout_index, seeds, student_task, with_room
+from tapir_local.rundir import read_rows, remove, write_rows
 from tapir_local.work import Work, answered
 
 NOTHING = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
@@ -41,7 +43,7 @@ def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
         rewritten(work.number, n, row, reply.text if reply.complete else "")
         for n, (row, reply) in enumerate(zip(rows, replies, strict=True))
     ]
-    drafts = screened(work, drafts)
+    drafts = screened(work, with_room(work, drafts))
     by_id = {row.id: row for row in rows}
     pairs = [Pair(by_id[draft.example.parent], draft.example) for draft in drafts if not draft.reason]
     found = iter(instruction_reasons(work, pairs))
@@ -75,10 +77,14 @@ def screened(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
 
 def instruction_reasons(work: Work, pairs: Sequence[Pair]) -> list[str]:
     """For each pair why its new instruction is not kept, "" where it is: the student's IFD rises."""
-    return [
-        "" if new > old else f"the student's IFD does not rise: {new:.3f}, was {old:.3f}"
-        for old, new in compared(work, pairs, forwards)
-    ]
+    return [why_not(old, new) for old, new in compared(work, pairs, forwards)]
+
+
+def why_not(old: float, new: float) -> str:
+    """Why a rewritten instruction with this IFD is not kept, the old one's being `old`; "" where it is."""
+    if math.isnan(old) or math.isnan(new):
+        return "the student's IFD is not known: a text does not fit its context, or its chat template refuses it"
+    return "" if new > old else f"the student's IFD does not rise: {new:.3f}, was {old:.3f}"
 
 
 def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
@@ -108,9 +114,24 @@ def compared(work: Work, pairs: Sequence[Pair], way: Way) -> list[tuple[float, f
 
 
 def score(work: Work, texts: Sequence[Text]) -> list[Scored]:
-    """Log-probabilities by the last round's student."""
+    """Log-probabilities by the last round's student. What a cut attempt at the stage has scored is not scored again."""
     student = work.run.round(work.number - 1) / "student.gguf"
-    return work.tools.score(student, texts, work.progress) if texts else []
+    path = work.folder / f"{work.step.rpartition('/')[2]}-scores.jsonl"
+    if not texts:
+        return []
+    with going_on(path, student_task(work, student, texts), Scored) as (file, done):
+        known = {row.id for row in done}
+        left = [number for number in range(len(texts)) if str(number) not in known]
+
+        def keep(found: Scored) -> None:
+            write_line(file, replace(found, id=str(left[int(found.id)])))
+            file.flush()
+
+        if left:
+            work.tools.score(student, [texts[number] for number in left], after(work, len(done), len(texts)), keep)
+    scored = {row.id: row for row in read_rows(Scored, path)}
+    remove(path)
+    return [scored[str(number)] for number in range(len(texts))]
 
 
 def forwards(row: Example) -> tuple[Text, Text]:

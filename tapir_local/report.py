@@ -13,6 +13,7 @@ from tapir_local.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.storefile import usage
+from tapir_local.unusable import read_unusable
 
 SAMPLES = 6
 
@@ -36,8 +37,23 @@ def status_of(run: RunDir) -> dict[str, Any]:
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
         "calls": calls_of(run, taken),
+        "unusable": unusable_counts(run),
         "warnings": warnings_of(run),
     }
+
+
+def unusable_counts(run: RunDir) -> dict[str, dict[str, int]]:
+    """The rows that each step left out, by the kind of reason."""
+    found: dict[str, dict[str, int]] = {}
+    for row in read_unusable(run):
+        kinds = found.setdefault(row.step, {})
+        kinds[row.kind] = kinds.get(row.kind, 0) + 1
+    return found
+
+
+def unusable_of(run: RunDir) -> dict[str, Any]:
+    """What `tapir-local show --unusable --json` prints: the rows left out, and their counts by step and kind."""
+    return {"run": run.name, "by_step": unusable_counts(run), "rows": [asdict(row) for row in read_unusable(run)]}
 
 
 def calls_of(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -86,6 +102,9 @@ def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
         "plan": orjson.loads(to_json(read_record(RoundPlan, plan))) if plan.exists() else None,
         "judge": judge_of(run, number),
         "metrics": metrics_of(run, number),
+        "unusable": {
+            step: kinds for step, kinds in unusable_counts(run).items() if step.startswith(f"round-{number:02d}/")
+        },
         "answers": answers_of(run, number),
     }
 

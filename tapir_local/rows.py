@@ -1,11 +1,18 @@
 """The rows that a round may use: the seeds, all that are known by now, and the pool of which it takes its pick."""
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from tapir_local import __version__
+from tapir_local.dataset import Draft
 from tapir_local.near import Index
-from tapir_local.records import Example
+from tapir_local.records import Example, to_json
 from tapir_local.rundir import read_rows
-from tapir_local.work import Work
+from tapir_local.student_text import StudentText, Unfit, unfit_answers, unfit_prompts
+from tapir_local.work import Progress, Work
 
 
 def seeds(work: Work) -> list[Example]:
@@ -35,6 +42,46 @@ def child_of(parent: Example, number: int, serial: int, instruction: str, answer
     prompt = (*parent.prompt[:-1], replace(parent.prompt[-1], content=instruction))
     id = f"r{number}-{serial:05d}"
     return Example(id, prompt, answer, parent.task, parent.labelled_by, "expanded", parent.id, number)
+
+
+def with_room(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
+    """The drafts, those rejected that the student cannot be asked, or trained on where they have an answer."""
+    open_ones = [draft.example for draft in drafts if not draft.reason]
+    if not open_ones:
+        return list(drafts)
+    student = work.tools.student_text()
+    reasons = {row.id: found.reason for row, found in zip(open_ones, unfit(student, open_ones), strict=True) if found}
+    return [draft if draft.reason else replace(draft, reason=reasons.get(draft.example.id, "")) for draft in drafts]
+
+
+def unfit(student: StudentText, rows: Sequence[Example]) -> list[Unfit | None]:
+    """For each row why its prompt, or else its answer where it has one, cannot be used."""
+    asked = unfit_prompts(student, [row.prompt for row in rows])
+    trained = unfit_answers(student, [(row.prompt, row.completion) for row in rows])
+    return [
+        first or (second if row.completion else None) for row, first, second in zip(rows, asked, trained, strict=True)
+    ]
+
+
+def student_task(work: Work, student: Path, texts: Iterable[Any]) -> dict[str, Any]:
+    """What makes work of a student's that was cut the same as now: the GGUF by size and time, the texts, the settings.
+
+    `texts` are values whose JSON is their identity.
+    """
+    digest, stat, settings = hashlib.sha256(), student.stat(), work.recipe.student
+    for text in texts:
+        digest.update(to_json(text).encode() + b"\n")
+    return {
+        "version": __version__,
+        "student": [stat.st_size, stat.st_mtime_ns],
+        "texts": digest.hexdigest(),
+        "settings": [settings.max_length, settings.max_tokens, work.recipe.random_seed],
+    }
+
+
+def after(work: Work, done: int, total: int) -> Progress:
+    """The stage's progress, for a tool that is given what is left of `total` after the `done`."""
+    return lambda more, _, said: work.progress(done + more, total, said)
 
 
 def holdout_index(work: Work) -> Index:

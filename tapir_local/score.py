@@ -1,11 +1,12 @@
 """Log-probabilities that a GGUF gives to completions it is shown, many at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tapir_local.batching import Batch, decode_batch, last_logits, make_batch
+from tapir_local.errors import TapirError
 from tapir_local.generate import encode_prompt
 from tapir_local.libllama import library
 from tapir_local.llama import UBATCH, Engine, Model, encode, open_model, template
@@ -26,6 +27,10 @@ class Tokens:
     start: int
 
 
+def ignored(found: Scored) -> None:
+    """Nobody waits for single results."""
+
+
 def score(
     gguf: Path,
     texts: Sequence[tuple[Prompt, str]],
@@ -35,34 +40,50 @@ def score(
     adapter: Path | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    each: Callable[[Scored], None] = ignored,
 ) -> list[Scored]:
     """The log-probability (natural) of each completion after its prompt, with the token that ends the turn.
 
     Prompt and completion are tokenised as train.py does. In the order of `texts`; `ids` name them, or numbers do. A
-    text longer than `context` tokens has 0 tokens. TapirError when the GGUF or the adapter cannot be loaded, or memory
-    has no room for the longest text.
+    text longer than `context` tokens, or that the chat template cannot render, has 0 tokens. `each` is given every
+    result as soon as it is there. TapirError when the GGUF or the adapter cannot be loaded, or memory has no room for
+    the longest text.
     """
     names = [str(number) for number in range(len(texts))] if ids is None else list(ids)
     if not texts:
         return []
-    found: dict[int, float] = {}
+    found: dict[int, Scored] = {}
+
+    def keep(some: Mapping[int, Scored]) -> None:
+        found.update(some)
+        for one in some.values():
+            each(one)
+
     with open_model(gguf, adapter=adapter) as model:
-        tokens = [tokens_of(model, number, *text) for number, text in enumerate(texts)]
-        fitting = sorted((text for text in tokens if len(text.ids) <= context), key=lambda text: len(text.ids))
+        template(model)
+        tokens = [tokens_or_none(model, number, *text) for number, text in enumerate(texts)]
+        fitting = sorted((text for text in tokens if 0 < len(text.ids) <= context), key=lambda text: len(text.ids))
+        wanted = {text.number for text in fitting}
+        keep({text.number: Scored(names[text.number], 0.0, 0) for text in tokens if text.number not in wanted})
         longest = max((len(text.ids) for text in fitting), default=1)
         plans = [planned_reading(model, cells, SEQUENCES) for cells in (max(CELLS, longest), longest)]
         with open_first(model, plans, threads=threads, batch=UBATCH) as (engine, plan):
             batch = make_batch(engine.batch)
             for group in groups(fitting, plan.cells):
-                found |= score_group(engine, batch, group)
+                values = score_group(engine, batch, group)
+                sizes = {text.number: len(text.ids) - text.start for text in group}
+                keep({number: Scored(names[number], value, sizes[number]) for number, value in values.items()})
                 if progress:
                     progress(len(found), len(texts))
-    return [
-        Scored(
-            names[text.number], found.get(text.number, 0.0), len(text.ids) - text.start if text.number in found else 0
-        )
-        for text in tokens
-    ]
+    return [found[number] for number in range(len(texts))]
+
+
+def tokens_or_none(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:
+    """A text's ids; none where the chat template cannot render it."""
+    try:
+        return tokens_of(model, number, prompt, completion)
+    except TapirError:
+        return Tokens(number, [], 0)
 
 
 def tokens_of(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:

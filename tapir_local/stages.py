@@ -9,7 +9,8 @@ from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgemen
 from tapir_local.memory import size
 from tapir_local.prepare import PREPARE
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
-from tapir_local.rows import pool, seeds
+from tapir_local.resumable import InOrder, going_on
+from tapir_local.rows import after, pool, seeds, student_task
 from tapir_local.rundir import read_rows, write_record, write_rows
 from tapir_local.work import Stage, Work
 from tapir_local.writing import expand, refine
@@ -35,18 +36,27 @@ def answer(work: Work, out: Path) -> str:
 
 
 def student_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
-    """Completions of a round's GGUF for some rows."""
-    found = work.tools.generate(
-        student / "student.gguf", [row.prompt for row in rows], [row.id for row in rows], work.progress
-    )
-    write_rows(out, found)
-    return f"{len(found):,} answers, {sum(row.tokens for row in found):,} tokens" + cut(found)
+    """Completions of a round's GGUF for some rows. Those that a cut attempt has written are kept.
+
+    The others are then batched otherwise, so at near ties they may differ from an uncut attempt's (see generate.py).
+    """
+    gguf = student / "student.gguf"
+    with going_on(out, student_task(work, gguf, rows), Completion) as (file, done):
+        left, found = rows[len(done) :], list[Completion]()
+        ordered = InOrder[Completion](file, [row.id for row in left])
+        if left:
+            prompts, ids = [row.prompt for row in left], [row.id for row in left]
+            found = work.tools.generate(gguf, prompts, ids, after(work, len(done), len(rows)), ordered.add)
+    return told([*done, *found], len(done))
 
 
-def cut(completions: Sequence[Completion]) -> str:
-    """What to say of answers that did not end by themselves."""
-    count = sum(row.finish != "stop" for row in completions)
-    return f", {count:,} cut at the limit" if count else ""
+def told(answers: Sequence[Completion], kept: int) -> str:
+    """How many answers there are, how many of them a cut attempt had kept, and what is to be said of others."""
+    cut, unasked = (sum(row.finish == "length" for row in answers), sum(not row.asked for row in answers))
+    said = f"{len(answers):,} answers, {sum(row.tokens for row in answers):,} tokens"
+    said += f", {cut:,} cut at the limit" if cut else ""
+    said += f", {unasked:,} rows that could not be asked" if unasked else ""
+    return said + (f"; {kept:,} of them were there already" if kept else "")
 
 
 def judge(work: Work, out: Path) -> str:
@@ -161,16 +171,16 @@ STUDENT = (
     Stage("train", "adapter", train),
     Stage("export", "student.gguf", export),
     Stage("gate", "gate.json", gate),
-    Stage("holdout-answer", "holdout-answers.jsonl", holdout_answer),
+    Stage("holdout-answer", "holdout-answers.jsonl", holdout_answer, resumes="holdout-answers.jsonl"),
     Stage("holdout-judge", "holdout-judgements.jsonl", holdout_judge),
     Stage("evaluate", "metrics.json", evaluate),
 )
 BASELINE = (Stage("mix", "train.jsonl", mix), *STUDENT)
 ROUND = (
-    Stage("answer", "answers.jsonl", answer),
+    Stage("answer", "answers.jsonl", answer, resumes="answers.jsonl"),
     Stage("judge", "judgements.jsonl", judge),
     Stage("plan", "plan.json", plan),
-    Stage("expand", "expanded.jsonl", expand),
-    Stage("refine", "train.jsonl", refine),
+    Stage("expand", "expanded.jsonl", expand, resumes="expand-scores.jsonl"),
+    Stage("refine", "train.jsonl", refine, resumes="refine-scores.jsonl"),
     *STUDENT,
 )

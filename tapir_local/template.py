@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 from tapir_local.errors import TapirError
-from tapir_local.records import Message
+from tapir_local.records import Message, Prompt
 
 # Templates that print the date (Llama 3.2, SmolLM3) get this one, Llama 3's own default: a date that moves overnight
 # would train on one text and answer to another.
@@ -51,6 +51,12 @@ def render(
         raise TapirError(f"the chat template refused a conversation of turns {roles}: {error}", fix=fix) from error
 
 
+def asked_text(template: str, prompt: Prompt, *, bos_token: str = "", eos_token: str = "") -> str:
+    """The prompt as a student is asked it: up to where its answer begins. TapirError as from `render`."""
+    turns = folded(template, prompt, bos_token, eos_token)
+    return render(template, turns, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
+
+
 def training_text(
     template: str,
     prompt: Sequence[Message],
@@ -67,6 +73,7 @@ def training_text(
     prompt is not how the conversation begins, when the template changed the completion, or when nothing ends the turn:
     a student trained so never stops.
     """
+    prompt = folded(template, tuple(prompt), bos_token, eos_token)
     asked = render(template, prompt, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
     turns = (*prompt, Message("assistant", completion))
     whole = render(template, turns, add_generation_prompt=False, bos_token=bos_token, eos_token=eos_token)
@@ -88,6 +95,37 @@ def ends_turn(tail: str, stops: Sequence[str]) -> bool:
 
 def refuse(what: str) -> NoReturn:
     raise TapirError(f"the chat template {what}", fix="Name a mended one in student.chat_template, and run again.")
+
+
+@lru_cache(maxsize=8)
+def takes_system(template: str, bos_token: str = "", eos_token: str = "") -> bool:
+    """Whether a template writes a system turn: Gemma's and older ones of Mistral refuse it, Granite's drops its words.
+
+    TapirError when the template does not take a single user turn either.
+    """
+    words, user = "Say 4711 first", Message("user", "Hello")
+    asked = partial(render, template, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
+    asked((user,))
+    try:
+        return words in asked((Message("system", words), user))
+    except TapirError:
+        return False
+
+
+def folded(template: str, prompt: Prompt, bos_token: str = "", eos_token: str = "") -> Prompt:
+    """The prompt as a template without a system role can take it: system turns at the head of the user turn after."""
+    if not any(turn.role == "system" for turn in prompt) or takes_system(template, bos_token, eos_token):
+        return prompt
+    found, waiting = list[Message](), list[str]()
+    for turn in prompt:
+        if turn.role == "system":
+            waiting.append(turn.content)
+        elif turn.role == "user" and waiting:
+            found.append(Message("user", "\n\n".join([*filter(None, waiting), turn.content])))
+            waiting = []
+        else:
+            found.append(turn)
+    return (*found, *(Message("system", words) for words in waiting))
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tapir_local.account import check_bounds
@@ -18,6 +19,7 @@ from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
 from tapir_local.student import base_of, check_base, converter_of, memory_words, student_of
+from tapir_local.student_text import StudentText, read_student_text
 from tapir_local.work import Ask, Progress, Tools
 
 CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
@@ -54,9 +56,15 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             gate=gatekeeper(recipe, run),
             score=scorer(recipe, run),
             ship=shipper(recipe, run),
+            student_text=reader(recipe, run),
             check=checker(recipe),
             replay=mode == "replay",
         )
+
+
+def reader(recipe: Recipe, run: RunDir) -> Callable[[], StudentText]:
+    """The student's chat template and tokens, read when they are first wanted."""
+    return cache(lambda: read_student_text(student_folder(recipe, run), recipe.student.max_length))
 
 
 def judge_of(recipe: Recipe) -> Endpoint:
@@ -88,10 +96,16 @@ def asker(
 
 def generator(
     recipe: Recipe, run: RunDir
-) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress], list[Completion]]:
+) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress, Callable[[Completion], None]], list[Completion]]:
     """The greedy answers of a round's student."""
 
-    def answer(gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+    def answer(
+        gguf: Path,
+        prompts: Sequence[Prompt],
+        ids: Sequence[str],
+        progress: Progress,
+        each: Callable[[Completion], None],
+    ) -> list[Completion]:
         from tapir_local.generate import generate
 
         student, opened = recipe.student, student_of(recipe, run, gguf)
@@ -104,6 +118,7 @@ def generator(
             context=student.max_length,
             parallel=None if student.parallel == "auto" else student.parallel,
             seed=recipe.random_seed,
+            each=each,
             progress=lambda done, total: progress(done, total, ""),
             tell=lambda words: progress(0, len(prompts), words),
         )
@@ -111,10 +126,14 @@ def generator(
     return answer
 
 
-def scorer(recipe: Recipe, run: RunDir) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]:
+def scorer(
+    recipe: Recipe, run: RunDir
+) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]:
     """Log-probabilities of given completions by a round's student."""
 
-    def measure(gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress) -> list[Scored]:
+    def measure(
+        gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
+    ) -> list[Scored]:
         from tapir_local.score import score
 
         opened = student_of(recipe, run, gguf)
@@ -124,6 +143,7 @@ def scorer(recipe: Recipe, run: RunDir) -> Callable[[Path, Sequence[tuple[Prompt
             adapter=opened.adapter,
             context=recipe.student.max_length,
             progress=lambda done, total: progress(done, total, ""),
+            each=each,
         )
 
     return measure

@@ -54,8 +54,11 @@ def forget_unusable(run: RunDir, steps: Collection[str]) -> None:
 
 
 def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: str) -> None:
-    """TapirError where more than the share `limit` of `total` rows is unusable: the commonest reasons, the first rows."""
-    if len(rows) <= limit * total:
+    """TapirError where more than the share `limit` of `total` rows is unusable: the commonest reasons, the first rows.
+
+    One row among several is never too many, however few they are, unless the limit is 0.
+    """
+    if len(rows) <= limit * total or (limit and len(rows) == 1 < total):
         return
     first = "; ".join(f"{row.id} ({row.reason})" for row in rows[:FEW])
     raise TapirError(

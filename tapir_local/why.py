@@ -12,8 +12,9 @@ from tapir_local.distill import kept_recipe, rounds_begun
 from tapir_local.errors import TapirError
 from tapir_local.judging import mfd
 from tapir_local.recipe import Curriculum
-from tapir_local.records import Example, Judgement, RoundPlan, instruction_of
+from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.unusable import read_unusable
 
 NAMED = 5  # rows named where several have the words
 
@@ -52,6 +53,11 @@ def why(run: RunDir, named: str) -> dict[str, Any]:
         "instruction": instruction_of(row.prompt),
         "answer": row.completion,
         "place": place(run, row, draft),
+        "left_out": [
+            {"step": lost.step, "kind": lost.kind, "detail": lost.detail}
+            for lost in read_unusable(run)
+            if lost.id == row.id
+        ],
         "rounds": [asdict(line) for line in rounds_of(run, row, {id: other.task for id, other in known.items()})],
         "grew": [
             {
@@ -72,11 +78,19 @@ def rows_of(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str, Examp
     files = [
         run.path / name for name in ("rows.jsonl", "labels.jsonl", "labelled.jsonl", "seeds.jsonl", "holdout.jsonl")
     ]
-    rows = {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
+    rows = {lost.id: Example(lost.id, (Message("user", lost.text),)) for lost in read_unusable(run)}
+    rows |= {lost.example.id: lost.example for lost in rejected(run)}
+    rows |= {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
     rows |= {draft.example.id: draft.example for _, draft in drafts}
     for number in range(rounds_begun(run) + 1):
         rows |= {row.id: row for row in trained_on(run, number)}
     return rows
+
+
+def rejected(run: RunDir) -> list[Draft]:
+    """The seeds that resemble another one, [] until they are read."""
+    path = run.path / "rejected-seeds.jsonl"
+    return read_rows(Draft, path) if path.exists() else []
 
 
 def drafts_of(run: RunDir) -> list[tuple[int, Draft]]:
@@ -123,11 +137,17 @@ def place(run: RunDir, row: Example, draft: Draft | None) -> str:
         path = run.path / f"{name}.jsonl"
         if path.exists() and any(other.id == row.id for other in read_rows(Example, path)):
             return words
+    if twin := next((other for other in rejected(run) if other.example.id == row.id), None):
+        return f"read from the seed file and left out: {twin.reason}, of {twin.near}"
+    if lost := next((other for other in read_unusable(run) if other.id == row.id), None):
+        return f"left out in {lost.step}: {lost.reason}"
     return "read from the seed file; not among the seeds (yet)"
 
 
 def rounds_of(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterator[Round]:
     """The row in each round that has begun; `tasks` are those of all rows."""
+    if left_out_at_first(run, row):
+        return
     settings = kept_recipe(run).curriculum
     held = {other.id for other in read_rows(Example, run.path / "holdout.jsonl")} if has_holdout(run) else set()
     for number in range(rounds_begun(run) + 1):
@@ -142,6 +162,13 @@ def rounds_of(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterator[R
             yield in_round(run, number, row, settings, trained, tasks)
         elif row.round == number and trained:
             yield line(number, None, "new", "a new row", trained)
+
+
+def left_out_at_first(run: RunDir, row: Example) -> bool:
+    """Whether a row was left out in the preparation, so that no round has met it."""
+    if any(lost.id == row.id and lost.step.startswith("prepare/") for lost in read_unusable(run)):
+        return True
+    return any(twin.example.id == row.id for twin in rejected(run))
 
 
 def has_holdout(run: RunDir) -> bool:

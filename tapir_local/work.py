@@ -10,6 +10,7 @@ from tapir_local.metrics import Checker
 from tapir_local.recipe import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
+from tapir_local.student_text import StudentText, sift, unfit_answers, unfit_prompts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
 Progress = Callable[[int, int, str], None]
@@ -22,13 +23,18 @@ class Tools:
 
     teacher: Ask
     judge: Ask
-    generate: Callable[[Path, Sequence[Prompt], Sequence[str], Progress], list[Completion]]
+    # GGUF, prompts, their ids; the last is given each answer as soon as it is done
+    generate: Callable[
+        [Path, Sequence[Prompt], Sequence[str], Progress, Callable[[Completion], None]], list[Completion]
+    ]
     classify: Callable[[Path, Path, int, Path, Progress], None]  # labelled rows, other rows, seed, folder out
     train: Callable[[Path, Path | None, int, Path, Progress], None]  # rows, adapter to go on from, seed, adapter out
     export: Callable[[Path, Path, Progress], None]  # adapter, GGUF out
     gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
-    score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress], list[Scored]]  # GGUF, prompts with completions
+    # GGUF, prompts with completions; the last is given each result, whose id is its text's number
+    score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]
     ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
+    student_text: Callable[[], StudentText]  # the student's chat template and tokens
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 
@@ -93,17 +99,42 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """`output` is a name in the run's folder (prepare) or the round's; `run` returns a phrase for the closing line."""
+    """`output` is a name in the run's folder (prepare) or the round's; `run` returns a phrase for the closing line.
+
+    A stage that asks the student for hours `resumes` in a file beside its output, or in the output itself, to which
+    it appends as it goes: what a cut attempt has written of it is not deleted.
+    """
 
     name: str
     output: str
     run: Callable[[Work, Path], str]
+    resumes: str = ""
+
+
+def askable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+    """The rows that the student can be asked, and the others: refused by its chat template, or without room."""
+    if not rows:
+        return [], []
+    student = work.tools.student_text()
+    return sift(rows, work.step, lambda some: unfit_prompts(student, [row.prompt for row in some]), work.progress)
+
+
+def trainable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+    """The rows that the student can be trained on, and the others: changed by its chat template, or too long."""
+    if not rows:
+        return [], []
+    student = work.tools.student_text()
+    check = lambda some: unfit_answers(student, [(row.prompt, row.completion) for row in some])  # noqa: E731
+    return sift(rows, work.step, check, work.progress)
 
 
 def answered(
-    work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt]
+    work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt], *, trained: bool = True
 ) -> tuple[list[Example], list[Unusable]]:
-    """Rows with the teacher's replies to `asked` as their completions, and the rows without a whole reply."""
+    """Rows with the teacher's replies to `asked` as their completions, and those without one that is of use.
+
+    A reply is of use where it is whole and, if it is to be `trained` on, the student can be.
+    """
     requests = [work.request(stage, row.id, messages) for row, messages in zip(rows, asked, strict=True)]
     found, unusable = list[Example](), list[Unusable]()
     for row, reply in zip(rows, work.ask(work.tools.teacher, requests), strict=True):
@@ -111,7 +142,8 @@ def answered(
             found.append(replace(row, completion=reply.text.strip()))
         else:
             unusable.append(unanswered(work, row, reply))
-    return found, unusable
+    kept, unfit = trainable(work, found) if trained else (found, [])
+    return kept, unusable + unfit
 
 
 def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:

@@ -10,7 +10,7 @@ from tapir_local.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
 from tapir_local.records import Answer, Example, Manner, RoundPlan
 from tapir_local.reflecting import reflect_on_answers, reflect_on_instructions
-from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds
+from tapir_local.rows import all_known, child_of, holdout_index, pool, seeds, with_room
 from tapir_local.rundir import read_record, read_rows, write_rows
 from tapir_local.unusable import Unusable, left_out
 from tapir_local.work import Work, answered
@@ -73,10 +73,11 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Se
         messages = prompts.expand(parent.prompt, tasks[parent.task], manner)
         requests.append(work.request("expand", parent.id, messages, draw=draw))
     answers = work.ask(work.tools.teacher, requests)
-    return [
+    drafts = [
         read_draft(work.number, len(before) + n, parent, reply)
         for n, ((parent, _), reply) in enumerate(zip(parents, answers, strict=True))
     ]
+    return with_room(work, drafts)
 
 
 def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tapir_local import prompts
@@ -12,6 +12,7 @@ from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import read_rows, write_json, write_record, write_text
+from tapir_local.student_text import any_student
 from tapir_local.work import Progress, Tools
 
 RECIPE = """
@@ -23,6 +24,7 @@ curriculum: {rows: 20, first_rows: 10, drafts: 2}
 classifier: {labelled: 30}
 """
 PASSED = GateReport((), 600, 0, (), 0, 0, Figures(1e-4, 0.5, 0.01, 1.0, 100), 1e-2, 0.9)
+STUDENT = any_student(2048)  # takes every conversation
 QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
 
 
@@ -75,12 +77,19 @@ class World:
         return answers
 
 
-def generate(gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+def generate(
+    gguf: Path,
+    wanted: Sequence[Prompt],
+    ids: Sequence[str],
+    progress: Progress,
+    each: Callable[[Completion], None],
+) -> list[Completion]:
     known = set(json.loads(gguf.read_text()))
-    return [
-        Completion(id, "right" if instruction_of(prompt) in known else "no idea", "stop", 2)
-        for id, prompt in zip(ids, wanted, strict=True)
-    ]
+    found = []
+    for id, prompt in zip(ids, wanted, strict=True):
+        found.append(Completion(id, "right" if instruction_of(prompt) in known else "no idea", "stop", 2))
+        each(found[-1])
+    return found
 
 
 def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
@@ -101,12 +110,17 @@ def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Pro
     )
 
 
-def score(gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress) -> list[Scored]:
+def score(
+    gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
+) -> list[Scored]:
     """A text is the likelier the more of its letters its prompt has; of two texts the longer has more to teach."""
-    return [
+    found = [
         Scored(str(n), -float(len(set(text) - set(instruction_of(prompt))) or 1), len(text))
         for n, (prompt, text) in enumerate(texts)
     ]
+    for one in found:
+        each(one)
+    return found
 
 
 def ship(student: Path, out: Path, progress: Progress) -> None:
@@ -126,6 +140,7 @@ def tools(world: World) -> Tools:
         gate=lambda adapter, gguf, rows, out, progress: write_record(out, PASSED),
         score=score,
         ship=ship,
+        student_text=lambda: STUDENT,
         check=lambda instruction, answer: "right" in answer,
     )
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from models import CHATML, make_model
 
 import cli
 from tapir_local.answering import InOrder, Manner, answer_file, opened, read_prompts, task_of
 from tapir_local.console import left
 from tapir_local.errors import TapirError
+from tapir_local.export import export_gguf
 from tapir_local.generate import generate
 from tapir_local.records import Completion
 
@@ -42,6 +44,7 @@ def test_the_file_is_whole_and_the_summary_says_what_did_not_fit(llama, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["finish"] == "too_long" for row in rows] == [False, True]
     assert "1 longer than the context" in found.stderr
+    assert found.exit_code == 1
 
 
 def test_a_schema_holds_every_answer(llama, tmp_path: Path) -> None:
@@ -156,6 +159,33 @@ def test_what_cannot_be_is_refused(llama, words: list[str], tmp_path: Path) -> N
     found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(asked(tmp_path)), *words])
     assert found.exit_code == 2
     assert words[0] in found.stderr
+
+
+def test_a_prompt_that_the_template_refuses_costs_its_row_and_the_exit_code_says_so(tmp_path: Path) -> None:
+    strict = "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
+    export_gguf(make_model(tmp_path / "m", template=strict), tmp_path / "m.gguf", adapter=None, quant="f32")
+    rows = [{"prompt": [{"role": "user", "content": "Hi"}] * (3 if n == 1 else 1)} for n in range(3)]
+    words = ["generate", str(tmp_path / "m.gguf"), str(written(tmp_path / "asked.jsonl", rows)), "--max-tokens", "4"]
+    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    answers = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["finish"] == "refused" for row in answers] == [False, True, False]
+    assert answers[0]["text"] == answers[2]["text"]
+    assert found.exit_code == 1
+    assert "1 refused by the chat template" in found.stderr
+    assert "too many turns" in found.stderr
+    again = CliRunner().invoke(cli.cli, [*words[:2], str(written(tmp_path / "good.jsonl", rows[:1]))])
+    assert again.exit_code == 0
+
+
+def test_a_system_turn_reaches_a_gguf_whose_template_has_no_system_role(tmp_path: Path) -> None:
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    export_gguf(make_model(tmp_path / "m", template=silent), tmp_path / "m.gguf", adapter=None, quant="f32")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rows = [{"prompt": system}, {"prompt": [{"role": "user", "content": "Be brief.\n\nHi"}]}]
+    first, second = run(tmp_path / "m.gguf", written(tmp_path / "asked.jsonl", rows), "--max-tokens", 4)
+    assert first["text"] == second["text"]
 
 
 def test_time_left_is_told() -> None:

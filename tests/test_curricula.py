@@ -97,9 +97,10 @@ def test_reflection_keeps_what_the_student_gains_by(tmp_path: Path) -> None:
 def test_a_rewritten_instruction_is_kept_where_ifd_rises(given: float, kept: bool, tmp_path: Path) -> None:
     """`given`: the log-probability of a rewritten answer after its instruction; after none it is -2, as all others."""
 
-    def score(gguf, texts, progress):
+    def score(gguf, texts, progress, each):
         new = [prompt[0].content.endswith("better") for prompt, _ in texts]
-        return [Scored(str(n), given if rewritten else -2.0, 1) for n, rewritten in enumerate(new)]
+        for found in (Scored(str(n), given if rewritten else -2.0, 1) for n, rewritten in enumerate(new)):
+            each(found)
 
     recipe, run = overridden(make_recipe(tmp_path), {"curriculum.name": "reflection"}), RunDir(tmp_path, "fake")
     distill(recipe, run, replace(tools(World()), score=score), QUIET)

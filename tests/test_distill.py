@@ -11,7 +11,7 @@ from tapir_local.distill import distill, kept_recipe, pending, redo, sequence
 from tapir_local.errors import TapirError
 from tapir_local.lockfile import keys_of, locked
 from tapir_local.recipe import Recipe
-from tapir_local.recipe_text import parse_recipe
+from tapir_local.recipe_text import overridden, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report import round_of, status_of
 from tapir_local.rundir import RunDir, held, read_record, read_rows, remove, write_rows
@@ -201,10 +201,11 @@ def test_cut_answers_are_left_out_not_trained_on(recipe: Recipe, tmp_path: Path)
             Answer("half of it", "length", False) if request.stage == "refine" and request.row.endswith("3") else answer
         )
 
-    distill(recipe, run, with_ask(World(), cut), QUIET)
+    tolerant = overridden(recipe, {"limits.unusable": 0.5})
+    distill(tolerant, run, with_ask(World(), cut), QUIET)
     rows = [row for number in (1, 2) for row in read_rows(Example, run.round(number) / "train.jsonl")]
     assert all(row.completion != "half of it" for row in rows)
-    assert "left out without a whole answer" in str(run.record()["stages"])
+    assert "left out (2 cut at teacher.max_tokens; unusable.jsonl)" in str(run.record()["stages"])
 
 
 def test_rejected_drafts_are_kept_with_their_reason(recipe: Recipe, tmp_path: Path) -> None:

@@ -231,10 +231,19 @@ class Wire(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json=completion(said))
 
 
-def never_the_same(gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+Each = Callable[[Completion], None]
+
+
+def never_the_same(
+    gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress, each: Each
+) -> list[Completion]:
     """A student that words its answers anew in every round and run."""
-    found, who = generate(gguf, wanted, ids, progress), f"{gguf.parent.parent.name}, {gguf.parent.name}"
-    return [replace(row, text=f"{row.text}, says {who} of {row.id}") for row in found]
+    who = f"{gguf.parent.parent.name}, {gguf.parent.name}"
+
+    def own(row: Completion) -> Completion:
+        return replace(row, text=f"{row.text}, says {who} of {row.id}")
+
+    return [own(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(own(row)))]
 
 
 def run_through(recipe: Recipe, run: RunDir) -> None:
@@ -298,9 +307,11 @@ def test_a_judge_that_always_says_ten_is_called_useless(tmp_path: Path) -> None:
 def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:
     run, asked = RunDir(tmp_path, "fake"), list[str]()
 
-    def spied(gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress) -> list[Completion]:
+    def spied(
+        gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress, each: Each
+    ) -> list[Completion]:
         asked.append(f"{gguf.parent.name} {len(ids) > 10}")
-        return generate(gguf, wanted, ids, progress)
+        return generate(gguf, wanted, ids, progress, each)
 
     distill(make_recipe(tmp_path), run, replace(tools(World()), generate=spied), QUIET)
     assert asked == ["round-00 False", "round-00 True", "round-01 False", "round-01 True", "round-02 False"]

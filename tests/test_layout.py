@@ -11,19 +11,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors records tasks checkers own_tasks recipe recipe_text
+errors printable records tasks checkers own_tasks recipe recipe_text
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
 stats memory private usage reply_limits
-rundir assets lockfile unusable seedfiles
+rundir assets lockfile unusable resumable seedfiles
 libllama llama ollama batching room sampling sequences generate score
 process storerows storefile inserting replies calls claims store search transfer pace pocket endpoint budget account
 asking local foreign
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
-work rows prepare reflecting writing judge_asking stages card shipping distill tools forecast chat
-report costs why whatif doctor display labels
+student_text work rows prepare reflecting writing judge_asking stages card shipping distill tools forecast chat
+report costs why whatif doctor tables display labels
 sides compare comparison explanations
 answering console calls_cli runs_cli models_cli
 """

@@ -429,13 +429,17 @@ def test_a_gguf_without_a_template_is_refused(tmp_path, store) -> None:
     assert "instruct model" in said
 
 
-def test_a_prompt_that_the_template_refuses_is_named_by_its_row(gguf, store, tmp_path) -> None:
+def test_a_prompt_that_the_template_refuses_costs_its_row_alone(gguf, store, tmp_path) -> None:
     strict = "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
     export_gguf(make_model(tmp_path / "m", template=strict), tmp_path / "m.gguf", adapter=None, quant="f32")
     wanted = [*questions("a"), Request((Message("user", "x"),) * 3, "row-x", "seeds")]
-    with pytest.raises(TapirError, match="too many turns") as caught:
-        ask(wanted, teacher(tmp_path / "m.gguf"), store, run="r")
-    assert "row row-x" in str(caught.value)
+    good, bad = ask(wanted, teacher(tmp_path / "m.gguf"), store, run="r")
+    assert good.text
+    assert (bad.text, bad.finish, bad.complete) == ("", "refused", False)
+    store.flush()
+    [(row, why)] = rows(store, "select row, why from attempts")
+    assert row == "row-x"
+    assert "too many turns" in why
 
 
 @pytest.mark.parametrize("extra", [{"top_p": 0.5}, {"temperature": 0.1, "stop": ["x"]}])

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from models import merged_model
+from models import CHATML, make_model, merged_model
 
 from tapir_local.adapter_gguf import export_adapter
 from tapir_local.errors import TapirError
@@ -97,3 +97,19 @@ def test_perplexity_and_ifd_by_hand() -> None:
     given, alone = Scored("a", -2 * math.log(2), 2), Scored("a", -2 * math.log(8), 2)  # 1/2 and 1/8 a token
     assert perplexity(given) == pytest.approx(2)
     assert ifd(given, alone) == pytest.approx(0.25)
+
+
+def test_each_result_is_handed_over_as_it_is_done_and_what_cannot_be_read_is_none(llama) -> None:
+    texts = [*TEXTS[:5], ((Message("user", "word " * 400),), "x"), ((Message("user", "x"),), "")]
+    seen = list[Scored]()
+    found = score(llama.gguf, texts, context=200, each=seen.append)
+    assert sorted(seen, key=lambda row: int(row.id)) == found
+    assert [row.tokens == 0 for row in found] == [False] * 5 + [True, False]
+
+
+def test_a_text_that_the_template_refuses_has_no_tokens(tmp_path: Path) -> None:
+    strict = "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
+    export_gguf(make_model(tmp_path / "m", template=strict), tmp_path / "m.gguf", adapter=None, quant="f32")
+    user, reply = Message("user", "Hi"), Message("assistant", "Hello")
+    found = score(tmp_path / "m.gguf", [((user,), "a"), ((user, reply, user), "a")], context=200)
+    assert [row.tokens > 0 for row in found] == [True, False]

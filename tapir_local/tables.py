@@ -1,0 +1,58 @@
+"""Tables and lines for a terminal that show every text as it is: no markup is read in it, no control gets through."""
+
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from tapir_local.printable import printable
+
+
+def plain(text: str, style: str = "") -> Text:
+    """A text in one style."""
+    return Text(printable(text), style=style)
+
+
+def joined(*parts: str | tuple[str, str]) -> Text:
+    """Texts one after another, those in pairs (text, style) in their styles."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable(text), style) for text, style in pairs))
+
+
+class Cell(str):
+    """A string that rich shows as it is, without looking for markup or emoji codes in it."""
+
+    def __rich__(self) -> Text:
+        return Text(self)
+
+
+class PlainTable(Table):
+    """A table whose title, caption, headers and cells are plain text."""
+
+    def __init__(self, title: str = "", caption: str | None = None) -> None:
+        super().__init__(title=title or None, caption=caption, title_justify="left", caption_justify="left")
+
+    def add_column(self, header: RenderableType = "", *rest: Any, **options: Any) -> None:
+        """A column with this header."""
+        super().add_column(cell(header), *rest, **options)
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """A row of texts."""
+        super().add_row(*(cell(item) for item in cells if item is not None), **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for name in ("title", "caption"):
+            text = getattr(self, name)
+            if isinstance(text, str):
+                setattr(self, name, plain(text, f"table.{name}"))
+        yield from super().__rich_console__(console, options.update(markup=False))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return super().__rich_measure__(console, options.update(markup=False))
+
+
+def cell(item: RenderableType) -> RenderableType:
+    """A string as a cell; anything else as it is."""
+    return Cell(printable(item)) if isinstance(item, str) else item

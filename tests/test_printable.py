@@ -1,0 +1,188 @@
+"""Hostile text comes out as text: no escape, no reordering and no markup reaches a terminal, and no data changes."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tapir_local.comparison import comparison_tables
+from tapir_local.console import echo, print_json
+from tapir_local.display import (
+    Shown,
+    cost_table,
+    plain_table,
+    receipt,
+    round_tables,
+    rounds_table,
+    stages_table,
+    tasks_table,
+    unusable_tables,
+    watched,
+)
+from tapir_local.distill import Step
+from tapir_local.errors import TapirError
+from tapir_local.explanations import why_tables
+from tapir_local.labels import label_tables
+from tapir_local.printable import UNSAFE, printable, safe_json
+from tapir_local.stages import PREPARE
+from tapir_local.tables import joined, plain
+
+HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
+SEEN = "␛]0;owned␇"
+COUNTS = dict.fromkeys(("paid", "from_store", "failed", "tokens_in", "tokens_out", "unpriced", "unpriced_hits"), 1)
+COST = [{"stage": HOSTILE, "task": HOSTILE, **COUNTS, "money": 1.0, "saved": 0.0}]
+STAGE = {"name": HOSTILE, "done": True, "seconds": 1.0, "paid": 1, "hits": 0, "note": HOSTILE}
+STATUS = {
+    "run": HOSTILE,
+    "state": HOSTILE,
+    "prepare": [STAGE],
+    "rounds": [{"number": 0, "stages": [STAGE], "metrics": {"judge": HOSTILE, "rows": 3}}],
+    "end": [STAGE],
+    "calls": {"paid": 1, "hits": 0},
+    "unusable": {HOSTILE: {HOSTILE: 2}},
+    "warnings": [HOSTILE],
+}
+LOST = {"step": HOSTILE, "id": HOSTILE, "kind": HOSTILE, "detail": HOSTILE, "text": HOSTILE}
+PLAN = {
+    "curriculum": HOSTILE, "drawn": [1], "reflected": [], "pool": 3, "notes": [HOSTILE], "got": {HOSTILE: 0.5},
+    "asked": {HOSTILE: 0.5}, "short": {}, "expansions": [{"task": HOSTILE, "rows": 2}],
+}  # fmt: skip
+QUALITY = {"rows": 1, "unjudged": 0, "notes": [HOSTILE]}
+ANSWER = {"task": HOSTILE, "instruction": HOSTILE, "teacher": HOSTILE, "student": HOSTILE, "scores": [1.0, 2.0]}
+ROUND = {
+    "run": HOSTILE, "round": 1, "plan": PLAN, "judge": {HOSTILE: QUALITY}, "unusable": {HOSTILE: {HOSTILE: 1}},
+    "metrics": {"by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}}, "answers": [ANSWER],
+}  # fmt: skip
+LINE = {"round": 1, "student": 1.0, "teacher": 2.0, "mfd": 1.0, "use": HOSTILE, "why": HOSTILE, "trained": True}
+WHY = {
+    "id": HOSTILE, "run": HOSTILE, "place": HOSTILE, "task": HOSTILE, "labelled_by": HOSTILE, "instruction": HOSTILE,
+    "answer": HOSTILE, "rounds": [LINE], "left_out": [LOST], "cost": COST,
+    "grew": [{"round": 1, "id": HOSTILE, "reason": HOSTILE, "instruction": HOSTILE}],
+}  # fmt: skip
+LABELS = {
+    "run": HOSTILE, "notes": [HOSTILE], "confused": [{"teacher": HOSTILE, "classifier": HOSTILE, "rows": 1}],
+    "tasks": {HOSTILE: {"share": 0.1, "rows": 1, "file": 1, "teacher": 0, "classifier": 0, "held_out": None},
+              HOSTILE + "2": {"share": 0.1, "rows": 0, "held_out": None}},
+}  # fmt: skip
+RATE = {"mean": 0.5, "interval": (0.1, 0.9)}
+GAP = {"mean": 0.1, "low": 0.0, "high": 0.2, "better": 1, "worse": 0, "p": 0.5, "p_holm": 0.5, "test": HOSTILE}
+OF = {"run": HOSTILE, "round": 1, "metric": "accuracy", "task": HOSTILE, "difference": GAP, "rows": 1, **RATE}
+SPENT = dict.fromkeys(("tokens", "teacher_calls", "judge_calls"), 1)
+COMPARED = {
+    "rounds": [{**OF, **SPENT, "chosen": True, "accuracy": RATE, "win_rate": None}], "compared": [OF], "at": None,
+    "baseline": HOSTILE, "by_task": [OF], "notes": [HOSTILE], "holdout": {"rows": 3, "judge": HOSTILE},
+}  # fmt: skip
+TABLES = {
+    "rounds": lambda: [rounds_table(STATUS)],
+    "stages": lambda: [stages_table(STATUS)],
+    "unusable": lambda: unusable_tables({"run": HOSTILE, "by_step": {HOSTILE: {HOSTILE: 1}}, "rows": [LOST]}),
+    "round": lambda: round_tables(ROUND),
+    "tasks": lambda: [tasks_table(HOSTILE, {HOSTILE: {"rows": 1}}, {"rows": "count"})],
+    "plain": lambda: [plain_table(HOSTILE, [HOSTILE], [[HOSTILE]])],
+    "cost": lambda: [cost_table(HOSTILE, COST, "stage")],
+    "receipt": lambda: list(receipt(HOSTILE, COST, COST)),
+    "why": lambda: why_tables(WHY),
+    "labels": lambda: label_tables(LABELS),
+    "compare": lambda: comparison_tables(COMPARED),
+    "line": lambda: [plain(HOSTILE), joined(HOSTILE, (HOSTILE, "bold"))],
+}
+
+
+@given(st.text(st.characters(min_codepoint=0, max_codepoint=0x2100, exclude_categories=())))
+def test_nothing_unsafe_is_left_and_all_else_is_kept(text: str) -> None:
+    shown = printable(text)
+    assert not UNSAFE.search(shown)
+    shown.encode()
+    assert printable(shown) == shown
+    safe = UNSAFE.sub("", text)
+    assert printable(safe) == safe
+    assert json.loads(safe_json(json.dumps(text, ensure_ascii=False))) == text
+
+
+def test_tabs_and_lines_stay_and_halves_of_letters_can_be_printed() -> None:
+    assert printable("a\tb\r\nc\n") == "a\tb\nc\n"
+    assert printable("a\rb\ud83d") == "a␍b<U+D83D>"
+    assert printable("naïve 🙂 👩‍👩‍👧 שלום 你好") == "naïve 🙂 👩‍👩‍👧 שלום 你好"
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("colored", [False, True])
+def test_no_table_lets_a_control_through_or_reads_markup(name: str, colored: bool) -> None:
+    for item in TABLES[name]():
+        out = io.StringIO()
+        Console(file=out, width=400, force_terminal=colored, color_system="standard" if colored else None).print(item)
+        text = out.getvalue()
+        own = re.sub("\x1b\\[[0-9;]*m", "", text) if colored else text  # rich's own colors
+        assert not UNSAFE.search(own)
+        assert "\x1b[31mred" not in text
+        assert SEEN in own
+        assert "[bold]b[/]" in own.replace("\n", "")
+        assert ":smile:" in own
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tapir_local.display.LOG_EVERY", -1.0)
+    out = io.StringIO()
+    console = Console(file=out, width=300, force_terminal=terminal)
+    with watched(console, 0, 2) as watch:
+        step = Step(None, PREPARE[0], None)  # type: ignore[arg-type]
+        watch.begins(step)
+        watch.progress(1, 2, HOSTILE)
+        watch.ends(step, {"note": HOSTILE, "paid": 1, "hits": 0, "seconds": 1.0})
+    own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "")
+    assert not UNSAFE.search(own)
+    assert "[/INST]" in own
+    assert isinstance(watch.begins.__self__, Shown)  # type: ignore[attr-defined]
+
+
+def test_what_is_said_is_printable_and_json_keeps_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    echo(str(TapirError(HOSTILE, where=HOSTILE, fix=HOSTILE)))
+    print_json({"answer": HOSTILE + "\ud83d"})
+    said, _, data = capsys.readouterr().out.partition("{")
+    assert not UNSAFE.search(said + data)
+    assert json.loads("{" + data)["answer"] == HOSTILE + "\ud83d"
+    assert safe_json('"\\n naïve 🙂"') == '"\\n naïve 🙂"'
+
+
+@pytest.mark.parametrize(
+    "words", [["status", HOSTILE], ["show", "--cache", HOSTILE], [HOSTILE], ["status", "--" + HOSTILE]]
+)
+def test_errors_that_repeat_what_was_given(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import cli
+
+    monkeypatch.setattr("sys.argv", ["tapir-local", *words])
+    found = CliRunner().invoke(wrapped(cli.main))
+    assert found.exit_code in (1, 2)
+    assert not UNSAFE.search(found.output)
+    assert "owned" in found.output
+
+
+def wrapped(main: object) -> object:
+    """`main` as a command that the runner can call; it reads sys.argv itself."""
+    import click
+
+    return click.Command("main", callback=main, context_settings={"ignore_unknown_options": True})
+
+
+ONE_DOOR = {
+    r"click\.s?echo\((?!\"error: \")": {"console.py"},
+    r"from rich\.table|rich\.table import": {"tables.py"},
+    r"from rich\.markup|rich\.markup import|from_markup": set(),
+    r"\.print\((f?\"|str)": set(),
+}
+
+
+@pytest.mark.parametrize("pattern", ONE_DOOR)
+def test_there_is_one_door_for_each_kind_of_text(pattern: str) -> None:
+    """Whatever else prints would have to make text safe again, and one day one does not."""
+    root = Path(__file__).parent.parent
+    files = [*(root / "tapir_local").glob("*.py"), root / "cli.py"]
+    found = {file.name for file in files if re.search(pattern, file.read_text(encoding="utf-8"))}
+    assert found <= ONE_DOOR[pattern]
