@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import STUDENT
 
 from tapir_local.calls import listed, shown, stats, verify
 from tapir_local.dataset import read_seeds
@@ -58,9 +59,9 @@ def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
     recipe = Recipe(teacher=teacher)
     examples, _ = read_seeds(read_path(seeds), recipe.task_table())
     with Store(store, "replay") as opened:
-        tools: Any = SimpleNamespace(teacher=asker(teacher, opened, "run"))
+        tools: Any = SimpleNamespace(teacher=asker(teacher, opened, "run"), student_text=lambda: STUDENT)
         work = Work(recipe, RunDir(store.parent, "run"), tools)
-        return [row.completion for row in answer_seeds(work, examples, "seeds")[0]]
+        return [row.completion for row in answer_seeds(work, examples, "seeds")]
 
 
 @pytest.fixture
