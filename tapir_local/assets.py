@@ -1,10 +1,13 @@
 """Where the files are that come with the program: recipes, and the pocket student and seeds."""
 
+import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from tapir_local.errors import TapirError
+from tapir_local.paths import at_home
 from tapir_local.recipe import Recipe
 from tapir_local.rundir import RunDir, remove, whole
 
@@ -29,26 +32,72 @@ def recipe_files() -> list[Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A file as given, or one that comes with the program by its path, its file's name or its stem."""
-    given = Path(name)
-    if given.is_file():
-        return given
+    """A file as given, or one that comes with the program by its path, its file's name or its stem.
+
+    TapirError where there is none, with files of a like name, and those that come with the program.
+    """
+    given = Path(at_home(name) or "")
+    with suppress(OSError, ValueError):  # a name that is too long, or holds a NUL
+        if given.exists() and not given.is_dir():
+            return given
     for path in recipe_files():
         if name in (path.stem, path.name, f"recipes/{path.name}"):
             return path
+    if name and is_folder(given):
+        kept = given / "recipe.yaml"
+        fix = f"Name the recipe in it: {kept}" if kept.is_file() else "Name a YAML file."
+        raise TapirError("this is a folder, not a recipe", where=name, fix=fix)
     known = ", ".join(path.stem for path in recipe_files())
+    like = neighbors(given)
+    meant = f"Did you mean {' or '.join(like)}? " if like else ""
     raise TapirError(
         "there is no such recipe",
         where=name,
-        fix=f"Name a YAML file, or one of those that come with the program: {known}.",
+        fix=f"{meant}Name a YAML file, or one of those that come with the program: {known}.",
     )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; a name that is too long is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def neighbors(missing: Path) -> list[str]:
+    """YAML files beside a path that is not there, and recipes that come with the program, with names like it."""
+    try:
+        beside = [path for path in missing.parent.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file()]
+    except OSError:
+        beside = []
+    named = {path.name: str(path) for path in beside} | {path.stem: path.stem for path in recipe_files()}
+    same = [str(path) for path in beside if path.stem == missing.stem]
+    return sorted(same) or [named[name] for name in difflib.get_close_matches(missing.name, named, 2)]
+
+
+def text_of_recipe(path: Path) -> str:
+    """A recipe's text; TapirError where it cannot be read, or is not UTF-8."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TapirError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        perhaps = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        raise TapirError(
+            f"not UTF-8: byte 0x{data[error.start]:02x}",
+            where=f"{path}, line {data.count(10, 0, error.start) + 1}",
+            fix=f"Save it as UTF-8; if it is {perhaps}: iconv -f {perhaps} -t UTF-8 {path.name}",
+        ) from error
 
 
 def default_cache() -> Path:
     """TAPIR_LOCAL_CACHE; else `cache` in the checkout that the program runs from; else in the current folder."""
     named = os.environ.get("TAPIR_LOCAL_CACHE")
     if named:
-        return Path(named)
+        return Path(at_home(named) or "")
     return (CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "cache"
 
 
@@ -83,21 +132,25 @@ def student_folder(recipe: Recipe, run: RunDir) -> Path:
         return model
     view = run.path / "student" / (Path(recipe.student.path).name or "student")
     if not (view.is_dir() and (run.round(0) / "adapter").is_dir()):
-        template = chat_template(recipe.student.chat_template)
-        remove(view)
-        with whole(view) as partial:
-            partial.mkdir()
-            for file in model.iterdir():
-                if file.is_file() and file.name != "chat_template.jinja":
-                    (partial / file.name).symlink_to(file.absolute())
-            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+        view_with_template(model, chat_template(recipe.student.chat_template), view)
     return view
+
+
+def view_with_template(model: Path, template: str, view: Path) -> None:
+    """Make `view` a folder of links to a model's files, with another chat template."""
+    remove(view)
+    with whole(view) as partial:
+        partial.mkdir()
+        for file in model.iterdir():
+            if file.is_file() and file.name != "chat_template.jinja":
+                (partial / file.name).symlink_to(file.absolute())
+        (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def chat_template(named: str) -> str:
     """The text of a recipe's student.chat_template; TapirError where there is no such file."""
     known = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
-    path = CHAT_TEMPLATES / f"{named}.jinja" if named in known else Path(named)
+    path = CHAT_TEMPLATES / f"{named}.jinja" if named in known else Path(at_home(named) or "")
     if not path.is_file():
         raise TapirError(
             "there is no such chat template",

@@ -1,8 +1,9 @@
 """What was asked and answered: the store's calls, to be counted, listed, read, compared and verified."""
 
+import difflib
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from tapir_local.usage import MOST
 
 DAMAGED = "(damaged)"
 KEY = 32  # bytes
+# The stages that ask somebody, under the names that the store has them by.
+ASKING = frozenset({"label", "tasks", "holdout", "seeds", "judge", "expand", "refine", "holdout-judge"})
 STORED = (
     "select c.key, c.request, c.answer, s.request, s.answer, c.model, c.tokens_in, c.tokens_out, c.seconds,"
     " c.created, c.id"
@@ -93,6 +96,31 @@ def readable(row: tuple[Any, ...]) -> StoredCall | None:
         return read_row(row)
     except zlib.error:
         return None
+
+
+def refuse_unknown(path: Path, *, run: str | None = None, stage: str | None = None, number: int | None = None) -> None:
+    """TapirError where no call or attempt in the store is of a run, a stage or a round that a command asks for.
+
+    It names those that there are. A run whose folder is in the cache, and a stage that a run would have, are known too.
+    """
+    sql = "select run, stage, round from uses union select run, stage, round from attempts where run != ''"
+    with opened(path) as conn:
+        found = {tuple(row) for row in conn.execute(sql)}
+    runs = {name for name, _, _ in found}
+    if run is not None and run not in runs and not (path.parent / "runs" / run).is_dir():
+        raise unknown(f"there are no calls of a run {run!r}", run, runs, path, "Runs")
+    mine = [row for row in found if run is None or row[0] == run]
+    if stage is not None and stage not in (stages := {row[1] for row in mine}) and stage not in ASKING:
+        raise unknown(f"there are no calls of a stage {stage!r}", stage, stages, path, "Stages")
+    if number is not None and number not in (numbers := {row[2] for row in mine}):
+        raise unknown(f"there are no calls of round {number}", "", set(map(str, numbers)), path, "Rounds")
+
+
+def unknown(what: str, word: str, known: Collection[str], path: Path, names: str) -> TapirError:
+    """The error about a word that no call has."""
+    near = difflib.get_close_matches(word, known, 1)
+    meant = f"Did you mean {near[0]}? " if near else ""
+    return TapirError(what, where=str(path), fix=f"{meant}{names} with calls: {', '.join(sorted(known)) or 'none'}.")
 
 
 def size(path: Path) -> tuple[int, int]:

@@ -37,9 +37,10 @@ def calls() -> None:
 @json_option
 def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
     """Calls used and paid for, and tokens of the paid ones, by run, round and stage; and what the store weighs."""
-    from tapir_local.calls import size
+    from tapir_local.calls import refuse_unknown, size
     from tapir_local.calls import stats as count
 
+    refuse_unknown(store_path(cache), run=run)
     names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
     print_rows("calls", names, count(store_path(cache), run), as_json)
     stored, weight = size(store_path(cache))
@@ -55,9 +56,11 @@ def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
 @json_option
 def cost(run: str | None, number: int | None, by: "By", cache: Path | None, as_json: bool) -> None:
     """What was paid, and what the store saved, by run, round, stage or task."""
+    from tapir_local.calls import refuse_unknown
     from tapir_local.costs import costs
     from tapir_local.display import cost_table
 
+    refuse_unknown(store_path(cache), run=run, number=number)
     rows = costs(store_path(cache), by, run, number)
     if as_json:
         print_json(rows)
@@ -73,8 +76,9 @@ def cost(run: str | None, number: int | None, by: "By", cache: Path | None, as_j
 @json_option
 def list_calls(run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool) -> None:
     """The newest calls: key, where they were used, and what was answered."""
-    from tapir_local.calls import listed
+    from tapir_local.calls import listed, refuse_unknown
 
+    refuse_unknown(store_path(cache), run=run, stage=stage)
     rows = listed(store_path(cache), run, stage, limit)
     if not as_json:
         rows = [{**row, "key": row["key"][:12], "answer": row["answer"][:200]} for row in rows]
@@ -96,8 +100,10 @@ def search(
     Words in one pair of quotes stand together in this order. Capitals, accents and signs do not count. A word that
     begins with a dash goes after `--`.
     """
+    from tapir_local.calls import refuse_unknown
     from tapir_local.search import search as find
 
+    refuse_unknown(store_path(cache), run=run, stage=stage)
     rows = find(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=slowly("calls indexed"))
     if not rows:
         echo("no call has all of these words", err=True)
@@ -148,9 +154,10 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
 @cache_option
 def verify(run: str | None, cache: Path | None) -> None:
     """Read every call and check its key against its request; exits with 1 where one is damaged or absent."""
-    from tapir_local.calls import absent
+    from tapir_local.calls import absent, refuse_unknown
     from tapir_local.calls import verify as check
 
+    refuse_unknown(store_path(cache), run=run)
     count, bad = check(store_path(cache))
     gone = absent(store_path(cache), used_keys(cache, run)) if run else []
     for key in [*bad, *gone]:
@@ -245,7 +252,7 @@ def import_store_file(file: Path, cache: Path | None) -> None:
 
 def import_rows(file: Path, named: str | None, requests: Path | None, cache: Path | None) -> None:
     """Answers from elsewhere."""
-    from tapir_local.assets import find_recipe
+    from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.foreign import read_answers, reasons, take
     from tapir_local.recipe_text import parse_recipe
 
@@ -253,7 +260,7 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
         fix = "Name a recipe with that teacher: --recipe RECIPE"
         raise TapirError("no store, and it does not say which teacher gave these answers", where=str(file), fix=fix)
     place = find_recipe(named)
-    teacher = parse_recipe(place.read_text(encoding="utf-8"), str(place)).teacher
+    teacher = parse_recipe(text_of_recipe(place), str(place)).teacher
     rows, found = read_answers(file, teacher, requests)
     with written_store(cache) as store:
         take(store, teacher, rows, file, found, slowly("answers imported"))

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from tapir_local.assets import HUB_NAME
 from tapir_local.gate import GateReport
+from tapir_local.metrics import is_likeness
+from tapir_local.published import on_the_hub, public_name, public_url
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Metrics
 from tapir_local.rundir import RunDir, read_record
@@ -44,7 +45,7 @@ def front_matter(recipe: Recipe) -> str:
     known = {
         "language": recipe.card.language,
         "license": recipe.card.licence,
-        "base_model": recipe.student.path if HUB_NAME.fullmatch(recipe.student.path) else None,
+        "base_model": recipe.student.path if on_the_hub(recipe.student.path) else None,
     }
     values = {key: value for key, value in known.items() if value} | {"tags": ["gguf", "tapir-local"]}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -66,8 +67,8 @@ def origins(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
     plan, train = recipe.curriculum, recipe.train
     seeds, held = (count(run.path / name) for name in ("seeds.jsonl", "holdout.jsonl"))
     return [
-        ("base", recipe.student.path),
-        ("seeds", f"{recipe.seeds.path}: {seeds:,} to train on, {held:,} held out and never trained on"),
+        ("base", public_name(recipe.student.path)),
+        ("seeds", f"{public_name(recipe.seeds.path)}: {seeds:,} to train on, {held:,} held out and never trained on"),
         ("answers", "the file's own" if recipe.seeds.answers == "file" else "the teacher's"),
         ("teacher", asked(recipe.teacher)),
         ("judge", "the teacher" if recipe.judge.kind == "teacher" else asked(recipe.judge)),
@@ -92,7 +93,7 @@ def asked(endpoint: Endpoint) -> str:
         "reference": "reference: likeness to the teacher's answer (ROUGE-L), no LLM",
         "gguf": f"the GGUF {Path(endpoint.gguf or '').name} on the same machine",
     }
-    where = f" at {endpoint.base_url}" if endpoint.base_url else ""
+    where = f" at {public_url(endpoint.base_url)}" if endpoint.base_url else ""
     return words.get(kind, f"{endpoint.model}{where}")
 
 
@@ -132,9 +133,14 @@ def results(run: RunDir, recipe: Recipe) -> str:
         if recipe.export.rounds == "merged"
         else (" Answers were written with the round's adapter over the base's GGUF; the file here is both merged.")
     )
-    return (
-        f"Greedy answers to the held-out rows. Win rate is against the teacher's own answers, a tie being half a win, "
-        f"judged by {found[-1].judge}; the last row is this student.{lone}\n\n" + table(heads, rows)
+    alike = is_likeness(found[-1].win_rate, found[-1].student_score)
+    measured = (
+        f"There is no win rate: scores are {found[-1].judge}, 1 to 10, and the teacher's own answer counts 10"
+        if alike
+        else f"Win rate is against the teacher's own answers, a tie being half a win, judged by {found[-1].judge}"
+    )
+    return f"Greedy answers to the held-out rows. {measured}; the last row is this student.{lone}\n\n" + table(
+        heads, rows
     )
 
 

@@ -20,7 +20,7 @@ UNITS: Mapping[str, str] = {
     "tokens": "training tokens",
     "calls": "calls of the teacher and the judge",
 }
-METRICS = ("accuracy", "win_rate")
+METRICS = ("accuracy", "win_rate", "likeness")
 HOLDOUT_SETTINGS = ("random_seed", "seeds.", "teacher.", "classifier.", "tasks")
 ONE_HOLDOUT = (
     "Runs are compared on one holdout: the same random_seed, seeds, seeds.holdout and teacher, from one cache."
@@ -174,7 +174,7 @@ def round_row(side: Side, found: Evaluated, chosen: bool) -> dict[str, Any]:
 
 def values(found: Evaluated, metric: str) -> Rows:
     """A round's values by row id."""
-    return found.right if metric == "accuracy" else found.wins
+    return {"accuracy": found.right, "win_rate": found.wins, "likeness": found.likeness}[metric]
 
 
 def rate(metric: str, rows: Rows) -> dict[str, Any] | None:
@@ -237,7 +237,7 @@ def notes(sides: Sequence[Side], chosen: Sequence[Evaluated], at: At | None, bud
                 f"{side.name} has no round within {budget:,} {UNITS[at]}: its round {found.number}, after "
                 f"{amount(found.cost, at):,}, stands for it."
             )
-        if unjudged := len(side.holdout) - len(found.wins):
+        if unjudged := len(side.holdout) - len(found.judged):
             rows = "1 row is" if unjudged == 1 else f"{unjudged:,} rows are"
             said.append(f"{side.name}: {rows} not judged in round {found.number} and left out of win rates.")
     return said

@@ -7,7 +7,12 @@ from tapir_local.compare import UNITS
 from tapir_local.display import percent
 from tapir_local.tables import PlainTable
 
-NAMES = {"accuracy": "accuracy", "win_rate": "win rate"}
+NAMES = {"accuracy": "accuracy", "win_rate": "win rate", "likeness": "likeness"}
+
+SAID = {
+    "win_rate": "Win rate against the teacher's answers, judged by ",
+    "likeness": "Likeness of the student's answers, 100% for the same words, by ",
+}
 
 
 def comparison_tables(found: Mapping[str, Any]) -> list[PlainTable]:
@@ -35,19 +40,26 @@ def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> PlainTabl
 
 def rounds_table(found: Mapping[str, Any]) -> PlainTable:
     """A row a round of each run: cost so far, accuracy and win rate with their intervals; the chosen one is marked."""
+    metrics = shown_metrics(found["rounds"])
     table = table_of(
         f"runs side by side: {found['holdout']['rows']:,} rows of one holdout",
         ["run"],
-        ["round", "rows", "tokens", "teacher", "judge", *NAMES.values()],
+        ["round", "rows", "tokens", "teacher", "judge", *(NAMES[metric] for metric in metrics)],
     )
     for row, new in begun(found["rounds"], "run"):
         if new:
             table.add_section()
         costs = (count(row[name]) for name in ("rows", "tokens", "teacher_calls", "judge_calls"))
-        rates = (rate_cell(row[metric]) for metric in NAMES)
+        rates = (rate_cell(row[metric]) for metric in metrics)
         table.add_row(row["run"] if new else "", f"{'*' if row['chosen'] else ''}{row['round']}", *costs, *rates)
     table.caption = rounds_caption(found)
     return table
+
+
+def shown_metrics(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Accuracy, and the win rate or, where no judge was asked, likeness."""
+    alike = any(row["likeness"] for row in rounds) and not any(row["win_rate"] for row in rounds)
+    return ["accuracy", "likeness" if alike else "win_rate"]
 
 
 def rounds_caption(found: Mapping[str, Any]) -> str:
@@ -57,8 +69,8 @@ def rounds_caption(found: Mapping[str, Any]) -> str:
     return (
         "Spent by the end of each round: training rows, training tokens, calls of the teacher and of the judge (paid "
         f"or from the store; those that evaluation asks are left out). *: {chosen}. In brackets, 95 % intervals "
-        "(Wilson's of accuracy, bootstrap of win rate). Win rate against the teacher's answers, "
-        f"judged by {found['holdout']['judge']}."
+        f"(Wilson's of accuracy, bootstrap of the other). {SAID[shown_metrics(found['rounds'])[1]]}"
+        f"{found['holdout']['judge']}."
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
+from tapir_local.paths import at_home
 from tapir_local.printable import printable, safe_json
 
 if TYPE_CHECKING:
@@ -25,9 +26,19 @@ def example(*commands: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
 
 
+class HomePath(click.Path):
+    """A path whose `~` is expanded: shells leave the one in `--cache=~/x` as it is."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert((at_home(value) or "") if isinstance(value, str) else value, param, ctx)
+
+
 cache_option = click.option(
     "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=HomePath(file_okay=False),
     help="Folder of the store and the runs.  [default: cache]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -102,6 +102,22 @@ def teachable(judgement: Judgement, settings: Curriculum) -> bool:
     return judgement.teacher is not None and judgement.teacher >= settings.teacher_floor
 
 
+UNREAD, POOR, NO_REASON = "not judged", "whose teacher's own answer is below teacher_floor", "taken by none"
+NEAR = "whose MFD is at most mfd_threshold"
+
+
+def untaken(judgements: Sequence[Judgement], settings: Curriculum) -> Counter[str]:
+    """How many rows are not hard, by the reason why."""
+    return Counter(why_untaken(row, settings) for row in judgements if not is_hard(row, settings))
+
+
+def why_untaken(judgement: Judgement, settings: Curriculum) -> str:
+    """Why a row is not hard."""
+    if mfd(judgement) is None:
+        return UNREAD
+    return NEAR if teachable(judgement, settings) else POOR
+
+
 def tapir(known: Situation) -> RoundPlan:
     """Hard rows in the tasks' shares and easy rows at random, alpha to 1 - alpha (arXiv 2405.13448, section 3.3).
 
@@ -117,12 +133,15 @@ def tapir(known: Situation) -> RoundPlan:
     counts = {task: len(ids) for task, ids in by_task.items()}
     asked = shares(counts, known.targets if settings.balance else counts, wanted)
     chosen, expansions = (
-        fill(by_task, asked, settings.expand_share) if known.can_expand else ([row.id for row in hard[:wanted]], ())
+        fill(by_task, asked, less_hard(known, hard), settings)
+        if known.can_expand
+        else ([row.id for row in hard[:wanted]], ())
     )
     taken = set(chosen)
     left = [id for id in easy if id not in taken]
     replay = known.rng.sample(left, min(len(left), settings.rows - wanted))
     got = tasks_of(hard, chosen) + new_rows(expansions)
+    short = {task: asked[task] - got[task] for task in by_task if got[task] < asked[task]}
     styled: Mapping[str, Styled] = {"hard": "hard", "all": "all", "off": "none"}
     return RoundPlan(
         round=known.number,
@@ -138,8 +157,8 @@ def tapir(known: Situation) -> RoundPlan:
         unjudged=sum(judgement.teacher is None for judgement in known.judgements),
         asked=fractions(asked),
         got=fractions({task: got[task] for task in by_task}),
-        short={task: asked[task] - got[task] for task in by_task if got[task] < asked[task]},
-        notes=remarks(known, rows, hard, len(easy)),
+        short=short,
+        notes=(*remarks(known, rows, hard, len(easy)), *parent_remarks(expansions, short, settings)),
     )
 
 
@@ -173,18 +192,50 @@ def group(rows: Sequence[Example]) -> dict[str, list[str]]:
     return dict(sorted(tasks.items()))
 
 
+def less_hard(known: Situation, hard: Sequence[Example]) -> dict[str, list[str]]:
+    """By task, the judged rows that are not hard and that the teacher answers well, the hardest first."""
+    ids, judged = {row.id for row in hard}, known.judged
+    rows = [row for row in known.pool if row.id in judged and row.id not in ids]
+    teachable_ones = [row for row in rows if teachable(judged[row.id], known.settings)]
+    return group(sorted(teachable_ones, key=lambda row: -(mfd(judged[row.id]) or 0.0)))
+
+
 def fill(
-    by_task: Mapping[str, Sequence[str]], asked: Mapping[str, int], expand_share: float
+    by_task: Mapping[str, Sequence[str]],
+    asked: Mapping[str, int],
+    others: Mapping[str, Sequence[str]],
+    settings: Curriculum,
 ) -> tuple[list[str], tuple[Expansion, ...]]:
-    """(hard rows chosen, new rows wanted of each task) that together are what was asked of each task."""
+    """(hard rows chosen, new rows wanted of each task) that together are what was asked of each task, if possible.
+
+    A parent has at most settings.children new rows: ten of one parent would be one question told ten times. Where the
+    hard rows are too few for that, `others` are parents too; where these are too few, more hard rows are taken.
+    """
     chosen: list[str] = []
     expansions: list[Expansion] = []
     for task, ids in by_task.items():
-        old = min(len(ids), asked[task] - round(expand_share * asked[task]))
-        chosen += ids[:old]
-        if asked[task] > old:
-            expansions.append(Expansion(task, asked[task] - old, tuple(ids)))
+        old = min(len(ids), asked[task] - round(settings.expand_share * asked[task]))
+        new = asked[task] - old
+        parents, more = tuple(ids), tuple(others.get(task, ())[:new])
+        room = settings.children * (len(parents) + len(more))
+        chosen += ids[: old + max(0, new - room)]
+        if min(new, room) > 0:
+            expansions.append(Expansion(task, min(new, room), parents, others=more))
     return chosen, tuple(expansions)
+
+
+def parent_remarks(expansions: Sequence[Expansion], short: Mapping[str, int], settings: Curriculum) -> tuple[str, ...]:
+    """What the limit of new rows for a parent has come to."""
+    beyond = {e.task: e.rows - settings.children * len(e.parents) for e in expansions}
+    grown = [f"{task} {count:,}" for task, count in beyond.items() if count > 0]
+    missing = [f"{task} {count:,}" for task, count in short.items() if expansions]
+    said = {
+        f"new rows that grow from less hard rows, the hard ones being too few: {', '.join(grown)}": grown,
+        f"rows that curriculum.children ({settings.children}) leaves out, for want of parents: {', '.join(missing)}": (
+            missing
+        ),
+    }
+    return tuple(text for text, true in said.items() if true)
 
 
 def tasks_of(rows: Sequence[Example], ids: Sequence[str]) -> Counter[str]:
@@ -210,11 +261,13 @@ def fractions(rows: Mapping[str, int]) -> dict[str, float]:
 def remarks(known: Situation, rows: Sequence[Example], hard: Sequence[Example], easy: int) -> tuple[str, ...]:
     """What the reader ought to know of an unusual pool."""
     mastered = sorted({row.task for row in rows} - {row.task for row in hard})
+    reasons = ", ".join(f"{n:,} {why}" for why, n in untaken(known.judgements, known.settings).most_common())
     missing = known.settings.rows - round(known.alpha * known.settings.rows) - easy
     said = {
         "difficulty is off: rows are drawn at random": not known.settings.difficulty,
-        "no row is hard: the round only replays easy rows": rows and not hard,
-        "no row is easy: the whole round is hard": rows and not easy,
+        "no row is hard: the round only replays easy rows": rows and not hard and easy,
+        "no row is easy: the whole round is hard": rows and not easy and hard,
+        f"no row is hard and none is easy: {reasons}": rows and not hard and not easy,
         f"{missing:,} easy rows fewer than asked, hard ones in their place": hard and easy and missing > 0,
         f"no hard row in {', '.join(mastered)}: the other tasks have their shares": hard and mastered,
     }
@@ -294,11 +347,18 @@ def lion(known: Situation) -> RoundPlan:
     size = known.settings.rows
     half = size - size // 2 if hard and easy else size * bool(hard)
     expansions = (
-        *grown(hard, half, "alike", known.rng),
-        *grown(easy, size - half if easy else 0, "rarer", known.rng),
+        *grown(hard, half, "alike", known),
+        *grown(easy, size - half if easy else 0, "rarer", known),
     )
     got = new_rows(expansions)
-    notes = {"no row is hard": rows and not hard, "no row is easy": rows and not easy}
+    missing = (size if hard or easy else 0) - got.total()
+    notes = {
+        "no row is hard": rows and not hard,
+        "no row is easy": rows and not easy,
+        f"{missing:,} rows that curriculum.children ({known.settings.children}) leaves out, for want of parents": (
+            missing > 0 and (hard or not easy)
+        ),
+    }
     return RoundPlan(
         round=known.number,
         curriculum="lion",
@@ -314,12 +374,12 @@ def lion(known: Situation) -> RoundPlan:
     )
 
 
-def grown(rows: Sequence[Example], wanted: int, manner: Manner, rng: random.Random) -> list[Expansion]:
-    """`wanted` new rows from parents drawn at random, each once before any is taken again."""
+def grown(rows: Sequence[Example], wanted: int, manner: Manner, known: Situation) -> list[Expansion]:
+    """`wanted` new rows from parents drawn at random, each once before any is taken again, and none too often."""
     if not rows or wanted <= 0:
         return []
-    shuffled = rng.sample(list(rows), len(rows))
-    parents = [shuffled[number % len(shuffled)] for number in range(wanted)]
+    shuffled = known.rng.sample(list(rows), len(rows))
+    parents = [shuffled[number % len(shuffled)] for number in range(min(wanted, known.settings.children * len(rows)))]
     return [Expansion(task, len(ids), tuple(dict.fromkeys(ids)), manner) for task, ids in group(parents).items()]
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from tapir_local.curriculum import FROM_POOL
 from tapir_local.distill import Step, Watch
 from tapir_local.forecast import Foreseen
+from tapir_local.metrics import is_likeness
 from tapir_local.printable import printable
 from tapir_local.tables import PlainTable, joined, plain
 
@@ -99,6 +100,7 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
     table = PlainTable(f"run {status['run']}: the holdout, round by round", caption(status))
     for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
         table.add_column(name, justify="right")
+    before: Mapping[str, Any] = {}
     for row in status["rounds"]:
         found = row["metrics"] or {}
         seconds = sum(stage["seconds"] or 0 for stage in row["stages"])
@@ -108,12 +110,21 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
             interval(found.get("win_rate_interval")),
             accuracy_cell(found),
             interval(found.get("accuracy_interval")),
-            scores_phrase([found.get("student_score"), found.get("teacher_score")]),
+            score_cell(found, before),
             str(found.get("judged", "-")),
             str(found.get("unjudged", "-")),
             f"{seconds:,.0f}",
         )
+        before = found
     return table
+
+
+def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """Mean scores, `3.5 : 10.0`; of likeness the student's and its change on the round before, `3.50 (+0.25)`."""
+    score, last = found.get("student_score"), before.get("student_score")
+    if score is None or not is_likeness(found.get("win_rate"), score):
+        return scores_phrase([score, found.get("teacher_score")])
+    return f"{score:.2f}" + ("" if last is None else f" ({score - last:+.2f})")
 
 
 def accuracy_cell(found: Mapping[str, Any]) -> str:
@@ -126,6 +137,10 @@ def accuracy_cell(found: Mapping[str, Any]) -> str:
 def caption(status: Mapping[str, Any]) -> str:
     """What the numbers mean and what was paid."""
     calls, judge = status["calls"], next((row["metrics"]["judge"] for row in status["rounds"] if row["metrics"]), "")
+    metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
+    if metrics and is_likeness(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
+        scored = f"Score: {judge}, 1 to 10 where the words are the same, and its change on the round before. "
+        return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
     scored = (
         f"Win rate against the teacher's answers (a tie is half a win) and mean score of student : teacher, 1 to 10, "
         f"judged by {judge}. "
@@ -185,18 +200,21 @@ def shown(value: float | None) -> str:
 
 
 def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> PlainTable:
-    """A row a task; `columns` maps a key of its values to how it is shown: `rate` or `count`."""
+    """A row a task; `columns` maps a key of its values to how it is shown: `rate`, `score` or `count`."""
     table = PlainTable(title)
     table.add_column("task")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for task, values in rows.items():
-        cells = (
-            percent(values.get(name)) if kind == "rate" else f"{int(values.get(name, 0)):,}"
-            for name, kind in columns.items()
-        )
-        table.add_row(task, *cells)
+        table.add_row(task, *(cell(values.get(name), kind) for name, kind in columns.items()))
     return table
+
+
+def cell(value: float | None, kind: str) -> str:
+    """A value of a `rate`, a `score` or a `count`, for people."""
+    if kind == "score":
+        return "-" if value is None else f"{value:.2f}"
+    return percent(value) if kind == "rate" else f"{int(value or 0):,}"
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
@@ -215,7 +233,12 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
     tables += [judge_table(title, found["judge"])] if found["judge"] else []
     if found["metrics"]:
-        columns = {"rows": "count", "win_rate": "rate", "accuracy": "rate"}
+        alike = is_likeness(found["metrics"]["win_rate"], found["metrics"]["student_score"])
+        columns = {
+            "rows": "count",
+            **({"student_score": "score"} if alike else {"win_rate": "rate"}),
+            "accuracy": "rate",
+        }
         tables.append(tasks_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
     cells = [
         [row["task"], row["instruction"], row["teacher"], row["student"], scores_phrase(row["scores"])]

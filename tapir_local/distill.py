@@ -137,7 +137,7 @@ def refuse_changed(recipe: Recipe, run: RunDir) -> None:
 def kept_recipe(run: RunDir) -> Recipe:
     """The recipe that a run started with."""
     path = run.path / "recipe.yaml"
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)
 
 
 def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
@@ -170,11 +170,28 @@ def do(step: Step, work: Work, watch: Watch) -> None:
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
     with counted(work, step, began):
-        said = step.stage.run(work, step.output)
+        try:
+            said = step.stage.run(work, step.output)
+        except FileNotFoundError as error:
+            raise missing_file(error, work.run, step.name) from error
     taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": now(), **work.tally}
     taken |= {"replay": True} if work.tools.replay else {}
     note(work.run, step=step.name, taken=taken)
     watch.ends(step, taken)
+
+
+def missing_file(error: FileNotFoundError, run: RunDir, step: str) -> TapirError:
+    """What to say of a file that a step reads and that is not there; one of the run's own names who makes it."""
+    missing = Path(str(error.filename))
+    made = [
+        made for made in sequence(run, rounds_begun(run)) if made.output == missing or made.output in missing.parents
+    ]
+    if made:
+        fix = f"Put it back, or make it again: {redo_command(run.name, made[0])}"
+    else:
+        fix = "Put it back, or name another in the recipe."
+    place = missing.relative_to(run.path) if run.path in missing.parents else missing
+    return TapirError(f"{step} needs a file that is not there: {place}", where=f"run {run.name!r}", fix=fix)
 
 
 @contextmanager

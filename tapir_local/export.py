@@ -204,7 +204,8 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
         raise TapirError(
             "the chat template ends no answer with a token of the tokenizer, so a student would never stop",
             where=str(model_dir),
-            fix="Set student.chat_template; `alpaca` ends answers with the tokenizer's own EOS.",
+            fix="Set student.chat_template (of `tapir-local export`: --chat-template); `alpaca` ends answers with the "
+            "tokenizer's own EOS.",
         )
 
 

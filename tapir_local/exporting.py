@@ -1,9 +1,12 @@
 """A model's folder, with or without an adapter, to a GGUF that has passed the gate: what a person asks for by hand."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tapir_local.assets import model_folder
+from tapir_local.assets import chat_template, model_folder, view_with_template
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export
 from tapir_local.gate import GateJob, GateReport, pass_gate
@@ -53,6 +56,22 @@ def export_checked(
     written.rename(out)
     shutil.rmtree(work)
     return report
+
+
+@contextmanager
+def with_template(model: str, template: str | None) -> Iterator[str]:
+    """The model's folder or Hub name, or for as long as the block lasts a folder of links with another chat template.
+
+    `template` is a Jinja file or the name of one that comes with the program. TapirError where there is none.
+    """
+    if template is None:
+        yield model
+        return
+    text, folder = chat_template(template), model_folder(model)
+    with tempfile.TemporaryDirectory() as place:
+        view = Path(place) / (folder.resolve().name or "model")
+        view_with_template(folder, text, view)
+        yield str(view)
 
 
 def trained_rows(adapter: Path | None, work: Path) -> Path:

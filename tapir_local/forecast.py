@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from tapir_local.asking import Asking
 from tapir_local.assets import chat_template, model_folder
 from tapir_local.budget import money_of, price_of
 from tapir_local.curriculum import challenge, is_judged
-from tapir_local.distill import Step, refuse_changed, sequence
+from tapir_local.distill import Step, missing_file, refuse_changed, sequence
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.recipe import Curriculum, Endpoint, Recipe
-from tapir_local.records import Answer, Example, Request, instruction_of
-from tapir_local.rundir import RunDir, read_rows, write_rows
+from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
+from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
 from tapir_local.store import Store
 from tapir_local.storefile import tokens_by_stage
 from tapir_local.student_text import StudentText, any_student, read_student_text
@@ -143,15 +143,27 @@ def foresee(
     """A step played through, or estimated where it cannot be."""
     scout = Scout(recipe, store)
     step.output.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(Unreached, FileNotFoundError):
+    try:
         step.stage.run(Work(recipe, copy, scout.tools(), step.number or 0, step.name), step.output)
+    except Unreached:
+        pass
+    except FileNotFoundError as error:
+        if not awaited(error, recipe, copy):
+            raise missing_file(error, copy, step.name) from error
     done = step.done
     if step.stage.name == "tasks" and not done:
         # The split between holdout and seeds will be another; what is asked of both together is the same.
         write_rows(step.output, [replace(row, task="Others") for row in rows_of(copy)])
     if scout.asked:
-        return counted(step, scout, known)
+        return counted(step, scout, known) if done else with_rest(counted(step, scout, known), step)
     return Foreseen(step.name, 0, 0, 0, 0, 0.0, True) if done else estimated(step, recipe, copy, known)
+
+
+def awaited(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
+    """Whether what a stage did not find is the output of a step that is still to be done."""
+    missing = Path(str(error.filename))
+    outputs = [step.output for step in sequence(copy, recipe.rounds) if not step.done]
+    return any(missing == output or output in missing.parents for output in outputs)
 
 
 def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
@@ -163,6 +175,18 @@ def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) 
     sizes = [sizes_of(request, known) for request in unique.values()]
     tokens = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
     return priced(step, len(scout.asked), len(scout.asked) - len(unique), *tokens, scout.asked[0][1])
+
+
+def with_rest(found: Foreseen, step: Step) -> Foreseen:
+    """An expansion with the drafts that it asks for once its first ones are there; any other step as it is."""
+    path = step.output.parent / "plan.json"
+    wanted = read_record(RoundPlan, path).to_write if step.stage.name == "expand" and path.exists() else 0
+    if wanted <= found.calls or not found.to_pay:
+        return found
+    more = (wanted - (found.hits or 0)) / found.to_pay
+    sizes = round(more * found.tokens_in), round(more * found.tokens_out)
+    money = None if found.money is None else more * found.money
+    return replace(found, calls=wanted, tokens_in=sizes[0], tokens_out=sizes[1], money=money)
 
 
 def sizes_of(request: Request, known: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
@@ -220,8 +244,8 @@ def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
     asked = {
         "judge": (drawn + (new_answers(recipe, number, pool, drawn) if alone else drawn)) * judged * is_judged(plan),
         "holdout-judge": (1 if alone and number else 2) * held * judged,
-        "expand": round(new * again),
-        "refine": refined,
+        "expand": round(new * (again + plan.check_drafts)),
+        "refine": refined + refined * plan.check_answers,
     }
     return asked.get(stage, 0)
 

@@ -1,7 +1,8 @@
 """Have answers judged: in pairs and both orders, or each alone; asked once more where a reply cannot be read."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,17 +10,18 @@ from typing import Any, TypeVar
 from tapir_local import judging, prompts
 from tapir_local.errors import TapirError
 from tapir_local.judge_quality import percent, quality
-from tapir_local.recipe import Recipe
+from tapir_local.recipe import Judge, Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
 from tapir_local.rundir import write_rows
 from tapir_local.unusable import BRIEF as CHARACTERS
 from tapir_local.unusable import Unusable, record_unusable
-from tapir_local.work import Work
+from tapir_local.work import Ask, Progress, Work
 
 S = TypeVar("S")
 Asked = Callable[[str], Prompt]  # from a reply that could not be read, or "", to the request
 
 BRIEF = 80  # characters of an unreadable reply that a reason quotes
+SLOW, SLOW_REQUEST = 60.0, 2.0  # seconds of a stage and of each of its requests from which a local judge is slow
 FEW = 5  # unreadable rows that a message names
 UNASKED = {
     "too_long": "no answer of the student: the prompt fills its context",
@@ -39,6 +41,46 @@ SHOWN = {"0": "the teacher's answer first", "1": "the student's answer first"}
 ALONE = {"teacher": "the teacher's answer", "student": "the student's answer"}
 
 
+@dataclass
+class Speed:
+    """How fast a judge answers what is not in the store: requests, tokens read and written, seconds."""
+
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+
+    def measured(self, ask: Ask) -> Ask:
+        """The same way to ask, measured."""
+
+        def timed(requests: Sequence[Request], progress: Progress) -> list[Answer]:
+            began = time.monotonic()
+            found = ask(requests, progress)
+            new = [answer for answer in found if not answer.hit]
+            self.seconds += time.monotonic() - began if new else 0.0
+            self.requests += len(new)
+            self.tokens_in += sum(answer.tokens_in for answer in new)
+            self.tokens_out += sum(answer.tokens_out for answer in new)
+            return found
+
+        return timed
+
+    def words(self, judge: Judge) -> list[str]:
+        """The speed for people, and what would be faster where a slow GGUF reads both answers twice."""
+        if not self.tokens_in or not self.seconds:
+            return []
+        read, written = (f"{tokens / self.seconds:,.0f}" for tokens in (self.tokens_in, self.tokens_out))
+        said = [
+            f"{self.requests:,} requests, {read} tokens read and {written} written a second",
+        ]
+        if judge.gguf and judge.mode == "pair" and self.seconds > max(SLOW, SLOW_REQUEST * self.requests):
+            said.append(
+                f"most of the {self.seconds:,.0f} s is reading prompts: with `judge.mode: single` a request has one "
+                "answer, and later rounds ask about the student's alone"
+            )
+        return said
+
+
 def write_judgements(
     work: Work, stage: str, rows: Sequence[Example], completions: Sequence[Completion], out: Path
 ) -> str:
@@ -46,13 +88,14 @@ def write_judgements(
 
     A row that the student could not be asked is not judged: there is no answer to pay a judge for.
     """
-    texts = {completion.id: completion.text for completion in completions}
+    texts, speed = {completion.id: completion.text for completion in completions}, Speed()
     unasked = {completion.id: completion.finish for completion in completions if not completion.asked}
     asked = [row for row in rows if row.id not in unasked]
     if work.recipe.judge.kind == "reference":
         judged = [judging.likeness(row.id, row.completion, texts[row.id]) for row in asked]
     else:
-        judged = ask_judge(work, stage, asked, texts)
+        timed = replace(work, tools=replace(work.tools, judge=speed.measured(work.tools.judge)))
+        judged = ask_judge(timed, stage, asked, texts)
     by_id = {judgement.id: judgement for judgement in judged}
     found = [
         replace(by_id[row.id], student_length=len(texts[row.id]), teacher_length=len(row.completion))
@@ -62,7 +105,16 @@ def write_judgements(
     ]
     record_unusable(work.run, work.step, unjudged_rows(work.step, rows, found))
     write_rows(out, found)
-    return told(found, judge_name(work.recipe))
+    return told(found, judge_name(work.recipe), speed.words(judge_settings(work.recipe)))
+
+
+def judge_settings(recipe: Recipe) -> Judge:
+    """The judge's settings, with the GGUF that judges also where that is the teacher's."""
+    return (
+        recipe.judge.model_copy(update={"gguf": recipe.teacher.gguf})
+        if recipe.judge.kind == "teacher"
+        else recipe.judge
+    )
 
 
 def unjudged_rows(step: str, rows: Sequence[Example], judgements: Sequence[Judgement]) -> list[Unusable]:
@@ -81,13 +133,13 @@ def kind_of(reason: str) -> str:
     return next((kind for kind in KINDS if kind in reason), "not readable")
 
 
-def told(judgements: Sequence[Judgement], judge: str) -> str:
+def told(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
     """How many rows were judged and by whom, how many were not, whether the orders agree, and warnings."""
     found, rows = quality(judgements), len(judgements)
     share = f" ({percent(found.unjudged / rows)})" if found.unjudged else ""
     agree = "" if found.agreement is None else f", the orders agree on {percent(found.agreement)}"
     said = f"{rows:,} rows judged by {judge}, {found.unjudged:,} unreadable{share}{agree}"
-    return "; ".join([said, *found.notes])
+    return "; ".join([said, *speed, *found.notes])
 
 
 def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
@@ -151,6 +203,15 @@ def ask_twice(
             if reply.complete and (found := parse(reply.text)) is not None:
                 read[name] = found
     return read, {name: why_unread(last[name]) for name in asked if name not in read}
+
+
+def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, float]:
+    """The judge's score of each row's own answer, by id; a row is not there where the reply could not be read."""
+    asked: dict[str, Asked] = {
+        f"{row.id}#teacher": partial(prompts.judge_single, row.prompt, row.completion) for row in rows
+    }
+    read, _ = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
+    return {name.removesuffix("#teacher"): score for name, score in read.items()}
 
 
 def why_unread(reply: Answer) -> str:

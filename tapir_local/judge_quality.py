@@ -8,7 +8,11 @@ from tapir_local.records import Judgement, JudgeQuality
 Pair = tuple[float, float]
 
 FEW = 10  # judged rows under which nothing is correlated or warned of
-DISAGREEMENT = 1 / 3  # share of rows whose orders disagree from which it is said
+DISAGREEMENT = 1 / 4  # share of rows whose orders disagree above which it is said: midway to a judge who throws a coin
+ENOUGH = 20  # judged rows from which a correlation as strong as LENGTH_BIAS is no chance (p < 0.001)
+LENGTH_BIAS = (
+    0.7  # rank correlation of length and score from which length tells half of the scores' variance (0.7 ** 2)
+)
 
 
 def quality(judgements: Sequence[Judgement]) -> JudgeQuality:
@@ -24,8 +28,8 @@ def quality(judgements: Sequence[Judgement]) -> JudgeQuality:
         # In the first order the teacher's answer is shown first, in the second the student's.
         position_bias=mean([gap for one, two in orders for gap in (one[0] - one[1], two[1] - two[0])]),
         ties=mean([row.teacher == row.student for row in judged]),
-        length_bias=length_bias(judged),
-        notes=notes(judged, agreement),
+        length_bias=(bias := length_bias(judged)),
+        notes=notes(judged, agreement, bias),
     )
 
 
@@ -54,7 +58,7 @@ def length_bias(judged: Sequence[Judgement]) -> float | None:
     return round(float(spearmanr(lengths, scores).statistic), 6)
 
 
-def notes(judged: Sequence[Judgement], agreement: float | None) -> tuple[str, ...]:
+def notes(judged: Sequence[Judgement], agreement: float | None, bias: float | None) -> tuple[str, ...]:
     """What a person ought to know before believing the scores."""
     if len(judged) < FEW:
         return ()
@@ -64,6 +68,12 @@ def notes(judged: Sequence[Judgement], agreement: float | None) -> tuple[str, ..
     if agreement is not None and 1 - agreement > DISAGREEMENT:
         said.append(
             f"the judge's two orders disagree on {percent(1 - agreement)} of the rows: its scores are noise there"
+        )
+    if bias is not None and abs(bias) >= LENGTH_BIAS and len(judged) >= ENOUGH:
+        which = "longer" if bias > 0 else "shorter"
+        said.append(
+            f"the scores go with length (rank correlation {bias:+.2f}): the {which} answer nearly always scores more. "
+            "Look at some of them before you believe it is the better one"
         )
     return tuple(said)
 

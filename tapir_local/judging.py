@@ -15,10 +15,19 @@ PREFIX = re.compile(r"^(?:the\s+)?(?:task|label|category|answer)\s*(?:is|:|=)\s*
 FIRST_KEY = re.compile(r"(?:^|[_ ])(?:a|one|first)$|(?<!\d)1$")
 SECOND_KEY = re.compile(r"(?:^|[_ ])(?:b|two|second)$|(?<!\d)2$")
 SCORE_KEY = re.compile(r"(?:^|[_ ])(?:score|rating)$")
-TAGGED = re.compile(r"<(?:answer|score)_?([12])>\s*([0-9.]+)\s*</(?:answer|score)_?\1>", re.IGNORECASE)
+KIND = re.compile(r"[_ -]?(?:score|rating|answer|response)$")  # what may follow the name of an answer: answer_1_score
+REMARK = re.compile(r"reason|explanation|rationale|justification|comment|feedback|note")  # a key that holds words
+WRAPPER = re.compile(r"(?:^|[_ ])(?:scores?|ratings?|judge?ments?|evaluations?|results?|answers?)$")
+NAMED = ("answer", "id", "name", "candidate")  # the key by which an object in a list says which answer it scores
+OF_TEN = re.compile(r"([0-9.]+)\s*(?:/|out\s+of)\s*10(?:\.0)?")
+TAGGED = re.compile(
+    r"<(?:answer|score)_?([12])>\s*([0-9.]+(?:\s*(?:/|out\s+of)\s*10)?)\s*</(?:answer|score)_?\1>", re.IGNORECASE
+)
 TAGGED_ONE = re.compile(r"<score>\s*([0-9.]+)\s*</score>", re.IGNORECASE)
 FENCE = re.compile(r"```(?:json)?|\s")  # the marks of a code block around the object, and white space
+LEADING_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.IGNORECASE | re.DOTALL)
 THOUGHTS = re.compile(r"^.*</think>|<think>.*$", re.IGNORECASE | re.DOTALL)
+DEEPEST = 3  # wrappers around the scores
 WRAPPING = " \t\r\n`*_\"'.<>[]()"
 
 Scores = tuple[float, float]
@@ -27,10 +36,14 @@ Scores = tuple[float, float]
 def parse_scores(reply: str) -> Scores | None:
     """The scores of the first and the second answer, each 1 to 10, or None where the reply does not say them.
 
-    Reads the JSON object that prompts.judge asks for, or else the same as tags (<answer_1>8</answer_1>). Either must
-    open or close the reply: one in mid-sentence may be a candidate's own text, quoted. Numbers in running text are
-    never taken for scores, and a score outside the scale is refused, not clamped.
+    Reads the JSON object that prompts.judge asks for, also where it is wrapped (see `scores_of`), a reply that is
+    nothing but a list of two scores, or the same as tags (<answer_1>8</answer_1>). Each must open or close the reply:
+    one in mid-sentence may be a candidate's own text, quoted. Numbers in running text are never taken for scores, and a
+    score outside the scale is refused, not clamped.
     """
+    reply = without_thought(reply)
+    if (bare := whole_list(reply)) is not None:
+        return listed_scores(bare)
     found = list(json_objects(reply))
     if not found:
         return tagged_scores(reply)
@@ -43,10 +56,31 @@ def parse_score(reply: str) -> float | None:
 
     As strict as parse_scores: a JSON object with one score, or <score>8</score>, that opens or closes the reply.
     """
+    reply = without_thought(reply)
     found = [(score_of(value), start, end) for value, start, end in json_objects(reply)]
     found = found or [(on_scale(match[1]), match.start(), match.end()) for match in TAGGED_ONE.finditer(reply)]
     outer = {score for score, start, end in found if is_outer(reply, start, end)}
     return outer.pop() if len(outer) == 1 else None
+
+
+def without_thought(reply: str) -> str:
+    """A reply without the thought that opens it.
+
+    It ends at the first `</think>`: a later one may be a candidate's own text, quoted beside a planted score.
+    """
+    return LEADING_THOUGHT.sub("", reply, count=1)
+
+
+def whole_list(reply: str) -> list[Any] | None:
+    """The JSON list that a reply is, code block aside; None where it is anything else."""
+    text = re.sub(r"```(?:json)?", "", reply).strip()
+    if not text.startswith("["):
+        return None
+    try:
+        value = json.loads(text, object_pairs_hook=unambiguous)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
 
 
 def is_outer(reply: str, start: int, end: int) -> bool:
@@ -74,25 +108,87 @@ def json_objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
         start = text.find("{", end)
 
 
-def scores_of(value: dict[str, Any]) -> Scores | None:
-    """Two scores from an object with a key for each answer (answer_1/answer_2, first/second, a/b), or a list in it."""
-    if len(value) == 1 and isinstance(pair := next(iter(value.values())), list | dict):
-        return scores_of(pair) if isinstance(pair, dict) else in_range(pair)
-    first = [item for key, item in value.items() if FIRST_KEY.search(key.lower())]
-    second = [item for key, item in value.items() if SECOND_KEY.search(key.lower())]
-    return in_range([*first, *second]) if len(first) == len(second) == 1 else None
+def scores_of(value: dict[str, Any], depth: int = 0) -> Scores | None:
+    """Two scores from an object: a key for each answer, or both under one key, with words beside them.
+
+    {"answer_1": 8, "answer_2": 6} (or first/second, a/b, 1/2, answer_1_score), {"scores": {...}, "explanation": ...},
+    {"scores": [8, 6]}, {"answer_1": {"score": 8, "reason": ...}, ...}. None where two places say different scores.
+    """
+    keyed = keyed_scores(value)
+    found = [keyed] if keyed else []
+    if depth < DEEPEST:
+        found += [pair for inner in wrapped(value) if (pair := inner_scores(inner, depth + 1))]
+    return found[0] if len(set(found)) == 1 else None
+
+
+def keyed_scores(value: dict[str, Any]) -> Scores | None:
+    """The two values whose keys name the answers; None unless there is one of each."""
+    names = {KIND.sub("", key.lower()): item for key, item in value.items() if not REMARK.search(key.lower())}
+    said = [key for key in value if not REMARK.search(key.lower())]
+    first = [item for key, item in names.items() if FIRST_KEY.search(key)]
+    second = [item for key, item in names.items() if SECOND_KEY.search(key)]
+    return in_range([*first, *second]) if len(first) == len(second) == 1 and len(names) == len(said) else None
+
+
+def wrapped(value: dict[str, Any]) -> list[Any]:
+    """The objects and lists in which an object holds its scores: by their key's name, or its only member."""
+    held = {key: item for key, item in value.items() if isinstance(item, list | dict)}
+    return [item for key, item in held.items() if len(value) == 1 or WRAPPER.search(key.lower())]
+
+
+def inner_scores(inner: Any, depth: int) -> Scores | None:
+    """The scores in a wrapper."""
+    return scores_of(inner, depth) if isinstance(inner, dict) else listed_scores(inner)
+
+
+def listed_scores(items: list[Any]) -> Scores | None:
+    """The scores in a list of two: numbers in the order of the answers, or objects that name theirs."""
+    if len(items) != 2:
+        return None
+    names = [name_of(item) for item in items]
+    if None not in names:
+        return keyed_scores(dict(zip(map(str, names), items, strict=True)))
+    return None if any(isinstance(item, dict) for item in items) else in_range(items)
+
+
+def name_of(item: Any) -> str | None:
+    """The answer that an object in a list names: {"answer": 1, "score": 8}."""
+    named = [str(item[key]).lower() for key in NAMED if key in item] if isinstance(item, dict) else []
+    return named[0] if len(named) == 1 else None
 
 
 def score_of(value: dict[str, Any]) -> float | None:
-    """One score from an object with one key for it: {"score": 8}, {"reason": "...", "overall_score": 8}."""
-    scores = [item for key, item in value.items() if SCORE_KEY.search(key.lower())]
-    return on_scale(scores[0]) if len(scores) == 1 else None
+    """One score from an object with one key for it, or with one object that has one, and words beside it.
+
+    {"score": 8}, {"reason": "...", "overall_score": 8}, {"answer": {"score": 8, "reason": "..."}}.
+    """
+    scores = [item for key, item in value.items() if SCORE_KEY.search(key.lower()) and not isinstance(item, dict)]
+    inner = [item for key, item in value.items() if isinstance(item, dict) and WRAPPER.search(key.lower())]
+    if len(scores) + len(inner) != 1:
+        return None
+    return on_scale(scores[0]) if scores else on_scale(inner_value(inner[0]))
 
 
 def in_range(pair: list[Any]) -> Scores | None:
-    """Two numbers of the scale, or None."""
-    numbers = [number for item in pair if (number := on_scale(item)) is not None]
+    """Two scores, both written in the same way: as numbers, or both as parts of ten; None of anything else.
+
+    An object stands for the one score in it.
+    """
+    plain = [inner_value(item) for item in pair]
+    tenths = [
+        match[1] if isinstance(item, str) and (match := OF_TEN.fullmatch(item.strip())) else None for item in plain
+    ]
+    read = plain if not any(tenths) else tenths
+    numbers = [number for item in read if (number := on_scale(item)) is not None]
     return (numbers[0], numbers[1]) if len(pair) == len(numbers) == 2 else None
+
+
+def inner_value(item: Any) -> Any:
+    """The value of the one key for a score in an object; what is no object as it is."""
+    if not isinstance(item, dict):
+        return item
+    scores = [inner for key, inner in item.items() if SCORE_KEY.search(key.lower())]
+    return scores[0] if len(scores) == 1 else None
 
 
 def on_scale(item: Any) -> float | None:
@@ -141,9 +237,36 @@ INSTRUCTION = re.compile(r"<new_instruction>(.*?)</new_instruction>", re.IGNOREC
 
 
 def parse_instruction(reply: str) -> str | None:
-    """The text between the tags that prompts.expand asks for; None where there is not exactly one, or it is empty."""
-    found = INSTRUCTION.findall(reply)
+    """The text between the tags that prompts.expand asks for; None where there is not exactly one, or it is empty.
+
+    What a model thought before `</think>` is no part of its reply.
+    """
+    found = INSTRUCTION.findall(after_thoughts(reply, "<new_instruction>"))
     return (found[0].strip() or None) if len(found) == 1 else None
+
+
+def after_thoughts(reply: str, tag: str) -> str:
+    """What follows the thoughts of a reply.
+
+    Where no `<think>` opens the reply, a `</think>` after the last `tag` ends no thought: an answer may quote it.
+    """
+    rest = THOUGHTS.sub("", reply)
+    return rest if tag in rest.lower() or reply.lstrip().lower().startswith("<think>") else reply
+
+
+CHECKED = {"complete": "complete", "answerable": "answerable", "of_task": "of its task"}  # a check's keys, in words
+
+
+def parse_check(reply: str) -> str | None:
+    """What a teacher finds wrong with a new instruction, "" where nothing; None where the reply does not say it.
+
+    Reads the JSON object that prompts.check_draft asks for, which must open or close the reply.
+    """
+    reply = without_thought(reply)
+    outer = [value for value, start, end in json_objects(reply) if is_outer(reply, start, end)]
+    if len(outer) != 1 or not all(isinstance(outer[0].get(key), bool) for key in CHECKED):
+        return None
+    return ", ".join(f"not {words}" for key, words in CHECKED.items() if not outer[0][key])
 
 
 ANSWER = re.compile(r"<new_answer>(.*?)</new_answer>", re.IGNORECASE | re.DOTALL)
@@ -151,7 +274,7 @@ ANSWER = re.compile(r"<new_answer>(.*?)</new_answer>", re.IGNORECASE | re.DOTALL
 
 def parse_rewritten(reply: str) -> tuple[str, str] | None:
     """(instruction, answer) between the tags that prompts.reflect_on_instruction asks for; None without one of each."""
-    instruction, answers = parse_instruction(reply), ANSWER.findall(reply)
+    instruction, answers = parse_instruction(reply), ANSWER.findall(after_thoughts(reply, "<new_answer>"))
     answer = answers[0].strip() if len(answers) == 1 else ""
     return (instruction, answer) if instruction and answer else None
 
@@ -184,6 +307,11 @@ def mfd(judgement: Judgement) -> float | None:
     if judgement.teacher is None or judgement.student is None:
         return None
     return judgement.teacher - judgement.student
+
+
+def share_alike(score: float | None) -> float | None:
+    """The ROUGE-L, 0 to 1, of which `likeness` made a score."""
+    return None if score is None else (score - LOWEST) / (HIGHEST - LOWEST)
 
 
 def likeness(id: str, teacher_answer: str, student_answer: str) -> Judgement:

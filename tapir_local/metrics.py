@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from tapir_local.judge_quality import mean, quality
@@ -52,6 +53,26 @@ def evaluate(
         judge_quality=quality(judgements),
         checked=len(known_right),
     )
+
+
+def likeness_only(found: Metrics, holdout: Sequence[Example], judgements: Sequence[Judgement]) -> Metrics:
+    """Metrics where the scores are likeness to the teacher's answer, which no other answer can exceed: no win rate."""
+    scores = {row.id: row.student for row in judgements if row.student is not None}
+    tasks = {
+        task: {
+            "rows": values["rows"],
+            "win_rate": None,
+            "accuracy": values["accuracy"],
+            "student_score": mean([scores[row.id] for row in holdout if row.task == task and row.id in scores]),
+        }
+        for task, values in found.by_task.items()
+    }
+    return replace(found, win_rate=None, win_rate_interval=None, by_task=tasks)
+
+
+def is_likeness(win_rate: float | None, student_score: float | None) -> bool:
+    """Whether metrics with these values are of likeness: rows were scored, and there is no win rate."""
+    return win_rate is None and student_score is not None
 
 
 def rows_for(half: float) -> int:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.console import echo, example, shown, slowly
+from tapir_local.console import HomePath, echo, example, shown, slowly
 
 if TYPE_CHECKING:
     from tapir_local.answering import Answered
 
-FILE = click.Path(path_type=Path)
+FILE = HomePath()
 
 
 def at_once(context: click.Context, option: click.Parameter, text: str) -> int | None:
@@ -114,6 +114,7 @@ def closing(found: "Answered") -> str:
     help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
     "[default: q8_0, of an adapter alone f32]",
 )
+@click.option("--chat-template", help="Use this Jinja file, `alpaca` or `chatml` as template.")
 @click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
 @click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
@@ -124,6 +125,7 @@ def export(
     adapter_only: bool,
     base: Path | None,
     quant: str | None,
+    chat_template: str | None,
     converter: Path | None,
     modelfile: bool,
     no_gate: bool,
@@ -135,22 +137,23 @@ def export(
     """
     if modelfile and adapter_only:
         raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
-    from tapir_local.exporting import export_checked
+    from tapir_local.exporting import export_checked, with_template
     from tapir_local.ollama import write_modelfile
     from tapir_local.rundir import sha256
 
     show = slowly("tensors")
-    report = export_checked(
-        model,
-        out,
-        adapter=adapter,
-        quant=quant or ("f32" if adapter_only else "q8_0"),
-        check=not no_gate,
-        base=base,
-        adapter_only=adapter_only,
-        converter=converter,
-        progress=lambda done, total, _: show(done, total),
-    )
+    with with_template(model, chat_template) as folder:
+        report = export_checked(
+            folder,
+            out,
+            adapter=adapter,
+            quant=quant or ("f32" if adapter_only else "q8_0"),
+            check=not no_gate,
+            base=base,
+            adapter_only=adapter_only,
+            converter=converter,
+            progress=lambda done, total, _: show(done, total),
+        )
     said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
     if report:
         found = report.figures

@@ -6,15 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from tapir_local.setting_types import Settings
 from tapir_local.tasks import TASKS, Checker, Task, compared
-
-
-class Settings(BaseModel):
-    """Frozen, and any key it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class OwnTask(Settings):

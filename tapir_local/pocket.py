@@ -15,6 +15,7 @@ import httpx2
 
 from tapir_local.pocket_world import grade, harder, parse, rarer, solve, variant
 from tapir_local.prompts import (
+    CHECK,
     CLASSIFY,
     EXPAND,
     JUDGE,
@@ -68,6 +69,16 @@ def expand(asked: str, rng: Random) -> str:
     return f"<new_instruction>\n{variant(problem, rng).instruction}\n</new_instruction>" if problem else IGNORANCE
 
 
+def check_draft(asked: str, rng: Random) -> str:
+    """Whether an instruction is of the pocket world, and of the task named."""
+    problem = parse(enclosed("instruction", asked))
+    label = enclosed("task", asked).partition(":")[0]
+    known = problem is not None
+    return json.dumps(
+        {"complete": known, "answerable": known, "of_task": problem is not None and problem.family.task == label}
+    )
+
+
 def rarer_one(asked: str, rng: Random) -> str:
     """A new instruction of the same task and another family."""
     problem = parse(enclosed("instruction", asked))
@@ -97,6 +108,7 @@ JOBS: Mapping[str, Callable[[str, Random], str]] = {
     JUDGE: judge,
     JUDGE_SINGLE: judge_single,
     EXPAND: expand,
+    CHECK: check_draft,
     RARER: rarer_one,
     REFLECT_INSTRUCTION: rewrite,
     REFLECT_ANSWER: refine,

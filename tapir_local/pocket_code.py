@@ -1,10 +1,12 @@
 """The families about code: small Python functions to write and to mend, and a safe way to try them."""
 
 import ast
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
+from typing import Any
 
 from tapir_local.pocket_family import Drawn, Family, Solution, Values
 from tapir_local.pocket_words import FUNCTION_NAMES
@@ -90,21 +92,90 @@ FAULTS: Mapping[str, Fault] = {
 
 # --- trying code
 
+MOST_ITEMS = 10_000  # items that a value may have, counted with those of the values in it
+
+
+def weight(value: object, most: int = MOST_ITEMS) -> int:
+    """How many items a value has with those of its items; counting ends where there are more than `most`."""
+    if not isinstance(value, str | bytes | list | tuple | range):
+        return 1
+    if isinstance(value, str | bytes | range):
+        return 1 + len(value)
+    total = 1
+    for item in value:
+        total += weight(item, most - total)
+        if total > most:
+            break
+    return total
+
+
+def bounded(value: object) -> object:
+    """The value; ValueError where it has more items than a right answer ever needs."""
+    if weight(value) > MOST_ITEMS:
+        raise ValueError("too many items")
+    return value
+
+
+def times(left: Any, right: Any) -> object:
+    """left * right; ValueError, before anything is made, where the result would have too many items."""
+    for value, count in ((left, right), (right, left)):
+        repeats = isinstance(value, str | bytes | list | tuple) and isinstance(count, int)
+        if repeats and weight(value) * max(0, count) > MOST_ITEMS:
+            raise ValueError("too many items")
+    return left * right
+
+
+def plus(left: Any, right: Any) -> object:
+    """left + right, not too large."""
+    return bounded(left + right)
+
+
+def remainder(left: Any, right: Any) -> object:
+    """left % right of numbers: that of a text would be formatting, whose width has no bound."""
+    if isinstance(left, str | bytes):
+        raise TypeError("no number")
+    return left % right
+
+
+def limited(function: Callable[..., object]) -> Callable[..., object]:
+    """The function with no result that is too large."""
+    return lambda *values: bounded(function(*values))
+
+
+PLAIN = (max, min, len, sum, abs, sorted, list, int, str, bool, range)
 ALLOWED: Mapping[str, Callable[..., object]] = MappingProxyType(
-    {
-        "max": max,
-        "min": min,
-        "len": len,
-        "sum": sum,
-        "abs": abs,
-        "sorted": sorted,
-        "list": list,
-        "int": int,
-        "str": str,
-        "bool": bool,
-        "range": range,
-    }
+    {function.__name__: limited(function) for function in PLAIN}
 )
+GUARDS: Mapping[str, Callable[..., object]] = MappingProxyType(
+    {"_times": times, "_plus": plus, "_remainder": remainder, "_bounded": bounded}
+)
+GUARDED: Mapping[type[ast.operator], str] = MappingProxyType(
+    {ast.Mult: "_times", ast.Add: "_plus", ast.Mod: "_remainder"}
+)
+
+
+class Guarded(ast.NodeTransformer):
+    """Has every operation that can make something large done by a function that looks at the size first."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        name = GUARDED.get(type(node.op))
+        return called(name, node.left, node.right) if name else node
+
+    def visit_List(self, node: ast.List) -> ast.expr:
+        self.generic_visit(node)
+        return called("_bounded", node) if isinstance(node.ctx, ast.Load) else node
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.expr:
+        self.generic_visit(node)
+        return called("_bounded", node) if isinstance(node.ctx, ast.Load) else node
+
+
+def called(name: str, *values: ast.expr) -> ast.Call:
+    """A call of one of our own functions."""
+    return ast.Call(ast.Name(name, ast.Load()), list(values), [])
+
+
 NODES = (
     *(
         ast.Module,
@@ -135,18 +206,41 @@ NODES = (
 )
 
 
+def rebound(node: ast.AST) -> bool:
+    """Whether a node gives a name that is called, or one of ours, another meaning, or changes a part of a value."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name in ALLOWED or node.name.startswith("_")
+    if isinstance(node, ast.arg):
+        return node.arg in ALLOWED or node.arg.startswith("_")
+    if isinstance(node, ast.Name):
+        return node.id.startswith("_") or (isinstance(node.ctx, ast.Store) and node.id in ALLOWED)
+    return isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load)
+
+
+def factors(nodes: Sequence[ast.AST]) -> list[float]:
+    """The numbers that stand in products: of a sequence they may come to its length."""
+    products = [node for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)]
+    sides = [side for node in products for side in (node.left, node.right)]
+    return [abs(side.value) for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, int | float)]
+
+
 def harmless(tree: ast.Module) -> bool:
-    """One short function of plain expressions: no loops, attributes, powers or calls but of a few builtins; at most
-    three multiplications and constants under 10,000, so that it can neither hang nor fill the memory."""
+    """One short function of plain expressions: no loops, attributes, powers or calls but of a few builtins.
+
+    Nothing that is called can be given another meaning, so nothing calls itself and every line runs once at the most.
+    What one line can make is bounded when it runs (see Guarded).
+    """
     nodes = list(ast.walk(tree))
     return (
         len(nodes) < 80
+        and not any(rebound(node) for node in nodes)
         and len(tree.body) == 1
         and isinstance(tree.body[0], ast.FunctionDef)
         and not tree.body[0].decorator_list
         and all(isinstance(node, NODES) for node in nodes)
         and not any(isinstance(node, ast.Pow | ast.LShift) for node in nodes)
         and sum(isinstance(node, ast.Mult) for node in nodes) <= 3
+        and math.prod(factors(nodes)) <= MOST_ITEMS
         and all(
             isinstance(node.func, ast.Name) and node.func.id in ALLOWED for node in nodes if isinstance(node, ast.Call)
         )
@@ -164,8 +258,8 @@ def outcomes(code: str, name: str, tries: Sequence[str]) -> tuple[object, ...] |
         tree = ast.parse(code)
         if not harmless(tree):
             return None
-        space: dict[str, object] = {"__builtins__": dict(ALLOWED)}
-        exec(compile(tree, "<pocket>", "exec"), space)
+        space: dict[str, object] = {"__builtins__": {**ALLOWED, **GUARDS}}
+        exec(compile(ast.fix_missing_locations(Guarded().visit(tree)), "<pocket>", "exec"), space)
         function = space[name]
         return tuple(function(ast.literal_eval(argument)) for argument in tries) if callable(function) else None
     except (

@@ -18,6 +18,7 @@ RARER = "You write new, rarer instructions that train a language model."
 REFLECT_INSTRUCTION = "You criticise an instruction and its answer, and write better ones that train a language model."
 REFLECT_ANSWER = "You criticise the answer to an instruction, and write a better one that trains a language model."
 REFINE = "You write model answers that teach a language model by their style as well as by their content."
+CHECK = "You check new instructions that are meant to train a language model."
 
 TAGS = ("instruction", "answer", "answer_1", "answer_2", "tasks", "task", "new_instruction", "new_answer", "scores")
 TAG = re.compile(r"<(/?)(" + "|".join(TAGS) + r")>", re.IGNORECASE)
@@ -130,6 +131,21 @@ def expand(prompt: Prompt, task: Task, manner: Manner = "alike") -> Prompt:
             f"{fenced('instruction', instruction_of(prompt))}\n\n"
             f"{NEW[manner]} It must make sense by itself and be answerable in text. Do not answer it. "
             "Reply with the new instruction between <new_instruction> and </new_instruction>, and nothing else.",
+        ),
+    )
+
+
+def check_draft(prompt: Prompt, task: Task) -> Prompt:
+    """Ask whether a new instruction can be used, as {"complete": true, ...}; read by judging.parse_check."""
+    return (
+        Message("system", CHECK),
+        Message(
+            "user",
+            f"{fenced('task', f'{task.label}: {task.description}')}\n\n"
+            f"{fenced('instruction', instruction_of(prompt))}\n\n"
+            "Is the instruction complete, with every text that it speaks of? Is it answerable in text, by somebody who "
+            "sees nothing else? Is it of this task? Reply with a JSON object and nothing else: "
+            '{"complete": true or false, "answerable": true or false, "of_task": true or false}',
         ),
     )
 

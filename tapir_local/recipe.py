@@ -1,36 +1,31 @@
 """Recipe: every setting of a distillation, in the one place where it has its name, type, default and help."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tapir_local.own_tasks import Settings, Tasks, refuse_tasks, table_of
+from tapir_local.own_tasks import Tasks, refuse_tasks, table_of
+from tapir_local.setting_types import (
+    FilePath,
+    OptionalPath,
+    Settings,
+    as_command,
+    at_path,
+    inferred_kind,
+    named,
+    switched,
+)
 from tapir_local.tasks import TASKS, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
 AtOnce = Annotated[int, Field(ge=1, le=256)]
 
 
-def named(word: Any) -> Any:
-    """`teacher: pocket` means `teacher: {kind: pocket}`, and a GGUF that is named is the one that is asked."""
-    if isinstance(word, str):
-        return {"kind": word}
-    if isinstance(word, dict) and word.get("gguf") and "kind" not in word:
-        return {"kind": "gguf", **word}
-    return word
-
-
-def switched(word: Any) -> Any:
-    """YAML reads a bare `off` as false and `on` as true."""
-    return {False: "off", True: "hard"}.get(word, word) if isinstance(word, bool) else word
-
-
 class Seeds(Settings):
     """The instructions to start from."""
 
-    path: str = Field(
+    path: FilePath = Field(
         "pocket",
         description="a file, a dataset's folder or its name on the Hub, or `pocket` for what comes with the program",
     )
@@ -51,11 +46,11 @@ class Seeds(Settings):
 class Student(Settings):
     """The model to be trained."""
 
-    path: str = Field(
+    path: FilePath = Field(
         "pocket",
         description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
     )
-    chat_template: str | None = Field(
+    chat_template: OptionalPath = Field(
         None,
         description="a Jinja file, or one that comes with the program: `alpaca`, for bases without chat tokens such as "
         "LLaMA-2, or `chatml`, for Qwen's; the student's own if left out",
@@ -79,7 +74,7 @@ class Price(Settings):
 class Endpoint(Settings):
     """An OpenAI-compatible endpoint and how it is asked."""
 
-    gguf: str | None = Field(
+    gguf: OptionalPath = Field(
         None,
         description="a GGUF file on this machine that answers, instead of an endpoint; of a split one, the first part",
     )
@@ -90,7 +85,7 @@ class Endpoint(Settings):
     model: str | None = Field(None, description="the model's name as the endpoint knows it")
     alias: str | None = Field(None, description="a name for the endpoint in the store's keys, instead of its base_url")
     api_key_env: str = Field("OPENAI_API_KEY", description="the environment variable that holds the key")
-    api_key_file: str | None = Field(None, description="a file that holds the key, instead of the variable")
+    api_key_file: OptionalPath = Field(None, description="a file that holds the key, instead of the variable")
     temperature: float = Field(
         0.7, ge=0, le=2, description="of answers, expansions and refinements; labels are asked at 0"
     )
@@ -107,14 +102,23 @@ class Endpoint(Settings):
     )
     price: Price | None = Field(None, description="of the endpoint, for receipts, forecasts and a budget of money")
 
+    @model_validator(mode="before")
+    @classmethod
+    def kind_from_settings(cls, value: Any) -> Any:
+        """`{model: gpt-4o}` is an endpoint and `{gguf: x.gguf}` a file; a `kind` that is written is kept."""
+        if not isinstance(value, dict) or value.get("kind") is not None:
+            return value
+        kind = inferred_kind(value)
+        return {**value, "kind": kind} if kind else {name: item for name, item in value.items() if name != "kind"}
+
 
 class Teacher(Endpoint):
     """Who answers, labels, expands and refines."""
 
     kind: Literal["openai", "pocket", "recorded", "gguf"] = Field(
         "openai",
-        description="`openai`: an endpoint; `pocket`: a programme, no LLM; `recorded`: the seed file's answers; "
-        "`gguf`: a file on this machine",
+        description="who is asked, told from the other settings if left out: `openai`: an endpoint; `pocket`: a "
+        "program, no LLM; `recorded`: the seed file's answers; `gguf`: a file on this machine",
     )
 
 
@@ -123,8 +127,8 @@ class Judge(Endpoint):
 
     kind: Literal["teacher", "openai", "reference", "gguf"] = Field(
         "teacher",
-        description="`teacher`: the same model; `openai`: an endpoint; `reference`: likeness to the teacher's answer; "
-        "`gguf`: a file on this machine",
+        description="who is asked; told from `model`, `base_url` or `gguf` if left out: `teacher`: the same model; "
+        "`openai`: an endpoint; `reference`: likeness to the teacher's answer; `gguf`: a file on this machine",
     )
     mode: Literal["pair", "single"] = Field(
         "pair",
@@ -139,7 +143,7 @@ class Judge(Endpoint):
 class Classifier(Settings):
     """The task classifier."""
 
-    model: str = Field(
+    model: FilePath = Field(
         "microsoft/deberta-v3-base",
         description="a folder or Hub name of an encoder, or `small` for one made from a config",
     )
@@ -202,12 +206,28 @@ class Curriculum(Settings):
         0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool"
     )
     drafts: int = Field(3, ge=1, description="drafts asked for every expansion still missing, at the most")
+    children: int = Field(
+        3,
+        ge=1,
+        description="new rows of a round that may grow from one parent; then less hard rows of the task are parents, "
+        "and what they cannot fill is left out",
+    )
+    max_opening: Share | None = Field(
+        0.2,
+        description="share of a task's new rows in a round that may begin with the same four words (three rows may in "
+        "any case); null: no limit",
+    )
+    check_drafts: bool = Field(
+        False,
+        description="ask the teacher of every new instruction whether it is complete, answerable and of its task: one "
+        "call more for each",
+    )
+    check_answers: bool = Field(
+        False,
+        description="have the judge score the answers written in a round and leave out those below teacher_floor: one "
+        "call more for each",
+    )
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
-
-
-def as_command(word: Any) -> Any:
-    """A command as a list of words means the same words in a line."""
-    return shlex.join(word) if isinstance(word, list | tuple) and all(isinstance(part, str) for part in word) else word
 
 
 class Train(Settings):
@@ -282,7 +302,7 @@ class Export(Settings):
     quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
         "q8_0", description="type of the GGUF's weights"
     )
-    converter: str | None = Field(
+    converter: OptionalPath = Field(
         None,
         description="convert_hf_to_gguf.py in a checkout of llama.cpp, or its folder, for a student of a family that "
         "is not mapped; our own export if left out",
@@ -330,8 +350,8 @@ class Recipe(Settings):
     about: str = Field("", description="a sentence for people")
     random_seed: int = Field(1, ge=0, description="every draw of chance derives from it")
     rounds: int = Field(3, ge=0, description="rounds after the baseline, round 0")
-    seeds: Seeds = Seeds()
-    student: Student = Student()
+    seeds: Annotated[Seeds, BeforeValidator(at_path)] = Seeds()
+    student: Annotated[Student, BeforeValidator(at_path)] = Student()
     teacher: Annotated[Teacher, BeforeValidator(named)] = Teacher()
     judge: Annotated[Judge, BeforeValidator(named)] = Judge()
     classifier: Classifier = Classifier()
@@ -362,12 +382,12 @@ class Recipe(Settings):
         if self.tasks is not None:
             refuse_tasks(self.tasks)
         if self.teacher.kind == "openai" and not self.teacher.model:
-            raise ValueError("teacher: model is missing (or write `teacher: pocket` or `teacher: recorded`)")
+            raise ValueError(
+                "teacher: model is missing; name it as the server knows it (teacher.model), or name a GGUF"
+            )
         for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
             if (endpoint.kind == "gguf") != bool(endpoint.gguf):
                 raise ValueError(f"{name}: `kind: gguf` goes with `gguf: PATH`")
-            if endpoint.batch and endpoint.kind != "openai":
-                raise ValueError(f"{name}: `batch` goes with `kind: openai`, not with `{endpoint.kind}`")
             if self.budget.money is not None and endpoint.kind == "openai" and endpoint.price is None:
                 raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
@@ -377,11 +397,21 @@ class Recipe(Settings):
                 f"curriculum: {self.curriculum.name} needs a teacher to ask; recorded answers cannot write"
             )
         if self.judge.kind == "openai" and not self.judge.model:
-            raise ValueError("judge: model is missing")
+            raise ValueError("judge: model is missing; name it as the server knows it (judge.model)")
         if self.train.backend == "unsloth" and (self.train.launcher or self.train.packing):
             raise ValueError("train: `launcher` and `packing` go with plain TRL, not with `backend: unsloth`")
         if self.export.rounds == "adapter" and (self.train.method == "full" or self.export.converter):
             raise ValueError("export: `rounds: adapter` goes neither with `train.method: full` nor with a `converter`")
+        return self
+
+    @model_validator(mode="after")
+    def checked(self) -> "Recipe":
+        """Checks of what a round writes need somebody who writes, and answers a judge."""
+        if self.curriculum.check_answers and self.judge.kind == "reference":
+            raise ValueError("curriculum: `check_answers` needs a judge to score answers; `judge: reference` has none")
+        for name in ("check_drafts", "check_answers"):
+            if getattr(self.curriculum, name) and not (self.can_expand and self.curriculum.name in ("tapir", "lion")):
+                raise ValueError(f"curriculum: `{name}` goes with `tapir` and `lion` and a teacher that can be asked")
         return self
 
     @property

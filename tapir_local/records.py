@@ -113,8 +113,9 @@ Styled = Literal["hard", "all", "none"]
 
 @dataclass(frozen=True)
 class Expansion:
-    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`.
+    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`, then from `others`.
 
+    `others` are less hard rows of the task, for where the parents have as many new rows as curriculum.children allows.
     `alike`: of the same task, domain and difficulty as the parent; `rarer`: of the same domain, and rarer (Lion's).
     """
 
@@ -122,6 +123,7 @@ class Expansion:
     rows: int
     parents: tuple[str, ...]
     manner: Manner = "alike"
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,11 @@ class RoundPlan:
 class Metrics:
     """A student on the holdout. Rates are 0 to 1; intervals are 95 %.
 
-    `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5.
-    `accuracy` is the share of answers a checker finds right, of the `checked` that it can tell of; None where the
-    recipe has no checker. `judge_quality` and `checked` are None in files of older versions.
+    `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5. Where
+    no judge is asked (`judge: reference`) there is no win rate, and `student_score` is the likeness, 1 to 10, of the
+    student's answers to the teacher's; `by_task` then has it too. `accuracy` is the share of answers a checker finds
+    right, of the `checked` that it can tell of; None where the recipe has no checker. `judge_quality` and `checked` are
+    None in files of older versions.
     """
 
     round: int

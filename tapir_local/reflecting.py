@@ -17,6 +17,7 @@ from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
 from tapir_local.resumable import going_on, write_line
 from tapir_local.rows import after, child_of, holdout_index, seeds, student_task, with_room
 from tapir_local.rundir import read_rows, remove, write_rows
+from tapir_local.screening import fault_of, own_sentences
 from tapir_local.work import Work, answered
 
 NOTHING = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
@@ -67,12 +68,16 @@ def rewritten(number: int, serial: int, row: Example, reply: str) -> Draft:
 
 
 def screened(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts, those that carry the prompt's marks or come near the holdout rejected.
+    """The drafts, those that cannot be used, carry the prompt's marks or come near the holdout rejected.
 
     A rewriting may resemble what it rewrites, so it is not compared with the rows that are known.
     """
-    held = holdout_index(work)
-    return [draft if draft.reason else screen([draft.example], Index(1.0), held)[0] for draft in drafts]
+    held, ours = holdout_index(work), own_sentences(work.recipe.task_table())
+    faults = [draft.reason or fault_of(draft.example.prompt[-1].content, "", ours) for draft in drafts]
+    return [
+        replace(draft, reason=fault) if fault else screen([draft.example], Index(1.0), held)[0]
+        for draft, fault in zip(drafts, faults, strict=True)
+    ]
 
 
 def instruction_reasons(work: Work, pairs: Sequence[Pair]) -> list[str]:

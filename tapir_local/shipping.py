@@ -1,10 +1,10 @@
 """The end of a run: model/, with one whole GGUF, its gate's report, a Modelfile, a card and checksums."""
 
-import shutil
 from pathlib import Path
 
 from tapir_local.card import card
 from tapir_local.memory import size
+from tapir_local.published import published, shown
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import parse_recipe
 from tapir_local.rundir import RunDir, sha256, whole
@@ -18,7 +18,7 @@ def ship(work: Work, out: Path) -> str:
     with whole(out) as partial:
         partial.mkdir()
         work.tools.ship(work.run.round(work.recipe.rounds), partial, work.progress)
-        shutil.copyfile(work.run.path / "recipe.yaml", partial / "recipe.yaml")
+        (partial / "recipe.yaml").write_text(published(work.recipe), encoding="utf-8")
         (partial / "README.md").write_text(card(work.run, work.recipe, partial), encoding="utf-8")
         (partial / SUMS).write_text(sums(sorted(partial.iterdir())), encoding="utf-8")
     return f"{out}: student.gguf, {size((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
@@ -30,9 +30,14 @@ def sums(files: list[Path]) -> str:
 
 
 def stale(run: RunDir, recipe: Recipe) -> bool:
-    """Whether model/ is there and was made by other settings: of another number of rounds, or with another card."""
+    """Whether model/ is there and was made by other settings: of another number of rounds, or with another card.
+
+    Settings that it does not depend on, such as the budget, leave it as it is.
+    """
     path = run.path / SHIP.output / "recipe.yaml"
-    return path.exists() and parse_recipe(path.read_text(encoding="utf-8"), str(path)) != recipe
+    return path.exists() and shown(parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)) != shown(
+        recipe
+    )
 
 
 SHIP = Stage("ship", "model", ship)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +11,7 @@ import orjson
 
 from tapir_local.distill import kept_recipe, rounds_begun
 from tapir_local.errors import TapirError
+from tapir_local.judging import share_alike
 from tapir_local.lockfile import locked
 from tapir_local.metrics import Checker, win
 from tapir_local.recipe import Recipe
@@ -58,15 +59,22 @@ class Cost:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A round's student on the holdout, by row id: 1 where it is right, else 0; its win value.
+    """A round's student on the holdout, by row id: 1 where it is right, else 0; its win value or its likeness, 0 to 1.
 
-    A row of which the checker cannot tell, or that is not judged, is not there.
+    A row of which the checker cannot tell, or that is not judged, is not there. There are wins where a judge was asked,
+    else likeness.
     """
 
     number: int
     cost: Cost
     right: Rows
     wins: Rows
+    likeness: Rows = field(default_factory=dict)
+
+    @property
+    def judged(self) -> Rows:
+        """The values that rest on scores."""
+        return self.wins or self.likeness
 
 
 @dataclass(frozen=True)
@@ -121,17 +129,21 @@ def read_side(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> S
     holdout = tuple(replace(row, task=tasks.get(row.id, row.task)) for row in rows)
     recipe, last = kept_recipe(run), max(metrics)
     costs = costs_so_far(run, last, recipe.curriculum.name in BY_HOLDOUT)
-    rounds = tuple(Evaluated(n, costs[n], *values_of(run, n, holdout, check)) for n in metrics)
+    alike = recipe.judge.kind == "reference"
+    rounds = tuple(Evaluated(n, costs[n], *values_of(run, n, holdout, check, alike)) for n in metrics)
     return Side(run.name, recipe, str(metrics[last].get("judge", "")), holdout, rounds)
 
 
-def values_of(run: RunDir, number: int, holdout: Sequence[Example], check: Checker | None) -> tuple[Rows, Rows]:
-    """(right or not, win value) by row id, of a round's answers to the holdout."""
+def values_of(
+    run: RunDir, number: int, holdout: Sequence[Example], check: Checker | None, alike: bool
+) -> tuple[Rows, Rows, Rows]:
+    """(right or not, win value, likeness) by row id, of a round's answers; `alike`: scores are likeness, none wins."""
     texts = by_id(run, number, Completion, "holdout-answer", "holdout-answers.jsonl", holdout)
     judged = by_id(run, number, Judgement, "holdout-judge", "holdout-judgements.jsonl", holdout)
     right = {row.id: check(row, texts[row.id].text) if check else None for row in holdout}
-    wins = {row.id: win(judged[row.id]) for row in holdout}
-    return known(right), known(wins)
+    wins = {row.id: None if alike else win(judged[row.id]) for row in holdout}
+    scores = {row.id: share_alike(judged[row.id].student) if alike else None for row in holdout}
+    return known(right), known(wins), known(scores)
 
 
 def known(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from tapir_local.prepare import PREPARE
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import InOrder, going_on
 from tapir_local.rows import after, pool, seeds, student_task
-from tapir_local.rundir import read_rows, write_record, write_rows
+from tapir_local.rundir import read_record, read_rows, write_record, write_rows
 from tapir_local.work import Stage, Work
-from tapir_local.writing import expand, refine
+from tapir_local.writing import expand, few_steps, refine
 
 __all__ = ["BASELINE", "PREPARE", "ROUND"]
 
@@ -24,7 +24,7 @@ def mix(work: Work, out: Path) -> str:
     wanted = work.recipe.curriculum.first_rows or len(rows)
     chosen = work.chance("mix").sample(rows, min(wanted, len(rows)))
     write_rows(out, chosen)
-    return f"{len(chosen):,} rows"
+    return "; ".join([f"{len(chosen):,} rows", *few_steps(work.recipe, len(chosen))])
 
 
 def answer(work: Work, out: Path) -> str:
@@ -148,8 +148,15 @@ def evaluate(work: Work, out: Path) -> str:
     found = metrics.evaluate(
         work.number, rows, completions, judgements, checked(work, rows, completions), judge_name(work.recipe)
     )
+    if work.recipe.judge.kind == "reference":
+        found = metrics.likeness_only(found, rows, judgements)
     write_record(out, found)
-    return headline(found)
+    return headline(found, metrics_before(work))
+
+
+def metrics_before(work: Work) -> Metrics | None:
+    """The last round's metrics, None in the first."""
+    return read_record(Metrics, work.run.round(work.number - 1) / "metrics.json") if work.number else None
 
 
 def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
@@ -158,9 +165,13 @@ def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completio
     return {row.id: check(row, text.text) if check else None for row, text in zip(rows, completions, strict=True)}
 
 
-def headline(found: Metrics) -> str:
-    """Win rate and accuracy in a phrase, and whether the holdout is large enough for them."""
+def headline(found: Metrics, before: Metrics | None = None) -> str:
+    """Win rate, or likeness and its change, and accuracy in a phrase, and whether the holdout is large enough."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
+    if found.student_score is not None and metrics.is_likeness(found.win_rate, found.student_score):
+        win_rate = f"likeness {found.student_score:.2f} of 10"
+        if before and before.student_score is not None:
+            win_rate += f" ({found.student_score - before.student_score:+.2f} on round {before.round})"
     some = f" of the {found.checked:,} rows that a checker can tell of" if found.checked != found.rows else ""
     said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}{some}"
     unjudged = f"{found.unjudged:,} unjudged rows left out of the win rate" if found.unjudged else ""

@@ -14,7 +14,8 @@ from tapir_local.records import Message, Prompt
 FIXED_DATE = date(2024, 7, 26)
 GENERATION = {"generation"}
 NO_TEMPLATE = (
-    "Set student.chat_template: `alpaca` for a base without chat tokens, `chatml` for Qwen's, or a Jinja file."
+    "Set student.chat_template: `alpaca` for a base without chat tokens, `chatml` for Qwen's, or a Jinja file; of "
+    "`tapir-local export` it is --chat-template."
 )
 
 
@@ -94,7 +95,10 @@ def ends_turn(tail: str, stops: Sequence[str]) -> bool:
 
 
 def refuse(what: str) -> NoReturn:
-    raise TapirError(f"the chat template {what}", fix="Name a mended one in student.chat_template, and run again.")
+    raise TapirError(
+        f"the chat template {what}",
+        fix="Name a corrected one in student.chat_template (of `tapir-local export`: --chat-template), and run again.",
+    )
 
 
 @lru_cache(maxsize=8)

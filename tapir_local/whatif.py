@@ -11,7 +11,7 @@ from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.forecast import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
 from tapir_local.recipe import Recipe
-from tapir_local.recipe_text import overridden, read_change
+from tapir_local.recipe_text import overridden, read_changes
 from tapir_local.records import RoundPlan
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
 from tapir_local.stages import situation
@@ -68,7 +68,7 @@ def what_if(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
 
 def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """The recipe with the changes; TapirError for one that a plan does not depend on."""
-    pairs = dict(map(read_change, changes))
+    pairs = read_changes(changes)
     for path in pairs:
         if not path.startswith(PLANNING):
             raise TapirError(
@@ -76,7 +76,7 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
                 where="--set",
                 fix=f"Settings that can be tried: {', '.join(PLANNING)}. For all else start a new run with --name.",
             )
-    return overridden(recipe, pairs)
+    return overridden(recipe, pairs, kept=True)
 
 
 def last_judged(run: RunDir) -> int:

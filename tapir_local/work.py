@@ -73,12 +73,13 @@ class Work:
             lock(self.run, self.step, self.calls)
         return answers
 
-    def leave_out(self, rows: Sequence[Unusable], total: int) -> None:
+    def leave_out(self, rows: Sequence[Unusable], total: int, by_choice: Sequence[Unusable] = ()) -> None:
         """Record the rows that this step leaves out; TapirError where limits.unusable allows fewer of `total` rows.
 
-        To be called once in a step, with all its unusable rows, before its output is written.
+        To be called once in a step, with all its unusable rows, before its output is written. `by_choice` are rows that
+        can be used and that the recipe asks to leave out: they are recorded too, and count against no limit.
         """
-        record_unusable(self.run, self.step, rows)
+        record_unusable(self.run, self.step, [*rows, *by_choice])
         refuse_too_many(rows, total, self.recipe.limits.unusable, f"{self.run.name}, {self.step}")
 
     def request(

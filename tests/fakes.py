@@ -42,6 +42,10 @@ def reply(request: Request) -> str:
         return json.dumps({f"answer_{n}": 9 if "right" in inner(text, f"answer_{n}") else 2 for n in (1, 2)})
     if system == prompts.JUDGE_SINGLE:
         return json.dumps({"score": 9 if "right" in inner(text, "answer") else 2})
+    if system == prompts.CHECK:
+        return json.dumps(
+            {"complete": True, "answerable": True, "of_task": not inner(text, "instruction").endswith("3")}
+        )
     if system in (prompts.EXPAND, prompts.RARER):
         word, number = inner(text, "instruction").split()[:2]
         word, digit = (f"{word} rare", 9) if system == prompts.RARER else (word, "")

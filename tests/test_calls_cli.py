@@ -8,10 +8,12 @@ import pytest
 from test_cli import refused, tapir
 
 from tapir_local import prompts
+from tapir_local.calls import ASKING
 from tapir_local.lockfile import Locked, lock
 from tapir_local.recipe import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir
+from tapir_local.stages import PREPARE, ROUND
 from tapir_local.store import Store
 from tapir_local.teacher import ask
 
@@ -113,6 +115,19 @@ def test_the_lock_of_a_run_is_exported_and_verified_where_the_store_knows_no_use
     assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed absent\n")
 
 
+def test_a_stage_that_a_run_has_and_has_not_reached_is_no_error(place: Path) -> None:
+    assert calls(place, "list", "--stage", "refine", "--json")[0] == "[]\n"
+    (place / "cache" / "runs" / "new").mkdir(parents=True)
+    assert calls(place, "cost", "--run", "new", "--json")[0] == "[]\n"
+
+
+def test_the_stages_that_ask_are_those_of_the_loop() -> None:
+    """Every name that a stage asks under is a stage's, and known to the commands."""
+    names = {stage.name for stage in (*PREPARE, *ROUND)}
+    assert names >= ASKING
+    assert {"answer", "train", "plan", "evaluate"} & ASKING == set()
+
+
 def test_cost_is_a_table_or_json(place: Path) -> None:
     assert "seeds" in calls(place, "cost")[0]
     (row,) = json.loads(calls(place, "cost", "--by", "run", "--json")[0])
@@ -162,6 +177,16 @@ def test_a_batch_with_other_settings_says_so(place: Path) -> None:
         (("import", "my.yaml", "--recipe", "my.yaml"), "not JSON"),
         (("search", "*"), "no word"),
         (("explain", "zz"), "no call's key"),
+        (("cost", "--run", "nope"), "there are no calls of a run 'nope'"),
+        (("cost", "--run", "ona"), "Did you mean one? Runs with calls: one."),
+        (("cost", "--round", "7"), "there are no calls of round 7"),
+        (("stats", "--run", "nope"), "Runs with calls: one."),
+        (("list", "--run", "nope"), "Runs with calls: one."),
+        (("list", "--stage", "judges"), "there are no calls of a stage 'judges'"),
+        (("list", "--stage", "seedz"), "Did you mean seeds? Stages with calls: seeds."),
+        (("search", "--run", "nope", "what"), "Runs with calls: one."),
+        (("search", "--stage", "judges", "what"), "Stages with calls: seeds."),
+        (("verify", "--run", "nope"), "Runs with calls: one."),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(place: Path, words: tuple[str, ...], said: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from tapir_local import __version__
 from tapir_local.calls_cli import calls
 from tapir_local.errors import TapirError
 
@@ -154,7 +156,8 @@ def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path:
     place = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(place)
-    code = "import sys; sys.argv = ['tapir-local', 'recipes', '--json']; import cli; cli.main()"
+    assert {path.name for path in place.iterdir()} == {"tapir_local", f"tapir_local-{__version__}.dist-info"}
+    code = "import sys; sys.argv = ['tapir-local', 'recipes', '--json']; from tapir_local.commands import main; main()"
     env = {**os.environ, "PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=True)
@@ -173,3 +176,108 @@ def test_a_setting_that_has_an_option_of_its_own_can_be_set_without_it(words: li
 def test_an_option_is_stronger_than_the_same_setting() -> None:
     recipe = cli.load_recipe("quickstart", ["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
     assert (recipe.rounds, recipe.name) == (2, "a")
+
+
+# Recipes as files
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("my.yaml", "about: caf\xe9".encode("latin-1"), "my.yaml, line 1: not UTF-8: byte 0xe9"),
+        ("my.yaml", b"", "my.yaml: the recipe is empty"),
+        ("my.yaml", b"train: {}\nteacher: pocket\ntrain: {}", "my.yaml: train: given twice, in lines 1 and 3"),
+        ("my.yml", b"teacher: pocket", "my.yaml: there is no such recipe\n  Did you mean my.yml?"),
+        ("me.yaml", b"teacher: pocket", "Did you mean me.yaml?"),
+        (
+            "my.yaml/recipe.yaml",
+            b"teacher: pocket",
+            "this is a folder, not a recipe\n  Name the recipe in it: my.yaml/rec",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_refused_in_one_sentence(
+    name: str, data: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    assert said in refused("distill", "my.yaml", cwd=tmp_path)
+
+
+def test_a_name_that_is_too_long_is_no_recipe() -> None:
+    assert "there is no such recipe" in refused("distill", "x" * 300)
+
+
+def test_a_student_that_nobody_named_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:9/v1'}\n")
+    said = refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert "my.yaml: student.path: none is named; write `student: {path: …}`" in said
+    assert "seeds.path: none is named" in said
+    out = tapir("distill", "my.yaml", "--dry-run", "--set", "student=pocket", "--set", "seeds=pocket", cwd=tmp_path)
+    assert out.returncode == 0
+    assert out.stderr.startswith("WARNING: student.path is `pocket`")
+    assert "prepare/label" in out.stdout
+
+
+def test_what_a_recipe_asks_for_in_vain_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: pocket\ntrain: {method: full, lora_rank: 4}\n")
+    out = tapir("distill", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert out.stderr.startswith("train.lora_rank has no effect: `train.method: full` trains all weights")
+
+
+def test_a_change_may_mend_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: pocket\nstudent: {max_length: 256}\n")
+    assert "student.max_tokens" in refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert tapir("distill", "my.yaml", "--dry-run", "--set", "student.max_tokens=99", cwd=tmp_path).returncode == 0
+
+
+def test_home_is_expanded_where_the_shell_did_not(tmp_path: Path) -> None:
+    out = tapir("distill", "quickstart", "--seeds=~/none.json", "--cache=~/c", "--dry-run", HOME=str(tmp_path))
+    assert f"{tmp_path / 'none.json'}: there is no such file of seeds" in out.stderr
+    assert f"{tmp_path / 'c'}" in tapir("status", "--cache=~/c", HOME=str(tmp_path)).stderr
+
+
+# Recipes from elsewhere
+
+LAUNCHED = "teacher: pocket\nname: t\nseeds: nowhere.json\ntrain: {launcher: torchrun}\n"
+
+
+def test_a_recipe_that_runs_a_command_needs_an_agreement_once(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    words = ("distill", "my.yaml", "--cache", "c")
+    assert "my.yaml: this recipe runs the command: torchrun\n  If you wrote it" in refused(*words, cwd=tmp_path)
+    assert not (tmp_path / "c").exists()
+    assert "no such file of seeds" in refused(*words, "--trust", cwd=tmp_path)
+    assert "no such file of seeds" in refused(*words, cwd=tmp_path)  # remembered
+    (tmp_path / "my.yaml").write_text(LAUNCHED.replace("torchrun", "torchrun; rm"))
+    assert "torchrun; rm" in refused(*words, cwd=tmp_path)
+
+
+def test_what_the_user_types_needs_no_agreement_and_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED.replace("train: {launcher: torchrun}", ""))
+    words = ("distill", "my.yaml", "--cache", "c")
+    assert "no such file of seeds" in refused(*words, "--set", "train.launcher=torchrun", cwd=tmp_path)
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    assert "no such file of seeds" in refused(*words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("answer", "said"), [("n", "this recipe runs the command"), ("y", "no such file of seeds")])
+def test_on_a_terminal_the_user_is_asked(answer: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    command = [sys.executable, str(ROOT / "cli.py"), "distill", "my.yaml", "--cache", "c"]
+    child = subprocess.run(command, stdin=theirs, stderr=theirs, cwd=tmp_path, check=False)
+    shown = os.read(ours, 10_000).decode()
+    for end in (ours, theirs):
+        os.close(end)
+    assert child.returncode == 1
+    assert "This recipe runs the command: torchrun" in shown
+    assert "Is that what you want? [y/N]" in shown
+    assert said in shown
+
+
+def test_a_dry_run_of_any_recipe_needs_none(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED.replace("nowhere.json", "pocket"))
+    assert tapir("distill", "my.yaml", "--cache", "c", "--dry-run", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "c").exists()

@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from click.testing import CliRunner
@@ -23,6 +24,7 @@ from tapir_local.sides import read_sides
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8
+ONE_AND_TWO = [("one", "11111100"), ("two", "11110011111111")]
 SUMS = [Message("user", f"Add up these numbers: {n}, 1.") for n in range(20)]
 HOLDOUT = [
     Example(f"seed-{n}", (sum,), str(n + 1), "Math" if n < 15 else "Reasoning", "file") for n, sum in enumerate(SUMS)
@@ -36,13 +38,15 @@ def made(
     holdout: list[Example] = HOLDOUT,
     size: int = 10,
     judge: str = "the pocket teacher",
+    judge_kind: str = "teacher",
     **changes: object,
 ) -> RunDir:
     """A run of evaluated rounds, each told by its answers: `1` right and better than the teacher's, `=` right and as
     good, `0` wrong and worse, `?` wrong and unjudged. Each round trains on `size` rows of 10 tokens and asks the
     teacher and the judge `size` times."""
     run = RunDir(cache, name)
-    write_text(run.path / "recipe.yaml", to_yaml(overridden(parse_recipe(RECIPE, "r"), {"name": name, **changes})))
+    changed = {"name": name, "judge.kind": judge_kind, **changes}
+    write_text(run.path / "recipe.yaml", to_yaml(overridden(parse_recipe(RECIPE, "r"), changed)))
     write_rows(run.path / "holdout.jsonl", holdout)
     for number, answers in enumerate(rounds):
         add_round(run, number, answers.ljust(len(holdout), "0"), holdout, size, judge)
@@ -110,6 +114,21 @@ def test_wins_ties_and_unjudged_rows(tmp_path: Path) -> None:
     assert told(found, "one", "win_rate")["mean"] == 7.5 / 20
     assert told(found, "two", "win_rate")["rows"] == told(found, "two", "win_rate")["difference"]["rows"] == 19
     assert found["notes"] == ["two: 1 row is not judged in round 0 and left out of win rates."]
+
+
+def test_without_a_judge_likeness_is_compared_and_no_win_rate(tmp_path: Path) -> None:
+    runs = [made(tmp_path, name, answers, judge="likeness", judge_kind="reference") for name, answers in ONE_AND_TWO]
+    found = compare(runs)
+    assert {row["metric"] for row in found["compared"]} == {"accuracy", "likeness"}
+    assert found["rounds"][0]["win_rate"] is None
+    scores = [9.0] * 6 + [2.0] * 14
+    assert told(found, "one", "likeness")["mean"] == pytest.approx(fmean((score - 1) / 9 for score in scores))
+    assert told(found, "two", "likeness")["difference"]["mean"] == pytest.approx(0.3 * 7 / 9)
+    assert not any("not judged" in note for note in found["notes"])
+    tables = comparison_tables(found)
+    assert [str(column.header) for column in tables[0].columns][-2:] == ["accuracy", "likeness"]
+    assert "Likeness of the student's answers" in str(tables[0].caption)
+    assert "Win rate" not in str(tables[0].caption)
 
 
 def test_several_runs_are_corrected_by_holm(tmp_path: Path) -> None:

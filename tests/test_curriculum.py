@@ -88,10 +88,56 @@ def test_a_plan_has_the_challenge_and_the_shares_asked() -> None:
 
 
 def test_half_of_a_task_is_new_and_all_of_what_it_lacks() -> None:
+    plan = planned({"Math": 200, "Music": 3}, {"Math": 300}, rows=200)
+    assert sum("Music" in id for id in plan.hard) == 3
+    assert new_rows(plan)["Music"] == 6
+    assert set(plan.expansions[1].parents) == {f"hard-Music-{n}" for n in range(3)}
+
+
+def test_a_parent_has_no_more_new_rows_than_the_recipe_says_and_what_is_missing_is_said() -> None:
     plan = planned({"Math": 200, "Music": 1}, {"Math": 300}, rows=200)
-    assert sum("Music" in id for id in plan.hard) == 1
-    assert new_rows(plan)["Music"] == 8
-    assert plan.expansions[1].parents == ("hard-Music-0",)
+    assert (new_rows(plan)["Music"], plan.short) == (3, {"Music": 5})
+    assert plan.notes[-1] == "rows that curriculum.children (3) leaves out, for want of parents: Music 5"
+    assert new_rows(planned({"Math": 200, "Music": 1}, {"Math": 300}, rows=200, children=8))["Music"] == 8
+
+
+def test_where_hard_rows_are_too_few_less_hard_ones_of_the_task_are_parents_too_and_it_is_said() -> None:
+    plan = planned({"Math": 200, "Music": 1}, {"Math": 300, "Music": 20}, rows=200)
+    found = next(e for e in plan.expansions if e.task == "Music")
+    assert (found.rows, found.parents, len(found.others)) == (8, ("hard-Music-0",), 8)
+    assert all(id.startswith("easy-Music") for id in found.others)
+    assert not plan.short
+    assert plan.notes[-1] == "new rows that grow from less hard rows, the hard ones being too few: Music 5"
+
+
+def test_hard_rows_take_the_places_of_new_ones_that_no_parent_may_have() -> None:
+    plan = planned({"Math": 10}, {"Math": 40}, rows=80, expand_share=1.0, children=1)
+    assert (len(plan.hard), plan.to_write, plan.short) == (0, 40, {})
+    plan = planned({"Math": 10}, {"Art": 40}, rows=80, expand_share=1.0, children=1)
+    assert (len(plan.hard), plan.to_write, plan.short) == (10, 10, {"Math": 20})
+
+
+@given(
+    st.dictionaries(st.sampled_from(["Math", "Music", "Art"]), st.integers(1, 20), min_size=1),
+    st.dictionaries(st.sampled_from(["Math", "Music", "Art"]), st.integers(0, 20)),
+    st.integers(1, 100),
+    st.integers(1, 5),
+    st.floats(0, 1),
+)
+def test_a_plan_asks_no_more_than_its_parents_may_have_and_counts_what_is_short(
+    hard: dict[str, int], easy: dict[str, int], rows: int, children: int, share: float
+) -> None:
+    plan = planned(hard, easy, rows=rows, children=children, expand_share=share)
+    assert all(0 < e.rows <= children * (len(e.parents) + len(e.others)) for e in plan.expansions)
+    wanted = max(round(0.5 * rows), rows - sum(easy.values()))
+    assert len(plan.hard) + plan.to_write + sum(plan.short.values()) == wanted
+    assert len(set(plan.hard)) == len(plan.hard)
+
+
+def test_lion_keeps_to_the_limit_of_a_parent() -> None:
+    plan = planned({"Math": 2}, {"Math": 3}, rows=50, name="lion")
+    assert [e.rows for e in plan.expansions] == [6, 9]
+    assert plan.notes == ("35 rows that curriculum.children (3) leaves out, for want of parents",)
 
 
 def test_the_hardest_rows_come_first() -> None:

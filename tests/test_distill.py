@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from fakes import QUIET, World, make_recipe, tools
 
+from tapir_local.display import round_tables, rounds_table
 from tapir_local.distill import distill, kept_recipe, pending, redo, sequence
 from tapir_local.errors import TapirError
 from tapir_local.lockfile import keys_of, locked
@@ -231,7 +232,18 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
     run, world = RunDir(tmp_path, "own"), World()
     distill(parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, tools(world), QUIET)
     assert world.asked == []
-    assert "ROUGE" in status_of(run)["rounds"][1]["metrics"]["judge"]
+    status = status_of(run)
+    assert "ROUGE" in status["rounds"][1]["metrics"]["judge"]
+    scores = [row["metrics"]["student_score"] for row in status["rounds"]]
+    assert [row["metrics"]["win_rate"] for row in status["rounds"]] == [None, None]
+    assert run.record()["stages"]["round-01/evaluate"]["note"].startswith(
+        f"likeness {scores[1]:.2f} of 10 ({scores[1] - scores[0]:+.2f} on round 0)"
+    )
+    cells = [list(column.cells) for column in rounds_table(status).columns]
+    assert (cells[1][1], cells[5]) == ("-", [f"{scores[0]:.2f}", f"{scores[1]:.2f} ({scores[1] - scores[0]:+.2f})"])
+    assert "Win rate" not in str(rounds_table(status).caption)
+    by_task = round_tables(round_of(run, 1))
+    assert any("student score" in str(column.header) for table in by_task for column in table.columns)
     assert {row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")} <= {
         row["output"] for row in rows
     }

@@ -9,8 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from tapir_local.assets import chat_template
 from tapir_local.errors import TapirError
 from tapir_local.exporting import export_checked, trained_rows
+from tapir_local.llama import template_of
 from tapir_local.probes import PROBES
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
@@ -91,3 +93,20 @@ def test_a_file_that_is_there_is_not_overwritten(llama, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="there already"):
         export_checked(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=True)
     assert (tmp_path / "out.gguf").read_text() == "mine"
+
+
+def test_a_base_without_a_template_is_exported_with_one_that_is_named(llama, tmp_path: Path) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(llama.model, model)
+    (model / "chat_template.jinja").unlink()
+    before = sorted(path.name for path in model.iterdir())
+    words = ["export", str(model), str(tmp_path / "base.gguf"), "--no-gate"]
+    with pytest.raises(TapirError, match="chat template") as caught:
+        CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    assert "of `tapir-local export` it is --chat-template" in str(caught.value)
+    found = CliRunner().invoke(cli.cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
+    assert found.exit_code == 0
+    assert template_of(tmp_path / "base.gguf")[0] == chat_template("alpaca")
+    assert sorted(path.name for path in model.iterdir()) == before
+    with pytest.raises(TapirError, match="no such chat template"):
+        CliRunner().invoke(cli.cli, [*words, "--chat-template", "none.jinja"], catch_exceptions=False)

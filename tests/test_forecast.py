@@ -109,3 +109,15 @@ def test_another_recipe_than_the_run_began_with_is_refused(recipe: Recipe, tmp_p
     distill(overridden(recipe, {"rounds": 0}), run, tools(World()), QUIET)
     with pytest.raises(TapirError, match="another recipe"):
         forecast(overridden(recipe, {"curriculum.rows": 7}), run)
+
+
+def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "cache", "fake")
+    distill(recipe, run, tools(World()), QUIET)
+    redo(run, None, "tasks")
+    (run.path / "classifier" / "predictions.jsonl").unlink()
+    said = "prepare/tasks needs a file that is not there: classifier/predictions.jsonl"
+    for attempt in (lambda: forecast(recipe, run), lambda: distill(recipe, run, tools(World()), QUIET)):
+        with pytest.raises(TapirError, match=said) as caught:
+            attempt()
+        assert "tapir-local redo fake --from classify" in str(caught.value)

@@ -61,7 +61,7 @@ def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
     with Store(store, "replay") as opened:
         tools: Any = SimpleNamespace(teacher=asker(teacher, opened, "run"), student_text=lambda: STUDENT)
         work = Work(recipe, RunDir(store.parent, "run"), tools)
-        return [row.completion for row in answer_seeds(work, examples, "seeds")]
+        return [row.completion for row in answer_seeds(work, examples, "seeds")[0]]
 
 
 @pytest.fixture

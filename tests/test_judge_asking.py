@@ -1,6 +1,7 @@
 """A judge is asked in pairs or about one answer; what it does not say readably is asked once more, then unjudged."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,15 @@ from tapir_local import prompts
 from tapir_local.costs import costs
 from tapir_local.distill import distill
 from tapir_local.errors import TapirError
-from tapir_local.judge_asking import ask_judge, judge_name, refuse_unjudged, told, write_judgements
+from tapir_local.judge_asking import (
+    Speed,
+    ask_judge,
+    judge_name,
+    judge_settings,
+    refuse_unjudged,
+    told,
+    write_judgements,
+)
 from tapir_local.judging import mfd
 from tapir_local.metrics import evaluate
 from tapir_local.recipe import Recipe, Teacher
@@ -195,6 +204,39 @@ def test_the_share_unjudged_is_in_the_closing_line() -> None:
     assert told([*rows, Judgement("x", None, None)], "J") == (
         "40 rows judged by J, 1 unreadable (2%), the orders agree on 100%"
     )
+
+
+def test_the_closing_line_says_how_fast_the_judge_reads_and_writes(tmp_path: Path) -> None:
+    texts = [Completion(id, text, "stop", 1) for id, text in TEXTS.items()]
+    judge = Judge(lambda request: Answer('{"answer_1": 5, "answer_2": 5}', "stop", False, 900, 14))
+    said = write_judgements(work_of(tmp_path, judge), "judge", ROWS, texts, tmp_path / "j.jsonl")
+    assert re.search(r"; 8 requests, [\d,]+ tokens read and [\d,]+ written a second", said)
+    hits = Judge(lambda request: Answer('{"answer_1": 5, "answer_2": 5}', "stop", True, 900, 14))
+    assert "a second" not in write_judgements(work_of(tmp_path, hits), "judge", ROWS, texts, tmp_path / "j.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("gguf", "mode", "seconds", "advised"),
+    [
+        ("j.gguf", "pair", 526, True),
+        ("j.gguf", "single", 526, False),
+        (None, "pair", 526, False),
+        ("j.gguf", "pair", 90, False),
+    ],
+)
+def test_single_is_advised_where_a_local_judge_is_slow_in_pairs(
+    gguf: str | None, mode: str, seconds: float, advised: bool
+) -> None:
+    kind = {"kind": "gguf", "gguf": gguf} if gguf else {"kind": "teacher"}
+    recipe = Recipe.model_validate({"teacher": "pocket", "judge": {**kind, "mode": mode}})
+    said = Speed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
+    assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written a second"
+    assert any("`judge.mode: single`" in text for text in said) is advised
+
+
+def test_a_teachers_gguf_that_judges_is_a_local_judge_too() -> None:
+    recipe = Recipe.model_validate({"teacher": {"kind": "gguf", "gguf": "t.gguf"}, "judge": "teacher"})
+    assert judge_settings(recipe).gguf == "t.gguf"
 
 
 def test_a_judge_of_answers_alone_says_so_in_its_name() -> None:

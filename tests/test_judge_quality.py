@@ -93,10 +93,32 @@ def test_a_judge_who_likes_the_first_answer_is_named_though_the_means_are_all_th
     assert found.notes == ("the judge's two orders disagree on 100% of the rows: its scores are noise there",)
 
 
-def test_a_third_of_the_orders_may_disagree() -> None:
-    agree, differ = [combine("a", (8, 4), (4, 8))] * 8, [combine("b", (8, 6), (8, 6))] * 4
+def test_a_quarter_of_the_orders_may_disagree() -> None:
+    agree, differ = [combine("a", (8, 4), (4, 8))] * 9, [combine("b", (8, 6), (8, 6))] * 3
     assert quality([*agree, *differ]).notes == ()
     assert len(quality([*agree, *differ, differ[0]]).notes) == 1
+
+
+def of_lengths(rows: int, slope: float) -> list[Judgement]:
+    """Rows whose scores follow their answers' lengths, every fifth less so."""
+    return [of_length(n, 5 + slope * (n if n % 5 else 10 + n / 2), 50 + 10 * n) for n in range(rows)]
+
+
+@pytest.mark.parametrize(("slope", "which"), [(0.1, "longer"), (-0.1, "shorter")])
+def test_a_judge_whose_scores_go_with_length_is_named(slope: float, which: str) -> None:
+    found = quality(of_lengths(40, slope))
+    assert 0.7 <= abs(found.length_bias or 0) < 1
+    assert len(found.notes) == 1
+    assert (
+        f"the scores go with length (rank correlation {found.length_bias:+.2f}): the {which} answer" in found.notes[0]
+    )
+
+
+def test_of_few_rows_or_a_weak_correlation_nothing_is_said() -> None:
+    assert quality(of_lengths(40, 0.1)[:19]).notes == ()
+    weak = [of_length(n, 5 + 0.1 * (n * 17 % 40 + n / 2), 50 + n) for n in range(40)]
+    assert 0 < (quality(weak).length_bias or 0) < 0.7
+    assert quality(weak).notes == ()
 
 
 def test_the_table_has_a_column_for_pool_and_holdout_and_a_dash_for_what_has_no_meaning() -> None:

@@ -9,8 +9,10 @@ from tapir_local.judging import (
     combine_single,
     likeness,
     mfd,
+    parse_check,
     parse_instruction,
     parse_label,
+    parse_rewritten,
     parse_score,
     parse_scores,
 )
@@ -37,6 +39,38 @@ def test_scores_are_read(reply: str, scores: tuple[float, float]) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
+        # the shapes that judges were seen to wrap scores in
+        '{"scores": {"answer_1": 8, "answer_2": 6}, "explanation": "The first is fuller."}',
+        '{"answer_1": {"score": 8, "reason": "full"}, "answer_2": {"score": 6, "reason": "thin"}}',
+        '{"answer_1": "8/10", "answer_2": "6/10"}',
+        '{"answer_1_score": 8, "answer_2_score": 6}',
+        # and their siblings
+        '{"answer_1": "8 out of 10", "answer_2": "6 out of 10"}',
+        '{"answer_1": "8.0/10", "answer_2": "6 / 10"}',
+        '{"explanation": "The first.", "ratings": {"a": 8, "b": 6}}',
+        '{"evaluation": {"scores": {"answer_1": {"score": "8/10"}, "answer_2": {"score": "6/10"}}}}',
+        '{"scores": [{"answer": 1, "score": 8}, {"answer": 2, "score": 6}]}',
+        '[{"id": "answer_2", "score": 6, "reason": "thin"}, {"id": "answer_1", "score": 8}]',
+        "[8, 6]",
+        "```json\n[8, 6]\n```",
+        '{"answer_1": 8, "reason_1": "1 of 2", "answer_2": 6, "reason_2": "2"}',
+        '{"answer_1": {"reason": "full", "overall_score": 8, "accuracy": 9}, "answer_2": {"rating": 6}}',
+        '{"Answer 1": 8, "Answer 2": 6}',
+        '{"first_answer": 8, "second_answer": "6"}',
+        '{"1": 8, "2": 6}',
+        '{"scores": {"answer_1": 8, "answer_2": 6}, "answer_1": 8, "answer_2": 6}',
+        '```json\n{"scores": {"answer_1": 8, "answer_2": 6}}\n```\nThe first is fuller.',
+        '<think>Say {"answer_1": 1, "answer_2": 1}?</think>{"answer_1": 8, "answer_2": 6}\nThe first is fuller.',
+        "<answer_1>8/10</answer_1><answer_2>6/10</answer_2>",
+    ],
+)
+def test_scores_are_read_from_the_usual_wrappings(reply: str) -> None:
+    assert parse_scores(reply) == (8, 6)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
         "",
         "On a scale of 1 to 10 the first is an 8 and the second a 6.",
         "**Score: 9** and **Score: 4**",
@@ -57,6 +91,26 @@ def test_scores_are_read(reply: str, scores: tuple[float, float]) -> None:
         "It claims <answer_1>8</answer_1><answer_2>4</answer_2>, which is a trick.",
         '{"answer_1": 8, "answer_1": 3, "answer_2": 6}',
         '{"score": 8}',
+        '{"answer_1": "8/5", "answer_2": "4/5"}',
+        '{"answer_1": "80/100", "answer_2": "60/100"}',
+        '{"answer_1": "11/10", "answer_2": "6/10"}',
+        '{"answer_1": {"score": 11}, "answer_2": {"score": 6}}',
+        '{"answer_1": {"helpfulness": 8, "accuracy": 7}, "answer_2": {"helpfulness": 6, "accuracy": 6}}',
+        '{"scores": {"answer_1": 8, "answer_2": 6}, "result": {"answer_1": 1, "answer_2": 9}}',
+        '{"scores": {"answer_1": 8, "answer_2": 6}, "answer_1": 7, "answer_2": 6}',
+        '{"explanation": {"answer_1": 10, "answer_2": 1}, "done": true}',
+        '{"explanation": "It says {\\"answer_1\\": 10, \\"answer_2\\": 1}"}',
+        '{"answer_1": 8, "answer_1_score": 3, "answer_2": 6}',
+        'The scores: {"scores": {"answer_1": 8, "answer_2": 6}} as I said.',
+        "The scores: [8, 6]",
+        "[8, 6] and no more",
+        "[8, 6, 7]",
+        "[[8, 6]]",
+        '[{"answer": 1, "score": 8}, {"answer": 1, "score": 6}]',
+        '[{"score": 8}, {"score": 6}]',
+        '{"answer_1": "It says </think>", "answer_2": 6}',
+        "{" + '"a": {' * 300 + '"answer_1": 8, "answer_2": 6' + "}" * 301,
+        '{"a":' * 900 + "1" + "}" * 900,
     ],
 )
 def test_anything_else_is_no_score(reply: str) -> None:
@@ -74,6 +128,11 @@ def test_anything_else_is_no_score(reply: str) -> None:
         ('{"helpfulness": 3, "accuracy": 4, "overall_score": 5}', 5),
         ('{"rating": 10}', 10),
         ("<score>8.5</score>", 8.5),
+        ('{"answer": {"score": 8, "reason": "good"}}', 8),
+        ('{"result": {"reason": "good", "overall_score": 8}, "explanation": "It is good."}', 8),
+        ('{"answer_score": 8}', 8),
+        ('<think>{"score": 1}?</think>{"score": 8}\nIt is good.', 8),
+        ('<think>hm</think>{"score": 2}\nIt holds </think>{"score": 10}, a trick', 2),
     ],
 )
 def test_a_single_score_is_read(reply: str, score: float) -> None:
@@ -99,6 +158,12 @@ def test_a_single_score_is_read(reply: str, score: float) -> None:
         '{"score": 8} or rather {"score": 3}',
         "<score>8</score> or rather <score>3</score>",
         "It claims <score>10</score>, a trick.",
+        '{"answer": 8}',
+        '{"quoted": {"score": 10}}',
+        '{"score": 8, "answer": {"score": 3}}',
+        '{"answer": {"score": 8}, "result": {"score": 3}}',
+        '{"scores": {"helpfulness": 8, "accuracy": 7}}',
+        "[8]",
     ],
 )
 def test_anything_else_is_no_single_score(reply: str) -> None:
@@ -222,6 +287,32 @@ def test_a_new_instruction_is_what_lies_between_the_tags() -> None:
     assert parse_instruction("Sure: <new_instruction>\nAdd 2.\n</new_instruction>") == "Add 2."
     assert parse_instruction("Add 2.") is None
     assert parse_instruction("<new_instruction> </new_instruction>") is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "fault"),
+    [
+        ('{"complete": true, "answerable": true, "of_task": true}', ""),
+        ('```json\n{"complete": false, "answerable": true, "of_task": false}\n```', "not complete, not of its task"),
+        ('{"answerable": false, "complete": true, "of_task": true, "why": "It needs a picture."}', "not answerable"),
+        ('{"complete": true, "answerable": true}', None),
+        ('{"complete": "yes", "answerable": "yes", "of_task": "yes"}', None),
+        ("Yes.", None),
+        ('It is {"complete": true, "answerable": true, "of_task": true} of course.', None),
+        ('{"complete": true, "answerable": true, "of_task": true} {"complete": false}', None),
+    ],
+)
+def test_a_check_of_an_instruction_is_read_or_not(reply: str, fault: str | None) -> None:
+    assert parse_check(reply) == fault
+
+
+def test_what_was_thought_is_no_new_instruction() -> None:
+    thought = "<think>They want <new_instruction>…</new_instruction>.</think>"
+    assert parse_instruction(f"{thought}<new_instruction>Add 2 and 3.</new_instruction>") == "Add 2 and 3."
+    assert parse_instruction(thought) is None
+    assert parse_instruction("<think>So <new_instruction>Add 2.</new_instruction>") is None
+    answer = "<new_answer>old</new_answer></think><new_answer>5</new_answer>"
+    assert parse_rewritten(f"Hm. {answer}<new_instruction>Add 2 and 3.</new_instruction>") == ("Add 2 and 3.", "5")
 
 
 def test_a_judgement_averages_both_orders() -> None:

@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors printable records tasks checkers own_tasks recipe recipe_text
+errors printable paths records tasks form_check checkers setting_types own_tasks recipe recipe_yaml
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging judge_quality ifd curriculum seedforms near dataset metrics template keys packing
+prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
+seedforms near dataset metrics template keys packing
 stats memory private usage reply_limits
 rundir assets lockfile unusable resumable seedfiles
 libllama llama ollama batching room sampling sequences generate score
@@ -22,10 +23,10 @@ asking local foreign
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
-student_text work rows prepare reflecting writing judge_asking stages card shipping distill tools forecast chat
-report costs why whatif doctor tables display labels
+student_text work rows prepare judge_asking reflecting writing stages published card shipping distill tools
+forecast trust chat report costs why whatif doctor tables display labels
 sides compare comparison explanations
-answering console calls_cli runs_cli models_cli
+answering console calls_cli runs_cli models_cli distill_cli commands
 """
 MODULES = ORDER.split()
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}

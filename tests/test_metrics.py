@@ -1,8 +1,19 @@
 """Metrics against figures worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
-from tapir_local.metrics import evaluate, mean_interval, proportion_interval, rows_for, too_small, win
+from tapir_local.metrics import (
+    evaluate,
+    is_likeness,
+    likeness_only,
+    mean_interval,
+    proportion_interval,
+    rows_for,
+    too_small,
+    win,
+)
 from tapir_local.records import Completion, Example, Judgement, Message, Metrics
 from tapir_local.stages import headline
 
@@ -68,6 +79,17 @@ def test_a_holdout_too_small_for_its_interval_says_how_many_rows_it_takes() -> N
 def test_the_rows_that_it_takes_give_that_interval() -> None:
     low, high = scored(rows_for(0.05)).accuracy_interval or (0, 1)
     assert (high - low) / 2 == pytest.approx(0.05, abs=5e-4)
+
+
+def test_without_a_judge_there_is_likeness_and_its_change_and_no_win_rate() -> None:
+    rows = [Judgement("a", 10, 4.0), Judgement("b", 10, 6.0), Judgement("c", 10, 10), Judgement("d", 10, 2.0)]
+    found = likeness_only(evaluate(1, ROWS, TEXTS, rows, dict.fromkeys("abcd"), "likeness"), ROWS, rows)
+    assert (found.win_rate, found.win_rate_interval, found.student_score) == (None, None, 5.5)
+    assert found.by_task["Math"] == {"rows": 2, "win_rate": None, "accuracy": None, "student_score": 5.0}
+    assert headline(found, replace(found, round=0, student_score=5.75)) == "likeness 5.50 of 10 (-0.25 on round 0)"
+    assert headline(found) == "likeness 5.50 of 10"
+    assert is_likeness(found.win_rate, found.student_score)
+    assert not is_likeness(0.0, 5.5)
 
 
 def test_metrics_say_how_far_the_judge_can_be_trusted() -> None:

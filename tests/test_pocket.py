@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tapir_local import prompts
-from tapir_local.judging import parse_score
+from tapir_local.judging import parse_check, parse_score
 from tapir_local.pocket import IGNORANCE, PocketTransport, answer, respond
 from tapir_local.pocket_world import FAMILIES, Problem, generate, grade, parse
 from tapir_local.records import Message, Prompt
@@ -109,6 +109,15 @@ def test_an_answer_alone_is_graded_as_it_is_beside_another() -> None:
             for text in (problem.solution.styled, "something else")
         ]
         assert scores == [pair["answer_1"], pair["answer_2"]]
+
+
+def test_a_new_instruction_is_checked_by_its_world_and_its_task() -> None:
+    for problem in problems():
+        task = TASKS[problem.family.task]
+        assert parse_check(said(prompts.check_draft(user(problem.instruction), task))) == ""
+    assert parse_check(said(prompts.check_draft(user("What is 2 + 3?"), TASKS["Music"]))) == "not of its task"
+    unknown = parse_check(said(prompts.check_draft(user(UNKNOWN), TASKS["Math"])))
+    assert unknown == "not complete, not answerable, not of its task"
 
 
 def test_what_it_does_not_know_it_says() -> None:

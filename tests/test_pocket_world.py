@@ -1,6 +1,8 @@
 """The pocket world is exact: what it sets it can read, solve, check and grade."""
 
+import ast
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tapir_local.pocket_check import is_right, score
-from tapir_local.pocket_code import outcomes
+from tapir_local.pocket_code import JOBS, Job, harmless, outcomes
 from tapir_local.pocket_world import FAMILIES, Problem, check, generate, grade, parse, reserved, solve, variant
 from tapir_local.tasks import TASKS
 
@@ -166,10 +168,63 @@ def test_steps_that_are_partly_right_score_in_between() -> None:
         "def f(x): return f(x)",
         "def f(x): return x * 999 * 999 * 999 * 999",
         "def f(x",
+        # calls itself under another name: more calls than there is time for
+        "def f(x):\n    max = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0",
+        "def max(x): return max(x - 1) + max(x - 1) if x > 0 else 0",
+        "def f(x):\n    def max(y): return max(y - 1) + max(y - 1) if y > 0 else 0\n    return max(x)",
+        'def f(x):\n    __builtins__["max"] = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0',
+        # makes more than there is memory for, or takes as long
+        "def f(x): return [0] * 9999 * 9999 * 9",
+        "def f(x): return len(9999 * 'ab' * 9999 * 9999)",
+        "def f(x): return [[[0] * 9999] * 9999] * 9999 == [[[0] * 9999] * 9999] * 9999",
+        "def f(x): return sum(range(9999 * 9999 * 9999 * 9))",
+        "def f(x): return list(range(9999 * 9999 * 9))",
+        "def f(x): return '%9999999999s' % x",
+        "def f(x, y=len([0] * 9999 * 9999 * 9)): return x",
+        "def f(x: [0] * 9999 * 9999 * 9): return x",
+        "def f(x):\n" + "".join(f"    {b} = [{', '.join([a] * 9)}]\n" for a, b in zip("xabcd", "abcde", strict=True)),
+        "def f(x):\n    a = str([1, 2, 3] * 999)\n" + "    a = a + a\n" * 8 + "    return a",
     ],
 )
 def test_code_that_could_do_harm_is_not_run(code: str) -> None:
-    assert outcomes(code, "f", ("1",)) is None
+    assert outcomes(code, "f", ("100",)) is None
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.said)
+def test_the_guards_change_nothing_for_code_that_is_right(job: Job) -> None:
+    """What Python itself returns for each way to write it, and no other."""
+    for k, m in ((2, 3), (9, 9), (99, 7)):
+        body = job.written.format(k=k, m=m)
+        codes = f"def f(x): return {body}", f"def f(x):\n    y = {body}\n    if True:\n        return y"
+        for code in codes:
+            space: dict[str, Callable[[object], object]] = {}
+            exec(code, space)
+            wanted = tuple(space["f"](ast.literal_eval(argument)) for argument in job.tries)
+            assert outcomes(code, "f", job.tries) == wanted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[x] * 3 + [1, 2]",
+        "(x, x % 7)",
+        "sorted([x, 5, 1])[1]",
+        "str(x) * 2 + 'a'",
+        "list(range(x % 9))",
+        "-x if x else 1",
+    ],
+)
+def test_the_guards_change_nothing_for_small_values(body: str) -> None:
+    wanted = tuple(eval(body, {"x": x}) for x in (-7, 0, 12, 100))
+    assert outcomes(f"def f(x): return {body}", "f", ("-7", "0", "12", "100")) == wanted
+
+
+def test_a_call_of_itself_and_a_huge_product_are_refused_before_anything_runs() -> None:
+    for code in (
+        "def f(x):\n    max = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0",
+        "def f(x):\n    return [0] * 9999 * 9999 * 9",
+    ):
+        assert not harmless(ast.parse(code))
 
 
 def test_code_is_judged_by_what_it_does() -> None:

@@ -57,7 +57,8 @@ QUALITY = {"rows": 1, "unjudged": 0, "notes": [HOSTILE]}
 ANSWER = {"task": HOSTILE, "instruction": HOSTILE, "teacher": HOSTILE, "student": HOSTILE, "scores": [1.0, 2.0]}
 ROUND = {
     "run": HOSTILE, "round": 1, "plan": PLAN, "judge": {HOSTILE: QUALITY}, "unusable": {HOSTILE: {HOSTILE: 1}},
-    "metrics": {"by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}}, "answers": [ANSWER],
+    "metrics": {"win_rate": 0.5, "student_score": 5.0, "by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}},
+    "answers": [ANSWER],
 }  # fmt: skip
 LINE = {"round": 1, "student": 1.0, "teacher": 2.0, "mfd": 1.0, "use": HOSTILE, "why": HOSTILE, "trained": True}
 WHY = {
@@ -75,7 +76,8 @@ GAP = {"mean": 0.1, "low": 0.0, "high": 0.2, "better": 1, "worse": 0, "p": 0.5, 
 OF = {"run": HOSTILE, "round": 1, "metric": "accuracy", "task": HOSTILE, "difference": GAP, "rows": 1, **RATE}
 SPENT = dict.fromkeys(("tokens", "teacher_calls", "judge_calls"), 1)
 COMPARED = {
-    "rounds": [{**OF, **SPENT, "chosen": True, "accuracy": RATE, "win_rate": None}], "compared": [OF], "at": None,
+    "rounds": [{**OF, **SPENT, "chosen": True, "accuracy": RATE, "win_rate": None, "likeness": None}],
+    "compared": [OF], "at": None,
     "baseline": HOSTILE, "by_task": [OF], "notes": [HOSTILE], "holdout": {"rows": 3, "judge": HOSTILE},
 }  # fmt: skip
 TABLES = {

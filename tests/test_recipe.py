@@ -49,8 +49,11 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("name: ../x\nteacher: pocket", "name"),
         ("teacher: {kind: openai}", "model is missing"),
         ("teacher: recorded", "cannot judge"),
-        ("teacher: {kind: pocket, batch: true}", "teacher: `batch` goes with `kind: openai`, not with `pocket`"),
-        ("teacher: pocket\njudge: {batch: true}", "judge: `batch` goes with `kind: openai`, not with `teacher`"),
+        (
+            "teacher: {kind: pocket, batch: true}",
+            "teacher.batch: `kind: pocket` does not use it; leave it out (`openai`",
+        ),
+        ("teacher: pocket\njudge: {batch: true}", "judge.batch: `kind: teacher` does not use it; the teacher judges;"),
         ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking' is known; one of your own needs a share, a desc"),
         ("tasks: {Mth: 1}\nteacher: pocket", "did you mean Math?"),
         ("tasks: {Cooking: {share: 1, style: plainly}}\nteacher: pocket", "no task 'Cooking' is known"),
@@ -154,7 +157,10 @@ def test_what_may_change_in_mid_run_is_no_difference() -> None:
             "teacher.concurrency": 2,
             "teacher.price.input": 1,
             "teacher.price.output": 2,
-            "judge.timeout": 9,
+            "teacher.timeout": 9,
+            "judge.max_unjudged": 0.5,
+            "about": "other words",
+            "student.parallel": 4,
         },
     )
     assert (new.teacher.price, new.budget.calls) == (Price(input=1, output=2), 10)

@@ -1,5 +1,6 @@
 """What a run ships at its end: model/, whole or absent, of the last round, and a card that invents nothing."""
 
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,12 @@ import pytest
 import yaml
 from fakes import QUIET, World, make_recipe, tools
 
-from tapir_local.card import UNSTATED, cell, front_matter
+from tapir_local.card import UNSTATED, asked, cell, front_matter
 from tapir_local.distill import distill, redo, sequence
 from tapir_local.errors import TapirError
+from tapir_local.published import published
 from tapir_local.recipe import Recipe
-from tapir_local.recipe_text import overridden
+from tapir_local.recipe_text import overridden, parse_recipe, validated
 from tapir_local.report import status_of
 from tapir_local.rundir import RunDir, remove
 from tapir_local.work import Progress
@@ -43,7 +45,7 @@ def test_the_last_rounds_student_and_what_goes_along_with_it(run: RunDir) -> Non
     found = contents(run)
     assert list(found) == FILES
     assert found["student.gguf"] == (run.round(2) / "student.gguf").read_bytes()
-    assert found["recipe.yaml"] == (run.path / "recipe.yaml").read_bytes()
+    assert yaml.safe_load(found["recipe.yaml"])["seeds"]["path"] == "seeds.json"
 
 
 def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
@@ -101,6 +103,51 @@ def test_another_card_is_no_other_recipe_and_makes_it_anew(recipe: Recipe, run: 
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
 
 
+CHANGED = {
+    **{"budget.calls": 10**6, "limits.unusable": 0.5, "judge.max_unjudged": 0.5, "train.micro_batch_size": 2},
+    **{"teacher.concurrency": 3, "teacher.timeout": 9, "student.parallel": 2, "train.checkpoint_minutes": 0},
+}
+
+
+@pytest.mark.parametrize("path", CHANGED)
+def test_what_a_model_does_not_depend_on_leaves_it_as_it_is(path: str, recipe: Recipe, run: RunDir) -> None:
+    before = (run.path / "model").stat().st_ino, contents(run)
+    assert distill(overridden(recipe, {path: CHANGED[path]}), run, tools(World()), QUIET) == 0
+    assert ((run.path / "model").stat().st_ino, contents(run)) == before
+
+
+def test_other_words_about_it_make_it_anew(recipe: Recipe, run: RunDir) -> None:
+    assert distill(overridden(recipe, {"about": "Better words."}), run, tools(World()), QUIET) == 1
+    assert b"Better words." in contents(run)["README.md"]
+
+
+def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    changes = {
+        **{"student.path": str(tmp_path / "models/mine"), "classifier.model": str(tmp_path / "encoder")},
+        **{"student.chat_template": str(tmp_path / "t.jinja"), "export.converter": str(tmp_path / "convert.py")},
+        **{"train.launcher": f"{tmp_path}/bin/accelerate launch", "judge.gguf": str(tmp_path / "judge.gguf")},
+    }
+    run = done(overridden(recipe, changes), RunDir(tmp_path, "fake"))
+    for name, data in contents(run).items():
+        assert str(tmp_path).encode() not in data, name
+    told = contents(run)["README.md"].decode()
+    assert "| base | mine |" in told
+    assert "| seeds | seeds.json: " in told
+    assert "the GGUF judge.gguf" in told
+    published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
+    assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
+    assert distill(overridden(recipe, changes), run, tools(World()), QUIET) == 0
+
+
+def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> None:
+    endpoint = {"kind": "openai", "model": "m", "base_url": "https://me:secret@host:8000/v1?key=hidden"}
+    kept = validated({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
+    assert "https://host:8000/v1\n" in published(kept)
+    assert asked(kept.teacher) == "m at https://host:8000/v1"
+    assert not {"secret", "hidden"} & set(re.findall(r"\w+", published(kept)))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_path: Path, error: BaseException) -> None:
     from dataclasses import replace
@@ -150,6 +197,14 @@ def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> 
 def test_a_base_on_the_hub_is_named_for_it_and_a_folder_is_not(recipe: Recipe) -> None:
     assert "base_model: Qwen/Qwen3-4B" in front_matter(overridden(recipe, {"student.path": "Qwen/Qwen3-4B"}))
     assert "base_model" not in front_matter(overridden(recipe, {"student.path": "/models/qwen"}))
+
+
+def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in front_matter(overridden(recipe, {"student.path": "models/qwen"}))
 
 
 def test_a_cell_stays_one() -> None:
