@@ -20,8 +20,9 @@ check: .venv/installed         ## style and types
 install: .venv/installed       ## only the environment
 
 .venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux")' || { echo "error: tapir-local runs on Linux only" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@command -v c++ g++ clang++ >/dev/null || { echo "error: llama.cpp is built from source and there is no C++ compiler. Debian: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install" >&2; exit 1; }
+	@command -v c++ g++ clang++ >/dev/null || { echo "error: llama.cpp is built from source and there is no C++ compiler. Debian: apt-get install g++; Fedora: dnf install gcc-c++" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
 	@echo "installing; llama.cpp is compiled, which takes some 7 minutes on two cores"

@@ -27,6 +27,7 @@ from rapidfuzz.distance import Indel
 
 from tapir_local.curriculum import CURRICULA
 from tapir_local.dataset import read_seeds, screen
+from tapir_local.likeness import literals
 from tapir_local.near import Index
 from tapir_local.prepare import read
 from tapir_local.recipe import Curriculum, Recipe, Seeds, Teacher
@@ -114,17 +115,20 @@ def filled(rows: Sequence[Example], limit: float) -> Index:
     return index
 
 
-def all_pairs(index: Index, drafts: Sequence[Example]) -> list[str]:
+def all_pairs(slow: Index, drafts: Sequence[Example]) -> list[str]:
     """By draft the row nearest to it, "" where it is kept: rapidfuzz on every row, as the index is given them."""
-    texts, ids, found = list(index.texts), list(index.ids), list[str]()
+    found = list[str]()
     for draft in drafts:
-        text = "".join(map(chr, index.encode(draft.prompt[-1].content)))
-        best = process.extractOne(text, texts, scorer=Indel.normalized_similarity, score_cutoff=index.max_rouge)
-        above = best is not None and best[1] > index.max_rouge + 1e-9
-        found.append(ids[best[2]] if above else "")
-        if not above:
-            texts.append(text)
-            ids.append(draft.id)
+        given = draft.prompt[-1].content
+        text, known = slow.letters(given), literals(given)
+        scored = process.extract(
+            text, slow.texts, scorer=Indel.normalized_similarity, score_cutoff=slow.max_rouge - 1e-9, limit=None
+        )
+        same = [row for row in scored if slow.literals_of[row[2]] == slow.literals.get(known, -1)]
+        best = next((slow.ids[place] for _, score, place in same if slow.alike(text, given, place, score)), "")
+        found.append(best)
+        if not best:
+            slow.add(draft)
     return found
 
 
@@ -138,7 +142,8 @@ def near(options: argparse.Namespace) -> None:
     print(f"{len(rows):,} rows of {length:.1f} words in the mean, {max(index.lengths):,} at the most")
     print(f"{len(index.alphabet):,} different words; the index is filled in {filling}")
     sample, rest = drafts[: options.sample], drafts[options.sample :]
-    slow = timed(lambda: all_pairs(index, sample))
+    other = filled(rows, options.limit)
+    slow = timed(lambda: all_pairs(other, sample))
     fast = timed(lambda: screen(sample, index, Index(options.limit)))
     if slow.found != [draft.near for draft in fast.found]:
         sys.exit("the index and the loop over all pairs disagree")

@@ -109,7 +109,8 @@ def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
         prompt, _ = read_row(row, table.at(number))
         if not prompt or not prompt[-1].content:
             empty.append(number)
-        id = str(row.get("id") or serial)
+        given = row.get("id")
+        id = str(serial if given in (None, "") else given)
         if id in seen:
             raise TapirError(f"two rows have the id {id!r}", where=table.at(seen[id], number), fix="Give each its own.")
         seen[id] = number

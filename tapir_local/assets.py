@@ -4,12 +4,13 @@ import difflib
 import os
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tapir_local.errors import TapirError
 from tapir_local.paths import at_home
 from tapir_local.recipe import Recipe
-from tapir_local.rundir import RunDir, remove, whole
+from tapir_local.rundir import RunDir, remove, whole, write_json
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
@@ -17,6 +18,10 @@ POCKET_STUDENT = HERE / "assets" / "pocket_student"
 CHAT_TEMPLATES = HERE / "assets" / "chat_templates"
 POCKET_SEEDS = HERE / "assets" / "pocket_seeds.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Of a model on the Hub: weights, config, tokenizer and template as transformers reads them. Folders, such as original/
+# and onnx/, and Mistral's consolidated.safetensors hold the same weights again.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+UNWANTED = ["*/*", "consolidated*"]
 SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"})
 
 
@@ -101,24 +106,63 @@ def default_cache() -> Path:
     return (CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "cache"
 
 
-def model_folder(named: str) -> Path:
+def model_folder(named: str, revision: str | None = None) -> Path:
     """A recipe's student.path as a folder: `pocket`, a folder, or a Hub name, looked up in its cache or downloaded.
 
-    TapirError where it is none of these, or the Hub cannot be reached.
+    `revision` is a branch, tag or commit of a Hub name. TapirError where it is none of these, or the Hub cannot be
+    reached.
     """
-    if named == "pocket" or Path(named).is_dir():
-        return POCKET_STUDENT if named == "pocket" else Path(named)
+    if named != "pocket" and not Path(named).is_dir():
+        return from_hub(named, revision)
+    if revision is not None:
+        what = f"student.revision ({revision}) is for a model on the Hub, and this one is a folder"
+        raise TapirError(what, where=named, fix="Leave student.revision out.")
+    return POCKET_STUDENT if named == "pocket" else Path(named)
+
+
+def from_hub(named: str, revision: str | None, *, complete: bool = False) -> Path:
+    """The folder of a model in the Hub's cache, named by its commit; what is missing is downloaded.
+
+    `complete` says that an earlier call has downloaded this revision, so that nobody is asked while it is there.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    download = partial(snapshot_download, named, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    if complete:
+        with suppress(LocalEntryNotFoundError):
+            return Path(download(local_files_only=True))
     try:
-        return Path(snapshot_download(named, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return Path(download())
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at student.revision {revision}" if revision else ""
         raise TapirError(
-            "there is no such folder, and the Hub has no such model or cannot be reached",
+            f"there is no such folder, and the Hub has no such model{at} or cannot be reached",
             where=named,
             fix="Download the model where there is a network and name its folder in student.path.",
         ) from error
+
+
+def original(recipe: Recipe, run: RunDir) -> Path:
+    """The student's own folder; one from the Hub at the commit that the run noted in run.json when it began."""
+    noted = run.record().get("student", {})
+    if noted.get("path") == recipe.student.path:
+        return from_hub(recipe.student.path, noted["revision"], complete=True)
+    return model_folder(recipe.student.path, recipe.student.revision)
+
+
+def settle_student(recipe: Recipe, run: RunDir) -> Path:
+    """The student's folder for a run that this process holds, settled until the run ends.
+
+    The commit of one from the Hub is noted in run.json. Until round 0 is trained, a view is made again, with the chat
+    template as it is now.
+    """
+    model, named = original(recipe, run), recipe.student.path
+    if named != "pocket" and not Path(named).is_dir() and run.record().get("student", {}).get("path") != named:
+        write_json(run.path / "run.json", {**run.record(), "student": {"path": named, "revision": model.name}})
+    if recipe.student.chat_template is not None and not (run.round(0) / "adapter").is_dir():
+        view_with_template(model, chat_template(recipe.student.chat_template), view_of(recipe, run))
+    return student_folder(recipe, run)
 
 
 def student_folder(recipe: Recipe, run: RunDir) -> Path:
@@ -127,24 +171,28 @@ def student_folder(recipe: Recipe, run: RunDir) -> Path:
     The view is links to the student's files, and the template as it was at the run's first training, so that neither
     a student that others use is changed, nor a run in its midst.
     """
-    model = model_folder(recipe.student.path)
     if recipe.student.chat_template is None:
-        return model
-    view = run.path / "student" / (Path(recipe.student.path).name or "student")
-    if not (view.is_dir() and (run.round(0) / "adapter").is_dir()):
-        view_with_template(model, chat_template(recipe.student.chat_template), view)
+        return original(recipe, run)
+    view = view_of(recipe, run)
+    if not view.is_dir():
+        view_with_template(original(recipe, run), chat_template(recipe.student.chat_template), view)
     return view
+
+
+def view_of(recipe: Recipe, run: RunDir) -> Path:
+    """Where a run's view of its student is."""
+    return run.path / "student" / (Path(recipe.student.path).name or "student")
 
 
 def view_with_template(model: Path, template: str, view: Path) -> None:
     """Make `view` a folder of links to a model's files, with another chat template."""
     remove(view)
-    with whole(view) as partial:
-        partial.mkdir()
+    with whole(view) as folder:
+        folder.mkdir()
         for file in model.iterdir():
             if file.is_file() and file.name != "chat_template.jinja":
-                (partial / file.name).symlink_to(file.absolute())
-        (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+                (folder / file.name).symlink_to(file.absolute())
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def chat_template(named: str) -> str:

@@ -26,15 +26,13 @@ class Course:
     """A training under way: its log, and when and where its next checkpoint is due.
 
     `job` is the digest that a checkpoint is known by, `folder` where checkpoints lie (None: there are none), `minutes`
-    how far they are apart (0: none). `order` is the state of torch's generator as the epoch began: it alone decides the
-    order of the epoch's rows, and transformers does not keep it.
+    how far they are apart (0: none).
     """
 
     job: str = ""
     folder: Path | None = None
     minutes: float = 0
     log: list[dict[str, Any]] = field(default_factory=list)
-    order: bytes = b""
     began: float = 0
     saved: float = 0
     resumed: bool = False
@@ -94,8 +92,7 @@ def clear(folder: Path, but: Path | None = None) -> None:
 
 def go_on(course: Course, checkpoint: Path) -> None:
     """Take up a course where a checkpoint has left it."""
-    mark = read_mark(checkpoint)
-    course.log, course.order, course.resumed = mark["log"], bytes.fromhex(mark["order"]), True
+    course.log, course.resumed = read_mark(checkpoint)["log"], True
 
 
 def start_clock(course: Course) -> None:
@@ -108,28 +105,10 @@ def keep(course: Course, checkpoint: Path) -> None:
     """Mark a checkpoint as whole, and delete those before it."""
     for file in checkpoint.iterdir():
         sync(file)
-    write_json(checkpoint / MARK, {"job": course.job, "order": course.order.hex(), "log": course.log})
+    write_json(checkpoint / MARK, {"job": course.job, "log": course.log})
     clear(checkpoint.parent, but=checkpoint)
     (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty form of a card
     course.saved = time.monotonic()
-
-
-def epoch_begins(course: Course, processes: int) -> None:
-    """Keep the state of torch's generator, which orders the epoch's rows, or put it where a checkpoint says it was.
-
-    Several processes take the first one's: dropout on a CPU may have brought them apart, and each would then order the
-    rows in its own way.
-    """
-    import torch
-
-    if course.resumed:
-        torch.set_rng_state(torch.frombuffer(bytearray(course.order), dtype=torch.uint8))
-        course.resumed = False
-    elif processes > 1:
-        from accelerate.utils import synchronize_rng_states
-
-        synchronize_rng_states(["torch"])
-    course.order = bytes(torch.get_rng_state().numpy())
 
 
 def is_due(course: Course, processes: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tapir_local.errors import TapirError
 from tapir_local.lora import check_folder, unloadable
+from tapir_local.memory import one_gpu
 from tapir_local.metrics import proportion_interval
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.recipe import Classifier
@@ -350,4 +351,4 @@ def share_of(agree: int, rows: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(run_folder))
+    sys.exit(child_main(run_folder, one_gpu()))

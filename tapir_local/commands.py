@@ -16,6 +16,7 @@ from tapir_local.console import (
     json_option,
     print_json,
     print_table,
+    refuse_other_systems,
 )
 from tapir_local.distill_cli import distill
 from tapir_local.errors import TapirError
@@ -238,6 +239,7 @@ for command in (calls, compare, distill, export, generate, plan, why):
 def main() -> None:
     """The console script: one line for an error that can be put right, no traceback."""
     try:
+        refuse_other_systems(sys.platform)
         cli.main(standalone_mode=False)
     except TapirError as error:
         click.secho("error: ", err=True, nl=False, fg="red", bold=True)

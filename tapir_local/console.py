@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 SIGN_OF_LIFE = 2.0  # seconds between two lines
 
 
+def refuse_other_systems(system: str) -> None:
+    """TapirError on a system (`sys.platform`) that is not Linux: the store's locks are its own."""
+    if system != "linux":
+        fix = "Use a machine with Linux; on Windows, WSL 2 is one."
+        raise TapirError(f"tapir-local runs on Linux only, and this is {system}", fix=fix)
+
+
 def example(*commands: str) -> str:
     """The last lines of a help text."""
     return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)

@@ -1,19 +1,33 @@
 """Rows to examples: duplicates left out, a holdout set apart, drafts rejected that are near-duplicates or leak."""
 
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.curriculum import shares
 from tapir_local.errors import TapirError
+from tapir_local.likeness import literals
 from tapir_local.near import Index
 from tapir_local.prompts import TAG
-from tapir_local.records import Example, Message, instruction_of
-from tapir_local.seedforms import KNOWN, Table, read_row
+from tapir_local.records import Example, instruction_of
+from tapir_local.seedforms import KNOWN, Table, read_whole
+from tapir_local.seedtext import Broken, RowFault
 
-__all__ = ["Draft", "Index", "count_tasks", "read_seeds", "screen", "split_holdout", "without_near"]
+__all__ = [
+    "Draft",
+    "Index",
+    "Seeds",
+    "count_tasks",
+    "read_seeds",
+    "screen",
+    "sorted_seeds",
+    "split_holdout",
+    "without_near",
+]
+NO_INSTRUCTION = "no instruction"
 
 
 @dataclass(frozen=True)
@@ -28,50 +42,100 @@ class Draft:
     near: str = ""
 
 
-def read_seeds(table: Table, labels: Collection[str]) -> tuple[list[Example], list[Draft]]:
-    """The examples of a table, and the exact duplicates of an earlier row's prompt; capitals and blanks do not count.
+@dataclass(frozen=True)
+class Faulty:
+    """A row that cannot be read: its number in the table, why, and its text as JSON."""
 
-    `seed-00012` is the table's twelfth row. An error names the lines of rows of no known form or without an
-    instruction, and of labels that the recipe does not know.
+    number: int
+    fault: RowFault
+    text: str
+
+
+@dataclass
+class Seeds:
+    """What a table's rows came to: examples, repetitions of an earlier prompt, and rows that cannot be read.
+
+    `unread` counts by name the columns and turns whose text was not read.
     """
-    kept: dict[str, Example] = {}
-    duplicates, empty = list[Draft](), list[int]()
-    for serial, (number, row) in enumerate(table.rows, 1):
-        prompt, completion = read_row(row, table.at(number))
-        if not prompt or not prompt[-1].content:
-            empty.append(number)
-            continue
-        refuse_half_letters(prompt, completion, table.at(number))
-        task = known_label(row.get("task"), labels, table.at(number))
-        example = Example(f"seed-{serial:05d}", prompt, completion, task, "file" if task else "")
-        first = kept.setdefault(" ".join(instruction_of(prompt).split()).casefold(), example)
-        if first is not example:
-            duplicates.append(Draft(example, "duplicate", first.id))
-    if empty:
-        raise TapirError(
-            f"{len(empty)} of {len(table.rows)} rows without an instruction", where=table.at(*empty), fix=KNOWN
+
+    table: Table
+    examples: list[Example] = field(default_factory=list)
+    duplicates: list[Draft] = field(default_factory=list)
+    faulty: list[Faulty] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def refuse(self, advice: str = "") -> None:
+        """TapirError with all rows of the first kind of fault, and more advice; nothing where there is no fault."""
+        if not self.faulty:
+            return
+        first = self.faulty[0].fault
+        numbers = [row.number for row in self.faulty if row.fault.kind == first.kind]
+        several = (
+            f"{len(numbers)} of {len(self.table.rows)} rows: {first.kind}; the first: " if len(numbers) > 1 else ""
         )
-    return list(kept.values()), duplicates
+        if first.kind == NO_INSTRUCTION:
+            raise TapirError(
+                f"{len(numbers)} of {len(self.table.rows)} rows without an instruction",
+                where=self.table.at(*numbers),
+                fix=KNOWN,
+            )
+        raise TapirError(several + first.said, where=self.table.at(*numbers), fix=first.fix)
 
 
-def refuse_half_letters(prompt: Sequence[Message], completion: str, where: str) -> None:
-    r"""TapirError for JSON's `\ud83d` without its other half, which no file and no endpoint would take."""
-    try:
-        for text in (completion, *(turn.content for turn in prompt)):
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise TapirError(
-            f"not Unicode text: half a surrogate pair, {error.object[error.start]!a}", where=where
-        ) from error
+def sorted_seeds(table: Table, labels: Collection[str]) -> Seeds:
+    """The examples of a table, exact duplicates of an earlier row's prompt, and the rows that cannot be read.
+
+    Capitals and blanks make no difference between two prompts, but for those within quotation marks. `seed-00012` is
+    the table's twelfth row.
+    """
+    found, kept = Seeds(table), dict[Any, Example]()
+    for serial, (number, row) in enumerate(table.rows, 1):
+        try:
+            example, unread = example_of(f"seed-{serial:05d}", row, labels)
+        except RowFault as fault:
+            found.faulty.append(Faulty(number, fault, shown(row)))
+            continue
+        found.unread.update(dict.fromkeys(unread, 1))
+        asked = instruction_of(example.prompt)
+        first = kept.setdefault((" ".join(asked.split()).casefold(), literals(asked)), example)
+        if first is not example:
+            found.duplicates.append(Draft(example, "duplicate", first.id))
+    found.examples = list(kept.values())
+    return found
 
 
-def known_label(label: Any, labels: Collection[str], where: str) -> str:
-    """The label of a row, "" where it has none."""
-    if not label:
+def read_seeds(table: Table, labels: Collection[str]) -> tuple[list[Example], list[Draft]]:
+    """The examples of a table, and the exact duplicates; TapirError with the lines of rows that cannot be read."""
+    found = sorted_seeds(table, labels)
+    found.refuse()
+    return found.examples, found.duplicates
+
+
+def example_of(id: str, row: Any, labels: Collection[str]) -> tuple[Example, list[str]]:
+    """A row as an example, and what of its text is not read; RowFault where it is none."""
+    prompt, completion, unread = read_whole(row)
+    if not prompt:
+        raise RowFault(NO_INSTRUCTION, fix=KNOWN)
+    task = known_label(row.get("task"), labels)
+    return Example(id, prompt, completion, task, "file" if task else ""), unread
+
+
+def known_label(label: Any, labels: Collection[str]) -> str:
+    """The label of a row, "" where it has none; RowFault where the recipe does not have it."""
+    if label is None or label == "":
         return ""
     if not isinstance(label, str) or label not in labels:
-        raise TapirError(f"the recipe has no task {label!r}", where=where, fix=f"Its tasks are: {', '.join(labels)}.")
+        fix = f"Its tasks are: {', '.join(labels)}."
+        raise RowFault("a task that the recipe does not have", f"the recipe has no task {label!r}", fix)
     return label
+
+
+def shown(row: Any) -> str:
+    """A row as text, for people."""
+    try:
+        return row.text if isinstance(row, Broken) else json.dumps(row, default=str)
+    except (ValueError, TypeError, RecursionError):
+        return ""
 
 
 def without_near(
@@ -84,6 +148,7 @@ def without_near(
     if max_rouge is None:
         return list(examples), []
     index, kept, rejected = Index(max_rouge), list[Example](), list[Draft]()
+    index.learn(examples)
     for done, example in enumerate(examples):
         if done % 500 == 0:
             progress(done)

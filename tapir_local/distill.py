@@ -1,5 +1,6 @@
 """The loop: which stages are pending, running them in order, and undoing them from the last backwards."""
 
+import os
 import platform
 import subprocess
 import time
@@ -19,6 +20,7 @@ from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import differing, parse_recipe, to_yaml
 from tapir_local.resumable import forget_partial
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
+from tapir_local.seedsource import same_seeds
 from tapir_local.shipping import SHIP, stale
 from tapir_local.stages import BASELINE, PREPARE, ROUND
 from tapir_local.unusable import forget_unusable
@@ -124,8 +126,8 @@ def has_begun(run: RunDir) -> bool:
 
 
 def refuse_changed(recipe: Recipe, run: RunDir) -> None:
-    """TapirError where a run was started with a recipe that differs in what must last."""
-    changed = differing(kept_recipe(run), recipe) if has_begun(run) else []
+    """TapirError where a run was started with a recipe that differs in what must last, or with other seeds."""
+    changed = differing(kept_recipe(run), same_seeds(kept_recipe(run), recipe, run)) if has_begun(run) else []
     if changed:
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
@@ -144,6 +146,8 @@ def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
     """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
     with held(run):
         start(recipe, run)
+        with counted(run, "before the first step"):
+            tools.begin()
         steps = to_do(recipe, run)
         for step in steps:
             do(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
@@ -169,11 +173,8 @@ def do(step: Step, work: Work, watch: Watch) -> None:
         remove(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
-    with counted(work, step, began):
-        try:
-            said = step.stage.run(work, step.output)
-        except FileNotFoundError as error:
-            raise missing_file(error, work.run, step.name) from error
+    with counted(work.run, f"in {step.name}", began), named_files(work.run, step):
+        said = step.stage.run(work, step.output)
     taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": now(), **work.tally}
     taken |= {"replay": True} if work.tools.replay else {}
     note(work.run, step=step.name, taken=taken)
@@ -195,14 +196,32 @@ def missing_file(error: FileNotFoundError, run: RunDir, step: str) -> TapirError
 
 
 @contextmanager
-def counted(work: Work, step: Step, began: float) -> Iterator[None]:
-    """Record why a step did not end."""
+def counted(run: RunDir, place: str, began: float | None = None) -> Iterator[None]:
+    """Record where and why a run did not go on."""
     try:
         yield
     except BaseException as error:
         why = str(error) if isinstance(error, TapirError) else WORDS.get(type(error), type(error).__name__)
-        note(work.run, status=f"stopped in {step.name} after {time.monotonic() - began:.0f} s: {why}")
+        after = "" if began is None else f" after {time.monotonic() - began:.0f} s"
+        note(run, status=f"stopped {place}{after}: {why}")
         raise
+
+
+@contextmanager
+def named_files(run: RunDir, step: Step) -> Iterator[None]:
+    """TapirError for an OSError that names a file."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise missing_file(error, run, step.name) from error
+        raise TapirError(
+            f"cannot be opened: {error.strerror or error}",
+            where=os.fsdecode(error.filename),
+            fix="Correct what the error says of it; the same command goes on from here.",
+        ) from error
 
 
 def note(run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None) -> None:

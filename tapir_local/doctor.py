@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.distill import installed
+from tapir_local.memory import total_memory, visible_gpus
 
 NEEDED = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
 DISK_GB = 5.0
@@ -31,6 +32,7 @@ class Check:
 def examine(cache: Path) -> list[Check]:
     """Every check, in the order in which they matter."""
     checks: list[Callable[[], Check]] = [
+        system,
         python,
         packages,
         compiler,
@@ -44,6 +46,12 @@ def examine(cache: Path) -> list[Check]:
         key,
     ]
     return [check() for check in checks]
+
+
+def system() -> Check:
+    """Linux alone has the locks that the store's processes hold."""
+    found = platform.system()
+    return Check("system", found == "Linux", found, "Use a machine with Linux; on Windows, WSL 2 is one.")
 
 
 def python() -> Check:
@@ -69,7 +77,7 @@ def compiler() -> Check:
         "C++ compiler",
         bool(found) if needed else (True if found else None),
         found or "none",
-        "Install one (Debian: apt-get install g++ cmake; macOS: xcode-select --install).",
+        "Install one (Debian: apt-get install g++ cmake).",
     )
 
 
@@ -117,10 +125,7 @@ def disk(cache: Path) -> Check:
 
 def memory() -> Check:
     """The quickstart stays under 3 GB."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (ValueError, OSError):
-        return Check("memory", None, "unknown")
+    total = total_memory() / 1e9
     return Check("memory", total > MEMORY_GB, f"{total:,.0f} GB", f"The quickstart wants {MEMORY_GB:.0f} GB.")
 
 
@@ -131,10 +136,14 @@ def gpu() -> Check:
     import torch
 
     if not torch.cuda.is_available():
+        cards = [card.name for card in visible_gpus()]
+        unused = (
+            f"the driver lists {', '.join(cards)}, but torch {torch.__version__} cannot use it" if cards else "none"
+        )
         return Check(
             "GPU",
             None,
-            "none: training and answering run on the CPU",
+            f"{unused}: training and answering run on the CPU",
             "A student of billions of parameters wants a CUDA GPU and a CUDA build of torch.",
         )
     properties = torch.cuda.get_device_properties(0)

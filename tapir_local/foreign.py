@@ -15,8 +15,8 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe import Endpoint
 from tapir_local.records import Prompt, Request
 from tapir_local.replies import read_reply
-from tapir_local.seedfiles import rows_of
 from tapir_local.seedforms import form_of, lines, read_row
+from tapir_local.seedrows import rows_of
 from tapir_local.store import Store
 
 STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import gpus
+from tapir_local.memory import cpus, gpus
 
 LOG: deque[str] = deque(maxlen=8)
 WARNING, CONTINUED = 3, 5  # ggml.h: GGML_LOG_LEVEL_WARN (errors are 4), GGML_LOG_LEVEL_CONT
@@ -65,8 +65,8 @@ def failure(what: str, where: Path, fix: str) -> TapirError:
 
 
 def cores() -> int:
-    """Threads to use: OMP_NUM_THREADS where it is set, otherwise every core this process may run on."""
-    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or len(os.sched_getaffinity(0)))
+    """Threads to use: OMP_NUM_THREADS where it is set, otherwise every core that this process may use."""
+    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or cpus())
 
 
 def gpu_memory() -> int:

@@ -1,6 +1,7 @@
 """The student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers that are trained."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,10 +12,13 @@ from typing import Any
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import free_memory, size
+from tapir_local.memory import free_memory, size, visible_gpus
+from tapir_local.process import Unsupported
 from tapir_local.recipe import Train
 from tapir_local.template import NO_TEMPLATE
 
+# What an error says of memory that ran out: the CPU's allocator; CUDA itself and Triton; cuBLAS.
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 SAME = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -47,6 +51,7 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
         say("train.launcher has started one process: `accelerate launch` starts several with --multi_gpu.")
     if not torch.cuda.is_available():
         refuse_without_gpu(settings)
+        tell_of_unused_gpus(torch.__version__, say)
         precision = "bf16" if settings.precision == "bf16" else "f32"
         return Hardware("cpu", "trl", precision, free_memory() // processes, processes)
     if settings.method == "qlora" and not find_spec("bitsandbytes"):
@@ -57,6 +62,8 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     if precision == "bf16" and best != "bf16":
         raise TapirError("this GPU does not compute in bf16", where="train.precision", fix="Write f16, or auto.")
     free, total = torch.cuda.mem_get_info(local_rank())
+    if torch.cuda.get_device_properties(local_rank()).is_integrated:  # it has main memory; CUDA counts caches as taken
+        free = max(free, free_memory())
     return Hardware("cuda", library(settings, precision, processes, say), precision, int(free), processes, int(total))
 
 
@@ -78,18 +85,51 @@ def refuse_without_gpu(settings: Train) -> None:
             raise TapirError(f"{what} needs a GPU, and torch sees none", where="train", fix=fix)
 
 
+def tell_of_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
+    """Say of GPUs that their driver lists and torch cannot use that the CPU trains instead."""
+    for card in visible_gpus()[:1]:
+        say(
+            f"The driver lists {card.name}, but torch {torch_version} cannot use it: the CPU trains, far more slowly. "
+            "Install a CUDA build of torch for this driver and GPU; `tapir-local doctor` shows what torch finds."
+        )
+
+
 def library(settings: Train, precision: str, processes: int, say: Callable[[str], None]) -> str:
     """`unsloth`, imported, or `trl`; where `auto` does without Unsloth on a GPU, it says why and goes on."""
     if settings.backend == "trl":
         return "trl"
-    why = without_unsloth(settings, precision, processes)
+    why = without_unsloth(settings, precision, processes) or failed_import("unsloth")
     if not why:
-        import_module("unsloth")  # it patches trl, transformers and peft, so it must come before them
         return "unsloth"
     if settings.backend == "unsloth":
         raise TapirError(f"Unsloth cannot be used: {why}", where="train.backend", fix="Mend that, or write `auto`.")
     say(f"Training with plain TRL and PEFT, not with Unsloth: {why}.")
     return "trl"
+
+
+def failed_import(package: str) -> str:
+    """Import Unsloth, which patches trl, transformers and peft, so that it must come before them; why that failed, ""
+    where it did not. It looks at the driver, the GPU and a dozen packages, and raises what they raise."""
+    try:
+        import_module(package)
+    except Exception as error:  # noqa: BLE001
+        for name in [name for name in sys.modules if name.partition("_")[0].partition(".")[0] == package]:
+            del sys.modules[name]
+        return f"it cannot be imported ({type(error).__name__}: {first_line(error)})"
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is of memory that ran out, the GPU's or main memory."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def without_unsloth(settings: Train, precision: str, processes: int) -> str:
@@ -121,7 +161,7 @@ def check_folder(model: str, setting: str = "student.path") -> None:
 
 def unloadable(model: str, part: str, error: Exception, setting: str = "student.path") -> TapirError:
     """What to say of a model that transformers cannot load: the first line of its reason."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     fix = f"Correct {setting}, or put the model on disk (`hf download NAME --local-dir FOLDER`) and name that folder."
     if "tiktoken" in reason:  # what transformers 5 falls back on for a SentencePiece file that it cannot read
         reason, fix = "its SentencePiece file needs two more packages to be read", "pip install sentencepiece protobuf"
@@ -148,18 +188,30 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     model: str, hardware: Hardware, *, method: str, max_length: int, seed: int, checkpointing: bool = False
 ) -> Any:
-    """The base; TapirError when transformers or Unsloth cannot load it, or the GPU has no room for it."""
-    import torch
+    """The base; TapirError when transformers or Unsloth cannot load it, or the GPU has no room for it.
 
+    Unsupported where Unsloth cannot load what transformers perhaps can.
+    """
     try:
         if hardware.backend == "unsloth":
             return load_unsloth(model, hardware, method, max_length, seed, checkpointing)
         return load_plain(model, hardware, method)
-    except torch.OutOfMemoryError as error:
-        what = f"the model does not fit into the {size(hardware.free)} of memory that were free"
-        raise TapirError(what, where=model, fix="End what else is on the GPU, or write train.method: qlora.") from error
-    except (OSError, ValueError) as error:
-        raise unloadable(model, "model", error) from error
+    except Exception as error:
+        if ran_out(error):
+            what = f"the model does not fit into the {size(hardware.free)} of memory that were free"
+            fix = "End what else is on the GPU, or write train.method: qlora."
+            raise TapirError(what, where=model, fix=fix) from error
+        if hardware.backend == "unsloth":
+            raise without(error, model, "load") from error
+        if isinstance(error, OSError | ValueError):
+            raise unloadable(model, "model", error) from error
+        raise
+
+
+def without(error: Exception, model: str, work: str) -> Unsupported:
+    """What to say of a model that Unsloth cannot load or train, whatever it or a package below it has raised."""
+    what = f"Unsloth cannot {work} the model ({type(error).__name__}: {first_line(error)})"
+    return Unsupported(what, where=model, fix="Write train.backend: trl.")
 
 
 def load_plain(model: str, hardware: Hardware, method: str) -> Any:
@@ -209,6 +261,17 @@ def load_unsloth(model: str, hardware: Hardware, method: str, max_length: int, s
     return loaded
 
 
+def positions(model: str) -> int | None:
+    """Tokens that a model was made for; None where its config does not tell. TapirError for a config that is none."""
+    from transformers import AutoConfig
+
+    try:
+        found = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise unloadable(model, "config", error) from error
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def linear_names(model: Any) -> list[str]:
     """Names of all linear layers but the head, as LoRA's `target_modules`."""
     from torch.nn import Linear
@@ -228,9 +291,11 @@ def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int
     if hardware.backend == "unsloth":
         from unsloth import FastLanguageModel
 
-        return FastLanguageModel.get_peft_model(
-            model, **shape, use_gradient_checkpointing="unsloth" if checkpointing else False, random_state=seed
-        )
+        twice = "unsloth" if checkpointing else False
+        try:
+            return FastLanguageModel.get_peft_model(model, **shape, use_gradient_checkpointing=twice, random_state=seed)
+        except Exception as error:
+            raise without(error, "train", "put LoRA on") from error
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 

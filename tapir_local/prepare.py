@@ -7,13 +7,15 @@ from pathlib import Path
 
 from tapir_local import judging, prompts
 from tapir_local.classifier import Prediction
-from tapir_local.dataset import count_tasks, read_seeds, split_holdout, without_near
+from tapir_local.dataset import count_tasks, sorted_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.own_tasks import odd_sum
+from tapir_local.reading import drawn, leave_out, many_alike, not_read, unreadable
 from tapir_local.recipe import Recipe
 from tapir_local.records import Example, instruction_of
 from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.seedfiles import read_table
+from tapir_local.seedsource import digest, keep_source
 from tapir_local.student_text import fold_rows
 from tapir_local.unusable import BRIEF, Unusable, left_out
 from tapir_local.work import Stage, Work, answered, askable, trainable
@@ -22,34 +24,32 @@ from tapir_local.work import Stage, Work, answered, askable, trainable
 def read(work: Work, out: Path) -> str:
     """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
     recipe = work.recipe
-    table = read_table(recipe.seeds)
-    examples, duplicates = read_seeds(table, recipe.task_table())
-    examples, folds, unusable = usable(work, examples)
-    work.leave_out(unusable, len(examples) + len(unusable))
+    source, table = digest(recipe.seeds), read_table(recipe.seeds)
+    found = sorted_seeds(table, recipe.task_table())
+    if recipe.seeds.unusable == "refuse" or not found.examples:
+        found.refuse()
+    examples, folds, unfit = usable(work, found.examples)
+    unusable = [*(unreadable(work, table, row) for row in found.faulty), *unfit]
+    leave_out(work, found, unusable)
     if answered_by_file(recipe) and not any(row.completion for row in examples):
+        found.refuse()  # perhaps the answers are in the rows that cannot be read
         raise TapirError(
             "no row has an answer, and the recipe takes the file's",
             where=table.where,
             fix="Set seeds.answers: teacher.",
         )
+    compared = len(examples)
     examples, alike = without_near(
-        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, len(examples), "compared")
+        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, compared, "compared")
     )
-    limit = recipe.seeds.limit
-    if limit is not None and limit < len(examples):
-        kept = set(work.chance("read").sample(range(len(examples)), limit))
-        examples = [example for number, example in enumerate(examples) if number in kept]
-    if len(examples) <= recipe.seeds.holdout:
-        raise TapirError(
-            f"{len(examples)} rows are too few for a holdout of {recipe.seeds.holdout} and something to train on",
-            where=table.where,
-            fix="Add rows or set seeds.holdout lower.",
-        )
-    write_rows(
-        work.run.path / "rejected-seeds.jsonl", [*duplicates, *alike]
-    )  # first: with rows.jsonl the stage is done
+    said = repeated(len(found.duplicates), len(alike)) + turned(folds) + left_out(unusable)
+    told = [*table.notes, not_read(found.unread), many_alike(len(alike), compared)]
+    examples = drawn(work, examples, table.where)
+    # First these: with rows.jsonl the stage is done.
+    write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
+    keep_source(work.run, source, len(table.rows))
     write_rows(out, examples)
-    return f"{len(examples):,} rows" + repeated(len(duplicates), len(alike)) + turned(folds) + left_out(unusable)
+    return "; ".join(filter(None, [f"{len(examples):,} rows{said}", *told]))
 
 
 def usable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, list[Unusable]]:

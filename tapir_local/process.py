@@ -2,29 +2,39 @@
 
 import json
 import os
+import re
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
 from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
+from tapir_local.memory import cpus
 from tapir_local.printable import printable
 from tapir_local.private import private_file
 from tapir_local.rundir import write_record
 
 Progress = Callable[[int, int, str], None]
 OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
+MARK = "TAPIR_LOCAL_MARK"  # in a child: the word before each of its reports, drawn anew, so that no other line has it
 # Threads that wait for each other sleep after a moment instead of spinning on: on two cores shared with other jobs a
 # training did 200 to 400 tokens/s with torch's default and over 1,000 so.
 PATIENT = {"GOMP_SPINCOUNT": "1000"}
 # As python's -P, which does not reach a launcher's processes: a datasets.py in the user's folder is not ours.
 LAUNCHED = {"PYTHONSAFEPATH": "1"}
 KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher tells of one of its processes
+# Names of variables that hold a key, a token or a password.
+SECRET = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
+NAMED: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # further such names, of a recipe
+DOWNLOADS = {"tapir_local.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}  # its encoder comes from the Hub
 GRACE = 5.0  # seconds between asking a child to stop and killing it
 
 
@@ -32,8 +42,15 @@ class OutOfMemory(TapirError):
     """Memory ran out, main or the GPU's, or probably did: less at once may fit."""
 
 
+class Unsupported(TapirError):
+    """What was tried first does not work here, and another way may."""
+
+
 class Killed(OutOfMemory):
     """A process ended by SIGKILL, which is how the kernel takes memory back."""
+
+
+KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
 
 
 def say_on_stderr(text: str) -> None:
@@ -63,10 +80,12 @@ def run_module(
     log.parent.mkdir(parents=True, exist_ok=True)
     private_file(log)
     start = [beside_python(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
+    mark = secrets.token_hex(8)
+    variables = {**environment(module), **(LAUNCHED if launcher else {}), MARK: mark}
     with log.open("wb", buffering=0) as errors:  # the child writes at the same place
-        child = popen([*start, "-m", module, str(folder)], errors, LAUNCHED if launcher else {}, log)
+        child = popen([*start, "-m", module, str(folder)], errors, variables, log)
         try:
-            failure = follow(child.stdout or [], progress, say, errors)
+            failure = follow(reports(child.stdout or [], mark.encode(), errors), progress, say)
             code = child.wait()
         finally:
             stop(child)
@@ -74,7 +93,9 @@ def run_module(
         raise failure or death(module, code, log)
 
 
-def popen(command: Sequence[str], errors: IO[bytes], more: Mapping[str, str], log: Path) -> "subprocess.Popen[bytes]":
+def popen(
+    command: Sequence[str], errors: IO[bytes], variables: Mapping[str, str], log: Path
+) -> "subprocess.Popen[bytes]":
     """The child, in a session of its own: Ctrl-C reaches the parent alone, which stops the whole group."""
     try:
         return subprocess.Popen(
@@ -82,7 +103,7 @@ def popen(command: Sequence[str], errors: IO[bytes], more: Mapping[str, str], lo
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**environment(), **more},
+            env=variables,
             start_new_session=True,
         )
     except OSError as error:
@@ -110,32 +131,58 @@ def in_own_process(
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)
 
 
-def environment() -> dict[str, str]:
-    """The child's: patient threads, the life line, and our own modules where they are not installed."""
+def environment(module: str = "") -> dict[str, str]:
+    """The child's: patient threads, as many as there are processors for, the life line, our own modules where they are
+    not installed; no keys, which a child has no use for."""
     ours = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
     path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**PATIENT, **os.environ, OWNED: "1", **({"PYTHONPATH": path} if path else {})}
+    fewer = {"OMP_NUM_THREADS": str(cpus())} if cpus() < len(os.sched_getaffinity(0)) else {}
+    kept = {name: value for name, value in os.environ.items() if not is_secret(name, module)}
+    return {**PATIENT, **fewer, **kept, OWNED: "1", **({"PYTHONPATH": path} if path else {})}
+
+
+def is_secret(name: str, module: str = "") -> bool:
+    """Whether a variable is withheld from a child that runs `module`: a key, a token or a password by its name."""
+    return (SECRET.fullmatch(name) is not None or name in NAMED.get()) and name not in DOWNLOADS.get(module, ())
+
+
+@contextmanager
+def withheld(names: Iterable[str]) -> Iterator[None]:
+    """Withhold some more variables, such as a recipe's api_key_env, from the children that are started meanwhile."""
+    token = NAMED.set(NAMED.get() | frozenset(names))
+    try:
+        yield
+    finally:
+        NAMED.reset(token)
+
+
+def reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """The child's reports: what follows the mark in a line. All else is a launcher's own, and goes to the log."""
+    for line in lines:
+        before, marked, after = line.partition(mark)
+        log.write(before)
+        if marked:
+            try:
+                text = after.decode("utf-8", "replace")
+                report, end = json.JSONDecoder().raw_decode(text, 1)  # another process may write into the same line
+                log.write(text[end:].strip("\n").encode())
+                yield report
+            except ValueError:
+                log.write(after)
 
 
 def follow(
-    lines: Iterable[bytes], progress: Progress | None, say: Callable[[str], None], log: IO[bytes]
+    said: Iterable[Mapping[str, Any]], progress: Progress | None, say: Callable[[str], None]
 ) -> TapirError | None:
-    """Pass the child's progress and remarks on until it closes its output; the error that it reported, if it did.
-
-    What is no report is a launcher's own, and goes to the log.
-    """
+    """Pass the child's progress and remarks on until it closes its output; the error that it reported, if it did."""
     failure = None
-    for line in lines:
-        if not line.startswith(b"{"):
-            log.write(line)
-            continue
-        said = json.loads(line)
-        if "error" in said:
-            failure = (OutOfMemory if said.get("memory") else TapirError)(**said["error"])
-        elif not said["total"]:
-            say(said["note"])
+    for report in said:
+        if "error" in report:
+            failure = KINDS.get(report["kind"], TapirError)(**report["error"])
+        elif not report["total"]:
+            say(report["note"])
         elif progress:
-            progress(said["done"], said["total"], said["note"])
+            progress(report["done"], report["total"], report["note"])
     return failure
 
 
@@ -185,22 +232,22 @@ def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str,
         work(Path(sys.argv[1]), lambda done, total, note: report({"done": done, "total": total, "note": note}))
     except TapirError as error:
         shown = {"what": error.what, "where": error.where, "fix": error.fix}
-        report({"error": shown, "memory": isinstance(error, OutOfMemory)})
+        report({"error": shown, "kind": type(error).__name__})
         traceback.print_exc()
         return 1
     return 0
 
 
 def reporter() -> Callable[[Mapping[str, Any]], None]:
-    """A function that writes one line of JSON to what was standard output, which from now on is standard error."""
+    """A function that writes one line, the mark and JSON, to what was standard output, from now on standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-
+    mark = os.environ.get(MARK, "report")
     first = os.environ.get("RANK", "0") == "0"
 
     def report(value: Mapping[str, Any]) -> None:
         if first or "error" in value:
-            print(json.dumps(value), file=out, flush=True)
+            print(f"{mark} {json.dumps(value)}", file=out, flush=True)
 
     return report
 

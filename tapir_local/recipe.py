@@ -22,6 +22,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 AtOnce = Annotated[int, Field(ge=1, le=256)]
 
 
+Column = Literal["instruction", "input", "context", "output", "response", "system", "history", "messages",
+    "conversations", "prompt", "completion", "question", "answer", "task"]  # fmt: skip
+
+
 class Seeds(Settings):
     """The instructions to start from."""
 
@@ -31,10 +35,16 @@ class Seeds(Settings):
     )
     split: str | None = Field(None, description="of a dataset; the only one, or `train`, if left out")
     subset: str | None = Field(None, description="of a dataset on the Hub that has several")
+    columns: Mapping[Column, str] = Field(
+        default_factory=dict, description="names of the file's columns, as in {instruction: frage, output: antwort}"
+    )
+    unusable: Literal["skip", "refuse"] = Field(
+        "skip", description="leave out rows that cannot be read (see limits.unusable), or refuse the first"
+    )
     # Near-duplicates that straddle holdout and training would flatter the student. At 0.9 one exchanged word makes
     # two instructions different where they have up to ten; of Alpaca's and self-instruct's rows at hand none is lost.
     max_rouge: Share | None = Field(
-        0.9, description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: all are kept"
+        0.9, description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: none is"
     )
     limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
     holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
@@ -49,6 +59,11 @@ class Student(Settings):
     path: FilePath = Field(
         "pocket",
         description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
+    )
+    revision: str | None = Field(
+        None,
+        description="a branch, tag or commit of a student on the Hub, its main branch if left out; a run keeps the "
+        "commit that it began with",
     )
     chat_template: OptionalPath = Field(
         None,
@@ -413,6 +428,11 @@ class Recipe(Settings):
             if getattr(self.curriculum, name) and not (self.can_expand and self.curriculum.name in ("tapir", "lion")):
                 raise ValueError(f"curriculum: `{name}` goes with `tapir` and `lion` and a teacher that can be asked")
         return self
+
+    @property
+    def key_variables(self) -> frozenset[str]:
+        """Environment variables that hold the keys of the recipe's endpoints."""
+        return frozenset({self.teacher.api_key_env, self.judge.api_key_env})
 
     @property
     def can_expand(self) -> bool:

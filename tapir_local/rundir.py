@@ -1,11 +1,12 @@
 """A run's folder: where each file is, how it is written whole or not at all, and who may write."""
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from tapir_local.records import from_json, to_json
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # errors of write(2) and close(2)
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,51 @@ def existing(cache: Path, name: str) -> RunDir:
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, `<path>.partial`, that becomes `path` only when the block ends well; a file or a folder.
 
-    The file's bytes and the folder's entry are synced, so `path` is whole even after a power cut.
+    The file's bytes and the folder's entry are synced, so `path` is whole even after a power cut. TapirError where it
+    cannot be written. Any other OSError of the block, such as that of a file that it reads, stays as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    remove(partial)
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
     try:
         yield partial
+    except OSError as error:
+        remove(partial)
+        if is_of_writing(error, partial):
+            raise unwritable(path, error) from error
+        raise
+    with written(path):
         for file in [partial] if partial.is_file() else [file for file in partial.rglob("*") if file.is_file()]:
             sync(file)
         partial.rename(path)
         sync(path.parent)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """TapirError for every OSError of a block that writes `path`."""
+    try:
+        yield
     except OSError as error:
-        remove(partial)
-        raise TapirError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(path),
-            fix="Make room or mend the folder; the same command goes on from here.",
-        ) from error
+        with suppress(OSError):
+            remove(path.with_name(path.name + ".partial"))
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> TapirError:
+    """What to say of a file or folder that could not be written."""
+    return TapirError(
+        f"cannot be written: {error.strerror or error}",
+        where=str(path),
+        fix="Make room or mend the folder; the same command goes on from here.",
+    )
+
+
+def is_of_writing(error: OSError, partial: Path) -> bool:
+    """Whether an error is of writing `partial` or what is in it: it names such a file, or no file and a full disk."""
+    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return any(partial in (name, *name.parents) for name in names) if names else error.errno in WRITING
 
 
 def sync(path: Path) -> None:

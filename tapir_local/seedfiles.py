@@ -1,38 +1,70 @@
-"""Seeds from where they lie: JSON, JSON lines, CSV, Parquet, packed or not; a dataset's folder; the Hub."""
+"""Seeds from where they lie: JSON, JSON lines, CSV, Parquet, lines of text, packed or not; datasets; the Hub."""
 
-import csv
-import gzip
-import io
-import json
 import re
-import sys
 import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tapir_local.assets import seeds_path
 from tapir_local.errors import TapirError
 from tapir_local.recipe import Seeds
-from tapir_local.seedforms import KNOWN, Row, Table
+from tapir_local.seedforms import Table
+from tapir_local.seedrows import (
+    NULLS,
+    SPELLED,
+    checked,
+    decoded,
+    json_rows,
+    table_rows,
+    unpacked,
+    without_nulls,
+)
 
-GAP = tuple(" \t\r\n,")  # between the items of an array
-GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-WINDOW = 2**31  # bytes: what `zstd --ultra --long=31` may need
-FILES = "JSON, JSON lines, CSV, TSV or Parquet; of these the texts may be packed by gzip or zstd."
+PARQUET = b"PAR1"
 
 
 def read_table(seeds: Seeds) -> Table:
-    """The rows that a recipe's seeds name; TapirError where there are none, or they cannot be read."""
+    """The rows that a recipe's seeds name, their columns by the names of seeds.columns.
+
+    TapirError where there are none, or they cannot be read.
+    """
     path = seeds_path(seeds.path)
     if path is None:
-        return read_hub(seeds.path, seeds.subset, seeds.split)
+        return renamed(read_hub(seeds.path, seeds.subset, seeds.split), own_names(seeds))
     if seeds.subset is not None:
         fix = "seeds.subset is for datasets on the Hub; leave it out."
         raise TapirError(f"what lies on this machine has no subset {seeds.subset!r}", where=str(path), fix=fix)
-    return read_path(path, seeds.split)
+    return renamed(read_path(path, seeds.split), own_names(seeds))
+
+
+def own_names(seeds: Seeds) -> dict[str, str]:
+    """seeds.columns as a plain mapping."""
+    return {str(name): column for name, column in seeds.columns.items()}
+
+
+def renamed(table: Table, columns: Mapping[str, str]) -> Table:
+    """The rows with the columns that `columns` names called as forms know them; TapirError where no row has one."""
+    rows = [row for _, row in table.rows if isinstance(row, dict)]
+    for name, column in columns.items():
+        if not any(column in row for row in rows):
+            there = ", ".join(dict.fromkeys(str(key) for row in rows for key in row))
+            fix = f"Its columns are: {there}. Correct seeds.columns.{name}."
+            raise TapirError(f"there is no column {column!r}", where=table.where, fix=fix)
+    if not columns:
+        return table
+    return replace(table, rows=[(number, by_forms(row, columns)) for number, row in table.rows])
+
+
+def by_forms(row: Any, columns: Mapping[str, str]) -> Any:
+    """A row with its columns renamed; one of its own that has such a name keeps its value under another."""
+    if not isinstance(row, dict):
+        return row
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    kept = {f"{name} (its own)" if name in columns else name: value for name, value in others.items()}
+    return {name: row.get(column) for name, column in columns.items()} | kept
 
 
 def read_path(path: Path, split: str | None = None) -> Table:
@@ -51,145 +83,21 @@ def read_path(path: Path, split: str | None = None) -> Table:
             data += file.read()
     except OSError as error:
         raise TapirError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    text, where = decoded(unpacked(data, str(path)), str(path)), str(path)
-    if re.search(r"\.[ct]sv(\.gz|\.zst)?$", path.name.lower()):
-        return Table(where, checked(list(table_rows(text, where)), where))
-    return Table(where, rows_of(text, where))
+    return read_text(decoded(unpacked(data, str(path)), str(path)), path)
 
 
-def unpacked(data: bytes, where: str) -> bytes:
-    """What gzip or zstd packed, known by its first bytes; anything else as it is."""
-    try:
-        if data.startswith(GZIP):
-            return gzip.decompress(data)
-        return unzstd(data) if data.startswith(ZSTD) else data
-    except (EOFError, OSError, zlib.error) as error:
-        raise TapirError(
-            f"the packed file is damaged or cut off: {error}", where=where, fix="Copy or download it again."
-        ) from error
-
-
-def unzstd(data: bytes) -> bytes:
-    """All frames of a zstd file; EOFError where the last is cut off, OSError where one is damaged."""
-    import zstandard
-
-    unpacker, found = zstandard.ZstdDecompressor(max_window_size=WINDOW), []
-    while data:
-        frame = unpacker.decompressobj()
-        try:
-            found.append(frame.decompress(data))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        if not frame.eof:
-            raise EOFError("it ends before its end-of-frame marker")
-        data = frame.unused_data
-    return b"".join(found)
-
-
-def decoded(data: bytes, where: str) -> str:
-    """UTF-8 with or without a byte order mark as text; TapirError with the line of the first byte that is not."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        perhaps = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise TapirError(
-            f"not UTF-8: byte 0x{data[error.start]:02x}",
-            where=f"{where}, line {line}",
-            fix=f"Convert it, as by `iconv -f {perhaps} -t UTF-8`. Files may be {FILES}",
-        ) from error
-
-
-def rows_of(text: str, where: str) -> list[Row]:
-    """(line number, object) of every row of a JSON array or of JSON lines."""
-    return checked(list(array_rows(text, where) if text.lstrip().startswith("[") else line_rows(text, where)), where)
-
-
-def checked(rows: list[Row], where: str, unit: str = "line") -> list[Row]:
-    """The rows; TapirError where there is none, or one is no object."""
-    if not rows:
-        raise TapirError("no rows in it", where=where, fix=KNOWN)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise TapirError(
-                f"a row is a JSON object, this one is {type(row).__name__}", where=f"{where}, {unit} {number}"
-            )
-    return rows
-
-
-def array_rows(text: str, where: str) -> Iterator[Row]:
-    """The items of a JSON array, each with the line on which it starts."""
-    decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        while text[at : at + 1] in GAP:
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            return
-        try:
-            item, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise TapirError(f"not JSON: {error}", where=f"{where}, line {line}") from error
-        yield line, item
-
-
-def line_rows(text: str, where: str) -> Iterator[Row]:
-    """One JSON value a line; empty lines are passed over."""
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TapirError(
-                    whole_object(text) or f"not JSON: {error}",
-                    where=f"{where}, line {number}",
-                    fix=f"Files may be {FILES}",
-                ) from error
-
-
-def whole_object(text: str) -> str:
-    """What to say of a text that is a single JSON object over several lines; "" of any other."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return ""
-    return f"one JSON object ({', '.join(found)}) where rows are expected, in a list or one on each line"
-
-
-def table_rows(text: str, where: str) -> Iterator[Row]:
-    """Rows of a table with a header, by the line on which each starts; columns parted by comma, semicolon or tab."""
-    csv.field_size_limit(sys.maxsize)  # 131,072 letters otherwise
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    names, line = list[str](), 1
-    try:
-        for fields in reader:
-            if fields and not names:
-                names = column_names(fields, where)
-            elif fields:
-                yield line, by_name(names, fields, f"{where}, line {line}")
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise TapirError(f"not CSV: {error}", where=f"{where}, line {line}") from error
-
-
-def column_names(fields: list[str], where: str) -> list[str]:
-    """The header's fields; TapirError where two are the same."""
-    names = [field.strip() for field in fields]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise TapirError(f"two columns are called {twice[0]!r}", where=f"{where}, line 1")
-    return names
-
-
-def by_name(names: list[str], fields: list[str], where: str) -> dict[str, Any]:
-    """One row by its columns' names; TapirError where it has more or fewer fields than the header."""
-    if len(fields) != len(names):
-        raise TapirError(
-            f"{len(fields)} fields where the header has {len(names)}",
-            where=where,
-            fix="A field with a comma, a line break or a quotation mark is written in quotation marks.",
-        )
-    return dict(zip(names, fields, strict=True))
+def read_text(text: str, path: Path) -> Table:
+    """The rows of a file of text: a table, JSON, or one instruction a line where its name ends in .txt."""
+    where, name = str(path), re.sub(r"\.(gz|zst)$", "", path.name.lower())
+    if name.endswith((".csv", ".tsv")):
+        rows = list(table_rows(text, where))
+        empty = sum(value in NULLS for _, row in rows if isinstance(row, dict) for value in row.values())
+        notes = (f"cells that say NULL and count as empty: {empty:,}",) if empty else ()
+        return Table(where, checked([(line, without_nulls(row)) for line, row in rows], where), notes=notes)
+    if name.endswith(".txt") and text.lstrip()[:1] not in ("[", "{"):
+        lines = [(number, {"instruction": line}) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return Table(where, checked(lines, where))
+    return Table(where, checked(json_rows(text, where, SPELLED), where))
 
 
 def read_parquet(path: Path) -> Table:
@@ -207,7 +115,7 @@ def read_parquet(path: Path) -> Table:
     return numbered(rows, str(path))
 
 
-def numbered(rows: list[dict[str, Any]], where: str) -> Table:
+def numbered(rows: list[Any], where: str) -> Table:
     """Rows of a source without lines, counted from 1."""
     return Table(where, checked(list(enumerate(rows, 1)), where, "row"), "row")
 
@@ -220,6 +128,9 @@ def first_line(error: Exception) -> str:
 def read_folder(path: Path, split: str | None) -> Table:
     """A dataset that was saved by save_to_disk, or a folder of files such as a copy of the Hub's."""
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    files = [] if saved or names_its_files(path / "README.md") else data_files(path)
+    if files:
+        return read_files(path, files, split)
     with tempfile.TemporaryDirectory() as cache:
         with told(
             str(path),
@@ -230,6 +141,63 @@ def read_folder(path: Path, split: str | None) -> Table:
 
             found = load_from_disk(str(path)) if saved else load_dataset(str(path), cache_dir=cache)
         return numbered(split_of(found, split, str(path)).to_list(), str(path))
+
+
+def names_its_files(card: Path) -> bool:
+    """Whether a dataset's card says which files make which split."""
+    return card.is_file() and re.search(r"(?m)^configs:", card.read_text("utf-8", errors="replace")) is not None
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of a folder that hold rows; TapirError where it has a loading script or several formats."""
+    found = [
+        file for file in sorted(path.rglob("*")) if file.is_file() and (form := format_of(file)) and form != "text"
+    ]
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    found = found or [file for file in sorted(path.rglob("*.txt")) if file.is_file()]
+    names = ", ".join(str(file.relative_to(path)) for file in found[:5]) + (" ..." if len(found) > 5 else "")
+    if scripts := [file.name for file in sorted(path.glob("*.py"))]:
+        fix = f"Name one of its data files: {names}." if names else "Run it where it was written, and save the rows."
+        raise TapirError(f"has a loading script ({scripts[0]}), which is not run", where=str(path), fix=fix)
+    if len(forms := sorted({format_of(file) for file in found})) > 1:
+        fix = f"Name one of its files, or keep one format in the folder: {names}."
+        raise TapirError(f"has files of several formats ({', '.join(forms)})", where=str(path), fix=fix)
+    return found
+
+
+def format_of(file: Path) -> str:
+    """`JSON`, `CSV`, `Parquet` or `text`, by a file's name; "" for a file without rows."""
+    if file.name == "dataset_infos.json":
+        return ""
+    found = re.search(r"\.(jsonl?|[ct]sv|parquet|txt)(\.gz|\.zst)?$", file.name.lower())
+    kinds = {"csv": "CSV", "tsv": "CSV", "parquet": "Parquet", "txt": "text"}
+    return kinds.get(found[1], "JSON") if found else ""
+
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def split_named(file: Path) -> str:
+    """The split of a dataset that a file's path names, as `datasets` has it; `train` where it names none."""
+    words = re.split(r"[^a-z]+", str(file).lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "train")
+
+
+def read_files(path: Path, files: Sequence[Path], split: str | None) -> Table:
+    """The rows of a folder's files of one split, in the order of their names."""
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(split_named(file.relative_to(path)), []).append(file)
+    tables = [read_path(file) for file in split_of(by_split, split, str(path))]
+    if len(tables) == 1:
+        return tables[0]
+    rows = [row for table in tables for _, row in table.rows]
+    notes = tuple(f"{Path(table.where).name}: {note}" for table in tables for note in table.notes)
+    return replace(numbered(rows, str(path)), notes=notes)
 
 
 def read_hub(name: str, subset: str | None, split: str | None) -> Table:
@@ -264,6 +232,9 @@ def tried(name: str) -> Iterator[None]:
         config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
+OTHERS = (RuntimeError, TypeError)  # what `datasets` says to a loading script, and to rows of unlike types
+
+
 @contextmanager
 def told(where: str, what: str, fix: str) -> Iterator[None]:
     """What goes wrong in `datasets` as one TapirError, with the first line of its own; and no bars of its own."""
@@ -275,7 +246,7 @@ def told(where: str, what: str, fix: str) -> Iterator[None]:
     disable_progress_bars()
     try:
         yield
-    except (DatasetsError, pyarrow.ArrowException, HfHubHTTPError, OSError, ValueError, KeyError) as error:
+    except (DatasetsError, pyarrow.ArrowException, HfHubHTTPError, OSError, ValueError, KeyError, *OTHERS) as error:
         raise TapirError(f"{what}: {first_line(error)}", where=where, fix=fix) from error
 
 

@@ -1,24 +1,41 @@
 """The forms in which instructions are handed around: a row of any of them becomes a prompt and a completion."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tapir_local.errors import TapirError
 from tapir_local.records import Message, Prompt
+from tapir_local.seedtext import (
+    Broken,
+    Columns,
+    RowFault,
+    first_of,
+    holds_more,
+    is_metadata,
+    json_object,
+    refuse_half_letters,
+    refuse_twice,
+    text_of,
+)
 
-Row = tuple[int, dict[str, Any]]
+Row = tuple[int, Any]
 Read = tuple[Prompt, str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a source, each with its number: that of the line on which it starts, or its own, as `unit` says."""
+    """The rows of a source, each with its number: that of the line on which it starts, or its own, as `unit` says.
+
+    A row is an object, or Broken where the source could not be read. `notes` say what the reader did beyond reading.
+    """
 
     where: str
     rows: Sequence[Row]
     unit: str = "line"
+    notes: tuple[str, ...] = ()
 
     def at(self, *numbers: int, most: int = 5) -> str:
         """`seeds.json, line 3`, `seeds.json, lines 3, 7, 9, 12, 13 and 4 more`."""
@@ -32,69 +49,103 @@ def lines(numbers: Sequence[int], most: int = 5, unit: str = "line") -> str:
     return f"{unit}{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
-def text_of(value: Any) -> str:
-    """A field as text: a string, a number, nothing, or OpenAI's list of parts; ValueError where it is anything else."""
-    if isinstance(value, str):
-        return value.strip()
-    if value is None:
-        return ""
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        return "".join(str(part.get("text") or "") for part in value).strip()
-    raise ValueError(f"a {type(value).__name__} stands where text is expected")
+# What Alpaca's and self-instruct's makers wrote for an input or an output that there is not.
+NO_INPUT = re.compile(r"\s*(<\s*no[ _-]?input\s*>|no ?input)\.?\s*", re.IGNORECASE)
+NO_OUTPUT = re.compile(r"\s*<\s*no[ _-]?output\s*>\.?\s*", re.IGNORECASE)
 
 
-def first_of(row: Mapping[str, Any], *names: str) -> str:
-    """The text of the first of several columns that has any; "" where none has."""
-    return next((text for name in names if (text := text_of(row.get(name)))), "")
+def asked_with_input(row: Columns, name: str) -> str:
+    """An instruction, and after an empty line the text to which it applies, unless the instruction has that in it."""
+    asked = text_of(row[name])
+    given = [text for column in ("input", "context") if (text := text_of(row.get(column)))]
+    given = [text for text in given if not NO_INPUT.fullmatch(text) and text not in asked]
+    return "\n\n".join([asked, *given]) if asked.strip() else ""
 
 
-def alpaca(row: Mapping[str, Any]) -> Read:
+def answer_of(row: Columns, *names: str) -> str:
+    """The text of the first of several columns that has any; a mark for "no output" is none."""
+    text = first_of(row, *names)
+    return "" if NO_OUTPUT.fullmatch(text) else text
+
+
+def opening(row: Columns) -> list[tuple[str, Any]]:
+    """What stands before the question: a system message, and LLaMA-Factory's history, in pairs or in messages."""
+    turns: list[tuple[str, Any]] = [("system", first_of(row, "system", "system_prompt", "system_message"))]
+    for item in messages_of(row.get("history")):
+        if isinstance(item, dict):
+            turns.append(role_and_content(row, item))
+        elif isinstance(item, list | tuple) and len(item) == 2:
+            turns += [("user", item[0]), ("assistant", item[1])]
+        else:
+            raise RowFault("history that is neither pairs nor messages")
+    return turns
+
+
+def alpaca(row: Columns) -> Read:
     """instruction, input, output; Dolly's names for the latter two; LLaMA-Factory's system and history before them."""
-    given, asked = first_of(row, "input", "context"), text_of(row["instruction"])
-    turns = [("system", row.get("system"))]
-    for question, reply in row.get("history") or ():
-        turns += [("user", question), ("assistant", reply)]
-    turns += [("user", f"{asked}\n\n{given}" if given and asked else asked)]
-    return dialogue(turns)[0], first_of(row, "output", "response")
+    prompt, _ = dialogue(row, [*opening(row), ("user", asked_with_input(row, "instruction"))])
+    return prompt, answer_of(row, "output", "response")
 
 
-def self_instruct(row: Mapping[str, Any]) -> Read:
+def self_instruct(row: Columns) -> Read:
     """instruction and a list of instances, of which the first is taken."""
-    if not isinstance(row["instances"], list) or not all(isinstance(item, dict) for item in row["instances"][:1]):
-        raise ValueError("instances is not a list of objects")
-    return alpaca({"instruction": row["instruction"], **(row["instances"][0] if row["instances"] else {})})
+    instances = row["instances"]
+    if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances[:1]):
+        raise RowFault("instances is not a list of objects")
+    first = instances[0] if instances else {}
+    refuse_twice(first)
+    others = {name: value for name, value in row.items() if name != "instances"}
+    one = Columns({**others, **first, "instruction": row["instruction"]})
+    prompt, completion = alpaca(one)
+    row.asked |= {"instances", "instruction", *(one.asked - set(first))}
+    row.dropped += one.dropped + (["instances after the first"] if len(instances) > 1 else [])
+    own = Columns(first)
+    own.asked = one.asked - {"instruction"}
+    row.dropped += [f"{name} of an instance" for name in own.unread(seen_in(prompt, completion))]
+    return prompt, completion
 
 
-def question_answer(row: Mapping[str, Any]) -> Read:
+def question_answer(row: Columns) -> Read:
     """question, and answer or response, as GSM8K and OpenOrca have them; a system prompt before them."""
-    system = first_of(row, "system_prompt", "system")
-    return dialogue([("system", system), ("user", row["question"])])[0], first_of(row, "answer", "response")
+    prompt, _ = dialogue(row, [*opening(row), ("user", asked_with_input(row, "question"))])
+    return prompt, answer_of(row, "answer", "response")
 
 
-def mt_bench(row: Mapping[str, Any]) -> Read:
+def mt_bench(row: Columns) -> Read:
     """question_id, category, turns: the first turn, and its reference answer where there is one.
 
     A second turn is about the answer to the first, so it asks nothing by itself.
     """
-    turns, reference = row["turns"], row.get("reference") or [""]
-    if not isinstance(turns, list) or not turns or not isinstance(reference, list):
-        raise ValueError("turns is not a list of questions")
-    return dialogue([("user", turns[0])])[0], text_of(reference[0])
+    turns, reference = row["turns"], row.get("reference")
+    if not isinstance(turns, list) or not turns or not isinstance(reference, list | str | None):
+        raise RowFault("turns is not a list of questions")
+    if len(turns) > 1:
+        row.dropped.append("turns after the first")
+    answer = reference[0] if isinstance(reference, list) and reference else reference or None
+    return dialogue(row, [*opening(row), ("user", turns[0])])[0], text_of(answer)
 
 
-def mt_bench_answers(row: Mapping[str, Any]) -> Read:
+def mt_bench_answers(row: Columns) -> Read:
     """question_id, choices: MT-Bench's answers, refused with what to do."""
-    raise ValueError("these are answers without their questions; name the file of questions")
+    raise RowFault("answers without questions", "these are answers without their questions; name the file of questions")
 
 
-def prompt_completion(row: Mapping[str, Any]) -> Read:
-    """prompt and completion, each a string or a list of messages, as TRL has them; the completion may be absent."""
+def prompt_completion(row: Columns) -> Read:
+    """prompt and completion, each a string or a list of messages, as TRL has them; the completion may be absent.
+
+    One blank before a completion is the mark of OpenAI's former fine-tuning format, not a part of the text.
+    """
     given, reply = row["prompt"], row.get("completion")
-    turns = given if isinstance(given, list) else [{"role": "user", "content": given}]
-    answer = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply or row.get("response")}]
-    return conversation([*turns, *answer])
+    if isinstance(given, list):
+        turns = [role_and_content(row, turn) for turn in messages_of(given)]
+    else:
+        turns = [("user", asked_with_input(row, "prompt"))]
+    if isinstance(reply, list):
+        answer = [role_and_content(row, turn) for turn in messages_of(reply)]
+    else:
+        text = answer_of(row, "completion", "response")
+        answer = [("assistant", text[1:] if text[:1] == " " and text[1:2].strip() else text)]
+    return dialogue(row, [*opening(row), *turns, *answer])
 
 
 ROLES = {
@@ -102,30 +153,63 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+TOOLS = ("tool", "function", "observation", "ipython", "tool_call", "function_call", "tool_response")
+CALLS = ("tool_calls", "function_call", "tool_call_id")  # keys of a turn that calls a tool, or answers for one
+CONTENT = ("content", "value", "text")
 
 
-def conversation(turns: Any, system: Any = None) -> Read:
-    """Messages of `role` and `content`, or ShareGPT's of `from` and `value`, as a list or as its JSON."""
-    if isinstance(turns, str):
-        turns = json.loads(turns)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("the conversation is not a list of objects")
-    return dialogue([("system", system), *map(role_and_content, turns)])
+def conversation(name: str) -> Callable[[Columns], Read]:
+    """The reader of rows whose column `name` holds messages of `role` and `content`, or ShareGPT's `from`, `value`."""
+
+    def read(row: Columns) -> Read:
+        return dialogue(row, [*opening(row), *(role_and_content(row, turn) for turn in messages_of(row[name]))])
+
+    return read
 
 
-def role_and_content(turn: Mapping[str, Any]) -> tuple[str, Any]:
-    """A turn of a conversation; ValueError where who speaks is neither user, assistant nor system."""
-    role = turn.get("role") or turn.get("from")
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise ValueError(f"a turn is by {role!r}; known are {', '.join(ROLES)}")
-    return ROLES[role.lower()], turn.get("content") if turn.get("content") is not None else turn.get("value")
+def messages_of(turns: Any) -> list[Any]:
+    """A list of messages, or the JSON of one; None is an empty list. RowFault where it is anything else."""
+    if isinstance(turns, str) and turns.strip():
+        try:
+            turns = json.loads(turns, object_pairs_hook=json_object)
+        except (ValueError, RecursionError) as error:
+            kind = "the conversation is not a list of objects"
+            raise RowFault(kind, f"{kind}, nor JSON: {error}") from error
+    if not turns and not isinstance(turns, bool | int | float):
+        return []
+    if not isinstance(turns, list):
+        raise RowFault("the conversation is not a list of objects")
+    return turns
 
 
-def dialogue(turns: Sequence[tuple[str, Any]]) -> Read:
+def role_and_content(row: Columns, turn: Any) -> tuple[str, Any]:
+    """Who speaks in a turn, and what; RowFault where it is neither user, assistant nor system, or calls a tool."""
+    if not isinstance(turn, dict):
+        raise RowFault("the conversation is not a list of objects")
+    refuse_twice(turn)
+    role = turn["role"] if turn.get("role") is not None else turn.get("from")
+    known = isinstance(role, str) and role.lower() in ROLES
+    if any(turn.get(name) for name in CALLS):
+        raise RowFault("a turn that calls a tool", f"a turn by {role!r} calls a tool")
+    if not known:
+        tool = isinstance(role, str) and role.lower().replace("-", "_").startswith(TOOLS)
+        said = f"a turn is by {role!r}; known are {', '.join(ROLES)}"
+        raise RowFault("a turn by a tool" if tool else "a turn by an unknown speaker", said)
+    name = next((name for name in CONTENT if turn.get(name) is not None), "content")
+    value = turn.get(name)
+    read = {"role", "from", name}
+    seen = value if isinstance(value, str) else ""
+    others = [key for key in turn if key not in read and not is_metadata(key) and holds_more(turn[key], seen)]
+    row.dropped += [f"{key!r} of a turn" for key in others]
+    return ROLES[str(role).lower()], value
+
+
+def dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> Read:
     """Turns up to the last user's as prompt, the assistant's after it as completion; ((), "") where no user speaks.
 
-    Empty system turns are left out, and what an assistant says before any user: chat templates refuse such a
-    beginning, and FastChat, ShareGPT's first reader, skips it too.
+    Several turns of the assistant after the last user's are one answer, an empty line between them. Empty system turns
+    are left out, and what an assistant says before any user: chat templates refuse such a beginning, and FastChat,
+    ShareGPT's first reader, skips it too.
     """
     said = [Message(role, text) for role, value in turns if (text := text_of(value)) or role != "system"]
     users = [number for number, turn in enumerate(said) if turn.role == "user"]
@@ -133,17 +217,20 @@ def dialogue(turns: Sequence[tuple[str, Any]]) -> Read:
         return (), ""
     last = users[-1] + 1
     prompt = [turn for number, turn in enumerate(said[:last]) if turn.role != "assistant" or number > users[0]]
+    if any(turn.role == "assistant" and turn.content for turn in said[: users[0]]):
+        row.dropped.append("what the assistant says before the first question")
     if empty := [number for number, turn in enumerate(prompt[:-1], 1) if not turn.content]:
-        raise ValueError(f"turn {empty[0]} of the conversation is empty")
-    completion = said[last].content if len(said) > last and said[last].role == "assistant" else ""
-    return tuple(prompt), completion
+        raise RowFault("an empty turn", f"turn {empty[0]} of the conversation is empty")
+    if any(turn.role == "system" for turn in said[last:]):
+        raise RowFault("a system turn after the last question")
+    return tuple(prompt), "\n\n".join(turn.content for turn in said[last:] if turn.content)
 
 
 class Form(NamedTuple):
     """How rows with certain keys are read; `about` is how people know the form, "" where it is not to be named."""
 
     keys: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Read]
+    read: Callable[[Columns], Read]
     about: str = ""
 
 
@@ -151,16 +238,19 @@ class Form(NamedTuple):
 FORMS = (
     Form(("instruction", "instances"), self_instruct, "self-instruct seed tasks (instruction, instances)"),
     Form(("instruction",), alpaca, "Alpaca, AlpacaEval and Dolly (instruction; input or context; output or response)"),
-    Form(("messages",), lambda row: conversation(row["messages"], row.get("system")), "messages (role, content)"),
-    Form(("conversations",), lambda row: conversation(row["conversations"], row.get("system")), "ShareGPT"),
-    Form(("conversation",), lambda row: conversation(row["conversation"], row.get("system"))),
+    Form(("messages",), conversation("messages"), "messages (role, content)"),
+    Form(("conversations",), conversation("conversations"), "ShareGPT"),
+    Form(("conversation",), conversation("conversation")),
     Form(("prompt",), prompt_completion, "prompt and completion"),
     Form(("question_id", "turns"), mt_bench, "MT-Bench's questions (question_id, turns)"),
     Form(("question_id", "choices"), mt_bench_answers),
     Form(("question", "answer"), question_answer, "question and answer"),
     Form(("question", "response"), question_answer),
 )
-KNOWN = "Known forms: " + "; ".join(form.about for form in FORMS if form.about) + "."
+KNOWN = (
+    "Known forms: " + "; ".join(form.about for form in FORMS if form.about) + ". For columns of other names set "
+    "seeds.columns, as in {instruction: frage, output: antwort}."
+)
 
 
 def form_of(row: Mapping[str, Any]) -> Form | None:
@@ -169,16 +259,48 @@ def form_of(row: Mapping[str, Any]) -> Form | None:
     return next(filled, None) or next((form for form in FORMS if all(key in row for key in form.keys)), None)
 
 
-def read_row(row: Mapping[str, Any], where: str) -> Read:
+class Reading(NamedTuple):
+    """What a row says; `unread` names what of its text was not read."""
+
+    prompt: Prompt
+    completion: str
+    unread: list[str]
+
+
+def read_whole(row: Any) -> Reading:
+    """A row of any form; RowFault where it cannot be read. The prompt of a row without an instruction is ()."""
+    if isinstance(row, Broken):
+        raise RowFault(row.kind, row.said)
+    if not isinstance(row, Mapping):
+        raise RowFault("not an object", f"a row is a JSON object, this one is {type(row).__name__}")
+    refuse_twice(row)
+    form = form_of(row)
+    if form is None:
+        keys = ", ".join(map(str, row)) or "none"
+        raise RowFault("no known form", f"a row of no known form; its keys: {keys}", KNOWN)
+    columns = Columns(row)
+    try:
+        prompt, completion = form.read(columns)
+    except (ValueError, TypeError) as error:
+        kind = error.kind if isinstance(error, RowFault) else "not readable"
+        raise RowFault(kind, f"a row with {', '.join(form.keys)} that cannot be read: {error}") from error
+    refuse_half_letters(completion, *(turn.content for turn in prompt))
+    if not prompt or not prompt[-1].content.strip():
+        return Reading((), completion, [])
+    return Reading(prompt, completion, columns.unread(seen_in(prompt, completion)))
+
+
+def seen_in(prompt: Prompt, completion: str) -> str:
+    """All that was read of a row."""
+    return "\n".join([*(turn.content for turn in prompt), completion])
+
+
+def read_row(row: Any, where: str) -> Read:
     """The prompt and the completion of one row, whatever its form; ((), "") where its instruction is empty.
 
     TapirError with the row's keys where it has no known form, or with what is wrong where it cannot be read.
     """
-    form = form_of(row)
-    if form is None:
-        keys = ", ".join(map(str, row)) or "none"
-        raise TapirError(f"a row of no known form; its keys: {keys}", where=where, fix=KNOWN)
     try:
-        return form.read(row)
-    except (ValueError, TypeError) as error:
-        raise TapirError(f"a row with {', '.join(form.keys)} that cannot be read: {error}", where=where) from error
+        return read_whole(row)[:2]
+    except RowFault as fault:
+        raise TapirError(fault.said, where=where, fix=fault.fix) from fault

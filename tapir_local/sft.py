@@ -1,7 +1,8 @@
 """What is trained on and how: the job, its rows as token ids, and every argument of SFTConfig written out."""
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.lora import Hardware
 from tapir_local.recipe import Train
-from tapir_local.records import Example
+from tapir_local.records import Example, instruction_of
 from tapir_local.template import training_text
+from tapir_local.unusable import BRIEF, Unusable
 
+LEFT_OUT = "left_out.jsonl"  # in a training's folder: the rows, as Unusable, that it did not learn from
+STRETCH = 50  # steps whose rows are put in the order of their lengths
 MASKED = -100  # a label that torch's cross-entropy leaves out
 FIXED = {  # arguments of SFTConfig that nothing decides
     "torch_empty_cache_steps": None,
@@ -24,6 +28,7 @@ FIXED = {  # arguments of SFTConfig that nothing decides
     "ddp_find_unused_parameters": False,
     "eval_strategy": "no",
     "disable_tqdm": True,
+    "include_num_input_tokens_seen": "non_padding",  # TRL's own count of tokens is not kept in a checkpoint
 }
 
 
@@ -34,7 +39,7 @@ class TrainJob:
     `model` is a folder or Hub name; `rows` a JSONL file of Example; `adapter_from` a folder of what an earlier one
     wrote, to go on from; `out` the adapter's folder, whole or absent, with `resolved.json` and `train_log.jsonl` beside
     the weights. `micro` is how many rows are in memory at once where the memory did not hold as many as the settings
-    say.
+    say. `unusable` is the share of the rows that may be left out.
     """
 
     model: str
@@ -45,55 +50,106 @@ class TrainJob:
     random_seed: int
     adapter_from: Path | None = None
     micro: int | None = None
+    unusable: float = 1.0
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows as token ids, `labels` being MASKED on the prompt. `cut` counts rows whose completion lost its end to
-    `max_length`, `dropped` those whose prompt alone fills it."""
+    """Rows as token ids, `labels` being MASKED on the prompt, and the rows that were left out with their reasons."""
 
     rows: list[dict[str, list[int]]]
-    cut: int = 0
-    dropped: int = 0
+    left_out: tuple[Unusable, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"trained": len(self.rows), "cut": self.cut, "dropped": self.dropped}
+        return {"trained": len(self.rows), "dropped": len(self.left_out)}
 
     def __str__(self) -> str:
         return ", ".join(f"{number:,} rows {what}" for what, number in self.counts.items() if number)
 
 
 def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> TokenRows:
-    """Token ids and labels of every row, in order.
+    """Token ids and labels of every row that can be learned from, in order.
 
     The prompt's ids are those that a student is asked with; the completion's are what follows them in the ids of the
-    whole text, or its own where a token spans the boundary. A completion that is cut has no end-of-turn token.
+    whole text, or its own where a token spans the boundary. A row is left out where it has more than `max_length`
+    tokens, since a completion without its end teaches not to stop, or where the chat template refuses it.
     """
+    texts, refused = training_texts(examples, tokenizer)
+    asked = ids_of(tokenizer, [prompt for _, prompt, _ in texts])
+    joined = ids_of(tokenizer, [prompt + completion for _, prompt, completion in texts])
+    apart = ids_of(tokenizer, [completion for _, _, completion in texts])
+    rows, long = list[dict[str, list[int]]](), dict[int, str]()
+    for (number, _, _), head, whole_ids, alone in zip(texts, asked, joined, apart, strict=True):
+        tail = whole_ids[len(head) :] if whole_ids[: len(head)] == head else alone
+        if len(head) + len(tail) <= max_length:
+            rows.append({"input_ids": head + tail, "labels": [MASKED] * len(head) + tail})
+        else:
+            long[number] = f"{len(head):,} tokens of prompt and {len(tail):,} of answer"
+    kinds = {"longer than student.max_length": long, "refused by the student's chat template": refused}
+    reasons = {number: (kind, detail) for kind, found in kinds.items() for number, detail in found.items()}
+    return TokenRows(rows, tuple(unusable(examples[number], *reasons[number]) for number in sorted(reasons)))
+
+
+def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
+    """Number, prompt and completion of each row as the template writes them; the numbers of those that it refuses."""
     stops = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     bos, eos, template = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.get_chat_template()
-    texts = [
-        training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos, stops=stops)
-        for row in examples
-    ]
-    asked = ids_of(tokenizer, [prompt for prompt, _ in texts])
-    joined = ids_of(tokenizer, [prompt + completion for prompt, completion in texts])
-    apart = ids_of(tokenizer, [completion for _, completion in texts])
-    ends = [
-        whole_ids[len(head) :] if whole_ids[: len(head)] == head else tail
-        for head, whole_ids, tail in zip(asked, joined, apart, strict=True)
-    ]
-    fits = [(head, tail) for head, tail in zip(asked, ends, strict=True) if len(head) < max_length]
-    rows = [
-        {"input_ids": (head + tail)[:max_length], "labels": ([MASKED] * len(head) + tail)[:max_length]}
-        for head, tail in fits
-    ]
-    return TokenRows(rows, sum(len(head) + len(tail) > max_length for head, tail in fits), len(texts) - len(fits))
+    texts, refused = list[tuple[int, str, str]](), dict[int, str]()
+    for number, row in enumerate(examples):
+        try:
+            text = training_text(template, row.prompt, row.completion, bos_token=bos, eos_token=eos, stops=stops)
+            texts.append((number, *text))
+        except TapirError as error:
+            refused[number] = error.what
+    return texts, refused
+
+
+def unusable(row: Example, kind: str, detail: str) -> Unusable:
+    """The record of a row that is not trained on; the stage that trains adds its own name."""
+    return Unusable("train", row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
+
+
+@dataclass
+class RowOrder:
+    """The order in which an epoch goes through its rows, for a DataLoader: a function of seed and epoch alone, so that
+    a training that was cut goes on in the order that it had.
+
+    `lengths` has the tokens of each row; `batch` is the rows of a step.
+    """
+
+    lengths: Sequence[int]
+    batch: int
+    seed: int
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(self.lengths, self.batch, random.Random(f"{self.seed}-order-{self.epoch}")))
+
+
+def epoch_order(lengths: Sequence[int], batch: int, chance: random.Random) -> list[int]:
+    """Every row's number once, drawn at random, then sorted by length within stretches of at most STRETCH steps.
+
+    Rows of about one length make a batch with little padding: on two cores, with rows of 60 to 120 tokens and a Llama
+    of 3.8M, 3,300 to 3,500 tokens/s, 2,500 at random lengths, 1,600 packed, whose attention is over the whole pack. The
+    longest row comes first: memory that does not suffice runs out in the first step.
+    """
+    rows = list(range(len(lengths)))
+    chance.shuffle(rows)
+    stretch = batch * max(1, min(STRETCH, len(rows) // (4 * batch)))
+    parts = [sorted(rows[at : at + stretch], key=lambda row: -lengths[row]) for at in range(0, len(rows), stretch)]
+    order = [row for part in parts for row in part]
+    longest = max(range(len(order)), key=lambda place: lengths[order[place]], default=0)
+    order[:1], order[longest : longest + 1] = order[longest : longest + 1], order[:1]
+    return order
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, none added: the template has written the special ones."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return ids
 
 
@@ -129,9 +185,6 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = Fa
         "dataloader_pin_memory": gpu,
         "max_length": job.max_length,
         "dataset_kwargs": {"skip_prepare_dataset": True},  # rows are token ids and labels already
-        # On two cores, rows of 60 to 120 tokens, a Llama of 3.8M: 3,300 to 3,500 tokens/s by length, 2,500 at random
-        # lengths, 1,600 packed, whose attention is over the whole pack. A step is `batch_size` rows in the first two.
-        "train_sampling_strategy": "group_by_length",
         "packing": settings.packing,  # tells the collator; the rows are packed already (see `pack`)
         "packing_strategy": "bfd",
         "padding_free": False,

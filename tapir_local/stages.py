@@ -1,6 +1,7 @@
 """BASELINE and ROUND: a round's stages in order. Each reads files and writes one output that is whole or absent."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tapir_local import metrics
@@ -12,6 +13,8 @@ from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPl
 from tapir_local.resumable import InOrder, going_on
 from tapir_local.rows import after, pool, seeds, student_task
 from tapir_local.rundir import read_record, read_rows, write_record, write_rows
+from tapir_local.sft import LEFT_OUT
+from tapir_local.unusable import Unusable, left_out, record_unusable
 from tapir_local.work import Stage, Work
 from tapir_local.writing import expand, few_steps, refine
 
@@ -106,10 +109,20 @@ def train(work: Work, out: Path) -> str:
     """The student, from what the last round trained or from the base, on this round's rows."""
     go_on = work.number > 0 and work.recipe.train.start == "previous"
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
-    work.tools.train(work.folder / "train.jsonl", previous, work.recipe.random_seed + work.number, out, work.progress)
-    if not go_on:
-        return "from the base"
-    return f"from the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}"
+    rows, seed = work.folder / "train.jsonl", work.recipe.random_seed + work.number
+    try:
+        work.tools.train(rows, previous, seed, out, work.progress)
+    finally:  # also where so many are left out that nothing was trained
+        left = untrained(work)
+        record_unusable(work.run, work.step, left)
+    base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
+    return f"from {base}{left_out(left)}"
+
+
+def untrained(work: Work) -> list[Unusable]:
+    """The round's rows that the training left out: too long for the student, or refused by its chat template."""
+    path = work.folder / "train" / LEFT_OUT
+    return [replace(row, step=work.step) for row in read_rows(Unusable, path)] if path.exists() else []
 
 
 def export(work: Work, out: Path) -> str:

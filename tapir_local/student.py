@@ -13,7 +13,7 @@ from tapir_local.errors import TapirError
 from tapir_local.exporting import export_checked
 from tapir_local.llama import is_adapter
 from tapir_local.memory import free_memory, size
-from tapir_local.process import Progress
+from tapir_local.process import Progress, withheld
 from tapir_local.recipe import Recipe
 from tapir_local.rundir import RunDir, remove, write_json
 from tapir_local.weights import read_model
@@ -111,7 +111,7 @@ def make_base(model: Path, path: Path, recipe: Recipe, progress: Progress | None
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"):
+    with FileLock(path.parent / ".lock"), withheld(recipe.key_variables):
         if not made(path):
             remove(path)
             least = recipe.export.min_agreement

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from tapir_local.account import check_bounds
 from tapir_local.asking import unheard
-from tapir_local.assets import student_folder
+from tapir_local.assets import settle_student, student_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.llama import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.metrics import Checker
 from tapir_local.ollama import write_modelfile
+from tapir_local.process import withheld
 from tapir_local.recipe import Endpoint, Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir, link_or_copy, remove
@@ -36,13 +37,12 @@ def check_student(model: Path, converter: Path | None = None) -> None:
 def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Tools]:
     """Tools that ask through the cache's store, answer with llama.cpp, and train in processes of their own.
 
-    `say` is told what opening the store put right. In mode "replay" nobody is asked, and a miss is an error.
-    TapirError, before anything is paid, when the student could not be exported once it is trained.
+    `say` is told what opening the store put right. In mode "replay" nobody is asked, and a miss is an error. Nothing
+    is written in the run before it is held; `begin` then raises TapirError, before anything is paid, when the student
+    could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
     """
-    if not (run.round(0) / "adapter").exists():
-        check_student(student_folder(recipe, run), converter_of(recipe))
     check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
-    with Store(run.cache / "teacher.db", mode) as store:
+    with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
         purse = Purse(recipe.budget, spent_by(run), spent_by(run, estimated=True))
@@ -56,10 +56,21 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
             gate=gatekeeper(recipe, run),
             score=scorer(recipe, run),
             ship=shipper(recipe, run),
+            begin=beginner(recipe, run),
             student_text=reader(recipe, run),
             check=checker(recipe),
             replay=mode == "replay",
         )
+
+
+def beginner(recipe: Recipe, run: RunDir) -> Callable[[], None]:
+    """What is settled, and refused, of a run's student before the first step."""
+
+    def begin() -> None:
+        if not (run.round(0) / "adapter").exists():
+            check_student(settle_student(recipe, run), converter_of(recipe))
+
+    return begin
 
 
 def reader(recipe: Recipe, run: RunDir) -> Callable[[], StudentText]:
@@ -158,7 +169,14 @@ def trainer(
         from tapir_local.train import TrainJob, train
 
         job = TrainJob(
-            str(student_folder(recipe, run)), rows, out, recipe.train, recipe.student.max_length, seed, previous
+            str(student_folder(recipe, run)),
+            rows,
+            out,
+            recipe.train,
+            recipe.student.max_length,
+            seed,
+            previous,
+            unusable=recipe.limits.unusable,
         )
         train(job, out.parent / "train", progress, say)
 

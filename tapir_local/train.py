@@ -33,12 +33,26 @@ from tapir_local.lora import (
     load_model,
     load_tokenizer,
     look,
+    positions,
+    ran_out,
+    without,
 )
-from tapir_local.memory import check_disk
-from tapir_local.process import Killed, OutOfMemory, Progress, child_main, in_own_process, remark, say_on_stderr
+from tapir_local.memory import check_disk, one_gpu
+from tapir_local.process import (
+    Killed,
+    OutOfMemory,
+    Progress,
+    Unsupported,
+    child_main,
+    in_own_process,
+    remark,
+    say_on_stderr,
+)
 from tapir_local.records import Example
-from tapir_local.rundir import read_record, read_rows, whole, write_json
-from tapir_local.sft import TokenRows, TrainJob, pack, sft_arguments, split_batch, token_rows
+from tapir_local.rundir import read_record, read_rows, remove, whole, write_json, write_rows
+from tapir_local.sft import LEFT_OUT, RowOrder, TokenRows, TrainJob, pack, sft_arguments, split_batch, token_rows
+from tapir_local.steps import is_first, peak_memory, refuse_dead_weights, watcher
+from tapir_local.unusable import commonest, refuse_too_many
 
 __all__ = ["TrainJob", "train"]
 
@@ -90,6 +104,11 @@ def train(
                 raise
             killed, job = isinstance(error, Killed), smaller
             say(f"{error.what}; it goes on with {job.micro} rows at once, and as many to a step as before.")
+        except Unsupported as error:
+            if job.settings.backend != "auto":
+                raise
+            job = replace(job, settings=job.settings.model_copy(update={"backend": "trl"}))
+            say(f"Training with plain TRL and PEFT, not with Unsloth: {error.what}.")
         else:
             return
 
@@ -104,7 +123,7 @@ def with_less(job: TrainJob) -> TrainJob | None:
 def run_folder(folder: Path, progress: Progress) -> None:
     """The child's side of `train`: the environment first, since the libraries read it when they are imported."""
     job = read_record(TrainJob, folder / "job.json")
-    os.environ.update(environment(job.model))
+    os.environ.update({**environment(job.model), **one_gpu()})
     run_job(job, progress, folder)
 
 
@@ -129,27 +148,48 @@ def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, 
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
         hardware = look(job.settings, partial(remark, progress))
         tokenizer = load_tokenizer(job.model)
-        tokens = learnable(token_rows(examples, tokenizer, job.max_length), job)
+        job = within(job, partial(remark, progress))
+        tokens = learnable(token_rows(examples, tokenizer, job.max_length), job, folder)
         setup = set_up(job, hardware, tokens, partial(remark, progress))
         course = under_way(setup, tokens, folder)
         model, shape = load(setup)
         fit(model, tokenizer, setup, course, Path(scratch), progress)
+        refuse_dead_weights(model, job, hardware.precision)
     if is_first():
-        end = {"seconds": time.monotonic() - course.began, "peak_memory": peak_memory()}
+        end = {"seconds": time.monotonic() - course.began, **peak_memory()}
         write_trained(job, model, resolved(setup, shape, tokens), [*course.log, end])
         if folder:
             checkpoints.clear(folder)
     progress(len(course.log), len(course.log), f"loss {course.log[-1]['loss']:.3f}, {tokens}")
 
 
-def learnable(tokens: TokenRows, job: TrainJob) -> TokenRows:
-    """The rows; TapirError where none is left."""
+def within(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
+    """The job with rows no longer than the model was made for: beyond that Unsloth would stretch its positions, which
+    neither the GGUF nor plain transformers does."""
+    most = positions(job.model)
+    if most is None or job.max_length <= most:
+        return job
+    asked = f"student.max_length is {job.max_length:,}"
+    say(f"The student was made for {most:,} tokens: longer rows are left out ({asked}).")
+    return replace(job, max_length=most)
+
+
+def learnable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
+    """The rows; those left out are recorded in `folder`. TapirError where none is left, or too few."""
+    if folder and is_first():
+        remove(folder / LEFT_OUT)
+        if tokens.left_out:
+            write_rows(folder / LEFT_OUT, tokens.left_out)
     if not tokens.rows:
+        first = tokens.left_out[0]
         raise TapirError(
-            f"every prompt fills the {job.max_length} tokens of a row",
+            f"no row is left to train on: {commonest(tokens.left_out)}. The first: {first.id} ({first.reason})",
             where=str(job.rows),
-            fix="Raise student.max_length.",
+            fix=f"Raise student.max_length ({job.max_length} now) for rows that are too long; for refused ones, set "
+            "student.chat_template to a template that takes them.",
         )
+    total = len(tokens.rows) + len(tokens.left_out)
+    refuse_too_many(tokens.left_out, total, job.unusable, str(job.rows))
     return tokens
 
 
@@ -212,88 +252,31 @@ def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
 
 
 def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path, progress: Progress) -> None:
-    """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out."""
-    import torch
+    """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out, Unsupported
+    where Unsloth fails before the first step has ended."""
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    output = course.folder or scratch
+    job, output = setup.job, course.folder or scratch
     last = checkpoints.newest(output, course.job) if course.resumed else None
     micro = setup.arguments["per_device_train_batch_size"]
     try:
         arguments = SFTConfig(**setup.arguments, output_dir=str(output))
-        trainer = SFTTrainer(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # else each batch goes to all visible GPUs, and is so much larger
+        order = RowOrder([*map(len, setup.dataset["input_ids"])], job.settings.batch_size, job.random_seed)
+        ordered = type("Trainer", (SFTTrainer,), {"_get_train_sampler": lambda self, rows=None: order})
+        trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watcher(course, setup, progress))
+        trainer.add_callback(watcher(course, job, setup.hardware, order, progress))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain class
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-            raise
-        raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
-
-
-def watcher(course: Course, setup: Setup, progress: Progress) -> Any:
-    """A callback of the Trainer that keeps the log, passes steps on as progress, and makes checkpoints."""
-    from transformers import TrainerCallback
-
-    processes = setup.hardware.processes
-    before = course.log[-1]["tokens"] if course.log else 0  # the Trainer counts from 0 again after a cut
-
-    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoints.start_clock(course)
-
-    def on_epoch_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoints.epoch_begins(course, processes)
-
-    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if "loss" in logs:  # the summary at the end has none
-            course.log.append(entry(course, state.global_step, logs, before, args.per_device_train_batch_size))
-            progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and checkpoints.is_due(course, processes):
-            control.should_save = True
-
-    def on_save(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        args.distributed_state.wait_for_everyone()
-        if is_first():
-            checkpoints.keep(course, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    hooks = (on_train_begin, on_epoch_begin, on_log, on_step_end, on_save)
-    return type("Watcher", (TrainerCallback,), {hook.__name__: hook for hook in hooks})()
-
-
-def entry(course: Course, step: int, logs: Mapping[str, float], before: int, micro: int) -> dict[str, Any]:
-    """A step for the log. `tokens` and `seconds` are counted from the beginning of the training, `tokens_per_second`
-    from the step before; `peak_memory` is in bytes."""
-    tokens, seconds = before + int(logs.get("num_tokens", 0)), time.monotonic() - course.began
-    last = course.log[-1] if course.log else {"tokens": 0, "seconds": 0.0}
-    return {
-        "step": step,
-        **{key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm", "epoch")},
-        "tokens": tokens,
-        "tokens_per_second": (tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9),
-        "seconds": seconds,
-        "peak_memory": peak_memory(),
-        "micro_batch_size": micro,
-    }
-
-
-def is_first() -> bool:
-    """Whether this process is alone, or the first of those that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held: of the GPU where there is one."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except TapirError:
+        raise
+    except Exception as error:
+        if ran_out(error):
+            raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
+        if setup.hardware.backend == "unsloth" and not course.log:
+            raise without(error, job.model, "train") from error
+        raise
 
 
 def versions() -> dict[str, str]:
@@ -335,7 +318,7 @@ def write_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Se
             copy_beside(model_folder(job.model), partial)
         else:
             config = orjson.loads((partial / "adapter_config.json").read_bytes())
-            config["target_modules"].sort()  # PEFT writes a set, in another order each time
+            config["target_modules"] = settled["lora"]["target_modules"]  # PEFT writes a set, Unsloth a regex
             write_json(partial / "adapter_config.json", config)
         (partial / "README.md").unlink(missing_ok=True)  # an empty form, and the run has its own card
         write_json(partial / "resolved.json", settled)

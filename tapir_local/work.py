@@ -17,6 +17,10 @@ Progress = Callable[[int, int, str], None]
 Ask = Callable[[Sequence[Request], Progress], list[Answer]]
 
 
+def nothing() -> None:
+    """What tools do at a run's beginning that need not do anything."""
+
+
 @dataclass(frozen=True)
 class Tools:
     """All that a stage may do to the world beyond its own run's folder."""
@@ -35,6 +39,7 @@ class Tools:
     score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]
     ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
     student_text: Callable[[], StudentText]  # the student's chat template and tokens
+    begin: Callable[[], None] = nothing  # called once the run is held, before its first step
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 

@@ -126,8 +126,9 @@ class Screen:
 
 def indices(work: Work) -> tuple[Index, Index]:
     """What a draft may not resemble: all rows that are known, and the holdout."""
-    near = Index(work.recipe.curriculum.max_rouge)
-    for row in all_known(work):
+    near, rows = Index(work.recipe.curriculum.max_rouge), all_known(work)
+    near.learn(rows)
+    for row in rows:
         near.add(row)
     return near, holdout_index(work)
 

@@ -61,6 +61,8 @@ def test_a_schema_holds_every_answer(llama, tmp_path: Path) -> None:
     [
         ([{"instruction": ""}], "1 of 1 rows without a prompt"),
         ([{"id": 7, "instruction": "a"}, {"id": 7, "instruction": "b"}], "two rows have the id '7'"),
+        ([{"id": 0, "instruction": "a"}, {"id": 0, "instruction": "b"}], "two rows have the id '0'"),
+        ([{"prompt": "a"}, {"prompt": True}], "line 2: a row with prompt that cannot be read: a bool stands where"),
         ([{"question_text": "a"}], "no known form"),
     ],
 )

@@ -85,6 +85,30 @@ def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) 
     assert not list((tmp_path / "train").iterdir())
 
 
+@pytest.mark.parametrize("cuts", [(5, 7), (5, 6), (4, 7), (3, 5, 6, 8)])
+def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_path, cuts: tuple[int, ...]) -> None:
+    """After step 4 the epoch ends: that checkpoint is of the first epoch, and what follows it of the second."""
+    for step in cuts:
+        cut_at(job, tmp_path / "train", step)
+    run_job(job, folder=tmp_path / "train")
+    assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
+    assert steps(job.out) == steps(uncut)
+
+
+def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(place, tmp_path) -> None:
+    """32 rows in steps of 10, two rows at once, for two and a half epochs."""
+    made = make_job(
+        place, lora_dropout=0.1, batch_size=10, micro_batch_size=4, epochs=2.5, checkpoint_minutes=EACH_STEP
+    )
+    whole, cut = (replace(made, out=tmp_path / name) for name in ("whole", "cut"))
+    run_job(whole)
+    for step in (4, 5, 8, 9):
+        cut_at(cut, tmp_path / "train", step)
+    run_job(cut, folder=tmp_path / "train")
+    assert (cut.out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
+    assert steps(cut.out) == steps(whole.out)
+
+
 def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
     """With tied embeddings, whose weights a checkpoint holds once."""
     make_model(tmp_path / "base", "qwen2", kind="qwen2")

@@ -36,6 +36,16 @@ def refused(*words: str, cwd: Path | None = None, code: int = 1) -> str:
     return out.stderr
 
 
+@pytest.mark.parametrize("system", ["darwin", "win32", "freebsd14"])
+def test_another_system_than_linux_is_refused_in_one_sentence(system: str) -> None:
+    code = f"import sys; sys.argv = ['tapir-local', 'recipes']; import cli; sys.platform = {system!r}; cli.main()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert out.returncode == 1
+    assert out.stderr.startswith(f"error: tapir-local runs on Linux only, and this is {system}\n")
+    assert out.stdout == ""
+
+
 @pytest.mark.parametrize("name", sorted(cli.cli.commands))
 def test_every_command_has_an_example_and_stands_in_the_readme(name: str) -> None:
     text = cli.cli.commands[name].get_help(click.Context(cli.cli.commands[name], info_name=name))

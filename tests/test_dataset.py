@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fakes import World, make_recipe, tools
 
-from tapir_local.dataset import Draft, Index, count_tasks, read_seeds, screen, split_holdout, without_near
+from tapir_local.dataset import Draft, Index, count_tasks, read_seeds, screen, sorted_seeds, split_holdout, without_near
 from tapir_local.errors import TapirError
 from tapir_local.prepare import read
 from tapir_local.recipe import Recipe
@@ -15,6 +15,7 @@ from tapir_local.records import Example, Message
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.seedforms import Table
 from tapir_local.tasks import TASKS
+from tapir_local.unusable import Unusable
 from tapir_local.work import Work
 
 
@@ -96,6 +97,70 @@ def test_the_read_stage_counts_and_keeps_what_it_leaves_out(tmp_path: Path) -> N
     assert [row.id for row in read_rows(Example, run / "rows.jsonl")] == ["seed-00001", "seed-00004"]
 
 
+def read_rows_of(tmp_path: Path, rows: list[str], **changes: object) -> tuple[str, Path]:
+    """What the read stage says of a file of these lines."""
+    (tmp_path / "seeds.jsonl").write_text("\n".join(rows))
+    settings = {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1}
+    return read_stage(overridden(make_recipe(tmp_path), settings | changes), tmp_path)
+
+
+FIFTY = [f'{{"instruction": "Question {n}: what is {n} times 3?"}}' for n in range(50)]
+ODD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"id": 1}]}]}'
+
+
+def test_one_odd_row_in_fifty_costs_that_row(tmp_path: Path) -> None:
+    said, run = read_rows_of(tmp_path, [*FIFTY[:20], ODD, *FIFTY[21:49], '{"instruction": "torn'])
+    assert said == "48 rows, 2 left out (1 a turn that calls a tool, 1 not JSON; unusable.jsonl)"
+    found = read_rows(Unusable, run / "unusable.jsonl")
+    assert [(row.id, row.kind) for row in found] == [
+        ("seeds.jsonl, line 21", "a turn that calls a tool"),
+        ("seeds.jsonl, line 50", "not JSON"),
+    ]
+    assert found[1].text == '{"instruction": "torn'
+    assert read_rows(Example, run / "rows.jsonl")[20].id == "seed-00022"
+
+
+def test_odd_rows_can_be_refused(tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match=r"seeds.jsonl, line 21: .*a turn by 'assistant' calls a tool"):
+        read_rows_of(tmp_path, [*FIFTY[:20], ODD, *FIFTY[21:]], **{"seeds.unusable": "refuse"})
+
+
+def test_too_many_odd_rows_stop_with_the_commonest_reasons_and_the_first_rows(tmp_path: Path) -> None:
+    said = r"3 of 50 rows \(6%\) cannot be used: 2 a turn that calls a tool, 1 not an object(.|\n)*seeds.jsonl, line 1 "
+    with pytest.raises(TapirError, match=said):
+        read_rows_of(tmp_path, [ODD, ODD, "3", *FIFTY[3:]])
+    assert len(read_rows(Unusable, tmp_path / "runs" / "run" / "unusable.jsonl")) == 3
+
+
+def test_text_that_is_not_read_is_told(tmp_path: Path) -> None:
+    said, _ = read_rows_of(tmp_path, [*FIFTY[1:], '{"instruction": "a", "notes": "b", "source": "c"}'])
+    assert said == "50 rows; not read: column 'notes' (1 row)"
+
+
+def test_a_warning_where_many_rows_are_alike(tmp_path: Path) -> None:
+    alike = [
+        f'{{"instruction": "Name the rivers of Europe that flow {word} the sea."}}' for word in ["to", "into", "in"]
+    ]
+    said, _ = read_rows_of(tmp_path, [*alike, alike[0].replace("to", "at"), '{"instruction": "Sing."}'], **{
+        "seeds.max_rouge": 0.5
+    })  # fmt: skip
+    assert "; WARNING: 60% of the rows are near-duplicates of others. Look at rejected-seeds.jsonl;" in said
+    assert "seeds.max_rouge" in said
+
+
+def test_rows_that_differ_in_a_quotations_capitals_are_no_duplicates() -> None:
+    found, left_out = seeds({"instruction": 'Is "polish" a verb?'}, {"instruction": 'Is "Polish" a verb?'})
+    assert (len(found), left_out) == (2, [])
+
+
+def test_a_task_that_the_recipe_does_not_have_costs_the_row() -> None:
+    found = sorted_seeds(
+        Table("f", [(1, {"instruction": "a", "task": "Art"}), (2, {"instruction": "b", "task": 0})]), TASKS
+    )
+    assert [row.task for row in found.examples] == ["Art"]
+    assert [row.fault.said for row in found.faulty] == ["the recipe has no task 0"]
+
+
 def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
     from tapir_local.assets import find_recipe
     from tapir_local.recipe_text import parse_recipe
@@ -133,6 +198,13 @@ def test_near_duplicates_of_the_pool_and_of_each_other_are_rejected() -> None:
     assert reasons[0] == ""
     assert "near-duplicate" in reasons[1]  # 6 of 7 words in common
     assert "near-duplicate" in reasons[2]
+
+
+def test_a_draft_with_other_numbers_than_a_rows_is_new_but_near_the_holdout_it_is_a_leak() -> None:
+    row, draft = "What do 3 crates for 4 coins each cost?", "What do 5 crates for 2 coins each cost?"
+    assert screened(draft, pool=row) == [""]
+    assert screened(row, pool=row) == ["near-duplicate: ROUGE-L 1.00"]
+    assert "near the holdout" in screened(draft, holdout=row)[0]
 
 
 def test_what_resembles_the_holdout_is_rejected() -> None:

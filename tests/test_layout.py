@@ -14,16 +14,17 @@ ORDER = """
 errors printable paths records tasks form_check checkers setting_types own_tasks recipe recipe_yaml
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
-seedforms near dataset metrics template keys packing
+seedtext seedforms seedrows likeness near dataset metrics template keys packing
 stats memory private usage reply_limits
-rundir assets lockfile unusable resumable seedfiles
+rundir assets lockfile unusable resumable seedfiles seedsource
 libllama llama ollama batching room sampling sequences generate score
 process storerows storefile inserting replies calls claims store search transfer pace pocket endpoint budget account
 asking local foreign
 away online batch_lines batch_api batch teacher
-lora footprint sft checkpoints classifier train
+lora footprint sft checkpoints steps classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
-student_text work rows prepare judge_asking reflecting writing stages published card shipping distill tools
+student_text work rows reading prepare judge_asking reflecting writing stages published card shipping distill
+tools
 forecast trust chat report costs why whatif doctor tables display labels
 sides compare comparison explanations
 answering console calls_cli runs_cli models_cli distill_cli commands

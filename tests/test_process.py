@@ -1,5 +1,7 @@
 """A child's progress, errors and deaths as its parent sees them, and a parent's death as its child does."""
 
+import io
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.process import Killed, OutOfMemory, run_module
+from tapir_local.process import Killed, OutOfMemory, environment, reports, run_module, withheld
 
 HEAD = """
 import os, signal, sys, time
@@ -164,6 +166,60 @@ def test_of_a_launchers_processes_the_first_reports_and_any_may_fail(child, tmp_
     assert "a launcher's own line" in (tmp_path / "log").read_text()
     with pytest.raises(TapirError, match="the third"):
         child("if os.environ['RANK'] == '2': raise TapirError('the third failed')", None, print, launcher)
+
+
+NOISY = """
+import subprocess, sys
+print({"rank": 0, "error": "no"})
+print('{"done": 1, "total": 2}')
+print("{")
+print("[default0]: ", end="", flush=True)
+code = subprocess.run([sys.executable, *sys.argv[1:]]).returncode
+print('{"error": {"what": "not ours"}}')
+sys.exit(code)
+"""
+
+
+def test_what_a_launcher_prints_is_no_report_whatever_it_looks_like(child, tmp_path):
+    (tmp_path / "launch.py").write_text(NOISY)
+    seen, launcher = [], [sys.executable, str(tmp_path / "launch.py")]
+    child("progress(1, 1, 'loss 3')", lambda *step: seen.append(step), print, launcher)
+    assert seen == [(1, 1, "loss 3")]
+    log = (tmp_path / "log").read_text()
+    for line in ("{'rank': 0, 'error': 'no'}", '{"done": 1, "total": 2}', "{\n", '{"error": {"what": "not ours"}}'):
+        assert line in log
+
+
+def test_what_stands_beside_a_report_in_its_line_goes_to_the_log():
+    lines = [b'a-mark {"done": 1}[rank1] noise\n', b"a-mark {half\n", b"\n"]
+    log = io.BytesIO()
+    assert list(reports(lines, b"-mark", log)) == [{"done": 1}]
+    assert log.getvalue() == b"a[rank1] noisea {half\n\n"
+
+
+KEYS = ("OPENAI_API_KEY", "MISTRAL_API_KEY", "apikey", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "MY_VENDOR")
+KEPT = ("HOME", "TOKENIZERS_PARALLELISM", "MONKEY", "KEYBOARD_LAYOUT", "CUDA_VISIBLE_DEVICES")
+
+
+def test_a_child_has_no_keys(child, tmp_path, monkeypatch):
+    for name in (*KEYS, *KEPT):
+        monkeypatch.setenv(name, "sk-0123456789")
+    with withheld(["MY_VENDOR"]):
+        child("import json; (folder / 'env').write_text(json.dumps(dict(os.environ)))")
+    found = json.loads((tmp_path / "env").read_text())
+    assert set(KEPT) <= set(found)
+    assert not set(KEYS) & set(found)
+    assert os.environ["OPENAI_API_KEY"]  # the parent asks with it
+    child("import json; (folder / 'env').write_text(json.dumps(dict(os.environ)))")
+    assert "MY_VENDOR" in json.loads((tmp_path / "env").read_text())
+
+
+def test_the_classifier_may_download_with_the_hubs_token_and_no_other_key(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    assert environment("tapir_local.classifier")["HF_TOKEN"] == "hf_0123456789"
+    assert "OPENAI_API_KEY" not in environment("tapir_local.classifier")
+    assert "HF_TOKEN" not in environment("tapir_local.train")
 
 
 def test_a_launcher_that_is_not_there_is_named(child):

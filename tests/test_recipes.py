@@ -17,7 +17,7 @@ from server import Server, send
 
 from cli import distill as command
 from tapir_local import classifier, export, gate, pocket, train
-from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files, student_folder
+from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files, settle_student, student_folder
 from tapir_local.dataset import Draft
 from tapir_local.distill import distill, sequence
 from tapir_local.errors import TapirError
@@ -268,10 +268,11 @@ def test_a_template_stays_as_it_was_at_the_first_training(tmp_path: Path) -> Non
     recipe = parse_recipe(f"teacher: pocket\nstudent: {{path: {model}, chat_template: {own}}}", "r")
     for text in ("one", "two"):
         own.write_text(text)
-        assert (student_folder(recipe, run) / "chat_template.jinja").read_text() == text
+        assert (settle_student(recipe, run) / "chat_template.jinja").read_text() == text
     (run.round(0) / "adapter").mkdir(parents=True)
     own.write_text("three")
-    view = student_folder(recipe, run)
+    view = settle_student(recipe, run)
+    assert student_folder(recipe, run) == view
     assert (view / "chat_template.jinja").read_text() == "two"
     assert {path.name: path.read_bytes() for path in view.iterdir()} == {**before, "chat_template.jinja": b"two"}
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,56 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     )
     assert "cannot be written" in out.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def read_in_a_block(out: Path, other: Path) -> None:
+    with whole(out) as partial:
+        partial.write_text(other.read_text())
+
+
+def test_a_file_that_the_block_reads_keeps_its_own_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for other, kind in ((tmp_path / "gone.jsonl", FileNotFoundError), (tmp_path / "folder", IsADirectoryError)):
+        with pytest.raises(kind) as caught:
+            read_in_a_block(tmp_path / "out.json", other)
+        assert caught.value.filename == str(other)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+NOT_OF_WRITING = (ConnectionResetError("reset by peer"), TimeoutError("timed out"), OSError("no model"))
+
+
+@pytest.mark.parametrize("error", NOT_OF_WRITING)
+def test_an_error_of_the_network_or_a_library_is_not_said_to_be_of_writing(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, whole(tmp_path / "out.json"):
+        raise error
+    assert caught.value is error
+
+
+def in_a_file(place: Path) -> Path:
+    """A folder that would lie within a file."""
+    (place / "file").write_text("")
+    return place / "file" / "out.json"
+
+
+def over_a_folder(place: Path) -> Path:
+    """A place that a folder with something in it takes."""
+    (place / "out.json" / "more").mkdir(parents=True)
+    return place / "out.json"
+
+
+@pytest.mark.parametrize("make", [in_a_file, over_a_folder])
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    place = make(tmp_path)
+    with pytest.raises(TapirError, match="cannot be written") as caught:
+        write_text(place, "text")
+    assert caught.value.where == str(place)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_folder_that_the_block_cannot_make_is_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="cannot be written: No such file"), whole(tmp_path / "adapter") as partial:
+        (partial / "weights").write_bytes(b"1")  # the folder itself was forgotten
 
 
 def test_rows_come_back_and_a_damaged_line_is_named(tmp_path: Path) -> None:

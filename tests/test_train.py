@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from models import make_model, make_tokenizer
+from models import CHATML, make_model, make_tokenizer
 from training import SETTINGS, examples, log, losses
 from training import resolved as settled
 
@@ -78,19 +78,46 @@ def test_exactly_the_prompt_is_masked_and_the_end_of_turn_is_learned(tmp_path):
         assert masked == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
-def test_a_long_completion_loses_its_end_and_a_long_prompt_its_row(tmp_path):
+LONG = "1 2 3 4 5 6 7 8 9 " * 20
+
+
+def test_a_row_that_does_not_fit_is_left_out_whole_and_told(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
-    short, long = examples(2)
-    answer = Example("a", short.prompt, "1 2 3 4 5 6 7 8 9 " * 20)
-    question = Example("b", (Message("user", "1 2 3 4 5 6 7 8 9 " * 20),), "No.")
-    tokens = token_rows([short, answer, question, long], tokenizer, 64)
-    assert tokens.counts == {"trained": 3, "cut": 1, "dropped": 1}
-    assert str(tokens) == "3 rows trained, 1 rows cut, 1 rows dropped"
-    cut = tokens.rows[1]
-    assert len(cut["input_ids"]) == len(cut["labels"]) == 64
+    short, other = examples(2)
+    answer, question = Example("a", short.prompt, LONG), Example("b", (Message("user", LONG),), "No.")
+    tokens = token_rows([short, answer, question, other], tokenizer, 64)
+    assert tokens.rows == token_rows([short, other], tokenizer, 64).rows
+    assert [(row.id, row.kind) for row in tokens.left_out] == [(id, "longer than student.max_length") for id in "ab"]
+    assert "tokens of prompt and" in tokens.left_out[0].detail
+    assert tokens.counts == {"trained": 2, "dropped": 2}
+    assert str(tokens) == "2 rows trained, 2 rows dropped"
+
+
+def test_every_row_that_is_trained_on_has_its_end_whatever_the_room(tmp_path):
+    """At the length of a row it is trained on whole, at one token less it is left out."""
+    tokenizer = make_tokenizer(tmp_path)
+    rows = examples(6)
+    lengths = [len(row["input_ids"]) for row in token_rows(rows, tokenizer, 128).rows]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end not in cut["labels"]
-    assert end in tokens.rows[0]["labels"]
+    for room in range(min(lengths) - 1, max(lengths) + 1):
+        found = token_rows(rows, tokenizer, room)
+        assert len(found.rows) == sum(length <= room for length in lengths)
+        assert {row.id for row in found.left_out} == {str(n) for n, length in enumerate(lengths) if length > room}
+        assert all(end in row["labels"] for row in found.rows)
+
+
+NO_SYSTEM = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}""" + CHATML
+
+
+def test_a_row_that_the_template_refuses_is_left_out_and_told(tmp_path):
+    tokenizer = make_tokenizer(tmp_path, template=NO_SYSTEM)
+    first, second, third = examples(3)
+    system = replace(second, prompt=(Message("system", "Be brief."), *second.prompt))
+    tokens = token_rows([first, system, third], tokenizer, 128)
+    assert tokens.rows == token_rows([first, third], tokenizer, 128).rows
+    (left,) = tokens.left_out
+    assert (left.id, left.kind) == ("1", "refused by the student's chat template")
+    assert "no system turn" in left.detail
 
 
 def test_a_token_across_the_boundary_leaves_the_prompt_as_it_is_asked(tmp_path):
@@ -121,7 +148,7 @@ def test_the_folder_holds_the_adapter_and_what_it_was_made_with(trained):
     resolved = json.loads((trained / "resolved.json").read_text())
     assert resolved["sft"].keys() >= UNSLOTH_CHANGES
     assert resolved["lora"]["target_modules"] == [f"{name}_proj" for name in ("down", "gate", "k", "o", "q", "up", "v")]
-    assert resolved["rows"] == {"trained": 32, "cut": 0, "dropped": 0}
+    assert resolved["rows"] == {"trained": 32, "dropped": 0}
     assert resolved["versions"]["trl"]
     assert (resolved["device"], resolved["backend"]) == ("cpu", "trl")
 
@@ -230,7 +257,7 @@ def test_rows_that_cannot_be_learned_from_are_refused(base, rows, tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(TapirError, match="no rows to train on"):
         run_job(TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7))
-    with pytest.raises(TapirError, match="every prompt fills"):
+    with pytest.raises(TapirError, match=r"no row is left to train on: 32 longer than student\.max_length"):
         run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 8, 7))
 
 
