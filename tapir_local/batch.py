@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tapir_local import keys
+from tapir_local.account import Bill
 from tapir_local.asking import Asking, Job
 from tapir_local.away import Away, Sent
 from tapir_local.batch_api import BOUNDS, DAY, BatchServer, Bounds
@@ -26,7 +27,7 @@ from tapir_local.batch_lines import (
     trouble_in,
     words_of,
 )
-from tapir_local.budget import BATCH_DISCOUNT, Cost
+from tapir_local.budget import BATCH_DISCOUNT
 from tapir_local.endpoint import client_of, hidden, hidden_in, http_of, key_place, kind_of
 from tapir_local.errors import TapirError
 from tapir_local.refusals import Trouble, unreadable
@@ -100,7 +101,6 @@ class Batches:
         self.waiting: dict[bytes, Job] = {}
         self.most, self.room = bounds.requests, sys.maxsize  # requests in a batch, and batches away at once
         self.pause = bounds.first_wait
-        self.set_aside: dict[bytes, Cost] = {}  # of the budget, for the jobs that are away
         self.failed: TapirError | None = None
 
     async def send(self, jobs: list[Job]) -> list[Job]:
@@ -118,23 +118,11 @@ class Batches:
             await self.watch(parts)
         return list(self.waiting.values())
 
-    def affordable(self, job: Job) -> bool:
-        """Set aside what the job may cost; False where the budget has no room for it now."""
-        purse = self.asking.purse
-        if job.key not in self.set_aside and purse.hold(job.dearest):
-            self.set_aside[job.key] = job.dearest
-        return job.key in self.set_aside
-
     def refuse_unaffordable(self) -> None:
         """TapirError when nothing is away and the budget has no room for what is left."""
         job = next(iter(self.waiting.values()))
-        if not self.affordable(job) and not self.asking.purse.waiting:
-            raise self.asking.purse.empty(f"stage {job.request.stage}, row {job.request.row}")
-
-    def put_back(self, job: Job) -> None:
-        """What was set aside for a job may go to others."""
-        if job.key in self.set_aside:
-            self.asking.purse.free(self.set_aside.pop(job.key))
+        if not self.asking.reserve(job) and not self.asking.purse.waiting:
+            raise self.asking.over_budget(job)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -156,15 +144,9 @@ class Batches:
                 batch = replace(batch, server=await self.adopted(batch))
             if jobs and batch.server:
                 parts.append(Part(batch, jobs))
-                self.owe(jobs)
+                for job in jobs:
+                    self.asking.reserve_anyway(job)
         return parts
-
-    def owe(self, jobs: Sequence[Job]) -> None:
-        """Set aside what batches that an earlier run submitted may cost, whatever the budget is now."""
-        for job in jobs:
-            if job.key not in self.set_aside:
-                self.set_aside[job.key] = job.dearest
-                self.asking.purse.owe(job.dearest)
 
     async def adopted(self, batch: Sent) -> str:
         """The server's id of a batch whose making was cut; "" when it was never made, and is forgotten."""
@@ -178,7 +160,7 @@ class Batches:
     async def submit(self, parts: Sequence[Part]) -> list[Part]:
         """Submit what no batch holds, in as many batches as it takes and the server has room for."""
         held = {job.key for part in parts for job in part.jobs}
-        left = [job for job in self.waiting.values() if job.key not in held and self.affordable(job)]
+        left = [job for job in self.waiting.values() if job.key not in held and self.asking.reserve(job)]
         made: list[Part] = []
         for jobs in divided(left, self.most, self.bounds.size):
             if len(parts) + len(made) >= self.room:
@@ -246,6 +228,9 @@ class Batches:
             if time.time() < batch.created + GONE:
                 raise self.unknown(part) from error
             self.away.forget(batch.tag)
+            for job in part.jobs:
+                self.asking.note(job, f"batch {batch.server} is gone from the server", b"", 0.0, job.reserved)
+                self.asking.release(job)
             return None
         if made.status != batch.state:
             self.away.heard(batch.tag, made.status)
@@ -312,28 +297,29 @@ class Batches:
         raw = body_in(line)
         if raw is None:
             otherwise = f"no answer in batch {made.id}, which is {made.status}"
-            self.suffer(job, trouble_in(line, self.endpoint, otherwise), seconds)
+            lost = line is None and made.status == "completed"  # answered, and billed, though no line holds the answer
+            self.suffer(job, trouble_in(line, self.endpoint, otherwise), seconds, job.reserved if lost else None)
             return
         try:
             reply = self.asking.read(job.body, raw)
         except ValueError:
-            self.suffer(job, unreadable(raw, {}, self.endpoint), seconds)
+            self.suffer(job, unreadable(raw, {}, self.endpoint), seconds, job.reserved)
             return
         share = 1.0 if self.endpoint.batch else BATCH_DISCOUNT  # asked live now, it was still a batch that was paid for
         self.asking.keep(job, raw, reply, seconds, share)
-        self.put_back(job)
+        self.asking.release(job)
         if reply.again and job.tries + 1 < self.endpoint.attempts:
             job.tries += 1
         else:
             self.finish(job, reply, paid=True)
         self.failed = self.failed or self.asking.hopeless(job, reply.why, reply.finish == "length")
 
-    def suffer(self, job: Job, trouble: Trouble, seconds: float) -> None:
-        """No answer came: note it; into the next batch with the job, or stop."""
+    def suffer(self, job: Job, trouble: Trouble, seconds: float, bill: Bill | None = None) -> None:
+        """No answer came: note it with what may have been billed for it; into the next batch with the job, or stop."""
         client = self.server.client
         why = hidden(trouble.why, client)
-        self.asking.note(job, why, hidden_in(trouble.body, client), seconds)
-        self.put_back(job)
+        self.asking.note(job, why, hidden_in(trouble.body, client), seconds, bill)
+        self.asking.release(job)
         tries = min(trouble.tries or self.endpoint.attempts, self.endpoint.attempts)
         if trouble.then not in ("stop", "row") and job.tries + 1 < tries:
             job.tries += 1
@@ -345,5 +331,5 @@ class Batches:
     def finish(self, job: Job, reply: Reply, paid: bool) -> None:
         """Serve a job's places."""
         del self.waiting[job.key]
-        self.put_back(job)
+        self.asking.release(job)
         self.asking.finish(job, reply, paid)

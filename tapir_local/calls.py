@@ -17,6 +17,7 @@ from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
 from tapir_local.replies import read_reply
 from tapir_local.storefile import connect
+from tapir_local.usage import MOST
 
 DAMAGED = "(damaged)"
 KEY = 32  # bytes
@@ -134,7 +135,7 @@ def stats(path: Path, run: str | None = None) -> list[dict[str, Any]]:
     """Calls used, paid for, and their tokens, by run, round and stage; tokens are those of paid calls."""
     sql = (
         "select u.run, u.round, u.stage, count(*) as used, sum(u.paid) as paid,"
-        " sum(u.paid * c.tokens_in) as tokens_in, sum(u.paid * c.tokens_out) as tokens_out"
+        f" sum(u.paid * min(c.tokens_in, {MOST})) as tokens_in, sum(u.paid * min(c.tokens_out, {MOST})) as tokens_out"
         " from uses u join calls c on c.key = u.key where ? is null or u.run = ?"
         " group by u.run, u.round, u.stage order by u.run, u.round, min(c.id)"
     )

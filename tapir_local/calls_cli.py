@@ -150,7 +150,7 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
 
 
 @calls.command(epilog=example("tapir-local calls verify", "tapir-local calls verify --run quickstart"))
-@click.option("--run", help="See too that every call in this run's tapir.lock is there.")
+@click.option("--run", help="Check too that every call that this run used, or that its tapir.lock names, is there.")
 @cache_option
 def verify(run: str | None, cache: Path | None) -> None:
     """Read every call and check its key against its request; exits with 1 where one is damaged or absent."""
@@ -159,7 +159,7 @@ def verify(run: str | None, cache: Path | None) -> None:
 
     refuse_unknown(store_path(cache), run=run)
     count, bad = check(store_path(cache))
-    gone = absent(store_path(cache), locked_keys(cache, run)) if run else []
+    gone = absent(store_path(cache), used_keys(cache, run)) if run else []
     for key in [*bad, *gone]:
         echo(key)
     missing = f", {len(gone):,} of run {run} absent" if run else ""
@@ -168,12 +168,23 @@ def verify(run: str | None, cache: Path | None) -> None:
         sys.exit(1)
 
 
-def locked_keys(cache: Path | None, run: str) -> list[str]:
-    """The keys in a run's tapir.lock, [] where the run's folder is not there."""
-    from tapir_local.lockfile import keys_of, locked
-    from tapir_local.rundir import RunDir
+def used_keys(cache: Path | None, run: str) -> list[str]:
+    """The keys that a run used by the store's record or its tapir.lock; TapirError where it used none."""
+    from tapir_local.calls import opened
+    from tapir_local.transfer import keys_of
 
-    return keys_of(locked(RunDir(store_path(cache).parent, run)))
+    locked = [bytes.fromhex(key) for key in locked_keys(cache, run)]
+    with opened(store_path(cache)) as store:
+        return sorted(key.hex() for key in keys_of(store, store_path(cache), run, locked))
+
+
+def locked_keys(cache: Path | None, run: str) -> list[str]:
+    """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
+    from tapir_local.lockfile import keys_of, locked
+    from tapir_local.rundir import named_run
+
+    folder = named_run(store_path(cache).parent, run)
+    return keys_of(locked(folder)) if folder else []
 
 
 @calls.command(name="export", epilog=example("tapir-local calls export --run quickstart quickstart.db"))

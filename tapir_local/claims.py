@@ -10,6 +10,8 @@ import struct
 import threading
 from pathlib import Path
 
+from tapir_local.private import private_file
+
 LOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
 
 
@@ -17,7 +19,8 @@ class Claims:
     """The keys that this store's owner is asking at the moment; the file stays empty."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        private_file(path)
+        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._held: set[bytes] = set()
         self._guard = threading.Lock()
 

@@ -11,6 +11,7 @@ from tapir_local.errors import TapirError
 from tapir_local.gguf_vocab import read_json
 from tapir_local.llama import check_gguf
 from tapir_local.memory import check_disk, check_memory, free_memory
+from tapir_local.private import private_file
 from tapir_local.process import Progress
 from tapir_local.rundir import remove
 from tapir_local.weights import adapter_settings, read_model
@@ -108,6 +109,7 @@ def run_script(script: Path, model: Path, out: Path, kind: str, log: Path) -> No
     """The converter in a process of its own, offline, with the gguf package beside it and not the one installed."""
     command = [sys.executable, str(script), str(model), "--outfile", str(out), "--outtype", kind]
     log.parent.mkdir(parents=True, exist_ok=True)
+    private_file(log)
     with log.open("wb") as file:
         code = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(script)

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from tapir_local.calls import opened
 from tapir_local.records import Example
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.rundir import RunDir, named_run, read_rows
 from tapir_local.stages import PREPARE, ROUND
+from tapir_local.storefile import has_estimates
 
 STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
 By = Literal["run", "round", "stage", "task"]
@@ -18,17 +19,16 @@ WHOSE = """
 (:run is null or {of}run = :run) and (:round is null or {of}round = :round)
 and (:row is null or {of}row = :row or substr({of}row, 1, length(:row) + 1) = :row || '#')
 """
-PAID = f"""
-select u.run, u.round, u.stage, u.row, u.paid, c.tokens_in, c.tokens_out, c.price from uses u
-join calls c on c.key = u.key where {WHOSE.format(of="u.")} order by c.id
+PAID = """
+select u.run, u.round, u.stage, u.row, u.paid, c.tokens_in, c.tokens_out, c.price, {estimated} from uses u
+join calls c on c.key = u.key where {whose} order by c.id
 """
-FAILED = f"""
-select run, round, stage, row, tokens_in, tokens_out, price from attempts
-where run != '' and {WHOSE.format(of="")} order by id
+FAILED = """
+select run, round, stage, row, tokens_in, tokens_out, price, {estimated} from attempts
+where run != '' and {whose} order by id
 """
-NOTHING: Mapping[str, float] = dict.fromkeys(
-    ("paid", "from_store", "failed", "tokens_in", "tokens_out", "money", "saved", "unpriced", "unpriced_hits"), 0
-)
+SUMS = "paid from_store failed tokens_in tokens_out money saved unpriced unpriced_hits estimated"
+NOTHING: Mapping[str, float] = dict.fromkeys(SUMS.split(), 0)
 
 
 def costs(
@@ -38,15 +38,20 @@ def costs(
 
     `paid` and `from_store` are calls; tokens are those paid for; `money` and `saved` are in the money of the prices;
     `unpriced` calls were paid at a price that the recipe does not say, `unpriced_hits` were such when first paid.
+    `failed` are attempts without a usable answer, some of which were or may have been billed; of `estimated` calls and
+    attempts the server stated no token counts, and theirs are the most that they can be.
     """
     tasks: dict[str, dict[str, str]] = {}
     sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(NOTHING))
     whose = {"run": run, "round": number, "row": row}
     with opened(store) as conn:
-        for name, round_, stage, row_, paid, *sizes in conn.execute(PAID, whose):
+        mark = "estimated" if has_estimates(conn) else "0"
+        paid_calls = PAID.format(estimated=mark, whose=WHOSE.format(of="u."))
+        failed_calls = FAILED.format(estimated=mark, whose=WHOSE.format(of=""))
+        for name, round_, stage, row_, paid, *sizes in conn.execute(paid_calls, whose):
             value = value_of(by, store.parent, tasks, name, round_, stage, row_)
             add(sums[value], "paid" if paid else "from_store", *sizes)
-        for name, round_, stage, row_, *sizes in conn.execute(FAILED, whose):
+        for name, round_, stage, row_, *sizes in conn.execute(failed_calls, whose):
             value = value_of(by, store.parent, tasks, name, round_, stage, row_)
             add(sums[value], "failed", *sizes)
     return sorted(({by: value, **found} for value, found in sums.items()), key=lambda row: rank(by, row))
@@ -61,13 +66,15 @@ def rank(by: By, row: Mapping[str, Any]) -> tuple[int, str]:
     return (place, value)
 
 
-def add(sums: dict[str, Any], kind: str, tokens_in: int, tokens_out: int, price: float | None) -> None:
-    """Count a call or an attempt."""
+def add(sums: dict[str, Any], kind: str, *sizes: Any) -> None:
+    """Count a call or an attempt of (prompt, reply) tokens and a price, estimated or not."""
+    tokens_in, tokens_out, price, estimated = sizes
     sums[kind] += 1
     if kind == "from_store":
         sums["saved"] += price or 0.0
         sums["unpriced_hits"] += price is None
         return
+    sums["estimated"] += estimated
     sums["tokens_in"] += tokens_in
     sums["tokens_out"] += tokens_out
     sums["money"] += price or 0.0
@@ -79,7 +86,8 @@ def value_of(by: By, cache: Path, tasks: dict[str, dict[str, str]], run: str, nu
     if by != "task":
         return {"run": run, "round": str(number), "stage": stage}[by]
     if run not in tasks:
-        tasks[run] = tasks_of(RunDir(cache, run))
+        folder = named_run(cache, run)
+        tasks[run] = tasks_of(folder) if folder else {}
     return tasks[run].get(row.partition("#")[0], "unknown")
 
 

@@ -359,9 +359,18 @@ def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainT
         table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *moneys([row]))
     table.add_section()
     table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *moneys(rows))
-    if any(row["failed"] for row in rows):
-        table.caption = "Failed: attempts without an answer. What they cost is in the tokens and the money."
+    table.caption = costs_caption(rows)
     return table
+
+
+def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the numbers of failed attempts and of estimated ones mean, where there are any."""
+    said = []
+    if any(row["failed"] for row in rows):
+        said.append("Failed: attempts without an answer. What may have been billed is in the tokens and the money.")
+    if count := sum(row["estimated"] for row in rows):
+        said.append(f"Of {count:,} calls and attempts no token counts came; the most that they may be is counted.")
+    return " ".join(said) or None
 
 
 def moneys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from tapir_local import keys, prompts
+from tapir_local.account import Bill
 from tapir_local.asking import Asking, Job
 from tapir_local.calls import Progress, quiet
 from tapir_local.errors import TapirError
@@ -179,9 +180,9 @@ def take(
     for done, job in enumerate(jobs):
         progress(done, len(jobs))
         row = given[job.places[0]]
-        store.put(
-            asking.call(job, row.raw, read_reply(row.raw), 0.0, None), [asking.use(at, job.key) for at in job.places]
-        )
+        reply = read_reply(row.raw)
+        bill = Bill(reply.tokens_in, reply.tokens_out, None)
+        store.put(asking.call(job, row.raw, reply, 0.0, bill), [asking.use(at, job.key) for at in job.places])
         note_difference(row, job, found)
     store.flush()
     found.new, found.known = len(jobs), len(given) - len(jobs)

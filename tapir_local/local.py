@@ -135,7 +135,7 @@ def answer_group(group: Group) -> None:
     finally:
         for number in group.began:
             group.asking.store.release(group.jobs[number].key)
-            group.asking.purse.free(group.jobs[number].dearest)
+            group.asking.release(group.jobs[number])
 
 
 def begin(group: Group, number: int) -> bool:
@@ -146,10 +146,10 @@ def begin(group: Group, number: int) -> bool:
     asking, job = group.asking, group.jobs[number]
     if not claim(asking, job):
         return False
-    if not asking.purse.hold(job.dearest):
+    if not asking.reserve(job):
         asking.store.release(job.key)
         if not asking.purse.waiting:
-            raise asking.purse.empty(f"stage {job.request.stage}, row {job.request.row}")
+            raise asking.over_budget(job)
         return False
     group.began[number] = time.monotonic()
     return True
@@ -171,14 +171,13 @@ def keep(group: Group, number: int, written: Written) -> None:
         why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
         why = refusal_of(group.model, job) if refused else why
         reply = reply._replace(why="" if reply.text.strip() else why)
-        spent = (0, 0) if began is None else counts
-        asking.note(job, why, raw, seconds, spent, asking.spend(*spent) if began else None)
+        asking.note(job, why, raw, seconds, None if began is None else asking.account.priced(*counts))
     if kept:
         kept.add_done_callback(lambda _: asking.store.release(job.key))
     elif began is not None:
         asking.store.release(job.key)
     if group.began.pop(number, None) is not None:
-        asking.purse.free(job.dearest)
+        asking.release(job)
     asking.finish(job, reply, paid=True)
     if not reply.text.strip() and (error := asking.hopeless(job, reply.why)):
         raise error

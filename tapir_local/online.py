@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import orjson
 
+from tapir_local.account import Bill
 from tapir_local.asking import Asking, Job
 from tapir_local.away import Away
 from tapir_local.endpoint import chat_of, client_of, hidden, hidden_in, http_of, in_the_clear
+from tapir_local.errors import TapirError
 from tapir_local.pace import Line, Pace, backoff, used_up, wait_asked
 from tapir_local.refusals import Trouble, trouble_of, unreadable
 from tapir_local.replies import Reply
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 GRACE = 10.0  # seconds that requests in flight get to come home after Ctrl-C
 ASKED_ELSEWHERE = 0.05  # seconds between looks at a request that another thread or process is asking
 SHORT_OF_MONEY = 0.05  # seconds between looks at a budget that requests in flight may leave room in
-SECOND_COPIES = 0.02  # share of the requests that may be sent twice because they are late
+TIMED_OUT, SERVER_ERROR, UNAVAILABLE = 408, 500, 503
 NOTHING_LOST = "run the same command again: nothing paid for is lost."
 LOADS = 600.0  # seconds that a server may take to load its model; `patience`, where that is less
 LOOK_AGAIN = 2.0  # seconds between requests to a server that loads its model, where it names none
@@ -52,7 +54,6 @@ class Online:
         self.refused_since: float | None = None
         self.reached = False
         self.pace = Pace()
-        self.copies = max(1, int(SECOND_COPIES * len(asking.requests)))
 
     async def send(self, jobs: list[Job], transport: httpx2.AsyncBaseTransport | None) -> list[Job]:
         """Send the jobs, as many at once as the endpoint bears; those in a batch since come back."""
@@ -108,59 +109,57 @@ class Online:
                 self.store.release(job.key)
 
     async def affordable(self, job: Job) -> bool:
-        """Wait until the budget has room for the job's dearest answer; False, and the end, when it never will."""
-        purse = self.asking.purse
-        while not purse.hold(job.dearest):
-            if not purse.waiting:
-                self.line.stop(purse.empty(self.asking.place(job)))
+        """Wait until the budget has room for the most that a job can cost; False, and the end, when it never will."""
+        while not self.asking.reserve(job):
+            if not self.asking.purse.waiting:
+                self.line.stop(self.asking.over_budget(job))
             if self.line.failed:
                 return False
             await asyncio.sleep(SHORT_OF_MONEY)
         return True
 
     async def attempt(self, job: Job) -> Future[None] | None:
-        """Send a job once and see to what comes; what the store owes when it came to an answer."""
-        if (wait := self.pace.turn(self.loop.time(), self.line.limit)) > 0:
-            await asyncio.sleep(wait)
+        """Send a job once, in its turn, and see to what comes; what the store owes when it came to an answer."""
         sent = self.loop.time()
         try:
-            async with asyncio.timeout(self.endpoint.timeout):
-                response = await self.first_reply(job)
-        except failures() as error:
-            trouble = broken(error, self.endpoint, self.reached, job.tries)
-        else:
-            if response.is_success:
-                return self.received(job, response, sent)
-            self.reached = True
-            trouble = trouble_of(response, self.endpoint)
+            if (wait := self.pace.turn(sent, self.line.limit)) > 0:
+                await asyncio.sleep(wait)
+            await self.record(job)
+            sent = self.loop.time()
+            return await self.exchange(job, sent)
+        except asyncio.CancelledError:
+            if job.sent:
+                with suppress(TapirError):
+                    self.asking.note(job, "interrupted while in flight", b"", self.loop.time() - sent, job.reserved)
+            raise
         finally:
-            self.asking.purse.free(job.dearest)
-        self.suffer(job, trouble, sent)
-        return None
+            self.asking.release(job)
 
-    async def first_reply(self, job: Job) -> httpx2.Response:
-        """The reply to a job; of a late one, when none waits to be sent, a second copy goes and the first reply counts.
+    async def record(self, job: Job) -> None:
+        """Record a job that is about to be sent: on the disk before it goes, where a budget counts it."""
+        if not self.asking.account.bills:
+            return
+        recorded = self.asking.send(job)
+        if self.asking.purse.limited:
+            await asyncio.wrap_future(recorded)
 
-        The one that loses is called off, though its server may have worked for nothing: so only SECOND_COPIES of the
-        requests are sent twice.
-        """
-
-        def send() -> asyncio.Task[httpx2.Response]:
-            request = self.http.build_request("POST", self.url, content=body, headers=self.headers)
-            return asyncio.ensure_future(post(self.http, request))
-
+    async def exchange(self, job: Job, sent: float) -> Future[None] | None:
+        """One request and what came of it."""
         body = orjson.dumps(streamed(job.body, self.usage_too) if self.endpoint.stream else job.body)
-        sending = [send()]
+        request = self.http.build_request("POST", self.url, content=body, headers=self.headers)
         try:
-            while len(sending) == 1 and not (await asyncio.wait(sending, timeout=self.pace.late))[0]:
-                if self.copies and not self.line.ready:
-                    self.copies -= 1
-                    self.asking.note(job, "late: asked a second time", b"", self.pace.late)
-                    sending.append(send())
-            return await first_well_ended(sending)
-        finally:
-            for request in sending:
-                request.cancel()
+            async with asyncio.timeout(self.endpoint.timeout):
+                response = await post(self.http, request)
+        except failures() as error:
+            bill = None if never_sent(error) else job.reserved
+            self.suffer(job, broken(error, self.endpoint, self.reached, job.tries), sent, bill)
+            return None
+        if response.is_success:
+            return self.received(job, response, sent)
+        self.reached = True
+        bill = job.reserved if may_be_billed(response) else None
+        self.suffer(job, trouble_of(response, self.endpoint), sent, bill)
+        return None
 
     def received(self, job: Job, response: httpx2.Response, sent: float) -> Future[None] | None:
         """Store what came before anything else, then see whether it is an answer."""
@@ -194,7 +193,7 @@ class Online:
         if self.endpoint.stream and is_stream(raw):
             trouble = Trouble("again", str(error), raw, sure=False, last="row")
         self.asking.outcomes.unread()
-        self.suffer(job, trouble, sent)
+        self.suffer(job, trouble, sent, job.reserved)
         if hopeless := self.asking.hopeless(job, hidden(trouble.why, self.client)):
             self.line.stop(hopeless)
 
@@ -205,10 +204,10 @@ class Online:
             with suppress(RuntimeError):  # the loop has ended: `flush` will raise the same error
                 self.loop.call_soon_threadsafe(self.line.stop, error)
 
-    def suffer(self, job: Job, trouble: Trouble, sent: float) -> None:
-        """No answer came: note it, and try again, wait, leave the row out, or stop."""
+    def suffer(self, job: Job, trouble: Trouble, sent: float, bill: Bill | None = None) -> None:
+        """No answer came: note what may have been billed; try again, wait, leave the row out, or stop."""
         why = hidden(trouble.why, self.client)
-        self.asking.note(job, why, hidden_in(trouble.body, self.client), self.loop.time() - sent)
+        self.asking.note(job, why, hidden_in(trouble.body, self.client), self.loop.time() - sent, bill)
         tries = min(trouble.tries or self.endpoint.attempts, self.endpoint.attempts)
         if self.usage_too and self.endpoint.stream and "stream_options" in why:
             self.usage_too = False
@@ -286,11 +285,23 @@ class Online:
         self.line.done()
 
 
-async def first_well_ended(sending: Sequence[asyncio.Future[httpx2.Response]]) -> httpx2.Response:
-    """The first reply of several; the last one's error where none came."""
-    waiting: set[asyncio.Future[httpx2.Response]] = set(sending)
-    while True:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        best = min(done, key=lambda request: request.exception() is not None)
-        if not waiting or not best.exception():
-            return best.result()
+def never_sent(error: Exception) -> bool:
+    """Whether a request failed before a server had it; a connection that broke later may have been worked on."""
+    import aiohttp
+    import httpx2
+
+    unsent = (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol, httpx2.PoolTimeout, httpx2.InvalidURL)
+    unreached = (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError)
+    return isinstance(error, unsent) or isinstance(error.__cause__ or error, unreached)
+
+
+def may_be_billed(response: httpx2.Response) -> bool:
+    """Whether a server may have worked on a request before it answered with an error.
+
+    Vendors do not bill their own failures, but behind a gateway's 5xx or 408 a server may have generated a whole reply.
+    A 503 that says when to come back refuses before any work, as a 429 does; so do all other 4xx.
+    """
+    status = response.status_code
+    if status == UNAVAILABLE:
+        return wait_asked(response.headers) is None and b"loading" not in response.content.lower()
+    return status >= SERVER_ERROR or status == TIMED_OUT

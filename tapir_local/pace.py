@@ -1,7 +1,6 @@
 """When the next request may go: what the server's headers ask for, and how many requests may be in flight."""
 
 import asyncio
-import math
 import re
 import statistics
 import time
@@ -17,7 +16,6 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 LONGEST_BACKOFF = 30.0
 TOLERATED = 0.15  # share of 429s that does not slow us: they cost nothing but the asking, and chance brings 10 % of 5
 ENOUGH = 20  # replies that tell how long one takes
-LATE_LEAST = 5.0  # seconds before which none is late
 SPREAD = 0.8  # below 1, so that spreading never is what limits the rate
 LONGEST_GAP = 0.01  # seconds between two requests: more than it takes to read a reply and write a request
 FEW = 3  # refusals in a row that mean little however few are in flight
@@ -75,7 +73,7 @@ def backoff(tries: int, chance: float) -> float:
 
 
 class Pace:
-    """How long the last replies took, and from it when the next request may go and when a reply is late.
+    """How long the last replies took, and from it when the next request may go.
 
     Requests that go together come back together, and each then waits for the others to be read: so they are spread
     over the time of a reply, as TCP's pacing spreads packets over a round trip.
@@ -85,16 +83,13 @@ class Pace:
         self._took: deque[float] = deque(maxlen=200)
         self._fresh = 0
         self._next = self._mean = 0.0
-        self.late = math.inf  # seconds after which a reply is: three times what nine of ten took
 
     def took(self, seconds: float) -> None:
         """A reply came after so many seconds."""
         self._took.append(seconds)
         self._fresh += 1
         if self._fresh >= ENOUGH:
-            self._fresh, ordered = 0, sorted(self._took)
-            self._mean = statistics.fmean(ordered)
-            self.late = max(LATE_LEAST, 3 * ordered[int(0.9 * len(ordered))])
+            self._fresh, self._mean = 0, statistics.fmean(self._took)
 
     def turn(self, now: float, in_flight: float) -> float:
         """Seconds until a request may go, so that `in_flight` of them are SPREAD over a reply's mean time."""

@@ -12,6 +12,7 @@ import lz4.block
 
 WINDOW = 32_768  # bytes of a sample that a text is compressed against
 REACH = WINDOW - 512  # a sample no longer than this is taken whole
+LARGEST = 64 << 20  # bytes of a text: a damaged or hostile block may declare gigabytes, which would be allocated
 LZ4, LONG = b"\1", b"\2"  # begin a packed text; LONG has the length of a shared beginning too; deflate's is 0x78
 
 
@@ -50,6 +51,8 @@ def squeezed(text: bytes, words: bytes) -> bytes:
 
 def stretched(block: bytes, words: bytes) -> bytes:
     """What `squeezed` squeezed, or something else where either was changed; zlib.error where that shows."""
+    if int.from_bytes(block[:4], "little") > LARGEST:
+        raise zlib.error(f"it declares more than {LARGEST:,} bytes")
     try:
         text: bytes = lz4.block.decompress(block, dict=words)
     except (lz4.block.LZ4BlockError, ValueError, MemoryError) as error:
@@ -60,9 +63,9 @@ def stretched(block: bytes, words: bytes) -> bytes:
 def inflated(packed: bytes, sample: bytes) -> bytes:
     """A text of a store as it was written before LZ4; deflate carries the checksums of text and sample."""
     stretch = zlib.decompressobj(zdict=sample)
-    text = stretch.decompress(packed)
+    text = stretch.decompress(packed, LARGEST)
     if not stretch.eof:
-        raise zlib.error("cut short")
+        raise zlib.error(f"cut short, or more than {LARGEST:,} bytes")
     return text
 
 

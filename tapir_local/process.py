@@ -19,6 +19,7 @@ from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
 from tapir_local.memory import cpus
 from tapir_local.printable import printable
+from tapir_local.private import private_file
 from tapir_local.rundir import write_record
 
 Progress = Callable[[int, int, str], None]
@@ -81,6 +82,7 @@ def run_module(
     log and its last line. The child is stopped when this is interrupted, and ends by itself when this process dies.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    private_file(log)
     start = [beside_python(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
     mark = secrets.token_hex(8)
     variables = {**environment(module), **(LAUNCHED if launcher else {}), MARK: mark}

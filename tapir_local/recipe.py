@@ -338,7 +338,7 @@ class Budget(Settings):
 
     money: float | None = Field(None, ge=0, description="in the money of the prices")
     tokens: int | None = Field(None, ge=0, description="of prompts and replies together")
-    calls: int | None = Field(None, ge=0, description="requests that were answered")
+    calls: int | None = Field(None, ge=0, description="requests that were answered, or may have been billed")
 
 
 class Limits(Settings):

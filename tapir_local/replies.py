@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from tapir_local.thinking import without_thoughts
+from tapir_local.usage import counts_of
 
 Thinking = Literal["strip", "keep"]
 
 BRIEF = 300  # characters of a server's message that are worth reading
-MOST_TOKENS = 2**32  # beyond it a count of tokens is none
 BYTES_A_TOKEN = 4  # where a server counts no tokens; English has a little more
 
 # Servers' words for why a reply ended, as `plain_word` spells them: those of the OpenAI API, vLLM, SGLang, TGI,
@@ -101,7 +101,7 @@ def read_reply(raw: bytes, reading: Reading = AS_IT_CAME) -> Reply:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a chat completion: {raw[:BRIEF]!r}") from error
     text = without_thoughts(said) if reading.thinking == "strip" else said
-    tokens_in, tokens_out = usage_of(body)
+    tokens_in, tokens_out = counts_of(body.get("usage"))
     word = word_of(choice.get("finish_reason"))
     finish = finish_of(word, said, tokens_out, reading.max_tokens)
     if refusal and not text.strip():
@@ -207,15 +207,3 @@ def only_thought(thought: str, reading: Reading) -> str:
         f"start the server without a reasoning parser, or turn thinking off, on vLLM and SGLang with "
         f"{reading.role}: {{extra: {{chat_template_kwargs: {{enable_thinking: false}}}}}}"
     )
-
-
-def usage_of(body: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens of the prompt and of the reply, as the server counts them."""
-    usage = body.get("usage")
-    found = usage if isinstance(usage, dict) else {}
-    return count_of(found.get("prompt_tokens")), count_of(found.get("completion_tokens"))
-
-
-def count_of(value: Any) -> int:
-    """A token count, 0 where the server gives none."""
-    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0

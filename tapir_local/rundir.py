@@ -15,6 +15,7 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.memory import check_disk
+from tapir_local.private import private_folder
 from tapir_local.records import from_json, to_json
 
 T = TypeVar("T")
@@ -52,6 +53,11 @@ class RunDir:
         """run.json: versions, times and what each finished stage took; {} before the first."""
         path = self.path / "run.json"
         return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
+
+
+def named_run(cache: Path, name: str) -> RunDir | None:
+    """The folder of a run that the store names; None for what has none, such as `import:FILE`."""
+    return RunDir(cache, name) if NAME.fullmatch(name) else None
 
 
 def runs_of(cache: Path) -> list[RunDir]:
@@ -199,7 +205,7 @@ def held(run: RunDir) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    run.path.mkdir(parents=True, exist_ok=True)
+    private_folder(run.path)
     lock, owner = FileLock(run.path / ".lock"), run.path / ".lock-holder"
     try:
         lock.acquire(blocking=False)

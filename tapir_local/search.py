@@ -17,6 +17,7 @@ from tapir_local import keys
 from tapir_local.calls import STORED, Progress, StoredCall, opened, quiet, readable, text_of
 from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
+from tapir_local.private import FILE, private_file
 from tapir_local.replies import text_of as words_of
 from tapir_local.store import explained
 from tapir_local.storefile import DAMAGED, numbered, samples_of, transaction
@@ -84,7 +85,9 @@ def apart(text: str) -> str:
 def matches(path: Path, store: sqlite3.Connection, query: str, progress: Progress) -> list[tuple[int, bytes]]:
     """(id, key) of the calls with the words, the best first; an index that cannot be used is made anew."""
     place = path.with_name(f"{path.name}.search")
-    with explained(place), FileLock(f"{place}.lock"):
+    with explained(place):
+        private_file(Path(f"{place}.lock"))
+    with explained(place), FileLock(f"{place}.lock", mode=FILE):
         try:
             return looked_up(place, store, query, progress)
         except sqlite3.DatabaseError as error:
@@ -107,13 +110,13 @@ def looked_up(place: Path, store: sqlite3.Connection, query: str, progress: Prog
 
 def index_at(place: Path, store: sqlite3.Connection) -> sqlite3.Connection:
     """The index of this store, an empty one where there is none, or one of another version or store."""
-    index = sqlite3.connect(place, isolation_level=None)
+    index = opened_index(place)
     try:
         if fits(index, store):
             return index
         index.close()
         remove(place)
-        index = sqlite3.connect(place, isolation_level=None)
+        index = opened_index(place)
         with transaction(index):
             for statement in TABLES:
                 index.execute(statement)
@@ -121,6 +124,12 @@ def index_at(place: Path, store: sqlite3.Connection) -> sqlite3.Connection:
         index.close()
         raise
     return index
+
+
+def opened_index(place: Path) -> sqlite3.Connection:
+    """The index's file, that its owner alone can read; an empty one where there is none."""
+    private_file(place)
+    return sqlite3.connect(place, isolation_level=None)
 
 
 def fits(index: sqlite3.Connection, store: sqlite3.Connection) -> bool:

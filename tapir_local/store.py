@@ -9,14 +9,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from filelock import FileLock
 
 from tapir_local import keys
 from tapir_local.claims import Claims
 from tapir_local.errors import TapirError
-from tapir_local.packing import WINDOW, pack, unpack
+from tapir_local.inserting import Inserter, Row
+from tapir_local.packing import unpack
+from tapir_local.private import FILE, private_file
+from tapir_local.reply_limits import reply_limits
 from tapir_local.storefile import (
     bring_up_to_date,
     connect,
@@ -26,7 +29,7 @@ from tapir_local.storefile import (
     transaction,
     warning_of,
 )
-from tapir_local.storerows import AS_IT_IS, ATTEMPT, INSERT_ATTEMPT, INSERT_CALL, INSERT_USE, USE, Attempt, Call, Use
+from tapir_local.storerows import Attempt, Call, InFlight, Landed, Use
 
 Mode = Literal["on", "off", "refresh", "read-only", "replay"]
 FIND = "select key, answer, sample from calls where key in "
@@ -35,7 +38,7 @@ BATCH = 2000  # rows of a commit at the most
 CANDIDATES = 2000  # stored requests compared with one that replay misses
 
 
-Job = tuple[Sequence[Call | Use | Attempt], "Future[None]"]
+Job = tuple[Sequence[Row], "Future[None]"]
 
 
 class Store:
@@ -53,7 +56,6 @@ class Store:
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
         self._samples: dict[int, bytes] = {}
-        self._kinds: dict[str, Sample] = {}
         self._unreadable: set[bytes] = set()
         self._broken: TapirError | None = None
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -96,20 +98,25 @@ class Store:
             found |= {row[0]: answer for row in rows if (answer := self._unpacked(*row)) is not None}
         return found
 
-    def put(self, call: Call, uses: Sequence[Use] = ()) -> "Future[None]":
+    def put(self, call: Call, uses: Sequence[Use] = (), sent: Attempt | None = None) -> "Future[None]":
         """Hand over an answer; the future resolves when it is on the disk, or holds the TapirError that says why not.
 
-        An answer stored meanwhile by someone else stays, except in mode "refresh". Raises the TapirError of an earlier
-        write that failed, so that nobody goes on paying for what cannot be kept.
+        An answer stored meanwhile by someone else stays, except in mode "refresh". `sent` is what `send` was given for
+        its request. Raises the TapirError of an earlier write that failed, so that nobody goes on paying for what
+        cannot be kept.
         """
-        return self._later([call, *uses])
+        return self._later([call, *uses, *([Landed(sent)] if sent else [])])
 
-    def note(self, attempt: Attempt) -> "Future[None]":
-        """Keep a failed attempt, with whatever came."""
-        return self._later([attempt])
+    def note(self, attempt: Attempt, sent: Attempt | None = None) -> "Future[None]":
+        """Keep a failed attempt, with whatever came; `sent` is what `send` was given for its request."""
+        return self._later([attempt, *([Landed(sent)] if sent else [])])
+
+    def send(self, attempt: Attempt) -> "Future[None]":
+        """Record that a request is about to be sent: the attempt stays in the store if this process dies meanwhile."""
+        return self._later([InFlight(attempt)])
 
     def used(self, uses: Sequence[Use]) -> "Future[None]":
-        """Record who used which calls; a use already known stays as it is."""
+        """Record who used which calls; one that is known stays, and once paid it stays paid."""
         return self._later(uses)
 
     def flush(self) -> None:
@@ -147,6 +154,13 @@ class Store:
         with explained(self.path):
             return int(self._reader().execute(sql, (run, round, stage)).fetchone()[0])
 
+    def limits(self, kinds: str) -> list[int]:
+        """The values of max_tokens that calls of the kinds whose name begins so were asked with, largest first."""
+        if not self.reads:
+            return []
+        with explained(self.path):
+            return reply_limits(self._reader().connection, kinds)
+
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
         """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
         wanted = keys.fields(request)
@@ -177,12 +191,14 @@ class Store:
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.notices = tuple(filter(None, [warning_of(self.path.parent)]))
-        with FileLock(f"{self.path}.lock"):
+        private_file(Path(f"{self.path}.lock"))
+        with FileLock(f"{self.path}.lock", mode=FILE):
             fault = fault_of(self.path) if self.path.exists() else ""
             if fault:
                 self.notices += (rescue(self.path, fault),)
             bring_up_to_date(self.path)
         self._conn = connect(self.path, write=True)
+        self._rows = Inserter(self._conn, self.mode == "refresh", self._unreadable)
         self._claims = Claims(Path(f"{self.path}.asking"))
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
@@ -226,7 +242,7 @@ class Store:
             with suppress(zlib.error):
                 yield unpack(request, sample)
 
-    def _later(self, rows: Sequence[Call | Use | Attempt]) -> "Future[None]":
+    def _later(self, rows: Sequence[Row]) -> "Future[None]":
         done: Future[None] = Future()
         if self.writes:
             self._jobs.put((rows, done))
@@ -252,71 +268,13 @@ class Store:
         try:
             if not self._broken:
                 with explained(self.path), transaction(self._conn):
-                    self._insert_all([row for rows, _ in jobs for row in rows])
+                    self._rows.insert([row for rows, _ in jobs for row in rows])
                 failed = None
         except TapirError as error:
             failed = error
         finally:
             self._broken = failed
             settle(jobs, failed)
-
-    def _insert_all(self, rows: Sequence[Call | Use | Attempt]) -> None:
-        """Rows of every kind, each kind by one statement; those of a key that is there already are left out."""
-        calls = [row for row in rows if isinstance(row, Call)]
-        packed = [self._packed(call) for call in calls]
-        for call in packed:
-            if self.mode == "refresh" or call[1] in self._unreadable:
-                self._replace(call)
-        self._conn.executemany(INSERT_CALL, packed)
-        self._conn.executemany(INSERT_USE, [USE(row) for row in rows if isinstance(row, Use)])
-        self._conn.executemany(INSERT_ATTEMPT, [ATTEMPT(row) for row in rows if isinstance(row, Attempt)])
-
-    def _packed(self, call: Call) -> tuple[Any, ...]:
-        """A row of the table: no id, the key, the sample, request and answer packed, and the rest as it is."""
-        sample = self._sample_of(call)
-        texts = pack(call.request, sample.request), pack(call.answer, sample.answer)
-        return (None, keys.key_of(call.request), sample.number, *texts, *AS_IT_IS(call))
-
-    def _replace(self, call: tuple[Any, ...]) -> None:
-        """Insert a call in the place of the one of the same key."""
-        self._conn.execute(INSERT_CALL, (self._make_room(call[1]), *call[1:]))
-
-    def _make_room(self, key: bytes) -> int:
-        """Take the answer stored under the key away, and keep it among the attempts if it can be read.
-
-        Returns the id of the answer to come, one that no call has had: SQLite would give the newest call's again.
-        """
-        ((unused,),) = self._conn.execute("select coalesce(max(id), 0) + 1 from calls").fetchall()
-        sql = (
-            "select c.answer, s.answer, c.tokens_in, c.tokens_out, c.seconds, c.price, c.created"
-            " from calls c join samples s on s.id = c.sample where key = ?"
-        )
-        for packed, sample, *rest in self._conn.execute(sql, (key,)).fetchall():
-            with suppress(zlib.error):
-                replaced = Attempt(key, "", 0, "", "", "replaced", unpack(packed, sample), *rest)
-                self._conn.execute(INSERT_ATTEMPT, ATTEMPT(replaced))
-        self._conn.execute("delete from calls where key = ?", (key,))
-        self._unreadable.discard(key)
-        return int(unused)
-
-    def _sample_of(self, call: Call) -> "Sample":
-        """The sample that a call is packed against: the first call of its kind, in whichever process it came."""
-        if call.kind not in self._kinds:
-            sample = (call.kind, call.request, call.answer[-WINDOW:])
-            self._conn.execute("insert or ignore into samples (name, request, answer) values (?, ?, ?)", sample)
-            ask = "select id, name, request, answer from samples where name = ?"
-            found = self._conn.execute(ask, (call.kind,)).fetchone()
-            self._conn.execute("insert or ignore into sample_copies values (?, ?, ?, ?)", found)
-            self._kinds[call.kind] = Sample(found[0], found[2], found[3])
-        return self._kinds[call.kind]
-
-
-class Sample(NamedTuple):
-    """What the calls of a kind are packed against."""
-
-    number: int
-    request: bytes
-    answer: bytes
 
 
 def gather(jobs: "SimpleQueue[Job | None]") -> tuple[list[Job], bool]:

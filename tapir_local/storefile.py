@@ -11,6 +11,9 @@ from typing import Any
 from tapir_local import keys
 from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
+from tapir_local.private import FILE, private_file, tighten
+from tapir_local.reply_limits import note_limits
+from tapir_local.usage import MOST
 
 PAGE = 16_384  # bytes: of 4 KB, the half would be empty beside one row of 2 KB
 MAPPED = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
@@ -56,10 +59,22 @@ create table batch_keys (
     key blob not null, tag text not null, primary key (key, tag)) strict, without rowid
 """
 
+# estimated: 1 where tokens are the most that may have been billed. reply_limits: the values of max_tokens that the
+# calls of a sample were asked with.
+BILLS = """
+alter table calls add column estimated integer not null default 0;
+alter table attempts add column estimated integer not null default 0;
+create table reply_limits (
+    sample integer not null, tokens integer not null, primary key (sample, tokens)) strict, without rowid
+"""
+
+# Stores of older versions may hold counts beyond belief, as servers sent them, which would overflow a sum.
+TOKENS = f"min(tokens_in, {MOST}) + min(tokens_out, {MOST})"
 SET = "teacher"
 MIGRATIONS = {  # statements by name, oldest first; a released one never changes
     "first_tables": FIRST_TABLES,
     "batches_away": BATCHES_AWAY,
+    "bills": BILLS,
 }
 
 
@@ -70,6 +85,10 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     kill -9 and a power cut alike. NORMAL would outlive only the first.
     """
     mode = "rwc" if write else "ro"
+    if write:
+        private_file(path)  # SQLite gives a new log the file's own mode
+        for ending in ("-wal", "-shm"):
+            tighten(path.with_name(path.name + ending), FILE)
     conn = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, check_same_thread=False, isolation_level=None
     )
@@ -162,6 +181,8 @@ def migrate(conn: sqlite3.Connection) -> None:
         def apply(db: Database, statements: str = statements) -> None:
             for statement in statements.split(";"):
                 db.execute(statement)
+            if statements is BILLS:
+                note_limits(db.conn)
 
         migrations(name=name)(apply)
     migrations.apply(Database(conn))
@@ -214,6 +235,7 @@ def rescue(path: Path, fault: str) -> str:
             copy_rows(new, "attempts", numbered(old, "attempts"))
             for table in ("uses", "batches", "batch_keys"):
                 copy_rows(new, table, whole(old, table))
+            note_limits(new)
     finally:
         old.close()
         new.close()
@@ -314,20 +336,30 @@ def usage(path: Path, run: str) -> dict[str, int] | None:
     return {"paid": paid, "hits": used - paid}
 
 
-def spent(path: Path, run: str) -> tuple[int, int, float]:
-    """(calls, tokens, money) that a run has paid for, attempts that brought tokens and no answer among them."""
-    sql = (
-        "select count(*), coalesce(sum(tokens), 0), coalesce(sum(price), 0.0) from ("
-        "select c.tokens_in + c.tokens_out as tokens, c.price from uses u join calls c on c.key = u.key"
-        " where u.run = ? and u.paid union all"
-        " select tokens_in + tokens_out, price from attempts where run = ? and tokens_in + tokens_out > 0)"
-    )
+def spent(path: Path, run: str, *, estimated: bool = False) -> tuple[int, int, float]:
+    """(calls, tokens, money) that may have been billed to a run; of these only the estimated ones, if asked for.
+
+    Attempts count that brought no answer and may have been billed for all that; among them are requests that were in
+    flight when an earlier process died.
+    """
     conn = connect(path, write=False)
     try:
-        calls, tokens, money = conn.execute(sql, (run, run)).fetchone()
+        mark = "estimated" if has_estimates(conn) else "0"
+        sql = (
+            "select count(*), coalesce(sum(tokens), 0), coalesce(sum(price), 0.0) from ("
+            f"select {TOKENS} as tokens, c.price, {mark} as mark from uses u join calls c on c.key = u.key"
+            f" where u.run = ? and u.paid union all select {TOKENS}, price, {mark} from attempts"
+            " where run = ? and tokens_in + tokens_out > 0) where mark or not ?"
+        )
+        calls, tokens, money = conn.execute(sql, (run, run, estimated)).fetchone()
         return calls, tokens, money
     finally:
         conn.close()
+
+
+def has_estimates(conn: sqlite3.Connection) -> bool:
+    """Whether a store marks estimated token counts: one of an older version, that is only read, does not."""
+    return any(row[1] == "estimated" for row in conn.execute("pragma table_info(calls)"))
 
 
 def tokens_by_stage(path: Path) -> dict[str, tuple[float, float]]:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +12,7 @@ class Call:
 
     `request` is what keys.asked wrote and its SHA-256 the key; `answer` the body of the reply as it came. `kind` names
     the calls that look like this one (endpoint, model, stage): they share a sample. Prices are in the recipe's money.
+    `estimated` is 1 where the server stated no credible token counts, and these are the most that it may have billed.
     """
 
     request: bytes
@@ -24,6 +26,7 @@ class Call:
     seconds: float = 0.0
     price: float | None = None
     created: float = field(default_factory=time.time)
+    estimated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,11 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Something else than a usable answer came; `why` says whether an error, a refusal or an empty answer."""
+    """Something else than a usable answer came; `why` says whether an error, a refusal or an empty answer.
+
+    Tokens and price are those that may have been billed for it, 0 where nothing was; `estimated` is 1 where they are
+    the most that it can have been.
+    """
 
     key: bytes
     run: str
@@ -54,6 +61,19 @@ class Attempt:
     seconds: float = 0.0
     price: float | None = None
     created: float = field(default_factory=time.time)
+    estimated: int = 0
+
+
+class InFlight(NamedTuple):
+    """A request that is about to be sent: the attempt that stays in the store should its process die meanwhile."""
+
+    attempt: Attempt
+
+
+class Landed(NamedTuple):
+    """The request of this attempt has ended, and what became of it is stored: the attempt is removed."""
+
+    attempt: Attempt
 
 
 # The rows as the tables have them. attrgetter is five times as fast as a dict of a record's fields.
@@ -61,9 +81,12 @@ AS_IT_IS = attrgetter(*(name for name in Call.__slots__ if name not in ("request
 USE, ATTEMPT = attrgetter(*Use.__slots__), attrgetter(*Attempt.__slots__)
 INSERT_CALL = (
     "insert or ignore into calls (id, key, sample, request, answer, finish, model, fingerprint, tokens_in, tokens_out,"
-    " seconds, price, created) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " seconds, price, created, estimated) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-INSERT_USE = f"insert or ignore into uses ({', '.join(Use.__slots__)}) values (?, ?, ?, ?, ?, ?)"
+INSERT_USE = (
+    f"insert into uses ({', '.join(Use.__slots__)}) values (?, ?, ?, ?, ?, ?)"
+    " on conflict do update set paid = max(paid, excluded.paid) where excluded.paid > paid"
+)
 INSERT_ATTEMPT = (
     f"insert into attempts ({', '.join(Attempt.__slots__)}) values ({', '.join('?' * len(Attempt.__slots__))})"
 )

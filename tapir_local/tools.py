@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from tapir_local.account import check_bounds
 from tapir_local.asking import unheard
 from tapir_local.assets import settle_student, student_folder
 from tapir_local.budget import Cost, Purse
@@ -40,10 +41,11 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     is written in the run before it is held; `begin` then raises TapirError, before anything is paid, when the student
     could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
     """
+    check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
     with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
-        purse = Purse(recipe.budget, spent_by(run))
+        purse = Purse(recipe.budget, spent_by(run), spent_by(run, estimated=True))
         yield Tools(
             teacher=asker(recipe.teacher, store, run.name, purse, say),
             judge=asker(judge_of(recipe), store, run.name, purse, say),
@@ -81,10 +83,10 @@ def judge_of(recipe: Recipe) -> Endpoint:
     return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
 
 
-def spent_by(run: RunDir) -> Cost:
-    """What a run has spent until now."""
+def spent_by(run: RunDir, *, estimated: bool = False) -> Cost:
+    """What may have been billed to a run until now; of it only what is estimated, if asked for."""
     store = run.cache / "teacher.db"
-    return Cost(*spent(store, run.name)) if store.exists() else Cost()
+    return Cost(*spent(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
 def asker(

@@ -1,26 +1,36 @@
 """A store's calls written to another store file, and another store's calls taken into this one."""
 
+import math
 import sqlite3
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tapir_local import keys, rundir, storefile
 from tapir_local.calls import Progress, opened, quiet
 from tapir_local.errors import TapirError
 from tapir_local.packing import unpack
 from tapir_local.replies import read_reply
+from tapir_local.reply_limits import note_limits
 from tapir_local.store import BATCH, Store, explained
 from tapir_local.storefile import applied, connect, copy_rows, numbered, proves_itself, samples_of, transaction
 from tapir_local.storerows import Attempt, Call, Use
+from tapir_local.usage import MOST
 
 HEAD = b"SQLite format 3\0"
 UNREADABLE, WRONG_KEY, NOT_WHOLE = "unreadable", "with a key that is not its request's", "without a whole answer"
+NUMBER = (int, float)
+KINDS: Mapping[str, Any] = {  # of columns that hold no text
+    **dict.fromkeys(("key", "request", "answer"), bytes),
+    **dict.fromkeys(("tokens_in", "tokens_out", "estimated", "round", "paid"), int),
+    **dict.fromkeys(("seconds", "price", "created"), NUMBER),
+}
+T = TypeVar("T")
 ATTEMPT = ("key", "run", "round", "stage", "row", "why", "created")  # what makes two attempts the same one
 
 
@@ -63,6 +73,7 @@ def export(path: Path, out: Path, run: str | None = None, locked: Collection[byt
                     count, seen = copy_calls(old, new, wanted)
                     copy_rows(new, "attempts", of_run(numbered(old, "attempts"), run))
                     copy_rows(new, "uses", of_run(storefile.whole(old, "uses"), run))
+                    note_limits(new)
                 new.execute("PRAGMA journal_mode = DELETE")  # one file, readable where nothing can be written
     return Exported(count, (seen if wanted is None else len(wanted)) - count, out.stat().st_size)
 
@@ -150,10 +161,11 @@ def another(file: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(uri, uri=True)) as conn:
             conn.row_factory = sqlite3.Row
+            conn.execute("pragma trusted_schema = off")
             if not applied(conn, file):
                 raise TapirError("an SQLite file, but not a store of calls", where=str(file))
             yield conn
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, IndexError, TypeError, OverflowError) as error:  # the last three: not our tables
         raise TapirError(f"the store cannot be read: {error}", where=str(file)) from error
 
 
@@ -192,17 +204,16 @@ def checked(row: sqlite3.Row, samples: Mapping[int, sqlite3.Row]) -> Call | str:
             return WRONG_KEY
         keys.fields(request)
         reply = read_reply(answer)
-    except (zlib.error, KeyError, TypeError, ValueError):
+        texts = {"request": request, "answer": answer, "kind": str(sample["name"])}
+        call = Call(**{**fields(row, Call), **texts})
+    except (zlib.error, KeyError, IndexError, TypeError, ValueError, TapirError):
         return UNREADABLE
-    if not reply.keeps:
-        return NOT_WHOLE
-    told = fields(row, [name for name in Call.__slots__ if name != "kind"])
-    return Call(**{**told, "request": request, "answer": answer, "kind": sample["name"]})
+    return call if reply.keeps else NOT_WHOLE
 
 
 def take_uses(store: Store, old: sqlite3.Connection, good: set[bytes]) -> None:
     """Record who used the calls that are here now; `paid` as it was."""
-    uses = (Use(**fields(row, Use.__slots__)) for row in storefile.whole(old, "uses") if row["key"] in good)
+    uses = (use for use in records(storefile.whole(old, "uses"), Use) if use.key in good)
     while batch := list(islice(uses, BATCH)):
         store.used(batch).result()
 
@@ -211,12 +222,30 @@ def take_attempts(store: Store, old: sqlite3.Connection) -> None:
     """Keep the other store's attempts that are not here yet."""
     with explained(store.path), closing(connect(store.path, write=False)) as here:
         known = set(here.execute(f"select {', '.join(ATTEMPT)} from attempts"))
-    for row in numbered(old, "attempts"):
-        if tuple(row[name] for name in ATTEMPT) not in known:
-            store.note(Attempt(**fields(row, Attempt.__slots__)))
+    for attempt in records(numbered(old, "attempts"), Attempt):
+        if tuple(getattr(attempt, name) for name in ATTEMPT) not in known:
+            store.note(attempt)
     store.flush()
 
 
-def fields(row: sqlite3.Row, names: Sequence[str]) -> dict[str, Any]:
-    """Some of a row's values by name."""
-    return {name: row[name] for name in names}
+def records(rows: Iterator[sqlite3.Row], kind: type[T]) -> Iterator[T]:
+    """Rows of another store as records; those that are none are left out."""
+    for row in rows:
+        with suppress(IndexError, TypeError, ValueError):
+            yield kind(**fields(row, kind))
+
+
+def fields(row: sqlite3.Row, kind: type[Any]) -> dict[str, Any]:
+    """The fields of a record that a row of another store has; TypeError or ValueError where one cannot be true."""
+    names = [name for name in kind.__slots__ if name in row.keys()]  # noqa: SIM118  (a Row iterates its values)
+    return {name: sound(name, row[name]) for name in names}
+
+
+def sound(name: str, value: Any) -> Any:
+    """A value of the type that its column has here, and within bounds: the other store may be of anyone's making."""
+    wanted = KINDS.get(name, str)
+    if name == "price" and value is None:
+        return None
+    if not isinstance(value, wanted) or (isinstance(value, int | float) and not 0 <= value < math.inf):
+        raise ValueError(f"{name} is {value!r}")
+    return min(value, MOST) if isinstance(value, int) else value

@@ -176,4 +176,12 @@ def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:
         "refused": "refused by the server",
     }
     kind = kinds.get(reply.finish, "empty reply" if not reply.text.strip() else "reply not whole")
-    return Unusable(work.step, row.id, kind, reply.why, instruction_of(row.prompt)[:BRIEF])
+    more = more_room(work) if reply.finish == "length" else ""
+    return Unusable(work.step, row.id, kind, reply.why or more, instruction_of(row.prompt)[:BRIEF])
+
+
+def more_room(work: Work) -> str:
+    """How to get the answers whole that were cut: only those are paid again."""
+    stage, size = work.step.rpartition("/")[2], 2 * work.recipe.teacher.max_tokens
+    undo = f"tapir-local redo {work.run.name} --from {stage}" + (f" --round {work.number}" if work.number else "")
+    return f"`{undo}`, then distill with --set teacher.max_tokens={size}; only the cut answers are paid again"

@@ -242,7 +242,9 @@ def hard_and_easy(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
     old, easy = [rows[id] for id in planned.hard], [rows[id] for id in planned.replay]
     new = [draft.example for draft in read_rows(Draft, work.folder / "expanded.jsonl") if not draft.reason]
     asked = len(new) if planned.styled == "none" else len(old) + len(new)
-    found, unusable = ask_plain(work, new) if planned.styled == "none" else ask_styled(work, old + new)
+    found, unusable = (
+        ask_plain(work, new) if planned.styled == "none" else ask_styled(work, before_styling(work, old) + new)
+    )
     hard = old + found if planned.styled == "none" else found
     if planned.styled == "all":
         easy, unstyled = style_plain(work, easy)
@@ -282,6 +284,15 @@ def style_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], lis
     wanting = [row for row in rows if (row.id, row.completion) in plain]
     found, unusable = ask_styled(work, wanting)
     return found + [row for row in rows if (row.id, row.completion) not in plain], unusable
+
+
+def before_styling(work: Work, rows: Sequence[Example]) -> list[Example]:
+    """Rows as they were before any round styled them: seeds with the plain answer, rows that a round wrote with none.
+
+    A row that is hard again is then the same request as before, and its styled answer is in the store.
+    """
+    plain = {row.id: row.completion for row in seeds(work)}
+    return [replace(row, completion=plain.get(row.id, "")) for row in rows]
 
 
 def ask_styled(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:

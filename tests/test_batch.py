@@ -26,7 +26,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe import Budget, Price, Teacher
 from tapir_local.records import Answer
 from tapir_local.store import Store
-from tapir_local.storefile import FIRST_TABLES, MIGRATIONS, PAGE
+from tapir_local.storefile import FIRST_TABLES, MIGRATIONS, PAGE, spent
 from tapir_local.teacher import ask
 
 FAST = Bounds(first_wait=0.02, longest_wait=0.05, settle=0.3)
@@ -450,6 +450,23 @@ def test_answers_deleted_on_the_server_are_asked_again(server, store):
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
     assert attempts(store) == [("row-a", "no answer in batch batch_0, which is completed")]
     assert len(server.batches) == 2
+
+
+def test_answers_that_were_lost_on_the_server_count_as_billed(server, store):
+    server.statuses = {"GET /files": [404, 404]}
+    purse = Purse(Budget(calls=2, tokens=5000))
+    assert texts(by_batch(["a"], teacher(server), store, purse=purse)) == ["re: a"]
+    assert (purse.spent.calls, purse.estimated.calls) == (2, 1)
+    store.flush()
+    assert spent(store.path, "r") == (2, purse.spent.tokens, 0.0)
+
+
+def test_more_room_submits_the_cut_answers_alone(server, store):
+    server.faults["b"] = [replied(200, completion("half", "length"))]
+    ask(questions("a", "b", "c", max_tokens=40), teacher(server), store, run="r", bounds=FAST)
+    answers = ask(questions("a", "b", "c", max_tokens=80), teacher(server), store, run="r", bounds=FAST)
+    assert texts(answers) == ["re: a", "re: b", "re: c"]
+    assert sorted(server.paid) == ["a", "b", "b", "c"]
 
 
 def test_a_file_that_is_late_is_waited_for(server, store):

@@ -3,7 +3,7 @@
 import pytest
 from server import Server, questions, raises, teacher
 
-from tapir_local.budget import Cost, Purse, dearest, money_of, price_of
+from tapir_local.budget import Cost, Purse, money_of, most_tokens, price_of
 from tapir_local.recipe import Budget, Price, Teacher
 from tapir_local.store import Store
 from tapir_local.teacher import ask
@@ -63,7 +63,11 @@ def test_what_a_call_costs() -> None:
     assert price_of(Teacher(model="m", price=PRICE, batch=True)) == Price(input=0.5, output=5.0)
 
 
-def test_the_dearest_answer_bounds_any() -> None:
+def test_no_answer_takes_more_than_was_reserved_for_it() -> None:
     body = {"messages": [{"role": "user", "content": "é" * 100}], "max_tokens": 50}
-    assert 250 <= dearest(body, None).tokens <= 300
-    assert dearest(body, PRICE).money >= (200 * 1 + 50 * 10) / 1e6
+    tokens_in, tokens_out = most_tokens(body)
+    assert 200 <= tokens_in <= 250
+    assert tokens_out == 50
+    assert most_tokens({**body, "n": 3, "best_of": 4})[1] == 200
+    assert most_tokens({**body, "max_completion_tokens": 70})[1] == 70
+    assert most_tokens({**body, "response_format": {"schema": "x" * 500}})[0] >= 500 + tokens_in

@@ -140,6 +140,20 @@ def test_answers_from_elsewhere_are_counted(place: Path) -> None:
     assert "Quince." in calls(place, "search", "quince")[0]
 
 
+def test_an_import_is_a_run_to_every_command(place: Path) -> None:
+    calls(place, "import", "rows.json", "--recipe", "my.yaml")
+    for by in ("run", "round", "stage", "task"):
+        rows = json.loads(calls(place, "cost", "--run", "import:rows.json", "--by", by, "--json")[0])
+        assert [(row["from_store"], row["paid"], row["money"]) for row in rows] == [(1, 0, 0)]
+    assert json.loads(calls(place, "cost", "--by", "task", "--json")[0])
+    assert "1 calls exported" in calls(place, "export", "--run", "import:rows.json", "one.db")[1]
+    said = calls(place, "verify", "--run", "import:rows.json")
+    assert said == ("", "3 calls read, 0 damaged, 0 of run import:rows.json absent\n")
+    assert json.loads(calls(place, "list", "--run", "import:rows.json", "--json")[0])
+    assert json.loads(calls(place, "stats", "--run", "import:rows.json", "--json")[0])
+    assert json.loads(calls(place, "search", "quince", "--run", "import:rows.json", "--json")[0])
+
+
 def test_a_batch_with_other_settings_says_so(place: Path) -> None:
     body = {"model": "big", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 1024}
     reply = {"choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}]}
@@ -154,6 +168,7 @@ def test_a_batch_with_other_settings_says_so(place: Path) -> None:
     [
         (("export", "rows.json"), "such a file already"),
         (("export", "--run", "two", "two.db"), "Runs with calls: one"),
+        (("verify", "--run", "import:two"), "Runs with calls: one"),
         (("import", "none.db"), "No such file"),
         (("import", "cache/teacher.db"), "into itself"),
         (("import", "cache/teacher.db", "--recipe", "my.yaml"), "is a store"),

@@ -163,3 +163,21 @@ def test_the_forecast_of_a_round_is_near_what_it_asks(name: str, tmp_path: Path)
         wanted = expected_calls(stage, 2, recipe, 60)
         assert wanted >= asked(world, 2)[stage] * 0.8
         assert wanted <= asked(world, 2)[stage] * 1.4 + 2
+
+
+@pytest.mark.parametrize("refine", ["hard", "all"])
+def test_a_row_that_is_hard_again_is_refined_by_the_request_of_before(refine: str, tmp_path: Path) -> None:
+    """A student that never learns: the same rows are hard in every round, and their styled answers are paid once."""
+    world, recipe = World(), overridden(make_recipe(tmp_path), {"rounds": 4, "curriculum.refine": refine})
+    lazy = replace(tools(world), train=lambda rows, previous, seed, out, progress: train([], previous, seed, out))
+    distill(recipe, RunDir(tmp_path, "fake"), lazy, QUIET)
+    refined = {(request.row, request.messages) for request in world.asked if request.stage == "refine"}
+    rounds = Counter(request.row for request in world.asked if request.stage == "refine")
+    assert max(rounds.values()) > 1  # some were taken in several rounds
+    assert len(refined) == len(rounds)  # each by one request
+
+
+def train(rows: list[Example], previous: Path | None, seed: int, out: Path) -> None:
+    """Learn nothing."""
+    out.mkdir()
+    (out / "known").write_text(json.dumps([]))

@@ -94,7 +94,7 @@ def test_a_run_with_this_recipe_finds_them(
     "change",
     [
         {"temperature": 0.4},
-        {"max_tokens": 100},
+        {"max_tokens": 20},
         {"model": "small"},
         {"extra": {}},
         {"base_url": "http://other.invalid"},
@@ -105,6 +105,11 @@ def test_a_run_with_another_recipe_does_not(store: Path, file: Path, change: dic
     imported(store, written(file, ALPACA))
     with pytest.raises(TapirError, match="not in the store"):
         replayed(store, file, TEACHER.model_copy(update=change))
+
+
+def test_a_run_with_room_for_longer_answers_finds_them_too(store: Path, file: Path) -> None:
+    imported(store, written(file, ALPACA))
+    assert len(replayed(store, file, TEACHER.model_copy(update={"max_tokens": 4096}))) == 2
 
 
 def test_the_teachers_alias_and_seed_count(store: Path, file: Path) -> None:

@@ -15,11 +15,11 @@ errors printable paths records tasks form_check checkers setting_types own_tasks
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
 seedtext seedforms seedrows likeness near dataset metrics template quoting keys packing
-stats memory
+stats memory private usage reply_limits
 outputs rundir assets lockfile unusable resumable seedfiles seedsource
 libllama llama tokens ollama batching room sampling sequences generate score
-process vocab_check storerows storefile thinking replies calls claims store search transfer pace pocket endpoint
-refusals streaming wire giving_up budget asking local foreign
+process vocab_check storerows storefile inserting thinking replies calls claims store search transfer pace pocket
+endpoint refusals streaming wire giving_up budget account asking local foreign
 away online batch_lines batch_api batch teacher
 lora footprint sft checkpoints steps classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student

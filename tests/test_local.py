@@ -285,6 +285,15 @@ def test_a_budget_is_never_passed_and_what_was_answered_stays(gguf, store) -> No
     assert texts(answers) == [text for text, _ in alone(gguf)]
 
 
+def test_more_room_is_written_for_the_cut_answers_alone(gguf, store) -> None:
+    def asked(size: int) -> list[Answer]:
+        held = questions(*WORDS[:6], max_tokens=size, schema=prompts.JUDGEMENT)  # they end by themselves
+        return ask([*held, *questions(*WORDS[6:], max_tokens=size)], teacher(gguf), store, run="r")
+
+    assert [answer.finish for answer in asked(40)] == ["stop"] * 6 + ["length"] * 6
+    assert [answer.hit for answer in asked(60)] == [True] * 6 + [False] * 6
+
+
 def test_replay_answers_from_the_store_alone(gguf, store) -> None:
     first = ask(questions(*WORDS), teacher(gguf), store, run="r")
     with Store(store.path, "replay") as replay:

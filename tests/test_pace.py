@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tapir_local.pace import LATE_LEAST, LONGEST_GAP, SPREAD, Line, Pace
+from tapir_local.pace import LONGEST_GAP, SPREAD, Line, Pace
 
 
 def after(replies: str, most: int = 64) -> float:
@@ -94,9 +94,6 @@ def test_long_replies_do_not_make_long_gaps() -> None:
     assert [pace.turn(0.0, 4) for _ in range(3)] == pytest.approx([0.0, LONGEST_GAP, 2 * LONGEST_GAP])
 
 
-def test_nothing_is_late_or_spread_until_some_replies_came() -> None:
+def test_nothing_is_spread_until_some_replies_came() -> None:
     pace = paced(1.0, 5)
-    assert pace.late > 1e9
     assert [pace.turn(0.0, 4) for _ in range(3)] == [0.0, 0.0, 0.0]
-    assert paced(0.1).late == LATE_LEAST
-    assert paced(4.0).late == pytest.approx(12.0)

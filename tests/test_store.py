@@ -5,16 +5,19 @@ import random
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lz4.block
 import orjson
 import pytest
 from calls import BODY, asked, call, key
@@ -23,11 +26,15 @@ from hypothesis import strategies as st
 
 from tapir_local import keys
 from tapir_local.claims import Claims
+from tapir_local.costs import costs
 from tapir_local.errors import TapirError
-from tapir_local.packing import pack, unpack
+from tapir_local.packing import LARGEST, pack, unpack
+from tapir_local.rundir import RunDir, held
+from tapir_local.search import search
 from tapir_local.store import Store
-from tapir_local.storefile import BUSY, PAGE, connect
+from tapir_local.storefile import BUSY, PAGE, connect, spent
 from tapir_local.storerows import Attempt, Call, Use
+from tapir_local.transfer import export
 
 
 def fill(path: Path, rows: int) -> None:
@@ -161,6 +168,18 @@ def test_a_text_deflated_by_an_older_version_still_reads():
     for wrong, sample in ((old[:-1], b"like this"), (old, b"like that")):
         with pytest.raises(zlib.error):
             unpack(wrong, sample)
+
+
+def test_a_block_that_declares_gigabytes_is_damage_and_takes_no_memory():
+    block = lz4.block.compress(b"a" * 1000)
+    huge = (2**31 - 1).to_bytes(4, "little") + block[4:]
+    bomb = zlib.compress(bytes(LARGEST + 1))
+    tracemalloc.start()
+    for packed in (b"\1" + bytes(4) + huge, b"\2" + bytes(8) + huge, bomb):
+        with pytest.raises(zlib.error):
+            unpack(packed, b"")
+    assert tracemalloc.get_traced_memory()[1] < 3 * LARGEST
+    tracemalloc.stop()
 
 
 @settings(max_examples=100, deadline=None)
@@ -514,3 +533,64 @@ def test_a_closed_store_says_so(tmp_path):
     store.close()
     with pytest.raises(TapirError, match="closed"):
         store.put(call(1))
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_only_the_owner_can_read_what_was_paid_for(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        folder = tmp_path / "cache"
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o700)
+        with Store(folder / "teacher.db") as store:
+            store.put(call(1)).result()
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+            search(folder / "teacher.db", ["4"])
+        export(folder / "teacher.db", folder / "out.db")
+        run = RunDir(folder, "mine")
+        with held(run):
+            pass
+    finally:
+        os.umask(before)
+    assert {"teacher.db", "teacher.db-wal", "teacher.db-shm", "teacher.db.lock", "teacher.db.asking"} <= set(modes)
+    later = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir() if path.is_file()}
+    assert {"teacher.db.search", "teacher.db.search.lock", "out.db"} <= set(later)
+    assert set(modes.values()) | set(later.values()) == {0o600}
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+
+
+def test_files_that_others_can_read_are_closed_to_them(tmp_path):
+    with Store(tmp_path / "teacher.db") as store:
+        store.put(call(1)).result()
+    for path in tmp_path.iterdir():
+        path.chmod(0o644)
+    run = RunDir(tmp_path, "mine")
+    run.path.mkdir(parents=True, mode=0o755)
+    with Store(tmp_path / "teacher.db"), held(run):
+        assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir() if path.is_file()} == {0o600}
+        assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+
+
+def test_a_store_of_an_older_version_learns_its_limits_and_goes_on(tmp_path):
+    path = tmp_path / "teacher.db"
+    with Store(path) as store:
+        for row, size in enumerate((256, 256, 512)):
+            store.put(call(row, request=asked(row, {**BODY, "max_tokens": size})))
+    older = sqlite3.connect(path, isolation_level=None)
+    for statement in (
+        "drop table reply_limits",
+        "alter table calls drop column estimated",
+        "alter table attempts drop column estimated",
+        "delete from _sqlite_migrations where name = 'bills'",
+    ):
+        older.execute(statement)
+    older.close()
+    with Store(path, "read-only") as store:
+        assert store.limits("answers") == [512, 256]
+        assert spent(path, "r", estimated=True) == (0, 0, 0.0)
+        assert costs(path, "run") == []
+    for _ in range(2):
+        with Store(path) as store:
+            assert store.limits("answers") == [512, 256]
+            assert store.limits("other ") == []
+            store.put(call(9)).result()

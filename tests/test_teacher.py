@@ -10,9 +10,9 @@ import threading
 import time
 
 import pytest
-from server import attempts, completion, dropped, malformed, questions, raises, says, slow, status, teacher
+from server import attempts, completion, dropped, malformed, questions, raises, says, send, slow, status, teacher
 
-from tapir_local import judging, pace
+from tapir_local import judging
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.pace import backoff, seconds_of, used_up, wait_asked
 from tapir_local.recipe import Judge, Teacher
@@ -218,23 +218,16 @@ def test_a_slow_answer_is_given_up_and_asked_again(server, store):
     assert attempts(store) == [("row-a", "no answer within 0.3 s")]
 
 
-def test_the_last_slow_answer_is_asked_a_second_time_and_the_first_to_come_counts(server, store, monkeypatch):
-    monkeypatch.setattr(pace, "LATE_LEAST", 0.2)
-    words = [str(number) for number in range(40)]
-    server.faults["39"] = [lambda *_: time.sleep(5)]
-    began = time.monotonic()
-    answers = ask(questions(*words), teacher(server), store, run="r")
-    assert time.monotonic() - began < 4
-    assert [answer.text for answer in answers] == [f"re: {word}" for word in words]
-    assert attempts(store) == [("row-39", "late: asked a second time")]
-    assert len(server.bodies) == 41
+def test_a_late_request_is_waited_for_and_not_sent_a_second_time(server, store):
+    def late(handler, body):
+        time.sleep(1.5)
+        send(handler, 200, completion("late"))
 
-
-def test_no_second_copy_goes_while_others_wait_to_be_sent(server, store, monkeypatch):
-    monkeypatch.setattr(pace, "LATE_LEAST", 0.01)
-    server.seconds = 0.1
-    ask(questions(*map(str, range(60))), teacher(server, concurrency=4), store, run="r")
-    assert len(server.bodies) <= 61
+    server.faults["39"] = [late]
+    answers = ask(questions(*map(str, range(40))), teacher(server), store, run="r")
+    assert answers[39].text == "late"
+    assert len(server.bodies) == 40
+    assert not attempts(store)
 
 
 def test_another_served_model_is_told_once(server, store):

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tapir_local import keys
 from tapir_local.calls import listed, stats, verify
 from tapir_local.errors import TapirError
 from tapir_local.store import Store
+from tapir_local.storefile import spent
 from tapir_local.storerows import Attempt, Call, Use
 from tapir_local.transfer import NOT_WHOLE, UNREADABLE, WRONG_KEY, Imported, export, import_store, is_database
 
@@ -274,6 +276,102 @@ def test_a_store_of_a_newer_version_is_refused(path: Path, tmp_path: Path) -> No
     table(path, "insert into _sqlite_migrations (migration_set, name, applied_at) values ('teacher', 'later', '2030')")
     with pytest.raises(TapirError, match="newer version"):
         took(tmp_path / "new.db", path)
+
+
+TABLES = {
+    "_sqlite_migrations": "migration_set, name, applied_at",
+    "samples": "id, name, request, answer",
+    "sample_copies": "id, name, request, answer",
+    "calls": "id, key, sample, request, answer, finish, model, fingerprint, tokens_in, tokens_out, seconds, price, "
+    "created",
+    "attempts": "id, key, run, round, stage, row, why, answer, tokens_in, tokens_out, seconds, price, created",
+    "uses": "run, round, stage, row, key, paid",
+}
+BOMB = b"\1" + bytes(4) + (2**31 - 1).to_bytes(4, "little") + b"\x1fa\1\0" + b"\xff" * 4000
+
+
+def made(folder: Path, **others: str) -> Path:
+    """A store of anyone's making: columns of any type, a table's columns others than ours where named."""
+    file = folder / "hostile.db"
+    for name, columns in {**TABLES, **others}.items():
+        table(file, f"create table {name} ({columns})")
+    table(file, "insert into _sqlite_migrations values ('teacher', 'first_tables', '2026')")
+    return file
+
+
+def hostile_call(file: Path, **fields: Any) -> None:
+    """One call that proves itself, but for the fields named."""
+    with Store(file.with_name("sound.db")) as store:
+        store.put(call(1), [use(1, "one")])
+    with sqlite3.connect(file.with_name("sound.db")) as conn:
+        conn.row_factory = sqlite3.Row
+        (row,), samples = (
+            conn.execute("select * from calls").fetchall(),
+            conn.execute("select * from samples").fetchall(),
+        )
+    for sample in samples:
+        table(file, "insert into samples values (?, ?, ?, ?)", *sample)
+    values = {**{name: row[name] for name in TABLES["calls"].split(", ")}, **fields}
+    table(file, f"insert into calls values ({', '.join('?' * len(values))})", *values.values())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"answer": BOMB},
+        {"request": BOMB},
+        {"answer": "text"},
+        {"sample": None},
+        {"key": "text"},
+        {"tokens_in": "many"},
+        {"tokens_out": -5},
+        {"seconds": float("inf")},
+        {"price": float("inf")},
+        {"price": "free"},
+        {"created": None},
+        {"finish": b"stop"},
+        {"model": None},
+    ],
+    ids=lambda fields: str(next(iter(fields))),
+)
+def test_a_call_of_anyones_making_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    file = made(tmp_path)
+    hostile_call(file, **fields)
+    found = took(tmp_path / "new.db", file)
+    assert (found.new, sum(found.refused.values())) == (0, 1)
+
+
+def test_a_token_count_beyond_belief_is_bounded(tmp_path: Path) -> None:
+    file = made(tmp_path)
+    hostile_call(file, tokens_in=2**62, tokens_out=2**62)
+    table(file, "insert into uses values ('r', 0, 'seeds', 'row-1', ?, 1)", key(1))
+    table(file, "insert into uses values ('r', 'no', 3, null, ?, 1)", key(1))
+    table(file, "insert into attempts values (1, ?, 'r', 0, 's', 'x', 'why', x'', ?, 5, 1.0, null, 1.0)", key(1), 2**62)
+    assert took(tmp_path / "new.db", file).new == 1
+    assert spent(tmp_path / "new.db", "r") == (2, 3 * 10**9 + 5, 0.0)
+    assert stats(tmp_path / "new.db", "r")[0]["tokens_in"] == 10**9
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"calls": "key, sample, request, answer"},
+        {"samples": "name"},
+        {"uses": "who"},
+        {"attempts": "id"},
+        {"_sqlite_migrations": "other"},
+    ],
+    ids=lambda others: str(next(iter(others))),
+)
+def test_tables_of_anyones_making_end_in_one_sentence_or_in_nothing_taken(
+    tmp_path: Path, others: dict[str, str]
+) -> None:
+    file = tmp_path / "hostile.db"
+    for name, columns in {**TABLES, **others}.items():
+        table(file, f"create table {name} ({columns})")
+        table(file, f"insert into {name} values ({', '.join(['7'] * len(columns.split(', ')))})")
+    with suppress(TapirError):
+        assert took(tmp_path / "new.db", file).new == 0
 
 
 def test_another_database_and_rubbish_with_the_head_of_one(tmp_path: Path) -> None:
