@@ -27,10 +27,11 @@ from rapidfuzz.distance import Indel
 
 from tapir_local.curriculum import CURRICULA
 from tapir_local.dataset import read_seeds, screen
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.likeness import literals
 from tapir_local.near import Index
 from tapir_local.prepare import read
-from tapir_local.recipe import Curriculum, Recipe, Seeds, Teacher
+from tapir_local.recipe import Curriculum, Recipe, Seeds
 from tapir_local.records import Example, Judgement, Message
 from tapir_local.rundir import RunDir, write_rows
 from tapir_local.seedfiles import read_path

@@ -24,7 +24,7 @@ from typing import Any
 
 import openai
 
-from tapir_local.recipe import Teacher
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store import Store
 from tapir_local.teacher import ask

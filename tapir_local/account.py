@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from tapir_local.budget import NOTHING, Cost, Purse, money_of, most_tokens, price_of, reply_bound
 from tapir_local.endpoint import body_of, identity_of, role_of
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Budget, Endpoint
+from tapir_local.recipe import Budget
 from tapir_local.records import Request
 from tapir_local.replies import Reply
 

@@ -11,10 +11,11 @@ from tapir_local import keys
 from tapir_local.account import Account, Bill
 from tapir_local.budget import BOUNDS, Purse, reply_bound
 from tapir_local.endpoint import body_of, identity_of, role_of
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
 from tapir_local.giving_up import Outcomes
 from tapir_local.packing import LARGEST
-from tapir_local.recipe import Budget, Endpoint
+from tapir_local.recipe import Budget
 from tapir_local.records import Answer, Request
 from tapir_local.refusals import RERUN, Trouble
 from tapir_local.replies import Reading, Reply, read_reply

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 from tapir_local.away import Away, Sent
 from tapir_local.batch_lines import URL, id_of
 from tapir_local.endpoint import hidden
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
 from tapir_local.pace import backoff, wait_asked
-from tapir_local.recipe import Endpoint
 from tapir_local.refusals import AGAIN, Trouble, trouble_of
 from tapir_local.wire import words_of
 

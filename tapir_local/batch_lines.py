@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from tapir_local.asking import Job
-from tapir_local.recipe import Endpoint
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.refusals import Trouble, trouble_of
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import Any
 
 import orjson
 
+from tapir_local.endpoint_settings import Endpoint, Price
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Budget, Endpoint, Price
+from tapir_local.recipe import Budget
 
 MILLION = 1_000_000
 BATCH_DISCOUNT = 0.5  # of the Batch API, as its vendor has it

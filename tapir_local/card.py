@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.gate import GateReport
 from tapir_local.metrics import is_likeness
 from tapir_local.published import on_the_hub, public_name, public_url
-from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.recipe import Recipe
 from tapir_local.records import Metrics
 from tapir_local.rundir import RunDir, read_record
 

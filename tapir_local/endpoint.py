@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from tapir_local import keys
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Endpoint
 from tapir_local.records import Request
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from tapir_local import keys, prompts
 from tapir_local.account import Bill
 from tapir_local.asking import Asking, Job
 from tapir_local.calls import Progress, quiet
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Endpoint
 from tapir_local.records import Prompt, Request
 from tapir_local.replies import read_reply
 from tapir_local.seedforms import form_of, lines, read_row

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tapir_local import judging, prompts
+from tapir_local.endpoint_settings import Judge
 from tapir_local.errors import TapirError
 from tapir_local.judge_quality import percent, quality
-from tapir_local.recipe import Judge, Recipe
+from tapir_local.recipe import Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
 from tapir_local.rundir import write_rows
 from tapir_local.unusable import BRIEF as CHARACTERS

@@ -11,7 +11,7 @@ from urllib.parse import urljoin
 import orjson
 
 from tapir_local.endpoint import VENDOR, key_place, role_of
-from tapir_local.recipe import Endpoint
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.replies import BRIEF, parsed, well_formed
 
 RERUN = "Run the same command again: nothing paid for is lost."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tapir_local.paths import at_home
 
@@ -53,6 +53,7 @@ def finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[str, AfterValidator(at_home)]  # every setting that names a file or folder has one of these types
 OptionalPath = Annotated[str | None, AfterValidator(at_home)]
 KIND_BY = {"gguf": "gguf", "base_url": "openai", "model": "openai"}  # settings that say who is asked

@@ -13,10 +13,10 @@ from tapir_local.batch import Tell, send_batches, untold
 from tapir_local.batch_api import BOUNDS, Bounds
 from tapir_local.budget import Purse
 from tapir_local.endpoint import kind_of
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
 from tapir_local.local import answer_here
 from tapir_local.online import Online
-from tapir_local.recipe import Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.store import Store
 

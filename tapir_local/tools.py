@@ -9,12 +9,13 @@ from tapir_local.account import check_bounds
 from tapir_local.asking import unheard
 from tapir_local.assets import settle_student, student_folder
 from tapir_local.budget import Cost, Purse
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.llama import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.metrics import Checker
 from tapir_local.ollama import write_modelfile
 from tapir_local.process import withheld
-from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.recipe import Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store import Mode, Store

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 from tapir_local.assets import recipes_folder
 from tapir_local.endpoint import is_loopback
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.recipe import Recipe
 from tapir_local.rundir import write_json
 
 USUAL_KEY = "OPENAI_API_KEY"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tapir_local.endpoint import VENDOR, role_of
-from tapir_local.recipe import Endpoint
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.refusals import LAST, UNREADABLE, Trouble
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tapir_local.endpoint_settings import Endpoint
 from tapir_local.lockfile import Locked, lock
 from tapir_local.metrics import Checker
-from tapir_local.recipe import Endpoint, Recipe
+from tapir_local.recipe import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
 from tapir_local.student_text import StudentText, sift, unfit_answers, unfit_prompts

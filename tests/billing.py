@@ -11,7 +11,7 @@ from typing import Any
 from server import Server, dropped, send
 
 from tapir_local.budget import Cost
-from tapir_local.recipe import Price
+from tapir_local.endpoint_settings import Price
 
 PRICE = Price(input=2.0, output=8.0)
 LATE = 0.3  # seconds that a late reply takes, longer than the tests wait

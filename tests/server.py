@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store import Store
 

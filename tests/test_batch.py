@@ -22,8 +22,9 @@ from tapir_local.batch_api import BOUNDS, Bounds
 from tapir_local.batch_lines import divided, has_ended, line_of, read_lines
 from tapir_local.budget import Purse
 from tapir_local.endpoint import body_of
+from tapir_local.endpoint_settings import Price, Teacher
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Budget, Price, Teacher
+from tapir_local.recipe import Budget
 from tapir_local.records import Answer
 from tapir_local.store import Store
 from tapir_local.storefile import FIRST_TABLES, MIGRATIONS, PAGE, spent
@@ -178,7 +179,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_batch import FAST
 from server import questions
-from tapir_local.recipe import Teacher
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.store import Store
 from tapir_local.teacher import ask
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored

@@ -4,7 +4,8 @@ import pytest
 from server import Server, questions, raises, teacher
 
 from tapir_local.budget import Cost, Purse, money_of, most_tokens, price_of
-from tapir_local.recipe import Budget, Price, Teacher
+from tapir_local.endpoint_settings import Price, Teacher
+from tapir_local.recipe import Budget
 from tapir_local.store import Store
 from tapir_local.teacher import ask
 

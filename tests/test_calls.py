@@ -7,8 +7,8 @@ import pytest
 
 from tapir_local import prompts
 from tapir_local.calls import DAMAGED, explain, listed, shown, size, stats, verify
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store import Store
 from tapir_local.teacher import ask

@@ -9,8 +9,8 @@ from test_cli import refused, tapir
 
 from tapir_local import prompts
 from tapir_local.calls import ASKING
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.lockfile import Locked, lock
-from tapir_local.recipe import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir
 from tapir_local.stages import PREPARE, ROUND

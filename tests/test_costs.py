@@ -7,8 +7,8 @@ from server import Server, says, teacher
 
 from tapir_local import prompts
 from tapir_local.costs import costs
+from tapir_local.endpoint_settings import Price
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Price
 from tapir_local.records import Example, Message, Request
 from tapir_local.rundir import write_rows
 from tapir_local.store import Store

@@ -10,10 +10,11 @@ from fakes import STUDENT
 
 from tapir_local.calls import listed, shown, stats, verify
 from tapir_local.dataset import read_seeds
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.errors import TapirError
 from tapir_local.foreign import Given, Taken, read_answers, reasons, take
 from tapir_local.prepare import answer_seeds
-from tapir_local.recipe import Recipe, Teacher
+from tapir_local.recipe import Recipe
 from tapir_local.rundir import RunDir
 from tapir_local.seedfiles import read_path
 from tapir_local.store import Store

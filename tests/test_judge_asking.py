@@ -14,6 +14,7 @@ from server import completion
 from tapir_local import prompts
 from tapir_local.costs import costs
 from tapir_local.distill import distill
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.errors import TapirError
 from tapir_local.judge_asking import (
     Speed,
@@ -26,7 +27,7 @@ from tapir_local.judge_asking import (
 )
 from tapir_local.judging import mfd
 from tapir_local.metrics import evaluate
-from tapir_local.recipe import Recipe, Teacher
+from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import overridden
 from tapir_local.records import (
     Answer,

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from modules to its left in its line, or in a line above.
 ORDER = """
-errors printable paths records tasks form_check checkers setting_types own_tasks recipe recipe_yaml
+errors printable paths records tasks form_check checkers setting_types own_tasks
+endpoint_settings recipe recipe_yaml
 pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
 prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
 seedtext seedforms seedrows likeness near dataset metrics template quoting keys packing

@@ -18,12 +18,13 @@ from tapir_local import keys, prompts
 from tapir_local.asking import Asking, quiet
 from tapir_local.budget import Purse
 from tapir_local.endpoint import body_of, identity_of
+from tapir_local.endpoint_settings import Judge, Teacher
 from tapir_local.errors import TapirError
 from tapir_local.export import export_gguf
 from tapir_local.judge_asking import ask_judge, judge_name
 from tapir_local.judging import parse_scores
 from tapir_local.local import answer_here
-from tapir_local.recipe import Budget, Judge, Recipe, Teacher
+from tapir_local.recipe import Budget, Recipe
 from tapir_local.recipe_text import parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
 from tapir_local.rundir import RunDir

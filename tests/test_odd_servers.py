@@ -32,8 +32,8 @@ from server import (
 
 from tapir_local import online, wire
 from tapir_local.endpoint import hidden, in_the_clear
+from tapir_local.endpoint_settings import Judge, Teacher
 from tapir_local.errors import TapirError
-from tapir_local.recipe import Judge, Teacher
 from tapir_local.refusals import trouble_of, unreadable
 from tapir_local.replies import Reading, read_reply
 from tapir_local.store import Store

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from tapir_local.assets import recipe_files
+from tapir_local.endpoint_settings import Price
 from tapir_local.errors import TapirError
 from tapir_local.judging import parse_label
 from tapir_local.own_tasks import odd_sum
-from tapir_local.recipe import Price, Recipe
+from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import differing, overridden, parse_recipe, read_change, settings, to_yaml
 from tapir_local.tasks import TASKS, Task
 

@@ -8,9 +8,9 @@ from server import Server, send
 
 from tapir_local import pocket, prompts
 from tapir_local.assets import find_recipe
+from tapir_local.endpoint_settings import Judge, Teacher
 from tapir_local.errors import TapirError
 from tapir_local.judge_asking import judge_name
-from tapir_local.recipe import Judge, Teacher
 from tapir_local.recipe_checks import USED_BY, notices, unnamed
 from tapir_local.recipe_text import differing, lasting, overridden, parse_recipe, replaced, settings, to_yaml, validated
 from tapir_local.records import Message, Request

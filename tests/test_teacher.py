@@ -14,8 +14,8 @@ from server import attempts, completion, dropped, malformed, questions, raises, 
 
 from tapir_local import judging
 from tapir_local.endpoint import body_of, identity_of
+from tapir_local.endpoint_settings import Judge, Teacher
 from tapir_local.pace import backoff, seconds_of, used_up, wait_asked
-from tapir_local.recipe import Judge, Teacher
 from tapir_local.replies import read_reply
 from tapir_local.store import Store
 from tapir_local.teacher import ask
@@ -362,7 +362,7 @@ def test_refresh_and_off_ask_again(server, store):
 INTERRUPTED = """
 import signal, sys
 from pathlib import Path
-from tapir_local.recipe import Teacher
+from tapir_local.endpoint_settings import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store import Store
 from tapir_local.teacher import ask
