@@ -1,10 +1,12 @@
 # A fresh machine needs Python 3.11 or newer and a C++ compiler; everything else goes into .venv here.
 PYTHON ?= python3
 BIN := .venv/bin
+LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
 # llama.cpp's image and audio tools are never used: without them its build takes 7 minutes instead of 11.
-export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+# Without __AMX_INT8__ it uses no AMX, which virtual machines list and then end a process for (SIGILL at tileloadd).
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 
-.PHONY: distill test check install clean
+.PHONY: distill test check install llama clean
 
 distill: .venv/installed       ## the quickstart: install, then three rounds with a pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
@@ -27,7 +29,12 @@ install: .venv/installed       ## only the environment
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
 	@echo "installing; llama.cpp is compiled, which takes some 7 minutes on two cores"
 	$(BIN)/pip install -q -e '.[dev]'
+	@$(BIN)/python -P -m tapir_local.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip had kept a build for another one; compiling it again"; $(MAKE) llama; }
 	@touch $@
+
+llama:                         ## compile llama.cpp again, for this machine's processor
+	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
+	$(BIN)/python -P -m tapir_local.llama_check
 
 clean:                         ## the environment, not the cache: what was paid for stays
 	rm -rf .venv build dist *.egg-info

@@ -18,6 +18,7 @@ from tapir_local.errors import TapirError
 from tapir_local.lockfile import unlock
 from tapir_local.recipe import Recipe
 from tapir_local.recipe_text import differing, parse_recipe, to_yaml
+from tapir_local.recipe_yaml import read_yaml
 from tapir_local.resumable import forget_partial
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
 from tapir_local.seedsource import same_seeds
@@ -127,11 +128,14 @@ def has_begun(run: RunDir) -> bool:
 
 def refuse_changed(recipe: Recipe, run: RunDir) -> None:
     """TapirError where a run was started with a recipe that differs in what must last, or with other seeds."""
-    changed = differing(kept_recipe(run), same_seeds(kept_recipe(run), recipe, run)) if has_begun(run) else []
-    if changed:
+    if not has_begun(run):
+        return
+    old, path = kept_recipe(run), run.path / "recipe.yaml"
+    written = read_yaml(path.read_text(encoding="utf-8"), Recipe, str(path))
+    if changed := differing(old, same_seeds(old, recipe, run), written):
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
-            where=str(run.path / "recipe.yaml"),
+            where=str(path),
             fix="Name a new run with --name: the store keeps what was paid for, so unchanged calls cost nothing.",
         )
 

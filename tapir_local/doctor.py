@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.distill import installed
+from tapir_local.llama_check import fault_of_build
 from tapir_local.memory import total_memory, visible_gpus
 
 NEEDED = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
@@ -36,6 +37,7 @@ def examine(cache: Path) -> list[Check]:
         python,
         packages,
         compiler,
+        llama,
         sqlite,
         pocket,
         lambda: writable(cache),
@@ -78,6 +80,19 @@ def compiler() -> Check:
         bool(found) if needed else (True if found else None),
         found or "none",
         "Install one (Debian: apt-get install g++ cmake).",
+    )
+
+
+def llama() -> Check:
+    """llama.cpp is compiled for the processor of the machine that built it."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return Check("llama.cpp", None, "not installed")
+    fault = fault_of_build()
+    return Check(
+        "llama.cpp",
+        not fault,
+        f"ends with {fault}" if fault else "runs on this processor",
+        "It was built for another processor: `make llama` in the checkout builds it again.",
     )
 
 

@@ -250,14 +250,28 @@ def read_change(text: str) -> tuple[str, Any]:
     return path, read_yaml(value, kind_at(Recipe, path), f"--set {path}", path)
 
 
-def differing(old: Recipe, new: Recipe) -> list[str]:
-    """`train.epochs: 2.0 -> 3.0` for every lasting setting in which two recipes differ."""
+def differing(old: Recipe, new: Recipe, written: Mapping[str, Any] | None = None) -> list[str]:
+    """`train.epochs: 2.0 -> 3.0` for every lasting setting in which two recipes differ.
+
+    `written` is the old recipe as its run has kept it. A setting that it does not name came with a newer version of the
+    program, so the run cannot have been started with another value of it.
+    """
     before, after = flat(lasting(old)), flat(lasting(new))
     return [
         masked(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
         for key in sorted(before | after)
         if before.get(key) != after.get(key) and not (key in RAISED and before[key] < after[key])
+        if written is None or is_named(written, key)
     ]
+
+
+def is_named(written: Mapping[str, Any], path: str) -> bool:
+    """Whether a kept recipe, in which every setting is written out, names this one; tasks count as one setting."""
+    section, _, name = path.partition(".")
+    settings = written.get(section)
+    if section == "tasks" or not isinstance(settings, dict):
+        return section in written
+    return name.partition(".")[0] in settings
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -87,6 +87,18 @@ def test_doctor_reports_as_data() -> None:
     assert {row["name"] for row in rows} >= {"Python", "C++ compiler", "GPU", "disk"}
 
 
+def test_doctor_says_that_llama_cpp_was_built_for_another_processor(tmp_path: Path) -> None:
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    code = "from tapir_local.doctor import llama\nfound = llama()\nprint(found.ok, found.found)"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout.strip() == "False ends with SIGILL"
+
+
 def test_doctor_says_that_the_compiler_is_missing_where_it_is_needed(tmp_path: Path) -> None:
     """Without llama_cpp on the path and without a compiler there is one thing to do."""
     code = (

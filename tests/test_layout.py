@@ -26,7 +26,7 @@ lora footprint sft checkpoints steps classifier train
 gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
 student_text work rows reading prepare judge_asking reflecting writing stages published card shipping distill
 tools
-forecast trust chat report costs why whatif doctor tables display labels
+forecast trust chat report costs why whatif llama_check doctor tables display labels
 sides compare comparison explanations
 answering console calls_cli runs_cli models_cli distill_cli commands
 """

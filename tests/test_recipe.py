@@ -178,6 +178,17 @@ def test_what_may_change_in_mid_run_is_no_difference() -> None:
     )
     assert (new.teacher.price, new.budget.calls) == (Price(input=1, output=2), 10)
     assert differing(old, new) == []
+
+
+def test_a_setting_that_a_runs_recipe_does_not_name_cannot_differ() -> None:
+    """A run of an older version has no `curriculum.max_opening`, and a newer recipe may set it."""
+    old = parse_recipe("teacher: pocket", "x")
+    new = overridden(old, {"curriculum.max_opening": None, "train.epochs": 5})
+    written = {"teacher": {"kind": "pocket"}, "train": {"epochs": 2.0}, "curriculum": {"rows": 1000}, "tasks": None}
+    assert differing(old, new, written) == ["train.epochs: 2.0 -> 5.0"]
+    assert any("max_opening" in line for line in differing(old, new))
+    tasks = overridden(old, {"tasks": {"Math": 1, "Art": 1}})
+    assert any(line.startswith("tasks.Art.share") for line in differing(old, tasks, written))
     assert differing(old, overridden(old, {"teacher.temperature": 0})) == ["teacher.temperature: 0.7 -> 0.0"]
 
 
