@@ -94,7 +94,7 @@ def refuse_unused(given: Mapping[str, object], why: str) -> None:
     """TapirError where a setting is given that the command would not use."""
     for name, value in given.items():
         if value is not None:
-            raise TapirError(f"{name} is of no use here: {why}", where=name, fix="Leave it out.")
+            raise TapirError(f"it is of no use here: {why}", where=name, fix="Leave it out.")
 
 
 def check_pair(adapter: Path | None, base: Path | None, check: bool) -> None:

@@ -103,7 +103,7 @@ def test_what_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str
     given = [str(tmp_path / word) if word == "base.gguf" else word for word in words]
     given = [str(llama.adapter) if word == "lora" else word for word in given]
     found = CliRunner().invoke(cli.cli, ["export", str(llama.model), str(tmp_path / "out.gguf"), *given])
-    assert f"{option} is of no use here" in str(found.exception)
+    assert f"{option}: it is of no use here" in str(found.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
 
 
