@@ -69,16 +69,21 @@ def answer_file(
 ) -> Answered:
     """Write a Completion a line to `out`, each as soon as all before it are written; `done` are those that it has.
 
-    TapirError when a row holds no prompt, or the GGUF or the adapter cannot be loaded.
+    A row that holds no prompt is `refused`, of which `tell` is told. TapirError when no row holds one, or the GGUF or
+    the adapter cannot be loaded.
     """
-    rows, plans = read_prompts(prompts), list[Plan]()
+    rows, plans = read_prompts(prompts, tell), list[Plan]()
     check_vocabulary(gguf, ADVICE)
     left = rows[len(done) :]
     ordered = InOrder[Completion](out, [id for id, _ in left])
+    unasked = [Completion(id, "", "refused", 0) for id, prompt in left if not prompt]
+    for completion in unasked:
+        ordered.add(completion)
+    asked, before = [(id, prompt) for id, prompt in left if prompt], len(done) + len(unasked)
     found = generate(
         gguf,
-        [prompt for _, prompt in left],
-        ids=[id for id, _ in left],
+        [prompt for _, prompt in asked],
+        ids=[id for id, _ in asked],
         max_tokens=manner.max_tokens,
         context=manner.context,
         parallel=manner.parallel,
@@ -90,36 +95,48 @@ def answer_file(
         stops=manner.stops,
         advice=ADVICE,
         each=ordered.add,
-        progress=(lambda more, _: progress(len(done) + more, len(rows))) if progress else None,
+        progress=(lambda more, _: progress(before + more, len(rows))) if progress else None,
         tell=tell,
         planned=plans.append,
     )
-    answers = [*done, *found]
+    answers = [*done, *unasked, *found]
     finishes, tokens = [one.finish for one in answers], sum(one.tokens for one in answers)
     cut, too_long, refused = (finishes.count(word) for word in ("length", "too_long", "refused"))
     return Answered(len(answers), tokens, cut, too_long, refused, len(done), plans[0] if plans else None)
 
 
-def read_prompts(path: Path) -> list[tuple[str, Prompt]]:
+def read_prompts(path: Path, tell: Callable[[str], None] = unsaid) -> list[tuple[str, Prompt]]:
     """(id, prompt) of every row of a file of any form that seeds may have; a row's own `id`, or its number.
 
-    TapirError that names the rows without a prompt, or an id that two rows have.
+    The prompt is () where a row holds none; `tell` is told how many do, and what is wrong with the first. TapirError
+    where no row holds one, or two rows have one id.
     """
     table, found = read_path(path), list[tuple[str, Prompt]]()
-    empty, seen = list[int](), dict[str, int]()
+    faults, seen = list[TapirError](), dict[str, int]()
     for serial, (number, row) in enumerate(table.rows, 1):
-        prompt, _ = read_row(row, table.at(number))
-        if not prompt or not prompt[-1].content:
-            empty.append(number)
-        given = row.get("id")
+        given = row.get("id") if isinstance(row, Mapping) else None
         id = str(serial if given in (None, "") else given)
         if id in seen:
             raise TapirError(f"two rows have the id {id!r}", where=table.at(seen[id], number), fix="Give each its own.")
         seen[id] = number
-        found.append((id, prompt))
-    if empty:
-        raise TapirError(f"{len(empty)} of {len(found)} rows without a prompt", where=table.at(*empty), fix=KNOWN)
+        try:
+            found.append((id, prompt_of(row, table.at(number))))
+        except TapirError as fault:
+            faults.append(fault)
+            found.append((id, ()))
+    if len(faults) == len(found):
+        raise faults[0]
+    if faults:
+        tell(f"{len(faults):,} of {len(found):,} rows cannot be asked; the first: {faults[0]}")
     return found
+
+
+def prompt_of(row: Any, where: str) -> Prompt:
+    """The prompt of a row; TapirError where it has none."""
+    prompt, _ = read_row(row, where)
+    if not prompt or not prompt[-1].content:
+        raise TapirError("a row without a prompt", where=where, fix=KNOWN)
+    return prompt
 
 
 @contextmanager

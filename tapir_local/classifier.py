@@ -281,9 +281,10 @@ def batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def tokenised(tokenizer: Any, rows: Sequence[Example], job: ClassifyJob) -> list[list[int]]:
-    """The tokens of each row's head, the special ones at both ends included."""
+    """The tokens of each row's head, the special ones at both ends included; those that a row quotes are text."""
     most = min(job.settings.max_length, tokenizer.model_max_length)  # BERT has 512 places and no more
-    found = tokenizer([head(row, job) for row in rows], truncation=True, max_length=most)
+    heads = [head(row, job) for row in rows]
+    found = tokenizer(heads, truncation=True, max_length=most, split_special_tokens=True)
     return list(found["input_ids"])
 
 

@@ -142,9 +142,12 @@ def agreed(risks: "Sequence[Risk]", trust: bool) -> bool:
 
 def foretell(recipe: "Recipe", run: "RunDir") -> None:
     """A table of the calls to come."""
+    from tapir_local.account import check_bounds
     from tapir_local.display import forecast_table
     from tapir_local.forecast import forecast
+    from tapir_local.tools import judge_of
 
+    check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
     print_table(forecast_table(forecast(recipe, run), run.name))
 
 

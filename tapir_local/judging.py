@@ -160,13 +160,20 @@ def name_of(item: Any) -> str | None:
 def score_of(value: dict[str, Any]) -> float | None:
     """One score from an object with one key for it, or with one object that has one, and words beside it.
 
-    {"score": 8}, {"reason": "...", "overall_score": 8}, {"answer": {"score": 8, "reason": "..."}}.
+    {"score": 8}, {"score": "8/10"}, {"reason": "...", "overall_score": 8}, {"answer": {"score": 8, "reason": "..."}}.
     """
     scores = [item for key, item in value.items() if SCORE_KEY.search(key.lower()) and not isinstance(item, dict)]
     inner = [item for key, item in value.items() if isinstance(item, dict) and WRAPPER.search(key.lower())]
     if len(scores) + len(inner) != 1:
         return None
-    return on_scale(scores[0]) if scores else on_scale(inner_value(inner[0]))
+    score = scores[0] if scores else inner_value(inner[0])
+    return on_scale(part_of_ten(score) or score)
+
+
+def part_of_ten(value: Any) -> str | None:
+    """The `8` of `8/10` or `8 out of 10`; None of anything else."""
+    match = OF_TEN.fullmatch(value.strip()) if isinstance(value, str) else None
+    return match[1] if match else None
 
 
 def in_range(pair: list[Any]) -> Scores | None:
@@ -175,9 +182,7 @@ def in_range(pair: list[Any]) -> Scores | None:
     An object stands for the one score in it.
     """
     plain = [inner_value(item) for item in pair]
-    tenths = [
-        match[1] if isinstance(item, str) and (match := OF_TEN.fullmatch(item.strip())) else None for item in plain
-    ]
+    tenths = [part_of_ten(item) for item in plain]
     read = plain if not any(tenths) else tenths
     numbers = [number for item in read if (number := on_scale(item)) is not None]
     return (numbers[0], numbers[1]) if len(pair) == len(numbers) == 2 else None

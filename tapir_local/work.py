@@ -162,11 +162,20 @@ def answered(
     found, unusable = list[Example](), list[Unusable]()
     for row, reply in zip(rows, work.ask(work.tools.teacher, requests), strict=True):
         if reply.complete:
-            found.append(replace(row, completion=reply.text.strip()))
+            found.append(replace(row, completion=trimmed(reply.text)))
         else:
             unusable.append(unanswered(work, row, reply))
     kept, unfit = trainable(work, found) if trained else (found, [])
     return kept, unusable + unfit
+
+
+def trimmed(text: str) -> str:
+    """A reply without blank lines around it. The indentation of its first line, as of code, belongs to it; the one
+    space with which many tokenizers begin a reply does not."""
+    lines = text.rstrip().split("\n")
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    kept = "\n".join(lines[first:])
+    return kept if kept.startswith(("  ", "\t")) else kept.lstrip()
 
 
 def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:

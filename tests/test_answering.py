@@ -59,16 +59,25 @@ def test_a_schema_holds_every_answer(llama, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"instruction": ""}], "1 of 1 rows without a prompt"),
+        ([{"instruction": ""}], "line 1: a row without a prompt"),
         ([{"id": 7, "instruction": "a"}, {"id": 7, "instruction": "b"}], "two rows have the id '7'"),
         ([{"id": 0, "instruction": "a"}, {"id": 0, "instruction": "b"}], "two rows have the id '0'"),
-        ([{"prompt": "a"}, {"prompt": True}], "line 2: a row with prompt that cannot be read: a bool stands where"),
+        ([{"prompt": True}], "line 1: a row with prompt that cannot be read: a bool stands where"),
         ([{"question_text": "a"}], "no known form"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_named(rows: list[dict[str, object]], said: str, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match=said):
         read_prompts(written(tmp_path / "asked.jsonl", rows))
+
+
+def test_a_row_without_a_prompt_costs_that_row(llama, tmp_path: Path) -> None:
+    asked = written(tmp_path / "asked.jsonl", [{"prompt": "a"}, {"prompt": True}, {"prompt": "b"}, {"instruction": ""}])
+    found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(asked), "--max-tokens", "4"])
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["finish"] == "refused" for row in rows] == [False, True, False, True]
+    assert "2 of 4 rows cannot be asked; the first:" in found.stderr
+    assert found.exit_code == 1
 
 
 @pytest.mark.parametrize("missing", ["model", "prompts", "adapter", "schema"])

@@ -7,6 +7,7 @@ import pytest
 from tapir_local.errors import TapirError
 from tapir_local.rundir import RunDir
 from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
+from tapir_local.work import trimmed
 
 
 def rows(count: int, kind: str = "refused by the server", step: str = "prepare/seeds") -> list[Unusable]:
@@ -42,3 +43,16 @@ def test_the_share_that_the_limit_names_is_still_allowed() -> None:
 def test_a_closing_line_counts_them() -> None:
     assert left_out([]) == ""
     assert left_out(rows(2)) == ", 2 left out (2 refused by the server; unusable.jsonl)"
+
+
+@pytest.mark.parametrize(
+    ("reply", "kept"),
+    [
+        ("\n\n    return x\n", "    return x"),
+        ("\tx = 1\n\ty = 2", "\tx = 1\n\ty = 2"),
+        (" Sure.", "Sure."),
+        (" \n\n", ""),
+    ],
+)
+def test_a_reply_keeps_the_indentation_of_its_first_line(reply: str, kept: str) -> None:
+    assert trimmed(reply) == kept
