@@ -4,7 +4,7 @@ BIN := .venv/bin
 LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
 # llama.cpp's image and audio tools are never used: without them its build takes 7 minutes instead of 11.
 # Without __AMX_INT8__ it uses no AMX, which virtual machines list and then end a process for (SIGILL at tileloadd).
-export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__$(if $(GPU), -DGGML_CUDA=on)
 
 .PHONY: distill test check install llama clean
 
@@ -32,7 +32,7 @@ install: .venv/installed       ## only the environment
 	@$(BIN)/python -P -m tapir_local.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip had kept a build for another one; compiling it again"; $(MAKE) llama; }
 	@touch $@
 
-llama:                         ## compile llama.cpp again, for this machine's processor
+llama:                         ## compile llama.cpp again, for this machine's processor; GPU=1: with CUDA
 	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
 	$(BIN)/python -P -m tapir_local.llama_check
 

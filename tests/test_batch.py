@@ -293,6 +293,7 @@ def test_a_live_run_waits_for_what_is_away_and_asks_the_rest(server, tmp_path):
 RECIPE = """
 name: away
 seeds: {{path: pocket, limit: 40, holdout: 5}}
+student: pocket
 teacher: {{base_url: "{url}", model: m, batch: true}}
 """
 

@@ -130,6 +130,6 @@ def test_an_adapter_of_another_base(falcon: Path, script: Path, students, tmp_pa
 
 
 def test_the_recipe_takes_a_path() -> None:
-    assert Export(converter="~/llama.cpp").converter == "~/llama.cpp"
+    assert Export(converter="~/llama.cpp").converter == str(Path.home() / "llama.cpp")
     with pytest.raises(ValidationError):
         Export(converter=3)

@@ -151,7 +151,7 @@ def first_of(stage: str) -> Callable[[Request], bool]:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("<think>a</think>b", "changes the assistant's words"), (LONG, "longer than")]
+    ("text", "kind"), [("half </think> told", "changes the assistant's words"), (LONG, "longer than")]
 )
 def test_a_teachers_answer_that_cannot_be_trained_on_costs_its_row(
     text: str, kind: str, recipe: Recipe, run: RunDir

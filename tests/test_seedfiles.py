@@ -313,5 +313,5 @@ def test_real_files_are_read_whole(name: str, rows: int, answered: int) -> None:
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real data here")
 def test_real_answers_without_questions_say_what_to_name() -> None:
-    with pytest.raises(TapirError, match=r"gpt4.jsonl, line 1: .*name the file of questions"):
+    with pytest.raises(TapirError, match=r"gpt4.jsonl, lines 1, 2, .*name the file of questions"):
         examples(read_path(DATA / "mt_bench_reference_gpt4.jsonl"))

@@ -106,18 +106,18 @@ def test_every_row_that_is_trained_on_has_its_end_whatever_the_room(tmp_path):
         assert all(end in row["labels"] for row in found.rows)
 
 
-NO_SYSTEM = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}""" + CHATML
+PICKY = """{% if 'Be brief' in messages[0]['content'] %}{{ raise_exception('not these words') }}{% endif %}""" + CHATML
 
 
 def test_a_row_that_the_template_refuses_is_left_out_and_told(tmp_path):
-    tokenizer = make_tokenizer(tmp_path, template=NO_SYSTEM)
+    tokenizer = make_tokenizer(tmp_path, template=PICKY)
     first, second, third = examples(3)
-    system = replace(second, prompt=(Message("system", "Be brief."), *second.prompt))
-    tokens = token_rows([first, system, third], tokenizer, 128)
+    refused = replace(second, prompt=(Message("user", "Be brief."),))
+    tokens = token_rows([first, refused, third], tokenizer, 128)
     assert tokens.rows == token_rows([first, third], tokenizer, 128).rows
     (left,) = tokens.left_out
     assert (left.id, left.kind) == ("1", "refused by the student's chat template")
-    assert "no system turn" in left.detail
+    assert "not these words" in left.detail
 
 
 def test_a_token_across_the_boundary_leaves_the_prompt_as_it_is_asked(tmp_path):
