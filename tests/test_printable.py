@@ -35,7 +35,9 @@ from tapir_local.tables import joined, plain
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
 SEEN = "␛]0;owned␇"
-COUNTS = dict.fromkeys(("paid", "from_store", "failed", "tokens_in", "tokens_out", "unpriced", "unpriced_hits"), 1)
+COUNTS = dict.fromkeys(
+    ("paid", "from_store", "failed", "tokens_in", "tokens_out", "unpriced", "unpriced_hits", "estimated"), 1
+)
 COST = [{"stage": HOSTILE, "task": HOSTILE, **COUNTS, "money": 1.0, "saved": 0.0}]
 STAGE = {"name": HOSTILE, "done": True, "seconds": 1.0, "paid": 1, "hits": 0, "note": HOSTILE}
 STATUS = {

@@ -282,7 +282,16 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
         *(
             f"{role}.{name}"
             for role in ("teacher", "judge")
-            for name in ("api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "context")
+            for name in (
+                "api_key_env",
+                "api_key_file",
+                "concurrency",
+                "timeout",
+                "attempts",
+                "batch",
+                "context",
+                "stream",
+            )
         ),
         *(f"{role}.price.{side}" for role in ("teacher", "judge") for side in ("input", "output")),
     }

@@ -120,7 +120,7 @@ def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]
     def think(requests: list[Request], progress: fakes.Progress) -> list[Answer]:
         return [replace(answer, text=thought + answer.text) for answer in world.ask(requests, progress)]
 
-    recipe = overridden(fakes.make_recipe(folder), {"teacher.thinking": thinking, "judge.thinking": thinking})
+    recipe = overridden(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
     run = RunDir(folder, "fake")
     distill(recipe, run, replace(fakes.tools(fakes.World()), teacher=think, judge=think), fakes.QUIET)
     return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]
