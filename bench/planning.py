@@ -20,11 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+from tapir_local.assets import POCKET_STUDENT
 from tapir_local.curriculum import CURRICULA
 from tapir_local.dataset import read_seeds, screen
 from tapir_local.endpoint_settings import Teacher
@@ -36,6 +38,7 @@ from tapir_local.records import Example, Judgement, Message
 from tapir_local.rundir import RunDir, write_rows
 from tapir_local.seedfiles import read_path
 from tapir_local.stages import plan
+from tapir_local.student_text import read_student_text
 from tapir_local.tasks import TASKS
 from tapir_local.work import Work
 
@@ -172,8 +175,9 @@ def alpaca_file(data: Path, rows: int, path: Path) -> None:
 def stage(options: argparse.Namespace) -> None:
     """The `read` stage on one file: what it says, its seconds and its peak memory."""
     recipe = Recipe(seeds=Seeds(path=str(options.file), max_rouge=options.limit), teacher=Teacher(kind="pocket"))
-    run, nobody = RunDir(options.file.parent, "read"), Any
-    taken = timed(lambda: read(Work(recipe, run, nobody), run.path / "rows.jsonl"))  # type: ignore[arg-type]
+    run, student = RunDir(options.file.parent, "read"), read_student_text(POCKET_STUDENT, 2048)
+    tools: Any = SimpleNamespace(student_text=lambda: student)  # every row is rendered and measured, nobody is asked
+    taken = timed(lambda: read(Work(recipe, run, tools), run.path / "rows.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{taken.found}: {taken}, peak memory {peak:.0f} MB")
 

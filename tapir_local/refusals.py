@@ -109,7 +109,8 @@ def unreadable(raw: bytes, headers: Mapping[str, str], endpoint: Endpoint) -> Tr
         return Trouble("again", f"the reply is {message}", raw, fix, tries=UNREADABLE)
     fix = f"See that base_url is an OpenAI-compatible endpoint's, as its own manual has it, and {LAST}"
     why = f"the reply is not a chat completion ({shape_of(body, raw)})"
-    return Trouble("again", why, raw, fix, finish="", sure=False, tries=UNREADABLE, last="row")
+    was_cut = body is None and raw.lstrip()[:1] == b"{"  # on its way, which another try may mend
+    return Trouble("again", why, raw, fix, finish="", sure=False, tries=0 if was_cut else UNREADABLE, last="row")
 
 
 def hidden_error(body: Any) -> dict[str, Any] | None:
