@@ -9,6 +9,7 @@ from tapir_local.rundir import RunDir, read_rows, write_rows
 
 NAME = "unusable.jsonl"
 FEW = 5  # rows that an error names
+MOST_ALLOWED = 0.5  # where more rows than this are unusable, something is wrong with all of them
 COMMON = 3  # reasons that an error or a closing line names
 BRIEF = 200  # characters of a row's text that are kept
 
@@ -61,12 +62,13 @@ def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: s
     if len(rows) <= limit * total or (limit and len(rows) == 1 < total):
         return
     first = "; ".join(f"{row.id} ({row.reason})" for row in rows[:FEW])
+    share = -(-100 * len(rows) // total) / 100
+    more = f", or allow more: --set limits.unusable={share:g}" if share <= MOST_ALLOWED else ""
     raise TapirError(
         f"{len(rows):,} of {total:,} rows ({len(rows) / total:.0%}) cannot be used: {commonest(rows)}. "
         f"limits.unusable allows {limit:.0%}. The first: {first}",
         where=where,
-        fix=f"{NAME} in the run's folder lists all of them. Correct the cause, or allow more: "
-        f"--set limits.unusable={min(1.0, -(-100 * len(rows) // total) / 100):g}",
+        fix=f"{NAME} in the run's folder lists all of them. Correct the cause{more}.",
     )
 
 

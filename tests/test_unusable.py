@@ -40,6 +40,13 @@ def test_the_share_that_the_limit_names_is_still_allowed() -> None:
     assert "--set limits.unusable=0.06" in said
 
 
+def test_where_most_rows_are_unusable_nobody_is_told_to_allow_it() -> None:
+    with pytest.raises(TapirError) as caught:
+        refuse_too_many(rows(8), 8, 0.05, "r")
+    assert "8 of 8 rows (100%)" in str(caught.value)
+    assert "--set" not in str(caught.value)
+
+
 def test_a_closing_line_counts_them() -> None:
     assert left_out([]) == ""
     assert left_out(rows(2)) == ", 2 left out (2 refused by the server; unusable.jsonl)"
