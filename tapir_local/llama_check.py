@@ -4,7 +4,6 @@
 that uses instructions that a virtual machine lists and cannot run (AMX), ends that process with SIGILL.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.process import PATIENT, ours
+from tapir_local.process import environment
 from tapir_local.records import Message
 
 QUANTS = ("q8_0", "q4_k_m")  # the blocks of 8 and of 4 bits, whose products are written for each kind of processor
@@ -22,10 +21,9 @@ LONGEST = 120.0  # seconds; it takes about 4
 def fault_of_build() -> str:
     """What ended the trial, such as `SIGILL` or an import's error; "" where llama.cpp runs."""
     command = [sys.executable, "-P", "-m", "tapir_local.llama_check"]
-    environment = {**os.environ, **PATIENT, **ours()}
     try:
         tried = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=LONGEST, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=LONGEST, check=False
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {LONGEST:.0f} s"

@@ -1,5 +1,6 @@
 """What the student's chat template makes of a row, and whether there is room for it: known before it is paid for."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,19 +86,14 @@ def open_tokenizer(model: Path) -> Any:
 
     path = model / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_str(json_of(read_tokenizer(model)))
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(json.dumps(read_tokenizer(model)))
     except TapirError:
         raise
     except Exception as error:  # the Rust library raises the plain class
         fix = "Save model and tokenizer again with transformers' save_pretrained."
         raise TapirError(f"the tokenizer cannot be read: {error}", where=str(path), fix=fix) from error
-
-
-def json_of(value: Any) -> str:
-    """A value as JSON."""
-    import json
-
-    return json.dumps(value)
 
 
 def longest_of(model: Path) -> int:
