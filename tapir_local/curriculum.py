@@ -12,7 +12,6 @@ from tapir_local.judging import mfd
 from tapir_local.recipe import Curriculum
 from tapir_local.records import Example, Expansion, Judgement, Manner, RoundPlan, Styled
 
-FROM_POOL = frozenset({"tapir", "lion"})  # the others take seeds, whatever was expanded
 LION_THRESHOLD = 1.0  # Lion (arXiv 2305.12870): hard where the teacher scores at least this much more
 
 
@@ -44,11 +43,6 @@ class Situation:
     def alpha(self) -> float:
         """The challenge of this round."""
         return challenge(self.settings, self.number)
-
-
-def is_judged(settings: Curriculum) -> bool:
-    """Whether the curriculum asks for the student's answers to the pool and for a judge."""
-    return settings.name == "lion" or (settings.name == "tapir" and settings.difficulty)
 
 
 def shares(counts: Mapping[str, int], targets: Mapping[str, float], size: int) -> dict[str, int]:

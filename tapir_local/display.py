@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tapir_local.curriculum import FROM_POOL
 from tapir_local.distill import Step, Watch
 from tapir_local.forecast import Foreseen
 from tapir_local.metrics import is_likeness
 from tapir_local.printable import printable
+from tapir_local.recipe import FROM_POOL
 from tapir_local.tables import PlainTable, joined, plain
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.

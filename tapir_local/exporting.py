@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tapir_local.assets import chat_template, model_folder, view_with_template
+from tapir_local.assets import chat_template, model_folder
 from tapir_local.errors import TapirError
 from tapir_local.export import ExportJob, export
 from tapir_local.gate import GateJob, GateReport, pass_gate
@@ -14,6 +14,7 @@ from tapir_local.llama import check_gguf
 from tapir_local.outputs import check_output
 from tapir_local.process import Progress
 from tapir_local.rundir import read_record, write_rows
+from tapir_local.student_files import view_with_template
 
 # What may be written beside the GGUF: while it is made, by the gate, and for Ollama.
 BESIDE = (".work", ".unchecked", ".unchecked.partial", ".gate.json", ".Modelfile")

@@ -17,11 +17,11 @@ from tapir_local import keys, prompts
 from tapir_local.asking import Asking
 from tapir_local.assets import chat_template, model_folder
 from tapir_local.budget import money_of, price_of
-from tapir_local.curriculum import challenge, is_judged
+from tapir_local.curriculum import challenge
 from tapir_local.distill import Step, missing_file, refuse_changed, sequence
 from tapir_local.endpoint import body_of, identity_of
 from tapir_local.endpoint_settings import Endpoint
-from tapir_local.recipe import Curriculum, Recipe
+from tapir_local.recipe import Curriculum, Recipe, is_judged
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
 from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
 from tapir_local.store import Store

@@ -20,6 +20,7 @@ from tapir_local.setting_types import (
 from tapir_local.tasks import TASKS, Task
 
 AtOnce = Annotated[int, Field(ge=1, le=256)]
+FROM_POOL = frozenset({"tapir", "lion"})  # curricula of the pool; the others take seeds, whatever was expanded
 
 
 Column = Literal["instruction", "input", "context", "output", "response", "system", "history", "messages",
@@ -167,6 +168,11 @@ class Curriculum(Settings):
         "call more for each",
     )
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
+
+
+def is_judged(settings: Curriculum) -> bool:
+    """Whether the curriculum asks for the student's answers to the pool and for a judge."""
+    return settings.name == "lion" or (settings.name == "tapir" and settings.difficulty)
 
 
 class Train(Settings):

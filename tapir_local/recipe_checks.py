@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from tapir_local.curriculum import FROM_POOL, is_judged
 from tapir_local.endpoint_settings import Endpoint, Teacher
-from tapir_local.recipe import Recipe
+from tapir_local.recipe import FROM_POOL, Recipe, is_judged
 from tapir_local.setting_types import KIND_BY, Settings
 
 ROLES = ("teacher", "judge")

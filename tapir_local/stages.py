@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tapir_local import metrics
-from tapir_local.curriculum import CURRICULA, FROM_POOL, Situation, is_judged
+from tapir_local.curriculum import CURRICULA, Situation
 from tapir_local.judge_asking import judge_name, refuse_unjudged, write_judgements
 from tapir_local.memory import size
 from tapir_local.prepare import PREPARE
+from tapir_local.recipe import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import InOrder, going_on
 from tapir_local.rows import after, pool, seeds, student_task

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
-from tapir_local.assets import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.exporting import export_checked
 from tapir_local.llama import is_adapter
@@ -16,6 +15,7 @@ from tapir_local.memory import free_memory, size
 from tapir_local.process import Progress, withheld
 from tapir_local.recipe import Recipe
 from tapir_local.rundir import RunDir, remove, write_json
+from tapir_local.student_files import student_folder
 from tapir_local.weights import read_model
 
 FORM = "1"  # to be raised when the same model would be written as another base GGUF

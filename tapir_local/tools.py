@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tapir_local.account import check_bounds
 from tapir_local.asking import unheard
-from tapir_local.assets import settle_student, student_folder
 from tapir_local.budget import Cost, Purse
 from tapir_local.endpoint_settings import Endpoint
 from tapir_local.llama import is_adapter
@@ -21,6 +20,7 @@ from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store import Mode, Store
 from tapir_local.storefile import spent
 from tapir_local.student import base_of, check_base, converter_of, memory_words, student_of
+from tapir_local.student_files import settle_student, student_folder
 from tapir_local.student_text import StudentText, read_student_text
 from tapir_local.work import Ask, Progress, Tools
 

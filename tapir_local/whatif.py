@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.curriculum import CURRICULA, FROM_POOL, is_judged
+from tapir_local.curriculum import CURRICULA
 from tapir_local.distill import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.errors import TapirError
 from tapir_local.forecast import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
-from tapir_local.recipe import Recipe
+from tapir_local.recipe import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe_text import overridden, read_changes
 from tapir_local.records import RoundPlan
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows

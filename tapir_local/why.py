@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tapir_local.costs import costs
-from tapir_local.curriculum import FROM_POOL, LION_THRESHOLD, is_easy, is_hard, is_judged, teachable
+from tapir_local.curriculum import LION_THRESHOLD, is_easy, is_hard, teachable
 from tapir_local.dataset import Draft
 from tapir_local.distill import kept_recipe, rounds_begun
 from tapir_local.errors import TapirError
 from tapir_local.judging import mfd
-from tapir_local.recipe import Curriculum
+from tapir_local.recipe import FROM_POOL, Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.unusable import read_unusable

@@ -12,11 +12,11 @@ from fakes import QUIET
 from hub import MODEL, Hub, serving
 from models import make_model
 
-from tapir_local.assets import settle_student, student_folder
 from tapir_local.distill import distill
 from tapir_local.errors import TapirError
 from tapir_local.recipe_text import parse_recipe
 from tapir_local.rundir import RunDir, held, write_json
+from tapir_local.student_files import settle_student, student_folder
 from tapir_local.tools import real_tools
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -27,7 +27,8 @@ UNREAD |= {"pytorch_model.bin", "README.md", "model.gguf", "consolidated-00001-o
 SETTLE = """
 import json, sys
 from pathlib import Path
-from tapir_local.assets import settle_student, student_folder
+from tapir_local.student_files import settle_student
+from tapir_local.student_files import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.recipe_text import parse_recipe
 from tapir_local.rundir import RunDir

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.curriculum import CURRICULA, Situation, capped, challenge, is_easy, is_hard, is_judged, shares
-from tapir_local.recipe import Curriculum
+from tapir_local.curriculum import CURRICULA, Situation, capped, challenge, is_easy, is_hard, shares
+from tapir_local.recipe import Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan
 from tapir_local.tasks import TASKS
 

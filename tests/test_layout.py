@@ -17,7 +17,7 @@ pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_lang
 prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
 seedtext seedforms seedrows likeness near dataset metrics template quoting keys packing
 stats memory private usage reply_limits
-outputs rundir assets lockfile unusable resumable seedfiles seedsource
+outputs rundir assets student_files lockfile unusable resumable seedfiles seedsource
 libllama llama tokens ollama batching room sampling sequences generate score
 process vocab_check storerows storefile inserting thinking replies calls claims store search transfer pace pocket
 endpoint refusals streaming wire giving_up budget account asking local foreign

@@ -17,7 +17,7 @@ from server import Server, send
 
 from cli import distill as command
 from tapir_local import classifier, export, gate, pocket, train
-from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files, settle_student, student_folder
+from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
 from tapir_local.dataset import Draft
 from tapir_local.distill import distill, sequence
 from tapir_local.errors import TapirError
@@ -32,6 +32,7 @@ from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, read_record, read_rows, write_record
 from tapir_local.stages import ROUND
 from tapir_local.student import base_gguf
+from tapir_local.student_files import settle_student, student_folder
 from tapir_local.template import training_text
 from tapir_local.tools import real_tools
 
