@@ -29,12 +29,12 @@ install: .venv/installed       ## only the environment
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
 	@echo "installing; llama.cpp is compiled, which takes some 7 minutes on two cores"
 	$(BIN)/pip install -q -e '.[dev]'
-	@$(BIN)/python -P -m tapir_local.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip had kept a build for another one; compiling it again"; $(MAKE) llama; }
+	@$(BIN)/python -P -m tapir_local.report.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip had kept a build for another one; compiling it again"; $(MAKE) llama; }
 	@touch $@
 
 llama:                         ## compile llama.cpp again, for this machine's processor; GPU=1: with CUDA
 	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
-	$(BIN)/python -P -m tapir_local.llama_check
+	$(BIN)/python -P -m tapir_local.report.llama_check
 
 clean:                         ## the environment, not the cache: what was paid for stays
 	rm -rf .venv build dist *.egg-info

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 
 from tapir_local.assets import seeds_path
-from tapir_local.classifier import (
+from tapir_local.data.dataset import read_seeds
+from tapir_local.data.files import read_path
+from tapir_local.recipe.schema import Classifier
+from tapir_local.recipe.tasks import TASKS
+from tapir_local.records import Example, Message
+from tapir_local.training.classifier import (
     ClassifyJob,
     Prediction,
     batches,
@@ -28,11 +33,6 @@ from tapir_local.classifier import (
     seed_torch,
     tokenised,
 )
-from tapir_local.dataset import read_seeds
-from tapir_local.recipe import Classifier
-from tapir_local.records import Example, Message
-from tapir_local.seedfiles import read_path
-from tapir_local.tasks import TASKS
 
 
 def main() -> None:

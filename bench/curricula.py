@@ -75,7 +75,7 @@ HEAVY = ("classifier", "train", "export", "gate")
 
 def recipe_of(arm: str, seed: int) -> Any:
     """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
-    from tapir_local.recipe_text import overridden, parse_recipe
+    from tapir_local.recipe.text import overridden, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
@@ -93,9 +93,9 @@ def here(module: str, job: Any, folder: Path, progress: Any = None, *_: Any) -> 
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
-    from tapir_local.distill import Watch, distill
+    from tapir_local.pipeline.backends import real_tools
+    from tapir_local.pipeline.loop import Watch, distill
     from tapir_local.rundir import RunDir
-    from tapir_local.tools import real_tools
 
     for name in HEAVY:
         vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here
@@ -108,7 +108,7 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
         (copy / "recipe.yaml").unlink()
         copy.rename(place.path)
     if not (place.path / "recipe.yaml").exists() and arm != BASE:
-        from tapir_local.recipe_text import to_yaml
+        from tapir_local.recipe.text import to_yaml
         from tapir_local.rundir import write_text
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
@@ -131,8 +131,8 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
 
 def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
     """By arm and seed, the runs that are done, as sides of a comparison."""
+    from tapir_local.report.run_results import read_sides
     from tapir_local.rundir import RunDir
-    from tapir_local.sides import read_sides
 
     found: dict[str, dict[int, Any]] = {}
     for arm in arms:
@@ -147,7 +147,7 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
     """Markdown: each arm at its end, against tapir, its cost; accuracy round by round; accuracy by task."""
     from statistics import fmean
 
-    from tapir_local.stats import corrected, difference, pooled
+    from tapir_local.method.stats import corrected, difference, pooled
 
     sides = read(folder, arms, seeds)
     whole = {arm: runs for arm, runs in sides.items() if set(runs) == set(seeds)}

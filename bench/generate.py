@@ -27,11 +27,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tapir_local import sequences
-from tapir_local.libllama import cores, library
-from tapir_local.llama import Model, open_model
-from tapir_local.room import open_planned, padded
-from tapir_local.sequences import Manner, answer_each
+from tapir_local.inference import scheduler
+from tapir_local.inference.context_plan import open_planned, padded
+from tapir_local.inference.lib import cores, library
+from tapir_local.inference.model import Model, open_model
+from tapir_local.inference.scheduler import Manner, answer_each
 
 SERVER = """
 import json, sys, time
@@ -125,7 +125,7 @@ def random_student(folder: Path) -> Path:
     """A Llama of 3M parameters in f32."""
     from models import make_model
 
-    from tapir_local.export import export_gguf
+    from tapir_local.export.export import export_gguf
 
     shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
     model = make_model(folder / "model", num_attention_heads=6, num_key_value_heads=6, **shape)
@@ -185,7 +185,7 @@ def prompts_for(model: Model, options: argparse.Namespace, count: int) -> list[l
 @contextmanager
 def timed() -> Iterator[Clock]:
     """A clock on the steps of `answer_each` and on what they call."""
-    clock, kept = Clock(), {name: getattr(sequences, name) for name in ("step", "in_turn", *PARTS)}
+    clock, kept = Clock(), {name: getattr(scheduler, name) for name in ("step", "in_turn", *PARTS)}
 
     def step(work: Any) -> None:
         clock.reading, started = False, time.perf_counter()
@@ -200,13 +200,13 @@ def timed() -> Iterator[Clock]:
         return turns
 
     try:
-        sequences.step, sequences.in_turn = step, in_turn
+        scheduler.step, scheduler.in_turn = step, in_turn
         for name, part in PARTS.items():
-            setattr(sequences, name, adding(clock, part, kept[name]))
+            setattr(scheduler, name, adding(clock, part, kept[name]))
         yield clock
     finally:
         for name, function in kept.items():
-            setattr(sequences, name, function)
+            setattr(scheduler, name, function)
 
 
 # llama_decode may return before a GPU is done; last_logits waits for it

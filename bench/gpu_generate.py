@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tapir_local.libllama import gpu_memory, library
+from tapir_local.inference.lib import gpu_memory, library
 from tapir_local.memory import check_disk, gpus, size
 
 BENCH = Path(__file__).parent / "generate.py"

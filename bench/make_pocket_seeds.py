@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
-from tapir_local.pocket_family import Family
-from tapir_local.pocket_world import FAMILIES, Problem, generate, reserved
+from tapir_local.pocket.family import Family
+from tapir_local.pocket.world import FAMILIES, Problem, generate, reserved
 
 FILE = Path(__file__).parent.parent / "tapir_local" / "assets" / "pocket_seeds.json"
 # Rows of each level, easiest first. Unbalanced on purpose: plenty of sums, few suppositions.

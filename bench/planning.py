@@ -27,20 +27,20 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.curriculum import CURRICULA
-from tapir_local.dataset import read_seeds, screen
-from tapir_local.endpoint_settings import Teacher
-from tapir_local.likeness import literals
-from tapir_local.near import Index
-from tapir_local.prepare import read
-from tapir_local.recipe import Curriculum, Recipe, Seeds
+from tapir_local.data.dataset import read_seeds, screen
+from tapir_local.data.dedup import Index
+from tapir_local.data.files import read_path
+from tapir_local.data.likeness import literals
+from tapir_local.method.curriculum import CURRICULA
+from tapir_local.pipeline.context import Work
+from tapir_local.pipeline.prepare import read
+from tapir_local.pipeline.rounds import plan
+from tapir_local.pipeline.student_text import read_student_text
+from tapir_local.recipe.endpoints import Teacher
+from tapir_local.recipe.schema import Curriculum, Recipe, Seeds
+from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message
 from tapir_local.rundir import RunDir, write_rows
-from tapir_local.seedfiles import read_path
-from tapir_local.stages import plan
-from tapir_local.student_text import read_student_text
-from tapir_local.tasks import TASKS
-from tapir_local.work import Work
 
 FILES = ("alpaca_cherry_5pct.json", "alpaca_eval/alpaca-7b.json", "self_instruct_seed_tasks.jsonl")
 PIECE = re.compile(r"\s*\S+")  # a word with the blanks before it

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator, Mapping
 from random import Random
 
-from tapir_local.pocket_code import JOBS
-from tapir_local.pocket_family import Family
-from tapir_local.pocket_words import (
+from tapir_local.pocket.code import JOBS
+from tapir_local.pocket.family import Family
+from tapir_local.pocket.words import (
     ANIMALS,
     CATEGORY,
     COLOURS,
@@ -21,7 +21,7 @@ from tapir_local.pocket_words import (
     article,
     plural,
 )
-from tapir_local.pocket_world import FAMILIES, generate, reserved
+from tapir_local.pocket.world import FAMILIES, generate, reserved
 
 END = "<|end|>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>")

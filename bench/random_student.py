@@ -258,7 +258,7 @@ def alphabet(tongue: Tongue) -> list[str]:
 
 def texts() -> Iterator[str]:
     """The repository's own sources and pages."""
-    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "tapir_local").glob("*.py"), *(ROOT / "tests").glob("*.py")]):
+    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "tapir_local").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]):
         yield path.read_text(encoding="utf-8")
 
 

@@ -28,11 +28,11 @@ from typing import Any
 
 import orjson
 
-from tapir_local import keys
-from tapir_local.pocket_words import WORDS
-from tapir_local.store import AT_ONCE, Store
-from tapir_local.storefile import connect
-from tapir_local.storerows import Call, Use
+from tapir_local.pocket.words import WORDS
+from tapir_local.store import keys
+from tapir_local.store.rows import Call, Use
+from tapir_local.store.schema import connect
+from tapir_local.store.store import AT_ONCE, Store
 
 URL = "http://localhost:8000/v1"
 HITS = 4000  # of a round
@@ -338,7 +338,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from store import call
-from tapir_local.store import AT_ONCE, Store
+from tapir_local.store.store import AT_ONCE, Store
 store = Store(Path(sys.argv[1]))
 calls = [(row, call(row)) for row in range(int(sys.argv[2]), int(sys.argv[2]) + 3000)]
 print("ready", flush=True)

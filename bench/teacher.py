@@ -1,4 +1,4 @@
-"""Rows per second of tapir_local.teacher.ask against a server that answers in 200 ms, beside what one would write.
+"""Rows per second of tapir_local.teacher.ask.ask against a server that answers in 200 ms, beside what one would write.
 
     python bench/teacher.py [--rows 12800] [--in-flight 64]
     python bench/teacher.py --crowd 60
@@ -24,10 +24,10 @@ from typing import Any
 
 import openai
 
-from tapir_local.endpoint_settings import Teacher
+from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
-from tapir_local.store import Store
-from tapir_local.teacher import ask
+from tapir_local.store.store import Store
+from tapir_local.teacher.ask import ask
 
 LATENCY = 0.2
 FAULTS = ((0.05, 429), (0.06, 500), (0.07, "drop"), (0.08, "cut"))  # cumulative shares

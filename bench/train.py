@@ -123,9 +123,9 @@ def make_rows(folder: Path, number: int) -> None:
 
 def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, float]:
     """A training as a run has it."""
-    from tapir_local.recipe import Train
-    from tapir_local.sft import TrainJob
-    from tapir_local.train import train
+    from tapir_local.recipe.schema import Train
+    from tapir_local.training.job import TrainJob
+    from tapir_local.training.train import train
 
     settings = Train(
         epochs=1,

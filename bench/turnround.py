@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.assets import POCKET_STUDENT
+from tapir_local.export.base import base_of
 from tapir_local.memory import size
-from tapir_local.recipe import Recipe
-from tapir_local.recipe_text import overridden, parse_recipe
+from tapir_local.pipeline.backends import exporter, gatekeeper, generator, shipper
+from tapir_local.recipe.schema import Recipe
+from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, remove, write_rows
-from tapir_local.student import base_of
-from tapir_local.tools import exporter, gatekeeper, generator, shipper
 
 WAYS = ("merged", "adapter")
 TURN = ("export", "gate", "first answer")
@@ -92,7 +92,7 @@ def make_adapter(model: Path, out: Path, rank: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from tapir_local.weights import read_model
+    from tapir_local.export.weights import read_model
 
     torch.manual_seed(1)
     names = {name: source.shape for name, source in read_model(model).items() if name.endswith("_proj.weight")}

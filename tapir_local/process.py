@@ -34,7 +34,9 @@ KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher tells of one of its proces
 # Names of variables that hold a key, a token or a password.
 SECRET = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
 NAMED: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # further such names, of a recipe
-DOWNLOADS = {"tapir_local.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}  # its encoder comes from the Hub
+DOWNLOADS = {
+    "tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+}  # its encoder comes from the Hub
 GRACE = 5.0  # seconds between asking a child to stop and killing it
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from server import Server, dropped, send
 
-from tapir_local.budget import Cost
-from tapir_local.endpoint_settings import Price
+from tapir_local.recipe.endpoints import Price
+from tapir_local.teacher.budget import Cost
 
 PRICE = Price(input=2.0, output=8.0)
 LATE = 0.3  # seconds that a late reply takes, longer than the tests wait

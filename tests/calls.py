@@ -4,8 +4,8 @@ from typing import Any
 
 import orjson
 
-from tapir_local import keys
-from tapir_local.storerows import Call
+from tapir_local.store import keys
+from tapir_local.store.rows import Call
 
 BODY: dict[str, Any] = {
     "model": "m",

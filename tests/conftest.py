@@ -11,8 +11,8 @@ import pytest
 import server as servers
 from models import WITH_BOS, make_adapter, make_model
 
-from tapir_local.export import export_gguf
-from tapir_local.store import Store
+from tapir_local.export.export import export_gguf
+from tapir_local.store.store import Store
 
 
 class Student(NamedTuple):

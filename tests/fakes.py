@@ -3,17 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from tapir_local import prompts
-from tapir_local.distill import Watch
-from tapir_local.gate import Figures, GateReport
-from tapir_local.recipe import Recipe
-from tapir_local.recipe_text import parse_recipe
+from tapir_local.export.gate import Figures, GateReport
+from tapir_local.method import prompts
+from tapir_local.pipeline.context import Progress, Tools
+from tapir_local.pipeline.loop import Watch
+from tapir_local.pipeline.student_text import any_student
+from tapir_local.recipe.schema import Recipe
+from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import read_rows, write_json, write_record, write_text
-from tapir_local.student_text import any_student
-from tapir_local.work import Progress, Tools
+from tapir_local.rundir import RunDir, read_rows, write_json, write_record, write_text
 
 RECIPE = """
 name: fake
@@ -154,3 +156,28 @@ def make_recipe(folder: Path) -> Recipe:
     texts = [f"{'sum' if n % 3 else 'paint'} {n} {n * n} {n**3} and {n * 7}" for n in range(60)]
     (folder / "seeds.json").write_text(json.dumps([{"instruction": text} for text in texts]))
     return parse_recipe(RECIPE.replace("PATH", str(folder / "seeds.json")), "fake.yaml")
+
+
+def outputs(run: RunDir) -> dict[str, bytes]:
+    """The bytes of every output; run.json tells of times and is left out."""
+    files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name != "run.json"}
+
+
+def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Tools:
+    """Tools whose teacher's and judge's answers pass through `change`."""
+
+    def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
+        return [
+            change(request, answer) for request, answer in zip(requests, world.ask(requests, progress), strict=True)
+        ]
+
+    base = tools(world)
+    return Tools(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask})
+
+
+def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
+    """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "job.json", job)
+    import_module(module).run_folder(folder, progress or QUIET.progress)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tapir_local.gguf_vocab import TEKKEN
+from tapir_local.export.tokenizer import TEKKEN
 
 CHATML = (
     "{% for message in messages %}"
@@ -145,9 +145,9 @@ def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path, lora: 
     """Of two logits over every token of TEXT: transformers' and PEFT's, merged, and llama.cpp's, `lora` over `gguf`."""
     import torch
 
-    from tapir_local.batching import logits
-    from tapir_local.llama import open_context, open_model
-    from tapir_local.tokens import encode
+    from tapir_local.inference.batch import logits
+    from tapir_local.inference.model import open_context, open_model
+    from tapir_local.inference.tokens import encode
 
     with open_model(gguf, adapter=lora) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
         ids = encode(model, TEXT)
@@ -159,7 +159,7 @@ def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path, lora: 
 
 def let_a_runtime_add_bos(monkeypatch: Any) -> None:
     """Exports say from now on that a runtime is to add BOS, which the template writes already."""
-    from tapir_local import export
+    from tapir_local.export import export
 
     write = export.write_vocab
 

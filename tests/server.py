@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tapir_local.endpoint_settings import Teacher
 from tapir_local.errors import TapirError
+from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
-from tapir_local.store import Store
+from tapir_local.store.store import Store
 
 Fault = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 

@@ -12,12 +12,12 @@ from fakes import QUIET
 from hub import MODEL, Hub, serving
 from models import make_model
 
-from tapir_local.distill import distill
 from tapir_local.errors import TapirError
-from tapir_local.recipe_text import parse_recipe
+from tapir_local.pipeline.backends import real_tools
+from tapir_local.pipeline.loop import distill
+from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir, held, write_json
-from tapir_local.student_files import settle_student, student_folder
-from tapir_local.tools import real_tools
+from tapir_local.training.student import settle_student, student_folder
 
 OLD, NEW = "a" * 40, "b" * 40
 READ = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"}
@@ -27,10 +27,10 @@ UNREAD |= {"pytorch_model.bin", "README.md", "model.gguf", "consolidated-00001-o
 SETTLE = """
 import json, sys
 from pathlib import Path
-from tapir_local.student_files import settle_student
-from tapir_local.student_files import student_folder
+from tapir_local.training.student import settle_student
+from tapir_local.training.student import student_folder
 from tapir_local.errors import TapirError
-from tapir_local.recipe_text import parse_recipe
+from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir
 run, recipe = RunDir(Path(sys.argv[1]), "r"), parse_recipe(sys.argv[2], "r")
 try:

@@ -1,67 +1,78 @@
-"""Imports point one way, and heavy ones wait inside functions."""
+"""The rooms of the house stand in one order, imports point one way, and heavy packages wait inside functions."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module imports only from modules to its left in its line, or in a line above.
-ORDER = """
-errors printable paths records tasks form_check checkers setting_types own_tasks
-endpoint_settings recipe recipe_yaml
-pocket_words pocket_phrasings pocket_family pocket_code pocket_check pocket_language pocket_numbers pocket_world
-prompts judging judge_quality ifd curriculum parents screening recipe_checks recipe_text
-seedtext seedforms seedrows likeness near dataset metrics template quoting keys packing
-stats memory private usage reply_limits
-outputs rundir assets student_files lockfile unusable resumable seedfiles seedsource
-libllama llama tokens ollama batching room sampling sequences generate score
-process vocab_check storerows storefile inserting thinking replies calls claims store search transfer pace pocket
-endpoint refusals streaming wire giving_up budget account asking local foreign
-away online batch_lines batch_api batch teacher
-lora footprint sft checkpoints steps classifier train
-gguf_vocab weights families gguf_file adapter_gguf converter export probes trained gate exporting student
-student_text work rows reading prepare judge_asking reflecting writing stages published card shipping distill
-tools
-forecast trust chat report costs why whatif llama_check doctor tables display labels
-sides compare comparison explanations
-answering console calls_cli runs_cli models_cli distill_cli commands
-"""
-MODULES = ORDER.split()
+PACKAGE = ROOT / "tapir_local"
+# A module imports only from its own room and those above it; "" are the files that all rooms share.
+ROOMS = (
+    "",
+    "recipe",
+    "method",
+    "data",
+    "store",
+    "pocket",
+    "inference",
+    "teacher",
+    "training",
+    "export",
+    "pipeline",
+    "report",
+    "commands",
+)
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
 HEAVY |= {"pandas", "pyarrow", "zstandard"}
+
+
+def name_of(path: Path) -> str:
+    """`tapir_local.store.keys` of that file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def room_of(module: str) -> str:
+    """`store` of `tapir_local.store.keys`; "" of a shared file."""
+    inside = MODULES[module].relative_to(PACKAGE).parts
+    return inside[0] if len(inside) > 1 else ""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
     """Every module of ours that a file imports, wherever in the file."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "tapir_local":
-                yield from (alias.name for alias in node.names)
-            elif node.module.startswith("tapir_local."):
-                yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tapir_local":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (names & MODULES.keys()) or {node.module}
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tapir_local."))
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "tapir_local")
 
 
-def test_every_module_has_its_place() -> None:
-    files = {path.stem for path in (ROOT / "tapir_local").glob("*.py")} - {"__init__"}
-    assert files == set(MODULES)
+def test_every_folder_is_a_room() -> None:
+    assert {room_of(name) for name in MODULES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
-    tree = ast.parse((ROOT / "tapir_local" / f"{module}.py").read_text(encoding="utf-8"))
-    above = set(MODULES[: MODULES.index(module)]) | {"__version__"}
-    assert set(imported(tree)) <= above
+    above = ROOMS[: ROOMS.index(room_of(module)) + 1]
+    assert [name for name in imported(TREES[module]) if room_of(name) not in above] == []
 
 
-@pytest.mark.parametrize("module", [*MODULES, "../cli"])
+def test_no_imports_go_round_in_a_circle() -> None:
+    TopologicalSorter({name: set(imported(tree)) - {"tapir_local"} for name, tree in TREES.items()}).prepare()
+
+
+@pytest.mark.parametrize("module", [*MODULES, "cli"])
 def test_heavy_packages_are_imported_inside_functions(module: str) -> None:
-    tree = ast.parse((ROOT / "tapir_local" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = TREES.get(module) or ast.parse((ROOT / "cli.py").read_text(encoding="utf-8"))
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}

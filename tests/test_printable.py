@@ -11,9 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tapir_local.comparison import comparison_tables
-from tapir_local.console import echo, print_json
-from tapir_local.display import (
+from tapir_local.commands.common import echo, print_json
+from tapir_local.errors import TapirError
+from tapir_local.pipeline.loop import Step
+from tapir_local.pipeline.rounds import PREPARE
+from tapir_local.printable import UNSAFE, printable, safe_json
+from tapir_local.report.compare_tables import comparison_tables
+from tapir_local.report.explanations import why_tables
+from tapir_local.report.labels import label_tables
+from tapir_local.report.terminal import (
     Shown,
     cost_table,
     plain_table,
@@ -25,12 +31,6 @@ from tapir_local.display import (
     unusable_tables,
     watched,
 )
-from tapir_local.distill import Step
-from tapir_local.errors import TapirError
-from tapir_local.explanations import why_tables
-from tapir_local.labels import label_tables
-from tapir_local.printable import UNSAFE, printable, safe_json
-from tapir_local.stages import PREPARE
 from tapir_local.tables import joined, plain
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
@@ -132,7 +132,7 @@ def test_no_table_lets_a_control_through_or_reads_markup(name: str, colored: boo
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tapir_local.display.LOG_EVERY", -1.0)
+    monkeypatch.setattr("tapir_local.report.terminal.LOG_EVERY", -1.0)
     out = io.StringIO()
     console = Console(file=out, width=300, force_terminal=terminal)
     with watched(console, 0, 2) as watch:
@@ -187,6 +187,6 @@ ONE_DOOR = {
 def test_there_is_one_door_for_each_kind_of_text(pattern: str) -> None:
     """Whatever else prints would have to make text safe again, and one day one does not."""
     root = Path(__file__).parent.parent
-    files = [*(root / "tapir_local").glob("*.py"), root / "cli.py"]
+    files = [*(root / "tapir_local").rglob("*.py"), root / "cli.py"]
     found = {file.name for file in files if re.search(pattern, file.read_text(encoding="utf-8"))}
     assert found <= ONE_DOOR[pattern]

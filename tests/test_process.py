@@ -217,9 +217,9 @@ def test_a_child_has_no_keys(child, tmp_path, monkeypatch):
 def test_the_classifier_may_download_with_the_hubs_token_and_no_other_key(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
-    assert environment("tapir_local.classifier")["HF_TOKEN"] == "hf_0123456789"
-    assert "OPENAI_API_KEY" not in environment("tapir_local.classifier")
-    assert "HF_TOKEN" not in environment("tapir_local.train")
+    assert environment("tapir_local.training.classifier")["HF_TOKEN"] == "hf_0123456789"
+    assert "OPENAI_API_KEY" not in environment("tapir_local.training.classifier")
+    assert "HF_TOKEN" not in environment("tapir_local.training.train")
 
 
 def test_a_launcher_that_is_not_there_is_named(child):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tapir_local.distill import sequence
+from tapir_local.pipeline.loop import sequence
 from tapir_local.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.pipeline.context import trimmed
 from tapir_local.rundir import RunDir
 from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
-from tapir_local.work import trimmed
 
 
 def rows(count: int, kind: str = "refused by the server", step: str = "prepare/seeds") -> list[Unusable]:

@@ -1,0 +1,1 @@
+"""Rows in: files of every usual form, duplicates, the holdout, chat templates."""

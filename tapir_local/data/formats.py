@@ -1,0 +1,306 @@
+"""The forms in which instructions are handed around: a row of any of them becomes a prompt and a completion."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tapir_local.data.text import (
+    Broken,
+    Columns,
+    RowFault,
+    first_of,
+    holds_more,
+    is_metadata,
+    json_object,
+    refuse_half_letters,
+    refuse_twice,
+    text_of,
+)
+from tapir_local.errors import TapirError
+from tapir_local.records import Message, Prompt
+
+Row = tuple[int, Any]
+Read = tuple[Prompt, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a source, each with its number: that of the line on which it starts, or its own, as `unit` says.
+
+    A row is an object, or Broken where the source could not be read. `notes` say what the reader did beyond reading.
+    """
+
+    where: str
+    rows: Sequence[Row]
+    unit: str = "line"
+    notes: tuple[str, ...] = ()
+
+    def at(self, *numbers: int, most: int = 5) -> str:
+        """`seeds.json, line 3`, `seeds.json, lines 3, 7, 9, 12, 13 and 4 more`."""
+        return f"{self.where}, {lines(numbers, most, self.unit)}"
+
+
+def lines(numbers: Sequence[int], most: int = 5, unit: str = "line") -> str:
+    """`line 3`, `lines 3, 7, 9` or `lines 3, 7, 9, 12, 13 and 4 more`."""
+    shown = ", ".join(map(str, numbers[:most]))
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"{unit}{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+# What Alpaca's and self-instruct's makers wrote for an input or an output that there is not.
+NO_INPUT = re.compile(r"\s*(<\s*no[ _-]?input\s*>|no ?input)\.?\s*", re.IGNORECASE)
+NO_OUTPUT = re.compile(r"\s*<\s*no[ _-]?output\s*>\.?\s*", re.IGNORECASE)
+
+
+def asked_with_input(row: Columns, name: str) -> str:
+    """An instruction, and after an empty line the text to which it applies, unless the instruction has that in it."""
+    asked = text_of(row[name])
+    given = [text for column in ("input", "context") if (text := text_of(row.get(column)))]
+    given = [text for text in given if not NO_INPUT.fullmatch(text) and text not in asked]
+    return "\n\n".join([asked, *given]) if asked.strip() else ""
+
+
+def answer_of(row: Columns, *names: str) -> str:
+    """The text of the first of several columns that has any; a mark for "no output" is none."""
+    text = first_of(row, *names)
+    return "" if NO_OUTPUT.fullmatch(text) else text
+
+
+def opening(row: Columns) -> list[tuple[str, Any]]:
+    """What stands before the question: a system message, and LLaMA-Factory's history, in pairs or in messages."""
+    turns: list[tuple[str, Any]] = [("system", first_of(row, "system", "system_prompt", "system_message"))]
+    for item in messages_of(row.get("history")):
+        if isinstance(item, dict):
+            turns.append(role_and_content(row, item))
+        elif isinstance(item, list | tuple) and len(item) == 2:
+            turns += [("user", item[0]), ("assistant", item[1])]
+        else:
+            raise RowFault("history that is neither pairs nor messages")
+    return turns
+
+
+def alpaca(row: Columns) -> Read:
+    """instruction, input, output; Dolly's names for the latter two; LLaMA-Factory's system and history before them."""
+    prompt, _ = dialogue(row, [*opening(row), ("user", asked_with_input(row, "instruction"))])
+    return prompt, answer_of(row, "output", "response")
+
+
+def self_instruct(row: Columns) -> Read:
+    """instruction and a list of instances, of which the first is taken."""
+    instances = row["instances"]
+    if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances[:1]):
+        raise RowFault("instances is not a list of objects")
+    first = instances[0] if instances else {}
+    refuse_twice(first)
+    others = {name: value for name, value in row.items() if name != "instances"}
+    one = Columns({**others, **first, "instruction": row["instruction"]})
+    prompt, completion = alpaca(one)
+    row.asked |= {"instances", "instruction", *(one.asked - set(first))}
+    row.dropped += one.dropped + (["instances after the first"] if len(instances) > 1 else [])
+    own = Columns(first)
+    own.asked = one.asked - {"instruction"}
+    row.dropped += [f"{name} of an instance" for name in own.unread(seen_in(prompt, completion))]
+    return prompt, completion
+
+
+def question_answer(row: Columns) -> Read:
+    """question, and answer or response, as GSM8K and OpenOrca have them; a system prompt before them."""
+    prompt, _ = dialogue(row, [*opening(row), ("user", asked_with_input(row, "question"))])
+    return prompt, answer_of(row, "answer", "response")
+
+
+def mt_bench(row: Columns) -> Read:
+    """question_id, category, turns: the first turn, and its reference answer where there is one.
+
+    A second turn is about the answer to the first, so it asks nothing by itself.
+    """
+    turns, reference = row["turns"], row.get("reference")
+    if not isinstance(turns, list) or not turns or not isinstance(reference, list | str | None):
+        raise RowFault("turns is not a list of questions")
+    if len(turns) > 1:
+        row.dropped.append("turns after the first")
+    answer = reference[0] if isinstance(reference, list) and reference else reference or None
+    return dialogue(row, [*opening(row), ("user", turns[0])])[0], text_of(answer)
+
+
+def mt_bench_answers(row: Columns) -> Read:
+    """question_id, choices: MT-Bench's answers, refused with what to do."""
+    raise RowFault("answers without questions", "these are answers without their questions; name the file of questions")
+
+
+def prompt_completion(row: Columns) -> Read:
+    """prompt and completion, each a string or a list of messages, as TRL has them; the completion may be absent.
+
+    One blank before a completion is the mark of OpenAI's former fine-tuning format, not a part of the text.
+    """
+    given, reply = row["prompt"], row.get("completion")
+    if isinstance(given, list):
+        turns = [role_and_content(row, turn) for turn in messages_of(given)]
+    else:
+        turns = [("user", asked_with_input(row, "prompt"))]
+    if isinstance(reply, list):
+        answer = [role_and_content(row, turn) for turn in messages_of(reply)]
+    else:
+        text = answer_of(row, "completion", "response")
+        answer = [("assistant", text[1:] if text[:1] == " " and text[1:2].strip() else text)]
+    return dialogue(row, [*opening(row), *turns, *answer])
+
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+TOOLS = ("tool", "function", "observation", "ipython", "tool_call", "function_call", "tool_response")
+CALLS = ("tool_calls", "function_call", "tool_call_id")  # keys of a turn that calls a tool, or answers for one
+CONTENT = ("content", "value", "text")
+
+
+def conversation(name: str) -> Callable[[Columns], Read]:
+    """The reader of rows whose column `name` holds messages of `role` and `content`, or ShareGPT's `from`, `value`."""
+
+    def read(row: Columns) -> Read:
+        return dialogue(row, [*opening(row), *(role_and_content(row, turn) for turn in messages_of(row[name]))])
+
+    return read
+
+
+def messages_of(turns: Any) -> list[Any]:
+    """A list of messages, or the JSON of one; None is an empty list. RowFault where it is anything else."""
+    if isinstance(turns, str) and turns.strip():
+        try:
+            turns = json.loads(turns, object_pairs_hook=json_object)
+        except (ValueError, RecursionError) as error:
+            kind = "the conversation is not a list of objects"
+            raise RowFault(kind, f"{kind}, nor JSON: {error}") from error
+    if not turns and not isinstance(turns, bool | int | float):
+        return []
+    if not isinstance(turns, list):
+        raise RowFault("the conversation is not a list of objects")
+    return turns
+
+
+def role_and_content(row: Columns, turn: Any) -> tuple[str, Any]:
+    """Who speaks in a turn, and what; RowFault where it is neither user, assistant nor system, or calls a tool."""
+    if not isinstance(turn, dict):
+        raise RowFault("the conversation is not a list of objects")
+    refuse_twice(turn)
+    role = turn["role"] if turn.get("role") is not None else turn.get("from")
+    known = isinstance(role, str) and role.lower() in ROLES
+    if any(turn.get(name) for name in CALLS):
+        raise RowFault("a turn that calls a tool", f"a turn by {role!r} calls a tool")
+    if not known:
+        tool = isinstance(role, str) and role.lower().replace("-", "_").startswith(TOOLS)
+        said = f"a turn is by {role!r}; known are {', '.join(ROLES)}"
+        raise RowFault("a turn by a tool" if tool else "a turn by an unknown speaker", said)
+    name = next((name for name in CONTENT if turn.get(name) is not None), "content")
+    value = turn.get(name)
+    read = {"role", "from", name}
+    seen = value if isinstance(value, str) else ""
+    others = [key for key in turn if key not in read and not is_metadata(key) and holds_more(turn[key], seen)]
+    row.dropped += [f"{key!r} of a turn" for key in others]
+    return ROLES[str(role).lower()], value
+
+
+def dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> Read:
+    """Turns up to the last user's as prompt, the assistant's after it as completion; ((), "") where no user speaks.
+
+    Several turns of the assistant after the last user's are one answer, an empty line between them. Empty system turns
+    are left out, and what an assistant says before any user: chat templates refuse such a beginning, and FastChat,
+    ShareGPT's first reader, skips it too.
+    """
+    said = [Message(role, text) for role, value in turns if (text := text_of(value)) or role != "system"]
+    users = [number for number, turn in enumerate(said) if turn.role == "user"]
+    if not users:
+        return (), ""
+    last = users[-1] + 1
+    prompt = [turn for number, turn in enumerate(said[:last]) if turn.role != "assistant" or number > users[0]]
+    if any(turn.role == "assistant" and turn.content for turn in said[: users[0]]):
+        row.dropped.append("what the assistant says before the first question")
+    if empty := [number for number, turn in enumerate(prompt[:-1], 1) if not turn.content]:
+        raise RowFault("an empty turn", f"turn {empty[0]} of the conversation is empty")
+    if any(turn.role == "system" for turn in said[last:]):
+        raise RowFault("a system turn after the last question")
+    return tuple(prompt), "\n\n".join(turn.content for turn in said[last:] if turn.content)
+
+
+class Form(NamedTuple):
+    """How rows with certain keys are read; `about` is how people know the form, "" where it is not to be named."""
+
+    keys: tuple[str, ...]
+    read: Callable[[Columns], Read]
+    about: str = ""
+
+
+# The first form whose keys a row has reads it.
+FORMS = (
+    Form(("instruction", "instances"), self_instruct, "self-instruct seed tasks (instruction, instances)"),
+    Form(("instruction",), alpaca, "Alpaca, AlpacaEval and Dolly (instruction; input or context; output or response)"),
+    Form(("messages",), conversation("messages"), "messages (role, content)"),
+    Form(("conversations",), conversation("conversations"), "ShareGPT"),
+    Form(("conversation",), conversation("conversation")),
+    Form(("prompt",), prompt_completion, "prompt and completion"),
+    Form(("question_id", "turns"), mt_bench, "MT-Bench's questions (question_id, turns)"),
+    Form(("question_id", "choices"), mt_bench_answers),
+    Form(("question", "answer"), question_answer, "question and answer"),
+    Form(("question", "response"), question_answer),
+)
+KNOWN = (
+    "Known forms: " + "; ".join(form.about for form in FORMS if form.about) + ". For columns of other names set "
+    "seeds.columns, as in {instruction: frage, output: antwort}."
+)
+
+
+def form_of(row: Mapping[str, Any]) -> Form | None:
+    """The first form for whose keys a row has values, else the first whose keys it has, else None."""
+    filled = (form for form in FORMS if all(row.get(key) is not None for key in form.keys))
+    return next(filled, None) or next((form for form in FORMS if all(key in row for key in form.keys)), None)
+
+
+class Reading(NamedTuple):
+    """What a row says; `unread` names what of its text was not read."""
+
+    prompt: Prompt
+    completion: str
+    unread: list[str]
+
+
+def read_whole(row: Any) -> Reading:
+    """A row of any form; RowFault where it cannot be read. The prompt of a row without an instruction is ()."""
+    if isinstance(row, Broken):
+        raise RowFault(row.kind, row.said)
+    if not isinstance(row, Mapping):
+        raise RowFault("not an object", f"a row is a JSON object, this one is {type(row).__name__}")
+    refuse_twice(row)
+    form = form_of(row)
+    if form is None:
+        keys = ", ".join(map(str, row)) or "none"
+        raise RowFault("no known form", f"a row of no known form; its keys: {keys}", KNOWN)
+    columns = Columns(row)
+    try:
+        prompt, completion = form.read(columns)
+    except (ValueError, TypeError) as error:
+        kind = error.kind if isinstance(error, RowFault) else "not readable"
+        raise RowFault(kind, f"a row with {', '.join(form.keys)} that cannot be read: {error}") from error
+    refuse_half_letters(completion, *(turn.content for turn in prompt))
+    if not prompt or not prompt[-1].content.strip():
+        return Reading((), completion, [])
+    return Reading(prompt, completion, columns.unread(seen_in(prompt, completion)))
+
+
+def seen_in(prompt: Prompt, completion: str) -> str:
+    """All that was read of a row."""
+    return "\n".join([*(turn.content for turn in prompt), completion])
+
+
+def read_row(row: Any, where: str) -> Read:
+    """The prompt and the completion of one row, whatever its form; ((), "") where its instruction is empty.
+
+    TapirError with the row's keys where it has no known form, or with what is wrong where it cannot be read.
+    """
+    try:
+        return read_whole(row)[:2]
+    except RowFault as fault:
+        raise TapirError(fault.said, where=where, fix=fault.fix) from fault

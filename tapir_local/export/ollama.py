@@ -1,0 +1,172 @@
+"""A GGUF for Ollama: a Modelfile whose template asks exactly as the student was trained, or none.
+
+Ollama renders with a template in Go's language. Given none it takes, of those it knows, the one whose Jinja is within
+100 edits of the GGUF's own (ollama, template/template.go, `Named`), and so would ask the pocket student, 79 edits from
+it, in ChatML. What is written here is derived from the Jinja's own renderings and compared with them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tapir_local.data.chat_template import render
+from tapir_local.errors import TapirError
+from tapir_local.inference.lib import library
+from tapir_local.inference.model import Model, open_model, template, token_text
+from tapir_local.records import Message
+
+UNKNOWN = """\
+# No TEMPLATE: the student's chat template does more than write marks around the turns (it may trim them, or tell
+# thoughts from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then render with
+# the GGUF's own template (started with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, maybe another."""
+WORDS = ("Qalpha", "Qbeta", "Qgamma")  # contents that no template writes by itself
+TEXTS = (
+    "What is 7 + 5?",
+    "  two  spaces\n\nand lines \n",
+    'Say "yes", {{ .Content }} or {% raw %}\\n\\t\t<b>',
+    "Añade 你好 🙂",
+    "<think>\nHm.\n</think>\n\nSo.",  # which some templates take out of earlier answers
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a template writes around the contents of turns.
+
+    `opening` comes first where there is no system turn, `system`, `user` and `assistant` are before and after such a
+    turn's content, `answer` is what asks for an answer.
+    """
+
+    opening: str
+    system: tuple[str, str] | None
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    answer: str
+
+
+def assemble(parts: Parts, turns: Sequence[Message]) -> str:
+    """The conversation, to be answered, as the Go template of these parts renders it."""
+    around = {"system": parts.system or ("", ""), "user": parts.user, "assistant": parts.assistant}
+    opening = parts.opening if turns[0].role != "system" else ""
+    return opening + "".join(turn.content.join(around[turn.role]) for turn in turns) + parts.answer
+
+
+def parts_of(jinja: str, bos: str = "", eos: str = "") -> Parts | None:
+    """The parts of a Jinja template; None where it writes more than such parts, or changes what it is given."""
+
+    def text(*turns: Message, answer: bool = False) -> str:
+        return render(jinja, turns, add_generation_prompt=answer, bos_token=bos, eos_token=eos)
+
+    user, answered, again = (Message(*pair) for pair in zip(("user", "assistant", "user"), WORDS, strict=True))
+    try:
+        before, after = split(text(user), user)
+        _, ended = split(text(user, answered), answered)
+        _, between, rest, _ = split(text(user, answered, again), user, answered, again)
+        asks = rest.removeprefix(ended)
+        answer = text(user, answer=True).removeprefix(text(user))
+        parts = Parts(
+            opening=before.removesuffix(asks),
+            system=system_of(text, asks),
+            user=(asks, after),
+            assistant=(between.removeprefix(after), ended),
+            answer=answer,
+        )
+        return parts if agree(parts, text) else None
+    except (TapirError, ValueError):
+        return None
+
+
+def system_of(text: Callable[..., str], asks: str) -> tuple[str, str] | None:
+    """What is around a system turn's content; None where the template refuses such a turn."""
+    system, user = Message("system", WORDS[0]), Message("user", WORDS[1])
+    try:
+        before, after, _ = split(text(system, user), system, user)
+    except TapirError:
+        return None
+    return before, after.removesuffix(asks)
+
+
+def split(text: str, *turns: Message) -> list[str]:
+    """The pieces of a text around the contents of turns, in their order; ValueError where one is not there once."""
+    pieces = []
+    for turn in turns:
+        before, text = text.split(turn.content)
+        pieces.append(before)
+    return [*pieces, text]
+
+
+def agree(parts: Parts, text: Callable[..., str]) -> bool:
+    """Whether the parts render as the template does: one turn and several, with and without a system's, odd texts."""
+    first, second = Message("user", "How?"), Message("assistant", "So.")
+    for word in TEXTS:
+        user, answered = Message("user", word), Message("assistant", word)
+        talks = [(user,), (first, answered, user), (user, second, first, answered, first)]
+        if parts.system:
+            system = Message("system", word or "Be brief.")
+            talks += [(system, first), (system, user, answered, first)]
+        if any(text(*turns, answer=True) != assemble(parts, turns) for turns in talks):
+            return False
+    return True
+
+
+def go_template(parts: Parts) -> str:
+    """The parts as Ollama's template of `.Messages`, whose last turn is the user's, or an answer to be gone on with."""
+    last = "eq (len (slice $.Messages $i)) 1"
+    opening = f"{{{{ if eq $i 0 }}}}{literal(parts.opening)}{{{{ end }}}}" if parts.opening else ""
+    before, after = map(literal, parts.assistant)
+    turns = {
+        "system": "{{ .Content }}".join(map(literal, parts.system or ())),
+        "user": opening
+        + "{{ .Content }}".join(map(literal, parts.user))
+        + f"{{{{ if {last} }}}}{literal(parts.answer)}{{{{ end }}}}",
+        "assistant": f"{before}{{{{ .Content }}}}{{{{ if not ({last}) }}}}{after}{{{{ end }}}}",
+    }
+    branches = (f'if eq .Role "{role}" }}}}{text}{{{{ ' for role, text in turns.items() if text)
+    return "{{ range $i, $_ := .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}"
+
+
+def literal(text: str) -> str:
+    """Text as a Go template and a Modelfile both leave it: as it is, or quoted where either would read it otherwise."""
+    plain = all(letter.isprintable() or letter == "\n" for letter in text)
+    if plain and "{{" not in text and '"""' not in text and not text.endswith("{"):
+        return text
+    return '{{ "' + "".join(map(escaped, text)) + '" }}'
+
+
+def escaped(letter: str) -> str:
+    """A letter within quotation marks, as Go reads it."""
+    if letter in '"\\':
+        return "\\" + letter
+    return letter if letter.isprintable() else f"\\u{ord(letter):04x}"
+
+
+def modelfile(model: Model, *, file: str, context: int | None = None, temperature: float | None = None) -> str:
+    """The text of a Modelfile for a GGUF's `file` beside it, out of what is in the GGUF.
+
+    `context` is tokens of a conversation; what is not given is left to Ollama. The template is left out, and the reason
+    said, where it would not ask as the student was trained.
+    """
+    parts = parts_of(template(model), model.bos, model.eos)
+    stop = end_text(model)
+    lines = [
+        f"FROM ./{file}",
+        UNKNOWN if parts is None else f'TEMPLATE """{go_template(parts)}"""',
+        *([f'PARAMETER stop "{stop}"'] if stop else []),
+        *([f"PARAMETER num_ctx {context}"] if context else []),
+        *([f"PARAMETER temperature {temperature:g}"] if temperature is not None else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_modelfile(gguf: Path, out: Path, *, context: int | None = None, temperature: float | None = None) -> None:
+    """The Modelfile of a GGUF that lies beside it."""
+    with open_model(gguf, vocab_only=True) as model:
+        out.write_text(modelfile(model, file=gguf.name, context=context, temperature=temperature), encoding="utf-8")
+
+
+def end_text(model: Model) -> str:
+    """The token that ends an answer; empty where the GGUF names none."""
+    llama = library()
+    number = llama.llama_vocab_eot(model.vocab)
+    return token_text(model.vocab, number) or model.eos

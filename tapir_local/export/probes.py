@@ -1,0 +1,147 @@
+"""Texts for the gate: many scripts, digits, white space, code, every added token, and the rows that were trained on."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tapir_local.data.quoting import format_of
+from tapir_local.records import Example, Message, Prompt
+
+PROBES = 600
+ANSWERS = 16  # prompts answered; more tell no more
+QUESTIONS = (  # what is asked where there are fewer rows
+    "Say hello.",
+    "List three fruits and the colour of each.",
+    "What is 17 times 23? Show each step.",
+    "Write a Python function that reverses a string.",
+    "Übersetze ins Englische: Das Wetter ist heute schön.",
+    "为什么天空是蓝色的\uff1f",
+    "Summarise in one sentence: The river rose in the night, and by morning the mill stood in water.",
+    "Write a polite letter that asks for a refund.",
+)
+
+FRAGMENTS = (
+    *(
+        "Hello, world!",
+        "The quick brown fox",
+        "I'm, you're, it'll, WE'VE, don't",
+        "naïve café, coöperate, façade",
+        "nai\u0308ve cafe\u0301, A\u030a \u1112\u1161\u11ab, >\u0338 a\u0323\u0302",
+        "ﬁne ½ ² Ⅷ",
+    ),
+    *(
+        "Привет, мир",
+        "Ελληνικά ΑΒΓ",
+        "你好\uff0c世界。",
+        "こんにちは カタカナ",
+        "안녕하세요",
+        "مرحبا بالعالم",
+        "שלום",
+        "नमस्ते दुनिया",
+        "สวัสดีชาวโลก",
+    ),
+    *(
+        "Tiếng Việt có dấu",
+        "ქართული",
+        "தமிழ்",
+        "ᚠᛇᚻ",
+        "Straße ẞ ǅ",
+        "🙂🚀",
+        "👩‍👩‍👧 🇩🇪",
+        "0",
+        "12",
+        "345",
+        "6789",
+        "3.14159",
+        "1,000,000",
+        "-7 + 8 = 1",
+    ),
+    *(
+        "٣٤٥",
+        "१२३",
+        " ",
+        "  ",
+        "   ",
+        "\t",
+        "\n",
+        "\n\n",
+        "\r\n",
+        " \n ",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "a  b   c",
+        "end. \n\n\n Next",
+    ),
+    *(
+        "def f(x):\n    return x ** 2  # square\n",
+        "for (int i = 0; i < n; ++i) { a[i] += 1; }",
+        '{"key": [1, 2.5e-3, null]}',
+        "SELECT * FROM t;",
+    ),
+    *(
+        "<p class='x'>&amp;</p>",
+        "https://example.org/a?b=c&d=%20",
+        "C:\\dir\\file.txt",
+        "\\frac{a}{b} $x^2$",
+        "- item\n* item\n1. item",
+        "`code`",
+    ),
+    *(
+        "!!!",
+        "...",
+        "—\u2013-",
+        "“quoted” \u2018text\u2019",
+        "(a)[b]{c}<d>",
+        "@#$%^&*",
+        "~|\\/",
+        "CamelCase snake_case kebab-case",
+        "ALLCAPS",
+        "x" * 40,
+        "ha" * 20,
+    ),
+)
+
+
+def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
+    """Every text to be tokenised: rows as they were trained on, prompt and completion, and the probes as prompts.
+
+    Special tokens that a row or a probe quotes are guarded in it (see quoting.py), as they are in training.
+    """
+    prompts = [*(row.prompt for row in rows), *((Message("user", text),) for text in probes(tokenizer))]
+    return [rendered(tokenizer, prompt) for prompt in prompts] + [answered(tokenizer, row) for row in rows]
+
+
+def rendered(tokenizer: Any, prompt: Prompt) -> str:
+    """A prompt as the student is asked it."""
+    return format_of(tokenizer).asked(prompt)
+
+
+def answered(tokenizer: Any, row: Example) -> str:
+    """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
+    form = replace(format_of(tokenizer), stops=())
+    return "".join(form.answered(row.prompt, row.completion)) if row.completion else form.asked(row.prompt)
+
+
+def sample(rows: Sequence[Example]) -> list[Prompt]:
+    """Prompts to be answered: up to ANSWERS from all over the rows, the same ones each time, and QUESTIONS where fewer.
+
+    "Say hello." is asked always.
+    """
+    chosen = random.Random("gate-prompts").sample(range(len(rows)), min(ANSWERS, len(rows)))
+    own = QUESTIONS[: max(1, len(QUESTIONS) - len(chosen))]
+    return [*(rows[number].prompt for number in sorted(chosen)), *((Message("user", text),) for text in own)]
+
+
+def probes(tokenizer: Any) -> list[str]:
+    """PROBES texts of one or several fragments: every fragment, every added token in several places, and mixtures.
+
+    Gemma's added tokens of several `▁` stand for as many spaces.
+    """
+    chance = random.Random("gate-probes")
+    added = [token.content.replace("▁", " ") for token in tokenizer.added_tokens_decoder.values()][:64]
+    texts = [*FRAGMENTS, *(f"a{token}b {token} 1{token}" for token in added)]
+    while len(texts) < PROBES:
+        texts.append(chance.choice(["", " ", "\n"]).join(chance.choices([*FRAGMENTS, *added], k=chance.randint(2, 5))))
+    return texts

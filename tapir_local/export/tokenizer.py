@@ -1,0 +1,347 @@
+"""A Hugging Face tokenizer as the metadata that llama.cpp tokenises by."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapir_local.data.chat_template import NO_TEMPLATE
+from tapir_local.data.quoting import turn_end
+from tapir_local.errors import TapirError
+from tapir_local.inference.model import COMPOSING, FORM_KEY, FORMS
+
+# llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
+# be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+BEFORE = r"[^\r\n\p{L}\p{N}]?"
+TEKKEN = (
+    rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITTINGS: Mapping[tuple[str, ...], str] = {
+    ("gpt2",): "gpt-2",
+    ("digits", "gpt2"): "smollm",
+    (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}|{REST}", "bytes"): "qwen2",
+    (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}{{1,3}}|{REST}", "bytes"): "llama-bpe",
+    (TEKKEN, "bytes"): "tekken",
+}
+
+
+SPACE = "▁"  # SentencePiece's
+
+
+@dataclass(frozen=True)
+class Token:
+    """A row of the vocabulary: its text, gguf.TokenType's number and, for SentencePiece, its score."""
+
+    text: str
+    kind: int
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """All that the GGUF says of the tokenizer. `special` maps bos, eos, unk, pad and eot to ids.
+
+    `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE). `form` is the
+    Unicode form that the normalizer makes, which our own inference makes too, for llama.cpp does not.
+    """
+
+    model: str
+    splitting: str
+    tokens: tuple[Token, ...]
+    merges: tuple[str, ...]
+    special: Mapping[str, int]
+    space_prefix: bool
+    chat_template: str
+    form: str = ""
+
+
+def read_vocab(model_dir: Path, rows: int) -> Vocab:
+    """The tokenizer of a model's folder, padded to the embedding's `rows`. TapirError where llama.cpp has no like."""
+    tokenizer = read_tokenizer(model_dir)
+    model = bpe_model(tokenizer, model_dir)
+    template, texts = read_template(model_dir), special_texts(model_dir)
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())} | model["vocab"]
+    special = {name: ids[text] for name, text in texts.items() if text in ids} | end_of_turn(tokenizer, template, texts)
+    control = {text for text, number in ids.items() if number in special.values()}
+    if is_sentencepiece(tokenizer):
+        check_bytes(model, model_dir)
+        prefixed = prefixes_space(tokenizer, read_json(model_dir / "tokenizer_config.json"))
+        tokens = tuple(padded(sentencepiece_tokens(tokenizer, control), rows, model_dir))
+        return Vocab("llama", "default", tokens, (), special, prefixed, template)
+    tokens = tuple(padded(byte_level_tokens(tokenizer, control), rows, model_dir))
+    merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    splitting = splitting_name(tokenizer, model_dir)
+    form = normal_form(tokenizer, splitting, model_dir)
+    return Vocab("gpt2", splitting, tokens, merges, special, False, template, form)
+
+
+def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any]:
+    """The `model` of tokenizer.json. TapirError for one that is no BPE, or one with marks on the parts of words."""
+    model = tokenizer.get("model") or {}
+    kind = model.get("type", "unknown")
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    lacking = [name for name, form in (("vocab", dict), ("merges", list)) if not isinstance(model.get(name), form)]
+    if kind == "BPE" and not odd and not lacking:
+        return dict(model)
+    what = f"a tokenizer of type {kind}"
+    if kind == "BPE":
+        what = f"a BPE tokenizer without {lacking[0]}" if lacking else f"a BPE tokenizer with {' and '.join(odd)}"
+    raise TapirError(
+        f"{what} cannot be exported",
+        where=str(model_dir / "tokenizer.json"),
+        fix="Take a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM) or SentencePiece's BPE (Llama 2, "
+        "Gemma) whose tokenizer.json has its merges.",
+    )
+
+
+def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """True for BPE over SentencePiece's pieces: bytes are a fallback (`<0x0A>`), not the letters of every text."""
+    kinds = {step.get("type") for step in steps_of(tokenizer, "pre_tokenizer", "pretokenizers")}
+    return bool(tokenizer["model"].get("byte_fallback")) and "ByteLevel" not in kinds
+
+
+def check_bytes(model: Mapping[str, Any], model_dir: Path) -> None:
+    """TapirError unless each byte has a token: where llama.cpp looks for one in vain it ends the process."""
+    missing = [name for name in (f"<0x{number:02X}>" for number in range(256)) if name not in model["vocab"]]
+    if missing:
+        raise TapirError(
+            f"a tokenizer with byte_fallback lacks {len(missing)} of the 256 tokens for single bytes: {missing[0]} …",
+            where=str(model_dir / "tokenizer.json"),
+            fix="Take the tokenizer that the model was published with. One that transformers made of a GGUF may be of "
+            "the wrong kind.",
+        )
+
+
+def steps_of(tokenizer: Mapping[str, Any], part: str, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, pre_tokenizer or decoder, which may be one alone or a sequence."""
+    whole = tokenizer.get(part) or {}
+    return list(whole.get(inner, [whole] if whole else []))
+
+
+def normal_form(tokenizer: Mapping[str, Any], splitting: str, model_dir: Path) -> str:
+    """The Unicode form that the normalizer makes of a text, "" for none; TapirError for one that does more."""
+    kinds = [str(step.get("type")) for step in steps_of(tokenizer, "normalizer", "normalizers")]
+    if not kinds and splitting in COMPOSING:
+        kinds = loaded_normalizer(model_dir)
+    if len(kinds) > 1 or not set(kinds) <= set(FORMS):
+        raise TapirError(
+            f"llama.cpp does not do what its normalizer does: {', '.join(kinds)}",
+            where=str(model_dir / "tokenizer.json"),
+            fix=f"Those of one step that are mapped: {', '.join(FORMS)}.",
+        )
+    return kinds[0] if kinds else ""
+
+
+def loaded_normalizer(model_dir: Path) -> list[str]:
+    """The normalizer's steps as transformers loads it: Qwen2Tokenizer composes, whatever tokenizer.json says."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    state = json.loads(loaded.backend_tokenizer.to_str())
+    return [str(step.get("type")) for step in steps_of(state, "normalizer", "normalizers")]
+
+
+def read_tokenizer(model_dir: Path) -> dict[str, Any]:
+    """tokenizer.json; of a folder with SentencePiece's tokenizer.model alone what transformers makes of that."""
+    if (model_dir / "tokenizer.json").is_file() or not (model_dir / "tokenizer.model").is_file():
+        return read_json(model_dir / "tokenizer.json")
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return dict(json.loads(made.backend_tokenizer.to_str()))
+    except (ImportError, OSError, ValueError) as error:
+        raise TapirError(
+            f"transformers cannot read its SentencePiece file: {str(error).strip().splitlines()[0]}",
+            where=str(model_dir / "tokenizer.model"),
+            fix="pip install sentencepiece protobuf, or save the tokenizer there with save_pretrained.",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the model; TapirError naming the file when it is absent or broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TapirError(
+            "the file is missing",
+            where=str(path),
+            fix="Save model and tokenizer there with transformers' save_pretrained.",
+        ) from error
+    except ValueError as error:
+        raise TapirError(f"not JSON: {error}", where=str(path), fix="Save model and tokenizer again.") from error
+    if not isinstance(found, dict):
+        raise TapirError("not a JSON object", where=str(path), fix="Save model and tokenizer again.")
+    return found
+
+
+def read_template(model_dir: Path) -> str:
+    """The chat template that transformers would use: the .jinja file before tokenizer_config.json's entry."""
+    beside = model_dir / "chat_template.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = read_json(model_dir / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not template:
+        raise TapirError(
+            "the tokenizer has no chat template",
+            where=str(model_dir),
+            fix=NO_TEMPLATE,
+        )
+    return str(template)
+
+
+def special_texts(model_dir: Path) -> dict[str, str]:
+    """The texts of the bos, eos, unk and pad tokens that the tokenizer's settings name."""
+    settings = read_json(model_dir / "tokenizer_config.json")
+    older = model_dir / "special_tokens_map.json"
+    named = (read_json(older) if older.is_file() else {}) | {
+        key: value for key, value in settings.items() if value is not None
+    }
+    entries = {name: named.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    texts = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and text}
+
+
+def end_of_turn(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
+    """The token that the template ends an answer with, as llama.cpp's `eot`: it must stop there whatever eos is."""
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    found = turn_end(added, template, texts.get("bos", ""), texts.get("eos", ""))
+    return {} if found is None else {"eot": added[found]}
+
+
+def splitting_name(tokenizer: Mapping[str, Any], model_dir: Path) -> str:
+    """llama.cpp's name for how the text is cut before merging."""
+    steps = tokenizer.get("pre_tokenizer") or {}
+    parts = tuple(splitting(step) for step in steps.get("pretokenizers", [steps]))
+    if parts not in SPLITTINGS:
+        known = ", ".join(SPLITTINGS.values())
+        where = str(model_dir / "tokenizer.json")
+        raise TapirError(
+            f"llama.cpp has no name for its pre_tokenizer {' then '.join(parts)}",
+            where=where,
+            fix=f"Those mapped are: {known}.",
+        )
+    return SPLITTINGS[parts]
+
+
+def splitting(step: Mapping[str, Any]) -> str:
+    """One step of a pre_tokenizer: a regular expression, or a word for the built-in ones."""
+    kind = step.get("type", "none")
+    if kind == "Split" and not step.get("invert"):
+        return str(step["pattern"].get("Regex", step["pattern"]))
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return "gpt2" if step.get("use_regex", True) else "bytes"
+    return "digits" if kind == "Digits" and step.get("individual_digits") else str(kind)
+
+
+def byte_level_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+    """Rows by id: NORMAL ones of the vocabulary, then CONTROL (special) and USER_DEFINED (added) on top."""
+    from gguf import TokenType
+
+    rows = {number: Token(text, TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
+    return rows | added_tokens(tokenizer, control)
+
+
+def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+    """Tokens that are found in the text before it is cut; those in `control` are special whatever tokenizer.json says.
+
+    A row's text may not end a turn, so the token that the template ends one with is special too.
+    """
+    from gguf import TokenType
+
+    kinds = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
+    return {
+        token["id"]: Token(token["content"], kinds[bool(token["special"]) or token["content"] in control])
+        for token in tokenizer.get("added_tokens", ())
+    }
+
+
+def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+    """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
+
+    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens
+    of several `▁` are found by merging, as transformers finds them, since a text has spaces in their place.
+    """
+    from gguf import TokenType
+
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(tokenizer["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    rows = {}
+    for text, number in tokenizer["model"]["vocab"].items():
+        kind = TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
+        rows[number] = Token(text, kind, -float(ranks.get(text, len(ranks) * 2)))
+    runs = {number for number, row in rows.items() if row.text == SPACE * len(row.text)}
+    rows |= {number: row for number, row in added_tokens(tokenizer, control).items() if number not in runs}
+    unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
+    return rows if unknown is None else rows | {unknown: Token(rows[unknown].text, TokenType.UNKNOWN)}
+
+
+def prefixes_space(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """True when each text between special tokens begins with SentencePiece's `▁` (llama.cpp: add_space_prefix).
+
+    transformers 5 builds a LlamaTokenizer anew, whatever tokenizer.json says, and prefixes every text only in its
+    `legacy` way. The newer way, a `▁` at the very start alone (`prepend_scheme: first`), has no like in llama.cpp; a
+    chat template begins with a special token, so that no prefix is right there.
+    """
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
+        return bool(settings.get("legacy")) and settings.get("add_prefix_space") is not False
+    normalizer, cutter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+    return prepends or (cutter.get("type") == "Metaspace" and cutter.get("prepend_scheme") == "always")
+
+
+def padded(rows: Mapping[int, Token], size: int, model_dir: Path) -> Iterator[Token]:
+    """Rows in order of id, the embedding's spare ones as UNUSED."""
+    from gguf import TokenType
+
+    if max(rows) >= size:
+        fix = "Resize the model's embeddings to the tokenizer, and save both."
+        raise TapirError(
+            f"the tokenizer has token {max(rows)}, the embedding {size} rows", where=str(model_dir), fix=fix
+        )
+    texts = Counter(row.text for row in rows.values())
+    if texts.total() > len(texts):
+        raise TapirError(
+            f"two of its tokens have the same text, {texts.most_common(1)[0][0]!r}, which llama.cpp cannot load",
+            where=str(model_dir / "tokenizer.json"),
+            fix="Take the tokenizer that the model was published with.",
+        )
+    for number in range(size):
+        spare = f"[PAD{number}]"
+        yield rows.get(number) or Token(spare if spare not in texts else f"[UNUSED PAD{number}]", TokenType.UNUSED)
+
+
+def write_vocab(writer: Any, vocab: Vocab) -> None:
+    """Put the vocabulary into a gguf.GGUFWriter.
+
+    add_bos_token is false for every model: the chat template alone writes BOS, as it did in training, and a runtime
+    that adds its own would have two.
+    """
+    writer.add_tokenizer_model(vocab.model)
+    writer.add_tokenizer_pre(vocab.splitting)
+    writer.add_token_list([token.text for token in vocab.tokens])
+    writer.add_token_types([token.kind for token in vocab.tokens])
+    if vocab.model == "llama":
+        writer.add_token_scores([token.score for token in vocab.tokens])
+        writer.add_add_space_prefix(vocab.space_prefix)
+    else:
+        writer.add_token_merges(list(vocab.merges))
+    if vocab.form or vocab.splitting in COMPOSING:
+        writer.add_string(FORM_KEY, vocab.form or "none")
+    for name, number in vocab.special.items():
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(vocab.chat_template)

@@ -1,0 +1,1 @@
+"""llama.cpp: many prompts at once."""

@@ -1,0 +1,1 @@
+"""TAPIR itself: pure functions without files, network or unseeded chance."""

@@ -1,0 +1,178 @@
+"""Why a new instruction that a teacher wrote cannot be used: an echo, no task, a text that is missing."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rapidfuzz.distance import Indel
+
+from tapir_local.method import prompts
+from tapir_local.recipe.tasks import Task
+from tapir_local.records import Message
+
+ECHO = "repeats words of the request"
+PARENT = "repeats its parent"
+MISSING = "the text to work on is missing"
+STATEMENT = "sets no task"
+
+LIKE = (
+    0.8  # ROUGE-L from which an instruction is one of our sentences; of Alpaca's and self-instruct's none is above 0.6
+)
+FEW = 4  # words of ours from which a whole sentence in an instruction is none by chance
+RUN = 8  # words of ours in a row, of whatever sentence, that no instruction has by chance
+LONG = 300  # words of an instruction that are compared with ours
+OPENING = 4  # words
+AT_LEAST = 3  # new rows that may share an opening whatever the share: two or three are no pattern
+LONG_STATEMENT = 60  # words; a longer text has material, and its task may stand anywhere in it
+
+WORD = re.compile(r"\w+")
+SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
+ANY_TAG = re.compile(r"</?\w+>")
+# Words with which a model hands over an instruction.
+HANDED = frozenset({"new", "instruction", "task", "question", "please", "kindly", "here", "is", "the", "following"})
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as texts are compared here."""
+    return WORD.findall(text.casefold())
+
+
+# --- echoes
+
+
+def own_sentences(tasks: Mapping[str, Task]) -> list[list[str]]:
+    """Every sentence of ours that a teacher reads, as words: each request without what it is about, and the tasks."""
+    nothing = (Message("user", ""),)
+    asked = [prompts.classify(nothing, tasks), prompts.judge(nothing, "", ""), prompts.judge_single(nothing, "")]
+    for task in tasks.values():
+        asked += [prompts.expand(nothing, task), prompts.expand(nothing, task, "rarer"), prompts.refine(nothing, task)]
+    lines = [ANY_TAG.sub(" ", turn.content) for messages in asked for turn in messages]
+    lines += [text for task in tasks.values() for text in (task.description, task.style)]
+    parts = [part for text in lines for line in text.split("\n") for part in (line, *SENTENCE.split(line))]
+    found = {tuple(words_of(part)) for part in parts}
+    return [list(words) for words in sorted(found) if len(words) > 1]
+
+
+def is_echo(words: Sequence[str], ours: Sequence[Sequence[str]]) -> bool:
+    """Whether an instruction is a part of one of our sentences, holds a whole one or a long part, or nearly is one."""
+    words = words[:LONG]
+    runs = [words[place : place + RUN] for place in range(len(words) - RUN + 1)]
+    return any(
+        within(words, sentence)
+        or any(within(run, sentence) for run in runs)
+        or (len(sentence) >= FEW and within(sentence, words))
+        or (len(sentence) >= FEW and Indel.normalized_similarity(words, sentence) >= LIKE)
+        for sentence in ours
+    )
+
+
+def within(part: Sequence[str], whole: Sequence[str]) -> bool:
+    """Whether words stand in others one after another."""
+    return f" {' '.join(part)} " in f" {' '.join(whole)} "
+
+
+def repeats_parent(words: Sequence[str], parent: Sequence[str]) -> bool:
+    """Whether two instructions are the same words but for those with which one is handed over."""
+    one, other = ([word for word in text if word not in HANDED] for text in (words, parent))
+    return one == other
+
+
+# --- what an instruction lacks
+
+KINDS = (
+    r"(?:text|article|passage|paragraph|sentence|sentences|story|e-?mail|letter|document|poem|essay|report|table|data|"
+    r"list|code|snippet|program|function|dialogue|conversation|review|abstract|excerpt|quote|speech|content|information|"
+    r"words|numbers|statement|statements|question|questions|problem|equation|expression|options|items|input)"
+)
+MENTION = re.compile(
+    rf"(?<!\ball )\b(?:the|this|these|that|each)\s+(?:following|given|provided|attached|enclosed)\s+\w+|"
+    rf"\b(?:following|attached|enclosed)\s+(?:[\w-]+\s+){{0,2}}?{KINDS}\b|"
+    rf"\b{KINDS}\s+(?:[\w-]+\s+)?(?:below|provided|attached|given below|that follows|in the attachment)\b|"
+    rf"\b(?:below|attached)\s+is\b|\bprovided\s+{KINDS}\b",
+    re.IGNORECASE,
+)
+# To work on `the article`, of which nothing more is said.
+WORKED_ON = re.compile(
+    r"\W*(?:please\s+)?(?:summari[sz]e|rewrite|re-?phrase|paraphrase|translate|proofread|edit|correct|shorten|simplify|"
+    r"condense|punctuate|capitali[sz]e|reword|expand on|continue|complete)\s+(?:the|this|these)\s+"
+    rf"(?:[\w-]+\s+){{0,2}}?{KINDS}(?=\s*(?:[.!,;]|$)|\s+(?:in|into|to|using|so|by|for|and|from)\b)",
+    re.IGNORECASE,
+)
+ABOVE = re.compile(rf"\b(?:the|this)\s+above\b|\b(?:the\s+)?{KINDS}\s+above\b|\babove[- ]mentioned\b", re.IGNORECASE)
+MATERIAL = re.compile(
+    r"\n\s*\S|[:\u2014]\s*\S|\s-\s+\S|\w,\s+[A-Z]|[\"\u201c\u00ab'\u2018][^\"\u201d\u00bb]{6,}|```|\[[^\]]*,[^\]]*\]|\{|\d+\s*[-+*/=]\s*\d|https?://"
+)
+DANGLING = re.compile(r"[:\u2014]\s*[\"\u201c']?\s*\Z")
+BLANK = re.compile(r"[\[<](?:insert|paste|text|article|add)\b[^\]>]*[\]>]", re.IGNORECASE)
+
+
+def lacks_text(text: str) -> bool:
+    """Whether an instruction speaks of a text that it should hold and does not."""
+    plain = text.strip()
+    if BLANK.search(plain) or ("\n" not in plain and DANGLING.search(plain)):
+        return True
+    if MENTION.search(plain) or WORKED_ON.match(plain):
+        return not MATERIAL.search(plain)
+    found = ABOVE.search(plain)
+    return found is not None and len(words_of(plain[: found.start()])) < 2 * FEW
+
+
+# A sentence that states something: a pronoun and what it does, or another subject and somewhere a finite verb.
+PRONOUN = re.compile(r"(?:you|i|we|they|he|she|it)\s+\w+", re.IGNORECASE)
+SUBJECT = re.compile(
+    r"(?:(?:but|and|so|then|now|yesterday|today|also|however),?\s+)?(?:you|i|we|they|he|she|it|there|the|a|an|some|one|two|"
+    r"three|my|your|his|her|its|our|their|this|that|these|those|mr\.|mrs\.|dr\.)(?:'\w+)?\s",
+    re.IGNORECASE,
+)
+FINITE = re.compile(
+    r"\b(?:is|are|was|were|am|has|have|had|will|would|can|feels?|felt|goes|went|gets?|got|says?|said|makes?|made|takes?|"
+    r"took|[a-z]{2,}ed)\b|'(?:s|re|ve|m|d|ll)\b",
+    re.IGNORECASE,
+)
+# Words with which a statement asks for something all the same.
+REQUEST = re.compile(
+    r"\?|\b(?:what|why|how|which|who|whom|whose|when|where|whether|please|need|needs|want|wants|like to|wish|help|"
+    r"should|must|have to|has to|asked|asks|ask|task|job|goal|role|question|answer|instruction|write|explain|describe|"
+    r"list|give|tell|find|calculate|compute|solve|create|make a|generate|summari[sz]e|translate|rewrite|correct|"
+    r"classify|compare|suggest|provide|identify|act as|respond|reply|choose|complete|fill|sort|rank|pretend|imagine|"
+    r"suppose|if|looking for|trying to|unsure|wonder\w*|recommend\w*|advice|responsible|assistant|expert|assume|decide|"
+    r"determine|predict|true or false|let's|let us)\b|_{2,}|\.\.\.|\u2026",
+    re.IGNORECASE,
+)
+
+
+def only_states(text: str) -> bool:
+    """Whether a text is statements alone: nothing is asked, told to be done, or left open.
+
+    Only short texts of one paragraph, of whole sentences that begin with a subject: a bare phrase may be a request.
+    """
+    plain = text.strip()
+    if "\n" in plain or ":" in plain or len(words_of(plain)) > LONG_STATEMENT or REQUEST.search(plain):
+        return False
+    sentences = SENTENCE.split(plain)
+    stated = (PRONOUN.match(part) or (SUBJECT.match(part) and FINITE.search(part)) for part in sentences)
+    return plain.endswith((".", "!")) and all(stated)
+
+
+# --- together
+
+
+def fault_of(text: str, parent: str, ours: Sequence[Sequence[str]]) -> str:
+    """Why an instruction cannot be used, "" where it can; `ours` are own_sentences, `parent` what it grew from."""
+    words = words_of(text)
+    if is_echo(words, ours):
+        return ECHO
+    if repeats_parent(words, words_of(parent)):
+        return PARENT
+    if lacks_text(text):
+        return MISSING
+    return STATEMENT if only_states(text) else ""
+
+
+def opening(text: str) -> str:
+    """The first words of an instruction."""
+    return " ".join(words_of(text)[:OPENING])
+
+
+def most_openings(share: float | None, rows: int) -> int:
+    """How many of a task's `rows` new rows may share an opening."""
+    return rows if share is None else max(AT_LEAST, round(share * rows))

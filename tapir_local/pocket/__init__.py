@@ -1,0 +1,1 @@
+"""The embedded teacher and its world of tasks."""

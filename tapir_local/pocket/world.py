@@ -1,0 +1,113 @@
+"""The pocket world: what its teacher can set, read, solve, check and grade, exactly and without an LLM."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+from tapir_local.pocket import code, language, numbers
+from tapir_local.pocket.check import is_right, score
+from tapir_local.pocket.family import Family, Solution
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (*numbers.FAMILIES, *code.FAMILIES, *language.FAMILIES)
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An instruction of the pocket world, with the family that it belongs to and the values of its slots."""
+
+    instruction: str
+    family: Family
+    values: tuple[tuple[str, str], ...]
+    solution: Solution
+
+    @property
+    def key(self) -> str:
+        """The same for all phrasings of one problem."""
+        return f"{self.family.name} {' | '.join(f'{name} {value}' for name, value in self.values)}"
+
+
+def pose(family: Family, phrasing: str, drawn: Mapping[str, str]) -> Problem:
+    """The problem of these values in this phrasing."""
+    values = {name: drawn[name] for name in sorted(drawn)}
+    return Problem(phrasing.format(**values), family, tuple(values.items()), family.solve(values))
+
+
+def generate(rng: Random, family: Family, level: int | None = None) -> Problem:
+    """Draw a problem; level is 1 to `family.levels`, any if left out."""
+    level = level or rng.randint(1, family.levels)
+    return pose(family, rng.choice(family.phrasings), family.draw(rng, level))
+
+
+@lru_cache(maxsize=20_000)
+def parse(instruction: str) -> Problem | None:
+    """Read an instruction back exactly; None if it is not of the pocket world."""
+    text = instruction.strip()
+    for family in FAMILIES.values():
+        for pattern, phrasing in zip(family.patterns, family.phrasings, strict=True):
+            found = pattern.fullmatch(text)
+            if not found:
+                continue
+            try:
+                problem = pose(family, phrasing, found.groupdict())
+            except (KeyError, ValueError, IndexError):
+                continue
+            if problem.instruction == text:
+                return problem
+    return None
+
+
+def reserved(problem: Problem) -> bool:
+    """True for the third of all problems from which the seeds are drawn: the pretraining text works none of them."""
+    return hashlib.sha256(problem.key.encode()).digest()[0] % 3 == 0
+
+
+def solve(instruction: str) -> Solution | None:
+    """The plain and the styled answer; None if the instruction is not of the pocket world."""
+    problem = parse(instruction)
+    return problem.solution if problem else None
+
+
+def check(instruction: str, answer: str) -> bool | None:
+    """Is the answer right? None if the instruction is not of the pocket world."""
+    solution = solve(instruction)
+    return is_right(solution, answer) if solution else None
+
+
+def grade(instruction: str, answer: str) -> float:
+    """A judge's score of an answer, 1 to 10; 1 for whatever answers an instruction that is not of the pocket world."""
+    solution = solve(instruction)
+    return score(solution, answer) if solution else 1.0
+
+
+def size(values: Mapping[str, str]) -> tuple[int, ...]:
+    """What makes a problem long and hard: digits in all, items and sentences, words."""
+    text = " ".join(values.values())
+    return sum(char.isdigit() for char in text), text.count(",") + text.count(". "), text.count(" ")
+
+
+def variant(problem: Problem, rng: Random) -> Problem:
+    """Another problem of the same family, as near in size as a few draws at every level come."""
+    wanted = size(dict(problem.values))
+
+    def distance(other: Problem) -> int:
+        return sum(abs(one - two) for one, two in zip(wanted, size(dict(other.values)), strict=True))
+
+    drawn = [generate(rng, problem.family, level) for level in range(1, problem.family.levels + 1) for _ in range(3)]
+    others = [other for other in drawn if other.key != problem.key] or [generate(rng, problem.family)]
+    return min(others, key=distance)
+
+
+def rarer(problem: Problem, rng: Random) -> Problem:
+    """A problem of another family of the same task, at any level; of the same family where the task has no other."""
+    others = [f for f in FAMILIES.values() if f.task == problem.family.task and f is not problem.family]
+    return generate(rng, rng.choice(others)) if others else variant(problem, rng)
+
+
+def harder(problem: Problem, rng: Random) -> Problem:
+    """Another problem of the same family, the largest of a few draws at its highest level."""
+    drawn = [generate(rng, problem.family, problem.family.levels) for _ in range(3)]
+    return max(drawn, key=lambda other: size(dict(other.values)))

@@ -1,0 +1,211 @@
+"""YAML read as a recipe's author meant it: nothing twice, and no word or number turned into something else."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from tapir_local.errors import TapirError
+from tapir_local.recipe.own_tasks import OwnTask
+from tapir_local.recipe.types import Settings, choices
+
+LONGEST = 1_000_000  # characters of a recipe
+LONGEST_NUMBER = 400  # characters; Python itself refuses whole numbers of 4,300 digits
+MOST, DEEPEST = 20_000, 40  # values with those that aliases repeat, and sections within each other
+TAG = "tag:yaml.org,2002:"
+PLAIN_TAGS = frozenset(TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"))
+TRUE, FALSE = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
+WHOLE = re.compile(r"[-+]?\d+")
+BASED = re.compile(r"[-+]?0[xob][0-9a-f]+", re.IGNORECASE)
+DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+NUMERIC = re.compile(r"[-+]?\.?\d[\w.:+-]*")  # what looks like a number
+ENDLESS = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
+
+
+def read_yaml(text: str, kind: Any, where: str, path: str = "") -> Any:
+    """The value of a YAML text that stands at `path` of a recipe, `kind` being its section or its setting's annotation.
+
+    A word where text is wanted stays as it is written (`no`, `2024`, `1.10`); where a number is wanted, `1e-5` is one
+    and `yes` or `1:30` is left as text, which the setting then refuses. TapirError for what is not YAML, a key that is
+    given twice, a number with a leading zero, and a text that would take the memory of the machine.
+    """
+    if len(text) > LONGEST:
+        raise TapirError(f"longer than {LONGEST:,} characters, so no recipe", where=where)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise TapirError(f"not YAML: {told(error)}", where=where, fix="Correct that line.") from error
+    except RecursionError as error:
+        raise TapirError("not a recipe: its brackets are nested too deeply", where=where) from error
+    return None if node is None else Reader(where).value(node, kind, tuple(filter(None, path.split("."))))
+
+
+def write_yaml(value: Mapping[str, Any]) -> str:
+    """Settings as YAML that `read_yaml` reads as the same ones, text that looks like a number in quotes."""
+    text: str = yaml.dump(value, Dumper=Quoting, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class Quoting(yaml.SafeDumper):
+    """PyYAML leaves `1e5` without quotes, which is text in YAML 1.1 alone."""
+
+
+def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text as a node, in quotes where it could be a number."""
+    style = "'" if NUMERIC.fullmatch(text) else None
+    return dumper.represent_scalar(f"{TAG}str", text, style=style)
+
+
+Quoting.add_representer(str, quoted)
+
+
+def told(error: yaml.YAMLError) -> str:
+    """What is wrong and in which line, in one sentence."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    if "'\\t'" in problem:
+        problem = "a tab, where YAML takes only spaces"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+@dataclass
+class Reader:
+    """Turns the nodes of one text into values, counting them."""
+
+    where: str
+    count: int = 0
+
+    def value(self, node: yaml.Node, kind: Any, path: tuple[str, ...]) -> Any:
+        """A node's value, as `kind` wants it."""
+        self.count += 1
+        if self.count > MOST or len(path) > DEEPEST:
+            raise TapirError(
+                f"not a recipe: it has more than {MOST:,} values or {DEEPEST} levels, counting what aliases repeat",
+                where=self.where,
+                fix="Write the values out instead of repeating them by `&` and `*`.",
+            )
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, kind, path)
+        if isinstance(node, yaml.SequenceNode):
+            inner = str if wanted(kind) == "text" else Any  # words of a command
+            return [self.value(item, inner, (*path, str(place))) for place, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)  # YAML has no other kind
+        return self.scalar(node, kind, path)
+
+    def mapping(self, node: yaml.MappingNode, kind: Any, path: tuple[str, ...]) -> dict[Any, Any]:
+        """A mapping whose keys are all different; `<<` takes in another one's."""
+        lines, own, merged = dict[Any, int](), dict[Any, Any](), dict[Any, Any]()
+        for key_node, item in node.value:
+            if key_node.tag == f"{TAG}merge":
+                merged = {**self.merged(item, kind, path), **merged}
+                continue
+            key = self.key(key_node, path)
+            place, line = (*path, str(key)), key_node.start_mark.line + 1
+            if key in lines:
+                self.refuse_twice(place, lines[key], line)
+            lines[key] = line
+            own[key] = self.value(item, kind_within(kind, key), place)
+        return merged | own
+
+    def merged(self, node: yaml.Node, kind: Any, path: tuple[str, ...]) -> dict[Any, Any]:
+        """What `<<: *other` or `<<: [*one, *other]` takes in; of several the first counts."""
+        found = dict[Any, Any]()
+        for part in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(part, yaml.MappingNode):
+                raise TapirError(f"{'.'.join((*path, '<<'))}: takes in mappings alone", where=self.where)
+            found |= self.value(part, kind, (*path, "<<"))
+        return found
+
+    def key(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        """A key: a word as it is written, or a whole number."""
+        if not isinstance(node, yaml.ScalarNode):
+            what = f"{'.'.join(path) or 'the recipe'}: a key is one word, not a list or a mapping"
+            raise TapirError(what, where=f"{self.where}, line {node.start_mark.line + 1}")
+        return int(node.value) if node.tag == f"{TAG}int" and WHOLE.fullmatch(node.value) else node.value
+
+    def refuse_twice(self, path: tuple[str, ...], first: int, second: int) -> None:
+        """TapirError for a key that is given twice."""
+        lines = f"in lines {first} and {second}" if first != second else f"in line {first}"
+        raise TapirError(
+            f"{'.'.join(path)}: given twice, {lines}", where=self.where, fix="Keep one of them, with all that it needs."
+        )
+
+    def scalar(self, node: yaml.ScalarNode, kind: Any, path: tuple[str, ...]) -> Any:
+        """One value; what stands in quotes is text."""
+        if node.tag not in PLAIN_TAGS:
+            raise TapirError(
+                f"{'.'.join(path)}: the tag {node.tag.replace(TAG, '!!')} means nothing in a recipe",
+                where=f"{self.where}, line {node.start_mark.line + 1}",
+                fix="Leave the tag out.",
+            )
+        text = str(node.value)
+        if node.style is not None:
+            return text
+        if node.tag == f"{TAG}null":
+            return None
+        return plain_value(text, wanted(kind), f"{self.where}: {'.'.join(path)}" if path else self.where)
+
+
+def kind_within(kind: Any, key: Any) -> Any:
+    """What a section, or a mapping of labels, wants under a key; Any where it does not say."""
+    for part in choices(kind):
+        if isinstance(part, type) and issubclass(part, Settings):
+            return part.model_fields[key].annotation if key in part.model_fields else Any
+        if get_origin(part) is Mapping and get_args(part):
+            return get_args(part)[1]
+    return Any
+
+
+def kind_at(kind: Any, path: str) -> Any:
+    """What the setting at a path such as `train.epochs` wants."""
+    for key in path.split("."):
+        kind = kind_within(kind, key)
+    return kind
+
+
+def wanted(kind: Any) -> str:
+    """How a plain word is read: as `text`, `number`, `truth`, a `choice` of words, or by YAML's own rules (`any`)."""
+    found = choices(kind)
+    if bool in found:
+        return "truth"
+    if {int, float} & set(found) or OwnTask in found:
+        return "number"
+    if str in found or any(isinstance(part, type) and issubclass(part, Settings) for part in found):
+        return "text"
+    return "any"
+
+
+def plain_value(text: str, want: str, where: str) -> Any:
+    """The value of a word without quotes."""
+    if want == "text":
+        return text
+    if want != "number" and text.lower() in TRUE | FALSE:
+        return text.lower() in TRUE
+    number = number_of(text, where)
+    return text if number is None else number
+
+
+def number_of(text: str, where: str) -> int | float | None:
+    """The number that a word is, None where it is none; TapirError where it may be two: 010 is 8 in old YAML."""
+    if ENDLESS.fullmatch(text):
+        return float(text.replace(".", ""))
+    if len(text) > LONGEST_NUMBER or not NUMERIC.fullmatch(text):
+        return None
+    word = text.replace("_", "")
+    if BASED.fullmatch(word):
+        try:
+            return int(word, 0)
+        except ValueError:  # 0b12
+            return None
+    if re.fullmatch(r"[-+]?0\d+", word):
+        value = int(word)
+        raise TapirError(f"{text} may mean {value} or an octal number", where=where, fix=f"Write {value}.")
+    if WHOLE.fullmatch(word):
+        return int(word)
+    if DECIMAL.fullmatch(word):
+        number = float(word)
+        return int(number) if "e" in word.lower() and number.is_integer() and abs(number) < 2**53 else number
+    return None

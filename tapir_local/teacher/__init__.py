@@ -1,0 +1,1 @@
+"""Ask an endpoint, a batch API or a GGUF, through the store."""

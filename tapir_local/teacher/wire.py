@@ -1,0 +1,114 @@
+"""One HTTP request and its whole reply, within bounds, and what it means when there is none."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tapir_local.recipe.endpoints import Endpoint
+from tapir_local.teacher.endpoint import VENDOR, role_of
+from tapir_local.teacher.refusals import LAST, UNREADABLE, Trouble
+
+if TYPE_CHECKING:
+    import httpx2
+
+MOST_BYTES = 32 << 20  # of a reply, unpacked: the longest are below a megabyte
+MOVES = 3  # redirections that are followed
+UNPACKED = frozenset({"content-encoding", "content-length", "transfer-encoding"})  # true of a body as it was sent
+NAMED = re.compile(r"Cannot connect to host (\S+?)(?::\d+)? ssl:\S+ \[(.*)\]\Z", re.DOTALL)
+UNTRUSTED = re.compile(r"certificate verify failed: (.*?)(?:\s*\(_ssl|'|\Z)", re.DOTALL)
+
+
+class TooLarge(Exception):
+    """A reply of more than MOST_BYTES."""
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """All that is raised where a request brings no reply that is HTTP."""
+    import aiohttp
+    import httpx2
+
+    from_http = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
+    garbled = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, ValueError)
+    return (TimeoutError, OSError, TooLarge, *from_http, *garbled)
+
+
+async def post(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2.Response:
+    """The reply to a request, its body read. Only redirections that keep the method and the key are followed."""
+    reply = await post_once(http, request)
+    for _ in range(MOVES):
+        following = reply.next_request
+        if reply.status_code not in (307, 308) or not following or "authorization" not in following.headers:
+            break
+        reply = await post_once(http, following)
+    return reply
+
+
+async def post_once(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2.Response:
+    """The reply to one request; TooLarge where its body has no end in sight."""
+    import httpx2
+
+    came = await http.send(request, stream=True, follow_redirects=False)
+    try:
+        body = bytearray()
+        async for chunk in came.aiter_bytes():
+            body += chunk
+            if len(body) > MOST_BYTES:
+                raise TooLarge
+    finally:
+        await came.aclose()
+    headers = [(name, value) for name, value in came.headers.multi_items() if name.lower() not in UNPACKED]
+    reply = httpx2.Response(came.status_code, headers=headers, content=bytes(body), request=request)
+    reply.next_request = came.next_request
+    return reply
+
+
+def broken(error: Exception, endpoint: Endpoint, reached: bool, tries: int) -> Trouble:
+    """What it means that no reply came.
+
+    A server that was never reached, or speaks no HTTP, is given up after two tries. `reached` says that the server
+    has ever replied, `tries` how often this request was tried before.
+    """
+    import aiohttp
+    import httpx2
+
+    cause = error.__cause__ or error
+    late = (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout, httpx2.PoolTimeout)
+    if isinstance(error, TooLarge):
+        why = f"the reply is larger than {MOST_BYTES >> 20} MiB"
+        return Trouble("again", why, finish="", sure=False, tries=UNREADABLE, last="row")
+    if isinstance(error, late) and not isinstance(cause, aiohttp.ServerConnectionError):
+        fix = f"Give it more time ({role_of(endpoint)}.timeout), and {LAST}"
+        return Trouble("again", f"no answer within {endpoint.timeout:g} s", fix=fix, sure=False, last="row")
+    why, fix = words_of(cause, endpoint)
+    garbled = isinstance(cause, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError)
+    unreached = garbled or isinstance(cause, aiohttp.ClientConnectorError | httpx2.ConnectError)
+    return Trouble("stop" if unreached and not reached and tries > 0 else "again", why, fix=fix)
+
+
+def words_of(error: BaseException, endpoint: Endpoint) -> tuple[str, str]:
+    """(what went wrong, what to do) where no connection was made, or what came over it is no HTTP."""
+    import aiohttp
+
+    place = urlsplit(endpoint.base_url or VENDOR).netloc.rpartition("@")[2]
+    named, text = NAMED.match(str(error)), str(error) or type(error).__name__
+    text = named[2] if named else text
+    if found := UNTRUSTED.search(text):
+        fix = f"Name the certificate of the authority that signed it: export SSL_CERT_FILE=/path/to/ca.pem, and {LAST}"
+        return f"the certificate of {place} is not trusted: {found[1].strip()}", fix
+    if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER" in text or "UNKNOWN_PROTOCOL" in text:
+        return f"{place} does not speak https", f"Write http:// in {role_of(endpoint)}.base_url, and {LAST}"
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        said = getattr(error, "message", "") or "nothing listens there"
+        fix = f"Correct HTTPS_PROXY or HTTP_PROXY, or go without: export NO_PROXY={place.rpartition(':')[0] or place}"
+        return f"the proxy that the environment names cannot be used ({said})", fix
+    fix = f"Start the server or correct {role_of(endpoint)}.base_url, and {LAST}"
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
+        said = " ".join(str(getattr(error, "message", "") or error).split())[:120]
+        return f"what answers at {place} is not HTTP, or damaged ({said})", fix
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"no connection: there is no host {place} ({text})", fix
+    if "Connect call failed" in text or "refused" in text:
+        return f"no connection: nothing listens at {place}", fix
+    return f"no connection to {place} ({text})", fix

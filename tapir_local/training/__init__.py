@@ -1,0 +1,1 @@
+"""Fine-tuning and the task classifier, each in a process of its own."""

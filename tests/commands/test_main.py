@@ -1,0 +1,291 @@
+"""The commands as a person types them: what they say, where, and with which exit code."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from command_line import ROOT, refused, tapir
+
+import cli
+from tapir_local import __version__
+from tapir_local.commands.calls import calls
+from tapir_local.errors import TapirError
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32", "freebsd14"])
+def test_another_system_than_linux_is_refused_in_one_sentence(system: str) -> None:
+    code = f"import sys; sys.argv = ['tapir-local', 'recipes']; import cli; sys.platform = {system!r}; cli.main()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert out.returncode == 1
+    assert out.stderr.startswith(f"error: tapir-local runs on Linux only, and this is {system}\n")
+    assert out.stdout == ""
+
+
+@pytest.mark.parametrize("name", sorted(cli.cli.commands))
+def test_every_command_has_an_example_and_stands_in_the_readme(name: str) -> None:
+    text = cli.cli.commands[name].get_help(click.Context(cli.cli.commands[name], info_name=name))
+    assert "Example:" in text
+    assert f"tapir-local {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(calls.commands))
+def test_every_command_on_the_store_has_an_example_and_stands_in_the_readme(name: str) -> None:
+    text = calls.commands[name].get_help(click.Context(calls.commands[name], info_name=name))
+    assert f"  tapir-local calls {name}" in text.partition("Example:")[2]
+    assert f"tapir-local calls {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_names_every_room() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms = [path.parent.name for path in (ROOT / "tapir_local").glob("*/__init__.py")]
+    assert [room for room in rooms if f"  {room}/" not in readme] == []
+
+
+def test_recipes_are_found_from_another_folder(tmp_path: Path) -> None:
+    names = [row["name"] for row in json.loads(tapir("recipes", "--json", cwd=tmp_path).stdout)]
+    assert {"quickstart", "recorded"} <= set(names)
+    assert tapir("recipes", "quickstart", cwd=tmp_path).stdout == (ROOT / "recipes" / "quickstart.yaml").read_text()
+
+
+def test_settings_are_listed_with_their_meaning() -> None:
+    rows = json.loads(tapir("recipes", "--settings", "--json").stdout)
+    assert {row["setting"] for row in rows} >= {
+        "rounds",
+        "train.learning_rate",
+        "teacher.base_url",
+        "judge.max_unjudged",
+    }
+
+
+def test_doctor_reports_as_data() -> None:
+    rows = json.loads(tapir("doctor", "--json").stdout)
+    assert {row["name"] for row in rows} >= {"Python", "C++ compiler", "GPU", "disk"}
+
+
+def test_doctor_says_that_llama_cpp_was_built_for_another_processor(tmp_path: Path) -> None:
+    package = tmp_path / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    code = "from tapir_local.report.doctor import llama\nfound = llama()\nprint(found.ok, found.found)"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout.strip() == "False ends with SIGILL"
+
+
+def test_doctor_says_that_the_compiler_is_missing_where_it_is_needed(tmp_path: Path) -> None:
+    """Without llama_cpp on the path and without a compiler there is one thing to do."""
+    code = (
+        "import sys\nsys.modules['llama_cpp'] = None\n"
+        "from tapir_local.report.doctor import compiler\nfound = compiler()\nprint(found.ok, found.fix)"
+    )
+    env = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    assert out.startswith("False Install one")
+
+
+def test_make_says_that_there_is_no_compiler(tmp_path: Path) -> None:
+    """The same Makefile, in a folder without an environment, on a PATH with Python and no compiler."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "pyproject.toml").touch()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, target in {"python3": sys.executable, "make": "/usr/bin/make", "sh": "/bin/sh"}.items():
+        (tools / name).symlink_to(target)
+    out = subprocess.run(
+        ["make", "install"], capture_output=True, text=True, cwd=tmp_path, env={"PATH": str(tools)}, check=False
+    )
+    assert out.returncode != 0
+    assert "there is no C++ compiler" in out.stderr
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    assert "quickstart" in refused("distill", "nope.yaml")
+
+
+def test_a_broken_recipe_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: pocket\ntrain: {epoch: 3}\n")
+    assert "train.epoch: unknown setting (did you mean epochs?)" in refused("distill", "my.yaml", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file of seeds"),
+        ("", "no rows in it"),
+        ("[1, 2", "not JSON"),
+        ('{"instruction": "a"}\n{"output": "b"}\n', "line 2: a row of no known form; its keys: output"),
+    ],
+)
+def test_bad_seeds_are_refused_and_leave_a_run_that_can_go_on(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "seeds.json").write_text(text)
+    words = ("distill", "recorded", "--seeds", "seeds.json", "--cache", "cache")
+    assert said in refused(*words, cwd=tmp_path)
+    assert said in refused(*words, cwd=tmp_path)
+
+
+def test_a_name_with_a_path_in_it() -> None:
+    assert "name" in refused("distill", "quickstart", "--name", "../x")
+
+
+def test_an_unknown_run_or_round_or_command(tmp_path: Path) -> None:
+    assert "no run 'nope'" in refused("status", "nope", "--cache", str(tmp_path))
+    assert "no run yet" in refused("status", "--cache", str(tmp_path))
+    assert "No such command 'dance'" in refused("dance", code=2)
+    assert "No such option" in refused("status", "--colour", code=2)
+
+
+def test_a_negative_number_of_rounds() -> None:
+    assert "-1" in refused("distill", "--rounds", "-1", code=2)
+
+
+def test_help_says_what_the_teacher_is() -> None:
+    assert "a programme, no LLM" in " ".join(tapir("--help").stdout.split())
+
+
+def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path: Path) -> None:
+    """Built without a network from the checkout, then read as an installed package from another folder."""
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    place = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(place)
+    assert {path.name for path in place.iterdir()} == {"tapir_local", f"tapir_local-{__version__}.dist-info"}
+    code = (
+        "import sys; sys.argv = ['tapir-local', 'recipes', '--json']\n"
+        "from tapir_local.commands.main import main; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=True)
+    assert {"quickstart", "recorded"} <= {row["name"] for row in json.loads(out.stdout)}
+    assert (place / "tapir_local" / "assets" / "pocket_student" / "model.safetensors").is_file()
+    assert (place / "tapir_local" / "assets" / "pocket_seeds.json").is_file()
+
+
+@pytest.mark.parametrize("words", [["seeds.path=nowhere.json"], ["name=other", "seeds.path=nowhere.json"]])
+def test_a_setting_that_has_an_option_of_its_own_can_be_set_without_it(words: list[str], tmp_path: Path) -> None:
+    changes = [word for text in words for word in ("--set", text)]
+    with pytest.raises(TapirError, match=r"nowhere\.json: there is no such file of seeds"):
+        CliRunner().invoke(cli.cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
+
+
+def test_an_option_is_stronger_than_the_same_setting() -> None:
+    recipe = cli.load_recipe("quickstart", ["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
+    assert (recipe.rounds, recipe.name) == (2, "a")
+
+
+# Recipes as files
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("my.yaml", "about: caf\xe9".encode("latin-1"), "my.yaml, line 1: not UTF-8: byte 0xe9"),
+        ("my.yaml", b"", "my.yaml: the recipe is empty"),
+        ("my.yaml", b"train: {}\nteacher: pocket\ntrain: {}", "my.yaml: train: given twice, in lines 1 and 3"),
+        ("my.yml", b"teacher: pocket", "my.yaml: there is no such recipe\n  Did you mean my.yml?"),
+        ("me.yaml", b"teacher: pocket", "Did you mean me.yaml?"),
+        (
+            "my.yaml/recipe.yaml",
+            b"teacher: pocket",
+            "this is a folder, not a recipe\n  Name the recipe in it: my.yaml/rec",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_refused_in_one_sentence(
+    name: str, data: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    assert said in refused("distill", "my.yaml", cwd=tmp_path)
+
+
+def test_a_name_that_is_too_long_is_no_recipe() -> None:
+    assert "there is no such recipe" in refused("distill", "x" * 300)
+
+
+def test_a_student_that_nobody_named_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:9/v1'}\n")
+    said = refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert "my.yaml: student.path: none is named; write `student: {path: …}`" in said
+    assert "seeds.path: none is named" in said
+    out = tapir("distill", "my.yaml", "--dry-run", "--set", "student=pocket", "--set", "seeds=pocket", cwd=tmp_path)
+    assert out.returncode == 0
+    assert out.stderr.startswith("WARNING: student.path is `pocket`")
+    assert "prepare/label" in out.stdout
+
+
+def test_what_a_recipe_asks_for_in_vain_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: pocket\ntrain: {method: full, lora_rank: 4}\n")
+    out = tapir("distill", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert out.stderr.startswith("train.lora_rank has no effect: `train.method: full` trains all weights")
+
+
+def test_a_change_may_mend_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("teacher: pocket\nstudent: {max_length: 256}\n")
+    assert "student.max_tokens" in refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert tapir("distill", "my.yaml", "--dry-run", "--set", "student.max_tokens=99", cwd=tmp_path).returncode == 0
+
+
+def test_home_is_expanded_where_the_shell_did_not(tmp_path: Path) -> None:
+    out = tapir("distill", "quickstart", "--seeds=~/none.json", "--cache=~/c", "--dry-run", HOME=str(tmp_path))
+    assert f"{tmp_path / 'none.json'}: there is no such file of seeds" in out.stderr
+    assert f"{tmp_path / 'c'}" in tapir("status", "--cache=~/c", HOME=str(tmp_path)).stderr
+
+
+# Recipes from elsewhere
+
+LAUNCHED = "teacher: pocket\nname: t\nseeds: nowhere.json\ntrain: {launcher: torchrun}\n"
+
+
+def test_a_recipe_that_runs_a_command_needs_an_agreement_once(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    words = ("distill", "my.yaml", "--cache", "c")
+    assert "my.yaml: this recipe runs the command: torchrun\n  If you wrote it" in refused(*words, cwd=tmp_path)
+    assert not (tmp_path / "c").exists()
+    assert "no such file of seeds" in refused(*words, "--trust", cwd=tmp_path)
+    assert "no such file of seeds" in refused(*words, cwd=tmp_path)  # remembered
+    (tmp_path / "my.yaml").write_text(LAUNCHED.replace("torchrun", "torchrun; rm"))
+    assert "torchrun; rm" in refused(*words, cwd=tmp_path)
+
+
+def test_what_the_user_types_needs_no_agreement_and_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED.replace("train: {launcher: torchrun}", ""))
+    words = ("distill", "my.yaml", "--cache", "c")
+    assert "no such file of seeds" in refused(*words, "--set", "train.launcher=torchrun", cwd=tmp_path)
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    assert "no such file of seeds" in refused(*words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("answer", "said"), [("n", "this recipe runs the command"), ("y", "no such file of seeds")])
+def test_on_a_terminal_the_user_is_asked(answer: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED)
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    command = [sys.executable, str(ROOT / "cli.py"), "distill", "my.yaml", "--cache", "c"]
+    child = subprocess.run(command, stdin=theirs, stderr=theirs, cwd=tmp_path, check=False)
+    shown = os.read(ours, 10_000).decode()
+    for end in (ours, theirs):
+        os.close(end)
+    assert child.returncode == 1
+    assert "This recipe runs the command: torchrun" in shown
+    assert "Is that what you want? [y/N]" in shown
+    assert said in shown
+
+
+def test_a_dry_run_of_any_recipe_needs_none(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(LAUNCHED.replace("nowhere.json", "pocket"))
+    assert tapir("distill", "my.yaml", "--cache", "c", "--dry-run", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,135 @@
+"""llama.cpp's converter for families that are not mapped: a stand-in for its script, that calls our own export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import Student
+from pydantic import ValidationError
+
+import cli
+from tapir_local.errors import TapirError
+from tapir_local.export import converter as converting
+from tapir_local.export.export import check_exportable, export_gguf
+from tapir_local.export.gate import gate
+from tapir_local.export.verified import export_checked
+from tapir_local.recipe.schema import Export
+from tapir_local.records import Example, Message
+
+ROWS = [Example(str(n), (Message("user", f"What is {n} times {n}?"),), f"It is {n * n}.") for n in range(4)]
+STAND_IN = '''
+"""Takes the words that llama.cpp's script takes, and a family that only it knows."""
+import argparse, json, os, pathlib, sys
+import gguf_beside
+asked = argparse.ArgumentParser()
+asked.add_argument("model", type=pathlib.Path)
+asked.add_argument("--outfile", type=pathlib.Path)
+asked.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0"])
+asked = asked.parse_args()
+assert os.environ["HF_HUB_OFFLINE"] == "1"
+config = json.loads((asked.model / "config.json").read_text())
+assert config["architectures"] == ["FalconForCausalLM"], "only Falcon is known"
+assert json.loads((asked.model / "tokenizer_config.json").read_text())["add_bos_token"] is False
+(asked.model / "config.json").unlink()
+(asked.model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+from tapir_local.export.export import export_gguf
+export_gguf(asked.model, asked.outfile, adapter=None, quant=asked.outtype)
+print("done", asked.outtype)
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """A checkout: the script, and the gguf package beside it that it uses."""
+    folder = tmp_path / "llama.cpp"
+    (folder / "gguf-py").mkdir(parents=True)
+    (folder / "gguf-py/gguf_beside.py").write_text("")
+    (folder / converting.SCRIPT).write_text(STAND_IN)
+    return folder / converting.SCRIPT
+
+
+@pytest.fixture
+def falcon(llama: Student, tmp_path: Path) -> Path:
+    """A model that says it is of another family; its model_type is Llama's still, so that transformers loads it."""
+    folder = tmp_path / "falcon"
+    shutil.copytree(llama.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["FalconForCausalLM"]}))
+    return folder
+
+
+def test_without_it_the_family_is_refused_and_the_way_out_named(falcon: Path, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="FalconForCausalLM is not mapped") as caught:
+        export_gguf(falcon, tmp_path / "out.gguf", adapter=None, quant="f16")
+    for word in ("Gemma3ForCausalLM", "Qwen2ForCausalLM", "--converter", "convert_hf_to_gguf.py"):
+        assert word in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("quant", ["f16", "q6_k"])
+def test_merged_converted_and_past_the_gate(
+    llama: Student, falcon: Path, script: Path, tmp_path: Path, quant: str
+) -> None:
+    """With the folder named instead of the script; the merged model is gone afterwards."""
+    out = tmp_path / "out" / "student.gguf"
+    seen: list[str] = []
+    export_gguf(
+        falcon,
+        out,
+        adapter=llama.adapter,
+        quant=quant,
+        converter=script.parent,
+        log=tmp_path / "log",
+        progress=lambda done, total, note: seen.append(note),
+    )
+    assert gate(falcon, llama.adapter, out, ROWS, min_agreement=0.5).passed
+    assert [path.name for path in out.parent.iterdir()] == ["student.gguf"]
+    assert (tmp_path / "log").read_text() == "done f16\n"
+    assert seen[-1] == "converted"
+
+
+def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
+    words = ["export", str(falcon), str(tmp_path / "base.gguf"), "--converter", str(script)]
+    assert "texts tokenised alike" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
+
+
+def test_its_last_line_and_its_log_are_named(llama: Student, script: Path, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match=r"exit code 1.*only Falcon is known") as caught:
+        export_checked(
+            str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=False, converter=script
+        )
+    assert "AssertionError" in Path(caught.value.where).read_text()
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".gguf", ".partial", ".model")]
+
+
+def test_a_converter_that_writes_nothing(falcon: Path, tmp_path: Path) -> None:
+    (tmp_path / "idle.py").write_text("print('nothing to do')")
+    with pytest.raises(TapirError, match="the converter's GGUF is missing"):
+        export_gguf(falcon, tmp_path / "out.gguf", adapter=None, quant="f16", converter=tmp_path / "idle.py")
+
+
+def test_a_converter_that_is_not_there(falcon: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "none.py"):
+        with pytest.raises(TapirError, match="no converter"):
+            check_exportable(falcon, place)
+
+
+def test_before_anything_is_paid_the_template_is_checked(falcon: Path, script: Path) -> None:
+    check_exportable(falcon, script)
+    (falcon / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    with pytest.raises(TapirError):
+        check_exportable(falcon, script)
+
+
+def test_an_adapter_of_another_base(falcon: Path, script: Path, students, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with pytest.raises(TapirError, match="PEFT cannot merge the adapter"):
+        export_gguf(falcon, out, adapter=students["qwen3"].adapter, quant="f16", converter=script)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_recipe_takes_a_path() -> None:
+    assert Export(converter="~/llama.cpp").converter == str(Path.home() / "llama.cpp")
+    with pytest.raises(ValidationError):
+        Export(converter=3)

@@ -1,0 +1,213 @@
+"""The gate over Gemma and SentencePiece: sound exports pass, broken ones are caught, and memory may be small."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Student, make_student
+from models import CHATML, let_a_runtime_add_bos, make_adapter
+from spm import GEMMA
+
+from tapir_local import memory
+from tapir_local.errors import TapirError
+from tapir_local.export import architectures, export, tokenizer
+from tapir_local.export import probes as probing
+from tapir_local.export.export import export_gguf
+from tapir_local.export.gate import GateReport, gate, load_tokenizer, working_memory
+from tapir_local.export.probes import FRAGMENTS, PROBES, probes, sample, texts_of
+from tapir_local.export.reference import load_trained, trained_logits
+from tapir_local.inference.model import open_model
+from tapir_local.records import Example, Message
+
+ROWS = [Example(str(n), (Message("user", f"What is {n} times {n}?"),), f"  It is {n * n} 🙂.") for n in range(9)]
+
+
+@pytest.fixture(scope="module", params=["gemma2", "gemma3_text"])
+def gemma(request, tmp_path_factory) -> Student:
+    return make_student(tmp_path_factory.mktemp("gemma"), request.param, kind="gemma", template=GEMMA)
+
+
+def passage(student: Student, gguf: Path, adapter: Path | None = None, free: int | None = None) -> GateReport:
+    return gate(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9, free=free)
+
+
+def test_a_sound_gemma_passes(gemma: Student) -> None:
+    report = passage(gemma, gemma.gguf)
+    assert report.passed, report
+    assert (report.bos_trained, report.bos_gguf, report.mismatches) == (1, 1, 0)
+    assert report.figures.largest_difference < 0.05  # llama.cpp looks its GELU up in a table of 16 bits
+
+
+# --- what is broken is caught
+
+
+def broken(student: Student, out: Path, monkeypatch, **changes: object) -> GateReport:
+    """An export by a family that was meddled with."""
+    for name, family in architectures.FAMILIES.items():
+        monkeypatch.setitem(architectures.FAMILIES, name, replace(family, **changes))
+    export_gguf(student.model, out, adapter=student.adapter, quant="f32")
+    return passage(student, out)
+
+
+def test_norms_without_their_one(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    report = broken(gemma, tmp_path / "out.gguf", monkeypatch, norm_shift=0.0)
+    assert {"logits", "agreement"} <= set(report.failed)
+
+
+def test_a_wrong_rope_order(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    assert "logits" in broken(gemma, tmp_path / "out.gguf", monkeypatch, paired=True).failed
+
+
+@pytest.mark.parametrize("setting", ["final_logit_softcapping", "attn_logit_softcapping"])
+def test_a_softcap_that_is_lost(tmp_path: Path, monkeypatch, setting: str) -> None:
+    """Caps far below the scores of this model, so that they matter; the GGUF has Gemma 2's usual ones."""
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, setting: 1.0}
+    student = make_student(tmp_path, "gemma2", kind="gemma", template=GEMMA, **caps)
+    assert passage(student, student.gguf).passed
+    write = architectures.write_windows
+
+    def without(writer, config, family, sliding) -> None:
+        write(writer, {**config, setting: None}, family, sliding)
+
+    monkeypatch.setattr(architectures, "write_windows", without)
+    export_gguf(student.model, tmp_path / "out.gguf", adapter=student.adapter, quant="f32")
+    assert "logits" in passage(student, tmp_path / "out.gguf").failed
+
+
+def test_a_window_that_is_lost(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    """The GGUF's sliding window is longer than any answer."""
+    write = architectures.write_windows
+
+    def longer(writer, config, family, sliding) -> None:
+        write(writer, {**config, "sliding_window": 4096}, family, sliding)
+
+    monkeypatch.setattr(architectures, "write_windows", longer)
+    export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
+    assert "logits" in passage(gemma, tmp_path / "out.gguf").failed
+
+
+def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:
+    assert "logits" in passage(gemma, gemma.gguf, make_adapter(gemma.model, tmp_path / "other", seed=9)).failed
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [
+        (lambda vocab: replace(vocab, chat_template=CHATML), "template"),
+        (lambda vocab: replace(vocab, space_prefix=True), "tokens"),
+        (lambda vocab: replace(vocab, tokens=tuple(replace(t, score=0.0) for t in vocab.tokens)), "tokens"),
+        (
+            lambda vocab: replace(vocab, tokens=tuple(replace(t, kind=1) if t.kind == 4 else t for t in vocab.tokens)),
+            "tokens",
+        ),
+        (lambda vocab: replace(vocab, special={**vocab.special, "eos": 7}), "eos"),
+    ],
+    ids=["template", "space prefix", "scores", "added tokens lost", "eos"],
+)
+def test_a_wrong_vocabulary(gemma: Student, tmp_path: Path, monkeypatch, change: Callable, failed: str) -> None:
+    read = tokenizer.read_vocab
+    monkeypatch.setattr(export, "read_vocab", lambda *arguments: change(read(*arguments)))
+    export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
+    assert failed in passage(gemma, tmp_path / "out.gguf").failed
+
+
+def test_a_second_bos(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    let_a_runtime_add_bos(monkeypatch)
+    export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
+    assert passage(gemma, tmp_path / "out.gguf").failed == ("bos",)
+
+
+# --- what is probed
+
+
+def test_rows_are_probed_as_they_were_trained_on(gemma: Student) -> None:
+    """Prompts as asked, many probes, and whole rows with their completions and the end of the turn."""
+    texts = texts_of(load_tokenizer(gemma.model), ROWS)
+    assert len(texts) == PROBES + 2 * len(ROWS)
+    assert texts[3] == "<bos><start_of_turn>user\nWhat is 3 times 3?<end_of_turn>\n<start_of_turn>model\n"
+    assert texts[-1].endswith("<start_of_turn>model\nIt is 64 🙂.<end_of_turn>\n")
+
+
+def test_a_completion_alone_that_is_cut_otherwise_is_caught(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    """No probes, prompts that are cut alike, and a GGUF that does not know a token of one completion."""
+    read = tokenizer.read_vocab
+
+    def without_tool(*arguments: object) -> tokenizer.Vocab:
+        vocab = read(*arguments)
+        return replace(vocab, tokens=tuple(replace(t, kind=1) if t.text == "<tool>" else t for t in vocab.tokens))
+
+    monkeypatch.setattr(export, "read_vocab", without_tool)
+    monkeypatch.setattr(probing, "probes", lambda tokenizer: [])
+    export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
+    rows = [*ROWS, Example("tool", (Message("user", "Call it."),), "<tool>now")]
+    report = gate(gemma.model, gemma.adapter, tmp_path / "out.gguf", rows, min_agreement=0.9)
+    assert (report.failed, report.mismatches) == (("tokens",), 1)
+    assert "<tool>now" in report.examples[0].text
+
+
+def test_every_added_token_and_fragment_is_among_the_probes(gemma: Student) -> None:
+    """Gemma's tokens of several ▁ are spaces in a text."""
+    found = probes(load_tokenizer(gemma.model))
+    assert set(FRAGMENTS) <= set(found)
+    for text in ("<tool>", "<start_of_turn>", "<eos>", "a          b"):
+        assert any(text in probe for probe in found)
+
+
+def test_without_rows_there_are_questions() -> None:
+    assert len(sample([])) == 8
+    assert len(sample(ROWS * 9)) == 17
+
+
+# --- small memory
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layer_by_layer_it_is_the_same(gemma: Student, adapted: bool) -> None:
+    """Texts of several lengths, in passages of four; both with the adapter and with it switched off."""
+    texts = [([5, 6, 7, 8, 9], 2), ([11, 12], 1), (list(range(20, 60)), 20), ([3], 0), ([4, 4, 4], 0)]
+    adapter = gemma.adapter if adapted else None
+    whole, streamed = load_trained(gemma.model, adapter), load_trained(gemma.model, adapter, free=400_000)
+    assert (whole.streamed, streamed.streamed) == (False, True)
+    pairs = zip(trained_logits(whole, texts), trained_logits(streamed, texts), strict=True)
+    for (expected, base), (found, base_found) in pairs:
+        assert abs(expected - found).max() < 1e-4
+        assert (base is None) == (not adapted)
+        assert base is None or (abs(base - base_found).max() < 1e-4 < abs(base - found).max())
+
+
+def test_the_gate_says_that_it_read_layer_by_layer(gemma: Student, capfd) -> None:
+    with open_model(gemma.gguf) as llama:
+        beside = working_memory(llama)
+    report = passage(gemma, gemma.gguf, free=beside + 400_000)
+    assert report.streamed
+    assert report.passed, report
+    assert "in 32 bits" in capfd.readouterr().err
+
+
+def test_too_little_memory_even_so(gemma: Student) -> None:
+    with pytest.raises(TapirError, match=r"no memory for the comparison: .* MB in 32 bits"):
+        passage(gemma, gemma.gguf, free=1000)
+
+
+def test_no_room_on_the_disk(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    """Before anything is written."""
+    usage = memory.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(TapirError, match="no room for the GGUF, and the one of 16 bits"):
+        export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q4_k_m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_room_asked_for_is_the_files_size(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(export, "check_disk", lambda path, wanted, what: asked.append(wanted))
+    export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
+    assert asked[0] == pytest.approx((tmp_path / "out.gguf").stat().st_size, rel=0.03)
+
+
+def test_no_memory(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    with pytest.raises(TapirError, match="no memory for the export"):
+        export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
+    assert not list(tmp_path.iterdir())

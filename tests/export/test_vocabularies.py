@@ -1,0 +1,216 @@
+"""Tokenizers of every kind: exported as what they are, or refused by name; a library that aborts is one sentence."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from models import CHATML, make_model, make_tokenizer
+from spm import GEMMA, make_gemma_tokenizer
+
+import cli
+from tapir_local.errors import TapirError
+from tapir_local.export import tokenizer
+from tapir_local.export.export import check_exportable, export_gguf
+from tapir_local.export.gate import GateJob, load_tokenizer, mismatches, pass_gate
+from tapir_local.export.probes import texts_of
+from tapir_local.export.tokenizer import read_vocab
+from tapir_local.inference.model import open_model
+from tapir_local.inference.prompt_file import ADVICE
+from tapir_local.inference.tokens import encode
+from tapir_local.inference.vocab_check import check_vocabulary
+from tapir_local.rundir import write_rows
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def other_models() -> dict[str, Any]:
+    """One model of every type that `tokenizers` knows besides BPE."""
+    from tokenizers import models
+
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("▁a", -2.0), ("b", -3.0)]
+    words = {"<unk>": 0, "[UNK]": 1, "a": 2, "##b": 3}
+    return {
+        "Unigram": models.Unigram(pieces, unk_id=0, byte_fallback=False),
+        "WordPiece": models.WordPiece(words, unk_token="[UNK]"),
+        "WordLevel": models.WordLevel(words, unk_token="[UNK]"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
+def test_a_tokenizer_of_another_type_is_refused_by_name_before_anything_is_paid(tmp_path: Path, kind: str) -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    model = make_model(tmp_path / "model")
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(other_models()[kind]), eos_token="<|im_end|>")
+    made.chat_template = CHATML
+    made.save_pretrained(model)
+    with pytest.raises(TapirError, match=f"a tokenizer of type {kind} cannot be exported") as caught:
+        check_exportable(model)
+    assert caught.value.where.endswith("tokenizer.json")
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "its normalizer does: Lowercase"),
+        (
+            lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}),
+            "Strip",
+        ),
+        (lambda c: c.pop("model"), "type unknown"),
+        (lambda c: c["model"].pop("merges"), "without merges"),
+        (lambda c: c["model"].update(vocab=[]), "without vocab"),
+        (
+            lambda c: c["added_tokens"].append({"id": 401, "content": "<tool>", "special": False}),
+            "the same text, '<tool>'",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_do_is_refused_by_name(tmp_path: Path, change: Callable, said: str) -> None:
+    model = make_model(tmp_path / "model")
+    edit(model / "tokenizer.json", change)
+    with pytest.raises(TapirError, match=said) as caught:
+        check_exportable(model)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "7", "null", "{", "\xff"])
+def test_a_file_that_is_no_object_is_named(tmp_path: Path, file: str, text: str) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    (model / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(TapirError, match=r"not (a )?JSON") as caught:
+        check_exportable(model)
+    assert caught.value.where == str(model / file)
+
+
+def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    """So transformers makes SmolLM2's from a GGUF: BPE with byte_fallback, cut and decoded by bytes."""
+    model = make_model(tmp_path / "model", kind="gpt2")
+    edit(model / "tokenizer.json", lambda c: c["model"].update(byte_fallback=True))
+    export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
+    tokenizer = load_tokenizer(model)
+    with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
+        assert mismatches(tokenizer, opened, texts_of(tokenizer, [])) == []
+
+
+def without_bytes(model: Path) -> None:
+    """Take the tokens for single bytes out of a SentencePiece vocabulary, and close the gap."""
+
+    def drop(content: dict[str, Any]) -> None:
+        kept = [text for text in content["model"]["vocab"] if not (text.startswith("<0x") and text != "<0x0A>")]
+        content["model"]["vocab"] = {text: number for number, text in enumerate(kept)}
+        for token in content["added_tokens"]:
+            token["id"] = content["model"]["vocab"].get(token["content"], len(kept))
+
+    edit(model / "tokenizer.json", drop)
+
+
+def test_sentencepiece_without_its_bytes_is_refused(tmp_path: Path) -> None:
+    make_gemma_tokenizer(tmp_path)
+    assert read_vocab(tmp_path, 600).model == "llama"
+    without_bytes(tmp_path)
+    with pytest.raises(TapirError, match="lacks 255 of the 256 tokens for single bytes: <0x00>"):
+        read_vocab(tmp_path, 600)
+
+
+@pytest.fixture(scope="module")
+def fatal(tmp_path_factory) -> Path:
+    """A GGUF of the kind that this program wrote once: llama.cpp ends the process over most texts."""
+    folder = tmp_path_factory.mktemp("fatal")
+    model = make_model(folder / "model", "gemma3_text", kind="gemma", template=GEMMA)
+    without_bytes(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "check_bytes", lambda *_: None)
+        export_gguf(model, folder / "out.gguf", adapter=None, quant="f32")
+    return folder / "out.gguf"
+
+
+def test_a_library_that_ends_the_process_is_one_sentence(fatal: Path, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"instruction": "Ünïcödé 你好"}\n')
+    words = ["generate", str(fatal), str(tmp_path / "asked.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    found = CliRunner().invoke(cli.cli, words)
+    assert isinstance(found.exception, TapirError)
+    assert "llama.cpp ends the process over its vocabulary: SIGABRT" in found.exception.what
+    assert found.exception.where == str(fatal)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_gate_names_the_gguf_over_which_its_process_ended(fatal: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [])
+    job = GateJob(fatal.parent / "model", fatal, tmp_path / "rows.jsonl", tmp_path / "gate.json")
+    with pytest.raises(TapirError, match=r"the GGUF cannot be used: .*SIGABRT") as caught:
+        pass_gate(job, tmp_path / "work")
+    assert caught.value.where == str(fatal)
+    assert not (tmp_path / "gate.json").exists()
+
+
+def test_a_sound_vocabulary_is_tried_once_and_a_missing_file_is_left_to_others(llama, tmp_path: Path) -> None:
+    for _ in range(2):
+        check_vocabulary(llama.gguf, ADVICE)
+    check_vocabulary(tmp_path / "none.gguf", ADVICE)
+    (tmp_path / "text.gguf").write_text("no model")
+    check_vocabulary(tmp_path / "text.gguf", ADVICE)
+
+
+# --- Unicode forms
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_texts_are_brought_into_the_form_that_the_tokenizer_makes(tmp_path: Path, form: str) -> None:
+    model = make_model(tmp_path / "model")
+    edit(model / "tokenizer.json", lambda c: c.update(normalizer={"type": form}))
+    export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
+    tokenizer = load_tokenizer(model)
+    with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
+        assert opened.form == form
+        for text in (
+            "nai\u0308ve café ﬁne ½",
+            "a\u0323\u0302 <tool> <|im_end|>\u0338",
+            "\u1112\u1161\u11ab한",
+            "plain",
+        ):
+            [ids] = tokenizer([text], add_special_tokens=False)["input_ids"]
+            assert encode(opened, text) == ids
+
+
+@pytest.mark.parametrize(("family", "form"), [("qwen2", "NFC"), ("llama", None)])
+def test_the_form_is_the_one_of_the_tokenizer_as_transformers_loads_it(
+    tmp_path: Path, family: str, form: str | None
+) -> None:
+    """Both are cut as Qwen's, and neither file names a normalizer; for qwen2 transformers takes its own class."""
+    model = make_model(tmp_path / "model", family, kind="qwen2")
+    export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
+    with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
+        assert opened.form == form
+
+
+def test_a_gguf_of_others_is_composed_by_the_name_of_its_pre_tokenizer(tmp_path: Path, monkeypatch) -> None:
+    model = make_model(tmp_path / "model", "qwen2", kind="qwen2")
+    monkeypatch.setattr(tokenizer, "FORM_KEY", "general.comment")
+    export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
+    with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
+        assert opened.form == "NFC"
+        assert encode(opened, "cafe\u0301") == encode(opened, "café")
+
+
+def test_spare_rows_have_names_of_their_own(tmp_path: Path) -> None:
+    """llama.cpp ends the process where two tokens have the same text."""
+    tokenizer = make_tokenizer(tmp_path)
+    spare = len(tokenizer) + 1
+    tokenizer.add_tokens([f"[PAD{spare}]"])
+    tokenizer.save_pretrained(tmp_path)
+    texts = [token.text for token in read_vocab(tmp_path, spare + 5).tokens]
+    assert len(set(texts)) == len(texts) == spare + 5

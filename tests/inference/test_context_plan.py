@@ -1,0 +1,146 @@
+"""How many answers are planned at once, and what is said where memory is short."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tapir_local.errors import TapirError
+from tapir_local.inference.context_plan import (
+    Plan,
+    cell_bytes,
+    fits,
+    free_for,
+    no_room,
+    open_planned,
+    planned,
+    plans,
+    wanted_at_once,
+    work_bytes,
+)
+from tapir_local.inference.model import STUDENT, check_weights, open_context, open_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_cell_takes_what_llama_cpp_says(llama) -> None:
+    """Two layers, two heads of keys and values of 16 numbers each, two bytes a number; f32 when exact."""
+    with open_model(llama.gguf) as model:
+        assert cell_bytes(model) == 2 * 2 * (16 + 16) * 2
+        assert cell_bytes(model, exact=True) == 2 * cell_bytes(model)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_plan_is_no_less_than_what_llama_cpp_reserves(llama, split: bool, exact: bool) -> None:
+    """llama.cpp's own figures stand in its log, which a process of its own prints."""
+    with open_model(llama.gguf) as model:
+        plan = planned(model, [500] * 8, 0, split, exact, free_for(model))
+        keys = plan.cells * cell_bytes(model, exact)
+    code = (
+        "import sys, llama_cpp as l\n"
+        "m = l.llama_model_load_from_file(sys.argv[1].encode(), l.llama_model_default_params())\n"
+        "p = l.llama_context_default_params(); p.n_batch, p.n_ubatch = 2048, 512\n"
+        "p.n_ctx, p.n_seq_max, p.kv_unified = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'False'\n"
+        "if sys.argv[5] == 'True': p.type_k = p.type_v = 0; p.flash_attn_type = 0\n"
+        "l.llama_init_from_model(m, p)\n"
+    )
+    words = [llama.gguf, plan.cells, plan.sequences, split, exact]
+    said = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True
+    ).stderr
+    sizes = {
+        line.split("CPU")[1].split()[0]: float(line.split("=")[1].split()[0]) * 2**20
+        for line in said.splitlines()
+        if "buffer size =" in line and "CPU_Mapped" not in line
+    }
+    assert sizes["KV"] == pytest.approx(keys, rel=0.01)
+    assert plan.taken >= sum(sizes.values())
+
+
+def test_as_many_at_once_as_prompts_and_what_is_asked_allow(llama) -> None:
+    with open_model(llama.gguf) as model:
+        assert [wanted_at_once(model, *pair) for pair in ((9, None), (99, None), (99, 64), (0, 3), (999, 256))] == [
+            9,
+            32,
+            64,
+            1,
+            255,
+        ]
+
+
+def test_cells_of_their_own_where_memory_has_room_shared_ones_where_it_is_short(llama) -> None:
+    with open_model(llama.gguf) as model:
+        first, second, third, *_ = plans(model, [1000] + [100] * 31, 32, 0, False)
+    assert (first.answers, first.split, first.cells) == (32, True, 32 * 1024)
+    assert (second.answers, second.split, second.cells) == (32, False, 4352)
+    assert (third.answers, third.split) == (16, True)
+    assert fits(Plan(1, 1, 256, False, 90, 100))
+    assert not fits(Plan(1, 1, 256, True, 90, 100))
+
+
+def test_a_shared_beginning_is_counted_once_in_shared_cells(llama) -> None:
+    with open_model(llama.gguf) as model:
+        together, apart = (planned(model, [1000] * 4, 900, split, False, 10**9) for split in (False, True))
+    assert (together.sequences, together.cells) == (5, 1536)  # 900 + 4 · 100, in whole 256s
+    assert (apart.sequences, apart.cells) == (5, 5 * 1024)
+
+
+def test_fewer_at_once_when_llama_cpp_finds_no_memory(llama) -> None:
+    """A limit on the process, which the kernel's figures know nothing of, makes llama.cpp's own request fail.
+
+    It leaves room for half of what is wanted, and to spare: what C++ cannot have in small things ends the process.
+    """
+    code = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from tapir_local.inference.model import open_model\n"
+        "from tapir_local.inference.context_plan import open_planned, plans\n"
+        "with open_model(Path(sys.argv[1])) as model:\n"
+        "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    wanted = next(plans(model, [30_000] * 64, 64, 0, False)).taken\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + wanted * 4 // 5, -1))\n"
+        "    with open_planned(model, [30_000] * 64, parallel=64, tell=print) as (engine, plan):\n"
+        "        print(plan.answers)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(llama.gguf)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    said, answers = found.stdout.splitlines()
+    assert 1 <= int(answers) < 64
+    assert said.startswith(f"{answers} at once in a context of ")
+    assert said.endswith("not 64: memory is short")
+
+
+def test_no_memory_for_a_single_answer_is_one_error_with_the_numbers(llama) -> None:
+    with open_model(llama.gguf) as model:
+        with (
+            pytest.raises(
+                TapirError, match=r"no memory for one answer: .* takes [\d,.]+ GB, and .* are free"
+            ) as caught,
+            open_planned(model, [2**31 - 1000] * 3, parallel=3),
+        ):
+            pytest.fail("there is no such memory")
+        assert caught.value.fix == STUDENT.too_large
+        assert str(model.gguf) in str(no_room(model, planned(model, [9], 0, False, False, 5)))
+
+
+def test_weights_larger_than_memory_are_not_loaded(llama, tmp_path: Path) -> None:
+    """A file with a hole: 1,000 TB that take no room on the disk."""
+    large = tmp_path / "large.gguf"
+    large.write_bytes(llama.gguf.read_bytes())
+    os.truncate(large, 10**13)
+    with pytest.raises(TapirError, match=r"its weights take 10,000\.0 GB, and .* are free"), open_model(large):
+        pytest.fail("it was loaded")
+    with open_model(llama.gguf, vocab_only=True) as model:
+        check_weights(model.gguf, 1, 1, STUDENT)
+
+
+def test_a_context_that_cannot_be_is_an_error_and_no_crash(llama) -> None:
+    with open_model(llama.gguf) as model:
+        with pytest.raises(TapirError, match="no context"), open_context(model, cells=512, sequences=300):
+            pytest.fail("llama.cpp knows 256 sequences")
+        assert work_bytes(model, 512, 4, True) > work_bytes(model, 512, 4, False)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

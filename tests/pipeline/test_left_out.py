@@ -1,0 +1,469 @@
+"""One bad row costs one row: it is left out where it is first known, with its reason, and the run goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from fakes import QUIET, STUDENT, World, generate, make_recipe, outputs, score, tools, with_ask
+from templates import GEMMA, LLAMA2, THOUGHTS
+
+from cli import cli
+from tapir_local.data.dataset import Draft
+from tapir_local.errors import TapirError
+from tapir_local.pipeline.context import Tools
+from tapir_local.pipeline.dry_run import forecast
+from tapir_local.pipeline.loop import distill, redo
+from tapir_local.pipeline.student_text import StudentText
+from tapir_local.recipe.schema import Recipe
+from tapir_local.recipe.text import overridden
+from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
+from tapir_local.report.status import round_of, status_of, unusable_of
+from tapir_local.report.why import why
+from tapir_local.rundir import RunDir, read_rows
+from tapir_local.unusable import Unusable, read_unusable
+
+LONG = "very " * 3000
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **changes: object) -> Recipe:
+    """The recipe's sixty seeds as conversations, and these."""
+    seeds = [{"messages": [user(row["instruction"])]} for row in json.loads((folder / "seeds.json").read_text())]
+    (folder / "more.json").write_text(json.dumps(seeds + [{"messages": row} for row in rows]))
+    return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
+
+
+def student(world: World, template: str, **changes: object) -> Tools:
+    """Tools whose student has a chat template of this kind."""
+    found: StudentText = replace(STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>"))
+    return replace(tools(world), student_text=lambda: replace(found, **changes))  # type: ignore[arg-type]
+
+
+def left(run: RunDir, step: str) -> list[Unusable]:
+    return [row for row in read_unusable(run) if row.step == step]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path, "fake")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return make_recipe(tmp_path)
+
+
+def test_rows_that_cannot_be_asked_are_known_before_anybody_is_asked(
+    recipe: Recipe, run: RunDir, tmp_path: Path
+) -> None:
+    odd = [[user("sum of two"), user("and three")], [user(f"paint {LONG}")]]
+    world, chosen = World(), with_rows(recipe, tmp_path, *odd)
+    world.fail_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        distill(chosen, run, student(world, LLAMA2), QUIET)
+    assert world.asked == []
+    [refused, long] = left(run, "prepare/read")
+    assert (refused.id, refused.kind) == ("seed-00061", "refused by the chat template")
+    assert "must alternate" in refused.detail
+    assert long.kind == "the prompt leaves no room for an answer in student.max_length"
+    assert len(read_rows(Example, run.path / "rows.jsonl")) == 60
+    assert "2 left out" in run.record()["stages"]["prepare/read"]["note"]
+    world.fail_at = None
+    distill(chosen, run, student(world, LLAMA2), QUIET)
+    assert not {request.row for request in world.asked} & {refused.id, long.id}
+
+
+def test_a_template_that_takes_no_row_stops_the_run_before_anything_is_paid(recipe: Recipe, run: RunDir) -> None:
+    world = World()
+    with pytest.raises(TapirError, match=r"60 of 60 rows .* cannot be used: 60 refused by the chat template"):
+        distill(recipe, run, student(world, "{{ raise_exception('nothing suits me') }}"), QUIET)
+    assert world.asked == []
+
+
+def test_system_turns_are_folded_once_and_every_stage_sees_the_same_row(
+    recipe: Recipe, run: RunDir, tmp_path: Path
+) -> None:
+    odd = [[SYSTEM, user(f"sum {n} {n}")] for n in range(900, 904)]
+    distill(with_rows(recipe, tmp_path, *odd), run, student(World(), GEMMA), QUIET)
+    files = [run.path / name for name in ("rows.jsonl", "seeds.jsonl", "holdout.jsonl")]
+    files += [run.round(number) / "train.jsonl" for number in range(3)]
+    assert {turn.role for file in files for row in read_rows(Example, file) for turn in row.prompt} == {"user"}
+    rows = {row.id: row for row in read_rows(Example, run.path / "rows.jsonl")}
+    assert rows["seed-00061"].prompt[0].content == "Be brief.\n\nsum 900 900"
+    assert "4 system turns moved into the user's" in run.record()["stages"]["prepare/read"]["note"]
+    assert read_unusable(run) == []
+
+
+def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: Path) -> None:
+    rows = [{"instruction": f"do {n} {n * n} things", "output": f"{n} and {n * n}"} for n in range(40)]
+    rows[7]["output"], rows[8]["output"], rows[9]["output"] = "<think>add</think>4", LONG, ""
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    own = {
+        "teacher.kind": "recorded",
+        "judge.kind": "reference",
+        "limits.unusable": 0.1,
+        "seeds.holdout": 5,
+        "rounds": 1,
+    }
+    chosen = overridden(make_recipe(tmp_path), {"seeds.path": str(tmp_path / "own.json"), **own})
+    distill(chosen, run, student(World(), THOUGHTS), QUIET)
+    assert {row.id: row.kind for row in left(run, "prepare/read")} == {
+        "seed-00008": "the chat template changes the assistant's words",
+        "seed-00009": "longer than student.max_length",
+        "seed-00010": "no answer in the seed file",
+    }
+    with pytest.raises(TapirError, match=r"3 of 40 rows \(8%\) cannot be used"):
+        distill(
+            overridden(chosen, {"limits.unusable": 0.05}),
+            RunDir(tmp_path / "b", "x"),
+            student(World(), THOUGHTS),
+            QUIET,
+        )
+
+
+def spoiled(rows: Callable[[Request], bool], text: str) -> Callable[[Request, Answer], Answer]:
+    """Answers in which these rows get another text."""
+    return lambda request, answer: replace(answer, text=text) if rows(request) else answer
+
+
+def first_of(stage: str) -> Callable[[Request], bool]:
+    """Whether a request is about the row that a stage asks about first."""
+    rows = list[str]()
+
+    def is_first(request: Request) -> bool:
+        if request.stage == stage:
+            rows.append(request.row)
+        return request.stage == stage and request.row == rows[0]
+
+    return is_first
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("half </think> told", "changes the assistant's words"), (LONG, "longer than")]
+)
+def test_a_teachers_answer_that_cannot_be_trained_on_costs_its_row(
+    text: str, kind: str, recipe: Recipe, run: RunDir
+) -> None:
+    base = student(World(), THOUGHTS)
+    made = replace(with_ask(World(), spoiled(first_of("seeds"), text)), student_text=base.student_text)
+    distill(recipe, run, made, QUIET)
+    [lost] = left(run, "prepare/seeds")
+    assert kind in lost.kind
+    trained = {row.id for number in range(3) for row in read_rows(Example, run.round(number) / "train.jsonl")}
+    assert lost.id not in trained
+
+
+def test_an_answer_in_the_holdout_is_compared_and_not_trained_on(recipe: Recipe, run: RunDir) -> None:
+    change = spoiled(lambda request: request.stage == "holdout", "<think>a</think>b right")
+    base = student(World(), THOUGHTS)
+    distill(recipe, run, replace(with_ask(World(), change), student_text=base.student_text), QUIET)
+    assert len(read_rows(Example, run.path / "holdout.jsonl")) == 10
+    assert read_unusable(run) == []
+
+
+def test_one_row_of_few_is_never_too_many_and_refinements_are_checked_too(recipe: Recipe, run: RunDir) -> None:
+    seen = list[str]()
+
+    def change(request: Request, answer: Answer) -> Answer:
+        if request.stage != "refine" or request.round != 1 or (seen and request.row not in seen):
+            return answer
+        seen.append(request.row)
+        return replace(answer, text="half </think> told")
+
+    base = student(World(), THOUGHTS)
+    distill(recipe, run, replace(with_ask(World(), change), student_text=base.student_text), QUIET)
+    assert [row.id for row in left(run, "round-01/refine")] == seen[:1]
+    assert "1 left out" in run.record()["stages"]["round-01/refine"]["note"]
+
+
+def test_a_draft_that_leaves_no_room_is_rejected_with_its_reason(recipe: Recipe, run: RunDir) -> None:
+    change = spoiled(
+        lambda request: request.stage == "expand" and request.row.endswith("1"),
+        f"<new_instruction>{LONG}</new_instruction>",
+    )
+    distill(recipe, run, with_ask(World(), change), QUIET)
+    drafts = read_rows(Draft, run.round(1) / "expanded.jsonl") + read_rows(Draft, run.round(2) / "expanded.jsonl")
+    rejected = [draft for draft in drafts if LONG.strip() in instruction_of(draft.example.prompt)]
+    assert rejected
+    assert all("leaves no room for an answer" in draft.reason for draft in rejected)
+
+
+def test_a_rewritten_answer_that_the_template_changes_is_rejected(recipe: Recipe, run: RunDir) -> None:
+    text = "<new_instruction>other words</new_instruction><new_answer>a</think>b</new_answer>"
+    change = spoiled(lambda request: request.stage == "expand", text)
+    base = student(World(), THOUGHTS)
+    made = replace(with_ask(World(), change), student_text=base.student_text)
+    distill(overridden(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
+    drafts = read_rows(Draft, run.round(1) / "expanded.jsonl")
+    assert {draft.reason for draft in drafts} == {"the chat template changes the assistant's words"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (Answer("", "refused", False, why="400: flagged"), "unjudged: refused by the server"),
+        (Answer("", "content_filter", False, why="unsafe"), "unjudged: refused by the server"),
+        (Answer("an 8", "stop", False), "unjudged: no score"),
+        (Answer("8 or", "length", False), "unjudged: cut at judge.max_tokens"),
+    ],
+)
+def test_a_row_that_the_judge_does_not_judge_is_recorded(reply: Answer, kind: str, recipe: Recipe, run: RunDir) -> None:
+    world, victim = World(), list[str]()
+
+    def change(request: Request, answer: Answer) -> Answer:
+        row = request.row.partition("#")[0]
+        if not request.stage.endswith("judge") or (victim and row not in victim):
+            return answer
+        victim.append(row)
+        return reply
+
+    distill(recipe, run, with_ask(world, change), QUIET)
+    lost = [row for row in read_unusable(run) if row.kind.startswith("unjudged")]
+    assert {row.kind for row in lost} == {kind}
+    assert {row.id for row in lost} == set(victim)
+    assert reply.why in lost[0].detail
+    again = [request for request in world.asked if request.row == f"{victim[0]}#0" and len(request.messages) == 4]
+    assert bool(again) is (reply.finish not in ("refused", "content_filter"))
+
+
+@pytest.mark.parametrize("finish", ["too_long", "refused"])
+def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
+    finish: str, recipe: Recipe, run: RunDir
+) -> None:
+    world = World()
+
+    def unable(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+        def changed(row: Completion) -> Completion:
+            return replace(row, text="", finish=finish) if row.id == ids[0] else row  # type: ignore[arg-type]
+
+        return [changed(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(changed(row)))]
+
+    tolerant = overridden(recipe, {"judge.max_unjudged": 0.2})
+    distill(tolerant, run, replace(tools(world), generate=unable), QUIET)
+    [first, *_] = read_rows(Completion, run.round(0) / "holdout-answers.jsonl")
+    assert not any(request.row.startswith(first.id) for request in world.asked if request.stage == "holdout-judge")
+    judged = {row.id: row for row in read_rows(Judgement, run.round(0) / "holdout-judgements.jsonl")}
+    assert judged[first.id].reason.startswith("no answer of the student")
+    assert "1 rows that could not be asked" in run.record()["stages"]["round-00/holdout-answer"]["note"]
+    assert left(run, "round-00/holdout-judge")[0].kind == "unjudged: no answer of the student"
+
+
+def test_many_unreadable_labels_are_warned_of(recipe: Recipe, run: RunDir) -> None:
+    change = spoiled(lambda request: request.stage == "label" and request.row.endswith("1"), "hm")
+    distill(recipe, run, with_ask(World(), change), QUIET)
+    assert "`tapir-local calls list --run fake --stage label`" in run.record()["stages"]["prepare/label"]["note"]
+
+
+# What is shown
+
+
+@pytest.fixture
+def lost(recipe: Recipe, run: RunDir, tmp_path: Path) -> RunDir:
+    """A finished run with a row left out in `read`, one in `seeds`, and a duplicate."""
+    odd = [[user("sum of two"), user("and three")], [user("paint 0 0 0 and 0")]]
+    base = student(World(), LLAMA2)
+    made = replace(with_ask(World(), spoiled(first_of("seeds"), LONG)), student_text=base.student_text)
+    distill(with_rows(recipe, tmp_path, *odd), run, made, QUIET)
+    return run
+
+
+def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
+    found = unusable_of(lost)
+    assert list(found["by_step"]) == ["prepare/read", "prepare/seeds"]
+    assert found["rows"][0]["id"] == "seed-00061"
+    assert status_of(lost)["unusable"] == found["by_step"]
+    assert round_of(lost, 1)["unusable"] == {}
+    cache = ["--cache", str(lost.cache)]
+    told = CliRunner().invoke(cli, ["show", "fake", "--unusable", *cache], catch_exceptions=False).stdout
+    assert "seed-00061" in told
+    assert "refused by the chat template" in " ".join(told.split())
+    data = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--json", *cache], catch_exceptions=False).stdout
+    assert json.loads(data) == found
+    said = " ".join(CliRunner().invoke(cli, ["status", "fake", *cache], catch_exceptions=False).stdout.split())
+    assert "2 rows left out: 1 refused by the chat template, 1 longer than student.max_length" in said
+    assert CliRunner().invoke(cli, ["show", "fake", "--unusable", "--round", "1", *cache]).exit_code == 2
+
+
+def test_show_of_a_run_that_left_nothing_out(recipe: Recipe, run: RunDir) -> None:
+    distill(recipe, run, tools(World()), QUIET)
+    told = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--cache", str(run.cache)], catch_exceptions=False)
+    assert "No row was left out" in told.stdout
+
+
+def test_why_says_where_a_row_was_left_out(lost: RunDir) -> None:
+    first, later, twin = (why(lost, id) for id in ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062"))
+    assert first["place"].startswith("left out in prepare/read: refused by the chat template: turns user, user")
+    assert "and three" in first["instruction"]
+    assert first["rounds"] == later["rounds"] == twin["rounds"] == []
+    assert later["left_out"][0]["kind"] == "longer than student.max_length"
+    assert twin["place"] == "read from the seed file and left out: duplicate, of seed-00001"
+    told = CliRunner().invoke(cli, ["why", "fake", "seed-00061", "--cache", str(lost.cache)], catch_exceptions=False)
+    assert "where it was left out" in told.stdout
+
+
+def test_redo_forgets_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    run, world = RunDir(tmp_path, "fake"), World()
+    chosen = with_rows(recipe, tmp_path, [user("sum of two"), user("and three")])
+    distill(chosen, run, student(world, LLAMA2), QUIET)
+    before = outputs(run)
+    redo(run, None, "read")
+    assert read_unusable(run) == []
+    distill(chosen, run, student(world, LLAMA2), QUIET)
+    assert outputs(run) == before
+
+
+# Stages that take hours
+
+
+def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Recipe, tmp_path: Path) -> None:
+    whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
+    distill(recipe, whole, tools(World()), QUIET)
+    asked, made = list[str](), 0
+
+    def stopping(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+        """Stopped after every 17 answers of the whole run."""
+
+        def one(row: Completion) -> None:
+            nonlocal made
+            each(row)
+            asked.append(f"{gguf.parent.name} {row.id}")
+            made += 1
+            if made % 17 == 0:
+                raise KeyboardInterrupt
+
+        return generate(gguf, wanted, ids, progress, one)
+
+    cuts = 0
+    while True:
+        try:
+            distill(recipe, run, replace(tools(world), generate=stopping), QUIET)
+            break
+        except KeyboardInterrupt:
+            cuts += 1
+    assert cuts > 5
+    files = [(run.round(n) / "holdout-answers.jsonl", n) for n in range(3)] + [
+        (run.round(n + 1) / "answers.jsonl", n) for n in (0, 1)
+    ]
+    assert len(asked) == sum(len(read_rows(Completion, path)) for path, _ in files)
+    assert outputs(run) == outputs(whole)
+    assert "were there already" in str(run.record()["stages"])
+
+
+def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recipe, run: RunDir) -> None:
+    counts = list[int]()
+
+    def once(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+        counts.append(len(ids))
+        if len(counts) == 1:
+            generate(gguf, wanted[:4], ids[:4], progress, each)
+            raise KeyboardInterrupt
+        return generate(gguf, wanted, ids, progress, each)
+
+    made = replace(tools(World()), generate=once)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, run, made, QUIET)
+    partial = run.round(0) / "holdout-answers.jsonl.partial"
+    assert len(partial.read_text().splitlines()) == 4
+    redo(run, 0, "train")
+    assert not partial.exists()
+    distill(recipe, run, made, QUIET)
+    assert counts[:2] == [10, 10]
+
+
+def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
+    chosen = overridden(recipe, {"curriculum.name": "reflection"})
+    whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
+    distill(chosen, whole, tools(World()), QUIET)
+    sizes = list[int]()
+
+    def stopping(gguf, texts, progress, each):  # type: ignore[no-untyped-def]
+        """The last text first, and stopped after ten."""
+        sizes.append(len(texts))
+        found: list[Scored] = score(gguf, texts, progress, lambda one: None)
+        for n, one in enumerate(reversed(found)):
+            if n == 10:
+                raise KeyboardInterrupt
+            each(one)
+        return found
+
+    while True:
+        try:
+            distill(chosen, run, replace(tools(world), score=stopping), QUIET)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert sizes[:3] == [sizes[0], sizes[0] - 10, sizes[0] - 20]
+    assert outputs(run) == outputs(whole)
+
+
+def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, run: RunDir) -> None:
+    def stop(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+        generate(gguf, wanted[:3], ids[:3], progress, each)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, run, replace(tools(World()), generate=stop), QUIET)
+    partial = run.round(0) / "holdout-answers.jsonl.partial"
+    with partial.open("a") as file:
+        file.write('{"id":"torn')  # a line that is just being written
+    before = partial.read_bytes()
+    forecast(recipe, run)
+    assert partial.read_bytes() == before
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from dataclasses import replace
+from fakes import QUIET, World, generate, make_recipe, tools
+from tapir_local.pipeline.loop import distill
+from tapir_local.rundir import RunDir
+made = 0
+def dying(gguf, wanted, ids, progress, each):
+    def one(row):
+        global made
+        each(row)
+        made += 1
+        if made == 4:
+            os.kill(os.getpid(), 9)
+    return generate(gguf, wanted, ids, progress, one)
+folder = Path(sys.argv[1])
+distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(tools(World()), generate=dying), QUIET)
+"""
+
+
+def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == -9
+    whole, run, counts = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), list[int]()
+    assert len((run.round(0) / "holdout-answers.jsonl.partial").read_text().splitlines()) == 4
+
+    def counting(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+        counts.append(len(ids))
+        return generate(gguf, wanted, ids, progress, each)
+
+    distill(recipe, run, replace(tools(World()), generate=counting), QUIET)
+    distill(recipe, whole, tools(World()), QUIET)
+    assert counts[0] == 6
+    assert outputs(run) == outputs(whole)
+
+
+def test_a_label_that_the_server_refuses_is_not_asked_for_again(recipe: Recipe, run: RunDir) -> None:
+    world, is_first = World(), first_of("label")
+    refused = Answer("", "refused", False, why="400: flagged")
+    made = with_ask(world, lambda request, answer: refused if is_first(request) else answer)
+    distill(recipe, run, made, QUIET)
+    asked = [request.row for request in world.asked if request.stage == "label"]
+    assert asked.count(asked[0]) == 1

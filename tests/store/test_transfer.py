@@ -1,0 +1,415 @@
+"""Calls on their way between stores: none is lost, none is doubled, and none gets in that does not prove itself."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from calls import asked
+
+from tapir_local.errors import TapirError
+from tapir_local.store import keys
+from tapir_local.store.queries import listed, stats, verify
+from tapir_local.store.rows import Attempt, Call, Use
+from tapir_local.store.schema import spent
+from tapir_local.store.store import Store
+from tapir_local.store.transfer import NOT_WHOLE, UNREADABLE, WRONG_KEY, Imported, export, import_store, is_database
+
+
+def call(row: int, answer: str = "4", **fields: Any) -> Call:
+    """A whole answer, told apart by its row."""
+    raw = orjson.dumps({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "row": row})
+    return Call(**{"request": asked(row), "answer": raw, "finish": "stop", "kind": "answers", **fields})
+
+
+def key(row: int) -> bytes:
+    return keys.key_of(asked(row))
+
+
+def use(row: int, run: str, paid: int = 1) -> Use:
+    return Use(run, 0, "seeds", f"row-{row}", key(row), paid)
+
+
+def put(path: Path, rows: range, run: str = "one", **fields: Any) -> Path:
+    with Store(path) as store:
+        for row in rows:
+            store.put(call(row, **fields), [use(row, run)]).result()
+    return path
+
+
+def table(path: Path, sql: str, *values: Any) -> list[Any]:
+    conn = sqlite3.connect(path)
+    try:
+        with conn:
+            return conn.execute(sql, values).fetchall()
+    finally:
+        conn.close()
+
+
+def took(target: Path, file: Path) -> Imported:
+    with Store(target) as store:
+        return import_store(store, file)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Ten calls: `one` paid for 0 to 5, `two` for 6 to 9 of another kind and used 0; each has one failed attempt."""
+    put(tmp_path / "teacher.db", range(6))
+    put(tmp_path / "teacher.db", range(6, 10), "two", kind="others", price=0.25, seconds=1.5, tokens_out=3, created=9.0)
+    with Store(tmp_path / "teacher.db") as store:
+        store.used([use(0, "two", 0)])
+        for run in ("one", "two"):
+            store.note(Attempt(key(0), run, 0, "seeds", "row-0", "500: oops", b"oops", created=7.0))
+    return tmp_path / "teacher.db"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.db"
+
+
+def rows_of(path: Path) -> dict[str, list[Any]]:
+    columns = "key, answer, finish, tokens_out, seconds, price, created"
+    return {
+        "calls": table(path, f"select {columns} from calls order by key"),
+        "uses": table(path, "select * from uses order by 1, 2, 3, 4, 5"),
+        "attempts": table(path, "select key, run, why, answer, created from attempts order by run"),
+    }
+
+
+# Export
+
+
+def test_everything_is_exported(path: Path, out: Path) -> None:
+    assert export(path, out) == (10, 0, out.stat().st_size)
+    assert rows_of(out) == rows_of(path)
+    assert table(out, "select * from sample_copies") == table(out, "select * from samples")
+
+
+def test_a_run_is_exported_with_the_samples_that_it_needs(path: Path, out: Path) -> None:
+    assert export(path, out, "one").calls == 6
+    assert table(out, "select name from samples") == [("answers",)]
+    assert [row["run"] for row in stats(out)] == ["one"]
+    assert table(out, "select run from attempts") == [("one",)]
+    assert verify(out) == (6, [])
+
+
+def test_a_run_that_used_anothers_call_takes_it_along(path: Path, out: Path) -> None:
+    assert export(path, out, "two").calls == 5
+    with Store(out, "replay") as store:
+        assert store.get(key(0)) == call(0).answer
+        assert store.get(key(1)) is None
+
+
+def test_a_run_without_calls_names_those_with_some(path: Path, out: Path) -> None:
+    with pytest.raises(TapirError, match="Runs with calls: one, two"):
+        export(path, out, "three")
+    assert not out.exists()
+
+
+def test_a_file_that_is_there_is_left_alone(path: Path, out: Path) -> None:
+    out.write_text("mine")
+    with pytest.raises(TapirError, match="such a file already"):
+        export(path, out)
+    with pytest.raises(TapirError, match="such a file already"):
+        export(path, path)
+    assert out.read_text() == "mine"
+    assert verify(path) == (10, [])
+
+
+def test_an_export_is_one_file_and_nothing_is_left_beside_it(path: Path, out: Path) -> None:
+    export(path, out)
+    assert not [file.name for file in out.parent.glob("out*") if file != out]
+    out.chmod(0o400)
+    assert out.read_bytes()[18:20] == b"\1\1"  # no write-ahead log is needed to read it
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(path: Path, out: Path) -> None:
+    table(path, "update calls set answer = x'00' where id = 2")
+    assert export(path, out)[:2] == (9, 1)
+    assert verify(out) == (9, [])
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from tapir_local.errors import TapirError
+from tapir_local.store.transfer import export
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    export(Path(sys.argv[1]), Path(sys.argv[2]))
+except TapirError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_no_file(path: Path, out: Path) -> None:
+    put(path, range(100, 200), answer="x" * 50 + os.urandom(2000).hex())
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL, str(path), str(out)], capture_output=True, text=True, check=True
+    )
+    assert "Make room" in ended.stdout
+    assert not list(out.parent.glob("out*"))
+
+
+def test_a_name_that_no_file_can_have(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="cannot be"):
+        export(path, tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    with pytest.raises(TapirError, match="cannot be"):
+        export(path, tmp_path / "file" / "out.db")
+
+
+# Import
+
+
+def test_an_exported_run_is_imported_as_it_was(path: Path, out: Path, tmp_path: Path) -> None:
+    export(path, out, "two")
+    assert took(tmp_path / "new.db", out) == Imported(new=5)
+    new = tmp_path / "new.db"
+    assert verify(new) == (5, [])
+    assert table(new, "select * from uses") == table(out, "select * from uses")
+    details = "select key, tokens_out, seconds, price, created from calls order by key"
+    assert table(new, details) == table(out, details)
+    assert table(new, "select run, why, answer from attempts") == [("two", "500: oops", b"oops")]
+
+
+def test_importing_twice_changes_nothing(path: Path, out: Path, tmp_path: Path) -> None:
+    export(path, out)
+    new = tmp_path / "new.db"
+    took(new, out)
+    before = rows_of(new)
+    assert took(new, out) == Imported(known=10)
+    assert rows_of(new) == before
+
+
+def test_what_is_here_stays_and_uses_are_merged(path: Path, tmp_path: Path) -> None:
+    other = put(tmp_path / "other.db", range(4, 8), "three", answer="four")
+    assert took(other, path) == Imported(new=6, known=4)
+    with Store(other) as store:
+        assert [store.get(key(row)) for row in (4, 7)] == [call(4, "four").answer, call(7, "four").answer]
+        assert store.get(key(9)) == call(9).answer
+    assert [(row["run"], row["used"], row["paid"]) for row in stats(other)] == [
+        ("one", 6, 6),
+        ("three", 4, 4),
+        ("two", 5, 4),
+    ]
+
+
+def test_samples_of_the_same_name_with_other_words(tmp_path: Path) -> None:
+    mine = put(tmp_path / "mine.db", range(3), answer="the words of mine " * 50)
+    other = put(tmp_path / "other.db", range(3, 9), answer="quite different words of the other " * 50)
+    assert table(mine, "select answer from samples") != table(other, "select answer from samples")
+    assert took(mine, other) == Imported(new=6)
+    assert verify(mine) == (9, [])
+    with Store(mine) as store:
+        assert store.get(key(8)) == call(8, "quite different words of the other " * 50).answer
+    assert table(mine, "select count(*) from samples") == [(1,)]
+
+
+def test_a_damaged_answer_here_is_mended_by_the_other_store(path: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.db"
+    shutil.copy(path, broken)
+    table(broken, "update calls set answer = x'00' where key = ?", key(3))
+    assert took(broken, path) == Imported(new=1, known=9)
+    assert verify(broken) == (10, [])
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        ("update calls set key = zeroblob(32) where id = 3", WRONG_KEY),
+        ("update calls set request = (select request from calls where id = 4) where id = 3", WRONG_KEY),
+        ("update calls set answer = x'00' where id = 3", UNREADABLE),
+        ("update calls set request = x'' where id = 3", UNREADABLE),
+        ("update calls set sample = 99 where id = 3", UNREADABLE),
+    ],
+)
+def test_a_call_that_does_not_prove_itself_is_refused_and_the_others_kept(
+    path: Path, tmp_path: Path, harm: str, why: str
+) -> None:
+    table(path, harm)
+    found = took(tmp_path / "new.db", path)
+    assert (found.new, found.known, dict(found.refused)) == (9, 0, {why: 1})
+    assert verify(tmp_path / "new.db") == (9, [])
+    assert not table(tmp_path / "new.db", "select 1 from uses where key not in (select key from calls)")
+
+
+@pytest.mark.parametrize("answer", [b"no JSON", b'{"error": 1}', b'{"choices": [{"message": {"content": ""}}]}'])
+def test_an_answer_that_could_not_serve_is_refused(tmp_path: Path, answer: bytes) -> None:
+    with Store(tmp_path / "other.db") as store:
+        store.put(Call(asked(1), answer, "stop", "answers"))
+    found = took(tmp_path / "new.db", tmp_path / "other.db")
+    assert (found.new, sum(found.refused.values())) == (0, 1)
+    assert set(found.refused) <= {UNREADABLE, NOT_WHOLE}
+
+
+def test_damaged_pages_are_stepped_over_and_counted(tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    with Store(other) as store:
+        for row in range(300):
+            store.put(call(row, os.urandom(1000).hex()))
+    pages = other.stat().st_size // 4096
+    with other.open("r+b") as file:
+        file.seek(pages // 2 * 4096)
+        file.write(os.urandom(3 * 4096))
+    found = took(tmp_path / "new.db", other)
+    assert found.new > 200
+    assert sum(found.refused.values()) > 0
+    assert verify(tmp_path / "new.db") == (found.new, [])
+
+
+def test_a_store_is_not_imported_into_itself(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(path)
+    for file in (path, tmp_path / "link.db"):
+        with pytest.raises(TapirError, match="into itself"):
+            took(path, file)
+
+
+def test_a_store_of_a_newer_version_is_refused(path: Path, tmp_path: Path) -> None:
+    table(path, "insert into _sqlite_migrations (migration_set, name, applied_at) values ('teacher', 'later', '2030')")
+    with pytest.raises(TapirError, match="newer version"):
+        took(tmp_path / "new.db", path)
+
+
+TABLES = {
+    "_sqlite_migrations": "migration_set, name, applied_at",
+    "samples": "id, name, request, answer",
+    "sample_copies": "id, name, request, answer",
+    "calls": "id, key, sample, request, answer, finish, model, fingerprint, tokens_in, tokens_out, seconds, price, "
+    "created",
+    "attempts": "id, key, run, round, stage, row, why, answer, tokens_in, tokens_out, seconds, price, created",
+    "uses": "run, round, stage, row, key, paid",
+}
+BOMB = b"\1" + bytes(4) + (2**31 - 1).to_bytes(4, "little") + b"\x1fa\1\0" + b"\xff" * 4000
+
+
+def made(folder: Path, **others: str) -> Path:
+    """A store of anyone's making: columns of any type, a table's columns others than ours where named."""
+    file = folder / "hostile.db"
+    for name, columns in {**TABLES, **others}.items():
+        table(file, f"create table {name} ({columns})")
+    table(file, "insert into _sqlite_migrations values ('teacher', 'first_tables', '2026')")
+    return file
+
+
+def hostile_call(file: Path, **fields: Any) -> None:
+    """One call that proves itself, but for the fields named."""
+    with Store(file.with_name("sound.db")) as store:
+        store.put(call(1), [use(1, "one")])
+    with sqlite3.connect(file.with_name("sound.db")) as conn:
+        conn.row_factory = sqlite3.Row
+        (row,), samples = (
+            conn.execute("select * from calls").fetchall(),
+            conn.execute("select * from samples").fetchall(),
+        )
+    for sample in samples:
+        table(file, "insert into samples values (?, ?, ?, ?)", *sample)
+    values = {**{name: row[name] for name in TABLES["calls"].split(", ")}, **fields}
+    table(file, f"insert into calls values ({', '.join('?' * len(values))})", *values.values())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"answer": BOMB},
+        {"request": BOMB},
+        {"answer": "text"},
+        {"sample": None},
+        {"key": "text"},
+        {"tokens_in": "many"},
+        {"tokens_out": -5},
+        {"seconds": float("inf")},
+        {"price": float("inf")},
+        {"price": "free"},
+        {"created": None},
+        {"finish": b"stop"},
+        {"model": None},
+    ],
+    ids=lambda fields: str(next(iter(fields))),
+)
+def test_a_call_of_anyones_making_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    file = made(tmp_path)
+    hostile_call(file, **fields)
+    found = took(tmp_path / "new.db", file)
+    assert (found.new, sum(found.refused.values())) == (0, 1)
+
+
+def test_a_token_count_beyond_belief_is_bounded(tmp_path: Path) -> None:
+    file = made(tmp_path)
+    hostile_call(file, tokens_in=2**62, tokens_out=2**62)
+    table(file, "insert into uses values ('r', 0, 'seeds', 'row-1', ?, 1)", key(1))
+    table(file, "insert into uses values ('r', 'no', 3, null, ?, 1)", key(1))
+    table(file, "insert into attempts values (1, ?, 'r', 0, 's', 'x', 'why', x'', ?, 5, 1.0, null, 1.0)", key(1), 2**62)
+    assert took(tmp_path / "new.db", file).new == 1
+    assert spent(tmp_path / "new.db", "r") == (2, 3 * 10**9 + 5, 0.0)
+    assert stats(tmp_path / "new.db", "r")[0]["tokens_in"] == 10**9
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"calls": "key, sample, request, answer"},
+        {"samples": "name"},
+        {"uses": "who"},
+        {"attempts": "id"},
+        {"_sqlite_migrations": "other"},
+    ],
+    ids=lambda others: str(next(iter(others))),
+)
+def test_tables_of_anyones_making_end_in_one_sentence_or_in_nothing_taken(
+    tmp_path: Path, others: dict[str, str]
+) -> None:
+    file = tmp_path / "hostile.db"
+    for name, columns in {**TABLES, **others}.items():
+        table(file, f"create table {name} ({columns})")
+        table(file, f"insert into {name} values ({', '.join(['7'] * len(columns.split(', ')))})")
+    with suppress(TapirError):
+        assert took(tmp_path / "new.db", file).new == 0
+
+
+def test_another_database_and_rubbish_with_the_head_of_one(tmp_path: Path) -> None:
+    table(tmp_path / "other.db", "create table calls (id integer primary key)")
+    with pytest.raises(TapirError, match="not a store of calls"):
+        took(tmp_path / "new.db", tmp_path / "other.db")
+    (tmp_path / "other.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    with pytest.raises(TapirError, match="cannot be read"):
+        took(tmp_path / "new.db", tmp_path / "other.db")
+
+
+def test_what_is_a_database(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    assert is_database(path)
+    assert not is_database(tmp_path / "rows.json")
+    for file in (tmp_path, tmp_path / "none.db"):
+        with pytest.raises(TapirError, match="cannot be read"):
+            is_database(file)
+
+
+def test_reading_another_store_leaves_nothing_beside_it(path: Path, out: Path, tmp_path: Path) -> None:
+    took(tmp_path / "new.db", path)
+    export(path.with_name("new.db"), out)
+    took(tmp_path / "newer.db", out)
+    names = {file.name for file in tmp_path.iterdir() if file.name.startswith(("teacher.db-", "out"))}
+    assert names == {"out.db"}
+
+
+def test_a_store_in_use_is_imported_with_its_log(tmp_path: Path) -> None:
+    with Store(tmp_path / "other.db") as busy:
+        busy.put(call(1), [use(1, "one")]).result()
+        assert (tmp_path / "other.db-wal").stat().st_size
+        assert took(tmp_path / "new.db", tmp_path / "other.db") == Imported(new=1)
+    assert [row["row"] for row in listed(tmp_path / "new.db", "one", None, 9)] == ["row-1"]
+
+
+def test_progress_is_told(path: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with Store(tmp_path / "new.db") as store:
+        import_store(store, path, lambda done, total: seen.append((done, total)))
+    assert seen == [(10, 10)]

@@ -1,0 +1,224 @@
+"""What trains and where: Unsloth where it works, else plain TRL; one GPU of several; the CPU with a remark."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training_rows import WEIGHTS, make_job, resolved
+
+from tapir_local.errors import TapirError
+from tapir_local.memory import one_gpu, visible_gpus
+from tapir_local.training.train import run_job, train
+
+DRIVER = """#!/bin/sh
+case "$*" in
+  *-L*)
+    echo 'GPU 0: NVIDIA A (UUID: GPU-aaaa-0)'
+    echo 'GPU 1: NVIDIA B (UUID: GPU-bbbb-1)'
+    echo 'GPU 2: NVIDIA C (UUID: GPU-cccc-2)' ;;
+  *)
+    echo 'NVIDIA A, 2048, 24576'
+    echo 'NVIDIA B, 20480, 24576'
+    echo 'NVIDIA C, 4096, 24576' ;;
+esac
+"""
+# What becomes of an `import unsloth`, in a process of its own: the backend, or the error, and what was said.
+IMPORT = """
+import json, sys
+from tapir_local.errors import TapirError
+from tapir_local.training.model import library
+from tapir_local.recipe.schema import Train
+said = []
+try:
+    found = library(Train(backend=sys.argv[1]), "bf16", 1, said.append)
+except TapirError as error:
+    found = str(error)
+print(json.dumps([found, said, sorted(name for name in sys.modules if name.startswith("unsloth"))]))
+"""
+ERRORS = {
+    "ImportError('no bitsandbytes')": "ImportError: no bitsandbytes",
+    "NotImplementedError('Unsloth: no NVIDIA GPU found?')": "NotImplementedError: Unsloth: no NVIDIA GPU found?",
+    "RuntimeError('the driver is too old\\nand more')": "RuntimeError: the driver is too old",
+    "AttributeError('torch has no _inductor')": "AttributeError: torch has no _inductor",
+    "OSError('libcuda.so: cannot open')": "OSError: libcuda.so: cannot open",
+    "AssertionError()": "AssertionError: AssertionError",
+}
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts an nvidia-smi on the PATH."""
+
+    def put(script: str) -> None:
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(script)
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return put
+
+
+def imported(place: Path, body: str, backend: str) -> tuple[str, list[str], list[str]]:
+    """What library() makes of an `unsloth` with that body, which imports a part of its own first."""
+    (place / "unsloth").mkdir(exist_ok=True)
+    (place / "unsloth" / "part.py").write_text("")
+    (place / "unsloth" / "__init__.py").write_text(f"import unsloth.part\n{body}\n")
+    out = subprocess.run(
+        [sys.executable, "-c", IMPORT, backend],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(place), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, said, modules = json.loads(out.stdout)
+    return found, said, modules
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_unsloth_that_cannot_be_imported_is_left_out_and_told(tmp_path: Path, error: str) -> None:
+    found, said, modules = imported(tmp_path, f"raise {error}", "auto")
+    assert (found, modules) == ("trl", [])
+    remark = "Training with plain TRL and PEFT, not with Unsloth: it cannot be imported"
+    assert said == [f"{remark} ({ERRORS[error]})."]
+    found, said, _ = imported(tmp_path, f"raise {error}", "unsloth")
+    assert found.startswith(f"train.backend: Unsloth cannot be used: it cannot be imported ({ERRORS[error]})")
+    assert said == []
+
+
+def test_an_unsloth_that_can_be_imported_is_used(tmp_path: Path) -> None:
+    for backend in ("auto", "unsloth"):
+        assert imported(tmp_path, "", backend) == ("unsloth", [], ["unsloth", "unsloth.part"])
+
+
+# A GPU in the first child alone, and an Unsloth that loads no model on it.
+FIRST_CHILD = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+mark = Path(__file__).with_name("mark")
+if "tapir_local.training.train" in sys.orig_argv and not mark.exists():
+    mark.touch()
+    import torch
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.is_bf16_supported = lambda **_: True
+    torch.cuda.mem_get_info = lambda *_: (8 << 30, 8 << 30)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(is_integrated=False)
+"""
+UNSLOTH = """
+class FastLanguageModel:
+    @staticmethod
+    def from_pretrained(*_, **__):
+        raise ImportError("Unsloth: please install bitsandbytes\\nand more")
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "unsloth"])
+def test_an_unsloth_that_cannot_load_the_model_gives_way_to_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(FIRST_CHILD)
+    (tmp_path / "path" / "unsloth.py").write_text(UNSLOTH)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "path"), *sys.path]))
+    job, said = make_job(tmp_path, backend=backend, epochs=1.0), list[str]()
+    why = "Unsloth cannot load the model (ImportError: Unsloth: please install bitsandbytes)"
+    if backend == "unsloth":
+        with pytest.raises(TapirError, match="Unsloth cannot load the model") as caught:
+            train(job, tmp_path / "train", None, said.append)
+        assert caught.value.what == why
+        assert not job.out.exists()
+        return
+    train(job, tmp_path / "train", None, said.append)
+    assert f"Training with plain TRL and PEFT, not with Unsloth: {why}." in said
+    assert resolved(job.out)["backend"] == "trl"
+    assert (job.out / WEIGHTS).exists()
+
+
+# GPUs
+
+
+def test_a_training_sees_the_one_gpu_with_the_most_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Callable[[str], None]
+) -> None:
+    """The variables are those of the child, which writes them down as it ends."""
+    driver(DRIVER)
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        "import atexit, json, os, sys\n"
+        "if 'tapir_local.training.train' in sys.orig_argv:\n"
+        f"    atexit.register(lambda: open({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(dict(os.environ))))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "path"), *sys.path]))
+    job = make_job(tmp_path)
+    with pytest.raises(TapirError, match="no such folder"):
+        train(replace(job, model=str(tmp_path / "nowhere")), tmp_path / "train", None, lambda _: None)
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert (seen["CUDA_DEVICE_ORDER"], seen["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "1")
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("named", "visible", "chosen"),
+    [
+        (None, "ABC", "1"),
+        ("0,2", "AC", "2"),
+        ("2, 0", "CA", "2"),
+        ("0,1,2", "ABC", "1"),
+        ("1", "B", None),
+        ("0", "A", None),
+        ("", "", None),
+        ("-1", "", None),
+        ("0,-1,1", "A", None),
+        ("GPU-aaaa,GPU-cccc-2", "AC", "2"),
+        ("GPU-bbbb", "B", None),
+    ],
+)
+def test_a_gpu_is_chosen_among_those_that_the_user_left_visible(
+    monkeypatch: pytest.MonkeyPatch, driver: Callable[[str], None], named: str | None, visible: str, chosen: str | None
+) -> None:
+    driver(DRIVER)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert "".join(gpu.name[-1] for gpu in visible_gpus()) == visible
+    expected = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": chosen} if chosen else {}
+    assert one_gpu() == expected
+
+
+def test_a_launchers_processes_keep_all_gpus(monkeypatch: pytest.MonkeyPatch, driver: Callable[[str], None]) -> None:
+    driver(DRIVER)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert one_gpu() == {}
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(tmp_path: Path, driver: Callable[[str], None]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    driver("#!/bin/sh\necho 'NVIDIA A, 20480, 24576'\n")
+    said: list[str] = []
+    job = make_job(tmp_path, epochs=1.0)
+    run_job(job, lambda done, total, note: said.append(note) if not total else None)
+    (remark,) = said
+    assert f"The driver lists NVIDIA A, but torch {torch.__version__} cannot use it" in remark
+    assert resolved(job.out)["device"] == "cpu"
+
+
+def test_a_student_is_not_trained_beyond_what_it_was_made_for(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    said: list[str] = []
+    run_job(replace(job, max_length=4096), lambda done, total, note: said.append(note) if not total else None)
+    assert said == ["The student was made for 40 tokens: longer rows are left out (student.max_length is 4,096)."]
+    assert resolved(job.out)["sft"]["max_length"] == 40
+    assert resolved(job.out)["rows"] == {"trained": 25, "dropped": 7}

@@ -1,0 +1,315 @@
+"""A training that is cut, killed or out of memory goes on, and ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import make_model
+from training_rows import WEIGHTS, examples, log, losses, make_job, resolved
+
+from tapir_local.errors import TapirError
+from tapir_local.process import OutOfMemory
+from tapir_local.records import to_json
+from tapir_local.rundir import write_json, write_rows
+from tapir_local.training import checkpoints
+from tapir_local.training.checkpoints import Course
+from tapir_local.training.job import TokenRows, TrainJob
+from tapir_local.training.model import Hardware
+from tapir_local.training.train import run_job, train, with_less
+
+EACH_STEP = 1e-9  # minutes
+# A GPU that holds four rows at once, in the child's own torch.
+SMALL_GPU = """
+import torch
+
+forward = torch.nn.Embedding.forward
+
+def held(self, ids):
+    if ids.shape[0] > 4:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return forward(self, ids)
+
+torch.nn.Embedding.forward = held
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def uncut(place) -> Path:
+    """What an uncut training, dropout and all, ends with."""
+    job = replace(make_job(place, lora_dropout=0.1, checkpoint_minutes=0), out=place / "uncut")
+    run_job(job, folder=place / "no-checkpoints")
+    return job.out
+
+
+@pytest.fixture
+def job(place, tmp_path) -> TrainJob:
+    return replace(make_job(place, lora_dropout=0.1, checkpoint_minutes=EACH_STEP), out=tmp_path / "adapter")
+
+
+def cut_at(job: TrainJob, folder: Path, step: int) -> None:
+    """Train in this process until a step's report, which comes before its checkpoint."""
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, stop, folder)
+
+
+def steps(adapter: Path) -> list[tuple[int, float, int]]:
+    return [(entry["step"], entry["loss"], entry["tokens"]) for entry in log(adapter)]
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) -> None:
+    """Cut within the first epoch, at its end, and within the second, whose order of rows is drawn anew."""
+    cut_at(job, tmp_path / "train", step)
+    assert [path.name for path in (tmp_path / "train").iterdir()] == [f"checkpoint-{step - 1}"]
+    seen: list[int] = []
+    run_job(job, lambda done, total, note: seen.append(done), tmp_path / "train")
+    assert seen == [*range(step, 9), 8]
+    assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
+    assert steps(job.out) == steps(uncut)
+    assert not list((tmp_path / "train").iterdir())
+
+
+@pytest.mark.parametrize("cuts", [(5, 7), (5, 6), (4, 7), (3, 5, 6, 8)])
+def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_path, cuts: tuple[int, ...]) -> None:
+    """After step 4 the epoch ends: that checkpoint is of the first epoch, and what follows it of the second."""
+    for step in cuts:
+        cut_at(job, tmp_path / "train", step)
+    run_job(job, folder=tmp_path / "train")
+    assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
+    assert steps(job.out) == steps(uncut)
+
+
+def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(place, tmp_path) -> None:
+    """32 rows in steps of 10, two rows at once, for two and a half epochs."""
+    made = make_job(
+        place, lora_dropout=0.1, batch_size=10, micro_batch_size=4, epochs=2.5, checkpoint_minutes=EACH_STEP
+    )
+    whole, cut = (replace(made, out=tmp_path / name) for name in ("whole", "cut"))
+    run_job(whole)
+    for step in (4, 5, 8, 9):
+        cut_at(cut, tmp_path / "train", step)
+    run_job(cut, folder=tmp_path / "train")
+    assert (cut.out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
+    assert steps(cut.out) == steps(whole.out)
+
+
+def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
+    """With tied embeddings, whose weights a checkpoint holds once."""
+    make_model(tmp_path / "base", "qwen2", kind="qwen2")
+    write_rows(tmp_path / "rows.jsonl", examples(32))
+    job = make_job(tmp_path, method="full", learning_rate=1e-3, checkpoint_minutes=EACH_STEP)
+    run_job(replace(job, out=tmp_path / "uncut"))
+    cut_at(job, tmp_path / "train", 6)
+    run_job(job, folder=tmp_path / "train")
+    assert [entry["step"] for entry in log(job.out)] == list(range(1, 9))
+    name = "model.safetensors"
+    assert (job.out / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
+
+
+def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
+    cut_at(job, tmp_path / "train", 4)
+    run_job(job, folder=tmp_path / "train")
+    seconds = [entry["seconds"] for entry in log(job.out)]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 4e-3}, {"lora_dropout": 0.2}, {"random_seed": 8}, {"rows": 31}])
+def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: dict) -> None:
+    cut_at(job, tmp_path / "train", 3)
+    if "rows" in change:
+        (tmp_path / "rows.jsonl").write_text("".join(job.rows.read_text().splitlines(keepends=True)[:31]))
+        other = replace(job, rows=tmp_path / "rows.jsonl")
+    elif "random_seed" in change:
+        other = replace(job, **change)
+    else:
+        other = replace(job, settings=job.settings.model_copy(update=change))
+    seen: list[tuple[int, list[Path]]] = []
+    run_job(other, lambda done, *_: seen.append((done, [*(tmp_path / "train").iterdir()])), tmp_path / "train")
+    assert seen[0] == (1, [])
+
+
+def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
+    for step, job in ((2, "a"), (4, "a"), (6, "b")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        write_json(tmp_path / f"checkpoint-{step}" / checkpoints.MARK, {"job": job})
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / checkpoints.MARK).write_text('{"job": ')
+    assert checkpoints.newest(tmp_path, "a") == tmp_path / "checkpoint-4"
+    assert checkpoints.newest(tmp_path, "c") is None
+
+
+def test_how_many_rows_are_held_at_once_makes_no_other_job(job) -> None:
+    tokens, hardware = TokenRows([{"input_ids": [1], "labels": [1]}]), Hardware("cpu", "trl", "f32", 1 << 30)
+
+    def digest(**arguments: object) -> str:
+        return checkpoints.digest_of(job, hardware, tokens, {"learning_rate": 1, **arguments}, {"torch": "2"})
+
+    assert digest(per_device_train_batch_size=4) == digest(per_device_train_batch_size=2)
+    assert digest(learning_rate=2) != digest()
+
+
+def test_a_checkpoint_is_due_by_the_clock(tmp_path) -> None:
+    course = Course("job", tmp_path, minutes=10)
+    checkpoints.start_clock(course)
+    assert not checkpoints.is_due(course, 1)
+    course.saved -= 601
+    assert checkpoints.is_due(course, 1)
+    assert not checkpoints.is_due(replace(course, minutes=0), 1)
+    assert not checkpoints.is_due(replace(course, folder=None), 1)
+
+
+# Killed
+
+
+def of_folder(folder: Path) -> list[int]:
+    """The processes that work on a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # one that has ended meanwhile
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if str(folder).encode() in words and b"tapir_local.training.train" in words:
+                found.append(int(process.name))
+    return found
+
+
+def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job, uncut, tmp_path) -> None:
+    said: list[str] = []
+
+    def kill(done: int, total: int, note: str) -> None:
+        if done == 5 and not said:
+            for pid in of_folder(tmp_path / "train"):
+                os.kill(pid, signal.SIGKILL)
+
+    train(job, tmp_path / "train", kill, said.append)
+    assert len(said) == 1
+    assert "signal 9" in said[0]
+    assert "2 rows at once" in said[0]
+    entries = log(job.out)
+    assert [entry["micro_batch_size"] for entry in entries][::7] == [4, 2]
+    assert [entry["step"] for entry in entries] == list(range(1, 9))
+    assert losses(job.out)[:4] == losses(uncut)[:4]
+    assert resolved(job.out)["micro_batch_size"] == {"asked": 4, "used": 2}
+
+
+def test_one_that_is_killed_again_is_given_up(job, tmp_path) -> None:
+    def kill(done: int, total: int, note: str) -> None:
+        for pid in of_folder(tmp_path / "train"):
+            os.kill(pid, signal.SIGKILL)
+
+    said: list[str] = []
+    with pytest.raises(TapirError, match="signal 9"):
+        train(job, tmp_path / "train", kill, said.append)
+    assert len(said) == 1
+    assert not job.out.exists()
+
+
+def test_after_kill_9_of_all_the_same_call_goes_on_to_the_same_bytes(job, uncut, tmp_path) -> None:
+    """The parent is killed, its child ends with it, and another parent does the rest."""
+    (tmp_path / "job.json").write_text(to_json(job))
+    code = (
+        "import sys; from pathlib import Path; from tapir_local.records import from_json\n"
+        "from tapir_local.training.job import TrainJob; from tapir_local.training.train import train\n"
+        "here = Path(sys.argv[1]); job = from_json(TrainJob, (here / 'job.json').read_bytes())\n"
+        "train(job, here / 'train', lambda done, *_: print(done, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}) as one:
+        assert one.stdout
+        next(line for line in one.stdout if line.strip() == b"5")
+        one.kill()
+    end = time.monotonic() + 10
+    while of_folder(tmp_path / "train") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not of_folder(tmp_path / "train")
+    assert list((tmp_path / "train").glob("checkpoint-*"))
+    again = subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, check=True
+    )
+    assert int(again.stdout.split()[0]) > 4
+    assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
+
+
+# Out of memory
+
+
+def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place, tmp_path, monkeypatch) -> None:
+    """The child's torch raises its own error above four rows: 8 at once become 4, and 8 make a step."""
+    (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
+    large = replace(make_job(place, micro_batch_size=8), out=tmp_path / "large")
+    run_job(large)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    said: list[str] = []
+    small = replace(large, out=tmp_path / "small")
+    train(small, tmp_path / "train", None, said.append)
+    assert said == [
+        "the memory ran out with 8 rows at once; it goes on with 4 rows at once, and as many to a step as before."
+    ]
+    sft = resolved(small.out)["sft"]
+    assert (sft["per_device_train_batch_size"], sft["gradient_accumulation_steps"]) == (4, 2)
+    assert resolved(small.out)["micro_batch_size"] == {"asked": 8, "used": 4}
+    assert losses(small.out) == pytest.approx(losses(large.out), abs=1e-4)
+
+
+def test_where_one_row_is_too_much_there_is_no_less(job) -> None:
+    assert with_less(replace(job, micro=2)).micro == 1  # type: ignore[union-attr]
+    assert with_less(replace(job, micro=1)) is None
+
+
+def test_out_of_memory_with_one_row_says_what_to_do(job, tmp_path, monkeypatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SMALL_GPU.replace("> 4", "> 0"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    one = replace(job, settings=job.settings.model_copy(update={"micro_batch_size": 1}))
+    with pytest.raises(OutOfMemory, match="the memory ran out with 1 rows at once") as caught:
+        train(one, tmp_path / "train")
+    assert "train.method: qlora" in caught.value.fix
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(place, tmp_path) -> None:
+    one = replace(make_job(place), out=tmp_path / "one")
+    two = replace(make_job(place, launcher=["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]))
+    two = replace(two, out=tmp_path / "two", settings=two.settings.model_copy(update={"checkpoint_minutes": EACH_STEP}))
+    run_job(one)
+    seen: list[int] = []
+    train(two, tmp_path / "train", lambda done, total, note: seen.append(done))
+    assert seen == [*range(1, 9), 8]  # the first process alone reports
+    assert resolved(two.out)["processes"] == 2
+    assert losses(two.out) == pytest.approx(losses(one.out), abs=1e-4)
+    assert [entry["tokens"] for entry in log(two.out)] == [entry["tokens"] for entry in log(one.out)]
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_end_with_what_started_them(place, tmp_path) -> None:
+    launched = make_job(place, launcher="accelerate launch --multi_gpu --num_processes 2", epochs=500)
+
+    def interrupt(done: int, total: int, note: str) -> None:
+        assert len(of_folder(tmp_path / "train")) >= 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(launched, out=tmp_path / "out"), tmp_path / "train", interrupt)
+    end = time.monotonic() + 10
+    while of_folder(tmp_path / "train") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not of_folder(tmp_path / "train")
+    assert not (tmp_path / "out").exists()
