@@ -12,7 +12,7 @@ distill: .venv/installed       ## the quickstart: install, then three rounds wit
 	$(BIN)/tapir-local distill --rounds 3
 
 test: .venv/installed          ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 check: .venv/installed         ## style and types
 	$(BIN)/ruff check .
