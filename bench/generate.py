@@ -21,17 +21,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from tapir_local.inference import scheduler
-from tapir_local.inference.context_plan import open_planned, padded
-from tapir_local.inference.lib import cores, library
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.inference.context_plan import open_planned_context, pad_cells
+from tapir_local.inference.lib import library, thread_count
 from tapir_local.inference.model import Model, open_model
-from tapir_local.inference.scheduler import Manner, answer_each
+from tapir_local.inference.scheduler import Scheduler, Turn, answer_each, ignore_answer
 
 SERVER = """
 import json, sys, time
@@ -112,7 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=32)
     parser.add_argument("--waves", type=int, default=2, help="prompts for every place in flight")
     parser.add_argument("--loop-prompts", type=int, default=8, help="prompts for the loop; 0 leaves it out")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=thread_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
@@ -157,20 +158,14 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     with open_model(gguf) as model:
         prompts = prompts_for(model, options, options.parallel * options.waves)
         model.ends.update(dict.fromkeys(range(library().llama_vocab_n_tokens(model.vocab)), False))
-        with (
-            open_planned(model, [length] * len(prompts), parallel=options.parallel, threads=options.threads) as (
-                engine,
-                _,
-            ),
-            timed() as clock,
-        ):
+        config = GenerationConfig(options.max_tokens, length, parallel=options.parallel, threads=options.threads)
+        with open_planned_context(model, [length] * len(prompts), config) as (engine, _), timed() as clock:
             written: list[int] = []
             warm = prompts[: options.parallel]
-            answer_each(engine, warm, lambda *_: None, Manner(2, length), [0] * len(warm))
+            answer_each(engine, warm, ignore_answer, replace(config, max_tokens=2), [0] * len(warm))
             clock.__init__()  # type: ignore[misc]
             started, own = time.perf_counter(), time.thread_time()
-            manner = Manner(options.max_tokens, length)
-            answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), manner, [0] * len(prompts))
+            answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), config, [0] * len(prompts))
             clock.total, clock.thread = time.perf_counter() - started, time.thread_time() - own
     assert written == [options.max_tokens] * len(prompts)
     python = (clock.thread - clock.decoding - clock.choosing) / sum(written) * 1e6
@@ -184,33 +179,35 @@ def prompts_for(model: Model, options: argparse.Namespace, count: int) -> list[l
 
 @contextmanager
 def timed() -> Iterator[Clock]:
-    """A clock on the steps of `answer_each` and on what they call."""
-    clock, kept = Clock(), {name: getattr(scheduler, name) for name in ("step", "in_turn", *PARTS)}
+    """A clock on the scheduler's steps and on the functions that they call."""
+    clock, kept = Clock(), {name: getattr(scheduler, name) for name in PARTS}
+    own_step, own_next_turns = Scheduler.step, Scheduler.next_turns
 
-    def step(work: Any) -> None:
+    def step(self: Scheduler) -> None:
         clock.reading, started = False, time.perf_counter()
-        kept["step"](work)
+        own_step(self)
         if not clock.reading:
             clock.generating += time.perf_counter() - started
             clock.written += clock.rows
 
-    def in_turn(work: Any) -> Any:
-        turns = kept["in_turn"](work)
+    def next_turns(self: Scheduler) -> list[Turn]:
+        turns = own_next_turns(self)
         clock.reading, clock.rows = any(not run.written for run, _ in turns), len(turns)
         return turns
 
     try:
-        scheduler.step, scheduler.in_turn = step, in_turn
+        Scheduler.step, Scheduler.next_turns = step, next_turns  # type: ignore[method-assign]
         for name, part in PARTS.items():
             setattr(scheduler, name, adding(clock, part, kept[name]))
         yield clock
     finally:
         for name, function in kept.items():
             setattr(scheduler, name, function)
+        Scheduler.step, Scheduler.next_turns = own_step, own_next_turns  # type: ignore[method-assign]
 
 
 # llama_decode may return before a GPU is done; last_logits waits for it
-PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose": "choosing"}
+PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose_tokens": "choosing"}
 
 
 def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,7 +230,7 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     length = options.prompt_tokens + options.max_tokens
     threads = {"n_threads": options.threads, "n_threads_batch": options.threads}
     model = high_level.Llama(
-        str(gguf), n_ctx=padded(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
+        str(gguf), n_ctx=pad_cells(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
     )
     library.cache_clear()
     library()  # Llama sets a log of its own
@@ -255,7 +252,7 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 
 def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     """llama.cpp's own, with the same number of sequences and the same lengths."""
-    cells = padded(options.prompt_tokens + options.max_tokens) * options.parallel
+    cells = pad_cells(options.prompt_tokens + options.max_tokens) * options.parallel
     lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
     size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
     words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
@@ -276,7 +273,7 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
         prompts = prompts_for(model, options, count)
     task = {
         "gguf": str(gguf),
-        "cells": padded(length) * options.parallel,
+        "cells": pad_cells(length) * options.parallel,
         "parallel": options.parallel,
         "threads": options.threads,
         "max_tokens": options.max_tokens,

@@ -13,8 +13,16 @@ import cli
 from tapir_local.commands.common import left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
-from tapir_local.inference.prompt_file import InOrder, Manner, answer_file, opened, read_prompts, task_of
+from tapir_local.inference.prompt_file import (
+    InOrder,
+    PromptFileJob,
+    answer_file,
+    generation_task,
+    open_answers,
+    read_prompts,
+)
 from tapir_local.records import Completion
 
 
@@ -32,7 +40,7 @@ def test_answers_come_in_the_prompts_order_as_generate_gives_them(llama, tmp_pat
     rows = [{"id": f"q{n}", "prompt": f"What is {n} times {n}?" * (1 + n % 3), "completion": ""} for n in range(9)]
     found = run(llama.gguf, written(tmp_path / "asked.jsonl", rows), "--max-tokens", 8, "--parallel", 4)
     prompts = [prompt for _, prompt in read_prompts(tmp_path / "asked.jsonl")]
-    expected = generate(llama.gguf, prompts, max_tokens=8, context=2048, parallel=4, seed=1)
+    expected = generate(llama.gguf, prompts, GenerationConfig(max_tokens=8, context=2048, parallel=4, seed=1))
     assert [row["id"] for row in found] == [f"q{n}" for n in range(9)]
     assert [row["text"] for row in found] == [completion.text for completion in expected]
 
@@ -128,7 +136,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path: Path) -> None:
 
 def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
     """The command stopped after so many answers, as Ctrl-C does it."""
-    manner = Manner(8, 128, None, 0.0, 1, True)
+    job = PromptFileJob(gguf, Path(words[2]), GenerationConfig(8, 128, seed=1, exact=True))
     done: list[int] = []
 
     def stop(count: int, total: int) -> None:
@@ -136,8 +144,8 @@ def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
         if count == after:
             raise KeyboardInterrupt
 
-    with opened(out, io.StringIO(), task_of(gguf, Path(words[2]), manner)) as (file, _):
-        answer_file(gguf, Path(words[2]), file, manner, stop)
+    with open_answers(out, io.StringIO(), generation_task(job)) as (file, _):
+        answer_file(job, file, stop)
 
 
 def test_a_cut_run_of_another_task_begins_anew(llama, tmp_path: Path) -> None:
