@@ -138,7 +138,7 @@ def said_words() -> tuple[str, ...]:
     phrasings = " ".join(
         [
             *(phrasing for family in POCKET_FAMILIES.values() for phrasing in family.phrasings),
-            *(job.said for job in FUNCTION_TASKS),
+            *(task.description for task in FUNCTION_TASKS),
         ]
     )
     return tuple(

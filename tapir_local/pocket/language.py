@@ -1,4 +1,4 @@
-"""The families about words: grammar, paraphrase, formats, common sense, suppositions and translation."""
+"""The families about language: grammar, paraphrase, formats, common sense, suppositions and translation."""
 
 import json
 import re
@@ -43,7 +43,7 @@ ANIMAL_NAMES = tuple(ANIMALS)
 
 
 def match_groups(pattern: str, text: str) -> tuple[str, ...]:
-    """The groups of a whole match; ValueError if there is none."""
+    """The groups of a match of the whole text; ValueError if it does not match."""
     found = re.fullmatch(pattern, text)
     if not found:
         raise ValueError("no problem of this family")
@@ -51,7 +51,7 @@ def match_groups(pattern: str, text: str) -> tuple[str, ...]:
 
 
 def unstyled_solution(text: str) -> Solution:
-    """A solution whose plain answer is already in style."""
+    """A solution whose plain answer is also its styled answer."""
     return Solution(text, text, "text", text)
 
 
@@ -184,17 +184,17 @@ def draw_object(rng: Random, level: int) -> DrawnSlots:
         "pet": f"keeps a {rng.choice(ANIMAL_NAMES[:9])}",
         "home": f"lives by the {rng.choice(PLACES)}",
     }
-    told = [facts[key] for key in rng.sample(tuple(facts), level)]
-    return {"facts": f"{rng.choice(PERSON_NAMES)} {' and '.join(told)}."}
+    chosen = [facts[key] for key in rng.sample(tuple(facts), level)]
+    return {"facts": f"{rng.choice(PERSON_NAMES)} {' and '.join(chosen)}."}
 
 
 FACT_PATTERN = re.compile(r"is (?P<age>\d+) years old|keeps a (?P<pet>[a-z]+)|lives by the (?P<home>[a-z]+)")
 
 
 def solve_object(values: SlotValues) -> Solution:
-    name, told = match_groups(r"([A-Z]\w+) (.+)\.", values["facts"])
+    name, facts = match_groups(r"([A-Z]\w+) (.+)\.", values["facts"])
     record: dict[str, str | int] = {"name": name}
-    for part in told.split(" and "):
+    for part in facts.split(" and "):
         found = FACT_PATTERN.fullmatch(part)
         if not found or found.lastgroup is None:
             raise ValueError(part)
@@ -297,17 +297,17 @@ def solve_supposed_legs(values: SlotValues) -> Solution:
 
 
 def translate_phrase(language: str, first: str, noun: str) -> str:
-    """`the red dog` or `three dogs`: first is a colour or a number word, noun is singular."""
+    """The translation of `the red dog` or `three dogs`: first is a color or a number word, noun is singular."""
     column = LANGUAGES.index(language)
     gender, one, many = NOUNS[noun][column]
     if first in NUMBER_TRANSLATIONS:
         return f"{NUMBER_TRANSLATIONS[first][column]} {many}"
-    colour = COLOR_TRANSLATIONS[first][column][gender == "la"]
-    return f"{gender} {colour} {one}" if language == "German" else f"{gender} {one} {colour}"
+    color = COLOR_TRANSLATIONS[first][column][gender == "la"]
+    return f"{gender} {color} {one}" if language == "German" else f"{gender} {one} {color}"
 
 
 def english_phrase(first: str, noun: str) -> str:
-    """The English phrase."""
+    """The English phrase of a color or number word and a noun."""
     return f"{first} {pluralize(noun)}" if first in NUMBER_TRANSLATIONS else f"the {first} {noun}"
 
 

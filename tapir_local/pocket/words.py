@@ -1,4 +1,4 @@
-"""The words of the pocket world: its people, things, animals, verbs and the little that is known about them."""
+"""The words of the pocket world: people, things, animals, verbs and what is known about them."""
 
 from collections.abc import Mapping
 
@@ -141,7 +141,7 @@ COMPARISONS: Mapping[str, tuple[str, str]] = {
     "richer": ("richest", "poorest"),
 }
 
-# Third person: plain form, past tense, participle. The first ten go somewhere, the others do something to a thing.
+# Third person: plain form, past tense, participle. The first ten are motions, the others act on a thing.
 VERBS: Mapping[str, tuple[str, str, str]] = {
     "walks": ("walk", "walked", "walked"),
     "runs": ("run", "ran", "run"),

@@ -200,17 +200,17 @@ def test_code_that_could_do_harm_is_not_run(code: str) -> None:
     assert function_results(code, "f", ("100",)) is None
 
 
-@pytest.mark.parametrize("job", FUNCTION_TASKS, ids=lambda job: job.said)
+@pytest.mark.parametrize("job", FUNCTION_TASKS, ids=lambda job: job.description)
 def test_the_guards_change_nothing_for_code_that_is_right(job: FunctionTask) -> None:
     """What Python itself returns for each way to write it, and no other."""
     for k, m in ((2, 3), (9, 9), (99, 7)):
-        body = job.written.format(k=k, m=m)
+        body = job.expression.format(k=k, m=m)
         codes = f"def f(x): return {body}", f"def f(x):\n    y = {body}\n    if True:\n        return y"
         for code in codes:
             space: dict[str, Callable[[object], object]] = {}
             exec(code, space)
-            wanted = tuple(space["f"](ast.literal_eval(argument)) for argument in job.tries)
-            assert function_results(code, "f", job.tries) == wanted
+            wanted = tuple(space["f"](ast.literal_eval(argument)) for argument in job.arguments)
+            assert function_results(code, "f", job.arguments) == wanted
 
 
 @pytest.mark.parametrize(
