@@ -43,9 +43,9 @@ class BadRequest(ValueError):
 
 def text_in_tag(tag: str, text: str) -> str:
     """The text between <tag> and </tag>; prompts.fenced has removed these tags from the text itself."""
-    _, begun, rest = text.partition(f"<{tag}>\n")
-    inside, ended, _ = rest.partition(f"\n</{tag}>")
-    if not (begun and ended):
+    _, opened, rest = text.partition(f"<{tag}>\n")
+    inside, closed, _ = rest.partition(f"\n</{tag}>")
+    if not (opened and closed):
         raise BadRequest(f"the message has no <{tag}>")
     return inside
 

@@ -1,4 +1,4 @@
-"""A batch takes no more rows than it has, whatever joins, stops and leaves gaps."""
+"""A batch never takes more rows than it has, whichever answers start, stop and leave gaps."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ LENGTHS = some.lists(some.integers(1, 150), min_size=1, max_size=14)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["split", "shared"])
 def engine(request, llama) -> Iterator[Engine]:
-    """Ten sequences of 256 tokens, batches of 64 rows: every step is full while prompts are read."""
+    """Ten sequences of 256 tokens, and batches of 64 rows, which are full in every step while prompts are read."""
     with (
         open_model(llama.gguf) as model,
         open_context(model, ContextConfig(cells=10 * 256, sequences=10, batch=SIZE, split=request.param)) as opened,
@@ -27,7 +27,7 @@ def engine(request, llama) -> Iterator[Engine]:
         yield opened
 
 
-def test_a_full_batch_takes_no_row_more() -> None:
+def test_a_full_batch_refuses_more_rows() -> None:
     batch = make_batch(5)
     batch.add([7, 8, 9], 0, 1, [2])
     batch.add([4], 6, 2)
@@ -41,8 +41,8 @@ def test_a_full_batch_takes_no_row_more() -> None:
     assert batch.free_rows == 5
 
 
-def test_rows_of_the_last_batch_are_forgotten(engine: Engine) -> None:
-    """The same text twice, the second time in two parts, of which only the last row is wanted."""
+def test_a_batch_is_empty_after_it_was_decoded(engine: Engine) -> None:
+    """The same text twice, the second time in two parts, each with only its last row wanted."""
     ids = list(range(20, 50))
     whole, batch = compute_logits(engine, ids), make_batch(engine.batch)
     for start in (0, 10):
@@ -52,7 +52,7 @@ def test_rows_of_the_last_batch_are_forgotten(engine: Engine) -> None:
 
 
 def with_beginning(engine: Engine, ids: list[int]) -> Engine:
-    """The engine, with a text in its first sequence."""
+    """The engine with a text in its first sequence."""
     compute_logits(engine, ids)
     return engine
 
@@ -65,7 +65,7 @@ def with_beginning(engine: Engine, ids: list[int]) -> Engine:
     data=some.data(),
 )
 def test_any_lengths_and_stops_are_answered(engine: Engine, lengths, most: int, stops, data) -> None:
-    """Prompts of all lengths, some that begin alike, answers cut at any token."""
+    """Prompts of all lengths, some with a common prefix, and answers cut at any token."""
     draw = data.draw(some.randoms(use_true_random=False))
     head = [5] * data.draw(some.sampled_from([0, 3, 40]))
     prompts = [[*head, *(draw.randrange(20, 300) for _ in range(length))] for length in lengths]
@@ -76,8 +76,8 @@ def test_any_lengths_and_stops_are_answered(engine: Engine, lengths, most: int, 
 
 
 @pytest.mark.parametrize("waiting", [1, 62, 63, 64, 300])
-def test_gaps_are_filled_only_with_rows_to_spare(engine: Engine, waiting: int) -> None:
-    """A sequence has just ended between one that writes and one whose prompt fills what is left of the batch."""
+def test_gaps_are_filled_only_with_spare_rows(engine: Engine, waiting: int) -> None:
+    """A sequence has just ended between one that writes and one whose prompt fills the rest of the batch."""
     scheduler = Scheduler(engine, [], GenerationConfig(9, 256), Samplers(engine.model, 0, []), print)
     scheduler.running = [Running(0, 0, [9], 3, 0, GREEDY), Running(2, 2, [8] * waiting, 0, 0, GREEDY)]
     ready = scheduler.fill_batch(scheduler.next_turns())

@@ -1,4 +1,4 @@
-"""Batched answers of a GGUF: the same as transformers', in order, stopped where they ought to be."""
+"""Batched answers of a GGUF are those of transformers, in order, and stop at the right place."""
 
 import json
 import random
@@ -38,7 +38,7 @@ CONFIG = GenerationConfig(max_tokens=24, context=256)
 
 
 def regrets(model_dir: Path, adapter: Path, prompts: list, answers: list[list[int]]) -> list[float]:
-    """By how much, at each token written, transformers' best logit exceeds that of the token chosen."""
+    """For each token written, transformers' best logit minus the logit of the chosen token."""
     import torch
     from transformers import AutoTokenizer
 
@@ -57,7 +57,7 @@ def regrets(model_dir: Path, adapter: Path, prompts: list, answers: list[list[in
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_every_token_is_the_one_that_transformers_would_choose(students, family: str, exact: bool) -> None:
-    """Up to the rounding of half-precision keys and values, which is none when exact."""
+    """Up to the rounding of half-precision keys and values; without rounding if exact."""
     student = students[family]
     with (
         open_model(student.gguf) as model,
@@ -124,7 +124,7 @@ def test_nothing_to_do(llama) -> None:
 
 
 def test_the_templates_end_of_turn_stops_an_answer(tmp_path: Path) -> None:
-    """The template ends a turn with a token that llama.cpp knows nothing of, and that is not EOS."""
+    """The template ends a turn with a token that llama.cpp does not know as an end token, and that is not EOS."""
     folder = make_model(tmp_path / "model", template="{% for m in messages %}{{ m.content }}<tool>{% endfor %}")
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as model:
@@ -135,7 +135,7 @@ def test_the_templates_end_of_turn_stops_an_answer(tmp_path: Path) -> None:
 
 
 def test_an_answer_stops_before_its_end_token(llama) -> None:
-    """Drawn hot, some of many answers meet an end token early; none shows it."""
+    """At a high temperature some answers draw an end token early; none shows it."""
     answers = generate(llama.gguf, PROMPTS * 8, GenerationConfig(max_tokens=100, context=256, temperature=4.0))
     stopped = [answer for answer in answers if answer.finish == "stop"]
     assert stopped
@@ -164,7 +164,7 @@ def test_progress_counts_up_to_all(llama) -> None:
     assert seen == sorted(seen)
 
 
-def test_each_answer_is_handed_over_before_the_next_begins(llama) -> None:
+def test_each_answer_is_handed_over_as_it_ends(llama) -> None:
     seen: list[Completion] = []
 
     def cut(completion: Completion) -> None:
@@ -179,7 +179,7 @@ def test_each_answer_is_handed_over_before_the_next_begins(llama) -> None:
     assert {answer.id for answer in seen} < {str(number) for number in range(6)}
 
 
-def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
+def test_a_prompt_can_be_refused_when_its_turn_comes(llama) -> None:
     found: dict[int, list[int]] = {}
     asked: list[tuple[int, int]] = []
 
@@ -191,7 +191,7 @@ def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
         tokens = [encode_prompt(model, prompt) for prompt in PROMPTS]
         config = GenerationConfig(24, 256)
         answer_each(engine, tokens, lambda n, written: found.update({n: written.tokens}), config, [0] * 10, begin)
-        answer_each(engine, tokens, lambda *_: pytest.fail("none was to be begun"), config, [0] * 10, lambda _: False)
+        answer_each(engine, tokens, lambda *_: pytest.fail("none may be started"), config, [0] * 10, lambda _: False)
     assert sorted(found) == [1, 2, 3, 5, 6, 7, 8]
     assert [number for number, _ in asked] == list(range(10))
     assert max(number - 2 - done for number, done in asked) <= 3, "asked late, not all at the start"
@@ -201,7 +201,7 @@ def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
 
 
 def test_a_stop_string_ends_an_answer_wherever_it_lies_in_the_tokens(llama) -> None:
-    """Every piece of two to seven bytes of an answer: within a token, at its end, over several."""
+    """Pieces of two to seven characters of an answer: within a token, at its end, over several tokens."""
     config = CONFIG
     whole = generate(llama.gguf, PROMPTS[:3], config)
     text = whole[1].text
@@ -227,7 +227,7 @@ def test_the_first_of_several_stop_strings_ends_an_answer(llama) -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_shared_and_split_cells_give_the_same_answers(students, split: bool) -> None:
-    """Prompts that begin alike, so that the beginning is copied, and more of them than places."""
+    """Prompts with a common prefix, which is copied, and more prompts than sequences."""
     head = "You are asked a question, and answer it in few words, or in one where one is enough. " * 2
     asked = [(Message("system", head), *prompt) for prompt in PROMPTS]
     for student in students.values():
@@ -242,8 +242,8 @@ def test_shared_and_split_cells_give_the_same_answers(students, split: bool) -> 
             assert [decode(model, ids) for ids, _ in found] == [one.text for one in alone]
 
 
-def test_sequences_that_end_leave_gaps_that_change_nothing(llama) -> None:
-    """Twelve places, answers of 1 to 12 tokens in a scattered order, and none to follow: gaps narrow and wide."""
+def test_gaps_left_by_ended_sequences_change_no_answer(llama) -> None:
+    """Twelve sequences, answers of 1 to 12 tokens in mixed order, and no more prompts: narrow and wide gaps."""
     lengths = [3, 12, 1, 1, 9, 2, 2, 2, 2, 2, 11, 5]
     with open_model(llama.gguf) as model:
         tokens = [encode_prompt(model, PROMPTS[number % 10]) for number in range(12)]
@@ -255,7 +255,7 @@ def test_sequences_that_end_leave_gaps_that_change_nothing(llama) -> None:
 
 
 def answers_of(model: Model, tokens: list[list[int]], sequences: int) -> list[list[int]]:
-    """Twelve tokens for each prompt, whatever ends a turn."""
+    """Twelve tokens for each prompt; end tokens are ignored."""
     found = dict[int, list[int]]()
     with open_context(
         model, ContextConfig(cells=256 * sequences, sequences=sequences, exact=True, split=True)
@@ -265,7 +265,7 @@ def answers_of(model: Model, tokens: list[list[int]], sequences: int) -> list[li
 
 
 def cut_at(engine: Engine, tokens: list[list[int]], lengths: list[int], found: dict[int, list[int]]) -> None:
-    """Answers of these lengths: the context that each may fill is cut through the prompt's own room."""
+    """Answers of these lengths; end tokens are ignored."""
     engine.model.ends.update(dict.fromkeys(range(500), False))
     with open_samplers(engine.model, 0.0, [0] * len(tokens)) as samplers:
         keep = lambda number, written: found.update({number: written.tokens})  # noqa: E731
@@ -277,8 +277,8 @@ def cut_at(engine: Engine, tokens: list[list[int]], lengths: list[int], found: d
                 scheduler.finish(run, "length")
 
 
-def test_a_context_without_cells_for_all_lets_the_last_begin_anew(llama) -> None:
-    """The engine is told of more cells than there are: llama.cpp finds none, and one answer after another waits."""
+def test_without_cells_for_all_the_last_answer_is_started_again(llama) -> None:
+    """The engine claims more cells than there are: llama.cpp finds none, and answers go back into the queue."""
     asked = [(Message("user", "Count the words. " * 6 + subject),) for subject in SUBJECTS]
     alone = generate(llama.gguf, asked, GenerationConfig(parallel=1, exact=True, max_tokens=40, context=250))
     began: list[int] = []
@@ -299,7 +299,7 @@ def test_a_context_without_cells_for_all_lets_the_last_begin_anew(llama) -> None
 
         answer_each(replace(engine, cells=10_000), tokens, keep, GenerationConfig(40, 250), [0] * 10, begin)
     assert [found[number] for number in range(10)] == [one.text for one in alone]
-    assert sorted(began) == list(range(10)), "each is begun once for those who count"
+    assert sorted(began) == list(range(10)), "`may_start` is called once per prompt"
 
 
 def test_a_context_without_cells_for_one_is_an_error(llama) -> None:
@@ -310,7 +310,7 @@ def test_a_context_without_cells_for_one_is_an_error(llama) -> None:
             answer_each(replace(engine, cells=9999), tokens, print, GenerationConfig(5, 9999), [0, 0])
 
 
-# Held to a schema
+# Schemas
 
 PERSON = {
     "type": "object",
@@ -324,7 +324,7 @@ PERSON = {
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_a_schema_is_kept_to_whatever_the_model_would_say(llama, temperature: float) -> None:
+def test_every_answer_matches_the_schema(llama, temperature: float) -> None:
     config = replace(CONFIG, max_tokens=80, temperature=temperature, parallel=4)
     answers = generate(llama.gguf, PROMPTS, replace(config, schema=PERSON))
     people = [json.loads(answer.text) for answer in answers]
@@ -335,8 +335,8 @@ def test_a_schema_is_kept_to_whatever_the_model_would_say(llama, temperature: fl
     assert generate(llama.gguf, PROMPTS, replace(config, schema=PERSON)) == answers
 
 
-def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
-    """Two letters, drawn first freely and then from what is let through: their odds are those of their logits."""
+def test_a_grammar_does_not_change_the_odds_of_allowed_tokens(llama) -> None:
+    """Two letters are allowed: they are drawn with the odds that their logits give."""
     with open_model(llama.gguf) as model, open_context(model, ContextConfig(cells=256, sequences=1)) as engine:
         prompt = encode_prompt(model, PROMPTS[0])
         row = compute_logits(engine, prompt)[-1]
@@ -352,11 +352,11 @@ def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
 
 
 def test_tokens_are_drawn_by_the_softmax_at_a_temperature() -> None:
-    """Against NumPy's own draws of the same odds; the vocabulary ends within a block."""
+    """Compared with the exact odds; the vocabulary ends within a block."""
     import numpy as np
 
     row = np.random.default_rng(1).normal(0, 3, 1300).astype(np.float32)
-    row[::7] = -np.inf  # what a grammar refuses
+    row[::7] = -np.inf  # as for tokens that a grammar refuses
     odds = np.exp((row - row.max()) / 0.7) / np.exp((row - row.max()) / 0.7).sum()
     drawn = [draw_token(Sampler(0.7, random.Random(seed)), row) for seed in range(4000)]
     counts = np.bincount(drawn, minlength=1300)
@@ -376,14 +376,14 @@ def test_a_schema_cut_at_max_tokens_is_no_json_and_says_so(llama) -> None:
     [{"type": "nosuch"}, {"enum": 5}, {"properties": 3}, {"$ref": "http://x/y"}, {"$ref": "#/a"}, {"enum": []}],
     ids=str,
 )
-def test_what_is_no_schema_is_an_error_and_no_crash(llama, schema: dict) -> None:
+def test_an_invalid_schema_is_an_error_and_no_crash(llama, schema: dict) -> None:
     with pytest.raises(TapirError, match="JSON schema") as caught:
         generate(llama.gguf, PROMPTS, replace(CONFIG, schema=schema))
     assert caught.value.fix
 
 
-def test_a_grammar_that_lets_nothing_follow_ends_the_answer(llama) -> None:
-    """llama.cpp ends the process when its grammar is to accept a token that it refused."""
+def test_a_grammar_that_allows_nothing_more_ends_the_answer(llama) -> None:
+    """llama.cpp ends the process if its grammar has to accept a token that it refuses."""
     with open_model(llama.gguf) as model, open_context(model, ContextConfig(cells=256, sequences=1)) as engine:
         row = compute_logits(engine, encode(model, "a b"))[0]
         for chance in (None, random.Random(1)):
@@ -393,7 +393,7 @@ def test_a_grammar_that_lets_nothing_follow_ends_the_answer(llama) -> None:
         assert is_end_token(model, ended)
 
 
-def test_what_all_prompts_begin_with() -> None:
+def test_the_common_prefix_of_prompts() -> None:
     assert common_prefix_length([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
     assert common_prefix_length([[1, 2], [1, 2, 3]]) == 1
     assert common_prefix_length([[1, 2], [1, 2]]) == 1
@@ -414,7 +414,7 @@ def test_missing_or_broken_files_do_not_crash(llama, tmp_path: Path) -> None:
         generate(llama.gguf, PROMPTS, CONFIG, adapter=llama.gguf)
 
 
-def test_an_adapter_writes_as_the_merged_model_and_another_bases_is_refused(students, tmp_path: Path) -> None:
+def test_an_adapter_writes_as_the_merged_model_and_is_refused_over_another_base(students, tmp_path: Path) -> None:
     student, lora = students["llama"], tmp_path / "lora.gguf"
     base = tmp_path / "base.gguf"
     export_gguf(student.model, base, adapter=None, quant="f32")
@@ -446,7 +446,7 @@ def test_no_second_bos(llama) -> None:
         assert ids.count(bos[0]) == 1
 
 
-def test_template_bos_and_eos_come_with_the_gguf(llama) -> None:
+def test_template_bos_and_eos_are_in_the_gguf(llama) -> None:
     template, bos, eos = read_gguf_template(llama.gguf)
     assert template == (llama.model / "chat_template.jinja").read_text()
     assert (bos, eos) == ("<|bos|>", "<|eos|>")
@@ -464,7 +464,7 @@ def test_chat_writes_what_generate_writes_in_whole_characters(llama) -> None:
 
 
 def test_characters_spread_over_tokens_come_whole(llama) -> None:
-    """The emoji is in no merge of the tokenizer: four tokens of a byte each."""
+    """The tokenizer has no merge for the emoji: it is four tokens of one byte each."""
     with open_model(llama.gguf, vocab_only=True) as model:
         ids = encode(model, "a🦙b")
         assert len(ids) >= 5
@@ -484,7 +484,7 @@ def test_an_adapter_of_another_shape_is_one_error(llama, tmp_path: Path) -> None
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_the_context_ends_where_the_model_was_not_made_for_more(llama) -> None:
+def test_the_context_is_limited_to_the_models_own(llama) -> None:
     said: list[str] = []
     long = [PROMPTS[0], (Message("user", "word " * 900),)]
     found = generate(
