@@ -148,6 +148,15 @@ def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
         answer_file(job, file, stop)
 
 
+def test_a_task_has_the_names_that_earlier_versions_wrote(llama, tmp_path: Path) -> None:
+    """Runs that they left unfinished are resumed."""
+    job = PromptFileJob(llama.gguf, asked(tmp_path), GenerationConfig(8, 128, stops=("x",)))
+    task = generation_task(job)
+    assert list(task) == ["version", "files", "manner"]
+    names = ["max_tokens", "context", "parallel", "temperature", "random_seed", "exact", "adapter", "schema", "stops"]
+    assert list(task["manner"]) == names
+
+
 def test_an_interrupted_run_of_another_task_is_not_resumed(llama, tmp_path: Path) -> None:
     words = ["generate", str(llama.gguf), str(asked(tmp_path))]
     with pytest.raises(KeyboardInterrupt):
