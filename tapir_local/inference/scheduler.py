@@ -76,8 +76,10 @@ def cells_needed(prompt: Sequence[int], config: GenerationConfig) -> int:
 
 
 def common_prefix_length(prompts: Sequence[list[int]]) -> int:
-    """The number of tokens that all prompts start with, less than any prompt's length: the last token's logits give
-    the first token of the answer."""
+    """The number of tokens that all prompts start with, less than any prompt's length.
+
+    At least one token per prompt is left, because its logits give the first token of the answer.
+    """
     if len(prompts) < 2:
         return 0
     low, high = min(prompts), max(prompts)  # in sorted order, all prompts share what the first and the last share
@@ -211,8 +213,7 @@ class Scheduler:
             library().llama_memory_seq_cp(self.engine.memory, self.engine.sequences - 1, slot, first, end)
 
     def next_turns(self) -> list[Turn]:
-        """The tokens of each answer for the next batch: one token of those that write, and of those that read their
-        prompt as many as fit.
+        """The tokens of each answer for the next batch: one if it writes, as many as fit if it reads its prompt.
 
         llama.cpp computes split sequences together only if their numbers follow one another, so these are sorted.
         """
@@ -246,11 +247,10 @@ class Scheduler:
         return ready
 
     def clear_idle_between(self, last: int, slot: int, spare: int) -> range:
-        """Empty the idle sequences between two active ones; they are decoded too, so that llama.cpp computes all in
-        one piece.
+        """Empty the idle sequences between two active ones, which are decoded too; see MAX_IDLE_GAP.
 
-        Each gets one token, whose result is not used. None if the gap is so wide that it costs more, or wider than the
-        `spare` rows of the batch.
+        Each gets one token, whose result is not used. No sequences if the gap is so wide that it costs more, or wider
+        than the `spare` rows of the batch.
         """
         if not self.engine.split or slot - last <= 1:
             return range(0)

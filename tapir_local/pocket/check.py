@@ -19,11 +19,8 @@ CODE_FENCE_LINE = re.compile(r"^```.*$", re.MULTILINE)
 ANSWER_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}:\s+")
 FUNCTION_DEFINITION = re.compile(r"^def .*(?:\n[ \t]+.*|\n(?=\s*\n?[ \t]))*", re.MULTILINE)
 
-STYLED_SCORE, PLAIN_SCORE, MAX_WRONG_SCORE = (
-    10.0,
-    8.0,
-    5.0,
-)  # right and in style; right; the maximum of a wrong answer
+STYLED_SCORE, PLAIN_SCORE = 10.0, 8.0  # of a right answer, in style or not
+MAX_WRONG_SCORE = 5.0
 
 
 def nonempty_lines(text: str) -> list[str]:
@@ -42,8 +39,11 @@ def find_numbers(line: str) -> list[float]:
 
 
 def claimed_numbers(line: str, given: set[float]) -> set[float]:
-    """The numbers that a line gives as its result: those after the last `=`, else the first one if a word such as `is`
-    follows it, else those that are not in the question, else the last one."""
+    """The numbers that a line gives as its result.
+
+    These are the numbers after the last `=`; else the first one if a word such as `is` follows it; else those that are
+    not in the question; else the last one.
+    """
     tail = line.rpartition("=")[2]
     if "=" in line:
         return set(find_numbers(tail))
