@@ -19,13 +19,8 @@ REMAKE_ADVICE = "Delete it and run again; it is then made again."
 NORMALIZER_KEY = "tapir_local.normalizer"  # a metadata key of our exports
 UnicodeForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 UNICODE_FORMS: tuple[UnicodeForm, ...] = get_args(UnicodeForm)
-NFC_PRE_TOKENIZERS = (
-    "qwen2",
-    "qwen35",
-    "deepseek-r1-qwen",
-    "stablelm2",
-    "olmo",
-)  # pre-tokenizers of families that use NFC
+# of families that use NFC
+NFC_PRE_TOKENIZERS = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")
 GPU_SHARE = 0.8  # the maximum share of a GPU's free memory for weights: the rest is for answers
 
 

@@ -227,8 +227,9 @@ def product_constants(nodes: Sequence[ast.AST]) -> list[float]:
 def is_harmless(tree: ast.Module) -> bool:
     """Whether the code is one short function of simple expressions.
 
-    It may have no loops, attributes or powers, and may call only a few builtins. No called name can be rebound, so that nothing calls itself and every line runs at most once. The size of a line's
-    result is checked when it runs (see GuardedOperations).
+    It may have no loops, attributes or powers, and may call only a few builtins. No called name can be rebound, so that
+    nothing calls itself and every line runs at most once. The size of a line's result is checked when it runs (see
+    GuardedOperations).
     """
     nodes = list(ast.walk(tree))
     return (
