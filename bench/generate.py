@@ -28,8 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from tapir_local.inference import scheduler
-from tapir_local.inference.context_plan import open_planned, padded
-from tapir_local.inference.lib import cores, library
+from tapir_local.inference.context_plan import open_planned_context, pad_cells
+from tapir_local.inference.lib import library, thread_count
 from tapir_local.inference.model import Model, open_model
 from tapir_local.inference.scheduler import Manner, answer_each
 
@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=32)
     parser.add_argument("--waves", type=int, default=2, help="prompts for every place in flight")
     parser.add_argument("--loop-prompts", type=int, default=8, help="prompts for the loop; 0 leaves it out")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=thread_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
@@ -158,7 +158,9 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
         prompts = prompts_for(model, options, options.parallel * options.waves)
         model.ends.update(dict.fromkeys(range(library().llama_vocab_n_tokens(model.vocab)), False))
         with (
-            open_planned(model, [length] * len(prompts), parallel=options.parallel, threads=options.threads) as (
+            open_planned_context(
+                model, [length] * len(prompts), parallel=options.parallel, threads=options.threads
+            ) as (
                 engine,
                 _,
             ),
@@ -233,7 +235,7 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     length = options.prompt_tokens + options.max_tokens
     threads = {"n_threads": options.threads, "n_threads_batch": options.threads}
     model = high_level.Llama(
-        str(gguf), n_ctx=padded(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
+        str(gguf), n_ctx=pad_cells(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
     )
     library.cache_clear()
     library()  # Llama sets a log of its own
@@ -255,7 +257,7 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 
 def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     """llama.cpp's own, with the same number of sequences and the same lengths."""
-    cells = padded(options.prompt_tokens + options.max_tokens) * options.parallel
+    cells = pad_cells(options.prompt_tokens + options.max_tokens) * options.parallel
     lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
     size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
     words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
@@ -276,7 +278,7 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
         prompts = prompts_for(model, options, count)
     task = {
         "gguf": str(gguf),
-        "cells": padded(length) * options.parallel,
+        "cells": pad_cells(length) * options.parallel,
         "parallel": options.parallel,
         "threads": options.threads,
         "max_tokens": options.max_tokens,

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tapir_local.inference.lib import gpu_memory, library
+from tapir_local.inference.lib import free_gpu_memory, library
 from tapir_local.memory import check_disk, gpus, size
 
 BENCH = Path(__file__).parent / "generate.py"
@@ -26,7 +26,7 @@ def main() -> None:
     """Make the model, say what the GPU is, and measure."""
     options, passed = arguments()
     library()
-    if not gpu_memory() and not options.cpu:
+    if not free_gpu_memory() and not options.cpu:
         sys.exit("This llama.cpp knows no GPU: build llama-cpp-python with CMAKE_ARGS=-DGGML_CUDA=on.")
     for gpu in gpus():
         print(f"{gpu.name}: {size(gpu.free)} of {size(gpu.total)} free")

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
-from tapir_local.pocket.family import Family
-from tapir_local.pocket.world import FAMILIES, Problem, generate, reserved
+from tapir_local.pocket.family import ProblemFamily
+from tapir_local.pocket.world import POCKET_FAMILIES, Problem, draw_problem, is_reserved_for_seeds
 
 FILE = Path(__file__).parent.parent / "tapir_local" / "assets" / "pocket_seeds.json"
 # Rows of each level, easiest first. Unbalanced on purpose: plenty of sums, few suppositions.
@@ -52,12 +52,12 @@ ROWS: Mapping[str, tuple[int, ...]] = {
 }
 
 
-def drawn(rng: Random, family: Family, level: int, rows: int) -> list[Problem]:
+def drawn(rng: Random, family: ProblemFamily, level: int, rows: int) -> list[Problem]:
     """So many different problems, all of the reserved third, which the student's pretraining text does not hold."""
     found: dict[str, Problem] = {}
     for _ in range(1000 * rows):
-        problem = generate(rng, family, level)
-        if reserved(problem):
+        problem = draw_problem(rng, family, level)
+        if is_reserved_for_seeds(problem):
             found.setdefault(problem.key, problem)
         if len(found) == rows:
             return list(found.values())
@@ -77,7 +77,7 @@ def seeds() -> list[dict[str, str]]:
         problem.key: problem
         for name, counts in ROWS.items()
         for level, rows in enumerate(counts, 1)
-        for problem in drawn(rng, FAMILIES[name], level, rows)
+        for problem in drawn(rng, POCKET_FAMILIES[name], level, rows)
     }
     rows = [row(problem) for problem in problems.values()]
     rng.shuffle(rows)

@@ -6,7 +6,7 @@
 from typing import Any
 
 from tapir_local.assets import find_recipe
-from tapir_local.inference.context_plan import ON_CPU
+from tapir_local.inference.context_plan import PARALLEL_ON_CPU
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
 
@@ -45,7 +45,7 @@ def needs(recipe: Recipe, family: str, shape: dict[str, Any]) -> dict[str, float
     weights, lora = counts(family, shape, recipe.train.lora_rank)
     layers, hidden, length = shape["num_hidden_layers"], shape["hidden_size"], recipe.student.max_length
     rows = recipe.train.micro_batch_size * length * hidden
-    at_once = ON_CPU if recipe.student.parallel == "auto" else recipe.student.parallel
+    at_once = PARALLEL_ON_CPU if recipe.student.parallel == "auto" else recipe.student.parallel
     cache = 2 * 2 * layers * shape["num_key_value_heads"] * HEAD  # keys and values of a token in f16
     found = {
         "parameters": weights,

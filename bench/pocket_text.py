@@ -4,24 +4,24 @@ import re
 from collections.abc import Iterator, Mapping
 from random import Random
 
-from tapir_local.pocket.code import JOBS
-from tapir_local.pocket.family import Family
+from tapir_local.pocket.code import FUNCTION_TASKS
+from tapir_local.pocket.family import ProblemFamily
 from tapir_local.pocket.words import (
     ANIMALS,
     CATEGORY,
-    COLOURS,
+    COLOR_TRANSLATIONS,
+    COUNTABLE_WORDS,
     LANGUAGES,
     NOUNS,
-    NUMBERS,
+    NUMBER_TRANSLATIONS,
     OPPOSITES,
     SYNONYMS,
     THINGS,
     VERBS,
-    WORDS,
-    article,
-    plural,
+    indefinite_article,
+    pluralize,
 )
-from tapir_local.pocket.world import FAMILIES, generate, reserved
+from tapir_local.pocket.world import POCKET_FAMILIES, draw_problem, is_reserved_for_seeds
 
 END = "<|end|>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -74,9 +74,9 @@ SHARES = {
 }
 
 
-def worked(rng: Random, family: Family) -> str:
+def worked(rng: Random, family: ProblemFamily) -> str:
     """A heading and what follows from it. Problems that are kept for the seeds are passed over."""
-    while reserved(problem := generate(rng, family)):
+    while is_reserved_for_seeds(problem := draw_problem(rng, family)):
         continue
     return f"{rng.choice(LEADS[family.name]).format(**dict(problem.values))}\n{problem.solution.styled}"
 
@@ -117,9 +117,9 @@ def known(rng: Random) -> str:
         rng.choice(tuple(THINGS)),
     )
     at = rng.randrange(len(LANGUAGES))
-    number, colour = rng.choice(tuple(NUMBERS)), rng.choice(tuple(COLOURS))
+    number, colour = rng.choice(tuple(NUMBER_TRANSLATIONS)), rng.choice(tuple(COLOR_TRANSLATIONS))
     name, legs, sound = ANIMALS[animal]
-    forms = " or ".join(sorted({*COLOURS[colour][at]}))
+    forms = " or ".join(sorted({*COLOR_TRANSLATIONS[colour][at]}))
     facts = (
         f"The {animal} has {legs} legs. Many {name} say {sound}.",
         f"{verb}, past tense {VERBS[verb][1]}, participle {VERBS[verb][2]}, many {VERBS[verb][0]}",
@@ -136,16 +136,19 @@ def known(rng: Random) -> str:
 def said_words() -> tuple[str, ...]:
     """Every word in use, those of headings and requests too, to be spelled."""
     phrasings = " ".join(
-        [*(phrasing for family in FAMILIES.values() for phrasing in family.phrasings), *(job.said for job in JOBS)]
+        [
+            *(phrasing for family in POCKET_FAMILIES.values() for phrasing in family.phrasings),
+            *(job.said for job in FUNCTION_TASKS),
+        ]
     )
     return tuple(
         sorted(
             {
-                *WORDS,
+                *COUNTABLE_WORDS,
                 *re.findall(r"[A-Za-z]{2,}", re.sub(r"\{\w+\}", "", phrasings)),
                 *VERBS,
                 *THINGS,
-                *NUMBERS,
+                *NUMBER_TRANSLATIONS,
                 *LANGUAGES,
             }
         )
@@ -159,7 +162,7 @@ def repeated(rng: Random) -> str:
     """Words, digits and sentences said again, in order or backwards: it is here that copying is learned soonest."""
     words = rng.choices(SPELLED, k=rng.randint(3, 8))
     digits = [str(rng.randint(0, 9)) for _ in range(rng.randint(2, 4))]
-    told = dict(generate(rng, FAMILIES[rng.choice(("story", "chain", "past", "csv", "object"))]).values)
+    told = dict(draw_problem(rng, POCKET_FAMILIES[rng.choice(("story", "chain", "past", "csv", "object"))]).values)
     sentence = next(value for slot, value in told.items() if slot in ("events", "statements", "sentence", "facts"))
     lines = (
         f"{' '.join(words)}\n{' '.join(words)}",
@@ -178,7 +181,7 @@ def spelled(rng: Random) -> str:
 
 def documents(rng: Random) -> Iterator[str]:
     """Endless plain text."""
-    families = tuple(FAMILIES.values())
+    families = tuple(POCKET_FAMILIES.values())
     weights = [SHARES.get(family.name, 1) for family in families]
     while True:
         for family in rng.choices(families, weights, k=50):

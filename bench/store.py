@@ -28,7 +28,7 @@ from typing import Any
 
 import orjson
 
-from tapir_local.pocket.words import WORDS
+from tapir_local.pocket.words import COUNTABLE_WORDS
 from tapir_local.store import keys
 from tapir_local.store.rows import Call, Use
 from tapir_local.store.schema import connect
@@ -86,7 +86,7 @@ def installed(name: str) -> str:
 def sentences() -> list[str]:
     """20,000 of ten words, so that a row is made in microseconds and few rows share one."""
     chance = random.Random("sentences")
-    return [" ".join(chance.choices(WORDS, k=10)) + "." for _ in range(20_000)]
+    return [" ".join(chance.choices(COUNTABLE_WORDS, k=10)) + "." for _ in range(20_000)]
 
 
 TEXT = sentences()

@@ -145,13 +145,13 @@ def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path, lora: 
     """Of two logits over every token of TEXT: transformers' and PEFT's, merged, and llama.cpp's, `lora` over `gguf`."""
     import torch
 
-    from tapir_local.inference.batch import logits
+    from tapir_local.inference.batch import compute_logits
     from tapir_local.inference.model import open_context, open_model
     from tapir_local.inference.tokens import encode
 
     with open_model(gguf, adapter=lora) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
         ids = encode(model, TEXT)
-        found = logits(engine, ids)
+        found = compute_logits(engine, ids)
     with torch.no_grad():
         wanted = merged_model(model_dir, adapter)(torch.tensor([ids])).logits[0].numpy()
     return float(abs(found - wanted).max())

@@ -9,7 +9,7 @@ import click
 from tapir_local.commands.common import HomePath, echo, example, shown, slowly
 
 if TYPE_CHECKING:
-    from tapir_local.inference.prompt_file import Answered
+    from tapir_local.inference.prompt_file import AnsweredFile
 
 FILE = HomePath()
 
@@ -73,7 +73,7 @@ def generate(
     with -o goes on where it stopped. A prompt that the chat template refuses, or that is longer than the context, has
     an empty text and says so as its `finish`; the command then exits with 1.
     """
-    from tapir_local.inference.prompt_file import Manner, answer_file, opened, read_schema, task_of
+    from tapir_local.inference.prompt_file import Manner, answer_file, generation_task, open_answers, read_json_schema
     from tapir_local.outputs import check_output
 
     if "" in stop:
@@ -81,10 +81,10 @@ def generate(
     if out:
         beside, fix = (".partial", ".partial.json"), "Name another, or write it again with --force."
         check_output(out, [model, prompts, adapter, json_schema], beside=beside, force=force, fix=fix)
-    schema = read_schema(json_schema) if json_schema else None
+    schema = read_json_schema(json_schema) if json_schema else None
     manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema, stop)
     with (
-        opened(out, sys.stdout, task_of(model, prompts, manner)) as (file, done),
+        open_answers(out, sys.stdout, generation_task(model, prompts, manner)) as (file, done),
         shown("answers", len(done)) as (progress, tell),
     ):
         if done:

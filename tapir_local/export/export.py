@@ -37,7 +37,7 @@ from tapir_local.export.tokenizer import (
 )
 from tapir_local.export.weights import Delta, Source, load, read_adapter, read_model
 from tapir_local.export.writer import Planned, file_type, size_of, type_of, write_tensors
-from tapir_local.inference.model import quantise
+from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.rundir import read_record, whole
@@ -102,7 +102,7 @@ def export_gguf(
         middle = out.with_name(f"{out.name}.{kind}.partial")
         try:
             write(middle)
-            quantise(middle, partial, K_QUANTS[quant])
+            quantize_gguf(middle, partial, K_QUANTS[quant])
         finally:
             middle.unlink(missing_ok=True)
 

@@ -14,11 +14,11 @@ from tapir_local.errors import TapirError
 from tapir_local.export.probes import QUESTIONS, rendered, sample, texts_of
 from tapir_local.export.reference import Trained, load_trained, trained_logits
 from tapir_local.export.tokenizer import end_of_turn, read_tokenizer, special_texts
-from tapir_local.inference.batch import logits
-from tapir_local.inference.generate import answer, encode_prompt
+from tapir_local.inference.batch import compute_logits
+from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
-from tapir_local.inference.tokens import encode, is_end
+from tapir_local.inference.tokens import encode, is_end_token
 from tapir_local.process import Crashed, Progress, child_main, in_own_process
 from tapir_local.records import Example, Message, Prompt
 from tapir_local.rundir import read_record, read_rows, write_record
@@ -191,7 +191,9 @@ def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
     """True when EOS is the same and llama.cpp stops at the token that ended each turn in training."""
     ends = end_of_turn(read_tokenizer(model_dir), tokenizer.get_chat_template(), special_texts(model_dir))
     return (
-        bool(ends) and llama.eos == (tokenizer.eos_token or "") and all(is_end(llama, token) for token in ends.values())
+        bool(ends)
+        and llama.eos == (tokenizer.eos_token or "")
+        and all(is_end_token(llama, token) for token in ends.values())
     )
 
 
@@ -199,7 +201,7 @@ def compare(engine: Engine, trained: Trained, prompts: Sequence[Prompt]) -> Figu
     """The GGUF's greedy answers, and what both make of every position in them."""
     texts = own_answers(engine, prompts)
     parts = [
-        figures(logits(engine, ids)[start:], wanted, base)
+        figures(compute_logits(engine, ids)[start:], wanted, base)
         for (ids, start), (wanted, base) in zip(texts, trained_logits(trained, texts), strict=True)
     ]
     return pooled(parts)
@@ -208,7 +210,7 @@ def compare(engine: Engine, trained: Trained, prompts: Sequence[Prompt]) -> Figu
 def own_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
     """Prompt and greedy answer as token ids, and the position that foretells the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
-    answers = answer(
+    answers = answer_tokens(
         engine, tokens, max_tokens=ANSWER_TOKENS, context=CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
     )
     texts = [

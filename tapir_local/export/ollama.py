@@ -12,7 +12,7 @@ from pathlib import Path
 from tapir_local.data.chat_template import render
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import library
-from tapir_local.inference.model import Model, open_model, template, token_text
+from tapir_local.inference.model import Model, open_model, require_template, token_text
 from tapir_local.records import Message
 
 UNKNOWN = """\
@@ -147,7 +147,7 @@ def modelfile(model: Model, *, file: str, context: int | None = None, temperatur
     `context` is tokens of a conversation; what is not given is left to Ollama. The template is left out, and the reason
     said, where it would not ask as the student was trained.
     """
-    parts = parts_of(template(model), model.bos, model.eos)
+    parts = parts_of(require_template(model), model.bos, model.eos)
     stop = end_text(model)
     lines = [
         f"FROM ./{file}",

@@ -10,7 +10,7 @@ from typing import Any
 from tapir_local.data.chat_template import NO_TEMPLATE
 from tapir_local.data.quoting import turn_end
 from tapir_local.errors import TapirError
-from tapir_local.inference.model import COMPOSING, FORM_KEY, FORMS
+from tapir_local.inference.model import NFC_PRE_TOKENIZERS, NORMALIZER_KEY, UNICODE_FORMS
 
 # llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
 # be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
@@ -128,9 +128,9 @@ def steps_of(tokenizer: Mapping[str, Any], part: str, inner: str) -> list[Mappin
 def normal_form(tokenizer: Mapping[str, Any], splitting: str, model_dir: Path) -> str:
     """The Unicode form that the normalizer makes of a text, "" for none; TapirError for one that does more."""
     kinds = [str(step.get("type")) for step in steps_of(tokenizer, "normalizer", "normalizers")]
-    if not kinds and splitting in COMPOSING:
+    if not kinds and splitting in NFC_PRE_TOKENIZERS:
         kinds = loaded_normalizer(model_dir)
-    if len(kinds) > 1 or not set(kinds) <= set(FORMS):
+    if len(kinds) > 1 or not set(kinds) <= set(UNICODE_FORMS):
         raise TapirError(
             f"llama.cpp does not do what its normalizer does: {', '.join(kinds)}",
             where=str(model_dir / "tokenizer.json"),
@@ -338,8 +338,8 @@ def write_vocab(writer: Any, vocab: Vocab) -> None:
         writer.add_add_space_prefix(vocab.space_prefix)
     else:
         writer.add_token_merges(list(vocab.merges))
-    if vocab.form or vocab.splitting in COMPOSING:
-        writer.add_string(FORM_KEY, vocab.form or "none")
+    if vocab.form or vocab.splitting in NFC_PRE_TOKENIZERS:
+        writer.add_string(NORMALIZER_KEY, vocab.form or "none")
     for name, number in vocab.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(False)

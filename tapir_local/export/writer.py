@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
 
-from tapir_local.inference.lib import cores
+from tapir_local.inference.lib import thread_count
 from tapir_local.process import Progress
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
@@ -85,7 +85,7 @@ def write_tensors(writer: Any, tensors: Sequence[Planned], progress: Progress) -
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(thread_count()) as pool:
             for number, tensor in enumerate(tensors, 1):
                 writer.write_tensor_data(Blocks(size_of(tensor), made(tensor, pool)))
                 progress(number, len(tensors), tensor.name)
@@ -103,7 +103,7 @@ def made(tensor: Planned, pool: ThreadPoolExecutor) -> Iterator[Array]:
     waiting: deque[Future[Array]] = deque()
     for start, stop in spans(tensor.shape):
         waiting.append(pool.submit(make, start, stop))
-        if len(waiting) > 2 * cores():
+        if len(waiting) > 2 * thread_count():
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

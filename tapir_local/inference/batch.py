@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tapir_local.inference.lib import failure, library
-from tapir_local.inference.model import UBATCH, Engine
+from tapir_local.inference.config import UBATCH
+from tapir_local.inference.lib import library, llama_error
+from tapir_local.inference.model import Engine
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
-NO_ROOM = 1  # llama.h: llama_decode found no cells for the batch, and has changed nothing
+NO_FREE_CELLS = 1  # llama.h: llama_decode found no cells for the batch, and has changed nothing
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Batch:
     token: Array
     pos: Array
     seq: Array
-    logits: Array
+    compute_logits: Array
     kept: tuple[Array, ...]
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -71,14 +72,20 @@ def make_batch(size: int) -> Batch:
     import numpy as np
 
     token, pos, seq = (np.zeros(size, dtype=np.int32) for _ in range(3))
-    counts, logits = np.ones(size, dtype=np.int32), np.zeros(size, dtype=np.int8)
+    counts, compute_logits = np.ones(size, dtype=np.int32), np.zeros(size, dtype=np.int8)
     pointers = seq.ctypes.data + seq.itemsize * np.arange(size, dtype=np.uintp)
-    arrays: dict[str, Array] = {"token": token, "pos": pos, "n_seq_id": counts, "seq_id": pointers, "logits": logits}
+    arrays: dict[str, Array] = {
+        "token": token,
+        "pos": pos,
+        "n_seq_id": counts,
+        "seq_id": pointers,
+        "logits": compute_logits,
+    }
     view = library().llama_batch()
     for name, kind in view._fields_:
         if name in arrays:
             setattr(view, name, ctypes.cast(arrays[name].ctypes.data, kind))
-    return Batch(view, token, pos, seq, logits, (counts, pointers))
+    return Batch(view, token, pos, seq, compute_logits, (counts, pointers))
 
 
 def try_batch(engine: Engine, batch: Batch) -> bool:
@@ -88,15 +95,15 @@ def try_batch(engine: Engine, batch: Batch) -> bool:
     """
     batch.write()
     code = library().llama_decode(engine.context, batch.view)
-    if code not in (0, NO_ROOM):
-        raise failure(f"llama_decode gave {code}", engine.model.gguf, engine.model.advice.too_large)
+    if code not in (0, NO_FREE_CELLS):
+        raise llama_error(f"llama_decode gave {code}", engine.model.gguf, engine.model.advice.too_large)
     return bool(code == 0)
 
 
 def decode_batch(engine: Engine, batch: Batch) -> None:
     """Run the model over the rows of the batch. TapirError where the context has no cells for them."""
     if not try_batch(engine, batch):
-        raise failure(
+        raise llama_error(
             f"no room in the context of {engine.cells:,} tokens", engine.model.gguf, engine.model.advice.too_large
         )
 
@@ -113,7 +120,7 @@ def last_logits(engine: Engine, count: int) -> Array:
     return np.ctypeslib.as_array(llama.llama_get_logits(engine.context), (count, width))
 
 
-def logits(engine: Engine, tokens: Sequence[int]) -> Array:
+def compute_logits(engine: Engine, tokens: Sequence[int]) -> Array:
     """What the model makes of a text at each of its tokens: float32 of shape (tokens, vocabulary)."""
     import numpy as np
 

@@ -5,20 +5,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.lib import LOG, gpu_memory, library
-from tapir_local.inference.model import BATCH, UBATCH, Engine, Model, NoContext, number_of, open_context, unsaid
+from tapir_local.inference.config import BATCH, UBATCH
+from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library
+from tapir_local.inference.model import ContextError, Engine, Model, ignore_message, metadata_number, open_context
 from tapir_local.memory import free_memory
 from tapir_local.memory import size as bytes_of
 
-MOST = 255  # answers at once: llama.cpp knows 256 sequences, and one may hold what all prompts begin with
+MAX_PARALLEL = 255  # answers at once: llama.cpp knows 256 sequences, and one may hold what all prompts begin with
 ON_CPU, ON_GPU = 32, 128  # answers at once where nobody says: two cores write hardly more with 64, a GPU does
-PADDING = 256  # cells: llama.cpp rounds a sequence's up to it
+CELL_PADDING = 256  # cells: llama.cpp rounds a sequence's up to it
 SPLIT_SHARE, SHARE = 0.5, 0.9  # of free memory at the most: for cells of one's own, which are quicker, and for any
-WORTH_COPYING = 32  # tokens: as long as one answer's cells take to copy on the pocket student, on others much less
+MIN_PREFIX_TO_COPY = 32  # tokens: as long as one answer's cells take to copy on the pocket student, on others much less
 
 
 @dataclass(frozen=True)
-class Plan:
+class ContextPlan:
     """A context of `cells` tokens for `answers` at once, that takes `taken` of `free` bytes.
 
     `split` gives each its own cells; `sequences` has one more than answers where one holds the shared beginning.
@@ -39,7 +40,7 @@ class Plan:
 
 
 @contextmanager
-def open_planned(
+def open_planned_context(
     model: Model,
     needs: Sequence[int],
     *,
@@ -47,32 +48,32 @@ def open_planned(
     shared: int = 0,
     threads: int | None = None,
     exact: bool = False,
-    tell: Callable[[str], None] = unsaid,
-) -> Iterator[tuple[Engine, Plan]]:
+    tell: Callable[[str], None] = ignore_message,
+) -> Iterator[tuple[Engine, ContextPlan]]:
     """A context for answers that need so many tokens each with their prompts, of which all begin with `shared`.
 
     At most `parallel` at once; None is as many as are of use. Fewer where memory is short, by llama.cpp's word too:
     then `tell` is told. TapirError with the numbers where there is none for a single one.
     """
-    wanted = wanted_at_once(model, len(needs), parallel)
-    found = list(plans(model, needs, wanted, shared, exact))
-    with open_first(model, found, threads=threads, exact=exact) as (engine, plan):
+    wanted = choose_parallel(model, len(needs), parallel)
+    found = list(candidate_plans(model, needs, wanted, shared, exact))
+    with open_first_fitting_context(model, found, threads=threads, exact=exact) as (engine, plan):
         if plan.answers < wanted:
             tell(f"{plan.words}, not {wanted}: memory is short")
         yield engine, plan
 
 
 @contextmanager
-def open_first(
-    model: Model, found: Sequence[Plan], *, threads: int | None = None, exact: bool = False, batch: int = BATCH
-) -> Iterator[tuple[Engine, Plan]]:
+def open_first_fitting_context(
+    model: Model, found: Sequence[ContextPlan], *, threads: int | None = None, exact: bool = False, batch: int = BATCH
+) -> Iterator[tuple[Engine, ContextPlan]]:
     """The first of the planned contexts that memory has room for, by its numbers and by llama.cpp's word.
 
     TapirError with the numbers of the last where there is none.
     """
     with ExitStack() as stack:
-        for plan in filter(fits, found):
-            LOG.clear()
+        for plan in filter(fits_memory, found):
+            LLAMA_LOG.clear()
             opened = open_context(
                 model,
                 cells=plan.cells,
@@ -84,50 +85,52 @@ def open_first(
             )
             try:
                 engine = stack.enter_context(opened)
-            except NoContext:
+            except ContextError:
                 continue
             yield engine, plan
             return
-    raise no_room(model, found[-1])
+    raise no_memory_error(model, found[-1])
 
 
-def wanted_at_once(model: Model, answers: int, parallel: int | None) -> int:
+def choose_parallel(model: Model, answers: int, parallel: int | None) -> int:
     """How many answers are written at once if memory allows."""
-    return max(1, min(parallel or (ON_GPU if model.on_gpu else ON_CPU), answers, MOST))
+    return max(1, min(parallel or (ON_GPU if model.on_gpu else ON_CPU), answers, MAX_PARALLEL))
 
 
-def plans(model: Model, needs: Sequence[int], wanted: int, shared: int, exact: bool) -> Iterator[Plan]:
+def candidate_plans(model: Model, needs: Sequence[int], wanted: int, shared: int, exact: bool) -> Iterator[ContextPlan]:
     """Contexts from the largest on; each of fewer answers has half as many."""
     longest = sorted(needs, reverse=True)
-    free, answers = free_for(model), wanted
+    free, answers = free_context_memory(model), wanted
     while answers:
         for split in (True, False):
-            yield planned(model, longest[:answers], shared if worth_sharing(shared, split) else 0, split, exact, free)
+            yield plan_context(
+                model, longest[:answers], shared if is_worth_sharing(shared, split) else 0, split, exact, free
+            )
         answers //= 2
 
 
-def worth_sharing(shared: int, split: bool) -> bool:
+def is_worth_sharing(shared: int, split: bool) -> bool:
     """Whether the beginning of all prompts is computed once: in `split` cells each answer must copy it."""
-    return shared >= (WORTH_COPYING if split else 1)
+    return shared >= (MIN_PREFIX_TO_COPY if split else 1)
 
 
-def planned(model: Model, needs: Sequence[int], shared: int, split: bool, exact: bool, free: int) -> Plan:
+def plan_context(model: Model, needs: Sequence[int], shared: int, split: bool, exact: bool, free: int) -> ContextPlan:
     """The context for these answers, the longest first, all at once."""
     sequences = len(needs) + bool(shared)
-    each = padded(needs[0])
-    cells = each * sequences if split else padded(shared + sum(need - shared for need in needs))
-    taken = cells * cell_bytes(model, exact) + work_bytes(model, each if split else cells, sequences, exact)
-    return Plan(len(needs), sequences, cells, split, taken, free)
+    each = pad_cells(needs[0])
+    cells = each * sequences if split else pad_cells(shared + sum(need - shared for need in needs))
+    taken = cells * cell_bytes(model, exact) + compute_bytes(model, each if split else cells, sequences, exact)
+    return ContextPlan(len(needs), sequences, cells, split, taken, free)
 
 
-def planned_reading(model: Model, cells: int, sequences: int) -> Plan:
+def plan_scoring_context(model: Model, cells: int, sequences: int) -> ContextPlan:
     """A context of shared cells in which the logits of every token are kept, 512 at a time."""
-    taken = padded(cells) * cell_bytes(model) + work_bytes(model, padded(cells), UBATCH, exact=False)
-    return Plan(sequences, sequences, padded(cells), False, taken, free_for(model))
+    taken = pad_cells(cells) * cell_bytes(model) + compute_bytes(model, pad_cells(cells), UBATCH, exact=False)
+    return ContextPlan(sequences, sequences, pad_cells(cells), False, taken, free_context_memory(model))
 
 
-def padded(cells: int) -> int:
-    return -(-cells // PADDING) * PADDING
+def pad_cells(cells: int) -> int:
+    return -(-cells // CELL_PADDING) * CELL_PADDING
 
 
 def cell_bytes(model: Model, exact: bool = False) -> int:
@@ -137,16 +140,16 @@ def cell_bytes(model: Model, exact: bool = False) -> int:
     """
     llama = library()
     heads = llama.llama_model_n_head_kv(model.handle)
-    usual = llama.llama_model_n_embd(model.handle) // heads_of(model)
-    length = sum(number_of(model, f"attention.{of}_length", usual) for of in ("key", "value"))
+    usual = llama.llama_model_n_embd(model.handle) // head_count(model)
+    length = sum(metadata_number(model, f"attention.{of}_length", usual) for of in ("key", "value"))
     return int(llama.llama_model_n_layer(model.handle) * heads * length * (4 if exact else 2))
 
 
-def heads_of(model: Model) -> int:
+def head_count(model: Model) -> int:
     return max(1, int(library().llama_model_n_head(model.handle)))
 
 
-def work_bytes(model: Model, seen: int, rows: int, exact: bool) -> int:
+def compute_bytes(model: Model, seen: int, rows: int, exact: bool) -> int:
     """Bytes that llama.cpp computes in, from above: a batch's layers and logits, `rows` of them kept, and its scores.
 
     The logits of 512 tokens are most of it: 300 MB for Qwen's vocabulary of 152,000, where llama.cpp reported 300.25
@@ -154,27 +157,27 @@ def work_bytes(model: Model, seen: int, rows: int, exact: bool) -> int:
     """
     llama = library()
     vocabulary, embedding = llama.llama_vocab_n_tokens(model.vocab), llama.llama_model_n_embd(model.handle)
-    inner = number_of(model, "feed_forward_length", 4 * embedding)
-    row = vocabulary + 8 * embedding + 2 * inner + seen * (1 + exact * heads_of(model))
+    inner = metadata_number(model, "feed_forward_length", 4 * embedding)
+    row = vocabulary + 8 * embedding + 2 * inner + seen * (1 + exact * head_count(model))
     return int(4 * (UBATCH * row + rows * vocabulary))
 
 
-def free_for(model: Model) -> int:
+def free_context_memory(model: Model) -> int:
     """Bytes free for the contexts of an open model: where its layers are, keys and values are too."""
     main = max(0, min(model.room, free_memory()))
     if not model.on_gpu:
         return main
-    on_gpu = int(gpu_memory() / model.on_gpu)
+    on_gpu = int(free_gpu_memory() / model.on_gpu)
     return on_gpu if model.on_gpu == 1 else min(on_gpu, int(main / (1 - model.on_gpu)))
 
 
-def fits(plan: Plan) -> bool:
+def fits_memory(plan: ContextPlan) -> bool:
     return plan.taken <= plan.free * (SPLIT_SHARE if plan.split else SHARE)
 
 
-def no_room(model: Model, least: Plan) -> TapirError:
+def no_memory_error(model: Model, least: ContextPlan) -> TapirError:
     """What is said where not even one answer fits."""
-    words = "; ".join(LOG)
+    words = "; ".join(LLAMA_LOG)
     return TapirError(
         f"no memory for one answer: a context of {least.cells:,} tokens takes {bytes_of(least.taken)}, and "
         f"{bytes_of(least.free)} are free" + (f" (llama.cpp: {words})" if words else ""),

@@ -18,26 +18,35 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.batch import make_batch
-from tapir_local.inference.context_plan import Plan, open_planned
+from tapir_local.inference.context_plan import ContextPlan, open_planned_context
 from tapir_local.inference.lib import library
-from tapir_local.inference.model import STUDENT, Advice, Engine, Model, made_for, open_model, template, unsaid
-from tapir_local.inference.sampling import samplers
+from tapir_local.inference.model import (
+    STUDENT_ADVICE,
+    Advice,
+    Engine,
+    Model,
+    ignore_message,
+    open_model,
+    require_template,
+    trained_context,
+)
+from tapir_local.inference.sampling import open_samplers
 from tapir_local.inference.scheduler import (
-    Each,
     Finish,
     Manner,
-    Work,
+    OnAnswer,
+    Scheduler,
     Written,
-    always,
     answer_each,
-    common,
-    fits,
+    cells_needed,
+    common_prefix_length,
     ignored,
     join,
-    need,
+    prompt_fits,
+    start_every,
     step,
 )
-from tapir_local.inference.tokens import encode, format_of, piece
+from tapir_local.inference.tokens import chat_format, encode, token_bytes
 from tapir_local.records import Completion, Message, Prompt
 
 
@@ -56,11 +65,11 @@ def generate(
     exact: bool = False,
     schema: Mapping[str, Any] | None = None,
     stops: Sequence[str] = (),
-    advice: Advice = STUDENT,
+    advice: Advice = STUDENT_ADVICE,
     each: Callable[[Completion], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] = unsaid,
-    planned: Callable[[Plan], None] | None = None,
+    tell: Callable[[str], None] = ignore_message,
+    planned: Callable[[ContextPlan], None] | None = None,
 ) -> list[Completion]:
     """Answer every prompt, at most `parallel` at a time; results are in the order of `prompts`, with `ids` or numbers.
 
@@ -76,18 +85,18 @@ def generate(
     the first. TapirError when the GGUF or the adapter cannot be loaded, memory has no room for the weights or for a
     single answer, or nothing can be held to the schema.
     """
-    names = named(ids, len(prompts))
+    names = prompt_ids(ids, len(prompts))
     if not prompts:
         return []
     with open_model(gguf, adapter=adapter, advice=advice, tell=tell) as model:
         tokens = encode_prompts(model, prompts, tell)
-        manner = Manner(max_tokens, within(model, context, tokens, tell), temperature, schema, tuple(stops))
+        manner = Manner(max_tokens, limit_context(model, context, tokens, tell), temperature, schema, tuple(stops))
         seeds = [random.Random(f"{seed}-generate-{name}").getrandbits(31) for name in names]
         found: dict[int, Completion] = {}
         answer_all(
             model,
             tokens,
-            keeper(model, names, tokens, found, each, progress),
+            completion_collector(model, names, tokens, found, each, progress),
             manner,
             seeds,
             parallel=parallel,
@@ -99,7 +108,7 @@ def generate(
         return [found[number] for number in range(len(prompts))]
 
 
-def named(ids: Sequence[str] | None, prompts: int) -> list[str]:
+def prompt_ids(ids: Sequence[str] | None, prompts: int) -> list[str]:
     """An id for each prompt, its number where none are given."""
     names = [str(number) for number in range(prompts)] if ids is None else list(ids)
     if len(names) != prompts:
@@ -107,14 +116,14 @@ def named(ids: Sequence[str] | None, prompts: int) -> list[str]:
     return names
 
 
-def keeper(
+def completion_collector(
     model: Model,
     names: Sequence[str],
     prompts: Sequence[list[int]],
     found: dict[int, Completion],
     each: Callable[[Completion], None] | None,
     progress: Callable[[int, int], None] | None,
-) -> Each:
+) -> OnAnswer:
     """What takes every answer as it is done into `found`, and tells `each` and `progress`."""
 
     def keep(number: int, written: Written) -> None:
@@ -134,13 +143,15 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     A system turn goes into the user's where the template has no system role. TapirError when the template refuses the
     prompt. A special token that the prompt quotes is text.
     """
-    return encode(model, format_of(model).asked(prompt))
+    return encode(model, chat_format(model).asked(prompt))
 
 
-def encode_prompts(model: Model, prompts: Sequence[Prompt], tell: Callable[[str], None] = unsaid) -> list[list[int]]:
+def encode_prompts(
+    model: Model, prompts: Sequence[Prompt], tell: Callable[[str], None] = ignore_message
+) -> list[list[int]]:
     """Token ids of every prompt, none for one that the template refuses; `tell` is told how many these are and why."""
     found, refusals = list[list[int]](), list[str]()
-    template(model)
+    require_template(model)
     for prompt in prompts:
         try:
             found.append(encode_prompt(model, prompt))
@@ -152,9 +163,11 @@ def encode_prompts(model: Model, prompts: Sequence[Prompt], tell: Callable[[str]
     return found
 
 
-def within(model: Model, context: int, prompts: Sequence[list[int]], tell: Callable[[str], None] = unsaid) -> int:
+def limit_context(
+    model: Model, context: int, prompts: Sequence[list[int]], tell: Callable[[str], None] = ignore_message
+) -> int:
     """The context, no longer than what the model was made for, beyond which it writes nonsense."""
-    longest = made_for(model)
+    longest = trained_context(model)
     lost = sum(longest <= len(prompt) < context for prompt in prompts)
     if lost:
         tell(f"prompts longer than the {longest:,} tokens that the model was made for: {lost:,}")
@@ -164,29 +177,29 @@ def within(model: Model, context: int, prompts: Sequence[list[int]], tell: Calla
 def answer_all(
     model: Model,
     prompts: Sequence[list[int]],
-    each: Each,
+    each: OnAnswer,
     manner: Manner,
     seeds: Sequence[int],
     *,
     parallel: int | None,
     threads: int | None = None,
     exact: bool = False,
-    begin: Callable[[int], bool] = always,
-    tell: Callable[[str], None] = unsaid,
-    planned: Callable[[Plan], None] | None = None,
+    begin: Callable[[int], bool] = start_every,
+    tell: Callable[[str], None] = ignore_message,
+    planned: Callable[[ContextPlan], None] | None = None,
 ) -> None:
     """`answer_each` in a context as large as these prompts need and memory has room for."""
-    fitting = [prompt for prompt in prompts if fits(prompt, manner)]
-    needs = [need(prompt, manner) for prompt in fitting] or [1]
-    with open_planned(
-        model, needs, parallel=parallel, shared=common(fitting), threads=threads, exact=exact, tell=tell
+    fitting = [prompt for prompt in prompts if prompt_fits(prompt, manner)]
+    needs = [cells_needed(prompt, manner) for prompt in fitting] or [1]
+    with open_planned_context(
+        model, needs, parallel=parallel, shared=common_prefix_length(fitting), threads=threads, exact=exact, tell=tell
     ) as (engine, plan):
         if planned:
             planned(plan)
         answer_each(engine, prompts, each, manner, seeds, begin)
 
 
-def answer(
+def answer_tokens(
     engine: Engine,
     prompts: Sequence[list[int]],
     *,
@@ -217,14 +230,14 @@ def chat_stream(
     llama.llama_memory_clear(engine.memory, False)
     characters = codecs.getincrementaldecoder("utf-8")("replace")
     manner = Manner(max_tokens, engine.cells, temperature)
-    with samplers(model, temperature, [seed]) as known:
+    with open_samplers(model, temperature, [seed]) as known:
         queue, free = deque([0]), engine.cells
-        work = Work(engine, make_batch(engine.batch), [prompt], manner, 0, known, queue, [0], free, ignored)
+        work = Scheduler(engine, make_batch(engine.batch), [prompt], manner, 0, known, queue, [0], free, ignored)
         join(work)
         run, seen = work.running[0], 0
         while work.running:
             step(work)
-            text = "".join(characters.decode(piece(model, token)) for token in run.written[seen:])
+            text = "".join(characters.decode(token_bytes(model, token)) for token in run.written[seen:])
             seen = len(run.written)
             if text:
                 yield text

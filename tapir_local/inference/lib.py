@@ -12,7 +12,7 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.memory import cpus, gpus
 
-LOG: deque[str] = deque(maxlen=8)
+LLAMA_LOG: deque[str] = deque(maxlen=8)
 WARNING, CONTINUED = 3, 5  # ggml.h: GGML_LOG_LEVEL_WARN (errors are 4), GGML_LOG_LEVEL_CONT
 GPU = 1  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU; one that shares main memory is 2
 
@@ -53,36 +53,36 @@ def log_callback(llama_cpp: Any) -> Any:
     def keep(level: int, text: bytes, _: Any) -> None:
         said[0] = said[0] if level == CONTINUED else level
         if said[0] in (WARNING, WARNING + 1) and text.strip():
-            LOG.append(text.decode("utf-8", "replace").strip())
+            LLAMA_LOG.append(text.decode("utf-8", "replace").strip())
 
     return llama_cpp.llama_log_callback(keep)
 
 
-def failure(what: str, where: Path, fix: str) -> TapirError:
+def llama_error(what: str, where: Path, fix: str) -> TapirError:
     """A TapirError that ends with llama.cpp's last words."""
-    words = "; ".join(LOG)
+    words = "; ".join(LLAMA_LOG)
     return TapirError(f"{what} (llama.cpp: {words})" if words else what, where=str(where), fix=fix)
 
 
-def cores() -> int:
+def thread_count() -> int:
     """Threads to use: OMP_NUM_THREADS where it is set, otherwise every core that this process may use."""
     return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or cpus())
 
 
-def gpu_memory() -> int:
+def free_gpu_memory() -> int:
     """Bytes free on all GPUs that llama.cpp was built for together, by its own reckoning; 0 without one."""
     if not library().llama_supports_gpu_offload():
         return 0
     try:
-        devices = ggml()
+        devices = ggml_library()
     except (ImportError, AttributeError):  # a llama-cpp-python that shows ggml elsewhere
         return sum(gpu.free for gpu in gpus())
     numbers = range(devices.ggml_backend_dev_count())
-    return sum(free_on(devices, devices.ggml_backend_dev_get(number)) for number in numbers)
+    return sum(free_device_memory(devices, devices.ggml_backend_dev_get(number)) for number in numbers)
 
 
 @cache
-def ggml() -> Any:
+def ggml_library() -> Any:
     """ggml's devices: llama-cpp-python 0.3.36 loads the library and names none of its functions."""
     library()
     from llama_cpp._ggml import libggml
@@ -96,7 +96,7 @@ def ggml() -> Any:
     return libggml
 
 
-def free_on(devices: Any, device: Any) -> int:
+def free_device_memory(devices: Any, device: Any) -> int:
     """Bytes free on a device, 0 where it has no memory of its own."""
     if devices.ggml_backend_dev_type(device) != GPU:
         return 0

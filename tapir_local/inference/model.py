@@ -9,25 +9,31 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.lib import LOG, cores, failure, gpu_memory, library
+from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library, llama_error, thread_count
 from tapir_local.memory import free_memory
 from tapir_local.memory import size as bytes_of
 
-LONGEST = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
-REMAKE = "Delete it and run again, so that it is made anew."
+MAX_TEXT_BYTES = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
+REMAKE_ADVICE = "Delete it and run again, so that it is made anew."
 UBATCH, BATCH = 512, 2048  # tokens computed at once, and handed over at once: llama-batched-bench's
-FORM_KEY = "tapir_local.normalizer"  # of our exports' metadata
-Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
-FORMS: tuple[Form, ...] = get_args(Form)
-COMPOSING = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")  # pre-tokenizers of families that use NFC
+NORMALIZER_KEY = "tapir_local.normalizer"  # of our exports' metadata
+UnicodeForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+UNICODE_FORMS: tuple[UnicodeForm, ...] = get_args(UnicodeForm)
+NFC_PRE_TOKENIZERS = (
+    "qwen2",
+    "qwen35",
+    "deepseek-r1-qwen",
+    "stablelm2",
+    "olmo",
+)  # pre-tokenizers of families that use NFC
 GPU_SHARE = 0.8  # of a GPU's free memory for weights at the most: the rest is for answers
 
 
-def unsaid(words: str) -> None:
+def ignore_message(words: str) -> None:
     """Nobody is told."""
 
 
-class NoContext(TapirError):
+class ContextError(TapirError):
     """llama.cpp could not make a context, for want of memory as a rule."""
 
 
@@ -35,14 +41,14 @@ class NoContext(TapirError):
 class Advice:
     """What the user can do about a GGUF that will not serve; these words are for a student that this program made."""
 
-    unusable: str = REMAKE
+    unusable: str = REMAKE_ADVICE
     too_large: str = "Set student.parallel or student.max_length lower."
     no_template: str = "Export the student again, from a folder with a chat_template.jinja."
     too_heavy: str = "Stop what else holds memory, take a smaller export.quant, or a smaller student."
     other_base: str = "Make it anew for this base, or give the base it was made for."
 
 
-STUDENT = Advice()
+STUDENT_ADVICE = Advice()
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,13 @@ class Model:
     handle: Any
     vocab: Any
     adapter: Any
-    template: str
+    require_template: str
     bos: str
     eos: str
     advice: Advice
     room: int
     on_gpu: float
-    form: Form | None = None
+    form: UnicodeForm | None = None
     lists: list[Any] = field(default_factory=list, compare=False, repr=False)
     pieces: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
     ends: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
@@ -106,20 +112,20 @@ def is_adapter(gguf: Path) -> bool:
         if file.read(4) != b"GGUF":
             return False
         file.read(12)  # version, number of tensors
-        return dict(leading_texts(file, number(file, 8))).get("general.type") == "adapter"
+        return dict(read_leading_texts(file, read_unsigned(file, 8))).get("general.type") == "adapter"
 
 
-def leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
+def read_leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
     """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
 
     for _ in range(keys):
-        key = file.read(min(number(file, 8), LONGEST)).decode("utf-8", "replace")
-        if number(file, 4) != 8:
+        key = file.read(min(read_unsigned(file, 8), MAX_TEXT_BYTES)).decode("utf-8", "replace")
+        if read_unsigned(file, 4) != 8:
             return
-        yield key, file.read(min(number(file, 8), LONGEST)).decode("utf-8", "replace")
+        yield key, file.read(min(read_unsigned(file, 8), MAX_TEXT_BYTES)).decode("utf-8", "replace")
 
 
-def number(file: BinaryIO, count: int) -> int:
+def read_unsigned(file: BinaryIO, count: int) -> int:
     """An unsigned number of so many bytes; less of it, down to 0, where the file ends."""
     return int.from_bytes(file.read(count), "little")
 
@@ -130,8 +136,8 @@ def open_model(
     *,
     adapter: Path | None = None,
     vocab_only: bool = False,
-    advice: Advice = STUDENT,
-    tell: Callable[[str], None] = unsaid,
+    advice: Advice = STUDENT_ADVICE,
+    tell: Callable[[str], None] = ignore_message,
 ) -> Iterator[Model]:
     """Load the weights, on the GPU where llama.cpp was built for one, and free them at the end.
 
@@ -145,7 +151,7 @@ def open_model(
     if adapter is not None:
         check_gguf(adapter, "adapter", advice.other_base)
     llama = library()
-    LOG.clear()
+    LLAMA_LOG.clear()
     params = llama.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
@@ -156,10 +162,10 @@ def open_model(
         check_weights(gguf, int(weights * (1 - on_gpu)), free, advice)
     handle = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not handle:
-        raise failure("llama.cpp cannot load the GGUF", gguf, advice.unusable)
+        raise llama_error("llama.cpp cannot load the GGUF", gguf, advice.unusable)
     try:
         room = free - int(weights * (1 - on_gpu))
-        yield described(gguf, handle, load_adapter(handle, adapter, advice), advice, room, on_gpu)
+        yield describe_model(gguf, handle, load_adapter(handle, adapter, advice), advice, room, on_gpu)
     finally:
         llama.llama_model_free(handle)  # frees its adapters too
 
@@ -176,13 +182,13 @@ def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
 
 def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[int, float]:
     """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and what share of the weights that is."""
-    free = gpu_memory()
+    free = free_gpu_memory()
     if not free:  # none, or one that shares main memory
         return (-1 if library().llama_supports_gpu_offload() else 0), 0.0
     if weights < free * GPU_SHARE:
         return -1, 1.0
     with open_model(gguf, vocab_only=True) as model:
-        layers = number_of(model, "block_count", 1) + 1  # llama.cpp counts the output as one
+        layers = metadata_number(model, "block_count", 1) + 1  # llama.cpp counts the output as one
     fitting = int(layers * free * GPU_SHARE / weights)
     tell(
         f"{fitting} of {layers} layers on the GPU: the weights take {bytes_of(weights)}, and {bytes_of(free)} are free"
@@ -196,7 +202,7 @@ def load_adapter(handle: Any, adapter: Path | None, advice: Advice) -> Any:
         return None
     loaded = library().llama_adapter_lora_init(handle, os.fsencode(adapter))
     if not loaded:
-        raise failure(
+        raise llama_error(
             "llama.cpp cannot load the adapter over this model",
             adapter,
             advice.other_base,
@@ -204,29 +210,32 @@ def load_adapter(handle: Any, adapter: Path | None, advice: Advice) -> Any:
     return loaded
 
 
-def described(gguf: Path, handle: Any, adapter: Any, advice: Advice, room: int, on_gpu: float) -> Model:
+def describe_model(gguf: Path, handle: Any, adapter: Any, advice: Advice, room: int, on_gpu: float) -> Model:
     """The model with the texts of its metadata."""
     llama = library()
     vocab = llama.llama_model_get_vocab(handle)
-    template = (llama.llama_model_chat_template(handle, None) or b"").decode()
-    bos, eos = (token_text(vocab, number) for number in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)))
-    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice, room, on_gpu, form_of(handle))
+    require_template = (llama.llama_model_chat_template(handle, None) or b"").decode()
+    bos, eos = (
+        token_text(vocab, read_unsigned)
+        for read_unsigned in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab))
+    )
+    return Model(gguf, handle, vocab, adapter, require_template, bos, eos, advice, room, on_gpu, unicode_form(handle))
 
 
-def form_of(handle: Any) -> Form | None:
+def unicode_form(handle: Any) -> UnicodeForm | None:
     """The Unicode form that the tokenizer's normalizer makes, which llama.cpp does not.
 
     Our exports say it. In a GGUF that others made, the name of the pre-tokenizer tells of families that use NFC.
     """
-    said = value_of(handle, FORM_KEY)
+    said = read_metadata(handle, NORMALIZER_KEY)
     if said:
-        return next((form for form in FORMS if form == said), None)
-    return "NFC" if value_of(handle, "tokenizer.ggml.pre") in COMPOSING else None
+        return next((form for form in UNICODE_FORMS if form == said), None)
+    return "NFC" if read_metadata(handle, "tokenizer.ggml.pre") in NFC_PRE_TOKENIZERS else None
 
 
-def token_text(vocab: Any, number: int) -> str:
+def token_text(vocab: Any, read_unsigned: int) -> str:
     """A special token as it is written in a rendered prompt; empty for -1, none."""
-    return "" if number < 0 else library().llama_vocab_get_text(vocab, number).decode("utf-8", "replace")
+    return "" if read_unsigned < 0 else library().llama_vocab_get_text(vocab, read_unsigned).decode("utf-8", "replace")
 
 
 @contextmanager
@@ -253,15 +262,15 @@ def open_context(
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = cells, batch, min(batch, UBATCH)
     params.n_seq_max, params.kv_unified = sequences, not split
-    params.n_threads = params.n_threads_batch = threads or cores()
+    params.n_threads = params.n_threads_batch = threads or thread_count()
     params.no_perf = True
     if exact:
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
-        known = failure(f"no context of {cells:,} tokens could be made", model.gguf, model.advice.too_large)
-        raise NoContext(known.what, where=known.where, fix=known.fix)
+        known = llama_error(f"no context of {cells:,} tokens could be made", model.gguf, model.advice.too_large)
+        raise ContextError(known.what, where=known.where, fix=known.fix)
     try:
         if model.adapter is not None:
             apply_adapter(model, context)
@@ -275,7 +284,7 @@ def apply_adapter(model: Model, context: Any) -> None:
     llama = library()
     adapters = (llama.llama_adapter_lora_p_ctypes * 1)(model.adapter)
     if llama.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)):
-        raise failure("llama.cpp cannot apply the adapter", model.gguf, REMAKE)
+        raise llama_error("llama.cpp cannot apply the adapter", model.gguf, REMAKE_ADVICE)
 
 
 @contextmanager
@@ -292,45 +301,47 @@ def open_engine(
 
 def metadata(model: Model, key: str) -> str:
     """A value of the GGUF's metadata as text; empty where it has none."""
-    return value_of(model.handle, key)
+    return read_metadata(model.handle, key)
 
 
-def value_of(handle: Any, key: str) -> str:
+def read_metadata(handle: Any, key: str) -> str:
     """As `metadata`, of a handle of llama.cpp's."""
     buffer = ctypes.create_string_buffer(256)
     count = library().llama_model_meta_val_str(handle, key.encode(), buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace") if count >= 0 else ""
 
 
-def number_of(model: Model, key: str, default: int) -> int:
+def metadata_number(model: Model, key: str, default: int) -> int:
     """A whole number under the architecture's name in the GGUF's metadata; the default where there is none."""
     text = metadata(model, f"{metadata(model, 'general.architecture')}.{key}")
     return int(text) if text.isdigit() else default
 
 
-def made_for(model: Model) -> int:
+def trained_context(model: Model) -> int:
     """The tokens of the longest text that the model was made for."""
     return int(library().llama_model_n_ctx_train(model.handle))
 
 
-def template_of(gguf: Path) -> tuple[str, str, str]:
+def read_gguf_template(gguf: Path) -> tuple[str, str, str]:
     """The chat template, BOS and EOS texts that a GGUF carries; TapirError when it has no template."""
     with open_model(gguf, vocab_only=True) as model:
-        return template(model), model.bos, model.eos
+        return require_template(model), model.bos, model.eos
 
 
-def template(model: Model) -> str:
+def require_template(model: Model) -> str:
     if not model.template:
         raise TapirError("the GGUF has no chat template", where=str(model.gguf), fix=model.advice.no_template)
     return model.template
 
 
-def quantise(source: Path, out: Path, kind: str) -> None:
+def quantize_gguf(source: Path, out: Path, kind: str) -> None:
     """Write `out` with the weights of `source` as a llama.cpp type such as Q4_K_M."""
     llama = library()
-    LOG.clear()
+    LLAMA_LOG.clear()
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    params.nthread = cores()
+    params.nthread = thread_count()
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), params):
-        raise failure(f"llama.cpp cannot quantise to {kind}", out, "Take another export.quant: q8_0 fits every model.")
+        raise llama_error(
+            f"llama.cpp cannot quantise to {kind}", out, "Take another export.quant: q8_0 fits every model."
+        )

@@ -11,14 +11,14 @@ from tapir_local import __version__
 from tapir_local.data.files import read_path
 from tapir_local.data.formats import KNOWN, read_row
 from tapir_local.errors import TapirError
-from tapir_local.inference.context_plan import Plan
+from tapir_local.inference.context_plan import ContextPlan
 from tapir_local.inference.generate import generate
-from tapir_local.inference.model import Advice, unsaid
+from tapir_local.inference.model import Advice, ignore_message
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.records import Completion, Prompt
 from tapir_local.resumable import InOrder, going_on
 
-ADVICE = Advice(
+PROMPT_FILE_ADVICE = Advice(
     unusable="Name a whole GGUF of a kind that this llama.cpp knows.",
     too_large="Set --parallel or --context lower.",
     no_template="Take a GGUF with a chat template, such as an instruct model's.",
@@ -43,7 +43,7 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredFile:
     """What came of a file: answers, their tokens, how many did not end by themselves, did not fit or were not asked.
 
     `kept` of them were there already; `plan` is the context of the others, None where all were.
@@ -55,7 +55,7 @@ class Answered:
     too_long: int
     refused: int = 0
     kept: int = 0
-    plan: Plan | None = None
+    plan: ContextPlan | None = None
 
 
 def answer_file(
@@ -65,15 +65,15 @@ def answer_file(
     manner: Manner,
     progress: Callable[[int, int], None] | None = None,
     done: Sequence[Completion] = (),
-    tell: Callable[[str], None] = unsaid,
-) -> Answered:
+    tell: Callable[[str], None] = ignore_message,
+) -> AnsweredFile:
     """Write a Completion a line to `out`, each as soon as all before it are written; `done` are those that it has.
 
     A row that holds no prompt is `refused`, of which `tell` is told. TapirError when no row holds one, or the GGUF or
     the adapter cannot be loaded.
     """
-    rows, plans = read_prompts(prompts, tell), list[Plan]()
-    check_vocabulary(gguf, ADVICE)
+    rows, plans = read_prompts(prompts, tell), list[ContextPlan]()
+    check_vocabulary(gguf, PROMPT_FILE_ADVICE)
     left = rows[len(done) :]
     ordered = InOrder[Completion](out, [id for id, _ in left])
     unasked = [Completion(id, "", "refused", 0) for id, prompt in left if not prompt]
@@ -93,7 +93,7 @@ def answer_file(
         exact=manner.exact,
         schema=manner.schema,
         stops=manner.stops,
-        advice=ADVICE,
+        advice=PROMPT_FILE_ADVICE,
         each=ordered.add,
         progress=(lambda more, _: progress(before + more, len(rows))) if progress else None,
         tell=tell,
@@ -102,10 +102,10 @@ def answer_file(
     answers = [*done, *unasked, *found]
     finishes, tokens = [one.finish for one in answers], sum(one.tokens for one in answers)
     cut, too_long, refused = (finishes.count(word) for word in ("length", "too_long", "refused"))
-    return Answered(len(answers), tokens, cut, too_long, refused, len(done), plans[0] if plans else None)
+    return AnsweredFile(len(answers), tokens, cut, too_long, refused, len(done), plans[0] if plans else None)
 
 
-def read_prompts(path: Path, tell: Callable[[str], None] = unsaid) -> list[tuple[str, Prompt]]:
+def read_prompts(path: Path, tell: Callable[[str], None] = ignore_message) -> list[tuple[str, Prompt]]:
     """(id, prompt) of every row of a file of any form that seeds may have; a row's own `id`, or its number.
 
     The prompt is () where a row holds none; `tell` is told how many do, and what is wrong with the first. TapirError
@@ -120,7 +120,7 @@ def read_prompts(path: Path, tell: Callable[[str], None] = unsaid) -> list[tuple
             raise TapirError(f"two rows have the id {id!r}", where=table.at(seen[id], number), fix="Give each its own.")
         seen[id] = number
         try:
-            found.append((id, prompt_of(row, table.at(number))))
+            found.append((id, prompt_of_row(row, table.at(number))))
         except TapirError as fault:
             faults.append(fault)
             found.append((id, ()))
@@ -131,7 +131,7 @@ def read_prompts(path: Path, tell: Callable[[str], None] = unsaid) -> list[tuple
     return found
 
 
-def prompt_of(row: Any, where: str) -> Prompt:
+def prompt_of_row(row: Any, where: str) -> Prompt:
     """The prompt of a row; TapirError where it has none."""
     prompt, _ = read_row(row, where)
     if not prompt or not prompt[-1].content:
@@ -140,7 +140,9 @@ def prompt_of(row: Any, where: str) -> Prompt:
 
 
 @contextmanager
-def opened(path: Path | None, stdout: IO[str], task: Mapping[str, Any]) -> Iterator[tuple[IO[str], list[Completion]]]:
+def open_answers(
+    path: Path | None, stdout: IO[str], task: Mapping[str, Any]
+) -> Iterator[tuple[IO[str], list[Completion]]]:
     """Where answers go, a file that is whole or absent or standard output, and the answers that are there already.
 
     A cut run leaves `<path>.partial` with the answers written so far and `<path>.partial.json` with its task; the same
@@ -153,7 +155,7 @@ def opened(path: Path | None, stdout: IO[str], task: Mapping[str, Any]) -> Itera
         yield kept
 
 
-def task_of(gguf: Path, prompts: Path, manner: Manner) -> dict[str, Any]:
+def generation_task(gguf: Path, prompts: Path, manner: Manner) -> dict[str, Any]:
     """What makes a run the same as another: the model, the adapter and the prompts by size and time, and the manner."""
     files = [file for file in (gguf, prompts, manner.adapter) if file is not None and file.exists()]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -161,7 +163,7 @@ def task_of(gguf: Path, prompts: Path, manner: Manner) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found, default=str)))
 
 
-def read_schema(path: Path) -> dict[str, Any]:
+def read_json_schema(path: Path) -> dict[str, Any]:
     """A JSON schema from its file; TapirError where it is none."""
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.lib import LOG, failure, library
+from tapir_local.inference.lib import LLAMA_LOG, library, llama_error
 from tapir_local.inference.model import Model
-from tapir_local.inference.tokens import is_end
+from tapir_local.inference.tokens import is_end_token
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
-BLOCK = 512  # tokens summed together before a drawn one is sought among them
-NO_SCHEMA = "Give a JSON schema of objects, arrays, strings, numbers and enums, without references to elsewhere."
+SUM_BLOCK = 512  # tokens summed together before a drawn one is sought among them
+SCHEMA_ADVICE = "Give a JSON schema of objects, arrays, strings, numbers and enums, without references to elsewhere."
 # llama-cpp-python 0.3.36 lets a string have bare line ends and the like, which JSON does not.
 ANY_CHARACTER, NO_CONTROL = r'[^"\\]', r'[^"\\\x7F\x00-\x1F]'
-FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+SCHEMA_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Samplers:
 
 
 @contextmanager
-def samplers(
+def open_samplers(
     model: Model, temperature: float, seeds: Sequence[int], schema: Mapping[str, Any] | None = None
 ) -> Iterator[Samplers]:
     """Samplers for as many answers as there are `seeds`, which `schema` holds to its JSON; freed at the end."""
-    made = Samplers(model, temperature, seeds, "" if schema is None else grammar_of(schema))
+    made = Samplers(model, temperature, seeds, "" if schema is None else grammar_from_schema(schema))
     try:
         yield made
     finally:
@@ -87,7 +87,7 @@ def drop(known: Samplers, number: int) -> None:
         library().llama_sampler_free(sampler.grammar)
 
 
-def grammar_of(schema: Mapping[str, Any]) -> str:
+def grammar_from_schema(schema: Mapping[str, Any]) -> str:
     """The texts that a JSON schema admits, as a grammar of llama.cpp's; TapirError where it cannot be one.
 
     llama-cpp-python heeds neither `minimum` nor `maximum`: name the numbers in an `enum`.
@@ -97,46 +97,46 @@ def grammar_of(schema: Mapping[str, Any]) -> str:
 
     try:
         return str(json_schema_to_gbnf(json.dumps(schema))).replace(ANY_CHARACTER, NO_CONTROL)
-    except FAULTS as error:
+    except SCHEMA_ERRORS as error:
         raise TapirError(
-            f"no grammar can be made of the JSON schema: {error}", where="schema", fix=NO_SCHEMA
+            f"no grammar can be made of the JSON schema: {error}", where="schema", fix=SCHEMA_ADVICE
         ) from error
 
 
 def open_grammar(model: Model, text: str) -> Any:
     """A grammar at its beginning. A failure is a NULL pointer object, and using one would crash."""
-    LOG.clear()
+    LLAMA_LOG.clear()
     made = library().llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
     if not made:
-        raise failure("llama.cpp cannot read the grammar of the JSON schema", model.gguf, NO_SCHEMA)
+        raise llama_error("llama.cpp cannot read the grammar of the JSON schema", model.gguf, SCHEMA_ADVICE)
     return made
 
 
-def choose(model: Model, chosen_by: Sequence[Sampler], rows: Array) -> list[int | None]:
+def choose_tokens(model: Model, chosen_by: Sequence[Sampler], rows: Array) -> list[int | None]:
     """The token that follows each row of logits, float32 (answers, vocabulary), by the answer's sampler; see `pick`."""
     if all(sampler is GREEDY for sampler in chosen_by):
         return list(rows.argmax(axis=1).tolist())
-    return [pick(model, sampler, row) for sampler, row in zip(chosen_by, rows, strict=True)]
+    return [pick_token(model, sampler, row) for sampler, row in zip(chosen_by, rows, strict=True)]
 
 
-def pick(model: Model, sampler: Sampler, row: Array) -> int | None:
+def pick_token(model: Model, sampler: Sampler, row: Array) -> int | None:
     """The token that follows a row of logits; None where the grammar is at its end and the model knows no end token.
 
     A token is drawn freely and kept if the grammar lets it through, else drawn again among those that it does. The
     distribution is the same, and the grammar seldom looks at the whole vocabulary: 150,000 tokens took it 23 ms on one
     core, one token 0.07 ms. A grammar is never made to accept a token that it refuses: that ends the process.
     """
-    token: int | None = draw(sampler, row)
+    token: int | None = draw_token(sampler, row)
     if sampler.grammar is None or token is None:
         return token
-    if not admits(sampler.grammar, token):
-        token = pick_admitted(sampler, row)
-    if token is not None and not is_end(model, token):
+    if not grammar_allows(sampler.grammar, token):
+        token = pick_allowed_token(sampler, row)
+    if token is not None and not is_end_token(model, token):
         library().llama_sampler_accept(sampler.grammar, token)
     return token
 
 
-def draw(sampler: Sampler, row: Array) -> int:
+def draw_token(sampler: Sampler, row: Array) -> int:
     """The likeliest token, or one drawn from the plain softmax at a temperature: no top-k, top-p or penalty.
 
     Where the drawn number falls in the sum of all weights is sought by blocks, so that few sums are made one by one.
@@ -147,16 +147,16 @@ def draw(sampler: Sampler, row: Array) -> int:
     if sampler.chance is None:
         return likeliest
     weights = np.exp((row - row[likeliest]) / np.float32(sampler.temperature))
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), SUM_BLOCK), dtype=np.float64).cumsum()
     aim = sampler.chance.random() * float(sums[-1])
     block = int(np.searchsorted(sums, aim, side="right"))
-    inner = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+    inner = weights[block * SUM_BLOCK : (block + 1) * SUM_BLOCK].cumsum(dtype=np.float64)
     before = float(sums[block - 1]) if block else 0.0
-    token = block * BLOCK + int(np.searchsorted(inner, aim - before, side="right"))
+    token = block * SUM_BLOCK + int(np.searchsorted(inner, aim - before, side="right"))
     return token if token < len(weights) and weights[token] > 0 else likeliest  # sums differ in their last bit
 
 
-def admits(grammar: Any, token: int) -> bool:
+def grammar_allows(grammar: Any, token: int) -> bool:
     """Whether the grammar lets a token follow what was written."""
     llama = library()
     one = (llama.llama_token_data * 1)(llama.llama_token_data(token, 0.0, 0.0))
@@ -164,7 +164,7 @@ def admits(grammar: Any, token: int) -> bool:
     return bool(one[0].logit == 0.0)
 
 
-def pick_admitted(sampler: Sampler, row: Array) -> int | None:
+def pick_allowed_token(sampler: Sampler, row: Array) -> int | None:
     """A token among all that the grammar lets follow; None where there is none."""
     import numpy as np
 
@@ -173,4 +173,4 @@ def pick_admitted(sampler: Sampler, row: Array) -> int | None:
     table["id"], table["logit"] = np.arange(len(row)), row
     data = ctypes.cast(table.ctypes.data, ctypes.POINTER(llama.llama_token_data))
     llama.llama_sampler_apply(sampler.grammar, ctypes.byref(llama.llama_token_data_array(data, len(row), -1, False)))
-    return draw(sampler, table["logit"]) if np.isfinite(table["logit"]).any() else None
+    return draw_token(sampler, table["logit"]) if np.isfinite(table["logit"]).any() else None

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tapir_local.inference.batch import Batch, decode_batch, last_logits, make_batch, try_batch
-from tapir_local.inference.context_plan import worth_sharing
-from tapir_local.inference.lib import failure, library
+from tapir_local.inference.context_plan import is_worth_sharing
+from tapir_local.inference.lib import library, llama_error
 from tapir_local.inference.model import Engine, Model
-from tapir_local.inference.sampling import Sampler, Samplers, choose, drop, samplers, take
-from tapir_local.inference.tokens import decode, is_end, piece
+from tapir_local.inference.sampling import Sampler, Samplers, choose_tokens, drop, open_samplers, take
+from tapir_local.inference.tokens import decode, is_end_token, token_bytes
 
 Finish = Literal["stop", "length", "too_long"]
-GAP = 3  # idle sequences between two at work that are decoded along with them: one more part of a batch costs as much
-GAP_ON_GPU = 255  # where a part costs as much as reading all weights
+MAX_IDLE_GAP = (
+    3  # idle sequences between two at work that are decoded along with them: one more part of a batch costs as much
+)
+MAX_IDLE_GAP_ON_GPU = 255  # where a part costs as much as reading all weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Written:
         return decode(model, self.tokens, self.kept)
 
 
-Each = Callable[[int, Written], None]  # number of the prompt, its answer
+OnAnswer = Callable[[int, Written], None]  # number of the prompt, its answer
 
 
 @dataclass(eq=False)
@@ -64,7 +66,7 @@ class Running:
     tail: bytes = b""
 
 
-def always(number: int) -> bool:
+def start_every(number: int) -> bool:
     """Every prompt is begun."""
     return True
 
@@ -74,7 +76,7 @@ def ignored(number: int, written: Written) -> None:
 
 
 @dataclass
-class Work:
+class Scheduler:
     """A call of `answer_each`: what waits, what runs, what is free, and who is told.
 
     `most` is how many may run at once, lower than the slots once llama.cpp had no cells for them.
@@ -85,23 +87,23 @@ class Work:
     prompts: Sequence[list[int]]
     manner: Manner
     shared: int
-    samplers: Samplers
+    open_samplers: Samplers
     queue: deque[int]
     slots: list[int]
     free: int
-    each: Each
-    begin: Callable[[int], bool] = always
+    each: OnAnswer
+    begin: Callable[[int], bool] = start_every
     running: list[Running] = field(default_factory=list)
     begun: set[int] = field(default_factory=set)
     most: int = 256
 
 
-def fits(prompt: Sequence[int], manner: Manner) -> bool:
+def prompt_fits(prompt: Sequence[int], manner: Manner) -> bool:
     """Whether a prompt leaves room for an answer."""
     return 0 < len(prompt) < manner.context
 
 
-def need(prompt: Sequence[int], manner: Manner) -> int:
+def cells_needed(prompt: Sequence[int], manner: Manner) -> int:
     """Cells that a prompt and its answer come to fill at the most."""
     return min(manner.context, len(prompt) + manner.max_tokens)
 
@@ -109,26 +111,26 @@ def need(prompt: Sequence[int], manner: Manner) -> int:
 def answer_each(
     engine: Engine,
     prompts: Sequence[list[int]],
-    each: Each,
+    each: OnAnswer,
     manner: Manner,
     seeds: Sequence[int],
-    begin: Callable[[int], bool] = always,
+    begin: Callable[[int], bool] = start_every,
 ) -> None:
     """Give `each` every answer as soon as it is done, in whatever order they end.
 
     `begin` is asked when a prompt's turn has come; one that it refuses is left out. What either raises ends the work.
     Where prompts begin alike, the engine's last sequence holds that beginning.
     """
-    fitting = [number for number, prompt in enumerate(prompts) if fits(prompt, manner)]
+    fitting = [number for number, prompt in enumerate(prompts) if prompt_fits(prompt, manner)]
     for number in sorted(set(range(len(prompts))) - set(fitting)):
         each(number, Written([], "too_long"))
-    shared = common([prompts[number] for number in fitting])
-    if not worth_sharing(shared, engine.split) or engine.sequences == 1:
+    shared = common_prefix_length([prompts[number] for number in fitting])
+    if not is_worth_sharing(shared, engine.split) or engine.sequences == 1:
         shared = 0
     slots, cells = list(range(engine.sequences - bool(shared)))[::-1], engine.cells - shared
-    with samplers(engine.model, manner.temperature, seeds, manner.schema) as known:
+    with open_samplers(engine.model, manner.temperature, seeds, manner.schema) as known:
         batch, queue = make_batch(engine.batch), deque(fitting)
-        work = Work(engine, batch, prompts, manner, shared, known, queue, slots, cells, each, begin)
+        work = Scheduler(engine, batch, prompts, manner, shared, known, queue, slots, cells, each, begin)
         library().llama_memory_clear(engine.memory, False)
         prefill_shared(work)
         while work.queue or work.running:
@@ -136,7 +138,7 @@ def answer_each(
     library().llama_memory_clear(engine.memory, False)
 
 
-def common(prompts: Sequence[list[int]]) -> int:
+def common_prefix_length(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, one at least left over for each: its logits begin the answer."""
     if len(prompts) < 2:
         return 0
@@ -148,7 +150,7 @@ def common(prompts: Sequence[list[int]]) -> int:
     return min(same, min(len(prompt) for prompt in prompts) - 1)
 
 
-def prefill_shared(work: Work) -> None:
+def prefill_shared(work: Scheduler) -> None:
     """Decode the common beginning once, into the last sequence."""
     tokens = work.prompts[work.queue[0]][: work.shared] if work.shared else []
     for start in range(0, len(tokens), work.engine.batch):
@@ -157,7 +159,7 @@ def prefill_shared(work: Work) -> None:
         decode_batch(work.engine, work.batch)
 
 
-def step(work: Work) -> None:
+def step(work: Scheduler) -> None:
     """Let prompts join, decode one batch, draw a token for each sequence at its end, let the finished leave."""
     join(work)
     if not work.running:  # none of the prompts left was to be begun
@@ -171,12 +173,12 @@ def step(work: Work) -> None:
         run.position += len(chunk)
         run.waiting = run.waiting[len(chunk) :]
     if ready:
-        tokens = choose(work.engine.model, [run.sampler for run in ready], last_logits(work.engine, len(ready)))
+        tokens = choose_tokens(work.engine.model, [run.sampler for run in ready], last_logits(work.engine, len(ready)))
         for run, token in zip(ready, tokens, strict=True):
             go_on(work, run, token)
 
 
-def in_turn(work: Work) -> list[tuple[Running, Sequence[int]]]:
+def in_turn(work: Scheduler) -> list[tuple[Running, Sequence[int]]]:
     """What each sequence gives to the batch: those writing a token, those that read as much as there is room for.
 
     llama.cpp computes split sequences together only if they follow one another, so there they are in order.
@@ -193,7 +195,7 @@ def in_turn(work: Work) -> list[tuple[Running, Sequence[int]]]:
     return turns
 
 
-def fill(work: Work, turns: Sequence[tuple[Running, Sequence[int]]]) -> list[Running]:
+def fill(work: Scheduler, turns: Sequence[tuple[Running, Sequence[int]]]) -> list[Running]:
     """Put the turns into the batch; the sequences whose next token it tells, in the batch's order.
 
     Idle sequences get only rows that no turn needs.
@@ -213,7 +215,7 @@ def fill(work: Work, turns: Sequence[tuple[Running, Sequence[int]]]) -> list[Run
     return ready
 
 
-def idle_between(work: Work, last: int, slot: int, spare: int) -> range:
+def idle_between(work: Scheduler, last: int, slot: int, spare: int) -> range:
     """Empty sequences that are decoded with those at work, so that llama.cpp computes them in one piece.
 
     Each has one token in it, which nobody reads, and is emptied first. None where the gap is wide, as it costs more, or
@@ -222,19 +224,19 @@ def idle_between(work: Work, last: int, slot: int, spare: int) -> range:
     if not work.engine.split or slot - last <= 1:
         return range(0)
     gap = range(last + 1, slot)
-    if len(gap) > min(spare, GAP_ON_GPU if work.engine.model.on_gpu else GAP):
+    if len(gap) > min(spare, MAX_IDLE_GAP_ON_GPU if work.engine.model.on_gpu else MAX_IDLE_GAP):
         return range(0)
     for idle in gap:
         library().llama_memory_seq_rm(work.engine.memory, idle, -1, -1)
     return gap
 
 
-def join(work: Work) -> None:
+def join(work: Scheduler) -> None:
     """Start the next prompts while there are sequences and cells for them. Those writing come first in a batch."""
     while work.queue and work.slots and len(work.running) < work.most:
         number = work.queue[0]
         prompt = work.prompts[number]
-        reserved = need(prompt, work.manner) - work.shared
+        reserved = cells_needed(prompt, work.manner) - work.shared
         if reserved > work.free and not work.engine.split:
             return
         work.queue.popleft()
@@ -249,27 +251,27 @@ def join(work: Work) -> None:
         work.running.append(Running(number, slot, prompt[work.shared :], work.shared, reserved, sampler))
 
 
-def copy_shared(work: Work, slot: int) -> None:
+def copy_shared(work: Scheduler, slot: int) -> None:
     """Let a sequence begin as all prompts do. Split cells can only be copied whole."""
     if work.shared:
         first, end = (-1, -1) if work.engine.split else (0, work.shared)
         library().llama_memory_seq_cp(work.engine.memory, work.engine.sequences - 1, slot, first, end)
 
 
-def give_way(work: Work) -> None:
+def give_way(work: Scheduler) -> None:
     """There were no cells for the batch: the answer begun last is begun anew later, and fewer run from now on."""
     if len(work.running) == 1:
         model = work.engine.model
-        raise failure(f"no room in the context of {work.engine.cells:,} tokens", model.gguf, model.advice.too_large)
+        raise llama_error(f"no room in the context of {work.engine.cells:,} tokens", model.gguf, model.advice.too_large)
     run = work.running[-1]
     free(work, run)
     work.queue.appendleft(run.number)
     work.most = len(work.running)
 
 
-def go_on(work: Work, run: Running, token: int | None) -> None:
+def go_on(work: Scheduler, run: Running, token: int | None) -> None:
     """Take the next token of an answer; one that ends the turn is not part of it."""
-    if token is None or is_end(work.engine.model, token):
+    if token is None or is_end_token(work.engine.model, token):
         leave(work, run, "stop")
         return
     run.written.append(token)
@@ -281,29 +283,29 @@ def go_on(work: Work, run: Running, token: int | None) -> None:
         leave(work, run, "length")
 
 
-def before_stop(work: Work, run: Running, token: int) -> int | None:
+def before_stop(work: Scheduler, run: Running, token: int) -> int | None:
     """How many bytes of the text stand before the first stop string, once a token has completed one.
 
     Only the last bytes are looked at, as many as a stop string that ends in this token can have.
     """
     model, stops = work.engine.model, [stop.encode() for stop in work.manner.stops]
-    new = piece(model, token)
+    new = token_bytes(model, token)
     run.tail += new
     found = [place for stop in stops if (place := run.tail.find(stop)) >= 0]
     if found:
-        return sum(len(piece(model, token)) for token in run.written) - len(run.tail) + min(found)
+        return sum(len(token_bytes(model, token)) for token in run.written) - len(run.tail) + min(found)
     longest = max(map(len, stops)) - 1
     run.tail = run.tail[-longest:] if longest else b""
     return None
 
 
-def leave(work: Work, run: Running, finish: Finish, kept: int | None = None) -> None:
+def leave(work: Scheduler, run: Running, finish: Finish, kept: int | None = None) -> None:
     """Free the sequence, its sampler and its cells for the next prompt, and hand the answer over."""
     free(work, run)
     work.each(run.number, Written(run.written, finish, kept))
 
 
-def free(work: Work, run: Running) -> None:
+def free(work: Scheduler, run: Running) -> None:
     library().llama_memory_seq_rm(work.engine.memory, run.slot, -1, -1)
     work.running.remove(run)
     work.slots.append(run.slot)

@@ -7,19 +7,20 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.batch import Batch, decode_batch, last_logits, make_batch
-from tapir_local.inference.context_plan import open_first, planned_reading
+from tapir_local.inference.config import UBATCH
+from tapir_local.inference.context_plan import open_first_fitting_context, plan_scoring_context
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.lib import library
-from tapir_local.inference.model import UBATCH, Engine, Model, open_model, template
-from tapir_local.inference.tokens import encode, format_of
+from tapir_local.inference.model import Engine, Model, open_model, require_template
+from tapir_local.inference.tokens import chat_format, encode
 from tapir_local.records import Prompt, Scored
 
-SEQUENCES = 64  # texts in the context at once
-CELLS = 2048  # and tokens, where none is longer
+MAX_TEXTS = 64  # texts in the context at once
+USUAL_CELLS = 2048  # and tokens, where none is longer
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ScoredText:
     """Token ids of a text; those from `start` on are scored."""
 
     number: int
@@ -31,7 +32,7 @@ def ignored(found: Scored) -> None:
     """Nobody waits for single results."""
 
 
-def score(
+def score_completions(
     gguf: Path,
     texts: Sequence[tuple[Prompt, str]],
     *,
@@ -60,16 +61,16 @@ def score(
             each(one)
 
     with open_model(gguf, adapter=adapter) as model:
-        template(model)
-        tokens = [tokens_or_none(model, number, *text) for number, text in enumerate(texts)]
+        require_template(model)
+        tokens = [text_to_score_or_empty(model, number, *text) for number, text in enumerate(texts)]
         fitting = sorted((text for text in tokens if 0 < len(text.ids) <= context), key=lambda text: len(text.ids))
         wanted = {text.number for text in fitting}
         keep({text.number: Scored(names[text.number], 0.0, 0) for text in tokens if text.number not in wanted})
         longest = max((len(text.ids) for text in fitting), default=1)
-        plans = [planned_reading(model, cells, SEQUENCES) for cells in (max(CELLS, longest), longest)]
-        with open_first(model, plans, threads=threads, batch=UBATCH) as (engine, plan):
+        plans = [plan_scoring_context(model, cells, MAX_TEXTS) for cells in (max(USUAL_CELLS, longest), longest)]
+        with open_first_fitting_context(model, plans, threads=threads, batch=UBATCH) as (engine, plan):
             batch = make_batch(engine.batch)
-            for group in groups(fitting, plan.cells):
+            for group in group_texts(fitting, plan.cells):
                 values = score_group(engine, batch, group)
                 sizes = {text.number: len(text.ids) - text.start for text in group}
                 keep({number: Scored(names[number], value, sizes[number]) for number, value in values.items()})
@@ -78,29 +79,29 @@ def score(
     return [found[number] for number in range(len(texts))]
 
 
-def tokens_or_none(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:
+def text_to_score_or_empty(model: Model, number: int, prompt: Prompt, completion: str) -> ScoredText:
     """A text's ids; none where the chat template cannot render it."""
     try:
-        return tokens_of(model, number, prompt, completion)
+        return text_to_score(model, number, prompt, completion)
     except TapirError:
-        return Tokens(number, [], 0)
+        return ScoredText(number, [], 0)
 
 
-def tokens_of(model: Model, number: int, prompt: Prompt, completion: str) -> Tokens:
+def text_to_score(model: Model, number: int, prompt: Prompt, completion: str) -> ScoredText:
     """A text's ids: the prompt's, then what follows them in the ids of the whole, as in train.token_rows."""
     head = encode_prompt(model, prompt)
-    asked, answer = format_of(model).answered(prompt, completion)
+    asked, answer = chat_format(model).answered(prompt, completion)
     joined = encode(model, asked + answer)
     tail = joined[len(head) :] if joined[: len(head)] == head else encode(model, answer)
-    return Tokens(number, head + tail, len(head))
+    return ScoredText(number, head + tail, len(head))
 
 
-def groups(texts: Sequence[Tokens], cells: int) -> Iterator[list[Tokens]]:
+def group_texts(texts: Sequence[ScoredText], cells: int) -> Iterator[list[ScoredText]]:
     """Texts that fit into the context together."""
-    group: list[Tokens] = []
+    group: list[ScoredText] = []
     used = 0
     for text in texts:
-        if group and (used + len(text.ids) > cells or len(group) == SEQUENCES):
+        if group and (used + len(text.ids) > cells or len(group) == MAX_TEXTS):
             yield group
             group, used = [], 0
         group.append(text)
@@ -109,7 +110,7 @@ def groups(texts: Sequence[Tokens], cells: int) -> Iterator[list[Tokens]]:
         yield group
 
 
-def score_group(engine: Engine, batch: Batch, group: Sequence[Tokens]) -> dict[int, float]:
+def score_group(engine: Engine, batch: Batch, group: Sequence[ScoredText]) -> dict[int, float]:
     """The log-probability of each text of a group, by its number; the last token of a text predicts nothing."""
     found = {text.number: 0.0 for text in group}
     asked: list[
@@ -125,24 +126,24 @@ def score_group(engine: Engine, batch: Batch, group: Sequence[Tokens]) -> dict[i
             asked += [(text.ids[start + place + 1], text.number) for place in wanted]
             start += len(chunk)
             if not batch.room:
-                read_scores(engine, batch, asked, found)
-    read_scores(engine, batch, asked, found)
+                add_scores(engine, batch, asked, found)
+    add_scores(engine, batch, asked, found)
     return found
 
 
-def read_scores(engine: Engine, batch: Batch, asked: list[tuple[int, int]], found: dict[int, float]) -> None:
+def add_scores(engine: Engine, batch: Batch, asked: list[tuple[int, int]], found: dict[int, float]) -> None:
     """Decode the batch, and add what each row of it gives to its text; both are empty afterwards."""
     import numpy as np
 
     if batch.room == batch.size:
         return
     decode_batch(engine, batch)
-    for (_, number), value in zip(asked, logprobs(engine, np.array([token for token, _ in asked])), strict=True):
+    for (_, number), value in zip(asked, target_logprobs(engine, np.array([token for token, _ in asked])), strict=True):
         found[number] += float(value)
     asked.clear()
 
 
-def logprobs(engine: Engine, targets: Any) -> Any:
+def target_logprobs(engine: Engine, targets: Any) -> Any:
     """The log-probability of each target in the row of logits that the last decoding left for it."""
     import numpy as np
 

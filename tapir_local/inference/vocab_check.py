@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import Advice, open_model
-from tapir_local.inference.tokens import tokenized
+from tapir_local.inference.tokens import tokenize_text
 from tapir_local.process import environment
 
-STEP = 37  # of the letters up to U+FFFF: every byte that UTF-8 uses is among them
+LETTER_STEP = 37  # of the letters up to U+FFFF: every byte that UTF-8 uses is among them
 
 
 def check_vocabulary(gguf: Path, advice: Advice) -> None:
@@ -24,14 +24,14 @@ def check_vocabulary(gguf: Path, advice: Advice) -> None:
     """
     if gguf.is_file():
         stat = gguf.stat()
-        said = last_words(gguf, stat.st_size, stat.st_mtime_ns)
+        said = crash_message(gguf, stat.st_size, stat.st_mtime_ns)
         if said:
             what = f"llama.cpp ends the process over its vocabulary: {said}"
             raise TapirError(what, where=str(gguf), fix=advice.unusable)
 
 
 @lru_cache
-def last_words(gguf: Path, size: int, changed: int) -> str:
+def crash_message(gguf: Path, size: int, changed: int) -> str:
     """The signal that ended the trial and its last line, "" where none did; tried once for each state of a file."""
     command = [sys.executable, "-P", "-m", "tapir_local.inference.vocab_check", str(gguf)]
     tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
@@ -41,21 +41,21 @@ def last_words(gguf: Path, size: int, changed: int) -> str:
     return ": ".join([signal.Signals(-tried.returncode).name, *lines[-1:]])
 
 
-def letters() -> str:
+def sample_letters() -> str:
     """A text of many letters: all of Latin-1, some of every block, an emoji."""
-    some = (chr(code) for code in range(0x100, 0x10000, STEP) if not 0xD800 <= code < 0xE000)
+    some = (chr(code) for code in range(0x100, 0x10000, LETTER_STEP) if not 0xD800 <= code < 0xE000)
     return "".join(map(chr, range(0x100))) + "".join(some) + "🙂"
 
 
-def main(gguf: Path) -> None:
+def read_vocabulary(gguf: Path) -> None:
     """The child's side."""
     try:
         with open_model(gguf, vocab_only=True) as model:
             for special in (True, False):
-                tokenized(model, letters(), special=special)
+                tokenize_text(model, sample_letters(), special=special)
     except TapirError:
         pass  # it is said by whoever opens the GGUF to work with it
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    read_vocabulary(Path(sys.argv[1]))

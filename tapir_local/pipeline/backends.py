@@ -146,10 +146,10 @@ def scorer(
     def measure(
         gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
     ) -> list[Scored]:
-        from tapir_local.inference.score import score
+        from tapir_local.inference.score import score_completions
 
         opened = student_of(recipe, run, gguf)
-        return score(
+        return score_completions(
             opened.gguf,
             texts,
             adapter=opened.adapter,
@@ -269,9 +269,9 @@ def checker(recipe: Recipe) -> Checker | None:
         return None
     if recipe.checker == "tasks":
         return by_task(recipe)
-    from tapir_local.pocket.world import check
+    from tapir_local.pocket.world import check_answer
 
-    return lambda row, answer: check(instruction_of(row.prompt), answer)
+    return lambda row, answer: check_answer(instruction_of(row.prompt), answer)
 
 
 def by_task(recipe: Recipe) -> Checker:

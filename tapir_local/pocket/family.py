@@ -9,13 +9,13 @@ from typing import Literal
 
 from tapir_local.pocket.phrasings import PHRASINGS
 
-Values = Mapping[str, str]
-Drawn = dict[str, str]
-Kind = Literal["number", "choice", "sequence", "text", "exact", "json", "code"]
+SlotValues = Mapping[str, str]
+DrawnSlots = dict[str, str]
+AnswerKind = Literal["number", "choice", "sequence", "text", "exact", "json", "code"]
 
-SLOT = re.compile(r"\{(\w+)\}")
-PEOPLE_AND_THINGS = {"name", "things", "animal", "animals", "others", "team", "rival"}
-WORD_SLOTS = frozenset(PEOPLE_AND_THINGS | {"word", "letter", "superlative", "language", "fname"})
+SLOT_PATTERN = re.compile(r"\{(\w+)\}")
+PERSON_AND_THING_SLOTS = {"name", "things", "animal", "animals", "others", "team", "rival"}
+WORD_SLOTS = frozenset(PERSON_AND_THING_SLOTS | {"word", "letter", "superlative", "language", "fname"})
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Solution:
 
     plain: str
     styled: str
-    kind: Kind
+    kind: AnswerKind
     target: str
     given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Family:
+class ProblemFamily:
     """One kind of problem.
 
     `draw(rng, level)` gives the values of the slots, level from 1 to `levels`, easy to hard; `solve` raises KeyError,
@@ -44,8 +44,8 @@ class Family:
 
     name: str
     task: str
-    draw: Callable[[Random, int], Drawn]
-    solve: Callable[[Values], Solution]
+    draw: Callable[[Random, int], DrawnSlots]
+    solve: Callable[[SlotValues], Solution]
     levels: int = 1
 
     @property
@@ -56,7 +56,7 @@ class Family:
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], ...]:
         """One expression a phrasing, matching the whole of an instruction."""
-        return tuple(pattern_of(phrasing) for phrasing in self.phrasings)
+        return tuple(phrasing_pattern(phrasing) for phrasing in self.phrasings)
 
 
 def slot_pattern(name: str) -> str:
@@ -66,12 +66,12 @@ def slot_pattern(name: str) -> str:
     return rf"(?P<{name}>[A-Za-z]+)" if name in WORD_SLOTS else rf"(?P<{name}>[^\n]+?)"
 
 
-def pattern_of(phrasing: str) -> re.Pattern[str]:
+def phrasing_pattern(phrasing: str) -> re.Pattern[str]:
     """The expression that reads a phrasing back; a slot that returns must have the same value."""
     seen: set[str] = set()
     parts: list[str] = []
-    for number, piece in enumerate(SLOT.split(phrasing)):
-        if number % 2 == 0:
+    for number_solution, piece in enumerate(SLOT_PATTERN.split(phrasing)):
+        if number_solution % 2 == 0:
             parts.append(re.escape(piece))
         else:
             parts.append(f"(?P={piece})" if piece in seen else slot_pattern(piece))
@@ -79,34 +79,34 @@ def pattern_of(phrasing: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def check_that(holds: bool) -> None:
+def require(holds: bool) -> None:
     """ValueError where values are outside a family."""
     if not holds:
         raise ValueError("no problem of this family")
 
 
-def listed(items: Sequence[object]) -> str:
+def join_items(items: Sequence[object]) -> str:
     """`1, 2, 3`"""
     return ", ".join(map(str, items))
 
 
-def split(text: str) -> list[str]:
+def split_items(text: str) -> list[str]:
     """The items of `1, 2, 3`."""
     return text.split(", ")
 
 
-def numbers(text: str) -> list[int]:
+def parse_numbers(text: str) -> list[int]:
     """The numbers of `1, 2, 3`; ValueError for anything else."""
-    return [int(item) for item in split(text)]
+    return [int(item) for item in split_items(text)]
 
 
-def number(result: int, steps: Sequence[str], given: Sequence[object], last: str = "") -> Solution:
+def number_solution(result: int, steps: Sequence[str], given: Sequence[object], last: str = "") -> Solution:
     """A solution that is a number: the steps, then a line that states the result."""
     return Solution(
         str(result), "\n".join([*steps, *([last] if last else [])]), "number", str(result), tuple(map(str, given))
     )
 
 
-def choice(result: str, styled: str, options: Sequence[str]) -> Solution:
+def choice_solution(result: str, styled: str, options: Sequence[str]) -> Solution:
     """A solution that is one of several words."""
     return Solution(result, styled, "choice", result, tuple(options))

@@ -24,18 +24,25 @@ from tapir_local.method.prompts import (
     REFLECT_ANSWER,
     REFLECT_INSTRUCTION,
 )
-from tapir_local.pocket.world import grade, harder, parse, rarer, solve, variant
+from tapir_local.pocket.world import (
+    draw_harder,
+    draw_rarer,
+    draw_variant,
+    grade_answer,
+    parse_problem,
+    solve_instruction,
+)
 
-MODEL = "pocket-teacher"
+POCKET_TEACHER_MODEL = "pocket-teacher"
 FINGERPRINT = "pocket-1"  # to be raised with every change of what the teacher says
-IGNORANCE = "I am a small programme that knows only the pocket world, and this is not part of it."
+OUTSIDE_WORLD_REPLY = "I am a small programme that knows only the pocket world, and this is not part of it."
 
 
 class BadRequest(ValueError):
     """The request is not one of the API; the text says why."""
 
 
-def enclosed(tag: str, text: str) -> str:
+def text_in_tag(tag: str, text: str) -> str:
     """What stands between <tag> and </tag>; prompts.fenced has kept these tags out of it."""
     _, begun, rest = text.partition(f"<{tag}>\n")
     inside, ended, _ = rest.partition(f"\n</{tag}>")
@@ -44,96 +51,102 @@ def enclosed(tag: str, text: str) -> str:
     return inside
 
 
-def classify(asked: str, rng: Random) -> str:
+def reply_to_classify(asked: str, rng: Random) -> str:
     """{"task": label}; Others for what is not of the pocket world, or has a label that the request does not offer."""
-    problem = parse(enclosed("instruction", asked))
-    offered = {line.partition(":")[0] for line in enclosed("tasks", asked).splitlines()}
+    problem = parse_problem(text_in_tag("instruction", asked))
+    offered = {line.partition(":")[0] for line in text_in_tag("tasks", asked).splitlines()}
     label = problem.family.task if problem else "Others"
     return json.dumps({"task": label if label in offered else "Others"})
 
 
-def judge(asked: str, rng: Random) -> str:
+def reply_to_judge(asked: str, rng: Random) -> str:
     """{"answer_1": x, "answer_2": y}, each graded by itself, so that their order means nothing."""
-    instruction = enclosed("instruction", asked)
-    return json.dumps({tag: grade(instruction, enclosed(tag, asked)) for tag in ("answer_1", "answer_2")})
+    instruction = text_in_tag("instruction", asked)
+    return json.dumps({tag: grade_answer(instruction, text_in_tag(tag, asked)) for tag in ("answer_1", "answer_2")})
 
 
-def judge_single(asked: str, rng: Random) -> str:
+def reply_to_judge_single(asked: str, rng: Random) -> str:
     """{"score": x}: the grade that `judge` gives the same answer beside any other."""
-    return json.dumps({"score": grade(enclosed("instruction", asked), enclosed("answer", asked))})
+    return json.dumps({"score": grade_answer(text_in_tag("instruction", asked), text_in_tag("answer", asked))})
 
 
-def expand(asked: str, rng: Random) -> str:
+def reply_to_expand(asked: str, rng: Random) -> str:
     """A new instruction of the same family and about the same size."""
-    problem = parse(enclosed("instruction", asked))
-    return f"<new_instruction>\n{variant(problem, rng).instruction}\n</new_instruction>" if problem else IGNORANCE
+    problem = parse_problem(text_in_tag("instruction", asked))
+    return (
+        f"<new_instruction>\n{variant(problem, rng).instruction}\n</new_instruction>"
+        if problem
+        else OUTSIDE_WORLD_REPLY
+    )
 
 
-def check_draft(asked: str, rng: Random) -> str:
+def reply_to_check(asked: str, rng: Random) -> str:
     """Whether an instruction is of the pocket world, and of the task named."""
-    problem = parse(enclosed("instruction", asked))
-    label = enclosed("task", asked).partition(":")[0]
+    problem = parse_problem(text_in_tag("instruction", asked))
+    label = text_in_tag("task", asked).partition(":")[0]
     known = problem is not None
     return json.dumps(
         {"complete": known, "answerable": known, "of_task": problem is not None and problem.family.task == label}
     )
 
 
-def rarer_one(asked: str, rng: Random) -> str:
+def reply_to_expand_rarer(asked: str, rng: Random) -> str:
     """A new instruction of the same task and another family."""
-    problem = parse(enclosed("instruction", asked))
-    return f"<new_instruction>\n{rarer(problem, rng).instruction}\n</new_instruction>" if problem else IGNORANCE
+    problem = parse_problem(text_in_tag("instruction", asked))
+    return (
+        f"<new_instruction>\n{rarer(problem, rng).instruction}\n</new_instruction>" if problem else OUTSIDE_WORLD_REPLY
+    )
 
 
-def rewrite(asked: str, rng: Random) -> str:
+def reply_to_reflect_instruction(asked: str, rng: Random) -> str:
     """A harder instruction of the same family, and its answer in style."""
-    problem = parse(enclosed("instruction", asked))
+    problem = parse_problem(text_in_tag("instruction", asked))
     if not problem:
-        return IGNORANCE
-    new = harder(problem, rng)
+        return OUTSIDE_WORLD_REPLY
+    new = draw_harder(problem, rng)
     return (
         f"The instruction could ask for more.\n<new_instruction>\n{new.instruction}\n</new_instruction>\n"
         f"<new_answer>\n{new.solution.styled}\n</new_answer>"
     )
 
 
-def refine(asked: str, rng: Random) -> str:
+def reply_to_refine(asked: str, rng: Random) -> str:
     """The answer in its task's style; a draft, right or wrong, makes no difference."""
-    solution = solve(enclosed("instruction", asked))
-    return solution.styled if solution else IGNORANCE
+    solution = solve_instruction(text_in_tag("instruction", asked))
+    return solution.styled if solution else OUTSIDE_WORLD_REPLY
 
 
-JOBS: Mapping[str, Callable[[str, Random], str]] = {
-    CLASSIFY: classify,
-    JUDGE: judge,
-    JUDGE_SINGLE: judge_single,
-    EXPAND: expand,
-    CHECK: check_draft,
-    RARER: rarer_one,
-    REFLECT_INSTRUCTION: rewrite,
-    REFLECT_ANSWER: refine,
-    REFINE: refine,
+REPLIES_BY_SYSTEM_PROMPT: Mapping[str, Callable[[str, Random], str]] = {
+    CLASSIFY: reply_to_classify,
+    JUDGE: reply_to_judge,
+    JUDGE_SINGLE: reply_to_judge_single,
+    EXPAND: reply_to_expand,
+    CHECK: reply_to_check,
+    RARER: reply_to_expand_rarer,
+    REFLECT_INSTRUCTION: reply_to_reflect_instruction,
+    REFLECT_ANSWER: reply_to_refine,
+    REFINE: reply_to_refine,
 }
 
 
-def plain(messages: Sequence[Mapping[str, str]]) -> str:
+def plain_answer(messages: Sequence[Mapping[str, str]]) -> str:
     """The bare answer to the last thing a user said."""
-    solution = solve(next(turn["content"] for turn in reversed(messages) if turn["role"] == "user"))
-    return solution.plain if solution else IGNORANCE
+    solution = solve_instruction(next(turn["content"] for turn in reversed(messages) if turn["role"] == "user"))
+    return solution.plain if solution else OUTSIDE_WORLD_REPLY
 
 
-def answer(body: Mapping[str, Any]) -> str:
+def reply_to_request(body: Mapping[str, Any]) -> str:
     """What the teacher says to a request. A pure function: chance is drawn from the body itself, `seed` and all."""
-    messages = messages_of(body)
-    job = JOBS.get(messages[0]["content"]) if messages[0]["role"] == "system" else None
+    messages = checked_messages(body)
+    job = REPLIES_BY_SYSTEM_PROMPT.get(messages[0]["content"]) if messages[0]["role"] == "system" else None
     if job is None:
-        return plain(messages)
+        return plain_answer(messages)
     asked = next(turn["content"] for turn in messages if turn["role"] == "user")
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return job(asked, Random(digest))
 
 
-def messages_of(body: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+def checked_messages(body: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
     """The messages, found to be such, a user's turn among them; BadRequest if not."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -148,16 +161,16 @@ def messages_of(body: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
     return messages
 
 
-def completion(body: Mapping[str, Any]) -> dict[str, Any]:
+def chat_completion_object(body: Mapping[str, Any]) -> dict[str, Any]:
     """The API's chat.completion object. Tokens are counted as four bytes each."""
-    text = answer(body)
+    text = reply_to_request(body)
     asked = sum(len(turn["content"].encode()) // 4 + 1 for turn in body["messages"])
     told = len(text.encode()) // 4 + 1
     return {
         "id": f"chatcmpl-{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]}",
         "object": "chat.completion",
         "created": 0,
-        "model": MODEL,
+        "model": POCKET_TEACHER_MODEL,
         "system_fingerprint": FINGERPRINT,
         "choices": [
             {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
@@ -166,7 +179,7 @@ def completion(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def refused(status: int, why: str) -> httpx2.Response:
+def error_response(status: int, why: str) -> httpx2.Response:
     """An error in the API's form."""
     return httpx2.Response(
         status, json={"error": {"message": why, "type": "invalid_request_error", "param": None, "code": None}}
@@ -176,17 +189,17 @@ def refused(status: int, why: str) -> httpx2.Response:
 def respond(method: str, path: str, content: bytes) -> httpx2.Response:
     """The teacher's response to an HTTP request."""
     if method != "POST" or not path.endswith("/chat/completions"):
-        return refused(404, f"{method} {path}: the pocket teacher knows only POST …/chat/completions")
+        return error_response(404, f"{method} {path}: the pocket teacher knows only POST …/chat/completions")
     try:
         body = json.loads(content)
     except ValueError as error:
-        return refused(400, f"the body is not JSON: {error}")
+        return error_response(400, f"the body is not JSON: {error}")
     if not isinstance(body, dict):
-        return refused(400, "the body must be a JSON object")
+        return error_response(400, "the body must be a JSON object")
     try:
-        return httpx2.Response(200, json=completion(body))
+        return httpx2.Response(200, json=chat_completion_object(body))
     except BadRequest as error:
-        return refused(400, str(error))
+        return error_response(400, str(error))
 
 
 class PocketTransport(httpx2.AsyncBaseTransport, httpx2.BaseTransport):

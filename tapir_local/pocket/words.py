@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-NAMES = (
+PERSON_NAMES = (
     "Anna",
     "Bob",
     "Cleo",
@@ -80,8 +80,8 @@ ANIMALS: Mapping[str, tuple[str, int, str]] = {
     "spider": ("spiders", 8, "nothing"),
     "crab": ("crabs", 10, "clack"),
 }
-LEGS: Mapping[str, int] = {plural: legs for plural, legs, _ in ANIMALS.values()}
-SINGULAR: Mapping[str, str] = {plural: one for one, (plural, _, _) in ANIMALS.items()}
+LEGS: Mapping[str, int] = {pluralize: legs for pluralize, legs, _ in ANIMALS.values()}
+SINGULAR: Mapping[str, str] = {pluralize: one for one, (pluralize, _, _) in ANIMALS.items()}
 SOUNDS = tuple(sound for _, _, sound in ANIMALS.values() if sound != "nothing")
 
 # Category: its members, all of them single words that no other category has.
@@ -166,8 +166,8 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "draws": ("draw", "drew", "drawn"),
     "hides": ("hide", "hid", "hidden"),
 }
-MOVES = tuple(VERBS)[:10]
-DEEDS = tuple(VERBS)[10:]
+MOTION_VERBS = tuple(VERBS)[:10]
+ACTION_VERBS = tuple(VERBS)[10:]
 GAINS = ("finds", "buys", "gets", "picks")
 LOSSES = ("loses", "sells", "breaks", "hides")
 
@@ -187,7 +187,7 @@ PLACES = (
     "shop",
     "castle",
 )
-TIMES = (
+TIME_PHRASES = (
     "in the morning",
     "in the evening",
     "at noon",
@@ -242,7 +242,7 @@ NOUNS: Mapping[str, tuple[tuple[str, str, str], tuple[str, str, str], tuple[str,
 }
 LANGUAGES = ("Spanish", "French", "German")
 # English: Spanish (after el, after la), French (after le, after la), German (after any definite article).
-COLOURS: Mapping[str, tuple[tuple[str, str], tuple[str, str], tuple[str, str]]] = {
+COLOR_TRANSLATIONS: Mapping[str, tuple[tuple[str, str], tuple[str, str], tuple[str, str]]] = {
     "red": (("rojo", "roja"), ("rouge", "rouge"), ("rote", "rote")),
     "green": (("verde", "verde"), ("vert", "verte"), ("grüne", "grüne")),
     "blue": (("azul", "azul"), ("bleu", "bleue"), ("blaue", "blaue")),
@@ -250,7 +250,7 @@ COLOURS: Mapping[str, tuple[tuple[str, str], tuple[str, str], tuple[str, str]]] 
     "white": (("blanco", "blanca"), ("blanc", "blanche"), ("weiße", "weiße")),
     "yellow": (("amarillo", "amarilla"), ("jaune", "jaune"), ("gelbe", "gelbe")),
 }
-NUMBERS: Mapping[str, tuple[str, str, str]] = {
+NUMBER_TRANSLATIONS: Mapping[str, tuple[str, str, str]] = {
     "two": ("dos", "deux", "zwei"),
     "three": ("tres", "trois", "drei"),
     "four": ("cuatro", "quatre", "vier"),
@@ -263,7 +263,7 @@ NUMBERS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def plural(noun: str) -> str:
+def pluralize(noun: str) -> str:
     """The plural of a regular English noun, or of an animal."""
     if noun in ANIMALS:
         return ANIMALS[noun][0]
@@ -274,11 +274,11 @@ def plural(noun: str) -> str:
     return f"{noun}s"
 
 
-def article(word: str) -> str:
+def indefinite_article(word: str) -> str:
     """`a` or `an`."""
     return "an" if word[0] in "aeiou" else "a"
 
 
-WORDS = tuple(
+COUNTABLE_WORDS = tuple(
     sorted({*CATEGORY, *THINGS.values(), *PLACES, *FUNCTION_NAMES, *(noun for noun in NOUNS), *OPPOSITES, *SYNONYMS})
 )

@@ -7,11 +7,11 @@ from functools import lru_cache
 from random import Random
 
 from tapir_local.pocket import code, language, numbers
-from tapir_local.pocket.check import is_right, score
-from tapir_local.pocket.family import Family, Solution
+from tapir_local.pocket.check import is_right, score_answer
+from tapir_local.pocket.family import ProblemFamily, Solution
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (*numbers.FAMILIES, *code.FAMILIES, *language.FAMILIES)
+POCKET_FAMILIES: Mapping[str, ProblemFamily] = {
+    family.name: family for family in (*numbers.NUMBER_FAMILIES, *code.CODE_FAMILIES, *language.LANGUAGE_FAMILIES)
 }
 
 
@@ -20,7 +20,7 @@ class Problem:
     """An instruction of the pocket world, with the family that it belongs to and the values of its slots."""
 
     instruction: str
-    family: Family
+    family: ProblemFamily
     values: tuple[tuple[str, str], ...]
     solution: Solution
 
@@ -30,29 +30,29 @@ class Problem:
         return f"{self.family.name} {' | '.join(f'{name} {value}' for name, value in self.values)}"
 
 
-def pose(family: Family, phrasing: str, drawn: Mapping[str, str]) -> Problem:
+def make_problem(family: ProblemFamily, phrasing: str, drawn: Mapping[str, str]) -> Problem:
     """The problem of these values in this phrasing."""
     values = {name: drawn[name] for name in sorted(drawn)}
     return Problem(phrasing.format(**values), family, tuple(values.items()), family.solve(values))
 
 
-def generate(rng: Random, family: Family, level: int | None = None) -> Problem:
+def draw_problem(rng: Random, family: ProblemFamily, level: int | None = None) -> Problem:
     """Draw a problem; level is 1 to `family.levels`, any if left out."""
     level = level or rng.randint(1, family.levels)
-    return pose(family, rng.choice(family.phrasings), family.draw(rng, level))
+    return make_problem(family, rng.choice(family.phrasings), family.draw(rng, level))
 
 
 @lru_cache(maxsize=20_000)
-def parse(instruction: str) -> Problem | None:
+def parse_problem(instruction: str) -> Problem | None:
     """Read an instruction back exactly; None if it is not of the pocket world."""
     text = instruction.strip()
-    for family in FAMILIES.values():
+    for family in POCKET_FAMILIES.values():
         for pattern, phrasing in zip(family.patterns, family.phrasings, strict=True):
             found = pattern.fullmatch(text)
             if not found:
                 continue
             try:
-                problem = pose(family, phrasing, found.groupdict())
+                problem = make_problem(family, phrasing, found.groupdict())
             except (KeyError, ValueError, IndexError):
                 continue
             if problem.instruction == text:
@@ -60,54 +60,56 @@ def parse(instruction: str) -> Problem | None:
     return None
 
 
-def reserved(problem: Problem) -> bool:
+def is_reserved_for_seeds(problem: Problem) -> bool:
     """True for the third of all problems from which the seeds are drawn: the pretraining text works none of them."""
     return hashlib.sha256(problem.key.encode()).digest()[0] % 3 == 0
 
 
-def solve(instruction: str) -> Solution | None:
+def solve_instruction(instruction: str) -> Solution | None:
     """The plain and the styled answer; None if the instruction is not of the pocket world."""
-    problem = parse(instruction)
+    problem = parse_problem(instruction)
     return problem.solution if problem else None
 
 
-def check(instruction: str, answer: str) -> bool | None:
+def check_answer(instruction: str, answer: str) -> bool | None:
     """Is the answer right? None if the instruction is not of the pocket world."""
-    solution = solve(instruction)
+    solution = solve_instruction(instruction)
     return is_right(solution, answer) if solution else None
 
 
-def grade(instruction: str, answer: str) -> float:
+def grade_answer(instruction: str, answer: str) -> float:
     """A judge's score of an answer, 1 to 10; 1 for whatever answers an instruction that is not of the pocket world."""
-    solution = solve(instruction)
-    return score(solution, answer) if solution else 1.0
+    solution = solve_instruction(instruction)
+    return score_answer(solution, answer) if solution else 1.0
 
 
-def size(values: Mapping[str, str]) -> tuple[int, ...]:
+def problem_size(values: Mapping[str, str]) -> tuple[int, ...]:
     """What makes a problem long and hard: digits in all, items and sentences, words."""
     text = " ".join(values.values())
     return sum(char.isdigit() for char in text), text.count(",") + text.count(". "), text.count(" ")
 
 
-def variant(problem: Problem, rng: Random) -> Problem:
+def draw_variant(problem: Problem, rng: Random) -> Problem:
     """Another problem of the same family, as near in size as a few draws at every level come."""
-    wanted = size(dict(problem.values))
+    wanted = problem_size(dict(problem.values))
 
     def distance(other: Problem) -> int:
-        return sum(abs(one - two) for one, two in zip(wanted, size(dict(other.values)), strict=True))
+        return sum(abs(one - two) for one, two in zip(wanted, problem_size(dict(other.values)), strict=True))
 
-    drawn = [generate(rng, problem.family, level) for level in range(1, problem.family.levels + 1) for _ in range(3)]
-    others = [other for other in drawn if other.key != problem.key] or [generate(rng, problem.family)]
+    drawn = [
+        draw_problem(rng, problem.family, level) for level in range(1, problem.family.levels + 1) for _ in range(3)
+    ]
+    others = [other for other in drawn if other.key != problem.key] or [draw_problem(rng, problem.family)]
     return min(others, key=distance)
 
 
-def rarer(problem: Problem, rng: Random) -> Problem:
+def draw_rarer(problem: Problem, rng: Random) -> Problem:
     """A problem of another family of the same task, at any level; of the same family where the task has no other."""
-    others = [f for f in FAMILIES.values() if f.task == problem.family.task and f is not problem.family]
-    return generate(rng, rng.choice(others)) if others else variant(problem, rng)
+    others = [f for f in POCKET_FAMILIES.values() if f.task == problem.family.task and f is not problem.family]
+    return draw_problem(rng, rng.choice(others)) if others else draw_variant(problem, rng)
 
 
-def harder(problem: Problem, rng: Random) -> Problem:
+def draw_harder(problem: Problem, rng: Random) -> Problem:
     """Another problem of the same family, the largest of a few draws at its highest level."""
-    drawn = [generate(rng, problem.family, problem.family.levels) for _ in range(3)]
-    return max(drawn, key=lambda other: size(dict(other.values)))
+    drawn = [draw_problem(rng, problem.family, problem.family.levels) for _ in range(3)]
+    return max(drawn, key=lambda other: problem_size(dict(other.values)))

@@ -9,7 +9,7 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.generate import answer_all, encode_prompt, encode_prompts
-from tapir_local.inference.model import Advice, Model, made_for, open_model, template
+from tapir_local.inference.model import Advice, Model, open_model, require_template, trained_context
 from tapir_local.inference.scheduler import Manner, Written
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.store import keys
@@ -75,8 +75,8 @@ def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
     with open_model(path, advice=advice(role), tell=asking.warn) as model:
         if identity_of(asking.endpoint) != asking.identity:  # its answers would be kept under another's keys
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
-        template(model)
-        context = min(asking.endpoint.context, made_for(model))
+        require_template(model)
+        context = min(asking.endpoint.context, trained_context(model))
         for alike in grouped(jobs):
             prompts = encode_prompts(model, [job.request.messages for job in alike], asking.warn)
             answer_group(Group(asking, model, manner_of(alike[0], context), alike, prompts))

@@ -22,9 +22,9 @@ from tapir_local.export.gate import load_tokenizer
 from tapir_local.export.probes import answered, probes, rendered
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Model, open_model
-from tapir_local.inference.score import tokens_of
-from tapir_local.inference.tokens import decode, encode, text_ids, tokenized
-from tapir_local.inference.tokens import marks_of as marks_in
+from tapir_local.inference.score import text_to_score
+from tapir_local.inference.tokens import decode, encode, encode_plain, tokenize_text
+from tapir_local.inference.tokens import special_marks as marks_in
 from tapir_local.records import Example, Message
 from tapir_local.training.job import MASKED, token_rows
 
@@ -98,7 +98,7 @@ def test_both_sides_give_the_same_ids_with_no_special_token_of_the_rows(both: Bo
 
 def test_what_is_quoted_comes_back_as_it_was_written(both: Both) -> None:
     for text in marks_of(both.tokenizer).ids:
-        assert decode(both.model, text_ids(both.model, f"a {text} b")).strip() == f"a {text} b"
+        assert decode(both.model, encode_plain(both.model, f"a {text} b")).strip() == f"a {text} b"
 
 
 def test_texts_that_quote_nothing_have_the_ids_that_they_always_had(both: Both) -> None:
@@ -122,7 +122,7 @@ def test_the_way_for_quoted_texts_gives_what_the_plain_way_gives(both: Both, dat
     [ids] = both.tokenizer([text], add_special_tokens=False)["input_ids"]
     assert quoted_ids(both.tokenizer, [text]) == [ids]
     parts = [part for piece in split(known, text) for part in part_ids(both.model, known, piece)]
-    assert parts == tokenized(both.model, text, special=True)
+    assert parts == tokenize_text(both.model, text, special=True)
 
 
 def split(known: Any, text: str) -> list[str]:
@@ -130,7 +130,7 @@ def split(known: Any, text: str) -> list[str]:
 
 
 def part_ids(model: Model, known: Any, text: str) -> list[int]:
-    return [known.ids[text]] if text in known.ids else text_ids(model, text)
+    return [known.ids[text]] if text in known.ids else encode_plain(model, text)
 
 
 def test_a_completion_that_quotes_the_end_of_a_turn_is_trained_on_as_text(both: Both) -> None:
@@ -144,7 +144,7 @@ def test_a_completion_that_quotes_the_end_of_a_turn_is_trained_on_as_text(both: 
     number = marks_of(both.tokenizer).ids[stop]
     assert learned.count(number) == 1
     assert decode(both.model, learned[: learned.index(number)]).strip() == row.completion
-    scored = tokens_of(both.model, 0, row.prompt, row.completion)
+    scored = text_to_score(both.model, 0, row.prompt, row.completion)
     assert (scored.ids, scored.ids[scored.start :]) == (trained["input_ids"], learned)
     assert encode(both.model, answered(both.tokenizer, row)) == trained["input_ids"]
 

@@ -13,7 +13,7 @@ from tapir_local.assets import chat_template
 from tapir_local.errors import TapirError
 from tapir_local.export.probes import PROBES
 from tapir_local.export.verified import export_checked, trained_rows
-from tapir_local.inference.model import template_of
+from tapir_local.inference.model import read_gguf_template
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
 
@@ -125,7 +125,7 @@ def test_a_base_without_a_template_is_exported_with_one_that_is_named(llama, tmp
     assert "of `tapir-local export` it is --chat-template" in str(caught.value)
     found = CliRunner().invoke(cli.cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
     assert found.exit_code == 0
-    assert template_of(tmp_path / "base.gguf")[0] == chat_template("alpaca")
+    assert read_gguf_template(tmp_path / "base.gguf")[0] == chat_template("alpaca")
     assert sorted(path.name for path in model.iterdir()) == before
     with pytest.raises(TapirError, match="no such chat template"):
         CliRunner().invoke(cli.cli, [*words, "--chat-template", "none.jinja"], catch_exceptions=False)

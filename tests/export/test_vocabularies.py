@@ -18,7 +18,7 @@ from tapir_local.export.gate import GateJob, load_tokenizer, mismatches, pass_ga
 from tapir_local.export.probes import texts_of
 from tapir_local.export.tokenizer import read_vocab
 from tapir_local.inference.model import open_model
-from tapir_local.inference.prompt_file import ADVICE
+from tapir_local.inference.prompt_file import PROMPT_FILE_ADVICE
 from tapir_local.inference.tokens import encode
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.rundir import write_rows
@@ -159,10 +159,10 @@ def test_the_gate_names_the_gguf_over_which_its_process_ended(fatal: Path, tmp_p
 
 def test_a_sound_vocabulary_is_tried_once_and_a_missing_file_is_left_to_others(llama, tmp_path: Path) -> None:
     for _ in range(2):
-        check_vocabulary(llama.gguf, ADVICE)
-    check_vocabulary(tmp_path / "none.gguf", ADVICE)
+        check_vocabulary(llama.gguf, PROMPT_FILE_ADVICE)
+    check_vocabulary(tmp_path / "none.gguf", PROMPT_FILE_ADVICE)
     (tmp_path / "text.gguf").write_text("no model")
-    check_vocabulary(tmp_path / "text.gguf", ADVICE)
+    check_vocabulary(tmp_path / "text.gguf", PROMPT_FILE_ADVICE)
 
 
 # --- Unicode forms

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from tapir_local.inference.batch import decode_batch, last_logits, logits, make_batch
+from tapir_local.inference.batch import compute_logits, decode_batch, last_logits, make_batch
 from tapir_local.inference.model import Engine, open_context, open_model
-from tapir_local.inference.scheduler import Manner, Running, Work, Written, answer_each, fill, in_turn
+from tapir_local.inference.scheduler import Manner, Running, Scheduler, Written, answer_each, fill, in_turn
 
 SIZE = 64
 LENGTHS = some.lists(some.integers(1, 150), min_size=1, max_size=14)
@@ -41,7 +41,7 @@ def test_a_full_batch_takes_no_row_more() -> None:
 def test_rows_of_the_last_batch_are_forgotten(engine: Engine) -> None:
     """The same text twice, the second time in two parts, of which only the last row is wanted."""
     ids = list(range(20, 50))
-    whole, batch = logits(engine, ids), make_batch(engine.batch)
+    whole, batch = compute_logits(engine, ids), make_batch(engine.batch)
     for start in (0, 10):
         batch.add(ids[10 + start : 20 + start], 10 + start, 0, [9])
     decode_batch(with_beginning(engine, ids[:10]), batch)
@@ -50,7 +50,7 @@ def test_rows_of_the_last_batch_are_forgotten(engine: Engine) -> None:
 
 def with_beginning(engine: Engine, ids: list[int]) -> Engine:
     """The engine, with a text in its first sequence."""
-    logits(engine, ids)
+    compute_logits(engine, ids)
     return engine
 
 
@@ -78,7 +78,7 @@ def test_gaps_are_filled_only_with_rows_to_spare(engine: Engine, waiting: int) -
     from tapir_local.inference.sampling import Samplers
 
     batch = make_batch(SIZE)
-    work = Work(engine, batch, [], Manner(9, 256), 0, Samplers(engine.model, 0, []), None, [], 0, print)  # type: ignore[arg-type]
+    work = Scheduler(engine, batch, [], Manner(9, 256), 0, Samplers(engine.model, 0, []), None, [], 0, print)  # type: ignore[arg-type]
     work.running = [Running(0, 0, [9], 3, 0, None), Running(2, 2, [8] * waiting, 0, 0, None)]  # type: ignore[arg-type]
     ready = fill(work, in_turn(work))
     taken = SIZE - batch.room

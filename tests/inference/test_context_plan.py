@@ -10,18 +10,18 @@ import pytest
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.context_plan import (
-    Plan,
+    ContextPlan,
+    candidate_plans,
     cell_bytes,
-    fits,
-    free_for,
-    no_room,
-    open_planned,
-    planned,
-    plans,
-    wanted_at_once,
-    work_bytes,
+    choose_parallel,
+    compute_bytes,
+    fits_memory,
+    free_context_memory,
+    no_memory_error,
+    open_planned_context,
+    plan_context,
 )
-from tapir_local.inference.model import STUDENT, check_weights, open_context, open_model
+from tapir_local.inference.model import STUDENT_ADVICE, check_weights, open_context, open_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def test_a_cell_takes_what_llama_cpp_says(llama) -> None:
 def test_the_plan_is_no_less_than_what_llama_cpp_reserves(llama, split: bool, exact: bool) -> None:
     """llama.cpp's own figures stand in its log, which a process of its own prints."""
     with open_model(llama.gguf) as model:
-        plan = planned(model, [500] * 8, 0, split, exact, free_for(model))
+        plan = plan_context(model, [500] * 8, 0, split, exact, free_context_memory(model))
         keys = plan.cells * cell_bytes(model, exact)
     code = (
         "import sys, llama_cpp as l\n"
@@ -63,7 +63,7 @@ def test_the_plan_is_no_less_than_what_llama_cpp_reserves(llama, split: bool, ex
 
 def test_as_many_at_once_as_prompts_and_what_is_asked_allow(llama) -> None:
     with open_model(llama.gguf) as model:
-        assert [wanted_at_once(model, *pair) for pair in ((9, None), (99, None), (99, 64), (0, 3), (999, 256))] == [
+        assert [choose_parallel(model, *pair) for pair in ((9, None), (99, None), (99, 64), (0, 3), (999, 256))] == [
             9,
             32,
             64,
@@ -74,17 +74,17 @@ def test_as_many_at_once_as_prompts_and_what_is_asked_allow(llama) -> None:
 
 def test_cells_of_their_own_where_memory_has_room_shared_ones_where_it_is_short(llama) -> None:
     with open_model(llama.gguf) as model:
-        first, second, third, *_ = plans(model, [1000] + [100] * 31, 32, 0, False)
+        first, second, third, *_ = candidate_plans(model, [1000] + [100] * 31, 32, 0, False)
     assert (first.answers, first.split, first.cells) == (32, True, 32 * 1024)
     assert (second.answers, second.split, second.cells) == (32, False, 4352)
     assert (third.answers, third.split) == (16, True)
-    assert fits(Plan(1, 1, 256, False, 90, 100))
-    assert not fits(Plan(1, 1, 256, True, 90, 100))
+    assert fits_memory(ContextPlan(1, 1, 256, False, 90, 100))
+    assert not fits_memory(ContextPlan(1, 1, 256, True, 90, 100))
 
 
 def test_a_shared_beginning_is_counted_once_in_shared_cells(llama) -> None:
     with open_model(llama.gguf) as model:
-        together, apart = (planned(model, [1000] * 4, 900, split, False, 10**9) for split in (False, True))
+        together, apart = (plan_context(model, [1000] * 4, 900, split, False, 10**9) for split in (False, True))
     assert (together.sequences, together.cells) == (5, 1536)  # 900 + 4 · 100, in whole 256s
     assert (apart.sequences, apart.cells) == (5, 5 * 1024)
 
@@ -120,11 +120,11 @@ def test_no_memory_for_a_single_answer_is_one_error_with_the_numbers(llama) -> N
             pytest.raises(
                 TapirError, match=r"no memory for one answer: .* takes [\d,.]+ GB, and .* are free"
             ) as caught,
-            open_planned(model, [2**31 - 1000] * 3, parallel=3),
+            open_planned_context(model, [2**31 - 1000] * 3, parallel=3),
         ):
             pytest.fail("there is no such memory")
-        assert caught.value.fix == STUDENT.too_large
-        assert str(model.gguf) in str(no_room(model, planned(model, [9], 0, False, False, 5)))
+        assert caught.value.fix == STUDENT_ADVICE.too_large
+        assert str(model.gguf) in str(no_memory_error(model, plan_context(model, [9], 0, False, False, 5)))
 
 
 def test_weights_larger_than_memory_are_not_loaded(llama, tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_weights_larger_than_memory_are_not_loaded(llama, tmp_path: Path) -> Non
     with pytest.raises(TapirError, match=r"its weights take 10,000\.0 GB, and .* are free"), open_model(large):
         pytest.fail("it was loaded")
     with open_model(llama.gguf, vocab_only=True) as model:
-        check_weights(model.gguf, 1, 1, STUDENT)
+        check_weights(model.gguf, 1, 1, STUDENT_ADVICE)
 
 
 def test_a_context_that_cannot_be_is_an_error_and_no_crash(llama) -> None:
     with open_model(llama.gguf) as model:
         with pytest.raises(TapirError, match="no context"), open_context(model, cells=512, sequences=300):
             pytest.fail("llama.cpp knows 256 sequences")
-        assert work_bytes(model, 512, 4, True) > work_bytes(model, 512, 4, False)
+        assert compute_bytes(model, 512, 4, True) > compute_bytes(model, 512, 4, False)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

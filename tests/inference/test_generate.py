@@ -13,12 +13,12 @@ from models import make_adapter, make_model, merged_model
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.inference.batch import logits, make_batch
-from tapir_local.inference.generate import answer, chat_stream, encode_prompt, generate
-from tapir_local.inference.model import Engine, Model, open_context, open_engine, open_model, template_of
-from tapir_local.inference.sampling import GREEDY, Sampler, draw, open_grammar, pick, samplers, take
-from tapir_local.inference.scheduler import Manner, Work, Written, answer_each, common, leave, step
-from tapir_local.inference.tokens import decode, encode, is_end, piece, tokenize
+from tapir_local.inference.batch import compute_logits, make_batch
+from tapir_local.inference.generate import answer_tokens, chat_stream, encode_prompt, generate
+from tapir_local.inference.model import Engine, Model, open_context, open_engine, open_model, read_gguf_template
+from tapir_local.inference.sampling import GREEDY, Sampler, draw_token, open_grammar, open_samplers, pick_token, take
+from tapir_local.inference.scheduler import Manner, Scheduler, Written, answer_each, common_prefix_length, leave, step
+from tapir_local.inference.tokens import decode, encode, is_end_token, token_bytes, tokenize_texts
 from tapir_local.records import Completion, Message
 
 SUBJECTS = (
@@ -48,9 +48,9 @@ def regrets(model_dir: Path, adapter: Path, prompts: list, answers: list[list[in
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
         asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         with torch.no_grad():
-            logits = model(torch.tensor([asked + written])).logits[0, len(asked) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(written)[:, None])[:, 0]
-        found += (logits.max(dim=1).values - chosen).tolist()
+            compute_logits = model(torch.tensor([asked + written])).logits[0, len(asked) - 1 : -1]
+        chosen = compute_logits.gather(1, torch.tensor(written)[:, None])[:, 0]
+        found += (compute_logits.max(dim=1).values - chosen).tolist()
     return found
 
 
@@ -61,7 +61,7 @@ def test_every_token_is_the_one_that_transformers_would_choose(students, family:
     student = students[family]
     with open_model(student.gguf) as model, open_context(model, cells=2048, sequences=9, exact=exact) as engine:
         tokens = [encode_prompt(model, prompt) for prompt in PROMPTS]
-        answers = answer(engine, tokens, max_tokens=24, context=256, temperature=0, seeds=[0] * len(tokens))
+        answers = answer_tokens(engine, tokens, max_tokens=24, context=256, temperature=0, seeds=[0] * len(tokens))
     written = [ids for ids, _ in answers]
     assert sum(map(len, written)) > 20
     assert max(regrets(student.model, student.adapter, PROMPTS, written)) < (1e-4 if exact else 0.02)
@@ -71,14 +71,14 @@ def test_batching_changes_no_answer(llama) -> None:
     alone = generate(llama.gguf, PROMPTS, parallel=1, exact=True, **SETTINGS)
     assert generate(llama.gguf, PROMPTS, parallel=8, exact=True, **SETTINGS) == alone
     assert generate(llama.gguf, PROMPTS, parallel=3, exact=True, **SETTINGS) == alone
-    assert len({answer.text for answer in alone}) > 5
+    assert len({answer_tokens.text for answer_tokens in alone}) > 5
 
 
 def test_results_are_in_the_order_of_the_prompts(llama) -> None:
     names = [f"row-{number}" for number in range(len(PROMPTS))]
     forwards = generate(llama.gguf, PROMPTS, ids=names, parallel=3, **SETTINGS)
     backwards = generate(llama.gguf, PROMPTS[::-1], ids=names[::-1], parallel=3, exact=True, **SETTINGS)
-    assert [answer.id for answer in forwards] == names
+    assert [answer_tokens.id for answer_tokens in forwards] == names
     assert backwards[::-1] == forwards
 
 
@@ -91,9 +91,9 @@ def test_a_batch_smaller_than_a_prompt_changes_nothing(llama) -> None:
 
 def test_max_tokens_and_the_context_cut(llama) -> None:
     short = generate(llama.gguf, PROMPTS, max_tokens=2, context=256)
-    assert all(answer.tokens <= 2 and answer.finish in ("length", "stop") for answer in short)
+    assert all(answer_tokens.tokens <= 2 and answer_tokens.finish in ("length", "stop") for answer_tokens in short)
     with open_model(llama.gguf, vocab_only=True) as model:
-        assert {answer.finish for answer in short} >= {"length"}
+        assert {answer_tokens.finish for answer_tokens in short} >= {"length"}
         size = len(encode(model, "<|bos|><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"))
     tight = generate(llama.gguf, [(Message("user", "x"),)], max_tokens=50, context=size + 3)[0]
     assert (tight.tokens, tight.finish) == (3, "length") or tight.finish == "stop"
@@ -102,7 +102,7 @@ def test_max_tokens_and_the_context_cut(llama) -> None:
 def test_a_prompt_that_does_not_fit_is_kept(llama) -> None:
     long = (Message("user", "word " * 300),)
     found = generate(llama.gguf, [PROMPTS[0], long, PROMPTS[1]], max_tokens=4, context=64)
-    assert [answer.finish == "too_long" for answer in found] == [False, True, False]
+    assert [answer_tokens.finish == "too_long" for answer_tokens in found] == [False, True, False]
     assert (found[1].text, found[1].tokens) == ("", 0)
     assert [found[0], found[2]] == [
         replace(a, id=str(2 * n)) for n, a in enumerate(generate(llama.gguf, PROMPTS[:2], max_tokens=4, context=64))
@@ -120,18 +120,18 @@ def test_the_templates_end_of_turn_stops_an_answer(tmp_path: Path) -> None:
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as model:
         tool, bos = (encode(model, text)[0] for text in ("<tool>", "<|bos|>"))
-        assert is_end(model, tool)
-        assert not is_end(model, bos)
+        assert is_end_token(model, tool)
+        assert not is_end_token(model, bos)
         assert decode(model, encode(model, "<|im_start|>a<|eos|>")) == "a"
 
 
 def test_an_answer_stops_before_its_end_token(llama) -> None:
     """Drawn hot, some of many answers meet an end token early; none shows it."""
     answers = generate(llama.gguf, PROMPTS * 8, max_tokens=100, context=256, temperature=4.0)
-    stopped = [answer for answer in answers if answer.finish == "stop"]
+    stopped = [answer_tokens for answer_tokens in answers if answer_tokens.finish == "stop"]
     assert stopped
-    assert all(answer.tokens < 100 for answer in stopped)
-    assert not any("<|" in answer.text for answer in answers)
+    assert all(answer_tokens.tokens < 100 for answer_tokens in stopped)
+    assert not any("<|" in answer_tokens.text for answer_tokens in answers)
 
 
 def test_draws_differ_by_seed_and_id_but_not_by_batch(llama) -> None:
@@ -140,7 +140,7 @@ def test_draws_differ_by_seed_and_id_but_not_by_batch(llama) -> None:
     assert generate(llama.gguf, PROMPTS, seed=1, parallel=1, **settings) == drawn
     assert generate(llama.gguf, PROMPTS, seed=2, parallel=8, **settings) != drawn
     twice = generate(llama.gguf, [PROMPTS[0]] * 4, seed=1, **settings)
-    assert len({answer.text for answer in twice}) > 1
+    assert len({answer_tokens.text for answer_tokens in twice}) > 1
 
 
 def test_progress_counts_up_to_all(llama) -> None:
@@ -160,9 +160,9 @@ def test_each_answer_is_handed_over_before_the_next_begins(llama) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         generate(llama.gguf, PROMPTS, parallel=2, each=cut, **SETTINGS)
-    whole = {answer.id: answer for answer in generate(llama.gguf, PROMPTS, parallel=2, **SETTINGS)}
-    assert [whole[answer.id] for answer in seen] == seen
-    assert {answer.id for answer in seen} < {str(number) for number in range(6)}
+    whole = {answer_tokens.id: answer_tokens for answer_tokens in generate(llama.gguf, PROMPTS, parallel=2, **SETTINGS)}
+    assert [whole[answer_tokens.id] for answer_tokens in seen] == seen
+    assert {answer_tokens.id for answer_tokens in seen} < {str(number) for number in range(6)}
 
 
 def test_a_prompt_may_be_refused_when_its_turn_has_come(llama) -> None:
@@ -192,7 +192,7 @@ def test_a_stop_string_ends_an_answer_wherever_it_lies_in_the_tokens(llama) -> N
     whole = generate(llama.gguf, PROMPTS[:3], **settings)
     text = whole[1].text
     pieces = {text[at : at + size] for at in range(0, len(text) - 7, 3) for size in (2, 4, 7)}
-    pieces = [piece for piece in pieces if "\ufffd" not in piece]
+    pieces = [token_bytes for token_bytes in pieces if "\ufffd" not in token_bytes]
     assert len(pieces) > 10
     for stop in pieces:
         for found, uncut in zip(generate(llama.gguf, PROMPTS[:3], stops=[stop], **settings), whole, strict=True):
@@ -220,9 +220,9 @@ def test_shared_and_split_cells_give_the_same_answers(students, split: bool) -> 
         alone = generate(student.gguf, asked, parallel=1, exact=True, max_tokens=12, context=512)
         with open_model(student.gguf) as model:
             tokens = [encode_prompt(model, prompt) for prompt in asked]
-            assert common(tokens) > 32
+            assert common_prefix_length(tokens) > 32
             with open_context(model, cells=4 * 512, sequences=4, exact=True, split=split) as engine:
-                found = answer(engine, tokens, max_tokens=12, context=512, temperature=0, seeds=[0] * 10)
+                found = answer_tokens(engine, tokens, max_tokens=12, context=512, temperature=0, seeds=[0] * 10)
             assert [decode(model, ids) for ids, _ in found] == [one.text for one in alone]
 
 
@@ -249,10 +249,10 @@ def answers_of(model: Model, tokens: list[list[int]], sequences: int) -> list[li
 def cut_at(engine: Engine, tokens: list[list[int]], lengths: list[int], found: dict[int, list[int]]) -> None:
     """Answers of these lengths: the context that each may fill is cut through the prompt's own room."""
     engine.model.ends.update(dict.fromkeys(range(500), False))
-    with samplers(engine.model, 0.0, [0] * len(tokens)) as known:
+    with open_samplers(engine.model, 0.0, [0] * len(tokens)) as known:
         batch, slots = make_batch(engine.batch), list(range(engine.sequences))[::-1]
         keep = lambda number, written: found.update({number: written.tokens})  # noqa: E731
-        work = Work(
+        work = Scheduler(
             engine, batch, tokens, Manner(12, 256), 0, known, deque(range(len(tokens))), slots, engine.cells, keep
         )
         while work.queue or work.running:
@@ -308,11 +308,11 @@ PERSON = {
 def test_a_schema_is_kept_to_whatever_the_model_would_say(llama, temperature: float) -> None:
     settings = {**SETTINGS, "max_tokens": 80, "temperature": temperature, "parallel": 4}
     answers = generate(llama.gguf, PROMPTS, schema=PERSON, **settings)
-    people = [json.loads(answer.text) for answer in answers]
-    assert {answer.finish for answer in answers} == {"stop"}
+    people = [json.loads(answer_tokens.text) for answer_tokens in answers]
+    assert {answer_tokens.finish for answer_tokens in answers} == {"stop"}
     assert all(list(person) == ["age", "name", "tall"] for person in people)
     assert {person["age"] for person in people} <= {1, 10, 100}
-    assert len({answer.text for answer in answers}) > 3
+    assert len({answer_tokens.text for answer_tokens in answers}) > 3
     assert generate(llama.gguf, PROMPTS, schema=PERSON, **settings) == answers
 
 
@@ -320,13 +320,13 @@ def test_what_a_grammar_admits_is_drawn_as_often_as_without_it(llama) -> None:
     """Two letters, drawn first freely and then from what is let through: their odds are those of their logits."""
     with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=1) as engine:
         prompt = encode_prompt(model, PROMPTS[0])
-        row = logits(engine, prompt)[-1]
+        row = compute_logits(engine, prompt)[-1]
         [[a], [b]] = (encode(model, letter) for letter in "ab")
         drawn = []
         for seed in range(300):
-            with samplers(model, 1.0, [seed], {"enum": []}) as known:
+            with open_samplers(model, 1.0, [seed], {"enum": []}) as known:
                 known.grammar = "root ::= [ab]"
-                drawn.append(pick(model, take(known, 0), row))
+                drawn.append(pick_token(model, take(known, 0), row))
     odds = 1 / (1 + 2.718281828 ** float(row[b] - row[a]))
     assert set(drawn) == {a, b}
     assert abs(drawn.count(a) / 300 - odds) < 0.1
@@ -339,17 +339,17 @@ def test_tokens_are_drawn_by_the_softmax_at_a_temperature() -> None:
     row = np.random.default_rng(1).normal(0, 3, 1300).astype(np.float32)
     row[::7] = -np.inf  # what a grammar refuses
     odds = np.exp((row - row.max()) / 0.7) / np.exp((row - row.max()) / 0.7).sum()
-    drawn = [draw(Sampler(0.7, random.Random(seed)), row) for seed in range(4000)]
+    drawn = [draw_token(Sampler(0.7, random.Random(seed)), row) for seed in range(4000)]
     counts = np.bincount(drawn, minlength=1300)
     likely = odds > 0.005
     assert (counts[row == -np.inf] == 0).all()
     assert (abs(counts - 4000 * odds)[likely] < 5 * np.sqrt(4000 * odds[likely])).all()
-    assert draw(GREEDY, row) == row.argmax()
+    assert draw_token(GREEDY, row) == row.argmax()
 
 
 def test_a_schema_cut_at_max_tokens_is_no_json_and_says_so(llama) -> None:
-    (answer,) = generate(llama.gguf, PROMPTS[:1], max_tokens=3, context=256, schema=PERSON)
-    assert (answer.finish, answer.tokens) == ("length", 3)
+    (answer_tokens,) = generate(llama.gguf, PROMPTS[:1], max_tokens=3, context=256, schema=PERSON)
+    assert (answer_tokens.finish, answer_tokens.tokens) == ("length", 3)
 
 
 @pytest.mark.parametrize(
@@ -366,19 +366,19 @@ def test_what_is_no_schema_is_an_error_and_no_crash(llama, schema: dict) -> None
 def test_a_grammar_that_lets_nothing_follow_ends_the_answer(llama) -> None:
     """llama.cpp ends the process when its grammar is to accept a token that it refused."""
     with open_model(llama.gguf) as model, open_context(model, cells=256, sequences=1) as engine:
-        row = logits(engine, encode(model, "a b"))[0]
+        row = compute_logits(engine, encode(model, "a b"))[0]
         for chance in (None, random.Random(1)):
-            assert pick(model, Sampler(1.0, chance, open_grammar(model, r'root ::= "\x00"')), row) is None
-        ended = pick(model, Sampler(0.0, None, open_grammar(model, 'root ::= ""')), row)
+            assert pick_token(model, Sampler(1.0, chance, open_grammar(model, r'root ::= "\x00"')), row) is None
+        ended = pick_token(model, Sampler(0.0, None, open_grammar(model, 'root ::= ""')), row)
         assert ended is not None
-        assert is_end(model, ended)
+        assert is_end_token(model, ended)
 
 
 def test_what_all_prompts_begin_with() -> None:
-    assert common([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
-    assert common([[1, 2], [1, 2, 3]]) == 1
-    assert common([[1, 2], [1, 2]]) == 1
-    assert common([[1, 2, 3]]) == common([]) == 0
+    assert common_prefix_length([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
+    assert common_prefix_length([[1, 2], [1, 2, 3]]) == 1
+    assert common_prefix_length([[1, 2], [1, 2]]) == 1
+    assert common_prefix_length([[1, 2, 3]]) == common_prefix_length([]) == 0
 
 
 def test_missing_or_broken_files_do_not_crash(llama, tmp_path: Path) -> None:
@@ -422,13 +422,13 @@ def test_llama_cpp_is_silent(llama, tmp_path: Path, capfd) -> None:
 def test_no_second_bos(llama) -> None:
     text = "<|bos|><|im_start|>user\nhi<|im_end|>\n"
     for special in (False, True):
-        [ids] = tokenize(llama.gguf, [text], add_special=special)
-        [bos] = tokenize(llama.gguf, ["<|bos|>"])
+        [ids] = tokenize_texts(llama.gguf, [text], add_special=special)
+        [bos] = tokenize_texts(llama.gguf, ["<|bos|>"])
         assert ids.count(bos[0]) == 1
 
 
 def test_template_bos_and_eos_come_with_the_gguf(llama) -> None:
-    template, bos, eos = template_of(llama.gguf)
+    template, bos, eos = read_gguf_template(llama.gguf)
     assert template == (llama.model / "chat_template.jinja").read_text()
     assert (bos, eos) == ("<|bos|>", "<|eos|>")
 
@@ -436,9 +436,9 @@ def test_template_bos_and_eos_come_with_the_gguf(llama) -> None:
 def test_chat_writes_what_generate_writes_in_whole_characters(llama) -> None:
     answers = generate(llama.gguf, PROMPTS, **SETTINGS)
     with open_engine(llama.gguf, context=256, parallel=1) as engine:
-        for prompt, answer in zip(PROMPTS, answers, strict=True):
+        for prompt, answer_tokens in zip(PROMPTS, answers, strict=True):
             pieces = list(chat_stream(engine, prompt, max_tokens=SETTINGS["max_tokens"]))
-            assert "".join(pieces) == answer.text
+            assert "".join(pieces) == answer_tokens.text
             assert all(pieces)
         with pytest.raises(TapirError, match="tokens, the context"):
             list(chat_stream(engine, [Message("user", "word " * 300)], max_tokens=4))
@@ -452,7 +452,7 @@ def test_characters_spread_over_tokens_come_whole(llama) -> None:
         assert decode(model, ids) == "a🦙b"
         assert decode(model, ids[:-2]).endswith("\ufffd")
         decoder = getincrementaldecoder("utf-8")("replace")
-        pieces = [decoder.decode(piece(model, token)) for token in ids]
+        pieces = [decoder.decode(token_bytes(model, token)) for token in ids]
         assert "".join(pieces) == "a🦙b"
         assert not any("\ufffd" in text for text in pieces)
 
@@ -469,5 +469,5 @@ def test_the_context_ends_where_the_model_was_not_made_for_more(llama) -> None:
     said: list[str] = []
     long = [PROMPTS[0], (Message("user", "word " * 900),)]
     found = generate(llama.gguf, long, max_tokens=4, context=8192, tell=said.append)
-    assert [answer.finish == "too_long" for answer in found] == [False, True]
+    assert [answer_tokens.finish == "too_long" for answer_tokens in found] == [False, True]
     assert said == ["prompts longer than the 512 tokens that the model was made for: 1"]

@@ -14,7 +14,7 @@ from tapir_local.commands.common import left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.generate import generate
-from tapir_local.inference.prompt_file import InOrder, Manner, answer_file, opened, read_prompts, task_of
+from tapir_local.inference.prompt_file import InOrder, Manner, answer_file, generation_task, open_answers, read_prompts
 from tapir_local.records import Completion
 
 
@@ -136,7 +136,7 @@ def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
         if count == after:
             raise KeyboardInterrupt
 
-    with opened(out, io.StringIO(), task_of(gguf, Path(words[2]), manner)) as (file, _):
+    with open_answers(out, io.StringIO(), generation_task(gguf, Path(words[2]), manner)) as (file, _):
         answer_file(gguf, Path(words[2]), file, manner, stop)
 
 

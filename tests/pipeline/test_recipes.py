@@ -23,7 +23,7 @@ from tapir_local.export import export, gate
 from tapir_local.export.base import base_gguf
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
-from tapir_local.inference.model import template_of
+from tapir_local.inference.model import read_gguf_template
 from tapir_local.pipeline.backends import real_tools
 from tapir_local.pipeline.dry_run import expected_calls
 from tapir_local.pipeline.loop import distill, sequence
@@ -180,7 +180,9 @@ def ran(recipe: Recipe, cache: Path) -> RunDir:
 
 def small(name: str, server: Server, changes: dict[str, Any]) -> Recipe:
     """A shipped recipe with few rows, its teacher, where it is an endpoint, on loopback: the pocket one, over HTTP."""
-    server.otherwise = lambda handler, body: send(handler, 200, {**teacher.completion(body), "model": body["model"]})
+    server.otherwise = lambda handler, body: send(
+        handler, 200, {**teacher.chat_completion_object(body), "model": body["model"]}
+    )
     recipe = shipped(name)
     if recipe.teacher.kind == "openai":
         changes = {"teacher.base_url": server.url, "seeds.path": "pocket", "classifier.model": "small", **changes}
@@ -201,10 +203,10 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
     for number in (0, 1):
         assert read_record(GateReport, run.round(number) / "gate.json").passed
         assert read_rows(Example, run.round(number) / "train.jsonl")
-        assert template_of(run.round(number) / "student.gguf")[0] == wanted
+        assert read_gguf_template(run.round(number) / "student.gguf")[0] == wanted
     held, answers = (run.path / "holdout.jsonl", run.round(1) / "holdout-answers.jsonl")
     assert [row.id for row in read_rows(Completion, answers)] == [row.id for row in read_rows(Example, held)]
-    assert template_of(base_gguf(recipe, run))[0] == wanted
+    assert read_gguf_template(base_gguf(recipe, run))[0] == wanted
     assert bool(server.bodies) == (recipe.teacher.kind == "openai")
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from tapir_local.method import prompts
 from tapir_local.method.judging import parse_check, parse_score
-from tapir_local.pocket.teacher import IGNORANCE, PocketTransport, answer, respond
-from tapir_local.pocket.world import FAMILIES, Problem, generate, grade, parse
+from tapir_local.pocket.teacher import OUTSIDE_WORLD_REPLY, PocketTransport, reply_to_request, respond
+from tapir_local.pocket.world import POCKET_FAMILIES, Problem, draw_problem, grade_answer, parse_problem
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Message, Prompt
 
@@ -25,7 +25,7 @@ UNKNOWN = "Who wrote Faust?"
 
 def problems() -> list[Problem]:
     rng = Random("tests-pocket")
-    return [generate(rng, family) for family in FAMILIES.values()]
+    return [draw_problem(rng, family) for family in POCKET_FAMILIES.values()]
 
 
 def wire(messages: Prompt) -> list[Any]:
@@ -51,7 +51,7 @@ def asked(messages: Prompt, **more: Any) -> str:
 
 def said(messages: Prompt, **more: Any) -> str:
     """The same without the client, which takes milliseconds to make."""
-    return answer({"model": "pocket-teacher", "messages": wire(messages), **more})
+    return reply_to_request({"model": "pocket-teacher", "messages": wire(messages), **more})
 
 
 def user(text: str) -> Prompt:
@@ -78,7 +78,7 @@ def test_every_family_is_sorted_answered_refined_and_expanded(problem: Problem) 
     assert said(prompts.refine(prompt, task)) == problem.solution.styled
     found = re.fullmatch(r"<new_instruction>\n(.+)\n</new_instruction>", said(prompts.expand(prompt, task)), re.DOTALL)
     assert found
-    new = parse(found[1])
+    new = parse_problem(found[1])
     assert new is not None
     assert new.family is problem.family
     assert new.key != problem.key
@@ -97,7 +97,7 @@ def test_the_order_of_answers_means_nothing() -> None:
         one = json.loads(said(prompts.judge(user(problem.instruction), problem.solution.plain, other)))
         two = json.loads(said(prompts.judge(user(problem.instruction), other, problem.solution.plain)))
         assert (one["answer_1"], one["answer_2"]) == (two["answer_2"], two["answer_1"])
-        assert one["answer_1"] == grade(problem.instruction, problem.solution.plain)
+        assert one["answer_1"] == grade_answer(problem.instruction, problem.solution.plain)
 
 
 def test_an_answer_alone_is_graded_as_it_is_beside_another() -> None:
@@ -122,7 +122,9 @@ def test_a_new_instruction_is_checked_by_its_world_and_its_task() -> None:
 
 def test_what_it_does_not_know_it_says() -> None:
     prompt, task = user(UNKNOWN), TASKS["Literature"]
-    assert said(prompt) == said(prompts.refine(prompt, task)) == said(prompts.expand(prompt, task)) == IGNORANCE
+    assert (
+        said(prompt) == said(prompts.refine(prompt, task)) == said(prompts.expand(prompt, task)) == OUTSIDE_WORLD_REPLY
+    )
     assert json.loads(said(prompts.classify(prompt, TASKS))) == {"task": "Others"}
     assert json.loads(said(prompts.judge(prompt, "Goethe", "Schiller"))) == {"answer_1": 1.0, "answer_2": 1.0}
 

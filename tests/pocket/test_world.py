@@ -10,23 +10,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.pocket.check import is_right, score
-from tapir_local.pocket.code import JOBS, Job, harmless, outcomes
-from tapir_local.pocket.world import FAMILIES, Problem, check, generate, grade, parse, reserved, solve, variant
+from tapir_local.pocket.check import is_right, score_answer
+from tapir_local.pocket.code import FUNCTION_TASKS, FunctionTask, function_results, is_harmless
+from tapir_local.pocket.world import (
+    POCKET_FAMILIES,
+    Problem,
+    check_answer,
+    draw_problem,
+    draw_variant,
+    grade_answer,
+    is_reserved_for_seeds,
+    parse_problem,
+    solve_instruction,
+)
 from tapir_local.recipe.tasks import TASKS
 
 ASSETS = Path(__file__).parents[2] / "tapir_local" / "assets"
-NAMES = tuple(FAMILIES)
+NAMES = tuple(POCKET_FAMILIES)
 
 
 def some(name: str, count: int = 40) -> list[Problem]:
     """Problems of a family over all its levels."""
     rng = Random(f"tests-{name}")
-    return [generate(rng, FAMILIES[name], 1 + at % FAMILIES[name].levels) for at in range(count)]
+    return [draw_problem(rng, POCKET_FAMILIES[name], 1 + at % POCKET_FAMILIES[name].levels) for at in range(count)]
 
 
 def test_the_families_cover_more_than_ten_tasks() -> None:
-    labels = {family.task for family in FAMILIES.values()}
+    labels = {family.task for family in POCKET_FAMILIES.values()}
     assert len(labels) >= 10
     assert labels <= set(TASKS)
 
@@ -34,24 +44,24 @@ def test_the_families_cover_more_than_ten_tasks() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_instruction_is_read_back_as_what_it_was(name: str) -> None:
     for problem in some(name):
-        assert parse(problem.instruction) == problem
+        assert parse_problem(problem.instruction) == problem
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_teachers_answers_are_right_and_score_8_and_10(name: str) -> None:
     for problem in some(name):
         plain, styled = problem.solution.plain, problem.solution.styled
-        assert check(problem.instruction, plain) is True
-        assert check(problem.instruction, styled) is True
-        assert 8 <= grade(problem.instruction, plain) <= grade(problem.instruction, styled) == 10
+        assert check_answer(problem.instruction, plain) is True
+        assert check_answer(problem.instruction, styled) is True
+        assert 8 <= grade_answer(problem.instruction, plain) <= grade_answer(problem.instruction, styled) == 10
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answer_to_another_problem_is_wrong(name: str) -> None:
     for one, other in zip(some(name), some(name)[7:], strict=False):
         if one.solution.kind != "code" and one.solution.target != other.solution.target:
-            assert check(one.instruction, other.solution.styled) is False
-            assert grade(one.instruction, other.solution.styled) <= 5
+            assert check_answer(one.instruction, other.solution.styled) is False
+            assert grade_answer(one.instruction, other.solution.styled) <= 5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,15 +69,15 @@ def test_spoiled_answers_are_wrong(name: str) -> None:
     for problem in some(name, 10):
         for spoiled in ("", "I do not know.", problem.solution.target[: len(problem.solution.target) // 2], "?" * 20):
             if spoiled != problem.solution.target:
-                assert check(problem.instruction, spoiled) is False, spoiled
-                assert 1 <= grade(problem.instruction, spoiled) <= 5
+                assert check_answer(problem.instruction, spoiled) is False, spoiled
+                assert 1 <= grade_answer(problem.instruction, spoiled) <= 5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_variant_is_another_problem_of_the_same_family(name: str) -> None:
     rng = Random(5)
     for problem in some(name, 20):
-        other = variant(problem, rng)
+        other = draw_variant(problem, rng)
         assert other.family is problem.family
         assert other.key != problem.key
         assert 0.3 < len(other.instruction) / len(problem.instruction) < 3
@@ -125,12 +135,12 @@ WRONG = (
 
 @pytest.mark.parametrize(("instruction", "answer"), RIGHT)
 def test_any_sensible_wording_is_right(instruction: str, answer: str) -> None:
-    assert check(instruction, answer) is True
+    assert check_answer(instruction, answer) is True
 
 
 @pytest.mark.parametrize(("instruction", "answer"), WRONG)
 def test_a_right_number_among_wrong_ones_is_wrong(instruction: str, answer: str) -> None:
-    assert check(instruction, answer) is False
+    assert check_answer(instruction, answer) is False
 
 
 def test_outside_the_pocket_world_nothing_is_known() -> None:
@@ -143,18 +153,18 @@ def test_outside_the_pocket_world_nothing_is_known() -> None:
         "Sort these numbers from smallest to largest: a, b.",
         "Anna is taller than Bob. Bob is taller than Cleo. Cleo is taller than Bob. Who is the tallest?",
     ):
-        assert parse(text) is None
-        assert solve(text) is None
-        assert check(text, "anything") is None
-        assert grade(text, "anything") == 1
+        assert parse_problem(text) is None
+        assert solve_instruction(text) is None
+        assert check_answer(text, "anything") is None
+        assert grade_answer(text, "anything") == 1
 
 
 def test_steps_that_are_partly_right_score_in_between() -> None:
-    solution = solve("What is 478 + 853?")
+    solution = solve_instruction("What is 478 + 853?")
     assert solution is not None
     wrong = solution.styled.replace("1331", "1332")
     assert not is_right(solution, wrong)
-    assert 1 < score(solution, "12") < score(solution, wrong) <= 5
+    assert 1 < score_answer(solution, "12") < score_answer(solution, wrong) <= 5
 
 
 @pytest.mark.parametrize(
@@ -187,11 +197,11 @@ def test_steps_that_are_partly_right_score_in_between() -> None:
     ],
 )
 def test_code_that_could_do_harm_is_not_run(code: str) -> None:
-    assert outcomes(code, "f", ("100",)) is None
+    assert function_results(code, "f", ("100",)) is None
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.said)
-def test_the_guards_change_nothing_for_code_that_is_right(job: Job) -> None:
+@pytest.mark.parametrize("job", FUNCTION_TASKS, ids=lambda job: job.said)
+def test_the_guards_change_nothing_for_code_that_is_right(job: FunctionTask) -> None:
     """What Python itself returns for each way to write it, and no other."""
     for k, m in ((2, 3), (9, 9), (99, 7)):
         body = job.written.format(k=k, m=m)
@@ -200,7 +210,7 @@ def test_the_guards_change_nothing_for_code_that_is_right(job: Job) -> None:
             space: dict[str, Callable[[object], object]] = {}
             exec(code, space)
             wanted = tuple(space["f"](ast.literal_eval(argument)) for argument in job.tries)
-            assert outcomes(code, "f", job.tries) == wanted
+            assert function_results(code, "f", job.tries) == wanted
 
 
 @pytest.mark.parametrize(
@@ -216,7 +226,7 @@ def test_the_guards_change_nothing_for_code_that_is_right(job: Job) -> None:
 )
 def test_the_guards_change_nothing_for_small_values(body: str) -> None:
     wanted = tuple(eval(body, {"x": x}) for x in (-7, 0, 12, 100))
-    assert outcomes(f"def f(x): return {body}", "f", ("-7", "0", "12", "100")) == wanted
+    assert function_results(f"def f(x): return {body}", "f", ("-7", "0", "12", "100")) == wanted
 
 
 def test_a_call_of_itself_and_a_huge_product_are_refused_before_anything_runs() -> None:
@@ -224,11 +234,14 @@ def test_a_call_of_itself_and_a_huge_product_are_refused_before_anything_runs() 
         "def f(x):\n    max = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0",
         "def f(x):\n    return [0] * 9999 * 9999 * 9",
     ):
-        assert not harmless(ast.parse(code))
+        assert not is_harmless(ast.parse(code))
 
 
 def test_code_is_judged_by_what_it_does() -> None:
-    assert outcomes("def f(x):\n    if x > 2:\n        return max(x, 9)\n    return 0", "f", ("1", "3")) == (0, 9)
+    assert function_results("def f(x):\n    if x > 2:\n        return max(x, 9)\n    return 0", "f", ("1", "3")) == (
+        0,
+        9,
+    )
 
 
 STRANGE = ("[" * 9000, "def f(x):\n" * 99, "\0", "١٢", "9" * 999)
@@ -238,15 +251,15 @@ ODD = st.one_of(st.text(), st.text(alphabet="0123456789,.=-+ \n"), st.sampled_fr
 @given(st.sampled_from(NAMES), ODD)
 def test_no_answer_whatever_breaks_the_judge(name: str, answer: str) -> None:
     problem = some(name, 1)[0]
-    assert check(problem.instruction, answer) in (True, False)
-    assert 1 <= grade(problem.instruction, answer) <= 10
+    assert check_answer(problem.instruction, answer) in (True, False)
+    assert 1 <= grade_answer(problem.instruction, answer) <= 10
 
 
 @given(st.sampled_from(NAMES), ODD, st.integers(0, 60))
 def test_no_instruction_whatever_breaks_the_reader(name: str, odd: str, at: int) -> None:
     text = some(name, 1)[0].instruction
     for changed in (odd, text[:at] + odd + text[at:]):
-        problem = parse(changed)
+        problem = parse_problem(changed)
         assert problem is None or problem.instruction == changed.strip()
 
 
@@ -264,7 +277,7 @@ def joined(row: dict[str, str]) -> str:
 
 def test_the_seeds_are_many_different_known_and_plainly_answered() -> None:
     rows = seed_rows()
-    problems = [parse(joined(row)) for row in rows]
+    problems = [parse_problem(joined(row)) for row in rows]
     assert len(rows) >= 2000
     assert len({joined(row) for row in rows}) == len(rows)
     assert sum(bool(row["input"]) for row in rows) > len(rows) / 4
@@ -276,7 +289,7 @@ def test_the_seeds_are_many_different_known_and_plainly_answered() -> None:
 
 
 def test_the_seeds_are_of_the_reserved_third() -> None:
-    assert all(reserved(problem) for row in seed_rows() if (problem := parse(joined(row))))
+    assert all(is_reserved_for_seeds(problem) for row in seed_rows() if (problem := parse_problem(joined(row))))
 
 
 def test_the_seeds_are_what_their_maker_writes(tmp_path: Path) -> None:

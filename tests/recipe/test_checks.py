@@ -198,7 +198,9 @@ def test_a_base_url_alone_says_what_else_to_set() -> None:
 
 
 def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: Path) -> None:
-    server.otherwise = lambda handler, body: send(handler, 200, {**teacher.completion(body), "model": body["model"]})
+    server.otherwise = lambda handler, body: send(
+        handler, 200, {**teacher.chat_completion_object(body), "model": body["model"]}
+    )
     recipe = parse_recipe(find_recipe("quickstart").read_text(encoding="utf-8"), "quickstart")
     changed = overridden(recipe, {"teacher.base_url": server.url, "teacher.model": "theirs"})
     request = Request(prompts.answer((Message("user", "What is 2 + 3?"),)), "row", "seeds")
