@@ -4,11 +4,12 @@
         [--threads 2] [--repeats 3] [--batched-bench PATH] [--xllamacpp PYTHON]
 
 Rivals: llama-cpp-python's high-level class in a loop; llama.cpp's own llama-batched-bench, which chooses no tokens
-(build it from llama-cpp-python's sdist with the same flags); xllamacpp's server in-process, with as many in flight, run
-by the interpreter of an environment that has it. All read prompts of random tokens of the same length and write answers
-of the same length, whatever ends a turn. They take turns, and medians are told, for the machine may have other work.
-`generation` counts only steps that read no prompt, as llama-batched-bench does, `all` prompts' and answers' tokens over
-all the time; loading is in neither. Without a GGUF a random Llama of 3M parameters is made.
+(build it from llama-cpp-python's sdist with the same flags); xllamacpp's server in-process, with as many answers in
+progress, run by the interpreter of an environment that has it. All read prompts of random tokens of the same length and
+write answers of the same length; end tokens are ignored. They take turns, and medians are printed, because the machine
+may have other work. `generation` counts only steps that read no prompt, as llama-batched-bench does; `all` is the
+tokens of prompts and answers over the whole time. Loading is in neither. Without a GGUF, a random Llama of 3M
+parameters is made.
 """
 
 import argparse
@@ -21,17 +22,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from tapir_local.inference import scheduler
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.context_plan import open_planned_context, pad_cells
 from tapir_local.inference.lib import library, thread_count
 from tapir_local.inference.model import Model, open_model
-from tapir_local.inference.scheduler import Manner, answer_each
+from tapir_local.inference.scheduler import Scheduler, Turn, answer_each, ignore_answer
 
 SERVER = """
 import json, sys, time
@@ -61,9 +63,9 @@ os._exit(0)
 
 @dataclass
 class Clock:
-    """Seconds of a run of ours: in steps that read no prompt (and the tokens of these), and in all.
+    """Seconds of a run of ours: `generating` in steps that read no prompt (`written` tokens), and in `total`.
 
-    `decoding` and `choosing` are of this thread's own time, as is `thread`, all of it: what else runs is not in them.
+    `decoding`, `choosing` and `thread` (the whole run) are this thread's own time: other processes do not count.
     """
 
     generating: float = 0.0
@@ -78,15 +80,15 @@ class Clock:
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second: written in steps that read no prompt (nan if not told), and read or written in all the time."""
+    """Tokens per second: written in steps that read no prompt (nan if unknown), and read or written in all."""
 
     generation: float
     all: float
-    python: float = float("nan")  # microseconds of our own code for a token written
+    python: float = float("nan")  # microseconds of our own code per token written
 
 
 def main() -> None:
-    """Let all take turns, and print a table."""
+    """Run all in turns, and print a table."""
     options = arguments()
     library()  # loaded before the clock starts, and before torch
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +100,7 @@ def main() -> None:
                 found[name].append(measure(gguf, options, Path(folder)))
                 if options.verbose:
                     print(f"  {name}: {found[name][-1]}", file=sys.stderr)
-    lengths = f"{options.prompt_tokens} tokens read, {options.max_tokens} written, {options.parallel} in flight"
+    lengths = f"{options.prompt_tokens} tokens read, {options.max_tokens} written, {options.parallel} in progress"
     print(f"{gguf.name}: {lengths}, {options.threads} threads")
     print(f"medians of {options.repeats}; {versions(options)}")
     print(table({name: median(rates) for name, rates in found.items()}))
@@ -110,13 +112,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--parallel", type=int, default=32)
-    parser.add_argument("--waves", type=int, default=2, help="prompts for every place in flight")
+    parser.add_argument("--waves", type=int, default=2, help="prompts per answer in progress")
     parser.add_argument("--loop-prompts", type=int, default=8, help="prompts for the loop; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=thread_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
-    parser.add_argument("--verbose", action="store_true", help="every measurement, as it is made")
+    parser.add_argument("--verbose", action="store_true", help="print every measurement as it is made")
     parser.add_argument("--gpu", action="store_true", help="all layers on the GPU, for the rivals too")
     return parser.parse_args()
 
@@ -134,7 +136,7 @@ def random_student(folder: Path) -> Path:
 
 
 def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argparse.Namespace, Path], Rates]]:
-    """Ours, and those that are asked for."""
+    """Ours, and the rivals that the options name."""
     found = {"tapir-local": ours}
     if options.loop_prompts:
         found["llama-cpp-python, a loop"] = loop
@@ -146,7 +148,7 @@ def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argp
 
 
 def random_prompts(width: int, count: int, length: int) -> list[list[int]]:
-    """Prompts that have no beginning in common."""
+    """Prompts of random tokens, without a common prefix."""
     chance = random.Random(0)
     return [[chance.randrange(width) for _ in range(length)] for _ in range(count)]
 
@@ -157,22 +159,14 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     with open_model(gguf) as model:
         prompts = prompts_for(model, options, options.parallel * options.waves)
         model.ends.update(dict.fromkeys(range(library().llama_vocab_n_tokens(model.vocab)), False))
-        with (
-            open_planned_context(
-                model, [length] * len(prompts), parallel=options.parallel, threads=options.threads
-            ) as (
-                engine,
-                _,
-            ),
-            timed() as clock,
-        ):
+        config = GenerationConfig(options.max_tokens, length, parallel=options.parallel, threads=options.threads)
+        with open_planned_context(model, [length] * len(prompts), config) as (engine, _), timed() as clock:
             written: list[int] = []
             warm = prompts[: options.parallel]
-            answer_each(engine, warm, lambda *_: None, Manner(2, length), [0] * len(warm))
+            answer_each(engine, warm, ignore_answer, replace(config, max_tokens=2), [0] * len(warm))
             clock.__init__()  # type: ignore[misc]
             started, own = time.perf_counter(), time.thread_time()
-            manner = Manner(options.max_tokens, length)
-            answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), manner, [0] * len(prompts))
+            answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), config, [0] * len(prompts))
             clock.total, clock.thread = time.perf_counter() - started, time.thread_time() - own
     assert written == [options.max_tokens] * len(prompts)
     python = (clock.thread - clock.decoding - clock.choosing) / sum(written) * 1e6
@@ -186,37 +180,39 @@ def prompts_for(model: Model, options: argparse.Namespace, count: int) -> list[l
 
 @contextmanager
 def timed() -> Iterator[Clock]:
-    """A clock on the steps of `answer_each` and on what they call."""
-    clock, kept = Clock(), {name: getattr(scheduler, name) for name in ("step", "in_turn", *PARTS)}
+    """A clock on the scheduler's steps and on the functions that they call."""
+    clock, kept = Clock(), {name: getattr(scheduler, name) for name in PARTS}
+    own_step, own_next_turns = Scheduler.step, Scheduler.next_turns
 
-    def step(work: Any) -> None:
+    def step(self: Scheduler) -> None:
         clock.reading, started = False, time.perf_counter()
-        kept["step"](work)
+        own_step(self)
         if not clock.reading:
             clock.generating += time.perf_counter() - started
             clock.written += clock.rows
 
-    def in_turn(work: Any) -> Any:
-        turns = kept["in_turn"](work)
+    def next_turns(self: Scheduler) -> list[Turn]:
+        turns = own_next_turns(self)
         clock.reading, clock.rows = any(not run.written for run, _ in turns), len(turns)
         return turns
 
     try:
-        scheduler.step, scheduler.in_turn = step, in_turn
+        Scheduler.step, Scheduler.next_turns = step, next_turns  # type: ignore[method-assign]
         for name, part in PARTS.items():
             setattr(scheduler, name, adding(clock, part, kept[name]))
         yield clock
     finally:
         for name, function in kept.items():
             setattr(scheduler, name, function)
+        Scheduler.step, Scheduler.next_turns = own_step, own_next_turns  # type: ignore[method-assign]
 
 
 # llama_decode may return before a GPU is done; last_logits waits for it
-PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose": "choosing"}
+PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose_tokens": "choosing"}
 
 
 def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose time is added to a part of the clock."""
+    """The function, with its time added to a part of the clock."""
 
     def run(*arguments: Any) -> Any:
         started = time.thread_time()
@@ -229,7 +225,7 @@ def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..
 
 
 def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
-    """llama_cpp.Llama, prompt after prompt."""
+    """llama_cpp.Llama, one prompt after the other."""
     import llama_cpp.llama as high_level
 
     length = options.prompt_tokens + options.max_tokens
@@ -256,12 +252,12 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 
 
 def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
-    """llama.cpp's own, with the same number of sequences and the same lengths."""
+    """llama-batched-bench, with the same number of sequences and the same lengths."""
     cells = pad_cells(options.prompt_tokens + options.max_tokens) * options.parallel
     lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
     size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
     words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
-    for _ in range(3):  # its log is written by a thread, and a line may be lost as the program ends
+    for _ in range(3):  # a thread writes its log, and a line may be lost when the program ends
         said = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         if lines := [line for line in said.stdout.splitlines() if line.startswith('{"n_kv_max"')]:
             break
@@ -272,7 +268,7 @@ def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rate
 
 
 def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
-    """xllamacpp's, asked by as many threads as it has places."""
+    """xllamacpp's server, with one client thread per answer in progress."""
     length, count = options.prompt_tokens + options.max_tokens, options.parallel * options.waves
     with open_model(gguf, vocab_only=True) as model:
         prompts = prompts_for(model, options, count)
@@ -296,14 +292,14 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 
 
 def median(rates: list[Rates]) -> Rates:
-    """Each figure's own median."""
+    """The median of each figure."""
     return Rates(
         *(statistics.median(getattr(rate, name) for rate in rates) for name in ("generation", "all", "python"))
     )
 
 
 def table(found: dict[str, Rates]) -> str:
-    """Rates, and ours over each rival's."""
+    """The rates, and ours divided by each rival's."""
     own = found["tapir-local"]
     lines = [f"{'':26} {'generation':>12} {'all':>12} {'ours, generation':>18} {'ours, all':>10}"]
     for name, rates in found.items():
@@ -313,11 +309,11 @@ def table(found: dict[str, Rates]) -> str:
                 "nanx", "   -"
             ).replace("nan", "  -")
         )
-    return "\n".join([*lines, f"our Python: {own.python:.1f} microseconds a token"])
+    return "\n".join([*lines, f"our Python: {own.python:.1f} microseconds per token"])
 
 
 def versions(options: argparse.Namespace) -> str:
-    """What was compared."""
+    """The versions of what was compared."""
     import llama_cpp
 
     found = [f"llama-cpp-python {llama_cpp.__version__}"]

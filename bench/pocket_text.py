@@ -123,12 +123,12 @@ def known(rng: Random) -> str:
     facts = (
         f"The {animal} has {legs} legs. Many {name} say {sound}.",
         f"{verb}, past tense {VERBS[verb][1]}, participle {VERBS[verb][2]}, many {VERBS[verb][0]}",
-        f"The {word} is {article(CATEGORY[word])} {CATEGORY[word]}.",
+        f"The {word} is {indefinite_article(CATEGORY[word])} {CATEGORY[word]}.",
         f"The opposite of {one} is {OPPOSITES[one]}.",
         f"A word of the same meaning as {near} is {SYNONYMS[near]}.",
         f"{noun}, in {LANGUAGES[at]}: {' '.join(NOUNS[noun][at][:2])}, plural {NOUNS[noun][at][2]}",
-        f"{number}, in {LANGUAGES[at]}: {NUMBERS[number][at]}. {colour}: {forms}.",
-        f"one {THINGS[thing]}, two {thing}; one {animal}, two {plural(animal)}",
+        f"{number}, in {LANGUAGES[at]}: {NUMBER_TRANSLATIONS[number][at]}. {colour}: {forms}.",
+        f"one {THINGS[thing]}, two {thing}; one {animal}, two {pluralize(animal)}",
     )
     return "\n".join(rng.sample(facts, 4))
 
@@ -138,7 +138,7 @@ def said_words() -> tuple[str, ...]:
     phrasings = " ".join(
         [
             *(phrasing for family in POCKET_FAMILIES.values() for phrasing in family.phrasings),
-            *(job.said for job in FUNCTION_TASKS),
+            *(task.description for task in FUNCTION_TASKS),
         ]
     )
     return tuple(

@@ -1,1 +1,1 @@
-"""llama.cpp: many prompts at once."""
+"""Inference with llama.cpp: many prompts at once."""

@@ -1,10 +1,11 @@
-"""llama.cpp's batches over arrays of ours: tokens of many sequences put in, decoded, and their logits taken out."""
+"""llama.cpp's batches in NumPy arrays: add tokens of many sequences, decode them, and read their logits."""
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH
 from tapir_local.inference.lib import library, llama_error
 from tapir_local.inference.model import Engine
@@ -15,17 +16,17 @@ NO_FREE_CELLS = 1  # llama.h: llama_decode found no cells for the batch, and has
 
 @dataclass(frozen=True)
 class Batch:
-    """llama_batch over arrays of ours: a step's tokens are written by numpy, not one by one through ctypes.
+    """A llama_batch over NumPy arrays: the tokens of a step are written by NumPy, not one by one through ctypes.
 
-    Rows are collected by `add`, which refuses those that the arrays have no room for, and are written into the arrays
-    once, when they are decoded. The arrays hold `size` rows.
+    `add` collects rows, one per token, and raises when the arrays are full. `write` copies the rows into the arrays
+    when they are decoded. The arrays hold `size` rows.
     """
 
     view: Any
     token: Array
     pos: Array
     seq: Array
-    compute_logits: Array
+    logits: Array
     kept: tuple[Array, ...]
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -34,29 +35,29 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Rows that the arrays hold."""
+        """The number of rows that the arrays hold."""
         return len(self.token)
 
     @property
-    def room(self) -> int:
-        """Rows that can still be added."""
+    def free_rows(self) -> int:
+        """The number of rows that can still be added."""
         return len(self.token) - len(self.tokens)
 
-    def add(self, tokens: Sequence[int], position: int, slot: int, wanted: Sequence[int] = ()) -> bool:
-        """Add tokens of one sequence from a position on; False, and nothing is changed, where there is no room.
+    def add(self, tokens: Sequence[int], position: int, slot: int, wanted: Sequence[int] = ()) -> None:
+        """Add tokens of the sequence `slot`, the first of them at `position`.
 
-        `wanted` are the places among them whose logits are asked for, in their order.
+        `wanted` are the indices of the tokens whose logits are needed, in order. OverflowError, with nothing added,
+        if the batch has fewer free rows than there are tokens.
         """
-        if len(tokens) > self.room:
-            return False
+        if len(tokens) > self.free_rows:
+            raise OverflowError(f"{len(tokens)} tokens do not fit into the {self.free_rows} free rows of the batch")
         self.wanted.extend(len(self.tokens) + place for place in wanted)
         self.tokens.extend(tokens)
         self.positions.extend(range(position, position + len(tokens)))
         self.slots.extend([slot] * len(tokens))
-        return True
 
     def write(self) -> int:
-        """Write the rows into the arrays and begin again with none; how many they are."""
+        """Write the rows into the arrays and remove them from the lists; the number of rows."""
         count = len(self.tokens)
         self.token[:count], self.pos[:count], self.seq[:count] = self.tokens, self.positions, self.slots
         self.logits[:count] = 0
@@ -68,30 +69,24 @@ class Batch:
 
 
 def make_batch(size: int) -> Batch:
-    """An empty batch of `size` tokens, each of one sequence."""
+    """An empty batch of `size` rows; each row belongs to one sequence."""
     import numpy as np
 
     token, pos, seq = (np.zeros(size, dtype=np.int32) for _ in range(3))
-    counts, compute_logits = np.ones(size, dtype=np.int32), np.zeros(size, dtype=np.int8)
+    counts, logits = np.ones(size, dtype=np.int32), np.zeros(size, dtype=np.int8)
     pointers = seq.ctypes.data + seq.itemsize * np.arange(size, dtype=np.uintp)
-    arrays: dict[str, Array] = {
-        "token": token,
-        "pos": pos,
-        "n_seq_id": counts,
-        "seq_id": pointers,
-        "logits": compute_logits,
-    }
+    arrays: dict[str, Array] = {"token": token, "pos": pos, "n_seq_id": counts, "seq_id": pointers, "logits": logits}
     view = library().llama_batch()
     for name, kind in view._fields_:
         if name in arrays:
             setattr(view, name, ctypes.cast(arrays[name].ctypes.data, kind))
-    return Batch(view, token, pos, seq, compute_logits, (counts, pointers))
+    return Batch(view, token, pos, seq, logits, (counts, pointers))
 
 
 def try_batch(engine: Engine, batch: Batch) -> bool:
-    """Run the model over the rows of the batch; False, and nothing is changed, where no cells were free.
+    """Run the model over the rows of the batch; False, with the context unchanged, if no cells were free.
 
-    The batch is empty afterwards. llama.h's other codes are no user's doing.
+    The batch is empty afterwards. TapirError for llama.h's other codes.
     """
     batch.write()
     code = library().llama_decode(engine.context, batch.view)
@@ -101,17 +96,21 @@ def try_batch(engine: Engine, batch: Batch) -> bool:
 
 
 def decode_batch(engine: Engine, batch: Batch) -> None:
-    """Run the model over the rows of the batch. TapirError where the context has no cells for them."""
+    """Run the model over the rows of the batch. TapirError if the context has no cells for them."""
     if not try_batch(engine, batch):
-        raise llama_error(
-            f"no room in the context of {engine.cells:,} tokens", engine.model.gguf, engine.model.advice.too_large
-        )
+        raise full_context_error(engine)
+
+
+def full_context_error(engine: Engine) -> TapirError:
+    """The error for a context without enough free cells."""
+    what = f"no room in the context of {engine.cells:,} tokens"
+    return llama_error(what, engine.model.gguf, engine.model.advice.too_large)
 
 
 def last_logits(engine: Engine, count: int) -> Array:
-    """What the last decoding left: float32 (count, vocabulary), one row for each that was wanted, in their order.
+    """The logits of the last decoding: float32 (count, vocabulary), one row for each wanted token, in order.
 
-    The array is llama.cpp's own memory, good until the next decoding.
+    The array is llama.cpp's own memory and is valid until the next decoding.
     """
     import numpy as np
 
@@ -121,7 +120,7 @@ def last_logits(engine: Engine, count: int) -> Array:
 
 
 def compute_logits(engine: Engine, tokens: Sequence[int]) -> Array:
-    """What the model makes of a text at each of its tokens: float32 of shape (tokens, vocabulary)."""
+    """The logits after each token of a text: float32 of shape (tokens, vocabulary)."""
     import numpy as np
 
     size = min(engine.batch, UBATCH)

@@ -1,4 +1,4 @@
-"""llama.cpp's library: how it is loaded, what it logs, its devices and their memory."""
+"""Load llama.cpp's library, capture its log, and read its devices' free memory."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ GPU = 1  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU; one that shares main me
 
 @cache
 def library() -> Any:
-    """llama_cpp, with what it logs kept in LOG for a TapirError's text instead of printed."""
+    """llama_cpp, with its log kept in LLAMA_LOG for the text of errors instead of printed."""
     with patient_threads():
         import llama_cpp
 
@@ -30,10 +30,10 @@ def library() -> Any:
 
 @contextmanager
 def patient_threads() -> Iterator[None]:
-    """Let threads that OpenMP starts from here on sleep soon when they wait, instead of spinning.
+    """Make OpenMP's waiting threads sleep after a short time instead of spinning, if libgomp is loaded in this block.
 
-    libgomp reads its settings when it is loaded; an environment that names its own is left alone. On two cores that
-    others were using, the pocket student wrote 93 tokens a second with two spinning threads, 1,140 so, 1,060 with one.
+    libgomp reads its settings when it is loaded; settings of the user's environment are kept. On two busy cores, the
+    pocket student wrote 93 tokens per second with two spinning threads, 1,140 with two that sleep, 1,060 with one.
     """
     names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
     if not names:
@@ -47,7 +47,7 @@ def patient_threads() -> Iterator[None]:
 
 @cache
 def log_callback(llama_cpp: Any) -> Any:
-    """Cached, for llama.cpp calls it as long as the process lives."""
+    """The function that captures warnings and errors; cached, because llama.cpp calls it until the process ends."""
     said = [0]
 
     def keep(level: int, text: bytes, _: Any) -> None:
@@ -59,23 +59,23 @@ def log_callback(llama_cpp: Any) -> Any:
 
 
 def llama_error(what: str, where: Path, fix: str) -> TapirError:
-    """A TapirError that ends with llama.cpp's last words."""
-    words = "; ".join(LLAMA_LOG)
-    return TapirError(f"{what} (llama.cpp: {words})" if words else what, where=str(where), fix=fix)
+    """A TapirError that ends with llama.cpp's last log lines."""
+    log = "; ".join(LLAMA_LOG)
+    return TapirError(f"{what} (llama.cpp: {log})" if log else what, where=str(where), fix=fix)
 
 
 def thread_count() -> int:
-    """Threads to use: OMP_NUM_THREADS where it is set, otherwise every core that this process may use."""
+    """The number of threads to use: OMP_NUM_THREADS if it is set, otherwise every core that this process may use."""
     return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or cpus())
 
 
 def free_gpu_memory() -> int:
-    """Bytes free on all GPUs that llama.cpp was built for together, by its own reckoning; 0 without one."""
+    """Bytes free on all GPUs that llama.cpp was built for, as it reports them; 0 if there is none."""
     if not library().llama_supports_gpu_offload():
         return 0
     try:
         devices = ggml_library()
-    except (ImportError, AttributeError):  # a llama-cpp-python that shows ggml elsewhere
+    except (ImportError, AttributeError):  # a llama-cpp-python with ggml in another place
         return sum(gpu.free for gpu in gpus())
     numbers = range(devices.ggml_backend_dev_count())
     return sum(free_device_memory(devices, devices.ggml_backend_dev_get(number)) for number in numbers)
@@ -83,7 +83,7 @@ def free_gpu_memory() -> int:
 
 @cache
 def ggml_library() -> Any:
-    """ggml's devices: llama-cpp-python 0.3.36 loads the library and names none of its functions."""
+    """The functions for ggml's devices: llama-cpp-python 0.3.36 loads the library and declares none of them."""
     library()
     from llama_cpp._ggml import libggml
 
@@ -97,7 +97,7 @@ def ggml_library() -> Any:
 
 
 def free_device_memory(devices: Any, device: Any) -> int:
-    """Bytes free on a device, 0 where it has no memory of its own."""
+    """Bytes free on a device; 0 if it is not a GPU with its own memory."""
     if devices.ggml_backend_dev_type(device) != GPU:
         return 0
     free, total = ctypes.c_size_t(), ctypes.c_size_t()

@@ -9,43 +9,38 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.config import UBATCH, ContextConfig
 from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library, llama_error, thread_count
 from tapir_local.memory import free_memory
 from tapir_local.memory import size as bytes_of
 
-MAX_TEXT_BYTES = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
-REMAKE_ADVICE = "Delete it and run again, so that it is made anew."
-UBATCH, BATCH = 512, 2048  # tokens computed at once, and handed over at once: llama-batched-bench's
-NORMALIZER_KEY = "tapir_local.normalizer"  # of our exports' metadata
+MAX_TEXT_BYTES = 1 << 16  # bytes read of a text in a GGUF, whose stated length may be damaged
+REMAKE_ADVICE = "Delete it and run again; it is then made again."
+NORMALIZER_KEY = "tapir_local.normalizer"  # a metadata key of our exports
 UnicodeForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 UNICODE_FORMS: tuple[UnicodeForm, ...] = get_args(UnicodeForm)
-NFC_PRE_TOKENIZERS = (
-    "qwen2",
-    "qwen35",
-    "deepseek-r1-qwen",
-    "stablelm2",
-    "olmo",
-)  # pre-tokenizers of families that use NFC
-GPU_SHARE = 0.8  # of a GPU's free memory for weights at the most: the rest is for answers
+# of families that use NFC
+NFC_PRE_TOKENIZERS = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")
+GPU_SHARE = 0.8  # the maximum share of a GPU's free memory for weights: the rest is for answers
 
 
 def ignore_message(words: str) -> None:
-    """Nobody is told."""
+    """A function for messages that nobody wants."""
 
 
 class ContextError(TapirError):
-    """llama.cpp could not make a context, for want of memory as a rule."""
+    """llama.cpp could not make a context, usually because memory is too small."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What the user can do about a GGUF that will not serve; these words are for a student that this program made."""
+    """What the user can do about a GGUF that cannot be used; the defaults are for a student that this program made."""
 
     unusable: str = REMAKE_ADVICE
     too_large: str = "Set student.parallel or student.max_length lower."
     no_template: str = "Export the student again, from a folder with a chat_template.jinja."
-    too_heavy: str = "Stop what else holds memory, take a smaller export.quant, or a smaller student."
-    other_base: str = "Make it anew for this base, or give the base it was made for."
+    too_heavy: str = "Close other programs, or choose a smaller export.quant or a smaller student."
+    other_base: str = "Make it again for this base, or give the base that it was made for."
 
 
 STUDENT_ADVICE = Advice()
@@ -53,22 +48,22 @@ STUDENT_ADVICE = Advice()
 
 @dataclass(frozen=True)
 class Model:
-    """An open GGUF. `template`, `bos` and `eos` are texts out of its metadata, empty where it has none.
+    """An open GGUF. `template`, `bos` and `eos` are texts from its metadata, empty if it has none.
 
-    `room` is the main memory in bytes that its weights leave free, `on_gpu` the share of its layers that a GPU holds.
-    `form` is the Unicode form that a text must have before it is tokenized, None where any will do. `pieces`, `ends`
-    and `lists` are what is known of its tokens, as far as that was asked (see tokens.py).
+    `memory_left` is the main memory in bytes that its weights leave free, `on_gpu` the share of its layers on a GPU.
+    `form` is the Unicode form that a text must have before it is tokenized, None for any. `pieces`, `ends` and `lists`
+    cache what tokens.py has read of its tokens.
     """
 
     gguf: Path
     handle: Any
     vocab: Any
     adapter: Any
-    require_template: str
+    template: str
     bos: str
     eos: str
     advice: Advice
-    room: int
+    memory_left: int
     on_gpu: float
     form: UnicodeForm | None = None
     lists: list[Any] = field(default_factory=list, compare=False, repr=False)
@@ -78,9 +73,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and a context of `cells` tokens for `sequences` conversations, `batch` tokens a call.
+    """A model and a context of `cells` tokens for `sequences` conversations, with at most `batch` tokens per call.
 
-    They share the cells, or, where it is `split`, each has as many of its own.
+    The conversations share the cells; with `split`, each has an equal part of them.
     """
 
     model: Model
@@ -93,18 +88,18 @@ class Engine:
 
 
 def check_gguf(path: Path, what: str, fix: str) -> None:
-    """TapirError unless the file is there and begins as a GGUF does."""
+    """TapirError unless the file exists and starts as a GGUF does."""
     if not path.is_file():
         raise TapirError(f"the {what} is missing", where=str(path), fix=fix)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise TapirError(f"the {what} is no GGUF", where=str(path), fix=fix)
+            raise TapirError(f"the {what} is not a GGUF", where=str(path), fix=fix)
 
 
 def is_adapter(gguf: Path) -> bool:
-    """Whether a GGUF is a LoRA adapter, by its `general.type`, which gguf.GGUFWriter puts among the first of its keys.
+    """Whether a GGUF is a LoRA adapter, by its `general.type`; gguf.GGUFWriter writes it among the first keys.
 
-    False also for what is no GGUF, or is not there: who opens it will say so.
+    False also for a missing file or one that is not a GGUF: opening it gives the error.
     """
     if not gguf.is_file():
         return False
@@ -116,8 +111,7 @@ def is_adapter(gguf: Path) -> bool:
 
 
 def read_leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
-    """The first keys of a GGUF and their values, up to the first that is no text (type 8 of the GGUF format)."""
-
+    """The first keys of a GGUF and their values, up to the first value that is not a text (type 8 of the format)."""
     for _ in range(keys):
         key = file.read(min(read_unsigned(file, 8), MAX_TEXT_BYTES)).decode("utf-8", "replace")
         if read_unsigned(file, 4) != 8:
@@ -126,7 +120,7 @@ def read_leading_texts(file: BinaryIO, keys: int) -> Iterable[tuple[str, str]]:
 
 
 def read_unsigned(file: BinaryIO, count: int) -> int:
-    """An unsigned number of so many bytes; less of it, down to 0, where the file ends."""
+    """Read an unsigned number of `count` bytes, of fewer bytes if the file ends first; 0 at its end."""
     return int.from_bytes(file.read(count), "little")
 
 
@@ -137,16 +131,16 @@ def open_model(
     adapter: Path | None = None,
     vocab_only: bool = False,
     advice: Advice = STUDENT_ADVICE,
-    tell: Callable[[str], None] = ignore_message,
+    warn: Callable[[str], None] = ignore_message,
 ) -> Iterator[Model]:
-    """Load the weights, on the GPU where llama.cpp was built for one, and free them at the end.
+    """Load the weights, on the GPU if llama.cpp was built for one, and free them at the end.
 
-    Where the GPU has no room for all layers, as many as it has room for go there, and `tell` is told. TapirError with
-    the numbers where main memory has no room for the weights.
+    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. TapirError with the
+    numbers if main memory is too small for the weights.
     """
     check_gguf(gguf, "GGUF", advice.unusable)
     if is_adapter(gguf):
-        fix = "Give the GGUF of the model that it lies over, and this one as its adapter."
+        fix = "Give the GGUF of its base model, and this one as the adapter."
         raise TapirError("the GGUF is a LoRA adapter, not a model", where=str(gguf), fix=fix)
     if adapter is not None:
         check_gguf(adapter, "adapter", advice.other_base)
@@ -158,20 +152,20 @@ def open_model(
     free, on_gpu = free_memory(), 0.0
     weights = 0 if vocab_only else sum(file.stat().st_size for file in (gguf, adapter) if file)
     if not vocab_only:
-        params.n_gpu_layers, on_gpu = gpu_layers(gguf, weights, tell)
+        params.n_gpu_layers, on_gpu = gpu_layers(gguf, weights, warn)
         check_weights(gguf, int(weights * (1 - on_gpu)), free, advice)
     handle = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not handle:
         raise llama_error("llama.cpp cannot load the GGUF", gguf, advice.unusable)
     try:
-        room = free - int(weights * (1 - on_gpu))
-        yield describe_model(gguf, handle, load_adapter(handle, adapter, advice), advice, room, on_gpu)
+        left = free - int(weights * (1 - on_gpu))
+        yield describe_model(gguf, handle, load_adapter(handle, adapter, advice), advice, left, on_gpu)
     finally:
         llama.llama_model_free(handle)  # frees its adapters too
 
 
 def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
-    """TapirError unless main memory has room for the weights: paged in from the disk they would be read every token."""
+    """TapirError unless the weights fit into main memory: otherwise every token would read them from the disk."""
     if weights > free:
         raise TapirError(
             f"no memory for the model: its weights take {bytes_of(weights)}, and {bytes_of(free)} are free",
@@ -180,8 +174,8 @@ def check_weights(gguf: Path, weights: int, free: int, advice: Advice) -> None:
         )
 
 
-def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[int, float]:
-    """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and what share of the weights that is."""
+def gpu_layers(gguf: Path, weights: int, warn: Callable[[str], None]) -> tuple[int, float]:
+    """How many layers go to the GPU, as llama.cpp counts them (-1 is all), and their share of the weights."""
     free = free_gpu_memory()
     if not free:  # none, or one that shares main memory
         return (-1 if library().llama_supports_gpu_offload() else 0), 0.0
@@ -190,42 +184,35 @@ def gpu_layers(gguf: Path, weights: int, tell: Callable[[str], None]) -> tuple[i
     with open_model(gguf, vocab_only=True) as model:
         layers = metadata_number(model, "block_count", 1) + 1  # llama.cpp counts the output as one
     fitting = int(layers * free * GPU_SHARE / weights)
-    tell(
+    warn(
         f"{fitting} of {layers} layers on the GPU: the weights take {bytes_of(weights)}, and {bytes_of(free)} are free"
     )
     return fitting, fitting / layers
 
 
 def load_adapter(handle: Any, adapter: Path | None, advice: Advice) -> Any:
-    """A LoRA GGUF, or None. A failure is a NULL pointer object: llama-cpp-python 0.3.36 does not look, and crashes."""
+    """Load a LoRA GGUF, if one is given. On failure llama-cpp-python 0.3.36 returns an unchecked NULL pointer."""
     if adapter is None:
         return None
     loaded = library().llama_adapter_lora_init(handle, os.fsencode(adapter))
     if not loaded:
-        raise llama_error(
-            "llama.cpp cannot load the adapter over this model",
-            adapter,
-            advice.other_base,
-        )
+        raise llama_error("llama.cpp cannot load the adapter over this model", adapter, advice.other_base)
     return loaded
 
 
-def describe_model(gguf: Path, handle: Any, adapter: Any, advice: Advice, room: int, on_gpu: float) -> Model:
-    """The model with the texts of its metadata."""
+def describe_model(gguf: Path, handle: Any, adapter: Any, advice: Advice, left: int, on_gpu: float) -> Model:
+    """The model with the texts of its metadata; `left` is its `memory_left`."""
     llama = library()
     vocab = llama.llama_model_get_vocab(handle)
-    require_template = (llama.llama_model_chat_template(handle, None) or b"").decode()
-    bos, eos = (
-        token_text(vocab, read_unsigned)
-        for read_unsigned in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab))
-    )
-    return Model(gguf, handle, vocab, adapter, require_template, bos, eos, advice, room, on_gpu, unicode_form(handle))
+    template = (llama.llama_model_chat_template(handle, None) or b"").decode()
+    bos, eos = (token_text(vocab, number) for number in (llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)))
+    return Model(gguf, handle, vocab, adapter, template, bos, eos, advice, left, on_gpu, unicode_form(handle))
 
 
 def unicode_form(handle: Any) -> UnicodeForm | None:
-    """The Unicode form that the tokenizer's normalizer makes, which llama.cpp does not.
+    """The Unicode form that the tokenizer's normalizer produces; llama.cpp does not normalize.
 
-    Our exports say it. In a GGUF that others made, the name of the pre-tokenizer tells of families that use NFC.
+    Our exports have a key for it. In other GGUFs, the pre-tokenizer's name identifies the families that use NFC.
     """
     said = read_metadata(handle, NORMALIZER_KEY)
     if said:
@@ -233,54 +220,47 @@ def unicode_form(handle: Any) -> UnicodeForm | None:
     return "NFC" if read_metadata(handle, "tokenizer.ggml.pre") in NFC_PRE_TOKENIZERS else None
 
 
-def token_text(vocab: Any, read_unsigned: int) -> str:
-    """A special token as it is written in a rendered prompt; empty for -1, none."""
-    return "" if read_unsigned < 0 else library().llama_vocab_get_text(vocab, read_unsigned).decode("utf-8", "replace")
+def token_text(vocab: Any, number: int) -> str:
+    """The text of a special token in a rendered prompt; empty for -1, which means none."""
+    return "" if number < 0 else library().llama_vocab_get_text(vocab, number).decode("utf-8", "replace")
 
 
 @contextmanager
-def open_context(
-    model: Model,
-    *,
-    cells: int,
-    sequences: int,
-    threads: int | None = None,
-    batch: int = BATCH,
-    exact: bool = False,
-    split: bool = False,
-) -> Iterator[Engine]:
-    """A context of `cells` tokens for `sequences` conversations, with the model's adapter on.
+def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
+    """A context of `cells` tokens for `sequences` conversations, with the model's adapter applied.
 
-    All share one pool of cells (kv_unified), so that a prefix that they have in common is held once; where it is
-    `split`, each has its part of them, and no conversation looks over the others' cells: of 320 tokens each, the pocket
-    student then wrote 1.4 times as fast with 32 in flight, and read prompts twice as fast. `exact` keeps keys and
-    values in f32 and does without flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and
-    do not depend on what else is in the batch; with 32 in flight it takes twice as long. TapirError when
-    llama.cpp finds no memory for it.
+    The conversations share one pool of cells (kv_unified), so that a common prefix is held once. With `split`, each has
+    its part of the cells, and no conversation scans the others' cells: with 320 tokens each, the pocket student then
+    wrote 1.4 times as fast with 32 answers in progress, and read prompts twice as fast. `exact` keeps keys and values
+    in f32 and uses no flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and do not depend
+    on what else is in the batch; with 32 answers in progress it takes twice as long. ContextError if llama.cpp finds no
+    memory for it.
     """
     llama = library()
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = cells, batch, min(batch, UBATCH)
-    params.n_seq_max, params.kv_unified = sequences, not split
-    params.n_threads = params.n_threads_batch = threads or thread_count()
+    params.n_ctx, params.n_batch, params.n_ubatch = config.cells, config.batch, min(config.batch, UBATCH)
+    params.n_seq_max, params.kv_unified = config.sequences, not config.split
+    params.n_threads = params.n_threads_batch = config.threads or thread_count()
     params.no_perf = True
-    if exact:
+    if config.exact:
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
-        known = llama_error(f"no context of {cells:,} tokens could be made", model.gguf, model.advice.too_large)
+        known = llama_error(f"no context of {config.cells:,} tokens could be made", model.gguf, model.advice.too_large)
         raise ContextError(known.what, where=known.where, fix=known.fix)
     try:
         if model.adapter is not None:
             apply_adapter(model, context)
-        batch = llama.llama_n_batch(context)  # llama.cpp takes less in a small context, and ends the process over it
-        yield Engine(model, context, llama.llama_get_memory(context), cells, sequences, batch, split)
+        batch = llama.llama_n_batch(context)  # smaller in a small context; a larger batch ends the process
+        memory = llama.llama_get_memory(context)
+        yield Engine(model, context, memory, config.cells, config.sequences, batch, config.split)
     finally:
         llama.llama_free(context)
 
 
 def apply_adapter(model: Model, context: Any) -> None:
+    """Apply the model's adapter at full strength."""
     llama = library()
     adapters = (llama.llama_adapter_lora_p_ctypes * 1)(model.adapter)
     if llama.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)):
@@ -291,51 +271,52 @@ def apply_adapter(model: Model, context: Any) -> None:
 def open_engine(
     gguf: Path, *, adapter: Path | None = None, context: int, parallel: int, threads: int | None = None
 ) -> Iterator[Engine]:
-    """A model ready to answer `parallel` conversations of `context` tokens each."""
+    """An open model with a context for `parallel` conversations of `context` tokens each."""
     with (
         open_model(gguf, adapter=adapter) as model,
-        open_context(model, cells=context * parallel, sequences=parallel, threads=threads) as engine,
+        open_context(model, ContextConfig(context * parallel, parallel, threads=threads)) as engine,
     ):
         yield engine
 
 
 def metadata(model: Model, key: str) -> str:
-    """A value of the GGUF's metadata as text; empty where it has none."""
+    """A value of the GGUF's metadata as text; empty if it has none."""
     return read_metadata(model.handle, key)
 
 
 def read_metadata(handle: Any, key: str) -> str:
-    """As `metadata`, of a handle of llama.cpp's."""
+    """As `metadata`, for a model's llama.cpp handle."""
     buffer = ctypes.create_string_buffer(256)
     count = library().llama_model_meta_val_str(handle, key.encode(), buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace") if count >= 0 else ""
 
 
 def metadata_number(model: Model, key: str, default: int) -> int:
-    """A whole number under the architecture's name in the GGUF's metadata; the default where there is none."""
+    """A whole number under the architecture's name in the GGUF's metadata, or the default."""
     text = metadata(model, f"{metadata(model, 'general.architecture')}.{key}")
     return int(text) if text.isdigit() else default
 
 
 def trained_context(model: Model) -> int:
-    """The tokens of the longest text that the model was made for."""
+    """The length in tokens of the longest text that the model was trained for."""
     return int(library().llama_model_n_ctx_train(model.handle))
 
 
 def read_gguf_template(gguf: Path) -> tuple[str, str, str]:
-    """The chat template, BOS and EOS texts that a GGUF carries; TapirError when it has no template."""
+    """The chat template and the BOS and EOS texts of a GGUF; TapirError if it has no template."""
     with open_model(gguf, vocab_only=True) as model:
         return require_template(model), model.bos, model.eos
 
 
 def require_template(model: Model) -> str:
+    """The model's chat template; TapirError if it has none."""
     if not model.template:
         raise TapirError("the GGUF has no chat template", where=str(model.gguf), fix=model.advice.no_template)
     return model.template
 
 
 def quantize_gguf(source: Path, out: Path, kind: str) -> None:
-    """Write `out` with the weights of `source` as a llama.cpp type such as Q4_K_M."""
+    """Write `out`, the GGUF `source` with its weights quantized to a llama.cpp type such as Q4_K_M."""
     llama = library()
     LLAMA_LOG.clear()
     params = llama.llama_model_quantize_default_params()
@@ -343,5 +324,5 @@ def quantize_gguf(source: Path, out: Path, kind: str) -> None:
     params.nthread = thread_count()
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), params):
         raise llama_error(
-            f"llama.cpp cannot quantise to {kind}", out, "Take another export.quant: q8_0 fits every model."
+            f"llama.cpp cannot quantize to {kind}", out, "Choose another export.quant: q8_0 works for every model."
         )

@@ -1,9 +1,9 @@
-"""A file of prompts answered by a GGUF: completions as JSON lines, in the order of the prompts."""
+"""Answer a file of prompts with a GGUF: completions as JSON lines, in the order of the prompts."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,42 +11,38 @@ from tapir_local import __version__
 from tapir_local.data.files import read_path
 from tapir_local.data.formats import KNOWN, read_row
 from tapir_local.errors import TapirError
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.context_plan import ContextPlan
-from tapir_local.inference.generate import generate
-from tapir_local.inference.model import Advice, ignore_message
+from tapir_local.inference.generate import Callbacks, complete_prompts
+from tapir_local.inference.model import Advice, ignore_message, open_model
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.records import Completion, Prompt
 from tapir_local.resumable import InOrder, going_on
 
 PROMPT_FILE_ADVICE = Advice(
-    unusable="Name a whole GGUF of a kind that this llama.cpp knows.",
+    unusable="Name a whole GGUF of a kind that this llama.cpp supports.",
     too_large="Set --parallel or --context lower.",
-    no_template="Take a GGUF with a chat template, such as an instruct model's.",
-    too_heavy="Stop what else holds memory, or take a GGUF of a smaller quantisation.",
+    no_template="Use a GGUF with a chat template, such as an instruct model's.",
+    too_heavy="Close other programs, or use a GGUF with a smaller quantization.",
     other_base="Name an adapter that was made for this model.",
 )
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How a file is answered; `context` is tokens of a prompt and its answer together."""
+class PromptFileJob:
+    """A GGUF, perhaps with an adapter, the file of prompts that it answers, and how."""
 
-    max_tokens: int
-    context: int
-    parallel: int | None
-    temperature: float
-    random_seed: int
-    exact: bool
+    gguf: Path
+    prompts: Path
+    config: GenerationConfig
     adapter: Path | None = None
-    schema: Mapping[str, Any] | None = None
-    stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class AnsweredFile:
-    """What came of a file: answers, their tokens, how many did not end by themselves, did not fit or were not asked.
+    """Counts of a file's answers: all, their tokens, those cut at the limit, too long for the context, and refused.
 
-    `kept` of them were there already; `plan` is the context of the others, None where all were.
+    `kept` of the answers were there already. `plan` is the context plan of the others, None if there were none.
     """
 
     rows: int
@@ -59,57 +55,62 @@ class AnsweredFile:
 
 
 def answer_file(
-    gguf: Path,
-    prompts: Path,
+    job: PromptFileJob,
     out: IO[str],
-    manner: Manner,
     progress: Callable[[int, int], None] | None = None,
     done: Sequence[Completion] = (),
-    tell: Callable[[str], None] = ignore_message,
+    warn: Callable[[str], None] = ignore_message,
 ) -> AnsweredFile:
-    """Write a Completion a line to `out`, each as soon as all before it are written; `done` are those that it has.
+    """Write a Completion per line to `out`, each as soon as all before it are written; `done` are already there.
 
-    A row that holds no prompt is `refused`, of which `tell` is told. TapirError when no row holds one, or the GGUF or
+    A row without a prompt gets the finish `refused`, and a warning. TapirError if no row has a prompt, or the GGUF or
     the adapter cannot be loaded.
     """
-    rows, plans = read_prompts(prompts, tell), list[ContextPlan]()
-    check_vocabulary(gguf, PROMPT_FILE_ADVICE)
+    rows = read_prompts(job.prompts, warn)
+    check_vocabulary(job.gguf, PROMPT_FILE_ADVICE)
     left = rows[len(done) :]
     ordered = InOrder[Completion](out, [id for id, _ in left])
     unasked = [Completion(id, "", "refused", 0) for id, prompt in left if not prompt]
     for completion in unasked:
         ordered.add(completion)
     asked, before = [(id, prompt) for id, prompt in left if prompt], len(done) + len(unasked)
-    found = generate(
-        gguf,
-        [prompt for _, prompt in asked],
-        ids=[id for id, _ in asked],
-        max_tokens=manner.max_tokens,
-        context=manner.context,
-        parallel=manner.parallel,
-        temperature=manner.temperature,
-        seed=manner.random_seed,
-        adapter=manner.adapter,
-        exact=manner.exact,
-        schema=manner.schema,
-        stops=manner.stops,
-        advice=PROMPT_FILE_ADVICE,
-        each=ordered.add,
-        progress=(lambda more, _: progress(before + more, len(rows))) if progress else None,
-        tell=tell,
-        planned=plans.append,
+    plans = list[ContextPlan]()
+    found = complete_rows(
+        job,
+        asked,
+        Callbacks(
+            result=ordered.add,
+            progress=(lambda more, _: progress(before + more, len(rows))) if progress else None,
+            warn=warn,
+            plan=plans.append,
+        ),
     )
-    answers = [*done, *unasked, *found]
+    return count_answers([*done, *unasked, *found], len(done), plans[0] if plans else None)
+
+
+def complete_rows(
+    job: PromptFileJob, rows: Sequence[tuple[str, Prompt]], callbacks: Callbacks[Completion]
+) -> list[Completion]:
+    """Answer (id, prompt) rows; the GGUF is not opened if there are none."""
+    if not rows:
+        return []
+    with open_model(job.gguf, adapter=job.adapter, advice=PROMPT_FILE_ADVICE, warn=callbacks.warn) as model:
+        ids, prompts = [id for id, _ in rows], [prompt for _, prompt in rows]
+        return complete_prompts(model, prompts, job.config, ids, callbacks)
+
+
+def count_answers(answers: Sequence[Completion], kept: int, plan: ContextPlan | None) -> AnsweredFile:
+    """The counts of a file's answers."""
     finishes, tokens = [one.finish for one in answers], sum(one.tokens for one in answers)
     cut, too_long, refused = (finishes.count(word) for word in ("length", "too_long", "refused"))
-    return AnsweredFile(len(answers), tokens, cut, too_long, refused, len(done), plans[0] if plans else None)
+    return AnsweredFile(len(answers), tokens, cut, too_long, refused, kept, plan)
 
 
-def read_prompts(path: Path, tell: Callable[[str], None] = ignore_message) -> list[tuple[str, Prompt]]:
-    """(id, prompt) of every row of a file of any form that seeds may have; a row's own `id`, or its number.
+def read_prompts(path: Path, warn: Callable[[str], None] = ignore_message) -> list[tuple[str, Prompt]]:
+    """(id, prompt) of every row of a file in any format that seeds may have; the id is the row's own or its number.
 
-    The prompt is () where a row holds none; `tell` is told how many do, and what is wrong with the first. TapirError
-    where no row holds one, or two rows have one id.
+    The prompt is () if a row has none; `warn` gets the number of such rows and the first one's error. TapirError if no
+    row has a prompt, or two rows have the same id.
     """
     table, found = read_path(path), list[tuple[str, Prompt]]()
     faults, seen = list[TapirError](), dict[str, int]()
@@ -127,12 +128,12 @@ def read_prompts(path: Path, tell: Callable[[str], None] = ignore_message) -> li
     if len(faults) == len(found):
         raise faults[0]
     if faults:
-        tell(f"{len(faults):,} of {len(found):,} rows cannot be asked; the first: {faults[0]}")
+        warn(f"{len(faults):,} of {len(found):,} rows cannot be asked; the first: {faults[0]}")
     return found
 
 
 def prompt_of_row(row: Any, where: str) -> Prompt:
-    """The prompt of a row; TapirError where it has none."""
+    """The prompt of a row; TapirError if it has none."""
     prompt, _ = read_row(row, where)
     if not prompt or not prompt[-1].content:
         raise TapirError("a row without a prompt", where=where, fix=KNOWN)
@@ -143,10 +144,10 @@ def prompt_of_row(row: Any, where: str) -> Prompt:
 def open_answers(
     path: Path | None, stdout: IO[str], task: Mapping[str, Any]
 ) -> Iterator[tuple[IO[str], list[Completion]]]:
-    """Where answers go, a file that is whole or absent or standard output, and the answers that are there already.
+    """The file to write answers to, whole or absent in the end, or standard output; and the answers already there.
 
-    A cut run leaves `<path>.partial` with the answers written so far and `<path>.partial.json` with its task; the same
-    task goes on from there, another begins anew.
+    An interrupted run leaves `<path>.partial` with the answers written so far and `<path>.partial.json` with its task.
+    The same task resumes from there; another task starts again.
     """
     if path is None:
         yield stdout, []
@@ -155,16 +156,31 @@ def open_answers(
         yield kept
 
 
-def generation_task(gguf: Path, prompts: Path, manner: Manner) -> dict[str, Any]:
-    """What makes a run the same as another: the model, the adapter and the prompts by size and time, and the manner."""
-    files = [file for file in (gguf, prompts, manner.adapter) if file is not None and file.exists()]
+def generation_task(job: PromptFileJob) -> dict[str, Any]:
+    """What identifies a run: version, model, adapter and prompts by size and time, and the settings.
+
+    The names are those that earlier versions wrote: a run that they left unfinished is resumed.
+    """
+    files = [file for file in (job.gguf, job.prompts, job.adapter) if file is not None and file.exists()]
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    found = {"version": __version__, "files": stats, "manner": asdict(manner)}
+    config = job.config
+    manner = {
+        "max_tokens": config.max_tokens,
+        "context": config.context,
+        "parallel": config.parallel,
+        "temperature": config.temperature,
+        "random_seed": config.seed,
+        "exact": config.exact,
+        "adapter": job.adapter,
+        "schema": config.schema,
+        "stops": config.stops,
+    }
+    found = {"version": __version__, "files": stats, "manner": manner}
     return dict(json.loads(json.dumps(found, default=str)))
 
 
 def read_json_schema(path: Path) -> dict[str, Any]:
-    """A JSON schema from its file; TapirError where it is none."""
+    """Read a JSON schema; TapirError if the file has none."""
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

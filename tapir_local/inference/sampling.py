@@ -1,8 +1,8 @@
-"""The next token of an answer: the likeliest or a drawn one, and with a grammar only such as it lets through.
+"""Choose the next token of an answer: the likeliest or a drawn one, and with a grammar only one that it allows.
 
-llama.cpp's own samplers are not used for the choice: each copies the whole vocabulary into a table of its own first. Of
-152,000 tokens the likeliest took them 160 µs a row and numpy 10, a drawn one 1,240 and 130, where a 0.5B model in q8_0
-takes 6,400 for the row on two cores.
+llama.cpp's own samplers are not used for the choice: each first copies the whole vocabulary into its own table. With
+152,000 tokens, the likeliest took them 160 µs per row and NumPy 10 µs, a drawn one 1,240 µs and 130 µs; a 0.5B model in
+q8_0 takes 6,400 µs for the row on two cores.
 """
 
 import ctypes
@@ -14,23 +14,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.batch import Array
 from tapir_local.inference.lib import LLAMA_LOG, library, llama_error
 from tapir_local.inference.model import Model
 from tapir_local.inference.tokens import is_end_token
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
-SUM_BLOCK = 512  # tokens summed together before a drawn one is sought among them
-SCHEMA_ADVICE = "Give a JSON schema of objects, arrays, strings, numbers and enums, without references to elsewhere."
-# llama-cpp-python 0.3.36 lets a string have bare line ends and the like, which JSON does not.
+SUM_BLOCK = 512  # tokens whose weights are summed before a drawn token is searched among them
+SCHEMA_ADVICE = "Give a JSON schema of objects, arrays, strings, numbers and enums, without external references."
+# llama-cpp-python 0.3.36 allows control characters such as line ends in a string; JSON does not.
 ANY_CHARACTER, NO_CONTROL = r'[^"\\]', r'[^"\\\x7F\x00-\x1F]'
 SCHEMA_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the tokens of an answer are chosen: drawn by `chance`, the likeliest where it is None.
+    """How the tokens of an answer are chosen: drawn with `chance`, or the likeliest if it is None.
 
-    `grammar` knows what was written; None where any text will do.
+    `grammar` follows the text written so far; None if any text is allowed.
     """
 
     temperature: float = 0.0
@@ -43,56 +43,54 @@ GREEDY = Sampler()
 
 @dataclass
 class Samplers:
-    """The samplers of the answers under way, by their number."""
+    """The samplers of the answers in progress, by the answer's number; `seeds` has one seed per answer."""
 
     model: Model
     temperature: float
     seeds: Sequence[int]
     grammar: str = ""
-    held: dict[int, Sampler] = field(default_factory=dict)
+    active: dict[int, Sampler] = field(default_factory=dict)
 
     @property
     def greedy(self) -> bool:
-        """Whether every answer takes the likeliest token, whatever it is."""
+        """Whether every answer takes the likeliest token, with no grammar."""
         return self.temperature <= 0 and not self.grammar
+
+    def start(self, number: int) -> Sampler:
+        """The sampler of an answer that starts. TapirError if llama.cpp cannot read the grammar."""
+        if self.greedy:
+            return GREEDY
+        grammar = open_grammar(self.model, self.grammar) if self.grammar else None
+        chance = random.Random(self.seeds[number]) if self.temperature > 0 else None
+        self.active[number] = Sampler(self.temperature, chance, grammar)
+        return self.active[number]
+
+    def end(self, number: int) -> None:
+        """Free the sampler of an answer that has ended."""
+        sampler = self.active.pop(number, GREEDY)
+        if sampler.grammar:
+            library().llama_sampler_free(sampler.grammar)
 
 
 @contextmanager
 def open_samplers(
     model: Model, temperature: float, seeds: Sequence[int], schema: Mapping[str, Any] | None = None
 ) -> Iterator[Samplers]:
-    """Samplers for as many answers as there are `seeds`, which `schema` holds to its JSON; freed at the end."""
-    made = Samplers(model, temperature, seeds, "" if schema is None else grammar_from_schema(schema))
+    """Samplers for as many answers as there are `seeds`; `schema` limits the answers to its JSON. Freed at the end."""
+    samplers = Samplers(model, temperature, seeds, "" if schema is None else grammar_from_schema(schema))
     try:
-        yield made
+        yield samplers
     finally:
-        for number in list(made.held):
-            drop(made, number)
-
-
-def take(known: Samplers, number: int) -> Sampler:
-    """The sampler of an answer that begins. TapirError when llama.cpp cannot read the grammar."""
-    if known.greedy:
-        return GREEDY
-    grammar = open_grammar(known.model, known.grammar) if known.grammar else None
-    chance = random.Random(known.seeds[number]) if known.temperature > 0 else None
-    known.held[number] = Sampler(known.temperature, chance, grammar)
-    return known.held[number]
-
-
-def drop(known: Samplers, number: int) -> None:
-    """The answer has ended: free what was its own."""
-    sampler = known.held.pop(number, GREEDY)
-    if sampler.grammar:
-        library().llama_sampler_free(sampler.grammar)
+        for number in list(samplers.active):
+            samplers.end(number)
 
 
 def grammar_from_schema(schema: Mapping[str, Any]) -> str:
-    """The texts that a JSON schema admits, as a grammar of llama.cpp's; TapirError where it cannot be one.
+    """A llama.cpp grammar of the texts that a JSON schema allows; TapirError if none can be made.
 
-    llama-cpp-python heeds neither `minimum` nor `maximum`: name the numbers in an `enum`.
+    llama-cpp-python ignores `minimum` and `maximum`: list the numbers in an `enum` instead.
     """
-    library()  # it alone imports llama_cpp, with its log put aside
+    library()  # the only place that imports llama_cpp, so that its log is captured
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     try:
@@ -104,7 +102,7 @@ def grammar_from_schema(schema: Mapping[str, Any]) -> str:
 
 
 def open_grammar(model: Model, text: str) -> Any:
-    """A grammar at its beginning. A failure is a NULL pointer object, and using one would crash."""
+    """A grammar at its start. llama.cpp returns a NULL pointer object on failure; using it would crash."""
     LLAMA_LOG.clear()
     made = library().llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
     if not made:
@@ -113,18 +111,18 @@ def open_grammar(model: Model, text: str) -> Any:
 
 
 def choose_tokens(model: Model, chosen_by: Sequence[Sampler], rows: Array) -> list[int | None]:
-    """The token that follows each row of logits, float32 (answers, vocabulary), by the answer's sampler; see `pick`."""
+    """The token after each row of logits, float32 (answers, vocabulary), chosen by its sampler; see `pick_token`."""
     if all(sampler is GREEDY for sampler in chosen_by):
         return list(rows.argmax(axis=1).tolist())
     return [pick_token(model, sampler, row) for sampler, row in zip(chosen_by, rows, strict=True)]
 
 
 def pick_token(model: Model, sampler: Sampler, row: Array) -> int | None:
-    """The token that follows a row of logits; None where the grammar is at its end and the model knows no end token.
+    """The token after a row of logits; None if the grammar is at its end and the model has no end token.
 
-    A token is drawn freely and kept if the grammar lets it through, else drawn again among those that it does. The
-    distribution is the same, and the grammar seldom looks at the whole vocabulary: 150,000 tokens took it 23 ms on one
-    core, one token 0.07 ms. A grammar is never made to accept a token that it refuses: that ends the process.
+    A token is drawn without the grammar and kept if the grammar allows it, otherwise drawn again among the allowed
+    ones. The distribution is the same, and the grammar rarely checks the whole vocabulary: 150,000 tokens take it 23 ms
+    on one core, one token 0.07 ms. A grammar must not accept a token that it refuses: that ends the process.
     """
     token: int | None = draw_token(sampler, row)
     if sampler.grammar is None or token is None:
@@ -137,9 +135,9 @@ def pick_token(model: Model, sampler: Sampler, row: Array) -> int | None:
 
 
 def draw_token(sampler: Sampler, row: Array) -> int:
-    """The likeliest token, or one drawn from the plain softmax at a temperature: no top-k, top-p or penalty.
+    """The likeliest token, or one drawn from the softmax at a temperature: no top-k, top-p or penalty.
 
-    Where the drawn number falls in the sum of all weights is sought by blocks, so that few sums are made one by one.
+    The place of the drawn number in the cumulative sum is searched by blocks first, so that few sums are needed.
     """
     import numpy as np
 
@@ -157,7 +155,7 @@ def draw_token(sampler: Sampler, row: Array) -> int:
 
 
 def grammar_allows(grammar: Any, token: int) -> bool:
-    """Whether the grammar lets a token follow what was written."""
+    """Whether the grammar allows a token after the text written so far."""
     llama = library()
     one = (llama.llama_token_data * 1)(llama.llama_token_data(token, 0.0, 0.0))
     llama.llama_sampler_apply(grammar, ctypes.byref(llama.llama_token_data_array(one, 1, -1, False)))
@@ -165,7 +163,7 @@ def grammar_allows(grammar: Any, token: int) -> bool:
 
 
 def pick_allowed_token(sampler: Sampler, row: Array) -> int | None:
-    """A token among all that the grammar lets follow; None where there is none."""
+    """A token among all that the grammar allows; None if it allows none."""
     import numpy as np
 
     llama = library()

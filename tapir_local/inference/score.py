@@ -1,22 +1,22 @@
-"""Log-probabilities that a GGUF gives to completions it is shown, many at once."""
+"""Score completions: the log-probability that a GGUF gives to each, many at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.batch import Batch, decode_batch, last_logits, make_batch
+from tapir_local.inference.batch import Array, Batch, decode_batch, last_logits, make_batch
 from tapir_local.inference.config import UBATCH
 from tapir_local.inference.context_plan import open_first_fitting_context, plan_scoring_context
-from tapir_local.inference.generate import encode_prompt
+from tapir_local.inference.generate import Callbacks, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, open_model, require_template
 from tapir_local.inference.tokens import chat_format, encode
 from tapir_local.records import Prompt, Scored
 
 MAX_TEXTS = 64  # texts in the context at once
-USUAL_CELLS = 2048  # and tokens, where none is longer
+USUAL_CELLS = 2048  # tokens in the context, unless a text is longer
+NO_CALLBACKS = Callbacks[Scored]()
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,26 @@ class ScoredText:
     start: int
 
 
-def ignored(found: Scored) -> None:
-    """Nobody waits for single results."""
+class ScoreCollector:
+    """Collects the results by the text's number, and calls the callbacks; `names` are the results' ids."""
+
+    def __init__(self, names: Sequence[str], callbacks: Callbacks[Scored]) -> None:
+        self.names, self.callbacks = names, callbacks
+        self.found: dict[int, Scored] = {}
+
+    def add(self, texts: Sequence[ScoredText], logprobs: Mapping[int, float]) -> None:
+        """Add the results of some texts; a text without a log-probability has 0 tokens."""
+        for text in texts:
+            tokens = len(text.ids) - text.start if text.number in logprobs else 0
+            self.found[text.number] = Scored(self.names[text.number], logprobs.get(text.number, 0.0), tokens)
+        if self.callbacks.result:
+            for text in texts:
+                self.callbacks.result(self.found[text.number])
+
+    def report(self) -> None:
+        """Call the progress callback."""
+        if self.callbacks.progress:
+            self.callbacks.progress(len(self.found), len(self.names))
 
 
 def score_completions(
@@ -39,48 +57,40 @@ def score_completions(
     context: int,
     ids: Sequence[str] | None = None,
     adapter: Path | None = None,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    each: Callable[[Scored], None] = ignored,
+    callbacks: Callbacks[Scored] = NO_CALLBACKS,
 ) -> list[Scored]:
-    """The log-probability (natural) of each completion after its prompt, with the token that ends the turn.
+    """The natural log-probability of each completion after its prompt, including the token that ends the turn.
 
-    Prompt and completion are tokenised as train.py does. In the order of `texts`; `ids` name them, or numbers do. A
-    text longer than `context` tokens, or that the chat template cannot render, has 0 tokens. `each` is given every
-    result as soon as it is there. TapirError when the GGUF or the adapter cannot be loaded, or memory has no room for
-    the longest text.
+    Prompt and completion are tokenized as train.py does it. Results are in the order of `texts`, named by `ids` or by
+    their number. A text longer than `context` tokens, or that the chat template cannot render, has 0 tokens. TapirError
+    if the GGUF or the adapter cannot be loaded, or memory is too small for the longest text.
     """
-    names = [str(number) for number in range(len(texts))] if ids is None else list(ids)
+    collector = ScoreCollector([str(n) for n in range(len(texts))] if ids is None else list(ids), callbacks)
     if not texts:
         return []
-    found: dict[int, Scored] = {}
-
-    def keep(some: Mapping[int, Scored]) -> None:
-        found.update(some)
-        for one in some.values():
-            each(one)
-
     with open_model(gguf, adapter=adapter) as model:
         require_template(model)
         tokens = [text_to_score_or_empty(model, number, *text) for number, text in enumerate(texts)]
         fitting = sorted((text for text in tokens if 0 < len(text.ids) <= context), key=lambda text: len(text.ids))
-        wanted = {text.number for text in fitting}
-        keep({text.number: Scored(names[text.number], 0.0, 0) for text in tokens if text.number not in wanted})
-        longest = max((len(text.ids) for text in fitting), default=1)
-        plans = [plan_scoring_context(model, cells, MAX_TEXTS) for cells in (max(USUAL_CELLS, longest), longest)]
-        with open_first_fitting_context(model, plans, threads=threads, batch=UBATCH) as (engine, plan):
-            batch = make_batch(engine.batch)
-            for group in group_texts(fitting, plan.cells):
-                values = score_group(engine, batch, group)
-                sizes = {text.number: len(text.ids) - text.start for text in group}
-                keep({number: Scored(names[number], value, sizes[number]) for number, value in values.items()})
-                if progress:
-                    progress(len(found), len(texts))
-    return [found[number] for number in range(len(texts))]
+        numbers = {text.number for text in fitting}
+        collector.add([text for text in tokens if text.number not in numbers], {})
+        score_texts(model, fitting, collector)
+    return [collector.found[number] for number in range(len(texts))]
+
+
+def score_texts(model: Model, texts: Sequence[ScoredText], collector: ScoreCollector) -> None:
+    """Score texts that fit into the context, the shortest first."""
+    longest = max((len(text.ids) for text in texts), default=1)
+    plans = [plan_scoring_context(model, cells, MAX_TEXTS) for cells in (max(USUAL_CELLS, longest), longest)]
+    with open_first_fitting_context(model, plans, batch=UBATCH) as (engine, plan):
+        batch = make_batch(engine.batch)
+        for group in group_texts(texts, plan.cells):
+            collector.add(group, score_group(engine, batch, group))
+            collector.report()
 
 
 def text_to_score_or_empty(model: Model, number: int, prompt: Prompt, completion: str) -> ScoredText:
-    """A text's ids; none where the chat template cannot render it."""
+    """As `text_to_score`; without ids if the chat template cannot render the text."""
     try:
         return text_to_score(model, number, prompt, completion)
     except TapirError:
@@ -88,7 +98,7 @@ def text_to_score_or_empty(model: Model, number: int, prompt: Prompt, completion
 
 
 def text_to_score(model: Model, number: int, prompt: Prompt, completion: str) -> ScoredText:
-    """A text's ids: the prompt's, then what follows them in the ids of the whole, as in train.token_rows."""
+    """The ids of a prompt, and those that follow them in the ids of the whole text, as in train.token_rows."""
     head = encode_prompt(model, prompt)
     asked, answer = chat_format(model).answered(prompt, completion)
     joined = encode(model, asked + answer)
@@ -97,7 +107,7 @@ def text_to_score(model: Model, number: int, prompt: Prompt, completion: str) ->
 
 
 def group_texts(texts: Sequence[ScoredText], cells: int) -> Iterator[list[ScoredText]]:
-    """Texts that fit into the context together."""
+    """Groups of texts that fit into the context together."""
     group: list[ScoredText] = []
     used = 0
     for text in texts:
@@ -113,38 +123,37 @@ def group_texts(texts: Sequence[ScoredText], cells: int) -> Iterator[list[Scored
 def score_group(engine: Engine, batch: Batch, group: Sequence[ScoredText]) -> dict[int, float]:
     """The log-probability of each text of a group, by its number; the last token of a text predicts nothing."""
     found = {text.number: 0.0 for text in group}
-    asked: list[
-        tuple[int, int]
-    ] = []  # the token that each wanted row of the batch is to foretell, and the text's number
+    targets: list[tuple[int, int]] = []  # for each wanted row of the batch, the token it predicts and its text's number
     library().llama_memory_clear(engine.memory, False)
     for slot, text in enumerate(group):
         start, end = 0, len(text.ids) - 1
         while start < end:
-            chunk = text.ids[start : min(end, start + batch.room)]
+            chunk = text.ids[start : min(end, start + batch.free_rows)]
             wanted = range(max(0, text.start - 1 - start), len(chunk))
             batch.add(chunk, start, slot, wanted)
-            asked += [(text.ids[start + place + 1], text.number) for place in wanted]
+            targets += [(text.ids[start + place + 1], text.number) for place in wanted]
             start += len(chunk)
-            if not batch.room:
-                add_scores(engine, batch, asked, found)
-    add_scores(engine, batch, asked, found)
+            if not batch.free_rows:
+                add_scores(engine, batch, targets, found)
+    add_scores(engine, batch, targets, found)
     return found
 
 
-def add_scores(engine: Engine, batch: Batch, asked: list[tuple[int, int]], found: dict[int, float]) -> None:
-    """Decode the batch, and add what each row of it gives to its text; both are empty afterwards."""
+def add_scores(engine: Engine, batch: Batch, targets: list[tuple[int, int]], found: dict[int, float]) -> None:
+    """Decode the batch, and add the log-probability of each target to its text; batch and targets are then empty."""
     import numpy as np
 
-    if batch.room == batch.size:
+    if batch.free_rows == batch.size:
         return
     decode_batch(engine, batch)
-    for (_, number), value in zip(asked, target_logprobs(engine, np.array([token for token, _ in asked])), strict=True):
+    tokens = np.array([token for token, _ in targets])
+    for (_, number), value in zip(targets, target_logprobs(engine, tokens), strict=True):
         found[number] += float(value)
-    asked.clear()
+    targets.clear()
 
 
-def target_logprobs(engine: Engine, targets: Any) -> Any:
-    """The log-probability of each target in the row of logits that the last decoding left for it."""
+def target_logprobs(engine: Engine, targets: Array) -> Array:
+    """The log-probability of each target token in its row of the last decoding's logits."""
     import numpy as np
 
     if not len(targets):

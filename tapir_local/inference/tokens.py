@@ -1,4 +1,4 @@
-"""A GGUF's tokens: texts to their ids, and ids to the texts that they stand for."""
+"""A GGUF's tokens: encode texts to token ids, and decode ids to text."""
 
 import ctypes
 import unicodedata
@@ -16,7 +16,7 @@ C_SPACES = " \t\n\v\f\r"  # C's isspace
 
 
 def is_end_token(model: Model, token: int) -> bool:
-    """True for the tokens at which llama.cpp stops."""
+    """Whether llama.cpp ends a turn at the token."""
     known = model.ends.get(token)
     if known is None:
         known = model.ends[token] = bool(library().llama_vocab_is_eog(model.vocab, token))
@@ -24,9 +24,9 @@ def is_end_token(model: Model, token: int) -> bool:
 
 
 def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
-    """Token ids of a rendered text: its marks are read as special tokens, and none is added unless `add_special`.
+    """Token ids of a rendered text: its marks become special tokens, and none is added unless `add_special`.
 
-    What is guarded (see quoting.py) is read as plain text.
+    Guarded text (see quoting.py) is encoded as plain text.
     """
     if GUARD not in text and is_normalized(model, text):
         return tokenize_text(model, text, special=True, add_special=add_special)
@@ -37,31 +37,31 @@ def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
 
 
 def tokenize_text(model: Model, text: str, *, special: bool, add_special: bool = False) -> list[int]:
-    """Token ids as llama.cpp gives them, with special tokens read in the text where `special`."""
+    """Token ids as llama.cpp gives them; with `special`, special tokens in the text are recognized."""
     llama = library()
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
         what = f"not Unicode text: half a surrogate pair, {error.object[error.start]!a}"
         raise TapirError(what, fix="Remove it from the text.") from error
-    room = len(raw) + 4  # a token is at least a byte, but for BOS, EOS and SentencePiece's leading space
+    size = len(raw) + 4  # a token is at least one byte, except BOS, EOS and SentencePiece's leading space
     while True:
-        tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(model.vocab, raw, len(raw), tokens, room, add_special, special)
+        tokens = (llama.llama_token * size)()
+        count = llama.llama_tokenize(model.vocab, raw, len(raw), tokens, size, add_special, special)
         if count >= 0:
             return list(tokens[:count])
-        if -count <= room:
-            raise llama_error(f"llama.cpp cannot tokenise {text[:40]!r}", model.gguf, model.advice.unusable)
-        room = -count
+        if -count <= size:
+            raise llama_error(f"llama.cpp cannot tokenize {text[:40]!r}", model.gguf, model.advice.unusable)
+        size = -count
 
 
 def is_normalized(model: Model, text: str) -> bool:
-    """Whether the text is in the form that the tokenizer expects; most texts are, and the answer is quick."""
+    """Whether the text is in the Unicode form that the tokenizer expects; most texts are, and the check is fast."""
     return model.form is None or unicodedata.is_normalized(model.form, text)
 
 
 def strip_beside_marks(model: Model, parts: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
-    """The parts without the white space that a special token takes with it, as llama.cpp's own search for them does."""
+    """The parts without the white space that a special token strips beside it, as llama.cpp's own parser does it."""
     found = []
     for place, (text, mark) in enumerate(parts):
         if mark is None:
@@ -80,7 +80,7 @@ def has_attribute(model: Model, token: int, name: str) -> bool:
 
 
 def encode_plain(model: Model, text: str) -> list[int]:
-    """Token ids of a text without special tokens, composed first where the tokenizer expects that."""
+    """Token ids of a text without special tokens, normalized first if the tokenizer expects that."""
     if model.form and not is_normalized(model, text):
         text = "".join(
             part if mark is not None else unicodedata.normalize(model.form, part)
@@ -94,10 +94,10 @@ def encode_plain(model: Model, text: str) -> list[int]:
 
 
 def split_special(model: Model, special: int) -> tuple[int, ...]:
-    """The two tokens of a plain text that llama.cpp took for a special one.
+    """The two tokens of a plain text that llama.cpp joined into a special token.
 
-    Its SentencePiece joins two neighbors where their text together is any token's, a special one's too; transformers
-    does not. The special token itself where no two tokens have its text.
+    Its SentencePiece joins two neighbors if their joint text is that of any token, even a special one; transformers
+    does not. The special token itself if no two tokens have its text.
     """
     text = token_as_written(model, special)
     halves = ((single_token(model, text[:at]), single_token(model, text[at:])) for at in range(1, len(text)))
@@ -105,13 +105,13 @@ def split_special(model: Model, special: int) -> tuple[int, ...]:
 
 
 def chat_format(model: Model) -> ChatFormat:
-    """The chat format of a GGUF; TapirError where it has no template."""
+    """The chat format of a GGUF; TapirError if it has no template."""
     return ChatFormat(require_template(model), model.bos, model.eos, special_marks(model))
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a vocabulary's attributes say: the marks, and the tokens that users defined, which any text may hold."""
+    """Tokens with attributes: the special ones (`marks`), and the user-defined ones, which any text may contain."""
 
     marks: Marks
     defined: Marks
@@ -123,7 +123,7 @@ def special_marks(model: Model) -> Marks:
 
 
 def special_tokens(model: Model) -> SpecialTokens:
-    """The lists, read once: it takes about 50 ms for 150,000 tokens."""
+    """The special tokens, read once: it takes about 50 ms for 150,000 tokens."""
     if not model.lists:
         llama = library()
         count = llama.llama_vocab_n_tokens(model.vocab)
@@ -140,7 +140,7 @@ def special_tokens(model: Model) -> SpecialTokens:
 
 
 def single_token(model: Model, text: str) -> list[int]:
-    """The token that a text is, if it is one."""
+    """The one token that a text consists of, in a list; empty if it does not."""
     ids = [
         token
         for token in tokenize_text(model, text, special=False)
@@ -150,12 +150,12 @@ def single_token(model: Model, text: str) -> list[int]:
 
 
 def token_as_written(model: Model, token: int) -> str:
-    """A token as the vocabulary writes it."""
+    """A token's text as the vocabulary has it."""
     return str(library().llama_vocab_get_text(model.vocab, token).decode("utf-8", "replace"))
 
 
 def token_bytes(model: Model, token: int) -> bytes:
-    """The bytes a token stands for; none for a special one. A character may be spread over several tokens."""
+    """The bytes of a token's text; none for a special token. A character may consist of several tokens."""
     known = model.pieces.get(token)
     if known is None:
         known = model.pieces[token] = read_token_bytes(model, token)
@@ -163,6 +163,7 @@ def token_bytes(model: Model, token: int) -> bytes:
 
 
 def read_token_bytes(model: Model, token: int) -> bytes:
+    """As `token_bytes`, without the cache."""
     llama = library()
     buffer = ctypes.create_string_buffer(64)
     count = llama.llama_token_to_piece(model.vocab, token, buffer, len(buffer), 0, False)
@@ -173,7 +174,7 @@ def read_token_bytes(model: Model, token: int) -> bytes:
 
 
 def decode(model: Model, tokens: Sequence[int], most: int | None = None) -> str:
-    """The text of an answer, or its first `most` bytes, as written: no spaces tidied, no UTF-8 shown as U+FFFD."""
+    """The text of an answer, or its first `most` bytes: spaces stay as they are, invalid UTF-8 becomes U+FFFD."""
     return b"".join(token_bytes(model, token) for token in tokens)[:most].decode("utf-8", "replace")
 
 

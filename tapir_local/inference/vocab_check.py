@@ -1,9 +1,8 @@
-"""Whether llama.cpp can work with a GGUF's vocabulary, tried in another process: it ends the process over some.
+"""Check in a child process whether llama.cpp can read a GGUF's vocabulary: it ends the process over some.
 
 `python -m tapir_local.inference.vocab_check GGUF` opens the vocabulary and tokenizes letters of every script.
 """
 
-import signal
 import subprocess
 import sys
 from functools import lru_cache
@@ -12,33 +11,31 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import Advice, open_model
 from tapir_local.inference.tokens import tokenize_text
-from tapir_local.process import environment
+from tapir_local.process import environment, signal_and_last_line
 
-LETTER_STEP = 37  # of the letters up to U+FFFF: every byte that UTF-8 uses is among them
+LETTER_STEP = 37  # every 37th letter up to U+FFFF: together they have every byte that UTF-8 uses
 
 
 def check_vocabulary(gguf: Path, advice: Advice) -> None:
-    """TapirError naming the GGUF where llama.cpp ends the process over its vocabulary.
+    """TapirError naming the GGUF if llama.cpp ends the process over its vocabulary.
 
-    A GGUF that is no such, or cannot be opened, is left to whoever opens it.
+    A file that is not a GGUF, or cannot be opened, gives no error here: opening it gives one.
     """
     if gguf.is_file():
         stat = gguf.stat()
-        said = crash_message(gguf, stat.st_size, stat.st_mtime_ns)
-        if said:
-            what = f"llama.cpp ends the process over its vocabulary: {said}"
+        message = crash_message(gguf, stat.st_size, stat.st_mtime_ns)
+        if message:
+            what = f"llama.cpp ends the process over its vocabulary: {message}"
             raise TapirError(what, where=str(gguf), fix=advice.unusable)
 
 
 @lru_cache
 def crash_message(gguf: Path, size: int, changed: int) -> str:
-    """The signal that ended the trial and its last line, "" where none did; tried once for each state of a file."""
+    """The signal that ended the child process and its last line; "" if none did. Run once per version of a file."""
     command = [sys.executable, "-P", "-m", "tapir_local.inference.vocab_check", str(gguf)]
     tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
-    if tried.returncode >= 0:
-        return ""
-    lines = [line.strip() for line in tried.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    return ": ".join([signal.Signals(-tried.returncode).name, *lines[-1:]])
+    ended_by, last_line = signal_and_last_line(tried.returncode, tried.stderr)
+    return ": ".join(filter(None, [ended_by, last_line])) if ended_by else ""
 
 
 def sample_letters() -> str:
@@ -48,13 +45,13 @@ def sample_letters() -> str:
 
 
 def read_vocabulary(gguf: Path) -> None:
-    """The child's side."""
+    """The work of the child process."""
     try:
         with open_model(gguf, vocab_only=True) as model:
             for special in (True, False):
                 tokenize_text(model, sample_letters(), special=special)
     except TapirError:
-        pass  # it is said by whoever opens the GGUF to work with it
+        pass  # opening the GGUF to work with it gives the same error
 
 
 if __name__ == "__main__":

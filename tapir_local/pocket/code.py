@@ -1,4 +1,4 @@
-"""The families about code: small Python functions to write and to mend, and a safe way to try them."""
+"""The families about code: small Python functions to write and to repair, and a safe way to run them."""
 
 import ast
 import math
@@ -18,11 +18,11 @@ TEXT_ARGUMENTS = ("'ab'", "'x'")
 
 @dataclass(frozen=True)
 class FunctionTask:
-    """What a function does, as it is said and as it is written; `k` and `m` are constants, `tries` its arguments."""
+    """What a function does, in words and as an expression with constants `k` and `m`, and arguments to try it with."""
 
-    said: str
-    written: str
-    tries: tuple[str, ...] = NUMBER_ARGUMENTS
+    description: str
+    expression: str
+    arguments: tuple[str, ...] = NUMBER_ARGUMENTS
 
 
 FUNCTION_TASKS = (
@@ -44,20 +44,20 @@ FUNCTION_TASKS = (
     FunctionTask("multiplies x by {k} and subtracts {m}", "x * {k} - {m}"),
     FunctionTask("multiplies x by {k} and adds {m}", "x * {k} + {m}"),
 )
-ONE_STEP_TASKS = 13  # jobs before this place have one step
+ONE_STEP_TASKS = 13  # the first tasks, which have one step
 
 
 @dataclass(frozen=True)
 class CodeFault:
-    """A way to spoil `def f(x): return ...`, and what is said of it. `spoil` returns None where it does not apply."""
+    """A fault to put into `def f(x): return ...`, and its description; `spoil` returns None if it does not apply."""
 
-    said: str
+    description: str
     remark: str
     spoil: Callable[[str], tuple[str, str, str] | None]
 
 
 def swap_operator(line: str) -> tuple[str, str, str] | None:
-    """The last operator of the expression exchanged: the line, the wrong and the right operator."""
+    """Replace the last operator of the expression: the line, the wrong and the right operator."""
     for right, wrong in (
         (" + ", " - "),
         (" - ", " + "),
@@ -72,7 +72,7 @@ def swap_operator(line: str) -> tuple[str, str, str] | None:
 
 
 def misname_argument(line: str) -> tuple[str, str, str] | None:
-    """x is called y after the return."""
+    """Rename x to y after the return: the line, the wrong and the right name."""
     head, _, body = line.partition("return ")
     changed = "y".join(body.split("x", 1)) if body.startswith("x") else None
     return (f"{head}return {changed}", "y", "x") if changed else None
@@ -90,13 +90,13 @@ CODE_FAULTS: Mapping[str, CodeFault] = {
 }
 
 
-# --- trying code
+# --- running code
 
-MAX_VALUE_ITEMS = 10_000  # items that a value may have, counted with those of the values in it
+MAX_VALUE_ITEMS = 10_000  # items that a value may have, nested items included
 
 
 def count_items(value: object, most: int = MAX_VALUE_ITEMS) -> int:
-    """How many items a value has with those of its items; counting ends where there are more than `most`."""
+    """The number of items of a value, nested items included; counting stops after `most`."""
     if not isinstance(value, str | bytes | list | tuple | range):
         return 1
     if isinstance(value, str | bytes | range):
@@ -110,14 +110,14 @@ def count_items(value: object, most: int = MAX_VALUE_ITEMS) -> int:
 
 
 def check_item_count(value: object) -> object:
-    """The value; ValueError where it has more items than a right answer ever needs."""
+    """The value; ValueError if it has more items than any right answer needs."""
     if count_items(value) > MAX_VALUE_ITEMS:
         raise ValueError("too many items")
     return value
 
 
 def checked_multiply(left: Any, right: Any) -> object:
-    """left * right; ValueError, before anything is made, where the result would have too many items."""
+    """left * right; ValueError before the multiplication if the result would have too many items."""
     for value, count in ((left, right), (right, left)):
         repeats = isinstance(value, str | bytes | list | tuple) and isinstance(count, int)
         if repeats and count_items(value) * max(0, count) > MAX_VALUE_ITEMS:
@@ -126,19 +126,19 @@ def checked_multiply(left: Any, right: Any) -> object:
 
 
 def checked_add(left: Any, right: Any) -> object:
-    """left + right, not too large."""
+    """left + right; ValueError if the result has too many items."""
     return check_item_count(left + right)
 
 
 def checked_remainder(left: Any, right: Any) -> object:
-    """left % right of numbers: that of a text would be formatting, whose width has no bound."""
+    """left % right of numbers; TypeError for a text, whose formatting could have any width."""
     if isinstance(left, str | bytes):
         raise TypeError("no number")
     return left % right
 
 
 def limit_result(function: Callable[..., object]) -> Callable[..., object]:
-    """The function with no result that is too large."""
+    """The function, with a ValueError for a result that has too many items."""
     return lambda *values: check_item_count(function(*values))
 
 
@@ -155,7 +155,7 @@ GUARDED_OPERATORS: Mapping[type[ast.operator], str] = MappingProxyType(
 
 
 class GuardedOperations(ast.NodeTransformer):
-    """Has every operation that can make something large done by a function that looks at the size first."""
+    """Replaces every operation that can make a large value by a call of a function that checks the size."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         self.generic_visit(node)
@@ -172,7 +172,7 @@ class GuardedOperations(ast.NodeTransformer):
 
 
 def call_node(name: str, *values: ast.expr) -> ast.Call:
-    """A call of one of our own functions."""
+    """The syntax tree of a call of one of our functions."""
     return ast.Call(ast.Name(name, ast.Load()), list(values), [])
 
 
@@ -207,7 +207,7 @@ ALLOWED_NODES = (
 
 
 def rebinds_name(node: ast.AST) -> bool:
-    """Whether a node gives a name that is called, or one of ours, another meaning, or changes a part of a value."""
+    """Whether a node rebinds an allowed function or one of ours, or changes a part of a value."""
     if isinstance(node, ast.FunctionDef):
         return node.name in ALLOWED_CALLS or node.name.startswith("_")
     if isinstance(node, ast.arg):
@@ -218,17 +218,18 @@ def rebinds_name(node: ast.AST) -> bool:
 
 
 def product_constants(nodes: Sequence[ast.AST]) -> list[float]:
-    """The numbers that stand in products: of a sequence they may come to its length."""
+    """The constants in products: for a sequence, they may multiply its length."""
     products = [node for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)]
     sides = [side for node in products for side in (node.left, node.right)]
     return [abs(side.value) for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, int | float)]
 
 
 def is_harmless(tree: ast.Module) -> bool:
-    """One short function of plain expressions: no loops, attributes, powers or calls but of a few builtins.
+    """Whether the code is one short function of simple expressions.
 
-    Nothing that is called can be given another meaning, so nothing calls itself and every line runs once at the most.
-    What one line can make is bounded when it runs (see Guarded).
+    It may have no loops, attributes or powers, and may call only a few builtins. No called name can be rebound, so that
+    nothing calls itself and every line runs at most once. The size of a line's result is checked when it runs (see
+    GuardedOperations).
     """
     nodes = list(ast.walk(tree))
     return (
@@ -254,8 +255,8 @@ def is_harmless(tree: ast.Module) -> bool:
     )
 
 
-def function_results(code: str, name: str, tries: Sequence[str]) -> tuple[object, ...] | None:
-    """What the function `name` returns for each argument; None if the code is not one harmless function that works."""
+def function_results(code: str, name: str, arguments: Sequence[str]) -> tuple[object, ...] | None:
+    """What the function `name` returns for each argument; None if the code is not one harmless, working function."""
     try:
         tree = ast.parse(code)
         if not is_harmless(tree):
@@ -263,7 +264,7 @@ def function_results(code: str, name: str, tries: Sequence[str]) -> tuple[object
         space: dict[str, object] = {"__builtins__": {**ALLOWED_CALLS, **GUARD_FUNCTIONS}}
         exec(compile(ast.fix_missing_locations(GuardedOperations().visit(tree)), "<pocket>", "exec"), space)
         function = space[name]
-        return tuple(function(ast.literal_eval(argument)) for argument in tries) if callable(function) else None
+        return tuple(function(ast.literal_eval(argument)) for argument in arguments) if callable(function) else None
     except (
         SyntaxError,
         ValueError,
@@ -281,21 +282,21 @@ def function_results(code: str, name: str, tries: Sequence[str]) -> tuple[object
 # --- writing
 
 
-def parse_function_task(said: str) -> tuple[FunctionTask, dict[str, str]]:
-    """The job that a text tells, with its constants; ValueError if it tells none."""
-    words = said.split(" ")
-    for job in FUNCTION_TASKS:
-        pattern = job.said.split(" ")
+def parse_function_task(text: str) -> tuple[FunctionTask, dict[str, str]]:
+    """The task that a text describes, and its constants; ValueError if it describes none."""
+    words = text.split(" ")
+    for task in FUNCTION_TASKS:
+        pattern = task.description.split(" ")
         pairs = list(zip(pattern, words, strict=False))
         if len(words) == len(pattern) and all(
             one == word or (one in ("{k}", "{m}") and word.isdigit()) for one, word in pairs
         ):
-            return job, {one[1]: word for one, word in pairs if one in ("{k}", "{m}")}
-    raise ValueError("no job of the pocket world")
+            return task, {one[1]: word for one, word in pairs if one in ("{k}", "{m}")}
+    raise ValueError("no task of the pocket world")
 
 
 def draw_write(rng: Random, level: int) -> DrawnSlots:
-    job = rng.choice(
+    task = rng.choice(
         FUNCTION_TASKS[:ONE_STEP_TASKS]
         if level == 1
         else FUNCTION_TASKS
@@ -304,36 +305,36 @@ def draw_write(rng: Random, level: int) -> DrawnSlots:
     )
     return {
         "fname": rng.choice(FUNCTION_NAMES),
-        "job": job.said.format(k=rng.randint(2, 9 if level < 3 else 99), m=rng.randint(2, 9)),
+        "job": task.description.format(k=rng.randint(2, 9 if level < 3 else 99), m=rng.randint(2, 9)),
     }
 
 
 def solve_write(values: SlotValues) -> Solution:
-    job, constants = parse_function_task(values["job"])
-    name, body = values["fname"], job.written.format(**constants)
+    task, constants = parse_function_task(values["job"])
+    name, body = values["fname"], task.expression.format(**constants)
     plain = f"def {name}(x):\n    return {body}"
     styled = f"```python\ndef {name}(x):\n    # {values['job']}\n    return {body}\n```"
-    return Solution(plain, styled, "code", plain, (name, *job.tries))
+    return Solution(plain, styled, "code", plain, (name, *task.arguments))
 
 
 def draw_mend(rng: Random, level: int) -> DrawnSlots:
     drawn = draw_write(rng, level)
-    job, constants = parse_function_task(drawn["job"])
-    line = f"def {drawn['fname']}(x): return {job.written.format(**constants)}"
+    task, constants = parse_function_task(drawn["job"])
+    line = f"def {drawn['fname']}(x): return {task.expression.format(**constants)}"
     spoiled = [changed[0] for fault in CODE_FAULTS.values() if (changed := fault.spoil(line))]
     return {"job": drawn["job"], "code": rng.choice(spoiled)}
 
 
 def solve_mend(values: SlotValues) -> Solution:
-    job, constants = parse_function_task(values["job"])
+    task, constants = parse_function_task(values["job"])
     name = values["code"].removeprefix("def ").partition("(")[0]
-    line = f"def {name}(x): return {job.written.format(**constants)}"
+    line = f"def {name}(x): return {task.expression.format(**constants)}"
     for fault in CODE_FAULTS.values():
         changed = fault.spoil(line)
         if changed and changed[0] == values["code"]:
             words = {"wrong": changed[1], "right": changed[2]}
-            styled = f"{fault.said.format(**words)}\n```python\n{line}  # {fault.remark.format(**words)}\n```"
-            return Solution(line, styled, "code", line, (name, *job.tries))
+            styled = f"{fault.description.format(**words)}\n```python\n{line}  # {fault.remark.format(**words)}\n```"
+            return Solution(line, styled, "code", line, (name, *task.arguments))
     raise ValueError("no fault of the pocket world")
 
 

@@ -1,4 +1,4 @@
-"""A family of pocket problems: how values are drawn, put into phrasings, read back from them, and solved."""
+"""A family of pocket problems: draw values, put them into phrasings, read them back, and solve the problem."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,11 @@ WORD_SLOTS = frozenset(PERSON_AND_THING_SLOTS | {"word", "letter", "superlative"
 
 @dataclass(frozen=True)
 class Solution:
-    """The answers to a problem, and what a right answer must come to.
+    """The answers to a problem, and what a right answer must contain.
 
-    `plain` is the bare result, `styled` the answer in its task's style. `kind` says how an answer is read (in
-    pocket_check) and `target` what must be read there. `given` are the numbers of the question, or the words that
-    could be chosen, or the function's name and the arguments to try it on, as the kind needs.
+    `plain` is the bare result, `styled` the answer in its task's style. `kind` says how an answer is checked (see
+    check.py) and `target` what it must contain. `given` depends on the kind: the numbers of the question, the words to
+    choose from, or the function's name and the arguments to try it with.
     """
 
     plain: str
@@ -38,8 +38,8 @@ class Solution:
 class ProblemFamily:
     """One kind of problem.
 
-    `draw(rng, level)` gives the values of the slots, level from 1 to `levels`, easy to hard; `solve` raises KeyError,
-    ValueError or IndexError for values that are none of this family's.
+    `draw(rng, level)` gives the values of the slots, with level from 1 (easy) to `levels` (hard). `solve` raises
+    KeyError, ValueError or IndexError for values outside this family.
     """
 
     name: str
@@ -50,28 +50,28 @@ class ProblemFamily:
 
     @property
     def phrasings(self) -> tuple[str, ...]:
-        """The instructions that this family can pose, with slots."""
+        """The instructions of this family, with slots."""
         return PHRASINGS[self.name]
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], ...]:
-        """One expression a phrasing, matching the whole of an instruction."""
+        """One regular expression per phrasing; it matches a whole instruction."""
         return tuple(phrasing_pattern(phrasing) for phrasing in self.phrasings)
 
 
 def slot_pattern(name: str) -> str:
-    """A one-letter slot is a number, a few are single words, the others run to the end of their sentence or line."""
+    """The expression of a slot: one letter is a number, a few are single words, the others are any text in a line."""
     if len(name) == 1:
         return rf"(?P<{name}>\d{{1,6}})"
     return rf"(?P<{name}>[A-Za-z]+)" if name in WORD_SLOTS else rf"(?P<{name}>[^\n]+?)"
 
 
 def phrasing_pattern(phrasing: str) -> re.Pattern[str]:
-    """The expression that reads a phrasing back; a slot that returns must have the same value."""
+    """The expression that reads a phrasing back; a slot that occurs twice must have the same value."""
     seen: set[str] = set()
     parts: list[str] = []
-    for number_solution, piece in enumerate(SLOT_PATTERN.split(phrasing)):
-        if number_solution % 2 == 0:
+    for number, piece in enumerate(SLOT_PATTERN.split(phrasing)):
+        if number % 2 == 0:
             parts.append(re.escape(piece))
         else:
             parts.append(f"(?P={piece})" if piece in seen else slot_pattern(piece))
@@ -80,13 +80,13 @@ def phrasing_pattern(phrasing: str) -> re.Pattern[str]:
 
 
 def require(holds: bool) -> None:
-    """ValueError where values are outside a family."""
+    """ValueError unless the condition holds: the values are outside the family."""
     if not holds:
         raise ValueError("no problem of this family")
 
 
 def join_items(items: Sequence[object]) -> str:
-    """`1, 2, 3`"""
+    """The items in one text, such as `1, 2, 3`."""
     return ", ".join(map(str, items))
 
 
@@ -101,12 +101,12 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def number_solution(result: int, steps: Sequence[str], given: Sequence[object], last: str = "") -> Solution:
-    """A solution that is a number: the steps, then a line that states the result."""
+    """A solution that is a number; its style is the steps, then a line that states the result."""
     return Solution(
         str(result), "\n".join([*steps, *([last] if last else [])]), "number", str(result), tuple(map(str, given))
     )
 
 
 def choice_solution(result: str, styled: str, options: Sequence[str]) -> Solution:
-    """A solution that is one of several words."""
+    """A solution that is one of the words in `options`."""
     return Solution(result, styled, "choice", result, tuple(options))

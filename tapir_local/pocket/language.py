@@ -1,4 +1,4 @@
-"""The families about words: grammar, paraphrase, formats, common sense, suppositions and translation."""
+"""The families about language: grammar, paraphrase, formats, common sense, suppositions and translation."""
 
 import json
 import re
@@ -43,7 +43,7 @@ ANIMAL_NAMES = tuple(ANIMALS)
 
 
 def match_groups(pattern: str, text: str) -> tuple[str, ...]:
-    """The groups of a whole match; ValueError if there is none."""
+    """The groups of a match of the whole text; ValueError if it does not match."""
     found = re.fullmatch(pattern, text)
     if not found:
         raise ValueError("no problem of this family")
@@ -51,7 +51,7 @@ def match_groups(pattern: str, text: str) -> tuple[str, ...]:
 
 
 def unstyled_solution(text: str) -> Solution:
-    """A solution whose plain answer is already in style."""
+    """A solution whose plain answer is also its styled answer."""
     return Solution(text, text, "text", text)
 
 
@@ -61,10 +61,10 @@ def unstyled_solution(text: str) -> Solution:
 def draw_past(rng: Random, level: int) -> DrawnSlots:
     name = rng.choice(PERSON_NAMES)
     if rng.random() < 0.5:
-        tail = f"{rng.choice(MOVES)} to the {rng.choice(PLACES)}"
+        tail = f"{rng.choice(MOTION_VERBS)} to the {rng.choice(PLACES)}"
     else:
-        tail = f"{rng.choice(DEEDS)} the {rng.choice(tuple(THINGS.values()))}"
-    return {"sentence": f"{name} {tail}{' ' + rng.choice(TIMES) if level > 1 else ''}."}
+        tail = f"{rng.choice(ACTION_VERBS)} the {rng.choice(tuple(THINGS.values()))}"
+    return {"sentence": f"{name} {tail}{' ' + rng.choice(TIME_PHRASES) if level > 1 else ''}."}
 
 
 def solve_past(values: SlotValues) -> Solution:
@@ -78,9 +78,8 @@ def draw_agreement(rng: Random, level: int) -> DrawnSlots:
     animal, verb = rng.choice(ANIMAL_NAMES[:3] + ANIMAL_NAMES[4:]), rng.choice(MOTION_VERBS)
     many = rng.random() < 0.5
     subject, wrong = (pluralize(animal), verb) if many else (animal, VERBS[verb][0])
-    return {
-        "sentence": f"The {subject} {wrong} to the {rng.choice(PLACES)}{' ' + rng.choice(TIMES) if level > 1 else ''}."
-    }
+    place = rng.choice(PLACES)
+    return {"sentence": f"The {subject} {wrong} to the {place}{' ' + rng.choice(TIME_PHRASES) if level > 1 else ''}."}
 
 
 def solve_agreement(values: SlotValues) -> Solution:
@@ -103,20 +102,21 @@ def draw_plural(rng: Random, level: int) -> DrawnSlots:
 def solve_plural(values: SlotValues) -> Solution:
     adjectives, noun = match_groups(r"the ((?:[a-z]+ )+)([a-z]+)", values["phrase"])
     require(noun in ANIMALS or noun in THINGS.values() or noun in PLACES)
-    text = f"the {adjectives}{plural(noun)}"
-    return Solution(text, f"{text}\nThe plural of {noun} is {plural(noun)}.", "text", text)
+    text = f"the {adjectives}{pluralize(noun)}"
+    return Solution(text, f"{text}\nThe plural of {noun} is {pluralize(noun)}.", "text", text)
 
 
 def draw_article(rng: Random, level: int) -> DrawnSlots:
     things = rng.sample([*THINGS.values(), *ANIMAL_NAMES, "orange", "axe"], level)
-    return {"sentence": f"{rng.choice(NAMES)} {rng.choice(DEEDS)} {' and '.join(f'___ {thing}' for thing in things)}."}
+    gaps = " and ".join(f"___ {thing}" for thing in things)
+    return {"sentence": f"{rng.choice(PERSON_NAMES)} {rng.choice(ACTION_VERBS)} {gaps}."}
 
 
 def solve_article(values: SlotValues) -> Solution:
     nouns = re.findall(r"___ ([a-z]+)", values["sentence"])
     require(bool(nouns) and "  " not in values["sentence"])
-    text = re.sub(r"___ ([a-z]+)", lambda found: f"{article(found[1])} {found[1]}", values["sentence"])
-    why = " ".join(f"The word {noun} begins with {noun[0]}: {article(noun)}." for noun in nouns)
+    text = re.sub(r"___ ([a-z]+)", lambda found: f"{indefinite_article(found[1])} {found[1]}", values["sentence"])
+    why = " ".join(f"The word {noun} begins with {noun[0]}: {indefinite_article(noun)}." for noun in nouns)
     return Solution(text, f"{text}\n{why}", "text", text)
 
 
@@ -125,8 +125,8 @@ def solve_article(values: SlotValues) -> Solution:
 
 def draw_synonym(rng: Random, level: int) -> DrawnSlots:
     one, other = rng.sample(tuple(SYNONYMS), 2)
-    end = f"is {other}" if level == 1 else f"is {other} {rng.choice(TIMES)}"
-    return {"sentence": f"The {one} {rng.choice(BEINGS)} {end}."}
+    end = f"is {other}" if level == 1 else f"is {other} {rng.choice(TIME_PHRASES)}"
+    return {"sentence": f"The {one} {rng.choice(ANIMAL_NAMES)} {end}."}
 
 
 def solve_synonym(values: SlotValues) -> Solution:
@@ -136,21 +136,21 @@ def solve_synonym(values: SlotValues) -> Solution:
 
 
 def draw_reorder(rng: Random, level: int) -> DrawnSlots:
-    who = rng.choice(PERSON_NAMES) if level == 1 else f"{rng.choice(NAMES)} and {rng.choice(NAMES)}"
+    who = rng.choice(PERSON_NAMES) if level == 1 else f"{rng.choice(PERSON_NAMES)} and {rng.choice(PERSON_NAMES)}"
     verb = rng.choice(MOTION_VERBS)
-    return {
-        "sentence": f"{who} {verb if level == 1 else VERBS[verb][0]} to the {rng.choice(PLACES)} {rng.choice(TIMES)}."
-    }
+    form = verb if level == 1 else VERBS[verb][0]
+    return {"sentence": f"{who} {form} to the {rng.choice(PLACES)} {rng.choice(TIME_PHRASES)}."}
 
 
 def solve_reorder(values: SlotValues) -> Solution:
-    clause, time = match_groups(rf"(.+) ({'|'.join(TIMES)})\.", values["sentence"])
+    clause, time = match_groups(rf"(.+) ({'|'.join(TIME_PHRASES)})\.", values["sentence"])
     return unstyled_solution(f"{time[0].upper()}{time[1:]} {clause}.")
 
 
 def draw_passive(rng: Random, level: int) -> DrawnSlots:
-    adjective = f"{rng.choice(tuple(COLOURS))} " if level > 1 else ""
-    return {"sentence": f"{rng.choice(NAMES)} {rng.choice(DEEDS)} the {adjective}{rng.choice(tuple(THINGS.values()))}."}
+    adjective = f"{rng.choice(tuple(COLOR_TRANSLATIONS))} " if level > 1 else ""
+    name, verb = rng.choice(PERSON_NAMES), rng.choice(ACTION_VERBS)
+    return {"sentence": f"{name} {verb} the {adjective}{rng.choice(tuple(THINGS.values()))}."}
 
 
 def solve_passive(values: SlotValues) -> Solution:
@@ -181,20 +181,20 @@ def solve_list(values: SlotValues) -> Solution:
 def draw_object(rng: Random, level: int) -> DrawnSlots:
     facts = {
         "age": f"is {rng.randint(5, 90)} years old",
-        "pet": f"keeps a {rng.choice(BEINGS[:9])}",
+        "pet": f"keeps a {rng.choice(ANIMAL_NAMES[:9])}",
         "home": f"lives by the {rng.choice(PLACES)}",
     }
-    told = [facts[key] for key in rng.sample(tuple(facts), level)]
-    return {"facts": f"{rng.choice(NAMES)} {' and '.join(told)}."}
+    chosen = [facts[key] for key in rng.sample(tuple(facts), level)]
+    return {"facts": f"{rng.choice(PERSON_NAMES)} {' and '.join(chosen)}."}
 
 
 FACT_PATTERN = re.compile(r"is (?P<age>\d+) years old|keeps a (?P<pet>[a-z]+)|lives by the (?P<home>[a-z]+)")
 
 
 def solve_object(values: SlotValues) -> Solution:
-    name, told = match_groups(r"([A-Z]\w+) (.+)\.", values["facts"])
+    name, facts = match_groups(r"([A-Z]\w+) (.+)\.", values["facts"])
     record: dict[str, str | int] = {"name": name}
-    for part in told.split(" and "):
+    for part in facts.split(" and "):
         found = FACT_PATTERN.fullmatch(part)
         if not found or found.lastgroup is None:
             raise ValueError(part)
@@ -221,13 +221,13 @@ def draw_member(rng: Random, level: int) -> DrawnSlots:
     kinds = rng.sample(tuple(CATEGORIES), level + 2)
     words = [rng.choice(CATEGORIES[kind]) for kind in kinds]
     order = rng.sample(words, len(words))
-    return {"kind": f"{article(kinds[0])} {kinds[0]}", "words": join_items(order)}
+    return {"kind": f"{indefinite_article(kinds[0])} {kinds[0]}", "words": join_items(order)}
 
 
 def solve_member(values: SlotValues) -> Solution:
     words, kind = split_items(values["words"]), values["kind"].split(" ")[-1]
     (right,) = [word for word in words if CATEGORY[word] == kind]
-    return choice_solution(right, f"{right}\nOf {listed(words)} only {right} is {values['kind']}.", tuple(CATEGORY))
+    return choice_solution(right, f"{right}\nOf {join_items(words)} only {right} is {values['kind']}.", tuple(CATEGORY))
 
 
 def draw_odd(rng: Random, level: int) -> DrawnSlots:
@@ -250,7 +250,7 @@ def solve_odd(values: SlotValues) -> Solution:
 
 def draw_opposite(rng: Random, level: int) -> DrawnSlots:
     words = rng.sample(tuple(OPPOSITES), level)
-    return {"phrase": f"the {' '.join(words)} {rng.choice([*BEINGS, *THINGS.values()])}"}
+    return {"phrase": f"the {' '.join(words)} {rng.choice([*ANIMAL_NAMES, *THINGS.values()])}"}
 
 
 def solve_opposite(values: SlotValues) -> Solution:
@@ -297,18 +297,18 @@ def solve_supposed_legs(values: SlotValues) -> Solution:
 
 
 def translate_phrase(language: str, first: str, noun: str) -> str:
-    """`the red dog` or `three dogs`: first is a colour or a number word, noun is singular."""
+    """The translation of `the red dog` or `three dogs`: first is a color or a number word, noun is singular."""
     column = LANGUAGES.index(language)
     gender, one, many = NOUNS[noun][column]
     if first in NUMBER_TRANSLATIONS:
-        return f"{NUMBERS[first][column]} {many}"
-    colour = COLOR_TRANSLATIONS[first][column][gender == "la"]
-    return f"{gender} {colour} {one}" if language == "German" else f"{gender} {one} {colour}"
+        return f"{NUMBER_TRANSLATIONS[first][column]} {many}"
+    color = COLOR_TRANSLATIONS[first][column][gender == "la"]
+    return f"{gender} {color} {one}" if language == "German" else f"{gender} {one} {color}"
 
 
 def english_phrase(first: str, noun: str) -> str:
-    """The English phrase."""
-    return f"{first} {plural(noun)}" if first in NUMBER_TRANSLATIONS else f"the {first} {noun}"
+    """The English phrase of a color or number word and a noun."""
+    return f"{first} {pluralize(noun)}" if first in NUMBER_TRANSLATIONS else f"the {first} {noun}"
 
 
 TRANSLATABLE_PHRASES: Mapping[str, tuple[str, str]] = {
@@ -328,7 +328,7 @@ AND_WORDS = dict(zip(LANGUAGES, ("y", "et", "und"), strict=True))
 def solve_translation(values: SlotValues) -> Solution:
     language = values["language"]
     parts = [translate_phrase(language, *TRANSLATABLE_PHRASES[part]) for part in values["phrase"].split(" and ")]
-    return unstyled_solution(f" {JOINED[language]} ".join(parts))
+    return unstyled_solution(f" {AND_WORDS[language]} ".join(parts))
 
 
 LANGUAGE_FAMILIES = (

@@ -1,4 +1,4 @@
-"""The families that reckon: mathematics, reasoning, and sums dressed as biology, chemistry, economy and sport."""
+"""The families about numbers: mathematics, reasoning, and calculations in biology, chemistry, economy and sport."""
 
 import re
 from itertools import pairwise
@@ -32,17 +32,17 @@ ORDINALS = {"second": 2, "third": 3, "fourth": 4, "fifth": 5}
 
 
 def slot_integers(values: SlotValues, names: str) -> list[int]:
-    """The numbers in the one-letter slots."""
+    """The numbers in one-letter slots."""
     return [int(values[name]) for name in names]
 
 
 def slots_as_text(**values: object) -> DrawnSlots:
-    """Slots as text."""
+    """The slots with their values as text."""
     return {name: str(value) for name, value in values.items()}
 
 
 def draw_number(rng: Random, count: int) -> int:
-    """A number of so many digits, without a leading zero."""
+    """A number of `count` digits, without a leading zero."""
     return rng.randint(10 ** (count - 1), 10**count - 1)
 
 
@@ -50,7 +50,7 @@ def draw_number(rng: Random, count: int) -> int:
 
 
 def addition_steps(a: int, b: int) -> list[str]:
-    """The columns of a sum, the carry as a third number, then the sum itself."""
+    """The columns of a sum, with the carry as a third number, then the sum itself."""
     lines, carry = [], 0
     width = max(len(str(a)), len(str(b)))
     for upper, lower in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True):
@@ -61,7 +61,7 @@ def addition_steps(a: int, b: int) -> list[str]:
 
 
 def subtraction_steps(a: int, b: int) -> list[str]:
-    """The columns of a difference; a column that borrows has ten more, and one less is left to the next."""
+    """The columns of a difference; a column that borrows has ten more, and the next one has one less."""
     lines, borrow = [], 0
     width = len(str(a))
     for upper, lower in zip(reversed(str(a)), reversed(f"{b:0{width}}"), strict=True):
@@ -73,7 +73,7 @@ def subtraction_steps(a: int, b: int) -> list[str]:
 
 
 def multiplication_steps(a: int, b: int) -> list[str]:
-    """The columns of a times the one digit b."""
+    """The columns of a product; b has one digit."""
     lines, carry = [], 0
     for digit in reversed(str(a)):
         product = int(digit) * b
@@ -163,7 +163,7 @@ def draw_extreme(rng: Random, level: int) -> DrawnSlots:
 
 
 def solve_extreme(values: SlotValues) -> Solution:
-    """One comparison a line: the best so far, and what is kept."""
+    """One comparison per line: the best number so far, and which one is kept."""
     end, items = values["end"], parse_numbers(values["items"])
     best = {"largest": max, "smallest": min}[end]
     sign = {"largest": (">", "<"), "smallest": ("<", ">")}[end]
@@ -182,7 +182,7 @@ def draw_sort(rng: Random, level: int) -> DrawnSlots:
 
 
 def solve_sort(values: SlotValues) -> Solution:
-    """Strike out the next number each time."""
+    """One line per number in order, then the whole order."""
     down = {"smallest to largest": False, "largest to smallest": True}[values["order"]]
     items = sorted(parse_numbers(values["items"]), reverse=down)
     steps = [f"{item} is {'next' if at else 'first'}" for at, item in enumerate(items)]
@@ -207,7 +207,7 @@ def draw_chain(rng: Random, level: int) -> DrawnSlots:
 
 
 def solve_chain(values: SlotValues) -> Solution:
-    """Follow the comparisons from the one whom nobody exceeds."""
+    """Follow the comparisons from the person whom nobody exceeds."""
     found = re.findall(r"(\w+) is (\w+) than (\w+)\.", values["statements"])
     comparative = found[0][1] if found else ""
     ends = COMPARISONS[comparative]
@@ -217,10 +217,10 @@ def solve_chain(values: SlotValues) -> Solution:
     require(len(order) == 1 and values["superlative"] in ends)
     while order[-1] in below:
         order.append(below[order[-1]])
-        require(len(order) <= len(below) + 1)  # nobody comes round again
+        require(len(order) <= len(below) + 1)  # no circle
     who = order[0] if values["superlative"] == ends[0] else order[-1]
     return choice_solution(
-        who, f"{ends[0]} to {ends[1]}: {listed(order)}\nThe {values['superlative']} is {who}.", PERSON_NAMES
+        who, f"{ends[0]} to {ends[1]}: {join_items(order)}\nThe {values['superlative']} is {who}.", PERSON_NAMES
     )
 
 
@@ -247,7 +247,7 @@ def draw_letters(rng: Random, level: int) -> DrawnSlots:
 
 
 def solve_letters(values: SlotValues) -> Solution:
-    """Spell the word with the count so far."""
+    """One line per letter of the word, with the count so far."""
     letter, word = values["letter"], values["word"]
     require(len(letter) == 1 and len(word) <= 12)
     steps = [f"{char} {word[: at + 1].count(letter)}" for at, char in enumerate(word)]
@@ -271,7 +271,7 @@ def solve_position(values: SlotValues) -> Solution:
     )
 
 
-# --- sums in other clothes
+# --- calculations in other subjects
 
 
 def draw_legs(rng: Random, level: int) -> DrawnSlots:

@@ -1,4 +1,4 @@
-"""How the pocket world's problems are put: the phrasings of each family; after a blank line stands the input."""
+"""The phrasings of each family of pocket problems; a text after a blank line is the input."""
 
 from collections.abc import Mapping
 

@@ -1,8 +1,7 @@
-"""The embedded teacher: a programme, not an LLM, that answers OpenAI chat requests about the pocket world exactly.
+"""The embedded teacher: a program, not an LLM, that answers OpenAI chat requests about the pocket world exactly.
 
-It stands where a real teacher stands: it reads the very messages that prompts.py makes and replies on the wire format
-of the API, so that all between, client, store and parsers, is the real thing. Outside its world it knows nothing, and
-says so.
+It takes the place of a real teacher: it reads the messages that prompts.py makes and replies in the API's wire format,
+so that the client, the store and the parsers are the real ones. It knows nothing outside its world, and says so.
 """
 
 import hashlib
@@ -34,25 +33,25 @@ from tapir_local.pocket.world import (
 )
 
 POCKET_TEACHER_MODEL = "pocket-teacher"
-FINGERPRINT = "pocket-1"  # to be raised with every change of what the teacher says
+FINGERPRINT = "pocket-1"  # raise it with every change of the replies
 OUTSIDE_WORLD_REPLY = "I am a small programme that knows only the pocket world, and this is not part of it."
 
 
 class BadRequest(ValueError):
-    """The request is not one of the API; the text says why."""
+    """The request is not valid for the API; the text says why."""
 
 
 def text_in_tag(tag: str, text: str) -> str:
-    """What stands between <tag> and </tag>; prompts.fenced has kept these tags out of it."""
-    _, begun, rest = text.partition(f"<{tag}>\n")
-    inside, ended, _ = rest.partition(f"\n</{tag}>")
-    if not (begun and ended):
+    """The text between <tag> and </tag>; prompts.fenced has removed these tags from the text itself."""
+    _, opened, rest = text.partition(f"<{tag}>\n")
+    inside, closed, _ = rest.partition(f"\n</{tag}>")
+    if not (opened and closed):
         raise BadRequest(f"the message has no <{tag}>")
     return inside
 
 
 def reply_to_classify(asked: str, rng: Random) -> str:
-    """{"task": label}; Others for what is not of the pocket world, or has a label that the request does not offer."""
+    """{"task": label}; Others for a problem outside the pocket world, or if the request does not offer its label."""
     problem = parse_problem(text_in_tag("instruction", asked))
     offered = {line.partition(":")[0] for line in text_in_tag("tasks", asked).splitlines()}
     label = problem.family.task if problem else "Others"
@@ -60,28 +59,28 @@ def reply_to_classify(asked: str, rng: Random) -> str:
 
 
 def reply_to_judge(asked: str, rng: Random) -> str:
-    """{"answer_1": x, "answer_2": y}, each graded by itself, so that their order means nothing."""
+    """{"answer_1": x, "answer_2": y}, each graded by itself, so that their order makes no difference."""
     instruction = text_in_tag("instruction", asked)
     return json.dumps({tag: grade_answer(instruction, text_in_tag(tag, asked)) for tag in ("answer_1", "answer_2")})
 
 
 def reply_to_judge_single(asked: str, rng: Random) -> str:
-    """{"score": x}: the grade that `judge` gives the same answer beside any other."""
+    """{"score": x}, the grade that `reply_to_judge` gives the same answer beside any other."""
     return json.dumps({"score": grade_answer(text_in_tag("instruction", asked), text_in_tag("answer", asked))})
 
 
 def reply_to_expand(asked: str, rng: Random) -> str:
-    """A new instruction of the same family and about the same size."""
+    """A new instruction of the same family and of similar size."""
     problem = parse_problem(text_in_tag("instruction", asked))
     return (
-        f"<new_instruction>\n{variant(problem, rng).instruction}\n</new_instruction>"
+        f"<new_instruction>\n{draw_variant(problem, rng).instruction}\n</new_instruction>"
         if problem
         else OUTSIDE_WORLD_REPLY
     )
 
 
 def reply_to_check(asked: str, rng: Random) -> str:
-    """Whether an instruction is of the pocket world, and of the task named."""
+    """Whether an instruction belongs to the pocket world and to the named task."""
     problem = parse_problem(text_in_tag("instruction", asked))
     label = text_in_tag("task", asked).partition(":")[0]
     known = problem is not None
@@ -94,7 +93,9 @@ def reply_to_expand_rarer(asked: str, rng: Random) -> str:
     """A new instruction of the same task and another family."""
     problem = parse_problem(text_in_tag("instruction", asked))
     return (
-        f"<new_instruction>\n{rarer(problem, rng).instruction}\n</new_instruction>" if problem else OUTSIDE_WORLD_REPLY
+        f"<new_instruction>\n{draw_rarer(problem, rng).instruction}\n</new_instruction>"
+        if problem
+        else OUTSIDE_WORLD_REPLY
     )
 
 
@@ -111,7 +112,7 @@ def reply_to_reflect_instruction(asked: str, rng: Random) -> str:
 
 
 def reply_to_refine(asked: str, rng: Random) -> str:
-    """The answer in its task's style; a draft, right or wrong, makes no difference."""
+    """The answer in its task's style; the draft makes no difference."""
     solution = solve_instruction(text_in_tag("instruction", asked))
     return solution.styled if solution else OUTSIDE_WORLD_REPLY
 
@@ -130,13 +131,13 @@ REPLIES_BY_SYSTEM_PROMPT: Mapping[str, Callable[[str, Random], str]] = {
 
 
 def plain_answer(messages: Sequence[Mapping[str, str]]) -> str:
-    """The bare answer to the last thing a user said."""
+    """The plain answer to the last user message."""
     solution = solve_instruction(next(turn["content"] for turn in reversed(messages) if turn["role"] == "user"))
     return solution.plain if solution else OUTSIDE_WORLD_REPLY
 
 
 def reply_to_request(body: Mapping[str, Any]) -> str:
-    """What the teacher says to a request. A pure function: chance is drawn from the body itself, `seed` and all."""
+    """The teacher's reply to a request. A pure function: random draws are seeded by the whole body, `seed` included."""
     messages = checked_messages(body)
     job = REPLIES_BY_SYSTEM_PROMPT.get(messages[0]["content"]) if messages[0]["role"] == "system" else None
     if job is None:
@@ -147,7 +148,7 @@ def reply_to_request(body: Mapping[str, Any]) -> str:
 
 
 def checked_messages(body: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
-    """The messages, found to be such, a user's turn among them; BadRequest if not."""
+    """The messages of a request; BadRequest unless they are valid and one is a user's."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
@@ -162,10 +163,10 @@ def checked_messages(body: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
 
 
 def chat_completion_object(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The API's chat.completion object. Tokens are counted as four bytes each."""
+    """The API's chat.completion object; a token is counted as four bytes."""
     text = reply_to_request(body)
     asked = sum(len(turn["content"].encode()) // 4 + 1 for turn in body["messages"])
-    told = len(text.encode()) // 4 + 1
+    written = len(text.encode()) // 4 + 1
     return {
         "id": f"chatcmpl-{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]}",
         "object": "chat.completion",
@@ -175,12 +176,12 @@ def chat_completion_object(body: Mapping[str, Any]) -> dict[str, Any]:
         "choices": [
             {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
         ],
-        "usage": {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told},
+        "usage": {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written},
     }
 
 
 def error_response(status: int, why: str) -> httpx2.Response:
-    """An error in the API's form."""
+    """An error response in the API's format."""
     return httpx2.Response(
         status, json={"error": {"message": why, "type": "invalid_request_error", "param": None, "code": None}}
     )
@@ -203,7 +204,7 @@ def respond(method: str, path: str, content: bytes) -> httpx2.Response:
 
 
 class PocketTransport(httpx2.AsyncBaseTransport, httpx2.BaseTransport):
-    """Give it to httpx2.AsyncClient or httpx2.Client as `transport`, and that to the openai client as `http_client`."""
+    """A transport for httpx2.AsyncClient or httpx2.Client, which the openai client takes as `http_client`."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         return respond(request.method, request.url.path, await request.aread())

@@ -1,4 +1,4 @@
-"""The words of the pocket world: its people, things, animals, verbs and the little that is known about them."""
+"""The words of the pocket world: people, things, animals, verbs and what is known about them."""
 
 from collections.abc import Mapping
 
@@ -80,8 +80,8 @@ ANIMALS: Mapping[str, tuple[str, int, str]] = {
     "spider": ("spiders", 8, "nothing"),
     "crab": ("crabs", 10, "clack"),
 }
-LEGS: Mapping[str, int] = {pluralize: legs for pluralize, legs, _ in ANIMALS.values()}
-SINGULAR: Mapping[str, str] = {pluralize: one for one, (pluralize, _, _) in ANIMALS.items()}
+LEGS: Mapping[str, int] = {plural: legs for plural, legs, _ in ANIMALS.values()}
+SINGULAR: Mapping[str, str] = {plural: one for one, (plural, _, _) in ANIMALS.items()}
 SOUNDS = tuple(sound for _, _, sound in ANIMALS.values() if sound != "nothing")
 
 # Category: its members, all of them single words that no other category has.
@@ -141,7 +141,7 @@ COMPARISONS: Mapping[str, tuple[str, str]] = {
     "richer": ("richest", "poorest"),
 }
 
-# Third person: plain form, past tense, participle. The first ten go somewhere, the others do something to a thing.
+# Third person: plain form, past tense, participle. The first ten are motions, the others act on a thing.
 VERBS: Mapping[str, tuple[str, str, str]] = {
     "walks": ("walk", "walked", "walked"),
     "runs": ("run", "ran", "run"),

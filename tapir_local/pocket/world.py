@@ -1,4 +1,4 @@
-"""The pocket world: what its teacher can set, read, solve, check and grade, exactly and without an LLM."""
+"""The pocket world: problems to draw, read, solve, check and grade, exactly and without an LLM."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ POCKET_FAMILIES: Mapping[str, ProblemFamily] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """An instruction of the pocket world, with the family that it belongs to and the values of its slots."""
+    """An instruction of the pocket world, with its family and the values of its slots."""
 
     instruction: str
     family: ProblemFamily
@@ -26,25 +26,25 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The same for all phrasings of one problem."""
+        """A text that is the same for all phrasings of one problem."""
         return f"{self.family.name} {' | '.join(f'{name} {value}' for name, value in self.values)}"
 
 
 def make_problem(family: ProblemFamily, phrasing: str, drawn: Mapping[str, str]) -> Problem:
-    """The problem of these values in this phrasing."""
+    """The problem with these values in this phrasing."""
     values = {name: drawn[name] for name in sorted(drawn)}
     return Problem(phrasing.format(**values), family, tuple(values.items()), family.solve(values))
 
 
 def draw_problem(rng: Random, family: ProblemFamily, level: int | None = None) -> Problem:
-    """Draw a problem; level is 1 to `family.levels`, any if left out."""
+    """Draw a problem; level is 1 to `family.levels`, drawn too if left out."""
     level = level or rng.randint(1, family.levels)
     return make_problem(family, rng.choice(family.phrasings), family.draw(rng, level))
 
 
 @lru_cache(maxsize=20_000)
 def parse_problem(instruction: str) -> Problem | None:
-    """Read an instruction back exactly; None if it is not of the pocket world."""
+    """The problem that an instruction poses; None if it is not of the pocket world."""
     text = instruction.strip()
     for family in POCKET_FAMILIES.values():
         for pattern, phrasing in zip(family.patterns, family.phrasings, strict=True):
@@ -61,36 +61,36 @@ def parse_problem(instruction: str) -> Problem | None:
 
 
 def is_reserved_for_seeds(problem: Problem) -> bool:
-    """True for the third of all problems from which the seeds are drawn: the pretraining text works none of them."""
+    """Whether a problem is in the third from which seeds are drawn; the pretraining text solves none of these."""
     return hashlib.sha256(problem.key.encode()).digest()[0] % 3 == 0
 
 
 def solve_instruction(instruction: str) -> Solution | None:
-    """The plain and the styled answer; None if the instruction is not of the pocket world."""
+    """The solution of an instruction; None if it is not of the pocket world."""
     problem = parse_problem(instruction)
     return problem.solution if problem else None
 
 
 def check_answer(instruction: str, answer: str) -> bool | None:
-    """Is the answer right? None if the instruction is not of the pocket world."""
+    """Whether the answer is right; None if the instruction is not of the pocket world."""
     solution = solve_instruction(instruction)
     return is_right(solution, answer) if solution else None
 
 
 def grade_answer(instruction: str, answer: str) -> float:
-    """A judge's score of an answer, 1 to 10; 1 for whatever answers an instruction that is not of the pocket world."""
+    """A judge's score of an answer, 1 to 10; always 1 if the instruction is not of the pocket world."""
     solution = solve_instruction(instruction)
     return score_answer(solution, answer) if solution else 1.0
 
 
 def problem_size(values: Mapping[str, str]) -> tuple[int, ...]:
-    """What makes a problem long and hard: digits in all, items and sentences, words."""
+    """The size of a problem: counts of digits, of items and sentences, and of words."""
     text = " ".join(values.values())
     return sum(char.isdigit() for char in text), text.count(",") + text.count(". "), text.count(" ")
 
 
 def draw_variant(problem: Problem, rng: Random) -> Problem:
-    """Another problem of the same family, as near in size as a few draws at every level come."""
+    """Another problem of the same family, the nearest in size of a few draws at every level."""
     wanted = problem_size(dict(problem.values))
 
     def distance(other: Problem) -> int:
@@ -104,7 +104,7 @@ def draw_variant(problem: Problem, rng: Random) -> Problem:
 
 
 def draw_rarer(problem: Problem, rng: Random) -> Problem:
-    """A problem of another family of the same task, at any level; of the same family where the task has no other."""
+    """A problem of another family of the same task, at any level; of the same family if the task has no other."""
     others = [f for f in POCKET_FAMILIES.values() if f.task == problem.family.task and f is not problem.family]
     return draw_problem(rng, rng.choice(others)) if others else draw_variant(problem, rng)
 

@@ -1,4 +1,4 @@
-"""The benches of generation measure what they say: each in a run of seconds."""
+"""The generation benches run and print their measurements, each in a run of seconds."""
 
 import os
 import re
@@ -13,22 +13,22 @@ SHORT = ["--repeats", "1", "--waves", "2", "--parallel", "4", "--max-tokens", "8
 
 
 def measured(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """A bench run as a person does."""
+    """Run a bench as a person does."""
     command = [sys.executable, str(BENCH / script), *map(str, words), *SHORT, "--loop-prompts", "2"]
     environment = os.environ | {"PYTHONPATH": str(BENCH.parent)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_ours_and_the_loop_are_told_with_their_ratio(llama) -> None:
+def test_ours_and_the_loop_are_printed_with_their_ratio(llama) -> None:
     found = measured("generate.py", llama.gguf, "--threads", "1")
     assert found.returncode == 0, found.stderr
     rate, ratio = re.search(r"llama-cpp-python, a loop +- +([\d,]+) +- +([\d.]+)x", found.stdout).groups()
     assert float(rate.replace(",", "")) > 0
     assert float(ratio) > 0
-    assert re.search(r"our Python: [\d.]+ microseconds a token", found.stdout)
+    assert re.search(r"our Python: [\d.]+ microseconds per token", found.stdout)
 
 
-def test_a_rival_that_fails_is_said(llama, tmp_path: Path) -> None:
+def test_a_rival_that_fails_is_an_error(llama, tmp_path: Path) -> None:
     found = measured("generate.py", llama.gguf, "--xllamacpp", sys.executable)
     assert found.returncode == 1
     assert "xllamacpp failed" in found.stderr

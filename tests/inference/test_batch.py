@@ -1,4 +1,4 @@
-"""A batch takes no more rows than it has, whatever joins, stops and leaves gaps."""
+"""A batch never takes more rows than it has, whichever answers start, stop and leave gaps."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from tapir_local.inference.batch import compute_logits, decode_batch, last_logits, make_batch
+from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.model import Engine, open_context, open_model
-from tapir_local.inference.scheduler import Manner, Running, Scheduler, Written, answer_each, fill, in_turn
+from tapir_local.inference.sampling import GREEDY, Samplers
+from tapir_local.inference.scheduler import Running, Scheduler, Written, answer_each
 
 SIZE = 64
 LENGTHS = some.lists(some.integers(1, 150), min_size=1, max_size=14)
@@ -16,30 +18,31 @@ LENGTHS = some.lists(some.integers(1, 150), min_size=1, max_size=14)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["split", "shared"])
 def engine(request, llama) -> Iterator[Engine]:
-    """Ten sequences of 256 tokens, batches of 64 rows: every step is full while prompts are read."""
+    """Ten sequences of 256 tokens, and batches of 64 rows, which are full in every step while prompts are read."""
     with (
         open_model(llama.gguf) as model,
-        open_context(model, cells=10 * 256, sequences=10, batch=SIZE, split=request.param) as opened,
+        open_context(model, ContextConfig(cells=10 * 256, sequences=10, batch=SIZE, split=request.param)) as opened,
     ):
         assert opened.batch == SIZE
         yield opened
 
 
-def test_a_full_batch_takes_no_row_more() -> None:
+def test_a_full_batch_refuses_more_rows() -> None:
     batch = make_batch(5)
-    assert batch.add([7, 8, 9], 0, 1, [2])
-    assert batch.add([4], 6, 2)
-    assert not batch.add([1, 2], 0, 3, [0, 1])
-    assert batch.room == 1
-    assert batch.add([3], 9, 4, [0])
+    batch.add([7, 8, 9], 0, 1, [2])
+    batch.add([4], 6, 2)
+    with pytest.raises(OverflowError, match="2 tokens do not fit into the 1 free rows"):
+        batch.add([1, 2], 0, 3, [0, 1])
+    assert batch.free_rows == 1
+    batch.add([3], 9, 4, [0])
     assert batch.write() == 5
     assert (batch.token.tolist(), batch.pos.tolist()) == ([7, 8, 9, 4, 3], [0, 1, 2, 6, 9])
     assert (batch.seq.tolist(), batch.logits.tolist()) == ([1, 1, 1, 2, 4], [0, 0, 1, 0, 1])
-    assert batch.room == 5
+    assert batch.free_rows == 5
 
 
-def test_rows_of_the_last_batch_are_forgotten(engine: Engine) -> None:
-    """The same text twice, the second time in two parts, of which only the last row is wanted."""
+def test_a_batch_is_empty_after_it_was_decoded(engine: Engine) -> None:
+    """The same text twice, the second time in two parts, each with only its last row wanted."""
     ids = list(range(20, 50))
     whole, batch = compute_logits(engine, ids), make_batch(engine.batch)
     for start in (0, 10):
@@ -49,7 +52,7 @@ def test_rows_of_the_last_batch_are_forgotten(engine: Engine) -> None:
 
 
 def with_beginning(engine: Engine, ids: list[int]) -> Engine:
-    """The engine, with a text in its first sequence."""
+    """The engine with a text in its first sequence."""
     compute_logits(engine, ids)
     return engine
 
@@ -62,25 +65,22 @@ def with_beginning(engine: Engine, ids: list[int]) -> Engine:
     data=some.data(),
 )
 def test_any_lengths_and_stops_are_answered(engine: Engine, lengths, most: int, stops, data) -> None:
-    """Prompts of all lengths, some that begin alike, answers cut at any token."""
+    """Prompts of all lengths, some with a common prefix, and answers cut at any token."""
     draw = data.draw(some.randoms(use_true_random=False))
     head = [5] * data.draw(some.sampled_from([0, 3, 40]))
     prompts = [[*head, *(draw.randrange(20, 300) for _ in range(length))] for length in lengths]
     found = dict[int, Written]()
-    answer_each(engine, prompts, found.__setitem__, Manner(most, 200, stops=tuple(stops)), [0] * len(prompts))
+    answer_each(engine, prompts, found.__setitem__, GenerationConfig(most, 200, stops=tuple(stops)), [0] * len(prompts))
     assert sorted(found) == list(range(len(prompts)))
     assert all(len(written.tokens) <= most for written in found.values())
 
 
 @pytest.mark.parametrize("waiting", [1, 62, 63, 64, 300])
-def test_gaps_are_filled_only_with_rows_to_spare(engine: Engine, waiting: int) -> None:
-    """A sequence has just ended between one that writes and one whose prompt fills what is left of the batch."""
-    from tapir_local.inference.sampling import Samplers
-
-    batch = make_batch(SIZE)
-    work = Scheduler(engine, batch, [], Manner(9, 256), 0, Samplers(engine.model, 0, []), None, [], 0, print)  # type: ignore[arg-type]
-    work.running = [Running(0, 0, [9], 3, 0, None), Running(2, 2, [8] * waiting, 0, 0, None)]  # type: ignore[arg-type]
-    ready = fill(work, in_turn(work))
-    taken = SIZE - batch.room
+def test_gaps_are_filled_only_with_spare_rows(engine: Engine, waiting: int) -> None:
+    """A sequence has just ended between one that writes and one whose prompt fills the rest of the batch."""
+    scheduler = Scheduler(engine, [], GenerationConfig(9, 256), Samplers(engine.model, 0, []), print)
+    scheduler.running = [Running(0, 0, [9], 3, 0, GREEDY), Running(2, 2, [8] * waiting, 0, 0, GREEDY)]
+    ready = scheduler.fill_batch(scheduler.next_turns())
+    taken = SIZE - scheduler.batch.free_rows
     assert taken == min(SIZE, 1 + waiting + engine.split)
     assert [run.number for run in ready] == ([0, 2] if waiting < SIZE else [0])

@@ -1,4 +1,4 @@
-"""How many answers are planned at once, and what is said where memory is short."""
+"""How many answers are planned at once, and the messages if memory is short."""
 
 import os
 import resource
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.context_plan import (
     ContextPlan,
     candidate_plans,
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_cell_takes_what_llama_cpp_says(llama) -> None:
-    """Two layers, two heads of keys and values of 16 numbers each, two bytes a number; f32 when exact."""
+    """Two layers, two heads of keys and values of 16 numbers each, two bytes per number; f32 if exact."""
     with open_model(llama.gguf) as model:
         assert cell_bytes(model) == 2 * 2 * (16 + 16) * 2
         assert cell_bytes(model, exact=True) == 2 * cell_bytes(model)
@@ -35,8 +36,8 @@ def test_a_cell_takes_what_llama_cpp_says(llama) -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-def test_the_plan_is_no_less_than_what_llama_cpp_reserves(llama, split: bool, exact: bool) -> None:
-    """llama.cpp's own figures stand in its log, which a process of its own prints."""
+def test_the_plan_is_at_least_what_llama_cpp_reserves(llama, split: bool, exact: bool) -> None:
+    """llama.cpp writes its own figures to its log, which a child process prints."""
     with open_model(llama.gguf) as model:
         plan = plan_context(model, [500] * 8, 0, split, exact, free_context_memory(model))
         keys = plan.cells * cell_bytes(model, exact)
@@ -61,7 +62,7 @@ def test_the_plan_is_no_less_than_what_llama_cpp_reserves(llama, split: bool, ex
     assert plan.taken >= sum(sizes.values())
 
 
-def test_as_many_at_once_as_prompts_and_what_is_asked_allow(llama) -> None:
+def test_answers_at_once_are_limited_by_prompts_and_by_the_setting(llama) -> None:
     with open_model(llama.gguf) as model:
         assert [choose_parallel(model, *pair) for pair in ((9, None), (99, None), (99, 64), (0, 3), (999, 256))] == [
             9,
@@ -72,7 +73,7 @@ def test_as_many_at_once_as_prompts_and_what_is_asked_allow(llama) -> None:
         ]
 
 
-def test_cells_of_their_own_where_memory_has_room_shared_ones_where_it_is_short(llama) -> None:
+def test_split_cells_if_memory_allows_and_shared_cells_if_it_is_short(llama) -> None:
     with open_model(llama.gguf) as model:
         first, second, third, *_ = candidate_plans(model, [1000] + [100] * 31, 32, 0, False)
     assert (first.answers, first.split, first.cells) == (32, True, 32 * 1024)
@@ -82,7 +83,7 @@ def test_cells_of_their_own_where_memory_has_room_shared_ones_where_it_is_short(
     assert not fits_memory(ContextPlan(1, 1, 256, True, 90, 100))
 
 
-def test_a_shared_beginning_is_counted_once_in_shared_cells(llama) -> None:
+def test_a_common_prefix_is_counted_once_in_shared_cells(llama) -> None:
     with open_model(llama.gguf) as model:
         together, apart = (plan_context(model, [1000] * 4, 900, split, False, 10**9) for split in (False, True))
     assert (together.sequences, together.cells) == (5, 1536)  # 900 + 4 · 100, in whole 256s
@@ -90,19 +91,21 @@ def test_a_shared_beginning_is_counted_once_in_shared_cells(llama) -> None:
 
 
 def test_fewer_at_once_when_llama_cpp_finds_no_memory(llama) -> None:
-    """A limit on the process, which the kernel's figures know nothing of, makes llama.cpp's own request fail.
+    """A limit on the process, which the kernel's figures do not include, makes llama.cpp's own request fail.
 
-    It leaves room for half of what is wanted, and to spare: what C++ cannot have in small things ends the process.
+    It leaves more than half of the wanted memory: a small request of C++ that fails would end the process.
     """
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
         "from tapir_local.inference.model import open_model\n"
-        "from tapir_local.inference.context_plan import open_planned, plans\n"
+        "from tapir_local.inference.context_plan import open_planned_context, candidate_plans\n"
+        "from tapir_local.inference.config import GenerationConfig\n"
         "with open_model(Path(sys.argv[1])) as model:\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "    wanted = next(plans(model, [30_000] * 64, 64, 0, False)).taken\n"
+        "    wanted = next(candidate_plans(model, [30_000] * 64, 64, 0, False)).taken\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + wanted * 4 // 5, -1))\n"
-        "    with open_planned(model, [30_000] * 64, parallel=64, tell=print) as (engine, plan):\n"
+        "    config = GenerationConfig(1, 30_000, parallel=64)\n"
+        "    with open_planned_context(model, [30_000] * 64, config, warn=print) as (engine, plan):\n"
         "        print(plan.answers)\n"
     )
     found = subprocess.run(
@@ -120,7 +123,7 @@ def test_no_memory_for_a_single_answer_is_one_error_with_the_numbers(llama) -> N
             pytest.raises(
                 TapirError, match=r"no memory for one answer: .* takes [\d,.]+ GB, and .* are free"
             ) as caught,
-            open_planned_context(model, [2**31 - 1000] * 3, parallel=3),
+            open_planned_context(model, [2**31 - 1000] * 3, GenerationConfig(1, 2**31 - 1000, parallel=3)),
         ):
             pytest.fail("there is no such memory")
         assert caught.value.fix == STUDENT_ADVICE.too_large
@@ -128,7 +131,7 @@ def test_no_memory_for_a_single_answer_is_one_error_with_the_numbers(llama) -> N
 
 
 def test_weights_larger_than_memory_are_not_loaded(llama, tmp_path: Path) -> None:
-    """A file with a hole: 1,000 TB that take no room on the disk."""
+    """A sparse file: 10 TB that take no space on the disk."""
     large = tmp_path / "large.gguf"
     large.write_bytes(llama.gguf.read_bytes())
     os.truncate(large, 10**13)
@@ -140,7 +143,10 @@ def test_weights_larger_than_memory_are_not_loaded(llama, tmp_path: Path) -> Non
 
 def test_a_context_that_cannot_be_is_an_error_and_no_crash(llama) -> None:
     with open_model(llama.gguf) as model:
-        with pytest.raises(TapirError, match="no context"), open_context(model, cells=512, sequences=300):
+        with (
+            pytest.raises(TapirError, match="no context"),
+            open_context(model, ContextConfig(cells=512, sequences=300)),
+        ):
             pytest.fail("llama.cpp knows 256 sequences")
         assert compute_bytes(model, 512, 4, True) > compute_bytes(model, 512, 4, False)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

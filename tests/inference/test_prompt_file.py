@@ -1,4 +1,4 @@
-"""A file of prompts comes back as a file of answers: in order, whole or absent, whatever form it has."""
+"""A file of prompts in any format gives a file of answers, in order, whole or absent."""
 
 import io
 import json
@@ -13,8 +13,16 @@ import cli
 from tapir_local.commands.common import left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
-from tapir_local.inference.prompt_file import InOrder, Manner, answer_file, generation_task, open_answers, read_prompts
+from tapir_local.inference.prompt_file import (
+    InOrder,
+    PromptFileJob,
+    answer_file,
+    generation_task,
+    open_answers,
+    read_prompts,
+)
 from tapir_local.records import Completion
 
 
@@ -32,12 +40,12 @@ def test_answers_come_in_the_prompts_order_as_generate_gives_them(llama, tmp_pat
     rows = [{"id": f"q{n}", "prompt": f"What is {n} times {n}?" * (1 + n % 3), "completion": ""} for n in range(9)]
     found = run(llama.gguf, written(tmp_path / "asked.jsonl", rows), "--max-tokens", 8, "--parallel", 4)
     prompts = [prompt for _, prompt in read_prompts(tmp_path / "asked.jsonl")]
-    expected = generate(llama.gguf, prompts, max_tokens=8, context=2048, parallel=4, seed=1)
+    expected = generate(llama.gguf, prompts, GenerationConfig(max_tokens=8, context=2048, parallel=4, seed=1))
     assert [row["id"] for row in found] == [f"q{n}" for n in range(9)]
     assert [row["text"] for row in found] == [completion.text for completion in expected]
 
 
-def test_the_file_is_whole_and_the_summary_says_what_did_not_fit(llama, tmp_path: Path) -> None:
+def test_the_file_is_whole_and_the_summary_counts_prompts_that_do_not_fit(llama, tmp_path: Path) -> None:
     asked = written(tmp_path / "asked.jsonl", [{"instruction": "Hi"}, {"instruction": "word " * 300}])
     words = ["generate", str(llama.gguf), str(asked), "-o", str(tmp_path / "out.jsonl"), "--context", "64"]
     found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
@@ -81,7 +89,7 @@ def test_a_row_without_a_prompt_costs_that_row(llama, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["model", "prompts", "adapter", "schema"])
-def test_a_file_that_is_not_there_is_said_and_nothing_is_written(missing: str, llama, tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_and_nothing_is_written(missing: str, llama, tmp_path: Path) -> None:
     asked = written(tmp_path / "asked.jsonl", [{"instruction": "Hi"}])
     words = {"model": str(llama.gguf), "prompts": str(asked)} | {missing: str(tmp_path / "none")}
     more = {"adapter": ["--adapter", str(tmp_path / "none")], "schema": ["--json-schema", str(tmp_path / "none")]}
@@ -94,7 +102,7 @@ def test_a_file_that_is_not_there_is_said_and_nothing_is_written(missing: str, l
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_done_early_waits_for_its_turn() -> None:
+def test_an_early_answer_waits_for_its_turn() -> None:
     out = io.StringIO()
     ordered = InOrder(out, ["a", "b", "c"])
     for id, lines in (("c", 0), ("a", 1), ("b", 3)):
@@ -108,8 +116,8 @@ def asked(folder: Path, count: int = 30) -> Path:
     return written(folder / "asked.jsonl", [*rows[:7], {"instruction": "word " * 300}, *rows[7:]])
 
 
-def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path: Path) -> None:
-    """Killed after some answers, with a torn line as the last: the same command keeps the whole ones."""
+def test_a_killed_run_resumes_where_it_stopped(llama, tmp_path: Path) -> None:
+    """Killed after some answers, with an incomplete last line: the same command keeps the complete ones."""
     words = ["generate", str(llama.gguf), str(asked(tmp_path)), "--context", "128", "--max-tokens", "8", "--exact"]
     uncut = CliRunner().invoke(cli.cli, [*words, "-o", str(tmp_path / "uncut.jsonl")], catch_exceptions=False)
     cut = tmp_path / "cut.jsonl"
@@ -127,8 +135,8 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path: Path) -> None:
 
 
 def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
-    """The command stopped after so many answers, as Ctrl-C does it."""
-    manner = Manner(8, 128, None, 0.0, 1, True)
+    """Run the command and stop it after some answers, as Ctrl-C does."""
+    job = PromptFileJob(gguf, Path(words[2]), GenerationConfig(8, 128, seed=1, exact=True))
     done: list[int] = []
 
     def stop(count: int, total: int) -> None:
@@ -136,11 +144,20 @@ def interrupted(gguf: Path, words: list[str], out: Path, after: int) -> None:
         if count == after:
             raise KeyboardInterrupt
 
-    with open_answers(out, io.StringIO(), generation_task(gguf, Path(words[2]), manner)) as (file, _):
-        answer_file(gguf, Path(words[2]), file, manner, stop)
+    with open_answers(out, io.StringIO(), generation_task(job)) as (file, _):
+        answer_file(job, file, stop)
 
 
-def test_a_cut_run_of_another_task_begins_anew(llama, tmp_path: Path) -> None:
+def test_a_task_has_the_names_that_earlier_versions_wrote(llama, tmp_path: Path) -> None:
+    """Runs that they left unfinished are resumed."""
+    job = PromptFileJob(llama.gguf, asked(tmp_path), GenerationConfig(8, 128, stops=("x",)))
+    task = generation_task(job)
+    assert list(task) == ["version", "files", "manner"]
+    names = ["max_tokens", "context", "parallel", "temperature", "random_seed", "exact", "adapter", "schema", "stops"]
+    assert list(task["manner"]) == names
+
+
+def test_an_interrupted_run_of_another_task_is_not_resumed(llama, tmp_path: Path) -> None:
     words = ["generate", str(llama.gguf), str(asked(tmp_path))]
     with pytest.raises(KeyboardInterrupt):
         interrupted(llama.gguf, words, tmp_path / "out.jsonl", after=20)
@@ -151,7 +168,7 @@ def test_a_cut_run_of_another_task_begins_anew(llama, tmp_path: Path) -> None:
     assert max(row["tokens"] for row in rows) == 4
 
 
-def test_the_last_line_says_how_many_were_at_once_and_what_memory_they_took(llama, tmp_path: Path) -> None:
+def test_the_last_line_has_the_context_plan(llama, tmp_path: Path) -> None:
     words = ["generate", str(llama.gguf), str(asked(tmp_path, 9)), "--parallel", "3", "--max-tokens", "2"]
     found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
     assert re.search(r"; 3 at once in a context of 1,536 tokens \([\d.]+ MB of [\d.]+ GB free\)\n$", found.stderr)
@@ -166,13 +183,13 @@ def test_answers_end_before_a_stop_string(llama, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--parallel", "0"], ["--parallel", "many"], ["--stop", ""]])
-def test_what_cannot_be_is_refused(llama, words: list[str], tmp_path: Path) -> None:
+def test_invalid_options_are_refused(llama, words: list[str], tmp_path: Path) -> None:
     found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(asked(tmp_path)), *words])
     assert found.exit_code == 2
     assert words[0] in found.stderr
 
 
-def test_a_prompt_that_the_template_refuses_costs_its_row_and_the_exit_code_says_so(tmp_path: Path) -> None:
+def test_a_prompt_that_the_template_refuses_costs_its_row_and_exits_with_1(tmp_path: Path) -> None:
     strict = "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
     export_gguf(make_model(tmp_path / "m", template=strict), tmp_path / "m.gguf", adapter=None, quant="f32")
     rows = [{"prompt": [{"role": "user", "content": "Hi"}] * (3 if n == 1 else 1)} for n in range(3)]
@@ -199,5 +216,5 @@ def test_a_system_turn_reaches_a_gguf_whose_template_has_no_system_role(tmp_path
     assert first["text"] == second["text"]
 
 
-def test_time_left_is_told() -> None:
+def test_time_left() -> None:
     assert (left(90, 1.5), left(7200, 1), left(5, 0)) == ("0:01:00", "2:00:00", "?")

@@ -1,4 +1,4 @@
-"""Log-probabilities of given completions are transformers', however many are in a batch; IFD is made of them."""
+"""Log-probabilities of completions are those of transformers, in any batch; IFD is computed from them."""
 
 import math
 from pathlib import Path
@@ -10,6 +10,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.context_plan import open_first_fitting_context, plan_scoring_context
+from tapir_local.inference.generate import Callbacks
 from tapir_local.inference.model import open_model
 from tapir_local.inference.score import score_completions
 from tapir_local.method.ifd import ifd, perplexity
@@ -22,7 +23,7 @@ TEXTS = [
 
 
 def expected(model_dir: Path, adapter: Path) -> list[tuple[float, int]]:
-    """The same by transformers, one text at a time."""
+    """Log-probability and number of tokens by transformers, one text at a time."""
     import torch
     from transformers import AutoTokenizer
 
@@ -70,7 +71,7 @@ def test_a_text_longer_than_a_batch_is_scored_whole(llama) -> None:
     assert long.logprob < -700
 
 
-def test_an_adapter_over_its_base_scores_as_the_two_merged(llama, tmp_path: Path) -> None:
+def test_an_adapter_over_its_base_scores_as_the_merged_model(llama, tmp_path: Path) -> None:
     base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
     export_gguf(llama.model, base, adapter=None, quant="f32")
     export_adapter(llama.model, llama.adapter, lora)
@@ -83,7 +84,7 @@ def test_an_adapter_over_its_base_scores_as_the_two_merged(llama, tmp_path: Path
     assert score_completions(base, TEXTS[:1], context=512)[0].logprob != pytest.approx(over[0].logprob, abs=0.5)
 
 
-def test_no_memory_for_the_longest_text_is_said_with_the_numbers(llama) -> None:
+def test_no_memory_for_the_longest_text_is_an_error_with_the_numbers(llama) -> None:
     with open_model(llama.gguf) as model:
         plans = [plan_scoring_context(model, cells, 64) for cells in (2**31 - 300, 2**30)]
         with (
@@ -97,21 +98,21 @@ def test_nothing_to_score(llama) -> None:
     assert score_completions(llama.gguf, [], context=100) == []
 
 
-def test_a_missing_gguf_is_said(tmp_path: Path) -> None:
+def test_a_missing_gguf_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="missing"):
         score_completions(tmp_path / "no.gguf", TEXTS, context=100)
 
 
 def test_perplexity_and_ifd_by_hand() -> None:
-    given, alone = Scored("a", -2 * math.log(2), 2), Scored("a", -2 * math.log(8), 2)  # 1/2 and 1/8 a token
+    given, alone = Scored("a", -2 * math.log(2), 2), Scored("a", -2 * math.log(8), 2)  # 1/2 and 1/8 per token
     assert perplexity(given) == pytest.approx(2)
     assert ifd(given, alone) == pytest.approx(0.25)
 
 
-def test_each_result_is_handed_over_as_it_is_done_and_what_cannot_be_read_is_none(llama) -> None:
+def test_each_result_is_handed_over_as_it_is_done(llama) -> None:
     texts = [*TEXTS[:5], ((Message("user", "word " * 400),), "x"), ((Message("user", "x"),), "")]
     seen = list[Scored]()
-    found = score_completions(llama.gguf, texts, context=200, each=seen.append)
+    found = score_completions(llama.gguf, texts, context=200, callbacks=Callbacks(result=seen.append))
     assert sorted(seen, key=lambda row: int(row.id)) == found
     assert [row.tokens == 0 for row in found] == [False] * 5 + [True, False]
 

@@ -1,4 +1,4 @@
-"""The embedded teacher answers every prompt of prompts.py through the real openai client; the student is whole."""
+"""The embedded teacher answers every prompt of prompts.py through the real openai client; the student loads."""
 
 import asyncio
 import json
@@ -29,12 +29,12 @@ def problems() -> list[Problem]:
 
 
 def wire(messages: Prompt) -> list[Any]:
-    """Messages as the API has them."""
+    """Messages in the API's format."""
     return [{"role": turn.role, "content": turn.content} for turn in messages]
 
 
 def asked(messages: Prompt, **more: Any) -> str:
-    """The teacher's reply, by the real client and the transport."""
+    """The teacher's reply, through the real client and the transport."""
 
     async def call() -> str:
         async with openai.AsyncOpenAI(
@@ -50,7 +50,7 @@ def asked(messages: Prompt, **more: Any) -> str:
 
 
 def said(messages: Prompt, **more: Any) -> str:
-    """The same without the client, which takes milliseconds to make."""
+    """The teacher's reply without the client, which takes milliseconds to create."""
     return reply_to_request({"model": "pocket-teacher", "messages": wire(messages), **more})
 
 
@@ -71,7 +71,7 @@ def test_every_kind_of_prompt_is_answered_through_the_client() -> None:
 
 
 @pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.family.name)
-def test_every_family_is_sorted_answered_refined_and_expanded(problem: Problem) -> None:
+def test_every_family_is_classified_answered_refined_and_expanded(problem: Problem) -> None:
     prompt, task = user(problem.instruction), TASKS[problem.family.task]
     assert said(prompt) == problem.solution.plain
     assert json.loads(said(prompts.classify(prompt, TASKS)))["task"] == task.label
@@ -91,7 +91,7 @@ def test_draws_differ_by_their_seed_and_repeat_with_it() -> None:
     assert drafts == [said(ask, seed=draw) for draw in range(20)]
 
 
-def test_the_order_of_answers_means_nothing() -> None:
+def test_the_order_of_answers_makes_no_difference() -> None:
     for problem in problems():
         other = "something else"
         one = json.loads(said(prompts.judge(user(problem.instruction), problem.solution.plain, other)))
@@ -111,7 +111,7 @@ def test_an_answer_alone_is_graded_as_it_is_beside_another() -> None:
         assert scores == [pair["answer_1"], pair["answer_2"]]
 
 
-def test_a_new_instruction_is_checked_by_its_world_and_its_task() -> None:
+def test_a_new_instruction_must_be_of_the_world_and_of_its_task() -> None:
     for problem in problems():
         task = TASKS[problem.family.task]
         assert parse_check(said(prompts.check_draft(user(problem.instruction), task))) == ""
@@ -120,7 +120,7 @@ def test_a_new_instruction_is_checked_by_its_world_and_its_task() -> None:
     assert unknown == "not complete, not answerable, not of its task"
 
 
-def test_what_it_does_not_know_it_says() -> None:
+def test_it_says_what_it_does_not_know() -> None:
     prompt, task = user(UNKNOWN), TASKS["Literature"]
     assert (
         said(prompt) == said(prompts.refine(prompt, task)) == said(prompts.expand(prompt, task)) == OUTSIDE_WORLD_REPLY

@@ -1,4 +1,4 @@
-"""The pocket world is exact: what it sets it can read, solve, check and grade."""
+"""The pocket world can read, solve, check and grade every problem that it draws."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def test_the_families_cover_more_than_ten_tasks() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_instruction_is_read_back_as_what_it_was(name: str) -> None:
+def test_an_instruction_is_read_back_as_the_same_problem(name: str) -> None:
     for problem in some(name):
         assert parse_problem(problem.instruction) == problem
 
@@ -143,7 +143,7 @@ def test_a_right_number_among_wrong_ones_is_wrong(instruction: str, answer: str)
     assert check_answer(instruction, answer) is False
 
 
-def test_outside_the_pocket_world_nothing_is_known() -> None:
+def test_nothing_is_known_outside_the_pocket_world() -> None:
     for text in (
         "",
         "Who wrote Faust?",
@@ -178,12 +178,12 @@ def test_steps_that_are_partly_right_score_in_between() -> None:
         "def f(x): return f(x)",
         "def f(x): return x * 999 * 999 * 999 * 999",
         "def f(x",
-        # calls itself under another name: more calls than there is time for
+        # calls itself under another name, without end
         "def f(x):\n    max = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0",
         "def max(x): return max(x - 1) + max(x - 1) if x > 0 else 0",
         "def f(x):\n    def max(y): return max(y - 1) + max(y - 1) if y > 0 else 0\n    return max(x)",
         'def f(x):\n    __builtins__["max"] = f\n    return max(x - 1) + max(x - 1) if x > 0 else 0',
-        # makes more than there is memory for, or takes as long
+        # needs more memory or time than there is
         "def f(x): return [0] * 9999 * 9999 * 9",
         "def f(x): return len(9999 * 'ab' * 9999 * 9999)",
         "def f(x): return [[[0] * 9999] * 9999] * 9999 == [[[0] * 9999] * 9999] * 9999",
@@ -200,17 +200,17 @@ def test_code_that_could_do_harm_is_not_run(code: str) -> None:
     assert function_results(code, "f", ("100",)) is None
 
 
-@pytest.mark.parametrize("job", FUNCTION_TASKS, ids=lambda job: job.said)
+@pytest.mark.parametrize("job", FUNCTION_TASKS, ids=lambda job: job.description)
 def test_the_guards_change_nothing_for_code_that_is_right(job: FunctionTask) -> None:
-    """What Python itself returns for each way to write it, and no other."""
+    """The results are those of Python itself, for each way to write the function."""
     for k, m in ((2, 3), (9, 9), (99, 7)):
-        body = job.written.format(k=k, m=m)
+        body = job.expression.format(k=k, m=m)
         codes = f"def f(x): return {body}", f"def f(x):\n    y = {body}\n    if True:\n        return y"
         for code in codes:
             space: dict[str, Callable[[object], object]] = {}
             exec(code, space)
-            wanted = tuple(space["f"](ast.literal_eval(argument)) for argument in job.tries)
-            assert function_results(code, "f", job.tries) == wanted
+            wanted = tuple(space["f"](ast.literal_eval(argument)) for argument in job.arguments)
+            assert function_results(code, "f", job.arguments) == wanted
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,14 @@ ODD = st.one_of(st.text(), st.text(alphabet="0123456789,.=-+ \n"), st.sampled_fr
 
 
 @given(st.sampled_from(NAMES), ODD)
-def test_no_answer_whatever_breaks_the_judge(name: str, answer: str) -> None:
+def test_no_answer_breaks_the_judge(name: str, answer: str) -> None:
     problem = some(name, 1)[0]
     assert check_answer(problem.instruction, answer) in (True, False)
     assert 1 <= grade_answer(problem.instruction, answer) <= 10
 
 
 @given(st.sampled_from(NAMES), ODD, st.integers(0, 60))
-def test_no_instruction_whatever_breaks_the_reader(name: str, odd: str, at: int) -> None:
+def test_no_instruction_breaks_the_reader(name: str, odd: str, at: int) -> None:
     text = some(name, 1)[0].instruction
     for changed in (odd, text[:at] + odd + text[at:]):
         problem = parse_problem(changed)
@@ -275,7 +275,7 @@ def joined(row: dict[str, str]) -> str:
     return row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
 
 
-def test_the_seeds_are_many_different_known_and_plainly_answered() -> None:
+def test_the_seeds_are_many_different_problems_with_plain_answers() -> None:
     rows = seed_rows()
     problems = [parse_problem(joined(row)) for row in rows]
     assert len(rows) >= 2000
