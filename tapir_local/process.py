@@ -229,6 +229,12 @@ def death(module: str, code: int, log: Path) -> TapirError:
     )
 
 
+def signal_and_last_line(code: int, errors: bytes) -> tuple[str, str]:
+    """How a child process ended: the name of the signal, "" if none, and the last line of its standard error."""
+    lines = [line.strip() for line in errors.decode("utf-8", "replace").split("\n") if line.strip()]
+    return signal.Signals(-code).name if code < 0 else "", lines[-1] if lines else ""
+
+
 def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str, str] | None = None) -> int:
     """The child's side: do `work` on the folder named in the arguments and report to the parent; the exit code.
 

@@ -146,10 +146,11 @@ def largest_difference(model_dir: Path, adapter: Path | None, gguf: Path, lora: 
     import torch
 
     from tapir_local.inference.batch import compute_logits
+    from tapir_local.inference.config import ContextConfig
     from tapir_local.inference.model import open_context, open_model
     from tapir_local.inference.tokens import encode
 
-    with open_model(gguf, adapter=lora) as model, open_context(model, cells=256, sequences=1, exact=True) as engine:
+    with open_model(gguf, adapter=lora) as model, open_context(model, ContextConfig(256, exact=True)) as engine:
         ids = encode(model, TEXT)
         found = compute_logits(engine, ids)
     with torch.no_grad():

@@ -73,7 +73,14 @@ def generate(
     with -o goes on where it stopped. A prompt that the chat template refuses, or that is longer than the context, has
     an empty text and says so as its `finish`; the command then exits with 1.
     """
-    from tapir_local.inference.prompt_file import Manner, answer_file, generation_task, open_answers, read_json_schema
+    from tapir_local.inference.config import GenerationConfig
+    from tapir_local.inference.prompt_file import (
+        PromptFileJob,
+        answer_file,
+        generation_task,
+        open_answers,
+        read_json_schema,
+    )
     from tapir_local.outputs import check_output
 
     if "" in stop:
@@ -82,25 +89,28 @@ def generate(
         beside, fix = (".partial", ".partial.json"), "Name another, or write it again with --force."
         check_output(out, [model, prompts, adapter, json_schema], beside=beside, force=force, fix=fix)
     schema = read_json_schema(json_schema) if json_schema else None
-    manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema, stop)
+    config = GenerationConfig(
+        max_tokens, context, temperature, random_seed, schema, stop, parallel=parallel, exact=exact
+    )
+    job = PromptFileJob(model, prompts, config, adapter)
     with (
-        open_answers(out, sys.stdout, generation_task(model, prompts, manner)) as (file, done),
+        open_answers(out, sys.stdout, generation_task(job)) as (file, done),
         shown("answers", len(done)) as (progress, tell),
     ):
         if done:
             tell(f"{len(done):,} answers are there already; going on")
-        found = answer_file(model, prompts, file, manner, progress, done, tell)
+        found = answer_file(job, file, progress, done, tell)
     echo(closing(found), err=True)
     if found.too_long or found.refused:
         sys.exit(1)
 
 
-def closing(found: "Answered") -> str:
+def closing(found: "AnsweredFile") -> str:
     """The line that a person reads at the end: what there is, what did not end or fit, and what it took."""
     said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
     said += f", {found.too_long:,} longer than the context" if found.too_long else ""
     said += f", {found.refused:,} refused by the chat template" if found.refused else ""
-    return said + (f"; {found.plan.words}" if found.plan else "")
+    return said + (f"; {found.plan.summary}" if found.plan else "")
 
 
 @click.command(

@@ -15,6 +15,7 @@ from tapir_local.export.probes import QUESTIONS, rendered, sample, texts_of
 from tapir_local.export.reference import Trained, load_trained, trained_logits
 from tapir_local.export.tokenizer import end_of_turn, read_tokenizer, special_texts
 from tapir_local.inference.batch import compute_logits
+from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
@@ -141,7 +142,7 @@ def gate(
             "template": llama.template == tokenizer.get_chat_template(),
         }
         trained = load_trained(model_dir, adapter, beside=working_memory(llama), free=free)
-        with open_context(llama, cells=CONTEXT * 4, sequences=5, exact=True) as engine:
+        with open_context(llama, ContextConfig(CONTEXT * 4, 5, exact=True)) as engine:
             found = compare(engine, trained, sample(rows))
     wanted = MIN_AGREEMENT[quant] if min_agreement is None else min_agreement
     checks["logits"] = found.kl <= MAX_KL[quant]
@@ -210,9 +211,7 @@ def compare(engine: Engine, trained: Trained, prompts: Sequence[Prompt]) -> Figu
 def own_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
     """Prompt and greedy answer as token ids, and the position that foretells the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
-    answers = answer_tokens(
-        engine, tokens, max_tokens=ANSWER_TOKENS, context=CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
-    )
+    answers = answer_tokens(engine, tokens, GenerationConfig(ANSWER_TOKENS, CONTEXT), [0] * len(tokens))
     texts = [
         (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
     ]

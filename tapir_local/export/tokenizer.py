@@ -134,7 +134,7 @@ def normal_form(tokenizer: Mapping[str, Any], splitting: str, model_dir: Path) -
         raise TapirError(
             f"llama.cpp does not do what its normalizer does: {', '.join(kinds)}",
             where=str(model_dir / "tokenizer.json"),
-            fix=f"Those of one step that are mapped: {', '.join(FORMS)}.",
+            fix=f"Those of one step that are mapped: {', '.join(UNICODE_FORMS)}.",
         )
     return kinds[0] if kinds else ""
 

@@ -118,21 +118,26 @@ def generator(
         progress: Progress,
         each: Callable[[Completion], None],
     ) -> list[Completion]:
-        from tapir_local.inference.generate import generate
+        from tapir_local.inference.config import GenerationConfig
+        from tapir_local.inference.generate import Callbacks, generate
 
         student, opened = recipe.student, student_of(recipe, run, gguf)
         return generate(
             opened.gguf,
             prompts,
+            GenerationConfig(
+                max_tokens=student.max_tokens,
+                context=student.max_length,
+                parallel=None if student.parallel == "auto" else student.parallel,
+                seed=recipe.random_seed,
+            ),
             adapter=opened.adapter,
             ids=ids,
-            max_tokens=student.max_tokens,
-            context=student.max_length,
-            parallel=None if student.parallel == "auto" else student.parallel,
-            seed=recipe.random_seed,
-            each=each,
-            progress=lambda done, total: progress(done, total, ""),
-            tell=lambda words: progress(0, len(prompts), words),
+            callbacks=Callbacks(
+                result=each,
+                progress=lambda done, total: progress(done, total, ""),
+                warn=lambda words: progress(0, len(prompts), words),
+            ),
         )
 
     return answer
@@ -146,6 +151,7 @@ def scorer(
     def measure(
         gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
     ) -> list[Scored]:
+        from tapir_local.inference.generate import Callbacks
         from tapir_local.inference.score import score_completions
 
         opened = student_of(recipe, run, gguf)
@@ -154,8 +160,7 @@ def scorer(
             texts,
             adapter=opened.adapter,
             context=recipe.student.max_length,
-            progress=lambda done, total: progress(done, total, ""),
-            each=each,
+            callbacks=Callbacks(result=each, progress=lambda done, total: progress(done, total, "")),
         )
 
     return measure

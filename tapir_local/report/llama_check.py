@@ -4,14 +4,13 @@
 or one that uses instructions that a virtual machine lists and cannot run (AMX), ends that process with SIGILL.
 """
 
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.process import environment
+from tapir_local.process import environment, signal_and_last_line
 from tapir_local.records import Message
 
 QUANTS = ("q8_0", "q4_k_m")  # the blocks of 8 and of 4 bits, whose products are written for each kind of processor
@@ -27,22 +26,21 @@ def fault_of_build() -> str:
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {LONGEST:.0f} s"
-    if tried.returncode < 0:
-        return signal.Signals(-tried.returncode).name
-    lines = tried.stderr.decode("utf-8", "replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "failed") if tried.returncode else ""
+    ended_by, last_line = signal_and_last_line(tried.returncode, tried.stderr)
+    return (ended_by or last_line or "failed") if tried.returncode else ""
 
 
 def main() -> None:
     """The child's side: answer with each kind of quantized weights."""
     from tapir_local.export.export import export_gguf
+    from tapir_local.inference.config import GenerationConfig
     from tapir_local.inference.generate import generate
 
     with tempfile.TemporaryDirectory() as folder:
         for quant in QUANTS:
             gguf = Path(folder) / f"{quant}.gguf"
             export_gguf(POCKET_STUDENT, gguf, adapter=None, quant=quant)
-            generate(gguf, [(Message("user", "What is 3 + 4?"),)], max_tokens=4, context=128)
+            generate(gguf, [(Message("user", "What is 3 + 4?"),)], GenerationConfig(max_tokens=4, context=128))
 
 
 if __name__ == "__main__":

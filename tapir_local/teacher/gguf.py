@@ -8,9 +8,10 @@ from functools import partial
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.generate import answer_all, encode_prompt, encode_prompts
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.inference.generate import encode_prompt, encode_prompts, open_context_for
 from tapir_local.inference.model import Advice, Model, open_model, require_template, trained_context
-from tapir_local.inference.scheduler import Manner, Written
+from tapir_local.inference.scheduler import Written, answer_each
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.store import keys
 from tapir_local.teacher.endpoint import gguf_of, identity_of, role_of
@@ -21,11 +22,11 @@ ASKED_ELSEWHERE = 0.5  # seconds between looks at requests that another process 
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs answered in the same manner, their prompts as tokens, and since when each of those under way is."""
+    """Jobs answered with the same settings, their prompts as tokens, and since when each of those under way is."""
 
     asking: Asking
     model: Model
-    manner: Manner
+    config: GenerationConfig
     jobs: Sequence[Job]
     prompts: Sequence[list[int]]
     began: dict[int, float] = field(default_factory=dict)
@@ -72,14 +73,15 @@ def answer_free(asking: Asking, jobs: Sequence[Job]) -> None:
     """Open the GGUF, answer the jobs, those of one manner together, and close it."""
     path, role = gguf_of(asking.endpoint), role_of(asking.endpoint)
     check_vocabulary(path, advice(role))
-    with open_model(path, advice=advice(role), tell=asking.warn) as model:
+    with open_model(path, advice=advice(role), warn=asking.warn) as model:
         if identity_of(asking.endpoint) != asking.identity:  # its answers would be kept under another's keys
             raise TapirError(f"{path} was changed meanwhile", where=f"{role}.gguf", fix="Run the same command again.")
         require_template(model)
         context = min(asking.endpoint.context, trained_context(model))
         for alike in grouped(jobs):
             prompts = encode_prompts(model, [job.request.messages for job in alike], asking.warn)
-            answer_group(Group(asking, model, manner_of(alike[0], context), alike, prompts))
+            config = generation_config(alike[0], context, asking.endpoint.concurrency)
+            answer_group(Group(asking, model, config, alike, prompts))
 
 
 def advice(role: str) -> Advice:
@@ -101,11 +103,11 @@ def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def manner_of(job: Job, context: int) -> Manner:
-    """How a job's body wants to be answered, in so many tokens of context."""
+def generation_config(job: Job, context: int, parallel: int) -> GenerationConfig:
+    """The settings of a job's body, for a context of `context` tokens and at most `parallel` answers at once."""
     form = job.body.get("response_format")
     schema = form["json_schema"]["schema"] if form else None
-    return Manner(job.body["max_tokens"], context, job.body["temperature"], schema)
+    return GenerationConfig(job.body["max_tokens"], context, job.body["temperature"], schema=schema, parallel=parallel)
 
 
 def refusal_of(model: Model, job: Job) -> str:
@@ -119,19 +121,10 @@ def refusal_of(model: Model, job: Job) -> str:
 
 def answer_group(group: Group) -> None:
     """Answer the group's jobs, so many at once as the recipe says; claims that are left over are given up."""
-    manner, most = group.manner, group.asking.endpoint.concurrency
     seeds = [int.from_bytes(job.key[:4]) >> 1 for job in group.jobs]  # 32 bits all set mean chance to llama.cpp
     try:
-        answer_all(
-            group.model,
-            group.prompts,
-            partial(keep, group),
-            manner,
-            seeds,
-            parallel=most,
-            begin=partial(begin, group),
-            tell=group.asking.warn,
-        )
+        with open_context_for(group.model, group.prompts, group.config, group.asking.warn) as (engine, _):
+            answer_each(engine, group.prompts, partial(keep, group), group.config, seeds, partial(begin, group))
     finally:
         for number in group.began:
             group.asking.store.release(group.jobs[number].key)
@@ -165,10 +158,10 @@ def keep(group: Group, number: int, written: Written) -> None:
     finish = "refused" if refused else written.finish
     raw = completion(job, group.model.gguf.name, written.text(group.model), finish, counts)
     reply, kept = asking.read(job.body, raw)._replace(finish=finish), None
-    if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
+    if written.finish == "stop" or len(written.tokens) == group.config.max_tokens:
         kept = asking.keep(job, raw, reply, seconds)
     else:
-        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.config.context:,}"
         why = refusal_of(group.model, job) if refused else why
         reply = reply._replace(why="" if reply.text.strip() else why)
         asking.note(job, why, raw, seconds, None if began is None else asking.account.priced(*counts))

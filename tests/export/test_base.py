@@ -17,6 +17,7 @@ from tapir_local.export import export, gate
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.base import base_gguf, base_path, digest, print_of, printed, student_of
 from tapir_local.export.gate import GateReport
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import exporter, gatekeeper, real_tools, shipper
@@ -78,7 +79,7 @@ def gated(recipe: Recipe, run: RunDir) -> GateReport:
 
 def answers(recipe: Recipe, run: RunDir) -> list[str]:
     opened = student_of(recipe, run, run.round(0) / "student.gguf")
-    found = generate(opened.gguf, PROMPTS, adapter=opened.adapter, max_tokens=16, context=256)
+    found = generate(opened.gguf, PROMPTS, GenerationConfig(max_tokens=16, context=256), adapter=opened.adapter)
     return [row.text for row in found]
 
 
@@ -97,7 +98,7 @@ def test_what_is_shipped_is_the_two_merged_and_gated(recipe: Recipe, run: RunDir
     shipper(recipe, run)(run.round(0), tmp_path / "out", QUIET.progress)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "gate.json", "student.gguf"]
     assert read_record(GateReport, tmp_path / "out" / "gate.json").passed
-    shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, max_tokens=16, context=256)
+    shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, GenerationConfig(max_tokens=16, context=256))
     assert [row.text for row in shipped] == answers(recipe, run)
     assert not (run.path / "ship").exists()
 
@@ -219,7 +220,7 @@ def test_two_types_of_weights_are_two_files_of_one_base(tmp_path: Path) -> None:
 
 def test_an_adapter_by_itself_is_no_model(recipe: Recipe, run: RunDir) -> None:
     with pytest.raises(TapirError, match="LoRA adapter, not a model"):
-        generate(exported(recipe, run), PROMPTS[:1], max_tokens=4, context=64)
+        generate(exported(recipe, run), PROMPTS[:1], GenerationConfig(max_tokens=4, context=64))
 
 
 @pytest.mark.parametrize(

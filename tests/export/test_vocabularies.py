@@ -199,7 +199,7 @@ def test_the_form_is_the_one_of_the_tokenizer_as_transformers_loads_it(
 
 def test_a_gguf_of_others_is_composed_by_the_name_of_its_pre_tokenizer(tmp_path: Path, monkeypatch) -> None:
     model = make_model(tmp_path / "model", "qwen2", kind="qwen2")
-    monkeypatch.setattr(tokenizer, "FORM_KEY", "general.comment")
+    monkeypatch.setattr(tokenizer, "NORMALIZER_KEY", "general.comment")
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert opened.form == "NFC"

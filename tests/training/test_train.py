@@ -382,14 +382,20 @@ def test_a_gpu_without_unsloth_says_so_and_goes_on():
 
 def test_no_gguf_is_open_once_its_answers_are_there(llama):
     """llama.cpp maps the file it has open: a training that comes next has the memory, and the GPU, to itself."""
-    from tapir_local.inference.generate import generate
+    from tapir_local.inference.config import GenerationConfig
+    from tapir_local.inference.generate import Callbacks, generate
     from tapir_local.inference.score import score_completions
 
     def is_open(*_: object) -> bool:
         return llama.gguf.name in Path("/proc/self/maps").read_text()
 
     prompt, seen = (Message("user", "Add 1 and 2."),), []
-    generate(llama.gguf, [prompt], max_tokens=4, context=128, progress=lambda *_: seen.append(is_open()))
+    generate(
+        llama.gguf,
+        [prompt],
+        GenerationConfig(max_tokens=4, context=128),
+        callbacks=Callbacks(progress=lambda *_: seen.append(is_open())),
+    )
     score_completions(llama.gguf, [(prompt, "3")], context=128)
     assert any(seen)
     assert not is_open()
