@@ -1,4 +1,4 @@
-"""Is this machine ready? What is there, what is missing, and what to do about it."""
+"""Check whether this machine is ready: what is there, what is missing, and what to do about it."""
 
 import importlib.util
 import os
@@ -13,16 +13,16 @@ from pathlib import Path
 from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.memory import total_memory, visible_gpus
 from tapir_local.pipeline.loop import installed
-from tapir_local.report.llama_check import fault_of_build
+from tapir_local.report.llama_check import llama_build_fault
 
-NEEDED = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
-DISK_GB = 5.0
-MEMORY_GB = 3.0
+REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
+MIN_DISK_GB = 5.0
+MIN_MEMORY_GB = 3.0
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing looked at. `ok` None means that it is good to have and not needed."""
+class MachineCheck:
+    """The result of one check. `ok` is None for something useful that is not needed."""
 
     name: str
     ok: bool | None
@@ -30,52 +30,53 @@ class Check:
     fix: str = ""
 
 
-def examine(cache: Path) -> list[Check]:
-    """Every check, in the order in which they matter."""
-    checks: list[Callable[[], Check]] = [
-        system,
-        python,
-        packages,
-        compiler,
-        llama,
-        sqlite,
-        pocket,
-        lambda: writable(cache),
-        lambda: disk(cache),
-        memory,
-        gpu,
-        unsloth,
-        key,
+def check_machine(cache: Path) -> list[MachineCheck]:
+    """The results of all checks, the most important first."""
+    checks: list[Callable[[], MachineCheck]] = [
+        check_linux,
+        check_python,
+        check_packages,
+        check_compiler,
+        check_llama,
+        check_sqlite,
+        check_pocket_files,
+        lambda: check_cache_folder(cache),
+        lambda: check_free_disk(cache),
+        check_total_memory,
+        check_gpu,
+        check_unsloth,
+        check_api_key,
     ]
     return [check() for check in checks]
 
 
-def system() -> Check:
-    """Linux alone has the locks that the store's processes hold."""
+def check_linux() -> MachineCheck:
+    """Linux: only it has the locks that the processes of the store use."""
     found = platform.system()
-    return Check("system", found == "Linux", found, "Use a machine with Linux; on Windows, WSL 2 is one.")
+    return MachineCheck("system", found == "Linux", found, "Use a machine with Linux; on Windows, use WSL 2.")
 
 
-def python() -> Check:
+def check_python() -> MachineCheck:
     """Python 3.11 or newer."""
-    return Check("Python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer.")
-
-
-def packages() -> Check:
-    """What the loop imports."""
-    versions = {name: installed(name) for name in NEEDED}
-    missing = [name for name, found in versions.items() if not found]
-    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return Check(
-        "packages", not missing, found, f"missing: {', '.join(missing)}; run `make install`" if missing else ""
+    return MachineCheck(
+        "Python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer."
     )
 
 
-def compiler() -> Check:
-    """llama-cpp-python is built from source: a C++ compiler is needed until it is installed."""
+def check_packages() -> MachineCheck:
+    """The packages that a run imports."""
+    versions = {name: installed(name) for name in REQUIRED_PACKAGES}
+    missing = [name for name, found in versions.items() if not found]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    fix = f"missing: {', '.join(missing)}; run `make install`" if missing else ""
+    return MachineCheck("packages", not missing, found, fix)
+
+
+def check_compiler() -> MachineCheck:
+    """A C++ compiler: it is needed until llama-cpp-python, which is built from source, is installed."""
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), "")
     needed = importlib.util.find_spec("llama_cpp") is None
-    return Check(
+    return MachineCheck(
         "C++ compiler",
         bool(found) if needed else (True if found else None),
         found or "none",
@@ -83,105 +84,107 @@ def compiler() -> Check:
     )
 
 
-def llama() -> Check:
-    """llama.cpp is compiled for the processor of the machine that built it."""
+def check_llama() -> MachineCheck:
+    """llama.cpp runs: it is compiled for the processor of the machine that built it."""
     if importlib.util.find_spec("llama_cpp") is None:
-        return Check("llama.cpp", None, "not installed")
-    fault = fault_of_build()
-    return Check(
+        return MachineCheck("llama.cpp", None, "not installed")
+    fault = llama_build_fault()
+    return MachineCheck(
         "llama.cpp",
         not fault,
         f"ends with {fault}" if fault else "runs on this processor",
-        "It was built for another processor: `make llama` in the checkout builds it again.",
+        "It was built for another processor: run `make llama` in the checkout to build it again.",
     )
 
 
-def sqlite() -> Check:
-    """The store wants upserts and WAL (SQLite 3.24, 2018)."""
-    return Check(
+def check_sqlite() -> MachineCheck:
+    """SQLite 3.24 (2018) or newer: the store uses upserts and WAL."""
+    return MachineCheck(
         "SQLite",
         sqlite3.sqlite_version_info >= (3, 24),
         sqlite3.sqlite_version,
-        "Use a Python built with SQLite 3.24 or newer.",
+        "Use a Python that was built with SQLite 3.24 or newer.",
     )
 
 
-def pocket() -> Check:
+def check_pocket_files() -> MachineCheck:
     """The files that come with the program."""
     there = [path for path in (POCKET_STUDENT / "model.safetensors", POCKET_SEEDS) if path.is_file()]
     found = f"student and seeds, {len(recipe_files())} recipes" if len(there) == 2 else "incomplete"
-    return Check(
+    return MachineCheck(
         "pocket files",
         len(there) == 2 and bool(recipe_files()),
         found,
-        "Install the package again: files that belong to it are missing.",
+        "Install the package again: some of its files are missing.",
     )
 
 
-def writable(cache: Path) -> Check:
-    """The cache's folder, or the nearest one above it that exists."""
-    place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    return Check(
-        "cache", os.access(place, os.W_OK), str(cache), f"{place} cannot be written; name another folder with --cache."
-    )
+def check_cache_folder(cache: Path) -> MachineCheck:
+    """The cache folder, or the nearest existing folder above it, is writable."""
+    place = nearest_existing(cache)
+    fix = f"{place} is not writable; name another folder with --cache."
+    return MachineCheck("cache", os.access(place, os.W_OK), str(cache), fix)
 
 
-def disk(cache: Path) -> Check:
-    """Room for a small run; a 7B student wants some 40 GB."""
-    place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free / 1e9
-    return Check(
+def check_free_disk(cache: Path) -> MachineCheck:
+    """Free space for a small run; a 7B student needs about 40 GB."""
+    free = shutil.disk_usage(nearest_existing(cache)).free / 1e9
+    return MachineCheck(
         "disk",
-        free > DISK_GB,
+        free > MIN_DISK_GB,
         f"{free:,.0f} GB free",
-        f"Make room: {DISK_GB:.0f} GB for the quickstart, about 40 GB for a 7B student.",
+        f"Free some space: the quickstart needs {MIN_DISK_GB:.0f} GB, a 7B student about 40 GB.",
     )
 
 
-def memory() -> Check:
-    """The quickstart stays under 3 GB."""
+def nearest_existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_total_memory() -> MachineCheck:
+    """Memory for the quickstart, which stays under 3 GB."""
     total = total_memory() / 1e9
-    return Check("memory", total > MEMORY_GB, f"{total:,.0f} GB", f"The quickstart wants {MEMORY_GB:.0f} GB.")
+    fix = f"The quickstart needs {MIN_MEMORY_GB:.0f} GB."
+    return MachineCheck("memory", total > MIN_MEMORY_GB, f"{total:,.0f} GB", fix)
 
 
-def gpu() -> Check:
+def check_gpu() -> MachineCheck:
     """A CUDA device that torch can use."""
     if not installed("torch"):
-        return Check("GPU", None, "unknown: torch is not installed")
+        return MachineCheck("GPU", None, "unknown: torch is not installed")
     import torch
 
     if not torch.cuda.is_available():
-        cards = [card.name for card in visible_gpus()]
-        unused = (
-            f"the driver lists {', '.join(cards)}, but torch {torch.__version__} cannot use it" if cards else "none"
-        )
-        return Check(
+        cards = ", ".join(card.name for card in visible_gpus())
+        unused = f"the driver lists {cards}, but torch {torch.__version__} cannot use it" if cards else "none"
+        return MachineCheck(
             "GPU",
             None,
-            f"{unused}: training and answering run on the CPU",
-            "A student of billions of parameters wants a CUDA GPU and a CUDA build of torch.",
+            f"{unused}: training and generation run on the CPU",
+            "A student with billions of parameters needs a CUDA GPU and a CUDA build of torch.",
         )
     properties = torch.cuda.get_device_properties(0)
-    return Check("GPU", True, f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB")
+    return MachineCheck("GPU", True, f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB")
 
 
-def unsloth() -> Check:
-    """Used where there is a GPU."""
+def check_unsloth() -> MachineCheck:
+    """Unsloth, which is used if there is a GPU."""
     found = installed("unsloth")
-    return Check(
+    return MachineCheck(
         "unsloth",
         True if found else None,
         found or "not installed: training uses TRL and PEFT",
-        "With a GPU: pip install -e '.[gpu]' in the checkout.",
+        "If you have a GPU, run in the checkout: pip install -e '.[gpu]'",
     )
 
 
-def key() -> Check:
-    """A key for a vendor's endpoint; the quickstart needs none."""
+def check_api_key() -> MachineCheck:
+    """The API key of a vendor; the quickstart needs none."""
     there = "OPENAI_API_KEY" in os.environ
-    return Check(
+    return MachineCheck(
         "API key",
         True if there else None,
         "OPENAI_API_KEY is set" if there else "OPENAI_API_KEY is not set",
-        "Only an endpoint that wants a key needs it; the quickstart does not.",
+        "Set it if your teacher or judge needs a key; the quickstart needs none.",
     )

@@ -45,20 +45,20 @@ def test_stats_end_with_what_the_store_weighs(place: Path) -> None:
     out, err = calls(place, "stats", "--json")
     assert json.loads(out)[0]["used"] == 2
     assert err.startswith("2 calls stored, 0.")
-    assert err.endswith("bytes a call\n")
+    assert err.endswith("bytes per call\n")
 
 
 def test_an_empty_store_weighs_nothing_a_call(place: Path) -> None:
     Store(place / "empty" / "teacher.db").close()
     out = tapir("calls", "stats", "--cache", "empty", cwd=place)
     assert out.stderr.startswith("0 calls stored")
-    assert "a call" not in out.stderr
+    assert "per call" not in out.stderr
 
 
 def test_search_prints_rows_and_says_when_there_are_more(place: Path) -> None:
     out, err = calls(place, "search", "what is", "--limit", "1", "--json")
     assert [row["stage"] for row in json.loads(out)] == ["seeds"]
-    assert "more than 1 calls have these words" in err
+    assert "only the first 1 matches are shown" in err
     assert calls(place, "search", "bananas", "--json") == ("[]\n", "no call has all of these words\n")
     assert "4 + 5?" in calls(place, "search", "9")[0]
 
@@ -109,10 +109,10 @@ def test_the_lock_of_a_run_is_exported_and_verified_where_the_store_knows_no_use
     run = RunDir(place / "cache", "replayed")
     lock(run, "prepare/seeds", [Locked("prepare/seeds", "x", keys[0])])
     assert "1 calls exported" in calls(place, "export", "--run", "replayed", "one.db")[1]
-    assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed absent\n")
+    assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed missing\n")
     lock(run, "prepare/label", [Locked("prepare/label", "x", "00" * 32)])
     out, err = calls(place, "verify", "--run", "replayed", code=1)
-    assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed absent\n")
+    assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed missing\n")
 
 
 def test_a_stage_that_a_run_has_and_has_not_reached_is_no_error(place: Path) -> None:
@@ -148,7 +148,7 @@ def test_an_import_is_a_run_to_every_command(place: Path) -> None:
     assert json.loads(calls(place, "cost", "--by", "task", "--json")[0])
     assert "1 calls exported" in calls(place, "export", "--run", "import:rows.json", "one.db")[1]
     said = calls(place, "verify", "--run", "import:rows.json")
-    assert said == ("", "3 calls read, 0 damaged, 0 of run import:rows.json absent\n")
+    assert said == ("", "3 calls read, 0 damaged, 0 of run import:rows.json missing\n")
     assert json.loads(calls(place, "list", "--run", "import:rows.json", "--json")[0])
     assert json.loads(calls(place, "stats", "--run", "import:rows.json", "--json")[0])
     assert json.loads(calls(place, "search", "quince", "--run", "import:rows.json", "--json")[0])
@@ -160,7 +160,10 @@ def test_a_batch_with_other_settings_says_so(place: Path) -> None:
     (place / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": body}))
     (place / "out.jsonl").write_text(json.dumps({"custom_id": "a", "response": {"status_code": 200, "body": reply}}))
     err = calls(place, "import", "out.jsonl", "--requests", "in.jsonl", "--recipe", "my.yaml")[1]
-    assert "1 were asked with other settings than the recipe's; the first: temperature: 0.7 here, 0 there" in err
+    assert (
+        "1 were asked with settings other than the recipe's; the first difference: temperature: 0.7 here, 0 there"
+        in err
+    )
 
 
 @pytest.mark.parametrize(

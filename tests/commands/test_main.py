@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 from command_line import ROOT, refused, tapir
 
-import cli
 from tapir_local import __version__
-from tapir_local.commands.calls import calls
+from tapir_local.commands.calls import calls_group
+from tapir_local.commands.distill import recipe_changes, resolve_recipe
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 
 
@@ -29,16 +30,16 @@ def test_another_system_than_linux_is_refused_in_one_sentence(system: str) -> No
     assert out.stdout == ""
 
 
-@pytest.mark.parametrize("name", sorted(cli.cli.commands))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_command_has_an_example_and_stands_in_the_readme(name: str) -> None:
-    text = cli.cli.commands[name].get_help(click.Context(cli.cli.commands[name], info_name=name))
+    text = cli.commands[name].get_help(click.Context(cli.commands[name], info_name=name))
     assert "Example:" in text
     assert f"tapir-local {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", sorted(calls.commands))
+@pytest.mark.parametrize("name", sorted(calls_group.commands))
 def test_every_command_on_the_store_has_an_example_and_stands_in_the_readme(name: str) -> None:
-    text = calls.commands[name].get_help(click.Context(calls.commands[name], info_name=name))
+    text = calls_group.commands[name].get_help(click.Context(calls_group.commands[name], info_name=name))
     assert f"  tapir-local calls {name}" in text.partition("Example:")[2]
     assert f"tapir-local calls {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -74,7 +75,7 @@ def test_doctor_says_that_llama_cpp_was_built_for_another_processor(tmp_path: Pa
     package = tmp_path / "llama_cpp"
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    code = "from tapir_local.report.doctor import llama\nfound = llama()\nprint(found.ok, found.found)"
+    code = "from tapir_local.report.doctor import check_llama\nfound = check_llama()\nprint(found.ok, found.found)"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
@@ -86,7 +87,7 @@ def test_doctor_says_that_the_compiler_is_missing_where_it_is_needed(tmp_path: P
     """Without llama_cpp on the path and without a compiler there is one thing to do."""
     code = (
         "import sys\nsys.modules['llama_cpp'] = None\n"
-        "from tapir_local.report.doctor import compiler\nfound = compiler()\nprint(found.ok, found.fix)"
+        "from tapir_local.report.doctor import check_compiler\nfound = check_compiler()\nprint(found.ok, found.fix)"
     )
     env = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
@@ -150,7 +151,7 @@ def test_a_negative_number_of_rounds() -> None:
 
 
 def test_help_says_what_the_teacher_is() -> None:
-    assert "a programme, no LLM" in " ".join(tapir("--help").stdout.split())
+    assert "a small program, not an LLM" in " ".join(tapir("--help").stdout.split())
 
 
 def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path: Path) -> None:
@@ -178,11 +179,12 @@ def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path:
 def test_a_setting_that_has_an_option_of_its_own_can_be_set_without_it(words: list[str], tmp_path: Path) -> None:
     changes = [word for text in words for word in ("--set", text)]
     with pytest.raises(TapirError, match=r"nowhere\.json: there is no such file of seeds"):
-        CliRunner().invoke(cli.cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
+        CliRunner().invoke(cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
 
 
 def test_an_option_is_stronger_than_the_same_setting() -> None:
-    recipe = cli.load_recipe("quickstart", ["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
+    changes = recipe_changes(["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
+    recipe = resolve_recipe("quickstart", changes)[0]
     assert (recipe.rounds, recipe.name) == (2, "a")
 
 
@@ -281,7 +283,7 @@ def test_on_a_terminal_the_user_is_asked(answer: str, said: str, tmp_path: Path)
         os.close(end)
     assert child.returncode == 1
     assert "This recipe runs the command: torchrun" in shown
-    assert "Is that what you want? [y/N]" in shown
+    assert "Allow this? Answer y only if you trust the recipe [y/N]" in shown
     assert said in shown
 
 

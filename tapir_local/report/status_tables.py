@@ -1,0 +1,185 @@
+"""Tables of a run: its stages, its rounds, one round's plan, judge and answers, and the rows that were left out."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from tapir_local.method.metrics import is_likeness
+from tapir_local.recipe.schema import FROM_POOL
+from tapir_local.report.tables import interval_cell, number_cell, percent_cell, scores_cell, task_table, text_table
+from tapir_local.tables import PlainTable
+
+# A row of the judge's table: the key of records.JudgeQuality, its description, its format.
+JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
+    "rows": ("rows judged", "{:,}"),
+    "unjudged": ("rows without a readable score", "{:,}"),
+    "agreement": ("both orders give the same winner, or a tie", "{:.1%}"),
+    "order_difference": ("difference between an answer's two scores (mean)", "{:.2f}"),
+    "position_bias": ("how much more the answer shown first scores (mean)", "{:+.2f}"),
+    "ties": ("both answers have the same score", "{:.1%}"),
+    "length_bias": ("rank correlation of length and score", "{:+.2f}"),
+}
+
+
+def rounds_table(status: Mapping[str, Any]) -> PlainTable:
+    """A row for each round: win rate and accuracy on the holdout with their intervals, scores, seconds."""
+    table = PlainTable(f"run {status['run']}: the holdout, round by round", rounds_caption(status))
+    for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
+        table.add_column(name, justify="right")
+    before: Mapping[str, Any] = {}
+    for row in status["rounds"]:
+        found = row["metrics"] or {}
+        seconds = sum(stage["seconds"] or 0 for stage in row["stages"])
+        table.add_row(
+            str(row["number"]),
+            percent_cell(found.get("win_rate")),
+            interval_cell(found.get("win_rate_interval")),
+            accuracy_cell(found),
+            interval_cell(found.get("accuracy_interval")),
+            score_cell(found, before),
+            str(found.get("judged", "-")),
+            str(found.get("unjudged", "-")),
+            f"{seconds:,.0f}",
+        )
+        before = found
+    return table
+
+
+def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """Mean scores, `3.5 : 10.0`; for likeness the student's score and its change from the round before."""
+    score, last = found.get("student_score"), before.get("student_score")
+    if score is None or not is_likeness(found.get("win_rate"), score):
+        return scores_cell([score, found.get("teacher_score")])
+    return f"{score:.2f}" + ("" if last is None else f" ({score - last:+.2f})")
+
+
+def accuracy_cell(found: Mapping[str, Any]) -> str:
+    """The accuracy, with the number of rows if the checker could not check them all."""
+    checked = found.get("checked")
+    some = f" of {checked:,}" if checked is not None and checked != found["rows"] else ""
+    return percent_cell(found.get("accuracy")) + (some if found.get("accuracy") is not None else "")
+
+
+def rounds_caption(status: Mapping[str, Any]) -> str:
+    """What the numbers mean, what was paid, and the state of the run."""
+    metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
+    judge = metrics[0]["judge"] if metrics else ""
+    if metrics and is_likeness(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
+        scored = f"Score: {judge}, 1 to 10 (10: the same words), and its change from the round before. "
+    elif judge:
+        scored = (
+            "Win rate against the teacher's answers (a tie counts as half a win) and mean scores of student : "
+            f"teacher, 1 to 10, judged by {judge}. "
+        )
+    else:
+        scored = ""
+    calls = status["calls"]
+    return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
+
+
+def stages_table(status: Mapping[str, Any]) -> PlainTable:
+    """A row for each stage: done or not, seconds, calls, its closing phrase."""
+    table = PlainTable(f"run {status['run']}: stages")
+    lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
+    table.caption = "\n".join(lines) or None
+    for name in ("stage", "done"):
+        table.add_column(name)
+    for name in ("seconds", "paid", "hits"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
+    for place, stages in [("prepare", status["prepare"]), *rounds, ("end", status["end"])]:
+        for stage in stages:
+            numbers = (number_cell(stage.get(key)) for key in ("seconds", "paid", "hits"))
+            table.add_row(
+                f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, stage.get("note") or ""
+            )
+    return table
+
+
+def unusable_lines(found: Mapping[str, Any]) -> list[str]:
+    """A line that says how many rows were left out and how to list them; [] if none were."""
+    kinds = Counter[str]()
+    for counts in found["unusable"].values():
+        kinds.update(counts)
+    reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    total = kinds.total()
+    rows = "1 row" if total == 1 else f"{total:,} rows"
+    return [f"{rows} left out: {reasons}. `tapir-local show {found['run']} --unusable` lists them."] if total else []
+
+
+def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable]:
+    """The rows that were left out, counted by step and reason, and the first of them."""
+    counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
+    rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
+    table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
+    if not rows:
+        table.caption = "No row was left out."
+        return [table]
+    first = text_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "details", "text"], rows)
+    first.caption = f"unusable.jsonl in the run's folder has all {len(found['rows']):,}; --json prints them."
+    return [table, first]
+
+
+def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
+    """The plan, judge, metrics and answers of a round, as far as they exist."""
+    title = f"run {found['run']}, round {found['round']}"
+    tables = [plan_table(title, found["plan"])] if found["plan"] else []
+    tables += [judge_table(title, found["judge"])] if found["judge"] else []
+    if found["metrics"]:
+        alike = is_likeness(found["metrics"]["win_rate"], found["metrics"]["student_score"])
+        columns = {
+            "rows": "count",
+            **({"student_score": "score"} if alike else {"win_rate": "rate"}),
+            "accuracy": "rate",
+        }
+        tables.append(task_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
+    cells = [
+        [row["task"], row["instruction"], row["teacher"], row["student"], scores_cell(row["scores"])]
+        for row in found["answers"]
+    ]
+    answers = text_table(f"{title}: sample answers", ["task", "instruction", "teacher", "student", "scores"], cells)
+    answers.caption = "\n".join(unusable_lines(found)) or None
+    return [*tables, answers]
+
+
+def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
+    """A row for each task: target share, share in the plan, rows to write, rows that are missing."""
+    new: Counter[str] = Counter()
+    for expansion in plan["expansions"]:
+        new[expansion["task"]] += expansion["rows"]
+    rows = {
+        task: {
+            "target": plan["asked"].get(task),
+            "share": share,
+            "to write": new[task],
+            "missing": plan["short"].get(task, 0),
+        }
+        for task, share in plan["got"].items()
+    }
+    columns = {"target": "rate", "share": "rate", "to write": "count", "missing": "count"}
+    table = task_table(f"{title}: the plan ({plan['curriculum']})", rows, columns)
+    table.caption = ". ".join([plan_phrase(plan), *plan["notes"]])
+    return table
+
+
+def plan_phrase(plan: Mapping[str, Any]) -> str:
+    """What a plan selects."""
+    if plan["curriculum"] not in FROM_POOL:
+        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds selected"
+    hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows are hard"
+    alpha = f"hard share (alpha) {plan['alpha_got']:.0%}, target {plan['alpha']:.0%}"
+    return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
+
+
+def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable:
+    """A row for each measure, a column each for the judgements of pool and holdout; a dash if there is no value."""
+    table = PlainTable(f"{title}: the judge")
+    table.add_column("")
+    for name in sets:
+        table.add_column(name, justify="right")
+    for key, (description, form) in JUDGE_MEASURES.items():
+        values = (found.get(key) for found in sets.values())
+        table.add_row(description, *("-" if value is None else form.format(value) for value in values))
+    table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
+    return table
