@@ -76,7 +76,7 @@ def import_calls_command(file: Path, recipe: str | None, requests: Path | None, 
     from tapir_local.store.transfer import is_database
 
     if not is_database(file):
-        import_answers(file, recipe, requests, cache)
+        import_paid_answers(file, recipe, requests, cache)
     elif recipe or requests:
         fix = "Leave out --recipe and --requests."
         raise TapirError("FILE is a store, and its calls have their keys already", where=str(file), fix=fix)
@@ -97,7 +97,7 @@ def import_store_calls(file: Path, cache: Path | None) -> None:
         sys.exit(1)
 
 
-def import_answers(file: Path, recipe_name: str | None, requests: Path | None, cache: Path | None) -> None:
+def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | None, cache: Path | None) -> None:
     """Add answers that were paid for elsewhere, as answers of the recipe's teacher."""
     from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.text import parse_recipe

@@ -42,7 +42,7 @@ def store_path(cache: Path | None) -> Path:
     return (cache or default_cache()) / "teacher.db"
 
 
-def find_run(cache: Path | None, name: str | None) -> "RunDir":
+def select_run(cache: Path | None, name: str | None) -> "RunDir":
     """The run with this name or, without a name, the run that was worked on last; TapirError if there is none."""
     from tapir_local.assets import default_cache
     from tapir_local.rundir import existing, runs_of

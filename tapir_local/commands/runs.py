@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.commands.options import cache_option, find_run, help_examples, json_option
+from tapir_local.commands.options import cache_option, help_examples, json_option, select_run
 from tapir_local.commands.output import echo, print_json, print_table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
     from tapir_local.report.status import run_status
     from tapir_local.report.status_tables import rounds_table, stages_table
 
-    found = run_status(find_run(cache, run))
+    found = run_status(select_run(cache, run))
     if as_json:
         print_json(found)
     else:
@@ -44,7 +44,7 @@ def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
 @click.argument("run", required=False)
 @click.option("--round", "number", type=click.IntRange(min=0), help="Round to show; by default the last evaluated one.")
 @click.option(
-    "--labels", is_flag=True, help="Show who labelled the rows of each task, and what the classifier confuses, instead."
+    "--labels", is_flag=True, help="Show who labeled the rows of each task, and what the classifier confuses, instead."
 )
 @click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
 @cache_option
@@ -62,7 +62,7 @@ def show_command(
     if (labels or unusable) and number is not None:
         option = "labels" if labels else "unusable"
         raise click.UsageError(f"--{option} shows the whole run, not one round; leave out --round")
-    place = find_run(cache, run)
+    place = select_run(cache, run)
     found = label_report(place) if labels else unusable_report(place) if unusable else round_report(place, number)
     tables = label_tables if labels else unusable_tables if unusable else round_tables
     if as_json:
@@ -87,7 +87,7 @@ def why_command(run: str, row: str, cache: Path | None, as_json: bool) -> None:
     """
     from tapir_local.report.why import explain_row, why_tables
 
-    found = explain_row(find_run(cache, run), row)
+    found = explain_row(select_run(cache, run), row)
     if as_json:
         print_json(found)
     else:
@@ -118,7 +118,7 @@ def plan_command(run: str, number: int | None, changes: tuple[str, ...], cache: 
 
     from tapir_local.report.what_if import plan_with_changes, what_if_tables
 
-    found = plan_with_changes(find_run(cache, run), number, changes)
+    found = plan_with_changes(select_run(cache, run), number, changes)
     if as_json:
         print_json(asdict(found))
     else:
@@ -153,7 +153,7 @@ def compare_command(
     from tapir_local.report.compare import compare_runs
     from tapir_local.report.compare_tables import comparison_tables
 
-    found = compare_runs([find_run(cache, run) for run in runs], number=number, at=at, by_task=by_task)
+    found = compare_runs([select_run(cache, run) for run in runs], number=number, at=at, by_task=by_task)
     if as_json:
         print_json(found)
     else:
@@ -196,7 +196,7 @@ def chat_command(
     """
     from tapir_local.commands.chat import answer_once, chat_loop, open_students
 
-    place = find_run(cache, run)
+    place = select_run(cache, run)
     with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as students:
         if prompt is not None:
             answer_once(students, prompt, temperature, lambda text: echo(text, nl=False))
@@ -234,6 +234,6 @@ def redo_stages_command(run: str, number: int | None, stage: str, cache: Path | 
     """
     from tapir_local.pipeline.loop import redo
 
-    deleted = redo(find_run(cache, run), number, stage)
+    deleted = redo(select_run(cache, run), number, stage)
     echo("\n".join(deleted) if deleted else "there was nothing to delete")
     echo(f"{len(deleted)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)

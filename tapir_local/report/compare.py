@@ -64,7 +64,7 @@ def check_comparable(one: RunResults, other: RunResults) -> None:
             f"runs {one.name!r} and {other.name!r} have different holdouts: {', '.join(faults)}",
             fix=recipes + SAME_HOLDOUT_ADVICE,
         )
-    if differing := setting_differences(one, other, judge_settings):
+    if differing := setting_differences(one, other, comparable_judge_settings):
         raise TapirError(
             f"runs {one.name!r} and {other.name!r} have different judges: {'; '.join(differing)}",
             fix="Win rates of different judges cannot be compared. Run one of the two again under another --name and "
@@ -106,7 +106,7 @@ def run_settings(results: RunResults) -> dict[str, Any]:
     return flat(lasting(results.recipe))
 
 
-def judge_settings(results: RunResults) -> dict[str, Any]:
+def comparable_judge_settings(results: RunResults) -> dict[str, Any]:
     """The settings that decide how an answer is judged, without the judge's address and the limit of unjudged rows."""
     ignored = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
     kept = {name: value for name, value in lasting(results.recipe)["judge"].items() if name not in ignored}
@@ -132,8 +132,8 @@ def build_comparison(
             for run, picked in zip(results, chosen, strict=True)
             for found in run.rounds
         ],
-        "compared": compare_with_first(results, chosen, everything),
-        "by_task": compare_with_first(results, chosen, {task: tasks[task] for task in sorted(tasks)})
+        "compared": compare_groups_with_first(results, chosen, everything),
+        "by_task": compare_groups_with_first(results, chosen, {task: tasks[task] for task in sorted(tasks)})
         if by_task
         else None,
         "notes": comparison_notes(results, chosen, at, budget),
@@ -202,7 +202,7 @@ def rate_with_interval(metric: str, rows: Rows) -> dict[str, Any] | None:
     return {"mean": fmean(numbers), "interval": interval, "rows": len(numbers)}
 
 
-def compare_with_first(
+def compare_groups_with_first(
     results: Sequence[RunResults], chosen: Sequence[EvaluatedRound], groups: Mapping[str, set[str]]
 ) -> list[dict[str, Any]]:
     """A row for each metric, group of row ids, and run: its rate, and its difference from the first run.

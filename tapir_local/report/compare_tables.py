@@ -50,7 +50,7 @@ def compared_rounds_table(found: Mapping[str, Any]) -> PlainTable:
         if new:
             table.add_section()
         costs = (count_cell(row[name]) for name in ("rows", "tokens", "teacher_calls", "judge_calls"))
-        rates = (rate_cell(row[metric]) for metric in metrics)
+        rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
         table.add_row(row["run"] if new else "", f"{'*' if row['chosen'] else ''}{row['round']}", *costs, *rates)
     table.caption = compared_rounds_caption(found)
     return table
@@ -82,7 +82,7 @@ def differences_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> Plain
         if new:
             table.add_section()
         names = [METRIC_NAMES[row["metric"]] if new else "", row["run"], str(row["round"])]
-        table.add_row(*names, rate_cell(row), *difference_cells(row["difference"]))
+        table.add_row(*names, rate_and_interval_cell(row), *difference_cells(row["difference"]))
     return table
 
 
@@ -105,7 +105,7 @@ def compared_tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
     table = empty_table(f"{name} by task", ["task", "run"], ["rows", name, "difference", "+/-", "p", "p Holm"])
     for row, new in with_group_start(rows, "task"):
         names = [row["task"] if new else "", row["run"], str(row["rows"])]
-        table.add_row(*names, rate_cell(row), *difference_cells(row["difference"]))
+        table.add_row(*names, rate_and_interval_cell(row), *difference_cells(row["difference"]))
     count = sum(row["difference"] is not None for row in rows)
     table.caption = (
         f"p Holm: p corrected for all {count} differences in this table. For a task with few rows the bootstrap "
@@ -120,7 +120,7 @@ def with_group_start(rows: Sequence[Mapping[str, Any]], key: str) -> Iterator[tu
         yield row, before is None or before[key] != row[key]
 
 
-def rate_cell(rate: Mapping[str, Any] | None) -> str:
+def rate_and_interval_cell(rate: Mapping[str, Any] | None) -> str:
     """`16.7% (9 to 28)`, a rate and its interval."""
     return f"{percent_cell(rate['mean'])} ({percent_range(rate['interval'], '.0f')})" if rate else "-"
 

@@ -34,7 +34,7 @@ def check_machine(cache: Path) -> list[MachineCheck]:
     """The results of all checks, the most important first."""
     checks: list[Callable[[], MachineCheck]] = [
         check_linux,
-        check_python,
+        check_python_version,
         check_packages,
         check_compiler,
         check_llama,
@@ -56,7 +56,7 @@ def check_linux() -> MachineCheck:
     return MachineCheck("system", found == "Linux", found, "Use a machine with Linux; on Windows, use WSL 2.")
 
 
-def check_python() -> MachineCheck:
+def check_python_version() -> MachineCheck:
     """Python 3.11 or newer."""
     return MachineCheck(
         "Python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer."

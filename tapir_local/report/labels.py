@@ -1,4 +1,4 @@
-"""Who labelled the rows of a run, and how far the classifier agrees with the teacher: as data and as tables."""
+"""Who labeled the rows of a run, and how far the classifier agrees with the teacher: as data and as tables."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,22 +9,22 @@ from tapir_local.pipeline.loop import kept_recipe
 from tapir_local.recipe.tasks import Task
 from tapir_local.records import Example
 from tapir_local.report.status import read_agreement, run_warnings
-from tapir_local.report.tables import interval_cell, number_cell, percent_cell, text_table
+from tapir_local.report.tables import number_cell, percent_cell, percent_interval_cell, text_table
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.tables import PlainTable
 
 
 def label_report(run: RunDir) -> dict[str, Any]:
-    """What `tapir-local show --labels --json` prints: rows of each task by who labelled them, agreement, confusion.
+    """What `tapir-local show --labels --json` prints: rows of each task by who labeled them, agreement, confusion.
 
     `confusion` counts the rows held out from the classifier's training, by the label of the teacher and then by that
     of the classifier. `confused` lists the pairs of different labels, most rows first. TapirError if the rows are not
-    labelled yet.
+    labeled yet.
     """
     path = run.path / "labelled.jsonl"
     if not path.exists():
         fix = "Run `tapir-local distill` with its recipe; it resumes the run."
-        raise TapirError(f"the rows of run {run.name!r} are not labelled yet", where=str(path), fix=fix)
+        raise TapirError(f"the rows of run {run.name!r} are not labeled yet", where=str(path), fix=fix)
     counts: Mapping[tuple[str, str], int] = Counter((row.task, row.labelled_by) for row in read_rows(Example, path))
     table, agreement = kept_recipe(run).task_table(), read_agreement(run) or {}
     labels = [*table, *sorted({task for task, _ in counts} - set(table))]
@@ -43,7 +43,7 @@ def label_report(run: RunDir) -> dict[str, Any]:
 def label_row(
     label: str, table: Mapping[str, Task], counts: Mapping[tuple[str, str], int], held: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The target share of a task, its rows by who labelled them, and its held-out rows."""
+    """The target share of a task, its rows by who labeled them, and its held-out rows."""
     sources = {who: counts.get((label, who), 0) for who in ("file", "teacher", "classifier")}
     rows = sum(count for (task, _), count in counts.items() if task == label)
     return {"share": table[label].share if label in table else 0.0, "rows": rows, **sources, "held_out": held}
@@ -57,14 +57,14 @@ def confused_pairs(confusion: Mapping[str, Mapping[str, int]]) -> list[dict[str,
 
 
 def label_notes(run: RunDir) -> list[str]:
-    """The closing phrases of the labelling stages: they state the agreement and the tasks without rows."""
+    """The closing phrases of the labeling stages: they state the agreement and the tasks without rows."""
     stages = run.record().get("stages", {})
     notes = [stages.get(f"prepare/{name}", {}).get("note") for name in ("label", "classify", "tasks")]
     return [text for text in notes if text]
 
 
 def label_tables(found: Mapping[str, Any]) -> list[PlainTable]:
-    """Tables of who labelled the rows of each task, the agreement with the teacher, and the confused labels."""
+    """Tables of who labeled the rows of each task, the agreement with the teacher, and the confused labels."""
     table = PlainTable(f"run {found['run']}: labels")
     table.add_column("task")
     for name in ("share", "rows", "file", "teacher", "classifier", "agreement", "95 %", "held out"):
@@ -79,7 +79,7 @@ def label_tables(found: Mapping[str, Any]) -> list[PlainTable]:
             percent_cell(row["share"]),
             *counts,
             rate,
-            interval_cell(held.get("interval")),
+            percent_interval_cell(held.get("interval")),
             held_out_cell(held),
         )
     empty = ", ".join(task for task in found["tasks"] if task not in present)

@@ -6,7 +6,14 @@ from typing import Any
 
 from tapir_local.method.metrics import is_likeness
 from tapir_local.recipe.schema import FROM_POOL
-from tapir_local.report.tables import interval_cell, number_cell, percent_cell, scores_cell, task_table, text_table
+from tapir_local.report.tables import (
+    number_cell,
+    percent_cell,
+    percent_interval_cell,
+    score_pair_cell,
+    task_table,
+    text_table,
+)
 from tapir_local.tables import PlainTable
 
 # A row of the judge's table: the key of records.JudgeQuality, its description, its format.
@@ -33,9 +40,9 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
         table.add_row(
             str(row["number"]),
             percent_cell(found.get("win_rate")),
-            interval_cell(found.get("win_rate_interval")),
+            percent_interval_cell(found.get("win_rate_interval")),
             accuracy_cell(found),
-            interval_cell(found.get("accuracy_interval")),
+            percent_interval_cell(found.get("accuracy_interval")),
             score_cell(found, before),
             str(found.get("judged", "-")),
             str(found.get("unjudged", "-")),
@@ -49,7 +56,7 @@ def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """Mean scores, `3.5 : 10.0`; for likeness the student's score and its change from the round before."""
     score, last = found.get("student_score"), before.get("student_score")
     if score is None or not is_likeness(found.get("win_rate"), score):
-        return scores_cell([score, found.get("teacher_score")])
+        return score_pair_cell([score, found.get("teacher_score")])
     return f"{score:.2f}" + ("" if last is None else f" ({score - last:+.2f})")
 
 
@@ -135,7 +142,7 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
         }
         tables.append(task_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
     cells = [
-        [row["task"], row["instruction"], row["teacher"], row["student"], scores_cell(row["scores"])]
+        [row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
         for row in found["answers"]
     ]
     answers = text_table(f"{title}: sample answers", ["task", "instruction", "teacher", "student", "scores"], cells)

@@ -38,7 +38,7 @@ def percent_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def interval_cell(pair: Sequence[float] | None) -> str:
+def percent_interval_cell(pair: Sequence[float] | None) -> str:
     """`9% to 28%`, a 95 % interval; empty if there is none."""
     return "" if pair is None else f"{pair[0]:.0%} to {pair[1]:.0%}"
 
@@ -53,7 +53,7 @@ def count_cell(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def scores_cell(scores: Sequence[float | None] | None) -> str:
+def score_pair_cell(scores: Sequence[float | None] | None) -> str:
     """`3.5 : 10.0`, the scores of the student and of the teacher; a dash if one is missing."""
     if scores is None or scores[0] is None or scores[1] is None:
         return "-"

@@ -15,7 +15,7 @@ from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import cost_table, summarize_costs
-from tapir_local.report.tables import scores_cell, text_table
+from tapir_local.report.tables import score_pair_cell, text_table
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.tables import PlainTable, plain
 from tapir_local.unusable import read_unusable
@@ -267,13 +267,13 @@ def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
     """What happened to a row: what it is, each round, the rows that were written from it, its cost."""
     head = plain(
         f"{found['id']} of run {found['run']}: {found['place']}\n"
-        f"task {found['task'] or 'not known yet'}, labelled by {found['labelled_by'] or 'nobody yet'}\n"
+        f"task {found['task'] or 'not known yet'}, labeled by {found['labelled_by'] or 'nobody yet'}\n"
         f"{found['instruction']}\n-> {found['answer']}\n"
     )
     cells = [
         [
             str(row["round"]),
-            scores_cell([row["student"], row["teacher"]]),
+            score_pair_cell([row["student"], row["teacher"]]),
             "-" if row["mfd"] is None else f"{row['mfd']:g}",
             row["use"],
             row["why"],
