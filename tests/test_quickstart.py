@@ -131,7 +131,7 @@ def test_show_has_the_rounds_plan_and_answers(run: RunDir) -> None:
     found = json.loads(tapir("show", run.name, "--round", "1", "--json", "--cache", str(run.cache)).stdout)
     assert found["plan"]["round"] == 1
     assert len(found["answers"]) == 6
-    assert "asked" in tapir("show", run.name, "--cache", str(run.cache)).stdout
+    assert "target" in tapir("show", run.name, "--cache", str(run.cache)).stdout
 
 
 def killed_in_turn(cache: Path, rng: random.Random) -> Iterator[str]:
