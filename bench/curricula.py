@@ -131,7 +131,7 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
 
 def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
     """By arm and seed, the runs that are done, as sides of a comparison."""
-    from tapir_local.report.run_results import read_sides
+    from tapir_local.report.run_results import read_run_results
     from tapir_local.rundir import RunDir
 
     found: dict[str, dict[int, Any]] = {}
@@ -139,7 +139,7 @@ def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int,
         runs = {seed: RunDir(folder, f"{arm}-{seed}") for seed in seeds}
         done = {seed: run for seed, run in runs.items() if run.record().get("status") == "done"}
         if done:
-            found[arm] = {seed: read_sides([run])[0] for seed, run in done.items()}
+            found[arm] = {seed: read_run_results([run])[0] for seed, run in done.items()}
     return found
 
 

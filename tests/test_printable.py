@@ -10,27 +10,19 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tapir_local.commands.output import echo, print_json
+from tapir_local.report.progress import ProgressDisplay, watch_run
+from tapir_local.report.tables import task_table, text_table
 
-from tapir_local.commands.common import echo, print_json
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
 from tapir_local.pipeline.rounds import PREPARE
 from tapir_local.printable import UNSAFE, printable, safe_json
 from tapir_local.report.compare_tables import comparison_tables
-from tapir_local.report.explanations import why_tables
+from tapir_local.report.costs import cost_table, round_receipt
 from tapir_local.report.labels import label_tables
-from tapir_local.report.terminal import (
-    Shown,
-    cost_table,
-    plain_table,
-    receipt,
-    round_tables,
-    rounds_table,
-    stages_table,
-    tasks_table,
-    unusable_tables,
-    watched,
-)
+from tapir_local.report.status_tables import round_tables, rounds_table, stages_table, unusable_tables
+from tapir_local.report.why import why_tables
 from tapir_local.tables import joined, plain
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
@@ -87,10 +79,10 @@ TABLES = {
     "stages": lambda: [stages_table(STATUS)],
     "unusable": lambda: unusable_tables({"run": HOSTILE, "by_step": {HOSTILE: {HOSTILE: 1}}, "rows": [LOST]}),
     "round": lambda: round_tables(ROUND),
-    "tasks": lambda: [tasks_table(HOSTILE, {HOSTILE: {"rows": 1}}, {"rows": "count"})],
-    "plain": lambda: [plain_table(HOSTILE, [HOSTILE], [[HOSTILE]])],
+    "tasks": lambda: [task_table(HOSTILE, {HOSTILE: {"rows": 1}}, {"rows": "count"})],
+    "plain": lambda: [text_table(HOSTILE, [HOSTILE], [[HOSTILE]])],
     "cost": lambda: [cost_table(HOSTILE, COST, "stage")],
-    "receipt": lambda: list(receipt(HOSTILE, COST, COST)),
+    "receipt": lambda: list(round_receipt(HOSTILE, COST, COST)),
     "why": lambda: why_tables(WHY),
     "labels": lambda: label_tables(LABELS),
     "compare": lambda: comparison_tables(COMPARED),
@@ -132,10 +124,10 @@ def test_no_table_lets_a_control_through_or_reads_markup(name: str, colored: boo
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tapir_local.report.terminal.LOG_EVERY", -1.0)
+    monkeypatch.setattr("tapir_local.report.status_tables.LOG_INTERVAL", -1.0)
     out = io.StringIO()
     console = Console(file=out, width=300, force_terminal=terminal)
-    with watched(console, 0, 2) as watch:
+    with watch_run(console, 0, 2) as watch:
         step = Step(None, PREPARE[0], None)  # type: ignore[arg-type]
         watch.begins(step)
         watch.progress(1, 2, HOSTILE)
@@ -143,7 +135,7 @@ def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytes
     own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "")
     assert not UNSAFE.search(own)
     assert "[/INST]" in own
-    assert isinstance(watch.begins.__self__, Shown)  # type: ignore[attr-defined]
+    assert isinstance(watch.begins.__self__, ProgressDisplay)  # type: ignore[attr-defined]
 
 
 def test_what_is_said_is_printable_and_json_keeps_its_value(capsys: pytest.CaptureFixture[str]) -> None:

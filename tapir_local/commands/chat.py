@@ -16,11 +16,11 @@ from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.records import Message
 from tapir_local.rundir import RunDir
 
-Say = Callable[[str], None]
+Write = Callable[[str], None]
 
 
 @dataclass
-class Speaker:
+class ChatModel:
     """One open model, the recipe's limits, and what was said so far."""
 
     name: str
@@ -43,22 +43,22 @@ class Speaker:
 
 
 @contextmanager
-def students(
-    run: RunDir, number: int | None, vs: str | None, say: Say, random_seed: int | None = None
-) -> Iterator[list[Speaker]]:
+def open_students(
+    run: RunDir, number: int | None, vs: str | None, say: Write, random_seed: int | None = None
+) -> Iterator[list[ChatModel]]:
     """The run's student of a round and, where asked, its base, open.
 
     Replies are drawn by chance; with a `random_seed` the same questions get the same replies.
     """
     seed = secrets.randbits(31) if random_seed is None else random_seed
     recipe = kept_recipe(run)
-    files = {"student": student_of(recipe, run, student_gguf(run, number))}
+    files = {"student": student_of(recipe, run, find_student_gguf(run, number))}
     if vs == "base":
         say("opening the base; its GGUF is made once")
         files["base"] = Student(base_gguf(recipe, run))
     with ExitStack() as stack:
         yield [
-            Speaker(
+            ChatModel(
                 name,
                 stack.enter_context(
                     open_engine(opened.gguf, adapter=opened.adapter, context=recipe.student.max_length, parallel=1)
@@ -70,7 +70,7 @@ def students(
         ]
 
 
-def student_gguf(run: RunDir, number: int | None) -> Path:
+def find_student_gguf(run: RunDir, number: int | None) -> Path:
     """The GGUF of a round; where none is named the finished run's, or that of the last round that has one."""
     finished = run.path / "model" / "student.gguf"
     if number is None and finished.exists():
@@ -85,7 +85,7 @@ def student_gguf(run: RunDir, number: int | None) -> Path:
     return run.round(there[-1] if number is None else number) / "student.gguf"
 
 
-def once(answering: Sequence[Speaker], prompt: str, temperature: float, write: Say) -> None:
+def answer_once(answering: Sequence[ChatModel], prompt: str, temperature: float, write: Write) -> None:
     """One answer of each, named where there are two."""
     for student in answering:
         if len(answering) > 1:
@@ -95,7 +95,7 @@ def once(answering: Sequence[Speaker], prompt: str, temperature: float, write: S
         write("\n")
 
 
-def converse(answering: Sequence[Speaker], temperature: float, read: Callable[[], str | None], write: Say) -> None:
+def chat_loop(answering: Sequence[ChatModel], temperature: float, read: Callable[[], str | None], write: Write) -> None:
     """Line after line until /exit or the end of the input."""
     write("/reset forgets the conversation, /exit ends it\n")
     while (line := read()) is not None and line.strip() != "/exit":
@@ -104,12 +104,12 @@ def converse(answering: Sequence[Speaker], temperature: float, read: Callable[[]
                 student.said = []
             write("forgotten\n")
         elif line.strip():
-            say_or_explain(answering, line.strip(), temperature, write)
+            answer_or_explain(answering, line.strip(), temperature, write)
 
 
-def say_or_explain(answering: Sequence[Speaker], line: str, temperature: float, write: Say) -> None:
+def answer_or_explain(answering: Sequence[ChatModel], line: str, temperature: float, write: Write) -> None:
     """A conversation that has grown too long is said, and does not end the chat."""
     try:
-        once(answering, line, temperature, write)
+        answer_once(answering, line, temperature, write)
     except TapirError as error:
         write(f"{error}\n")

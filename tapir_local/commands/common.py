@@ -18,17 +18,17 @@ from tapir_local.printable import printable, safe_json
 if TYPE_CHECKING:
     from tapir_local.rundir import RunDir
 
-SIGN_OF_LIFE = 2.0  # seconds between two lines
+PROGRESS_INTERVAL = 2.0  # seconds between two lines
 
 
-def refuse_other_systems(system: str) -> None:
+def check_system(system: str) -> None:
     """TapirError on a system (`sys.platform`) that is not Linux: the store's locks are its own."""
     if system != "linux":
         fix = "Use a machine with Linux; on Windows, WSL 2 is one."
         raise TapirError(f"tapir-local runs on Linux only, and this is {system}", fix=fix)
 
 
-def example(*commands: str) -> str:
+def help_examples(*commands: str) -> str:
     """The last lines of a help text."""
     return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
 
@@ -63,7 +63,7 @@ def store_path(cache: Path | None) -> Path:
     return (cache or default_cache()) / "teacher.db"
 
 
-def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
+def select_run(cache: Path | None, name: str | None) -> "RunDir":
     """A run by name; without one the run that was worked on last."""
     from tapir_local.assets import default_cache
     from tapir_local.rundir import existing, runs_of
@@ -79,18 +79,18 @@ def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
     return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
 
 
-def cache_words(cache: Path | None) -> str:
+def cache_argument(cache: Path | None) -> str:
     """What a follow-up command needs to find the same cache."""
     return f" --cache {cache}" if cache else ""
 
 
-def slowly(what: str) -> Callable[[int, int], None]:
+def line_progress(what: str) -> Callable[[int, int], None]:
     """A progress (done, all) that says on stderr how far it is now and then, and nothing of what is done at once."""
     said = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal said
-        if time.monotonic() - said > SIGN_OF_LIFE:
+        if time.monotonic() - said > PROGRESS_INTERVAL:
             said = time.monotonic()
             echo(f"  {what}: {done:,} of {total:,}", err=True)
 
@@ -98,7 +98,7 @@ def slowly(what: str) -> Callable[[int, int], None]:
 
 
 @contextmanager
-def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
     """A progress (done, all) and a way to tell something, both on stderr; `before` were done before it began.
 
     On a terminal a bar with rate and time left, elsewhere a line with them now and then.
@@ -106,11 +106,11 @@ def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], Non
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tapir_local.report.terminal import Rate
+    from tapir_local.report.progress import RateColumn
     from tapir_local.tables import plain
 
     console = Console(stderr=True)
-    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar, started, said = bars.add_task(what, total=None), time.monotonic(), time.monotonic()
 
@@ -118,14 +118,14 @@ def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], Non
             nonlocal said
             bars.update(bar, completed=done, total=total)
             now = time.monotonic()
-            if not console.is_terminal and now - said > SIGN_OF_LIFE:
+            if not console.is_terminal and now - said > PROGRESS_INTERVAL:
                 said, rate = now, (done - before) / (now - started)
                 echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left(total - done, rate)} left", err=True)
 
         yield show, lambda words: console.print(plain(words), soft_wrap=True)
 
 
-def left(items: int, rate: float) -> str:
+def time_left(items: int, rate: float) -> str:
     """The time that items take at a rate, in hours, minutes and seconds."""
     return "?" if rate <= 0 else str(timedelta(seconds=round(items / rate)))
 
@@ -146,9 +146,9 @@ def print_table(*tables: Any) -> None:
 
 def print_rows(title: str, names: list[str], rows: list[dict[str, Any]], as_json: bool) -> None:
     """Rows as JSON, or as a table of these columns."""
-    from tapir_local.report.terminal import plain_table
+    from tapir_local.report.tables import text_table
 
     if as_json:
         print_json(rows)
     else:
-        print_table(plain_table(title, names, [[str(row[name]) for name in names] for row in rows]))
+        print_table(text_table(title, names, [[str(row[name]) for name in names] for row in rows]))

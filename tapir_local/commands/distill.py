@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tapir_local.commands.common import HomePath, cache_option, cache_words, echo, example, print_table
+from tapir_local.commands.options import HomePath, cache_argument, cache_option, help_examples
+from tapir_local.commands.output import echo, print_table
 from tapir_local.errors import TapirError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=example("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json")
+    epilog=help_examples("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json")
 )
 @click.argument("recipe", default="quickstart")
 @click.option("--rounds", type=click.IntRange(min=0), help="Rounds after the baseline, instead of the recipe's.")
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Only tell what the rest of the run will ask and cost; asks nobody.")
 @click.option("--trust", is_flag=True, help="Let RECIPE run the commands and send the keys that it names.")
 @cache_option
-def distill(
+def distill_command(
     recipe: str,
     rounds: int | None,
     name: str | None,
@@ -56,16 +57,16 @@ def distill(
     """
     from tapir_local.commands.trust import require_trust
 
-    given = changes_of(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    chosen, path, said = settled(recipe, given)
+    given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
+    chosen, path, said = resolve_recipe(recipe, given)
     run = run_dir(cache, chosen.name)
     for line in said:
         echo(line, err=True)
     if dry_run:
-        foretell(chosen, run)
+        print_cost_estimate(chosen, run)
         return
-    require_trust(chosen, path, given, run.cache, lambda risks: agreed(risks, trust))
-    if count := carry_out(chosen, run, replay):
+    require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
+    if count := run_recipe(chosen, run, replay):
         print_rounds(run)
         echo(f"\n{count} stages done. {what_now(run, cache)}", err=True)
     else:
@@ -73,10 +74,10 @@ def distill(
             f"Run {run.name!r} is done already: {chosen.rounds} rounds. tapir-local status {run.name} shows it.",
             err=True,
         )
-        echo(what_now(run, cache), err=True)
+        echo(next_steps(run, cache), err=True)
 
 
-def what_now(run: "RunDir", cache: Path | None) -> str:
+def next_steps(run: "RunDir", cache: Path | None) -> str:
     """Where the student is and how one talks to it."""
     model, name = run.path / "model", run.name.lower()
     return (
@@ -96,11 +97,11 @@ def load_recipe(
     random_seed: int | None,
 ) -> "Recipe":
     """The recipe with what the command line says instead."""
-    changes = changes_of(sets, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    return settled(named, changes)[0]
+    changes = recipe_changes(sets, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
+    return resolve_recipe(named, changes)[0]
 
 
-def changes_of(
+def recipe_changes(
     sets: Sequence[str], *, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None
 ) -> dict[str, Any]:
     """What the command line says of settings; an option of its own is stronger than --set."""
@@ -115,7 +116,7 @@ def changes_of(
     return read_changes(sets) | {key: value for key, value in options.items() if value is not None}
 
 
-def settled(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
+def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
     """A named recipe with the changes, its file, and what the user should know of it before it runs."""
     from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.checks import notices, unnamed
@@ -131,7 +132,7 @@ def settled(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, lis
     return recipe, path, [*replaced(written, recipe), *notices(recipe)]
 
 
-def agreed(risks: "Sequence[Risk]", trust: bool) -> bool:
+def ask_permission(risks: "Sequence[Risk]", trust: bool) -> bool:
     """Whether the user lets a recipe do this: by --trust, or by an answer on a terminal."""
     if trust or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return trust
@@ -140,25 +141,25 @@ def agreed(risks: "Sequence[Risk]", trust: bool) -> bool:
     return click.confirm("Is that what you want?", default=False, err=True)
 
 
-def foretell(recipe: "Recipe", run: "RunDir") -> None:
+def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     """A table of the calls to come."""
     from tapir_local.pipeline.backends import judge_of
     from tapir_local.pipeline.dry_run import forecast
-    from tapir_local.report.terminal import forecast_table
+    from tapir_local.report.costs import cost_estimate_table
     from tapir_local.teacher.account import check_bounds
 
     check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
-    print_table(forecast_table(forecast(recipe, run), run.name))
+    print_table(cost_estimate_table(forecast(recipe, run), run.name))
 
 
-def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
+def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     """The loop with the real tools and a progress bar; with `replay`, from the store alone."""
     from rich.console import Console
 
     from tapir_local.pipeline.backends import real_tools
-    from tapir_local.pipeline.loop import distill as loop
+    from tapir_local.pipeline.loop import distill_command as loop
     from tapir_local.pipeline.loop import sequence
-    from tapir_local.report.terminal import watched
+    from tapir_local.report.progress import watch_run
     from tapir_local.tables import plain
 
     console, steps = Console(stderr=True), sequence(run, recipe.rounds)
@@ -168,7 +169,7 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     def say(text: str) -> None:
         console.print(plain(text), soft_wrap=True)
 
-    with real_tools(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
+    with real_tools(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
 
 
@@ -176,14 +177,13 @@ def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
     """The same, and after each round what it cost."""
     from dataclasses import replace
 
-    from tapir_local.report.costs import costs
-    from tapir_local.report.terminal import receipt
+    from tapir_local.report.costs import round_receipt, summarize_costs
 
     def ends(step: "Step", taken: Mapping[str, Any]) -> None:
         watch.ends(step, taken)
         if step.stage.name == "evaluate" and (run.cache / "teacher.db").exists():
-            found = [costs(run.cache / "teacher.db", by, run.name, step.number) for by in ("stage", "task")]
-            console.print(*receipt(f"round {step.number}: receipt", *found), sep="\n")
+            found = [summarize_costs(run.cache / "teacher.db", by, run.name, step.number) for by in ("stage", "task")]
+            console.print(*round_receipt(f"round {step.number}: receipt", *found), sep="\n")
 
     return replace(watch, ends=ends)
 
@@ -198,7 +198,7 @@ def run_dir(cache: Path | None, name: str) -> "RunDir":
 
 def print_rounds(run: "RunDir") -> None:
     """The table of rounds."""
-    from tapir_local.report.status import status_of
-    from tapir_local.report.terminal import rounds_table
+    from tapir_local.report.status import run_status
+    from tapir_local.report.status_tables import rounds_table
 
-    print_table(rounds_table(status_of(run)))
+    print_table(rounds_table(run_status(run)))

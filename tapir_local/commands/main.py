@@ -7,23 +7,16 @@ from pathlib import Path
 import click
 
 from tapir_local import __version__
-from tapir_local.commands.calls import calls
-from tapir_local.commands.common import (
-    cache_option,
-    chosen_run,
-    echo,
-    example,
-    json_option,
-    print_json,
-    print_table,
-    refuse_other_systems,
-)
-from tapir_local.commands.distill import distill
-from tapir_local.commands.models import export, generate
-from tapir_local.commands.runs import compare, plan, why
+from tapir_local.commands.calls import calls_group
+from tapir_local.commands.common import check_system
+from tapir_local.commands.distill import distill_command
+from tapir_local.commands.models import export_command, generate_command
+from tapir_local.commands.options import cache_option, help_examples, json_option, select_run
+from tapir_local.commands.output import echo, print_json, print_table
+from tapir_local.commands.runs import compare_command, plan_command, why_command
 from tapir_local.errors import TapirError
 
-EXIT_CODES = """\b
+EXIT_CODES_HELP = """\b
 Exit codes:
   0    done
   1    an error that the message says how to put right
@@ -31,7 +24,7 @@ Exit codes:
   130  stopped with Ctrl-C; the same command goes on"""
 
 
-@click.group(epilog=EXIT_CODES)
+@click.group(epilog=EXIT_CODES_HELP)
 @click.version_option(__version__, prog_name="tapir-local")
 def cli() -> None:
     """Distil a teacher LLM into a small student by TAPIR, on this machine.
@@ -41,16 +34,16 @@ def cli() -> None:
     """
 
 
-@cli.command(epilog=example("tapir-local status", "tapir-local status quickstart --json"))
+@cli.command(epilog=help_examples("tapir-local status", "tapir-local status quickstart --json"))
 @click.argument("run", required=False)
 @cache_option
 @json_option
-def status(run: str | None, cache: Path | None, as_json: bool) -> None:
+def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
     """What is done of RUN, its stages and its metrics; without RUN, of the run worked on last."""
-    from tapir_local.report.status import status_of
-    from tapir_local.report.terminal import rounds_table, stages_table
+    from tapir_local.report.status import run_status
+    from tapir_local.report.status_tables import rounds_table, stages_table
 
-    found = status_of(chosen_run(cache, run))
+    found = run_status(select_run(cache, run))
     if as_json:
         print_json(found)
     else:
@@ -58,7 +51,7 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
 
 
 @cli.command(
-    epilog=example(
+    epilog=help_examples(
         "tapir-local show quickstart",
         "tapir-local show quickstart --round 2 --json",
         "tapir-local show quickstart --labels",
@@ -73,18 +66,20 @@ def status(run: str | None, cache: Path | None, as_json: bool) -> None:
 @click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
 @cache_option
 @json_option
-def show(run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool) -> None:
+def show_command(
+    run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool
+) -> None:
     """A round of RUN: its plan, its metrics by task, and some answers of its student."""
-    from tapir_local.report.labels import label_tables, labels_of
-    from tapir_local.report.status import round_of, unusable_of
-    from tapir_local.report.terminal import round_tables, unusable_tables
+    from tapir_local.report.labels import label_report, label_tables
+    from tapir_local.report.status import round_report, unusable_report
+    from tapir_local.report.status_tables import round_tables, unusable_tables
 
     if labels and unusable:
         raise click.UsageError("give --labels or --unusable, not both")
     if (labels or unusable) and number is not None:
         raise click.UsageError(f"--{'labels' if labels else 'unusable'} is of the whole run, not of a round")
-    place = chosen_run(cache, run)
-    found = labels_of(place) if labels else unusable_of(place) if unusable else round_of(place, number)
+    place = select_run(cache, run)
+    found = label_report(place) if labels else unusable_report(place) if unusable else round_report(place, number)
     tables = label_tables if labels else unusable_tables if unusable else round_tables
     if as_json:
         print_json(found)
@@ -93,7 +88,9 @@ def show(run: str | None, number: int | None, labels: bool, unusable: bool, cach
 
 
 @cli.command(
-    epilog=example("tapir-local redo quickstart --round 2 --from plan", "tapir-local redo quickstart --from seeds")
+    epilog=help_examples(
+        "tapir-local redo quickstart --round 2 --from plan", "tapir-local redo quickstart --from seeds"
+    )
 )
 @click.argument("run")
 @click.option(
@@ -104,20 +101,22 @@ def show(run: str | None, number: int | None, labels: bool, unusable: bool, cach
 )
 @click.option("--from", "stage", required=True, help="The stage; it and all that follow are deleted, the last first.")
 @cache_option
-def redo(run: str, number: int | None, stage: str, cache: Path | None) -> None:
+def redo_stages_command(run: str, number: int | None, stage: str, cache: Path | None) -> None:
     """Delete the outputs of a stage of RUN and of every later one, so that `distill` makes them again.
 
     Paid calls stay in the store.
     """
-    from tapir_local.pipeline.loop import redo as undo
+    from tapir_local.pipeline.loop import redo_stages_command as undo
 
-    gone = undo(chosen_run(cache, run), number, stage)
+    gone = undo(select_run(cache, run), number, stage)
     echo("\n".join(gone) if gone else "nothing was there", err=False)
     echo(f"{len(gone)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
 
 
 @cli.command(
-    epilog=example("tapir-local chat quickstart", 'tapir-local chat quickstart --prompt "What is 12 + 7?" --vs base')
+    epilog=help_examples(
+        "tapir-local chat quickstart", 'tapir-local chat quickstart --prompt "What is 12 + 7?" --vs base'
+    )
 )
 @click.argument("run", required=False)
 @click.option(
@@ -130,7 +129,7 @@ def redo(run: str, number: int | None, stage: str, cache: Path | None) -> None:
 )
 @click.option("--random-seed", type=click.IntRange(min=0), help="Draw the same replies each time.")
 @cache_option
-def chat(
+def chat_command(
     run: str | None,
     number: int | None,
     prompt: str | None,
@@ -140,17 +139,17 @@ def chat(
     cache: Path | None,
 ) -> None:
     """Talk to the student of RUN: /reset forgets the conversation, /exit ends it."""
-    from tapir_local.commands.chat import converse, once, students
+    from tapir_local.commands.chat import answer_once, chat_loop, open_students
 
-    place = chosen_run(cache, run)
-    with students(place, number, vs, lambda text: echo(text, err=True), random_seed) as answering:
+    place = select_run(cache, run)
+    with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as answering:
         if prompt is not None:
-            once(answering, prompt, temperature, lambda text: echo(text, nl=False))
+            answer_once(answering, prompt, temperature, lambda text: echo(text, nl=False))
         else:
-            converse(answering, temperature, read_line, lambda text: echo(text, nl=False))
+            chat_loop(answering, temperature, read_prompt, lambda text: echo(text, nl=False))
 
 
-def read_line() -> str | None:
+def read_prompt() -> str | None:
     """A line from the terminal; None at its end."""
     try:
         return input("> " if sys.stdin.isatty() else "")
@@ -158,13 +157,15 @@ def read_line() -> str | None:
         return None
 
 
-@cli.command(epilog=example("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings"))
+@cli.command(
+    epilog=help_examples("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings")
+)
 @click.argument("name", required=False)
 @click.option(
     "--settings", "list_settings", is_flag=True, help="List every setting with its type, default and meaning."
 )
 @json_option
-def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
+def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> None:
     """List the recipes that come with the program; with NAME, print the text of one.
 
     A recipe from elsewhere can run commands (train.launcher, export.converter) and send a key other than
@@ -184,7 +185,7 @@ def print_recipes(as_json: bool) -> None:
     """A row a recipe."""
     from tapir_local.assets import recipe_files, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
-    from tapir_local.report.terminal import plain_table
+    from tapir_local.report.tables import text_table
 
     rows = []
     for path in recipe_files():
@@ -199,13 +200,13 @@ def print_recipes(as_json: bool) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table(plain_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows]))
+        print_table(text_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows]))
 
 
 def print_settings(as_json: bool) -> None:
     """A row a setting."""
     from tapir_local.recipe.text import settings
-    from tapir_local.report.terminal import plain_table
+    from tapir_local.report.tables import text_table
 
     rows = [
         {"setting": path, "type": kind, "default": default, "meaning": text} for path, kind, default, text in settings()
@@ -214,39 +215,47 @@ def print_settings(as_json: bool) -> None:
         print_json(rows)
     else:
         cells = [[row["setting"], row["type"], str(row["default"]), row["meaning"]] for row in rows]
-        print_table(plain_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
+        print_table(text_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
 
 
-@cli.command(epilog=example("tapir-local doctor"))
+@cli.command(epilog=help_examples("tapir-local doctor"))
 @cache_option
 @json_option
-def doctor(cache: Path | None, as_json: bool) -> None:
+def doctor_command(cache: Path | None, as_json: bool) -> None:
     """Is this machine ready? Exits with 1 where something that is needed is missing."""
     from dataclasses import asdict
 
     from tapir_local.assets import default_cache
-    from tapir_local.report.doctor import examine
-    from tapir_local.report.terminal import plain_table
+    from tapir_local.report.doctor import check_machine
+    from tapir_local.report.tables import text_table
 
-    checks = examine(cache or default_cache())
+    checks = check_machine(cache or default_cache())
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
         words = {True: "good", False: "MISSING", None: "-"}
         rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
-        print_table(plain_table("doctor", ["", "", "found", "what to do"], rows))
+        print_table(text_table("doctor", ["", "", "found", "what to do"], rows))
     if any(check.ok is False for check in checks):
         sys.exit(1)
 
 
-for command in (calls, compare, distill, export, generate, plan, why):
+for command in (
+    calls_group,
+    compare_command,
+    distill_command,
+    export_command,
+    generate_command,
+    plan_command,
+    why_command,
+):
     cli.add_command(command)
 
 
 def main() -> None:
     """The console script: one line for an error that can be put right, no traceback."""
     try:
-        refuse_other_systems(sys.platform)
+        check_system(sys.platform)
         cli.main(standalone_mode=False)
     except TapirError as error:
         click.secho("error: ", err=True, nl=False, fg="red", bold=True)

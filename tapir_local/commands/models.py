@@ -6,34 +6,35 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.commands.common import HomePath, echo, example, shown, slowly
+from tapir_local.commands.options import HomePath, help_examples
+from tapir_local.commands.output import bar_progress, echo, line_progress
 
 if TYPE_CHECKING:
     from tapir_local.inference.prompt_file import AnsweredFile
 
-FILE = HomePath()
+FILE_PATH = HomePath()
 
 
-def at_once(context: click.Context, option: click.Parameter, text: str) -> int | None:
+def parse_parallel(context: click.Context, option: click.Parameter, text: str) -> int | None:
     """How many answers are written at once at the most: 1 to 255, or None for `auto`."""
     return None if text == "auto" else click.IntRange(1, 255)(text, option, context)
 
 
 @click.command(
-    epilog=example(
+    epilog=help_examples(
         "tapir-local generate student.gguf prompts.jsonl -o answers.jsonl",
         "tapir-local generate base.gguf prompts.jsonl --adapter lora.gguf --parallel 64 --max-tokens 256",
     )
 )
-@click.argument("model", type=FILE)
-@click.argument("prompts", type=FILE)
-@click.option("-o", "--out", type=FILE, help="File of the answers, whole or absent; standard output if left out.")
+@click.argument("model", type=FILE_PATH)
+@click.argument("prompts", type=FILE_PATH)
+@click.option("-o", "--out", type=FILE_PATH, help="File of the answers, whole or absent; standard output if left out.")
 @click.option("--force", is_flag=True, help="Write OUT again where it is there already.")
-@click.option("--adapter", type=FILE, help="A LoRA GGUF over the model.")
+@click.option("--adapter", type=FILE_PATH, help="A LoRA GGUF over the model.")
 @click.option(
     "--parallel",
     metavar="1-255|auto",
-    callback=at_once,
+    callback=parse_parallel,
     default="auto",
     show_default=True,
     help="Answers written at once at the most; auto: 32, or 128 on a GPU, and fewer where memory is short.",
@@ -49,9 +50,9 @@ def at_once(context: click.Context, option: click.Parameter, text: str) -> int |
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is the likeliest.")
 @click.option("--random-seed", type=click.IntRange(min=0), default=1, show_default=True, help="Where chance begins.")
 @click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
-@click.option("--json-schema", type=FILE, help="A JSON schema that every answer is held to.")
+@click.option("--json-schema", type=FILE_PATH, help="A JSON schema that every answer is held to.")
 @click.option("--exact", is_flag=True, help="The same at any --parallel, in 32 bits; it takes about twice as long.")
-def generate(
+def generate_command(
     model: Path,
     prompts: Path,
     out: Path | None,
@@ -95,17 +96,17 @@ def generate(
     job = PromptFileJob(model, prompts, config, adapter)
     with (
         open_answers(out, sys.stdout, generation_task(job)) as (file, done),
-        shown("answers", len(done)) as (progress, tell),
+        bar_progress("answers", len(done)) as (progress, tell),
     ):
         if done:
             tell(f"{len(done):,} answers are there already; going on")
         found = answer_file(job, file, progress, done, tell)
-    echo(closing(found), err=True)
+    echo(generation_summary(found), err=True)
     if found.too_long or found.refused:
         sys.exit(1)
 
 
-def closing(found: "AnsweredFile") -> str:
+def generation_summary(found: "AnsweredFile") -> str:
     """The line that a person reads at the end: what there is, what did not end or fit, and what it took."""
     said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
     said += f", {found.too_long:,} longer than the context" if found.too_long else ""
@@ -114,27 +115,27 @@ def closing(found: "AnsweredFile") -> str:
 
 
 @click.command(
-    epilog=example(
+    epilog=help_examples(
         "tapir-local export models/Qwen2.5-1.5B student.gguf --adapter cache/runs/mine/round-03/adapter",
         "tapir-local export models/Qwen2.5-1.5B base.gguf --quant q4_k_m",
         "tapir-local export models/Qwen2.5-1.5B lora.gguf --adapter my-lora --adapter-only --base base.gguf",
     )
 )
 @click.argument("model")
-@click.argument("out", type=FILE)
-@click.option("--adapter", type=FILE, help="A LoRA folder, as PEFT writes it, that is merged.")
+@click.argument("out", type=FILE_PATH)
+@click.option("--adapter", type=FILE_PATH, help="A LoRA folder, as PEFT writes it, that is merged.")
 @click.option("--adapter-only", is_flag=True, help="Write the adapter alone, for llama.cpp to lay over its base.")
-@click.option("--base", type=FILE, help="MODEL as a GGUF, over which an adapter alone is checked.")
+@click.option("--base", type=FILE_PATH, help="MODEL as a GGUF, over which an adapter alone is checked.")
 @click.option(
     "--quant",
     help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
     "[default: q8_0, of an adapter alone f32]",
 )
 @click.option("--chat-template", help="Use this Jinja file, `alpaca` or `chatml` as template.")
-@click.option("--converter", type=FILE, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
+@click.option("--converter", type=FILE_PATH, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
 @click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
 @click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
-def export(
+def export_command(
     model: str,
     out: Path,
     adapter: Path | None,
@@ -157,7 +158,7 @@ def export(
     from tapir_local.export.verified import export_checked, with_template
     from tapir_local.rundir import sha256
 
-    show = slowly("tensors")
+    show = line_progress("tensors")
     with with_template(model, chat_template) as folder:
         report = export_checked(
             folder,

@@ -14,7 +14,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.rundir import write_json
 from tapir_local.teacher.endpoint import is_loopback
 
-USUAL_KEY = "OPENAI_API_KEY"
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Risk:
         return hashlib.sha256(f"{self.settings[0]}\0{self.does}".encode()).hexdigest()
 
 
-def risks(recipe: Recipe) -> list[Risk]:
+def find_risks(recipe: Recipe) -> list[Risk]:
     """The commands that a recipe runs, and the keys other than OPENAI_API_KEY that it sends to hosts that it names."""
     found = list[Risk]()
     if recipe.train.launcher:
         found.append(Risk(("train.launcher",), f"runs the command: {recipe.train.launcher}"))
     if recipe.export.converter:
         found.append(Risk(("export.converter",), f"runs the Python script or folder: {recipe.export.converter}"))
-    return [*found, *keys_sent("teacher", recipe.teacher), *keys_sent("judge", recipe.judge)]
+    return [*found, *key_risks("teacher", recipe.teacher), *key_risks("judge", recipe.judge)]
 
 
-def keys_sent(role: str, endpoint: Endpoint) -> Iterator[Risk]:
+def key_risks(role: str, endpoint: Endpoint) -> Iterator[Risk]:
     """A key's file, or a variable of another name than the usual one, that goes to a host that the recipe names."""
     base_url = endpoint.base_url
     if getattr(endpoint, "kind", "") != "openai" or not base_url or is_loopback(base_url):
@@ -49,7 +49,7 @@ def keys_sent(role: str, endpoint: Endpoint) -> Iterator[Risk]:
     if endpoint.api_key_file:
         settings = (f"{role}.api_key_file", f"{role}.base_url")
         yield Risk(settings, f"sends what the file {endpoint.api_key_file} holds to {host}")
-    elif endpoint.api_key_env != USUAL_KEY:
+    elif endpoint.api_key_env != DEFAULT_KEY_VARIABLE:
         settings = (f"{role}.api_key_env", f"{role}.base_url")
         yield Risk(settings, f"sends the environment variable {endpoint.api_key_env} to {host}")
 
@@ -62,10 +62,10 @@ def require_trust(
     What comes with the program, what the user has typed (`own`, settings given by --set), and what was agreed to before
     in this cache needs no answer. `agree` is asked about the rest; what it takes is remembered in trusted.json.
     """
-    found, file = risks(recipe), cache / "trusted.json"
-    known = remembered(file)
+    found, file = find_risks(recipe), cache / "trusted.json"
+    known = read_permissions(file)
     new = [risk for risk in found if risk.digest not in known]
-    unsure = [risk for risk in new if not named(risk, own)]
+    unsure = [risk for risk in new if not is_typed_by_user(risk, own)]
     if unsure and path.resolve().parent != recipes_folder().resolve() and not agree(unsure):
         raise TapirError(
             f"this recipe {'; it '.join(risk.does for risk in unsure)}",
@@ -76,12 +76,12 @@ def require_trust(
         write_json(file, known | {risk.digest: f"{risk.settings[0]}: {risk.does}" for risk in new})
 
 
-def named(risk: Risk, own: Collection[str]) -> bool:
+def is_typed_by_user(risk: Risk, own: Collection[str]) -> bool:
     """Whether the user has typed one of a risk's settings, or its section."""
     return any(setting in own or setting.partition(".")[0] in own for setting in risk.settings)
 
 
-def remembered(file: Path) -> dict[str, str]:
+def read_permissions(file: Path) -> dict[str, str]:
     """What was agreed to, by digest; {} where the file is not there or not readable."""
     try:
         found = json.loads(file.read_bytes())

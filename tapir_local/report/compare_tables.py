@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tapir_local.report.compare import UNITS
-from tapir_local.report.terminal import percent
+from tapir_local.report.compare import COST_UNIT_NAMES
+from tapir_local.report.tables import percent_cell
 from tapir_local.tables import PlainTable
 
-NAMES = {"accuracy": "accuracy", "win_rate": "win rate", "likeness": "likeness"}
+METRIC_NAMES = {"accuracy": "accuracy", "win_rate": "win rate", "likeness": "likeness"}
 
-SAID = {
+METRIC_CAPTIONS = {
     "win_rate": "Win rate against the teacher's answers, judged by ",
     "likeness": "Likeness of the student's answers, 100% for the same words, by ",
 }
@@ -22,13 +22,13 @@ def comparison_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     by_task = found["by_task"] or []
     metrics = dict.fromkeys(row["metric"] for row in by_task)
     return [
-        rounds_table(found),
+        compared_rounds_table(found),
         differences,
-        *(tasks_table([row for row in by_task if row["metric"] == metric]) for metric in metrics),
+        *(compared_tasks_table([row for row in by_task if row["metric"] == metric]) for metric in metrics),
     ]
 
 
-def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> PlainTable:
+def empty_table(title: str, left: Sequence[str], right: Sequence[str]) -> PlainTable:
     """An empty table with columns of text and of numbers."""
     table = PlainTable(title)
     for name in left:
@@ -38,21 +38,21 @@ def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> PlainTabl
     return table
 
 
-def rounds_table(found: Mapping[str, Any]) -> PlainTable:
+def compared_rounds_table(found: Mapping[str, Any]) -> PlainTable:
     """A row a round of each run: cost so far, accuracy and win rate with their intervals; the chosen one is marked."""
     metrics = shown_metrics(found["rounds"])
-    table = table_of(
+    table = empty_table(
         f"runs side by side: {found['holdout']['rows']:,} rows of one holdout",
         ["run"],
-        ["round", "rows", "tokens", "teacher", "judge", *(NAMES[metric] for metric in metrics)],
+        ["round", "rows", "tokens", "teacher", "judge", *(METRIC_NAMES[metric] for metric in metrics)],
     )
-    for row, new in begun(found["rounds"], "run"):
+    for row, new in with_group_start(found["rounds"], "run"):
         if new:
             table.add_section()
-        costs = (count(row[name]) for name in ("rows", "tokens", "teacher_calls", "judge_calls"))
-        rates = (rate_cell(row[metric]) for metric in metrics)
+        costs = (count_cell(row[name]) for name in ("rows", "tokens", "teacher_calls", "judge_calls"))
+        rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
         table.add_row(row["run"] if new else "", f"{'*' if row['chosen'] else ''}{row['round']}", *costs, *rates)
-    table.caption = rounds_caption(found)
+    table.caption = compared_rounds_caption(found)
     return table
 
 
@@ -62,7 +62,7 @@ def shown_metrics(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["accuracy", "likeness" if alike else "win_rate"]
 
 
-def rounds_caption(found: Mapping[str, Any]) -> str:
+def compared_rounds_caption(found: Mapping[str, Any]) -> str:
     """What the columns mean, and which rounds are compared."""
     at = found["at"]
     chosen = f"each run's last within {at['budget']:,} {UNITS[at['kind']]}" if at else "compared below"
@@ -77,21 +77,21 @@ def rounds_caption(found: Mapping[str, Any]) -> str:
 def differences_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> PlainTable:
     """A row for each metric and run: its rate, how far it is from the first run's, and p."""
     title = f"the chosen rounds against {baseline}'s, on the same rows"
-    table = table_of(title, ["", "run"], ["round", "rate", "less first", "+/-", "p", "p Holm"])
-    for row, new in begun(rows, "metric"):
+    table = empty_table(title, ["", "run"], ["round", "rate", "less first", "+/-", "p", "p Holm"])
+    for row, new in with_group_start(rows, "metric"):
         if new:
             table.add_section()
-        names = [NAMES[row["metric"]] if new else "", row["run"], str(row["round"])]
-        table.add_row(*names, rate_cell(row), *gap_cells(row["difference"]))
+        names = [METRIC_NAMES[row["metric"]] if new else "", row["run"], str(row["round"])]
+        table.add_row(*names, rate_and_interval_cell(row), *difference_cells(row["difference"]))
     return table
 
 
 def differences_caption(rows: Sequence[Mapping[str, Any]]) -> str:
     """Which tests, which intervals, what they were corrected for."""
     gaps = [row for row in rows if row["difference"]]
-    tests = {metric: {row["difference"]["test"] for row in gaps if row["metric"] == metric} for metric in NAMES}
+    tests = {metric: {row["difference"]["test"] for row in gaps if row["metric"] == metric} for metric in METRIC_NAMES}
     named = "; ".join(f"{NAMES[metric]}: {', '.join(sorted(found))}" for metric, found in tests.items() if found)
-    most = max(sum(row["metric"] == metric for row in gaps) for metric in NAMES)
+    most = max(sum(row["metric"] == metric for row in gaps) for metric in METRIC_NAMES)
     holm = f"p corrected for the {most} differences of a metric" if most > 1 else "the same, as there is one difference"
     return (
         "Less first: the run's rate less the first run's, in percentage points, with a paired bootstrap interval. "
@@ -99,13 +99,13 @@ def differences_caption(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
+def compared_tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
     """One metric: a row for each task and run."""
-    name = NAMES[rows[0]["metric"]]
-    table = table_of(f"{name} by task", ["task", "run"], ["rows", name, "less first", "+/-", "p", "p Holm"])
-    for row, new in begun(rows, "task"):
+    name = METRIC_NAMES[rows[0]["metric"]]
+    table = empty_table(f"{name} by task", ["task", "run"], ["rows", name, "less first", "+/-", "p", "p Holm"])
+    for row, new in with_group_start(rows, "task"):
         names = [row["task"] if new else "", row["run"], str(row["rows"])]
-        table.add_row(*names, rate_cell(row), *gap_cells(row["difference"]))
+        table.add_row(*names, rate_and_interval_cell(row), *difference_cells(row["difference"]))
     gaps = sum(row["difference"] is not None for row in rows)
     table.caption = (
         f"p Holm: p corrected for all {gaps} differences of this table. Of a task with few rows the bootstrap's "
@@ -114,35 +114,35 @@ def tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
     return table
 
 
-def begun(rows: Sequence[Mapping[str, Any]], key: str) -> Iterator[tuple[Mapping[str, Any], bool]]:
+def with_group_start(rows: Sequence[Mapping[str, Any]], key: str) -> Iterator[tuple[Mapping[str, Any], bool]]:
     """Rows, each with whether it is the first of its key's value."""
     for before, row in zip([None, *rows], rows, strict=False):
         yield row, before is None or before[key] != row[key]
 
 
-def rate_cell(rate: Mapping[str, Any] | None) -> str:
+def rate_and_interval_cell(rate: Mapping[str, Any] | None) -> str:
     """`16.7% (9 to 28)`, a rate and its interval."""
     return f"{percent(rate['mean'])} ({between(rate['interval'], '.0f')})" if rate else "-"
 
 
-def gap_cells(gap: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
+def difference_cells(gap: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
     """A difference and its interval in percentage points, rows better and worse, p, p corrected; or nothing."""
     if gap is None:
         return "", "", "", ""
     told = f"{100 * gap['mean']:+.1f} ({between((gap['low'], gap['high']), '+.1f')})"
-    return told, f"{gap['better']}/{gap['worse']}", chance(gap["p"]), chance(gap["p_holm"])
+    return told, f"{gap['better']}/{gap['worse']}", p_value_cell(gap["p"]), p_value_cell(gap["p_holm"])
 
 
-def between(pair: Sequence[float], spelled: str) -> str:
+def percent_range(pair: Sequence[float], spelled: str) -> str:
     """`9 to 28`, an interval in percent."""
     return f"{100 * pair[0]:{spelled}} to {100 * pair[1]:{spelled}}"
 
 
-def chance(p: float) -> str:
+def p_value_cell(p: float) -> str:
     """A p value for people."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def count(value: int | None) -> str:
+def count_cell(value: int | None) -> str:
     """A number for people; a dash where there is none."""
     return "-" if value is None else f"{value:,}"

@@ -11,28 +11,28 @@ from tapir_local.rundir import RunDir, named_run, read_rows
 from tapir_local.store.queries import opened
 from tapir_local.store.schema import has_estimates
 
-STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
-By = Literal["run", "round", "stage", "task"]
+STAGE_ORDER = [stage.name for stage in (*PREPARE, *ROUND)]
+CostGrouping = Literal["run", "round", "stage", "task"]
 
 # A judge's requests carry the row's id and, behind a #, which of them it is.
-WHOSE = """
+CALL_FILTER = """
 (:run is null or {of}run = :run) and (:round is null or {of}round = :round)
 and (:row is null or {of}row = :row or substr({of}row, 1, length(:row) + 1) = :row || '#')
 """
-PAID = """
+USES_QUERY = """
 select u.run, u.round, u.stage, u.row, u.paid, c.tokens_in, c.tokens_out, c.price, {estimated} from uses u
 join calls c on c.key = u.key where {whose} order by c.id
 """
-FAILED = """
+FAILURES_QUERY = """
 select run, round, stage, row, tokens_in, tokens_out, price, {estimated} from attempts
 where run != '' and {whose} order by id
 """
-SUMS = "paid from_store failed tokens_in tokens_out money saved unpriced unpriced_hits estimated"
-NOTHING: Mapping[str, float] = dict.fromkeys(SUMS.split(), 0)
+COST_FIELDS = "paid from_store failed tokens_in tokens_out money saved unpriced unpriced_hits estimated"
+ZERO_COSTS: Mapping[str, float] = dict.fromkeys(COST_FIELDS.split(), 0)
 
 
-def costs(
-    store: Path, by: By, run: str | None = None, number: int | None = None, row: str | None = None
+def summarize_costs(
+    store: Path, by: CostGrouping, run: str | None = None, number: int | None = None, row: str | None = None
 ) -> list[dict[str, Any]]:
     """A row for each value of `by`: rounds and stages in their order, runs by name, tasks by their calls.
 
@@ -42,31 +42,31 @@ def costs(
     attempts the server stated no token counts, and theirs are the most that they can be.
     """
     tasks: dict[str, dict[str, str]] = {}
-    sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(NOTHING))
+    sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(ZERO_COSTS))
     whose = {"run": run, "round": number, "row": row}
     with opened(store) as conn:
         mark = "estimated" if has_estimates(conn) else "0"
-        paid_calls = PAID.format(estimated=mark, whose=WHOSE.format(of="u."))
-        failed_calls = FAILED.format(estimated=mark, whose=WHOSE.format(of=""))
+        paid_calls = USES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of="u."))
+        failed_calls = FAILURES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of=""))
         for name, round_, stage, row_, paid, *sizes in conn.execute(paid_calls, whose):
             value = value_of(by, store.parent, tasks, name, round_, stage, row_)
-            add(sums[value], "paid" if paid else "from_store", *sizes)
+            add_call(sums[value], "paid" if paid else "from_store", *sizes)
         for name, round_, stage, row_, *sizes in conn.execute(failed_calls, whose):
             value = value_of(by, store.parent, tasks, name, round_, stage, row_)
-            add(sums[value], "failed", *sizes)
-    return sorted(({by: value, **found} for value, found in sums.items()), key=lambda row: rank(by, row))
+            add_call(sums[value], "failed", *sizes)
+    return sorted(({by: value, **found} for value, found in sums.items()), key=lambda row: cost_sort_key(by, row))
 
 
-def rank(by: By, row: Mapping[str, Any]) -> tuple[int, str]:
+def cost_sort_key(by: CostGrouping, row: Mapping[str, Any]) -> tuple[int, str]:
     """A row's place among others of its kind."""
     value = str(row[by])
     if by == "stage":
-        return (STAGES.index(value) if value in STAGES else len(STAGES), value)
+        return (STAGE_ORDER.index(value) if value in STAGE_ORDER else len(STAGE_ORDER), value)
     place = int(value) if by == "round" else -row["paid"] if by == "task" else 0
     return (place, value)
 
 
-def add(sums: dict[str, Any], kind: str, *sizes: Any) -> None:
+def add_call(sums: dict[str, Any], kind: str, *sizes: Any) -> None:
     """Count a call or an attempt of (prompt, reply) tokens and a price, estimated or not."""
     tokens_in, tokens_out, price, estimated = sizes
     sums[kind] += 1
@@ -81,24 +81,26 @@ def add(sums: dict[str, Any], kind: str, *sizes: Any) -> None:
     sums["unpriced"] += price is None and tokens_in + tokens_out > 0
 
 
-def value_of(by: By, cache: Path, tasks: dict[str, dict[str, str]], run: str, number: int, stage: str, row: str) -> str:
+def value_of(
+    by: CostGrouping, cache: Path, tasks: dict[str, dict[str, str]], run: str, number: int, stage: str, row: str
+) -> str:
     """What a call is counted under."""
     if by != "task":
         return {"run": run, "round": str(number), "stage": stage}[by]
     if run not in tasks:
         folder = named_run(cache, run)
-        tasks[run] = tasks_of(folder) if folder else {}
+        tasks[run] = row_tasks(folder) if folder else {}
     return tasks[run].get(row.partition("#")[0], "unknown")
 
 
-def tasks_of(run: RunDir) -> dict[str, str]:
+def row_tasks(run: RunDir) -> dict[str, str]:
     """The task of each row of a run, as far as its folder is there."""
     files = [run.path / f"{name}.jsonl" for name in ("labels", "labelled", "seeds", "holdout")]
     files += sorted(run.path.glob("round-*/train.jsonl"))
-    return {row.id: row.task for row in examples(file for file in files if file.exists())}
+    return {row.id: row.task for row in read_examples(file for file in files if file.exists())}
 
 
-def examples(files: Iterable[Path]) -> Iterable[Example]:
+def read_examples(files: Iterable[Path]) -> Iterable[Example]:
     """The rows of several files."""
     for file in files:
         yield from read_rows(Example, file)

@@ -13,15 +13,15 @@ from pathlib import Path
 from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.memory import total_memory, visible_gpus
 from tapir_local.pipeline.loop import installed
-from tapir_local.report.llama_check import fault_of_build
+from tapir_local.report.llama_check import llama_build_fault
 
-NEEDED = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
-DISK_GB = 5.0
-MEMORY_GB = 3.0
+REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
+MIN_DISK_GB = 5.0
+MIN_MEMORY_GB = 3.0
 
 
 @dataclass(frozen=True)
-class Check:
+class MachineCheck:
     """One thing looked at. `ok` None means that it is good to have and not needed."""
 
     name: str
@@ -30,52 +30,54 @@ class Check:
     fix: str = ""
 
 
-def examine(cache: Path) -> list[Check]:
+def check_machine(cache: Path) -> list[MachineCheck]:
     """Every check, in the order in which they matter."""
-    checks: list[Callable[[], Check]] = [
-        system,
-        python,
-        packages,
-        compiler,
-        llama,
-        sqlite,
-        pocket,
-        lambda: writable(cache),
-        lambda: disk(cache),
-        memory,
-        gpu,
-        unsloth,
-        key,
+    checks: list[Callable[[], MachineCheck]] = [
+        check_linux,
+        check_python_version,
+        check_packages,
+        check_compiler,
+        check_llama,
+        check_sqlite,
+        check_pocket_files,
+        lambda: check_cache_folder(cache),
+        lambda: check_free_disk(cache),
+        check_total_memory,
+        check_gpu,
+        check_unsloth,
+        check_api_key,
     ]
     return [check() for check in checks]
 
 
-def system() -> Check:
+def check_linux() -> MachineCheck:
     """Linux alone has the locks that the store's processes hold."""
     found = platform.system()
-    return Check("system", found == "Linux", found, "Use a machine with Linux; on Windows, WSL 2 is one.")
+    return MachineCheck("system", found == "Linux", found, "Use a machine with Linux; on Windows, WSL 2 is one.")
 
 
-def python() -> Check:
+def check_python_version() -> MachineCheck:
     """Python 3.11 or newer."""
-    return Check("Python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer.")
+    return MachineCheck(
+        "Python", sys.version_info >= (3, 11), platform.python_version(), "Install Python 3.11 or newer."
+    )
 
 
-def packages() -> Check:
+def check_packages() -> MachineCheck:
     """What the loop imports."""
-    versions = {name: installed(name) for name in NEEDED}
+    versions = {name: installed(name) for name in REQUIRED_PACKAGES}
     missing = [name for name, found in versions.items() if not found]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return Check(
+    return MachineCheck(
         "packages", not missing, found, f"missing: {', '.join(missing)}; run `make install`" if missing else ""
     )
 
 
-def compiler() -> Check:
+def check_compiler() -> MachineCheck:
     """llama-cpp-python is built from source: a C++ compiler is needed until it is installed."""
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), "")
     needed = importlib.util.find_spec("llama_cpp") is None
-    return Check(
+    return MachineCheck(
         "C++ compiler",
         bool(found) if needed else (True if found else None),
         found or "none",
@@ -83,12 +85,12 @@ def compiler() -> Check:
     )
 
 
-def llama() -> Check:
+def check_llama() -> MachineCheck:
     """llama.cpp is compiled for the processor of the machine that built it."""
     if importlib.util.find_spec("llama_cpp") is None:
-        return Check("llama.cpp", None, "not installed")
-    fault = fault_of_build()
-    return Check(
+        return MachineCheck("llama.cpp", None, "not installed")
+    fault = llama_build_fault()
+    return MachineCheck(
         "llama.cpp",
         not fault,
         f"ends with {fault}" if fault else "runs on this processor",
@@ -96,9 +98,9 @@ def llama() -> Check:
     )
 
 
-def sqlite() -> Check:
+def check_sqlite() -> MachineCheck:
     """The store wants upserts and WAL (SQLite 3.24, 2018)."""
-    return Check(
+    return MachineCheck(
         "SQLite",
         sqlite3.sqlite_version_info >= (3, 24),
         sqlite3.sqlite_version,
@@ -106,11 +108,11 @@ def sqlite() -> Check:
     )
 
 
-def pocket() -> Check:
+def check_pocket_files() -> MachineCheck:
     """The files that come with the program."""
     there = [path for path in (POCKET_STUDENT / "model.safetensors", POCKET_SEEDS) if path.is_file()]
     found = f"student and seeds, {len(recipe_files())} recipes" if len(there) == 2 else "incomplete"
-    return Check(
+    return MachineCheck(
         "pocket files",
         len(there) == 2 and bool(recipe_files()),
         found,
@@ -118,36 +120,38 @@ def pocket() -> Check:
     )
 
 
-def writable(cache: Path) -> Check:
+def check_cache_folder(cache: Path) -> MachineCheck:
     """The cache's folder, or the nearest one above it that exists."""
     place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    return Check(
+    return MachineCheck(
         "cache", os.access(place, os.W_OK), str(cache), f"{place} cannot be written; name another folder with --cache."
     )
 
 
-def disk(cache: Path) -> Check:
+def check_free_disk(cache: Path) -> MachineCheck:
     """Room for a small run; a 7B student wants some 40 GB."""
     place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free / 1e9
-    return Check(
+    return MachineCheck(
         "disk",
-        free > DISK_GB,
+        free > MIN_DISK_GB,
         f"{free:,.0f} GB free",
         f"Make room: {DISK_GB:.0f} GB for the quickstart, about 40 GB for a 7B student.",
     )
 
 
-def memory() -> Check:
+def check_total_memory() -> MachineCheck:
     """The quickstart stays under 3 GB."""
     total = total_memory() / 1e9
-    return Check("memory", total > MEMORY_GB, f"{total:,.0f} GB", f"The quickstart wants {MEMORY_GB:.0f} GB.")
+    return MachineCheck(
+        "memory", total > MIN_MEMORY_GB, f"{total:,.0f} GB", f"The quickstart wants {MEMORY_GB:.0f} GB."
+    )
 
 
-def gpu() -> Check:
+def check_gpu() -> MachineCheck:
     """A CUDA device that torch can use."""
     if not installed("torch"):
-        return Check("GPU", None, "unknown: torch is not installed")
+        return MachineCheck("GPU", None, "unknown: torch is not installed")
     import torch
 
     if not torch.cuda.is_available():
@@ -155,20 +159,20 @@ def gpu() -> Check:
         unused = (
             f"the driver lists {', '.join(cards)}, but torch {torch.__version__} cannot use it" if cards else "none"
         )
-        return Check(
+        return MachineCheck(
             "GPU",
             None,
             f"{unused}: training and answering run on the CPU",
             "A student of billions of parameters wants a CUDA GPU and a CUDA build of torch.",
         )
     properties = torch.cuda.get_device_properties(0)
-    return Check("GPU", True, f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB")
+    return MachineCheck("GPU", True, f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB")
 
 
-def unsloth() -> Check:
+def check_unsloth() -> MachineCheck:
     """Used where there is a GPU."""
     found = installed("unsloth")
-    return Check(
+    return MachineCheck(
         "unsloth",
         True if found else None,
         found or "not installed: training uses TRL and PEFT",
@@ -176,10 +180,10 @@ def unsloth() -> Check:
     )
 
 
-def key() -> Check:
+def check_api_key() -> MachineCheck:
     """A key for a vendor's endpoint; the quickstart needs none."""
     there = "OPENAI_API_KEY" in os.environ
-    return Check(
+    return MachineCheck(
         "API key",
         True if there else None,
         "OPENAI_API_KEY is set" if there else "OPENAI_API_KEY is not set",

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from tapir_local.method.curriculum import new_rows
 from tapir_local.records import RoundPlan
-from tapir_local.report.terminal import cost_table, forecast_table, percent, plain_table, scores_phrase
+from tapir_local.report.costs import cost_estimate_table, cost_table
+from tapir_local.report.tables import percent_cell, score_pair_cell, text_table
 from tapir_local.report.what_if import WhatIf
 from tapir_local.tables import PlainTable, plain
 
@@ -23,7 +24,7 @@ def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
     cells = [
         [
             str(row["round"]),
-            scores_phrase([row["student"], row["teacher"]]),
+            score_pair_cell([row["student"], row["teacher"]]),
             "-" if row["mfd"] is None else f"{row['mfd']:g}",
             row["use"],
             row["why"],
@@ -33,14 +34,14 @@ def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
     ]
     tables: list[PlainTable | Text] = [
         head,
-        plain_table("round by round", ["round", "student : teacher", "MFD", "use", "why", "trained"], cells),
+        text_table("round by round", ["round", "student : teacher", "MFD", "use", "why", "trained"], cells),
     ]
     if found["left_out"]:
         lost = [[row["step"], row["kind"], row["detail"]] for row in found["left_out"]]
-        tables.append(plain_table("where it was left out", ["step", "reason", "in particular"], lost))
+        tables.append(text_table("where it was left out", ["step", "reason", "in particular"], lost))
     if found["grew"]:
         grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
-        tables.append(plain_table("what grew from it", ["round", "row", "kept or why not", "instruction"], grew))
+        tables.append(text_table("what grew from it", ["round", "row", "kept or why not", "instruction"], grew))
     return [*tables, cost_table("what it cost", found["cost"], "stage")] if found["cost"] else tables
 
 
@@ -53,13 +54,13 @@ def what_if_tables(found: WhatIf) -> list[PlainTable]:
         table.add_column(name, justify="right")
     new = [new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
     for task in sorted({*then.got, *(now.got if now else ())}):
-        shares = [percent(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
+        shares = [percent_cell(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
         table.add_row(task, *shares, *(str(counts[task]) for counts in new))
-    table.caption = "\n".join(what_if_phrases(found))
-    return [table, forecast_table(found.calls, found.run)] if found.calls else [table]
+    table.caption = "\n".join(what_if_lines(found))
+    return [table, cost_estimate_table(found.calls, found.run)] if found.calls else [table]
 
 
-def what_if_phrases(found: WhatIf) -> list[str]:
+def what_if_lines(found: WhatIf) -> list[str]:
     """What differs between the plans, and what to know of the new one."""
     then, now = found.then, found.now
 

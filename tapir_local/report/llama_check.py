@@ -13,16 +13,19 @@ from tapir_local.assets import POCKET_STUDENT
 from tapir_local.process import environment, signal_and_last_line
 from tapir_local.records import Message
 
-QUANTS = ("q8_0", "q4_k_m")  # the blocks of 8 and of 4 bits, whose products are written for each kind of processor
-LONGEST = 120.0  # seconds; it takes about 4
+CHECKED_QUANTS = (
+    "q8_0",
+    "q4_k_m",
+)  # the blocks of 8 and of 4 bits, whose products are written for each kind of processor
+MAX_SECONDS = 120.0  # seconds; it takes about 4
 
 
-def fault_of_build() -> str:
+def llama_build_fault() -> str:
     """What ended the trial, such as `SIGILL` or an import's error; "" where llama.cpp runs."""
     command = [sys.executable, "-P", "-m", "tapir_local.report.llama_check"]
     try:
         tried = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=LONGEST, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=MAX_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {LONGEST:.0f} s"
@@ -30,18 +33,18 @@ def fault_of_build() -> str:
     return (ended_by or last_line or "failed") if tried.returncode else ""
 
 
-def main() -> None:
+def run_llama_check() -> None:
     """The child's side: answer with each kind of quantized weights."""
     from tapir_local.export.export import export_gguf
     from tapir_local.inference.config import GenerationConfig
     from tapir_local.inference.generate import generate
 
     with tempfile.TemporaryDirectory() as folder:
-        for quant in QUANTS:
+        for quant in CHECKED_QUANTS:
             gguf = Path(folder) / f"{quant}.gguf"
             export_gguf(POCKET_STUDENT, gguf, adapter=None, quant=quant)
             generate(gguf, [(Message("user", "What is 3 + 4?"),)], GenerationConfig(max_tokens=4, context=128))
 
 
 if __name__ == "__main__":
-    main()
+    run_llama_check()

@@ -15,10 +15,10 @@ from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.store.schema import usage
 from tapir_local.unusable import read_unusable
 
-SAMPLES = 6
+SAMPLE_ANSWERS = 6
 
 
-def status_of(run: RunDir) -> dict[str, Any]:
+def run_status(run: RunDir) -> dict[str, Any]:
     """What `tapir-local status --json` prints: stages done and their seconds, metrics of each round, calls."""
     record, steps = run.record(), sequence(run, max(kept_recipe(run).rounds, rounds_begun(run)))
     taken = record.get("stages", {})
@@ -26,7 +26,7 @@ def status_of(run: RunDir) -> dict[str, Any]:
         {
             "number": number,
             "stages": [stage_status(step, taken) for step in steps if step.number == number],
-            "metrics": metrics_of(run, number),
+            "metrics": read_metrics(run, number),
         }
         for number in sorted({step.number for step in steps if step.number is not None})
     ]
@@ -36,9 +36,9 @@ def status_of(run: RunDir) -> dict[str, Any]:
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
-        "calls": calls_of(run, taken),
+        "calls": call_counts(run, taken),
         "unusable": unusable_counts(run),
-        "warnings": warnings_of(run),
+        "warnings": run_warnings(run),
     }
 
 
@@ -51,12 +51,12 @@ def unusable_counts(run: RunDir) -> dict[str, dict[str, int]]:
     return found
 
 
-def unusable_of(run: RunDir) -> dict[str, Any]:
+def unusable_report(run: RunDir) -> dict[str, Any]:
     """What `tapir-local show --unusable --json` prints: the rows left out, and their counts by step and kind."""
     return {"run": run.name, "by_step": unusable_counts(run), "rows": [asdict(row) for row in read_unusable(run)]}
 
 
-def calls_of(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def call_counts(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Calls paid by this run and hits, as the store has them; of a replay as its stages told.
 
     What the store knows of a replayed run's name is what the run that it repeats paid for, here or elsewhere.
@@ -77,19 +77,19 @@ def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
     }
 
 
-def metrics_of(run: RunDir, number: int) -> dict[str, Any] | None:
+def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
     """A round's metrics, None until they are there."""
     path = run.round(number) / "metrics.json"
     return dict(orjson.loads(path.read_bytes())) if path.exists() else None
 
 
-def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
+def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
     """What `tapir-local show --json` prints: a round's plan, judge, metrics and some of its student's answers.
 
     Without a number the last round that has metrics; TapirError where the round has not begun.
     """
     if number is None:
-        number = max((n for n in range(rounds_begun(run) + 1) if metrics_of(run, n)), default=rounds_begun(run))
+        number = max((n for n in range(rounds_begun(run) + 1) if read_metrics(run, n)), default=rounds_begun(run))
     if not run.round(number).is_dir():
         last = rounds_begun(run)
         raise TapirError(
@@ -100,28 +100,28 @@ def round_of(run: RunDir, number: int | None) -> dict[str, Any]:
         "run": run.name,
         "round": number,
         "plan": orjson.loads(to_json(read_record(RoundPlan, plan))) if plan.exists() else None,
-        "judge": judge_of(run, number),
-        "metrics": metrics_of(run, number),
+        "judge": round_judge_quality(run, number),
+        "metrics": read_metrics(run, number),
         "unusable": {
             step: kinds for step, kinds in unusable_counts(run).items() if step.startswith(f"round-{number:02d}/")
         },
-        "answers": answers_of(run, number),
+        "answers": sample_answers(run, number),
     }
 
 
-def agreement_of(run: RunDir) -> dict[str, Any] | None:
+def read_agreement(run: RunDir) -> dict[str, Any] | None:
     """How far the run's classifier agrees with its teacher; None where there is none."""
     path = run.path / "classifier" / "agreement.json"
     return dict(orjson.loads(path.read_bytes())) if path.exists() else None
 
 
-def warnings_of(run: RunDir) -> list[str]:
+def run_warnings(run: RunDir) -> list[str]:
     """What makes a run's results doubtful."""
-    found, least = agreement_of(run), kept_recipe(run).classifier.min_agreement
+    found, least = read_agreement(run), kept_recipe(run).classifier.min_agreement
     return [too_low(found["agreement"], least)] if found and found["agreement"] < least else []
 
 
-def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
+def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
     """How far the judge's scores of a round's pool and holdout can be trusted, as far as they are there."""
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
@@ -129,7 +129,7 @@ def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
     return {name: asdict(quality(rows)) for name, rows in found.items() if rows}
 
 
-def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:
+def sample_answers(run: RunDir, number: int) -> list[dict[str, Any]]:
     """Some of a round's answers to the holdout with what the judge gave them, spread over the tasks."""
     path, judged = run.round(number) / "holdout-answers.jsonl", run.round(number) / "holdout-judgements.jsonl"
     if not path.exists():
@@ -137,7 +137,7 @@ def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:
     texts = {row.id: row for row in read_rows(Completion, path)}
     scores = {row.id: row for row in read_rows(Judgement, judged)} if judged.exists() else {}
     rows = sorted(read_rows(Example, run.path / "holdout.jsonl"), key=lambda row: row.task)
-    chosen = rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
+    chosen = rows[:: max(1, len(rows) // SAMPLE_ANSWERS)][:SAMPLE_ANSWERS]
     return [
         {
             "id": row.id,

@@ -20,7 +20,7 @@ from tapir_local.store.schema import tokens_by_stage
 from tapir_local.store.store import Store
 
 # What decides a plan, and what is paid for it; all else would have changed what the round's student was.
-PLANNING = ("curriculum.", "tasks", "budget", "teacher.price", "judge.price", "judge.max_unjudged")
+PLAN_SETTINGS = ("curriculum.", "tasks", "budget", "teacher.price", "judge.price", "judge.max_unjudged")
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,40 @@ class WhatIf:
     unjudged: int
 
 
-def what_if(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
+def plan_with_changes(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
     """The plan with `changes` (`curriculum.rows=2000`) and its calls.
 
     TapirError for a setting that decides more than the plan, and for a round whose pool nobody has judged.
     """
     kept = kept_recipe(run)
-    recipe = changed(kept, changes)
-    number = number or last_judged(run)
+    recipe = apply_plan_changes(kept, changes)
+    number = number or last_judged_round(run)
     folder = run.round(number)
     if not (folder / "judgements.jsonl").exists():
         raise TapirError(
             f"round {number} of run {run.name!r} is not judged yet, so there is nothing to plan from",
             where=str(folder),
-            fix=f"Rounds 1 to {last_judged(run)} can be planned." if last_judged(run) else "Let `distill` go on first.",
+            fix=f"Rounds 1 to {last_judged(run)} can be planned."
+            if last_judged_round(run)
+            else "Let `distill` go on first.",
         )
     with ExitStack() as stack:
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
         link(run.path, copy.path)
         path = run.cache / "teacher.db"
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
-        then, unjudged = replan(recipe, copy, number)
+        then, unjudged = make_plan(recipe, copy, number)
         steps = [step for step in sequence(copy, number) if step.number == number]
-        calls = calls_for(then, recipe, copy, steps, store, tokens_by_stage(path) if path.exists() else {})
+        calls = estimate_calls(then, recipe, copy, steps, store, tokens_by_stage(path) if path.exists() else {})
     now = read_record(RoundPlan, folder / "plan.json") if (folder / "plan.json").exists() else None
     return WhatIf(run.name, number, tuple(changes), now, then, calls, unjudged)
 
 
-def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+def apply_plan_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """The recipe with the changes; TapirError for one that a plan does not depend on."""
     pairs = read_changes(changes)
     for path in pairs:
-        if not path.startswith(PLANNING):
+        if not path.startswith(PLAN_SETTINGS):
             raise TapirError(
                 f"a plan does not depend on {path}, or more than a plan does",
                 where="--set",
@@ -79,13 +81,13 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     return overridden(recipe, pairs, kept=True)
 
 
-def last_judged(run: RunDir) -> int:
+def last_judged_round(run: RunDir) -> int:
     """The last round whose pool is judged; 0 if none."""
     judged = [n for n in range(1, rounds_begun(run) + 1) if (run.round(n) / "judgements.jsonl").exists()]
     return max(judged, default=0)
 
 
-def replan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
+def make_plan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """The plan by this recipe, and how many rows of its pool are without a judgement."""
     known = situation(Work(recipe, copy, Scout(recipe, None).tools(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
@@ -101,7 +103,7 @@ def replan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     return CURRICULA[recipe.curriculum.name](known), missing
 
 
-def calls_for(
+def estimate_calls(
     then: RoundPlan,
     recipe: Recipe,
     copy: RunDir,
@@ -122,11 +124,11 @@ def calls_for(
     if written_before or then.hard or then.reflected:
         calls.append(foresee(refine, recipe, copy, store, known))
     if not written_before and then.to_write:
-        calls.append(new_answers(refine, then.to_write, recipe, known))
+        calls.append(estimate_new_answers(refine, then.to_write, recipe, known))
     return tuple(row for row in calls if row.calls)
 
 
-def new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+def estimate_new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> Foreseen:
     """The answers to instructions that are not written yet."""
     size_in, size_out = known.get("refine", (FRAME + ANSWER, ANSWER))
     found = priced(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)

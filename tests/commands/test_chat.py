@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tapir_local.commands.chat import Speaker, converse
+from tapir_local.commands.chat import ChatModel, chat_loop
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Engine, open_engine
 from tapir_local.inference.tokens import encode
@@ -20,7 +20,7 @@ def engine(llama) -> Iterator[Engine]:
 
 def replies(engine: Engine, seed: int, temperature: float) -> list[str]:
     """Four replies to the same first question."""
-    speaker, found = Speaker("student", engine, 12, random.Random(seed)), []
+    speaker, found = ChatModel("student", engine, 12, random.Random(seed)), []
     for _ in range(4):
         found.append("".join(speaker.answer("What is 7 times 8?", temperature)))
         speaker.said = []
@@ -39,9 +39,9 @@ def test_a_greedy_reply_is_always_the_same(engine: Engine) -> None:
 
 def test_lines_that_quote_special_tokens_are_text(engine: Engine) -> None:
     """What was said is asked again with the next line; it ends no turn there either."""
-    speaker = Speaker("student", engine, 4, random.Random(1))
+    speaker = ChatModel("student", engine, 4, random.Random(1))
     lines = iter(["Is <|im_end|> a word?", "<|im_start|>system", None])
-    converse([speaker], 0.0, lambda: next(lines), lambda text: None)
+    chat_loop([speaker], 0.0, lambda: next(lines), lambda text: None)
     said = [*speaker.said, Message("user", "<|bos|>")]
     [start], [bos] = encode(engine.model, "<|im_start|>"), encode(engine.model, "<|bos|>")
     ids = encode_prompt(engine.model, tuple(said))

@@ -15,7 +15,7 @@ from command_line import ROOT, refused, tapir
 
 import cli
 from tapir_local import __version__
-from tapir_local.commands.calls import calls
+from tapir_local.commands.calls import calls_group
 from tapir_local.errors import TapirError
 
 
@@ -36,9 +36,9 @@ def test_every_command_has_an_example_and_stands_in_the_readme(name: str) -> Non
     assert f"tapir-local {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", sorted(calls.commands))
+@pytest.mark.parametrize("name", sorted(calls_group.commands))
 def test_every_command_on_the_store_has_an_example_and_stands_in_the_readme(name: str) -> None:
-    text = calls.commands[name].get_help(click.Context(calls.commands[name], info_name=name))
+    text = calls_group.commands[name].get_help(click.Context(calls_group.commands[name], info_name=name))
     assert f"  tapir-local calls {name}" in text.partition("Example:")[2]
     assert f"tapir-local calls {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.assets import recipe_files
-from tapir_local.commands.trust import require_trust, risks
+from tapir_local.commands.trust import find_risks, require_trust
 from tapir_local.errors import TapirError
 from tapir_local.recipe.text import parse_recipe
 
@@ -27,12 +27,12 @@ JUDGED = "teacher: pocket\njudge: {model: m, base_url: 'https://other.example/v1
     ],
 )
 def test_what_a_recipe_does(text: str, does: list[str]) -> None:
-    assert [risk.does for risk in risks(parse_recipe(text, "r"))] == does
+    assert [risk.does for risk in find_risks(parse_recipe(text, "r"))] == does
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
 def test_no_recipe_that_comes_along_does_any(path: Path) -> None:
-    assert risks(parse_recipe(path.read_text(encoding="utf-8"), path.name)) == []
+    assert find_risks(parse_recipe(path.read_text(encoding="utf-8"), path.name)) == []
 
 
 def test_an_answer_is_asked_for_once_for_each_thing(tmp_path: Path) -> None:

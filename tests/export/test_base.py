@@ -11,7 +11,7 @@ from fakes import QUIET, here
 from models import make_adapter, make_model
 
 from tapir_local.assets import POCKET_SEEDS, find_recipe
-from tapir_local.commands.chat import once, students
+from tapir_local.commands.chat import answer_once, open_students
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
 from tapir_local.export.adapter import export_adapter
@@ -260,8 +260,8 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
         assert not is_adapter(run.path / "model" / "student.gguf")
     assert found["merged"] == found["adapter"]
     said: list[str] = []
-    with students(run, 1, "base", said.append) as answering:
-        once(answering, "What is 3 + 4?", 0.0, said.append)
+    with open_students(run, 1, "base", said.append) as answering:
+        answer_once(answering, "What is 3 + 4?", 0.0, said.append)
     assert "[base]\n" in said
     assert json.loads((run.path / "base.json").read_bytes())["base"] == digest(model)
     before = {path.name: path.read_bytes() for path in (run.path / "model").iterdir()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from models import CHATML, make_model
+from tapir_local.commands.output import time_left
 
 import cli
-from tapir_local.commands.common import left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.config import GenerationConfig
@@ -217,4 +217,4 @@ def test_a_system_turn_reaches_a_gguf_whose_template_has_no_system_role(tmp_path
 
 
 def test_time_left() -> None:
-    assert (left(90, 1.5), left(7200, 1), left(5, 0)) == ("0:01:00", "2:00:00", "?")
+    assert (time_left(90, 1.5), time_left(7200, 1), time_left(5, 0)) == ("0:01:00", "2:00:00", "?")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tapir_local.method.judge_quality import quality
 from tapir_local.method.judging import combine, combine_single, likeness, mfd
 from tapir_local.records import Judgement
-from tapir_local.report.terminal import judge_table
+from tapir_local.report.status_tables import judge_table
 
 SCORE = st.floats(1, 10)
 ANSWERS = st.lists(st.tuples(SCORE, SCORE), min_size=1, max_size=30)

@@ -40,8 +40,8 @@ from tapir_local.records import (
     Request,
     from_json,
 )
-from tapir_local.report.costs import costs
-from tapir_local.report.status import round_of
+from tapir_local.report.costs import summarize_costs
+from tapir_local.report.status import round_report
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
@@ -301,7 +301,7 @@ def run_through(recipe: Recipe, run: RunDir) -> None:
 
 
 def paid_by(run: RunDir, number: int) -> dict[str, tuple[int, int]]:
-    found = costs(run.cache / "teacher.db", "stage", run.name, number)
+    found = summarize_costs(run.cache / "teacher.db", "stage", run.name, number)
     return {row["stage"]: (row["paid"], row["from_store"]) for row in found}
 
 
@@ -330,7 +330,7 @@ def test_alone_another_run_pays_for_no_answer_of_the_teachers(tmp_path: Path) ->
 def test_a_round_shows_how_its_judge_did(tmp_path: Path, mode: str) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"judge.mode": mode, "rounds": 1}), RunDir(tmp_path, "fake")
     distill(recipe, run, tools(World()), QUIET)
-    found = round_of(run, 1)
+    found = round_report(run, 1)
     assert {name: judge["rows"] for name, judge in found["judge"].items()} == {"pool": 50, "holdout": 10}
     assert found["judge"]["pool"]["agreement"] == (1.0 if mode == "pair" else None)
     assert found["judge"]["holdout"] == found["metrics"]["judge_quality"] | {
@@ -344,7 +344,7 @@ def test_a_judge_that_always_says_ten_is_called_useless(tmp_path: Path) -> None:
     distill(recipe, run, replace(tools(World()), judge=judge.ask), QUIET)
     said = run.record()["stages"]["round-01/judge"]["note"]
     assert said.endswith("the judge gives every answer 10: MFD says nothing")
-    assert round_of(run, 1)["judge"]["pool"]["notes"] == ("the judge gives every answer 10: MFD says nothing",)
+    assert round_report(run, 1)["judge"]["pool"]["notes"] == ("the judge gives every answer 10: MFD says nothing",)
 
 
 def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from tapir_local.pipeline.student_text import StudentText
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
-from tapir_local.report.status import round_of, status_of, unusable_of
-from tapir_local.report.why import why
+from tapir_local.report.status import round_report, run_status, unusable_report
+from tapir_local.report.why import explain_row
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.unusable import Unusable, read_unusable
 
@@ -278,11 +278,11 @@ def lost(recipe: Recipe, run: RunDir, tmp_path: Path) -> RunDir:
 
 
 def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
-    found = unusable_of(lost)
+    found = unusable_report(lost)
     assert list(found["by_step"]) == ["prepare/read", "prepare/seeds"]
     assert found["rows"][0]["id"] == "seed-00061"
-    assert status_of(lost)["unusable"] == found["by_step"]
-    assert round_of(lost, 1)["unusable"] == {}
+    assert run_status(lost)["unusable"] == found["by_step"]
+    assert round_report(lost, 1)["unusable"] == {}
     cache = ["--cache", str(lost.cache)]
     told = CliRunner().invoke(cli, ["show", "fake", "--unusable", *cache], catch_exceptions=False).stdout
     assert "seed-00061" in told
@@ -301,7 +301,9 @@ def test_show_of_a_run_that_left_nothing_out(recipe: Recipe, run: RunDir) -> Non
 
 
 def test_why_says_where_a_row_was_left_out(lost: RunDir) -> None:
-    first, later, twin = (why(lost, id) for id in ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062"))
+    first, later, twin = (
+        explain_row(lost, id) for id in ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062")
+    )
     assert first["place"].startswith("left out in prepare/read: refused by the chat template: turns user, user")
     assert "and three" in first["instruction"]
     assert first["rounds"] == later["rounds"] == twin["rounds"] == []

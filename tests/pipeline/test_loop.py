@@ -12,8 +12,8 @@ from tapir_local.pipeline.loop import distill, kept_recipe, pending, redo, seque
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
-from tapir_local.report.status import round_of, status_of
-from tapir_local.report.terminal import round_tables, rounds_table
+from tapir_local.report.status import round_report, run_status
+from tapir_local.report.status_tables import round_tables, rounds_table
 from tapir_local.rundir import RunDir, held, read_record, read_rows, remove, write_rows
 
 
@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_a_run_goes_through_and_learns(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
     assert distill(recipe, run, tools(world), QUIET) == len(sequence(run, 2))
-    status = status_of(run)
+    status = run_status(run)
     assert [row["number"] for row in status["rounds"]] == [0, 1, 2]
     assert status["calls"]["paid"] == len(world.asked)
     assert status["state"] == "done"
@@ -77,7 +77,7 @@ def test_a_new_run_on_the_same_store_pays_nothing_and_gives_the_same_files(recip
     first, second = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake")
     distill(recipe, first, tools(world), QUIET)
     distill(recipe, second, tools(world), QUIET)
-    assert status_of(second)["calls"]["paid"] == 0
+    assert run_status(second)["calls"]["paid"] == 0
     assert outputs(first) == outputs(second)
 
 
@@ -169,7 +169,7 @@ def test_an_unreadable_judgement_is_asked_for_once_more_with_the_error(recipe: R
 
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, with_ask(world, mumble_first), QUIET)
-    assert status_of(run)["rounds"][1]["metrics"]["unjudged"] == 0
+    assert run_status(run)["rounds"][1]["metrics"]["unjudged"] == 0
     again = [request for request in world.asked if request.stage == "judge" and len(request.messages) == 4]
     assert again[0].messages[2].content == "an 8"
 
@@ -212,7 +212,7 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
     run, world = RunDir(tmp_path, "own"), World()
     distill(parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, tools(world), QUIET)
     assert world.asked == []
-    status = status_of(run)
+    status = run_status(run)
     assert "ROUGE" in status["rounds"][1]["metrics"]["judge"]
     scores = [row["metrics"]["student_score"] for row in status["rounds"]]
     assert [row["metrics"]["win_rate"] for row in status["rounds"]] == [None, None]
@@ -222,7 +222,7 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
     cells = [list(column.cells) for column in rounds_table(status).columns]
     assert (cells[1][1], cells[5]) == ("-", [f"{scores[0]:.2f}", f"{scores[1]:.2f} ({scores[1] - scores[0]:+.2f})"])
     assert "Win rate" not in str(rounds_table(status).caption)
-    by_task = round_tables(round_of(run, 1))
+    by_task = round_tables(round_report(run, 1))
     assert any("student score" in str(column.header) for table in by_task for column in table.columns)
     assert {row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")} <= {
         row["output"] for row in rows
@@ -238,12 +238,12 @@ def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
 def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, tools(World()), QUIET)
-    found = round_of(run, None)
+    found = round_report(run, None)
     assert found["round"] == 2
     assert found["plan"]["alpha"] == 0.5
     assert found["answers"][0]["scores"]
     with pytest.raises(TapirError, match="no round 7"):
-        round_of(run, 7)
+        round_report(run, 7)
 
 
 def test_a_plan_of_another_version_is_said_with_what_makes_it_again(recipe: Recipe, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_plan_of_another_version_is_said_with_what_makes_it_again(recipe: Reci
     distill(recipe, run, tools(World()), QUIET)
     (run.round(1) / "plan.json").write_text('{"round": 1, "alpha": 0.3, "expand": {"Math": 3}}')
     with pytest.raises(TapirError, match=r"not a RoundPlan: curriculum .*\n.*redo"):
-        round_of(run, 1)
+        round_report(run, 1)
 
 
 def test_rows_written_for_the_stages_are_those_of_the_fake(recipe: Recipe, tmp_path: Path) -> None:

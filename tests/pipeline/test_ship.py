@@ -16,7 +16,7 @@ from tapir_local.pipeline.loop import distill, redo, sequence
 from tapir_local.pipeline.published import published
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe, validated
-from tapir_local.report.status import status_of
+from tapir_local.report.status import run_status
 from tapir_local.rundir import RunDir, remove
 
 FILES = ["Modelfile", "README.md", "SHA256SUMS", "gate.json", "recipe.yaml", "student.gguf"]
@@ -57,11 +57,11 @@ def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
 
 
 def test_status_tells_of_it(run: RunDir) -> None:
-    (stage,) = status_of(run)["end"]
+    (stage,) = run_status(run)["end"]
     assert (stage["name"], stage["done"]) == ("ship", True)
     remove(run.path / "model")
-    assert status_of(run)["state"] != "unknown"
-    assert not status_of(run)["end"][0]["done"]
+    assert run_status(run)["state"] != "unknown"
+    assert not run_status(run)["end"][0]["done"]
 
 
 def test_it_comes_back_the_same(recipe: Recipe, run: RunDir) -> None:
@@ -186,7 +186,7 @@ def test_the_card_repeats_what_the_recipe_states_and_no_more(recipe: Recipe, tmp
 def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> None:
     text = contents(run)["README.md"].decode()
     rows = [line for line in text.splitlines() if line.startswith(("| 0 |", "| 1 |", "| 2 |"))]
-    rate = status_of(run)["rounds"][2]["metrics"]
+    rate = run_status(run)["rounds"][2]["metrics"]
     assert len(rows) == 3
     low, high = rate["win_rate_interval"]
     assert f"| {rate['win_rate']:.1%} | {low:.1%} to {high:.1%} |" in rows[2]

@@ -17,9 +17,9 @@ from tapir_local.method.metrics import evaluate
 from tapir_local.pipeline.lockfile import Locked, lock
 from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
-from tapir_local.report.compare import compare
+from tapir_local.report.compare import compare_runs
 from tapir_local.report.compare_tables import comparison_tables
-from tapir_local.report.run_results import read_sides
+from tapir_local.report.run_results import read_run_results
 from tapir_local.rundir import RunDir, remove, write_record, write_rows, write_text
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
@@ -77,14 +77,14 @@ def told(found: dict, run: str, metric: str = "accuracy") -> dict:
 
 def fault(*runs: RunDir, **options: object) -> str:
     with pytest.raises(TapirError) as caught:
-        compare(runs, **options)
+        compare_runs(runs, **options)
     return str(caught.value)
 
 
 def test_eight_against_two(tmp_path: Path) -> None:
     """The second run is right on 8 rows where the first is wrong, and wrong on 2 where it is right."""
     one, two = made(tmp_path, "one", "11111100"), made(tmp_path, "two", "11110011111111")
-    found = compare([one, two])
+    found = compare_runs([one, two])
     gap = told(found, "two")["difference"]
     assert (told(found, "one")["mean"], told(found, "two")["mean"]) == (0.3, 0.6)
     assert (gap["better"], gap["worse"], gap["rows"]) == (8, 2, 20)
@@ -97,20 +97,20 @@ def test_eight_against_two(tmp_path: Path) -> None:
 def test_a_run_and_its_copy_differ_by_nothing(tmp_path: Path) -> None:
     runs = [made(tmp_path, name, "110", "1=1") for name in ("one", "two")]
     for metric in ("accuracy", "win_rate"):
-        gap = told(compare(runs), "two", metric)["difference"]
+        gap = told(compare_runs(runs), "two", metric)["difference"]
         assert (gap["mean"], gap["low"], gap["high"], gap["p"]) == (0, 0, 0, 1)
 
 
 def test_the_intervals_of_a_round_are_those_of_status(tmp_path: Path) -> None:
     """Wilson's of 10 of 20 is 0.299 to 0.701."""
-    found = compare([made(tmp_path, "one", "1" * 10), made(tmp_path, "two", "")])
+    found = compare_runs([made(tmp_path, "one", "1" * 10), made(tmp_path, "two", "")])
     assert found["rounds"][0]["accuracy"]["interval"] == pytest.approx((0.299, 0.701), abs=1e-3)
     assert found["rounds"][1]["accuracy"]["mean"] == 0
 
 
 def test_wins_ties_and_unjudged_rows(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1=00" * 5), made(tmp_path, "two", "1=?0" + "1=00" * 4)
-    found = compare([one, two])
+    found = compare_runs([one, two])
     assert told(found, "one", "win_rate")["mean"] == 7.5 / 20
     assert told(found, "two", "win_rate")["rows"] == told(found, "two", "win_rate")["difference"]["rows"] == 19
     assert found["notes"] == ["two: 1 row is not judged in round 0 and left out of win rates."]
@@ -118,7 +118,7 @@ def test_wins_ties_and_unjudged_rows(tmp_path: Path) -> None:
 
 def test_without_a_judge_likeness_is_compared_and_no_win_rate(tmp_path: Path) -> None:
     runs = [made(tmp_path, name, answers, judge="likeness", judge_kind="reference") for name, answers in ONE_AND_TWO]
-    found = compare(runs)
+    found = compare_runs(runs)
     assert {row["metric"] for row in found["compared"]} == {"accuracy", "likeness"}
     assert found["rounds"][0]["win_rate"] is None
     scores = [9.0] * 6 + [2.0] * 14
@@ -133,18 +133,18 @@ def test_without_a_judge_likeness_is_compared_and_no_win_rate(tmp_path: Path) ->
 
 def test_several_runs_are_corrected_by_holm(tmp_path: Path) -> None:
     runs = [made(tmp_path, "one", "0"), made(tmp_path, "two", "1" * 10), made(tmp_path, "three", "1" * 6)]
-    found = compare(runs)
+    found = compare_runs(runs)
     gaps = [told(found, name)["difference"] for name in ("two", "three")]
     assert [gap["p"] for gap in gaps] == pytest.approx([2 / 2**10, 2 / 2**6])
     assert [gap["p_holm"] for gap in gaps] == pytest.approx([4 / 2**10, 2 / 2**6])
 
 
 def test_by_task(tmp_path: Path) -> None:
-    found = compare([made(tmp_path, "one", "0"), made(tmp_path, "two", "0" * 15 + "11111")], by_task=True)
+    found = compare_runs([made(tmp_path, "one", "0"), made(tmp_path, "two", "0" * 15 + "11111")], by_task=True)
     rows = [row for row in found["by_task"] if row["metric"] == "accuracy" and row["run"] == "two"]
     assert [(row["task"], row["rows"], row["mean"]) for row in rows] == [("Math", 15, 0), ("Reasoning", 5, 1)]
     assert rows[1]["difference"]["p_holm"] == pytest.approx(2 * 2 / 2**5)
-    assert compare([RunDir(tmp_path, "one"), RunDir(tmp_path, "two")])["by_task"] is None
+    assert compare_runs([RunDir(tmp_path, "one"), RunDir(tmp_path, "two")])["by_task"] is None
 
 
 def test_what_a_run_spent_by_the_end_of_each_round(tmp_path: Path) -> None:
@@ -152,30 +152,30 @@ def test_what_a_run_spent_by_the_end_of_each_round(tmp_path: Path) -> None:
     for stage, count in {"label": 4, "holdout": 5, "seeds": 6}.items():
         lock(one, f"prepare/{stage}", [Locked(f"prepare/{stage}", f"{n}", "0" * 64) for n in range(count)])
     names = ("rows", "tokens", "teacher_calls", "judge_calls", "evaluation_calls")
-    found = compare([one, made(tmp_path, "two", "1")])["rounds"]
+    found = compare_runs([one, made(tmp_path, "two", "1")])["rounds"]
     assert [tuple(row[name] for name in names) for row in found[:2]] == [(10, 100, 20, 10, 8), (20, 200, 30, 20, 11)]
 
 
 def test_at_equal_tokens_each_run_stands_with_its_last_round_within_the_least(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1", "11", "111"), made(tmp_path, "two", "1", "11", size=12)
-    found = compare([one, two], at="tokens")
+    found = compare_runs([one, two], at="tokens")
     assert found["at"] == {"kind": "tokens", "budget": 240}
     assert (told(found, "one")["round"], told(found, "two")["round"]) == (1, 1)
     assert [row["round"] for row in found["rounds"] if row["chosen"]] == [1, 1]
-    assert compare([one, two], at="rows")["at"]["budget"] == 24
-    assert compare([one, two], at="calls")["at"]["budget"] == 48
+    assert compare_runs([one, two], at="rows")["at"]["budget"] == 24
+    assert compare_runs([one, two], at="calls")["at"]["budget"] == 48
 
 
 def test_a_run_that_has_no_round_within_the_budget_stands_with_round_0_and_it_is_said(tmp_path: Path) -> None:
-    found = compare([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", "11", size=30)], at="rows")
+    found = compare_runs([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", "11", size=30)], at="rows")
     assert told(found, "two")["round"] == 0
     assert found["notes"] == ["two has no round within 10 training rows: its round 0, after 30, stands for it."]
 
 
 def test_a_round_by_number(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1", "11"), made(tmp_path, "two", "1")
-    assert told(compare([one, two], number=0), "one")["mean"] == 0.05
-    assert told(compare([one, two]), "one")["mean"] == 0.1
+    assert told(compare_runs([one, two], number=0), "one")["mean"] == 0.05
+    assert told(compare_runs([one, two]), "one")["mean"] == 0.1
     assert "run 'two' has no evaluated round 1\n  Its evaluated rounds: 0." in fault(one, two, number=1)
     assert "exclude each other" in fault(one, two, number=0, at="rows")
 
@@ -204,19 +204,19 @@ def test_where_a_judge_is_reached_does_not_matter(tmp_path: Path) -> None:
     judge = {"judge.kind": "openai", "judge.model": "m"}
     one = made(tmp_path, "one", "1", **judge, **{"judge.base_url": "http://here"})
     two = made(tmp_path, "two", "1", **judge, **{"judge.base_url": "http://there", "judge.alias": "far"})
-    assert told(compare([one, two]), "two")["difference"]["p"] == 1
+    assert told(compare_runs([one, two]), "two")["difference"]["p"] == 1
 
 
 def test_a_row_has_the_task_that_the_first_run_labels_it_with(tmp_path: Path) -> None:
     relabelled = [replace(row, task="Art") for row in HOLDOUT]
-    one, two = read_sides([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", holdout=relabelled)])
+    one, two = read_run_results([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", holdout=relabelled)])
     assert two.holdout == one.holdout == tuple(HOLDOUT)
 
 
 def test_a_curriculum_that_plans_by_the_holdout_pays_for_its_judgements_and_it_is_said(tmp_path: Path) -> None:
     one = made(tmp_path, "one", "1", "11")
     grown = made(tmp_path, "grown", "1", "11", "11", **{"curriculum.name": "growth"})
-    found = compare([one, grown])
+    found = compare_runs([one, grown])
     calls = [(row["judge_calls"], row["evaluation_calls"]) for row in found["rounds"][2:]]
     assert calls == [(10, 3), (23, 3), (36, 3)]
     assert found["notes"] == ["grown plans its rounds by this holdout, which flatters it here."]
@@ -224,8 +224,8 @@ def test_a_curriculum_that_plans_by_the_holdout_pays_for_its_judgements_and_it_i
 
 def test_one_checker_serves_all_and_without_one_there_is_no_accuracy(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1", checker=None), made(tmp_path, "two", "1")
-    assert told(compare([one, two]), "one")["mean"] == 0.05
-    bare = compare([one, made(tmp_path, "three", "1", checker=None)], by_task=True)
+    assert told(compare_runs([one, two]), "one")["mean"] == 0.05
+    bare = compare_runs([one, made(tmp_path, "three", "1", checker=None)], by_task=True)
     assert {row["metric"] for row in bare["compared"]} == {"win_rate"}
     assert bare["rounds"][0]["accuracy"] is None
     text = shown(bare, 100)
@@ -251,7 +251,7 @@ def test_a_missing_or_foreign_file_names_the_stage_to_do_again(tmp_path: Path) -
 def test_without_a_log_of_training_there_are_no_tokens_to_compare_at(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
     remove(two.round(0) / "adapter")
-    assert compare([one, two])["rounds"][1]["tokens"] is None
+    assert compare_runs([one, two])["rounds"][1]["tokens"] is None
     assert "run 'two' has no count of its training tokens" in fault(one, two, at="tokens")
     write_text(one.round(0) / "adapter" / "train_log.jsonl", "{")
     assert "not a log of training" in fault(one, two)
@@ -266,7 +266,7 @@ def shown(found: dict, width: int) -> str:
 
 def test_the_tables_are_readable_at_100_columns(tmp_path: Path) -> None:
     runs = [made(tmp_path, f"tapir-without-balance-{n}", "1" * 5, "1" * 4 * (n + 1)) for n in range(3)]
-    text = shown(compare(runs, by_task=True), 100)
+    text = shown(compare_runs(runs, by_task=True), 100)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert "│ 8/0 │ 0.008 │  0.016 │" in text

@@ -9,7 +9,7 @@ from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Price
 from tapir_local.records import Example, Message, Request
-from tapir_local.report.costs import costs
+from tapir_local.report.costs import summarize_costs
 from tapir_local.rundir import write_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
@@ -42,23 +42,30 @@ def told(rows: list[dict[str, object]], by: str, *names: str) -> dict[object, tu
 
 def test_by_stage_with_what_failed_and_what_it_cost(path: Path) -> None:
     found = told(
-        costs(path, "stage", "one"), "stage", "paid", "from_store", "failed", "tokens_in", "tokens_out", "money"
+        summarize_costs(path, "stage", "one"),
+        "stage",
+        "paid",
+        "from_store",
+        "failed",
+        "tokens_in",
+        "tokens_out",
+        "money",
     )
     assert found == {"seeds": (3, 0, 1, 28, 12, 40.0), "judge": (1, 0, 0, 7, 3, 10.0)}
 
 
 def test_by_run_with_what_the_store_saved_and_what_has_no_price(path: Path) -> None:
-    found = told(costs(path, "run"), "run", "paid", "from_store", "money", "saved", "unpriced")
+    found = told(summarize_costs(path, "run"), "run", "paid", "from_store", "money", "saved", "unpriced")
     assert found == {"one": (4, 0, 50.0, 0.0, 0), "two": (1, 2, 0.0, 20.0, 1)}
 
 
 def test_by_task_and_of_one_round(path: Path) -> None:
-    assert told(costs(path, "task", "one"), "task", "paid") == {"Math": (3,), "Code": (1,)}
-    assert told(costs(path, "task", "one", 1), "task", "paid") == {"Math": (1,)}
-    assert told(costs(path, "task", "two"), "task", "paid") == {"unknown": (1,)}  # its folder is not there
-    assert told(costs(path, "round", "one"), "round", "paid") == {"0": (3,), "1": (1,)}
+    assert told(summarize_costs(path, "task", "one"), "task", "paid") == {"Math": (3,), "Code": (1,)}
+    assert told(summarize_costs(path, "task", "one", 1), "task", "paid") == {"Math": (1,)}
+    assert told(summarize_costs(path, "task", "two"), "task", "paid") == {"unknown": (1,)}  # its folder is not there
+    assert told(summarize_costs(path, "round", "one"), "round", "paid") == {"0": (3,), "1": (1,)}
 
 
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="no store yet"):
-        costs(tmp_path / "teacher.db", "stage")
+        summarize_costs(tmp_path / "teacher.db", "stage")

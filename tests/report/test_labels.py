@@ -18,9 +18,9 @@ from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Answer, Example, Request
-from tapir_local.report.labels import label_tables, labels_of
-from tapir_local.report.status import status_of
-from tapir_local.report.terminal import stages_table
+from tapir_local.report.labels import label_report, label_tables
+from tapir_local.report.status import run_status
+from tapir_local.report.status_tables import stages_table
 from tapir_local.rundir import RunDir, read_rows, write_json
 
 START = {"rounds": 0}
@@ -191,7 +191,7 @@ def test_a_low_agreement_warns_and_does_not_stop(recipe: Recipe, tmp_path: Path)
     warning = "agrees with the teacher in 55%, below classifier.min_agreement (60%)"
     assert said(run, "classify").startswith("55.0% agreement with the teacher (95 %: 30% to 95%) on 4 rows held out")
     assert f"; WARNING: the classifier {warning}" in said(run, "classify")
-    status = status_of(run)
+    status = run_status(run)
     assert status["state"] == "done"
     assert warning in status["warnings"][0]
     assert warning in str(stages_table(status).caption)
@@ -200,12 +200,12 @@ def test_a_low_agreement_warns_and_does_not_stop(recipe: Recipe, tmp_path: Path)
 def test_a_good_agreement_does_not_warn(recipe: Recipe, tmp_path: Path) -> None:
     run = ran(recipe, tmp_path, classify=doubting(lambda place: 0.9, agreement=0.6))
     assert "WARNING" not in str(run.record())
-    assert status_of(run)["warnings"] == []
+    assert run_status(run)["warnings"] == []
 
 
 def test_labels_are_shown_by_source_with_what_is_confused(recipe: Recipe, tmp_path: Path) -> None:
     run = ran(recipe, tmp_path, classify=doubting(lambda place: 0.4 if place < 12 else 0.8))
-    found = labels_of(run)
+    found = label_report(run)
     assert found["tasks"]["Math"]["held_out"] == {"rows": 4, "agree": 3, "interval": [0.3, 0.95]}
     art = found["tasks"]["Art"]
     assert art["rows"] == art["teacher"] + art["classifier"]
@@ -238,7 +238,7 @@ def test_labels_that_are_not_there_yet(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ran(recipe, tmp_path, world)
     with pytest.raises(TapirError, match="not labelled yet"):
-        labels_of(RunDir(tmp_path / "cache", "fake"))
+        label_report(RunDir(tmp_path / "cache", "fake"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Example, Judgement, RoundPlan
-from tapir_local.report.what_if import what_if
-from tapir_local.report.why import why
+from tapir_local.report.what_if import plan_with_changes
+from tapir_local.report.why import explain_row
 from tapir_local.rundir import RunDir, read_record, read_rows
 
 
@@ -37,7 +37,7 @@ def everything(run: RunDir) -> dict[str, bytes]:
 
 
 def test_a_chosen_row_says_its_scores_and_what_it_was_chosen_for(run: RunDir) -> None:
-    told = why(run, plan_of(run).hard[0])["rounds"][1]
+    told = explain_row(run, plan_of(run).hard[0])["rounds"][1]
     assert (told["teacher"], told["student"], told["mfd"]) == (9.0, 2.0, 7.0)
     assert (told["use"], told["trained"]) == ("hard", True)
     assert told["why"].startswith("hard: MFD 7 > 2; taken: of ")
@@ -46,28 +46,28 @@ def test_a_chosen_row_says_its_scores_and_what_it_was_chosen_for(run: RunDir) ->
 def test_a_hard_row_that_was_not_taken_says_who_was(run: RunDir) -> None:
     plan, judged = plan_of(run), read_rows(Judgement, run.round(1) / "judgements.jsonl")
     left = next(row.id for row in judged if row.student == 2.0 and row.id not in plan.hard)
-    told = why(run, left)["rounds"][1]
+    told = explain_row(run, left)["rounds"][1]
     assert (told["use"], told["trained"]) == ("", False)
     assert "not taken: of" in told["why"]
 
 
 def test_an_easy_row_says_how_many_were_drawn(run: RunDir) -> None:
-    told = why(run, plan_of(run).replay[0])["rounds"][1]
+    told = explain_row(run, plan_of(run).replay[0])["rounds"][1]
     assert told["why"].startswith("easy: MFD 0 <= 2; replayed: ")
 
 
 def test_a_parent_says_what_grew_from_it_and_the_child_where_it_is_from(run: RunDir) -> None:
     child = next(row for row in read_rows(Example, run.round(1) / "train.jsonl") if row.origin == "expanded")
-    parent = why(run, child.parent)
+    parent = explain_row(run, child.parent)
     assert child.id in {new["id"] for new in parent["grew"] if not new["reason"]}
     assert "new rows may grow from it" in parent["rounds"][1]["why"]
-    told = why(run, child.id)
+    told = explain_row(run, child.id)
     assert told["place"] == f"written by the teacher in round 1, from {child.parent}; kept"
     assert [line["round"] for line in told["rounds"]] == [0, 1, 2][1:] or told["rounds"][0]["use"] == ""
 
 
 def test_a_holdout_row_is_never_trained_on_and_has_its_scores_of_every_round(run: RunDir) -> None:
-    told = why(run, read_rows(Example, run.path / "holdout.jsonl")[0].id)
+    told = explain_row(run, read_rows(Example, run.path / "holdout.jsonl")[0].id)
     assert "holdout" in told["place"]
     assert [line["round"] for line in told["rounds"]] == [0, 1, 2]
     assert all(line["mfd"] is not None and not line["trained"] for line in told["rounds"])
@@ -75,50 +75,50 @@ def test_a_holdout_row_is_never_trained_on_and_has_its_scores_of_every_round(run
 
 def test_words_that_one_instruction_has_name_its_row(run: RunDir) -> None:
     row = read_rows(Example, run.path / "seeds.jsonl")[3]
-    assert why(run, row.prompt[0].content.upper())["id"] == row.id
+    assert explain_row(run, row.prompt[0].content.upper())["id"] == row.id
 
 
 @pytest.mark.parametrize(("named", "said"), [("seed-99999", "no row 'seed-99999'"), ("sum", "rows have 'sum'")])
 def test_a_row_that_is_not_there_or_not_alone_is_said(run: RunDir, named: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
-        why(run, named)
+        explain_row(run, named)
 
 
 @pytest.mark.parametrize("name", ["uniform", "growth", "lion", "reflection"])
 def test_why_knows_every_curriculum(name: str, tmp_path: Path) -> None:
     other = ran(tmp_path, **{"curriculum.name": name})
     for row in read_rows(Example, other.path / "seeds.jsonl")[:20]:
-        told = why(other, row.id)["rounds"][1]
+        told = explain_row(other, row.id)["rounds"][1]
         assert told["why"].startswith((name, "hard", "easy"))
 
 
 def test_the_same_settings_give_the_same_plan_and_nothing_is_written(run: RunDir) -> None:
     before = everything(run)
-    found = what_if(run, 1, [])
+    found = plan_with_changes(run, 1, [])
     assert found.then == found.now == plan_of(run)
     assert everything(run) == before
 
 
 def test_a_higher_threshold_makes_fewer_rows_hard(run: RunDir) -> None:
-    assert what_if(run, 1, ["curriculum.mfd_threshold=8"]).then.pool_hard == 0
+    assert plan_with_changes(run, 1, ["curriculum.mfd_threshold=8"]).then.pool_hard == 0
 
 
 def test_one_tasks_share_changes_and_the_others_stay(run: RunDir) -> None:
-    plain, more = what_if(run, 1, []).then, what_if(run, 1, ["tasks.Art=0.167"]).then
+    plain, more = plan_with_changes(run, 1, []).then, plan_with_changes(run, 1, ["tasks.Art=0.167"]).then
     assert plain.asked["Math"] > 0.8
     assert more.asked == {"Art": 0.5, "Math": 0.5}
 
 
 def test_calls_not_yet_made_are_foreseen(run: RunDir) -> None:
-    found = what_if(run, 2, ["curriculum.rows=40"])
+    found = plan_with_changes(run, 2, ["curriculum.rows=40"])
     assert [row.step for row in found.calls] == ["round-02/expand", "round-02/refine", "round-02/refine, new rows"]
     assert found.calls[-1].calls == found.then.to_write
     assert found.calls[0].money == 0.0  # the pocket teacher
 
 
 def test_a_plan_of_another_curriculum_is_tried_on_the_same_judgements(run: RunDir) -> None:
-    assert what_if(run, 1, ["curriculum.name=lion"]).then.curriculum == "lion"
-    assert what_if(run, 1, ["curriculum.name=uniform"]).calls == ()
+    assert plan_with_changes(run, 1, ["curriculum.name=lion"]).then.curriculum == "lion"
+    assert plan_with_changes(run, 1, ["curriculum.name=uniform"]).calls == ()
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_a_plan_of_another_curriculum_is_tried_on_the_same_judgements(run: RunDi
 )
 def test_what_cannot_be_tried_is_said(run: RunDir, number: int, change: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
-        what_if(run, number, [change])
+        plan_with_changes(run, number, [change])
 
 
 def test_a_run_that_judged_nothing_cannot_be_planned_by_difficulty(tmp_path: Path) -> None:
     other = ran(tmp_path, **{"curriculum.name": "uniform"})
     with pytest.raises(TapirError, match="was not judged"):
-        what_if(other, 1, ["curriculum.name=tapir"])
-    assert what_if(other, 1, ["curriculum.rows=7"]).then.got
+        plan_with_changes(other, 1, ["curriculum.name=tapir"])
+    assert plan_with_changes(other, 1, ["curriculum.rows=7"]).then.got
 
 
 def test_the_commands_print_tables_and_json(run: RunDir) -> None:

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapir_local.errors import TapirError
-from tapir_local.report.costs import costs
+from tapir_local.report.costs import summarize_costs
 from tapir_local.rundir import RunDir, held
 from tapir_local.store import keys
 from tapir_local.store.compression import LARGEST, pack, unpack
@@ -591,7 +591,7 @@ def test_a_store_of_an_older_version_learns_its_limits_and_goes_on(tmp_path):
     with Store(path, "read-only") as store:
         assert store.limits("answers") == [512, 256]
         assert spent(path, "r", estimated=True) == (0, 0, 0.0)
-        assert costs(path, "run") == []
+        assert summarize_costs(path, "run") == []
     for _ in range(2):
         with Store(path) as store:
             assert store.limits("answers") == [512, 256]

@@ -18,10 +18,10 @@ from tapir_local.recipe.schema import FROM_POOL
 from tapir_local.tables import PlainTable, joined, plain
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
-LOG_EVERY = 30.0
+LOG_INTERVAL = 30.0
 
 
-class Rate(ProgressColumn):
+class RateColumn(ProgressColumn):
     """Items a second."""
 
     def render(self, task: Task) -> Text:
@@ -30,21 +30,21 @@ class Rate(ProgressColumn):
 
 
 @contextmanager
-def watched(console: Console, done: int, total: int) -> Iterator[Watch]:
+def watch_run(console: Console, done: int, total: int) -> Iterator[Watch]:
     """A Watch that shows a bar for the step at work and keeps one line for each that has ended, `done` before now."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        Rate(),
+        RateColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[said]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield Shown(console, bars, done, total).watch()
+        yield ProgressDisplay(console, bars, done, total).watch()
 
 
-class Shown:
+class ProgressDisplay:
     """What is on the screen: how many steps have ended, the bar of the present one, when a line was last logged."""
 
     def __init__(self, console: Console, bars: Progress, done: int, total: int) -> None:
@@ -64,7 +64,7 @@ class Shown:
     def progress(self, done: int, total: int, said: str) -> None:
         """Move the bar; without a terminal, now and then a line."""
         self.bars.update(self.bar, completed=done, total=total or None, said=printable(said))
-        if not self.console.is_terminal and time.monotonic() - self.logged > LOG_EVERY:
+        if not self.console.is_terminal and time.monotonic() - self.logged > LOG_INTERVAL:
             self.logged = time.monotonic()
             self.console.print(plain(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
 
@@ -85,19 +85,19 @@ def calls_phrase(taken: Mapping[str, Any]) -> str:
     return f"; {taken['paid']:,} calls paid, {taken['hits']:,} hits"
 
 
-def percent(value: float | None) -> str:
+def percent_cell(value: float | None) -> str:
     """A rate for people; a dash where there is none."""
     return "-" if value is None else f"{value:.1%}"
 
 
-def interval(pair: Sequence[float] | None) -> str:
+def percent_interval_cell(pair: Sequence[float] | None) -> str:
     """A 95 % interval for people."""
     return "" if pair is None else f"{pair[0]:.0%} to {pair[1]:.0%}"
 
 
 def rounds_table(status: Mapping[str, Any]) -> PlainTable:
     """A row a round: win rate and accuracy on the holdout with their intervals, seconds."""
-    table = PlainTable(f"run {status['run']}: the holdout, round by round", caption(status))
+    table = PlainTable(f"run {status['run']}: the holdout, round by round", rounds_caption(status))
     for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
         table.add_column(name, justify="right")
     before: Mapping[str, Any] = {}
@@ -106,10 +106,10 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
         seconds = sum(stage["seconds"] or 0 for stage in row["stages"])
         table.add_row(
             str(row["number"]),
-            percent(found.get("win_rate")),
-            interval(found.get("win_rate_interval")),
+            percent_cell(found.get("win_rate")),
+            percent_interval_cell(found.get("win_rate_interval")),
             accuracy_cell(found),
-            interval(found.get("accuracy_interval")),
+            percent_interval_cell(found.get("accuracy_interval")),
             score_cell(found, before),
             str(found.get("judged", "-")),
             str(found.get("unjudged", "-")),
@@ -123,7 +123,7 @@ def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """Mean scores, `3.5 : 10.0`; of likeness the student's and its change on the round before, `3.50 (+0.25)`."""
     score, last = found.get("student_score"), before.get("student_score")
     if score is None or not is_likeness(found.get("win_rate"), score):
-        return scores_phrase([score, found.get("teacher_score")])
+        return score_pair_cell([score, found.get("teacher_score")])
     return f"{score:.2f}" + ("" if last is None else f" ({score - last:+.2f})")
 
 
@@ -131,10 +131,10 @@ def accuracy_cell(found: Mapping[str, Any]) -> str:
     """The accuracy, and of how many rows where a checker cannot tell of all."""
     checked = found.get("checked")
     some = f" of {checked:,}" if checked is not None and checked != found["rows"] else ""
-    return percent(found.get("accuracy")) + (some if found.get("accuracy") is not None else "")
+    return percent_cell(found.get("accuracy")) + (some if found.get("accuracy") is not None else "")
 
 
-def caption(status: Mapping[str, Any]) -> str:
+def rounds_caption(status: Mapping[str, Any]) -> str:
     """What the numbers mean and what was paid."""
     calls, judge = status["calls"], next((row["metrics"]["judge"] for row in status["rounds"] if row["metrics"]), "")
     metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
@@ -153,7 +153,7 @@ def caption(status: Mapping[str, Any]) -> str:
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row a stage: done or not, seconds, calls, its closing phrase."""
     table = PlainTable(f"run {status['run']}: stages")
-    told = [*unusable_phrase(status), *(f"WARNING: {text}" for text in status["warnings"])]
+    told = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(told) or None
     for name in ("stage", "done"):
         table.add_column(name)
@@ -163,14 +163,14 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
     for place, stages in [("prepare", status["prepare"]), *rounds, ("end", status["end"])]:
         for stage in stages:
-            numbers = (shown(stage.get(key)) for key in ("seconds", "paid", "hits"))
+            numbers = (number_cell(stage.get(key)) for key in ("seconds", "paid", "hits"))
             table.add_row(
                 f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, stage.get("note") or ""
             )
     return table
 
 
-def unusable_phrase(found: Mapping[str, Any]) -> list[str]:
+def unusable_lines(found: Mapping[str, Any]) -> list[str]:
     """A line that says how many rows were left out and how to see them; none where none was."""
     kinds = Counter[str]()
     for counts in found["unusable"].values():
@@ -185,39 +185,39 @@ def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable
     """The rows left out, counted by step and reason, and the first of them."""
     counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
     rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
-    table = plain_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
+    table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
     if not rows:
         table.caption = "No row was left out."
         return [table]
-    first = plain_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "in particular", "text"], rows)
+    first = text_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "in particular", "text"], rows)
     first.caption = f"All {len(found['rows']):,} are in unusable.jsonl of the run's folder; --json prints them."
     return [table, first]
 
 
-def shown(value: float | None) -> str:
+def number_cell(value: float | None) -> str:
     """A number for people."""
     return "" if value is None else f"{value:,}"
 
 
-def tasks_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> PlainTable:
+def task_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> PlainTable:
     """A row a task; `columns` maps a key of its values to how it is shown: `rate`, `score` or `count`."""
     table = PlainTable(title)
     table.add_column("task")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for task, values in rows.items():
-        table.add_row(task, *(cell(values.get(name), kind) for name, kind in columns.items()))
+        table.add_row(task, *(value_cell(values.get(name), kind) for name, kind in columns.items()))
     return table
 
 
-def cell(value: float | None, kind: str) -> str:
+def value_cell(value: float | None, kind: str) -> str:
     """A value of a `rate`, a `score` or a `count`, for people."""
     if kind == "score":
         return "-" if value is None else f"{value:.2f}"
-    return percent(value) if kind == "rate" else f"{int(value or 0):,}"
+    return percent_cell(value) if kind == "rate" else f"{int(value or 0):,}"
 
 
-def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
     """Text in columns."""
     table = PlainTable(title)
     for name in columns:
@@ -239,13 +239,13 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
             **({"student_score": "score"} if alike else {"win_rate": "rate"}),
             "accuracy": "rate",
         }
-        tables.append(tasks_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
+        tables.append(task_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
     cells = [
-        [row["task"], row["instruction"], row["teacher"], row["student"], scores_phrase(row["scores"])]
+        [row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
         for row in found["answers"]
     ]
-    answers = plain_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells)
-    answers.caption = "\n".join(unusable_phrase(found)) or None
+    answers = text_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells)
+    answers.caption = "\n".join(unusable_lines(found)) or None
     return [*tables, answers]
 
 
@@ -264,7 +264,7 @@ def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
         for task, share in plan["got"].items()
     }
     columns = {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
-    table = tasks_table(f"{title}: the plan ({plan['curriculum']})", rows, columns)
+    table = task_table(f"{title}: the plan ({plan['curriculum']})", rows, columns)
     table.caption = ". ".join([plan_phrase(plan), *plan["notes"]])
     return table
 
@@ -279,7 +279,7 @@ def plan_phrase(plan: Mapping[str, Any]) -> str:
 
 
 # What a judge's table shows: the key of records.JudgeQuality, what it says to people, and its form.
-JUDGED: Mapping[str, tuple[str, str]] = {
+JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
     "rows": ("rows judged", "{:,}"),
     "unjudged": ("rows unreadable", "{:,}"),
     "agreement": ("the two orders name the same winner, or both tie", "{:.1%}"),
@@ -296,28 +296,28 @@ def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable
     table.add_column("")
     for name in sets:
         table.add_column(name, justify="right")
-    for key, (words, form) in JUDGED.items():
+    for key, (words, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
         table.add_row(words, *("-" if value is None else form.format(value) for value in values))
     table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
     return table
 
 
-def scores_phrase(scores: Sequence[float | None] | None) -> str:
+def score_pair_cell(scores: Sequence[float | None] | None) -> str:
     """`3.5 : 10.0`, the student's and the teacher's."""
     if scores is None or scores[0] is None or scores[1] is None:
         return "-"
     return f"{scores[0]:.1f} : {scores[1]:.1f}"
 
 
-def money(value: float | None) -> str:
+def money_cell(value: float | None) -> str:
     """Money for people, to a cent, or to four places where it is little."""
     if value is None:
         return "unknown"
     return f"{value:,.2f}" if value >= 1 or not value else f"{value:,.4f}"
 
 
-def forecast_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
+def cost_estimate_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
     """A row a stage that will ask somebody, and their sum."""
     table = PlainTable(f"run {run}: what the rest will ask")
     table.add_column("stage")
@@ -332,12 +332,12 @@ def forecast_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
             f"{row.to_pay:,}",
             f"{row.tokens_in:,}",
             f"{row.tokens_out:,}",
-            money(row.money),
+            money_cell(row.money),
         )
         table.add_row(row.step, *told, "counted" if row.exact else "estimate")
     sums = [sum(getattr(row, name) for row in rows) for name in ("calls", "to_pay", "tokens_in", "tokens_out")]
     unknown = any(row.money is None and row.to_pay for row in rows)
-    total = money(None if unknown else sum(row.money or 0.0 for row in rows))
+    total = money_cell(None if unknown else sum(row.money or 0.0 for row in rows))
     table.add_section()
     table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
     table.caption = (
@@ -356,9 +356,9 @@ def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainT
     for name in (*numbers, "money", "saved"):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *moneys([row]))
+        table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *money_cells([row]))
     table.add_section()
-    table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *moneys(rows))
+    table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *money_cells(rows))
     table.caption = costs_caption(rows)
     return table
 
@@ -373,18 +373,22 @@ def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return " ".join(said) or None
 
 
-def moneys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """(paid, saved by the store) for people; calls of an unknown price are said, not counted as nothing."""
     unknown = sum(row["unpriced"] for row in rows)
     paid = sum(row["money"] for row in rows)
     told = (
-        f"{money(paid)} + {unknown:,} of unknown price" if unknown and paid else "unknown" if unknown else money(paid)
+        f"{money(paid)} + {unknown:,} of unknown price"
+        if unknown and paid
+        else "unknown"
+        if unknown
+        else money_cell(paid)
     )
     saved = sum(row["saved"] for row in rows)
-    return told, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money(saved)
+    return told, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
 
 
-def receipt(
+def round_receipt(
     title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
 ) -> tuple[PlainTable, Text] | tuple[()]:
     """What a round cost by stage, and a line of what each task did; nothing where nobody was asked."""
