@@ -1,10 +1,6 @@
-"""`python cli.py` in a checkout: the program's commands, which are in tapir_local.commands.main."""
+"""Run the program from a checkout: `python cli.py`."""
 
-from tapir_local.commands.distill import distill_command, load_recipe, run_recipe
-from tapir_local.commands.main import cli, main
-from tapir_local.commands.runs import show_command
-
-__all__ = ["carry_out", "cli", "distill", "load_recipe", "main", "show"]
+from tapir_local.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,54 +1,68 @@
-"""`tapir-local calls …`: the commands on the store."""
+"""`tapir-local calls …`: count, list, search, compare and check the calls in the store."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from tapir_local.commands.calls_transfer import export_calls_command, import_calls_command, keys_in_lockfile
 from tapir_local.commands.options import cache_option, help_examples, json_option, store_path
 from tapir_local.commands.output import echo, line_progress, print_json, print_rows, print_table
-from tapir_local.errors import TapirError
 
 if TYPE_CHECKING:
     from tapir_local.report.costs import CostGrouping
-    from tapir_local.store.store import Store
 
 
-@click.group(epilog=help_examples("tapir-local calls stats", "tapir-local calls list --run quickstart --stage judge"))
+@click.group(
+    name="calls",
+    epilog=help_examples("tapir-local calls stats", "tapir-local calls list --run quickstart --stage judge"),
+)
 def calls_group() -> None:
-    """What was asked of teachers and judges, and paid for."""
+    """List, search, check, export and import the stored calls."""
 
 
-@calls_group.command(epilog=help_examples("tapir-local calls stats --run quickstart"))
-@click.option("--run", help="Only this run.")
+calls_group.add_command(export_calls_command)
+calls_group.add_command(import_calls_command)
+
+
+@calls_group.command(name="stats", epilog=help_examples("tapir-local calls stats --run quickstart"))
+@click.option("--run", help="Count only the calls of this run.")
 @cache_option
 @json_option
 def stats_command(run: str | None, cache: Path | None, as_json: bool) -> None:
-    """Calls used and paid for, and tokens of the paid ones, by run, round and stage; and what the store weighs."""
-    from tapir_local.store.queries import refuse_unknown, size
-    from tapir_local.store.queries import stats_command as count
+    """Count calls and tokens by run, round and stage.
+
+    Shows how many calls were used, how many of them were paid for, and the tokens of the paid ones. Prints the size
+    of the store to stderr.
+    """
+    from tapir_local.store.queries import refuse_unknown, size, stats
 
     refuse_unknown(store_path(cache), run=run)
     names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
-    print_rows("calls", names, count(store_path(cache), run), as_json)
-    stored, weight = size(store_path(cache))
-    each = f", {weight / stored:,.0f} bytes a call" if stored else ""
-    echo(f"{stored:,} calls stored, {weight / 1e6:,.1f} MB{each}", err=True)
+    print_rows("calls", names, stats(store_path(cache), run), as_json)
+    count, size_in_bytes = size(store_path(cache))
+    each = f", {size_in_bytes / count:,.0f} bytes per call" if count else ""
+    echo(f"{count:,} calls stored, {size_in_bytes / 1e6:,.1f} MB{each}", err=True)
 
 
 @calls_group.command(
-    epilog=help_examples("tapir-local calls cost --run quickstart", "tapir-local calls cost --by run --json")
+    name="cost",
+    epilog=help_examples("tapir-local calls cost --run quickstart", "tapir-local calls cost --by run --json"),
 )
-@click.option("--run", help="Only this run.")
-@click.option("--round", "number", type=click.IntRange(min=0), help="Only this round.")
-@click.option("--by", type=click.Choice(["run", "round", "stage", "task"]), default="stage", show_default=True)
+@click.option("--run", help="Count only the calls of this run.")
+@click.option("--round", "number", type=click.IntRange(min=0), help="Count only the calls of this round.")
+@click.option(
+    "--by",
+    type=click.Choice(["run", "round", "stage", "task"]),
+    default="stage",
+    show_default=True,
+    help="Print one row for each of these.",
+)
 @cache_option
 @json_option
-def cost_command(run: str | None, number: int | None, by: "By", cache: Path | None, as_json: bool) -> None:
-    """What was paid, and what the store saved, by run, round, stage or task."""
+def cost_command(run: str | None, number: int | None, by: "CostGrouping", cache: Path | None, as_json: bool) -> None:
+    """Show what was paid and what the store saved."""
     from tapir_local.report.costs import cost_table, summarize_costs
     from tapir_local.store.queries import refuse_unknown
 
@@ -61,13 +75,13 @@ def cost_command(run: str | None, number: int | None, by: "By", cache: Path | No
 
 
 @calls_group.command(name="list", epilog=help_examples("tapir-local calls list --stage refine --limit 5"))
-@click.option("--run", help="Only this run.")
-@click.option("--stage", help="Only this stage.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="So many, the newest first.")
+@click.option("--run", help="List only the calls of this run.")
+@click.option("--stage", help="List only the calls of this stage.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Maximum number of calls.")
 @cache_option
 @json_option
 def list_command(run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool) -> None:
-    """The newest calls: key, where they were used, and what was answered."""
+    """List the newest calls: key, where used, and answer."""
     from tapir_local.store.queries import listed, refuse_unknown
 
     refuse_unknown(store_path(cache), run=run, stage=stage)
@@ -78,33 +92,33 @@ def list_command(run: str | None, stage: str | None, limit: int, cache: Path | N
 
 
 @calls_group.command(
-    epilog=help_examples("tapir-local calls search apples", "tapir-local calls search 'how many' --stage judge")
+    name="search",
+    epilog=help_examples("tapir-local calls search apples", "tapir-local calls search 'how many' --stage judge"),
 )
 @click.argument("words", nargs=-1, required=True)
-@click.option("--run", help="Only calls that this run used.")
-@click.option("--stage", help="Only calls that this stage used.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="So many, the best first.")
+@click.option("--run", help="Search only the calls that this run used.")
+@click.option("--stage", help="Search only the calls that this stage used.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Maximum number of calls.")
 @cache_option
 @json_option
 def search_command(
     words: tuple[str, ...], run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool
 ) -> None:
-    """The calls with all the WORDS in their prompt and answer.
+    """Find calls with all the WORDS in prompt and answer.
 
-    Words in one pair of quotes stand together in this order. Capitals, accents and signs do not count. A word that
-    begins with a dash goes after `--`.
+    Prints the best matches first. Quoted words must occur together, in this order. Upper and lower case, accents and
+    punctuation are ignored. Put `--` before a word that begins with a dash.
     """
     from tapir_local.store.queries import refuse_unknown
-    from tapir_local.store.search import search_command as find
+    from tapir_local.store.search import search
 
     refuse_unknown(store_path(cache), run=run, stage=stage)
-    rows = find(
-        store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=line_progress("calls indexed")
-    )
+    progress = line_progress("calls indexed")
+    rows = search(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=progress)
     if not rows:
         echo("no call has all of these words", err=True)
     if len(rows) > limit:
-        echo(f"more than {limit:,} calls have these words; --limit shows more", err=True)
+        echo(f"only the first {limit:,} matches are shown; use --limit to see more", err=True)
     rows = rows[:limit]
     if not as_json:
         rows = [{**row, "key": row["key"][:12]} for row in rows]
@@ -115,169 +129,66 @@ def search_command(
 @click.argument("key")
 @cache_option
 def show_call_command(key: str, cache: Path | None) -> None:
-    """One call whole, as JSON: KEY is the beginning of its key."""
+    """Print one call as JSON. KEY is the beginning of its key."""
     from tapir_local.store.queries import shown
 
     print_json(shown(store_path(cache), key))
 
 
-@calls_group.command(epilog=help_examples("tapir-local calls explain 3f9a 77b0", "tapir-local calls explain 3f9a"))
+@calls_group.command(
+    name="explain", epilog=help_examples("tapir-local calls explain 3f9a 77b0", "tapir-local calls explain 3f9a")
+)
 @click.argument("a")
 @click.argument("b", required=False)
 @cache_option
 @json_option
 def explain_command(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
-    """Why A and B are two calls: the fields in which their requests differ, the first one first.
+    """Show how the requests of the calls A and B differ.
 
-    A and B are the beginnings of keys; without B, A is compared with the stored request that reads most like it. In
-    the sentences `here` is A and `there` is B.
+    A and B are the beginnings of keys. Without B, A is compared with the most similar stored request. In the output
+    `here` means A and `there` means B.
     """
-    from tapir_local.store.queries import explain_command as compare
+    from tapir_local.store.queries import explain
 
-    found = compare(store_path(cache), a, b)
+    found = explain(store_path(cache), a, b)
     if as_json:
         print_json({name: item for name, item in found.items() if name != "told"})
         return
     echo(f"A {found['a']}\nB {found['b']}")
-    first, *others = found["told"] or ["they are one and the same request"]
+    first, *others = found["told"] or ["both are one and the same request"]
     echo(first)
     for sentence in others:
         echo(f"also {sentence}")
 
 
-@calls_group.command(epilog=help_examples("tapir-local calls verify", "tapir-local calls verify --run quickstart"))
-@click.option("--run", help="Check too that every call that this run used, or that its tapir.lock names, is there.")
+@calls_group.command(
+    name="verify", epilog=help_examples("tapir-local calls verify", "tapir-local calls verify --run quickstart")
+)
+@click.option("--run", help="Check also that no call is missing that this run used or that its tapir.lock names.")
 @cache_option
 def verify_command(run: str | None, cache: Path | None) -> None:
-    """Read every call and check its key against its request; exits with 1 where one is damaged or absent."""
-    from tapir_local.store.queries import absent, refuse_unknown
-    from tapir_local.store.queries import verify_command as check
+    """Check every stored call against its key.
+
+    Prints the keys of damaged and missing calls, and exits with 1 if there are any.
+    """
+    from tapir_local.store.queries import absent, refuse_unknown, verify
 
     refuse_unknown(store_path(cache), run=run)
-    count, bad = check(store_path(cache))
-    gone = absent(store_path(cache), find_used_keys(cache, run)) if run else []
-    for key in [*bad, *gone]:
+    count, damaged = verify(store_path(cache))
+    missing = absent(store_path(cache), find_used_keys(cache, run)) if run else []
+    for key in [*damaged, *missing]:
         echo(key)
-    missing = f", {len(gone):,} of run {run} absent" if run else ""
-    echo(f"{count:,} calls read, {len(bad):,} damaged{missing}", err=True)
-    if bad or gone:
+    of_run = f", {len(missing):,} of run {run} missing" if run else ""
+    echo(f"{count:,} calls read, {len(damaged):,} damaged{of_run}", err=True)
+    if damaged or missing:
         sys.exit(1)
 
 
 def find_used_keys(cache: Path | None, run: str) -> list[str]:
-    """The keys that a run used by the store's record or its tapir.lock; TapirError where it used none."""
+    """The keys that a run used, by the store or by its tapir.lock; TapirError if it used none."""
     from tapir_local.store.queries import opened
     from tapir_local.store.transfer import keys_of
 
-    locked = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)]
+    in_lock = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)]
     with opened(store_path(cache)) as store:
-        return sorted(key.hex() for key in keys_of(store, store_path(cache), run, locked))
-
-
-def keys_in_lockfile(cache: Path | None, run: str) -> list[str]:
-    """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
-    from tapir_local.pipeline.lockfile import keys_of, locked
-    from tapir_local.rundir import named_run
-
-    folder = named_run(store_path(cache).parent, run)
-    return keys_of(locked(folder)) if folder else []
-
-
-@calls_group.command(name="export", epilog=help_examples("tapir-local calls export --run quickstart quickstart.db"))
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--run", help="Only this run's calls; all if left out.")
-@cache_option
-def export_calls_command(file: Path, run: str | None, cache: Path | None) -> None:
-    """Write a run's calls to a store of their own, FILE, which must not be there yet.
-
-    Elsewhere it is `teacher.db` of a cache, for `distill --replay`, or is taken in by `calls import`.
-    """
-    from tapir_local.outputs import check_output
-    from tapir_local.store.transfer import export
-
-    store = store_path(cache)
-    check_output(
-        file, [store.with_name(store.name + end) for end in ("", "-wal", "-shm")], beside=(".partial",), force=True
-    )
-    used = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)] if run else []
-    done = export(store, file, run, used)
-    echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
-    if done.lost:
-        echo(f"{done.lost:,} calls could not be read and were left out", err=True)
-        sys.exit(1)
-
-
-@calls_group.command(
-    name="import",
-    epilog=help_examples(
-        "tapir-local calls import other/teacher.db",
-        "tapir-local calls import alpaca_data.json --recipe my.yaml",
-        "tapir-local calls import batch_output.jsonl --requests batch_input.jsonl --recipe my.yaml",
-    ),
-)
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--recipe", help="Recipe whose teacher gave the answers of FILE.")
-@click.option("--requests", type=click.Path(path_type=Path), help="Input of the OpenAI batch whose output FILE is.")
-@cache_option
-def import_calls_command(file: Path, recipe: str | None, requests: Path | None, cache: Path | None) -> None:
-    """Take in the calls of another store, FILE, or answers paid for elsewhere. What is stored already stays.
-
-    Of another store every call is checked first; one that is not what its key says is refused, and the command exits
-    with 1. Answers from elsewhere become what the recipe's teacher answers to these instructions as seeds, so that
-    `distill` with this recipe does not ask for them again. FILE is then Alpaca, ShareGPT or messages, AlpacaEval's
-    model outputs, or the output of OpenAI's Batch API. Only whole rows are taken: an instruction and an answer that
-    was not cut.
-    """
-    from tapir_local.store.transfer import is_database
-
-    if not is_database(file):
-        import_paid_answers(file, recipe, requests, cache)
-    elif recipe or requests:
-        raise TapirError("FILE is a store, whose calls have their keys", where=str(file), fix="Leave the options out.")
-    else:
-        import_store_calls(file, cache)
-
-
-def import_store_calls(file: Path, cache: Path | None) -> None:
-    """Another store."""
-    from tapir_local.store.transfer import import_store
-
-    with open_writable_store(cache) as store:
-        found = import_store(store, file, line_progress("calls read"))
-    why = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
-    refused = f", {found.refused.total():,} refused: {why}" if why else ""
-    echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
-    if why:
-        sys.exit(1)
-
-
-def import_paid_answers(file: Path, named: str | None, requests: Path | None, cache: Path | None) -> None:
-    """Answers from elsewhere."""
-    from tapir_local.assets import find_recipe, text_of_recipe
-    from tapir_local.recipe.text import parse_recipe
-    from tapir_local.teacher.external import read_answers, reasons, take
-
-    if not named:
-        fix = "Name a recipe with that teacher: --recipe RECIPE"
-        raise TapirError("no store, and it does not say which teacher gave these answers", where=str(file), fix=fix)
-    place = find_recipe(named)
-    teacher = parse_recipe(text_of_recipe(place), str(place)).teacher
-    rows, found = read_answers(file, teacher, requests)
-    with open_writable_store(cache) as store:
-        take(store, teacher, rows, file, found, line_progress("answers imported"))
-    refused = f", refused: {reasons(found)}" if found.refused else ""
-    echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
-    if found.otherwise:
-        said = f"the first: {found.difference}, `here` being the recipe"
-        echo(f"{found.otherwise:,} were asked with other settings than the recipe's; {said}", err=True)
-
-
-@contextmanager
-def open_writable_store(cache: Path | None) -> Iterator["Store"]:
-    """The cache's store, to be added to."""
-    from tapir_local.store.store import Store
-
-    with Store(store_path(cache)) as store:
-        for notice in store.notices:
-            echo(notice, err=True)
-        yield store
+        return sorted(key.hex() for key in keys_of(store, store_path(cache), run, in_lock))

@@ -1,4 +1,4 @@
-"""Talk to a run's student, alone or beside its untrained base."""
+"""A conversation with the student of a run, alone or next to its untrained base model."""
 
 import random
 import secrets
@@ -21,40 +21,40 @@ Write = Callable[[str], None]
 
 @dataclass
 class ChatModel:
-    """One open model, the recipe's limits, and what was said so far."""
+    """An open model, the recipe's limit of tokens, and the conversation so far."""
 
     name: str
     engine: Any
     max_tokens: int
     chance: random.Random
-    said: list[Message] = field(default_factory=list)
+    history: list[Message] = field(default_factory=list)
 
     def answer(self, text: str, temperature: float) -> Iterator[str]:
-        """The answer piece by piece; it becomes part of the conversation when it is whole.
+        """The answer in pieces; it is added to the conversation when it is complete.
 
-        Each is drawn with a seed of its own, so that the same question may be answered in another way.
+        Each answer has its own sampling seed, so that the same question may get different answers.
         """
-        asked = [*self.said, Message("user", text)]
+        asked = [*self.history, Message("user", text)]
         seed, pieces = self.chance.getrandbits(31), []
         for piece in chat_stream(self.engine, asked, max_tokens=self.max_tokens, temperature=temperature, seed=seed):
             pieces.append(piece)
             yield piece
-        self.said = [*asked, Message("assistant", "".join(pieces))]
+        self.history = [*asked, Message("assistant", "".join(pieces))]
 
 
 @contextmanager
 def open_students(
-    run: RunDir, number: int | None, vs: str | None, say: Write, random_seed: int | None = None
+    run: RunDir, number: int | None, vs: str | None, tell: Write, random_seed: int | None = None
 ) -> Iterator[list[ChatModel]]:
-    """The run's student of a round and, where asked, its base, open.
+    """The student of a round and, if `vs` is "base", the base model, both open.
 
-    Replies are drawn by chance; with a `random_seed` the same questions get the same replies.
+    Replies are sampled. With a `random_seed` the same questions get the same replies.
     """
     seed = secrets.randbits(31) if random_seed is None else random_seed
     recipe = kept_recipe(run)
     files = {"student": student_of(recipe, run, find_student_gguf(run, number))}
     if vs == "base":
-        say("opening the base; its GGUF is made once")
+        tell("opening the base model; its GGUF is made only once")
         files["base"] = Student(base_gguf(recipe, run))
     with ExitStack() as stack:
         yield [
@@ -71,45 +71,45 @@ def open_students(
 
 
 def find_student_gguf(run: RunDir, number: int | None) -> Path:
-    """The GGUF of a round; where none is named the finished run's, or that of the last round that has one."""
+    """The GGUF of a round; without a number, that of the finished run or of the last round that has one."""
     finished = run.path / "model" / "student.gguf"
     if number is None and finished.exists():
         return finished
     there = [n for n in range(rounds_begun(run) + 1) if (run.round(n) / "student.gguf").exists()]
     if not there or (number is not None and number not in there):
-        which = "student yet" if number is None else f"student of round {number}"
+        missing = "student yet" if number is None else f"student of round {number}"
         rounds = ", ".join(map(str, there)) or "none"
         raise TapirError(
-            f"run {run.name!r} has no {which}", where=str(run.path), fix=f"Rounds with a student: {rounds}."
+            f"run {run.name!r} has no {missing}", where=str(run.path), fix=f"Rounds with a student: {rounds}."
         )
     return run.round(there[-1] if number is None else number) / "student.gguf"
 
 
-def answer_once(answering: Sequence[ChatModel], prompt: str, temperature: float, write: Write) -> None:
-    """One answer of each, named where there are two."""
-    for student in answering:
-        if len(answering) > 1:
-            write(f"[{student.name}]\n")
-        for piece in student.answer(prompt, temperature):
+def answer_once(models: Sequence[ChatModel], prompt: str, temperature: float, write: Write) -> None:
+    """Write one answer of each model, with its name if there are two."""
+    for model in models:
+        if len(models) > 1:
+            write(f"[{model.name}]\n")
+        for piece in model.answer(prompt, temperature):
             write(piece)
         write("\n")
 
 
-def chat_loop(answering: Sequence[ChatModel], temperature: float, read: Callable[[], str | None], write: Write) -> None:
-    """Line after line until /exit or the end of the input."""
-    write("/reset forgets the conversation, /exit ends it\n")
+def chat_loop(models: Sequence[ChatModel], temperature: float, read: Callable[[], str | None], write: Write) -> None:
+    """Answer line after line until /exit or the end of the input."""
+    write("Type /reset to start a new conversation, /exit to end the chat.\n")
     while (line := read()) is not None and line.strip() != "/exit":
         if line.strip() == "/reset":
-            for student in answering:
-                student.said = []
-            write("forgotten\n")
+            for model in models:
+                model.history = []
+            write("started a new conversation\n")
         elif line.strip():
-            answer_or_explain(answering, line.strip(), temperature, write)
+            answer_or_explain(models, line.strip(), temperature, write)
 
 
-def answer_or_explain(answering: Sequence[ChatModel], line: str, temperature: float, write: Write) -> None:
-    """A conversation that has grown too long is said, and does not end the chat."""
+def answer_or_explain(models: Sequence[ChatModel], line: str, temperature: float, write: Write) -> None:
+    """Answer a line, or write why it cannot be answered: a conversation that is too long does not end the chat."""
     try:
-        answer_once(answering, line, temperature, write)
+        answer_once(models, line, temperature, write)
     except TapirError as error:
         write(f"{error}\n")

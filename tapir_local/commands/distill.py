@@ -1,7 +1,6 @@
-"""`tapir-local distill`: the recipe with what the command line says instead, the run, and what it tells of itself."""
+"""`tapir-local distill`: apply the command line to the recipe, run it or estimate its cost, and say how it went."""
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from tapir_local.errors import TapirError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tapir_local.commands.trust import Risk
     from tapir_local.pipeline.loop import Step, Watch
     from tapir_local.recipe.schema import Recipe
     from tapir_local.rundir import RunDir
@@ -23,19 +21,20 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=help_examples("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json")
+    name="distill",
+    epilog=help_examples("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json"),
 )
 @click.argument("recipe", default="quickstart")
-@click.option("--rounds", type=click.IntRange(min=0), help="Rounds after the baseline, instead of the recipe's.")
-@click.option("--name", help="Name of the run, instead of the recipe's.")
-@click.option("--seeds", type=HomePath(), help="File of seeds, instead of the recipe's.")
-@click.option("--random-seed", type=click.IntRange(min=0), help="Where chance begins, instead of the recipe's.")
+@click.option("--rounds", type=click.IntRange(min=0), help="Rounds after round 0 (overrides the recipe).")
+@click.option("--name", help="Name of the run (overrides the recipe).")
+@click.option("--seeds", type=HomePath(), help="File of seeds (overrides the recipe).")
+@click.option("--random-seed", type=click.IntRange(min=0), help="Random seed (overrides the recipe).")
 @click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable."
 )
-@click.option("--replay", is_flag=True, help="Ask nobody: every answer must be in the store, or the run stops.")
-@click.option("--dry-run", is_flag=True, help="Only tell what the rest of the run will ask and cost; asks nobody.")
-@click.option("--trust", is_flag=True, help="Let RECIPE run the commands and send the keys that it names.")
+@click.option("--replay", is_flag=True, help="Take every answer from the store; stop with an error if one is missing.")
+@click.option("--dry-run", is_flag=True, help="Show what the rest of the run will ask and cost, and ask nothing.")
+@click.option("--trust", is_flag=True, help="Allow RECIPE to run the commands and send the keys that it names.")
 @cache_option
 def distill_command(
     recipe: str,
@@ -49,62 +48,49 @@ def distill_command(
     trust: bool,
     cache: Path | None,
 ) -> None:
-    """Run RECIPE, or go on with it where it was cut.
+    """Run RECIPE, or resume its run if it was stopped.
 
-    RECIPE is a YAML file or the name of one that comes with the program (see `tapir-local recipes`). Paths in it are
-    from the current folder. One that runs a command (train.launcher, export.converter), or sends another key than
-    OPENAI_API_KEY to a host that it names, needs --trust or an answer on a terminal, once.
+    RECIPE is a YAML file or the name of a recipe that comes with the program (see `tapir-local recipes`). Paths in it
+    are relative to the current folder. A recipe that runs a command (train.launcher, export.converter), or sends a key
+    other than OPENAI_API_KEY to a host that it names, needs your permission once: --trust, or an answer in the
+    terminal.
     """
-    from tapir_local.commands.trust import require_trust
+    from tapir_local.assets import default_cache
+    from tapir_local.commands.trust import ask_permission, require_trust
+    from tapir_local.rundir import RunDir
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    chosen, path, said = resolve_recipe(recipe, given)
-    run = run_dir(cache, chosen.name)
-    for line in said:
-        echo(line, err=True)
+    chosen, path, messages = resolve_recipe(recipe, given)
+    run = RunDir(cache or default_cache(), chosen.name)
+    for message in messages:
+        echo(message, err=True)
     if dry_run:
         print_cost_estimate(chosen, run)
         return
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
-    if count := run_recipe(chosen, run, replay):
+    count = run_recipe(chosen, run, replay)
+    if count:
         print_rounds(run)
-        echo(f"\n{count} stages done. {what_now(run, cache)}", err=True)
+        echo(f"\n{count} stages done. {next_steps(run, cache)}", err=True)
     else:
-        echo(
-            f"Run {run.name!r} is done already: {chosen.rounds} rounds. tapir-local status {run.name} shows it.",
-            err=True,
-        )
-        echo(next_steps(run, cache), err=True)
+        done = f"Run {run.name!r} is done already: {chosen.rounds} rounds. `tapir-local status {run.name}` shows it."
+        echo(f"{done}\n{next_steps(run, cache)}", err=True)
 
 
 def next_steps(run: "RunDir", cache: Path | None) -> str:
-    """Where the student is and how one talks to it."""
+    """Where the student is, and the commands to talk to it."""
     model, name = run.path / "model", run.name.lower()
     return (
-        f"The student is in {model}, with a Modelfile, a card and checksums.\n"
-        f"Talk to it:  tapir-local chat {run.name}{cache_words(cache)}\n"
+        f"The student is in {model}, with a Modelfile, a model card and checksums.\n"
+        f"Talk to it:  tapir-local chat {run.name}{cache_argument(cache)}\n"
         f"In Ollama:   ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
     )
-
-
-def load_recipe(
-    named: str,
-    sets: Sequence[str],
-    *,
-    rounds: int | None,
-    name: str | None,
-    seeds: Path | None,
-    random_seed: int | None,
-) -> "Recipe":
-    """The recipe with what the command line says instead."""
-    changes = recipe_changes(sets, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    return resolve_recipe(named, changes)[0]
 
 
 def recipe_changes(
     sets: Sequence[str], *, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None
 ) -> dict[str, Any]:
-    """What the command line says of settings; an option of its own is stronger than --set."""
+    """The settings that the command line changes, by path; an option such as --rounds overrides --set."""
     from tapir_local.recipe.text import read_changes
 
     options = {
@@ -117,13 +103,13 @@ def recipe_changes(
 
 
 def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
-    """A named recipe with the changes, its file, and what the user should know of it before it runs."""
+    """(recipe with the changes, its file, messages that the user should read before it runs)."""
     from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.checks import notices, unnamed
     from tapir_local.recipe.text import overridden, parse_recipe, replaced
 
     path = find_recipe(named)
-    # A change may mend what the file alone would be refused for.
+    # The file alone may have an error that a change fixes.
     written = recipe = parse_recipe(text_of_recipe(path), str(path), kept=bool(changes))
     if changes:
         recipe = overridden(written, changes, where=f"{path} with the command line's settings")
@@ -132,17 +118,8 @@ def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Pa
     return recipe, path, [*replaced(written, recipe), *notices(recipe)]
 
 
-def ask_permission(risks: "Sequence[Risk]", trust: bool) -> bool:
-    """Whether the user lets a recipe do this: by --trust, or by an answer on a terminal."""
-    if trust or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return trust
-    for risk in risks:
-        echo(f"This recipe {risk.does}", err=True)
-    return click.confirm("Is that what you want?", default=False, err=True)
-
-
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
-    """A table of the calls to come."""
+    """Print a table of the calls that the rest of the run will make."""
     from tapir_local.pipeline.backends import judge_of
     from tapir_local.pipeline.dry_run import forecast
     from tapir_local.report.costs import cost_estimate_table
@@ -153,12 +130,11 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
 
 
 def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
-    """The loop with the real tools and a progress bar; with `replay`, from the store alone."""
+    """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
     from tapir_local.pipeline.backends import real_tools
-    from tapir_local.pipeline.loop import distill_command as loop
-    from tapir_local.pipeline.loop import sequence
+    from tapir_local.pipeline.loop import distill, sequence
     from tapir_local.report.progress import watch_run
     from tapir_local.tables import plain
 
@@ -170,11 +146,11 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
         console.print(plain(text), soft_wrap=True)
 
     with real_tools(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
-        return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
+        return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
 
 
 def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
-    """The same, and after each round what it cost."""
+    """The same watch, which also prints after each round what it cost."""
     from dataclasses import replace
 
     from tapir_local.report.costs import round_receipt, summarize_costs
@@ -188,16 +164,8 @@ def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
     return replace(watch, ends=ends)
 
 
-def run_dir(cache: Path | None, name: str) -> "RunDir":
-    """The folder of a run that may not be there yet."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import RunDir
-
-    return RunDir(cache or default_cache(), name)
-
-
 def print_rounds(run: "RunDir") -> None:
-    """The table of rounds."""
+    """Print the table of rounds."""
     from tapir_local.report.status import run_status
     from tapir_local.report.status_tables import rounds_table
 

@@ -1,259 +1,72 @@
-"""The commands: parse, call, print. Data goes to stdout, what is said to people to stderr."""
+"""The command group `tapir-local`, its exit codes, and how errors reach the user."""
 
 import io
 import sys
-from pathlib import Path
 
 import click
 
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
-from tapir_local.commands.common import check_system
 from tapir_local.commands.distill import distill_command
 from tapir_local.commands.models import export_command, generate_command
-from tapir_local.commands.options import cache_option, help_examples, json_option, select_run
-from tapir_local.commands.output import echo, print_json, print_table
-from tapir_local.commands.runs import compare_command, plan_command, why_command
+from tapir_local.commands.output import echo
+from tapir_local.commands.runs import (
+    chat_command,
+    compare_command,
+    plan_command,
+    redo_stages_command,
+    show_command,
+    status_command,
+    why_command,
+)
+from tapir_local.commands.start import doctor_command, recipes_command
 from tapir_local.errors import TapirError
 
 EXIT_CODES_HELP = """\b
 Exit codes:
   0    done
-  1    an error that the message says how to put right
-  2    a command or an option that does not exist
-  130  stopped with Ctrl-C; the same command goes on"""
+  1    an error; the message says how to fix it
+  2    no such command or option
+  130  stopped with Ctrl-C; run the same command again to resume"""
 
 
 @click.group(epilog=EXIT_CODES_HELP)
 @click.version_option(__version__, prog_name="tapir-local")
 def cli() -> None:
-    """Distil a teacher LLM into a small student by TAPIR, on this machine.
+    """Distill a teacher LLM into a small student by TAPIR, on this machine.
 
-    With nothing named, the quickstart runs: a pocket teacher (a programme, no LLM) and a pocket student, no key, no
-    GPU, no download.
+    Without a recipe, `distill` runs the quickstart. Its teacher is a small program, not an LLM, so it needs no API
+    key, no GPU and no download.
     """
-
-
-@cli.command(epilog=help_examples("tapir-local status", "tapir-local status quickstart --json"))
-@click.argument("run", required=False)
-@cache_option
-@json_option
-def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
-    """What is done of RUN, its stages and its metrics; without RUN, of the run worked on last."""
-    from tapir_local.report.status import run_status
-    from tapir_local.report.status_tables import rounds_table, stages_table
-
-    found = run_status(select_run(cache, run))
-    if as_json:
-        print_json(found)
-    else:
-        print_table(stages_table(found), rounds_table(found))
-
-
-@cli.command(
-    epilog=help_examples(
-        "tapir-local show quickstart",
-        "tapir-local show quickstart --round 2 --json",
-        "tapir-local show quickstart --labels",
-        "tapir-local show quickstart --unusable",
-    )
-)
-@click.argument("run", required=False)
-@click.option("--round", "number", type=click.IntRange(min=0), help="The round; the last evaluated one if left out.")
-@click.option(
-    "--labels", is_flag=True, help="Instead: who labelled the rows of each task, and what the classifier confuses."
-)
-@click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
-@cache_option
-@json_option
-def show_command(
-    run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool
-) -> None:
-    """A round of RUN: its plan, its metrics by task, and some answers of its student."""
-    from tapir_local.report.labels import label_report, label_tables
-    from tapir_local.report.status import round_report, unusable_report
-    from tapir_local.report.status_tables import round_tables, unusable_tables
-
-    if labels and unusable:
-        raise click.UsageError("give --labels or --unusable, not both")
-    if (labels or unusable) and number is not None:
-        raise click.UsageError(f"--{'labels' if labels else 'unusable'} is of the whole run, not of a round")
-    place = select_run(cache, run)
-    found = label_report(place) if labels else unusable_report(place) if unusable else round_report(place, number)
-    tables = label_tables if labels else unusable_tables if unusable else round_tables
-    if as_json:
-        print_json(found)
-    else:
-        print_table(*tables(found))
-
-
-@cli.command(
-    epilog=help_examples(
-        "tapir-local redo quickstart --round 2 --from plan", "tapir-local redo quickstart --from seeds"
-    )
-)
-@click.argument("run")
-@click.option(
-    "--round",
-    "number",
-    type=click.IntRange(min=0),
-    help="The round; without it, a stage of the preparation, or `ship`, the last.",
-)
-@click.option("--from", "stage", required=True, help="The stage; it and all that follow are deleted, the last first.")
-@cache_option
-def redo_stages_command(run: str, number: int | None, stage: str, cache: Path | None) -> None:
-    """Delete the outputs of a stage of RUN and of every later one, so that `distill` makes them again.
-
-    Paid calls stay in the store.
-    """
-    from tapir_local.pipeline.loop import redo_stages_command as undo
-
-    gone = undo(select_run(cache, run), number, stage)
-    echo("\n".join(gone) if gone else "nothing was there", err=False)
-    echo(f"{len(gone)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
-
-
-@cli.command(
-    epilog=help_examples(
-        "tapir-local chat quickstart", 'tapir-local chat quickstart --prompt "What is 12 + 7?" --vs base'
-    )
-)
-@click.argument("run", required=False)
-@click.option(
-    "--round", "number", type=click.IntRange(min=0), help="The round whose student answers; the last one if left out."
-)
-@click.option("--prompt", help="Answer this and end.")
-@click.option("--vs", type=click.Choice(["base"]), help="Show the untrained student's answer too.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is the likeliest answer.", show_default=True
-)
-@click.option("--random-seed", type=click.IntRange(min=0), help="Draw the same replies each time.")
-@cache_option
-def chat_command(
-    run: str | None,
-    number: int | None,
-    prompt: str | None,
-    vs: str | None,
-    temperature: float,
-    random_seed: int | None,
-    cache: Path | None,
-) -> None:
-    """Talk to the student of RUN: /reset forgets the conversation, /exit ends it."""
-    from tapir_local.commands.chat import answer_once, chat_loop, open_students
-
-    place = select_run(cache, run)
-    with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as answering:
-        if prompt is not None:
-            answer_once(answering, prompt, temperature, lambda text: echo(text, nl=False))
-        else:
-            chat_loop(answering, temperature, read_prompt, lambda text: echo(text, nl=False))
-
-
-def read_prompt() -> str | None:
-    """A line from the terminal; None at its end."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
-
-
-@cli.command(
-    epilog=help_examples("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings")
-)
-@click.argument("name", required=False)
-@click.option(
-    "--settings", "list_settings", is_flag=True, help="List every setting with its type, default and meaning."
-)
-@json_option
-def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> None:
-    """List the recipes that come with the program; with NAME, print the text of one.
-
-    A recipe from elsewhere can run commands (train.launcher, export.converter) and send a key other than
-    OPENAI_API_KEY to a host that it names. Read it first; `distill` then wants your answer, or --trust, once.
-    """
-    from tapir_local.assets import find_recipe, text_of_recipe
-
-    if list_settings:
-        print_settings(as_json)
-    elif name:
-        echo(text_of_recipe(find_recipe(name)), nl=False)
-    else:
-        print_recipes(as_json)
-
-
-def print_recipes(as_json: bool) -> None:
-    """A row a recipe."""
-    from tapir_local.assets import recipe_files, text_of_recipe
-    from tapir_local.recipe.text import parse_recipe
-    from tapir_local.report.tables import text_table
-
-    rows = []
-    for path in recipe_files():
-        text = text_of_recipe(path)
-        rows.append(
-            {
-                "name": path.stem,
-                "about": parse_recipe(text, str(path)).about,
-                "command": text.splitlines()[0].lstrip("# "),
-            }
-        )
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(text_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows]))
-
-
-def print_settings(as_json: bool) -> None:
-    """A row a setting."""
-    from tapir_local.recipe.text import settings
-    from tapir_local.report.tables import text_table
-
-    rows = [
-        {"setting": path, "type": kind, "default": default, "meaning": text} for path, kind, default, text in settings()
-    ]
-    if as_json:
-        print_json(rows)
-    else:
-        cells = [[row["setting"], row["type"], str(row["default"]), row["meaning"]] for row in rows]
-        print_table(text_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
-
-
-@cli.command(epilog=help_examples("tapir-local doctor"))
-@cache_option
-@json_option
-def doctor_command(cache: Path | None, as_json: bool) -> None:
-    """Is this machine ready? Exits with 1 where something that is needed is missing."""
-    from dataclasses import asdict
-
-    from tapir_local.assets import default_cache
-    from tapir_local.report.doctor import check_machine
-    from tapir_local.report.tables import text_table
-
-    checks = check_machine(cache or default_cache())
-    if as_json:
-        print_json([asdict(check) for check in checks])
-    else:
-        words = {True: "good", False: "MISSING", None: "-"}
-        rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
-        print_table(text_table("doctor", ["", "", "found", "what to do"], rows))
-    if any(check.ok is False for check in checks):
-        sys.exit(1)
 
 
 for command in (
     calls_group,
+    chat_command,
     compare_command,
     distill_command,
+    doctor_command,
     export_command,
     generate_command,
     plan_command,
+    recipes_command,
+    redo_stages_command,
+    show_command,
+    status_command,
     why_command,
 ):
     cli.add_command(command)
 
 
+def check_system(system: str) -> None:
+    """TapirError on a system (`sys.platform`) other than Linux: the store's locks exist only there."""
+    if system != "linux":
+        fix = "Use a machine with Linux; on Windows, use WSL 2."
+        raise TapirError(f"tapir-local runs on Linux only, and this is {system}", fix=fix)
+
+
 def main() -> None:
-    """The console script: one line for an error that can be put right, no traceback."""
+    """Run the console script. An error that the user can fix is printed without a traceback."""
     try:
         check_system(sys.platform)
         cli.main(standalone_mode=False)
@@ -262,12 +75,12 @@ def main() -> None:
         echo(str(error), err=True)
         sys.exit(1)
     except click.ClickException as error:
-        words = io.StringIO()
-        error.show(words)
-        echo(words.getvalue(), err=True, nl=False)
+        message = io.StringIO()
+        error.show(message)
+        echo(message.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as stopped:
-        echo("\nstopped; the same command goes on from here, and nothing paid for is lost", err=True)
+        echo("\nstopped; run the same command again to resume. Nothing that was paid for is lost", err=True)
         for note in getattr(stopped.__cause__ or stopped, "__notes__", ()):
             echo(note, err=True)
         sys.exit(130)

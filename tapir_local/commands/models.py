@@ -1,4 +1,4 @@
-"""`tapir-local generate` and `export`: the commands that work on models, without a run."""
+"""Commands on models, without a run: `generate` and `export`."""
 
 import sys
 from pathlib import Path
@@ -10,48 +10,58 @@ from tapir_local.commands.options import HomePath, help_examples
 from tapir_local.commands.output import bar_progress, echo, line_progress
 
 if TYPE_CHECKING:
+    from tapir_local.export.gate import GateReport
     from tapir_local.inference.prompt_file import AnsweredFile
 
 FILE_PATH = HomePath()
 
 
 def parse_parallel(context: click.Context, option: click.Parameter, text: str) -> int | None:
-    """How many answers are written at once at the most: 1 to 255, or None for `auto`."""
+    """The number of answers to generate at the same time, 1 to 255, or None for `auto`."""
     return None if text == "auto" else click.IntRange(1, 255)(text, option, context)
 
 
 @click.command(
+    name="generate",
     epilog=help_examples(
         "tapir-local generate student.gguf prompts.jsonl -o answers.jsonl",
         "tapir-local generate base.gguf prompts.jsonl --adapter lora.gguf --parallel 64 --max-tokens 256",
-    )
+    ),
 )
 @click.argument("model", type=FILE_PATH)
 @click.argument("prompts", type=FILE_PATH)
-@click.option("-o", "--out", type=FILE_PATH, help="File of the answers, whole or absent; standard output if left out.")
-@click.option("--force", is_flag=True, help="Write OUT again where it is there already.")
-@click.option("--adapter", type=FILE_PATH, help="A LoRA GGUF over the model.")
+@click.option("-o", "--out", type=FILE_PATH, help="File for the answers; standard output by default.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--adapter", type=FILE_PATH, help="LoRA GGUF to apply to the model.")
 @click.option(
     "--parallel",
     metavar="1-255|auto",
     callback=parse_parallel,
     default="auto",
     show_default=True,
-    help="Answers written at once at the most; auto: 32, or 128 on a GPU, and fewer where memory is short.",
+    help="Maximum number of answers in progress. auto: 32, or 128 on a GPU; fewer if memory is short.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Maximum tokens per answer."
+)
 @click.option(
     "--context",
     type=click.IntRange(min=32),
     default=2048,
     show_default=True,
-    help="Tokens of prompt and answer together.",
+    help="Maximum tokens of prompt and answer together.",
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is the likeliest.")
-@click.option("--random-seed", type=click.IntRange(min=0), default=1, show_default=True, help="Where chance begins.")
-@click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
-@click.option("--json-schema", type=FILE_PATH, help="A JSON schema that every answer is held to.")
-@click.option("--exact", is_flag=True, help="The same at any --parallel, in 32 bits; it takes about twice as long.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the most likely token.",
+)
+@click.option("--random-seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of sampling.")
+@click.option("--stop", multiple=True, help="End an answer before this text; repeatable.")
+@click.option("--json-schema", type=FILE_PATH, help="JSON schema that every answer must match.")
+@click.option("--exact", is_flag=True, help="Same answers at any --parallel: computes in 32 bits, takes twice as long.")
 def generate_command(
     model: Path,
     prompts: Path,
@@ -67,74 +77,68 @@ def generate_command(
     json_schema: Path | None,
     exact: bool,
 ) -> None:
-    """Answer every prompt of the file PROMPTS with the GGUF MODEL, many at once; JSON lines in their order.
+    """Answer the prompts in a file with a GGUF model.
 
-    PROMPTS may have any form that seeds may have; what it answers already is not read. The same command gives the same
-    answers; at another --parallel near ties may fall otherwise, unless --exact. Cut in the middle, the same command
-    with -o goes on where it stopped. A prompt that the chat template refuses, or that is longer than the context, has
-    an empty text and says so as its `finish`; the command then exits with 1.
+    Answers the file PROMPTS with the GGUF MODEL, many prompts at the same time, and writes JSON lines in the order of
+    the prompts. PROMPTS may have any format that seeds may have; answers in it are ignored.
+
+    The same command gives the same answers. Another --parallel may change tokens that are almost equally likely,
+    unless you add --exact. If the command is stopped, the same command with -o resumes. A prompt that the chat
+    template refuses, or that is longer than the context, gets an empty text and a `finish` that names the reason; the
+    command then exits with 1.
     """
-    from tapir_local.inference.config import GenerationConfig
-    from tapir_local.inference.prompt_file import (
-        PromptFileJob,
-        answer_file,
-        generation_task,
-        open_answers,
-        read_json_schema,
-    )
+    from tapir_local.inference.prompt_file import Manner, answer_file, generation_task, open_answers, read_json_schema
     from tapir_local.outputs import check_output
 
     if "" in stop:
-        raise click.BadParameter("it is empty", param_hint="--stop")
+        raise click.BadParameter("the text is empty", param_hint="--stop")
     if out:
-        beside, fix = (".partial", ".partial.json"), "Name another, or write it again with --force."
+        beside, fix = (".partial", ".partial.json"), "Choose another file, or replace this one with --force."
         check_output(out, [model, prompts, adapter, json_schema], beside=beside, force=force, fix=fix)
     schema = read_json_schema(json_schema) if json_schema else None
-    config = GenerationConfig(
-        max_tokens, context, temperature, random_seed, schema, stop, parallel=parallel, exact=exact
-    )
-    job = PromptFileJob(model, prompts, config, adapter)
+    manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema, stop)
     with (
-        open_answers(out, sys.stdout, generation_task(job)) as (file, done),
+        open_answers(out, sys.stdout, generation_task(model, prompts, manner)) as (file, done),
         bar_progress("answers", len(done)) as (progress, tell),
     ):
         if done:
-            tell(f"{len(done):,} answers are there already; going on")
-        found = answer_file(job, file, progress, done, tell)
+            tell(f"{len(done):,} answers are there already; resuming")
+        found = answer_file(model, prompts, file, manner, progress, done, tell)
     echo(generation_summary(found), err=True)
     if found.too_long or found.refused:
         sys.exit(1)
 
 
-def generation_summary(found: "AnsweredFile") -> str:
-    """The line that a person reads at the end: what there is, what did not end or fit, and what it took."""
-    said = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
-    said += f", {found.too_long:,} longer than the context" if found.too_long else ""
-    said += f", {found.refused:,} refused by the chat template" if found.refused else ""
-    return said + (f"; {found.plan.summary}" if found.plan else "")
+def generation_summary(found: "Answered") -> str:
+    """The last line for the user: answers, tokens, what was cut or left out, and the context plan."""
+    summary = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
+    summary += f", {found.too_long:,} longer than the context" if found.too_long else ""
+    summary += f", {found.refused:,} refused by the chat template" if found.refused else ""
+    return summary + (f"; {found.plan.words}" if found.plan else "")
 
 
 @click.command(
+    name="export",
     epilog=help_examples(
         "tapir-local export models/Qwen2.5-1.5B student.gguf --adapter cache/runs/mine/round-03/adapter",
         "tapir-local export models/Qwen2.5-1.5B base.gguf --quant q4_k_m",
         "tapir-local export models/Qwen2.5-1.5B lora.gguf --adapter my-lora --adapter-only --base base.gguf",
-    )
+    ),
 )
 @click.argument("model")
 @click.argument("out", type=FILE_PATH)
-@click.option("--adapter", type=FILE_PATH, help="A LoRA folder, as PEFT writes it, that is merged.")
-@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, for llama.cpp to lay over its base.")
-@click.option("--base", type=FILE_PATH, help="MODEL as a GGUF, over which an adapter alone is checked.")
+@click.option("--adapter", type=FILE_PATH, help="LoRA folder, as PEFT writes it, to merge into the model.")
+@click.option("--adapter-only", is_flag=True, help="Write only the adapter, which llama.cpp applies to its base.")
+@click.option("--base", type=FILE_PATH, help="MODEL as a GGUF, to check an adapter on its own.")
 @click.option(
     "--quant",
-    help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; of an adapter alone f32 or f16.  "
-    "[default: q8_0, of an adapter alone f32]",
+    help="f32, f16, bf16, q8_0, q6_k, q5_k_m or q4_k_m; for --adapter-only f32 or f16.  "
+    "[default: q8_0; f32 for --adapter-only]",
 )
-@click.option("--chat-template", help="Use this Jinja file, `alpaca` or `chatml` as template.")
-@click.option("--converter", type=FILE_PATH, help="llama.cpp's convert_hf_to_gguf.py, for a family that is not mapped.")
+@click.option("--chat-template", help="Chat template to use: a Jinja file, `alpaca` or `chatml`.")
+@click.option("--converter", type=FILE_PATH, help="llama.cpp's convert_hf_to_gguf.py, for model families not built in.")
 @click.option("--modelfile", is_flag=True, help="Write OUT.Modelfile too, for `ollama create`.")
-@click.option("--no-gate", is_flag=True, help="Do without the comparison with the model, which loads it in 32 bits.")
+@click.option("--no-gate", is_flag=True, help="Skip the comparison with the model, which loads it in 32 bits.")
 def export_command(
     model: str,
     out: Path,
@@ -147,13 +151,16 @@ def export_command(
     modelfile: bool,
     no_gate: bool,
 ) -> None:
-    """Write MODEL, a folder or Hub name, as the GGUF OUT, tensor by tensor, and compare it with the model.
+    """Convert a model to GGUF and check the result.
 
-    OUT is there only when it tokenises, stops and answers as MODEL does; OUT.gate.json has the figures. Its SHA-256 is
-    printed as `sha256sum -c` reads it.
+    MODEL is a folder or the name of a model on the Hub. It is written tensor by tensor and then compared with the
+    GGUF. OUT exists only if it tokenizes, stops and answers as MODEL does; OUT.gate.json has the figures. The command
+    prints the SHA-256 of OUT in the format of `sha256sum -c`.
     """
     if modelfile and adapter_only:
-        raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
+        raise click.UsageError(
+            "--modelfile needs a whole model; for an adapter, add an ADAPTER line to the Modelfile of its base"
+        )
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.export.verified import export_checked, with_template
     from tapir_local.rundir import sha256
@@ -171,12 +178,17 @@ def export_command(
             converter=converter,
             progress=lambda done, total, _: show(done, total),
         )
-    said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
-    if report:
-        found = report.figures
-        said += f"; {report.probes:,} texts tokenised alike, {found.agreement:.1%} of greedy tokens agree, "
-        said += f"divergence {found.kl:.2g} nats"
     if modelfile:
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
-    echo(said, err=True)
+    echo(export_summary(out, report), err=True)
     echo(f"{sha256(out)}  {out}")
+
+
+def export_summary(out: Path, report: "GateReport | None") -> str:
+    """The line for the user: the file, its size, and how well it matches the model."""
+    summary = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
+    if not report:
+        return summary
+    found = report.figures
+    matches = f"{report.probes:,} texts have the same token ids, {found.agreement:.1%} of greedy tokens agree"
+    return f"{summary}; {matches}, divergence {found.kl:.2g} nats"

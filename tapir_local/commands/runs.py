@@ -1,33 +1,93 @@
-"""`tapir-local compare`, `why` and `plan`: the commands that ask runs' files how good, why, and what if."""
+"""Commands on the files of runs: `status`, `show`, `why`, `plan`, `compare`, `chat` and `redo`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from tapir_local.commands.options import cache_option, help_examples, json_option, select_run
-from tapir_local.commands.output import print_json, print_table
+from tapir_local.commands.output import echo, print_json, print_table
 
 if TYPE_CHECKING:
     from tapir_local.report.compare import CostUnit
 
 
+@click.command(name="status", epilog=help_examples("tapir-local status", "tapir-local status quickstart --json"))
+@click.argument("run", required=False)
+@cache_option
+@json_option
+def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
+    """Show the stages of RUN that are done, and its metrics.
+
+    Without RUN, show the run that was worked on last.
+    """
+    from tapir_local.report.status import run_status
+    from tapir_local.report.status_tables import rounds_table, stages_table
+
+    found = run_status(select_run(cache, run))
+    if as_json:
+        print_json(found)
+    else:
+        print_table(stages_table(found), rounds_table(found))
+
+
 @click.command(
-    epilog=help_examples("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "What is 27 + 48?"')
+    name="show",
+    epilog=help_examples(
+        "tapir-local show quickstart",
+        "tapir-local show quickstart --round 2 --json",
+        "tapir-local show quickstart --labels",
+        "tapir-local show quickstart --unusable",
+    ),
+)
+@click.argument("run", required=False)
+@click.option("--round", "number", type=click.IntRange(min=0), help="Round to show; by default the last evaluated one.")
+@click.option(
+    "--labels", is_flag=True, help="Show who labeled the rows of each task, and what the classifier confuses, instead."
+)
+@click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
+@cache_option
+@json_option
+def show_command(
+    run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool
+) -> None:
+    """Show a round of RUN: plan, metrics by task, sample answers."""
+    from tapir_local.report.labels import label_report, label_tables
+    from tapir_local.report.status import round_report, unusable_report
+    from tapir_local.report.status_tables import round_tables, unusable_tables
+
+    if labels and unusable:
+        raise click.UsageError("give --labels or --unusable, not both")
+    if (labels or unusable) and number is not None:
+        option = "labels" if labels else "unusable"
+        raise click.UsageError(f"--{option} shows the whole run, not one round; leave out --round")
+    place = select_run(cache, run)
+    found = label_report(place) if labels else unusable_report(place) if unusable else round_report(place, number)
+    tables = label_tables if labels else unusable_tables if unusable else round_tables
+    if as_json:
+        print_json(found)
+    else:
+        print_table(*tables(found))
+
+
+@click.command(
+    name="why",
+    epilog=help_examples("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "What is 27 + 48?"'),
 )
 @click.argument("run")
 @click.argument("row")
 @cache_option
 @json_option
 def why_command(run: str, row: str, cache: Path | None, as_json: bool) -> None:
-    """Why ROW of RUN was chosen or not: its scores in every round, what grew from it, what it cost.
+    """Explain why ROW of RUN was chosen or not.
 
-    ROW is a row's id, or words that only its instruction has.
+    Shows its scores in every round, the rows that were written from it, and what it cost. ROW is the id of a row, or
+    words that occur in the instruction of this row only.
     """
-    from tapir_local.report.why import explain_row as explain
-    from tapir_local.report.why import why_tables
+    from tapir_local.report.why import explain_row, why_tables
 
-    found = explain(select_run(cache, run), row)
+    found = explain_row(select_run(cache, run), row)
     if as_json:
         print_json(found)
     else:
@@ -35,20 +95,24 @@ def why_command(run: str, row: str, cache: Path | None, as_json: bool) -> None:
 
 
 @click.command(
+    name="plan",
     epilog=help_examples(
         "tapir-local plan quickstart --round 1 --set curriculum.mfd_threshold=1.5 --set tasks.Math=0.3",
         "tapir-local plan quickstart --round 2 --set curriculum.rows=2000 --json",
-    )
+    ),
 )
 @click.argument("run")
-@click.option("--round", "number", type=click.IntRange(min=1), help="The round; the last planned one if left out.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting that were otherwise; repeatable.")
+@click.option("--round", "number", type=click.IntRange(min=1), help="Round to plan; by default the last judged one.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting for this plan; repeatable."
+)
 @cache_option
 @json_option
 def plan_command(run: str, number: int | None, changes: tuple[str, ...], cache: Path | None, as_json: bool) -> None:
-    """What a round's plan would be with other settings, and what the calls not yet made would cost.
+    """Show the plan of a round with other settings, and its cost.
 
-    From the run's files and the store alone: nothing is asked, written or changed.
+    The cost counts only calls that are not in the store yet. The command reads the files of the run and the store; it
+    asks nothing and changes nothing.
     """
     from dataclasses import asdict
 
@@ -62,33 +126,114 @@ def plan_command(run: str, number: int | None, changes: tuple[str, ...], cache: 
 
 
 @click.command(
+    name="compare",
     epilog=help_examples(
         "tapir-local compare tapir uniform", "tapir-local compare uniform tapir lion --at tokens --by-task"
-    )
+    ),
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
-@click.option("--round", "number", type=click.IntRange(min=0), help="Compare this round of each, not each one's last.")
+@click.option("--round", "number", type=click.IntRange(min=0), help="Round to compare; by default each run's last one.")
 @click.option(
     "--at",
     type=click.Choice(["rows", "tokens", "calls"]),
-    help="Compare at equal cost: of each run the last round within what the cheapest spent in all, in training rows, "
-    "training tokens, or calls of the teacher and the judge.",
+    help="Compare at equal cost. Takes, of each run, the last round that cost no more than the cheapest run cost in "
+    "all: in training rows, training tokens, or calls of the teacher and the judge.",
 )
-@click.option("--by-task", is_flag=True, help="Compare each task's rows too.")
+@click.option("--by-task", is_flag=True, help="Compare each task separately too.")
 @cache_option
 @json_option
 def compare_command(
-    runs: tuple[str, ...], number: int | None, at: "At | None", by_task: bool, cache: Path | None, as_json: bool
+    runs: tuple[str, ...], number: int | None, at: "CostUnit | None", by_task: bool, cache: Path | None, as_json: bool
 ) -> None:
-    """Runs side by side on one holdout, each held to the first-named: rates, cost, and what may be chance.
+    """Compare runs with the first one on the same holdout.
 
-    All must have the same holdout, the same teacher's answers to it, and the same judge.
+    Shows rates with intervals, cost, and whether the differences may be chance. All runs must have the same holdout,
+    the same answers of the teacher to it, and the same judge.
     """
-    from tapir_local.report.compare import compare_runs as side_by_side
+    from tapir_local.report.compare import compare_runs
     from tapir_local.report.compare_tables import comparison_tables
 
-    found = side_by_side([select_run(cache, run) for run in runs], number=number, at=at, by_task=by_task)
+    found = compare_runs([select_run(cache, run) for run in runs], number=number, at=at, by_task=by_task)
     if as_json:
         print_json(found)
     else:
         print_table(*comparison_tables(found))
+
+
+@click.command(
+    name="chat",
+    epilog=help_examples(
+        "tapir-local chat quickstart", 'tapir-local chat quickstart --prompt "What is 12 + 7?" --vs base'
+    ),
+)
+@click.argument("run", required=False)
+@click.option(
+    "--round", "number", type=click.IntRange(min=0), help="Round whose student answers; by default the last one."
+)
+@click.option("--prompt", help="Answer this prompt and exit.")
+@click.option("--vs", type=click.Choice(["base"]), help="Show the untrained student's answer too.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Sampling temperature; 0 always takes the most likely token.",
+    show_default=True,
+)
+@click.option("--random-seed", type=click.IntRange(min=0), help="Seed of sampling: the same seed, the same replies.")
+@cache_option
+def chat_command(
+    run: str | None,
+    number: int | None,
+    prompt: str | None,
+    vs: str | None,
+    temperature: float,
+    random_seed: int | None,
+    cache: Path | None,
+) -> None:
+    """Talk to the student of RUN.
+
+    Type a question and press Enter. /reset starts a new conversation, /exit ends the chat.
+    """
+    from tapir_local.commands.chat import answer_once, chat_loop, open_students
+
+    place = select_run(cache, run)
+    with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as students:
+        if prompt is not None:
+            answer_once(students, prompt, temperature, lambda text: echo(text, nl=False))
+        else:
+            chat_loop(students, temperature, read_prompt, lambda text: echo(text, nl=False))
+
+
+def read_prompt() -> str | None:
+    """A line from the terminal; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+@click.command(
+    name="redo",
+    epilog=help_examples(
+        "tapir-local redo quickstart --round 2 --from plan", "tapir-local redo quickstart --from seeds"
+    ),
+)
+@click.argument("run")
+@click.option(
+    "--round",
+    "number",
+    type=click.IntRange(min=0),
+    help="Round of the stage; leave it out for a stage of the preparation and for `ship`, the last stage.",
+)
+@click.option("--from", "stage", required=True, help="First stage to delete; all stages after it are deleted too.")
+@cache_option
+def redo_stages_command(run: str, number: int | None, stage: str, cache: Path | None) -> None:
+    """Delete a stage of RUN and all later ones, to run them again.
+
+    Deletes the outputs of the last stage first. `distill` then makes them again. Paid calls stay in the store.
+    """
+    from tapir_local.pipeline.loop import redo
+
+    deleted = redo(select_run(cache, run), number, stage)
+    echo("\n".join(deleted) if deleted else "there was nothing to delete")
+    echo(f"{len(deleted)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)

@@ -1,4 +1,4 @@
-"""Runs side by side on one holdout: rates by round and cost, and whether the differences may be chance."""
+"""Compare runs on the same holdout: rates by round, cost, and whether the differences may be chance."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,52 +23,58 @@ COST_UNIT_NAMES: Mapping[str, str] = {
 COMPARED_METRICS = ("accuracy", "win_rate", "likeness")
 HOLDOUT_SETTINGS = ("random_seed", "seeds.", "teacher.", "classifier.", "tasks")
 SAME_HOLDOUT_ADVICE = (
-    "Runs are compared on one holdout: the same random_seed, seeds, seeds.holdout and teacher, from one cache."
+    "Runs can be compared only on the same holdout: use the same random_seed, seeds, seeds.holdout and teacher, and "
+    "one cache."
 )
 
 
 def compare_runs(
     runs: Sequence[RunDir], *, number: int | None = None, at: CostUnit | None = None, by_task: bool = False
 ) -> dict[str, Any]:
-    """What `tapir-local compare --json` prints; TapirError where the runs cannot be compared."""
+    """What `tapir-local compare --json` prints; TapirError if the runs cannot be compared."""
     check_run_names([run.name for run in runs])
     if number is not None and at:
-        raise TapirError("--round and --at exclude each other", fix="--at chooses each run's round by what it cost.")
-    sides = read_run_results(runs)
-    for other in sides[1:]:
-        check_comparable(sides[0], other)
-    return build_comparison(sides, number, at, by_task)
+        raise TapirError(
+            "--round and --at cannot be used together",
+            fix="Leave out --round: --at chooses the round of each run by its cost.",
+        )
+    results = read_run_results(runs)
+    for other in results[1:]:
+        check_comparable(results[0], other)
+    return build_comparison(results, number, at, by_task)
 
 
 def check_run_names(names: Sequence[str]) -> None:
-    """TapirError where there are not at least two different runs."""
+    """TapirError unless there are at least two runs and none is named twice."""
     if len(names) < 2:
-        raise TapirError("one run cannot be compared", fix="Name two runs or more; the others are held to the first.")
+        raise TapirError(
+            "one run cannot be compared", fix="Name two runs or more; each is compared with the first one."
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TapirError(f"run {twice[0]!r} is named twice", fix="Name each run once.")
 
 
 def check_comparable(one: RunResults, other: RunResults) -> None:
-    """TapirError where two runs have not the same holdout, the teacher's answers included, and the same judge."""
+    """TapirError unless two runs have the same holdout, the same answers of the teacher to it, and the same judge."""
     if faults := holdout_differences(one, other):
         differing = setting_differences(one, other, run_settings, HOLDOUT_SETTINGS)
-        said = f"Their recipes differ in {'; '.join(differing)}. " if differing else ""
+        recipes = f"Their recipes differ in {'; '.join(differing)}. " if differing else ""
         raise TapirError(
             f"runs {one.name!r} and {other.name!r} have different holdouts: {', '.join(faults)}",
-            fix=said + SAME_HOLDOUT_ADVICE,
+            fix=recipes + SAME_HOLDOUT_ADVICE,
         )
     if differing := setting_differences(one, other, comparable_judge_settings):
         raise TapirError(
             f"runs {one.name!r} and {other.name!r} have different judges: {'; '.join(differing)}",
-            fix="Win rates of different judges are not comparable. Run one of them again under another --name and the "
-            "other's judge: unchanged calls cost nothing.",
+            fix="Win rates of different judges cannot be compared. Run one of the two again under another --name and "
+            "with the judge of the other: calls that stay the same cost nothing.",
         )
 
 
 def holdout_differences(one: RunResults, other: RunResults) -> list[str]:
-    """In what two holdouts differ, counted in rows."""
-    ours, theirs = ({row.id: row for row in side.holdout} for side in (one, other))
+    """How two holdouts differ, counted in rows."""
+    ours, theirs = ({row.id: row for row in results.holdout} for results in (one, other))
     both = ours.keys() & theirs.keys()
     asked = {id for id in both if ours[id].prompt != theirs[id].prompt}
     counts = {
@@ -84,109 +90,109 @@ def setting_differences(
     one: RunResults,
     other: RunResults,
     settings: Callable[[RunResults], Mapping[str, Any]],
-    beginnings: tuple[str, ...] = ("",),
+    prefixes: tuple[str, ...] = ("",),
 ) -> list[str]:
-    """`random_seed (1 in a, 2 in b)` for each setting in which two runs differ."""
+    """`random_seed (1 in a, 2 in b)` for each setting with one of these prefixes in which two runs differ."""
     ours, theirs = settings(one), settings(other)
     return [
         f"{key} ({ours.get(key)!r} in {one.name}, {theirs.get(key)!r} in {other.name})"
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key.startswith(beginnings)
+        if ours.get(key) != theirs.get(key) and key.startswith(prefixes)
     ]
 
 
-def run_settings(side: RunResults) -> dict[str, Any]:
-    """A run's lasting settings, each by its path."""
-    return flat(lasting(side.recipe))
+def run_settings(results: RunResults) -> dict[str, Any]:
+    """The settings of a run that cannot change while it runs, by path."""
+    return flat(lasting(results.recipe))
 
 
-def comparable_judge_settings(side: RunResults) -> dict[str, Any]:
-    """What decides how an answer is judged. Where the judge is reached, and what a round puts up with, is left out."""
-    unlike = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
-    kept = {name: value for name, value in lasting(side.recipe)["judge"].items() if name not in unlike}
-    return {"judge": side.judge, **flat(kept, "judge.")}
+def comparable_judge_settings(results: RunResults) -> dict[str, Any]:
+    """The settings that decide how an answer is judged, without the judge's address and the limit of unjudged rows."""
+    ignored = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
+    kept = {name: value for name, value in lasting(results.recipe)["judge"].items() if name not in ignored}
+    return {"judge": results.judge, **flat(kept, "judge.")}
 
 
 def build_comparison(
-    sides: Sequence[RunResults], number: int | None, at: CostUnit | None, by_task: bool
+    results: Sequence[RunResults], number: int | None, at: CostUnit | None, by_task: bool
 ) -> dict[str, Any]:
-    """Sides of one holdout: every round's rates and cost, and the chosen rounds against the first side's."""
-    budget = lowest_cost(sides, at) if at else None
-    chosen = [choose_round(side, number, at, budget) for side in sides]
+    """Rates and cost of every round, and the chosen round of each run compared with that of the first run."""
+    budget = lowest_cost(results, at) if at else None
+    chosen = [choose_round(run, number, at, budget) for run in results]
     tasks: dict[str, set[str]] = defaultdict(set)
-    for row in sides[0].holdout:
+    for row in results[0].holdout:
         tasks[row.task].add(row.id)
-    everything = {"": {row.id for row in sides[0].holdout}}
+    everything = {"": {row.id for row in results[0].holdout}}
     return {
-        "baseline": sides[0].name,
-        "holdout": {"rows": len(sides[0].holdout), "judge": sides[0].judge},
+        "baseline": results[0].name,
+        "holdout": {"rows": len(results[0].holdout), "judge": results[0].judge},
         "at": {"kind": at, "budget": budget} if at else None,
         "rounds": [
-            round_record(side, found, found is picked)
-            for side, picked in zip(sides, chosen, strict=True)
-            for found in side.rounds
+            round_record(run, found, found is picked)
+            for run, picked in zip(results, chosen, strict=True)
+            for found in run.rounds
         ],
-        "compared": compare_groups_with_first(sides, chosen, everything),
-        "by_task": compare_groups_with_first(sides, chosen, {task: tasks[task] for task in sorted(tasks)})
+        "compared": compare_groups_with_first(results, chosen, everything),
+        "by_task": compare_groups_with_first(results, chosen, {task: tasks[task] for task in sorted(tasks)})
         if by_task
         else None,
-        "notes": comparison_notes(sides, chosen, at, budget),
+        "notes": comparison_notes(results, chosen, at, budget),
     }
 
 
-def lowest_cost(sides: Sequence[RunResults], at: CostUnit) -> int:
-    """The least that any side spent up to its last evaluated round; TapirError where a side did not count it."""
-    spent = [cost_amount(side.last.cost, at) for side in sides]
-    for side, found in zip(sides, spent, strict=True):
+def lowest_cost(results: Sequence[RunResults], at: CostUnit) -> int:
+    """What the cheapest run cost up to its last evaluated round; TapirError if a run did not count it."""
+    spent = [cost_amount(run.last.cost, at) for run in results]
+    for run, found in zip(results, spent, strict=True):
         if found is None:
             raise TapirError(
-                f"run {side.name!r} has no count of its training tokens",
+                f"run {run.name!r} has no count of its training tokens",
                 where="adapter/train_log.jsonl of its rounds",
-                fix="Compare at rows or at calls.",
+                fix="Use --at rows or --at calls.",
             )
     return min(found for found in spent if found is not None)
 
 
 def cost_amount(cost: RunCost, at: CostUnit) -> int | None:
-    """How much of a budget a cost is."""
+    """A cost in one unit; None if it was not counted."""
     return {"rows": cost.rows, "tokens": cost.tokens, "calls": cost.calls}[at]
 
 
-def choose_round(side: RunResults, number: int | None, at: CostUnit | None, budget: int | None) -> EvaluatedRound:
-    """The round of a side to be compared: the one asked for, or the last within a budget, or the last.
+def choose_round(run: RunResults, number: int | None, at: CostUnit | None, budget: int | None) -> EvaluatedRound:
+    """The round of a run to compare: the given one, or the last one within a budget, or the last one.
 
-    A side that has no round within the budget stands with its first. TapirError where the one asked for is not there.
+    If no round is within the budget, it is the first one. TapirError if the given round is not evaluated.
     """
     if number is not None:
-        for found in side.rounds:
+        for found in run.rounds:
             if found.number == number:
                 return found
-        known = ", ".join(str(found.number) for found in side.rounds)
-        raise TapirError(f"run {side.name!r} has no evaluated round {number}", fix=f"Its evaluated rounds: {known}.")
+        known = ", ".join(str(found.number) for found in run.rounds)
+        raise TapirError(f"run {run.name!r} has no evaluated round {number}", fix=f"Its evaluated rounds: {known}.")
     if at and budget is not None:
-        return ([found for found in side.rounds if is_within_budget(found, at, budget)] or side.rounds[:1])[-1]
-    return side.last
+        return ([found for found in run.rounds if is_within_budget(found, at, budget)] or run.rounds[:1])[-1]
+    return run.last
 
 
 def is_within_budget(found: EvaluatedRound, at: CostUnit, budget: int) -> bool:
-    """Whether a round's cost so far keeps to a budget."""
+    """Whether the cost up to a round is known and within a budget."""
     spent = cost_amount(found.cost, at)
     return spent is not None and spent <= budget
 
 
-def round_record(side: RunResults, found: EvaluatedRound, chosen: bool) -> dict[str, Any]:
-    """A round's cost so far and its rates."""
+def round_record(run: RunResults, found: EvaluatedRound, chosen: bool) -> dict[str, Any]:
+    """The cost up to a round, and its rates."""
     rates = {metric: rate_with_interval(metric, metric_values(found, metric)) for metric in COMPARED_METRICS}
-    return {"run": side.name, "round": found.number, **asdict(found.cost), **rates, "chosen": chosen}
+    return {"run": run.name, "round": found.number, **asdict(found.cost), **rates, "chosen": chosen}
 
 
 def metric_values(found: EvaluatedRound, metric: str) -> Rows:
-    """A round's values by row id."""
+    """The values of a metric in a round, by row id."""
     return {"accuracy": found.right, "win_rate": found.wins, "likeness": found.likeness}[metric]
 
 
 def rate_with_interval(metric: str, rows: Rows) -> dict[str, Any] | None:
-    """{mean, interval, rows}, the interval 95 % and as `status` has it; None where no row has a value."""
+    """{mean, interval, rows}, with the same 95 % interval as `status`; None if no row has a value."""
     if not rows:
         return None
     numbers = list(rows.values())
@@ -197,57 +203,57 @@ def rate_with_interval(metric: str, rows: Rows) -> dict[str, Any] | None:
 
 
 def compare_groups_with_first(
-    sides: Sequence[RunResults], chosen: Sequence[EvaluatedRound], groups: Mapping[str, set[str]]
+    results: Sequence[RunResults], chosen: Sequence[EvaluatedRound], groups: Mapping[str, set[str]]
 ) -> list[dict[str, Any]]:
-    """A row for each metric, group of row ids and side: its rate, and how it differs from the first side's.
+    """A row for each metric, group of row ids, and run: its rate, and its difference from the first run.
 
-    Holm's correction is over all the differences of one metric. A metric or group without a value is left out.
+    Holm's correction covers all differences of one metric. Metrics and groups without a value are left out.
     """
     rows = []
     for metric in COMPARED_METRICS:
-        places = [(group, at) for group in groups for at in range(len(sides))]
-        picked = {(group, at): select_rows(metric_values(chosen[at], metric), groups[group]) for group, at in places}
-        apart = {(group, at): paired_difference(picked[group, at], picked[group, 0]) for group, at in places if at}
-        gaps = corrected({place: found for place, found in apart.items() if found})
+        places = [(group, at) for group in groups for at in range(len(results))]
+        values = {(group, at): select_rows(metric_values(chosen[at], metric), groups[group]) for group, at in places}
+        pairs = {(group, at): paired_difference(values[group, at], values[group, 0]) for group, at in places if at}
+        differences = corrected({place: found for place, found in pairs.items() if found})
         rows += [
             {
                 "metric": metric,
                 "task": group,
-                "run": sides[at].name,
+                "run": results[at].name,
                 "round": chosen[at].number,
-                **told,
-                "difference": asdict(gaps[group, at]) if (group, at) in gaps else None,
+                **rate,
+                "difference": asdict(differences[group, at]) if (group, at) in differences else None,
             }
             for group, at in places
-            if (told := rate_with_interval(metric, picked[group, at]))
+            if (rate := rate_with_interval(metric, values[group, at]))
         ]
     return rows
 
 
 def select_rows(rows: Rows, ids: set[str]) -> Rows:
-    """The values of some rows."""
+    """The values of the rows with these ids."""
     return {id: value for id, value in rows.items() if id in ids}
 
 
 def paired_difference(one: Rows, other: Rows) -> Difference | None:
-    """One run less the other on the rows that both have a value for; None where there is none."""
+    """One run minus the other, on the rows for which both have a value; None if there are none."""
     return difference({0: one}, {0: other}) if one.keys() & other.keys() else None
 
 
 def comparison_notes(
-    sides: Sequence[RunResults], chosen: Sequence[EvaluatedRound], at: CostUnit | None, budget: int | None
+    results: Sequence[RunResults], chosen: Sequence[EvaluatedRound], at: CostUnit | None, budget: int | None
 ) -> list[str]:
-    """What the reader ought to know of the choice of rounds and of rows left out."""
-    said = []
-    for side, found in zip(sides, chosen, strict=True):
-        if side.recipe.curriculum.name in HOLDOUT_CURRICULA:
-            said.append(f"{side.name} plans its rounds by this holdout, which flatters it here.")
+    """What the reader should know about the choice of rounds and about rows that were left out."""
+    notes = []
+    for run, found in zip(results, chosen, strict=True):
+        if run.recipe.curriculum.name in HOLDOUT_CURRICULA:
+            notes.append(f"{run.name} selects its training data by this holdout, so its rates here are optimistic.")
         if at and budget is not None and not is_within_budget(found, at, budget):
-            said.append(
-                f"{side.name} has no round within {budget:,} {UNITS[at]}: its round {found.number}, after "
-                f"{amount(found.cost, at):,}, stands for it."
+            notes.append(
+                f"{run.name} has no round within {budget:,} {COST_UNIT_NAMES[at]}: round {found.number} is compared, "
+                f"which cost {cost_amount(found.cost, at):,}."
             )
-        if unjudged := len(side.holdout) - len(found.judged):
+        if unjudged := len(run.holdout) - len(found.judged):
             rows = "1 row is" if unjudged == 1 else f"{unjudged:,} rows are"
-            said.append(f"{side.name}: {rows} not judged in round {found.number} and left out of win rates.")
-    return said
+            notes.append(f"{run.name}: {rows} not judged in round {found.number} and left out of win rates.")
+    return notes

@@ -1,20 +1,27 @@
-"""What was paid and what the store saved: by run, round, stage or task."""
+"""What was paid, what the store saved, and what the rest of a run will cost: as data and as tables."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.text import Text
+
+from tapir_local.pipeline.dry_run import Foreseen
 from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.records import Example
+from tapir_local.report.tables import money_cell
 from tapir_local.rundir import RunDir, named_run, read_rows
 from tapir_local.store.queries import opened
 from tapir_local.store.schema import has_estimates
+from tapir_local.tables import PlainTable, plain
 
-STAGE_ORDER = [stage.name for stage in (*PREPARE, *ROUND)]
 CostGrouping = Literal["run", "round", "stage", "task"]
 
-# A judge's requests carry the row's id and, behind a #, which of them it is.
+STAGE_ORDER = [stage.name for stage in (*PREPARE, *ROUND)]
+
+# The requests of a judge carry the id of a row, then `#` and the number of the request.
 CALL_FILTER = """
 (:run is null or {of}run = :run) and (:round is null or {of}round = :round)
 and (:row is null or {of}row = :row or substr({of}row, 1, length(:row) + 1) = :row || '#')
@@ -34,31 +41,49 @@ ZERO_COSTS: Mapping[str, float] = dict.fromkeys(COST_FIELDS.split(), 0)
 def summarize_costs(
     store: Path, by: CostGrouping, run: str | None = None, number: int | None = None, row: str | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each value of `by`: rounds and stages in their order, runs by name, tasks by their calls.
+    """A row for each value of `by`: rounds and stages in their order, runs by name, tasks by their number of calls.
 
-    `paid` and `from_store` are calls; tokens are those paid for; `money` and `saved` are in the money of the prices;
-    `unpriced` calls were paid at a price that the recipe does not say, `unpriced_hits` were such when first paid.
-    `failed` are attempts without a usable answer, some of which were or may have been billed; of `estimated` calls and
-    attempts the server stated no token counts, and theirs are the most that they can be.
+    `paid` and `from_store` are calls; tokens are those of paid calls; `money` and `saved` are in the currency of the
+    prices. `unpriced` calls were paid at a price that the recipe does not give, `unpriced_hits` are hits on such calls.
+    `failed` are attempts without a usable answer, some of which were or may have been billed. For `estimated` calls
+    and attempts the server gave no token counts; the largest possible counts are used.
     """
-    tasks: dict[str, dict[str, str]] = {}
+    groups = CostGroups(by, store.parent)
     sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(ZERO_COSTS))
     whose = {"run": run, "round": number, "row": row}
     with opened(store) as conn:
         mark = "estimated" if has_estimates(conn) else "0"
-        paid_calls = USES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of="u."))
+        used_calls = USES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of="u."))
         failed_calls = FAILURES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of=""))
-        for name, round_, stage, row_, paid, *sizes in conn.execute(paid_calls, whose):
-            value = value_of(by, store.parent, tasks, name, round_, stage, row_)
+        for name, round_, stage, row_, paid, *sizes in conn.execute(used_calls, whose):
+            value = groups.group(name, round_, stage, row_)
             add_call(sums[value], "paid" if paid else "from_store", *sizes)
         for name, round_, stage, row_, *sizes in conn.execute(failed_calls, whose):
-            value = value_of(by, store.parent, tasks, name, round_, stage, row_)
+            value = groups.group(name, round_, stage, row_)
             add_call(sums[value], "failed", *sizes)
     return sorted(({by: value, **found} for value, found in sums.items()), key=lambda row: cost_sort_key(by, row))
 
 
+@dataclass(frozen=True)
+class CostGroups:
+    """The group of a call: its run, round, stage or task. The tasks of each run in the cache are read only once."""
+
+    by: CostGrouping
+    cache: Path
+    tasks: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def group(self, run: str, number: int, stage: str, row: str) -> str:
+        """The value of `by` for a call."""
+        if self.by != "task":
+            return {"run": run, "round": str(number), "stage": stage}[self.by]
+        if run not in self.tasks:
+            folder = named_run(self.cache, run)
+            self.tasks[run] = row_tasks(folder) if folder else {}
+        return self.tasks[run].get(row.partition("#")[0], "unknown")
+
+
 def cost_sort_key(by: CostGrouping, row: Mapping[str, Any]) -> tuple[int, str]:
-    """A row's place among others of its kind."""
+    """The key that sorts the rows of a grouping."""
     value = str(row[by])
     if by == "stage":
         return (STAGE_ORDER.index(value) if value in STAGE_ORDER else len(STAGE_ORDER), value)
@@ -67,7 +92,7 @@ def cost_sort_key(by: CostGrouping, row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def add_call(sums: dict[str, Any], kind: str, *sizes: Any) -> None:
-    """Count a call or an attempt of (prompt, reply) tokens and a price, estimated or not."""
+    """Count a call or an attempt: tokens of prompt and reply, price, and whether they are estimated."""
     tokens_in, tokens_out, price, estimated = sizes
     sums[kind] += 1
     if kind == "from_store":
@@ -81,20 +106,8 @@ def add_call(sums: dict[str, Any], kind: str, *sizes: Any) -> None:
     sums["unpriced"] += price is None and tokens_in + tokens_out > 0
 
 
-def value_of(
-    by: CostGrouping, cache: Path, tasks: dict[str, dict[str, str]], run: str, number: int, stage: str, row: str
-) -> str:
-    """What a call is counted under."""
-    if by != "task":
-        return {"run": run, "round": str(number), "stage": stage}[by]
-    if run not in tasks:
-        folder = named_run(cache, run)
-        tasks[run] = row_tasks(folder) if folder else {}
-    return tasks[run].get(row.partition("#")[0], "unknown")
-
-
 def row_tasks(run: RunDir) -> dict[str, str]:
-    """The task of each row of a run, as far as its folder is there."""
+    """The task of each row of a run, by id, from the files that exist."""
     files = [run.path / f"{name}.jsonl" for name in ("labels", "labelled", "seeds", "holdout")]
     files += sorted(run.path.glob("round-*/train.jsonl"))
     return {row.id: row.task for row in read_examples(file for file in files if file.exists())}
@@ -104,3 +117,83 @@ def read_examples(files: Iterable[Path]) -> Iterable[Example]:
     """The rows of several files."""
     for file in files:
         yield from read_rows(Example, file)
+
+
+def cost_estimate_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
+    """A row for each stage that will make calls, and their sum."""
+    table = PlainTable(f"run {run}: calls of the remaining stages")
+    table.add_column("stage")
+    for name in ("calls", "in the store", "to pay", "tokens in", "tokens out", "money"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        hits = "?" if row.hits is None else f"{row.hits:,}"
+        numbers = (
+            f"{row.calls:,}",
+            hits,
+            f"{row.to_pay:,}",
+            f"{row.tokens_in:,}",
+            f"{row.tokens_out:,}",
+            money_cell(row.money),
+        )
+        table.add_row(row.step, *numbers, "counted" if row.exact else "estimate")
+    sums = [sum(getattr(row, name) for row in rows) for name in ("calls", "to_pay", "tokens_in", "tokens_out")]
+    unknown = any(row.money is None and row.to_pay for row in rows)
+    total = money_cell(None if unknown else sum(row.money or 0.0 for row in rows))
+    table.add_section()
+    table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
+    table.caption = (
+        "Counted: every request was looked up in the store. Estimate: the requests depend on a student or a classifier "
+        "that is not trained yet, so it is not known which of them the store has; for prepare/tasks the estimate is "
+        "the largest possible number. Tokens are rough: a quarter of the characters, and replies as long as the "
+        "stage's other replies."
+    )
+    return table
+
+
+def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainTable:
+    """A row for each value of `by`, and their sum: calls, tokens, money, and what the store saved."""
+    table = PlainTable(title)
+    table.add_column(by, min_width=13)
+    numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
+    for name in (*numbers, "money", "saved"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *money_cells([row]))
+    table.add_section()
+    table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *money_cells(rows))
+    table.caption = costs_caption(rows)
+    return table
+
+
+def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the numbers of failed attempts and of estimated calls mean, if there are any."""
+    sentences = []
+    if any(row["failed"] for row in rows):
+        sentences.append("Failed: attempts without an answer. Tokens and money include those that may be billed.")
+    if count := sum(row["estimated"] for row in rows):
+        sentences.append(f"{count:,} calls and attempts have no token counts; the largest possible counts are used.")
+    return " ".join(sentences) or None
+
+
+def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(paid, saved by the store); calls without a known price are counted apart, not as free."""
+    unknown = sum(row["unpriced"] for row in rows)
+    paid = sum(row["money"] for row in rows)
+    if unknown:
+        paid_cell = f"{money_cell(paid)} + {unknown:,} of unknown price" if paid else "unknown"
+    else:
+        paid_cell = money_cell(paid)
+    saved = sum(row["saved"] for row in rows)
+    return paid_cell, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
+
+
+def round_receipt(
+    title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> tuple[PlainTable, Text] | tuple[()]:
+    """What a round cost by stage, and a line with the calls of each task; () if there were no calls."""
+    if not stages:
+        return ()
+    most_paid_first = sorted(tasks, key=lambda row: -row["paid"])
+    counts = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in most_paid_first)
+    return cost_table(title, stages, "stage"), plain(f"By task: {'; '.join(counts)}.")

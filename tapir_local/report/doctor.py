@@ -1,4 +1,4 @@
-"""Is this machine ready? What is there, what is missing, and what to do about it."""
+"""Check whether this machine is ready: what is there, what is missing, and what to do about it."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ MIN_MEMORY_GB = 3.0
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """One thing looked at. `ok` None means that it is good to have and not needed."""
+    """The result of one check. `ok` is None for something useful that is not needed."""
 
     name: str
     ok: bool | None
@@ -31,7 +31,7 @@ class MachineCheck:
 
 
 def check_machine(cache: Path) -> list[MachineCheck]:
-    """Every check, in the order in which they matter."""
+    """The results of all checks, the most important first."""
     checks: list[Callable[[], MachineCheck]] = [
         check_linux,
         check_python_version,
@@ -51,9 +51,9 @@ def check_machine(cache: Path) -> list[MachineCheck]:
 
 
 def check_linux() -> MachineCheck:
-    """Linux alone has the locks that the store's processes hold."""
+    """Linux: only it has the locks that the processes of the store use."""
     found = platform.system()
-    return MachineCheck("system", found == "Linux", found, "Use a machine with Linux; on Windows, WSL 2 is one.")
+    return MachineCheck("system", found == "Linux", found, "Use a machine with Linux; on Windows, use WSL 2.")
 
 
 def check_python_version() -> MachineCheck:
@@ -64,17 +64,16 @@ def check_python_version() -> MachineCheck:
 
 
 def check_packages() -> MachineCheck:
-    """What the loop imports."""
+    """The packages that a run imports."""
     versions = {name: installed(name) for name in REQUIRED_PACKAGES}
     missing = [name for name, found in versions.items() if not found]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return MachineCheck(
-        "packages", not missing, found, f"missing: {', '.join(missing)}; run `make install`" if missing else ""
-    )
+    fix = f"missing: {', '.join(missing)}; run `make install`" if missing else ""
+    return MachineCheck("packages", not missing, found, fix)
 
 
 def check_compiler() -> MachineCheck:
-    """llama-cpp-python is built from source: a C++ compiler is needed until it is installed."""
+    """A C++ compiler: it is needed until llama-cpp-python, which is built from source, is installed."""
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), "")
     needed = importlib.util.find_spec("llama_cpp") is None
     return MachineCheck(
@@ -86,7 +85,7 @@ def check_compiler() -> MachineCheck:
 
 
 def check_llama() -> MachineCheck:
-    """llama.cpp is compiled for the processor of the machine that built it."""
+    """llama.cpp runs: it is compiled for the processor of the machine that built it."""
     if importlib.util.find_spec("llama_cpp") is None:
         return MachineCheck("llama.cpp", None, "not installed")
     fault = llama_build_fault()
@@ -94,17 +93,17 @@ def check_llama() -> MachineCheck:
         "llama.cpp",
         not fault,
         f"ends with {fault}" if fault else "runs on this processor",
-        "It was built for another processor: `make llama` in the checkout builds it again.",
+        "It was built for another processor: run `make llama` in the checkout to build it again.",
     )
 
 
 def check_sqlite() -> MachineCheck:
-    """The store wants upserts and WAL (SQLite 3.24, 2018)."""
+    """SQLite 3.24 (2018) or newer: the store uses upserts and WAL."""
     return MachineCheck(
         "SQLite",
         sqlite3.sqlite_version_info >= (3, 24),
         sqlite3.sqlite_version,
-        "Use a Python built with SQLite 3.24 or newer.",
+        "Use a Python that was built with SQLite 3.24 or newer.",
     )
 
 
@@ -116,36 +115,38 @@ def check_pocket_files() -> MachineCheck:
         "pocket files",
         len(there) == 2 and bool(recipe_files()),
         found,
-        "Install the package again: files that belong to it are missing.",
+        "Install the package again: some of its files are missing.",
     )
 
 
 def check_cache_folder(cache: Path) -> MachineCheck:
-    """The cache's folder, or the nearest one above it that exists."""
-    place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    return MachineCheck(
-        "cache", os.access(place, os.W_OK), str(cache), f"{place} cannot be written; name another folder with --cache."
-    )
+    """The cache folder, or the nearest existing folder above it, is writable."""
+    place = nearest_existing(cache)
+    fix = f"{place} is not writable; name another folder with --cache."
+    return MachineCheck("cache", os.access(place, os.W_OK), str(cache), fix)
 
 
 def check_free_disk(cache: Path) -> MachineCheck:
-    """Room for a small run; a 7B student wants some 40 GB."""
-    place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free / 1e9
+    """Free space for a small run; a 7B student needs about 40 GB."""
+    free = shutil.disk_usage(nearest_existing(cache)).free / 1e9
     return MachineCheck(
         "disk",
         free > MIN_DISK_GB,
         f"{free:,.0f} GB free",
-        f"Make room: {DISK_GB:.0f} GB for the quickstart, about 40 GB for a 7B student.",
+        f"Free some space: the quickstart needs {MIN_DISK_GB:.0f} GB, a 7B student about 40 GB.",
     )
+
+
+def nearest_existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def check_total_memory() -> MachineCheck:
-    """The quickstart stays under 3 GB."""
+    """Memory for the quickstart, which stays under 3 GB."""
     total = total_memory() / 1e9
-    return MachineCheck(
-        "memory", total > MIN_MEMORY_GB, f"{total:,.0f} GB", f"The quickstart wants {MEMORY_GB:.0f} GB."
-    )
+    fix = f"The quickstart needs {MIN_MEMORY_GB:.0f} GB."
+    return MachineCheck("memory", total > MIN_MEMORY_GB, f"{total:,.0f} GB", fix)
 
 
 def check_gpu() -> MachineCheck:
@@ -155,37 +156,35 @@ def check_gpu() -> MachineCheck:
     import torch
 
     if not torch.cuda.is_available():
-        cards = [card.name for card in visible_gpus()]
-        unused = (
-            f"the driver lists {', '.join(cards)}, but torch {torch.__version__} cannot use it" if cards else "none"
-        )
+        cards = ", ".join(card.name for card in visible_gpus())
+        unused = f"the driver lists {cards}, but torch {torch.__version__} cannot use it" if cards else "none"
         return MachineCheck(
             "GPU",
             None,
-            f"{unused}: training and answering run on the CPU",
-            "A student of billions of parameters wants a CUDA GPU and a CUDA build of torch.",
+            f"{unused}: training and generation run on the CPU",
+            "A student with billions of parameters needs a CUDA GPU and a CUDA build of torch.",
         )
     properties = torch.cuda.get_device_properties(0)
     return MachineCheck("GPU", True, f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB")
 
 
 def check_unsloth() -> MachineCheck:
-    """Used where there is a GPU."""
+    """Unsloth, which is used if there is a GPU."""
     found = installed("unsloth")
     return MachineCheck(
         "unsloth",
         True if found else None,
         found or "not installed: training uses TRL and PEFT",
-        "With a GPU: pip install -e '.[gpu]' in the checkout.",
+        "If you have a GPU, run in the checkout: pip install -e '.[gpu]'",
     )
 
 
 def check_api_key() -> MachineCheck:
-    """A key for a vendor's endpoint; the quickstart needs none."""
+    """The API key of a vendor; the quickstart needs none."""
     there = "OPENAI_API_KEY" in os.environ
     return MachineCheck(
         "API key",
         True if there else None,
         "OPENAI_API_KEY is set" if there else "OPENAI_API_KEY is not set",
-        "Only an endpoint that wants a key needs it; the quickstart does not.",
+        "Set it if your teacher or judge needs a key; the quickstart needs none.",
     )

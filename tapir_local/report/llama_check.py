@@ -1,49 +1,53 @@
-"""Whether llama.cpp, as it was built, runs on this processor: tried in a process of its own.
+"""Check in a separate process whether the installed build of llama.cpp runs on this processor.
 
-`python -m tapir_local.report.llama_check` answers one question with quantized weights. A build for another processor,
-or one that uses instructions that a virtual machine lists and cannot run (AMX), ends that process with SIGILL.
+`python -m tapir_local.report.llama_check` answers one question with quantized weights. SIGILL ends that process if the
+build is for another processor, or uses instructions that a virtual machine lists but cannot run (AMX).
 """
 
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.process import environment, signal_and_last_line
+from tapir_local.process import environment
 from tapir_local.records import Message
 
-CHECKED_QUANTS = (
-    "q8_0",
-    "q4_k_m",
-)  # the blocks of 8 and of 4 bits, whose products are written for each kind of processor
-MAX_SECONDS = 120.0  # seconds; it takes about 4
+CHECKED_QUANTS = ("q8_0", "q4_k_m")  # 8-bit and 4-bit blocks: their kernels differ between kinds of processor
+MAX_SECONDS = 120.0  # seconds; the check takes about 4
 
 
 def llama_build_fault() -> str:
-    """What ended the trial, such as `SIGILL` or an import's error; "" where llama.cpp runs."""
+    """What ended the check, such as `SIGILL` or an import error; "" if llama.cpp runs."""
     command = [sys.executable, "-P", "-m", "tapir_local.report.llama_check"]
     try:
-        tried = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=MAX_SECONDS, check=False
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment(),
+            timeout=MAX_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {LONGEST:.0f} s"
-    ended_by, last_line = signal_and_last_line(tried.returncode, tried.stderr)
-    return (ended_by or last_line or "failed") if tried.returncode else ""
+        return f"no answer within {MAX_SECONDS:.0f} s"
+    if done.returncode < 0:
+        return signal.Signals(-done.returncode).name
+    lines = done.stderr.decode("utf-8", "replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "failed") if done.returncode else ""
 
 
 def run_llama_check() -> None:
-    """The child's side: answer with each kind of quantized weights."""
+    """Answer a question with each kind of quantized weights; runs in the separate process."""
     from tapir_local.export.export import export_gguf
-    from tapir_local.inference.config import GenerationConfig
     from tapir_local.inference.generate import generate
 
     with tempfile.TemporaryDirectory() as folder:
         for quant in CHECKED_QUANTS:
             gguf = Path(folder) / f"{quant}.gguf"
             export_gguf(POCKET_STUDENT, gguf, adapter=None, quant=quant)
-            generate(gguf, [(Message("user", "What is 3 + 4?"),)], GenerationConfig(max_tokens=4, context=128))
+            generate(gguf, [(Message("user", "What is 3 + 4?"),)], max_tokens=4, context=128)
 
 
 if __name__ == "__main__":

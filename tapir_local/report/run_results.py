@@ -1,4 +1,4 @@
-"""What a run brings to a comparison: its holdout; of each evaluated round, its rows' values and its cost so far."""
+"""Read the results of runs: the holdout and, for each evaluated round, the values of its rows and its cost."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,18 +21,18 @@ from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import read_metrics
 from tapir_local.rundir import RunDir, read_rows
 
-HoldoutRecord = TypeVar("Row", Completion, Judgement)
-HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the last one's metrics
+HoldoutRecord = TypeVar("HoldoutRecord", Completion, Judgement)
+HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the metrics of the round before
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run spent up to the end of a round, its preparation included.
+    """What a run cost up to the end of a round, its preparation included.
 
-    `rows` are training rows, each once a round; `tokens` those that training read, epochs and all, None where a round
-    has no log of them. Calls are requests whose answers the run used, paid for or from the store: the teacher's, the
-    judge's about the pool, and what evaluation asked on the holdout, which makes no student better unless its
-    curriculum plans by it (see costs_so_far).
+    `rows` are training rows, counted once per round. `tokens` are those that training read in all epochs, None if a
+    round has no log of them. Calls are requests whose answers the run used, paid or from the store: calls of the
+    teacher, calls of the judge on the pool, and calls of the evaluation on the holdout. The latter do not improve the
+    student, unless its curriculum plans by them (see `cumulative_costs`).
     """
 
     rows: int
@@ -43,10 +43,10 @@ class RunCost:
 
     @property
     def calls(self) -> int:
-        """What the teacher and the judge were asked to make the student."""
+        """Calls of the teacher and the judge that produced the student."""
         return self.teacher_calls + self.judge_calls
 
-    def __add__(self, other: "Cost") -> "Cost":
+    def __add__(self, other: "RunCost") -> "RunCost":
         tokens = None if self.tokens is None or other.tokens is None else self.tokens + other.tokens
         return RunCost(
             self.rows + other.rows,
@@ -59,10 +59,10 @@ class RunCost:
 
 @dataclass(frozen=True)
 class EvaluatedRound:
-    """A round's student on the holdout, by row id: 1 where it is right, else 0; its win value or its likeness, 0 to 1.
+    """The student of a round on the holdout, by row id.
 
-    A row of which the checker cannot tell, or that is not judged, is not there. There are wins where a judge was asked,
-    else likeness.
+    `right` is 1 for a right answer, else 0; `wins` and `likeness` are 0 to 1. Rows that the checker cannot check, or
+    that are not judged, are left out. A run with a judge has `wins`, a run without has `likeness`.
     """
 
     number: int
@@ -73,13 +73,13 @@ class EvaluatedRound:
 
     @property
     def judged(self) -> Rows:
-        """The values that rest on scores."""
+        """The values that come from scores."""
         return self.wins or self.likeness
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """A run to be compared: its recipe, its judge's name, its holdout as the teacher answered it, its rounds."""
+    """A run to compare: its recipe, the name of its judge, its holdout with the teacher's answers, and its rounds."""
 
     name: str
     recipe: Recipe
@@ -94,9 +94,9 @@ class RunResults:
 
 
 def read_run_results(runs: Sequence[RunDir]) -> list[RunResults]:
-    """Runs as sides, every answer checked by the one checker that their recipes name, as of the first run's tasks.
+    """The results of runs, with all answers checked by the same checker and with the tasks of the first run.
 
-    TapirError where a run has no evaluated round, a file is missing or damaged, or the recipes name several checkers.
+    TapirError if a run has no evaluated round, a file is missing or damaged, or the recipes name different checkers.
     """
     check = shared_checker({run.name: kept_recipe(run) for run in runs})
     first = read_one_run(runs[0], check, {})
@@ -105,25 +105,25 @@ def read_run_results(runs: Sequence[RunDir]) -> list[RunResults]:
 
 
 def shared_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
-    """The checker of those recipes that name one, to be used on all alike; None where none does."""
+    """The checker that the recipes name; None if none names one. TapirError if they name different ones."""
     naming = {recipe.checker: (name, recipe) for name, recipe in recipes.items() if recipe.checker}
     if len(naming) > 1:
-        named = ", ".join(f"{kind} ({name})" for kind, (name, _) in naming.items())
+        checkers = ", ".join(f"{kind} ({name})" for kind, (name, _) in naming.items())
         raise TapirError(
-            f"the runs have different checkers of right answers: {named}",
-            fix="Compare runs of one checker: another one measures another accuracy.",
+            f"the runs have different checkers of right answers: {checkers}",
+            fix="Compare runs with the same checker: another checker measures another accuracy.",
         )
     return next((checker(recipe) for _, recipe in naming.values()), None)
 
 
 def read_one_run(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> RunResults:
-    """One run as a side, its holdout's rows of the tasks given by id; TapirError where no round is evaluated yet."""
+    """The results of one run, with `tasks` by row id in its holdout; TapirError if no round is evaluated yet."""
     metrics = {n: found for n in range(rounds_begun(run) + 1) if (found := read_metrics(run, n))}
     if not metrics:
         raise TapirError(
             f"run {run.name!r} has no evaluated round",
             where=str(run.path),
-            fix="Go on with it: `tapir-local distill` with its recipe evaluates round 0 first.",
+            fix="Run `tapir-local distill` with its recipe; it evaluates round 0 first.",
         )
     rows = read_rows(Example, require_file(run, run.path / "holdout.jsonl", "--from holdout"))
     holdout = tuple(replace(row, task=tasks.get(row.id, row.task)) for row in rows)
@@ -137,7 +137,10 @@ def read_one_run(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -
 def holdout_values(
     run: RunDir, number: int, holdout: Sequence[Example], check: Checker | None, alike: bool
 ) -> tuple[Rows, Rows, Rows]:
-    """(right or not, win value, likeness) by row id, of a round's answers; `alike`: scores are likeness, none wins."""
+    """(right or not, win value, likeness) of the answers of a round, by row id.
+
+    With `alike`, the scores measure likeness and there are no win values.
+    """
     texts = read_holdout_records(run, number, Completion, "holdout-answer", "holdout-answers.jsonl", holdout)
     judged = read_holdout_records(run, number, Judgement, "holdout-judge", "holdout-judgements.jsonl", holdout)
     right = {row.id: check(row, texts[row.id].text) if check else None for row in holdout}
@@ -147,14 +150,14 @@ def holdout_values(
 
 
 def without_missing(values: Mapping[str, float | None]) -> dict[str, float]:
-    """The values that are there, as numbers."""
+    """The values that are not None."""
     return {id: float(value) for id, value in values.items() if value is not None}
 
 
 def read_holdout_records(
     run: RunDir, number: int, kind: type[HoldoutRecord], stage: str, name: str, holdout: Sequence[Example]
 ) -> dict[str, HoldoutRecord]:
-    """A file's records by id; TapirError where they are not about the holdout's rows."""
+    """The records of a file, by id; TapirError unless they are about the rows of the holdout."""
     redo = f"--round {number} --from {stage}"
     path = require_file(run, run.round(number) / name, redo)
     found = {row.id: row for row in read_rows(kind, path)}
@@ -164,7 +167,7 @@ def read_holdout_records(
 
 
 def require_file(run: RunDir, path: Path, redo: str) -> Path:
-    """A path whose file is there; TapirError that says how to make it again."""
+    """The path of a file that exists; TapirError, with the way to make the file again, if it does not."""
     if not path.exists():
         raise TapirError(
             f"run {run.name!r} was evaluated, but this file is missing", where=str(path), fix=redo_advice(run, redo)
@@ -173,31 +176,29 @@ def require_file(run: RunDir, path: Path, redo: str) -> Path:
 
 
 def redo_advice(run: RunDir, redo: str) -> str:
-    """What to do for want of a file."""
-    return f"Put the file back, or do everything from there again: tapir-local redo {run.name} {redo}"
+    """What to do about a missing or wrong file."""
+    return f"Restore the file, or run that stage and all later ones again: tapir-local redo {run.name} {redo}"
 
 
 def cumulative_costs(run: RunDir, last: int, by_holdout: bool) -> list[RunCost]:
-    """By round, up to `last`, what the run had spent at its end.
+    """For each round up to `last`, what the run cost up to its end.
 
-    Calls are counted by tapir.lock: it holds one line for each request whose answer the run's files rest on, whoever
-    paid for it, also where a stage was cut, done again or replayed. `by_holdout`: the curriculum plans a round by the
-    judgements of the last one's holdout, so that they are calls of the judge for this round.
+    Calls are counted in tapir.lock. It has one line for each request whose answer the files of the run depend on, no
+    matter who paid for it, and even if a stage was interrupted, repeated or replayed. With `by_holdout`, the
+    curriculum plans a round by the judgements of the last round's holdout, so they count as calls of the judge.
     """
     calls = Counter(line.step for line in locked(run))
     costs = [round_cost(run, number, calls) for number in range(last + 1)]
     if by_holdout:
-        lent = [calls[f"round-{number:02d}/holdout-judge"] for number in range(last)]
-        costs[1:] = [cost + RunCost(0, 0, 0, count, -count) for cost, count in zip(costs[1:], lent, strict=True)]
+        moved = [calls[f"round-{number:02d}/holdout-judge"] for number in range(last)]
+        costs[1:] = [cost + RunCost(0, 0, 0, count, -count) for cost, count in zip(costs[1:], moved, strict=True)]
     return list(accumulate(costs))
 
 
 def round_cost(run: RunDir, number: int, calls: Mapping[str, int]) -> RunCost:
-    """What one round spent."""
-    path = require_file(
-        run, run.round(number) / "train.jsonl", f"--round {number} --from {'refine' if number else 'mix'}"
-    )
-    with path.open("rb") as file:
+    """What one round cost."""
+    redo = f"--round {number} --from {'refine' if number else 'mix'}"
+    with require_file(run, run.round(number) / "train.jsonl", redo).open("rb") as file:
         rows = sum(1 for _ in file)
     kinds: Counter[str] = Counter()
     for step, count in calls.items():
@@ -208,18 +209,18 @@ def round_cost(run: RunDir, number: int, calls: Mapping[str, int]) -> RunCost:
 
 
 def call_kind(step: str) -> tuple[int, str]:
-    """(round, kind) of a step's calls: `teacher`, `judge` or `evaluation`; the preparation counts with round 0."""
+    """(round, kind) of the calls of a step: `teacher`, `judge` or `evaluation`; the preparation belongs to round 0."""
     place, _, stage = step.partition("/")
     kind = "evaluation" if stage.startswith("holdout") else "judge" if "judge" in stage else "teacher"
     return (0 if place == "prepare" else int(place.removeprefix("round-"))), kind
 
 
 def count_training_tokens(path: Path) -> int | None:
-    """The training tokens that a round's log counts, None without a log; TapirError for a line that is no JSON."""
+    """The training tokens in the log of a round; None without a log, TapirError if a line is not JSON."""
     if not path.exists():
         return None
     try:
         lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
     except orjson.JSONDecodeError as error:
         raise TapirError(f"not a log of training: {error}", where=str(path)) from error
-    return max((int(line["tokens"]) for line in lines if "tokens" in line), default=None)  # its last line has none
+    return max((int(line["tokens"]) for line in lines if "tokens" in line), default=None)  # the last line has none

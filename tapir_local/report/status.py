@@ -1,4 +1,4 @@
-"""What a run's files say: how far it is, and a round's plan, metrics and answers."""
+"""Read the state of a run from its files: stages, calls, and a round's plan, metrics and answers."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,7 +19,7 @@ SAMPLE_ANSWERS = 6
 
 
 def run_status(run: RunDir) -> dict[str, Any]:
-    """What `tapir-local status --json` prints: stages done and their seconds, metrics of each round, calls."""
+    """What `tapir-local status --json` prints: the stages with their seconds, the metrics of each round, calls."""
     record, steps = run.record(), sequence(run, max(kept_recipe(run).rounds, rounds_begun(run)))
     taken = record.get("stages", {})
     rounds = [
@@ -43,7 +43,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
 
 
 def unusable_counts(run: RunDir) -> dict[str, dict[str, int]]:
-    """The rows that each step left out, by the kind of reason."""
+    """The number of rows that each step left out, by reason."""
     found: dict[str, dict[str, int]] = {}
     for row in read_unusable(run):
         kinds = found.setdefault(row.step, {})
@@ -57,36 +57,36 @@ def unusable_report(run: RunDir) -> dict[str, Any]:
 
 
 def call_counts(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Calls paid by this run and hits, as the store has them; of a replay as its stages told.
+    """The calls that this run paid for and its hits: from the store, or for a replay from the records of its stages.
 
-    What the store knows of a replayed run's name is what the run that it repeats paid for, here or elsewhere.
+    What the store has under the name of a replayed run belongs to the run that it repeats.
     """
-    told = {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")}
+    recorded = {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")}
     replayed = any(stage.get("replay") for stage in taken.values())
     found = None if replayed else usage(run.cache / "teacher.db", run.name)
-    return found if found and any(found.values()) else told
+    return found if found and any(found.values()) else recorded
 
 
 def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one stage; what it took is None until it is done."""
-    told = taken.get(step.name, {}) if step.done else {}
+    """Whether a stage is done, its seconds, calls and closing phrase; the latter are None until it is done."""
+    record = taken.get(step.name, {}) if step.done else {}
     return {
         "name": step.stage.name,
         "done": step.done,
-        **{key: told.get(key) for key in ("seconds", "paid", "hits", "note")},
+        **{key: record.get(key) for key in ("seconds", "paid", "hits", "note")},
     }
 
 
 def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
-    """A round's metrics, None until they are there."""
+    """The metrics of a round; None until they exist."""
     path = run.round(number) / "metrics.json"
     return dict(orjson.loads(path.read_bytes())) if path.exists() else None
 
 
 def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
-    """What `tapir-local show --json` prints: a round's plan, judge, metrics and some of its student's answers.
+    """What `tapir-local show --json` prints: plan, judge, metrics and sample answers of a round.
 
-    Without a number the last round that has metrics; TapirError where the round has not begun.
+    Without a number it is the last round that has metrics. TapirError if the round has not begun.
     """
     if number is None:
         number = max((n for n in range(rounds_begun(run) + 1) if read_metrics(run, n)), default=rounds_begun(run))
@@ -110,19 +110,19 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
 
 
 def read_agreement(run: RunDir) -> dict[str, Any] | None:
-    """How far the run's classifier agrees with its teacher; None where there is none."""
+    """How far the classifier of a run agrees with the teacher; None if there is no classifier."""
     path = run.path / "classifier" / "agreement.json"
     return dict(orjson.loads(path.read_bytes())) if path.exists() else None
 
 
 def run_warnings(run: RunDir) -> list[str]:
-    """What makes a run's results doubtful."""
+    """The reasons to doubt the results of a run."""
     found, least = read_agreement(run), kept_recipe(run).classifier.min_agreement
     return [too_low(found["agreement"], least)] if found and found["agreement"] < least else []
 
 
 def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
-    """How far the judge's scores of a round's pool and holdout can be trusted, as far as they are there."""
+    """How far the judge's scores of pool and holdout in a round can be trusted, as far as they exist."""
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
     found = {name: read_rows(Judgement, path) for name, path in paths.items()}
@@ -130,7 +130,7 @@ def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
 
 
 def sample_answers(run: RunDir, number: int) -> list[dict[str, Any]]:
-    """Some of a round's answers to the holdout with what the judge gave them, spread over the tasks."""
+    """Some answers of a round to the holdout, with the judge's scores, from different tasks."""
     path, judged = run.round(number) / "holdout-answers.jsonl", run.round(number) / "holdout-judgements.jsonl"
     if not path.exists():
         return []

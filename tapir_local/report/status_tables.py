@@ -1,102 +1,35 @@
-"""Rich: records in; tables, progress and closing lines out."""
+"""Tables of a run: its stages, its rounds, one round's plan, judge and answers, and the rows that were left out."""
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
 from tapir_local.method.metrics import is_likeness
-from tapir_local.pipeline.dry_run import Foreseen
-from tapir_local.pipeline.loop import Step, Watch
-from tapir_local.printable import printable
 from tapir_local.recipe.schema import FROM_POOL
-from tapir_local.tables import PlainTable, joined, plain
+from tapir_local.report.tables import (
+    number_cell,
+    percent_cell,
+    percent_interval_cell,
+    score_pair_cell,
+    task_table,
+    text_table,
+)
+from tapir_local.tables import PlainTable
 
-# Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
-LOG_INTERVAL = 30.0
-
-
-class RateColumn(ProgressColumn):
-    """Items a second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f}/s" if speed else "", style="cyan")
-
-
-@contextmanager
-def watch_run(console: Console, done: int, total: int) -> Iterator[Watch]:
-    """A Watch that shows a bar for the step at work and keeps one line for each that has ended, `done` before now."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield ProgressDisplay(console, bars, done, total).watch()
-
-
-class ProgressDisplay:
-    """What is on the screen: how many steps have ended, the bar of the present one, when a line was last logged."""
-
-    def __init__(self, console: Console, bars: Progress, done: int, total: int) -> None:
-        self.console, self.bars, self.total, self.count = console, bars, total, done
-        self.bar = bars.add_task("", visible=False, said="")
-        self.step, self.logged = "", 0.0
-
-    def watch(self) -> Watch:
-        """The callables that the loop is given."""
-        return Watch(self.begins, self.progress, self.ends)
-
-    def begins(self, step: Step) -> None:
-        """A new bar."""
-        self.step, self.logged = step.name, time.monotonic()
-        self.bars.reset(self.bar, total=None, description=step.name, visible=True, said="")
-
-    def progress(self, done: int, total: int, said: str) -> None:
-        """Move the bar; without a terminal, now and then a line."""
-        self.bars.update(self.bar, completed=done, total=total or None, said=printable(said))
-        if not self.console.is_terminal and time.monotonic() - self.logged > LOG_INTERVAL:
-            self.logged = time.monotonic()
-            self.console.print(plain(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
-
-    def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
-        """The closing line: what came out, calls, seconds."""
-        self.count += 1
-        self.bars.update(self.bar, visible=False)
-        place, seconds = f"{self.count:>{len(str(self.total))}}/{self.total}", f"  {taken['seconds']:.1f} s"
-        said = f"  {taken['note']}{calls_phrase(taken)}"
-        line = joined((place, "dim"), " ", (step.name, "bold"), said, (seconds, "dim"))
-        self.console.print(line, soft_wrap=True)
-
-
-def calls_phrase(taken: Mapping[str, Any]) -> str:
-    """`; 1,200 calls paid, 300 hits`, or nothing where none was made."""
-    if not taken["paid"] + taken["hits"]:
-        return ""
-    return f"; {taken['paid']:,} calls paid, {taken['hits']:,} hits"
-
-
-def percent_cell(value: float | None) -> str:
-    """A rate for people; a dash where there is none."""
-    return "-" if value is None else f"{value:.1%}"
-
-
-def percent_interval_cell(pair: Sequence[float] | None) -> str:
-    """A 95 % interval for people."""
-    return "" if pair is None else f"{pair[0]:.0%} to {pair[1]:.0%}"
+# A row of the judge's table: the key of records.JudgeQuality, its description, its format.
+JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
+    "rows": ("rows judged", "{:,}"),
+    "unjudged": ("rows without a readable score", "{:,}"),
+    "agreement": ("both orders give the same winner, or a tie", "{:.1%}"),
+    "order_difference": ("difference between an answer's two scores (mean)", "{:.2f}"),
+    "position_bias": ("how much more the answer shown first scores (mean)", "{:+.2f}"),
+    "ties": ("both answers have the same score", "{:.1%}"),
+    "length_bias": ("rank correlation of length and score", "{:+.2f}"),
+}
 
 
 def rounds_table(status: Mapping[str, Any]) -> PlainTable:
-    """A row a round: win rate and accuracy on the holdout with their intervals, seconds."""
+    """A row for each round: win rate and accuracy on the holdout with their intervals, scores, seconds."""
     table = PlainTable(f"run {status['run']}: the holdout, round by round", rounds_caption(status))
     for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
         table.add_column(name, justify="right")
@@ -120,7 +53,7 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
 
 
 def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Mean scores, `3.5 : 10.0`; of likeness the student's and its change on the round before, `3.50 (+0.25)`."""
+    """Mean scores, `3.5 : 10.0`; for likeness the student's score and its change from the round before."""
     score, last = found.get("student_score"), before.get("student_score")
     if score is None or not is_likeness(found.get("win_rate"), score):
         return score_pair_cell([score, found.get("teacher_score")])
@@ -128,33 +61,34 @@ def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def accuracy_cell(found: Mapping[str, Any]) -> str:
-    """The accuracy, and of how many rows where a checker cannot tell of all."""
+    """The accuracy, with the number of rows if the checker could not check them all."""
     checked = found.get("checked")
     some = f" of {checked:,}" if checked is not None and checked != found["rows"] else ""
     return percent_cell(found.get("accuracy")) + (some if found.get("accuracy") is not None else "")
 
 
 def rounds_caption(status: Mapping[str, Any]) -> str:
-    """What the numbers mean and what was paid."""
-    calls, judge = status["calls"], next((row["metrics"]["judge"] for row in status["rounds"] if row["metrics"]), "")
+    """What the numbers mean, what was paid, and the state of the run."""
     metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
+    judge = metrics[0]["judge"] if metrics else ""
     if metrics and is_likeness(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
-        scored = f"Score: {judge}, 1 to 10 where the words are the same, and its change on the round before. "
-        return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
-    scored = (
-        f"Win rate against the teacher's answers (a tie is half a win) and mean score of student : teacher, 1 to 10, "
-        f"judged by {judge}. "
-        if judge
-        else ""
-    )
+        scored = f"Score: {judge}, 1 to 10 (10: the same words), and its change from the round before. "
+    elif judge:
+        scored = (
+            "Win rate against the teacher's answers (a tie counts as half a win) and mean scores of student : "
+            f"teacher, 1 to 10, judged by {judge}. "
+        )
+    else:
+        scored = ""
+    calls = status["calls"]
     return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
 
 
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
-    """A row a stage: done or not, seconds, calls, its closing phrase."""
+    """A row for each stage: done or not, seconds, calls, its closing phrase."""
     table = PlainTable(f"run {status['run']}: stages")
-    told = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
-    table.caption = "\n".join(told) or None
+    lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
+    table.caption = "\n".join(lines) or None
     for name in ("stage", "done"):
         table.add_column(name)
     for name in ("seconds", "paid", "hits"):
@@ -171,64 +105,31 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
 
 
 def unusable_lines(found: Mapping[str, Any]) -> list[str]:
-    """A line that says how many rows were left out and how to see them; none where none was."""
+    """A line that says how many rows were left out and how to list them; [] if none were."""
     kinds = Counter[str]()
     for counts in found["unusable"].values():
         kinds.update(counts)
-    said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     total = kinds.total()
     rows = "1 row" if total == 1 else f"{total:,} rows"
-    return [f"{rows} left out: {said}. `tapir-local show {found['run']} --unusable` lists them."] if total else []
+    return [f"{rows} left out: {reasons}. `tapir-local show {found['run']} --unusable` lists them."] if total else []
 
 
 def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable]:
-    """The rows left out, counted by step and reason, and the first of them."""
+    """The rows that were left out, counted by step and reason, and the first of them."""
     counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
     rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
     table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
     if not rows:
         table.caption = "No row was left out."
         return [table]
-    first = text_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "in particular", "text"], rows)
-    first.caption = f"All {len(found['rows']):,} are in unusable.jsonl of the run's folder; --json prints them."
+    first = text_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "details", "text"], rows)
+    first.caption = f"unusable.jsonl in the run's folder has all {len(found['rows']):,}; --json prints them."
     return [table, first]
 
 
-def number_cell(value: float | None) -> str:
-    """A number for people."""
-    return "" if value is None else f"{value:,}"
-
-
-def task_table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> PlainTable:
-    """A row a task; `columns` maps a key of its values to how it is shown: `rate`, `score` or `count`."""
-    table = PlainTable(title)
-    table.add_column("task")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    for task, values in rows.items():
-        table.add_row(task, *(value_cell(values.get(name), kind) for name, kind in columns.items()))
-    return table
-
-
-def value_cell(value: float | None, kind: str) -> str:
-    """A value of a `rate`, a `score` or a `count`, for people."""
-    if kind == "score":
-        return "-" if value is None else f"{value:.2f}"
-    return percent_cell(value) if kind == "rate" else f"{int(value or 0):,}"
-
-
-def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
-    """Text in columns."""
-    table = PlainTable(title)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
-    """A round's plan, metrics and answers, as far as they are there."""
+    """The plan, judge, metrics and answers of a round, as far as they exist."""
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
     tables += [judge_table(title, found["judge"])] if found["judge"] else []
@@ -244,156 +145,48 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
         [row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
         for row in found["answers"]
     ]
-    answers = text_table(f"{title}: some answers", ["task", "instruction", "teacher", "student", "scores"], cells)
+    answers = text_table(f"{title}: sample answers", ["task", "instruction", "teacher", "student", "scores"], cells)
     answers.caption = "\n".join(unusable_lines(found)) or None
     return [*tables, answers]
 
 
 def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
-    """A row a task: the share asked and got, new rows."""
+    """A row for each task: target share, share in the plan, rows to write, rows that are missing."""
     new: Counter[str] = Counter()
     for expansion in plan["expansions"]:
         new[expansion["task"]] += expansion["rows"]
     rows = {
         task: {
-            "asked": plan["asked"].get(task),
-            "got": share,
+            "target": plan["asked"].get(task),
+            "share": share,
             "to write": new[task],
-            "short": plan["short"].get(task, 0),
+            "missing": plan["short"].get(task, 0),
         }
         for task, share in plan["got"].items()
     }
-    columns = {"asked": "rate", "got": "rate", "to write": "count", "short": "count"}
+    columns = {"target": "rate", "share": "rate", "to write": "count", "missing": "count"}
     table = task_table(f"{title}: the plan ({plan['curriculum']})", rows, columns)
     table.caption = ". ".join([plan_phrase(plan), *plan["notes"]])
     return table
 
 
 def plan_phrase(plan: Mapping[str, Any]) -> str:
-    """What a plan takes."""
+    """What a plan selects."""
     if plan["curriculum"] not in FROM_POOL:
-        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds taken"
-    hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows hard"
-    alpha = f"alpha asked {plan['alpha']:.0%}, got {plan['alpha_got']:.0%}"
+        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds selected"
+    hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows are hard"
+    alpha = f"hard share (alpha) {plan['alpha_got']:.0%}, target {plan['alpha']:.0%}"
     return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
 
 
-# What a judge's table shows: the key of records.JudgeQuality, what it says to people, and its form.
-JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
-    "rows": ("rows judged", "{:,}"),
-    "unjudged": ("rows unreadable", "{:,}"),
-    "agreement": ("the two orders name the same winner, or both tie", "{:.1%}"),
-    "order_difference": ("an answer's two scores differ by (mean)", "{:.2f}"),
-    "position_bias": ("the answer shown first scores more by (mean)", "{:+.2f}"),
-    "ties": ("both answers score the same", "{:.1%}"),
-    "length_bias": ("rank correlation of length with score", "{:+.2f}"),
-}
-
-
 def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable:
-    """A row a measure, a column each for the pool's judgements and the holdout's; a dash where there is no measure."""
+    """A row for each measure, a column each for the judgements of pool and holdout; a dash if there is no value."""
     table = PlainTable(f"{title}: the judge")
     table.add_column("")
     for name in sets:
         table.add_column(name, justify="right")
-    for key, (words, form) in JUDGE_MEASURES.items():
+    for key, (description, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
-        table.add_row(words, *("-" if value is None else form.format(value) for value in values))
+        table.add_row(description, *("-" if value is None else form.format(value) for value in values))
     table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
     return table
-
-
-def score_pair_cell(scores: Sequence[float | None] | None) -> str:
-    """`3.5 : 10.0`, the student's and the teacher's."""
-    if scores is None or scores[0] is None or scores[1] is None:
-        return "-"
-    return f"{scores[0]:.1f} : {scores[1]:.1f}"
-
-
-def money_cell(value: float | None) -> str:
-    """Money for people, to a cent, or to four places where it is little."""
-    if value is None:
-        return "unknown"
-    return f"{value:,.2f}" if value >= 1 or not value else f"{value:,.4f}"
-
-
-def cost_estimate_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
-    """A row a stage that will ask somebody, and their sum."""
-    table = PlainTable(f"run {run}: what the rest will ask")
-    table.add_column("stage")
-    for name in ("calls", "in the store", "to pay", "tokens in", "tokens out", "money"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for row in rows:
-        hits = "?" if row.hits is None else f"{row.hits:,}"
-        told = (
-            f"{row.calls:,}",
-            hits,
-            f"{row.to_pay:,}",
-            f"{row.tokens_in:,}",
-            f"{row.tokens_out:,}",
-            money_cell(row.money),
-        )
-        table.add_row(row.step, *told, "counted" if row.exact else "estimate")
-    sums = [sum(getattr(row, name) for row in rows) for name in ("calls", "to_pay", "tokens_in", "tokens_out")]
-    unknown = any(row.money is None and row.to_pay for row in rows)
-    total = money_cell(None if unknown else sum(row.money or 0.0 for row in rows))
-    table.add_section()
-    table.add_row("all", f"{sums[0]:,}", "", *(f"{value:,}" for value in sums[1:]), total, "")
-    table.caption = (
-        "Counted: every request was looked up. Estimate: it depends on a student or a classifier that is not trained "
-        "yet (of prepare/tasks, the most it can be); what of it the store has is not known. Tokens are rough: a "
-        "quarter of the letters, and replies as long as the stage's others."
-    )
-    return table
-
-
-def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainTable:
-    """A row for each value of `by`: calls paid and from the store, tokens, money, what the store saved; their sum."""
-    table = PlainTable(title)
-    table.add_column(by, min_width=13)
-    numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
-    for name in (*numbers, "money", "saved"):
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *money_cells([row]))
-    table.add_section()
-    table.add_row("all", *(f"{sum(row[name] for row in rows):,}" for name in numbers), *money_cells(rows))
-    table.caption = costs_caption(rows)
-    return table
-
-
-def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the numbers of failed attempts and of estimated ones mean, where there are any."""
-    said = []
-    if any(row["failed"] for row in rows):
-        said.append("Failed: attempts without an answer. What may have been billed is in the tokens and the money.")
-    if count := sum(row["estimated"] for row in rows):
-        said.append(f"Of {count:,} calls and attempts no token counts came; the most that they may be is counted.")
-    return " ".join(said) or None
-
-
-def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """(paid, saved by the store) for people; calls of an unknown price are said, not counted as nothing."""
-    unknown = sum(row["unpriced"] for row in rows)
-    paid = sum(row["money"] for row in rows)
-    told = (
-        f"{money(paid)} + {unknown:,} of unknown price"
-        if unknown and paid
-        else "unknown"
-        if unknown
-        else money_cell(paid)
-    )
-    saved = sum(row["saved"] for row in rows)
-    return told, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
-
-
-def round_receipt(
-    title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
-) -> tuple[PlainTable, Text] | tuple[()]:
-    """What a round cost by stage, and a line of what each task did; nothing where nobody was asked."""
-    if not stages:
-        return ()
-    dearest = sorted(tasks, key=lambda row: -row["paid"])
-    told = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in dearest)
-    return cost_table(title, stages, "stage"), plain(f"By task: {'; '.join(told)}.")

@@ -1,13 +1,14 @@
-"""What a round's plan would be with other settings, and what the calls not yet made would cost: nothing is asked."""
+"""What the plan of a round would be with other settings, and what its calls would cost. Nothing is asked."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.method.curriculum import CURRICULA
+from tapir_local.method.curriculum import CURRICULA, new_rows
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
 from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
@@ -15,19 +16,22 @@ from tapir_local.pipeline.rounds import situation
 from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe.text import overridden, read_changes
 from tapir_local.records import RoundPlan
+from tapir_local.report.costs import cost_estimate_table
+from tapir_local.report.tables import percent_cell
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
 from tapir_local.store.schema import tokens_by_stage
 from tapir_local.store.store import Store
+from tapir_local.tables import PlainTable
 
-# What decides a plan, and what is paid for it; all else would have changed what the round's student was.
+# The settings that decide a plan and its price. Any other setting would have changed the student of the round.
 PLAN_SETTINGS = ("curriculum.", "tasks", "budget", "teacher.price", "judge.price", "judge.max_unjudged")
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """The plan of a round as it is (None where it is not made yet) and as it would be, and the calls for the latter.
+    """The present plan of a round (None if it is not planned yet), the plan with the changes, and the calls it needs.
 
-    `unjudged` counts rows that the other pool would have and that nobody has judged: they are left out.
+    `unjudged` counts the rows of the new plan's pool that are not judged; they are left out.
     """
 
     run: str
@@ -40,21 +44,19 @@ class WhatIf:
 
 
 def plan_with_changes(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
-    """The plan with `changes` (`curriculum.rows=2000`) and its calls.
+    """The plan with `changes` (`curriculum.rows=2000`), and its calls.
 
-    TapirError for a setting that decides more than the plan, and for a round whose pool nobody has judged.
+    TapirError for a setting that affects more than the plan, and for a round that is not judged.
     """
-    kept = kept_recipe(run)
-    recipe = apply_plan_changes(kept, changes)
+    recipe = apply_plan_changes(kept_recipe(run), changes)
     number = number or last_judged_round(run)
     folder = run.round(number)
     if not (folder / "judgements.jsonl").exists():
+        last = last_judged_round(run)
         raise TapirError(
-            f"round {number} of run {run.name!r} is not judged yet, so there is nothing to plan from",
+            f"round {number} of run {run.name!r} is not judged yet, so it cannot be planned",
             where=str(folder),
-            fix=f"Rounds 1 to {last_judged(run)} can be planned."
-            if last_judged_round(run)
-            else "Let `distill` go on first.",
+            fix=f"Choose one of rounds 1 to {last}." if last else "Run `tapir-local distill` with its recipe first.",
         )
     with ExitStack() as stack:
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
@@ -69,34 +71,34 @@ def plan_with_changes(run: RunDir, number: int | None, changes: Sequence[str]) -
 
 
 def apply_plan_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with the changes; TapirError for one that a plan does not depend on."""
+    """The recipe with the changes; TapirError for a setting that affects nothing of a plan, or more than the plan."""
     pairs = read_changes(changes)
     for path in pairs:
         if not path.startswith(PLAN_SETTINGS):
             raise TapirError(
-                f"a plan does not depend on {path}, or more than a plan does",
+                f"a plan does not depend on {path}, or {path} affects more than the plan",
                 where="--set",
-                fix=f"Settings that can be tried: {', '.join(PLANNING)}. For all else start a new run with --name.",
+                fix=f"Settings to try here: {', '.join(PLAN_SETTINGS)}. For others start a new run with --name.",
             )
     return overridden(recipe, pairs, kept=True)
 
 
 def last_judged_round(run: RunDir) -> int:
-    """The last round whose pool is judged; 0 if none."""
+    """The last round whose pool is judged; 0 if there is none."""
     judged = [n for n in range(1, rounds_begun(run) + 1) if (run.round(n) / "judgements.jsonl").exists()]
     return max(judged, default=0)
 
 
 def make_plan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
-    """The plan by this recipe, and how many rows of its pool are without a judgement."""
+    """(plan by this recipe, rows of its pool that are not judged)."""
     known = situation(Work(recipe, copy, Scout(recipe, None).tools(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
     if judging and not known.judgements:
         others = sorted(CURRICULA.keys() - FROM_POOL)
         raise TapirError(
-            f"round {number} of run {copy.name!r} was not judged: its curriculum does not ask how hard a row is",
+            f"round {number} of run {copy.name!r} was not judged: its curriculum does not use difficulty",
             where="--set curriculum.name",
-            fix=f"Try one that does not either: {', '.join(others)}, or tapir with curriculum.difficulty=off.",
+            fix=f"Try another that does not use it: {', '.join(others)}, or tapir with curriculum.difficulty=off.",
         )
     judged = known.judged
     missing = sum(row.id not in judged for row in known.pool) if judging else 0
@@ -111,7 +113,7 @@ def estimate_calls(
     store: Store | None,
     known: Mapping[str, tuple[float, float]],
 ) -> tuple[Foreseen, ...]:
-    """What `expand` and `refine` would ask for this plan, looked up in the store as far as that goes."""
+    """The calls of `expand` and `refine` for this plan; requests that are known are looked up in the store."""
     by_name = {step.stage.name: step for step in steps}
     plan, expand, refine = by_name["plan"], by_name["expand"], by_name["refine"]
     for step in steps[steps.index(plan) :]:
@@ -129,7 +131,44 @@ def estimate_calls(
 
 
 def estimate_new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> Foreseen:
-    """The answers to instructions that are not written yet."""
+    """The calls that answer instructions which are not written yet."""
     size_in, size_out = known.get("refine", (FRAME + ANSWER, ANSWER))
     found = priced(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
     return replace(found, step=f"{refine.name}, new rows")
+
+
+def what_if_tables(found: WhatIf) -> list[PlainTable]:
+    """The present plan and the plan with the changes, task by task, and the calls that it needs."""
+    then, now = found.then, found.now
+    changes = ", ".join(found.changes) or "no change"
+    table = PlainTable(f"run {found.run}, round {found.round}: the plan with {changes}")
+    table.add_column("task")
+    for name in ("share now", "share then", "to write now", "to write then"):
+        table.add_column(name, justify="right")
+    new = [new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
+    for task in sorted({*then.got, *(now.got if now else ())}):
+        shares = [percent_cell(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
+        table.add_row(task, *shares, *(str(counts[task]) for counts in new))
+    table.caption = "\n".join(what_if_lines(found))
+    return [table, cost_estimate_table(found.calls, found.run)] if found.calls else [table]
+
+
+def what_if_lines(found: WhatIf) -> list[str]:
+    """How the plans differ, and notes on the new one."""
+    then, now = found.then, found.now
+    lines = [f"Now: {describe_plan(now)}." if now else "Now: not planned yet.", f"Then: {describe_plan(then)}."]
+    if now:
+        before, after = ({*plan.hard, *plan.drawn, *plan.reflected, *plan.replay} for plan in (now, then))
+        lines.append(f"{len(after - before):,} rows are added, {len(before - after):,} are removed.")
+    if found.unjudged:
+        lines.append(f"{found.unjudged:,} rows of the pool are not judged, and left out.")
+    if not found.calls:
+        lines.append("No calls are needed.")
+    return [*lines, *(f"{note}." for note in then.notes)]
+
+
+def describe_plan(plan: RoundPlan) -> str:
+    """The numbers of rows that a plan selects, writes and replays."""
+    selected = len(plan.hard) + len(plan.drawn) + len(plan.reflected)
+    hard = f"{plan.pool_hard:,} of {plan.pool:,} rows hard"
+    return f"{hard}, {selected:,} selected, {plan.to_write:,} to write, {len(plan.replay):,} replayed"

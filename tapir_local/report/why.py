@@ -1,9 +1,11 @@
-"""What became of one row: its scores in every round, why a plan took it or not, what grew from it, what it cost."""
+"""What happened to one row: its scores in every round, why a plan used it or not, its new rows, its cost."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from rich.text import Text
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -12,18 +14,20 @@ from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
-from tapir_local.report.costs import summarize_costs
+from tapir_local.report.costs import cost_table, summarize_costs
+from tapir_local.report.tables import score_pair_cell, text_table
 from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.tables import PlainTable, plain
 from tapir_local.unusable import read_unusable
 
-MAX_IDS_NAMED = 5  # rows named where several have the words
+MAX_IDS_NAMED = 5  # ids in the error if several rows match
 
 
 @dataclass(frozen=True)
 class RowInRound:
-    """A row in one round. `use` is what the plan made of it, "" nothing; `why` says why in words.
+    """A row in one round. `use` is what the plan used it for, "" if nothing; `why` gives the reason.
 
-    Scores are of the pool's judgement, or of the holdout's; None where there is none.
+    Scores are those of the pool's judgement or, for a row of the holdout, of the holdout's; None if there is none.
     """
 
     round: int
@@ -31,14 +35,14 @@ class RowInRound:
     student: float | None
     mfd: float | None
     use: str
-    explain_row: str
+    why: str
     trained: bool
 
 
 def explain_row(run: RunDir, named: str) -> dict[str, Any]:
-    """All that a run's files and the store say of a row, given its id or words that only its instruction has.
+    """All that the files of a run and the store contain on a row, given its id or words that only its instruction has.
 
-    TapirError when the run has no such row, or several.
+    TapirError if no row or several rows match.
     """
     drafts = read_drafts(run)
     known = read_all_rows(run, drafts)
@@ -58,10 +62,7 @@ def explain_row(run: RunDir, named: str) -> dict[str, Any]:
             for lost in read_unusable(run)
             if lost.id == row.id
         ],
-        "rounds": [
-            asdict(row_in_round)
-            for row_in_round in row_in_rounds(run, row, {id: other.task for id, other in known.items()})
-        ],
+        "rounds": [asdict(line) for line in row_in_rounds(run, row, {id: other.task for id, other in known.items()})],
         "grew": [
             {
                 "round": number,
@@ -77,7 +78,7 @@ def explain_row(run: RunDir, named: str) -> dict[str, Any]:
 
 
 def read_all_rows(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str, Example]:
-    """Every row that a run has met, by id, each with its newest answer."""
+    """Every row in the files of a run, by id, each with its newest answer."""
     files = [
         run.path / name for name in ("rows.jsonl", "labels.jsonl", "labelled.jsonl", "seeds.jsonl", "holdout.jsonl")
     ]
@@ -91,52 +92,58 @@ def read_all_rows(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str,
 
 
 def read_rejected_seeds(run: RunDir) -> list[Draft]:
-    """The seeds that resemble another one, [] until they are read."""
+    """The seeds that were rejected as duplicates; [] until the seeds are read."""
     path = run.path / "rejected-seeds.jsonl"
     return read_rows(Draft, path) if path.exists() else []
 
 
 def read_drafts(run: RunDir) -> list[tuple[int, Draft]]:
-    """(round, draft) of every new instruction that a run has seen, kept or not."""
+    """(round, draft) of every new instruction, kept or rejected."""
     paths = [(number, run.round(number) / "expanded.jsonl") for number in range(1, rounds_begun(run) + 1)]
     return [(number, draft) for number, path in paths if path.exists() for draft in read_rows(Draft, path)]
 
 
 def read_training_rows(run: RunDir, number: int) -> list[Example]:
-    """A round's training rows, [] until they are there."""
+    """The training rows of a round; [] until they exist."""
     path = run.round(number) / "train.jsonl"
     return read_rows(Example, path) if path.exists() else []
 
 
+def read_judgements(run: RunDir, number: int, name: str) -> dict[str, Judgement]:
+    """The judgements of a round, by id; {} until they exist."""
+    path = run.round(number) / f"{name}.jsonl"
+    return {judgement.id: judgement for judgement in read_rows(Judgement, path)} if path.exists() else {}
+
+
 def find_row(run: RunDir, known: Mapping[str, Example], named: str) -> Example:
-    """The row of this id, or the one whose instruction has these words."""
+    """The row with this id, or the only one whose instruction contains these words; TapirError if there is none."""
     if named in known:
         return known[named]
     words = named.casefold()
-    having = [row for row in known.values() if words in instruction_of(row.prompt).casefold()]
-    if len(having) == 1:
-        return having[0]
-    if having:
-        ids = ", ".join(row.id for row in having[:MAX_IDS_NAMED])
-        more = f" and {len(having) - NAMED:,} more" if len(having) > MAX_IDS_NAMED else ""
+    matches = [row for row in known.values() if words in instruction_of(row.prompt).casefold()]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = ", ".join(row.id for row in matches[:MAX_IDS_NAMED])
+        more = f" and {len(matches) - MAX_IDS_NAMED:,} more" if len(matches) > MAX_IDS_NAMED else ""
         raise TapirError(
-            f"{len(having):,} rows have {named!r} in their instruction: {ids}{more}", fix="Name one by id."
+            f"{len(matches):,} rows have {named!r} in their instruction: {ids}{more}", fix="Name one row by its id."
         )
-    near = difflib.get_close_matches(named, known, 3)
+    similar = difflib.get_close_matches(named, known, 3)
     raise TapirError(
         f"run {run.name!r} has no row {named!r}",
         where=str(run.path),
-        fix=(f"Did you mean {' or '.join(near)}? " if near else "")
-        + "A row is named by its id (they stand in the .jsonl files) or by words that only its instruction has.",
+        fix=(f"Did you mean {' or '.join(similar)}? " if similar else "")
+        + "Name a row by its id (see the .jsonl files of the run) or by words that only its instruction has.",
     )
 
 
 def row_origin(run: RunDir, row: Example, draft: Draft | None) -> str:
-    """Where a row comes from and what it is for."""
+    """Where a row comes from, and what it is used for."""
     if draft:
-        plan_reason = f"rejected: {draft.reason}" if draft.reason else "kept"
-        return f"written by the teacher in round {row.round}, from {row.parent}; {fate}"
-    for name, words in (("holdout", "of the holdout: never trained on, never expanded"), ("seeds", "a seed")):
+        result = f"rejected: {draft.reason}" if draft.reason else "kept"
+        return f"written by the teacher in round {row.round}, from {row.parent}; {result}"
+    for name, words in (("holdout", "in the holdout: never trained on, never expanded"), ("seeds", "a seed")):
         path = run.path / f"{name}.jsonl"
         if path.exists() and any(other.id == row.id for other in read_rows(Example, path)):
             return words
@@ -148,7 +155,7 @@ def row_origin(run: RunDir, row: Example, draft: Draft | None) -> str:
 
 
 def row_in_rounds(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterator[RowInRound]:
-    """The row in each round that has begun; `tasks` are those of all rows."""
+    """The row in each round that has begun. `tasks` are the tasks of all rows, by id."""
     if was_left_out_in_preparation(run, row):
         return
     settings = kept_recipe(run).curriculum
@@ -159,8 +166,8 @@ def row_in_rounds(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterat
             judgement = read_judgements(run, number, "holdout-judgements").get(row.id)
             yield row_in_round(number, judgement, "", "a row of the holdout", False)
         elif number == 0:
-            said = "drawn for the student's first training" if trained else "not drawn for the first training"
-            yield row_in_round(number, None, "drawn" if trained else "", said, trained)
+            reason = "drawn for the first training" if trained else "not drawn for the first training"
+            yield row_in_round(number, None, "drawn" if trained else "", reason, trained)
         elif row.round < number or row.origin == "seed":
             yield pool_row_in_round(run, number, row, settings, trained, tasks)
         elif row.round == number and trained:
@@ -168,34 +175,28 @@ def row_in_rounds(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterat
 
 
 def was_left_out_in_preparation(run: RunDir, row: Example) -> bool:
-    """Whether a row was left out in the preparation, so that no round has met it."""
+    """Whether a row was left out before the first round."""
     if any(lost.id == row.id and lost.step.startswith("prepare/") for lost in read_unusable(run)):
         return True
     return any(twin.example.id == row.id for twin in read_rejected_seeds(run))
 
 
 def has_holdout(run: RunDir) -> bool:
-    """Whether the run has come as far as its holdout."""
+    """Whether the run has its holdout yet."""
     return (run.path / "holdout.jsonl").exists()
 
 
-def row_in_round(number: int, judgement: Judgement | None, use: str, said: str, trained: bool) -> RowInRound:
-    """A round's record of a row."""
+def row_in_round(number: int, judgement: Judgement | None, use: str, reason: str, trained: bool) -> RowInRound:
+    """The record of a row in a round, with the scores of its judgement."""
     if judgement is None:
-        return RowInRound(number, None, None, None, use, said, trained)
-    return RowInRound(number, judgement.teacher, judgement.student, mfd(judgement), use, said, trained)
-
-
-def read_judgements(run: RunDir, number: int, name: str) -> dict[str, Judgement]:
-    """A round's judgements by id, none until they are there."""
-    path = run.round(number) / f"{name}.jsonl"
-    return {judgement.id: judgement for judgement in read_rows(Judgement, path)} if path.exists() else {}
+        return RowInRound(number, None, None, None, use, reason, trained)
+    return RowInRound(number, judgement.teacher, judgement.student, mfd(judgement), use, reason, trained)
 
 
 def pool_row_in_round(
     run: RunDir, number: int, row: Example, settings: Curriculum, trained: bool, tasks: Mapping[str, str]
 ) -> RowInRound:
-    """A row of the pool in a round with a plan, or without one yet."""
+    """The record of a row that a round's pool may contain, before or after the round is planned."""
     judged, path = read_judgements(run, number, "judgements"), run.round(number) / "plan.json"
     judgement = judged.get(row.id)
     if not path.exists():
@@ -203,30 +204,33 @@ def pool_row_in_round(
     plan = read_record(RoundPlan, path)
     use = plan_use(plan, row.id)
     if plan.curriculum not in FROM_POOL:
-        taken = len(plan.drawn) + len(plan.reflected)
-        said = f"{plan.curriculum}: {'taken' if use else 'not drawn'}, {taken:,} of {plan.pool:,} were"
+        count = len(plan.drawn) + len(plan.reflected)
+        reason = f"{plan.curriculum}: {'drawn' if use else 'not drawn'}; {count:,} of {plan.pool:,} rows were drawn"
     elif judgement is None and is_judged(settings):
-        said = "not in this round's pool, which is drawn at random"
+        reason = "not in this round's pool, which is drawn at random"
     elif judgement is None:
-        said = "difficulty is off: " + ("drawn at random" if use else "not drawn")
+        reason = "difficulty is off: " + ("drawn at random" if use else "not drawn")
     else:
-        said = f"{verdict_of(judgement, settings)}; {fate(plan, judgement, list(judged.values()), settings, tasks)}"
-    parents = any(row.id in expansion.parents for expansion in plan.expansions)
-    return row_in_round(number, judgement, use, said + ("; new rows may grow from it" if parents else ""), trained)
+        verdict = difficulty_verdict(judgement, settings)
+        reason = f"{verdict}; {plan_reason(plan, judgement, list(judged.values()), settings, tasks)}"
+    if any(row.id in expansion.parents for expansion in plan.expansions):
+        reason += "; new rows may be written from it"
+    return row_in_round(number, judgement, use, reason, trained)
 
 
 def plan_use(plan: RoundPlan, id: str) -> str:
-    """What a plan makes of a row: `hard`, `replay`, `drawn`, `reflected`, or nothing."""
+    """What a plan uses a row for: `hard`, `replay`, `drawn` or `reflected`; "" if nothing."""
     return next((use for use in ("hard", "replay", "drawn", "reflected") if id in getattr(plan, use)), "")
 
 
 def difficulty_verdict(judgement: Judgement, settings: Curriculum) -> str:
-    """Hard, easy, or neither, and by which numbers."""
+    """Hard, easy or neither, with the numbers that decide it."""
     difficulty = mfd(judgement)
     if difficulty is None:
         return f"unjudged: {judgement.reason}"
     if settings.name == "lion":
-        return f"{'hard' if difficulty >= LION_THRESHOLD else 'easy'}: MFD {difficulty:g}, hard from {LION_THRESHOLD:g}"
+        verdict = "hard" if difficulty >= LION_THRESHOLD else "easy"
+        return f"{verdict}: MFD {difficulty:g}, hard from {LION_THRESHOLD:g}"
     if not teachable(judgement, settings):
         return f"the teacher's own score {judgement.teacher:g} is below teacher_floor {settings.teacher_floor:g}"
     hard = is_hard(judgement, settings)
@@ -240,10 +244,10 @@ def plan_reason(
     settings: Curriculum,
     tasks: Mapping[str, str],
 ) -> str:
-    """Why a judged row was taken or not."""
+    """Why a plan uses a judged row or not."""
     use = plan_use(plan, judgement.id)
     if plan.curriculum == "lion":
-        return "Lion trains on new rows alone"
+        return "Lion trains only on new rows"
     if not teachable(judgement, settings):
         return "neither trained on nor replayed"
     if not is_hard(judgement, settings):
@@ -252,8 +256,38 @@ def plan_reason(
     task = tasks[judgement.id]
     rivals = [other for other in judged if tasks.get(other.id) == task and is_hard(other, settings)]
     harder = sum((mfd(other) or 0.0) > (mfd(judgement) or 0.0) for other in rivals)
-    taken = sum(tasks.get(id) == task for id in plan.hard)
+    count = sum(tasks.get(id) == task for id in plan.hard)
     return (
-        f"{'taken' if use else 'not taken'}: of {len(rivals):,} hard rows of {task} {harder:,} are harder, "
-        f"{taken:,} were taken, the hardest first and equals by chance"
+        f"{'selected' if use else 'not selected'}: {harder:,} of {len(rivals):,} hard rows of {task} are harder; "
+        f"{count:,} were selected, the hardest first, ties at random"
     )
+
+
+def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
+    """What happened to a row: what it is, each round, the rows that were written from it, its cost."""
+    head = plain(
+        f"{found['id']} of run {found['run']}: {found['place']}\n"
+        f"task {found['task'] or 'not known yet'}, labeled by {found['labelled_by'] or 'nobody yet'}\n"
+        f"{found['instruction']}\n-> {found['answer']}\n"
+    )
+    cells = [
+        [
+            str(row["round"]),
+            score_pair_cell([row["student"], row["teacher"]]),
+            "-" if row["mfd"] is None else f"{row['mfd']:g}",
+            row["use"],
+            row["why"],
+            "yes" if row["trained"] else "no",
+        ]
+        for row in found["rounds"]
+    ]
+    columns = ["round", "student : teacher", "MFD", "use", "why", "trained"]
+    tables: list[PlainTable | Text] = [head, text_table("round by round", columns, cells)]
+    if found["left_out"]:
+        lost = [[row["step"], row["kind"], row["detail"]] for row in found["left_out"]]
+        tables.append(text_table("where it was left out", ["step", "reason", "details"], lost))
+    if found["grew"]:
+        grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
+        columns = ["round", "row", "kept, or why not", "instruction"]
+        tables.append(text_table("rows written from it", columns, grew))
+    return [*tables, cost_table("what it cost", found["cost"], "stage")] if found["cost"] else tables

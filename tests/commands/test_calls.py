@@ -1,4 +1,4 @@
-"""The commands on the store as a person types them: what goes to stdout, what to stderr, and the exit code."""
+"""`tapir-local calls …` as typed by a user: stdout, stderr and exit code."""
 
 import json
 import sqlite3
@@ -23,7 +23,7 @@ RECIPE = "teacher: {kind: openai, model: big, base_url: 'http://teacher.invalid/
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a cache of two calls, a recipe and a file of rows."""
+    """A folder with a cache of two calls, a recipe, and a file of rows."""
     with Store(tmp_path / "cache" / "teacher.db") as store:
         for text in ("What is 2 + 3?", "What is 4 + 5?"):
             request = Request(prompts.answer((Message("user", text),)), f"row-{text}", "seeds")
@@ -41,24 +41,24 @@ def calls(place: Path, *words: str, code: int = 0) -> tuple[str, str]:
     return out.stdout, out.stderr
 
 
-def test_stats_end_with_what_the_store_weighs(place: Path) -> None:
+def test_stats_end_with_the_size_of_the_store(place: Path) -> None:
     out, err = calls(place, "stats", "--json")
     assert json.loads(out)[0]["used"] == 2
     assert err.startswith("2 calls stored, 0.")
-    assert err.endswith("bytes a call\n")
+    assert err.endswith("bytes per call\n")
 
 
-def test_an_empty_store_weighs_nothing_a_call(place: Path) -> None:
+def test_an_empty_store_has_no_size_per_call(place: Path) -> None:
     Store(place / "empty" / "teacher.db").close()
     out = tapir("calls", "stats", "--cache", "empty", cwd=place)
     assert out.stderr.startswith("0 calls stored")
-    assert "a call" not in out.stderr
+    assert "per call" not in out.stderr
 
 
-def test_search_prints_rows_and_says_when_there_are_more(place: Path) -> None:
+def test_search_prints_rows_and_says_if_there_are_more(place: Path) -> None:
     out, err = calls(place, "search", "what is", "--limit", "1", "--json")
     assert [row["stage"] for row in json.loads(out)] == ["seeds"]
-    assert "more than 1 calls have these words" in err
+    assert "only the first 1 matches are shown" in err
     assert calls(place, "search", "bananas", "--json") == ("[]\n", "no call has all of these words\n")
     assert "4 + 5?" in calls(place, "search", "9")[0]
 
@@ -96,7 +96,7 @@ def test_an_import_with_a_wrong_hash_keeps_the_others_and_exits_with_1(place: Pa
     assert out.stderr == "1 calls imported, 0 already there, 1 refused: 1 with a key that is not its request's\n"
 
 
-def test_an_export_that_lacks_a_damaged_call_exits_with_1(place: Path) -> None:
+def test_an_export_without_a_damaged_call_exits_with_1(place: Path) -> None:
     conn = sqlite3.connect(place / "cache" / "teacher.db")
     conn.execute("update calls set answer = x'00' where id = 1")
     conn.commit()
@@ -104,25 +104,25 @@ def test_an_export_that_lacks_a_damaged_call_exits_with_1(place: Path) -> None:
     assert "1 calls could not be read and were left out" in calls(place, "export", "one.db", code=1)[1]
 
 
-def test_the_lock_of_a_run_is_exported_and_verified_where_the_store_knows_no_use_of_it(place: Path) -> None:
+def test_calls_in_the_lock_of_a_run_are_exported_and_verified_without_a_recorded_use(place: Path) -> None:
     keys = [row["key"] for row in json.loads(calls(place, "list", "--json")[0])]
     run = RunDir(place / "cache", "replayed")
     lock(run, "prepare/seeds", [Locked("prepare/seeds", "x", keys[0])])
     assert "1 calls exported" in calls(place, "export", "--run", "replayed", "one.db")[1]
-    assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed absent\n")
+    assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed missing\n")
     lock(run, "prepare/label", [Locked("prepare/label", "x", "00" * 32)])
     out, err = calls(place, "verify", "--run", "replayed", code=1)
-    assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed absent\n")
+    assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed missing\n")
 
 
-def test_a_stage_that_a_run_has_and_has_not_reached_is_no_error(place: Path) -> None:
+def test_a_stage_that_a_run_has_not_reached_is_no_error(place: Path) -> None:
     assert calls(place, "list", "--stage", "refine", "--json")[0] == "[]\n"
     (place / "cache" / "runs" / "new").mkdir(parents=True)
     assert calls(place, "cost", "--run", "new", "--json")[0] == "[]\n"
 
 
-def test_the_stages_that_ask_are_those_of_the_loop() -> None:
-    """Every name that a stage asks under is a stage's, and known to the commands."""
+def test_the_stages_with_calls_are_stages_of_the_loop() -> None:
+    """The commands know every stage that makes calls, and only those."""
     names = {stage.name for stage in (*PREPARE, *ROUND)}
     assert names >= ASKING
     assert {"answer", "train", "plan", "evaluate"} & ASKING == set()
@@ -140,7 +140,7 @@ def test_answers_from_elsewhere_are_counted(place: Path) -> None:
     assert "Quince." in calls(place, "search", "quince")[0]
 
 
-def test_an_import_is_a_run_to_every_command(place: Path) -> None:
+def test_every_command_accepts_an_import_as_a_run(place: Path) -> None:
     calls(place, "import", "rows.json", "--recipe", "my.yaml")
     for by in ("run", "round", "stage", "task"):
         rows = json.loads(calls(place, "cost", "--run", "import:rows.json", "--by", by, "--json")[0])
@@ -148,7 +148,7 @@ def test_an_import_is_a_run_to_every_command(place: Path) -> None:
     assert json.loads(calls(place, "cost", "--by", "task", "--json")[0])
     assert "1 calls exported" in calls(place, "export", "--run", "import:rows.json", "one.db")[1]
     said = calls(place, "verify", "--run", "import:rows.json")
-    assert said == ("", "3 calls read, 0 damaged, 0 of run import:rows.json absent\n")
+    assert said == ("", "3 calls read, 0 damaged, 0 of run import:rows.json missing\n")
     assert json.loads(calls(place, "list", "--run", "import:rows.json", "--json")[0])
     assert json.loads(calls(place, "stats", "--run", "import:rows.json", "--json")[0])
     assert json.loads(calls(place, "search", "quince", "--run", "import:rows.json", "--json")[0])
@@ -160,7 +160,10 @@ def test_a_batch_with_other_settings_says_so(place: Path) -> None:
     (place / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": body}))
     (place / "out.jsonl").write_text(json.dumps({"custom_id": "a", "response": {"status_code": 200, "body": reply}}))
     err = calls(place, "import", "out.jsonl", "--requests", "in.jsonl", "--recipe", "my.yaml")[1]
-    assert "1 were asked with other settings than the recipe's; the first: temperature: 0.7 here, 0 there" in err
+    assert (
+        "1 were asked with settings other than the recipe's; the first difference: temperature: 0.7 here, 0 there"
+        in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,5 +192,5 @@ def test_a_batch_with_other_settings_says_so(place: Path) -> None:
         (("verify", "--run", "nope"), "Runs with calls: one."),
     ],
 )
-def test_what_is_wrong_is_said_without_a_traceback(place: Path, words: tuple[str, ...], said: str) -> None:
+def test_errors_are_printed_without_a_traceback(place: Path, words: tuple[str, ...], said: str) -> None:
     assert said in refused("calls", *words, "--cache", "cache", cwd=place)

@@ -1,4 +1,4 @@
-"""The commands as a person types them: what they say, where, and with which exit code."""
+"""The commands as typed by a user: messages, stdout and stderr, and exit codes."""
 
 import json
 import os
@@ -13,14 +13,15 @@ import pytest
 from click.testing import CliRunner
 from command_line import ROOT, refused, tapir
 
-import cli
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
+from tapir_local.commands.distill import recipe_changes, resolve_recipe
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32", "freebsd14"])
-def test_another_system_than_linux_is_refused_in_one_sentence(system: str) -> None:
+def test_a_system_other_than_linux_is_refused_in_one_sentence(system: str) -> None:
     code = f"import sys; sys.argv = ['tapir-local', 'recipes']; import cli; sys.platform = {system!r}; cli.main()"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
@@ -29,9 +30,9 @@ def test_another_system_than_linux_is_refused_in_one_sentence(system: str) -> No
     assert out.stdout == ""
 
 
-@pytest.mark.parametrize("name", sorted(cli.cli.commands))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_command_has_an_example_and_stands_in_the_readme(name: str) -> None:
-    text = cli.cli.commands[name].get_help(click.Context(cli.cli.commands[name], info_name=name))
+    text = cli.commands[name].get_help(click.Context(cli.commands[name], info_name=name))
     assert "Example:" in text
     assert f"tapir-local {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -74,7 +75,7 @@ def test_doctor_says_that_llama_cpp_was_built_for_another_processor(tmp_path: Pa
     package = tmp_path / "llama_cpp"
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    code = "from tapir_local.report.doctor import llama\nfound = llama()\nprint(found.ok, found.found)"
+    code = "from tapir_local.report.doctor import check_llama\nfound = check_llama()\nprint(found.ok, found.found)"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
@@ -82,18 +83,18 @@ def test_doctor_says_that_llama_cpp_was_built_for_another_processor(tmp_path: Pa
     assert done.stdout.strip() == "False ends with SIGILL"
 
 
-def test_doctor_says_that_the_compiler_is_missing_where_it_is_needed(tmp_path: Path) -> None:
-    """Without llama_cpp on the path and without a compiler there is one thing to do."""
+def test_doctor_reports_a_missing_compiler_if_it_is_needed(tmp_path: Path) -> None:
+    """Without llama_cpp and without a compiler the advice is to install one."""
     code = (
         "import sys\nsys.modules['llama_cpp'] = None\n"
-        "from tapir_local.report.doctor import compiler\nfound = compiler()\nprint(found.ok, found.fix)"
+        "from tapir_local.report.doctor import check_compiler\nfound = check_compiler()\nprint(found.ok, found.fix)"
     )
     env = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
     assert out.startswith("False Install one")
 
 
-def test_make_says_that_there_is_no_compiler(tmp_path: Path) -> None:
+def test_make_reports_a_missing_compiler(tmp_path: Path) -> None:
     """The same Makefile, in a folder without an environment, on a PATH with Python and no compiler."""
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / "pyproject.toml").touch()
@@ -108,7 +109,7 @@ def test_make_says_that_there_is_no_compiler(tmp_path: Path) -> None:
     assert "there is no C++ compiler" in out.stderr
 
 
-def test_an_unknown_recipe_names_those_there_are() -> None:
+def test_the_error_for_an_unknown_recipe_lists_the_known_ones() -> None:
     assert "quickstart" in refused("distill", "nope.yaml")
 
 
@@ -126,7 +127,7 @@ def test_a_broken_recipe_names_the_key(tmp_path: Path) -> None:
         ('{"instruction": "a"}\n{"output": "b"}\n', "line 2: a row of no known form; its keys: output"),
     ],
 )
-def test_bad_seeds_are_refused_and_leave_a_run_that_can_go_on(tmp_path: Path, text: str | None, said: str) -> None:
+def test_bad_seeds_are_refused_and_the_run_can_be_resumed(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "seeds.json").write_text(text)
     words = ("distill", "recorded", "--seeds", "seeds.json", "--cache", "cache")
@@ -150,7 +151,7 @@ def test_a_negative_number_of_rounds() -> None:
 
 
 def test_help_says_what_the_teacher_is() -> None:
-    assert "a programme, no LLM" in " ".join(tapir("--help").stdout.split())
+    assert "a small program, not an LLM" in " ".join(tapir("--help").stdout.split())
 
 
 def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path: Path) -> None:
@@ -175,14 +176,15 @@ def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path:
 
 
 @pytest.mark.parametrize("words", [["seeds.path=nowhere.json"], ["name=other", "seeds.path=nowhere.json"]])
-def test_a_setting_that_has_an_option_of_its_own_can_be_set_without_it(words: list[str], tmp_path: Path) -> None:
+def test_settings_with_their_own_option_can_be_set_with_set_too(words: list[str], tmp_path: Path) -> None:
     changes = [word for text in words for word in ("--set", text)]
     with pytest.raises(TapirError, match=r"nowhere\.json: there is no such file of seeds"):
-        CliRunner().invoke(cli.cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
+        CliRunner().invoke(cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
 
 
-def test_an_option_is_stronger_than_the_same_setting() -> None:
-    recipe = cli.load_recipe("quickstart", ["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
+def test_an_option_overrides_the_same_setting() -> None:
+    changes = recipe_changes(["rounds=7", "name=a"], rounds=2, name=None, seeds=None, random_seed=None)
+    recipe = resolve_recipe("quickstart", changes)[0]
     assert (recipe.rounds, recipe.name) == (2, "a")
 
 
@@ -212,11 +214,11 @@ def test_a_recipe_that_cannot_be_read_is_refused_in_one_sentence(
     assert said in refused("distill", "my.yaml", cwd=tmp_path)
 
 
-def test_a_name_that_is_too_long_is_no_recipe() -> None:
+def test_a_name_that_is_too_long_for_a_file_is_an_unknown_recipe() -> None:
     assert "there is no such recipe" in refused("distill", "x" * 300)
 
 
-def test_a_student_that_nobody_named_is_asked_for(tmp_path: Path) -> None:
+def test_a_recipe_without_a_student_is_refused(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:9/v1'}\n")
     said = refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
     assert "my.yaml: student.path: none is named; write `student: {path: …}`" in said
@@ -227,30 +229,30 @@ def test_a_student_that_nobody_named_is_asked_for(tmp_path: Path) -> None:
     assert "prepare/label" in out.stdout
 
 
-def test_what_a_recipe_asks_for_in_vain_is_told_first(tmp_path: Path) -> None:
+def test_a_setting_without_effect_is_reported_first(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("teacher: pocket\ntrain: {method: full, lora_rank: 4}\n")
     out = tapir("distill", "my.yaml", "--dry-run", cwd=tmp_path)
     assert out.stderr.startswith("train.lora_rank has no effect: `train.method: full` trains all weights")
 
 
-def test_a_change_may_mend_a_recipe(tmp_path: Path) -> None:
+def test_a_change_may_fix_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("teacher: pocket\nstudent: {max_length: 256}\n")
     assert "student.max_tokens" in refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
     assert tapir("distill", "my.yaml", "--dry-run", "--set", "student.max_tokens=99", cwd=tmp_path).returncode == 0
 
 
-def test_home_is_expanded_where_the_shell_did_not(tmp_path: Path) -> None:
+def test_home_is_expanded_if_the_shell_did_not(tmp_path: Path) -> None:
     out = tapir("distill", "quickstart", "--seeds=~/none.json", "--cache=~/c", "--dry-run", HOME=str(tmp_path))
     assert f"{tmp_path / 'none.json'}: there is no such file of seeds" in out.stderr
     assert f"{tmp_path / 'c'}" in tapir("status", "--cache=~/c", HOME=str(tmp_path)).stderr
 
 
-# Recipes from elsewhere
+# Recipes from other sources
 
 LAUNCHED = "teacher: pocket\nname: t\nseeds: nowhere.json\ntrain: {launcher: torchrun}\n"
 
 
-def test_a_recipe_that_runs_a_command_needs_an_agreement_once(tmp_path: Path) -> None:
+def test_a_recipe_that_runs_a_command_needs_permission_once(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED)
     words = ("distill", "my.yaml", "--cache", "c")
     assert "my.yaml: this recipe runs the command: torchrun\n  If you wrote it" in refused(*words, cwd=tmp_path)
@@ -261,7 +263,7 @@ def test_a_recipe_that_runs_a_command_needs_an_agreement_once(tmp_path: Path) ->
     assert "torchrun; rm" in refused(*words, cwd=tmp_path)
 
 
-def test_what_the_user_types_needs_no_agreement_and_is_remembered(tmp_path: Path) -> None:
+def test_settings_typed_by_the_user_need_no_permission_and_are_remembered(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED.replace("train: {launcher: torchrun}", ""))
     words = ("distill", "my.yaml", "--cache", "c")
     assert "no such file of seeds" in refused(*words, "--set", "train.launcher=torchrun", cwd=tmp_path)
@@ -270,7 +272,7 @@ def test_what_the_user_types_needs_no_agreement_and_is_remembered(tmp_path: Path
 
 
 @pytest.mark.parametrize(("answer", "said"), [("n", "this recipe runs the command"), ("y", "no such file of seeds")])
-def test_on_a_terminal_the_user_is_asked(answer: str, said: str, tmp_path: Path) -> None:
+def test_on_a_terminal_the_user_is_asked_for_permission(answer: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED)
     ours, theirs = pty.openpty()
     os.write(ours, f"{answer}\n".encode())
@@ -281,11 +283,11 @@ def test_on_a_terminal_the_user_is_asked(answer: str, said: str, tmp_path: Path)
         os.close(end)
     assert child.returncode == 1
     assert "This recipe runs the command: torchrun" in shown
-    assert "Is that what you want? [y/N]" in shown
+    assert "Allow this? Answer y only if you trust the recipe [y/N]" in shown
     assert said in shown
 
 
-def test_a_dry_run_of_any_recipe_needs_none(tmp_path: Path) -> None:
+def test_a_dry_run_needs_no_permission(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED.replace("nowhere.json", "pocket"))
     assert tapir("distill", "my.yaml", "--cache", "c", "--dry-run", cwd=tmp_path).returncode == 0
     assert not (tmp_path / "c").exists()

@@ -1,4 +1,4 @@
-"""What a recipe makes this machine do: commands, and keys to hosts that the recipe names."""
+"""What needs the user's permission: commands that a recipe runs, and keys that it sends to its hosts."""
 
 from pathlib import Path
 
@@ -26,16 +26,16 @@ JUDGED = "teacher: pocket\njudge: {model: m, base_url: 'https://other.example/v1
         ("teacher: {model: m, api_key_env: MINE}", []),
     ],
 )
-def test_what_a_recipe_does(text: str, does: list[str]) -> None:
+def test_the_risks_of_a_recipe(text: str, does: list[str]) -> None:
     assert [risk.does for risk in find_risks(parse_recipe(text, "r"))] == does
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
-def test_no_recipe_that_comes_along_does_any(path: Path) -> None:
+def test_no_shipped_recipe_has_a_risk(path: Path) -> None:
     assert find_risks(parse_recipe(path.read_text(encoding="utf-8"), path.name)) == []
 
 
-def test_an_answer_is_asked_for_once_for_each_thing(tmp_path: Path) -> None:
+def test_each_risk_is_asked_about_once(tmp_path: Path) -> None:
     recipe = parse_recipe(ABROAD.replace("KEY", "api_key_env: AWS") + "\ntrain: {launcher: sh}", "r")
     asked = []
 
@@ -52,7 +52,7 @@ def test_an_answer_is_asked_for_once_for_each_thing(tmp_path: Path) -> None:
     assert asked == [2, 2, 1]
 
 
-def test_a_file_of_agreements_that_cannot_be_read_agrees_to_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_file_of_permissions_allows_nothing(tmp_path: Path) -> None:
     (tmp_path / "trusted.json").write_text("[")
     with pytest.raises(TapirError):
         require_trust(

@@ -1,4 +1,4 @@
-"""Runs side by side, on small folders with the real records: shared holdout, equal costs, what is printed."""
+"""Compare runs, on small folders with the real records: shared holdout, equal cost, tables."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from command_line import refused
 from rich.console import Console
 
-import cli
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.method.metrics import evaluate
 from tapir_local.pipeline.lockfile import Locked, lock
@@ -41,7 +41,7 @@ def made(
     judge_kind: str = "teacher",
     **changes: object,
 ) -> RunDir:
-    """A run of evaluated rounds, each told by its answers: `1` right and better than the teacher's, `=` right and as
+    """A run with evaluated rounds, each given by its answers: `1` right and better than the teacher's, `=` right and as
     good, `0` wrong and worse, `?` wrong and unjudged. Each round trains on `size` rows of 10 tokens and asks the
     teacher and the judge `size` times."""
     run = RunDir(cache, name)
@@ -102,7 +102,7 @@ def test_a_run_and_its_copy_differ_by_nothing(tmp_path: Path) -> None:
 
 
 def test_the_intervals_of_a_round_are_those_of_status(tmp_path: Path) -> None:
-    """Wilson's of 10 of 20 is 0.299 to 0.701."""
+    """Wilson's interval of 10 of 20 is 0.299 to 0.701."""
     found = compare_runs([made(tmp_path, "one", "1" * 10), made(tmp_path, "two", "")])
     assert found["rounds"][0]["accuracy"]["interval"] == pytest.approx((0.299, 0.701), abs=1e-3)
     assert found["rounds"][1]["accuracy"]["mean"] == 0
@@ -156,7 +156,7 @@ def test_what_a_run_spent_by_the_end_of_each_round(tmp_path: Path) -> None:
     assert [tuple(row[name] for name in names) for row in found[:2]] == [(10, 100, 20, 10, 8), (20, 200, 30, 20, 11)]
 
 
-def test_at_equal_tokens_each_run_stands_with_its_last_round_within_the_least(tmp_path: Path) -> None:
+def test_at_equal_tokens_the_last_round_within_the_lowest_cost_is_compared(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1", "11", "111"), made(tmp_path, "two", "1", "11", size=12)
     found = compare_runs([one, two], at="tokens")
     assert found["at"] == {"kind": "tokens", "budget": 240}
@@ -166,10 +166,10 @@ def test_at_equal_tokens_each_run_stands_with_its_last_round_within_the_least(tm
     assert compare_runs([one, two], at="calls")["at"]["budget"] == 48
 
 
-def test_a_run_that_has_no_round_within_the_budget_stands_with_round_0_and_it_is_said(tmp_path: Path) -> None:
+def test_a_run_without_a_round_within_the_budget_is_compared_by_round_0_with_a_note(tmp_path: Path) -> None:
     found = compare_runs([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", "11", size=30)], at="rows")
     assert told(found, "two")["round"] == 0
-    assert found["notes"] == ["two has no round within 10 training rows: its round 0, after 30, stands for it."]
+    assert found["notes"] == ["two has no round within 10 training rows: round 0 is compared, which cost 30."]
 
 
 def test_a_round_by_number(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_a_round_by_number(tmp_path: Path) -> None:
     assert told(compare_runs([one, two], number=0), "one")["mean"] == 0.05
     assert told(compare_runs([one, two]), "one")["mean"] == 0.1
     assert "run 'two' has no evaluated round 1\n  Its evaluated rounds: 0." in fault(one, two, number=1)
-    assert "exclude each other" in fault(one, two, number=0, at="rows")
+    assert "cannot be used together" in fault(one, two, number=0, at="rows")
 
 
-def test_other_holdouts_are_refused_with_what_differs(tmp_path: Path) -> None:
+def test_different_holdouts_are_refused_with_the_differences(tmp_path: Path) -> None:
     one = made(tmp_path, "one", "1")
     seeds = made(tmp_path, "two", "1", holdout=HOLDOUT[:-3], random_seed=2)
     assert "different holdouts: 3 rows only in one\n" in fault(one, seeds)
@@ -191,7 +191,7 @@ def test_other_holdouts_are_refused_with_what_differs(tmp_path: Path) -> None:
     assert "the same random_seed" in said
 
 
-def test_other_judges_are_refused_by_name(tmp_path: Path) -> None:
+def test_different_judges_are_refused_by_name(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1", judge="big-judge")
     said = fault(one, two)
     assert "different judges: judge ('the pocket teacher' in one, 'big-judge' in two)" in said
@@ -200,29 +200,29 @@ def test_other_judges_are_refused_by_name(tmp_path: Path) -> None:
     assert "judge.temperature (0.0 in one, 0.5 in warm)" in fault(one, warm)
 
 
-def test_where_a_judge_is_reached_does_not_matter(tmp_path: Path) -> None:
+def test_the_address_of_a_judge_does_not_matter(tmp_path: Path) -> None:
     judge = {"judge.kind": "openai", "judge.model": "m"}
     one = made(tmp_path, "one", "1", **judge, **{"judge.base_url": "http://here"})
     two = made(tmp_path, "two", "1", **judge, **{"judge.base_url": "http://there", "judge.alias": "far"})
     assert told(compare_runs([one, two]), "two")["difference"]["p"] == 1
 
 
-def test_a_row_has_the_task_that_the_first_run_labels_it_with(tmp_path: Path) -> None:
+def test_a_row_has_its_task_in_the_first_run(tmp_path: Path) -> None:
     relabelled = [replace(row, task="Art") for row in HOLDOUT]
     one, two = read_run_results([made(tmp_path, "one", "1"), made(tmp_path, "two", "1", holdout=relabelled)])
     assert two.holdout == one.holdout == tuple(HOLDOUT)
 
 
-def test_a_curriculum_that_plans_by_the_holdout_pays_for_its_judgements_and_it_is_said(tmp_path: Path) -> None:
+def test_a_curriculum_that_plans_by_the_holdout_pays_for_its_judgements_with_a_note(tmp_path: Path) -> None:
     one = made(tmp_path, "one", "1", "11")
     grown = made(tmp_path, "grown", "1", "11", "11", **{"curriculum.name": "growth"})
     found = compare_runs([one, grown])
     calls = [(row["judge_calls"], row["evaluation_calls"]) for row in found["rounds"][2:]]
     assert calls == [(10, 3), (23, 3), (36, 3)]
-    assert found["notes"] == ["grown plans its rounds by this holdout, which flatters it here."]
+    assert found["notes"] == ["grown selects its training data by this holdout, so its rates here are optimistic."]
 
 
-def test_one_checker_serves_all_and_without_one_there_is_no_accuracy(tmp_path: Path) -> None:
+def test_one_checker_is_used_for_all_runs_and_without_one_there_is_no_accuracy(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1", checker=None), made(tmp_path, "two", "1")
     assert told(compare_runs([one, two]), "one")["mean"] == 0.05
     bare = compare_runs([one, made(tmp_path, "three", "1", checker=None)], by_task=True)
@@ -240,7 +240,7 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     assert "run 'empty' has no evaluated round" in fault(one, empty)
 
 
-def test_a_missing_or_foreign_file_names_the_stage_to_do_again(tmp_path: Path) -> None:
+def test_a_missing_or_wrong_file_names_the_stage_to_redo(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
     write_rows(two.round(0) / "holdout-judgements.jsonl", [Judgement("seed-0", 8.0, 2.0)])
     assert "tapir-local redo two --round 0 --from holdout-judge" in fault(one, two)
@@ -248,7 +248,7 @@ def test_a_missing_or_foreign_file_names_the_stage_to_do_again(tmp_path: Path) -
     assert "tapir-local redo two --round 0 --from holdout-answer" in fault(one, two)
 
 
-def test_without_a_log_of_training_there_are_no_tokens_to_compare_at(tmp_path: Path) -> None:
+def test_without_a_training_log_runs_cannot_be_compared_at_equal_tokens(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
     remove(two.round(0) / "adapter")
     assert compare_runs([one, two])["rounds"][1]["tokens"] is None
@@ -275,7 +275,7 @@ def test_the_tables_are_readable_at_100_columns(tmp_path: Path) -> None:
 
 
 def tapir(cache: Path, *words: str) -> str:
-    out = CliRunner().invoke(cli.cli, ["compare", *words, "--cache", str(cache)])
+    out = CliRunner().invoke(cli, ["compare", *words, "--cache", str(cache)])
     assert out.exit_code == 0, out.exception
     return out.stdout
 
@@ -291,7 +291,7 @@ def test_the_command_prints_tables_or_data(tmp_path: Path) -> None:
     assert told(found, "two")["difference"]["p"] == pytest.approx(0.109375)
 
 
-def test_what_the_command_refuses_is_said_without_a_traceback(tmp_path: Path) -> None:
+def test_the_command_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     made(tmp_path, "one", "1")
     assert "Runs in this cache: one" in refused("compare", "one", "nope", "--cache", str(tmp_path))
     assert "Name two runs or more" in refused("compare", "one", "--cache", str(tmp_path))

@@ -23,7 +23,7 @@ def wanted(stage: str, *ids: str, number: int = 0) -> list[Request]:
 
 @pytest.fixture
 def path(server: Server, tmp_path: Path) -> Path:
-    """Run `one` paid for four calls and one that came empty, run `two` found two of them; 10 tokens each."""
+    """Run `one` paid for four calls and for an empty answer; run `two` found two of them. Each has 10 tokens."""
     server.faults["seeds c"] = [says("")]
     with Store(tmp_path / "cache" / "teacher.db") as store:
         priced = teacher(server, price=PRICE)
@@ -41,16 +41,8 @@ def told(rows: list[dict[str, object]], by: str, *names: str) -> dict[object, tu
 
 
 def test_by_stage_with_what_failed_and_what_it_cost(path: Path) -> None:
-    found = told(
-        summarize_costs(path, "stage", "one"),
-        "stage",
-        "paid",
-        "from_store",
-        "failed",
-        "tokens_in",
-        "tokens_out",
-        "money",
-    )
+    names = ("stage", "paid", "from_store", "failed", "tokens_in", "tokens_out", "money")
+    found = told(summarize_costs(path, "stage", "one"), *names)
     assert found == {"seeds": (3, 0, 1, 28, 12, 40.0), "judge": (1, 0, 0, 7, 3, 10.0)}
 
 
@@ -59,7 +51,7 @@ def test_by_run_with_what_the_store_saved_and_what_has_no_price(path: Path) -> N
     assert found == {"one": (4, 0, 50.0, 0.0, 0), "two": (1, 2, 0.0, 20.0, 1)}
 
 
-def test_by_task_and_of_one_round(path: Path) -> None:
+def test_by_task_and_for_one_round(path: Path) -> None:
     assert told(summarize_costs(path, "task", "one"), "task", "paid") == {"Math": (3,), "Code": (1,)}
     assert told(summarize_costs(path, "task", "one", 1), "task", "paid") == {"Math": (1,)}
     assert told(summarize_costs(path, "task", "two"), "task", "paid") == {"unknown": (1,)}  # its folder is not there

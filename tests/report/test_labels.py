@@ -1,4 +1,4 @@
-"""Who labels a row: the file, the teacher, the classifier where it is sure; what is said of it, and shown."""
+"""Who labels a row: the file, the teacher, or the classifier if it is sure; what a run reports about it."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fakes import QUIET, World, classify, make_recipe, tools
 
-import cli
+from tapir_local.commands.runs import show_command
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.dry_run import forecast
@@ -28,12 +28,12 @@ START = {"rounds": 0}
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """Sixty seeds, of which the teacher labels thirty: two of three are Math, the others Art."""
+    """Sixty seeds, of which the teacher labels thirty: two of three are Math, the rest Art."""
     return overridden(make_recipe(tmp_path), START)
 
 
 def doubting(sure: Callable[[int], float], agreement: float = 0.9) -> Callable[..., None]:
-    """The fake classifier, which says Art of every row, with a probability by the row's place."""
+    """A fake classifier that labels every row Art, with a probability that depends on its position."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         classify(labelled, rows, seed, out, progress)
@@ -90,14 +90,14 @@ def test_the_least_sure_are_asked_and_no_more_than_allowed(recipe: Recipe, tmp_p
     assert "about 5 of them (classifier.ask_at_most is 5)" in said(run, "tasks")
 
 
-def test_nobody_is_asked_where_that_is_turned_off(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_teacher_is_not_asked_if_that_is_turned_off(recipe: Recipe, tmp_path: Path) -> None:
     world = World()
     run = ran(overridden(recipe, {"classifier.ask_below": 0}), tmp_path, world, classify=doubting(lambda place: 0.0))
     assert not [request for request in world.asked if request.stage == "tasks"]
     assert sources(run)[("Art", "classifier")] == 30
 
 
-def test_a_run_cut_among_the_unsure_rows_asks_none_of_them_twice(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_interrupted_among_the_unsure_rows_asks_for_none_twice(recipe: Recipe, tmp_path: Path) -> None:
     world, changes = World(), {"classify": doubting(lambda place: 0.4)}
     world.fail_at = 45
     with pytest.raises(KeyboardInterrupt):
@@ -110,7 +110,7 @@ def test_a_run_cut_among_the_unsure_rows_asks_none_of_them_twice(recipe: Recipe,
 
 
 def mumbling(world: World, mumble: Callable[[Request], Answer | None]) -> Callable[..., list[Answer]]:
-    """A teacher some of whose replies are others."""
+    """A teacher that replies differently to some requests."""
 
     def ask(requests: list[Request], progress: Progress) -> list[Answer]:
         answers = world.ask(requests, progress)
@@ -141,7 +141,7 @@ def test_a_teacher_that_names_no_task_at_all_stops_the_run(recipe: Recipe, tmp_p
     assert not (tmp_path / "cache" / "runs" / "fake" / "labels.jsonl").exists()
 
 
-def test_a_cut_label_is_asked_for_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_truncated_label_is_asked_for_again(recipe: Recipe, tmp_path: Path) -> None:
     def cut(request: Request) -> Answer | None:
         first = request.stage == "label" and request.draw == 0
         return Answer('{"task": "Art"}, or', "length", False) if first else None
@@ -151,7 +151,7 @@ def test_a_cut_label_is_asked_for_again(recipe: Recipe, tmp_path: Path) -> None:
     assert set(labels) == {"Math", "Art"}
 
 
-def test_one_class_only_is_given_to_the_others_without_a_classifier(recipe: Recipe, tmp_path: Path) -> None:
+def test_with_a_single_label_the_other_rows_get_it_without_a_classifier(recipe: Recipe, tmp_path: Path) -> None:
     seeds(tmp_path, [{"instruction": f"sum {n} {n * n}"} for n in range(60)])
     run = ran(recipe, tmp_path, classify=lambda *_: pytest.fail("trained"))
     assert sources(run) == {("Math", "teacher"): 30, ("Math", "classifier"): 30}
@@ -179,7 +179,7 @@ def test_tasks_without_a_row_are_named_and_the_rest_counted(recipe: Recipe, tmp_
     assert said(named, "tasks").endswith("; no row of Law: the other tasks have their shares")
 
 
-def test_an_odd_sum_of_shares_is_said_once(recipe: Recipe, tmp_path: Path) -> None:
+def test_shares_that_do_not_sum_to_1_are_reported_once(recipe: Recipe, tmp_path: Path) -> None:
     run = ran(overridden(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
     assert said(run, "label").endswith("; the shares of `tasks` sum to 3, so each counts as its part of that")
     assert str(run.record()).count("sum to 3") == 1
@@ -226,25 +226,25 @@ def test_labels_are_shown_by_source_with_what_is_confused(recipe: Recipe, tmp_pa
 def test_show_labels_prints_data_and_refuses_a_round(recipe: Recipe, tmp_path: Path, capsys: Any) -> None:
     ran(recipe, tmp_path)
     place = ["fake", "--labels", "--cache", str(tmp_path / "cache")]
-    cli.show.main([*place, "--json"], standalone_mode=False)
+    show_command.main([*place, "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["tasks"]["Math"]["rows"] > 0
-    with pytest.raises(Exception, match="not of a round"):
-        cli.show.main([*place, "--round", "1"], standalone_mode=False)
+    with pytest.raises(Exception, match="not one round"):
+        show_command.main([*place, "--round", "1"], standalone_mode=False)
 
 
-def test_labels_that_are_not_there_yet(recipe: Recipe, tmp_path: Path) -> None:
+def test_labels_that_do_not_exist_yet(recipe: Recipe, tmp_path: Path) -> None:
     world = World()
     world.fail_at = 5
     with pytest.raises(KeyboardInterrupt):
         ran(recipe, tmp_path, world)
-    with pytest.raises(TapirError, match="not labelled yet"):
+    with pytest.raises(TapirError, match="not labeled yet"):
         label_report(RunDir(tmp_path / "cache", "fake"))
 
 
 @pytest.mark.parametrize(
     ("changes", "most"), [({}, 30), ({"classifier.ask_at_most": 7}, 7), ({"classifier.ask_below": 0}, None)]
 )
-def test_a_forecast_has_the_most_that_may_be_asked(
+def test_a_cost_estimate_has_the_largest_possible_number_of_labels(
     recipe: Recipe, tmp_path: Path, changes: dict[str, Any], most: int | None
 ) -> None:
     found = {row.step: row for row in forecast(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
@@ -255,7 +255,7 @@ def test_a_forecast_has_the_most_that_may_be_asked(
         assert row.tokens_in / row.calls == pytest.approx(found["prepare/label"].tokens_in / 30, rel=0.05)
 
 
-def test_a_forecast_counts_the_unsure_rows_once_they_are_known(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_cost_estimate_counts_the_unsure_rows_when_they_are_known(recipe: Recipe, tmp_path: Path) -> None:
     world = World()
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
@@ -264,7 +264,7 @@ def test_a_forecast_counts_the_unsure_rows_once_they_are_known(recipe: Recipe, t
     assert (row.calls, row.exact) == (12, True)
 
 
-def test_a_recipe_with_tasks_of_its_own_goes_through(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_recipe_with_its_own_tasks_runs(recipe: Recipe, tmp_path: Path) -> None:
     own = {"Art": 1, "Adding up": {"share": 3, "description": "sums of numbers", "style": "as one line"}}
     world = World()
 

@@ -1,4 +1,4 @@
-"""`why` tells of a row what a run's files and the store say; `plan` what would be, and changes nothing."""
+"""`why` explains what happened to a row; `plan` shows what a plan would be, and changes nothing."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from fakes import QUIET, World, make_recipe, tools
 
-from cli import cli
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import overridden
@@ -36,56 +36,56 @@ def everything(run: RunDir) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(run.cache.rglob("*")) if path.is_file()}
 
 
-def test_a_chosen_row_says_its_scores_and_what_it_was_chosen_for(run: RunDir) -> None:
+def test_a_selected_row_has_its_scores_and_its_use(run: RunDir) -> None:
     told = explain_row(run, plan_of(run).hard[0])["rounds"][1]
     assert (told["teacher"], told["student"], told["mfd"]) == (9.0, 2.0, 7.0)
     assert (told["use"], told["trained"]) == ("hard", True)
-    assert told["why"].startswith("hard: MFD 7 > 2; taken: of ")
+    assert told["why"].startswith("hard: MFD 7 > 2; selected: ")
 
 
-def test_a_hard_row_that_was_not_taken_says_who_was(run: RunDir) -> None:
+def test_a_hard_row_that_was_not_selected_has_the_reason(run: RunDir) -> None:
     plan, judged = plan_of(run), read_rows(Judgement, run.round(1) / "judgements.jsonl")
     left = next(row.id for row in judged if row.student == 2.0 and row.id not in plan.hard)
     told = explain_row(run, left)["rounds"][1]
     assert (told["use"], told["trained"]) == ("", False)
-    assert "not taken: of" in told["why"]
+    assert "not selected: " in told["why"]
 
 
-def test_an_easy_row_says_how_many_were_drawn(run: RunDir) -> None:
+def test_an_easy_row_has_the_number_of_drawn_rows(run: RunDir) -> None:
     told = explain_row(run, plan_of(run).replay[0])["rounds"][1]
     assert told["why"].startswith("easy: MFD 0 <= 2; replayed: ")
 
 
-def test_a_parent_says_what_grew_from_it_and_the_child_where_it_is_from(run: RunDir) -> None:
+def test_a_parent_lists_its_new_rows_and_a_new_row_names_its_parent(run: RunDir) -> None:
     child = next(row for row in read_rows(Example, run.round(1) / "train.jsonl") if row.origin == "expanded")
     parent = explain_row(run, child.parent)
     assert child.id in {new["id"] for new in parent["grew"] if not new["reason"]}
-    assert "new rows may grow from it" in parent["rounds"][1]["why"]
+    assert "new rows may be written from it" in parent["rounds"][1]["why"]
     told = explain_row(run, child.id)
     assert told["place"] == f"written by the teacher in round 1, from {child.parent}; kept"
     assert [line["round"] for line in told["rounds"]] == [0, 1, 2][1:] or told["rounds"][0]["use"] == ""
 
 
-def test_a_holdout_row_is_never_trained_on_and_has_its_scores_of_every_round(run: RunDir) -> None:
+def test_a_holdout_row_is_never_trained_on_and_has_scores_in_every_round(run: RunDir) -> None:
     told = explain_row(run, read_rows(Example, run.path / "holdout.jsonl")[0].id)
     assert "holdout" in told["place"]
     assert [line["round"] for line in told["rounds"]] == [0, 1, 2]
     assert all(line["mfd"] is not None and not line["trained"] for line in told["rounds"])
 
 
-def test_words_that_one_instruction_has_name_its_row(run: RunDir) -> None:
+def test_a_row_is_found_by_words_that_only_its_instruction_has(run: RunDir) -> None:
     row = read_rows(Example, run.path / "seeds.jsonl")[3]
     assert explain_row(run, row.prompt[0].content.upper())["id"] == row.id
 
 
 @pytest.mark.parametrize(("named", "said"), [("seed-99999", "no row 'seed-99999'"), ("sum", "rows have 'sum'")])
-def test_a_row_that_is_not_there_or_not_alone_is_said(run: RunDir, named: str, said: str) -> None:
+def test_a_missing_or_ambiguous_row_is_an_error(run: RunDir, named: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
         explain_row(run, named)
 
 
 @pytest.mark.parametrize("name", ["uniform", "growth", "lion", "reflection"])
-def test_why_knows_every_curriculum(name: str, tmp_path: Path) -> None:
+def test_why_explains_rows_of_every_curriculum(name: str, tmp_path: Path) -> None:
     other = ran(tmp_path, **{"curriculum.name": name})
     for row in read_rows(Example, other.path / "seeds.jsonl")[:20]:
         told = explain_row(other, row.id)["rounds"][1]
@@ -103,13 +103,13 @@ def test_a_higher_threshold_makes_fewer_rows_hard(run: RunDir) -> None:
     assert plan_with_changes(run, 1, ["curriculum.mfd_threshold=8"]).then.pool_hard == 0
 
 
-def test_one_tasks_share_changes_and_the_others_stay(run: RunDir) -> None:
+def test_one_share_changes_and_the_others_stay(run: RunDir) -> None:
     plain, more = plan_with_changes(run, 1, []).then, plan_with_changes(run, 1, ["tasks.Art=0.167"]).then
     assert plain.asked["Math"] > 0.8
     assert more.asked == {"Art": 0.5, "Math": 0.5}
 
 
-def test_calls_not_yet_made_are_foreseen(run: RunDir) -> None:
+def test_calls_that_are_not_made_yet_are_estimated(run: RunDir) -> None:
     found = plan_with_changes(run, 2, ["curriculum.rows=40"])
     assert [row.step for row in found.calls] == ["round-02/expand", "round-02/refine", "round-02/refine, new rows"]
     assert found.calls[-1].calls == found.then.to_write
@@ -130,12 +130,12 @@ def test_a_plan_of_another_curriculum_is_tried_on_the_same_judgements(run: RunDi
         (7, "curriculum.rows=3", "round 7 .* is not judged yet"),
     ],
 )
-def test_what_cannot_be_tried_is_said(run: RunDir, number: int, change: str, said: str) -> None:
+def test_changes_that_cannot_be_tried_are_errors(run: RunDir, number: int, change: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
         plan_with_changes(run, number, [change])
 
 
-def test_a_run_that_judged_nothing_cannot_be_planned_by_difficulty(tmp_path: Path) -> None:
+def test_a_run_without_judgements_cannot_be_planned_by_difficulty(tmp_path: Path) -> None:
     other = ran(tmp_path, **{"curriculum.name": "uniform"})
     with pytest.raises(TapirError, match="was not judged"):
         plan_with_changes(other, 1, ["curriculum.name=tapir"])
@@ -151,4 +151,4 @@ def test_the_commands_print_tables_and_json(run: RunDir) -> None:
     assert json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["round"] == 1
     shown = CliRunner().invoke(cli, words, catch_exceptions=False).stdout
     assert "share then" in shown
-    assert "rows come in" in shown
+    assert "rows are added" in shown

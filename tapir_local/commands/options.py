@@ -1,0 +1,62 @@
+"""Options that several commands share, and the runs and stores that they name."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tapir_local.errors import TapirError
+from tapir_local.paths import at_home
+
+if TYPE_CHECKING:
+    from tapir_local.rundir import RunDir
+
+
+def help_examples(*commands: str) -> str:
+    """The last lines of a help text: commands to copy."""
+    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+class HomePath(click.Path):
+    """A path in which a leading `~` is expanded. Shells do not expand it in `--cache=~/x`."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert((at_home(value) or "") if isinstance(value, str) else value, param, ctx)
+
+
+cache_option = click.option(
+    "--cache",
+    type=HomePath(file_okay=False),
+    help="Folder that holds the store and the runs.  [default: cache]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def store_path(cache: Path | None) -> Path:
+    """The path of the store in a cache folder."""
+    from tapir_local.assets import default_cache
+
+    return (cache or default_cache()) / "teacher.db"
+
+
+def select_run(cache: Path | None, name: str | None) -> "RunDir":
+    """The run with this name or, without a name, the run that was worked on last; TapirError if there is none."""
+    from tapir_local.assets import default_cache
+    from tapir_local.rundir import existing, runs_of
+
+    place = cache or default_cache()
+    if name is not None:
+        return existing(place, name)
+    runs = runs_of(place)
+    if not runs:
+        fix = "Start one with `tapir-local distill`, or name the folder with its runs with --cache."
+        raise TapirError("there is no run yet", where=str(place), fix=fix)
+    return max(runs, key=lambda run: (run.path / "run.json").stat().st_mtime)
+
+
+def cache_argument(cache: Path | None) -> str:
+    """The option that a suggested command needs to use the same cache, or an empty string."""
+    return f" --cache {cache}" if cache else ""

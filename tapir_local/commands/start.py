@@ -1,0 +1,94 @@
+"""Commands to use before a first run: `recipes` and `doctor`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from tapir_local.commands.options import cache_option, help_examples, json_option
+from tapir_local.commands.output import echo, print_json, print_table
+
+
+@click.command(
+    name="recipes",
+    epilog=help_examples("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings"),
+)
+@click.argument("name", required=False)
+@click.option(
+    "--settings", "list_settings", is_flag=True, help="List every setting with its type, default and meaning."
+)
+@json_option
+def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> None:
+    """List the recipes that come with the program. With NAME, print that one.
+
+    A recipe from another source can run commands (train.launcher, export.converter) and can send a key other than
+    OPENAI_API_KEY to a host that it names. Read it before you use it; `distill` asks you once to allow this, or takes
+    --trust.
+    """
+    from tapir_local.assets import find_recipe, text_of_recipe
+
+    if list_settings:
+        print_settings(as_json)
+    elif name:
+        echo(text_of_recipe(find_recipe(name)), nl=False)
+    else:
+        print_recipes(as_json)
+
+
+def print_recipes(as_json: bool) -> None:
+    """Print a row for each recipe."""
+    from tapir_local.assets import recipe_files, text_of_recipe
+    from tapir_local.recipe.text import parse_recipe
+    from tapir_local.report.tables import text_table
+
+    rows = []
+    for path in recipe_files():
+        text = text_of_recipe(path)
+        rows.append(
+            {
+                "name": path.stem,
+                "about": parse_recipe(text, str(path)).about,
+                "command": text.splitlines()[0].lstrip("# "),
+            }
+        )
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(text_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows]))
+
+
+def print_settings(as_json: bool) -> None:
+    """Print a row for each setting."""
+    from tapir_local.recipe.text import settings
+    from tapir_local.report.tables import text_table
+
+    rows = [
+        {"setting": path, "type": kind, "default": default, "meaning": text} for path, kind, default, text in settings()
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [[row["setting"], row["type"], str(row["default"]), row["meaning"]] for row in rows]
+        print_table(text_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
+
+
+@click.command(name="doctor", epilog=help_examples("tapir-local doctor"))
+@cache_option
+@json_option
+def doctor_command(cache: Path | None, as_json: bool) -> None:
+    """Check whether this machine is ready. Exits with 1 if something that is needed is missing."""
+    from dataclasses import asdict
+
+    from tapir_local.assets import default_cache
+    from tapir_local.report.doctor import check_machine
+    from tapir_local.report.tables import text_table
+
+    checks = check_machine(cache or default_cache())
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        words = {True: "good", False: "MISSING", None: "-"}
+        rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
+        print_table(text_table("doctor", ["", "", "found", "what to do"], rows))
+    if any(check.ok is False for check in checks):
+        sys.exit(1)
