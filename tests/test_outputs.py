@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import cli
+from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export.verified import export_checked
 from tapir_local.outputs import check_output

@@ -92,7 +92,7 @@ def test_a_replay_elsewhere_asks_nobody_and_gives_the_same_files(run: RunDir, tm
     assert results(replayed) == results(run)
     assert status(replayed)["calls"]["paid"] == 0  # type: ignore[index]
     said = tapir("calls", "verify", "--run", run.name, "--cache", str(elsewhere)).stderr
-    assert f"0 damaged, 0 of run {run.name} absent" in said
+    assert f"0 damaged, 0 of run {run.name} missing" in said
 
 
 def test_a_replay_stops_at_what_was_never_asked(run: RunDir) -> None:
@@ -123,7 +123,7 @@ def test_a_conversation_is_kept_and_forgotten(run: RunDir) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*COMMAND, "chat", run.name, "--cache", str(run.cache)]
     out = subprocess.run(command, input=lines, capture_output=True, text=True, env=env, check=True).stdout
-    before, after = out.partition("ends it\n")[2].split("forgotten\n")
+    before, after = out.partition("end the chat.\n")[2].split("started a new conversation\n")
     assert before == after
 
 
@@ -131,7 +131,7 @@ def test_show_has_the_rounds_plan_and_answers(run: RunDir) -> None:
     found = json.loads(tapir("show", run.name, "--round", "1", "--json", "--cache", str(run.cache)).stdout)
     assert found["plan"]["round"] == 1
     assert len(found["answers"]) == 6
-    assert "asked" in tapir("show", run.name, "--cache", str(run.cache)).stdout
+    assert "target" in tapir("show", run.name, "--cache", str(run.cache)).stdout
 
 
 def killed_in_turn(cache: Path, rng: random.Random) -> Iterator[str]:

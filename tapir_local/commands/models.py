@@ -87,7 +87,14 @@ def generate_command(
     template refuses, or that is longer than the context, gets an empty text and a `finish` that names the reason; the
     command then exits with 1.
     """
-    from tapir_local.inference.prompt_file import Manner, answer_file, generation_task, open_answers, read_json_schema
+    from tapir_local.inference.config import GenerationConfig
+    from tapir_local.inference.prompt_file import (
+        PromptFileJob,
+        answer_file,
+        generation_task,
+        open_answers,
+        read_json_schema,
+    )
     from tapir_local.outputs import check_output
 
     if "" in stop:
@@ -96,25 +103,28 @@ def generate_command(
         beside, fix = (".partial", ".partial.json"), "Choose another file, or replace this one with --force."
         check_output(out, [model, prompts, adapter, json_schema], beside=beside, force=force, fix=fix)
     schema = read_json_schema(json_schema) if json_schema else None
-    manner = Manner(max_tokens, context, parallel, temperature, random_seed, exact, adapter, schema, stop)
+    config = GenerationConfig(
+        max_tokens, context, temperature, random_seed, schema, stop, parallel=parallel, exact=exact
+    )
+    job = PromptFileJob(model, prompts, config, adapter)
     with (
-        open_answers(out, sys.stdout, generation_task(model, prompts, manner)) as (file, done),
+        open_answers(out, sys.stdout, generation_task(job)) as (file, done),
         bar_progress("answers", len(done)) as (progress, tell),
     ):
         if done:
             tell(f"{len(done):,} answers are there already; resuming")
-        found = answer_file(model, prompts, file, manner, progress, done, tell)
+        found = answer_file(job, file, progress, done, tell)
     echo(generation_summary(found), err=True)
     if found.too_long or found.refused:
         sys.exit(1)
 
 
-def generation_summary(found: "Answered") -> str:
+def generation_summary(found: "AnsweredFile") -> str:
     """The last line for the user: answers, tokens, what was cut or left out, and the context plan."""
     summary = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
     summary += f", {found.too_long:,} longer than the context" if found.too_long else ""
     summary += f", {found.refused:,} refused by the chat template" if found.refused else ""
-    return summary + (f"; {found.plan.words}" if found.plan else "")
+    return summary + (f"; {found.plan.summary}" if found.plan else "")
 
 
 @click.command(

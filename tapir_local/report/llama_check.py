@@ -4,14 +4,13 @@
 build is for another processor, or uses instructions that a virtual machine lists but cannot run (AMX).
 """
 
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.process import environment
+from tapir_local.process import environment, signal_and_last_line
 from tapir_local.records import Message
 
 CHECKED_QUANTS = ("q8_0", "q4_k_m")  # 8-bit and 4-bit blocks: their kernels differ between kinds of processor
@@ -32,22 +31,21 @@ def llama_build_fault() -> str:
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {MAX_SECONDS:.0f} s"
-    if done.returncode < 0:
-        return signal.Signals(-done.returncode).name
-    lines = done.stderr.decode("utf-8", "replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "failed") if done.returncode else ""
+    ended_by, last_line = signal_and_last_line(done.returncode, done.stderr)
+    return (ended_by or last_line or "failed") if done.returncode else ""
 
 
 def run_llama_check() -> None:
     """Answer a question with each kind of quantized weights; runs in the separate process."""
     from tapir_local.export.export import export_gguf
+    from tapir_local.inference.config import GenerationConfig
     from tapir_local.inference.generate import generate
 
     with tempfile.TemporaryDirectory() as folder:
         for quant in CHECKED_QUANTS:
             gguf = Path(folder) / f"{quant}.gguf"
             export_gguf(POCKET_STUDENT, gguf, adapter=None, quant=quant)
-            generate(gguf, [(Message("user", "What is 3 + 4?"),)], max_tokens=4, context=128)
+            generate(gguf, [(Message("user", "What is 3 + 4?"),)], GenerationConfig(max_tokens=4, context=128))
 
 
 if __name__ == "__main__":

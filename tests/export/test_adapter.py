@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import Student
 from models import largest_difference, make_adapter, make_model
 
-import cli
+from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
@@ -128,7 +128,7 @@ def run(*words: object) -> str:
 def test_the_command_checks_it_over_the_base(llama: Student, bases, tmp_path: Path) -> None:
     out = tmp_path / "lora.gguf"
     said = run(llama.model, out, "--adapter", llama.adapter, "--adapter-only", "--base", bases["llama"])
-    assert "texts tokenised alike" in said
+    assert "texts have the same token ids" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.gguf", "lora.gguf.gate.json"]
 
 

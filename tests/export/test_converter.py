@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import Student
 from pydantic import ValidationError
 
-import cli
+from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export import converter as converting
 from tapir_local.export.export import check_exportable, export_gguf
@@ -91,7 +91,7 @@ def test_merged_converted_and_past_the_gate(
 
 def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
     words = ["export", str(falcon), str(tmp_path / "base.gguf"), "--converter", str(script)]
-    assert "texts tokenised alike" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
+    assert "texts have the same token ids" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
 
 
 def test_its_last_line_and_its_log_are_named(llama: Student, script: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from models import CHATML, make_model, make_tokenizer
 from spm import GEMMA, make_gemma_tokenizer
 
-import cli
+from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export import tokenizer
 from tapir_local.export.export import check_exportable, export_gguf

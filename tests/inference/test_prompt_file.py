@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from models import CHATML, make_model
-from tapir_local.commands.output import time_left
 
-import cli
+from tapir_local.commands import main as cli
+from tapir_local.commands.output import time_left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.config import GenerationConfig

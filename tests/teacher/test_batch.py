@@ -308,7 +308,7 @@ def test_ctrl_c_says_that_the_same_command_fetches_the_batch(server, tmp_path):
         running.send_signal(signal.SIGINT)
         said = running.communicate()[1]
     assert running.returncode == 130
-    assert "stopped; the same command goes on" in said
+    assert "stopped; run the same command again to resume" in said
     assert "1 batch is away with 40 requests; the same command fetches the answers" in said
 
 
