@@ -30,7 +30,7 @@ from tapir_local.assets import POCKET_STUDENT
 from tapir_local.data.dataset import read_seeds, screen
 from tapir_local.data.dedup import Index
 from tapir_local.data.files import read_path
-from tapir_local.data.likeness import literals
+from tapir_local.data.similarity import literals
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read

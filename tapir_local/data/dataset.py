@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tapir_local.data.columns import Broken, RowFault
 from tapir_local.data.dedup import Index
 from tapir_local.data.formats import KNOWN, Table, read_whole
-from tapir_local.data.likeness import literals
-from tapir_local.data.text import Broken, RowFault
+from tapir_local.data.similarity import literals
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import shares
 from tapir_local.method.prompts import TAG

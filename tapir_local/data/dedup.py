@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from tapir_local.data.likeness import (
+from tapir_local.data.similarity import (
     WORD,
     fewest_common,
     frames,

@@ -10,7 +10,7 @@ from typing import Any
 
 from tapir_local.assets import seeds_path
 from tapir_local.data.formats import Table
-from tapir_local.data.rows import (
+from tapir_local.data.parsing import (
     NULLS,
     SPELLED,
     checked,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tapir_local.data.text import (
+from tapir_local.data.columns import (
     Broken,
     Columns,
     RowFault,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.quoting import ids_of, plain
+from tapir_local.data.special_tokens import ids_of, plain
 from tapir_local.errors import TapirError
 from tapir_local.export.probes import QUESTIONS, rendered, sample, texts_of
 from tapir_local.export.reference import Trained, load_trained, trained_logits

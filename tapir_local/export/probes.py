@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tapir_local.data.quoting import format_of
+from tapir_local.data.special_tokens import format_of
 from tapir_local.records import Example, Message, Prompt
 
 PROBES = 600

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.data.chat_template import NO_TEMPLATE
-from tapir_local.data.quoting import turn_end
+from tapir_local.data.special_tokens import turn_end
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import COMPOSING, FORM_KEY, FORMS
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.data.quoting import GUARD, ChatFormat, Marks, marks, pieces, plain
+from tapir_local.data.special_tokens import GUARD, ChatFormat, Marks, marks, pieces, plain
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import failure, library
 from tapir_local.inference.model import Model, open_model, template

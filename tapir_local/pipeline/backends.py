@@ -17,7 +17,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir, link_or_copy, remove
-from tapir_local.store.schema import spent
+from tapir_local.store.queries import spent
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.account import check_bounds
 from tapir_local.teacher.budget import Cost, Purse

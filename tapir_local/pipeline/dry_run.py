@@ -25,7 +25,7 @@ from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
 from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
 from tapir_local.store import keys
-from tapir_local.store.schema import tokens_by_stage
+from tapir_local.store.queries import tokens_by_stage
 from tapir_local.store.store import Store
 from tapir_local.teacher.budget import money_of, price_of
 from tapir_local.teacher.endpoint import body_of, identity_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from tapir_local import __version__
 from tapir_local.assets import CHECKOUT
-from tapir_local.data.source import same_seeds
+from tapir_local.data.seed_digest import same_seeds
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Progress, Stage, Tools, Work
 from tapir_local.pipeline.lockfile import unlock

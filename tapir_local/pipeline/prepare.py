@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapir_local.data.dataset import count_tasks, sorted_seeds, split_holdout, without_near
 from tapir_local.data.files import read_table
-from tapir_local.data.source import digest, keep_source
+from tapir_local.data.seed_digest import digest, keep_source
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.pipeline.context import Stage, Work, answered, askable, trainable

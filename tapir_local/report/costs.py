@@ -8,8 +8,7 @@ from typing import Any, Literal
 from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.records import Example
 from tapir_local.rundir import RunDir, named_run, read_rows
-from tapir_local.store.queries import opened
-from tapir_local.store.schema import has_estimates
+from tapir_local.store.queries import has_estimates, opened
 
 STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
 By = Literal["run", "round", "stage", "task"]

@@ -16,7 +16,7 @@ from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe.text import overridden, read_changes
 from tapir_local.records import RoundPlan
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
-from tapir_local.store.schema import tokens_by_stage
+from tapir_local.store.queries import tokens_by_stage
 from tapir_local.store.store import Store
 
 # What decides a plan, and what is paid for it; all else would have changed what the round's student was.

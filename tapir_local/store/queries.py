@@ -15,9 +15,8 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
-from tapir_local.store.reply import read_reply
+from tapir_local.store.reply import MOST, read_reply
 from tapir_local.store.schema import connect
-from tapir_local.store.usage import MOST
 
 DAMAGED = "(damaged)"
 KEY = 32  # bytes
@@ -248,3 +247,60 @@ def absent(path: Path, wanted: Iterable[str]) -> list[str]:
     with opened(path) as conn:
         have = {row[0].hex() for row in conn.execute("select key from calls")}
     return [key for key in wanted if key not in have]
+
+
+# Stores of older versions may hold counts beyond belief, as servers sent them, which would overflow a sum.
+TOKENS = f"min(tokens_in, {MOST}) + min(tokens_out, {MOST})"
+
+
+def usage(path: Path, run: str) -> dict[str, int] | None:
+    """How many of the calls that a run used it paid for, and how many were there; None without a sound store."""
+    if not path.exists():
+        return None
+    conn = connect(path, write=False)
+    try:
+        used, paid = conn.execute("select count(*), coalesce(sum(paid), 0) from uses where run = ?", (run,)).fetchone()
+    except sqlite3.DatabaseError:  # damaged, or no store: the next run mends or makes it
+        return None
+    finally:
+        conn.close()
+    return {"paid": paid, "hits": used - paid}
+
+
+def spent(path: Path, run: str, *, estimated: bool = False) -> tuple[int, int, float]:
+    """(calls, tokens, money) that may have been billed to a run; of these only the estimated ones, if asked for.
+
+    Attempts count that brought no answer and may have been billed for all that; among them are requests that were in
+    flight when an earlier process died.
+    """
+    conn = connect(path, write=False)
+    try:
+        mark = "estimated" if has_estimates(conn) else "0"
+        sql = (
+            "select count(*), coalesce(sum(tokens), 0), coalesce(sum(price), 0.0) from ("
+            f"select {TOKENS} as tokens, c.price, {mark} as mark from uses u join calls c on c.key = u.key"
+            f" where u.run = ? and u.paid union all select {TOKENS}, price, {mark} from attempts"
+            " where run = ? and tokens_in + tokens_out > 0) where mark or not ?"
+        )
+        calls, tokens, money = conn.execute(sql, (run, run, estimated)).fetchone()
+        return calls, tokens, money
+    finally:
+        conn.close()
+
+
+def has_estimates(conn: sqlite3.Connection) -> bool:
+    """Whether a store marks estimated token counts: one of an older version, that is only read, does not."""
+    return any(row[1] == "estimated" for row in conn.execute("pragma table_info(calls)"))
+
+
+def tokens_by_stage(path: Path) -> dict[str, tuple[float, float]]:
+    """By stage, the mean tokens of the prompts and replies of its calls in the store."""
+    sql = (
+        "select u.stage, avg(c.tokens_in), avg(c.tokens_out) from uses u join calls c on c.key = u.key"
+        " group by u.stage having avg(c.tokens_out) > 0"
+    )
+    conn = connect(path, write=False)
+    try:
+        return {stage: (size_in, size_out) for stage, size_in, size_out in conn.execute(sql)}
+    finally:
+        conn.close()

@@ -1,9 +1,17 @@
 """The rows of the store's tables: calls, who used them, and attempts that brought none; and how each is inserted."""
 
+import re
+import sqlite3
 import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from tapir_local.store import keys
+from tapir_local.store.compression import WINDOW, pack, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +98,153 @@ INSERT_USE = (
 INSERT_ATTEMPT = (
     f"insert into attempts ({', '.join(Attempt.__slots__)}) values ({', '.join('?' * len(Attempt.__slots__))})"
 )
+
+T = TypeVar("T")
+Row = Call | Use | Attempt | InFlight | Landed
+
+
+class Inserter:
+    """The writer's side of the tables, for one thread; every method is called within a transaction.
+
+    `refresh`: a call takes the place of the one of its key. `damaged` are the keys whose answers could not be read,
+    and are replaced too; readers add to it.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, refresh: bool, damaged: set[bytes]) -> None:
+        self.conn, self.refresh, self.damaged = conn, refresh, damaged
+        self._kinds: dict[str, Sample] = {}
+        self._limits: set[tuple[int, int]] = set()
+        self._sent: dict[Attempt, int] = {}
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Rows of every kind, each kind by one statement; calls of a key that is there already are left out."""
+        calls, uses = kind(rows, Call), kind(rows, Use)
+        packed = [self._packed(call) for call in calls]
+        for call in packed:
+            if self.refresh or call[1] in self.damaged:
+                self._replace(call, uses)
+        self.conn.executemany(INSERT_CALL, packed)
+        self._note_limits(packed, calls)
+        self.conn.executemany(INSERT_USE, map(USE, uses))
+        self.conn.executemany(INSERT_ATTEMPT, map(ATTEMPT, kind(rows, Attempt)))
+        self._note_flights([row.attempt for row in kind(rows, InFlight)], [row.attempt for row in kind(rows, Landed)])
+
+    def _packed(self, call: Call) -> tuple[Any, ...]:
+        """A row of the table: no id, the key, the sample, request and answer packed, and the rest as it is."""
+        sample = self._sample_of(call)
+        texts = pack(call.request, sample.request), pack(call.answer, sample.answer)
+        return (None, keys.key_of(call.request), sample.number, *texts, *AS_IT_IS(call))
+
+    def _note_limits(self, packed: Sequence[tuple[Any, ...]], calls: Sequence[Call]) -> None:
+        """Record the values of max_tokens that are new among the calls of a sample."""
+        found = {(row[2], limit) for row, call in zip(packed, calls, strict=True) if (limit := limit_of(call.request))}
+        new = found - self._limits
+        if new:
+            self.conn.executemany(ADD_LIMIT, sorted(new))
+            self._limits |= new
+
+    def _note_flights(self, begun: Sequence[Attempt], ended: Sequence[Attempt]) -> None:
+        """Insert an attempt for each request that is about to go, and remove those of requests that came to an end."""
+        for attempt in begun:
+            self._sent[attempt] = self.conn.execute(INSERT_ATTEMPT, ATTEMPT(attempt)).lastrowid or 0
+        gone = [(number,) for attempt in ended if (number := self._sent.pop(attempt, None)) is not None]
+        self.conn.executemany("delete from attempts where id = ?", gone)
+
+    def _replace(self, call: tuple[Any, ...], uses: Sequence[Use]) -> None:
+        """Insert a call in the place of the one of the same key; `uses` are those that come with it."""
+        payers = [use for use in uses if use.paid and use.key == call[1]]
+        self.conn.execute(INSERT_CALL, (self._make_room(call[1], payers), *call[1:]))
+
+    def _make_room(self, key: bytes, payers: Sequence[Use]) -> int:
+        """Take the answer stored under the key away, and keep it among the attempts if it can be read.
+
+        A payer who paid for it before pays a second time, and the attempt is theirs with what it cost. Returns the id
+        of the answer to come, one that no call has had: SQLite would give the newest call's again.
+        """
+        ((unused,),) = self.conn.execute("select coalesce(max(id), 0) + 1 from calls").fetchall()
+        sql = (
+            "select c.answer, s.answer, c.tokens_in, c.tokens_out, c.seconds, c.price, c.created, c.estimated"
+            " from calls c left join samples s on s.id = c.sample where key = ?"
+        )
+        for packed, sample, *rest in self.conn.execute(sql, (key,)).fetchall():
+            for who in [use for use in payers if self._has_paid(use)] or [Use("", 0, "", "", key)]:
+                replaced = (who.run, who.round, who.stage, who.row, "replaced", readable(packed, sample))
+                self.conn.execute(INSERT_ATTEMPT, ATTEMPT(Attempt(key, *replaced, *rest)))
+        self.conn.execute("delete from calls where key = ?", (key,))
+        self.damaged.discard(key)
+        return int(unused)
+
+    def _has_paid(self, use: Use) -> bool:
+        """Whether the store knows this use already, as paid."""
+        sql = "select 1 from uses where run = ? and round = ? and stage = ? and row = ? and key = ? and paid"
+        return bool(self.conn.execute(sql, USE(use)[:5]).fetchone())
+
+    def _sample_of(self, call: Call) -> "Sample":
+        """The sample that a call is packed against: the first call of its kind, in whichever process it came."""
+        if call.kind not in self._kinds:
+            sample = (call.kind, call.request, call.answer[-WINDOW:])
+            self.conn.execute("insert or ignore into samples (name, request, answer) values (?, ?, ?)", sample)
+            ask = "select id, name, request, answer from samples where name = ?"
+            found = self.conn.execute(ask, (call.kind,)).fetchone()
+            self.conn.execute("insert or ignore into sample_copies values (?, ?, ?, ?)", found)
+            self._kinds[call.kind] = Sample(found[0], found[2], found[3])
+        return self._kinds[call.kind]
+
+
+class Sample(NamedTuple):
+    """What the calls of a kind are packed against."""
+
+    number: int
+    request: bytes
+    answer: bytes
+
+
+def kind(rows: Sequence[Row], wanted: type[T]) -> list[T]:
+    """The rows of one kind."""
+    return [row for row in rows if isinstance(row, wanted)]
+
+
+def readable(packed: bytes, sample: bytes | None) -> bytes:
+    """An answer as it came, empty where it is damaged."""
+    try:
+        return unpack(packed, sample or b"")
+    except zlib.error:
+        return b""
+
+
+# Which values of max_tokens calls were asked with
+
+LIMIT = re.compile(rb'"max_(?:completion_)?tokens":(\d{1,18})[,}]')  # no quoted text has a bare quote in it
+ADD_LIMIT = "insert or ignore into reply_limits values (?, ?)"
+
+
+def limit_of(request: bytes) -> int | None:
+    """The tokens that a request, as keys.asked wrote it, allows a reply; None where it sets no limit."""
+    found = LIMIT.search(request)
+    return int(found[1]) if found else None
+
+
+def note_limits(conn: sqlite3.Connection) -> None:
+    """Fill reply_limits from the calls of a store that has none yet."""
+    conn.executemany(ADD_LIMIT, sorted(limits_in(conn)))
+
+
+def limits_in(conn: sqlite3.Connection) -> set[tuple[int, int]]:
+    """(sample, tokens) of the calls that can be read, up to the first damaged page."""
+    found = set[tuple[int, int]]()
+    with suppress(sqlite3.DatabaseError):
+        samples = dict(conn.execute("select id, request from samples").fetchall())
+        for number, request in conn.execute("select sample, request from calls"):
+            with suppress(zlib.error, KeyError, TypeError):
+                limit = limit_of(unpack(request, samples[number]))
+                found |= {(number, limit)} if limit else set()
+    return found
+
+
+def reply_limits(conn: sqlite3.Connection, kinds: str) -> list[int]:
+    """The values of max_tokens that calls of the kinds whose name begins so were asked with, largest first."""
+    known = conn.execute("select 1 from sqlite_schema where name = 'reply_limits'").fetchone()
+    pairs = conn.execute("select sample, tokens from reply_limits").fetchall() if known else limits_in(conn)
+    names = conn.execute("select id from samples where substr(name, 1, ?) = ?", (len(kinds), kinds))
+    wanted = {number for (number,) in names}
+    return sorted({tokens for number, tokens in pairs if number in wanted}, reverse=True)

@@ -18,8 +18,9 @@ from tapir_local.private import FILE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.queries import STORED, Progress, StoredCall, opened, quiet, readable, text_of
+from tapir_local.store.recovery import numbered, samples_of
 from tapir_local.store.reply import text_of as words_of
-from tapir_local.store.schema import DAMAGED, numbered, samples_of, transaction
+from tapir_local.store.schema import DAMAGED, transaction
 from tapir_local.store.store import explained
 
 VERSION = 1  # of the index; another is remade

@@ -17,19 +17,10 @@ from tapir_local.errors import TapirError
 from tapir_local.private import FILE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
-from tapir_local.store.inserting import Inserter, Row
 from tapir_local.store.locks import Claims
-from tapir_local.store.reply_limits import reply_limits
-from tapir_local.store.rows import Attempt, Call, InFlight, Landed, Use
-from tapir_local.store.schema import (
-    bring_up_to_date,
-    connect,
-    fault_of,
-    is_damage,
-    rescue,
-    transaction,
-    warning_of,
-)
+from tapir_local.store.recovery import fault_of, rescue
+from tapir_local.store.rows import Attempt, Call, InFlight, Inserter, Landed, Row, Use, reply_limits
+from tapir_local.store.schema import bring_up_to_date, connect, is_damage, transaction, warning_of
 
 Mode = Literal["on", "off", "refresh", "read-only", "replay"]
 FIND = "select key, answer, sample from calls where key in "

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from tapir_local import rundir
 from tapir_local.errors import TapirError
-from tapir_local.store import keys, schema
+from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.queries import Progress, opened, quiet
-from tapir_local.store.reply import read_reply
-from tapir_local.store.reply_limits import note_limits
-from tapir_local.store.rows import Attempt, Call, Use
-from tapir_local.store.schema import applied, connect, copy_rows, numbered, proves_itself, samples_of, transaction
+from tapir_local.store.recovery import copy_calls, copy_rows, numbered, samples_of, whole
+from tapir_local.store.reply import MOST, read_reply
+from tapir_local.store.rows import Attempt, Call, Use, note_limits
+from tapir_local.store.schema import applied, bring_up_to_date, connect, transaction
 from tapir_local.store.store import BATCH, Store, explained
-from tapir_local.store.usage import MOST
 
 HEAD = b"SQLite format 3\0"
 UNREADABLE, WRONG_KEY, NOT_WHOLE = "unreadable", "with a key that is not its request's", "without a whole answer"
@@ -68,15 +67,16 @@ def export(path: Path, out: Path, run: str | None = None, locked: Collection[byt
         old.row_factory = sqlite3.Row
         wanted = None if run is None else keys_of(old, path, run, locked)
         with explained(out), rundir.whole(out) as partial, removed_on_failure(partial):
-            schema.bring_up_to_date(partial)
+            bring_up_to_date(partial)
             with closing(connect(partial, write=True)) as new:
                 with transaction(new):
-                    count, seen = copy_calls(old, new, wanted)
+                    copied = copy_calls(old, new, wanted)
                     copy_rows(new, "attempts", of_run(numbered(old, "attempts"), run))
-                    copy_rows(new, "uses", of_run(schema.whole(old, "uses"), run))
+                    copy_rows(new, "uses", of_run(whole(old, "uses"), run))
                     note_limits(new)
                 new.execute("PRAGMA journal_mode = DELETE")  # one file, readable where nothing can be written
-    return Exported(count, (seen if wanted is None else len(wanted)) - count, out.stat().st_size)
+    asked = copied.seen if wanted is None else len(wanted)
+    return Exported(copied.calls, asked - copied.calls, out.stat().st_size)
 
 
 def keys_of(store: sqlite3.Connection, path: Path, run: str, locked: Collection[bytes]) -> set[bytes]:
@@ -86,20 +86,6 @@ def keys_of(store: sqlite3.Connection, path: Path, run: str, locked: Collection[
         known = ", ".join(row[0] for row in store.execute("select distinct run from uses order by run")) or "none"
         raise TapirError(f"there are no calls of a run {run!r}", where=str(path), fix=f"Runs with calls: {known}.")
     return wanted
-
-
-def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection, wanted: set[bytes] | None) -> tuple[int, int]:
-    """Copy the wanted calls that prove themselves, and the samples that they need: (copied, seen)."""
-    samples, needed, copied, seen = samples_of(old), set[int](), 0, 0
-    for row in numbered(old, "calls"):
-        if wanted is None or row["key"] in wanted:
-            seen += 1
-            if row["sample"] in samples and proves_itself(row, samples[row["sample"]]):
-                copied += copy_rows(new, "calls", iter([row]))
-                needed.add(row["sample"])
-    for table in ("samples", "sample_copies"):
-        copy_rows(new, table, (samples[number] for number in sorted(needed)))
-    return copied, seen
 
 
 def of_run(rows: Iterator[sqlite3.Row], run: str | None) -> Iterator[sqlite3.Row]:
@@ -214,7 +200,7 @@ def checked(row: sqlite3.Row, samples: Mapping[int, sqlite3.Row]) -> Call | str:
 
 def take_uses(store: Store, old: sqlite3.Connection, good: set[bytes]) -> None:
     """Record who used the calls that are here now; `paid` as it was."""
-    uses = (use for use in records(schema.whole(old, "uses"), Use) if use.key in good)
+    uses = (use for use in records(whole(old, "uses"), Use) if use.key in good)
     while batch := list(islice(uses, BATCH)):
         store.used(batch).result()
 

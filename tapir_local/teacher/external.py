@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from tapir_local.data.formats import form_of, lines, read_row
-from tapir_local.data.rows import rows_of
+from tapir_local.data.parsing import rows_of
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Endpoint

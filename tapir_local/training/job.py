@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.quoting import format_of, ids_of
+from tapir_local.data.special_tokens import format_of, ids_of
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, instruction_of

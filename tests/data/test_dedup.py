@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tapir_local.data.dataset import without_near
 from tapir_local.data.dedup import Index
-from tapir_local.data.likeness import WORD, rouge_l
+from tapir_local.data.similarity import WORD, rouge_l
 from tapir_local.errors import TapirError
 from tapir_local.records import Example, Message
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tapir_local.data.columns import RowFault, is_metadata
 from tapir_local.data.dataset import sorted_seeds
 from tapir_local.data.files import read_path, read_table
 from tapir_local.data.formats import Reading, Table, read_whole
-from tapir_local.data.text import RowFault, is_metadata
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS

@@ -30,8 +30,9 @@ from tapir_local.rundir import RunDir, held
 from tapir_local.store import keys
 from tapir_local.store.compression import LARGEST, pack, unpack
 from tapir_local.store.locks import Claims
+from tapir_local.store.queries import spent
 from tapir_local.store.rows import Attempt, Call, Use
-from tapir_local.store.schema import BUSY, PAGE, connect, spent
+from tapir_local.store.schema import BUSY, PAGE, connect
 from tapir_local.store.search import search
 from tapir_local.store.store import Store
 from tapir_local.store.transfer import export

@@ -15,9 +15,8 @@ from calls import asked
 
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
-from tapir_local.store.queries import listed, stats, verify
+from tapir_local.store.queries import listed, spent, stats, verify
 from tapir_local.store.rows import Attempt, Call, Use
-from tapir_local.store.schema import spent
 from tapir_local.store.store import Store
 from tapir_local.store.transfer import NOT_WHOLE, UNREADABLE, WRONG_KEY, Imported, export, import_store, is_database
 

@@ -21,7 +21,8 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Price, Teacher
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Answer
-from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE, spent
+from tapir_local.store.queries import spent
+from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.batch_api import BOUNDS, Bounds

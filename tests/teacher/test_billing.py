@@ -18,7 +18,7 @@ from server import Server, attempts, questions, raises, says, teacher
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Budget
-from tapir_local.store.schema import spent
+from tapir_local.store.queries import spent
 from tapir_local.store.store import Store
 from tapir_local.teacher import http
 from tapir_local.teacher.ask import ask

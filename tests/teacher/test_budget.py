@@ -26,7 +26,7 @@ def test_calls_stop_at_the_budget_and_go_on_when_it_is_raised(server: Server, st
 
 def store_spent(store: Store) -> Cost:
     store.flush()
-    from tapir_local.store.schema import spent
+    from tapir_local.store.queries import spent
 
     return Cost(*spent(store.path, "r"))
 

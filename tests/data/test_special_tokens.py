@@ -15,7 +15,18 @@ from models import CHATML, WITH_BOS, make_model, make_tokenizer
 from spm import GEMMA
 
 from tapir_local.data.chat_template import render, training_text
-from tapir_local.data.quoting import GUARD, any_of, guard, guarded, ids_of, marks, marks_of, plain, quoted_ids, turn_end
+from tapir_local.data.special_tokens import (
+    GUARD,
+    any_of,
+    guard,
+    guarded,
+    ids_of,
+    marks,
+    marks_of,
+    plain,
+    quoted_ids,
+    turn_end,
+)
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import load_tokenizer

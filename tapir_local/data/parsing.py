@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from tapir_local.data.columns import Broken, Spelled, json_object
 from tapir_local.data.formats import KNOWN, Row, form_of
-from tapir_local.data.text import Broken, Spelled, json_object
 from tapir_local.errors import TapirError
 
 GAP = re.compile(r"[ \t\r\n,]*")  # between the values of a text

@@ -1,0 +1,170 @@
+"""Check a store file, move a damaged one away, and read the calls that it still holds."""
+
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tapir_local.store import keys
+from tapir_local.store.compression import unpack
+from tapir_local.store.rows import note_limits
+from tapir_local.store.schema import bring_up_to_date, connect, is_damage, transaction
+
+CHECK_SECONDS = (
+    1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
+)
+
+
+def fault_of(path: Path) -> str:
+    """What is wrong inside an existing store, "" if nothing was found within CHECK_SECONDS."""
+    end = time.monotonic() + CHECK_SECONDS
+    try:
+        conn = connect(path, write=True)
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):
+            return str(error)
+        raise
+    try:
+        conn.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        found: str = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
+        return "" if found == "ok" else found
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+            return ""
+        if is_damage(error):
+            return str(error)
+        raise
+    finally:
+        conn.close()
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a damaged store, its log with it, to `<name>.damaged-<time>`."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"{path.name}.damaged-{stamp}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
+    for ending in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + ending)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + ending))
+    return aside
+
+
+def rescue(path: Path, fault: str) -> str:
+    """Put a damaged store aside and save into a new one what can be read; returns what to tell the user."""
+    aside = put_aside(path)
+    bring_up_to_date(path)
+    saved = lost = 0
+    try:
+        old = connect(aside, write=False)
+    except sqlite3.DatabaseError:
+        old = sqlite3.connect(":memory:")
+    old.row_factory = sqlite3.Row
+    new = connect(path, write=True)
+    try:
+        with transaction(new):
+            copied = copy_calls(old, new)
+            saved, lost = copied.calls, max(0, copied.last_id - copied.calls)
+            copy_rows(new, "attempts", numbered(old, "attempts"))
+            for table in ("uses", "batches", "batch_keys"):
+                copy_rows(new, table, whole(old, table))
+            note_limits(new)
+    finally:
+        old.close()
+        new.close()
+        remove_empty_log(aside)
+    return (
+        f"{path}: the store was damaged ({fault}). It was put aside as {aside.name}; {saved} calls were saved, "
+        f"{lost} could not be read."
+    )
+
+
+def remove_empty_log(path: Path) -> None:
+    """Remove what reading left beside a file in WAL mode: an empty log and its index."""
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and not log.stat().st_size:
+        log.unlink()
+        path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
+
+
+class CopiedCalls(NamedTuple):
+    """How many calls were copied, how many of the wanted ones could be read, and the highest id among all."""
+
+    calls: int
+    seen: int
+    last_id: int
+
+
+def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection, wanted: set[bytes] | None = None) -> CopiedCalls:
+    """Copy the calls that pass their checks and the samples that they need; only those with a wanted key, if given."""
+    samples, needed, copied, seen, last = samples_of(old), set[int](), 0, 0, 0
+    for row in numbered(old, "calls"):
+        last = row["id"]
+        if wanted is None or row["key"] in wanted:
+            seen += 1
+            if row["sample"] in samples and proves_itself(row, samples[row["sample"]]):
+                copied += copy_rows(new, "calls", iter([row]))
+                needed.add(row["sample"])
+    for table in ("samples", "sample_copies"):
+        copy_rows(new, table, (samples[number] for number in sorted(needed)))
+    return CopiedCalls(copied, seen, last)
+
+
+def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
+    """The samples that can be read, by id, from whichever of the two tables still has them."""
+    samples: dict[int, sqlite3.Row] = {}
+    for table in ("samples", "sample_copies"):
+        for row in numbered(conn, table):
+            samples.setdefault(row["id"], row)
+    return samples
+
+
+def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
+    """Whether the request gives the key and the answer has its checksum."""
+    try:
+        unpack(row["answer"], sample["answer"])
+        return bool(keys.key_of(unpack(row["request"], sample["request"])) == row["key"])
+    except (zlib.error, TypeError):
+        return False
+
+
+def numbered(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sqlite3.Row]:
+    """The rows after the id `last` in the order of their ids, stepping over the stretches that cannot be read."""
+    step, failed = 1, 0
+    while step < 2**40:
+        try:
+            for row in conn.execute(f"select * from {table} where id > ? order by id", [last]):
+                last, step, failed = row["id"], 1, 0
+                yield row
+            return
+        except sqlite3.DatabaseError:
+            last, failed = last + step, failed + 1
+            step = 1 if failed < 200 else step * 2  # a page holds some 10 calls; beyond, a branch of the tree is gone
+
+
+def whole(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
+    """The rows of a table up to the first that cannot be read."""
+    try:
+        yield from conn.execute(f"select * from {table}")
+    except sqlite3.DatabaseError:
+        return
+
+
+def copy_rows(new: sqlite3.Connection, table: str, rows: Iterator[sqlite3.Row]) -> int:
+    """Insert rows as they are, leaving out what the table refuses; the number inserted."""
+    count = 0
+    for row in rows:
+        fields: dict[str, Any] = dict(zip(row.keys(), row, strict=True))
+        marks = ", ".join(f":{name}" for name in fields)
+        try:
+            count += new.execute(
+                f"insert or ignore into {table} ({', '.join(fields)}) values ({marks})", fields
+            ).rowcount
+        except sqlite3.IntegrityError:
+            continue
+    return count
