@@ -37,13 +37,13 @@ def calls() -> None:
 @json_option
 def stats(run: str | None, cache: Path | None, as_json: bool) -> None:
     """Calls used and paid for, and tokens of the paid ones, by run, round and stage; and what the store weighs."""
-    from tapir_local.store.queries import refuse_unknown, size
-    from tapir_local.store.queries import stats as count
+    from tapir_local.store.queries import count_uses as count
+    from tapir_local.store.queries import measure_store, refuse_unknown
 
     refuse_unknown(store_path(cache), run=run)
     names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
     print_rows("calls", names, count(store_path(cache), run), as_json)
-    stored, weight = size(store_path(cache))
+    stored, weight = measure_store(store_path(cache))
     each = f", {weight / stored:,.0f} bytes a call" if stored else ""
     echo(f"{stored:,} calls stored, {weight / 1e6:,.1f} MB{each}", err=True)
 
@@ -76,10 +76,10 @@ def cost(run: str | None, number: int | None, by: "By", cache: Path | None, as_j
 @json_option
 def list_calls(run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool) -> None:
     """The newest calls: key, where they were used, and what was answered."""
-    from tapir_local.store.queries import listed, refuse_unknown
+    from tapir_local.store.queries import list_uses, refuse_unknown
 
     refuse_unknown(store_path(cache), run=run, stage=stage)
-    rows = listed(store_path(cache), run, stage, limit)
+    rows = list_uses(store_path(cache), run, stage, limit)
     if not as_json:
         rows = [{**row, "key": row["key"][:12], "answer": row["answer"][:200]} for row in rows]
     print_rows("calls", ["key", "run", "round", "stage", "row", "paid", "answer"], rows, as_json)
@@ -101,7 +101,7 @@ def search(
     begins with a dash goes after `--`.
     """
     from tapir_local.store.queries import refuse_unknown
-    from tapir_local.store.search import search as find
+    from tapir_local.store.search import search_calls as find
 
     refuse_unknown(store_path(cache), run=run, stage=stage)
     rows = find(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=slowly("calls indexed"))
@@ -120,9 +120,9 @@ def search(
 @cache_option
 def show_call(key: str, cache: Path | None) -> None:
     """One call whole, as JSON: KEY is the beginning of its key."""
-    from tapir_local.store.queries import shown
+    from tapir_local.store.queries import get_call
 
-    print_json(shown(store_path(cache), key))
+    print_json(get_call(store_path(cache), key))
 
 
 @calls.command(epilog=example("tapir-local calls explain 3f9a 77b0", "tapir-local calls explain 3f9a"))
@@ -136,7 +136,7 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
     A and B are the beginnings of keys; without B, A is compared with the stored request that reads most like it. In
     the sentences `here` is A and `there` is B.
     """
-    from tapir_local.store.queries import explain as compare
+    from tapir_local.store.queries import compare_calls as compare
 
     found = compare(store_path(cache), a, b)
     if as_json:
@@ -154,12 +154,12 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
 @cache_option
 def verify(run: str | None, cache: Path | None) -> None:
     """Read every call and check its key against its request; exits with 1 where one is damaged or absent."""
-    from tapir_local.store.queries import absent, refuse_unknown
-    from tapir_local.store.queries import verify as check
+    from tapir_local.store.queries import find_missing_keys, refuse_unknown
+    from tapir_local.store.queries import verify_calls as check
 
     refuse_unknown(store_path(cache), run=run)
     count, bad = check(store_path(cache))
-    gone = absent(store_path(cache), used_keys(cache, run)) if run else []
+    gone = find_missing_keys(store_path(cache), used_keys(cache, run)) if run else []
     for key in [*bad, *gone]:
         echo(key)
     missing = f", {len(gone):,} of run {run} absent" if run else ""
@@ -170,12 +170,12 @@ def verify(run: str | None, cache: Path | None) -> None:
 
 def used_keys(cache: Path | None, run: str) -> list[str]:
     """The keys that a run used by the store's record or its tapir.lock; TapirError where it used none."""
-    from tapir_local.store.queries import opened
-    from tapir_local.store.transfer import keys_of
+    from tapir_local.store.queries import open_store
+    from tapir_local.store.transfer import keys_used_by_run
 
     locked = [bytes.fromhex(key) for key in locked_keys(cache, run)]
-    with opened(store_path(cache)) as store:
-        return sorted(key.hex() for key in keys_of(store, store_path(cache), run, locked))
+    with open_store(store_path(cache)) as store:
+        return sorted(key.hex() for key in keys_used_by_run(store, store_path(cache), run, locked))
 
 
 def locked_keys(cache: Path | None, run: str) -> list[str]:
@@ -197,14 +197,14 @@ def export_calls(file: Path, run: str | None, cache: Path | None) -> None:
     Elsewhere it is `teacher.db` of a cache, for `distill --replay`, or is taken in by `calls import`.
     """
     from tapir_local.outputs import check_output
-    from tapir_local.store.transfer import export
+    from tapir_local.store.transfer import export_store
 
     store = store_path(cache)
     check_output(
         file, [store.with_name(store.name + end) for end in ("", "-wal", "-shm")], beside=(".partial",), force=True
     )
     used = [bytes.fromhex(key) for key in locked_keys(cache, run)] if run else []
-    done = export(store, file, run, used)
+    done = export_store(store, file, run, used)
     echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
     if done.lost:
         echo(f"{done.lost:,} calls could not be read and were left out", err=True)
@@ -232,9 +232,9 @@ def import_calls(file: Path, recipe: str | None, requests: Path | None, cache: P
     model outputs, or the output of OpenAI's Batch API. Only whole rows are taken: an instruction and an answer that
     was not cut.
     """
-    from tapir_local.store.transfer import is_database
+    from tapir_local.store.transfer import is_sqlite_file
 
-    if not is_database(file):
+    if not is_sqlite_file(file):
         import_rows(file, recipe, requests, cache)
     elif recipe or requests:
         raise TapirError("FILE is a store, whose calls have their keys", where=str(file), fix="Leave the options out.")

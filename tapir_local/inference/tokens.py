@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.data.special_tokens import GUARD, ChatFormat, Marks, marks, pieces, plain
+from tapir_local.data.special_tokens import (
+    GUARD,
+    ChatFormat,
+    SpecialTokenSet,
+    make_special_tokens,
+    split_at_special_tokens,
+    unguard_text,
+)
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import failure, library
 from tapir_local.inference.model import Model, open_model, template
@@ -31,8 +38,8 @@ def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
     if GUARD not in text and is_composed(model, text):
         return tokenized(model, text, special=True, add_special=add_special)
     ids = tokenized(model, "", special=True, add_special=add_special)
-    for part, mark in stripped(model, list(pieces(text, marks_of(model)))):
-        ids += text_ids(model, plain(part)) if mark is None else [mark]
+    for part, mark in stripped(model, list(split_at_special_tokens(text, marks_of(model)))):
+        ids += text_ids(model, unguard_text(part)) if mark is None else [mark]
     return ids
 
 
@@ -84,7 +91,7 @@ def text_ids(model: Model, text: str) -> list[int]:
     if model.form and not is_composed(model, text):
         text = "".join(
             part if mark is not None else unicodedata.normalize(model.form, part)
-            for part, mark in pieces(text, lists_of(model).defined)
+            for part, mark in split_at_special_tokens(text, lists_of(model).defined)
         )
     llama, ids = library(), tokenized(model, text, special=False)
     if llama.llama_vocab_type(model.vocab) != llama.LLAMA_VOCAB_TYPE_SPM:
@@ -113,11 +120,11 @@ def format_of(model: Model) -> ChatFormat:
 class Lists:
     """What a vocabulary's attributes say: the marks, and the tokens that users defined, which any text may hold."""
 
-    marks: Marks
-    defined: Marks
+    marks: SpecialTokenSet
+    defined: SpecialTokenSet
 
 
-def marks_of(model: Model) -> Marks:
+def marks_of(model: Model) -> SpecialTokenSet:
     """The special tokens of a GGUF."""
     return lists_of(model).marks
 
@@ -132,7 +139,7 @@ def lists_of(model: Model) -> Lists:
         special = {raw_text(model, number): number for number, of in attributes if of & control}
         own = llama.LLAMA_TOKEN_ATTR_USER_DEFINED
         defined = {raw_text(model, number): number for number, of in attributes if of & own and not of & control}
-        model.lists.append(Lists(marks(special), marks(defined)))
+        model.lists.append(Lists(make_special_tokens(special), make_special_tokens(defined)))
     known: Lists = model.lists[0]
     return known
 

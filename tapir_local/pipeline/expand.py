@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, Index, screen
+from tapir_local.data.dataset import Draft, screen_drafts
+from tapir_local.data.dedup import DedupIndex
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
@@ -87,7 +88,7 @@ class Screen:
     """What a round's drafts are held against: known rows, the holdout, words of ours, and what was kept before."""
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
-        self.near, self.held = indices(work) if planned.expansions else (Index(1.0), Index(1.0))
+        self.near, self.held = indices(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
         self.ours = own_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
         self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
@@ -102,7 +103,7 @@ class Screen:
         reason = fault_of(text, parent.prompt[-1].content, self.ours)
         if not reason and self.openings[task, opening(text)] >= self.most[task]:
             reason = f"{SAME_OPENING}: {opening(text)!r}"
-        found = replace(draft, reason=reason) if reason else screen([draft.example], self.near, self.held)[0]
+        found = replace(draft, reason=reason) if reason else screen_drafts([draft.example], self.near, self.held)[0]
         self.openings[task, opening(text)] += not found.reason
         return found
 
@@ -124,9 +125,9 @@ class Screen:
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
 
-def indices(work: Work) -> tuple[Index, Index]:
+def indices(work: Work) -> tuple[DedupIndex, DedupIndex]:
     """What a draft may not resemble: all rows that are known, and the holdout."""
-    near, rows = Index(work.recipe.curriculum.max_rouge), all_known(work)
+    near, rows = DedupIndex(work.recipe.curriculum.max_rouge), all_known(work)
     near.learn(rows)
     for row in rows:
         near.add(row)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.records import Example
 from tapir_local.rundir import RunDir, named_run, read_rows
-from tapir_local.store.queries import has_estimates, opened
+from tapir_local.store.queries import has_estimates, open_store
 
 STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
 By = Literal["run", "round", "stage", "task"]
@@ -43,7 +43,7 @@ def costs(
     tasks: dict[str, dict[str, str]] = {}
     sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(NOTHING))
     whose = {"run": run, "round": number, "row": row}
-    with opened(store) as conn:
+    with open_store(store) as conn:
         mark = "estimated" if has_estimates(conn) else "0"
         paid_calls = PAID.format(estimated=mark, whose=WHOSE.format(of="u."))
         failed_calls = FAILED.format(estimated=mark, whose=WHOSE.format(of=""))

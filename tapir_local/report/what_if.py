@@ -16,7 +16,7 @@ from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe.text import overridden, read_changes
 from tapir_local.records import RoundPlan
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
-from tapir_local.store.queries import tokens_by_stage
+from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
 
 # What decides a plan, and what is paid for it; all else would have changed what the round's student was.
@@ -61,7 +61,7 @@ def what_if(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
         then, unjudged = replan(recipe, copy, number)
         steps = [step for step in sequence(copy, number) if step.number == number]
-        calls = calls_for(then, recipe, copy, steps, store, tokens_by_stage(path) if path.exists() else {})
+        calls = calls_for(then, recipe, copy, steps, store, mean_tokens_by_stage(path) if path.exists() else {})
     now = read_record(RoundPlan, folder / "plan.json") if (folder / "plan.json").exists() else None
     return WhatIf(run.name, number, tuple(changes), now, then, calls, unjudged)
 

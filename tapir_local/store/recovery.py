@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tapir_local.store import keys
-from tapir_local.store.compression import unpack
-from tapir_local.store.rows import note_limits
-from tapir_local.store.schema import bring_up_to_date, connect, is_damage, transaction
+from tapir_local.store.compression import decompress_text
+from tapir_local.store.rows import record_max_tokens
+from tapir_local.store.schema import connect, create_or_migrate, is_damage_error, transaction
 
-CHECK_SECONDS = (
+MAX_CHECK_SECONDS = (
     1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
 )
 
 
-def fault_of(path: Path) -> str:
+def find_damage(path: Path) -> str:
     """What is wrong inside an existing store, "" if nothing was found within CHECK_SECONDS."""
-    end = time.monotonic() + CHECK_SECONDS
+    end = time.monotonic() + MAX_CHECK_SECONDS
     try:
         conn = connect(path, write=True)
     except sqlite3.DatabaseError as error:
-        if is_damage(error):
+        if is_damage_error(error):
             return str(error)
         raise
     try:
@@ -33,14 +33,14 @@ def fault_of(path: Path) -> str:
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
             return ""
-        if is_damage(error):
+        if is_damage_error(error):
             return str(error)
         raise
     finally:
         conn.close()
 
 
-def put_aside(path: Path) -> Path:
+def move_damaged_store(path: Path) -> Path:
     """Rename a damaged store, its log with it, to `<name>.damaged-<time>`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     aside = path.with_name(f"{path.name}.damaged-{stamp}")
@@ -55,10 +55,10 @@ def put_aside(path: Path) -> Path:
     return aside
 
 
-def rescue(path: Path, fault: str) -> str:
+def rescue_store(path: Path, fault: str) -> str:
     """Put a damaged store aside and save into a new one what can be read; returns what to tell the user."""
-    aside = put_aside(path)
-    bring_up_to_date(path)
+    aside = move_damaged_store(path)
+    create_or_migrate(path)
     saved = lost = 0
     try:
         old = connect(aside, write=False)
@@ -70,10 +70,10 @@ def rescue(path: Path, fault: str) -> str:
         with transaction(new):
             copied = copy_calls(old, new)
             saved, lost = copied.calls, max(0, copied.last_id - copied.calls)
-            copy_rows(new, "attempts", numbered(old, "attempts"))
+            copy_rows(new, "attempts", iterate_by_id(old, "attempts"))
             for table in ("uses", "batches", "batch_keys"):
-                copy_rows(new, table, whole(old, table))
-            note_limits(new)
+                copy_rows(new, table, iterate_readable(old, table))
+            record_max_tokens(new)
     finally:
         old.close()
         new.close()
@@ -103,11 +103,11 @@ class CopiedCalls(NamedTuple):
 def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection, wanted: set[bytes] | None = None) -> CopiedCalls:
     """Copy the calls that pass their checks and the samples that they need; only those with a wanted key, if given."""
     samples, needed, copied, seen, last = samples_of(old), set[int](), 0, 0, 0
-    for row in numbered(old, "calls"):
+    for row in iterate_by_id(old, "calls"):
         last = row["id"]
         if wanted is None or row["key"] in wanted:
             seen += 1
-            if row["sample"] in samples and proves_itself(row, samples[row["sample"]]):
+            if row["sample"] in samples and is_intact(row, samples[row["sample"]]):
                 copied += copy_rows(new, "calls", iter([row]))
                 needed.add(row["sample"])
     for table in ("samples", "sample_copies"):
@@ -119,21 +119,21 @@ def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
     """The samples that can be read, by id, from whichever of the two tables still has them."""
     samples: dict[int, sqlite3.Row] = {}
     for table in ("samples", "sample_copies"):
-        for row in numbered(conn, table):
+        for row in iterate_by_id(conn, table):
             samples.setdefault(row["id"], row)
     return samples
 
 
-def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
+def is_intact(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
     """Whether the request gives the key and the answer has its checksum."""
     try:
-        unpack(row["answer"], sample["answer"])
-        return bool(keys.key_of(unpack(row["request"], sample["request"])) == row["key"])
+        decompress_text(row["answer"], sample["answer"])
+        return bool(keys.hash_request(decompress_text(row["request"], sample["request"])) == row["key"])
     except (zlib.error, TypeError):
         return False
 
 
-def numbered(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sqlite3.Row]:
+def iterate_by_id(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sqlite3.Row]:
     """The rows after the id `last` in the order of their ids, stepping over the stretches that cannot be read."""
     step, failed = 1, 0
     while step < 2**40:
@@ -147,7 +147,7 @@ def numbered(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sq
             step = 1 if failed < 200 else step * 2  # a page holds some 10 calls; beyond, a branch of the tree is gone
 
 
-def whole(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
+def iterate_readable(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
     """The rows of a table up to the first that cannot be read."""
     try:
         yield from conn.execute(f"select * from {table}")

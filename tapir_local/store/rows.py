@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from tapir_local.store import keys
-from tapir_local.store.compression import WINDOW, pack, unpack
+from tapir_local.store.compression import SAMPLE_WINDOW, compress_text, decompress_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class Landed(NamedTuple):
 
 
 # The rows as the tables have them. attrgetter is five times as fast as a dict of a record's fields.
-AS_IT_IS = attrgetter(*(name for name in Call.__slots__ if name not in ("request", "answer", "kind")))
-USE, ATTEMPT = attrgetter(*Use.__slots__), attrgetter(*Attempt.__slots__)
+CALL_VALUES = attrgetter(*(name for name in Call.__slots__ if name not in ("request", "answer", "kind")))
+USE_VALUES, ATTEMPT_VALUES = attrgetter(*Use.__slots__), attrgetter(*Attempt.__slots__)
 INSERT_CALL = (
     "insert or ignore into calls (id, key, sample, request, answer, finish, model, fingerprint, tokens_in, tokens_out,"
     " seconds, price, created, estimated) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -99,8 +99,8 @@ INSERT_ATTEMPT = (
     f"insert into attempts ({', '.join(Attempt.__slots__)}) values ({', '.join('?' * len(Attempt.__slots__))})"
 )
 
-T = TypeVar("T")
-Row = Call | Use | Attempt | InFlight | Landed
+RowT = TypeVar("RowT")
+StoreRow = Call | Use | Attempt | InFlight | Landed
 
 
 class Inserter:
@@ -116,37 +116,43 @@ class Inserter:
         self._limits: set[tuple[int, int]] = set()
         self._sent: dict[Attempt, int] = {}
 
-    def insert(self, rows: Sequence[Row]) -> None:
+    def insert(self, rows: Sequence[StoreRow]) -> None:
         """Rows of every kind, each kind by one statement; calls of a key that is there already are left out."""
-        calls, uses = kind(rows, Call), kind(rows, Use)
+        calls, uses = rows_of_type(rows, Call), rows_of_type(rows, Use)
         packed = [self._packed(call) for call in calls]
         for call in packed:
             if self.refresh or call[1] in self.damaged:
                 self._replace(call, uses)
         self.conn.executemany(INSERT_CALL, packed)
         self._note_limits(packed, calls)
-        self.conn.executemany(INSERT_USE, map(USE, uses))
-        self.conn.executemany(INSERT_ATTEMPT, map(ATTEMPT, kind(rows, Attempt)))
-        self._note_flights([row.attempt for row in kind(rows, InFlight)], [row.attempt for row in kind(rows, Landed)])
+        self.conn.executemany(INSERT_USE, map(USE_VALUES, uses))
+        self.conn.executemany(INSERT_ATTEMPT, map(ATTEMPT_VALUES, rows_of_type(rows, Attempt)))
+        self._note_flights(
+            [row.attempt for row in rows_of_type(rows, InFlight)], [row.attempt for row in rows_of_type(rows, Landed)]
+        )
 
     def _packed(self, call: Call) -> tuple[Any, ...]:
         """A row of the table: no id, the key, the sample, request and answer packed, and the rest as it is."""
         sample = self._sample_of(call)
-        texts = pack(call.request, sample.request), pack(call.answer, sample.answer)
-        return (None, keys.key_of(call.request), sample.number, *texts, *AS_IT_IS(call))
+        texts = compress_text(call.request, sample.request), compress_text(call.answer, sample.answer)
+        return (None, keys.hash_request(call.request), sample.number, *texts, *CALL_VALUES(call))
 
     def _note_limits(self, packed: Sequence[tuple[Any, ...]], calls: Sequence[Call]) -> None:
         """Record the values of max_tokens that are new among the calls of a sample."""
-        found = {(row[2], limit) for row, call in zip(packed, calls, strict=True) if (limit := limit_of(call.request))}
+        found = {
+            (row[2], limit)
+            for row, call in zip(packed, calls, strict=True)
+            if (limit := parse_max_tokens(call.request))
+        }
         new = found - self._limits
         if new:
-            self.conn.executemany(ADD_LIMIT, sorted(new))
+            self.conn.executemany(INSERT_LIMIT, sorted(new))
             self._limits |= new
 
     def _note_flights(self, begun: Sequence[Attempt], ended: Sequence[Attempt]) -> None:
         """Insert an attempt for each request that is about to go, and remove those of requests that came to an end."""
         for attempt in begun:
-            self._sent[attempt] = self.conn.execute(INSERT_ATTEMPT, ATTEMPT(attempt)).lastrowid or 0
+            self._sent[attempt] = self.conn.execute(INSERT_ATTEMPT, ATTEMPT_VALUES(attempt)).lastrowid or 0
         gone = [(number,) for attempt in ended if (number := self._sent.pop(attempt, None)) is not None]
         self.conn.executemany("delete from attempts where id = ?", gone)
 
@@ -168,8 +174,8 @@ class Inserter:
         )
         for packed, sample, *rest in self.conn.execute(sql, (key,)).fetchall():
             for who in [use for use in payers if self._has_paid(use)] or [Use("", 0, "", "", key)]:
-                replaced = (who.run, who.round, who.stage, who.row, "replaced", readable(packed, sample))
-                self.conn.execute(INSERT_ATTEMPT, ATTEMPT(Attempt(key, *replaced, *rest)))
+                replaced = (who.run, who.round, who.stage, who.row, "replaced", decompress_or_empty(packed, sample))
+                self.conn.execute(INSERT_ATTEMPT, ATTEMPT_VALUES(Attempt(key, *replaced, *rest)))
         self.conn.execute("delete from calls where key = ?", (key,))
         self.damaged.discard(key)
         return int(unused)
@@ -177,12 +183,12 @@ class Inserter:
     def _has_paid(self, use: Use) -> bool:
         """Whether the store knows this use already, as paid."""
         sql = "select 1 from uses where run = ? and round = ? and stage = ? and row = ? and key = ? and paid"
-        return bool(self.conn.execute(sql, USE(use)[:5]).fetchone())
+        return bool(self.conn.execute(sql, USE_VALUES(use)[:5]).fetchone())
 
     def _sample_of(self, call: Call) -> "Sample":
         """The sample that a call is packed against: the first call of its kind, in whichever process it came."""
         if call.kind not in self._kinds:
-            sample = (call.kind, call.request, call.answer[-WINDOW:])
+            sample = (call.kind, call.request, call.answer[-SAMPLE_WINDOW:])
             self.conn.execute("insert or ignore into samples (name, request, answer) values (?, ?, ?)", sample)
             ask = "select id, name, request, answer from samples where name = ?"
             found = self.conn.execute(ask, (call.kind,)).fetchone()
@@ -199,52 +205,52 @@ class Sample(NamedTuple):
     answer: bytes
 
 
-def kind(rows: Sequence[Row], wanted: type[T]) -> list[T]:
+def rows_of_type(rows: Sequence[StoreRow], wanted: type[RowT]) -> list[RowT]:
     """The rows of one kind."""
     return [row for row in rows if isinstance(row, wanted)]
 
 
-def readable(packed: bytes, sample: bytes | None) -> bytes:
+def decompress_or_empty(packed: bytes, sample: bytes | None) -> bytes:
     """An answer as it came, empty where it is damaged."""
     try:
-        return unpack(packed, sample or b"")
+        return decompress_text(packed, sample or b"")
     except zlib.error:
         return b""
 
 
 # Which values of max_tokens calls were asked with
 
-LIMIT = re.compile(rb'"max_(?:completion_)?tokens":(\d{1,18})[,}]')  # no quoted text has a bare quote in it
-ADD_LIMIT = "insert or ignore into reply_limits values (?, ?)"
+MAX_TOKENS_FIELD = re.compile(rb'"max_(?:completion_)?tokens":(\d{1,18})[,}]')  # no quoted text has a bare quote in it
+INSERT_LIMIT = "insert or ignore into reply_limits values (?, ?)"
 
 
-def limit_of(request: bytes) -> int | None:
+def parse_max_tokens(request: bytes) -> int | None:
     """The tokens that a request, as keys.asked wrote it, allows a reply; None where it sets no limit."""
-    found = LIMIT.search(request)
+    found = MAX_TOKENS_FIELD.search(request)
     return int(found[1]) if found else None
 
 
-def note_limits(conn: sqlite3.Connection) -> None:
+def record_max_tokens(conn: sqlite3.Connection) -> None:
     """Fill reply_limits from the calls of a store that has none yet."""
-    conn.executemany(ADD_LIMIT, sorted(limits_in(conn)))
+    conn.executemany(INSERT_LIMIT, sorted(find_max_tokens(conn)))
 
 
-def limits_in(conn: sqlite3.Connection) -> set[tuple[int, int]]:
+def find_max_tokens(conn: sqlite3.Connection) -> set[tuple[int, int]]:
     """(sample, tokens) of the calls that can be read, up to the first damaged page."""
     found = set[tuple[int, int]]()
     with suppress(sqlite3.DatabaseError):
         samples = dict(conn.execute("select id, request from samples").fetchall())
         for number, request in conn.execute("select sample, request from calls"):
             with suppress(zlib.error, KeyError, TypeError):
-                limit = limit_of(unpack(request, samples[number]))
+                limit = parse_max_tokens(decompress_text(request, samples[number]))
                 found |= {(number, limit)} if limit else set()
     return found
 
 
-def reply_limits(conn: sqlite3.Connection, kinds: str) -> list[int]:
+def max_tokens_used(conn: sqlite3.Connection, kinds: str) -> list[int]:
     """The values of max_tokens that calls of the kinds whose name begins so were asked with, largest first."""
     known = conn.execute("select 1 from sqlite_schema where name = 'reply_limits'").fetchone()
-    pairs = conn.execute("select sample, tokens from reply_limits").fetchall() if known else limits_in(conn)
+    pairs = conn.execute("select sample, tokens from reply_limits").fetchall() if known else find_max_tokens(conn)
     names = conn.execute("select id from samples where substr(name, 1, ?) = ?", (len(kinds), kinds))
     wanted = {number for (number,) in names}
     return sorted({tokens for number, tokens in pairs if number in wanted}, reverse=True)
