@@ -140,10 +140,10 @@ def explain(a: str, b: str | None, cache: Path | None, as_json: bool) -> None:
 
     found = compare(store_path(cache), a, b)
     if as_json:
-        print_json({name: item for name, item in found.items() if name != "told"})
+        print_json({name: item for name, item in found.items() if name != "sentences"})
         return
     echo(f"A {found['a']}\nB {found['b']}")
-    first, *others = found["told"] or ["they are one and the same request"]
+    first, *others = found["sentences"] or ["they are one and the same request"]
     echo(first)
     for sentence in others:
         echo(f"also {sentence}")

@@ -12,13 +12,12 @@ from tapir_local.store.compression import decompress_text
 from tapir_local.store.rows import record_max_tokens
 from tapir_local.store.schema import connect, create_or_migrate, is_damage_error, transaction
 
-MAX_CHECK_SECONDS = (
-    1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
-)
+# quick_check reads about 1 GB/s, so it checks only the beginning of a larger store. Each answer has its own checksum.
+MAX_CHECK_SECONDS = 1.0
 
 
 def find_damage(path: Path) -> str:
-    """What is wrong inside an existing store, "" if nothing was found within CHECK_SECONDS."""
+    """Describe the damage in a store file; "" if none was found within MAX_CHECK_SECONDS."""
     end = time.monotonic() + MAX_CHECK_SECONDS
     try:
         conn = connect(path, write=True)
@@ -41,7 +40,7 @@ def find_damage(path: Path) -> str:
 
 
 def move_damaged_store(path: Path) -> Path:
-    """Rename a damaged store, its log with it, to `<name>.damaged-<time>`."""
+    """Rename a damaged store and its log to `<name>.damaged-<time>`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     aside = path.with_name(f"{path.name}.damaged-{stamp}")
     number = 1
@@ -56,7 +55,7 @@ def move_damaged_store(path: Path) -> Path:
 
 
 def rescue_store(path: Path, fault: str) -> str:
-    """Put a damaged store aside and save into a new one what can be read; returns what to tell the user."""
+    """Move a damaged store away and copy what can be read into a new one; returns a sentence for the user."""
     aside = move_damaged_store(path)
     create_or_migrate(path)
     saved = lost = 0
@@ -79,13 +78,13 @@ def rescue_store(path: Path, fault: str) -> str:
         new.close()
         remove_empty_log(aside)
     return (
-        f"{path}: the store was damaged ({fault}). It was put aside as {aside.name}; {saved} calls were saved, "
+        f"{path}: the store was damaged ({fault}). It was renamed to {aside.name}; {saved} calls were saved, "
         f"{lost} could not be read."
     )
 
 
 def remove_empty_log(path: Path) -> None:
-    """Remove what reading left beside a file in WAL mode: an empty log and its index."""
+    """Delete the empty log, and its index, that reading a file in WAL mode creates."""
     log = path.with_name(f"{path.name}-wal")
     if log.exists() and not log.stat().st_size:
         log.unlink()
@@ -93,7 +92,7 @@ def remove_empty_log(path: Path) -> None:
 
 
 class CopiedCalls(NamedTuple):
-    """How many calls were copied, how many of the wanted ones could be read, and the highest id among all."""
+    """The number of copied calls, the number of wanted calls found, and the highest id of a call."""
 
     calls: int
     seen: int
@@ -101,7 +100,7 @@ class CopiedCalls(NamedTuple):
 
 
 def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection, wanted: set[bytes] | None = None) -> CopiedCalls:
-    """Copy the calls that pass their checks and the samples that they need; only those with a wanted key, if given."""
+    """Copy intact calls and the samples that they need; if `wanted` is given, only calls with these keys."""
     samples, needed, copied, seen, last = samples_of(old), set[int](), 0, 0, 0
     for row in iterate_by_id(old, "calls"):
         last = row["id"]
@@ -116,7 +115,7 @@ def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection, wanted: set[byt
 
 
 def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
-    """The samples that can be read, by id, from whichever of the two tables still has them."""
+    """The samples that can be read from either of the two tables, by id."""
     samples: dict[int, sqlite3.Row] = {}
     for table in ("samples", "sample_copies"):
         for row in iterate_by_id(conn, table):
@@ -125,7 +124,7 @@ def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
 
 
 def is_intact(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
-    """Whether the request gives the key and the answer has its checksum."""
+    """Whether a call's key is the hash of its request and its answer has the right checksum."""
     try:
         decompress_text(row["answer"], sample["answer"])
         return bool(keys.hash_request(decompress_text(row["request"], sample["request"])) == row["key"])
@@ -134,7 +133,7 @@ def is_intact(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
 
 
 def iterate_by_id(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterator[sqlite3.Row]:
-    """The rows after the id `last` in the order of their ids, stepping over the stretches that cannot be read."""
+    """Yield the rows with ids above `last` in order of id, skipping those that cannot be read."""
     step, failed = 1, 0
     while step < 2**40:
         try:
@@ -144,11 +143,13 @@ def iterate_by_id(conn: sqlite3.Connection, table: str, last: int = 0) -> Iterat
             return
         except sqlite3.DatabaseError:
             last, failed = last + step, failed + 1
-            step = 1 if failed < 200 else step * 2  # a page holds some 10 calls; beyond, a branch of the tree is gone
+            step = (
+                1 if failed < 200 else step * 2
+            )  # a page has about 10 calls; after 200 failures a branch of the tree is gone
 
 
 def iterate_readable(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
-    """The rows of a table up to the first that cannot be read."""
+    """Yield the rows of a table up to the first that cannot be read."""
     try:
         yield from conn.execute(f"select * from {table}")
     except sqlite3.DatabaseError:
@@ -156,7 +157,7 @@ def iterate_readable(conn: sqlite3.Connection, table: str) -> Iterator[sqlite3.R
 
 
 def copy_rows(new: sqlite3.Connection, table: str, rows: Iterator[sqlite3.Row]) -> int:
-    """Insert rows as they are, leaving out what the table refuses; the number inserted."""
+    """Insert rows unchanged, except those that violate a constraint; returns the number inserted."""
     count = 0
     for row in rows:
         fields: dict[str, Any] = dict(zip(row.keys(), row, strict=True))

@@ -1,4 +1,4 @@
-"""The rows of the store's tables: calls, who used them, and attempts that brought none; and how each is inserted."""
+"""The rows of the store's tables (calls, uses, failed attempts) and how the writer inserts them."""
 
 import re
 import sqlite3
@@ -16,11 +16,12 @@ from tapir_local.store.compression import SAMPLE_WINDOW, compress_text, decompre
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request and the answer that will serve it again.
+    """A request and the answer that is served when the same request comes again.
 
-    `request` is what keys.asked wrote and its SHA-256 the key; `answer` the body of the reply as it came. `kind` names
-    the calls that look like this one (endpoint, model, stage): they share a sample. Prices are in the recipe's money.
-    `estimated` is 1 where the server stated no credible token counts, and these are the most that it may have billed.
+    `request` is the text of `keys.request_text`; its SHA-256 is the key. `answer` is the body of the reply as received.
+    `kind` (endpoint, model, stage) groups similar calls, which share a sample. `seconds` is the duration; `price` is in
+    the recipe's currency. `estimated` is 1 if the server gave no credible token counts; the counts are then the most
+    that it may have billed.
     """
 
     request: bytes
@@ -39,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Who asked for a call; `paid` is 1 where this use sent it."""
+    """A row of a run that used a call; `paid` is 1 if this use sent the request."""
 
     run: str
     round: int
@@ -51,10 +52,10 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Something else than a usable answer came; `why` says whether an error, a refusal or an empty answer.
+    """A request that brought no usable answer; `why` says whether it was an error, a refusal or an empty answer.
 
-    Tokens and price are those that may have been billed for it, 0 where nothing was; `estimated` is 1 where they are
-    the most that it can have been.
+    Tokens and price are what the server may have billed for it, 0 if nothing. `estimated` is 1 if they are an upper
+    bound.
     """
 
     key: bytes
@@ -73,18 +74,18 @@ class Attempt:
 
 
 class InFlight(NamedTuple):
-    """A request that is about to be sent: the attempt that stays in the store should its process die meanwhile."""
+    """A request that is about to be sent. Its attempt stays in the store if the process dies before the reply."""
 
     attempt: Attempt
 
 
 class Landed(NamedTuple):
-    """The request of this attempt has ended, and what became of it is stored: the attempt is removed."""
+    """The request of this attempt has ended and its outcome is stored, so the attempt is removed."""
 
     attempt: Attempt
 
 
-# The rows as the tables have them. attrgetter is five times as fast as a dict of a record's fields.
+# The values of a row in the order of its table's columns. attrgetter is five times as fast as a dict of the fields.
 CALL_VALUES = attrgetter(*(name for name in Call.__slots__ if name not in ("request", "answer", "kind")))
 USE_VALUES, ATTEMPT_VALUES = attrgetter(*Use.__slots__), attrgetter(*Attempt.__slots__)
 INSERT_CALL = (
@@ -104,10 +105,10 @@ StoreRow = Call | Use | Attempt | InFlight | Landed
 
 
 class Inserter:
-    """The writer's side of the tables, for one thread; every method is called within a transaction.
+    """Inserts rows for the store's writer thread; every method is called inside a transaction.
 
-    `refresh`: a call takes the place of the one of its key. `damaged` are the keys whose answers could not be read,
-    and are replaced too; readers add to it.
+    `refresh` replaces the stored call of the same key. `damaged` holds keys whose answers could not be read; these
+    calls are replaced too. Readers add to it.
     """
 
     def __init__(self, conn: sqlite3.Connection, refresh: bool, damaged: set[bytes]) -> None:
@@ -117,7 +118,7 @@ class Inserter:
         self._sent: dict[Attempt, int] = {}
 
     def insert(self, rows: Sequence[StoreRow]) -> None:
-        """Rows of every kind, each kind by one statement; calls of a key that is there already are left out."""
+        """Insert rows of all types, with one statement per type. A call whose key is already stored is skipped."""
         calls, uses = rows_of_type(rows, Call), rows_of_type(rows, Use)
         packed = [self._packed(call) for call in calls]
         for call in packed:
@@ -132,13 +133,13 @@ class Inserter:
         )
 
     def _packed(self, call: Call) -> tuple[Any, ...]:
-        """A row of the table: no id, the key, the sample, request and answer packed, and the rest as it is."""
+        """A row of the table of calls: no id, key, sample, compressed request and answer, and the other fields."""
         sample = self._sample_of(call)
         texts = compress_text(call.request, sample.request), compress_text(call.answer, sample.answer)
         return (None, keys.hash_request(call.request), sample.number, *texts, *CALL_VALUES(call))
 
     def _note_limits(self, packed: Sequence[tuple[Any, ...]], calls: Sequence[Call]) -> None:
-        """Record the values of max_tokens that are new among the calls of a sample."""
+        """Record values of max_tokens that no earlier call of the same sample had."""
         found = {
             (row[2], limit)
             for row, call in zip(packed, calls, strict=True)
@@ -150,22 +151,22 @@ class Inserter:
             self._limits |= new
 
     def _note_flights(self, begun: Sequence[Attempt], ended: Sequence[Attempt]) -> None:
-        """Insert an attempt for each request that is about to go, and remove those of requests that came to an end."""
+        """Insert the attempts of requests that are about to be sent; delete those of requests that have ended."""
         for attempt in begun:
             self._sent[attempt] = self.conn.execute(INSERT_ATTEMPT, ATTEMPT_VALUES(attempt)).lastrowid or 0
         gone = [(number,) for attempt in ended if (number := self._sent.pop(attempt, None)) is not None]
         self.conn.executemany("delete from attempts where id = ?", gone)
 
     def _replace(self, call: tuple[Any, ...], uses: Sequence[Use]) -> None:
-        """Insert a call in the place of the one of the same key; `uses` are those that come with it."""
+        """Replace the stored call of the same key. `uses` are inserted in the same transaction."""
         payers = [use for use in uses if use.paid and use.key == call[1]]
-        self.conn.execute(INSERT_CALL, (self._make_room(call[1], payers), *call[1:]))
+        self.conn.execute(INSERT_CALL, (self._remove_call(call[1], payers), *call[1:]))
 
-    def _make_room(self, key: bytes, payers: Sequence[Use]) -> int:
-        """Take the answer stored under the key away, and keep it among the attempts if it can be read.
+    def _remove_call(self, key: bytes, payers: Sequence[Use]) -> int:
+        """Delete the call of a key and keep its answer, if it can be read, as an attempt.
 
-        A payer who paid for it before pays a second time, and the attempt is theirs with what it cost. Returns the id
-        of the answer to come, one that no call has had: SQLite would give the newest call's again.
+        A use that paid for it before pays a second time, so the attempt and its cost are assigned to that use. Returns
+        the id for the new call. No call has had this id before; SQLite would reuse the id of the newest call.
         """
         ((unused,),) = self.conn.execute("select coalesce(max(id), 0) + 1 from calls").fetchall()
         sql = (
@@ -181,12 +182,12 @@ class Inserter:
         return int(unused)
 
     def _has_paid(self, use: Use) -> bool:
-        """Whether the store knows this use already, as paid."""
+        """Whether this use is stored as paid."""
         sql = "select 1 from uses where run = ? and round = ? and stage = ? and row = ? and key = ? and paid"
         return bool(self.conn.execute(sql, USE_VALUES(use)[:5]).fetchone())
 
     def _sample_of(self, call: Call) -> "Sample":
-        """The sample that a call is packed against: the first call of its kind, in whichever process it came."""
+        """The sample for compressing a call: the first call of its kind that any process stored."""
         if call.kind not in self._kinds:
             sample = (call.kind, call.request, call.answer[-SAMPLE_WINDOW:])
             self.conn.execute("insert or ignore into samples (name, request, answer) values (?, ?, ?)", sample)
@@ -198,7 +199,7 @@ class Inserter:
 
 
 class Sample(NamedTuple):
-    """What the calls of a kind are packed against."""
+    """The request and answer that serve as dictionaries for the calls of a kind; `number` is its id."""
 
     number: int
     request: bytes
@@ -206,37 +207,39 @@ class Sample(NamedTuple):
 
 
 def rows_of_type(rows: Sequence[StoreRow], wanted: type[RowT]) -> list[RowT]:
-    """The rows of one kind."""
+    """The rows of one type."""
     return [row for row in rows if isinstance(row, wanted)]
 
 
 def decompress_or_empty(packed: bytes, sample: bytes | None) -> bytes:
-    """An answer as it came, empty where it is damaged."""
+    """The decompressed answer, empty if it is damaged."""
     try:
         return decompress_text(packed, sample or b"")
     except zlib.error:
         return b""
 
 
-# Which values of max_tokens calls were asked with
+# Values of max_tokens: a complete answer also serves a request that allows more tokens
 
-MAX_TOKENS_FIELD = re.compile(rb'"max_(?:completion_)?tokens":(\d{1,18})[,}]')  # no quoted text has a bare quote in it
+MAX_TOKENS_FIELD = re.compile(
+    rb'"max_(?:completion_)?tokens":(\d{1,18})[,}]'
+)  # JSON escapes the quotes inside a string
 INSERT_LIMIT = "insert or ignore into reply_limits values (?, ?)"
 
 
 def parse_max_tokens(request: bytes) -> int | None:
-    """The tokens that a request, as keys.asked wrote it, allows a reply; None where it sets no limit."""
+    """The value of max_tokens in a text of `keys.request_text`; None if it has none."""
     found = MAX_TOKENS_FIELD.search(request)
     return int(found[1]) if found else None
 
 
 def record_max_tokens(conn: sqlite3.Connection) -> None:
-    """Fill reply_limits from the calls of a store that has none yet."""
+    """Fill the table reply_limits from the stored calls."""
     conn.executemany(INSERT_LIMIT, sorted(find_max_tokens(conn)))
 
 
 def find_max_tokens(conn: sqlite3.Connection) -> set[tuple[int, int]]:
-    """(sample, tokens) of the calls that can be read, up to the first damaged page."""
+    """(sample, max_tokens) of the calls that can be read, up to the first damaged page."""
     found = set[tuple[int, int]]()
     with suppress(sqlite3.DatabaseError):
         samples = dict(conn.execute("select id, request from samples").fetchall())
@@ -248,7 +251,7 @@ def find_max_tokens(conn: sqlite3.Connection) -> set[tuple[int, int]]:
 
 
 def max_tokens_used(conn: sqlite3.Connection, kinds: str) -> list[int]:
-    """The values of max_tokens that calls of the kinds whose name begins so were asked with, largest first."""
+    """The values of max_tokens in calls whose kind begins with `kinds`, largest first."""
     known = conn.execute("select 1 from sqlite_schema where name = 'reply_limits'").fetchone()
     pairs = conn.execute("select sample, tokens from reply_limits").fetchall() if known else find_max_tokens(conn)
     names = conn.execute("select id from samples where substr(name, 1, ?) = ?", (len(kinds), kinds))

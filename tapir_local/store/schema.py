@@ -9,9 +9,9 @@ from tapir_local.errors import TapirError
 from tapir_local.private import FILE, private_file, tighten
 from tapir_local.store.rows import record_max_tokens
 
-PAGE_BYTES = 16_384  # bytes: of 4 KB, the half would be empty beside one row of 2 KB
-MMAP_BYTES = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
-BUSY_TIMEOUT_MS = 60_000  # milliseconds that a statement waits for another process's lock; commits take a few
+PAGE_BYTES = 16_384  # with pages of 4 KB, a row of 2 KB would leave half of a page empty
+MMAP_BYTES = 2**40  # bytes of the file that a reader may map into memory, which saves a system call per page
+BUSY_TIMEOUT_MS = 60_000  # how long a statement waits for a lock of another process; a commit takes a few ms
 NETWORK_FILE_SYSTEMS = {
     "nfs",
     "nfs4",
@@ -33,7 +33,7 @@ NETWORK_FILE_SYSTEMS = {
 DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-# calls: answers that serve again. attempts: what came instead. uses: who asked for which call, and who paid.
+# calls: requests with their answers. attempts: requests without a usable answer. uses: which row used which call.
 FIRST_TABLES = """
 create table samples (
     id integer primary key, name text not null unique, request blob not null, answer blob not null) strict;
@@ -54,7 +54,7 @@ create table uses (
     paid integer not null, primary key (run, round, stage, row, key)) strict, without rowid
 """
 
-# batches: what was submitted to a Batch API, under our tag. batch_keys: the answers of it that are still to be fetched.
+# batches: submitted to a Batch API, by our tag. batch_keys: the answers of a batch that are still to be fetched.
 PENDING_BATCHES = """
 create table batches (
     tag text not null primary key, endpoint text not null, file text not null, server text not null,
@@ -63,8 +63,8 @@ create table batch_keys (
     key blob not null, tag text not null, primary key (key, tag)) strict, without rowid
 """
 
-# estimated: 1 where tokens are the most that may have been billed. reply_limits: the values of max_tokens that the
-# calls of a sample were asked with.
+# estimated: 1 if the token counts are the most that may have been billed. reply_limits: the values of max_tokens in
+# the requests of a sample's calls.
 ESTIMATED_BILLS = """
 alter table calls add column estimated integer not null default 0;
 alter table attempts add column estimated integer not null default 0;
@@ -72,7 +72,7 @@ create table reply_limits (
     sample integer not null, tokens integer not null, primary key (sample, tokens)) strict, without rowid
 """
 MIGRATION_SET = "teacher"
-MIGRATIONS = {  # statements by name, oldest first; a released one never changes
+MIGRATIONS = {  # statements by name, oldest first; a released migration never changes
     "first_tables": FIRST_TABLES,
     "batches_away": PENDING_BATCHES,
     "bills": ESTIMATED_BILLS,
@@ -80,14 +80,14 @@ MIGRATIONS = {  # statements by name, oldest first; a released one never changes
 
 
 def connect(path: Path, *, write: bool) -> sqlite3.Connection:
-    """A connection in WAL mode that waits for locks instead of failing on them; any thread may use it, one at a time.
+    """A connection in WAL mode that waits for locks. Any thread may use it, one at a time.
 
-    synchronous=FULL: a commit returns after its WAL frames are on the disk, so that an acknowledged row outlives
-    kill -9 and a power cut alike. NORMAL would outlive only the first.
+    synchronous=FULL: a commit returns after its WAL frames are on the disk, so an acknowledged row survives kill -9 and
+    a power failure. With NORMAL it would survive only the first.
     """
     mode = "rwc" if write else "ro"
     if write:
-        private_file(path)  # SQLite gives a new log the file's own mode
+        private_file(path)  # SQLite creates the log with the mode of the file
         for ending in ("-wal", "-shm"):
             tighten(path.with_name(path.name + ending), FILE)
     conn = sqlite3.connect(
@@ -97,7 +97,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
         conn.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         if conn.execute("PRAGMA busy_timeout").fetchone()[0] != BUSY_TIMEOUT_MS:
             raise TapirError("this SQLite has no busy timeout", where=str(path))
-        conn.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded only before the first table
+        conn.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # takes effect only before the first table is created
         if write and conn.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise TapirError(
                 "SQLite cannot use a write-ahead log here", where=str(path), fix="Put the cache on a local disk."
@@ -112,7 +112,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(conn: sqlite3.Connection) -> Iterator[None]:
-    """A write transaction, locked from its start: one that began as a reader could not wait for its turn to write."""
+    """A transaction that takes the write lock at its start, because a reader that starts to write cannot wait."""
     conn.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -123,13 +123,13 @@ def transaction(conn: sqlite3.Connection) -> Iterator[None]:
 
 
 def is_damage_error(error: sqlite3.Error) -> bool:
-    """Whether SQLite speaks of a damaged file, and not of a busy, full or unreadable disk."""
+    """Whether an error means a damaged file, and not a busy, full or unreadable disk."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF in DAMAGE_CODES
 
 
 def create_or_migrate(path: Path) -> None:
-    """Create the tables or apply the migrations still missing; TapirError for a store of a newer version."""
+    """Create the tables, or apply missing migrations; TapirError for a store of a newer version."""
     conn = connect(path, write=True)
     try:
         if set(MIGRATIONS) - applied_migrations(conn, path):
@@ -139,7 +139,7 @@ def create_or_migrate(path: Path) -> None:
 
 
 def applied_migrations(conn: sqlite3.Connection, path: Path) -> set[str]:
-    """The migrations that a store has had; TapirError for a store of a newer version."""
+    """The names of the migrations applied to a store; TapirError for a store of a newer version."""
     known = conn.execute("select 1 from sqlite_schema where name = '_sqlite_migrations'").fetchall()
     sql = "select name from _sqlite_migrations where migration_set = ?"
     names = {row[0] for row in conn.execute(sql, [MIGRATION_SET])} if known else set()
@@ -150,8 +150,11 @@ def applied_migrations(conn: sqlite3.Connection, path: Path) -> set[str]:
 
 
 def apply_migrations(conn: sqlite3.Connection) -> None:
-    """Apply what is missing, each migration in a transaction with the note that it was applied."""
-    from sqlite_utils import Database, Migrations  # here, as it imports pandas where it finds it: half a second
+    """Apply missing migrations, each in a transaction that also records it as applied."""
+    from sqlite_utils import (
+        Database,
+        Migrations,
+    )  # not at the top: it imports pandas if that is installed, which takes half a second
 
     migrations = Migrations(MIGRATION_SET)
     for name, statements in MIGRATIONS.items():
@@ -167,7 +170,7 @@ def apply_migrations(conn: sqlite3.Connection) -> None:
 
 
 def network_disk_warning(folder: Path) -> str:
-    """What the user ought to know of the disk that a store lies on; "" where there is nothing to say."""
+    """A warning if the folder of a store is on a network file system, else ""."""
     import psutil
 
     place = folder.resolve()
@@ -176,6 +179,6 @@ def network_disk_warning(folder: Path) -> str:
     if kind not in NETWORK_FILE_SYSTEMS:
         return ""
     return (
-        f"{folder}: the store lies on a network file system ({kind}), where SQLite's locks may not hold and a file may "
-        "be damaged. Name a folder of a local disk with --cache."
+        f"{folder}: the store is on a network file system ({kind}), where SQLite's locks may fail and damage the file. "
+        "Use --cache to name a folder on a local disk."
     )
