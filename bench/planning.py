@@ -27,10 +27,10 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.data.dataset import read_seeds, screen
-from tapir_local.data.dedup import Index
+from tapir_local.data.dataset import require_seeds, screen_drafts
+from tapir_local.data.dedup import DedupIndex
 from tapir_local.data.files import read_path
-from tapir_local.data.likeness import literals
+from tapir_local.data.similarity import extract_literals
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read
@@ -49,7 +49,7 @@ KEPT, ALIKE = 0.2, 0.3  # phrases that stay where they were; drafts that are an 
 
 def real_rows(data: Path) -> list[Example]:
     """The rows of the real files."""
-    return [row for name in FILES for row in read_seeds(read_path(data / name), TASKS)[0]]
+    return [row for name in FILES for row in require_seeds(read_path(data / name), TASKS)[0]]
 
 
 def phrases(text: str, rng: random.Random) -> list[str]:
@@ -111,20 +111,20 @@ def timed(work: Callable[[], Any]) -> Timed:
     return Timed(time.perf_counter() - start, time.process_time() - used, found)
 
 
-def filled(rows: Sequence[Example], limit: float) -> Index:
+def filled(rows: Sequence[Example], limit: float) -> DedupIndex:
     """An index of the rows."""
-    index = Index(limit)
+    index = DedupIndex(limit)
     for row in rows:
         index.add(row)
     return index
 
 
-def all_pairs(slow: Index, drafts: Sequence[Example]) -> list[str]:
+def all_pairs(slow: DedupIndex, drafts: Sequence[Example]) -> list[str]:
     """By draft the row nearest to it, "" where it is kept: rapidfuzz on every row, as the index is given them."""
     found = list[str]()
     for draft in drafts:
         given = draft.prompt[-1].content
-        text, known = slow.letters(given), literals(given)
+        text, known = slow.letters(given), extract_literals(given)
         scored = process.extract(
             text, slow.texts, scorer=Indel.normalized_similarity, score_cutoff=slow.max_rouge - 1e-9, limit=None
         )
@@ -141,17 +141,17 @@ def near(options: argparse.Namespace) -> None:
     texts = [row.prompt[-1].content for row in real_rows(options.data)]
     rows, drafts = made(texts, options.rows, options.drafts, random.Random(0))
     filling = timed(lambda: filled(rows, options.limit))
-    index: Index = filling.found
+    index: DedupIndex = filling.found
     length = sum(index.lengths) / len(rows)
     print(f"{len(rows):,} rows of {length:.1f} words in the mean, {max(index.lengths):,} at the most")
     print(f"{len(index.alphabet):,} different words; the index is filled in {filling}")
     sample, rest = drafts[: options.sample], drafts[options.sample :]
     other = filled(rows, options.limit)
     slow = timed(lambda: all_pairs(other, sample))
-    fast = timed(lambda: screen(sample, index, Index(options.limit)))
+    fast = timed(lambda: screen_drafts(sample, index, DedupIndex(options.limit)))
     if slow.found != [draft.near for draft in fast.found]:
         sys.exit("the index and the loop over all pairs disagree")
-    others = timed(lambda: screen(rest, index, Index(options.limit)))
+    others = timed(lambda: screen_drafts(rest, index, DedupIndex(options.limit)))
     rejected = sum(bool(draft.reason) for draft in [*fast.found, *others.found])
     whole = Timed(fast.clock + others.clock, fast.cpu + others.cpu, None)
     print(f"{len(drafts):,} drafts, {rejected:,} rejected above {options.limit}: {whole}")

@@ -32,7 +32,7 @@ from tapir_local.pocket.words import COUNTABLE_WORDS
 from tapir_local.store import keys
 from tapir_local.store.rows import Call, Use
 from tapir_local.store.schema import connect
-from tapir_local.store.store import AT_ONCE, Store
+from tapir_local.store.store import KEYS_PER_LOOKUP, Store
 
 URL = "http://localhost:8000/v1"
 HITS = 4000  # of a round
@@ -116,7 +116,7 @@ def answer(row: int) -> bytes:
 
 
 def call(row: int) -> Call:
-    return Call(keys.asked(URL, request(row), 0), answer(row), "stop", "bench", "m", "", 500, 300, 1.0)
+    return Call(keys.request_text(URL, request(row), 0), answer(row), "stop", "bench", "m", "", 500, 300, 1.0)
 
 
 # Rivals: how each is filled, read and measured on the disk
@@ -130,7 +130,7 @@ def reader(name: str, folder: Path) -> Read:
     """From a request's dict to its answer."""
     if name == "tapir-local":
         store = Store(folder / name / "teacher.db", "read-only")
-        return lambda body: store.get(keys.key(URL, body))
+        return lambda body: store.get(keys.request_key(URL, body))
     if name.startswith("diskcache"):
         cache = disk_cache(folder / name)
         return lambda body: cache.get(plain_key(body))
@@ -182,7 +182,7 @@ def fill_ours(folder: Path, rows: int) -> float:
         for calls in chunks(rows):
             began = time.perf_counter()
             for number, item in calls:
-                store.put(item, [Use("bench", 1, "refine", str(number), keys.key_of(item.request), 1)])
+                store.put(item, [Use("bench", 1, "refine", str(number), keys.hash_request(item.request), 1)])
             store.flush()
             spent += time.perf_counter() - began
     return spent
@@ -273,14 +273,14 @@ def sample(rows: int, turn: int | str) -> list[dict[str, Any]]:
 def many(folder: Path) -> Any:
     """From requests' dicts to their answers, several at once."""
     store = Store(folder / "tapir-local" / "teacher.db", "read-only")
-    return lambda bodies: store.get_many([keys.key(URL, body) for body in bodies])
+    return lambda bodies: store.get_many([keys.request_key(URL, body) for body in bodies])
 
 
 def bulk_times(read: Any, bodies: list[dict[str, Any]]) -> list[float]:
     """Seconds of each hit, the same for those looked up together."""
     times: list[float] = []
-    for start in range(0, len(bodies), AT_ONCE):
-        some = bodies[start : start + AT_ONCE]
+    for start in range(0, len(bodies), KEYS_PER_LOOKUP):
+        some = bodies[start : start + KEYS_PER_LOOKUP]
         times += [timed(read, some) / len(some)] * len(some)
     return times
 
@@ -318,8 +318,10 @@ def crowd_member(name: str, folder: Path, rows: int, seed: int) -> float:
     """Hits per second of one process among several: all begin at the same full second."""
     bodies = sample(rows, 1000 + seed)
     read: Any = many(folder) if name == MANY else reader(name, folder)
-    turns: list[Any] = [bodies[at : at + AT_ONCE] for at in range(0, HITS, AT_ONCE)] if name == MANY else bodies
-    size = AT_ONCE if name == MANY else 1
+    turns: list[Any] = (
+        [bodies[at : at + KEYS_PER_LOOKUP] for at in range(0, HITS, KEYS_PER_LOOKUP)] if name == MANY else bodies
+    )
+    size = KEYS_PER_LOOKUP if name == MANY else 1
     for turn in turns[:5]:
         read(turn)
     time.sleep(max(0.0, START_GRID - time.time() % START_GRID))
@@ -338,7 +340,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from store import call
-from tapir_local.store.store import AT_ONCE, Store
+from tapir_local.store.store import KEYS_PER_LOOKUP, Store
 store = Store(Path(sys.argv[1]))
 calls = [(row, call(row)) for row in range(int(sys.argv[2]), int(sys.argv[2]) + 3000)]
 print("ready", flush=True)
@@ -364,7 +366,7 @@ def kills(folder: Path, count: int) -> None:
             lines = writer.stdout.read().split(b"\n")
         acknowledged |= {int(line) for line in lines[:-1]}
     with Store(path) as store:
-        lost = sum(store.get(keys.key(URL, request(row))) != answer(row) for row in sorted(acknowledged))
+        lost = sum(store.get(keys.request_key(URL, request(row))) != answer(row) for row in sorted(acknowledged))
         print(f"kill -9 {count} times: {len(acknowledged):,} rows acknowledged, {lost} lost, notices {store.notices}")
     conn = connect(path, write=False)
     print("integrity_check:", conn.execute("PRAGMA integrity_check").fetchone()[0])

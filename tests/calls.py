@@ -16,7 +16,7 @@ BODY: dict[str, Any] = {
 
 
 def asked(row: int, body: dict[str, Any] = BODY) -> bytes:
-    return keys.asked("http://localhost/v1", {**body, "user": str(row)}, 0)
+    return keys.request_text("http://localhost/v1", {**body, "user": str(row)}, 0)
 
 
 def call(row: int, answer: str = "4", **fields: Any) -> Call:
@@ -25,4 +25,4 @@ def call(row: int, answer: str = "4", **fields: Any) -> Call:
 
 
 def key(row: int) -> bytes:
-    return keys.key_of(asked(row))
+    return keys.hash_request(asked(row))

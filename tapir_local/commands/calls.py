@@ -36,12 +36,12 @@ def stats_command(run: str | None, cache: Path | None, as_json: bool) -> None:
     Shows how many calls were used, how many of them were paid for, and the tokens of the paid ones. Prints the size
     of the store to stderr.
     """
-    from tapir_local.store.queries import refuse_unknown, size, stats
+    from tapir_local.store.queries import count_uses, measure_store, refuse_unknown
 
     refuse_unknown(store_path(cache), run=run)
     names = ["run", "round", "stage", "used", "paid", "tokens_in", "tokens_out"]
-    print_rows("calls", names, stats(store_path(cache), run), as_json)
-    count, size_in_bytes = size(store_path(cache))
+    print_rows("calls", names, count_uses(store_path(cache), run), as_json)
+    count, size_in_bytes = measure_store(store_path(cache))
     each = f", {size_in_bytes / count:,.0f} bytes per call" if count else ""
     echo(f"{count:,} calls stored, {size_in_bytes / 1e6:,.1f} MB{each}", err=True)
 
@@ -82,10 +82,10 @@ def cost_command(run: str | None, number: int | None, by: "CostGrouping", cache:
 @json_option
 def list_command(run: str | None, stage: str | None, limit: int, cache: Path | None, as_json: bool) -> None:
     """List the newest calls: key, where used, and answer."""
-    from tapir_local.store.queries import listed, refuse_unknown
+    from tapir_local.store.queries import list_uses, refuse_unknown
 
     refuse_unknown(store_path(cache), run=run, stage=stage)
-    rows = listed(store_path(cache), run, stage, limit)
+    rows = list_uses(store_path(cache), run, stage, limit)
     if not as_json:
         rows = [{**row, "key": row["key"][:12], "answer": row["answer"][:200]} for row in rows]
     print_rows("calls", ["key", "run", "round", "stage", "row", "paid", "answer"], rows, as_json)
@@ -110,11 +110,11 @@ def search_command(
     punctuation are ignored. Put `--` before a word that begins with a dash.
     """
     from tapir_local.store.queries import refuse_unknown
-    from tapir_local.store.search import search
+    from tapir_local.store.search import search_calls
 
     refuse_unknown(store_path(cache), run=run, stage=stage)
     progress = line_progress("calls indexed")
-    rows = search(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=progress)
+    rows = search_calls(store_path(cache), words, run=run, stage=stage, limit=limit + 1, progress=progress)
     if not rows:
         echo("no call has all of these words", err=True)
     if len(rows) > limit:
@@ -130,9 +130,9 @@ def search_command(
 @cache_option
 def show_call_command(key: str, cache: Path | None) -> None:
     """Print one call as JSON. KEY is the beginning of its key."""
-    from tapir_local.store.queries import shown
+    from tapir_local.store.queries import get_call
 
-    print_json(shown(store_path(cache), key))
+    print_json(get_call(store_path(cache), key))
 
 
 @calls_group.command(
@@ -148,9 +148,9 @@ def explain_command(a: str, b: str | None, cache: Path | None, as_json: bool) ->
     A and B are the beginnings of keys. Without B, A is compared with the most similar stored request. In the output
     `here` means A and `there` means B.
     """
-    from tapir_local.store.queries import explain
+    from tapir_local.store.queries import compare_calls
 
-    found = explain(store_path(cache), a, b)
+    found = compare_calls(store_path(cache), a, b)
     if as_json:
         print_json({name: item for name, item in found.items() if name != "told"})
         return
@@ -171,11 +171,11 @@ def verify_command(run: str | None, cache: Path | None) -> None:
 
     Prints the keys of damaged and missing calls, and exits with 1 if there are any.
     """
-    from tapir_local.store.queries import absent, refuse_unknown, verify
+    from tapir_local.store.queries import find_missing_keys, refuse_unknown, verify_calls
 
     refuse_unknown(store_path(cache), run=run)
-    count, damaged = verify(store_path(cache))
-    missing = absent(store_path(cache), find_used_keys(cache, run)) if run else []
+    count, damaged = verify_calls(store_path(cache))
+    missing = find_missing_keys(store_path(cache), find_used_keys(cache, run)) if run else []
     for key in [*damaged, *missing]:
         echo(key)
     of_run = f", {len(missing):,} of run {run} missing" if run else ""
@@ -186,9 +186,9 @@ def verify_command(run: str | None, cache: Path | None) -> None:
 
 def find_used_keys(cache: Path | None, run: str) -> list[str]:
     """The keys that a run used, by the store or by its tapir.lock; TapirError if it used none."""
-    from tapir_local.store.queries import opened
-    from tapir_local.store.transfer import keys_of
+    from tapir_local.store.queries import open_store
+    from tapir_local.store.transfer import keys_used_by_run
 
     in_lock = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)]
-    with opened(store_path(cache)) as store:
-        return sorted(key.hex() for key in keys_of(store, store_path(cache), run, in_lock))
+    with open_store(store_path(cache)) as store:
+        return sorted(key.hex() for key in keys_used_by_run(store, store_path(cache), run, in_lock))

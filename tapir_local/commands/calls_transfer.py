@@ -27,14 +27,14 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
     `calls import`.
     """
     from tapir_local.outputs import check_output
-    from tapir_local.store.transfer import export
+    from tapir_local.store.transfer import export_store
 
     store = store_path(cache)
     check_output(
         file, [store.with_name(store.name + end) for end in ("", "-wal", "-shm")], beside=(".partial",), force=True
     )
     used = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)] if run else []
-    done = export(store, file, run, used)
+    done = export_store(store, file, run, used)
     echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
     if done.lost:
         echo(f"{done.lost:,} calls could not be read and were left out", err=True)
@@ -73,9 +73,9 @@ def import_calls_command(file: Path, recipe: str | None, requests: Path | None, 
     with this recipe does not ask for them again. Rows without an instruction, and rows without a complete answer, are
     left out.
     """
-    from tapir_local.store.transfer import is_database
+    from tapir_local.store.transfer import is_sqlite_file
 
-    if not is_database(file):
+    if not is_sqlite_file(file):
         import_paid_answers(file, recipe, requests, cache)
     elif recipe or requests:
         fix = "Leave out --recipe and --requests."

@@ -36,7 +36,7 @@ def render(
     from jinja2 import TemplateError
 
     try:
-        text: str = compiled(template).render(
+        text: str = compile_template(template).render(
             messages=[{"role": turn.role, "content": turn.content} for turn in messages],
             add_generation_prompt=add_generation_prompt,
             bos_token=bos_token,
@@ -52,13 +52,13 @@ def render(
         raise TapirError(f"the chat template refused a conversation of turns {roles}: {error}", fix=fix) from error
 
 
-def asked_text(template: str, prompt: Prompt, *, bos_token: str = "", eos_token: str = "") -> str:
+def render_student_prompt(template: str, prompt: Prompt, *, bos_token: str = "", eos_token: str = "") -> str:
     """The prompt as a student is asked it: up to where its answer begins. TapirError as from `render`."""
-    turns = folded(template, prompt, bos_token, eos_token)
+    turns = merge_system_turns(template, prompt, bos_token, eos_token)
     return render(template, turns, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
 
 
-def training_text(
+def render_training_text(
     template: str,
     prompt: Sequence[Message],
     completion: str,
@@ -74,18 +74,18 @@ def training_text(
     prompt is not how the conversation begins, when the template changed the completion, or when nothing ends the turn:
     a student trained so never stops.
     """
-    prompt = folded(template, tuple(prompt), bos_token, eos_token)
+    prompt = merge_system_turns(template, tuple(prompt), bos_token, eos_token)
     asked = render(template, prompt, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
     turns = (*prompt, Message("assistant", completion))
     whole = render(template, turns, add_generation_prompt=False, bos_token=bos_token, eos_token=eos_token)
     if not whole.startswith(asked):
-        refuse("renders a prompt that is not the beginning of the answered conversation")
+        refuse_template("renders a prompt that is not the beginning of the answered conversation")
     answered = whole[len(asked) :]
     words = completion.strip()
     if words not in answered:
-        refuse("changes the assistant's words")
+        refuse_template("changes the assistant's words")
     if not ends_turn(answered.rpartition(words)[2] if words else answered, stops):
-        refuse("writes no token that ends the assistant's turn, so a student would never stop")
+        refuse_template("writes no token that ends the assistant's turn, so a student would never stop")
     return asked, answered
 
 
@@ -94,7 +94,7 @@ def ends_turn(tail: str, stops: Sequence[str]) -> bool:
     return any(stop in tail for stop in stops if stop) if stops else bool(tail.strip())
 
 
-def refuse(what: str) -> NoReturn:
+def refuse_template(what: str) -> NoReturn:
     raise TapirError(
         f"the chat template {what}",
         fix="Name a corrected one in student.chat_template (of `tapir-local export`: --chat-template), and run again.",
@@ -102,7 +102,7 @@ def refuse(what: str) -> NoReturn:
 
 
 @lru_cache(maxsize=8)
-def takes_system(template: str, bos_token: str = "", eos_token: str = "") -> bool:
+def supports_system_role(template: str, bos_token: str = "", eos_token: str = "") -> bool:
     """Whether a template writes a system turn: Gemma's and older ones of Mistral refuse it, Granite's drops its words.
 
     TapirError when the template does not take a single user turn either.
@@ -116,9 +116,9 @@ def takes_system(template: str, bos_token: str = "", eos_token: str = "") -> boo
         return False
 
 
-def folded(template: str, prompt: Prompt, bos_token: str = "", eos_token: str = "") -> Prompt:
+def merge_system_turns(template: str, prompt: Prompt, bos_token: str = "", eos_token: str = "") -> Prompt:
     """The prompt as a template without a system role can take it: system turns at the head of the user turn after."""
-    if not any(turn.role == "system" for turn in prompt) or takes_system(template, bos_token, eos_token):
+    if not any(turn.role == "system" for turn in prompt) or supports_system_role(template, bos_token, eos_token):
         return prompt
     found, waiting = list[Message](), list[str]()
     for turn in prompt:
@@ -133,7 +133,7 @@ def folded(template: str, prompt: Prompt, bos_token: str = "", eos_token: str = 
 
 
 @lru_cache(maxsize=8)
-def compiled(template: str) -> Any:
+def compile_template(template: str) -> Any:
     """The template in the sandbox that transformers uses (transformers 5.17, utils/chat_template_utils.py)."""
     from jinja2 import ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment

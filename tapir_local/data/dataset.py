@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tapir_local.data.dedup import Index
-from tapir_local.data.formats import KNOWN, Table, read_whole
-from tapir_local.data.likeness import literals
-from tapir_local.data.text import Broken, RowFault
+from tapir_local.data.columns import RowFault, UnreadableRow
+from tapir_local.data.dedup import DedupIndex
+from tapir_local.data.formats import KNOWN_FORMATS, Table, parse_row
+from tapir_local.data.similarity import extract_literals
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import shares
 from tapir_local.method.prompts import TAG
@@ -43,7 +43,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Faulty:
+class FaultyRow:
     """A row that cannot be read: its number in the table, why, and its text as JSON."""
 
     number: int
@@ -52,7 +52,7 @@ class Faulty:
 
 
 @dataclass
-class Seeds:
+class ParsedSeeds:
     """What a table's rows came to: examples, repetitions of an earlier prompt, and rows that cannot be read.
 
     `unread` counts by name the columns and turns whose text was not read.
@@ -61,7 +61,7 @@ class Seeds:
     table: Table
     examples: list[Example] = field(default_factory=list)
     duplicates: list[Draft] = field(default_factory=list)
-    faulty: list[Faulty] = field(default_factory=list)
+    faulty: list[FaultyRow] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
     def refuse(self, advice: str = "") -> None:
@@ -77,50 +77,50 @@ class Seeds:
             raise TapirError(
                 f"{len(numbers)} of {len(self.table.rows)} rows without an instruction",
                 where=self.table.at(*numbers),
-                fix=KNOWN,
+                fix=KNOWN_FORMATS,
             )
         raise TapirError(several + first.said, where=self.table.at(*numbers), fix=first.fix)
 
 
-def sorted_seeds(table: Table, labels: Collection[str]) -> Seeds:
+def parse_seeds(table: Table, labels: Collection[str]) -> ParsedSeeds:
     """The examples of a table, exact duplicates of an earlier row's prompt, and the rows that cannot be read.
 
     Capitals and blanks make no difference between two prompts, but for those within quotation marks. `seed-00012` is
     the table's twelfth row.
     """
-    found, kept = Seeds(table), dict[Any, Example]()
+    found, kept = ParsedSeeds(table), dict[Any, Example]()
     for serial, (number, row) in enumerate(table.rows, 1):
         try:
-            example, unread = example_of(f"seed-{serial:05d}", row, labels)
+            example, unread = parse_example(f"seed-{serial:05d}", row, labels)
         except RowFault as fault:
-            found.faulty.append(Faulty(number, fault, shown(row)))
+            found.faulty.append(FaultyRow(number, fault, row_as_text(row)))
             continue
         found.unread.update(dict.fromkeys(unread, 1))
         asked = instruction_of(example.prompt)
-        first = kept.setdefault((" ".join(asked.split()).casefold(), literals(asked)), example)
+        first = kept.setdefault((" ".join(asked.split()).casefold(), extract_literals(asked)), example)
         if first is not example:
             found.duplicates.append(Draft(example, "duplicate", first.id))
     found.examples = list(kept.values())
     return found
 
 
-def read_seeds(table: Table, labels: Collection[str]) -> tuple[list[Example], list[Draft]]:
+def require_seeds(table: Table, labels: Collection[str]) -> tuple[list[Example], list[Draft]]:
     """The examples of a table, and the exact duplicates; TapirError with the lines of rows that cannot be read."""
-    found = sorted_seeds(table, labels)
+    found = parse_seeds(table, labels)
     found.refuse()
     return found.examples, found.duplicates
 
 
-def example_of(id: str, row: Any, labels: Collection[str]) -> tuple[Example, list[str]]:
+def parse_example(id: str, row: Any, labels: Collection[str]) -> tuple[Example, list[str]]:
     """A row as an example, and what of its text is not read; RowFault where it is none."""
-    prompt, completion, unread = read_whole(row)
+    prompt, completion, unread = parse_row(row)
     if not prompt:
-        raise RowFault(NO_INSTRUCTION, fix=KNOWN)
-    task = known_label(row.get("task"), labels)
+        raise RowFault(NO_INSTRUCTION, fix=KNOWN_FORMATS)
+    task = check_label(row.get("task"), labels)
     return Example(id, prompt, completion, task, "file" if task else ""), unread
 
 
-def known_label(label: Any, labels: Collection[str]) -> str:
+def check_label(label: Any, labels: Collection[str]) -> str:
     """The label of a row, "" where it has none; RowFault where the recipe does not have it."""
     if label is None or label == "":
         return ""
@@ -130,15 +130,15 @@ def known_label(label: Any, labels: Collection[str]) -> str:
     return label
 
 
-def shown(row: Any) -> str:
+def row_as_text(row: Any) -> str:
     """A row as text, for people."""
     try:
-        return row.text if isinstance(row, Broken) else json.dumps(row, default=str)
+        return row.text if isinstance(row, UnreadableRow) else json.dumps(row, default=str)
     except (ValueError, TypeError, RecursionError):
         return ""
 
 
-def without_near(
+def remove_near_duplicates(
     examples: Sequence[Example], max_rouge: float | None, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Example], list[Draft]]:
     """The examples that resemble no earlier one, and those that do; None: all of them.
@@ -147,7 +147,7 @@ def without_near(
     """
     if max_rouge is None:
         return list(examples), []
-    index, kept, rejected = Index(max_rouge), list[Example](), list[Draft]()
+    index, kept, rejected = DedupIndex(max_rouge), list[Example](), list[Draft]()
     index.learn(examples)
     for done, example in enumerate(examples):
         if done % 500 == 0:
@@ -173,12 +173,12 @@ def split_holdout(examples: Sequence[Example], size: int, rng: random.Random) ->
     return [row for row in examples if row.id in held], [row for row in examples if row.id not in held]
 
 
-def screen(drafts: Iterable[Example], pool: Index, holdout: Index) -> list[Draft]:
+def screen_drafts(drafts: Iterable[Example], pool: DedupIndex, holdout: DedupIndex) -> list[Draft]:
     """Keep or reject each draft in turn; a kept one is added to `pool`, so that later drafts may not resemble it."""
-    return [screen_one(draft, pool, holdout) for draft in drafts]
+    return [screen_draft(draft, pool, holdout) for draft in drafts]
 
 
-def screen_one(draft: Example, pool: Index, holdout: Index) -> Draft:
+def screen_draft(draft: Example, pool: DedupIndex, holdout: DedupIndex) -> Draft:
     """Reject a draft that carries the prompt's own marks, resembles the holdout, or is a near-duplicate."""
     if TAG.search(instruction_of(draft.prompt)):
         return Draft(draft, "carries the prompt's own marks")

@@ -9,26 +9,28 @@ from numpy.typing import NDArray
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from tapir_local.data.likeness import (
-    WORD,
-    fewest_common,
-    frames,
-    literals,
-    pieces,
-    remainders,
+from tapir_local.data.similarity import (
+    WORD_OR_SIGN,
+    extract_literals,
+    find_templates,
+    min_hash_sketch,
+    min_sketch_overlap,
+    remove_common_segments,
+    remove_template,
     rouge_l,
-    sketch,
-    unframed,
+    split_segments,
 )
 from tapir_local.errors import TapirError
 from tapir_local.records import Example, Prompt
 
-WORDS_AT_MOST = 0x110000  # different words: one code point each
-LEAST = 1e-9  # what rounding may take from a limit, far below the difference of two ROUGE-L of texts that exist
-LONG = 1000  # words from which candidates are found by sketches
+MAX_DISTINCT_WORDS = 0x110000  # different words: one code point each
+ROUNDING_TOLERANCE = (
+    1e-9  # what rounding may take from a limit, far below the difference of two ROUGE-L of texts that exist
+)
+LONG_TEXT_WORDS = 1000  # words from which candidates are found by sketches
 
 
-class Index:
+class DedupIndex:
     """Instructions among which the one most like another is found: by ROUGE-L of their words, and above a limit.
 
     ROUGE-L's F1 is 2*LCS/(m+n), m and n the numbers of words (Lin 2004, ROUGE: A Package for Automatic Evaluation of
@@ -65,13 +67,13 @@ class Index:
         self.holders: dict[int, array[int]] = defaultdict(lambda: array("i"))  # of a token: places of texts with it
         self.sketched: dict[int, array[int]] = defaultdict(lambda: array("i"))  # of a word triple: the same
         # Texts of lengths in this ratio may just be alike.
-        self.ratio = max(max_rouge, LEAST) / (2 - max(max_rouge, LEAST))
+        self.ratio = max(max_rouge, ROUNDING_TOLERANCE) / (2 - max(max_rouge, ROUNDING_TOLERANCE))
 
     def encode(self, text: str) -> list[int]:
         """Each word as a number; a text without words is one word of its own."""
         alphabet = self.alphabet
-        found = [alphabet.setdefault(word, len(alphabet)) for word in WORD.findall(text.lower()) or [""]]
-        if len(alphabet) > WORDS_AT_MOST:
+        found = [alphabet.setdefault(word, len(alphabet)) for word in WORD_OR_SIGN.findall(text.lower()) or [""]]
+        if len(alphabet) > MAX_DISTINCT_WORDS:
             raise TapirError(f"more than {WORDS_AT_MOST:,} different words in the instructions")
         return found
 
@@ -81,7 +83,7 @@ class Index:
         To be called once, before the first is added: what is found then does not depend on the order of the rows.
         """
         self.lettered = {(text := row.prompt[-1].content): self.letters(text) for row in examples}
-        self.frames = frames(list(self.lettered.values()))
+        self.frames = find_templates(list(self.lettered.values()))
 
     def letters(self, text: str) -> str:
         """A text as one character a word."""
@@ -97,12 +99,12 @@ class Index:
         self.written.append(text)
         self.lengths.append(len(words))
         self.context_of.append(self.contexts.setdefault(example.prompt[:-1], len(self.contexts)))
-        self.literals_of.append(self.literals.setdefault(literals(text), len(self.literals)))
-        if len(words) * self.ratio <= LONG:
-            for token in tokens(words):
+        self.literals_of.append(self.literals.setdefault(extract_literals(text), len(self.literals)))
+        if len(words) * self.ratio <= LONG_TEXT_WORDS:
+            for token in distinguish_repeats(words):
                 self.holders[token].append(place)
-        if len(words) > LONG * self.ratio and len(words) >= 3:
-            for triple in sketch(words):
+        if len(words) > LONG_TEXT_WORDS * self.ratio and len(words) >= 3:
+            for triple in min_hash_sketch(words):
                 self.sketched[triple].append(place)
 
     def nearest(self, example: Example, anywhere: bool = False) -> tuple[str, float] | None:
@@ -111,19 +113,19 @@ class Index:
         `anywhere` is for leaks: among all rows, whatever the turns before the last, and whatever the numbers and quoted
         strings. To train on a held-out question with other numbers would flatter the student.
         """
-        given, known = example.prompt[-1].content, literals(example.prompt[-1].content)
+        given, known = example.prompt[-1].content, extract_literals(example.prompt[-1].content)
         if not anywhere and (known not in self.literals or example.prompt[:-1] not in self.contexts):
             return None
         text = self.letters(given)
         places = self.candidates(list(map(ord, text)))
         if not anywhere and len(places):
-            same = numbers(self.context_of)[places] == self.contexts[example.prompt[:-1]]
-            places = places[same & (numbers(self.literals_of)[places] == self.literals[known])]
+            same = as_numpy(self.context_of)[places] == self.contexts[example.prompt[:-1]]
+            places = places[same & (as_numpy(self.literals_of)[places] == self.literals[known])]
         found = process.extract(
             text,
             [self.texts[place] for place in places.tolist()],
             scorer=Indel.normalized_similarity,  # the same as ROUGE-L, but for rounding
-            score_cutoff=max(0.0, self.max_rouge - LEAST),
+            score_cutoff=max(0.0, self.max_rouge - ROUNDING_TOLERANCE),
             limit=None,
         )
         for _, similarity, number in found:
@@ -143,8 +145,10 @@ class Index:
         score = 2 * round(similarity * size / 2) / size
         if score <= self.max_rouge:
             return 0.0
-        parts = [[self.letters(piece) for piece in pieces(whole)] for whole in (given, self.written[place])]
-        rests = {remainders(*parts), unframed(text, other, self.frames.get(other, (0, 0)))} - {(text, other)}
+        parts = [[self.letters(piece) for piece in split_segments(whole)] for whole in (given, self.written[place])]
+        rests = {remove_common_segments(*parts), remove_template(text, other, self.frames.get(other, (0, 0)))} - {
+            (text, other)
+        }
         differ = any(one and two and rouge_l(one, two) <= self.max_rouge for one, two in rests)
         return 0.0 if differ else score
 
@@ -154,43 +158,45 @@ class Index:
         With the tokens sorted from rare to frequent, a text whose first shared token is the one at `rank` shares
         m - rank at the most, and passes the limit t only if 2 * (m - rank) > t * (m + n).
         """
-        if len(words) > LONG:
+        if len(words) > LONG_TEXT_WORDS:
             return self.long_candidates(words)
-        m, limit = len(words), max(self.max_rouge, LEAST)
-        held = sorted((self.holders[token] for token in tokens(words) if token in self.holders), key=len)
-        shortest, seen = limit * m / (2 - limit) - LEAST, np.zeros(len(self.texts), dtype=bool)
+        m, limit = len(words), max(self.max_rouge, ROUNDING_TOLERANCE)
+        held = sorted((self.holders[token] for token in distinguish_repeats(words) if token in self.holders), key=len)
+        shortest, seen = limit * m / (2 - limit) - ROUNDING_TOLERANCE, np.zeros(len(self.texts), dtype=bool)
         for rank, places in enumerate(held, m - len(held)):  # tokens that no text has are the rarest
-            longest = 2 * (m - rank + LEAST) / limit - m
+            longest = 2 * (m - rank + ROUNDING_TOLERANCE) / limit - m
             if longest < shortest:
                 break
-            rows = numbers(places)
-            lengths = numbers(self.lengths)[rows]
+            rows = as_numpy(places)
+            lengths = as_numpy(self.lengths)[rows]
             seen[rows[(lengths >= shortest) & (lengths <= longest)]] = True
         return np.flatnonzero(seen)
 
     def long_candidates(self, words: Sequence[int]) -> NDArray[np.int64]:
         """The places of the texts that share enough of a long text's sketch, and are about as long, in order."""
-        triples = sketch(words)
-        held = [numbers(self.sketched[triple]) for triple in triples if triple in self.sketched]
+        triples = min_hash_sketch(words)
+        held = [as_numpy(self.sketched[triple]) for triple in triples if triple in self.sketched]
         if not held:
             return np.zeros(0, dtype=np.int64)
         counts = np.bincount(np.concatenate(held), minlength=len(self.texts))
-        lengths = numbers(self.lengths)
-        close = (lengths >= len(words) * self.ratio - LEAST) & (lengths * self.ratio <= len(words) + LEAST)
-        return np.flatnonzero(close & (counts >= max(1.0, fewest_common(self.max_rouge) * len(triples))))
+        lengths = as_numpy(self.lengths)
+        close = (lengths >= len(words) * self.ratio - ROUNDING_TOLERANCE) & (
+            lengths * self.ratio <= len(words) + ROUNDING_TOLERANCE
+        )
+        return np.flatnonzero(close & (counts >= max(1.0, min_sketch_overlap(self.max_rouge) * len(triples))))
 
 
-def tokens(words: Sequence[int]) -> list[int]:
+def distinguish_repeats(words: Sequence[int]) -> list[int]:
     """The words with the second, third, ... of the same word told apart: what two texts share is then a set."""
     counts: dict[int, int] = {}
     found = []
     for word in words:
         before = counts.get(word, 0)
-        found.append(word + before * WORDS_AT_MOST)
+        found.append(word + before * MAX_DISTINCT_WORDS)
         counts[word] = before + 1
     return found
 
 
-def numbers(values: "array[int]") -> NDArray[np.int32]:
+def as_numpy(values: "array[int]") -> NDArray[np.int32]:
     """An array's values, not copied: while it is in use nothing can be appended to them."""
     return np.frombuffer(values, dtype=np.int32)

@@ -6,23 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tapir_local.data.text import (
-    Broken,
+from tapir_local.data.columns import (
     Columns,
     RowFault,
-    first_of,
-    holds_more,
-    is_metadata,
-    json_object,
-    refuse_half_letters,
-    refuse_twice,
-    text_of,
+    UnreadableRow,
+    build_json_object,
+    field_text,
+    first_text,
+    has_unseen_text,
+    is_metadata_column,
+    refuse_duplicate_keys,
+    refuse_lone_surrogates,
 )
 from tapir_local.errors import TapirError
 from tapir_local.records import Message, Prompt
 
-Row = tuple[int, Any]
-Read = tuple[Prompt, str]
+NumberedRow = tuple[int, Any]
+PromptCompletion = tuple[Prompt, str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Table:
     """
 
     where: str
-    rows: Sequence[Row]
+    rows: Sequence[NumberedRow]
     unit: str = "line"
     notes: tuple[str, ...] = ()
 
@@ -42,7 +42,7 @@ class Table:
         return f"{self.where}, {lines(numbers, most, self.unit)}"
 
 
-def lines(numbers: Sequence[int], most: int = 5, unit: str = "line") -> str:
+def format_line_numbers(numbers: Sequence[int], most: int = 5, unit: str = "line") -> str:
     """`line 3`, `lines 3, 7, 9` or `lines 3, 7, 9, 12, 13 and 4 more`."""
     shown = ", ".join(map(str, numbers[:most]))
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
@@ -54,26 +54,26 @@ NO_INPUT = re.compile(r"\s*(<\s*no[ _-]?input\s*>|no ?input)\.?\s*", re.IGNORECA
 NO_OUTPUT = re.compile(r"\s*<\s*no[ _-]?output\s*>\.?\s*", re.IGNORECASE)
 
 
-def asked_with_input(row: Columns, name: str) -> str:
+def instruction_with_input(row: Columns, name: str) -> str:
     """An instruction, and after an empty line the text to which it applies, unless the instruction has that in it."""
-    asked = text_of(row[name])
-    given = [text for column in ("input", "context") if (text := text_of(row.get(column)))]
+    asked = field_text(row[name])
+    given = [text for column in ("input", "context") if (text := field_text(row.get(column)))]
     given = [text for text in given if not NO_INPUT.fullmatch(text) and text not in asked]
     return "\n\n".join([asked, *given]) if asked.strip() else ""
 
 
-def answer_of(row: Columns, *names: str) -> str:
+def read_answer(row: Columns, *names: str) -> str:
     """The text of the first of several columns that has any; a mark for "no output" is none."""
-    text = first_of(row, *names)
+    text = first_text(row, *names)
     return "" if NO_OUTPUT.fullmatch(text) else text
 
 
-def opening(row: Columns) -> list[tuple[str, Any]]:
+def leading_turns(row: Columns) -> list[tuple[str, Any]]:
     """What stands before the question: a system message, and LLaMA-Factory's history, in pairs or in messages."""
-    turns: list[tuple[str, Any]] = [("system", first_of(row, "system", "system_prompt", "system_message"))]
-    for item in messages_of(row.get("history")):
+    turns: list[tuple[str, Any]] = [("system", first_text(row, "system", "system_prompt", "system_message"))]
+    for item in parse_messages(row.get("history")):
         if isinstance(item, dict):
-            turns.append(role_and_content(row, item))
+            turns.append(parse_turn(row, item))
         elif isinstance(item, list | tuple) and len(item) == 2:
             turns += [("user", item[0]), ("assistant", item[1])]
         else:
@@ -81,37 +81,37 @@ def opening(row: Columns) -> list[tuple[str, Any]]:
     return turns
 
 
-def alpaca(row: Columns) -> Read:
+def read_alpaca(row: Columns) -> PromptCompletion:
     """instruction, input, output; Dolly's names for the latter two; LLaMA-Factory's system and history before them."""
-    prompt, _ = dialogue(row, [*opening(row), ("user", asked_with_input(row, "instruction"))])
-    return prompt, answer_of(row, "output", "response")
+    prompt, _ = split_dialogue(row, [*leading_turns(row), ("user", instruction_with_input(row, "instruction"))])
+    return prompt, read_answer(row, "output", "response")
 
 
-def self_instruct(row: Columns) -> Read:
+def read_self_instruct(row: Columns) -> PromptCompletion:
     """instruction and a list of instances, of which the first is taken."""
     instances = row["instances"]
     if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances[:1]):
         raise RowFault("instances is not a list of objects")
     first = instances[0] if instances else {}
-    refuse_twice(first)
+    refuse_duplicate_keys(first)
     others = {name: value for name, value in row.items() if name != "instances"}
     one = Columns({**others, **first, "instruction": row["instruction"]})
-    prompt, completion = alpaca(one)
+    prompt, completion = read_alpaca(one)
     row.asked |= {"instances", "instruction", *(one.asked - set(first))}
     row.dropped += one.dropped + (["instances after the first"] if len(instances) > 1 else [])
     own = Columns(first)
     own.asked = one.asked - {"instruction"}
-    row.dropped += [f"{name} of an instance" for name in own.unread(seen_in(prompt, completion))]
+    row.dropped += [f"{name} of an instance" for name in own.unread(join_texts(prompt, completion))]
     return prompt, completion
 
 
-def question_answer(row: Columns) -> Read:
+def read_question_answer(row: Columns) -> PromptCompletion:
     """question, and answer or response, as GSM8K and OpenOrca have them; a system prompt before them."""
-    prompt, _ = dialogue(row, [*opening(row), ("user", asked_with_input(row, "question"))])
-    return prompt, answer_of(row, "answer", "response")
+    prompt, _ = split_dialogue(row, [*leading_turns(row), ("user", instruction_with_input(row, "question"))])
+    return prompt, read_answer(row, "answer", "response")
 
 
-def mt_bench(row: Columns) -> Read:
+def read_mt_bench(row: Columns) -> PromptCompletion:
     """question_id, category, turns: the first turn, and its reference answer where there is one.
 
     A second turn is about the answer to the first, so it asks nothing by itself.
@@ -122,56 +122,58 @@ def mt_bench(row: Columns) -> Read:
     if len(turns) > 1:
         row.dropped.append("turns after the first")
     answer = reference[0] if isinstance(reference, list) and reference else reference or None
-    return dialogue(row, [*opening(row), ("user", turns[0])])[0], text_of(answer)
+    return split_dialogue(row, [*leading_turns(row), ("user", turns[0])])[0], field_text(answer)
 
 
-def mt_bench_answers(row: Columns) -> Read:
+def refuse_mt_bench_answers(row: Columns) -> PromptCompletion:
     """question_id, choices: MT-Bench's answers, refused with what to do."""
     raise RowFault("answers without questions", "these are answers without their questions; name the file of questions")
 
 
-def prompt_completion(row: Columns) -> Read:
+def read_prompt_completion(row: Columns) -> PromptCompletion:
     """prompt and completion, each a string or a list of messages, as TRL has them; the completion may be absent.
 
     One blank before a completion is the mark of OpenAI's former fine-tuning format, not a part of the text.
     """
     given, reply = row["prompt"], row.get("completion")
     if isinstance(given, list):
-        turns = [role_and_content(row, turn) for turn in messages_of(given)]
+        turns = [parse_turn(row, turn) for turn in parse_messages(given)]
     else:
-        turns = [("user", asked_with_input(row, "prompt"))]
+        turns = [("user", instruction_with_input(row, "prompt"))]
     if isinstance(reply, list):
-        answer = [role_and_content(row, turn) for turn in messages_of(reply)]
+        answer = [parse_turn(row, turn) for turn in parse_messages(reply)]
     else:
-        text = answer_of(row, "completion", "response")
+        text = read_answer(row, "completion", "response")
         answer = [("assistant", text[1:] if text[:1] == " " and text[1:2].strip() else text)]
-    return dialogue(row, [*opening(row), *turns, *answer])
+    return split_dialogue(row, [*leading_turns(row), *turns, *answer])
 
 
-ROLES = {
+CHAT_ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-TOOLS = ("tool", "function", "observation", "ipython", "tool_call", "function_call", "tool_response")
-CALLS = ("tool_calls", "function_call", "tool_call_id")  # keys of a turn that calls a tool, or answers for one
-CONTENT = ("content", "value", "text")
+TOOL_ROLES = ("tool", "function", "observation", "ipython", "tool_call", "function_call", "tool_response")
+TOOL_CALL_KEYS = ("tool_calls", "function_call", "tool_call_id")  # keys of a turn that calls a tool, or answers for one
+CONTENT_KEYS = ("content", "value", "text")
 
 
-def conversation(name: str) -> Callable[[Columns], Read]:
+def conversation_reader(name: str) -> Callable[[Columns], PromptCompletion]:
     """The reader of rows whose column `name` holds messages of `role` and `content`, or ShareGPT's `from`, `value`."""
 
-    def read(row: Columns) -> Read:
-        return dialogue(row, [*opening(row), *(role_and_content(row, turn) for turn in messages_of(row[name]))])
+    def read(row: Columns) -> PromptCompletion:
+        return split_dialogue(
+            row, [*leading_turns(row), *(parse_turn(row, turn) for turn in parse_messages(row[name]))]
+        )
 
     return read
 
 
-def messages_of(turns: Any) -> list[Any]:
+def parse_messages(turns: Any) -> list[Any]:
     """A list of messages, or the JSON of one; None is an empty list. RowFault where it is anything else."""
     if isinstance(turns, str) and turns.strip():
         try:
-            turns = json.loads(turns, object_pairs_hook=json_object)
+            turns = json.loads(turns, object_pairs_hook=build_json_object)
         except (ValueError, RecursionError) as error:
             kind = "the conversation is not a list of objects"
             raise RowFault(kind, f"{kind}, nor JSON: {error}") from error
@@ -182,36 +184,38 @@ def messages_of(turns: Any) -> list[Any]:
     return turns
 
 
-def role_and_content(row: Columns, turn: Any) -> tuple[str, Any]:
+def parse_turn(row: Columns, turn: Any) -> tuple[str, Any]:
     """Who speaks in a turn, and what; RowFault where it is neither user, assistant nor system, or calls a tool."""
     if not isinstance(turn, dict):
         raise RowFault("the conversation is not a list of objects")
-    refuse_twice(turn)
+    refuse_duplicate_keys(turn)
     role = turn["role"] if turn.get("role") is not None else turn.get("from")
-    known = isinstance(role, str) and role.lower() in ROLES
-    if any(turn.get(name) for name in CALLS):
+    known = isinstance(role, str) and role.lower() in CHAT_ROLES
+    if any(turn.get(name) for name in TOOL_CALL_KEYS):
         raise RowFault("a turn that calls a tool", f"a turn by {role!r} calls a tool")
     if not known:
-        tool = isinstance(role, str) and role.lower().replace("-", "_").startswith(TOOLS)
+        tool = isinstance(role, str) and role.lower().replace("-", "_").startswith(TOOL_ROLES)
         said = f"a turn is by {role!r}; known are {', '.join(ROLES)}"
         raise RowFault("a turn by a tool" if tool else "a turn by an unknown speaker", said)
-    name = next((name for name in CONTENT if turn.get(name) is not None), "content")
+    name = next((name for name in CONTENT_KEYS if turn.get(name) is not None), "content")
     value = turn.get(name)
     read = {"role", "from", name}
     seen = value if isinstance(value, str) else ""
-    others = [key for key in turn if key not in read and not is_metadata(key) and holds_more(turn[key], seen)]
+    others = [
+        key for key in turn if key not in read and not is_metadata_column(key) and has_unseen_text(turn[key], seen)
+    ]
     row.dropped += [f"{key!r} of a turn" for key in others]
-    return ROLES[str(role).lower()], value
+    return CHAT_ROLES[str(role).lower()], value
 
 
-def dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> Read:
+def split_dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> PromptCompletion:
     """Turns up to the last user's as prompt, the assistant's after it as completion; ((), "") where no user speaks.
 
     Several turns of the assistant after the last user's are one answer, an empty line between them. Empty system turns
     are left out, and what an assistant says before any user: chat templates refuse such a beginning, and FastChat,
     ShareGPT's first reader, skips it too.
     """
-    said = [Message(role, text) for role, value in turns if (text := text_of(value)) or role != "system"]
+    said = [Message(role, text) for role, value in turns if (text := field_text(value)) or role != "system"]
     users = [number for number, turn in enumerate(said) if turn.role == "user"]
     if not users:
         return (), ""
@@ -226,40 +230,44 @@ def dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> Read:
     return tuple(prompt), "\n\n".join(turn.content for turn in said[last:] if turn.content)
 
 
-class Form(NamedTuple):
+class RowFormat(NamedTuple):
     """How rows with certain keys are read; `about` is how people know the form, "" where it is not to be named."""
 
     keys: tuple[str, ...]
-    read: Callable[[Columns], Read]
+    read: Callable[[Columns], PromptCompletion]
     about: str = ""
 
 
 # The first form whose keys a row has reads it.
-FORMS = (
-    Form(("instruction", "instances"), self_instruct, "self-instruct seed tasks (instruction, instances)"),
-    Form(("instruction",), alpaca, "Alpaca, AlpacaEval and Dolly (instruction; input or context; output or response)"),
-    Form(("messages",), conversation("messages"), "messages (role, content)"),
-    Form(("conversations",), conversation("conversations"), "ShareGPT"),
-    Form(("conversation",), conversation("conversation")),
-    Form(("prompt",), prompt_completion, "prompt and completion"),
-    Form(("question_id", "turns"), mt_bench, "MT-Bench's questions (question_id, turns)"),
-    Form(("question_id", "choices"), mt_bench_answers),
-    Form(("question", "answer"), question_answer, "question and answer"),
-    Form(("question", "response"), question_answer),
+ROW_FORMATS = (
+    RowFormat(("instruction", "instances"), read_self_instruct, "self-instruct seed tasks (instruction, instances)"),
+    RowFormat(
+        ("instruction",),
+        read_alpaca,
+        "Alpaca, AlpacaEval and Dolly (instruction; input or context; output or response)",
+    ),
+    RowFormat(("messages",), conversation_reader("messages"), "messages (role, content)"),
+    RowFormat(("conversations",), conversation_reader("conversations"), "ShareGPT"),
+    RowFormat(("conversation",), conversation_reader("conversation")),
+    RowFormat(("prompt",), read_prompt_completion, "prompt and completion"),
+    RowFormat(("question_id", "turns"), read_mt_bench, "MT-Bench's questions (question_id, turns)"),
+    RowFormat(("question_id", "choices"), refuse_mt_bench_answers),
+    RowFormat(("question", "answer"), read_question_answer, "question and answer"),
+    RowFormat(("question", "response"), read_question_answer),
 )
-KNOWN = (
-    "Known forms: " + "; ".join(form.about for form in FORMS if form.about) + ". For columns of other names set "
+KNOWN_FORMATS = (
+    "Known forms: " + "; ".join(form.about for form in ROW_FORMATS if form.about) + ". For columns of other names set "
     "seeds.columns, as in {instruction: frage, output: antwort}."
 )
 
 
-def form_of(row: Mapping[str, Any]) -> Form | None:
+def find_row_format(row: Mapping[str, Any]) -> RowFormat | None:
     """The first form for whose keys a row has values, else the first whose keys it has, else None."""
-    filled = (form for form in FORMS if all(row.get(key) is not None for key in form.keys))
-    return next(filled, None) or next((form for form in FORMS if all(key in row for key in form.keys)), None)
+    filled = (form for form in ROW_FORMATS if all(row.get(key) is not None for key in form.keys))
+    return next(filled, None) or next((form for form in ROW_FORMATS if all(key in row for key in form.keys)), None)
 
 
-class Reading(NamedTuple):
+class ParsedRow(NamedTuple):
     """What a row says; `unread` names what of its text was not read."""
 
     prompt: Prompt
@@ -267,40 +275,40 @@ class Reading(NamedTuple):
     unread: list[str]
 
 
-def read_whole(row: Any) -> Reading:
+def parse_row(row: Any) -> ParsedRow:
     """A row of any form; RowFault where it cannot be read. The prompt of a row without an instruction is ()."""
-    if isinstance(row, Broken):
+    if isinstance(row, UnreadableRow):
         raise RowFault(row.kind, row.said)
     if not isinstance(row, Mapping):
         raise RowFault("not an object", f"a row is a JSON object, this one is {type(row).__name__}")
-    refuse_twice(row)
-    form = form_of(row)
+    refuse_duplicate_keys(row)
+    form = find_row_format(row)
     if form is None:
         keys = ", ".join(map(str, row)) or "none"
-        raise RowFault("no known form", f"a row of no known form; its keys: {keys}", KNOWN)
+        raise RowFault("no known form", f"a row of no known form; its keys: {keys}", KNOWN_FORMATS)
     columns = Columns(row)
     try:
         prompt, completion = form.read(columns)
     except (ValueError, TypeError) as error:
         kind = error.kind if isinstance(error, RowFault) else "not readable"
         raise RowFault(kind, f"a row with {', '.join(form.keys)} that cannot be read: {error}") from error
-    refuse_half_letters(completion, *(turn.content for turn in prompt))
+    refuse_lone_surrogates(completion, *(turn.content for turn in prompt))
     if not prompt or not prompt[-1].content.strip():
-        return Reading((), completion, [])
-    return Reading(prompt, completion, columns.unread(seen_in(prompt, completion)))
+        return ParsedRow((), completion, [])
+    return ParsedRow(prompt, completion, columns.unread(join_texts(prompt, completion)))
 
 
-def seen_in(prompt: Prompt, completion: str) -> str:
+def join_texts(prompt: Prompt, completion: str) -> str:
     """All that was read of a row."""
     return "\n".join([*(turn.content for turn in prompt), completion])
 
 
-def read_row(row: Any, where: str) -> Read:
+def require_row(row: Any, where: str) -> PromptCompletion:
     """The prompt and the completion of one row, whatever its form; ((), "") where its instruction is empty.
 
     TapirError with the row's keys where it has no known form, or with what is wrong where it cannot be read.
     """
     try:
-        return read_whole(row)[:2]
+        return parse_row(row)[:2]
     except RowFault as fault:
         raise TapirError(fault.said, where=where, fix=fault.fix) from fault

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.quoting import ids_of, plain
+from tapir_local.data.special_tokens import tokenize_rendered, unguard_text
 from tapir_local.errors import TapirError
 from tapir_local.export.probes import QUESTIONS, rendered, sample, texts_of
 from tapir_local.export.reference import Trained, load_trained, trained_logits
@@ -177,8 +177,8 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 def mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
     """The texts whose token ids are not the same on both sides."""
-    pairs = zip(texts, ids_of(tokenizer, texts), (encode(llama, text) for text in texts), strict=True)
-    return [Mismatch(plain(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != other]
+    pairs = zip(texts, tokenize_rendered(tokenizer, texts), (encode(llama, text) for text in texts), strict=True)
+    return [Mismatch(unguard_text(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != other]
 
 
 def bos_counts(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:

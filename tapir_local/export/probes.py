@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tapir_local.data.quoting import format_of
+from tapir_local.data.special_tokens import chat_format_of
 from tapir_local.records import Example, Message, Prompt
 
 PROBES = 600
@@ -115,12 +115,12 @@ def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
 
 def rendered(tokenizer: Any, prompt: Prompt) -> str:
     """A prompt as the student is asked it."""
-    return format_of(tokenizer).asked(prompt)
+    return chat_format_of(tokenizer).asked(prompt)
 
 
 def answered(tokenizer: Any, row: Example) -> str:
     """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
-    form = replace(format_of(tokenizer), stops=())
+    form = replace(chat_format_of(tokenizer), stops=())
     return "".join(form.answered(row.prompt, row.completion)) if row.completion else form.asked(row.prompt)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.data.chat_template import NO_TEMPLATE
-from tapir_local.data.quoting import turn_end
+from tapir_local.data.special_tokens import find_turn_end
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import NFC_PRE_TOKENIZERS, NORMALIZER_KEY, UNICODE_FORMS
 
@@ -215,7 +215,7 @@ def special_texts(model_dir: Path) -> dict[str, str]:
 def end_of_turn(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
     """The token that the template ends an answer with, as llama.cpp's `eot`: it must stop there whatever eos is."""
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
-    found = turn_end(added, template, texts.get("bos", ""), texts.get("eos", ""))
+    found = find_turn_end(added, template, texts.get("bos", ""), texts.get("eos", ""))
     return {} if found is None else {"eot": added[found]}
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from tapir_local import __version__
 from tapir_local.data.files import read_path
-from tapir_local.data.formats import KNOWN, read_row
+from tapir_local.data.formats import KNOWN_FORMATS, require_row
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.context_plan import ContextPlan
@@ -134,9 +134,9 @@ def read_prompts(path: Path, warn: Callable[[str], None] = ignore_message) -> li
 
 def prompt_of_row(row: Any, where: str) -> Prompt:
     """The prompt of a row; TapirError if it has none."""
-    prompt, _ = read_row(row, where)
+    prompt, _ = require_row(row, where)
     if not prompt or not prompt[-1].content:
-        raise TapirError("a row without a prompt", where=where, fix=KNOWN)
+        raise TapirError("a row without a prompt", where=where, fix=KNOWN_FORMATS)
     return prompt
 
 

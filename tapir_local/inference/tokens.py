@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.data.quoting import GUARD, ChatFormat, Marks, marks, pieces, plain
+from tapir_local.data.special_tokens import (
+    GUARD,
+    ChatFormat,
+    SpecialTokenSet,
+    make_special_tokens,
+    split_at_special_tokens,
+    unguard_text,
+)
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import library, llama_error
 from tapir_local.inference.model import Model, open_model, require_template
@@ -31,8 +38,8 @@ def encode(model: Model, text: str, *, add_special: bool = False) -> list[int]:
     if GUARD not in text and is_normalized(model, text):
         return tokenize_text(model, text, special=True, add_special=add_special)
     ids = tokenize_text(model, "", special=True, add_special=add_special)
-    for part, mark in strip_beside_marks(model, list(pieces(text, special_marks(model)))):
-        ids += encode_plain(model, plain(part)) if mark is None else [mark]
+    for part, mark in strip_beside_marks(model, list(split_at_special_tokens(text, special_marks(model)))):
+        ids += encode_plain(model, unguard_text(part)) if mark is None else [mark]
     return ids
 
 
@@ -84,7 +91,7 @@ def encode_plain(model: Model, text: str) -> list[int]:
     if model.form and not is_normalized(model, text):
         text = "".join(
             part if mark is not None else unicodedata.normalize(model.form, part)
-            for part, mark in pieces(text, special_tokens(model).defined)
+            for part, mark in split_at_special_tokens(text, special_tokens(model).defined)
         )
     llama, ids = library(), tokenize_text(model, text, special=False)
     if llama.llama_vocab_type(model.vocab) != llama.LLAMA_VOCAB_TYPE_SPM:
@@ -113,11 +120,11 @@ def chat_format(model: Model) -> ChatFormat:
 class SpecialTokens:
     """Tokens with attributes: the special ones (`marks`), and the user-defined ones, which any text may contain."""
 
-    marks: Marks
-    defined: Marks
+    make_special_tokens: SpecialTokenSet
+    defined: SpecialTokenSet
 
 
-def special_marks(model: Model) -> Marks:
+def special_marks(model: Model) -> SpecialTokenSet:
     """The special tokens of a GGUF."""
     return special_tokens(model).marks
 
@@ -134,7 +141,7 @@ def special_tokens(model: Model) -> SpecialTokens:
         defined = {
             token_as_written(model, number): number for number, of in attributes if of & own and not of & control
         }
-        model.lists.append(SpecialTokens(marks(special), marks(defined)))
+        model.lists.append(SpecialTokens(make_special_tokens(special), make_special_tokens(defined)))
     known: SpecialTokens = model.lists[0]
     return known
 

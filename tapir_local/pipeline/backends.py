@@ -17,7 +17,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir, link_or_copy, remove
-from tapir_local.store.schema import spent
+from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.account import check_bounds
 from tapir_local.teacher.budget import Cost, Purse
@@ -87,7 +87,7 @@ def judge_of(recipe: Recipe) -> Endpoint:
 def spent_by(run: RunDir, *, estimated: bool = False) -> Cost:
     """What may have been billed to a run until now; of it only what is estimated, if asked for."""
     store = run.cache / "teacher.db"
-    return Cost(*spent(store, run.name, estimated=estimated)) if store.exists() else Cost()
+    return Cost(*billed_to_run(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
 def asker(

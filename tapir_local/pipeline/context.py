@@ -12,7 +12,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir
-from tapir_local.store.thinking import without_thoughts
+from tapir_local.store.thinking import strip_thoughts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
 Progress = Callable[[int, int, str], None]
@@ -114,7 +114,7 @@ class Work:
 
 def stripped(answer: Answer) -> Answer:
     """The answer without what was thought aloud before it."""
-    text = without_thoughts(answer.text)
+    text = strip_thoughts(answer.text)
     if text == answer.text:
         return answer
     return replace(answer, text=text, why=answer.why or ("" if text.strip() else "the reply is only a thought"))

@@ -25,7 +25,7 @@ from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
 from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
 from tapir_local.store import keys
-from tapir_local.store.schema import tokens_by_stage
+from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
 from tapir_local.teacher.budget import money_of, price_of
 from tapir_local.teacher.endpoint import body_of, identity_of
@@ -120,7 +120,7 @@ def forecast(recipe: Recipe, run: RunDir) -> list[Foreseen]:
     path = run.cache / "teacher.db"
     with ExitStack() as stack:
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
-        known = tokens_by_stage(path) if path.exists() else {}
+        known = mean_tokens_by_stage(path) if path.exists() else {}
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
         link(run.path, copy.path)
         steps = sequence(copy, recipe.rounds)
@@ -171,7 +171,7 @@ def awaited(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
 def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
     """What a step asked for, and what of it would be paid; equal requests are paid once."""
     unique = {
-        keys.key(identity_of(endpoint), body_of(request, endpoint), request.draw): request
+        keys.request_key(identity_of(endpoint), body_of(request, endpoint), request.draw): request
         for request, endpoint in scout.missing
     }
     sizes = [sizes_of(request, known) for request in unique.values()]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, Index, screen
+from tapir_local.data.dataset import Draft, Index, screen_drafts
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
@@ -53,29 +53,29 @@ def expand(work: Work, out: Path) -> str:
         return reflect_on_instructions(work, planned, out)
     settings, rows = work.recipe.curriculum, {row.id: row for row in pool(work)}
     groups = [Group(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
-    screen, drafts, stopped = Screen(work, planned), list[Draft](), ""
+    screen_drafts, drafts, stopped = Screen(work, planned), list[Draft](), ""
     for _ in range(settings.drafts):
         wanted = [(group, rows[id]) for group in groups for id in group.parents.take(group.missing)]
         for part in (wanted[:FIRST], wanted[FIRST:]) if not drafts else (wanted,):
-            found = draft_rows(work, part, drafts, screen)
+            found = draft_rows(work, part, drafts, screen_drafts)
             drafts += found
             if stopped := hopeless(found):
                 break
         if stopped:
             break
     write_rows(out, drafts)
-    return told(drafts, sum(group.missing for group in groups), stopped, screen.unchecked)
+    return told(drafts, sum(group.missing for group in groups), stopped, screen_drafts.unchecked)
 
 
 def draft_rows(
-    work: Work, wanted: Sequence[tuple[Group, Example]], before: Sequence[Draft], screen: "Screen"
+    work: Work, wanted: Sequence[tuple[Group, Example]], before: Sequence[Draft], screen_drafts: "Screen"
 ) -> list[Draft]:
     """One draft of each parent, screened; what is kept is counted where it was missing."""
     asked = [(row, group.expansion.manner) for group, row in wanted]
     found = ask_drafts(work, asked, before)
-    found = [screen.look_at(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
+    found = [screen_drafts.look_at(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
     if work.recipe.curriculum.check_drafts:
-        found = screen.check(work, found)
+        found = screen_drafts.check(work, found)
     for draft, (group, row) in zip(found, wanted, strict=True):
         if not draft.reason:
             group.missing -= 1
@@ -102,7 +102,7 @@ class Screen:
         reason = fault_of(text, parent.prompt[-1].content, self.ours)
         if not reason and self.openings[task, opening(text)] >= self.most[task]:
             reason = f"{SAME_OPENING}: {opening(text)!r}"
-        found = replace(draft, reason=reason) if reason else screen([draft.example], self.near, self.held)[0]
+        found = replace(draft, reason=reason) if reason else screen_drafts([draft.example], self.near, self.held)[0]
         self.openings[task, opening(text)] += not found.reason
         return found
 

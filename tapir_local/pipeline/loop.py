@@ -14,7 +14,7 @@ from typing import Any
 
 from tapir_local import __version__
 from tapir_local.assets import CHECKOUT
-from tapir_local.data.source import same_seeds
+from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Progress, Stage, Tools, Work
 from tapir_local.pipeline.lockfile import unlock
@@ -132,7 +132,7 @@ def refuse_changed(recipe: Recipe, run: RunDir) -> None:
         return
     old, path = kept_recipe(run), run.path / "recipe.yaml"
     written = read_yaml(path.read_text(encoding="utf-8"), Recipe, str(path))
-    if changed := differing(old, same_seeds(old, recipe, run), written):
+    if changed := differing(old, accept_moved_seeds(old, recipe, run), written):
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
             where=str(path),

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import count_tasks, sorted_seeds, split_holdout, without_near
+from tapir_local.data.dataset import count_tasks, parse_seeds, remove_near_duplicates, split_holdout
 from tapir_local.data.files import read_table
-from tapir_local.data.source import digest, keep_source
+from tapir_local.data.seed_digest import digest_seeds, record_seed_digest
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.pipeline.context import Stage, Work, answered, askable, trainable
@@ -24,8 +24,8 @@ from tapir_local.unusable import BRIEF, Unusable, left_out
 def read(work: Work, out: Path) -> str:
     """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
     recipe = work.recipe
-    source, table = digest(recipe.seeds), read_table(recipe.seeds)
-    found = sorted_seeds(table, recipe.task_table())
+    source, table = digest_seeds(recipe.seeds), read_table(recipe.seeds)
+    found = parse_seeds(table, recipe.task_table())
     if recipe.seeds.unusable == "refuse" or not found.examples:
         found.refuse()
     examples, folds, unfit = usable(work, found.examples)
@@ -39,7 +39,7 @@ def read(work: Work, out: Path) -> str:
             fix="Set seeds.answers: teacher.",
         )
     compared = len(examples)
-    examples, alike = without_near(
+    examples, alike = remove_near_duplicates(
         examples, recipe.seeds.max_rouge, lambda done: work.progress(done, compared, "compared")
     )
     said = repeated(len(found.duplicates), len(alike)) + turned(folds) + left_out(unusable)
@@ -47,7 +47,7 @@ def read(work: Work, out: Path) -> str:
     examples = drawn(work, examples, table.where)
     # First these: with rows.jsonl the stage is done.
     write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
-    keep_source(work.run, source, len(table.rows))
+    record_seed_digest(work.run, source, len(table.rows))
     write_rows(out, examples)
     return "; ".join(filter(None, [f"{len(examples):,} rows{said}", *told]))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tapir_local.data.dataset import Faulty, Seeds
+from tapir_local.data.dataset import FaultyRow, ParsedSeeds
 from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Work
@@ -13,7 +13,7 @@ from tapir_local.unusable import BRIEF, Unusable
 MANY, SOME = 0.2, 3  # near-duplicates, as a share of the rows and in number, from which the stage warns
 
 
-def leave_out(work: Work, found: Seeds, unusable: Sequence[Unusable]) -> None:
+def leave_out(work: Work, found: ParsedSeeds, unusable: Sequence[Unusable]) -> None:
     """Leave out the rows that cannot be read; where they are too many for one reason, the error is the reason's own."""
     try:
         work.leave_out(unusable, len(found.table.rows))
@@ -38,7 +38,7 @@ def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
     return examples
 
 
-def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
+def unreadable(work: Work, table: Table, row: FaultyRow) -> Unusable:
     """The record of a row that cannot be read, known by its line."""
     fault = row.fault
     detail = "" if fault.said == fault.kind else fault.said

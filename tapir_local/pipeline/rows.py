@@ -8,7 +8,7 @@ from typing import Any
 
 from tapir_local import __version__
 from tapir_local.data.dataset import Draft
-from tapir_local.data.dedup import Index
+from tapir_local.data.dedup import DedupIndex
 from tapir_local.pipeline.context import Progress, Work
 from tapir_local.pipeline.student_text import StudentText, Unfit, unfit_answers, unfit_prompts
 from tapir_local.records import Example, to_json
@@ -84,9 +84,9 @@ def after(work: Work, done: int, total: int) -> Progress:
     return lambda more, _, said: work.progress(done + more, total, said)
 
 
-def holdout_index(work: Work) -> Index:
+def holdout_index(work: Work) -> DedupIndex:
     """The holdout, near which no new instruction may come."""
-    held = Index(work.recipe.curriculum.max_rouge)
+    held = DedupIndex(work.recipe.curriculum.max_rouge)
     for row in read_rows(Example, work.run.path / "holdout.jsonl"):
         held.add(row)
     return held

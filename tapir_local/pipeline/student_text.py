@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.chat_template import folded, training_text
+from tapir_local.data.chat_template import merge_system_turns, render_training_text
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_json, read_template, read_tokenizer, special_texts
 from tapir_local.records import Example, Prompt, instruction_of
@@ -142,7 +142,9 @@ def too_long(kind: str, tokens: int, most: int, length: int) -> Unfit | None:
 def render_row(student: StudentText, text: Text) -> tuple[str, str] | Unfit:
     """The prompt and the answer as they are trained on."""
     try:
-        return training_text(student.template, *text, bos_token=student.bos, eos_token=student.eos, stops=student.stops)
+        return render_training_text(
+            student.template, *text, bos_token=student.bos, eos_token=student.eos, stops=student.stops
+        )
     except TapirError as error:
         if error.__cause__ is None:
             return Unfit(error.what)
@@ -184,7 +186,10 @@ def fold_rows(student: StudentText, rows: Sequence[Example]) -> tuple[list[Examp
     A template that takes no row at all folds none: the check that follows says why.
     """
     try:
-        found = [replace(row, prompt=folded(student.template, row.prompt, student.bos, student.eos)) for row in rows]
+        found = [
+            replace(row, prompt=merge_system_turns(student.template, row.prompt, student.bos, student.eos))
+            for row in rows
+        ]
     except TapirError:
         return list(rows), 0
     return found, sum(new.prompt != old.prompt for new, old in zip(found, rows, strict=True))

@@ -13,8 +13,7 @@ from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.rundir import RunDir, named_run, read_rows
-from tapir_local.store.queries import opened
-from tapir_local.store.schema import has_estimates
+from tapir_local.store.queries import has_estimates, open_store
 from tapir_local.tables import PlainTable, plain
 
 CostGrouping = Literal["run", "round", "stage", "task"]
@@ -51,7 +50,7 @@ def summarize_costs(
     groups = CostGroups(by, store.parent)
     sums: dict[str, dict[str, Any]] = defaultdict(lambda: dict(ZERO_COSTS))
     whose = {"run": run, "round": number, "row": row}
-    with opened(store) as conn:
+    with open_store(store) as conn:
         mark = "estimated" if has_estimates(conn) else "0"
         used_calls = USES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of="u."))
         failed_calls = FAILURES_QUERY.format(estimated=mark, whose=CALL_FILTER.format(of=""))

@@ -12,7 +12,7 @@ from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.pipeline.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.rundir import RunDir, read_record, read_rows
-from tapir_local.store.schema import usage
+from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
 SAMPLE_ANSWERS = 6
@@ -63,7 +63,7 @@ def call_counts(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
     """
     recorded = {kind: sum(stage.get(kind, 0) for stage in taken.values()) for kind in ("paid", "hits")}
     replayed = any(stage.get("replay") for stage in taken.values())
-    found = None if replayed else usage(run.cache / "teacher.db", run.name)
+    found = None if replayed else count_paid_and_hits(run.cache / "teacher.db", run.name)
     return found if found and any(found.values()) else recorded
 
 

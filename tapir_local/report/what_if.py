@@ -19,7 +19,7 @@ from tapir_local.records import RoundPlan
 from tapir_local.report.costs import cost_estimate_table
 from tapir_local.report.tables import percent_cell
 from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
-from tapir_local.store.schema import tokens_by_stage
+from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
 from tapir_local.tables import PlainTable
 
@@ -65,7 +65,7 @@ def plan_with_changes(run: RunDir, number: int | None, changes: Sequence[str]) -
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
         then, unjudged = make_plan(recipe, copy, number)
         steps = [step for step in sequence(copy, number) if step.number == number]
-        calls = estimate_calls(then, recipe, copy, steps, store, tokens_by_stage(path) if path.exists() else {})
+        calls = estimate_calls(then, recipe, copy, steps, store, mean_tokens_by_stage(path) if path.exists() else {})
     now = read_record(RoundPlan, folder / "plan.json") if (folder / "plan.json").exists() else None
     return WhatIf(run.name, number, tuple(changes), now, then, calls, unjudged)
 

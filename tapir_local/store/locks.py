@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tapir_local.private import private_file
 
-LOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
+FLOCK_FORMAT = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
 
 
 class Claims:
@@ -46,7 +46,7 @@ class Claims:
     def _set(self, key: bytes, kind: int) -> bool:
         place = int.from_bytes(key[:7], "big")  # two keys with the same 56 bits would only wait for each other
         try:
-            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, struct.pack(LOCK, kind, os.SEEK_SET, place, 1, 0))
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, struct.pack(FLOCK_FORMAT, kind, os.SEEK_SET, place, 1, 0))
         except BlockingIOError:
             return False
         return True

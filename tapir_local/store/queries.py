@@ -14,26 +14,25 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
-from tapir_local.store.compression import unpack
-from tapir_local.store.reply import read_reply
+from tapir_local.store.compression import decompress_text
+from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply
 from tapir_local.store.schema import connect
-from tapir_local.store.usage import MOST
 
-DAMAGED = "(damaged)"
-KEY = 32  # bytes
+DAMAGED_ANSWER = "(damaged)"
+KEY_BYTES = 32  # bytes
 # The stages that ask somebody, under the names that the store has them by.
-ASKING = frozenset({"label", "tasks", "holdout", "seeds", "judge", "expand", "refine", "holdout-judge"})
-STORED = (
+ASKING_STAGES = frozenset({"label", "tasks", "holdout", "seeds", "judge", "expand", "refine", "holdout-judge"})
+SELECT_CALLS = (
     "select c.key, c.request, c.answer, s.request, s.answer, c.model, c.tokens_in, c.tokens_out, c.seconds,"
     " c.created, c.id"
     " from calls c left join samples s on s.id = c.sample"
 )
 
 
-Progress = Callable[[int, int], None]  # told (done, all)
+CountProgress = Callable[[int, int], None]  # told (done, all)
 
 
-def quiet(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """No progress shown."""
 
 
@@ -56,14 +55,14 @@ class StoredCall:
 
     def told(self) -> dict[str, Any]:
         """For people and programs: the parts of the request, the raw answer, and when."""
-        asked = keys.fields(self.request)
+        asked = keys.request_fields(self.request)
         when = datetime.fromtimestamp(self.created, UTC).isoformat(timespec="seconds")
         numbers = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "seconds": round(self.seconds, 3)}
         return {"key": self.key.hex(), "created": when, **asked, "answer": orjson.loads(self.answer), **numbers}
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[sqlite3.Connection]:
+def open_store(path: Path) -> Iterator[sqlite3.Connection]:
     """The store for reading; TapirError where there is none, or it cannot be read."""
     if not path.exists():
         raise TapirError(
@@ -82,18 +81,18 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         raise TapirError("a name that is no text", where=repr(error.object)) from error
 
 
-def read_row(row: tuple[Any, ...]) -> StoredCall:
+def decompress_call(row: tuple[Any, ...]) -> StoredCall:
     """A row of STORED, unpacked; zlib.error where it is damaged."""
     key, request, answer, request_sample, answer_sample, *rest = row
     if request_sample is None:
         raise zlib.error("its sample is gone")
-    return StoredCall(key, unpack(request, request_sample), unpack(answer, answer_sample), *rest)
+    return StoredCall(key, decompress_text(request, request_sample), decompress_text(answer, answer_sample), *rest)
 
 
-def readable(row: tuple[Any, ...]) -> StoredCall | None:
+def decompress_call_or_none(row: tuple[Any, ...]) -> StoredCall | None:
     """A row of STORED, unpacked; None where it is damaged."""
     try:
-        return read_row(row)
+        return decompress_call(row)
     except zlib.error:
         return None
 
@@ -104,34 +103,34 @@ def refuse_unknown(path: Path, *, run: str | None = None, stage: str | None = No
     It names those that there are. A run whose folder is in the cache, and a stage that a run would have, are known too.
     """
     sql = "select run, stage, round from uses union select run, stage, round from attempts where run != ''"
-    with opened(path) as conn:
+    with open_store(path) as conn:
         found = {tuple(row) for row in conn.execute(sql)}
     runs = {name for name, _, _ in found}
     if run is not None and run not in runs and not (path.parent / "runs" / run).is_dir():
-        raise unknown(f"there are no calls of a run {run!r}", run, runs, path, "Runs")
+        raise unknown_name_error(f"there are no calls of a run {run!r}", run, runs, path, "Runs")
     mine = [row for row in found if run is None or row[0] == run]
-    if stage is not None and stage not in (stages := {row[1] for row in mine}) and stage not in ASKING:
-        raise unknown(f"there are no calls of a stage {stage!r}", stage, stages, path, "Stages")
+    if stage is not None and stage not in (stages := {row[1] for row in mine}) and stage not in ASKING_STAGES:
+        raise unknown_name_error(f"there are no calls of a stage {stage!r}", stage, stages, path, "Stages")
     if number is not None and number not in (numbers := {row[2] for row in mine}):
-        raise unknown(f"there are no calls of round {number}", "", set(map(str, numbers)), path, "Rounds")
+        raise unknown_name_error(f"there are no calls of round {number}", "", set(map(str, numbers)), path, "Rounds")
 
 
-def unknown(what: str, word: str, known: Collection[str], path: Path, names: str) -> TapirError:
+def unknown_name_error(what: str, word: str, known: Collection[str], path: Path, names: str) -> TapirError:
     """The error about a word that no call has."""
     near = difflib.get_close_matches(word, known, 1)
     meant = f"Did you mean {near[0]}? " if near else ""
     return TapirError(what, where=str(path), fix=f"{meant}{names} with calls: {', '.join(sorted(known)) or 'none'}.")
 
 
-def size(path: Path) -> tuple[int, int]:
+def measure_store(path: Path) -> tuple[int, int]:
     """(calls stored, bytes on the disk), those of a log not yet merged among them."""
-    with opened(path) as conn:
+    with open_store(path) as conn:
         ((count,),) = conn.execute("select count(*) from calls").fetchall()
         log = path.with_name(f"{path.name}-wal")
         return count, path.stat().st_size + (log.stat().st_size if log.exists() else 0)
 
 
-def stats(path: Path, run: str | None = None) -> list[dict[str, Any]]:
+def count_uses(path: Path, run: str | None = None) -> list[dict[str, Any]]:
     """Calls used, paid for, and their tokens, by run, round and stage; tokens are those of paid calls."""
     sql = (
         "select u.run, u.round, u.stage, count(*) as used, sum(u.paid) as paid,"
@@ -139,46 +138,46 @@ def stats(path: Path, run: str | None = None) -> list[dict[str, Any]]:
         " from uses u join calls c on c.key = u.key where ? is null or u.run = ?"
         " group by u.run, u.round, u.stage order by u.run, u.round, min(c.id)"
     )
-    with opened(path) as conn:
+    with open_store(path) as conn:
         found = conn.execute(sql, (run, run))
         names = [column[0] for column in found.description]
         return [dict(zip(names, row, strict=True)) for row in found]
 
 
-def listed(path: Path, run: str | None, stage: str | None, limit: int) -> list[dict[str, Any]]:
+def list_uses(path: Path, run: str | None, stage: str | None, limit: int) -> list[dict[str, Any]]:
     """The newest uses: key, run, round, stage, row, and the beginning of the answer's text."""
     sql = (
-        "select u.run, u.round, u.stage, u.row, u.paid, k.* from uses u join (" + STORED + ") k on k.key = u.key"
+        "select u.run, u.round, u.stage, u.row, u.paid, k.* from uses u join (" + SELECT_CALLS + ") k on k.key = u.key"
         " where (? is null or u.run = ?) and (? is null or u.stage = ?)"
         " order by k.id desc, u.run, u.round, u.stage, u.row limit ?"
     )
     rows = []
-    with opened(path) as conn:
+    with open_store(path) as conn:
         for name, number, step, row, paid, *stored in conn.execute(sql, (run, run, stage, stage, limit)):
-            call = readable(tuple(stored))
+            call = decompress_call_or_none(tuple(stored))
             use = {"key": stored[0].hex(), "run": name, "round": number, "stage": step, "row": row, "paid": bool(paid)}
-            rows.append({**use, "answer": text_of(call.answer) if call else DAMAGED})
+            rows.append({**use, "answer": answer_text(call.answer) if call else DAMAGED_ANSWER})
     return rows
 
 
-def text_of(answer: bytes) -> str:
+def answer_text(answer: bytes) -> str:
     """The text of a raw reply; "" where it has none."""
     try:
-        return read_reply(answer).text
+        return parse_reply(answer).text
     except ValueError:
         return ""
 
 
-def shown(path: Path, prefix: str) -> dict[str, Any]:
+def get_call(path: Path, prefix: str) -> dict[str, Any]:
     """The one call whose key begins with these hexadecimal digits; TapirError where there is none or several."""
-    with opened(path) as conn:
-        return the_one(conn, path, prefix).told()
+    with open_store(path) as conn:
+        return find_call(conn, path, prefix).told()
 
 
-def the_one(conn: sqlite3.Connection, path: Path, prefix: str) -> StoredCall:
+def find_call(conn: sqlite3.Connection, path: Path, prefix: str) -> StoredCall:
     """The one call whose key begins so."""
     try:
-        first, last = (bytes.fromhex(prefix.ljust(2 * KEY, digit)) for digit in "0f")
+        first, last = (bytes.fromhex(prefix.ljust(2 * KEY_BYTES, digit)) for digit in "0f")
     except ValueError:
         rows = []
     else:
@@ -187,55 +186,55 @@ def the_one(conn: sqlite3.Connection, path: Path, prefix: str) -> StoredCall:
     if len(rows) != 1:
         many = "several calls'" if rows else "no call's"
         raise TapirError(f"{prefix!r} begins {many} key", where=str(path), fix="`tapir-local calls list` shows keys.")
-    call = readable(rows[0])
+    call = decompress_call_or_none(rows[0])
     if call is None:
         fix = "The next run that needs it asks again and replaces it."
         raise TapirError("this call is damaged", where=f"{path}, {rows[0][0].hex()}", fix=fix)
     return call
 
 
-def explain(path: Path, one: str, other: str | None = None) -> dict[str, Any]:
+def compare_calls(path: Path, one: str, other: str | None = None) -> dict[str, Any]:
     """Where the requests of two calls differ; without another, of the call and the one nearest to it.
 
     {"a": key, "b": key, "told": [a sentence for each field], "differences": [{"field", "a", "b"}]}; a value that is
     absent from a request is absent here too. TapirError where a key is of no call or several, or there is no other.
     """
-    with opened(path) as conn:
-        a = the_one(conn, path, one)
-        b = the_one(conn, path, other) if other is not None else nearest(conn, path, a)
-    found = list(keys.differences(keys.fields(a.request), keys.fields(b.request)))
+    with open_store(path) as conn:
+        a = find_call(conn, path, one)
+        b = find_call(conn, path, other) if other is not None else find_nearest_call(conn, path, a)
+    found = list(keys.find_differences(keys.request_fields(a.request), keys.request_fields(b.request)))
     return {
         "a": a.key.hex(),
         "b": b.key.hex(),
-        "told": [keys.told(difference) for difference in found],
-        "differences": [{"field": field, **present({"a": here, "b": there})} for field, here, there in found],
+        "told": [keys.describe_difference(difference) for difference in found],
+        "differences": [{"field": field, **drop_absent({"a": here, "b": there})} for field, here, there in found],
     }
 
 
-def present(values: dict[str, Any]) -> dict[str, Any]:
+def drop_absent(values: dict[str, Any]) -> dict[str, Any]:
     """The values that are not absent."""
     return {name: value for name, value in values.items() if value is not keys.ABSENT}
 
 
-def nearest(conn: sqlite3.Connection, path: Path, call: StoredCall) -> StoredCall:
+def find_nearest_call(conn: sqlite3.Connection, path: Path, call: StoredCall) -> StoredCall:
     """The other call whose request reads most like this one's."""
     sql = f"{STORED} where c.id <> ? order by c.id"
-    others = (readable(row) for row in conn.execute(sql, (call.id,)))
-    sound = (other.request for other in others if other and keys.key_of(other.request) == other.key)
-    found = keys.nearest(call.request, sound)
+    others = (decompress_call_or_none(row) for row in conn.execute(sql, (call.id,)))
+    sound = (other.request for other in others if other and keys.hash_request(other.request) == other.key)
+    found = keys.find_nearest_request(call.request, sound)
     if found is None:
         raise TapirError("there is no other call to compare it with", where=str(path))
-    return the_one(conn, path, keys.key_of(found).hex())
+    return find_call(conn, path, keys.hash_request(found).hex())
 
 
-def verify(path: Path) -> tuple[int, list[str]]:
+def verify_calls(path: Path) -> tuple[int, list[str]]:
     """(calls read, keys of those that are damaged or whose key is not the hash of their request)."""
     count, bad = 0, []
-    with opened(path) as conn:
-        for row in conn.execute(STORED):
+    with open_store(path) as conn:
+        for row in conn.execute(SELECT_CALLS):
             count += 1
             try:
-                sound = keys.key_of(read_row(row).request) == row[0]
+                sound = keys.hash_request(decompress_call(row).request) == row[0]
             except zlib.error:
                 sound = False
             if not sound:
@@ -243,8 +242,8 @@ def verify(path: Path) -> tuple[int, list[str]]:
     return count, bad
 
 
-def absent(path: Path, wanted: Iterable[str]) -> list[str]:
+def find_missing_keys(path: Path, wanted: Iterable[str]) -> list[str]:
     """Those of some keys, in hexadecimal digits, that no call has."""
-    with opened(path) as conn:
+    with open_store(path) as conn:
         have = {row[0].hex() for row in conn.execute("select key from calls")}
     return [key for key in wanted if key not in have]

@@ -77,7 +77,7 @@ class Landed(NamedTuple):
 
 
 # The rows as the tables have them. attrgetter is five times as fast as a dict of a record's fields.
-AS_IT_IS = attrgetter(*(name for name in Call.__slots__ if name not in ("request", "answer", "kind")))
+CALL_VALUES = attrgetter(*(name for name in Call.__slots__ if name not in ("request", "answer", "kind")))
 USE, ATTEMPT = attrgetter(*Use.__slots__), attrgetter(*Attempt.__slots__)
 INSERT_CALL = (
     "insert or ignore into calls (id, key, sample, request, answer, finish, model, fingerprint, tokens_in, tokens_out,"

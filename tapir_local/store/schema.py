@@ -11,22 +11,35 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.private import FILE, private_file, tighten
 from tapir_local.store import keys
-from tapir_local.store.compression import unpack
-from tapir_local.store.reply_limits import note_limits
-from tapir_local.store.usage import MOST
+from tapir_local.store.compression import decompress_text
+from tapir_local.store.reply import MAX_TOKEN_COUNT
+from tapir_local.store.rows import record_max_tokens
 
-PAGE = 16_384  # bytes: of 4 KB, the half would be empty beside one row of 2 KB
-MAPPED = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
-BUSY = 60_000  # milliseconds that a statement waits for another process's lock; commits take a few
+PAGE_BYTES = 16_384  # bytes: of 4 KB, the half would be empty beside one row of 2 KB
+MMAP_BYTES = 2**40  # bytes of the file that a connection may map: pages are read without a system call each
+BUSY_TIMEOUT_MS = 60_000  # milliseconds that a statement waits for another process's lock; commits take a few
 CHECK_SECONDS = (
     1.0  # quick_check reads about 1 GB/s; of a larger store it sees the beginning, each answer has its own checksum
 )
-NETWORKED = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs"} | {
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "afs",
+    "ceph",
+    "glusterfs",
+    "lustre",
+    "beegfs",
+    "gpfs",
+} | {
     "fuse.sshfs",
     "fuse.glusterfs",
     "fuse.ceph",
 }
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 # calls: answers that serve again. attempts: what came instead. uses: who asked for which call, and who paid.
@@ -51,7 +64,7 @@ create table uses (
 """
 
 # batches: what was submitted to a Batch API, under our tag. batch_keys: the answers of it that are still to be fetched.
-BATCHES_AWAY = """
+PENDING_BATCHES = """
 create table batches (
     tag text not null primary key, endpoint text not null, file text not null, server text not null,
     state text not null, created real not null) strict;
@@ -61,7 +74,7 @@ create table batch_keys (
 
 # estimated: 1 where tokens are the most that may have been billed. reply_limits: the values of max_tokens that the
 # calls of a sample were asked with.
-BILLS = """
+ESTIMATED_BILLS = """
 alter table calls add column estimated integer not null default 0;
 alter table attempts add column estimated integer not null default 0;
 create table reply_limits (
@@ -70,11 +83,11 @@ create table reply_limits (
 
 # Stores of older versions may hold counts beyond belief, as servers sent them, which would overflow a sum.
 TOKENS = f"min(tokens_in, {MOST}) + min(tokens_out, {MOST})"
-SET = "teacher"
+MIGRATION_SET = "teacher"
 MIGRATIONS = {  # statements by name, oldest first; a released one never changes
     "first_tables": FIRST_TABLES,
-    "batches_away": BATCHES_AWAY,
-    "bills": BILLS,
+    "batches_away": PENDING_BATCHES,
+    "bills": ESTIMATED_BILLS,
 }
 
 
@@ -94,7 +107,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     )
     try:
         conn.execute(f"PRAGMA busy_timeout = {BUSY}")
-        if conn.execute("PRAGMA busy_timeout").fetchone()[0] != BUSY:
+        if conn.execute("PRAGMA busy_timeout").fetchone()[0] != BUSY_TIMEOUT_MS:
             raise TapirError("this SQLite has no busy timeout", where=str(path))
         conn.execute(f"PRAGMA page_size = {PAGE}")  # heeded only before the first table
         if write and conn.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
@@ -121,10 +134,10 @@ def transaction(conn: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage_error(error: sqlite3.Error) -> bool:
     """Whether SQLite speaks of a damaged file, and not of a busy, full or unreadable disk."""
     code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in DAMAGED
+    return code & 0xFF in DAMAGE_CODES
 
 
 def fault_of(path: Path) -> str:
@@ -133,7 +146,7 @@ def fault_of(path: Path) -> str:
     try:
         conn = connect(path, write=True)
     except sqlite3.DatabaseError as error:
-        if is_damage(error):
+        if is_damage_error(error):
             return str(error)
         raise
     try:
@@ -143,59 +156,59 @@ def fault_of(path: Path) -> str:
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
             return ""
-        if is_damage(error):
+        if is_damage_error(error):
             return str(error)
         raise
     finally:
         conn.close()
 
 
-def bring_up_to_date(path: Path) -> None:
+def create_or_migrate(path: Path) -> None:
     """Create the tables or apply the migrations still missing; TapirError for a store of a newer version."""
     conn = connect(path, write=True)
     try:
-        if set(MIGRATIONS) - applied(conn, path):
-            migrate(conn)
+        if set(MIGRATIONS) - applied_migrations(conn, path):
+            apply_migrations(conn)
     finally:
         conn.close()
 
 
-def applied(conn: sqlite3.Connection, path: Path) -> set[str]:
+def applied_migrations(conn: sqlite3.Connection, path: Path) -> set[str]:
     """The migrations that a store has had; TapirError for a store of a newer version."""
     known = conn.execute("select 1 from sqlite_schema where name = '_sqlite_migrations'").fetchall()
     sql = "select name from _sqlite_migrations where migration_set = ?"
-    names = {row[0] for row in conn.execute(sql, [SET])} if known else set()
+    names = {row[0] for row in conn.execute(sql, [MIGRATION_SET])} if known else set()
     if names - set(MIGRATIONS):
         what = "the store was written by a newer version of tapir-local"
         raise TapirError(what, where=str(path), fix="Upgrade tapir-local, or name another cache.")
     return names
 
 
-def migrate(conn: sqlite3.Connection) -> None:
+def apply_migrations(conn: sqlite3.Connection) -> None:
     """Apply what is missing, each migration in a transaction with the note that it was applied."""
     from sqlite_utils import Database, Migrations  # here, as it imports pandas where it finds it: half a second
 
-    migrations = Migrations(SET)
+    migrations = Migrations(MIGRATION_SET)
     for name, statements in MIGRATIONS.items():
 
         def apply(db: Database, statements: str = statements) -> None:
             for statement in statements.split(";"):
                 db.execute(statement)
-            if statements is BILLS:
-                note_limits(db.conn)
+            if statements is ESTIMATED_BILLS:
+                record_max_tokens(db.conn)
 
         migrations(name=name)(apply)
     migrations.apply(Database(conn))
 
 
-def warning_of(folder: Path) -> str:
+def network_disk_warning(folder: Path) -> str:
     """What the user ought to know of the disk that a store lies on; "" where there is nothing to say."""
     import psutil
 
     place = folder.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
     kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
-    if kind not in NETWORKED:
+    if kind not in NETWORK_FILE_SYSTEMS:
         return ""
     return (
         f"{folder}: the store lies on a network file system ({kind}), where SQLite's locks may not hold and a file may "
@@ -221,7 +234,7 @@ def put_aside(path: Path) -> Path:
 def rescue(path: Path, fault: str) -> str:
     """Put a damaged store aside and save into a new one what can be read; returns what to tell the user."""
     aside = put_aside(path)
-    bring_up_to_date(path)
+    create_or_migrate(path)
     saved = lost = 0
     try:
         old = connect(aside, write=False)
@@ -235,7 +248,7 @@ def rescue(path: Path, fault: str) -> str:
             copy_rows(new, "attempts", numbered(old, "attempts"))
             for table in ("uses", "batches", "batch_keys"):
                 copy_rows(new, table, whole(old, table))
-            note_limits(new)
+            record_max_tokens(new)
     finally:
         old.close()
         new.close()
@@ -279,8 +292,8 @@ def samples_of(conn: sqlite3.Connection) -> dict[int, sqlite3.Row]:
 def proves_itself(row: sqlite3.Row, sample: sqlite3.Row) -> bool:
     """Whether the request gives the key and the answer has its checksum."""
     try:
-        unpack(row["answer"], sample["answer"])
-        return bool(keys.key_of(unpack(row["request"], sample["request"])) == row["key"])
+        decompress_text(row["answer"], sample["answer"])
+        return bool(keys.hash_request(decompress_text(row["request"], sample["request"])) == row["key"])
     except (zlib.error, TypeError):
         return False
 

@@ -16,29 +16,20 @@ from filelock import FileLock
 from tapir_local.errors import TapirError
 from tapir_local.private import FILE, private_file
 from tapir_local.store import keys
-from tapir_local.store.compression import unpack
-from tapir_local.store.inserting import Inserter, Row
+from tapir_local.store.compression import decompress_text
 from tapir_local.store.locks import Claims
-from tapir_local.store.reply_limits import reply_limits
-from tapir_local.store.rows import Attempt, Call, InFlight, Landed, Use
-from tapir_local.store.schema import (
-    bring_up_to_date,
-    connect,
-    fault_of,
-    is_damage,
-    rescue,
-    transaction,
-    warning_of,
-)
+from tapir_local.store.recovery import find_damage, rescue_store
+from tapir_local.store.rows import Attempt, Call, InFlight, Inserter, Landed, StoreRow, Use, max_tokens_used
+from tapir_local.store.schema import connect, create_or_migrate, is_damage_error, network_disk_warning, transaction
 
 Mode = Literal["on", "off", "refresh", "read-only", "replay"]
-FIND = "select key, answer, sample from calls where key in "
-AT_ONCE = 200  # keys of a look-up
-BATCH = 2000  # rows of a commit at the most
-CANDIDATES = 2000  # stored requests compared with one that replay misses
+SELECT_ANSWERS = "select key, answer, sample from calls where key in "
+KEYS_PER_LOOKUP = 200  # keys of a look-up
+ROWS_PER_COMMIT = 2000  # rows of a commit at the most
+MAX_REPLAY_CANDIDATES = 2000  # stored requests compared with one that replay misses
 
 
-Job = tuple[Sequence[Row], "Future[None]"]
+WriteJob = tuple[Sequence[StoreRow], "Future[None]"]
 
 
 class Store:
@@ -58,9 +49,9 @@ class Store:
         self._samples: dict[int, bytes] = {}
         self._unreadable: set[bytes] = set()
         self._broken: TapirError | None = None
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[WriteJob | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        with explained(path):
+        with explain_store_errors(path):
             if self.writes:
                 self._open()
             elif self.reads and not path.exists():
@@ -81,20 +72,20 @@ class Store:
         if not self.reads:
             return None
         try:
-            row = self._reader().execute(FIND + "(?)", (key,)).fetchone()
+            row = self._reader().execute(SELECT_ANSWERS + "(?)", (key,)).fetchone()
         except (sqlite3.Error, OSError) as error:
-            raise explanation(error, self.path) from error
+            raise make_store_error(error, self.path) from error
         return self._unpacked(*row) if row else None
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The stored answers of those keys that have one; a key costs half of what it costs alone."""
         found: dict[bytes, bytes] = {}
-        for start in range(0, len(keys) if self.reads else 0, AT_ONCE):
-            some = keys[start : start + AT_ONCE]
+        for start in range(0, len(keys) if self.reads else 0, KEYS_PER_LOOKUP):
+            some = keys[start : start + KEYS_PER_LOOKUP]
             try:
                 rows = self._reader().execute(f"{FIND}({', '.join('?' * len(some))})", some).fetchall()
             except (sqlite3.Error, OSError) as error:
-                raise explanation(error, self.path) from error
+                raise make_store_error(error, self.path) from error
             found |= {row[0]: answer for row in rows if (answer := self._unpacked(*row)) is not None}
         return found
 
@@ -140,7 +131,7 @@ class Store:
             "select model, fingerprint from calls where sample in (select id from samples where substr(name, 1, ?) = ?)"
             " order by id desc limit 1"
         )
-        with explained(self.path):
+        with explain_store_errors(self.path):
             return list(self._reader().execute(sql, (len(kinds), kinds)).fetchall())
 
     def whole_answers(self, run: str, round: int, stage: str) -> int:
@@ -151,22 +142,22 @@ class Store:
             "select count(*) from uses u join calls c on c.key = u.key"
             " where u.run = ? and u.round = ? and u.stage = ? and c.finish = 'stop'"
         )
-        with explained(self.path):
+        with explain_store_errors(self.path):
             return int(self._reader().execute(sql, (run, round, stage)).fetchone()[0])
 
     def limits(self, kinds: str) -> list[int]:
         """The values of max_tokens that calls of the kinds whose name begins so were asked with, largest first."""
         if not self.reads:
             return []
-        with explained(self.path):
-            return reply_limits(self._reader().connection, kinds)
+        with explain_store_errors(self.path):
+            return max_tokens_used(self._reader().connection, kinds)
 
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
         """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
-        wanted = keys.fields(request)
-        nearest = keys.nearest(request, self._like(stage, row))
-        found = list(keys.differences(wanted, keys.fields(nearest))) if nearest else []
-        known = f"in the nearest one, {keys.told(found[0])}" if found else "and none like it"
+        wanted = keys.request_fields(request)
+        nearest = keys.find_nearest_request(request, self._like(stage, row))
+        found = list(keys.find_differences(wanted, keys.request_fields(nearest))) if nearest else []
+        known = f"in the nearest one, {keys.describe_difference(found[0])}" if found else "and none like it"
         what = f"the request of stage {stage}, row {row} is not in the store ({known})"
         return TapirError(
             what,
@@ -190,13 +181,13 @@ class Store:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.notices = tuple(filter(None, [warning_of(self.path.parent)]))
+        self.notices = tuple(filter(None, [network_disk_warning(self.path.parent)]))
         private_file(Path(f"{self.path}.lock"))
         with FileLock(f"{self.path}.lock", mode=FILE):
-            fault = fault_of(self.path) if self.path.exists() else ""
+            fault = find_damage(self.path) if self.path.exists() else ""
             if fault:
-                self.notices += (rescue(self.path, fault),)
-            bring_up_to_date(self.path)
+                self.notices += (rescue_store(self.path, fault),)
+            create_or_migrate(self.path)
         self._conn = connect(self.path, write=True)
         self._rows = Inserter(self._conn, self.mode == "refresh", self._unreadable)
         self._claims = Claims(Path(f"{self.path}.asking"))
@@ -226,7 +217,7 @@ class Store:
     def _unpacked(self, key: bytes, packed: bytes, number: int) -> bytes | None:
         """An answer as it came; None, and to be asked again and replaced, where it is damaged."""
         try:
-            return unpack(packed, self._samples.get(number) or self._sample(number))
+            return decompress_text(packed, self._samples.get(number) or self._sample(number))
         except zlib.error:
             self._unreadable.add(key)
             return None
@@ -238,11 +229,11 @@ class Store:
             " from calls c left join uses u on u.key = c.key and u.stage = ?"
             " order by u.row = ? desc, u.stage is null, c.id limit ?)"
         )
-        for request, sample in self._reader().execute(sql, (stage, row, CANDIDATES)).fetchall():
+        for request, sample in self._reader().execute(sql, (stage, row, MAX_REPLAY_CANDIDATES)).fetchall():
             with suppress(zlib.error):
-                yield unpack(request, sample)
+                yield decompress_text(request, sample)
 
-    def _later(self, rows: Sequence[Row]) -> "Future[None]":
+    def _later(self, rows: Sequence[StoreRow]) -> "Future[None]":
         done: Future[None] = Future()
         if self.writes:
             self._jobs.put((rows, done))
@@ -257,41 +248,41 @@ class Store:
         ended = False
         try:
             while not ended:
-                jobs, ended = gather(self._jobs)
+                jobs, ended = take_write_jobs(self._jobs)
                 self._commit(jobs)
         finally:
             while not self._jobs.empty():
-                settle(gather(self._jobs)[0], self._broken)
+                settle_write_jobs(take_write_jobs(self._jobs)[0], self._broken)
 
-    def _commit(self, jobs: Sequence[Job]) -> None:
+    def _commit(self, jobs: Sequence[WriteJob]) -> None:
         failed: TapirError | None = self._broken or TapirError("the store's writer stopped", where=str(self.path))
         try:
             if not self._broken:
-                with explained(self.path), transaction(self._conn):
+                with explain_store_errors(self.path), transaction(self._conn):
                     self._rows.insert([row for rows, _ in jobs for row in rows])
                 failed = None
         except TapirError as error:
             failed = error
         finally:
             self._broken = failed
-            settle(jobs, failed)
+            settle_write_jobs(jobs, failed)
 
 
-def gather(jobs: "SimpleQueue[Job | None]") -> tuple[list[Job], bool]:
+def take_write_jobs(jobs: "SimpleQueue[Job | None]") -> tuple[list[WriteJob], bool]:
     """Wait for a job and take those behind it; and whether the end was among them."""
-    found: list[Job] = []
+    found: list[WriteJob] = []
     with suppress(Empty):
         job = jobs.get()
         while job is not None:
             found.append(job)
-            if len(found) == BATCH:
+            if len(found) == ROWS_PER_COMMIT:
                 return found, False
             job = jobs.get_nowait()
         return found, True
     return found, False
 
 
-def settle(jobs: Sequence[Job], error: TapirError | None) -> None:
+def settle_write_jobs(jobs: Sequence[WriteJob], error: TapirError | None) -> None:
     """Tell those who wait."""
     for _, done in jobs:
         if error:
@@ -301,19 +292,19 @@ def settle(jobs: Sequence[Job], error: TapirError | None) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explain_store_errors(path: Path) -> Iterator[None]:
     """SQLite's and the file system's errors as TapirErrors that say what to do."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise explanation(error, path) from error
+        raise make_store_error(error, path) from error
 
 
-def explanation(error: sqlite3.Error | OSError, path: Path) -> TapirError:
+def make_store_error(error: sqlite3.Error | OSError, path: Path) -> TapirError:
     """What an error means and what to do."""
     if isinstance(error, OSError):
         fix = "See that the folder can be written."
-    elif is_damage(error):
+    elif is_damage_error(error):
         fix = "Run the command again with the store on: a damaged one is put aside and its calls are saved."
     elif getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         fix = "Make room on the disk and run the same command again: what was stored before is safe."

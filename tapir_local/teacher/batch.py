@@ -127,7 +127,7 @@ class Batches:
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """One thread or process at a time looks for the endpoint's batches, submits and fetches."""
-        name = keys.key_of(f"batches of {self.asking.identity}".encode())
+        name = keys.hash_request(f"batches of {self.asking.identity}".encode())
         while not self.store.claim(name):
             await asyncio.sleep(TURN)
         try:

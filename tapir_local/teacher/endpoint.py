@@ -29,7 +29,7 @@ VENDOR = "https://api.openai.com/v1"
 SECRET = 8  # letters that a key has at least
 KEY_WORDS = r"(?i:bearer|(?:api[ _-]?)?key(?: provided)?|token|authorization)"
 NO_KEY = "none"  # sent to a server that wants none: the client insists on some word
-OURS = frozenset({"messages", "n", "stream", *keys.NOT_ASKED})  # what `extra` may not set
+OURS = frozenset({"messages", "n", "stream", *keys.FIELDS_NOT_IN_KEY})  # what `extra` may not set
 FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
 
 
@@ -62,7 +62,7 @@ def identity_of(endpoint: Endpoint) -> str:
         return f"pocket {pocket_version()}"
     if kind_of(endpoint) == "gguf":
         return f"gguf {digest_of(endpoint)} llama.cpp {version('llama-cpp-python')}"
-    return keys.address(endpoint.base_url or VENDOR)
+    return keys.normalize_base_url(endpoint.base_url or VENDOR)
 
 
 @cache

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from tapir_local.data.formats import form_of, lines, read_row
-from tapir_local.data.rows import rows_of
+from tapir_local.data.formats import find_row_format, format_line_numbers, require_row
+from tapir_local.data.parsing import parse_json_objects
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import Prompt, Request
 from tapir_local.store import keys
-from tapir_local.store.queries import Progress, quiet
-from tapir_local.store.reply import read_reply
+from tapir_local.store.queries import CountProgress, no_progress
+from tapir_local.store.reply import parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.account import Bill
 from tapir_local.teacher.session import Asking, Job
@@ -61,7 +61,7 @@ def read_answers(file: Path, teacher: Endpoint, requests: Path | None = None) ->
     """
     given, found = list[Given](), Taken()
     bodies = bodies_of(requests) if requests else None
-    for line, row in rows_of(read_text(file), str(file)):
+    for line, row in parse_json_objects(read_text(file), str(file)):
         if bodies is None and "custom_id" in row and "response" in row:
             fix = "Name the batch's input: --requests FILE"
             raise TapirError("the output of a batch has no prompts", where=str(file), fix=fix)
@@ -87,7 +87,7 @@ def read_text(file: Path) -> str:
 
 def bodies_of(file: Path) -> dict[str, Any]:
     """The bodies of a batch's requests by custom_id."""
-    rows = rows_of(read_text(file), str(file))
+    rows = parse_json_objects(read_text(file), str(file))
     bodies = {str(row["custom_id"]): row["body"] for _, row in rows if "custom_id" in row and "body" in row}
     if not bodies:
         raise TapirError(
@@ -100,10 +100,10 @@ def from_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -
     """A row with an instruction and its answer, or why it is refused."""
     if not is_text(row):
         return NOT_TEXT
-    if form_of(row) is None:
+    if find_row_format(row) is None:
         return NO_INSTRUCTION
     try:
-        prompt, answer = read_row(row, f"{file}, line {line}")
+        prompt, answer = require_row(row, f"{file}, line {line}")
     except TapirError:
         return UNREADABLE
     model = str(row.get("generator") or teacher.model or "")
@@ -123,8 +123,8 @@ def from_batch(row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], tea
     if not is_text(body):
         return NOT_TEXT
     try:
-        keys.canonical(body)
-        prompt, _ = read_row({"messages": body.get("messages")}, name)
+        keys.canonical_json(body)
+        prompt, _ = require_row({"messages": body.get("messages")}, name)
     except TapirError:
         return UNREADABLE
     if prompt and len(prompt) < len(body["messages"]):
@@ -157,8 +157,8 @@ def checked(given: Given) -> Given | str:
     """The row if it is whole, or why it is not."""
     try:
         orjson.loads(given.raw)  # half a surrogate pair: a fault of the file, which can be corrected there
-        reply = read_reply(given.raw)
-        keys.canonical([given.name, *(turn.content for turn in given.prompt)])
+        reply = parse_reply(given.raw)
+        keys.canonical_json([given.name, *(turn.content for turn in given.prompt)])
     except (ValueError, TapirError):
         return UNREADABLE
     if not given.prompt or not given.prompt[-1].content:
@@ -169,7 +169,7 @@ def checked(given: Given) -> Given | str:
 
 
 def take(
-    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = quiet
+    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = no_progress
 ) -> None:
     """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
 
@@ -181,7 +181,7 @@ def take(
     for done, job in enumerate(jobs):
         progress(done, len(jobs))
         row = given[job.places[0]]
-        reply = read_reply(row.raw)
+        reply = parse_reply(row.raw)
         bill = Bill(reply.tokens_in, reply.tokens_out, None)
         store.put(asking.call(job, row.raw, reply, 0.0, bill), [asking.use(at, job.key) for at in job.places])
         note_difference(row, job, found)
@@ -200,13 +200,17 @@ def note_difference(row: Given, job: Job, found: Taken) -> None:
     if row.body is None:
         return
     theirs, ours = (
-        {name: item for name, item in keys.plain(body).items() if name not in {"messages", *keys.NOT_ASKED}}
+        {
+            name: item
+            for name, item in keys.normalize_value(body).items()
+            if name not in {"messages", *keys.FIELDS_NOT_IN_KEY}
+        }
         for body in (row.body, job.body)
     )
-    difference = next(keys.differences(ours, theirs), None)
+    difference = next(keys.find_differences(ours, theirs), None)
     if difference:
         found.otherwise += 1
-        found.difference = found.difference or keys.told(difference)
+        found.difference = found.difference or keys.describe_difference(difference)
 
 
 def reasons(found: Taken) -> str:

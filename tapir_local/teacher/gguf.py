@@ -99,7 +99,7 @@ def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
     groups: dict[bytes, list[Job]] = {}
     for job in jobs:
         rest = {name: item for name, item in job.body.items() if name != "messages"}
-        groups.setdefault(keys.canonical(rest), []).append(job)
+        groups.setdefault(keys.canonical_json(rest), []).append(job)
     return list(groups.values())
 
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tapir_local.store.schema import connect, transaction
-from tapir_local.store.store import Store, explained
+from tapir_local.store.store import Store, explain_store_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Away:
 
     def __init__(self, store: Store) -> None:
         self.path = store.path
-        with explained(self.path):
+        with explain_store_errors(self.path):
             self._conn = connect(self.path, write=True) if store.writes else None
 
     def __enter__(self) -> Self:
@@ -97,12 +97,12 @@ class Away:
     def _rows(self, sql: str, value: Any) -> list[Any]:
         if not self._conn:
             return []
-        with explained(self.path):
+        with explain_store_errors(self.path):
             return self._conn.execute(sql, (value,)).fetchall()
 
     def _do(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if self._conn:
-            with explained(self.path), transaction(self._conn):
+            with explain_store_errors(self.path), transaction(self._conn):
                 self._conn.executemany(sql, rows)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urljoin
 import orjson
 
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.store.reply import BRIEF, parsed, well_formed
+from tapir_local.store.reply import MAX_QUOTED_CHARS, parse_reply_json, replace_lone_surrogates
 from tapir_local.teacher.endpoint import VENDOR, key_place, role_of
 
 RERUN = "Run the same command again: nothing paid for is lost."
@@ -142,7 +142,7 @@ def shape_of(body: Any, raw: bytes) -> str:
 def json_in(raw: bytes) -> Any:
     """The JSON in a body, None where it is none."""
     try:
-        return parsed(raw)
+        return parse_reply_json(raw)
     except ValueError:
         return None
 
@@ -156,14 +156,14 @@ def said_in(raw: bytes) -> tuple[str, str]:
     """The (message, code) in the body of an error, whatever its shape."""
     body = json_in(raw)
     if body is None:
-        return (page_words(raw) if is_page(raw) else raw.decode(errors="replace").strip()[:BRIEF]), ""
+        return (page_words(raw) if is_page(raw) else raw.decode(errors="replace").strip()[:MAX_QUOTED_CHARS]), ""
     error = hidden_error(body) or body
     if isinstance(error, list) and error:
         error = error[0]
     if not isinstance(error, dict):
-        return well_formed(str(error))[:BRIEF], ""
+        return replace_lone_surrogates(str(error))[:MAX_QUOTED_CHARS], ""
     code = error.get("code") or error.get("type") or error.get("status") or ""
-    return words_in(error)[:BRIEF], well_formed(str(code))
+    return words_in(error)[:MAX_QUOTED_CHARS], replace_lone_surrogates(str(code))
 
 
 def first_error(body: Any) -> dict[str, Any] | None:
@@ -189,7 +189,7 @@ def words_in(error: Mapping[str, Any]) -> str:
         found = words_in(found) if found is not error else orjson.dumps(found, default=str).decode()
     beside = error.get("metadata")
     raw = beside.get("raw") if isinstance(beside, dict) else None
-    return well_formed(f"{found} ({raw})" if raw else str(found)).strip()
+    return replace_lone_surrogates(f"{found} ({raw})" if raw else str(found)).strip()
 
 
 def page_words(raw: bytes) -> str:

@@ -12,8 +12,8 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Answer, Request
 from tapir_local.store import keys
-from tapir_local.store.compression import LARGEST
-from tapir_local.store.reply import Reading, Reply, read_reply
+from tapir_local.store.compression import MAX_DECOMPRESSED_BYTES
+from tapir_local.store.reply import Reply, ReplyOptions, parse_reply
 from tapir_local.store.rows import Attempt, Call, Use
 from tapir_local.store.store import Store
 from tapir_local.teacher.account import Account, Bill
@@ -108,8 +108,8 @@ class Asking:
         """What is asked by the request at `place`."""
         request = self.requests[place]
         body = body_of(request, self.endpoint)
-        text = keys.asked(self.identity, body, request.draw)
-        return Job(request, keys.key_of(text), text, body, [place])
+        text = keys.request_text(self.identity, body, request.draw)
+        return Job(request, keys.hash_request(text), text, body, [place])
 
     def with_less_room(self, jobs: Sequence[Job]) -> dict[bytes, tuple[bytes, Reply]]:
         """By key of a job, the whole answer to the same request with a smaller max_tokens, and the key of that one.
@@ -120,7 +120,7 @@ class Asking:
         found: dict[bytes, tuple[bytes, Reply]] = {}
         for limit in self.limits if jobs else ():
             bodies = [(job, with_limit(job.body, limit)) for job in jobs if limit < reply_bound(job.body)]
-            shorter = {keys.key(self.identity, body, job.request.draw): (job, body) for job, body in bodies}
+            shorter = {keys.request_key(self.identity, body, job.request.draw): (job, body) for job, body in bodies}
             for key, raw in self.store.get_many(list(shorter)).items():
                 job, body = shorter[key]
                 reply = self.read(body, raw)
@@ -178,7 +178,7 @@ class Asking:
     def read(self, body: Mapping[str, Any], raw: bytes) -> Reply:
         """A reply to this body as text, with or without what the model thought aloud; ValueError where it is none."""
         endpoint = self.endpoint
-        return read_reply(raw, Reading(endpoint.thinking, reply_bound(body), role_of(endpoint)))
+        return parse_reply(raw, ReplyOptions(endpoint.thinking, reply_bound(body), role_of(endpoint)))
 
     def use(self, place: int, key: bytes, paid: bool = False) -> Use:
         """The record that this run's row used a call."""
@@ -193,9 +193,9 @@ class Asking:
         bill = self.account.of_reply(job.body, reply, len(raw), discount)
         self.notice(job, reply)
         self.outcomes.came(reply)
-        if not reply.keeps or len(raw) > LARGEST:
+        if not reply.keeps or len(raw) > MAX_DECOMPRESSED_BYTES:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
-            self.note(job, why, raw[:LARGEST], seconds, bill)
+            self.note(job, why, raw[:MAX_DECOMPRESSED_BYTES], seconds, bill)
             return None
         self.purse.spend(bill.cost, bill.estimated)
         uses = [self.use(place, job.key, place == job.places[0]) for place in job.places]

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from tapir_local.store.reply import parsed, well_formed
+from tapir_local.store.reply import parse_reply_json, replace_lone_surrogates
 
 BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b":")
 
@@ -33,7 +33,7 @@ def joined(raw: bytes) -> bytes:
         if data.strip() == "[DONE]":
             ended = True
             break
-        chunk = parsed(data.encode(errors="surrogatepass"))
+        chunk = parse_reply_json(data.encode(errors="surrogatepass"))
         if not isinstance(chunk, dict):
             raise ValueError(f"not a chunk of a stream: {data[:80]!r}")
         if chunk.get("error"):
@@ -83,7 +83,7 @@ def whole(items: list[Any]) -> Any:
 def plain(value: Any) -> Any:
     """A JSON value whose texts have no half of a surrogate pair; halves that two chunks brought are joined by now."""
     if isinstance(value, str):
-        return well_formed(value)
+        return replace_lone_surrogates(value)
     if isinstance(value, dict):
         return {plain(name): plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.quoting import format_of, ids_of
+from tapir_local.data.special_tokens import chat_format_of, tokenize_rendered
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, instruction_of
@@ -77,9 +77,9 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     chat template refuses it.
     """
     texts, refused = training_texts(examples, tokenizer)
-    asked = ids_of(tokenizer, [prompt for _, prompt, _ in texts])
-    joined = ids_of(tokenizer, [prompt + completion for _, prompt, completion in texts])
-    apart = ids_of(tokenizer, [completion for _, _, completion in texts])
+    asked = tokenize_rendered(tokenizer, [prompt for _, prompt, _ in texts])
+    joined = tokenize_rendered(tokenizer, [prompt + completion for _, prompt, completion in texts])
+    apart = tokenize_rendered(tokenizer, [completion for _, _, completion in texts])
     rows, long = list[dict[str, list[int]]](), dict[int, str]()
     for (number, _, _), head, whole_ids, alone in zip(texts, asked, joined, apart, strict=True):
         tail = whole_ids[len(head) :] if whole_ids[: len(head)] == head else alone
@@ -94,7 +94,7 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
 
 def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
     """Number, prompt and completion of each row as the template writes them; the numbers of those that it refuses."""
-    form = format_of(tokenizer)
+    form = chat_format_of(tokenizer)
     texts, refused = list[tuple[int, str, str]](), dict[int, str]()
     for number, row in enumerate(examples):
         try:

@@ -13,7 +13,7 @@ from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir
-from tapir_local.store.queries import ASKING
+from tapir_local.store.queries import ASKING_STAGES
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 
@@ -124,8 +124,8 @@ def test_a_stage_that_a_run_has_not_reached_is_no_error(place: Path) -> None:
 def test_the_stages_with_calls_are_stages_of_the_loop() -> None:
     """The commands know every stage that makes calls, and only those."""
     names = {stage.name for stage in (*PREPARE, *ROUND)}
-    assert names >= ASKING
-    assert {"answer", "train", "plan", "evaluate"} & ASKING == set()
+    assert names >= ASKING_STAGES
+    assert {"answer", "train", "plan", "evaluate"} & ASKING_STAGES == set()
 
 
 def test_cost_is_a_table_or_json(place: Path) -> None:

@@ -7,7 +7,7 @@ from models import CHATML, WITH_BOS, make_tokenizer
 from templates import GEMMA, GRANITE, LLAMA2, LLAMA3, MARKED, QWEN25
 
 from tapir_local.assets import chat_template
-from tapir_local.data.chat_template import render, training_text
+from tapir_local.data.chat_template import render, render_training_text
 from tapir_local.errors import TapirError
 from tapir_local.records import Message
 
@@ -58,7 +58,7 @@ def test_the_date_is_the_same_tomorrow() -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_and_completion_joined_are_the_conversation(name: str) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    prompt, completion = training_text(TEMPLATES[name], TURNS, "Six.", **tokens)
+    prompt, completion = render_training_text(TEMPLATES[name], TURNS, "Six.", **tokens)
     assert prompt == render(TEMPLATES[name], TURNS, add_generation_prompt=True, **tokens)
     assert prompt + completion == render(
         TEMPLATES[name], (*TURNS, Message("assistant", "Six.")), add_generation_prompt=False, **tokens
@@ -93,22 +93,22 @@ def test_a_turn_that_nothing_ends_is_refused() -> None:
         "{% if add_generation_prompt %}### assistant:\n{% endif %}"
     )
     with pytest.raises(TapirError, match="ends the assistant's turn"):
-        training_text(alpaca.replace("END", ""), [USER], "Four.")
+        render_training_text(alpaca.replace("END", ""), [USER], "Four.")
     with pytest.raises(TapirError, match="ends the assistant's turn"):
-        training_text(alpaca, [USER], "Four.", stops=["<|im_end|>"])
-    assert training_text(alpaca, [USER], "Four.", stops=["END"])[1] == "Four.END\n\n"
+        render_training_text(alpaca, [USER], "Four.", stops=["<|im_end|>"])
+    assert render_training_text(alpaca, [USER], "Four.", stops=["END"])[1] == "Four.END\n\n"
 
 
 def test_a_prompt_that_is_no_beginning_is_refused() -> None:
     template = "{% if add_generation_prompt %}ask {% else %}tell {% endif %}{{ messages[-1].content }}</s>"
     with pytest.raises(TapirError, match="not the beginning"):
-        training_text(template, [USER], "Four.")
+        render_training_text(template, [USER], "Four.")
 
 
 def test_a_template_that_changes_the_answer_is_refused() -> None:
     with pytest.raises(TapirError, match="changes the assistant's words"):
-        training_text(CHATML.replace("message['content']", "message['content'] | upper"), [USER], "Four.")
+        render_training_text(CHATML.replace("message['content']", "message['content'] | upper"), [USER], "Four.")
 
 
 def test_an_empty_completion_still_ends_its_turn() -> None:
-    assert training_text(CHATML, [USER], "")[1] == "<|im_end|>\n"
+    assert render_training_text(CHATML, [USER], "")[1] == "<|im_end|>\n"

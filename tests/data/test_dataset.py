@@ -10,11 +10,11 @@ from tapir_local.data.dataset import (
     Draft,
     Index,
     count_tasks,
-    read_seeds,
-    screen,
-    sorted_seeds,
+    parse_seeds,
+    remove_near_duplicates,
+    require_seeds,
+    screen_drafts,
     split_holdout,
-    without_near,
 )
 from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
@@ -29,7 +29,7 @@ from tapir_local.unusable import Unusable
 
 
 def seeds(*rows: dict[str, object]) -> tuple[list[Example], list[Draft]]:
-    return read_seeds(Table("seeds.json", list(enumerate(rows, 1))), TASKS)
+    return require_seeds(Table("seeds.json", list(enumerate(rows, 1))), TASKS)
 
 
 def ask(id: str, text: str, task: str = "Math") -> Example:
@@ -71,10 +71,10 @@ def test_rows_that_are_no_examples_are_refused_with_their_lines(rows: list[dict[
 
 def test_near_duplicates_are_left_out_with_the_row_they_resemble() -> None:
     rows = [ask("a", "Name a fruit that is red"), ask("b", "Name one fruit that is red"), ask("c", "Sing a song")]
-    kept, left_out = without_near(rows, 0.7)
+    kept, left_out = remove_near_duplicates(rows, 0.7)
     assert [row.id for row in kept] == ["a", "c"]
     assert left_out == [Draft(rows[1], "near-duplicate: ROUGE-L 0.83", "a")]
-    assert without_near(rows, None) == (rows, [])
+    assert remove_near_duplicates(rows, None) == (rows, [])
 
 
 def read_stage(recipe: Recipe, folder: Path) -> tuple[str, Path]:
@@ -163,7 +163,7 @@ def test_rows_that_differ_in_a_quotations_capitals_are_no_duplicates() -> None:
 
 
 def test_a_task_that_the_recipe_does_not_have_costs_the_row() -> None:
-    found = sorted_seeds(
+    found = parse_seeds(
         Table("f", [(1, {"instruction": "a", "task": "Art"}), (2, {"instruction": "b", "task": 0})]), TASKS
     )
     assert [row.task for row in found.examples] == ["Art"]
@@ -199,7 +199,7 @@ def screened(*texts: str, pool: str = "", holdout: str = "") -> list[str]:
     near, held = Index(0.7), Index(0.7)
     near.add(ask("p", pool))
     held.add(ask("h", holdout))
-    return [draft.reason for draft in screen([ask(f"d{n}", text) for n, text in enumerate(texts)], near, held)]
+    return [draft.reason for draft in screen_drafts([ask(f"d{n}", text) for n, text in enumerate(texts)], near, held)]
 
 
 def test_near_duplicates_of_the_pool_and_of_each_other_are_rejected() -> None:
@@ -228,4 +228,4 @@ def test_a_leak_is_found_whatever_conversation_it_is_in() -> None:
     near, held = Index(0.7), Index(0.7)
     held.add(ask("h", "Name three blue birds"))
     draft = Example("d", (Message("system", "Be brief."), Message("user", "name three blue birds")))
-    assert screen([draft], near, held) == [Draft(draft, "near the holdout: ROUGE-L 1.00", "h")]
+    assert screen_drafts([draft], near, held) == [Draft(draft, "near the holdout: ROUGE-L 1.00", "h")]

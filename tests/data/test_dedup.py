@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapir_local.data.dataset import without_near
-from tapir_local.data.dedup import Index
-from tapir_local.data.likeness import WORD, rouge_l
+from tapir_local.data.dataset import remove_near_duplicates
+from tapir_local.data.dedup import DedupIndex
+from tapir_local.data.similarity import WORD_OR_SIGN, rouge_l
 from tapir_local.errors import TapirError
 from tapir_local.records import Example, Message
 
@@ -39,10 +39,10 @@ def table(word: str, b: list[str], above: list[int]) -> list[int]:
 
 def every_pair(text: str, rows: list[Example], limit: float) -> tuple[str, float] | None:
     """The plain loop: the highest ROUGE-L above the limit, or the same words; of several rows the first."""
-    words = WORD.findall(text.lower()) or [""]
+    words = WORD_OR_SIGN.findall(text.lower()) or [""]
     best: tuple[str, float] | None = None
     for row in rows:
-        other = WORD.findall(row.prompt[-1].content.lower()) or [""]
+        other = WORD_OR_SIGN.findall(row.prompt[-1].content.lower()) or [""]
         score = 2 * lcs(words, other) / (len(words) + len(other))
         if score > best[1] if best else (score > limit or words == other):
             best = row.id, score
@@ -55,7 +55,7 @@ few_words = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g"]), max_s
 @settings(max_examples=400, deadline=None)
 @given(st.lists(few_words, min_size=1, max_size=25), st.sampled_from(LIMITS))
 def test_it_finds_what_a_loop_over_all_pairs_finds(texts: list[str], limit: float) -> None:
-    index, rows = Index(limit), list[Example]()
+    index, rows = DedupIndex(limit), list[Example]()
     for number, text in enumerate(texts):
         row = ask(str(number), text)
         found = index.nearest(row)
@@ -76,7 +76,7 @@ def test_and_among_rows_that_are_altered_copies_of_others(seed: int, limit: floa
         copy = [rng.choice(words) if rng.random() < change else word for word in rng.choice(texts).split()]
         texts.append(" ".join(copy[: rng.randint(1, 50)]))
     rows = [ask(str(number), text) for number, text in enumerate(texts)]
-    index = Index(limit)
+    index = DedupIndex(limit)
     for row in rows[:25]:
         index.add(row)
     for row in rows:
@@ -98,8 +98,8 @@ THINGS = "lamp kettle mirror ladder broom bucket barrel anchor candle hammer pil
 
 def kept(texts: Sequence[str], limit: float) -> int:
     """How many of several texts have no near-duplicate before them."""
-    rows = without_near([ask(str(number), text) for number, text in enumerate(texts)], limit)[0]
-    assert len(without_near([ask("x", text) for text in reversed(texts)], limit)[0]) == len(rows)
+    rows = remove_near_duplicates([ask(str(number), text) for number, text in enumerate(texts)], limit)[0]
+    assert len(remove_near_duplicates([ask("x", text) for text in reversed(texts)], limit)[0]) == len(rows)
     return len(rows)
 
 
@@ -155,7 +155,7 @@ def test_real_near_duplicates_still_go(first: str, second: str) -> None:
 
 @pytest.mark.parametrize("limit", [0.9, 1.0])
 def test_the_same_words_are_alike_at_any_limit(limit: float) -> None:
-    index = Index(limit)
+    index = DedupIndex(limit)
     index.add(ask("a", "Name a fruit."))
     assert index.nearest(ask("b", "name  a fruit .")) == ("a", 1.0)
     assert index.nearest(ask("b", "Name a fruit!")) is None
@@ -172,7 +172,7 @@ def test_the_same_words_are_alike_at_any_limit(limit: float) -> None:
     ],
 )
 def test_a_leak_may_have_other_numbers_but_asks_nothing_else(held: str, draft: str, leaks: bool) -> None:
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.add(ask("h", held))
     assert (index.nearest(ask("d", draft), anywhere=True) is not None) == leaks
 
@@ -190,14 +190,14 @@ def test_long_documents_are_found_by_their_sketches_and_no_others() -> None:
         for place in rng.sample(range(len(words)), len(words) // 25):
             words[place] = "changed"
         rows = [ask(str(n), other) for n, other in enumerate(texts)]
-        found, left_out = without_near([*rows, ask("d", " ".join(words))], 0.9)
+        found, left_out = remove_near_duplicates([*rows, ask("d", " ".join(words))], 0.9)
         assert [row.id for row in found] == [row.id for row in rows]
         assert [row.near for row in left_out] == [str(number)]
 
 
 def test_rouge_l_equals_the_published_definition() -> None:
     """F1 of the longest common subsequence: 2 * LCS / (m + n)."""
-    index = Index(0.0)
+    index = DedupIndex(0.0)
     index.add(ask("p", "a b c d e"))
     assert index.nearest(ask("q", "a x c e")) == ("p", 2 * 3 / (5 + 4))
     assert rouge_l("abcde", "axce") == 2 * 3 / (5 + 4)
@@ -206,14 +206,14 @@ def test_rouge_l_equals_the_published_definition() -> None:
 @pytest.mark.parametrize("same", [7, 14, 21])
 def test_a_likeness_of_just_the_limit_does_not_pass_it(same: int) -> None:
     words = [f"word{n}" for n in range(same * 10 // 7)]
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.add(ask("p", " ".join(words)))
     assert index.nearest(ask("q", " ".join(words[:same] + ["x"] * (len(words) - same)))) is None
     assert index.nearest(ask("r", " ".join(words[: same + 1] + ["x"] * (len(words) - same - 1)))) is not None
 
 
 def test_of_several_the_first_added_is_named() -> None:
-    index = Index(0.5)
+    index = DedupIndex(0.5)
     for name, text in (("a", "one two three four"), ("b", "one two three five"), ("c", "one two three six")):
         index.add(ask(name, text))
     assert index.nearest(ask("q", "one two three seven")) == ("a", 0.75)
@@ -221,35 +221,35 @@ def test_of_several_the_first_added_is_named() -> None:
 
 def test_a_system_message_that_all_rows_share_does_not_make_them_alike() -> None:
     rules = "You are a careful assistant that answers every question in one short sentence and never makes things up."
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.add(ask("a", "What is a fjord?", rules))
     assert index.nearest(ask("b", "Who wrote Emma?", rules)) is None
     assert index.nearest(ask("c", "What is a fjord ?", rules)) == ("a", 1.0)
 
 
 def test_the_same_words_after_other_turns_ask_for_another_thing() -> None:
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.add(ask("a", "Go on.", "Tell me of whales."))
     assert index.nearest(ask("b", "Go on.", "Tell me of steam.")) is None
     assert index.nearest(ask("b", "Go on.", "Tell me of steam."), anywhere=True) == ("a", 1.0)
 
 
 def test_writing_without_spaces_is_compared_by_its_characters() -> None:
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.add(ask("a", "请写一首关于春天的诗"))
     assert index.nearest(ask("b", "请写一首关于秋天的诗")) == ("a", 0.9)
     assert index.nearest(ask("c", "日本の首都はどこですか")) is None
 
 
 def test_more_words_than_there_are_letters_for_is_an_error() -> None:
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.alphabet = {str(number): number for number in range(0x110000)}
     with pytest.raises(TapirError, match="1,114,112 different words"):
         index.add(ask("a", "unheard of"))
 
 
 def test_a_text_without_words_is_like_another_only() -> None:
-    index = Index(0.7)
+    index = DedupIndex(0.7)
     index.add(ask("a", "x"))
     assert index.nearest(ask("b", " ")) is None
     index.add(ask("c", "\n"))

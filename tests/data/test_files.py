@@ -12,9 +12,9 @@ import pytest
 import zstandard
 
 from tapir_local.assets import POCKET_SEEDS, seeds_path
-from tapir_local.data.dataset import read_seeds
+from tapir_local.data.dataset import require_seeds
 from tapir_local.data.files import read_hub, read_path, read_table
-from tapir_local.data.formats import Table, read_row
+from tapir_local.data.formats import Table, require_row
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS
@@ -28,7 +28,7 @@ ALPACA = [
 
 
 def examples(table: Table) -> list[Example]:
-    return read_seeds(table, TASKS)[0]
+    return require_seeds(table, TASKS)[0]
 
 
 def user(*turns: str) -> tuple[Message, ...]:
@@ -86,7 +86,7 @@ SYSTEM = Message("system", "Be brief.")
     ],
 )
 def test_rows_of_every_form(row: dict[str, Any], prompt: tuple[Message, ...], completion: str) -> None:
-    assert read_row(row, "f") == (prompt, completion)
+    assert require_row(row, "f") == (prompt, completion)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ def test_rows_of_every_form(row: dict[str, Any], prompt: tuple[Message, ...], co
 )
 def test_rows_that_cannot_be_read_say_why(row: dict[str, Any], fault: str) -> None:
     with pytest.raises(TapirError, match=fault) as error:
-        read_row(row, "seeds.json, line 7")
+        require_row(row, "seeds.json, line 7")
     assert str(error.value).startswith("seeds.json, line 7: a row")
 
 
 def test_the_known_forms_are_named_where_a_row_has_none() -> None:
     with pytest.raises(TapirError) as error:
-        read_row({"text": "a"}, "f")
+        require_row({"text": "a"}, "f")
     assert all(name in error.value.fix for name in ("Alpaca", "ShareGPT", "messages", "self-instruct", "MT-Bench"))
 
 
@@ -149,7 +149,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 def test_files_of_text_packed_or_not_read_alike(tmp_path: Path, name: str, suffix: str) -> None:
     (tmp_path / (name + suffix)).write_bytes(PACKED[suffix](TEXTS[name]))
     found = examples(read_path(tmp_path / (name + suffix)))
-    assert [(row.prompt, row.completion) for row in found] == [read_row(row, "f") for row in ALPACA]
+    assert [(row.prompt, row.completion) for row in found] == [require_row(row, "f") for row in ALPACA]
 
 
 def test_a_csv_may_hold_long_fields_and_conversations_as_json(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def as_parquet(rows: list[dict[str, Any]], path: Path) -> Path:
 def test_parquet_keeps_conversations_and_counts_rows(tmp_path: Path) -> None:
     rows = [{"messages": said("user", "Hi", "Ho", "Add.", "3"), "n": 1}, {"messages": [], "n": 2}]
     path = as_parquet(rows, tmp_path / "a.parquet")
-    assert read_row(read_path(path).rows[0][1], "f") == (user("Hi", "Ho", "Add."), "3")
+    assert require_row(read_path(path).rows[0][1], "f") == (user("Hi", "Ho", "Add."), "3")
     with pytest.raises(TapirError, match="row 2: 1 of 2 rows without an instruction"):
         examples(read_path(path))
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapir_local.data.dataset import sorted_seeds
+from tapir_local.data.columns import RowFault, is_metadata_column
+from tapir_local.data.dataset import parse_seeds
 from tapir_local.data.files import read_path, read_table
-from tapir_local.data.formats import Reading, Table, read_whole
-from tapir_local.data.text import RowFault, is_metadata
+from tapir_local.data.formats import ParsedRow, Table, parse_row
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS
@@ -67,7 +67,7 @@ def texts_in(value: Any) -> list[str]:
 def test_every_text_of_a_row_is_read_or_metadata_or_told_or_refused(form: str, more: dict[str, Any]) -> None:
     row = {**more, **ONE_OF_EACH[form]}
     try:
-        found = read_whole(row)
+        found = parse_row(row)
     except RowFault:
         return
     if not found.prompt:
@@ -75,7 +75,7 @@ def test_every_text_of_a_row_is_read_or_metadata_or_told_or_refused(form: str, m
     read = "\n".join([*(turn.content for turn in found.prompt), found.completion])
     for name, value in row.items():
         missing = [text for text in texts_in(value) if text not in read]
-        told = any(repr(name) in said for said in found.unread) or is_metadata(name) or name in ONE_OF_EACH[form]
+        told = any(repr(name) in said for said in found.unread) or is_metadata_column(name) or name in ONE_OF_EACH[form]
         assert not missing or told or value in ("no input", "No input"), (name, missing, found)
 
 
@@ -120,7 +120,7 @@ def test_every_text_of_a_row_is_read_or_metadata_or_told_or_refused(form: str, m
 def test_what_a_row_says_is_read_to_the_letter(
     row: dict[str, Any], prompt: tuple[Message, ...], completion: str
 ) -> None:
-    assert read_whole(row)[:2] == (prompt, completion)
+    assert parse_row(row)[:2] == (prompt, completion)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_a_row_says_is_read_to_the_letter(
 )
 def test_what_cannot_be_read_is_named(row: Any, kind: str) -> None:
     with pytest.raises(RowFault) as fault:
-        read_whole(row)
+        parse_row(row)
     assert fault.value.kind == kind
     assert fault.value.said.encode()  # also where it quotes half a surrogate pair
 
@@ -166,7 +166,7 @@ def test_a_column_however_deep_is_told() -> None:
     deep: Any = "text"
     for _ in range(5000):
         deep = [deep]
-    assert read_whole({"instruction": "a", "notes": deep}).unread == ["column 'notes'"]
+    assert parse_row({"instruction": "a", "notes": deep}).unread == ["column 'notes'"]
 
 
 @pytest.mark.parametrize(
@@ -190,15 +190,15 @@ def test_a_column_however_deep_is_told() -> None:
     ],
 )
 def test_what_is_not_read_is_told(row: dict[str, Any], unread: list[str]) -> None:
-    found = read_whole(row)
-    assert isinstance(found, Reading)
+    found = parse_row(row)
+    assert isinstance(found, ParsedRow)
     assert found.unread == unread
 
 
 def rows_in(path: Path) -> list[Any]:
     """(line, fault's kind or instruction) of every row of a file, in order."""
     table = read_path(path)
-    found = sorted_seeds(table, TASKS)
+    found = parse_seeds(table, TASKS)
     read, faulty = {row.id: row.prompt[-1].content for row in found.examples}, iter(found.faulty)
     return [
         (number, read.get(f"seed-{serial:05d}") or next(faulty).fault.kind)
@@ -239,13 +239,13 @@ def test_no_text_of_a_json_file_is_lost(text: str, rows: list[Any], tmp_path: Pa
 def test_numbers_keep_their_spelling(tmp_path: Path) -> None:
     text = '{"instruction": 3.10, "input": 1e5, "output": 100000000000000000000.0, "id": 0}'
     (tmp_path / "a.jsonl").write_text(f"{text}\n")
-    (found,) = sorted_seeds(read_path(tmp_path / "a.jsonl"), TASKS).examples
+    (found,) = parse_seeds(read_path(tmp_path / "a.jsonl"), TASKS).examples
     assert (found.prompt, found.completion) == (user("3.10\n\n1e5"), "100000000000000000000.0")
 
 
 def test_a_text_file_has_one_instruction_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfName a knot.\r\n\n  Indented?\n")
-    assert [row.prompt for row in sorted_seeds(read_path(tmp_path / "a.txt"), TASKS).examples] == [
+    assert [row.prompt for row in parse_seeds(read_path(tmp_path / "a.txt"), TASKS).examples] == [
         user("Name a knot."),
         user("  Indented?"),
     ]
@@ -257,7 +257,7 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("frage,antwort,output\nWer?,Ada,x y\nWo?,NULL,\n")
     columns = {"instruction": "frage", "output": "antwort"}
     table = read_table(Seeds.model_validate({"path": str(tmp_path / "a.csv"), "columns": columns}))
-    found = sorted_seeds(table, TASKS)
+    found = parse_seeds(table, TASKS)
     assert [(row.prompt, row.completion) for row in found.examples] == [(user("Wer?"), "Ada"), (user("Wo?"), "")]
     assert found.unread == {"column 'output (its own)'": 1}
     assert table.notes == ("cells that say NULL and count as empty: 1",)
@@ -281,7 +281,7 @@ def test_parquet_columns_that_are_no_text(tmp_path: Path) -> None:
     day = datetime.date(2026, 1, 2)
     rows = {"instruction": ["a", "b"], "input": [1, None], "output": [2.5, float("nan")], "day": [day, day]}
     write_table(pyarrow.table(rows), tmp_path / "a.parquet")
-    found = sorted_seeds(read_path(tmp_path / "a.parquet"), TASKS)
+    found = parse_seeds(read_path(tmp_path / "a.parquet"), TASKS)
     assert [(row.prompt, row.completion) for row in found.examples] == [(user("a\n\n1"), "2.5")]
     assert [(row.number, row.fault.kind) for row in found.faulty] == [(2, "NaN stands where text is expected")]
 
@@ -293,7 +293,7 @@ def test_the_rows_of_a_table_that_cannot_be_read_are_listed_together() -> None:
         (9, {"instruction": "c", "output": True}),
     ]
     with pytest.raises(TapirError, match="f, lines 3, 9: 2 of 3 rows: a bool stands where text is expected; the first"):
-        sorted_seeds(Table("f", rows), TASKS).refuse()
+        parse_seeds(Table("f", rows), TASKS).refuse()
 
 
 @pytest.mark.parametrize(
@@ -323,5 +323,5 @@ def test_a_folders_files_of_one_split_are_read_together(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert [row.prompt for row in sorted_seeds(read_path(tmp_path), TASKS).examples] == [user("a"), user("b")]
-    assert [row.prompt for row in sorted_seeds(read_path(tmp_path, "test"), TASKS).examples] == [user("c")]
+    assert [row.prompt for row in parse_seeds(read_path(tmp_path), TASKS).examples] == [user("a"), user("b")]
+    assert [row.prompt for row in parse_seeds(read_path(tmp_path, "test"), TASKS).examples] == [user("c")]

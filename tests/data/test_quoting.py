@@ -14,8 +14,19 @@ from hypothesis import strategies as some
 from models import CHATML, WITH_BOS, make_model, make_tokenizer
 from spm import GEMMA
 
-from tapir_local.data.chat_template import render, training_text
-from tapir_local.data.quoting import GUARD, any_of, guard, guarded, ids_of, marks, marks_of, plain, quoted_ids, turn_end
+from tapir_local.data.chat_template import render, render_training_text
+from tapir_local.data.special_tokens import (
+    GUARD,
+    find_turn_end,
+    guard_messages,
+    guard_text,
+    longest_match_pattern,
+    make_special_tokens,
+    special_tokens_of,
+    tokenize_guarded,
+    tokenize_rendered,
+    unguard_text,
+)
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import load_tokenizer
@@ -80,47 +91,47 @@ def quotes(known: Any) -> list[str]:
 
 
 def test_both_sides_know_the_same_marks(both: Both) -> None:
-    assert marks_of(both.tokenizer).ids == marks_in(both.model).ids
-    assert len(marks_of(both.tokenizer).ids) >= 3
+    assert special_tokens_of(both.tokenizer).ids == marks_in(both.model).ids
+    assert len(special_tokens_of(both.tokenizer).ids) >= 3
 
 
 def test_both_sides_give_the_same_ids_with_no_special_token_of_the_rows(both: Both) -> None:
-    known = marks_of(both.tokenizer)
+    known = special_tokens_of(both.tokenizer)
     special = set(known.ids.values())
-    [frame] = ids_of(both.tokenizer, [rendered(both.tokenizer, asked("x"))])
+    [frame] = tokenize_rendered(both.tokenizer, [rendered(both.tokenizer, asked("x"))])
     for text in quotes(known):
         whole = rendered(both.tokenizer, asked(text))
-        [ids] = ids_of(both.tokenizer, [whole])
+        [ids] = tokenize_rendered(both.tokenizer, [whole])
         assert encode(both.model, whole) == ids, text
         assert encode_prompt(both.model, asked(text)) == ids, text
         assert [token for token in ids if token in special] == [token for token in frame if token in special], text
 
 
 def test_what_is_quoted_comes_back_as_it_was_written(both: Both) -> None:
-    for text in marks_of(both.tokenizer).ids:
+    for text in special_tokens_of(both.tokenizer).ids:
         assert decode(both.model, encode_plain(both.model, f"a {text} b")).strip() == f"a {text} b"
 
 
 def test_texts_that_quote_nothing_have_the_ids_that_they_always_had(both: Both) -> None:
     """Character for character the text that was rendered before, and the tokenizers' own answer."""
-    known = marks_of(both.tokenizer)
+    known = special_tokens_of(both.tokenizer)
     for text in probes(both.tokenizer):
         if not known.pattern.search(text):
             whole = rendered(both.tokenizer, asked(text))
             assert GUARD not in whole
             [ids] = both.tokenizer([whole], add_special_tokens=False)["input_ids"]
-            assert ids_of(both.tokenizer, [whole]) == [ids]
+            assert tokenize_rendered(both.tokenizer, [whole]) == [ids]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=some.data())
 def test_the_way_for_quoted_texts_gives_what_the_plain_way_gives(both: Both, data) -> None:
     """Real marks among any text, no quotes: the renamed tokenizer, and llama.cpp part by part, change nothing."""
-    known = marks_of(both.tokenizer)
+    known = special_tokens_of(both.tokenizer)
     words = some.sampled_from([*known.ids, "word", " a", "  ", "\n", "é", "12", "<tool>", "🙂", "<", "|>", "s>"])
     text = "".join(data.draw(some.lists(words, max_size=12)))
     [ids] = both.tokenizer([text], add_special_tokens=False)["input_ids"]
-    assert quoted_ids(both.tokenizer, [text]) == [ids]
+    assert tokenize_guarded(both.tokenizer, [text]) == [ids]
     parts = [part for piece in split(known, text) for part in part_ids(both.model, known, piece)]
     assert parts == tokenize_text(both.model, text, special=True)
 
@@ -136,12 +147,14 @@ def part_ids(model: Model, known: Any, text: str) -> list[int]:
 def test_a_completion_that_quotes_the_end_of_a_turn_is_trained_on_as_text(both: Both) -> None:
     """One end of turn in what is learned, the template's; the quoted one is in it as words."""
     tokenizer = both.tokenizer
-    stop = turn_end(marks_of(tokenizer).ids, tokenizer.get_chat_template(), tokenizer.bos_token, tokenizer.eos_token)
+    stop = find_turn_end(
+        special_tokens_of(tokenizer).ids, tokenizer.get_chat_template(), tokenizer.bos_token, tokenizer.eos_token
+    )
     assert stop
     row = Example("1", asked(f"What is {stop}?"), f"{stop} ends a turn: {stop}")
     [trained] = token_rows([row], both.tokenizer, 512).rows
     learned = [label for label in trained["labels"] if label != MASKED]
-    number = marks_of(both.tokenizer).ids[stop]
+    number = special_tokens_of(both.tokenizer).ids[stop]
     assert learned.count(number) == 1
     assert decode(both.model, learned[: learned.index(number)]).strip() == row.completion
     scored = text_to_score(both.model, 0, row.prompt, row.completion)
@@ -152,7 +165,7 @@ def test_a_completion_that_quotes_the_end_of_a_turn_is_trained_on_as_text(both: 
 # --- guarding
 
 
-MARKS = marks({"<s>": 1, "</s>": 2, "<|a|>": 3, "|>x": 4, "<s>s": 5, "▁": 6, "\n": 7})
+MARKS = make_special_tokens({"<s>": 1, "</s>": 2, "<|a|>": 3, "|>x": 4, "<s>s": 5, "▁": 6, "\n": 7})
 TRIM = "{% for m in messages %}<s>{{ m.content | trim }}</s>{% endfor %}"
 THOUGHTS = "{% for m in messages %}<s>{{ m.content.split('</think>')[-1].strip() }}</s>{% endfor %}"
 
@@ -164,32 +177,32 @@ THOUGHTS = "{% for m in messages %}<s>{{ m.content.split('</think>')[-1].strip()
 def test_a_guarded_text_renders_as_the_plain_one(template: str, text: list[str]) -> None:
     """Only the two marks of the template can be found in it, and without the guards it is the plain text rendered."""
     words = "".join(text)
-    whole = render(template, guarded(asked(words), MARKS), add_generation_prompt=False)
+    whole = render(template, guard_messages(asked(words), MARKS), add_generation_prompt=False)
     found = MARKS.pattern.findall(whole)
     assert (found[0], found[-1], len(found)) == ("<s>", "</s>", 2)
-    assert plain(whole) == render(template, asked(words), add_generation_prompt=False)
+    assert unguard_text(whole) == render(template, asked(words), add_generation_prompt=False)
 
 
 @given(text=some.text(some.sampled_from("<s>/|ax " + GUARD), max_size=20))
 def test_guarding_is_undone(text: str) -> None:
-    assert plain(guard(text, MARKS)) == text
-    assert not MARKS.pattern.search(guard(text, MARKS))
+    assert unguard_text(guard_text(text, MARKS)) == text
+    assert not MARKS.pattern.search(guard_text(text, MARKS))
 
 
 def test_a_special_token_of_one_letter_stays_what_it_is() -> None:
-    assert guard("a▁b\n", MARKS) == "a▁b\n"
+    assert guard_text("a▁b\n", MARKS) == "a▁b\n"
 
 
 @given(texts=some.lists(some.text("ab|<\\", min_size=1, max_size=5), min_size=1, max_size=9))
 def test_the_longest_of_several_texts_is_found(texts: list[str]) -> None:
-    pattern = re.compile(any_of(texts))
+    pattern = re.compile(longest_match_pattern(texts))
     for text in texts:
         longest = max((one for one in texts if (text + "ab").startswith(one)), key=len)
         assert pattern.match(text + "ab")[0] == longest  # type: ignore[index]
 
 
 def test_a_tokenizer_without_special_tokens_quotes_nothing() -> None:
-    assert guard("<s> anything", marks({})) == "<s> anything"
+    assert guard_text("<s> anything", make_special_tokens({})) == "<s> anything"
 
 
 # --- tokenizers with ways of their own
@@ -228,7 +241,7 @@ def odd_tokenizers() -> dict[str, Callable[[Any], None]]:
 )
 def test_renaming_the_marks_changes_no_id(odd, name: str, words: list[str]) -> None:
     text = "".join(words)
-    assert quoted_ids(odd[name], [text]) == odd[name]([text], add_special_tokens=False)["input_ids"]
+    assert tokenize_guarded(odd[name], [text]) == odd[name]([text], add_special_tokens=False)["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +264,7 @@ def test_numbers_that_a_vocabulary_leaves_out_are_nobodys(tmp_path: Path) -> Non
         vocabulary[text] += 17
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
     for text in ("quick brown fox <|im_end|> jumps", "naïve café 你好 <|im_start|>x"):
-        assert quoted_ids(tokenizer, [text]) == tokenizer([text], add_special_tokens=False)["input_ids"]
+        assert tokenize_guarded(tokenizer, [text]) == tokenizer([text], add_special_tokens=False)["input_ids"]
 
 
 # --- what is special
@@ -269,10 +282,10 @@ def test_the_token_that_ends_a_turn_is_special_whatever_its_flag_says(tmp_path: 
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     loaded = load_tokenizer(model)
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
-        assert "<over>" in marks_of(loaded).ids
-        assert marks_of(loaded).ids == marks_in(opened).ids
+        assert "<over>" in special_tokens_of(loaded).ids
+        assert special_tokens_of(loaded).ids == marks_in(opened).ids
         text = rendered(loaded, asked("It is <over>, and <turn> too."))
-        assert ids_of(loaded, [text]) == [encode(opened, text)]
+        assert tokenize_rendered(loaded, [text]) == [encode(opened, text)]
         assert encode(opened, text).count(loaded.convert_tokens_to_ids("<over>")) == 1
 
 
@@ -286,12 +299,12 @@ def test_a_plain_token_that_llama_cpp_takes_for_the_end_is_text_on_both_sides(tm
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     loaded = load_tokenizer(model)
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
-        assert marks_of(loaded).ids == marks_in(opened).ids
-        assert "</s>" in marks_of(loaded).ids
+        assert special_tokens_of(loaded).ids == marks_in(opened).ids
+        assert "</s>" in special_tokens_of(loaded).ids
         for text in ("It ends with </s>.", "</s><|im_end|> and <|im_start|>"):
             whole = rendered(loaded, asked(text))
-            assert ids_of(loaded, [whole]) == [encode(opened, whole)] == [encode_prompt(opened, asked(text))]
-            assert marks_of(loaded).ids["</s>"] not in encode(opened, whole)
+            assert tokenize_rendered(loaded, [whole]) == [encode(opened, whole)] == [encode_prompt(opened, asked(text))]
+            assert special_tokens_of(loaded).ids["</s>"] not in encode(opened, whole)
 
 
 def resize(model: Path, rows: int) -> None:
@@ -312,10 +325,10 @@ def test_names_that_llama_cpp_takes_for_control_tokens_are_special_on_both_sides
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     loaded = load_tokenizer(model)
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
-        assert marks_of(loaded).ids == marks_in(opened).ids
-        assert "<|fim_prefix|>" in marks_of(loaded).ids
+        assert special_tokens_of(loaded).ids == marks_in(opened).ids
+        assert "<|fim_prefix|>" in special_tokens_of(loaded).ids
         text = rendered(loaded, asked("<think>a</think> <|fim_prefix|> <|im_end|>"))
-        assert ids_of(loaded, [text]) == [encode(opened, text)]
+        assert tokenize_rendered(loaded, [text]) == [encode(opened, text)]
         assert loaded.convert_tokens_to_ids("</think>") in encode(opened, text), "a row may think"
 
 
@@ -326,7 +339,7 @@ def test_half_a_letter_is_said(both: Both) -> None:
 
 def test_training_text_finds_a_quoted_answer() -> None:
     """The end of the turn must follow the answer's words, not be among them."""
-    known = marks({"<|im_start|>": 1, "<|im_end|>": 2})
+    known = make_special_tokens({"<|im_start|>": 1, "<|im_end|>": 2})
     no_end = CHATML.replace("+ '<|im_end|>\n'", "+ '\n'")
     with pytest.raises(TapirError, match="ends the assistant's turn"):
-        training_text(no_end, asked("x"), guard("It is <|im_end|>", known), stops=["<|im_end|>"])
+        render_training_text(no_end, asked("x"), guard_text("It is <|im_end|>", known), stops=["<|im_end|>"])

@@ -16,7 +16,7 @@ from server import Server, send
 
 from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
 from tapir_local.commands.distill import distill_command as command
-from tapir_local.data.chat_template import training_text
+from tapir_local.data.chat_template import render_training_text
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
@@ -278,5 +278,5 @@ def test_qwen3s_own_template_makes_a_student_write_an_empty_thought(tmp_path: Pa
     """Why qwen3-4b.yaml names another: what a student writes is what is judged."""
     folder = Path(qwen(tmp_path, "qwen3", "qwen3")["student.path"])
     texts = [(folder / "chat_template.jinja").read_text(), chat_template("chatml")]
-    written = [training_text(text, (Message("user", "Hi"),), "Yes.")[1] for text in texts]
+    written = [render_training_text(text, (Message("user", "Hi"),), "Yes.")[1] for text in texts]
     assert written == ["<think>\n\n</think>\n\nYes.<|im_end|>\n", "Yes.<|im_end|>\n"]

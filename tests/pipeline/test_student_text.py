@@ -8,7 +8,12 @@ from models import CHATML, make_model
 from templates import GEMMA, GRANITE, LLAMA2, MARKED, QWEN25, THOUGHTS
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.data.chat_template import asked_text, folded, takes_system, training_text
+from tapir_local.data.chat_template import (
+    merge_system_turns,
+    render_student_prompt,
+    render_training_text,
+    supports_system_role,
+)
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.student_text import (
     StudentText,
@@ -40,24 +45,24 @@ def reasons(student: StudentText, *prompts: Prompt) -> list[str]:
     [(CHATML, True), (LLAMA2, True), (QWEN25, True), (GEMMA, False), (GRANITE, False), (MARKED, False)],
 )
 def test_a_template_without_a_system_role_is_known_whether_it_refuses_or_drops_it(template: str, takes: bool) -> None:
-    assert takes_system(template) is takes
+    assert supports_system_role(template) is takes
 
 
 @pytest.mark.parametrize("template", [GEMMA, GRANITE])
 def test_system_turns_are_folded_into_the_users_on_every_side(template: str) -> None:
     prompt = (SYSTEM, USER)
-    assert folded(template, prompt) == (Message("user", "Be brief.\n\nWhat is 2 + 2?"),)
-    assert "Be brief.\n\nWhat is 2 + 2?" in asked_text(template, prompt)
-    assert training_text(template, prompt, "Four.")[0] == asked_text(template, prompt)
+    assert merge_system_turns(template, prompt) == (Message("user", "Be brief.\n\nWhat is 2 + 2?"),)
+    assert "Be brief.\n\nWhat is 2 + 2?" in render_student_prompt(template, prompt)
+    assert render_training_text(template, prompt, "Four.")[0] == render_student_prompt(template, prompt)
 
 
 def test_folding_leaves_what_a_template_takes_and_every_other_turn() -> None:
-    assert folded(CHATML, (SYSTEM, USER)) == (SYSTEM, USER)
+    assert merge_system_turns(CHATML, (SYSTEM, USER)) == (SYSTEM, USER)
     long = (SYSTEM, USER, REPLY, Message("system", "Longer."), Message("system", ""), USER)
-    assert [turn.content for turn in folded(GEMMA, long)] == [
+    assert [turn.content for turn in merge_system_turns(GEMMA, long)] == [
         "Be brief.\n\nWhat is 2 + 2?", "4", "Longer.\n\nWhat is 2 + 2?"
     ]  # fmt: skip
-    assert folded(GEMMA, (USER, REPLY)) == (USER, REPLY)
+    assert merge_system_turns(GEMMA, (USER, REPLY)) == (USER, REPLY)
 
 
 def test_rows_are_folded_once_and_counted(pocket: StudentText) -> None:
@@ -81,7 +86,7 @@ def test_prompts_that_the_template_refuses_or_that_are_empty_say_why(pocket: Stu
 def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentText) -> None:
     """The prompt whose room is just enough is taken, one token more is not."""
     prompts = [(Message("user", "7 " * n),) for n in range(1, 300)]
-    sizes = [len(ids) for ids in pocket.encode([asked_text(pocket.template, prompt) for prompt in prompts])]
+    sizes = [len(ids) for ids in pocket.encode([render_student_prompt(pocket.template, prompt) for prompt in prompts])]
     student = replace(pocket, length=sizes[100] + pocket.room)
     found = unfit_prompts(student, prompts)
     assert [unfit is None for unfit in found] == [size <= sizes[100] for size in sizes]

@@ -13,7 +13,7 @@ from calls import BODY
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.rows import Call, Use
-from tapir_local.store.search import BATCH, search, snippet
+from tapir_local.store.search import CALLS_PER_COMMIT, make_snippet, search_calls
 from tapir_local.store.store import Store
 
 TEXTS = {
@@ -27,13 +27,13 @@ TEXTS = {
 def call(prompt: str, answer: str) -> Call:
     body = {**BODY, "messages": [{"role": "user", "content": prompt}]}
     raw = orjson.dumps({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}]})
-    return Call(keys.asked("http://localhost/v1", body, 0), raw, "stop", "answers")
+    return Call(keys.request_text("http://localhost/v1", body, 0), raw, "stop", "answers")
 
 
 def put(path: Path, texts: dict[str, tuple[str, str]], stage: str = "seeds", mode: Any = "on") -> None:
     with Store(path, mode) as store:
         for row, words in texts.items():
-            key = keys.key_of(call(*words).request)
+            key = keys.hash_request(call(*words).request)
             store.put(call(*words), [Use("one", 0, stage, row, key, 1)]).result()
 
 
@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def found(path: Path, *phrases: str, **options: Any) -> list[str]:
-    return [row["row"] for row in search(path, phrases, **options)]
+    return [row["row"] for row in search_calls(path, phrases, **options)]
 
 
 def index_of(path: Path) -> Path:
@@ -64,8 +64,8 @@ def test_words_in_one_phrase_stand_together(path: Path) -> None:
 
 
 def test_what_a_hit_shows(path: Path) -> None:
-    (row,) = search(path, ["apples"])
-    assert row["key"] == keys.key_of(call(*TEXTS["apples"]).request).hex()
+    (row,) = search_calls(path, ["apples"])
+    assert row["key"] == keys.hash_request(call(*TEXTS["apples"]).request).hex()
     assert (row["run"], row["round"], row["stage"], row["row"]) == ("one", 0, "seeds", "apples")
     assert (row["prompt"], row["answer"]) == TEXTS["apples"]
 
@@ -97,7 +97,7 @@ def test_no_word_is_a_command(path: Path, word: str) -> None:
 
 def test_signs_alone_are_nothing_to_search_for(path: Path) -> None:
     with pytest.raises(TapirError, match="no word"):
-        search(path, ['"*', "-"])
+        search_calls(path, ['"*', "-"])
 
 
 def test_bytes_that_are_no_text_are_no_error(path: Path) -> None:
@@ -113,8 +113,8 @@ def test_words_with_dashes_accents_and_without_blanks(path: Path) -> None:
 
 def test_a_later_search_indexes_only_what_came_since(path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    search(path, ["ann"], progress=lambda done, total: seen.append((done, total)))
-    search(path, ["ann"], progress=lambda done, total: seen.append((done, total)))
+    search_calls(path, ["ann"], progress=lambda done, total: seen.append((done, total)))
+    search_calls(path, ["ann"], progress=lambda done, total: seen.append((done, total)))
     put(path, {"plums": ("How many plums?", "6")})
     assert found(path, "plums", progress=lambda done, total: seen.append((done, total))) == ["plums"]
     assert seen == [(len(TEXTS), len(TEXTS)), (1, 1)]
@@ -123,10 +123,10 @@ def test_a_later_search_indexes_only_what_came_since(path: Path) -> None:
 def test_many_calls_are_indexed_in_several_commits(tmp_path: Path) -> None:
     path, seen = tmp_path / "teacher.db", list[int]()
     with Store(path) as store:
-        for number in range(BATCH + 5):
+        for number in range(CALLS_PER_COMMIT + 5):
             store.put(call(f"What is {number} + 1?", str(number + 1)))
-    assert len(search(path, [str(BATCH)], progress=lambda done, total: seen.append(done))) == 2
-    assert seen == [BATCH, BATCH + 5]
+    assert len(search_calls(path, [str(CALLS_PER_COMMIT)], progress=lambda done, total: seen.append(done))) == 2
+    assert seen == [CALLS_PER_COMMIT, CALLS_PER_COMMIT + 5]
 
 
 def test_the_store_is_not_touched(path: Path) -> None:
@@ -183,14 +183,14 @@ def without_a_table(path: Path) -> None:
 def of_another_store(path: Path) -> None:
     other = path.with_name("other.db")
     put(other, dict([("plums", ("How many plums?", "6")), *list(TEXTS.items())[:-1]]))  # as many calls
-    search(other, ["ann"])
+    search_calls(other, ["ann"])
     other.with_name("other.db.search").replace(index_of(path))
 
 
 def of_a_longer_store(path: Path) -> None:
     longer = path.with_name("longer.db")
     put(longer, {**TEXTS, "plums": ("How many plums?", "6")})
-    search(longer, ["ann"])
+    search_calls(longer, ["ann"])
     longer.with_name("longer.db.search").replace(index_of(path))
 
 
@@ -228,12 +228,12 @@ def test_several_searches_at_once_make_one_index(path: Path) -> None:
 def test_an_index_that_cannot_be_written_is_an_error(path: Path) -> None:
     index_of(path).mkdir()
     with pytest.raises(TapirError, match=r"teacher\.db\.search"):
-        search(path, ["ann"])
+        search_calls(path, ["ann"])
 
 
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="no store yet"):
-        search(tmp_path / "teacher.db", ["ann"])
+        search_calls(tmp_path / "teacher.db", ["ann"])
     assert not list(tmp_path.iterdir())
 
 
@@ -242,7 +242,7 @@ def test_no_store(tmp_path: Path) -> None:
 
 def test_a_snippet_has_the_words_and_what_is_around_them() -> None:
     text = "x " * 200 + "the needle here" + " y" * 200
-    got = snippet(text, ["needle"])
+    got = make_snippet(text, ["needle"])
     assert got.startswith("… x")
     assert "x the needle here y" in got
     assert got.endswith("y …")
@@ -251,18 +251,18 @@ def test_a_snippet_has_the_words_and_what_is_around_them() -> None:
 
 def test_a_snippet_has_each_phrase_once() -> None:
     text = "one " + "x " * 200 + "two" + " y" * 200 + " one"
-    got = snippet(text, ["two", "one"])
+    got = make_snippet(text, ["two", "one"])
     assert got.startswith("one x")
     assert " … x x" in got
     assert got.count("one") == 1
 
 
 def test_a_snippet_keeps_to_words_folds_accents_and_finds_characters() -> None:
-    assert "that art" in snippet("start " + "x " * 100 + "that art", ["ART"])
-    assert "le café" in snippet("x " * 100 + "le café", ["cafe"])
-    assert "喜欢数学" in snippet("x " * 100 + "我喜欢数学", ["数学"])
+    assert "that art" in make_snippet("start " + "x " * 100 + "that art", ["ART"])
+    assert "le café" in make_snippet("x " * 100 + "le café", ["cafe"])
+    assert "喜欢数学" in make_snippet("x " * 100 + "我喜欢数学", ["数学"])
 
 
 def test_without_a_hit_the_beginning() -> None:
-    assert snippet("a b c", ["z"]) == "a b c"
-    assert snippet("", ["z"]) == ""
+    assert make_snippet("a b c", ["z"]) == "a b c"
+    assert make_snippet("", ["z"]) == ""

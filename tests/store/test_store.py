@@ -28,13 +28,14 @@ from tapir_local.errors import TapirError
 from tapir_local.report.costs import summarize_costs
 from tapir_local.rundir import RunDir, held
 from tapir_local.store import keys
-from tapir_local.store.compression import LARGEST, pack, unpack
+from tapir_local.store.compression import MAX_DECOMPRESSED_BYTES, compress_text, decompress_text
 from tapir_local.store.locks import Claims
+from tapir_local.store.queries import billed_to_run
 from tapir_local.store.rows import Attempt, Call, Use
-from tapir_local.store.schema import BUSY, PAGE, connect, spent
-from tapir_local.store.search import search
+from tapir_local.store.schema import BUSY_TIMEOUT_MS, PAGE_BYTES, connect
+from tapir_local.store.search import search_calls
 from tapir_local.store.store import Store
-from tapir_local.store.transfer import export
+from tapir_local.store.transfer import export_store
 
 
 def fill(path: Path, rows: int) -> None:
@@ -56,7 +57,7 @@ def table(path: Path, sql: str) -> list[Any]:
 
 def test_golden_key():
     """An upgrade may not re-key what users have paid for: if this fails, the key is wrong, not the test."""
-    got = keys.key("https://api.openai.com/v1", {**BODY, "logit_bias": {50256: -100}, "seed": None}, 3)
+    got = keys.request_key("https://api.openai.com/v1", {**BODY, "logit_bias": {50256: -100}, "seed": None}, 3)
     assert got.hex() == ("d2f9be7fd8e9429879307b1e8354dbcca6303053ee7a930c5f4946dcf5505879")
 
 
@@ -74,32 +75,39 @@ def test_golden_key():
     ids=lambda change: next(iter(change)),
 )
 def test_any_change_of_the_body_changes_the_key(change):
-    assert keys.key("e", {**BODY, **change}) != keys.key("e", BODY)
+    assert keys.request_key("e", {**BODY, **change}) != keys.request_key("e", BODY)
 
 
 def test_absent_is_not_null_and_a_draw_is_not_another():
-    assert len({keys.key("e", BODY), keys.key("e", {**BODY, "stop": None}), keys.key("e", BODY, 1)}) == 3
+    assert (
+        len(
+            {keys.request_key("e", BODY), keys.request_key("e", {**BODY, "stop": None}), keys.request_key("e", BODY, 1)}
+        )
+        == 3
+    )
 
 
 def test_two_servers_with_the_same_model_share_no_answers():
-    assert keys.key("http://localhost:8000/v1", BODY) != keys.key("http://localhost:8001/v1", BODY)
+    assert keys.request_key("http://localhost:8000/v1", BODY) != keys.request_key("http://localhost:8001/v1", BODY)
 
 
 def test_order_and_spelling_do_not_count():
     turned = {**dict(reversed(BODY.items())), "max_tokens": 256.0}
-    assert keys.key("e", turned) == keys.key("e", BODY)
-    assert keys.canonical([-0.0, 1e3, True, 0.5]) == b"[0,1000,true,0.5]"
+    assert keys.request_key("e", turned) == keys.request_key("e", BODY)
+    assert keys.canonical_json([-0.0, 1e3, True, 0.5]) == b"[0,1000,true,0.5]"
 
 
 def test_credentials_timeout_and_streaming_do_not_count():
-    assert keys.key("e", {**BODY, "stream": True, "timeout": 3, "api_key": "sk-1"}) == keys.key("e", BODY)
-    assert b"sk-1" not in keys.asked("e", {**BODY, "api_key": "sk-1"}, 0)
+    assert keys.request_key("e", {**BODY, "stream": True, "timeout": 3, "api_key": "sk-1"}) == keys.request_key(
+        "e", BODY
+    )
+    assert b"sk-1" not in keys.request_text("e", {**BODY, "api_key": "sk-1"}, 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x", "\ud800", 2**70])
 def test_what_json_cannot_hold_is_refused(value):
     with pytest.raises(TapirError, match="request"):
-        keys.key("e", {**BODY, "extra": value})
+        keys.request_key("e", {**BODY, "extra": value})
 
 
 json_values = st.recursive(
@@ -116,9 +124,9 @@ json_values = st.recursive(
 @settings(max_examples=50, deadline=None)
 @given(json_values)
 def test_the_canonical_text_is_a_fixed_point(value):
-    text = keys.canonical(value)
-    assert keys.canonical(orjson.loads(text)) == text
-    assert text == orjson.dumps(keys.plain(value), option=orjson.OPT_SORT_KEYS)  # also where no copy was made
+    text = keys.canonical_json(value)
+    assert keys.canonical_json(orjson.loads(text)) == text
+    assert text == orjson.dumps(keys.normalize_value(value), option=orjson.OPT_SORT_KEYS)  # also where no copy was made
 
 
 @pytest.mark.parametrize(
@@ -132,13 +140,13 @@ def test_the_canonical_text_is_a_fixed_point(value):
     ],
 )
 def test_one_spelling_of_an_address(spelled, one):
-    assert keys.address(spelled) == one
+    assert keys.normalize_base_url(spelled) == one
 
 
 @pytest.mark.parametrize("wrong", ["localhost:8000", "ftp://host", "http://host:port", ""])
 def test_what_is_no_address(wrong):
     with pytest.raises(TapirError, match="URL"):
-        keys.address(wrong)
+        keys.normalize_base_url(wrong)
 
 
 # Reading and writing
@@ -158,27 +166,27 @@ def test_an_answer_comes_back_as_it_came(tmp_path):
 @given(st.binary(max_size=500), st.binary(max_size=500), st.sampled_from([1, 200]))
 def test_packing_loses_nothing(text, sample, times):
     for other in (text, sample * times + text, text + sample * times):
-        assert unpack(pack(other, sample * times), sample * times) == other
+        assert decompress_text(compress_text(other, sample * times), sample * times) == other
 
 
 def test_a_text_deflated_by_an_older_version_still_reads():
     squeeze = zlib.compressobj(zdict=b"like this")
     old = squeeze.compress(b"like this one") + squeeze.flush()
-    assert unpack(old, b"like this") == b"like this one"
+    assert decompress_text(old, b"like this") == b"like this one"
     for wrong, sample in ((old[:-1], b"like this"), (old, b"like that")):
         with pytest.raises(zlib.error):
-            unpack(wrong, sample)
+            decompress_text(wrong, sample)
 
 
 def test_a_block_that_declares_gigabytes_is_damage_and_takes_no_memory():
     block = lz4.block.compress(b"a" * 1000)
     huge = (2**31 - 1).to_bytes(4, "little") + block[4:]
-    bomb = zlib.compress(bytes(LARGEST + 1))
+    bomb = zlib.compress(bytes(MAX_DECOMPRESSED_BYTES + 1))
     tracemalloc.start()
     for packed in (b"\1" + bytes(4) + huge, b"\2" + bytes(8) + huge, bomb):
         with pytest.raises(zlib.error):
-            unpack(packed, b"")
-    assert tracemalloc.get_traced_memory()[1] < 3 * LARGEST
+            decompress_text(packed, b"")
+    assert tracemalloc.get_traced_memory()[1] < 3 * MAX_DECOMPRESSED_BYTES
     tracemalloc.stop()
 
 
@@ -186,12 +194,14 @@ def test_a_block_that_declares_gigabytes_is_damage_and_takes_no_memory():
 @given(st.integers(0, 200), st.integers(1, 255))
 def test_a_changed_byte_or_another_sample_never_passes(place, change):
     text, sample = b"a text like its sample, and a little more " * 3, b"a text like its sample"
-    packed = bytearray(pack(text, sample))
+    packed = bytearray(compress_text(text, sample))
     packed[place % len(packed)] ^= change
     with suppress(zlib.error):  # a reference to another place where the same words stand changes nothing
-        assert unpack(bytes(packed), sample) == text
+        assert decompress_text(bytes(packed), sample) == text
     with pytest.raises(zlib.error):
-        unpack(pack(b"a text like its sample", b"a text like its sample"), b"another sample altogether")
+        decompress_text(
+            compress_text(b"a text like its sample", b"a text like its sample"), b"another sample altogether"
+        )
 
 
 @pytest.mark.parametrize("size", [1000, 32_255, 32_256, 32_257, 100_000])
@@ -199,16 +209,16 @@ def test_a_changed_sample_is_noticed(size):
     chance = random.Random(size)
     sample = chance.randbytes(size)
     text = sample[: size - 100] + chance.randbytes(100)
-    packed = pack(text, sample)
-    assert unpack(packed, sample) == text
+    packed = compress_text(text, sample)
+    assert decompress_text(packed, sample) == text
     assert len(packed) < 500
     for place in (0, size // 2, size - 101):
         changed = bytearray(sample)
         changed[place] ^= 1
         with pytest.raises(zlib.error):
-            unpack(packed, bytes(changed))
+            decompress_text(packed, bytes(changed))
     with pytest.raises(zlib.error):
-        unpack(packed[:-1], sample)
+        decompress_text(packed[:-1], sample)
 
 
 @pytest.mark.parametrize(("words", "rows"), [(400, 2000), (5_000, 200), (20_000, 200)], ids=["3 KB", "40 KB", "170 KB"])
@@ -219,7 +229,7 @@ def test_prompts_that_share_their_words_do_not_multiply_on_disk(tmp_path, words,
         for row in range(rows):
             store.put(call(row, request=asked(row, {**BODY, "messages": turns})))
         store.flush()
-        assert store.get(keys.key_of(asked(1, {**BODY, "messages": turns})))
+        assert store.get(keys.hash_request(asked(1, {**BODY, "messages": turns})))
     Store(tmp_path / "empty.db").close()
     size = (tmp_path / "teacher.db").stat().st_size - (tmp_path / "empty.db").stat().st_size - 2 * len(text)  # samples
     assert len(text) > 7 * words
@@ -241,7 +251,7 @@ def test_no_pickle_and_waits_for_locks(tmp_path):
     conn = connect(tmp_path / "teacher.db", write=True)
     pragmas = [conn.execute(f"pragma {name}").fetchone()[0] for name in ("busy_timeout", "journal_mode", "synchronous")]
     conn.close()
-    assert pragmas == [BUSY, "wal", 2]
+    assert pragmas == [BUSY_TIMEOUT_MS, "wal", 2]
     assert "pickle" not in Path(sys.modules["tapir_local.store.store"].__file__ or "").read_text()
 
 
@@ -301,7 +311,7 @@ def test_a_miss_names_the_first_differing_field_of_the_nearest_request(tmp_path)
     fill(tmp_path / "teacher.db", 5)
     with Store(tmp_path / "teacher.db", "replay") as store:
         error = store.missing(
-            keys.asked("http://localhost/v1", {**BODY, "user": "3", "temperature": 0.9}, 0), "answers", "row-3"
+            keys.request_text("http://localhost/v1", {**BODY, "user": "3", "temperature": 0.9}, 0), "answers", "row-3"
         )
     assert "stage answers, row row-3" in str(error)
     assert "temperature: 0.9 here, 0.7 there" in str(error)
@@ -356,8 +366,8 @@ def test_a_lost_sample_is_found_in_its_copy(tmp_path):
     fill(path, 50)
     ((page,),) = table(path, "select rootpage from sqlite_schema where name = 'samples'")
     with path.open("r+b") as file:
-        file.seek((int(page) - 1) * PAGE)
-        file.write(b"\xff" * PAGE)
+        file.seek((int(page) - 1) * PAGE_BYTES)
+        file.write(b"\xff" * PAGE_BYTES)
     with Store(path) as store:
         assert "50 calls were saved, 0 could not be read" in store.notices[0]
         assert store.get(key(7)) == call(7).answer
@@ -548,8 +558,8 @@ def test_only_the_owner_can_read_what_was_paid_for(tmp_path, mask):
         with Store(folder / "teacher.db") as store:
             store.put(call(1)).result()
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-            search(folder / "teacher.db", ["4"])
-        export(folder / "teacher.db", folder / "out.db")
+            search_calls(folder / "teacher.db", ["4"])
+        export_store(folder / "teacher.db", folder / "out.db")
         run = RunDir(folder, "mine")
         with held(run):
             pass
@@ -590,7 +600,7 @@ def test_a_store_of_an_older_version_learns_its_limits_and_goes_on(tmp_path):
     older.close()
     with Store(path, "read-only") as store:
         assert store.limits("answers") == [512, 256]
-        assert spent(path, "r", estimated=True) == (0, 0, 0.0)
+        assert billed_to_run(path, "r", estimated=True) == (0, 0, 0.0)
         assert summarize_costs(path, "run") == []
     for _ in range(2):
         with Store(path) as store:

@@ -12,7 +12,7 @@ from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Answer, Example, Request
 from tapir_local.rundir import RunDir, read_rows
-from tapir_local.store.thinking import without_thoughts
+from tapir_local.store.thinking import strip_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>"
 SOLVED = "<|begin_of_thought|>\nadd\n<|end_of_thought|>\n\n<|begin_of_solution|>\n4\n<|end_of_solution|>"
@@ -51,11 +51,11 @@ SOLVED = "<|begin_of_thought|>\nadd\n<|end_of_thought|>\n\n<|begin_of_solution|>
     ],
 )
 def test_every_form_of_a_thought_before_the_answer(reply: str) -> None:
-    assert without_thoughts(reply) == "4"
+    assert strip_thoughts(reply) == "4"
 
 
 def test_later_thoughts_go_too() -> None:
-    assert without_thoughts("<think>a</think>x<think>b</think>y") == "xy"
+    assert strip_thoughts("<think>a</think>x<think>b</think>y") == "xy"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_later_thoughts_go_too() -> None:
     ],
 )
 def test_a_reply_that_is_nothing_but_a_thought_is_empty(reply: str) -> None:
-    assert without_thoughts(reply).strip() == ""
+    assert strip_thoughts(reply).strip() == ""
 
 
 @pytest.mark.parametrize(
@@ -92,24 +92,24 @@ def test_a_reply_that_is_nothing_but_a_thought_is_empty(reply: str) -> None:
     ],
 )
 def test_an_answer_that_quotes_such_a_tag_stays_as_it_is(reply: str) -> None:
-    assert without_thoughts(reply) == reply
+    assert strip_thoughts(reply) == reply
 
 
 def test_code_after_a_thought_keeps_its_tags_and_its_indentation() -> None:
     code = "    x = 1\n```\n<think>\ny\n</think>\n```\nand `<think>z</think>`"
-    assert without_thoughts(f"<think>They ask about tags.</think>\n\n{code}") == code
+    assert strip_thoughts(f"<think>They ask about tags.</think>\n\n{code}") == code
 
 
 @given(st.text())
 def test_a_text_without_marks_is_left_alone(text: str) -> None:
     if not any(mark in text for mark in "<[◁") and not text.lstrip().startswith("analysis"):
-        assert without_thoughts(text) == text
+        assert strip_thoughts(text) == text
 
 
 @given(st.text(alphabet="a<>/thinkTHINK `\n|[]", max_size=60), st.text(alphabet="ab \n", min_size=1, max_size=20))
 def test_the_answer_after_a_thought_is_what_stays(thought: str, answer: str) -> None:
     if "</" not in thought and "<" not in thought:
-        assert without_thoughts(f"<think>{thought}</think>\n{answer}").strip() == answer.strip()
+        assert strip_thoughts(f"<think>{thought}</think>\n{answer}").strip() == answer.strip()
 
 
 def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]:

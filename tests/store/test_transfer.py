@@ -15,11 +15,18 @@ from calls import asked
 
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
-from tapir_local.store.queries import listed, stats, verify
+from tapir_local.store.queries import billed_to_run, count_uses, list_uses, verify_calls
 from tapir_local.store.rows import Attempt, Call, Use
-from tapir_local.store.schema import spent
 from tapir_local.store.store import Store
-from tapir_local.store.transfer import NOT_WHOLE, UNREADABLE, WRONG_KEY, Imported, export, import_store, is_database
+from tapir_local.store.transfer import (
+    NOT_WHOLE,
+    UNREADABLE,
+    WRONG_KEY,
+    Imported,
+    export_store,
+    import_store,
+    is_sqlite_file,
+)
 
 
 def call(row: int, answer: str = "4", **fields: Any) -> Call:
@@ -29,7 +36,7 @@ def call(row: int, answer: str = "4", **fields: Any) -> Call:
 
 
 def key(row: int) -> bytes:
-    return keys.key_of(asked(row))
+    return keys.hash_request(asked(row))
 
 
 def use(row: int, run: str, paid: int = 1) -> Use:
@@ -87,21 +94,21 @@ def rows_of(path: Path) -> dict[str, list[Any]]:
 
 
 def test_everything_is_exported(path: Path, out: Path) -> None:
-    assert export(path, out) == (10, 0, out.stat().st_size)
+    assert export_store(path, out) == (10, 0, out.stat().st_size)
     assert rows_of(out) == rows_of(path)
     assert table(out, "select * from sample_copies") == table(out, "select * from samples")
 
 
 def test_a_run_is_exported_with_the_samples_that_it_needs(path: Path, out: Path) -> None:
-    assert export(path, out, "one").calls == 6
+    assert export_store(path, out, "one").calls == 6
     assert table(out, "select name from samples") == [("answers",)]
-    assert [row["run"] for row in stats(out)] == ["one"]
+    assert [row["run"] for row in count_uses(out)] == ["one"]
     assert table(out, "select run from attempts") == [("one",)]
-    assert verify(out) == (6, [])
+    assert verify_calls(out) == (6, [])
 
 
 def test_a_run_that_used_anothers_call_takes_it_along(path: Path, out: Path) -> None:
-    assert export(path, out, "two").calls == 5
+    assert export_store(path, out, "two").calls == 5
     with Store(out, "replay") as store:
         assert store.get(key(0)) == call(0).answer
         assert store.get(key(1)) is None
@@ -109,22 +116,22 @@ def test_a_run_that_used_anothers_call_takes_it_along(path: Path, out: Path) -> 
 
 def test_a_run_without_calls_names_those_with_some(path: Path, out: Path) -> None:
     with pytest.raises(TapirError, match="Runs with calls: one, two"):
-        export(path, out, "three")
+        export_store(path, out, "three")
     assert not out.exists()
 
 
 def test_a_file_that_is_there_is_left_alone(path: Path, out: Path) -> None:
     out.write_text("mine")
     with pytest.raises(TapirError, match="such a file already"):
-        export(path, out)
+        export_store(path, out)
     with pytest.raises(TapirError, match="such a file already"):
-        export(path, path)
+        export_store(path, path)
     assert out.read_text() == "mine"
-    assert verify(path) == (10, [])
+    assert verify_calls(path) == (10, [])
 
 
 def test_an_export_is_one_file_and_nothing_is_left_beside_it(path: Path, out: Path) -> None:
-    export(path, out)
+    export_store(path, out)
     assert not [file.name for file in out.parent.glob("out*") if file != out]
     out.chmod(0o400)
     assert out.read_bytes()[18:20] == b"\1\1"  # no write-ahead log is needed to read it
@@ -132,15 +139,15 @@ def test_an_export_is_one_file_and_nothing_is_left_beside_it(path: Path, out: Pa
 
 def test_what_cannot_be_read_is_left_out_and_counted(path: Path, out: Path) -> None:
     table(path, "update calls set answer = x'00' where id = 2")
-    assert export(path, out)[:2] == (9, 1)
-    assert verify(out) == (9, [])
+    assert export_store(path, out)[:2] == (9, 1)
+    assert verify_calls(out) == (9, [])
 
 
 FULL = """
 import resource, sys
 from pathlib import Path
 from tapir_local.errors import TapirError
-from tapir_local.store.transfer import export
+from tapir_local.store.transfer import export_store
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     export(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -160,20 +167,20 @@ def test_a_full_disk_leaves_no_file(path: Path, out: Path) -> None:
 
 def test_a_name_that_no_file_can_have(path: Path, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="cannot be"):
-        export(path, tmp_path / ("x" * 300))
+        export_store(path, tmp_path / ("x" * 300))
     (tmp_path / "file").touch()
     with pytest.raises(TapirError, match="cannot be"):
-        export(path, tmp_path / "file" / "out.db")
+        export_store(path, tmp_path / "file" / "out.db")
 
 
 # Import
 
 
 def test_an_exported_run_is_imported_as_it_was(path: Path, out: Path, tmp_path: Path) -> None:
-    export(path, out, "two")
+    export_store(path, out, "two")
     assert took(tmp_path / "new.db", out) == Imported(new=5)
     new = tmp_path / "new.db"
-    assert verify(new) == (5, [])
+    assert verify_calls(new) == (5, [])
     assert table(new, "select * from uses") == table(out, "select * from uses")
     details = "select key, tokens_out, seconds, price, created from calls order by key"
     assert table(new, details) == table(out, details)
@@ -181,7 +188,7 @@ def test_an_exported_run_is_imported_as_it_was(path: Path, out: Path, tmp_path: 
 
 
 def test_importing_twice_changes_nothing(path: Path, out: Path, tmp_path: Path) -> None:
-    export(path, out)
+    export_store(path, out)
     new = tmp_path / "new.db"
     took(new, out)
     before = rows_of(new)
@@ -195,7 +202,7 @@ def test_what_is_here_stays_and_uses_are_merged(path: Path, tmp_path: Path) -> N
     with Store(other) as store:
         assert [store.get(key(row)) for row in (4, 7)] == [call(4, "four").answer, call(7, "four").answer]
         assert store.get(key(9)) == call(9).answer
-    assert [(row["run"], row["used"], row["paid"]) for row in stats(other)] == [
+    assert [(row["run"], row["used"], row["paid"]) for row in count_uses(other)] == [
         ("one", 6, 6),
         ("three", 4, 4),
         ("two", 5, 4),
@@ -207,7 +214,7 @@ def test_samples_of_the_same_name_with_other_words(tmp_path: Path) -> None:
     other = put(tmp_path / "other.db", range(3, 9), answer="quite different words of the other " * 50)
     assert table(mine, "select answer from samples") != table(other, "select answer from samples")
     assert took(mine, other) == Imported(new=6)
-    assert verify(mine) == (9, [])
+    assert verify_calls(mine) == (9, [])
     with Store(mine) as store:
         assert store.get(key(8)) == call(8, "quite different words of the other " * 50).answer
     assert table(mine, "select count(*) from samples") == [(1,)]
@@ -218,7 +225,7 @@ def test_a_damaged_answer_here_is_mended_by_the_other_store(path: Path, tmp_path
     shutil.copy(path, broken)
     table(broken, "update calls set answer = x'00' where key = ?", key(3))
     assert took(broken, path) == Imported(new=1, known=9)
-    assert verify(broken) == (10, [])
+    assert verify_calls(broken) == (10, [])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +244,7 @@ def test_a_call_that_does_not_prove_itself_is_refused_and_the_others_kept(
     table(path, harm)
     found = took(tmp_path / "new.db", path)
     assert (found.new, found.known, dict(found.refused)) == (9, 0, {why: 1})
-    assert verify(tmp_path / "new.db") == (9, [])
+    assert verify_calls(tmp_path / "new.db") == (9, [])
     assert not table(tmp_path / "new.db", "select 1 from uses where key not in (select key from calls)")
 
 
@@ -262,7 +269,7 @@ def test_damaged_pages_are_stepped_over_and_counted(tmp_path: Path) -> None:
     found = took(tmp_path / "new.db", other)
     assert found.new > 200
     assert sum(found.refused.values()) > 0
-    assert verify(tmp_path / "new.db") == (found.new, [])
+    assert verify_calls(tmp_path / "new.db") == (found.new, [])
 
 
 def test_a_store_is_not_imported_into_itself(path: Path, tmp_path: Path) -> None:
@@ -348,8 +355,8 @@ def test_a_token_count_beyond_belief_is_bounded(tmp_path: Path) -> None:
     table(file, "insert into uses values ('r', 'no', 3, null, ?, 1)", key(1))
     table(file, "insert into attempts values (1, ?, 'r', 0, 's', 'x', 'why', x'', ?, 5, 1.0, null, 1.0)", key(1), 2**62)
     assert took(tmp_path / "new.db", file).new == 1
-    assert spent(tmp_path / "new.db", "r") == (2, 3 * 10**9 + 5, 0.0)
-    assert stats(tmp_path / "new.db", "r")[0]["tokens_in"] == 10**9
+    assert billed_to_run(tmp_path / "new.db", "r") == (2, 3 * 10**9 + 5, 0.0)
+    assert count_uses(tmp_path / "new.db", "r")[0]["tokens_in"] == 10**9
 
 
 @pytest.mark.parametrize(
@@ -385,16 +392,16 @@ def test_another_database_and_rubbish_with_the_head_of_one(tmp_path: Path) -> No
 
 def test_what_is_a_database(path: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[]")
-    assert is_database(path)
-    assert not is_database(tmp_path / "rows.json")
+    assert is_sqlite_file(path)
+    assert not is_sqlite_file(tmp_path / "rows.json")
     for file in (tmp_path, tmp_path / "none.db"):
         with pytest.raises(TapirError, match="cannot be read"):
-            is_database(file)
+            is_sqlite_file(file)
 
 
 def test_reading_another_store_leaves_nothing_beside_it(path: Path, out: Path, tmp_path: Path) -> None:
     took(tmp_path / "new.db", path)
-    export(path.with_name("new.db"), out)
+    export_store(path.with_name("new.db"), out)
     took(tmp_path / "newer.db", out)
     names = {file.name for file in tmp_path.iterdir() if file.name.startswith(("teacher.db-", "out"))}
     assert names == {"out.db"}
@@ -405,7 +412,7 @@ def test_a_store_in_use_is_imported_with_its_log(tmp_path: Path) -> None:
         busy.put(call(1), [use(1, "one")]).result()
         assert (tmp_path / "other.db-wal").stat().st_size
         assert took(tmp_path / "new.db", tmp_path / "other.db") == Imported(new=1)
-    assert [row["row"] for row in listed(tmp_path / "new.db", "one", None, 9)] == ["row-1"]
+    assert [row["row"] for row in list_uses(tmp_path / "new.db", "one", None, 9)] == ["row-1"]
 
 
 def test_progress_is_told(path: Path, tmp_path: Path) -> None:

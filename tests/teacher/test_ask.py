@@ -14,7 +14,7 @@ from server import attempts, completion, dropped, malformed, questions, raises, 
 
 from tapir_local.method import judging
 from tapir_local.recipe.endpoints import Judge, Teacher
-from tapir_local.store.reply import read_reply
+from tapir_local.store.reply import parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import body_of, identity_of
@@ -440,12 +440,12 @@ def test_backoff_grows_to_its_end():
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b"<html>"])
 def test_what_is_no_completion(raw):
     with pytest.raises(ValueError, match=r"."):
-        read_reply(raw)
+        parse_reply(raw)
 
 
 def test_parts_and_other_words_for_stop():
     parts = completion([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "eos")
-    reply = read_reply(json.dumps(parts).encode())
+    reply = parse_reply(json.dumps(parts).encode())
     assert (reply.text, reply.finish, reply.keeps) == ("ab", "stop", True)
 
 

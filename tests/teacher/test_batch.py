@@ -21,7 +21,8 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Price, Teacher
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Answer
-from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE, spent
+from tapir_local.store.queries import billed_to_run
+from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE_BYTES
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.batch_api import BOUNDS, Bounds
@@ -460,7 +461,7 @@ def test_answers_that_were_lost_on_the_server_count_as_billed(server, store):
     assert texts(by_batch(["a"], teacher(server), store, purse=purse)) == ["re: a"]
     assert (purse.spent.calls, purse.estimated.calls) == (2, 1)
     store.flush()
-    assert spent(store.path, "r") == (2, purse.spent.tokens, 0.0)
+    assert billed_to_run(store.path, "r") == (2, purse.spent.tokens, 0.0)
 
 
 def test_more_room_submits_the_cut_answers_alone(server, store):
@@ -620,8 +621,8 @@ def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
     with sqlite3.connect(tmp_path / "t.db") as conn:
         ((page,),) = conn.execute("select rootpage from sqlite_schema where name = 'uses'").fetchall()
     with (tmp_path / "t.db").open("r+b") as file:
-        file.seek((page - 1) * PAGE)
-        file.write(b"\xff" * PAGE)
+        file.seek((page - 1) * PAGE_BYTES)
+        file.write(b"\xff" * PAGE_BYTES)
     with Store(tmp_path / "t.db") as store:
         assert "put aside" in store.notices[0]
         assert len(by_batch(words(50), teacher(server), store)) == 50

@@ -18,7 +18,7 @@ from server import Server, attempts, questions, raises, says, teacher
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Budget
-from tapir_local.store.schema import spent
+from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Store
 from tapir_local.teacher import http
 from tapir_local.teacher.ask import ask
@@ -37,11 +37,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def purse_of(store: Path, budget: Budget) -> Purse:
     """The purse of a run's next start."""
-    return Purse(budget, counted(store), Cost(*spent(store, "r", estimated=True)))
+    return Purse(budget, counted(store), Cost(*billed_to_run(store, "r", estimated=True)))
 
 
 def counted(store: Path) -> Cost:
-    return Cost(*spent(store, "r"))
+    return Cost(*billed_to_run(store, "r"))
 
 
 def no_more(one: Cost, other: Cost) -> bool:

@@ -26,9 +26,9 @@ def test_calls_stop_at_the_budget_and_go_on_when_it_is_raised(server: Server, st
 
 def store_spent(store: Store) -> Cost:
     store.flush()
-    from tapir_local.store.schema import spent
+    from tapir_local.store.queries import billed_to_run
 
-    return Cost(*spent(store.path, "r"))
+    return Cost(*billed_to_run(store.path, "r"))
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=2000), Budget(money=0.005)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fakes import STUDENT
 
-from tapir_local.data.dataset import read_seeds
+from tapir_local.data.dataset import require_seeds
 from tapir_local.data.files import read_path
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.backends import asker
@@ -17,7 +17,7 @@ from tapir_local.pipeline.prepare import answer_seeds
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.rundir import RunDir
-from tapir_local.store.queries import listed, shown, stats, verify
+from tapir_local.store.queries import count_uses, get_call, list_uses, verify_calls
 from tapir_local.store.store import Store
 from tapir_local.teacher.external import Given, Taken, read_answers, reasons, take
 
@@ -58,7 +58,7 @@ def imported(store: Path, file: Path, teacher: Teacher = TEACHER, requests: Path
 def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
     """What a run with this teacher has as answers to a file's seeds, when it may ask nobody."""
     recipe = Recipe(teacher=teacher)
-    examples, _ = read_seeds(read_path(seeds), recipe.task_table())
+    examples, _ = require_seeds(read_path(seeds), recipe.task_table())
     with Store(store, "replay") as opened:
         asks = asker(teacher, opened, "run")
         tools: Any = SimpleNamespace(teacher=asks, judge=asks, student_text=lambda: STUDENT)
@@ -88,7 +88,7 @@ def test_a_run_with_this_recipe_finds_them(
     found = imported(store, written(file, rows, lines))
     assert (found.new, found.known, found.refused) == (len(rows), 0, {})
     assert replayed(store, file) == answers
-    assert verify(store) == (len(rows), [])
+    assert verify_calls(store) == (len(rows), [])
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_the_teachers_alias_and_seed_count(store: Path, file: Path) -> None:
 
 def test_the_stored_reply_says_that_it_was_imported(store: Path, file: Path) -> None:
     imported(store, written(file, [{**ALPACA[0], "generator": "gpt-9"}]))
-    (row,) = listed(store, None, None, 9)
-    reply = shown(store, row["key"])["answer"]
+    (row,) = list_uses(store, None, None, 9)
+    reply = get_call(store, row["key"])["answer"]
     assert reply["imported"] == {"file": "rows.json", "line": 1}
     assert reply["model"] == "gpt-9"
     assert reply["choices"][0]["message"]["content"] == "5"
@@ -131,7 +131,7 @@ def test_the_stored_reply_says_that_it_was_imported(store: Path, file: Path) -> 
 
 def test_without_a_generator_the_model_is_the_recipes(store: Path, file: Path) -> None:
     imported(store, written(file, ALPACA[:1]))
-    assert shown(store, listed(store, None, None, 1)[0]["key"])["answer"]["model"] == "big"
+    assert get_call(store, list_uses(store, None, None, 1)[0]["key"])["answer"]["model"] == "big"
 
 
 def test_twice_is_once_and_what_was_paid_here_stays(store: Path, file: Path) -> None:
@@ -146,7 +146,7 @@ def test_of_two_answers_to_one_prompt_the_first_is_taken(store: Path, file: Path
     found = imported(store, written(file, [ALPACA[0], {**ALPACA[0], "output": "six"}]))
     assert (found.new, found.known) == (1, 1)
     assert replayed(store, file) == ["5"]
-    assert stats(store)[0]["paid"] == 0
+    assert count_uses(store)[0]["paid"] == 0
 
 
 PART = [{"type": "text", "text": "Hello"}, {"type": "image_url", "image_url": {"url": "x"}}]
@@ -193,7 +193,7 @@ def test_what_is_no_file_of_rows(file: Path, content: bytes, said: str) -> None:
 
 def test_a_name_that_is_no_text_is_no_harm(store: Path, tmp_path: Path) -> None:
     assert imported(store, written(tmp_path / "rows\udcff.json", ALPACA)).new == 2
-    assert [row["run"] for row in stats(store)] == ["import:rows?.json"]
+    assert [row["run"] for row in count_uses(store)] == ["import:rows?.json"]
 
 
 def test_a_byte_order_mark_is_no_harm(store: Path, file: Path) -> None:
@@ -255,8 +255,8 @@ def test_a_batch_keeps_its_replies_as_they_came(store: Path, file: Path, request
     written(file, [output("a", reply("9")), output("b", reply())], lines=True)
     found = imported(store, file, TEACHER, requests)
     assert (found.new, found.otherwise, found.refused) == (2, 0, {})
-    row = next(row for row in listed(store, None, None, 9) if row["row"] == "b")
-    call = shown(store, row["key"])
+    row = next(row for row in list_uses(store, None, None, 9) if row["row"] == "b")
+    call = get_call(store, row["key"])
     assert call["answer"] == reply()
     assert (call["tokens_in"], call["tokens_out"]) == (7, 1)
     seeds = written(file, [{"instruction": "What is 2 + 3?"}, {"instruction": "What is 4 + 5?"}])

@@ -203,7 +203,7 @@ def test_the_schema_is_sent_to_nobody_else() -> None:
     (plain,) = questions("a")
     endpoint = Teacher(model="m")
     assert body_of(request, endpoint) == body_of(plain, endpoint)
-    assert keys.canonical(body_of(plain, endpoint)) == (
+    assert keys.canonical_json(body_of(plain, endpoint)) == (
         b'{"max_tokens":8,"messages":[{"content":"Be brief.","role":"system"},{"content":"a","role":"user"}],'
         b'"model":"m","temperature":0}'
     )
@@ -250,7 +250,7 @@ def test_a_killed_run_keeps_what_was_answered(gguf, tmp_path) -> None:
 @pytest.mark.parametrize("answered", [True, False])
 def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> None:
     request = questions(WORDS[0])[0]
-    text = keys.asked(identity_of(teacher(gguf)), body_of(request, teacher(gguf)), 0)
+    text = keys.request_text(identity_of(teacher(gguf)), body_of(request, teacher(gguf)), 0)
     got: list[list[Answer]] = []
     others_done = threading.Event()
 
@@ -262,13 +262,13 @@ def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> No
         target=lambda: got.append(ask(questions(*WORDS), teacher(gguf), store, run="r", progress=watch))
     )
     with Store(store.path) as other:
-        assert other.claim(keys.key_of(text))
+        assert other.claim(keys.hash_request(text))
         asking.start()
         assert others_done.wait(60)
         if answered:
             raw = b'{"choices": [{"message": {"content": "theirs"}, "finish_reason": "stop"}]}'
             other.put(Call(text, raw, "stop", "k")).result()
-        other.release(keys.key_of(text))
+        other.release(keys.hash_request(text))
         asking.join(60)
     assert [answer.hit for answer in got[0]] == [answered] + [False] * 11
     assert (got[0][0].text == "theirs") == answered
@@ -362,7 +362,7 @@ def test_golden_body_and_key() -> None:
     assert list(body) == ["messages", "temperature", "max_tokens", "response_format"]
     assert body["response_format"]["json_schema"]["schema"] == prompts.JUDGEMENT
     assert (
-        keys.key("gguf 00 llama.cpp 0", body).hex()
+        keys.request_key("gguf 00 llama.cpp 0", body).hex()
         == "05eb45cbeea25c366e6b63bcb38835087acf90ab09e997c5f7317676e5feba27"
     )
 

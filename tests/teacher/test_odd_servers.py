@@ -32,7 +32,7 @@ from server import (
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Judge, Teacher
-from tapir_local.store.reply import Reading, read_reply
+from tapir_local.store.reply import ReplyOptions, parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher import http, wire
 from tapir_local.teacher.ask import ask
@@ -85,19 +85,19 @@ PROHIBITED_CONTENT SPII sensitive refusal guardrail_intervened ERROR_TOXIC"""
 
 @pytest.mark.parametrize("word", WHOLE.split())
 def test_every_servers_word_for_whole(word):
-    reply = read_reply(body("A plain answer.", word))
+    reply = parse_reply(body("A plain answer.", word))
     assert (reply.finish, reply.complete, reply.keeps, reply.why) == ("stop", True, True, "")
 
 
 @pytest.mark.parametrize("word", CUT.split())
 def test_every_servers_word_for_cut(word):
-    reply = read_reply(body("A plain ans", word))
+    reply = parse_reply(body("A plain ans", word))
     assert (reply.finish, reply.complete, reply.keeps, reply.why) == ("length", False, True, "")
 
 
 @pytest.mark.parametrize("word", BLOCKED.split())
 def test_every_servers_word_for_filtered(word):
-    reply = read_reply(body("I", word))
+    reply = parse_reply(body("I", word))
     assert (reply.finish, reply.complete, reply.keeps) == ("content_filter", False, False)
     assert word in reply.why
 
@@ -115,11 +115,11 @@ def test_a_reply_that_the_server_broke_off_is_asked_for_again(server, store, wor
     [("A plain answer.", 3, 64, "stop"), ("A plain answer.", 64, 64, "length"), ("word " * 60, 0, 64, "length")],
 )
 def test_without_a_word_the_tokens_tell(word, text, tokens, most, finish):
-    assert read_reply(body(text, word, tokens), Reading(max_tokens=most)).finish == finish
+    assert parse_reply(body(text, word, tokens), ReplyOptions(max_tokens=most)).finish == finish
 
 
 def test_sglangs_finish_is_an_object():
-    assert read_reply(body("A", {"type": "stop", "matched": 2})).finish == "stop"
+    assert parse_reply(body("A", {"type": "stop", "matched": 2})).finish == "stop"
 
 
 @pytest.mark.parametrize("name", ["no finish", "no usage", "stream only"])
@@ -145,12 +145,12 @@ def test_text_of_any_finish_is_paid_once_and_serves(server, store, name, finish)
 @pytest.mark.parametrize("content", [{"text": "a"}, 5, True, ["a", {"text": {"value": "b"}}]])
 def test_a_content_that_is_no_text_is_no_answer(content):
     with pytest.raises(ValueError, match="not a chat completion"):
-        read_reply(body(content, "stop"))
+        parse_reply(body(content, "stop"))
 
 
 def test_thoughts_among_the_parts_are_no_text():
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "A."}, " B."]
-    assert read_reply(body(parts, "stop")).text == "A. B."
+    assert parse_reply(body(parts, "stop")).text == "A. B."
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_reply_that_strict_readers_refuse_is_read_and_paid_once(server, store,
 
 def test_a_whole_pair_of_surrogates_stays_a_letter():
     raw = b'{"choices": [{"message": {"content": "\\ud83d\\ude00"}, "finish_reason": "stop"}], "x": NaN}'
-    assert read_reply(raw).text == "\U0001f600"
+    assert parse_reply(raw).text == "\U0001f600"
 
 
 # What is useless
@@ -636,9 +636,9 @@ JSON = st.recursive(
 @given(JSON, st.booleans())
 def test_whatever_json_comes_is_read_or_refused_in_words(value, strip):
     raw = json.dumps(value).encode()
-    reading = Reading("strip" if strip else "keep", 5)
+    reading = ReplyOptions("strip" if strip else "keep", 5)
     with suppress(ValueError):
-        read_reply(raw, reading).text.encode()
+        parse_reply(raw, reading).text.encode()
     trouble = unreadable(raw, {}, Teacher(model="m"))
     assert trouble.why
     assert trouble.fix
@@ -652,13 +652,13 @@ def test_whatever_stands_in_a_completions_place_is_read_or_refused(value):
     for name in ("message", "finish_reason"):
         choice = {"message": {"content": "A."}, "finish_reason": "stop", name: value}
         with suppress(ValueError):
-            read_reply(json.dumps({"choices": [choice], "usage": value, "model": value}).encode()).text.encode()
+            parse_reply(json.dumps({"choices": [choice], "usage": value, "model": value}).encode()).text.encode()
 
 
 @given(st.binary(max_size=60))
 def test_whatever_bytes_come_are_refused_in_words(raw):
     with pytest.raises(ValueError, match=r"."):
-        read_reply(raw)
+        parse_reply(raw)
     assert unreadable(raw, {}, Teacher(model="m")).why
     with suppress(ValueError):
         joined(b"data: " + raw + b"\n\n")
@@ -715,14 +715,14 @@ def test_pieces_of_a_stream():
         return b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\r\n\r\n"
 
     halves = chunk(content="\ud83d") + chunk(content="\ude00") + b"data: [DONE]\r\n\r\n"
-    assert read_reply(joined(halves)).text == "\U0001f600"
-    assert read_reply(joined(halves)).finish == "stop"
+    assert parse_reply(joined(halves)).text == "\U0001f600"
+    assert parse_reply(joined(halves)).finish == "stop"
     other = b'data: {"choices": [{"index": 1, "delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n'
-    assert read_reply(joined(other + chunk(content="y") + b"data: [DONE]\n\n")).text == "y"
+    assert parse_reply(joined(other + chunk(content="y") + b"data: [DONE]\n\n")).text == "y"
     with pytest.raises(ValueError, match="broke off"):
         joined(chunk(content="half"))
     with pytest.raises(ValueError, match="not a chat completion"):
-        read_reply(joined(b"data: [DONE]\n\n"))
+        parse_reply(joined(b"data: [DONE]\n\n"))
 
 
 # Thoughts and keys

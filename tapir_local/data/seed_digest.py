@@ -11,36 +11,45 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe, Seeds
 from tapir_local.rundir import RunDir, sha256, write_json
 
-Source = Mapping[str, Any]  # path, bytes, sha256; of a folder the files too, of the Hub the revision
+SeedDigest = Mapping[str, Any]  # path, bytes, sha256; of a folder the files too, of the Hub the revision
 
 
-def digest(seeds: Seeds) -> Source:
+def digest_seeds(seeds: Seeds) -> SeedDigest:
     """What identifies the seeds: a file's size and SHA-256, a folder's of every file, a Hub dataset's revision."""
     path = seeds_path(seeds.path)
     if path is None:
         return {"path": seeds.path, "revision": hub_revision(seeds.path)}
     try:
-        return digest_at(path, seeds.path)
+        return digest_path(path, seeds.path)
     except OSError as error:
         raise TapirError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
 
 
-def digest_at(path: Path, named: str) -> Source:
+def digest_path(path: Path, named: str) -> SeedDigest:
     """What identifies a file or a folder."""
     if path.is_file():
         return {"path": named, "bytes": path.stat().st_size, "sha256": sha256(path)}
-    files = {str(file.relative_to(path)): digest_of(file) for file in sorted(path.rglob("*")) if is_data(file, path)}
-    whole = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    return {"path": named, "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
+    describe_changed_files = {
+        str(file.relative_to(path)): size_and_digest(file)
+        for file in sorted(path.rglob("*"))
+        if is_data_file(file, path)
+    }
+    whole = hashlib.sha256(repr(sorted(describe_changed_files.items())).encode()).hexdigest()
+    return {
+        "path": named,
+        "bytes": sum(size for size, _ in describe_changed_files.values()),
+        "sha256": whole,
+        "files": describe_changed_files,
+    }
 
 
-def is_data(file: Path, folder: Path) -> bool:
+def is_data_file(file: Path, folder: Path) -> bool:
     """Whether a folder's file is part of the data: not hidden, and no lock or cache of `datasets`."""
     parts = file.relative_to(folder).parts
     return file.is_file() and not any(part.startswith((".", "cache-")) or part.endswith(".lock") for part in parts)
 
 
-def digest_of(file: Path) -> list[Any]:
+def size_and_digest(file: Path) -> list[Any]:
     """A file's size and SHA-256."""
     return [file.stat().st_size, sha256(file)]
 
@@ -56,12 +65,12 @@ def hub_revision(name: str) -> str:
         return ""
 
 
-def keep_source(run: RunDir, source: Source, rows: int) -> None:
+def record_seed_digest(run: RunDir, source: SeedDigest, rows: int) -> None:
     """Write into run.json what a run's seeds were."""
     write_json(run.path / "run.json", {**run.record(), "seeds": {**source, "rows": rows}})
 
 
-def same_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
+def accept_moved_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
     """The new recipe with the old one's path where the file at the new path is the one that the run read.
 
     TapirError where the file at the old path is not. A file that is no longer there cannot be compared, and a run that
@@ -71,15 +80,15 @@ def same_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
     if not kept or "sha256" not in kept:
         return new
     moved = new.seeds.path != old.seeds.path
-    found = digest(new.seeds) if is_there(new.seeds) else {}
+    found = digest_seeds(new.seeds) if seeds_exist(new.seeds) else {}
     if found.get("sha256") == kept["sha256"]:
         return new.model_copy(update={"seeds": new.seeds.model_copy(update={"path": old.seeds.path})})
     if not moved and found.get("sha256"):
-        refuse_edited(run, kept, found, new.seeds)
+        refuse_edited_seeds(run, kept, found, new.seeds)
     return new
 
 
-def is_there(seeds: Seeds) -> bool:
+def seeds_exist(seeds: Seeds) -> bool:
     """Whether the seeds lie on this machine."""
     try:
         return seeds_path(seeds.path) is not None
@@ -87,7 +96,7 @@ def is_there(seeds: Seeds) -> bool:
         return False
 
 
-def refuse_edited(run: RunDir, kept: Source, found: Source, seeds: Seeds) -> None:
+def refuse_edited_seeds(run: RunDir, kept: SeedDigest, found: SeedDigest, seeds: Seeds) -> None:
     """TapirError with what the seeds were and are."""
     try:
         rows = f", {len(read_table(seeds).rows):,} rows"
@@ -103,7 +112,7 @@ def refuse_edited(run: RunDir, kept: Source, found: Source, seeds: Seeds) -> Non
     )
 
 
-def files(kept: Source, found: Source, most: int = 5) -> str:
+def describe_changed_files(kept: SeedDigest, found: SeedDigest, most: int = 5) -> str:
     """Which files of a folder changed, came or went."""
     old, new = dict(kept.get("files", {})), dict(found.get("files", {}))
     names = sorted(name for name in old | new if list(old.get(name, ())) != list(new.get(name, ())))

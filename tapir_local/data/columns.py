@@ -8,7 +8,7 @@ from typing import Any
 
 # Columns of words about a row that are no part of its instruction or answer; a name of several words may be written
 # with _, - or blanks.
-ABOUT = (
+METADATA_NAMES = (
     "id ids idx index uid uuid key hash sha name row rowid questionid promptid conversationid messageid parentid "
     "sourceid docid source sources dataset datasetname datasplit datasource origin provenance category categories "
     "subcategory type kind task tasktype tasks tag tags topic topics subject domain language lang locale split subset "
@@ -16,12 +16,12 @@ ABOUT = (
     "timestamp date time created createdat updated updatedat difficulty level quality score scores rating ratings "
     "rank label labels version weight length tokens tokencount numtokens numturns isclassification"
 )
-METADATA = frozenset(ABOUT.split())
-PARTS = ("text", "input_text", "output_text")  # types of a message's parts that are text
+METADATA_COLUMNS = frozenset(METADATA_NAMES.split())
+TEXT_PART_TYPES = ("text", "input_text", "output_text")  # types of a message's parts that are text
 
 
 @dataclass(frozen=True)
-class Broken:
+class UnreadableRow:
     """A place in a source where no row could be read: what is wrong, in a few words and in full; the text there."""
 
     kind: str
@@ -38,31 +38,31 @@ class RowFault(ValueError):
         self.kind, self.said, self.fix = kind, said, fix
 
 
-class Spelled(str):
+class NumberText(str):
     """A number in JSON, as it is spelled there: 3.10 is not 3.1."""
 
     __slots__ = ()
 
 
-class Twice(dict[str, Any]):
+class DuplicateKeyObject(dict[str, Any]):
     """A JSON object in which a key stands twice, so that one of its values would be lost."""
 
     key = ""
 
 
-def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def build_json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON text; a Twice where a key stands in it twice."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    names, twice = [name for name, _ in pairs], Twice(found)
+    names, twice = [name for name, _ in pairs], DuplicateKeyObject(found)
     twice.key = next(name for name in names if names.count(name) > 1)
     return twice
 
 
-def refuse_twice(value: Any) -> None:
+def refuse_duplicate_keys(value: Any) -> None:
     """RowFault for an object in which a key stands twice."""
-    if isinstance(value, Twice):
+    if isinstance(value, DuplicateKeyObject):
         raise RowFault("a key stands twice in it", f"the key {value.key!r} stands twice in it")
 
 
@@ -87,17 +87,17 @@ class Columns(dict[str, Any]):
         names = [
             f"column {name!r}"
             for name, value in self.items()
-            if name not in self.asked and not is_metadata(name) and holds_more(value, seen)
+            if name not in self.asked and not is_metadata_column(name) and has_unseen_text(value, seen)
         ]
         return [*names, *self.dropped]
 
 
-def is_metadata(name: Any) -> bool:
+def is_metadata_column(name: Any) -> bool:
     """Whether a column's name says that it is about the row."""
-    return "".join(letter for letter in str(name).lower() if letter.isalnum()) in METADATA
+    return "".join(letter for letter in str(name).lower() if letter.isalnum()) in METADATA_COLUMNS
 
 
-def holds_more(value: Any, seen: str) -> bool:
+def has_unseen_text(value: Any, seen: str) -> bool:
     """Whether a value has text, however deep, that is not in `seen`; a text has at least one letter."""
     left = [value]
     while left:
@@ -108,7 +108,7 @@ def holds_more(value: Any, seen: str) -> bool:
     return False
 
 
-def text_of(value: Any) -> str:
+def field_text(value: Any) -> str:
     """A field as text: a string, a number as spelled, nothing, or OpenAI's list of parts; RowFault for anything else.
 
     Blanks and line breaks at its end are taken off; indentation and empty lines at its beginning are kept.
@@ -117,8 +117,10 @@ def text_of(value: Any) -> str:
         return str(value).rstrip()
     if value is None:
         return ""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") in PARTS for part in value):
-        return "".join(text_of_part(part) for part in value).rstrip()
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") in TEXT_PART_TYPES for part in value
+    ):
+        return "".join(message_part_text(part) for part in value).rstrip()
     if not isinstance(value, int | float | Decimal) or isinstance(value, bool):
         raise RowFault(f"a {type(value).__name__} stands where text is expected")
     if not math.isfinite(value):
@@ -126,18 +128,18 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def text_of_part(part: Mapping[str, Any]) -> str:
+def message_part_text(part: Mapping[str, Any]) -> str:
     """The text of a message's part, blanks and all."""
     text = part.get("text")
-    return str(text) if isinstance(text, str) else text_of(text)
+    return str(text) if isinstance(text, str) else field_text(text)
 
 
-def first_of(row: Mapping[str, Any], *names: str) -> str:
+def first_text(row: Mapping[str, Any], *names: str) -> str:
     """The text of the first of several columns that has any; "" where none has."""
-    return next((text for name in names if (text := text_of(row.get(name)))), "")
+    return next((text for name in names if (text := field_text(row.get(name)))), "")
 
 
-def refuse_half_letters(*texts: str) -> None:
+def refuse_lone_surrogates(*texts: str) -> None:
     r"""RowFault for JSON's `\ud83d` without its other half, which no file and no endpoint would take."""
     try:
         for text in texts:

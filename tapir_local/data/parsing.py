@@ -10,37 +10,37 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from tapir_local.data.formats import KNOWN, Row, form_of
-from tapir_local.data.text import Broken, Spelled, json_object
+from tapir_local.data.columns import NumberText, UnreadableRow, build_json_object
+from tapir_local.data.formats import KNOWN_FORMATS, NumberedRow, find_row_format
 from tapir_local.errors import TapirError
 
-GAP = re.compile(r"[ \t\r\n,]*")  # between the values of a text
+VALUE_SEPARATORS = re.compile(r"[ \t\r\n,]*")  # between the values of a text
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-WINDOW = 2**31  # bytes: what `zstd --ultra --long=31` may need
-NULLS = ("NULL", "\\N")
-FILES = (
+MAX_ZSTD_WINDOW = 2**31  # bytes: what `zstd --ultra --long=31` may need
+NULL_CELLS = ("NULL", "\\N")
+ACCEPTED_FILES = (
     "JSON, JSON lines, CSV, TSV, Parquet or, with a name in .txt, one instruction a line; of these the texts may be "
     "packed by gzip or zstd."
 )
 
 
-def unpacked(data: bytes, where: str) -> bytes:
+def decompress_file(data: bytes, where: str) -> bytes:
     """What gzip or zstd packed, known by its first bytes; anything else as it is."""
     try:
         if data.startswith(GZIP):
             return gzip.decompress(data)
-        return unzstd(data) if data.startswith(ZSTD) else data
+        return decompress_zstd(data) if data.startswith(ZSTD) else data
     except (EOFError, OSError, zlib.error) as error:
         raise TapirError(
             f"the packed file is damaged or cut off: {error}", where=where, fix="Copy or download it again."
         ) from error
 
 
-def unzstd(data: bytes) -> bytes:
+def decompress_zstd(data: bytes) -> bytes:
     """All frames of a zstd file; EOFError where the last is cut off, OSError where one is damaged."""
     import zstandard
 
-    unpacker, found = zstandard.ZstdDecompressor(max_window_size=WINDOW), []
+    unpacker, found = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW), []
     while data:
         frame = unpacker.decompressobj()
         try:
@@ -53,7 +53,7 @@ def unzstd(data: bytes) -> bytes:
     return b"".join(found)
 
 
-def decoded(data: bytes, where: str) -> str:
+def decode_utf8(data: bytes, where: str) -> str:
     """UTF-8 with or without a byte order mark as text; TapirError with the line of the first byte that is not."""
     try:
         return data.decode("utf-8-sig")
@@ -67,39 +67,44 @@ def decoded(data: bytes, where: str) -> str:
         ) from error
 
 
-SPELLED = json.JSONDecoder(object_pairs_hook=json_object, parse_float=Spelled, parse_int=Spelled)
+VERBATIM_DECODER = json.JSONDecoder(object_pairs_hook=build_json_object, parse_float=NumberText, parse_int=NumberText)
 
 
-def rows_of(text: str, where: str) -> list[Row]:
+def parse_json_objects(text: str, where: str) -> list[NumberedRow]:
     """(line number, object) of every row of a JSON array or of JSON lines; TapirError where one is no object."""
-    rows = checked(json_rows(text, where, json.JSONDecoder()), where)
+    rows = require_rows(parse_json_rows(text, where, json.JSONDecoder()), where)
     for line, row in rows:
-        if isinstance(row, Broken):
+        if isinstance(row, UnreadableRow):
             raise TapirError(row.said, where=f"{where}, line {line}", fix=f"Files may be {FILES}")
         if not isinstance(row, dict):
             raise TapirError(f"a row is a JSON object, this one is {type(row).__name__}", where=f"{where}, line {line}")
     return rows
 
 
-def checked(rows: list[Row], where: str, unit: str = "line") -> list[Row]:
+def require_rows(rows: list[NumberedRow], where: str, unit: str = "line") -> list[NumberedRow]:
     """The rows; TapirError where there is none, or not one of them could be read."""
     if not rows:
-        raise TapirError("no rows in it", where=where, fix=KNOWN)
+        raise TapirError("no rows in it", where=where, fix=KNOWN_FORMATS)
     number, first = rows[0]
-    if isinstance(first, Broken) and all(isinstance(row, Broken) for _, row in rows):
+    if isinstance(first, UnreadableRow) and all(isinstance(row, UnreadableRow) for _, row in rows):
         raise TapirError(first.said, where=f"{where}, {unit} {number}", fix=f"Files may be {FILES}")
     return rows
 
 
-def json_rows(text: str, where: str, decoder: json.JSONDecoder) -> list[Row]:
+def parse_json_rows(text: str, where: str, decoder: json.JSONDecoder) -> list[NumberedRow]:
     """The rows of a JSON array, of JSON lines, or of JSON values in any layout, each with the line on which it starts.
 
     A line that begins no JSON value is Broken, and reading goes on with the next. An array at the beginning must be
     whole.
     """
-    rows, at = array_rows(text, where, decoder) if text.lstrip().startswith("[") else ([], 0)
-    rows += stream_rows(text, at, decoder)
-    if len(rows) == 1 and isinstance(row := rows[0][1], dict) and form_of(row) is None and not is_one_line(text):
+    rows, at = parse_json_array(text, where, decoder) if text.lstrip().startswith("[") else ([], 0)
+    rows += parse_json_stream(text, at, decoder)
+    if (
+        len(rows) == 1
+        and isinstance(row := rows[0][1], dict)
+        and find_row_format(row) is None
+        and not is_one_line(text)
+    ):
         names = ", ".join(row)
         fault = f"one JSON object ({names}) where rows are expected, in a list or one on each line"
         raise TapirError(fault, where=f"{where}, line {rows[0][0]}", fix=f"Files may be {FILES}")
@@ -111,11 +116,11 @@ def is_one_line(text: str) -> bool:
     return "\n" not in text.strip()
 
 
-def array_rows(text: str, where: str, decoder: json.JSONDecoder) -> tuple[list[Row], int]:
+def parse_json_array(text: str, where: str, decoder: json.JSONDecoder) -> tuple[list[NumberedRow], int]:
     """The items of a JSON array, each with the line on which it starts, and where the array ends."""
-    rows, at, line, counted = list[Row](), text.index("[") + 1, 1, 0
+    rows, at, line, counted = list[NumberedRow](), text.index("[") + 1, 1, 0
     while True:
-        at = after_gap(text, at)
+        at = skip_separators(text, at)
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             return rows, at + 1
@@ -126,36 +131,36 @@ def array_rows(text: str, where: str, decoder: json.JSONDecoder) -> tuple[list[R
         rows.append((line, item))
 
 
-def stream_rows(text: str, at: int, decoder: json.JSONDecoder) -> Iterator[Row]:
+def parse_json_stream(text: str, at: int, decoder: json.JSONDecoder) -> Iterator[NumberedRow]:
     """JSON values one after another, on lines of their own or not; of a list its items."""
     line, counted = 1, 0
-    while (at := after_gap(text, at)) < len(text):
+    while (at := skip_separators(text, at)) < len(text):
         line, counted = line + text.count("\n", counted, at), at
         try:
             item, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             end = text.find("\n", at)
             end = len(text) if end < 0 else end
-            yield line, Broken("not JSON", f"not JSON: {fault_of(error, text)}", text[at:end])
+            yield line, UnreadableRow("not JSON", f"not JSON: {fault_of(error, text)}", text[at:end])
         else:
             yield from ((line, one) for one in (item if isinstance(item, list) else [item]))
         at = end
 
 
-def after_gap(text: str, at: int) -> int:
+def skip_separators(text: str, at: int) -> int:
     """Where the next value begins."""
-    found = GAP.match(text, at)
+    found = VALUE_SEPARATORS.match(text, at)
     return found.end() if found else at
 
 
-def fault_of(error: Exception, text: str) -> str:
+def describe_json_error(error: Exception, text: str) -> str:
     """What is wrong with a JSON text, and with which letter of its line."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     return f"{error.msg}, letter {error.pos - text.rfind(chr(10), 0, error.pos)}"
 
 
-def table_rows(text: str, where: str) -> Iterator[Row]:
+def parse_table_rows(text: str, where: str) -> Iterator[NumberedRow]:
     """Rows of a table with a header, by the line on which each starts; columns parted by comma, semicolon or tab."""
     csv.field_size_limit(sys.maxsize)  # 131,072 letters otherwise
     header = text.lstrip("\r\n").partition("\n")[0]
@@ -164,15 +169,15 @@ def table_rows(text: str, where: str) -> Iterator[Row]:
     try:
         for fields in reader:
             if fields and not names:
-                names = column_names(fields, where)
+                names = parse_header(fields, where)
             elif fields:
-                yield line, by_name(names, fields)
+                yield line, make_table_row(names, fields)
             line = reader.line_num + 1
     except csv.Error as error:
         raise TapirError(f"not CSV: {error}", where=f"{where}, line {line}") from error
 
 
-def column_names(fields: list[str], where: str) -> list[str]:
+def parse_header(fields: list[str], where: str) -> list[str]:
     """The header's fields; TapirError where two are the same."""
     names = [field.strip() for field in fields]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -180,15 +185,17 @@ def column_names(fields: list[str], where: str) -> list[str]:
     return names
 
 
-def by_name(names: list[str], fields: list[str]) -> Any:
+def make_table_row(names: list[str], fields: list[str]) -> Any:
     """One row by its columns' names; Broken where it has more or fewer fields than the header."""
     if len(fields) == len(names):
         return dict(zip(names, fields, strict=True))
     advice = "a field with a comma, a line break or a quotation mark is written in quotation marks"
     said = f"{len(fields)} fields where the header has {len(names)}; {advice}"
-    return Broken("more or fewer fields than the header", said, ", ".join(fields))
+    return UnreadableRow("more or fewer fields than the header", said, ", ".join(fields))
 
 
-def without_nulls(row: Any) -> Any:
+def replace_nulls(row: Any) -> Any:
     """A row of a table whose cells that say NULL, as databases write nothing, are empty."""
-    return {name: None if value in NULLS else value for name, value in row.items()} if isinstance(row, dict) else row
+    return (
+        {name: None if value in NULL_CELLS else value for name, value in row.items()} if isinstance(row, dict) else row
+    )
