@@ -1,1 +1,1 @@
-"""Rows in: files of every usual form, duplicates, the holdout, chat templates."""
+"""Read rows from files in all common formats, remove duplicates, split off the holdout, render chat templates."""

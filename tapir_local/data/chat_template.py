@@ -1,4 +1,4 @@
-"""Chat templates: messages to the one text that is trained on and that llama.cpp is given."""
+"""Render messages with a chat template; training and llama.cpp use the same text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 from tapir_local.errors import TapirError
 from tapir_local.records import Message, Prompt
 
-# Templates that print the date (Llama 3.2, SmolLM3) get this one, Llama 3's own default: a date that moves overnight
-# would train on one text and answer to another.
+# Templates that print the date (Llama 3.2, SmolLM3) get this one, Llama 3's own default. With the current date,
+# training and inference would use different texts.
 FIXED_DATE = date(2024, 7, 26)
 GENERATION = {"generation"}
 NO_TEMPLATE = (
-    "Set student.chat_template: `alpaca` for a base without chat tokens, `chatml` for Qwen's, or a Jinja file; of "
-    "`tapir-local export` it is --chat-template."
+    "Set student.chat_template: `alpaca` for a base model without chat tokens, `chatml` for Qwen's, or a Jinja file. "
+    "The option of `tapir-local export` is --chat-template."
 )
 
 
@@ -28,10 +28,11 @@ def render(
     eos_token: str = "",
     today: date = FIXED_DATE,
 ) -> str:
-    """The conversation as text, character for character what `tokenizer.apply_chat_template(tokenize=False)` gives.
+    """Render a conversation; the result equals `tokenizer.apply_chat_template(tokenize=False)`.
 
-    Special tokens are in the text, BOS too where the template writes it: tokenise without adding any. TapirError when
-    the template is no Jinja, or refuses the messages (a system turn it does not know, two user turns on end).
+    The text contains the special tokens, also BOS if the template writes it, so tokenize it without adding any.
+    TapirError if the template is not valid Jinja, or refuses the messages (such as a system turn or two user turns in
+    a row).
     """
     from jinja2 import TemplateError
 
@@ -48,12 +49,12 @@ def render(
         return text
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(turn.role for turn in messages)
-        fix = "Use messages that the model's template takes, or a student with another template."
+        fix = "Use messages that the model's template accepts, or a student with another template."
         raise TapirError(f"the chat template refused a conversation of turns {roles}: {error}", fix=fix) from error
 
 
 def render_student_prompt(template: str, prompt: Prompt, *, bos_token: str = "", eos_token: str = "") -> str:
-    """The prompt as a student is asked it: up to where its answer begins. TapirError as from `render`."""
+    """Render a prompt for the student, up to where its answer begins. TapirError as from `render`."""
     turns = merge_system_turns(template, prompt, bos_token, eos_token)
     return render(template, turns, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
 
@@ -67,12 +68,12 @@ def render_training_text(
     eos_token: str = "",
     stops: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """The prompt as a student is asked it, and what it ought to write: the completion and the token that ends its turn.
+    """Render a training row as (prompt, answer); the answer is the completion and the token that ends the turn.
 
-    The two joined are the template's rendering of the whole conversation. `stops` are the texts of tokens that end a
-    turn; given any, one must follow the completion, otherwise anything but white space will do. TapirError when the
-    prompt is not how the conversation begins, when the template changed the completion, or when nothing ends the turn:
-    a student trained so never stops.
+    The two joined are the rendering of the whole conversation. `stops` are the texts of tokens that end a turn. If
+    given, one of them must follow the completion, otherwise any text other than white space. TapirError if the
+    conversation does not begin with the prompt, if the template changes the completion, or if no token ends the turn,
+    because a student trained on such rows would never stop.
     """
     prompt = merge_system_turns(template, tuple(prompt), bos_token, eos_token)
     asked = render(template, prompt, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
@@ -90,22 +91,22 @@ def render_training_text(
 
 
 def ends_turn(tail: str, stops: Sequence[str]) -> bool:
-    """True when the text after a completion ends the turn: one of `stops`, or without any, something one can see."""
+    """Whether the text after a completion ends the turn: one of `stops`, or if there are none, any visible text."""
     return any(stop in tail for stop in stops if stop) if stops else bool(tail.strip())
 
 
 def refuse_template(what: str) -> NoReturn:
     raise TapirError(
         f"the chat template {what}",
-        fix="Name a corrected one in student.chat_template (of `tapir-local export`: --chat-template), and run again.",
+        fix="Set a corrected one in student.chat_template (for `tapir-local export`: --chat-template), and run again.",
     )
 
 
 @lru_cache(maxsize=8)
 def supports_system_role(template: str, bos_token: str = "", eos_token: str = "") -> bool:
-    """Whether a template writes a system turn: Gemma's and older ones of Mistral refuse it, Granite's drops its words.
+    """Whether a template writes system turns. Gemma's and Mistral's older ones refuse them, Granite's omits the text.
 
-    TapirError when the template does not take a single user turn either.
+    TapirError if the template refuses a single user turn too.
     """
     words, user = "Say 4711 first", Message("user", "Hello")
     asked = partial(render, template, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token)
@@ -117,7 +118,7 @@ def supports_system_role(template: str, bos_token: str = "", eos_token: str = ""
 
 
 def merge_system_turns(template: str, prompt: Prompt, bos_token: str = "", eos_token: str = "") -> Prompt:
-    """The prompt as a template without a system role can take it: system turns at the head of the user turn after."""
+    """For a template without a system role, move system turns to the beginning of the user turn that follows."""
     if not any(turn.role == "system" for turn in prompt) or supports_system_role(template, bos_token, eos_token):
         return prompt
     found, waiting = list[Message](), list[str]()
@@ -134,7 +135,7 @@ def merge_system_turns(template: str, prompt: Prompt, bos_token: str = "", eos_t
 
 @lru_cache(maxsize=8)
 def compile_template(template: str) -> Any:
-    """The template in the sandbox that transformers uses (transformers 5.17, utils/chat_template_utils.py)."""
+    """Compile a template in the sandbox that transformers uses (5.17, utils/chat_template_utils.py)."""
     from jinja2 import ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -149,7 +150,7 @@ def compile_template(template: str) -> Any:
 def tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter escapes HTML, which no chat template wants."""
+    """JSON without HTML escapes, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -161,7 +162,7 @@ def raise_exception(message: str) -> NoReturn:
 
 @lru_cache(maxsize=1)
 def generation_tag() -> Any:
-    """`{% generation %} … {% endgeneration %}`, which marks what an assistant writes and leaves the text as it is."""
+    """The tag `{% generation %} … {% endgeneration %}`, which marks what an assistant writes; the text is unchanged."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 

@@ -1,4 +1,4 @@
-"""What a row of seeds holds: its columns, which of them were read, and the text of each."""
+"""Access the columns of a row as text, and track which of them were read."""
 
 import math
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-# Columns of words about a row that are no part of its instruction or answer; a name of several words may be written
-# with _, - or blanks.
+# Names of columns with metadata, which are not part of an instruction or answer; they may also be written with _, - or
+# spaces between the words.
 METADATA_NAMES = (
     "id ids idx index uid uuid key hash sha name row rowid questionid promptid conversationid messageid parentid "
     "sourceid docid source sources dataset datasetname datasplit datasource origin provenance category categories "
@@ -17,12 +17,12 @@ METADATA_NAMES = (
     "rank label labels version weight length tokens tokencount numtokens numturns isclassification"
 )
 METADATA_COLUMNS = frozenset(METADATA_NAMES.split())
-TEXT_PART_TYPES = ("text", "input_text", "output_text")  # types of a message's parts that are text
+TEXT_PART_TYPES = ("text", "input_text", "output_text")  # types of the text parts of a message
 
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """A place in a source where no row could be read: what is wrong, in a few words and in full; the text there."""
+    """A place in a source where no row could be read: `kind` in a few words, the full message, and the text."""
 
     kind: str
     said: str
@@ -30,28 +30,28 @@ class UnreadableRow:
 
 
 class RowFault(ValueError):
-    """Why a row cannot be read: `kind` in words that all such rows share, `said` of this one, `fix` what to do."""
+    """Why a row cannot be read: `kind` is common to such rows, `said` is about this one, `fix` says what to do."""
 
     def __init__(self, kind: str, said: str = "", fix: str = "") -> None:
-        said = (said or kind).encode(errors="backslashreplace").decode()  # what it quotes may be half a surrogate pair
+        said = (said or kind).encode(errors="backslashreplace").decode()  # it may quote a lone surrogate
         super().__init__(said)
         self.kind, self.said, self.fix = kind, said, fix
 
 
 class NumberText(str):
-    """A number in JSON, as it is spelled there: 3.10 is not 3.1."""
+    """A number of a JSON text, as it is written there: 3.10 is not 3.1."""
 
     __slots__ = ()
 
 
 class DuplicateKeyObject(dict[str, Any]):
-    """A JSON object in which a key stands twice, so that one of its values would be lost."""
+    """A JSON object with a duplicate `key`, so that one of its values would be lost."""
 
     key = ""
 
 
 def build_json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON text; a Twice where a key stands in it twice."""
+    """The object_pairs_hook of JSON decoders: a dict, or a DuplicateKeyObject if a key occurs twice."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
@@ -61,13 +61,13 @@ def build_json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def refuse_duplicate_keys(value: Any) -> None:
-    """RowFault for an object in which a key stands twice."""
+    """RowFault for an object with a duplicate key."""
     if isinstance(value, DuplicateKeyObject):
         raise RowFault("a key stands twice in it", f"the key {value.key!r} stands twice in it")
 
 
 class Columns(dict[str, Any]):
-    """A row that remembers which of its columns were read, and what was left out of those that were."""
+    """A row that records which columns were read (`asked`) and what was dropped from them."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         super().__init__(row)
@@ -83,7 +83,7 @@ class Columns(dict[str, Any]):
         return super().__getitem__(name)
 
     def unread(self, seen: str) -> list[str]:
-        """What holds text and was not read: columns that are no metadata and say more than `seen`, and the dropped."""
+        """What was not read: columns with text that is not in `seen` and not metadata, and what was dropped."""
         names = [
             f"column {name!r}"
             for name, value in self.items()
@@ -93,12 +93,12 @@ class Columns(dict[str, Any]):
 
 
 def is_metadata_column(name: Any) -> bool:
-    """Whether a column's name says that it is about the row."""
+    """Whether a column's name is that of metadata."""
     return "".join(letter for letter in str(name).lower() if letter.isalnum()) in METADATA_COLUMNS
 
 
 def has_unseen_text(value: Any, seen: str) -> bool:
-    """Whether a value has text, however deep, that is not in `seen`; a text has at least one letter."""
+    """Whether a value contains text, at any depth, that is not in `seen`; a text has at least one letter."""
     left = [value]
     while left:
         item = left.pop()
@@ -109,9 +109,9 @@ def has_unseen_text(value: Any, seen: str) -> bool:
 
 
 def field_text(value: Any) -> str:
-    """A field as text: a string, a number as spelled, nothing, or OpenAI's list of parts; RowFault for anything else.
+    """A field as text: a string, a number as written, None, or OpenAI's list of parts; RowFault for anything else.
 
-    Blanks and line breaks at its end are taken off; indentation and empty lines at its beginning are kept.
+    White space at the end is removed; indentation and empty lines at the beginning are kept.
     """
     if isinstance(value, str):
         return str(value).rstrip()
@@ -129,18 +129,18 @@ def field_text(value: Any) -> str:
 
 
 def message_part_text(part: Mapping[str, Any]) -> str:
-    """The text of a message's part, blanks and all."""
+    """The text of a part of a message, with its white space."""
     text = part.get("text")
     return str(text) if isinstance(text, str) else field_text(text)
 
 
 def first_text(row: Mapping[str, Any], *names: str) -> str:
-    """The text of the first of several columns that has any; "" where none has."""
+    """The text of the first of several columns that has any; "" if none has."""
     return next((text for name in names if (text := field_text(row.get(name)))), "")
 
 
 def refuse_lone_surrogates(*texts: str) -> None:
-    r"""RowFault for JSON's `\ud83d` without its other half, which no file and no endpoint would take."""
+    r"""RowFault for a lone surrogate such as JSON's `\ud83d`, which no file and no endpoint accepts."""
     try:
         for text in texts:
             text.encode()

@@ -1,4 +1,4 @@
-"""Rows to examples: duplicates left out, a holdout set apart, drafts rejected that are near-duplicates or leak."""
+"""Turn rows into examples: remove duplicates, split off the holdout, and reject near-duplicate or leaking drafts."""
 
 import json
 import random
@@ -16,25 +16,14 @@ from tapir_local.method.curriculum import shares
 from tapir_local.method.prompts import TAG
 from tapir_local.records import Example, instruction_of
 
-__all__ = [
-    "Draft",
-    "Index",
-    "Seeds",
-    "count_tasks",
-    "read_seeds",
-    "screen",
-    "sorted_seeds",
-    "split_holdout",
-    "without_near",
-]
 NO_INSTRUCTION = "no instruction"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A new instruction or a seed, and why it was rejected: no reason means that it was kept.
+    """A new instruction or a seed, and why it was rejected; without a reason it was kept.
 
-    `near` is the id of the row that it resembles.
+    `near` is the id of the row that it is similar to.
     """
 
     example: Example
@@ -44,7 +33,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class FaultyRow:
-    """A row that cannot be read: its number in the table, why, and its text as JSON."""
+    """A row that cannot be read: its number in the table, the reason, and its text as JSON."""
 
     number: int
     fault: RowFault
@@ -53,9 +42,9 @@ class FaultyRow:
 
 @dataclass
 class ParsedSeeds:
-    """What a table's rows came to: examples, repetitions of an earlier prompt, and rows that cannot be read.
+    """The rows of a table: examples, duplicates of an earlier prompt, and rows that cannot be read.
 
-    `unread` counts by name the columns and turns whose text was not read.
+    `unread` counts, by name, the columns and turns whose text was not read.
     """
 
     table: Table
@@ -64,8 +53,8 @@ class ParsedSeeds:
     faulty: list[FaultyRow] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
-    def refuse(self, advice: str = "") -> None:
-        """TapirError with all rows of the first kind of fault, and more advice; nothing where there is no fault."""
+    def refuse(self) -> None:
+        """TapirError with the rows of the first kind of fault, if there is one."""
         if not self.faulty:
             return
         first = self.faulty[0].fault
@@ -83,10 +72,10 @@ class ParsedSeeds:
 
 
 def parse_seeds(table: Table, labels: Collection[str]) -> ParsedSeeds:
-    """The examples of a table, exact duplicates of an earlier row's prompt, and the rows that cannot be read.
+    """Parse the rows of a table into examples, exact duplicates of an earlier prompt, and unreadable rows.
 
-    Capitals and blanks make no difference between two prompts, but for those within quotation marks. `seed-00012` is
-    the table's twelfth row.
+    Prompts are compared without case and white space, except inside quotation marks. The table's twelfth row gets the
+    id `seed-00012`.
     """
     found, kept = ParsedSeeds(table), dict[Any, Example]()
     for serial, (number, row) in enumerate(table.rows, 1):
@@ -105,14 +94,14 @@ def parse_seeds(table: Table, labels: Collection[str]) -> ParsedSeeds:
 
 
 def require_seeds(table: Table, labels: Collection[str]) -> tuple[list[Example], list[Draft]]:
-    """The examples of a table, and the exact duplicates; TapirError with the lines of rows that cannot be read."""
+    """The examples and exact duplicates of a table; TapirError with the lines of unreadable rows."""
     found = parse_seeds(table, labels)
     found.refuse()
     return found.examples, found.duplicates
 
 
 def parse_example(id: str, row: Any, labels: Collection[str]) -> tuple[Example, list[str]]:
-    """A row as an example, and what of its text is not read; RowFault where it is none."""
+    """A row as an example, and the names of its unread texts; RowFault if it is not one."""
     prompt, completion, unread = parse_row(row)
     if not prompt:
         raise RowFault(NO_INSTRUCTION, fix=KNOWN_FORMATS)
@@ -121,7 +110,7 @@ def parse_example(id: str, row: Any, labels: Collection[str]) -> tuple[Example, 
 
 
 def check_label(label: Any, labels: Collection[str]) -> str:
-    """The label of a row, "" where it has none; RowFault where the recipe does not have it."""
+    """The label of a row, "" if it has none; RowFault if the recipe does not have it."""
     if label is None or label == "":
         return ""
     if not isinstance(label, str) or label not in labels:
@@ -131,7 +120,7 @@ def check_label(label: Any, labels: Collection[str]) -> str:
 
 
 def row_as_text(row: Any) -> str:
-    """A row as text, for people."""
+    """A row as JSON; the original text if it could not be parsed, "" if it cannot be written as JSON."""
     try:
         return row.text if isinstance(row, UnreadableRow) else json.dumps(row, default=str)
     except (ValueError, TypeError, RecursionError):
@@ -141,9 +130,9 @@ def row_as_text(row: Any) -> str:
 def remove_near_duplicates(
     examples: Sequence[Example], max_rouge: float | None, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Example], list[Draft]]:
-    """The examples that resemble no earlier one, and those that do; None: all of them.
+    """(examples that are not similar to an earlier one, those that are); all are kept if `max_rouge` is None.
 
-    `progress` is told now and then how many have been compared.
+    `progress` is called every 500 rows with the number of compared rows.
     """
     if max_rouge is None:
         return list(examples), []
@@ -161,7 +150,7 @@ def remove_near_duplicates(
 
 
 def split_holdout(examples: Sequence[Example], size: int, rng: random.Random) -> tuple[list[Example], list[Example]]:
-    """(holdout, seeds): `size` rows drawn at random, each task in proportion to its number, and the rest, in order."""
+    """(holdout, seeds): `size` random rows, with each task in proportion to its rows, and the rest; both in order."""
     by_task: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         by_task[example.task].append(example)
@@ -174,15 +163,15 @@ def split_holdout(examples: Sequence[Example], size: int, rng: random.Random) ->
 
 
 def screen_drafts(drafts: Iterable[Example], pool: DedupIndex, holdout: DedupIndex) -> list[Draft]:
-    """Keep or reject each draft in turn; a kept one is added to `pool`, so that later drafts may not resemble it."""
+    """Keep or reject each draft in turn; a kept one is added to `pool`, so that later drafts must differ from it."""
     return [screen_draft(draft, pool, holdout) for draft in drafts]
 
 
 def screen_draft(draft: Example, pool: DedupIndex, holdout: DedupIndex) -> Draft:
-    """Reject a draft that carries the prompt's own marks, resembles the holdout, or is a near-duplicate."""
+    """Reject a draft that contains tags of the prompt, is similar to the holdout, or is a near-duplicate."""
     if TAG.search(instruction_of(draft.prompt)):
         return Draft(draft, "carries the prompt's own marks")
-    if found := holdout.nearest(draft, anywhere=True):  # a leak, whatever conversation the row asks in
+    if found := holdout.nearest(draft, anywhere=True):  # a leak even if the turns before the question differ
         return Draft(draft, f"near the holdout: ROUGE-L {found[1]:.2f}", found[0])
     if found := pool.nearest(draft):
         return Draft(draft, f"near-duplicate: ROUGE-L {found[1]:.2f}", found[0])
@@ -191,5 +180,5 @@ def screen_draft(draft: Example, pool: DedupIndex, holdout: DedupIndex) -> Draft
 
 
 def count_tasks(examples: Iterable[Example]) -> dict[str, int]:
-    """Rows of each task, in the order of the tasks' names."""
+    """The number of rows per task, sorted by task."""
     return dict(sorted(Counter(example.task for example in examples).items()))

@@ -1,4 +1,4 @@
-"""Near-duplicates: the most similar instruction by ROUGE-L among many, found without comparing with all of them."""
+"""Find near-duplicates: the most similar instruction by ROUGE-L among many, without comparing with each of them."""
 
 from array import array
 from collections import defaultdict
@@ -23,74 +23,74 @@ from tapir_local.data.similarity import (
 from tapir_local.errors import TapirError
 from tapir_local.records import Example, Prompt
 
-MAX_DISTINCT_WORDS = 0x110000  # different words: one code point each
-ROUNDING_TOLERANCE = (
-    1e-9  # what rounding may take from a limit, far below the difference of two ROUGE-L of texts that exist
-)
-LONG_TEXT_WORDS = 1000  # words from which candidates are found by sketches
+MAX_DISTINCT_WORDS = 0x110000  # each distinct word is one code point
+ROUNDING_TOLERANCE = 1e-9  # far below the difference of two ROUGE-L values of real texts
+LONG_TEXT_WORDS = 1000  # candidates for longer texts are found by sketches
 
 
 class DedupIndex:
-    """Instructions among which the one most like another is found: by ROUGE-L of their words, and above a limit.
+    """An index of instructions that finds the most similar one by ROUGE-L of words, if it is above a limit.
 
-    ROUGE-L's F1 is 2*LCS/(m+n), m and n the numbers of words (Lin 2004, ROUGE: A Package for Automatic Evaluation of
-    Summaries). Texts of the same words are alike at any limit. Others above the limit are alike unless
+    ROUGE-L's F1 is 2*LCS/(m+n), where m and n are the numbers of words (Lin 2004, ROUGE: A Package for Automatic
+    Evaluation of Summaries). Texts with equal words are similar at any limit. Other texts above the limit are similar
+    unless
 
     - their numbers or quoted strings differ (`27 + 48` and `27 + 49` are two sums), or
-    - without the sentences and lines that both have, what is left of them is not alike: what they share is then a
-      preamble, or a document of which each asks another thing; or
-    - without the template of many rows, what is left of them is not alike (see `learn`).
+    - their rests differ after the sentences and lines that both contain are removed: the common part is then a
+      preamble, or a document about which each text asks a different question; or
+    - their rests differ after a template of many rows is removed (see `learn`).
 
-    What is found is what comparing with every row would find. It is found sooner because a common subsequence is at
-    most as long as what two texts share, word for word: for the limit to be passed at least `need` words must be
-    shared, so one of the rarest m - need + 1 is, and only the rows that have one of these are compared (prefix
-    filtering: Chaudhuri, Ganti, Kaushik 2006, A Primitive Operator for Similarity Joins). Of texts of more than LONG
-    words only those are compared that share enough of their sketches, an estimate.
+    The result is the same as from a comparison with every row. Most comparisons are avoided by prefix filtering
+    (Chaudhuri, Ganti, Kaushik 2006, A Primitive Operator for Similarity Joins): a common subsequence is at most as long
+    as the number of shared words, so a text above the limit shares at least `need` words, and therefore one of the
+    rarest m - need + 1. Only rows with one of these words are compared. For texts of more than LONG_TEXT_WORDS words,
+    the candidates are rows whose sketches overlap enough, which is an estimate.
 
-    What counts is the last turn, among rows with the same turns before it: a system message that all rows share would
-    make them alike, and `Go on.` asks for another thing in each conversation.
+    Only the last turn is compared, and only among rows with the same turns before it: a system message that all rows
+    share would make them similar, and `Go on.` asks something different in each conversation.
     """
 
     def __init__(self, max_rouge: float) -> None:
         self.max_rouge = max_rouge
         self.alphabet: dict[str, int] = {}
         self.ids: list[str] = []
-        self.texts: list[str] = []  # one character a word
-        self.written: list[str] = []  # as they were given
+        self.texts: list[str] = []  # one character per word
+        self.written: list[str] = []  # the original texts
         self.lengths = array("i")
         self.contexts: dict[Prompt, int] = {}
         self.context_of = array("i")
         self.literals: dict[tuple[str, ...], int] = {}
         self.literals_of = array("i")
         self.frames: dict[str, tuple[int, int]] = {}
-        self.lettered: dict[str, str] = {}  # the learned texts in letters
-        self.holders: dict[int, array[int]] = defaultdict(lambda: array("i"))  # of a token: places of texts with it
-        self.sketched: dict[int, array[int]] = defaultdict(lambda: array("i"))  # of a word triple: the same
-        # Texts of lengths in this ratio may just be alike.
+        self.lettered: dict[str, str] = {}  # the texts passed to `learn`, one character per word
+        # By token or by word triple, the positions of texts that contain it.
+        self.holders: dict[int, array[int]] = defaultdict(lambda: array("i"))
+        self.sketched: dict[int, array[int]] = defaultdict(lambda: array("i"))
+        # The smallest ratio of the lengths of two texts that can be above the limit.
         self.ratio = max(max_rouge, ROUNDING_TOLERANCE) / (2 - max(max_rouge, ROUNDING_TOLERANCE))
 
     def encode(self, text: str) -> list[int]:
-        """Each word as a number; a text without words is one word of its own."""
+        """Each word as a number; a text without words counts as one word."""
         alphabet = self.alphabet
         found = [alphabet.setdefault(word, len(alphabet)) for word in WORD_OR_SIGN.findall(text.lower()) or [""]]
         if len(alphabet) > MAX_DISTINCT_WORDS:
-            raise TapirError(f"more than {WORDS_AT_MOST:,} different words in the instructions")
+            raise TapirError(f"more than {MAX_DISTINCT_WORDS:,} different words in the instructions")
         return found
 
     def learn(self, examples: Iterable[Example]) -> None:
-        """Find the templates among examples: beginnings and endings that many of them have in common.
+        """Find templates: beginnings and endings that many examples share.
 
-        To be called once, before the first is added: what is found then does not depend on the order of the rows.
+        Call it once, before the first `add`, so that the result does not depend on the order of the rows.
         """
         self.lettered = {(text := row.prompt[-1].content): self.letters(text) for row in examples}
         self.frames = find_templates(list(self.lettered.values()))
 
     def letters(self, text: str) -> str:
-        """A text as one character a word."""
+        """A text as a string of one character per word."""
         return self.lettered.get(text) or "".join(map(chr, self.encode(text)))
 
     def add(self, example: Example) -> None:
-        """Make an example one that others may not resemble."""
+        """Add an example, so that later ones are compared with it."""
         text, place = example.prompt[-1].content, len(self.texts)
         letters = self.letters(text)
         words = list(map(ord, letters))
@@ -108,10 +108,10 @@ class DedupIndex:
                 self.sketched[triple].append(place)
 
     def nearest(self, example: Example, anywhere: bool = False) -> tuple[str, float] | None:
-        """The id of the most similar instruction, of several the first added, and its ROUGE-L, if they are alike.
+        """(id, ROUGE-L) of the most similar instruction, the first added if there are several; None if none is similar.
 
-        `anywhere` is for leaks: among all rows, whatever the turns before the last, and whatever the numbers and quoted
-        strings. To train on a held-out question with other numbers would flatter the student.
+        `anywhere` is for leaks: it ignores the turns before the last one and differences in numbers and quoted strings,
+        because training on a held-out question with other numbers would make the holdout score too high.
         """
         given, known = example.prompt[-1].content, extract_literals(example.prompt[-1].content)
         if not anywhere and (known not in self.literals or example.prompt[:-1] not in self.contexts):
@@ -124,19 +124,19 @@ class DedupIndex:
         found = process.extract(
             text,
             [self.texts[place] for place in places.tolist()],
-            scorer=Indel.normalized_similarity,  # the same as ROUGE-L, but for rounding
+            scorer=Indel.normalized_similarity,  # equals ROUGE-L except for rounding
             score_cutoff=max(0.0, self.max_rouge - ROUNDING_TOLERANCE),
             limit=None,
         )
         for _, similarity, number in found:
-            if score := self.alike(text, given, place := int(places[number]), similarity):
+            if score := self.confirmed_rouge(text, given, place := int(places[number]), similarity):
                 return self.ids[place], score
         return None
 
-    def alike(self, text: str, given: str, place: int, similarity: float) -> float:
-        """The ROUGE-L of a text and a row, if they are alike; else 0.
+    def confirmed_rouge(self, text: str, given: str, place: int, similarity: float) -> float:
+        """The exact ROUGE-L of a text and a row if they are similar, else 0.
 
-        `similarity` is the same number from rapidfuzz, which rounds more than once: the LCS's length follows from it.
+        `similarity` is the same value from rapidfuzz with rounding errors; the length of the LCS is computed from it.
         """
         other = self.texts[place]
         if text == other:
@@ -153,10 +153,10 @@ class DedupIndex:
         return 0.0 if differ else score
 
     def candidates(self, words: Sequence[int]) -> NDArray[np.int64]:
-        """The places of all texts that may pass the limit, and of few others, in order.
+        """The positions, in order, of all texts that can be above the limit, and of few others.
 
-        With the tokens sorted from rare to frequent, a text whose first shared token is the one at `rank` shares
-        m - rank at the most, and passes the limit t only if 2 * (m - rank) > t * (m + n).
+        The tokens are sorted from rare to frequent. A text whose first shared token is at `rank` shares at most
+        m - rank tokens, and is above the limit t only if 2 * (m - rank) > t * (m + n).
         """
         if len(words) > LONG_TEXT_WORDS:
             return self.long_candidates(words)
@@ -173,7 +173,7 @@ class DedupIndex:
         return np.flatnonzero(seen)
 
     def long_candidates(self, words: Sequence[int]) -> NDArray[np.int64]:
-        """The places of the texts that share enough of a long text's sketch, and are about as long, in order."""
+        """The positions, in order, of texts of similar length whose sketches overlap enough with a long text's."""
         triples = min_hash_sketch(words)
         held = [as_numpy(self.sketched[triple]) for triple in triples if triple in self.sketched]
         if not held:
@@ -187,7 +187,7 @@ class DedupIndex:
 
 
 def distinguish_repeats(words: Sequence[int]) -> list[int]:
-    """The words with the second, third, ... of the same word told apart: what two texts share is then a set."""
+    """Give the second, third, ... occurrence of a word its own number, so that two texts share a set of tokens."""
     counts: dict[int, int] = {}
     found = []
     for word in words:
@@ -198,5 +198,5 @@ def distinguish_repeats(words: Sequence[int]) -> list[int]:
 
 
 def as_numpy(values: "array[int]") -> NDArray[np.int32]:
-    """An array's values, not copied: while it is in use nothing can be appended to them."""
+    """An array's values without a copy; nothing can be appended to the array while the result is in use."""
     return np.frombuffer(values, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Seeds from where they lie: JSON, JSON lines, CSV, Parquet, lines of text, packed or not; datasets; the Hub."""
+"""Read seeds: JSON, JSON lines, CSV, Parquet and text files, compressed or not, saved datasets, and the Hub."""
 
 import re
 import tempfile
@@ -27,26 +27,26 @@ PARQUET_MAGIC = b"PAR1"
 
 
 def read_table(seeds: Seeds) -> Table:
-    """The rows that a recipe's seeds name, their columns by the names of seeds.columns.
+    """Read the rows of a recipe's seeds, with the columns renamed by seeds.columns.
 
-    TapirError where there are none, or they cannot be read.
+    TapirError if there are none, or they cannot be read.
     """
     path = seeds_path(seeds.path)
     if path is None:
         return rename_columns(read_hub(seeds.path, seeds.subset, seeds.split), column_mapping(seeds))
     if seeds.subset is not None:
         fix = "seeds.subset is for datasets on the Hub; leave it out."
-        raise TapirError(f"what lies on this machine has no subset {seeds.subset!r}", where=str(path), fix=fix)
+        raise TapirError(f"a local file or folder has no subset {seeds.subset!r}", where=str(path), fix=fix)
     return rename_columns(read_path(path, seeds.split), column_mapping(seeds))
 
 
 def column_mapping(seeds: Seeds) -> dict[str, str]:
-    """seeds.columns as a plain mapping."""
+    """seeds.columns as a plain dict."""
     return {str(name): column for name, column in seeds.columns.items()}
 
 
 def rename_columns(table: Table, columns: Mapping[str, str]) -> Table:
-    """The rows with the columns that `columns` names called as forms know them; TapirError where no row has one."""
+    """Rename the columns given by `columns` to the names that row formats use; TapirError if no row has one of them."""
     rows = [row for _, row in table.rows if isinstance(row, dict)]
     for name, column in columns.items():
         if not any(column in row for row in rows):
@@ -59,7 +59,7 @@ def rename_columns(table: Table, columns: Mapping[str, str]) -> Table:
 
 
 def rename_row_columns(row: Any, columns: Mapping[str, str]) -> Any:
-    """A row with its columns renamed; one of its own that has such a name keeps its value under another."""
+    """Rename a row's columns; a column that already has such a name is kept as `NAME (its own)`."""
     if not isinstance(row, dict):
         return row
     others = {name: value for name, value in row.items() if name not in columns.values()}
@@ -68,7 +68,7 @@ def rename_row_columns(row: Any, columns: Mapping[str, str]) -> Any:
 
 
 def read_path(path: Path, split: str | None = None) -> Table:
-    """The rows of a file, or of a folder that holds a dataset; `split` names one of a dataset's."""
+    """Read a file, or a folder with a dataset; `split` selects a split of a dataset."""
     if path.is_dir():
         return read_folder(path, split)
     if split is not None:
@@ -87,7 +87,7 @@ def read_path(path: Path, split: str | None = None) -> Table:
 
 
 def parse_text_file(text: str, path: Path) -> Table:
-    """The rows of a file of text: a table, JSON, or one instruction a line where its name ends in .txt."""
+    """Parse the text of a file: a table, JSON, or one instruction per line if its name ends in .txt."""
     where, name = str(path), re.sub(r"\.(gz|zst)$", "", path.name.lower())
     if name.endswith((".csv", ".tsv")):
         rows = list(parse_table_rows(text, where))
@@ -101,7 +101,7 @@ def parse_text_file(text: str, path: Path) -> Table:
 
 
 def read_parquet(path: Path) -> Table:
-    """The rows of a Parquet file."""
+    """Read a Parquet file."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -110,23 +110,25 @@ def read_parquet(path: Path) -> Table:
             rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
     except (pyarrow.ArrowException, OSError) as error:
         raise TapirError(
-            f"not a whole Parquet file: {first_line(error)}", where=str(path), fix="Copy or download it again."
+            f"not a complete Parquet file: {first_message_line(error)}",
+            where=str(path),
+            fix="Copy or download it again.",
         ) from error
     return number_rows(rows, str(path))
 
 
 def number_rows(rows: list[Any], where: str) -> Table:
-    """Rows of a source without lines, counted from 1."""
+    """A table of rows from a source without lines, numbered from 1."""
     return Table(where, require_rows(list(enumerate(rows, 1)), where, "row"), "row")
 
 
 def first_message_line(error: Exception) -> str:
-    """What an error says first."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_folder(path: Path, split: str | None) -> Table:
-    """A dataset that was saved by save_to_disk, or a folder of files such as a copy of the Hub's."""
+    """Read a dataset written by save_to_disk, or a folder of files such as a copy from the Hub."""
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     files = [] if saved or card_lists_files(path / "README.md") else data_files(path)
     if files:
@@ -134,8 +136,8 @@ def read_folder(path: Path, split: str | None) -> Table:
     with tempfile.TemporaryDirectory() as cache:
         with explain_dataset_errors(
             str(path),
-            "holds no dataset that can be read",
-            "Name a file, or a folder that datasets' save_to_disk wrote.",
+            "contains no readable dataset",
+            "Name a file, or a folder written by save_to_disk of the package datasets.",
         ):
             from datasets import load_dataset, load_from_disk
 
@@ -144,12 +146,12 @@ def read_folder(path: Path, split: str | None) -> Table:
 
 
 def card_lists_files(card: Path) -> bool:
-    """Whether a dataset's card says which files make which split."""
+    """Whether a dataset's card lists the files of each split."""
     return card.is_file() and re.search(r"(?m)^configs:", card.read_text("utf-8", errors="replace")) is not None
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files of a folder that hold rows; TapirError where it has a loading script or several formats."""
+    """The files of a folder that contain rows; TapirError if it has a loading script or several formats."""
     found = [
         file
         for file in sorted(path.rglob("*"))
@@ -159,7 +161,7 @@ def data_files(path: Path) -> list[Path]:
     found = found or [file for file in sorted(path.rglob("*.txt")) if file.is_file()]
     names = ", ".join(str(file.relative_to(path)) for file in found[:5]) + (" ..." if len(found) > 5 else "")
     if scripts := [file.name for file in sorted(path.glob("*.py"))]:
-        fix = f"Name one of its data files: {names}." if names else "Run it where it was written, and save the rows."
+        fix = f"Name one of its data files: {names}." if names else "Run it yourself, and save the rows to a file."
         raise TapirError(f"has a loading script ({scripts[0]}), which is not run", where=str(path), fix=fix)
     if len(forms := sorted({detect_file_format(file) for file in found})) > 1:
         fix = f"Name one of its files, or keep one format in the folder: {names}."
@@ -168,7 +170,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def detect_file_format(file: Path) -> str:
-    """`JSON`, `CSV`, `Parquet` or `text`, by a file's name; "" for a file without rows."""
+    """`JSON`, `CSV`, `Parquet` or `text`, from a file's name; "" for a file without rows."""
     if file.name == "dataset_infos.json":
         return ""
     found = re.search(r"\.(jsonl?|[ct]sv|parquet|txt)(\.gz|\.zst)?$", file.name.lower())
@@ -184,13 +186,13 @@ SPLIT_NAMES = {
 
 
 def split_in_path(file: Path) -> str:
-    """The split of a dataset that a file's path names, as `datasets` has it; `train` where it names none."""
+    """The split named in a file's path, by the rules of `datasets`; `train` if none is named."""
     words = re.split(r"[^a-z]+", str(file).lower())
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
 def read_files(path: Path, files: Sequence[Path], split: str | None) -> Table:
-    """The rows of a folder's files of one split, in the order of their names."""
+    """Read the files of one split of a folder, sorted by name."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(split_in_path(file.relative_to(path)), []).append(file)
@@ -203,11 +205,11 @@ def read_files(path: Path, files: Sequence[Path], split: str | None) -> Table:
 
 
 def read_hub(name: str, subset: str | None, split: str | None) -> Table:
-    """A dataset of the Hub; where the Hub cannot be reached, the copy that an earlier use left on this machine."""
+    """Read a dataset from the Hub, or its local copy from an earlier use if the Hub cannot be reached."""
     with explain_dataset_errors(
         name,
         "there is no such file or folder, and the Hub has no such dataset or cannot be reached",
-        "Download the dataset where there is a network, and name its file or folder in seeds.path.",
+        "Download the dataset on a machine with a network, and name its file or folder in seeds.path.",
     ):
         from datasets import load_dataset
 
@@ -218,7 +220,7 @@ def read_hub(name: str, subset: str | None, split: str | None) -> Table:
 
 @contextmanager
 def offline_if_unreachable(name: str) -> Iterator[None]:
-    """Offline, if one short question to the Hub is not answered: `datasets` would try for 25 seconds, and aloud."""
+    """Switch to offline mode if one short request to the Hub fails: `datasets` would retry for 25 s with messages."""
     from datasets import config
     from httpx import TransportError
     from huggingface_hub import HfApi, constants
@@ -237,12 +239,12 @@ def offline_if_unreachable(name: str) -> Iterator[None]:
 OTHER_DATASET_ERRORS = (
     RuntimeError,
     TypeError,
-)  # what `datasets` says to a loading script, and to rows of unlike types
+)  # raised by `datasets` for a loading script and for rows of different types
 
 
 @contextmanager
 def explain_dataset_errors(where: str, what: str, fix: str) -> Iterator[None]:
-    """What goes wrong in `datasets` as one TapirError, with the first line of its own; and no bars of its own."""
+    """Turn errors of `datasets` into a TapirError with their first line, and disable its progress bars."""
     import pyarrow
     from datasets.exceptions import DatasetsError
     from datasets.utils import disable_progress_bars
@@ -260,11 +262,11 @@ def explain_dataset_errors(where: str, what: str, fix: str) -> Iterator[None]:
         KeyError,
         *OTHER_DATASET_ERRORS,
     ) as error:
-        raise TapirError(f"{what}: {first_line(error)}", where=where, fix=fix) from error
+        raise TapirError(f"{what}: {first_message_line(error)}", where=where, fix=fix) from error
 
 
 def select_split(found: Any, split: str | None, where: str) -> Any:
-    """The named split of a dataset; of an unnamed one the only one, or `train`."""
+    """The given split of a dataset; by default the only one, or `train`."""
     if not isinstance(found, dict):
         if split in (None, str(found.split)):
             return found

@@ -1,4 +1,4 @@
-"""The forms in which instructions are handed around: a row of any of them becomes a prompt and a completion."""
+"""Parse rows of the common instruction formats into a prompt and a completion."""
 
 import json
 import re
@@ -27,9 +27,9 @@ PromptCompletion = tuple[Prompt, str]
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a source, each with its number: that of the line on which it starts, or its own, as `unit` says.
+    """The numbered rows of a source; `unit` says whether the number is that of the first line or of the row.
 
-    A row is an object, or Broken where the source could not be read. `notes` say what the reader did beyond reading.
+    A row is an object, or an UnreadableRow. `notes` are remarks of the reader for the user.
     """
 
     where: str
@@ -39,7 +39,7 @@ class Table:
 
     def at(self, *numbers: int, most: int = 5) -> str:
         """`seeds.json, line 3`, `seeds.json, lines 3, 7, 9, 12, 13 and 4 more`."""
-        return f"{self.where}, {lines(numbers, most, self.unit)}"
+        return f"{self.where}, {format_line_numbers(numbers, most, self.unit)}"
 
 
 def format_line_numbers(numbers: Sequence[int], most: int = 5, unit: str = "line") -> str:
@@ -49,13 +49,13 @@ def format_line_numbers(numbers: Sequence[int], most: int = 5, unit: str = "line
     return f"{unit}{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
-# What Alpaca's and self-instruct's makers wrote for an input or an output that there is not.
+# The texts that stand for a missing input or output in Alpaca and self-instruct.
 NO_INPUT = re.compile(r"\s*(<\s*no[ _-]?input\s*>|no ?input)\.?\s*", re.IGNORECASE)
 NO_OUTPUT = re.compile(r"\s*<\s*no[ _-]?output\s*>\.?\s*", re.IGNORECASE)
 
 
 def instruction_with_input(row: Columns, name: str) -> str:
-    """An instruction, and after an empty line the text to which it applies, unless the instruction has that in it."""
+    """An instruction, and after an empty line its input, unless the instruction contains the input."""
     asked = field_text(row[name])
     given = [text for column in ("input", "context") if (text := field_text(row.get(column)))]
     given = [text for text in given if not NO_INPUT.fullmatch(text) and text not in asked]
@@ -63,13 +63,13 @@ def instruction_with_input(row: Columns, name: str) -> str:
 
 
 def read_answer(row: Columns, *names: str) -> str:
-    """The text of the first of several columns that has any; a mark for "no output" is none."""
+    """The text of the first of several columns that has any; "" for a text that means "no output"."""
     text = first_text(row, *names)
     return "" if NO_OUTPUT.fullmatch(text) else text
 
 
 def leading_turns(row: Columns) -> list[tuple[str, Any]]:
-    """What stands before the question: a system message, and LLaMA-Factory's history, in pairs or in messages."""
+    """The turns before the question: a system message, and LLaMA-Factory's history as pairs or messages."""
     turns: list[tuple[str, Any]] = [("system", first_text(row, "system", "system_prompt", "system_message"))]
     for item in parse_messages(row.get("history")):
         if isinstance(item, dict):
@@ -82,13 +82,13 @@ def leading_turns(row: Columns) -> list[tuple[str, Any]]:
 
 
 def read_alpaca(row: Columns) -> PromptCompletion:
-    """instruction, input, output; Dolly's names for the latter two; LLaMA-Factory's system and history before them."""
+    """Read instruction, input and output, also by Dolly's names, with LLaMA-Factory's system and history."""
     prompt, _ = split_dialogue(row, [*leading_turns(row), ("user", instruction_with_input(row, "instruction"))])
     return prompt, read_answer(row, "output", "response")
 
 
 def read_self_instruct(row: Columns) -> PromptCompletion:
-    """instruction and a list of instances, of which the first is taken."""
+    """Read an instruction and the first of a list of instances."""
     instances = row["instances"]
     if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances[:1]):
         raise RowFault("instances is not a list of objects")
@@ -106,15 +106,15 @@ def read_self_instruct(row: Columns) -> PromptCompletion:
 
 
 def read_question_answer(row: Columns) -> PromptCompletion:
-    """question, and answer or response, as GSM8K and OpenOrca have them; a system prompt before them."""
+    """Read question and answer or response, as in GSM8K and OpenOrca, with a system prompt."""
     prompt, _ = split_dialogue(row, [*leading_turns(row), ("user", instruction_with_input(row, "question"))])
     return prompt, read_answer(row, "answer", "response")
 
 
 def read_mt_bench(row: Columns) -> PromptCompletion:
-    """question_id, category, turns: the first turn, and its reference answer where there is one.
+    """Read a question of MT-Bench (question_id, category, turns): the first turn, and its reference answer if any.
 
-    A second turn is about the answer to the first, so it asks nothing by itself.
+    A second turn refers to the answer to the first, so it cannot be used alone.
     """
     turns, reference = row["turns"], row.get("reference")
     if not isinstance(turns, list) or not turns or not isinstance(reference, list | str | None):
@@ -126,14 +126,14 @@ def read_mt_bench(row: Columns) -> PromptCompletion:
 
 
 def refuse_mt_bench_answers(row: Columns) -> PromptCompletion:
-    """question_id, choices: MT-Bench's answers, refused with what to do."""
+    """Refuse a row of MT-Bench's answers (question_id, choices), which has no question."""
     raise RowFault("answers without questions", "these are answers without their questions; name the file of questions")
 
 
 def read_prompt_completion(row: Columns) -> PromptCompletion:
-    """prompt and completion, each a string or a list of messages, as TRL has them; the completion may be absent.
+    """Read prompt and completion, each a string or a list of messages, as in TRL; the completion may be absent.
 
-    One blank before a completion is the mark of OpenAI's former fine-tuning format, not a part of the text.
+    One space before a completion is removed: OpenAI's former fine-tuning format required it.
     """
     given, reply = row["prompt"], row.get("completion")
     if isinstance(given, list):
@@ -154,12 +154,16 @@ CHAT_ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOL_ROLES = ("tool", "function", "observation", "ipython", "tool_call", "function_call", "tool_response")
-TOOL_CALL_KEYS = ("tool_calls", "function_call", "tool_call_id")  # keys of a turn that calls a tool, or answers for one
+TOOL_CALL_KEYS = (
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+)  # keys of a turn that calls a tool, or of a tool's answer
 CONTENT_KEYS = ("content", "value", "text")
 
 
 def conversation_reader(name: str) -> Callable[[Columns], PromptCompletion]:
-    """The reader of rows whose column `name` holds messages of `role` and `content`, or ShareGPT's `from`, `value`."""
+    """A reader of rows whose column `name` holds messages (`role`, `content`), or ShareGPT's (`from`, `value`)."""
 
     def read(row: Columns) -> PromptCompletion:
         return split_dialogue(
@@ -170,7 +174,7 @@ def conversation_reader(name: str) -> Callable[[Columns], PromptCompletion]:
 
 
 def parse_messages(turns: Any) -> list[Any]:
-    """A list of messages, or the JSON of one; None is an empty list. RowFault where it is anything else."""
+    """A list of messages, also from its JSON; None is an empty list. RowFault for anything else."""
     if isinstance(turns, str) and turns.strip():
         try:
             turns = json.loads(turns, object_pairs_hook=build_json_object)
@@ -185,7 +189,7 @@ def parse_messages(turns: Any) -> list[Any]:
 
 
 def parse_turn(row: Columns, turn: Any) -> tuple[str, Any]:
-    """Who speaks in a turn, and what; RowFault where it is neither user, assistant nor system, or calls a tool."""
+    """(role, content) of a turn; RowFault if the role is not user, assistant or system, or the turn calls a tool."""
     if not isinstance(turn, dict):
         raise RowFault("the conversation is not a list of objects")
     refuse_duplicate_keys(turn)
@@ -195,7 +199,7 @@ def parse_turn(row: Columns, turn: Any) -> tuple[str, Any]:
         raise RowFault("a turn that calls a tool", f"a turn by {role!r} calls a tool")
     if not known:
         tool = isinstance(role, str) and role.lower().replace("-", "_").startswith(TOOL_ROLES)
-        said = f"a turn is by {role!r}; known are {', '.join(ROLES)}"
+        said = f"a turn is by {role!r}; known are {', '.join(CHAT_ROLES)}"
         raise RowFault("a turn by a tool" if tool else "a turn by an unknown speaker", said)
     name = next((name for name in CONTENT_KEYS if turn.get(name) is not None), "content")
     value = turn.get(name)
@@ -209,11 +213,11 @@ def parse_turn(row: Columns, turn: Any) -> tuple[str, Any]:
 
 
 def split_dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> PromptCompletion:
-    """Turns up to the last user's as prompt, the assistant's after it as completion; ((), "") where no user speaks.
+    """Split turns into a prompt, up to the last user turn, and a completion; ((), "") if there is no user turn.
 
-    Several turns of the assistant after the last user's are one answer, an empty line between them. Empty system turns
-    are left out, and what an assistant says before any user: chat templates refuse such a beginning, and FastChat,
-    ShareGPT's first reader, skips it too.
+    Several assistant turns after the last user turn are joined with an empty line. Empty system turns are dropped.
+    Assistant turns before the first user turn are dropped too: chat templates refuse them, and FastChat, ShareGPT's
+    first reader, skips them.
     """
     said = [Message(role, text) for role, value in turns if (text := field_text(value)) or role != "system"]
     users = [number for number, turn in enumerate(said) if turn.role == "user"]
@@ -231,14 +235,14 @@ def split_dialogue(row: Columns, turns: Sequence[tuple[str, Any]]) -> PromptComp
 
 
 class RowFormat(NamedTuple):
-    """How rows with certain keys are read; `about` is how people know the form, "" where it is not to be named."""
+    """A row format: the keys it needs, its reader, and a description for messages ("" to leave it out)."""
 
     keys: tuple[str, ...]
     read: Callable[[Columns], PromptCompletion]
     about: str = ""
 
 
-# The first form whose keys a row has reads it.
+# The first format whose keys a row has is used.
 ROW_FORMATS = (
     RowFormat(("instruction", "instances"), read_self_instruct, "self-instruct seed tasks (instruction, instances)"),
     RowFormat(
@@ -256,19 +260,19 @@ ROW_FORMATS = (
     RowFormat(("question", "response"), read_question_answer),
 )
 KNOWN_FORMATS = (
-    "Known forms: " + "; ".join(form.about for form in ROW_FORMATS if form.about) + ". For columns of other names set "
+    "Known formats: " + "; ".join(form.about for form in ROW_FORMATS if form.about) + ". For other column names set "
     "seeds.columns, as in {instruction: frage, output: antwort}."
 )
 
 
 def find_row_format(row: Mapping[str, Any]) -> RowFormat | None:
-    """The first form for whose keys a row has values, else the first whose keys it has, else None."""
+    """The first format whose keys all have values in a row, else the first whose keys it has, else None."""
     filled = (form for form in ROW_FORMATS if all(row.get(key) is not None for key in form.keys))
     return next(filled, None) or next((form for form in ROW_FORMATS if all(key in row for key in form.keys)), None)
 
 
 class ParsedRow(NamedTuple):
-    """What a row says; `unread` names what of its text was not read."""
+    """The prompt and completion of a row; `unread` names columns and turns whose text was not read."""
 
     prompt: Prompt
     completion: str
@@ -276,7 +280,7 @@ class ParsedRow(NamedTuple):
 
 
 def parse_row(row: Any) -> ParsedRow:
-    """A row of any form; RowFault where it cannot be read. The prompt of a row without an instruction is ()."""
+    """Parse a row of any format; RowFault if it cannot be read. The prompt of a row without an instruction is ()."""
     if isinstance(row, UnreadableRow):
         raise RowFault(row.kind, row.said)
     if not isinstance(row, Mapping):
@@ -285,7 +289,7 @@ def parse_row(row: Any) -> ParsedRow:
     form = find_row_format(row)
     if form is None:
         keys = ", ".join(map(str, row)) or "none"
-        raise RowFault("no known form", f"a row of no known form; its keys: {keys}", KNOWN_FORMATS)
+        raise RowFault("no known form", f"a row of no known format; its keys: {keys}", KNOWN_FORMATS)
     columns = Columns(row)
     try:
         prompt, completion = form.read(columns)
@@ -299,14 +303,14 @@ def parse_row(row: Any) -> ParsedRow:
 
 
 def join_texts(prompt: Prompt, completion: str) -> str:
-    """All that was read of a row."""
+    """The texts of a prompt and a completion, joined by line breaks."""
     return "\n".join([*(turn.content for turn in prompt), completion])
 
 
 def require_row(row: Any, where: str) -> PromptCompletion:
-    """The prompt and the completion of one row, whatever its form; ((), "") where its instruction is empty.
+    """Parse a row of any format into (prompt, completion); ((), "") if its instruction is empty.
 
-    TapirError with the row's keys where it has no known form, or with what is wrong where it cannot be read.
+    TapirError with the row's keys if its format is unknown, or with the reason if it cannot be read.
     """
     try:
         return parse_row(row)[:2]

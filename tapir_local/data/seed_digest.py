@@ -1,4 +1,4 @@
-"""Where a run's seeds came from, kept with the run: a file that was edited since is refused, not passed over."""
+"""Record a digest of the seeds in a run, and refuse to continue the run if the seeds were edited."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe, Seeds
 from tapir_local.rundir import RunDir, sha256, write_json
 
-SeedDigest = Mapping[str, Any]  # path, bytes, sha256; of a folder the files too, of the Hub the revision
+SeedDigest = Mapping[str, Any]  # path, bytes, sha256; for a folder also files; for the Hub path and revision
 
 
 def digest_seeds(seeds: Seeds) -> SeedDigest:
-    """What identifies the seeds: a file's size and SHA-256, a folder's of every file, a Hub dataset's revision."""
+    """The digest of the seeds: size and SHA-256 of a file or of each file of a folder, or the revision on the Hub."""
     path = seeds_path(seeds.path)
     if path is None:
         return {"path": seeds.path, "revision": hub_revision(seeds.path)}
@@ -26,36 +26,31 @@ def digest_seeds(seeds: Seeds) -> SeedDigest:
 
 
 def digest_path(path: Path, named: str) -> SeedDigest:
-    """What identifies a file or a folder."""
+    """The digest of a file or a folder; `named` is the path as the recipe writes it."""
     if path.is_file():
         return {"path": named, "bytes": path.stat().st_size, "sha256": sha256(path)}
-    describe_changed_files = {
+    files = {
         str(file.relative_to(path)): size_and_digest(file)
         for file in sorted(path.rglob("*"))
         if is_data_file(file, path)
     }
-    whole = hashlib.sha256(repr(sorted(describe_changed_files.items())).encode()).hexdigest()
-    return {
-        "path": named,
-        "bytes": sum(size for size, _ in describe_changed_files.values()),
-        "sha256": whole,
-        "files": describe_changed_files,
-    }
+    whole = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    return {"path": named, "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
 
 
 def is_data_file(file: Path, folder: Path) -> bool:
-    """Whether a folder's file is part of the data: not hidden, and no lock or cache of `datasets`."""
+    """Whether a file of a folder is part of the data: not hidden, and not a lock or cache of `datasets`."""
     parts = file.relative_to(folder).parts
     return file.is_file() and not any(part.startswith((".", "cache-")) or part.endswith(".lock") for part in parts)
 
 
 def size_and_digest(file: Path) -> list[Any]:
-    """A file's size and SHA-256."""
+    """[size in bytes, SHA-256] of a file."""
     return [file.stat().st_size, sha256(file)]
 
 
 def hub_revision(name: str) -> str:
-    """The commit of a dataset on the Hub; "" where the Hub cannot be reached."""
+    """The commit of a dataset on the Hub; "" if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -66,15 +61,15 @@ def hub_revision(name: str) -> str:
 
 
 def record_seed_digest(run: RunDir, source: SeedDigest, rows: int) -> None:
-    """Write into run.json what a run's seeds were."""
+    """Write the digest and number of the seeds to run.json."""
     write_json(run.path / "run.json", {**run.record(), "seeds": {**source, "rows": rows}})
 
 
 def accept_moved_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
-    """The new recipe with the old one's path where the file at the new path is the one that the run read.
+    """The new recipe; if its seeds are the file that the run has read, at another path, with the old path.
 
-    TapirError where the file at the old path is not. A file that is no longer there cannot be compared, and a run that
-    has read it needs it no more; nor are datasets of the Hub asked for again.
+    TapirError if the file at the old path was edited. A file that no longer exists is not compared, because the run has
+    read it already. Datasets on the Hub are not checked.
     """
     kept = run.record().get("seeds")
     if not kept or "sha256" not in kept:
@@ -89,7 +84,7 @@ def accept_moved_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
 
 
 def seeds_exist(seeds: Seeds) -> bool:
-    """Whether the seeds lie on this machine."""
+    """Whether the seeds exist on this machine."""
     try:
         return seeds_path(seeds.path) is not None
     except TapirError:
@@ -97,23 +92,24 @@ def seeds_exist(seeds: Seeds) -> bool:
 
 
 def refuse_edited_seeds(run: RunDir, kept: SeedDigest, found: SeedDigest, seeds: Seeds) -> None:
-    """TapirError with what the seeds were and are."""
+    """TapirError with the digests of the seeds before and now."""
     try:
         rows = f", {len(read_table(seeds).rows):,} rows"
     except TapirError:
         rows = ", which cannot be read"
     was = f"{kept['bytes']:,} bytes, {kept['rows']:,} rows, SHA-256 {kept['sha256'][:12]}"
     now = f"{found['bytes']:,} bytes{rows}, SHA-256 {found['sha256'][:12]}"
+    changed = describe_changed_files(kept, found)
     raise TapirError(
-        f"the seeds were edited since run {run.name!r} read them: then {was}; now {now}{files(kept, found)}",
+        f"the seeds were edited since run {run.name!r} read them: then {was}; now {now}{changed}",
         where=str(found["path"]),
-        fix="Name a new run with --name: calls that are the same are in the store and cost nothing. Or put back the "
-        "seeds as they were.",
+        fix="Start a new run with --name: calls that are the same are in the store and cost nothing. Or restore the "
+        "seeds.",
     )
 
 
 def describe_changed_files(kept: SeedDigest, found: SeedDigest, most: int = 5) -> str:
-    """Which files of a folder changed, came or went."""
+    """Name the files of a folder that were changed, added or removed; "" if there are none."""
     old, new = dict(kept.get("files", {})), dict(found.get("files", {}))
     names = sorted(name for name in old | new if list(old.get(name, ())) != list(new.get(name, ())))
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -1,4 +1,4 @@
-"""When two instructions are alike: ROUGE-L of their words, and what a share of common words does not show."""
+"""Measure the similarity of two instructions: ROUGE-L, literals, common segments, templates and sketches."""
 
 import re
 from collections import Counter
@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
-# Han and kana are written without spaces, so each of their characters is a word, as BERT's tokenizer has it.
+# Han and kana are written without spaces, so each character counts as a word, as in BERT's tokenizer.
 UNSPACED_SCRIPTS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD_OR_SIGN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+WORD_OR_SIGN = re.compile(rf"[{UNSPACED_SCRIPTS}]|[^\W{UNSPACED_SCRIPTS}]+|[^\w\s]")
 
 QUOTED_TEXT = (
     r"```.*?```|`[^`\n]+`|\"[^\"\n]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|「[^」]*」|『[^』]*』"
@@ -19,27 +19,28 @@ QUOTED_TEXT = (
 )
 OPERATOR_SIGN = r"(?<=[\d)])\s*[-+*/×÷^=<>·−]\s*(?=[\d(])"  # noqa: RUF001
 NUMBER_LITERAL = (
-    rf"(?:(?<![\w)])[-−])?(?<![^\W{UNSPACED}])\d+(?:[.,:/]\d+)*(?:\s?%)?|[²³¹¼-¾⅐-↉零〇一二两三四五六七八九十百千万]"  # noqa: RUF001
+    rf"(?:(?<![\w)])[-−])?(?<![^\W{UNSPACED_SCRIPTS}])\d+(?:[.,:/]\d+)*(?:\s?%)?"  # noqa: RUF001
+    "|[²³¹¼-¾⅐-↉零〇一二两三四五六七八九十百千万]"
 )
-LITERAL_PATTERN = re.compile(f"{QUOTED}|{SIGN}|{NUMBER}", re.DOTALL)
+LITERAL_PATTERN = re.compile(f"{QUOTED_TEXT}|{OPERATOR_SIGN}|{NUMBER_LITERAL}", re.DOTALL)
 QUOTATION_MARKS = "\"'`“”„«»「」『』‘’ \n"  # noqa: RUF001
 
 SEGMENT_BOUNDARY = re.compile(r"\s*\n\s*|(?<=[.!?:;。！？])\s+|(?<=[。！？])")  # noqa: RUF001
 
-MIN_TEMPLATE_ROWS = 10  # rows that share a beginning or an ending, from which it counts as a template's
-MIN_TEMPLATE_WORDS = 8  # words of a template at least: the first few words of many instructions are the same
+MIN_TEMPLATE_ROWS = 10  # so many rows must share a beginning or an ending for it to be a template
+MIN_TEMPLATE_WORDS = 8  # the first few words of many instructions are equal without a template
 
 SHINGLE_WORDS = 3  # words
-SKETCH_SIZE = 256  # shingles that stand for a long text
+SKETCH_SIZE = 256  # shingles that represent a long text
 
 
-@lru_cache(maxsize=4)  # of a text that is compared and then added
+@lru_cache(maxsize=4)  # a text is compared and then added
 def extract_literals(text: str) -> tuple[str, ...]:
     """The numbers, signs between numbers, and quoted strings of a text, in order.
 
-    Two texts in which these differ ask for different things, however many words they share. A quoted string is one
-    literal, without its quotation marks and with its capitals. Digits within a word (`word12`) and numbers in words
-    (`five`) are words like others.
+    Two texts with different literals ask different questions, even if most of their words are equal. A quoted string
+    is one literal, without its quotation marks and with its case. Digits inside a word (`word12`) and number words
+    (`five`) are ordinary words.
     """
     return tuple(
         part.strip(QUOTATION_MARKS) if is_quoted_literal(part) else part.strip().lower()
@@ -53,18 +54,18 @@ def is_quoted_literal(part: str) -> bool:
 
 
 def split_segments(text: str) -> list[str]:
-    """A text cut into lines, sentences and headings that end in a colon."""
+    """Split a text into lines, sentences and headings that end in a colon."""
     return [piece for piece in SEGMENT_BOUNDARY.split(text) if piece and not piece.isspace()]
 
 
 def remove_common_segments(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
-    """What is left of two texts without the pieces that both have."""
+    """Remove the segments that two texts have in common from both."""
     shared = Counter(first) & Counter(second)
     return remove_shared(first, shared), remove_shared(second, shared)
 
 
 def remove_shared(parts: Sequence[str], shared: Counter[str]) -> str:
-    """The parts that are not among the shared ones, one after another; each shared one is taken off once."""
+    """Join the segments except the shared ones; each of these is removed as often as `shared` counts it."""
     left, found = Counter(shared), list[str]()
     for part in parts:
         if left[part] > 0:
@@ -75,14 +76,14 @@ def remove_shared(parts: Sequence[str], shared: Counter[str]) -> str:
 
 
 def rouge_l(first: str, second: str) -> float:
-    """F1 of the longest common subsequence of two texts of one character a word."""
+    """ROUGE-L's F1 of two texts with one character per word."""
     return 2 * int(LCSseq.similarity(first, second)) / (len(first) + len(second))
 
 
 def remove_template(first: str, second: str, frame: tuple[int, int]) -> tuple[str, str]:
-    """Two texts without the beginning and the ending that both share, as far as `frame` says that many rows do.
+    """Remove the beginning and the ending that two texts share, up to the lengths in `frame`.
 
-    Both as they are where that is less than FRAME_WORDS.
+    The texts are not changed if fewer than MIN_TEMPLATE_WORDS would be removed.
     """
     begins = min(shared_prefix_length(first, second), frame[0])
     one, other = first[begins:], second[begins:]
@@ -93,7 +94,7 @@ def remove_template(first: str, second: str, frame: tuple[int, int]) -> tuple[st
 
 
 def shared_prefix_length(first: str, second: str) -> int:
-    """The length of the beginning that two texts share."""
+    """The length of the common prefix of two texts."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -105,9 +106,9 @@ def shared_prefix_length(first: str, second: str) -> int:
 
 
 def find_templates(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """By text the lengths of the longest beginning and ending that FRAME_ROWS different texts share with it.
+    """By text, the lengths of the longest beginning and ending that MIN_TEMPLATE_ROWS different texts share.
 
-    Only texts that have a beginning or an ending of FRAME_WORDS are named.
+    Texts where these are shorter than MIN_TEMPLATE_WORDS together are not in the result.
     """
     different = list(dict.fromkeys(texts))
     begins = shared_prefix_lengths(different)
@@ -117,9 +118,9 @@ def find_templates(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def shared_prefix_lengths(texts: Sequence[str]) -> list[int]:
-    """By text the length of the longest beginning that FRAME_ROWS of the texts have, this one among them.
+    """For each text, the length of the longest prefix that it shares with MIN_TEMPLATE_ROWS - 1 others.
 
-    In alphabetical order these are neighbours, and what the first and the last of them share all share.
+    In sorted order these texts are neighbors, and the common prefix of the first and the last is common to all.
     """
     order, found = sorted(range(len(texts)), key=texts.__getitem__), [0] * len(texts)
     for start in range(len(texts) - MIN_TEMPLATE_ROWS + 1):
@@ -131,10 +132,10 @@ def shared_prefix_lengths(texts: Sequence[str]) -> list[int]:
 
 
 def min_hash_sketch(words: Sequence[int]) -> list[int]:
-    """SKETCH of the word triples of a text, those whose hashes are least: of like texts mostly the same ones.
+    """The SKETCH_SIZE smallest hashes of the word triples of a text; similar texts have mostly the same ones.
 
-    The share of a sketch that another has too estimates the share of the text's triples that are in the other text
-    (Broder 1997, On the resemblance and containment of documents).
+    The overlap of two sketches estimates the share of triples that two texts have in common (Broder 1997, On the
+    resemblance and containment of documents).
     """
     values: NDArray[np.uint64] = np.asarray(words, dtype=np.uint64)
     count = len(values) - SHINGLE_WORDS + 1
@@ -146,8 +147,8 @@ def min_hash_sketch(words: Sequence[int]) -> list[int]:
 
 
 def min_sketch_overlap(limit: float) -> float:
-    """The share of a sketch that a text of a ROUGE-L above `limit` has in common with it, with a wide margin.
+    """The smallest sketch overlap required of a text with a ROUGE-L above `limit`, with a wide margin.
 
-    A triple survives where its words do: limit**3 of them where the changes lie anywhere, of which 0.7 are asked for.
+    A triple is kept if its three words are: a share of limit**3 if changes are random. 0.7 of that is required.
     """
     return 0.7 * limit**SHINGLE_WORDS

@@ -1,8 +1,9 @@
-"""Rows that quote special tokens: guarded before they are rendered, so that only the template's own marks count.
+"""Escape special tokens that rows quote, so that only those written by the chat template are read as special.
 
-A guarded text has GUARD after the first letter of every mark that a row quotes. Templates trim, split and join it as
-they would the plain text, and no tokenizer finds the mark in it. `ids_of` and `tokens.encode` are the two places that
-turn a rendered text into token ids; both take GUARD out again and read marks only where none was.
+`guard_text` inserts GUARD after the first character of every special token in a row's text. Templates trim, split and
+join a guarded text like the original, and no tokenizer finds a special token in it. Two functions turn a rendered text
+into token ids, `tokenize_rendered` here and `encode` in inference/tokens.py; both remove GUARD and read a guarded token
+as plain text.
 """
 
 import json
@@ -15,10 +16,10 @@ from typing import Any
 from tapir_local.data.chat_template import render_student_prompt, render_training_text
 from tapir_local.records import Message, Prompt
 
-GUARD = "\ufdd0"  # a noncharacter: Unicode keeps it for a program's own use; doubled, it stands for itself
-PRIVATE_USE_CODES = range(0x10_0000, 0x10FFFE)  # of private use, for `renamed`
-# llama.cpp (src/llama-vocab.cpp, October 2026) makes control tokens of these whatever their type says, and ordinary
-# ones of those in UNCONTROLLED.
+GUARD = "\ufdd0"  # a noncharacter, for internal use by programs (Unicode); two of them stand for one in the text
+PRIVATE_USE_CODES = range(0x10_0000, 0x10FFFE)  # private use characters, for `rename_special_tokens`
+# llama.cpp (src/llama-vocab.cpp, October 2026) treats these as control tokens whatever their type is, and those in
+# ORDINARY_TOKENS as ordinary ones.
 LLAMA_CPP_CONTROL_TOKENS = """
 <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
 <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> [e~[
@@ -36,9 +37,9 @@ ORDINARY_TOKENS = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|const
 
 @dataclass(frozen=True)
 class SpecialTokenSet:
-    """The special tokens of a tokenizer: their ids by text, and what finds the longest one at a place.
+    """The special tokens of a tokenizer: their ids by text, and a pattern that matches the longest one at a position.
 
-    A special token of one letter is no mark: rows could not hold that letter without it.
+    Special tokens of one character are not included, because rows may need that character.
     """
 
     ids: Mapping[str, int]
@@ -46,18 +47,18 @@ class SpecialTokenSet:
 
 
 def is_special_token(text: str, special: bool) -> bool:
-    """Whether an added token is read as a special one by llama.cpp; the same is asked of transformers' tokens."""
+    """Whether llama.cpp treats an added token as special; the same rule is used for tokenizers of transformers."""
     return (special or text in CONTROL_TOKENS) and text not in ORDINARY_TOKENS
 
 
 def make_special_tokens(ids: Mapping[str, int]) -> SpecialTokenSet:
-    """Marks of special tokens with these ids."""
+    """Build a SpecialTokenSet from ids by text."""
     known = {text: number for text, number in ids.items() if len(text) > 1}
     return SpecialTokenSet(known, re.compile(longest_match_pattern(known) if known else r"(?!)"))
 
 
 def longest_match_pattern(texts: Iterable[str]) -> str:
-    """A regular expression that matches the longest of some texts; by their letters, for there may be thousands."""
+    """A regular expression that matches the longest of some texts, as a trie, because there may be thousands."""
     tails: dict[str, list[str]] = {}
     for text in texts:
         tails.setdefault(text[:1], []).append(text[1:])
@@ -68,25 +69,25 @@ def longest_match_pattern(texts: Iterable[str]) -> str:
 
 
 def guard_text(text: str, known: SpecialTokenSet) -> str:
-    """The text with GUARD in every mark that it quotes: it has none any more."""
+    """Insert GUARD into every special token in a text, so that none is left."""
     text = text.replace(GUARD, GUARD + GUARD)
-    while known.pattern.search(text):  # a mark may begin within another
+    while known.pattern.search(text):  # a token may begin inside another
         text = known.pattern.sub(lambda found: found[0][0] + GUARD + found[0][1:], text)
     return text
 
 
 def guard_messages(prompt: Sequence[Message], known: SpecialTokenSet) -> Prompt:
-    """A conversation with all its words guarded."""
+    """Guard the content of every message."""
     return tuple(Message(turn.role, guard_text(turn.content, known)) for turn in prompt)
 
 
 def unguard_text(text: str) -> str:
-    """The text that was guarded."""
+    """The inverse of `guard_text`."""
     return re.sub(f"{GUARD}({GUARD}?)", r"\1", text)
 
 
 def split_at_special_tokens(text: str, known: SpecialTokenSet) -> Iterator[tuple[str, int | None]]:
-    """A text in order: (text without a mark, None), which may be empty, and (mark, its id) in turn."""
+    """Split a text: yields (text without special tokens, None), which may be empty, and (token, id) alternately."""
     start = 0
     for found in known.pattern.finditer(text):
         yield text[start : found.start()], None
@@ -97,36 +98,36 @@ def split_at_special_tokens(text: str, known: SpecialTokenSet) -> Iterator[tuple
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How conversations become text: a chat template, the texts that it may write by name, and the tokenizer's marks.
+    """How to render conversations: a chat template, the texts of BOS and EOS, and the tokenizer's special tokens.
 
-    Training and inference both render by it, so that neither reads a special token out of a row's own words. `stops`
-    are the texts of which one must end an answer; any text will do where there are none.
+    Training and inference both use it, so neither reads a special token from the text of a row. `stops` are the texts
+    of tokens that may end an answer; if there are none, any text may.
     """
 
     template: str
     bos: str
     eos: str
-    make_special_tokens: SpecialTokenSet
+    special_tokens: SpecialTokenSet
     stops: tuple[str, ...] = ()
 
     def asked(self, prompt: Sequence[Message]) -> str:
-        """A prompt as a student is asked it, guarded; TapirError as from template.asked_text."""
+        """Render a prompt for the student, guarded; TapirError as from `render_student_prompt`."""
         return render_student_prompt(
-            self.template, guard_messages(prompt, self.marks), bos_token=self.bos, eos_token=self.eos
+            self.template, guard_messages(prompt, self.special_tokens), bos_token=self.bos, eos_token=self.eos
         )
 
     def answered(self, prompt: Sequence[Message], completion: str) -> tuple[str, str]:
-        """The prompt, and what a student ought to write, both guarded; TapirError as from template.training_text."""
-        turns, words = guard_messages(prompt, self.marks), guard_text(completion, self.marks)
+        """Render a training row as (prompt, answer), guarded; TapirError as from `render_training_text`."""
+        turns, words = guard_messages(prompt, self.special_tokens), guard_text(completion, self.special_tokens)
         return render_training_text(
             self.template, turns, words, bos_token=self.bos, eos_token=self.eos, stops=self.stops
         )
 
 
 def find_turn_end(added: Iterable[str], template: str, bos: str, eos: str) -> str | None:
-    """The added token that the template ends an answer with; None where it ends it with none.
+    """The added token with which the template ends an answer; None if it uses none.
 
-    TapirError where the template ends no answer at all.
+    TapirError if the template does not end an answer at all.
     """
     probe = "so be it"
     whole = render_training_text(template, (Message("user", "probe"),), probe, bos_token=bos, eos_token=eos)
@@ -134,15 +135,15 @@ def find_turn_end(added: Iterable[str], template: str, bos: str, eos: str) -> st
     return min((text for text in added if text in tail), key=lambda text: (tail.index(text), -len(text)), default=None)
 
 
-# --- transformers' side; llama.cpp's is in tokens.py
+# --- for tokenizers of transformers; inference/tokens.py does the same for llama.cpp
 
 
-@lru_cache(maxsize=4)  # by the tokenizer's identity: nobody adds tokens to one that is in use
+@lru_cache(maxsize=4)  # by the tokenizer's identity: no code adds tokens to a tokenizer in use
 def special_tokens_of(tokenizer: Any) -> SpecialTokenSet:
-    """The marks of a tokenizer of transformers: its special tokens, those it names, and the one that ends a turn.
+    """The special tokens of a tokenizer of transformers: those marked special, BOS, EOS etc., and the end of a turn.
 
-    The export makes control tokens of the same ones. Of the vocabulary's plain tokens those are marks that llama.cpp
-    reads in any text all the same, as Qwen's `</s>`: guarded, they stay plain text there too.
+    The export writes the same ones as control tokens. Ordinary tokens of the vocabulary that llama.cpp reads as control
+    tokens, such as Qwen's `</s>`, are included too, so that they are guarded and stay plain text there.
     """
     added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     names = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
@@ -170,7 +171,7 @@ def stop_texts_of(tokenizer: Any) -> tuple[str, ...]:
 
 
 def tokenize_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each rendered text, none added: the template has written the special ones."""
+    """The token ids of rendered texts; none are added, because the template has written the special ones."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     quoting = [number for number, text in enumerate(texts) if GUARD in text]
     found = tokenize_guarded(tokenizer, [texts[number] for number in quoting]) if quoting else []
@@ -180,10 +181,10 @@ def tokenize_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def tokenize_guarded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of guarded texts.
+    """The token ids of guarded texts.
 
-    Cutting a text at its marks would change what follows them where a tokenizer treats a text's beginning in a way of
-    its own. So the text stays whole, and a tokenizer is used that knows each mark by another name.
+    Splitting a text at its special tokens would change the ids after them if a tokenizer treats the beginning of a text
+    differently. So the text stays whole, and a copy of the tokenizer is used in which the special tokens are renamed.
     """
     sign = next(chr(code) for code in PRIVATE_USE_CODES if not any(chr(code) in text for text in texts))
     other, numbers, known = rename_special_tokens(tokenizer, sign)
@@ -196,8 +197,8 @@ def tokenize_guarded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 @lru_cache(maxsize=4)
 def rename_special_tokens(tokenizer: Any, sign: str) -> tuple[Any, dict[int, int], "re.Pattern[str]"]:
-    """A copy of the tokenizer in which every mark is written with a sign before it, what its ids are in the original,
-    and what finds those marks."""
+    """A copy of a tokenizer with `sign` before every special token, the original ids by new id, and a pattern that
+    matches the special tokens."""
     from tokenizers import Tokenizer
 
     state, known = json.loads(tokenizer.backend_tokenizer.to_str()), special_tokens_of(tokenizer)
@@ -214,7 +215,7 @@ def rename_special_tokens(tokenizer: Any, sign: str) -> tuple[Any, dict[int, int
 
 
 def fill_vocabulary_gaps(model: dict[str, Any], sign: str) -> None:
-    """Give every number below the vocabulary's largest a text, so that no renamed mark is given one that is in use."""
+    """Fill unused ids below the vocabulary's largest, so that no renamed token gets an id that is in use."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict) and vocabulary:
         free = set(range(max(vocabulary.values()))) - set(vocabulary.values())

@@ -1,4 +1,4 @@
-"""What makes two calls the same call: the SHA-256 of everything that can change the answer, spelled in one way only."""
+"""Compute a call's key: the SHA-256 of everything in a request that can change the answer, in canonical form."""
 
 import hashlib
 import math
@@ -13,17 +13,17 @@ from rapidfuzz.distance import Indel
 
 from tapir_local.errors import TapirError
 
-KEY_VERSION = 1  # raising it re-keys every answer that users have paid for: the golden-key test stands in the way
+KEY_VERSION = 1  # a change gives every paid answer a new key, which the golden-key test prevents
 
-# They say who pays, how long to wait and how the bytes arrive, not what is asked.
+# These fields say who pays, how long to wait and how the bytes arrive. They do not change the answer.
 FIELDS_NOT_IN_KEY = frozenset({"api_key", "authorization", "timeout", "stream", "stream_options"})
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-MAX_EXACT_INTEGER = 2**53  # above it a float no longer stands for one integer
+MAX_EXACT_INTEGER = 2**53  # above it a float does not stand for a single integer
 
 
 def normalize_value(value: Any) -> Any:
-    """The value with one spelling of every number: 1.0 is 1, -0.0 is 0. TapirError where JSON has none (NaN)."""
+    """Write every number in one way: 1.0 becomes 1, -0.0 becomes 0. TapirError for NaN and infinity."""
     kind = type(value)
     if kind is str or kind is bool or kind is int or value is None:
         return value
@@ -37,7 +37,7 @@ def normalize_value(value: Any) -> Any:
 
 
 def normalize_number(value: float) -> float | int:
-    """An integer where the float is one."""
+    """The integer that a float stands for, else the float; TapirError for NaN and infinity."""
     if not math.isfinite(value):
         raise TapirError(
             f"a request cannot hold the number {value}", fix="Leave the parameter out, or give it a finite number."
@@ -46,12 +46,12 @@ def normalize_number(value: float) -> float | int:
 
 
 def has_normal_form(value: Any) -> bool:
-    """Whether `plain` would give the value back unchanged; most requests are, and need no copy."""
+    """Whether `normalize_value` would not change the value. This is so for most requests, and saves a copy."""
     kind = type(value)
     if kind is str or kind is int or kind is bool or value is None:
         return True
     if kind is dict:
-        for name, item in value.items():  # noqa: SIM110  (`all` takes twice as long: a tenth of a whole look-up)
+        for name, item in value.items():  # noqa: SIM110  (`all` takes twice as long, which is a tenth of a whole lookup)
             if type(name) is not str or not has_normal_form(item):
                 return False
         return True
@@ -61,7 +61,7 @@ def has_normal_form(value: Any) -> bool:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON text of a value: keys sorted, no blanks, UTF-8, numbers as `plain` spells them."""
+    """The canonical JSON of a value: sorted keys, no spaces, UTF-8, normalized numbers. TapirError if impossible."""
     try:
         return orjson.dumps(value if has_normal_form(value) else normalize_value(value), option=orjson.OPT_SORT_KEYS)
     except TypeError as error:  # a lone surrogate, or an integer beyond 64 bits
@@ -69,30 +69,30 @@ def canonical_json(value: Any) -> bytes:
 
 
 def request_text(identity: str, body: Mapping[str, Any], draw: int) -> bytes:
-    """The text whose SHA-256 is the key: [key version, identity of the endpoint, the body as sent, draw].
+    """The text whose SHA-256 is the key: JSON of [key version, identity of the endpoint, body as sent, draw].
 
-    All of the body counts, also parameters that this program has never heard of, less NOT_ASKED; what is absent
-    stays absent, since a default may differ from any value written out.
+    All fields of the body count, unknown ones too, except FIELDS_NOT_IN_KEY. Absent fields stay absent, because a
+    server's default may differ from any value.
     """
     kept = {name: item for name, item in body.items() if name not in FIELDS_NOT_IN_KEY}
     for name, item in kept.items():
-        if type(item) is float:  # a temperature of 1.0: put right here, so that the rest need not be copied for it
+        if type(item) is float:  # a temperature of 1.0: normalized here, so that the rest need not be copied
             kept[name] = normalize_number(item)
     return canonical_json([KEY_VERSION, identity, kept, draw])
 
 
 def hash_request(text: bytes) -> bytes:
-    """The key, 32 bytes, of what `asked` returned or the store kept."""
+    """The key (32 bytes) of a text that `request_text` returned."""
     return hashlib.sha256(text).digest()
 
 
 def request_key(identity: str, body: Mapping[str, Any], draw: int = 0) -> bytes:
-    """The key, 32 bytes, of a body sent to the endpoint `identity`; `draw` tells apart several answers to one body."""
+    """The key (32 bytes) of a body sent to the endpoint `identity`. `draw` numbers several answers to one body."""
     return hash_request(request_text(identity, body, draw))
 
 
 def normalize_base_url(base_url: str) -> str:
-    """A base URL in its one spelling: lower-case scheme and host, no default port, no password, no trailing slash."""
+    """Normalize a base URL: lower-case scheme and host, no default port, no password, no trailing slash."""
     try:
         parts = urlsplit(base_url.strip())
         port = parts.port
@@ -111,7 +111,7 @@ def normalize_base_url(base_url: str) -> str:
 
 
 def find_differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every place where two JSON values differ, as (path, in one, in the other), in the order of the first."""
+    """Yield (path, value in one, value in the other) for each difference of two JSON values."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in dict.fromkeys([*one, *other]):
             yield from find_differences(
@@ -126,7 +126,7 @@ def find_differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str
 
 
 class Absent:
-    """Stands for a field that is not there, which is not the same as null."""
+    """The value of a field that is absent, which is not the same as null."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -136,19 +136,19 @@ ABSENT = Absent()
 
 
 def request_fields(text: bytes) -> dict[str, Any]:
-    """What `asked` wrote, as a mapping with the names that people read."""
+    """Parse a text of `request_text` into {"endpoint", the fields of the body, "draw"}."""
     _, identity, body, draw = orjson.loads(text)
     return {"endpoint": identity, **body, "draw": draw}
 
 
 def find_nearest_request(text: bytes, others: Iterable[bytes]) -> bytes | None:
-    """The request among others, itself left out, whose text is most like this one's (Indel); None without others."""
+    """The most similar of other requests by Indel similarity, equal ones left out; None if there is no other."""
     found = process.extractOne(text, (other for other in others if other != text), scorer=Indel.normalized_similarity)
     return found[0] if found else None
 
 
 def describe_difference(difference: tuple[str, Any, Any]) -> str:
-    """A difference in words, long texts cut to where they part."""
+    """Describe one of `find_differences` in a sentence; long texts are cut to where they begin to differ."""
     path, one, other = difference
     if isinstance(one, str) and isinstance(other, str):
         same = len(posixpath.commonprefix([one, other]))

@@ -1,7 +1,9 @@
-"""Who is asking what just now: a byte-range lock per key, so that two threads or processes never pay for one request.
+"""Lock the key of each request in flight, so that two threads or processes never pay for the same request.
 
-The kernel holds the locks and drops them when a process ends, however it ends, so nothing has to be cleaned up. They
-are locks of the open file (F_OFD_SETLK): the classic kind belongs to the process and goes when any descriptor closes.
+Each key is one byte of an empty lock file. The kernel releases the locks when a process ends in any way, so there is
+nothing to clean up: rows of an SQLite table would stay after a crash, and would cost a commit each; one lock file per
+key would leave a file per call and takes ten times the CPU time. The locks belong to the open file (F_OFD_SETLK). The
+classic kind belongs to the process and is released as soon as the process closes any descriptor of the file.
 """
 
 import fcntl
@@ -12,11 +14,11 @@ from pathlib import Path
 
 from tapir_local.private import private_file
 
-FLOCK_FORMAT = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
+FLOCK_FORMAT = "hhqqi4x"  # struct flock on 64-bit Linux: type, origin, start, length, pid
 
 
 class Claims:
-    """The keys that this store's owner is asking at the moment; the file stays empty."""
+    """The keys that this process is asking for through this store; the lock file stays empty."""
 
     def __init__(self, path: Path) -> None:
         private_file(path)
@@ -25,7 +27,7 @@ class Claims:
         self._guard = threading.Lock()
 
     def take(self, key: bytes) -> bool:
-        """True when nobody else, in this process or another, is asking the key; now we are."""
+        """Lock a key; False if this or another process has locked it already."""
         with self._guard:
             if key in self._held or not self._set(key, fcntl.F_WRLCK):
                 return False
@@ -33,18 +35,18 @@ class Claims:
             return True
 
     def drop(self, key: bytes) -> None:
-        """Done with the key, answered or not."""
+        """Unlock a key, whether it was answered or not."""
         with self._guard:
             if key in self._held:
                 self._held.remove(key)
                 self._set(key, fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Drop everything."""
+        """Unlock all keys and close the lock file."""
         os.close(self._file)
 
     def _set(self, key: bytes, kind: int) -> bool:
-        place = int.from_bytes(key[:7], "big")  # two keys with the same 56 bits would only wait for each other
+        place = int.from_bytes(key[:7], "big")  # keys that share these 56 bits would only wait for each other
         try:
             fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, struct.pack(FLOCK_FORMAT, kind, os.SEEK_SET, place, 1, 0))
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What was asked and answered: the store's calls, to be counted, listed, read, compared and verified."""
+"""Count, list, read, compare and verify the calls in a store."""
 
 import difflib
 import sqlite3
@@ -19,8 +19,8 @@ from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply
 from tapir_local.store.schema import connect
 
 DAMAGED_ANSWER = "(damaged)"
-KEY_BYTES = 32  # bytes
-# The stages that ask somebody, under the names that the store has them by.
+KEY_BYTES = 32
+# The stages that send requests, by their names in the store.
 ASKING_STAGES = frozenset({"label", "tasks", "holdout", "seeds", "judge", "expand", "refine", "holdout-judge"})
 SELECT_CALLS = (
     "select c.key, c.request, c.answer, s.request, s.answer, c.model, c.tokens_in, c.tokens_out, c.seconds,"
@@ -29,18 +29,18 @@ SELECT_CALLS = (
 )
 
 
-CountProgress = Callable[[int, int], None]  # told (done, all)
+CountProgress = Callable[[int, int], None]  # called with (done, total)
 
 
 def no_progress(done: int, total: int) -> None:
-    """No progress shown."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
 class StoredCall:
-    """A call in the store: `request` is the text its key is the hash of (version, endpoint, body, draw).
+    """A decompressed call; its key is the hash of `request`, a text of `keys.request_text`.
 
-    `id` rises with every call stored, whatever the clock says.
+    `id` grows with every stored call, so it gives the order of storing even if the clock was changed.
     """
 
     key: bytes
@@ -53,8 +53,8 @@ class StoredCall:
     created: float
     id: int
 
-    def told(self) -> dict[str, Any]:
-        """For people and programs: the parts of the request, the raw answer, and when."""
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the request, the raw answer, and the time, tokens and duration of the call."""
         asked = keys.request_fields(self.request)
         when = datetime.fromtimestamp(self.created, UTC).isoformat(timespec="seconds")
         numbers = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "seconds": round(self.seconds, 3)}
@@ -63,10 +63,10 @@ class StoredCall:
 
 @contextmanager
 def open_store(path: Path) -> Iterator[sqlite3.Connection]:
-    """The store for reading; TapirError where there is none, or it cannot be read."""
+    """Open a store for reading; TapirError if it does not exist or cannot be read."""
     if not path.exists():
         raise TapirError(
-            "there is no store yet", where=str(path), fix="The first call makes it; --cache names another."
+            "there is no store yet", where=str(path), fix="The first call creates it. --cache names another folder."
         )
     try:
         conn = connect(path, write=False)
@@ -75,22 +75,22 @@ def open_store(path: Path) -> Iterator[sqlite3.Connection]:
         finally:
             conn.close()
     except sqlite3.DatabaseError as error:
-        fix = "The next run puts a damaged store aside and saves what it can."
+        fix = "The next run moves a damaged store away and saves the calls that can be read."
         raise TapirError(f"the store cannot be read: {error}", where=str(path), fix=fix) from error
     except UnicodeEncodeError as error:
-        raise TapirError("a name that is no text", where=repr(error.object)) from error
+        raise TapirError("a name that is not valid text", where=repr(error.object)) from error
 
 
 def decompress_call(row: tuple[Any, ...]) -> StoredCall:
-    """A row of STORED, unpacked; zlib.error where it is damaged."""
+    """Decompress a row of SELECT_CALLS; zlib.error if it is damaged."""
     key, request, answer, request_sample, answer_sample, *rest = row
     if request_sample is None:
-        raise zlib.error("its sample is gone")
+        raise zlib.error("its sample is missing")
     return StoredCall(key, decompress_text(request, request_sample), decompress_text(answer, answer_sample), *rest)
 
 
 def decompress_call_or_none(row: tuple[Any, ...]) -> StoredCall | None:
-    """A row of STORED, unpacked; None where it is damaged."""
+    """Decompress a row of SELECT_CALLS; None if it is damaged."""
     try:
         return decompress_call(row)
     except zlib.error:
@@ -98,9 +98,9 @@ def decompress_call_or_none(row: tuple[Any, ...]) -> StoredCall | None:
 
 
 def refuse_unknown(path: Path, *, run: str | None = None, stage: str | None = None, number: int | None = None) -> None:
-    """TapirError where no call or attempt in the store is of a run, a stage or a round that a command asks for.
+    """TapirError if no call or attempt in the store has the given run, stage or round; it lists those that exist.
 
-    It names those that there are. A run whose folder is in the cache, and a stage that a run would have, are known too.
+    A run that has a folder in the cache, and a stage of ASKING_STAGES, are accepted too.
     """
     sql = "select run, stage, round from uses union select run, stage, round from attempts where run != ''"
     with open_store(path) as conn:
@@ -116,14 +116,14 @@ def refuse_unknown(path: Path, *, run: str | None = None, stage: str | None = No
 
 
 def unknown_name_error(what: str, word: str, known: Collection[str], path: Path, names: str) -> TapirError:
-    """The error about a word that no call has."""
+    """The error for a run, stage or round that no call has, with the closest known name."""
     near = difflib.get_close_matches(word, known, 1)
     meant = f"Did you mean {near[0]}? " if near else ""
     return TapirError(what, where=str(path), fix=f"{meant}{names} with calls: {', '.join(sorted(known)) or 'none'}.")
 
 
 def measure_store(path: Path) -> tuple[int, int]:
-    """(calls stored, bytes on the disk), those of a log not yet merged among them."""
+    """(number of calls, bytes on the disk), including the write-ahead log."""
     with open_store(path) as conn:
         ((count,),) = conn.execute("select count(*) from calls").fetchall()
         log = path.with_name(f"{path.name}-wal")
@@ -131,10 +131,11 @@ def measure_store(path: Path) -> tuple[int, int]:
 
 
 def count_uses(path: Path, run: str | None = None) -> list[dict[str, Any]]:
-    """Calls used, paid for, and their tokens, by run, round and stage; tokens are those of paid calls."""
+    """Numbers of used and paid calls, and tokens of the paid ones, by run, round and stage."""
     sql = (
         "select u.run, u.round, u.stage, count(*) as used, sum(u.paid) as paid,"
-        f" sum(u.paid * min(c.tokens_in, {MOST})) as tokens_in, sum(u.paid * min(c.tokens_out, {MOST})) as tokens_out"
+        f" sum(u.paid * min(c.tokens_in, {MAX_TOKEN_COUNT})) as tokens_in,"
+        f" sum(u.paid * min(c.tokens_out, {MAX_TOKEN_COUNT})) as tokens_out"
         " from uses u join calls c on c.key = u.key where ? is null or u.run = ?"
         " group by u.run, u.round, u.stage order by u.run, u.round, min(c.id)"
     )
@@ -145,7 +146,7 @@ def count_uses(path: Path, run: str | None = None) -> list[dict[str, Any]]:
 
 
 def list_uses(path: Path, run: str | None, stage: str | None, limit: int) -> list[dict[str, Any]]:
-    """The newest uses: key, run, round, stage, row, and the beginning of the answer's text."""
+    """The newest uses as {key, run, round, stage, row, paid, answer}; `answer` is the text of the reply."""
     sql = (
         "select u.run, u.round, u.stage, u.row, u.paid, k.* from uses u join (" + SELECT_CALLS + ") k on k.key = u.key"
         " where (? is null or u.run = ?) and (? is null or u.stage = ?)"
@@ -161,7 +162,7 @@ def list_uses(path: Path, run: str | None, stage: str | None, limit: int) -> lis
 
 
 def answer_text(answer: bytes) -> str:
-    """The text of a raw reply; "" where it has none."""
+    """The text of a raw reply; "" if it has none."""
     try:
         return parse_reply(answer).text
     except ValueError:
@@ -169,19 +170,19 @@ def answer_text(answer: bytes) -> str:
 
 
 def get_call(path: Path, prefix: str) -> dict[str, Any]:
-    """The one call whose key begins with these hexadecimal digits; TapirError where there is none or several."""
+    """The call whose key begins with these hexadecimal digits, as a dict; TapirError if not exactly one does."""
     with open_store(path) as conn:
-        return find_call(conn, path, prefix).told()
+        return find_call(conn, path, prefix).to_dict()
 
 
 def find_call(conn: sqlite3.Connection, path: Path, prefix: str) -> StoredCall:
-    """The one call whose key begins so."""
+    """The call whose key begins with these hexadecimal digits; TapirError if not exactly one does, or it is damaged."""
     try:
         first, last = (bytes.fromhex(prefix.ljust(2 * KEY_BYTES, digit)) for digit in "0f")
     except ValueError:
         rows = []
     else:
-        sql = f"{STORED} where c.key between ? and ? order by c.id limit 2"
+        sql = f"{SELECT_CALLS} where c.key between ? and ? order by c.id limit 2"
         rows = conn.execute(sql, (first, last)).fetchall()
     if len(rows) != 1:
         many = "several calls'" if rows else "no call's"
@@ -194,10 +195,10 @@ def find_call(conn: sqlite3.Connection, path: Path, prefix: str) -> StoredCall:
 
 
 def compare_calls(path: Path, one: str, other: str | None = None) -> dict[str, Any]:
-    """Where the requests of two calls differ; without another, of the call and the one nearest to it.
+    """Compare the requests of two calls; without `other`, of a call and the one with the most similar request.
 
-    {"a": key, "b": key, "told": [a sentence for each field], "differences": [{"field", "a", "b"}]}; a value that is
-    absent from a request is absent here too. TapirError where a key is of no call or several, or there is no other.
+    {"a": key, "b": key, "sentences": [one per difference], "differences": [{"field", "a", "b"}]}; a value that is
+    absent in a request is absent here too. TapirError if a key is not of exactly one call, or there is no other call.
     """
     with open_store(path) as conn:
         a = find_call(conn, path, one)
@@ -206,19 +207,19 @@ def compare_calls(path: Path, one: str, other: str | None = None) -> dict[str, A
     return {
         "a": a.key.hex(),
         "b": b.key.hex(),
-        "told": [keys.describe_difference(difference) for difference in found],
+        "sentences": [keys.describe_difference(difference) for difference in found],
         "differences": [{"field": field, **drop_absent({"a": here, "b": there})} for field, here, there in found],
     }
 
 
 def drop_absent(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that are not absent."""
+    """The values other than ABSENT."""
     return {name: value for name, value in values.items() if value is not keys.ABSENT}
 
 
 def find_nearest_call(conn: sqlite3.Connection, path: Path, call: StoredCall) -> StoredCall:
-    """The other call whose request reads most like this one's."""
-    sql = f"{STORED} where c.id <> ? order by c.id"
+    """The other call with the most similar request; TapirError if there is none."""
+    sql = f"{SELECT_CALLS} where c.id <> ? order by c.id"
     others = (decompress_call_or_none(row) for row in conn.execute(sql, (call.id,)))
     sound = (other.request for other in others if other and keys.hash_request(other.request) == other.key)
     found = keys.find_nearest_request(call.request, sound)
@@ -228,7 +229,7 @@ def find_nearest_call(conn: sqlite3.Connection, path: Path, call: StoredCall) ->
 
 
 def verify_calls(path: Path) -> tuple[int, list[str]]:
-    """(calls read, keys of those that are damaged or whose key is not the hash of their request)."""
+    """(number of calls, keys of those that are damaged or whose key is not the hash of their request)."""
     count, bad = 0, []
     with open_store(path) as conn:
         for row in conn.execute(SELECT_CALLS):
@@ -243,7 +244,63 @@ def verify_calls(path: Path) -> tuple[int, list[str]]:
 
 
 def find_missing_keys(path: Path, wanted: Iterable[str]) -> list[str]:
-    """Those of some keys, in hexadecimal digits, that no call has."""
+    """The hexadecimal keys in `wanted` that no call has."""
     with open_store(path) as conn:
         have = {row[0].hex() for row in conn.execute("select key from calls")}
     return [key for key in wanted if key not in have]
+
+
+# Stores of older versions may hold impossible counts from servers, which would overflow a sum.
+BOUNDED_TOKENS = f"min(tokens_in, {MAX_TOKEN_COUNT}) + min(tokens_out, {MAX_TOKEN_COUNT})"
+
+
+def count_paid_and_hits(path: Path, run: str) -> dict[str, int] | None:
+    """{"paid", "hits"}: the numbers of calls that a run paid for and found; None if there is no readable store."""
+    if not path.exists():
+        return None
+    conn = connect(path, write=False)
+    try:
+        used, paid = conn.execute("select count(*), coalesce(sum(paid), 0) from uses where run = ?", (run,)).fetchone()
+    except sqlite3.DatabaseError:  # damaged, or not a store: the next run repairs or creates it
+        return None
+    finally:
+        conn.close()
+    return {"paid": paid, "hits": used - paid}
+
+
+def billed_to_run(path: Path, run: str, *, estimated: bool = False) -> tuple[int, int, float]:
+    """(calls, tokens, money) that may have been billed to a run; with `estimated`, only what is estimated.
+
+    Includes failed attempts that may have been billed, such as requests in flight when an earlier process died.
+    """
+    conn = connect(path, write=False)
+    try:
+        mark = "estimated" if has_estimates(conn) else "0"
+        sql = (
+            "select count(*), coalesce(sum(tokens), 0), coalesce(sum(price), 0.0) from ("
+            f"select {BOUNDED_TOKENS} as tokens, c.price, {mark} as mark from uses u join calls c on c.key = u.key"
+            f" where u.run = ? and u.paid union all select {BOUNDED_TOKENS}, price, {mark} from attempts"
+            " where run = ? and tokens_in + tokens_out > 0) where mark or not ?"
+        )
+        calls, tokens, money = conn.execute(sql, (run, run, estimated)).fetchone()
+        return calls, tokens, money
+    finally:
+        conn.close()
+
+
+def has_estimates(conn: sqlite3.Connection) -> bool:
+    """Whether a store marks estimated token counts; a store of an older version, opened for reading, does not."""
+    return any(row[1] == "estimated" for row in conn.execute("pragma table_info(calls)"))
+
+
+def mean_tokens_by_stage(path: Path) -> dict[str, tuple[float, float]]:
+    """The mean numbers of prompt and reply tokens of the stored calls, by stage."""
+    sql = (
+        "select u.stage, avg(c.tokens_in), avg(c.tokens_out) from uses u join calls c on c.key = u.key"
+        " group by u.stage having avg(c.tokens_out) > 0"
+    )
+    conn = connect(path, write=False)
+    try:
+        return {stage: (size_in, size_out) for stage, size_in, size_out in conn.execute(sql)}
+    finally:
+        conn.close()

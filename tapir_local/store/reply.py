@@ -1,4 +1,4 @@
-"""What came back from an endpoint, read: the text of an answer, and whether it is whole."""
+"""Parse a chat completion: the text of the answer, whether it is complete, and its token counts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from tapir_local.store.reply import parse_usage
 from tapir_local.store.thinking import strip_thoughts
 
 Thinking = Literal["strip", "keep"]
 
-MAX_QUOTED_CHARS = 300  # characters of a server's message that are worth reading
-BYTES_PER_TOKEN = 4  # where a server counts no tokens; English has a little more
+MAX_QUOTED_CHARS = 300  # characters of a server's message that an error quotes
+BYTES_PER_TOKEN = 4  # for servers that count no tokens; English has slightly more
 
-# Servers' words for why a reply ended, as `plain_word` spells them: those of the OpenAI API, vLLM, SGLang, TGI,
+# Finish reasons of servers, as `normalize_finish_word` writes them: those of the OpenAI API, vLLM, SGLang, TGI,
 # llama.cpp, LM Studio, TensorRT-LLM, Ollama, Anthropic, Gemini, Cohere, Bedrock, watsonx, Mistral, Zhipu, DeepSeek …
 COMPLETE_WORDS = (
     "stop stopped eos eos_token eos_found eod eot end end_id end_turn end_of_turn end_of_text end_of_sequence endoftext"
@@ -56,7 +55,7 @@ LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class ReplyOptions(NamedTuple):
-    """How a reply becomes text, and what its request allowed: `max_tokens` is 0 where that is not known."""
+    """How to parse a reply. `max_tokens` is what the request allowed, 0 if unknown; `role` is named in messages."""
 
     thinking: Thinking = "keep"
     max_tokens: int = 0
@@ -69,9 +68,9 @@ DEFAULT_REPLY_OPTIONS = ReplyOptions()
 class Reply(NamedTuple):
     """A chat completion.
 
-    `finish` is `stop`, `length`, `content_filter`, `error` (the server broke it off), or the server's own word. `why`
-    says why the text cannot be used; "" where it can, and where it was only cut. `again` says that the same request may
-    bring a better reply.
+    `finish` is `stop`, `length`, `content_filter`, `error` (the server aborted), or the server's own word. `why` says
+    why the text cannot be used; it is "" for usable and for truncated text. `again` is true if the same request may get
+    a better reply.
     """
 
     text: str
@@ -85,17 +84,17 @@ class Reply(NamedTuple):
 
     @property
     def keeps(self) -> bool:
-        """Whether it may serve the same request again: any text that the server did not refuse or break off."""
+        """Whether it may be stored: it has text, and the server neither refused nor aborted."""
         return self.finish not in ("content_filter", "refused", "error") and bool(self.text.strip())
 
     @property
     def complete(self) -> bool:
-        """True when the text is whole: neither cut, nor filtered, nor empty."""
+        """Whether the text is complete: not truncated, filtered or empty."""
         return self.finish == "stop" and bool(self.text.strip())
 
 
-def parse_reply(raw: bytes, reading: Reading = DEFAULT_REPLY_OPTIONS) -> Reply:
-    """The first choice of a chat completion; ValueError when the bytes are none."""
+def parse_reply(raw: bytes, reading: ReplyOptions = DEFAULT_REPLY_OPTIONS) -> Reply:
+    """Parse the first choice of a chat completion; ValueError if the bytes are not one."""
     body = parse_reply_json(raw)
     try:
         choice = body["choices"][0]
@@ -104,7 +103,7 @@ def parse_reply(raw: bytes, reading: Reading = DEFAULT_REPLY_OPTIONS) -> Reply:
         refusal = message.get("refusal")
         thought = reasoning_text(message)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a chat completion: {raw[:BRIEF]!r}") from error
+        raise ValueError(f"not a chat completion: {raw[:MAX_QUOTED_CHARS]!r}") from error
     text = strip_thoughts(said) if reading.thinking == "strip" else said
     tokens_in, tokens_out = parse_usage(body.get("usage"))
     word = finish_word(choice.get("finish_reason"))
@@ -118,7 +117,7 @@ def parse_reply(raw: bytes, reading: Reading = DEFAULT_REPLY_OPTIONS) -> Reply:
 
 
 def parse_reply_json(raw: bytes) -> Any:
-    """The JSON of a reply, of which half a surrogate pair, a byte that is no UTF-8, or NaN does not cost the rest."""
+    """Parse the JSON of a reply. Lone surrogates, bytes that are not UTF-8, and NaN are tolerated."""
     try:
         return orjson.loads(raw)
     except ValueError:
@@ -129,14 +128,14 @@ def parse_reply_json(raw: bytes) -> Any:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """The text, with U+FFFD in place of each half of a surrogate pair, which no file can hold."""
+    """Replace each lone surrogate, which no file can hold, by U+FFFD."""
     if not LONE_SURROGATE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def content_text(content: Any) -> str:
-    """The text of a message: a string, or the text parts of a list of parts; TypeError for anything else."""
+    """The text of a message: a string, or the joined text of a list of parts; TypeError for anything else."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -147,7 +146,7 @@ def content_text(content: Any) -> str:
 
 
 def reasoning_text(message: Mapping[str, Any]) -> str:
-    """What a server put beside the content as the model's thoughts."""
+    """The model's reasoning, if the server sends it in a field of its own."""
     for name in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(found := message.get(name), str) and found.strip():
             return found
@@ -155,27 +154,27 @@ def reasoning_text(message: Mapping[str, Any]) -> str:
 
 
 def server_text(value: Any) -> str:
-    """A name that a server gives, as text."""
+    """A value that a server sent, as text; "" for none."""
     return replace_lone_surrogates(str(value)) if value else ""
 
 
 def finish_word(value: Any) -> str:
-    """A server's word for why a reply ended; SGLang's own API has it in an object."""
+    """The server's finish reason; SGLang's own API puts it into an object."""
     if isinstance(value, dict):
         value = value.get("type") or value.get("reason")
     return server_text(value)
 
 
 def normalize_finish_word(word: str) -> str:
-    """One spelling for `FINISH_REASON_STOP`, `eosFound`, `Stop-Sequence`."""
+    """Write a finish reason in lower case with underscores: `FINISH_REASON_STOP`, `eosFound`, `Stop-Sequence`."""
     plain = CAMEL_CASE_BOUNDARY.sub("_", word.strip()).lower().replace("-", "_").replace(" ", "_")
     return FINISH_PREFIX.sub("", plain)
 
 
 def classify_finish(word: str, text: str, tokens: int, max_tokens: int) -> str:
-    """`stop`, `length`, `content_filter`, `error`, or the word itself where nobody knows what it means.
+    """`stop`, `length`, `content_filter`, `error`, or the word itself if it is unknown.
 
-    Where the server gives no word, a text is whole unless it has all the tokens that it was allowed.
+    Without a word, a text is complete unless it used all the tokens that it was allowed.
     """
     plain = normalize_finish_word(word)
     if plain not in EMPTY_FINISH_WORDS:
@@ -185,17 +184,21 @@ def classify_finish(word: str, text: str, tokens: int, max_tokens: int) -> str:
 
 
 def should_retry(reply: Reply, said: str) -> bool:
-    """Whether to ask again: the server broke the reply off, or sent nothing at all, not even a thought."""
+    """Whether to send the request again: the server aborted, or sent neither text nor reasoning."""
     return reply.finish == "error" or (reply.finish == "stop" and not reply.text.strip() and not said.strip())
 
 
 def explain_unusable_reply(reply: Reply, word: str, thought: str, refusal: str, reading: ReplyOptions) -> str:
-    """Why a reply has no text that can be used; "" where it has, also where that was cut."""
+    """Why a reply has no usable text; "" if it has, also for truncated text."""
     empty, role = not reply.text.strip(), reading.role
     if reply.finish == "content_filter":
-        return f"the server refused: {refusal[:BRIEF]}" if refusal else f"the server filtered it (finish {word!r})"
+        return (
+            f"the server refused: {refusal[:MAX_QUOTED_CHARS]}"
+            if refusal
+            else f"the server filtered it (finish {word!r})"
+        )
     if reply.finish == "error":
-        return f"the server broke the reply off (finish {word!r})"
+        return f"the server aborted the reply (finish {word!r})"
     if empty and thought and reply.finish == "length":
         return f"thinking used up all of max_tokens: raise {role}.max_tokens, or turn thinking off in {role}.extra"
     if empty and thought:
@@ -206,9 +209,61 @@ def explain_unusable_reply(reply: Reply, word: str, thought: str, refusal: str, 
 
 
 def describe_thought_only_reply(thought: str, reading: ReplyOptions) -> str:
-    """What to say of a reply that is nothing but a thought, and what to do about it."""
+    """The message for a reply that contains only reasoning, with what to do."""
     return (
         f"the reply is only a thought, in reasoning_content or an unclosed tag, and no answer ({thought[:60]!r} …): "
         f"start the server without a reasoning parser, or turn thinking off, on vLLM and SGLang with "
         f"{reading.role}: {{extra: {{chat_template_kwargs: {{enable_thinking: false}}}}}}"
     )
+
+
+# Token counts of a reply
+
+MAX_TOKEN_COUNT = 10**9  # tokens; no request uses as many, so a larger count is an error of the server
+
+
+def parse_usage(usage: Any) -> tuple[int, int]:
+    """(prompt, generated) tokens from a `usage` object; 0 for a missing number, (0, 0) if a number is impossible.
+
+    Servers count hidden reasoning in `completion_tokens`, in addition to it, or only in `total_tokens`, and cached
+    prompt tokens in the prompt's count or in addition to it. If this is ambiguous, the larger count is used.
+    """
+    try:
+        prompt = prompt_token_count(usage)
+        written = max(token_count(usage, "completion_tokens"), token_count(usage, "output_tokens"))
+        hidden = max(token_count(place, "reasoning_tokens") for place in usage_details(usage, "completion", "output"))
+        total = token_count(usage, "total_tokens")
+    except ValueError:
+        return 0, 0
+    outside = hidden > written or not total
+    return prompt, max(written, total - prompt, written + hidden if outside else 0)
+
+
+def prompt_token_count(usage: Any) -> int:
+    """The number of prompt tokens, including cached ones."""
+    prompt, named = token_count(usage, "prompt_tokens"), token_count(usage, "input_tokens")
+    split = token_count(usage, "prompt_cache_hit_tokens") + token_count(usage, "prompt_cache_miss_tokens")
+    beside = token_count(usage, "cache_read_input_tokens") + token_count(usage, "cache_creation_input_tokens")
+    stated = max(prompt, named + (beside if named and not prompt else 0), split)
+    cached = max(token_count(place, "cached_tokens") for place in usage_details(usage, "prompt", "input"))
+    return stated + cached if cached > stated else stated
+
+
+def usage_details(usage: Any, *names: str) -> list[Any]:
+    """A `usage` object and those of its `*_tokens_details` that are named."""
+    return [usage, *(usage.get(f"{name}_tokens_details") for name in names if isinstance(usage, Mapping))]
+
+
+def token_count(place: Any, name: str) -> int:
+    """A count in a `usage` object, 0 if absent or null; ValueError if it is not a number of tokens."""
+    value = place.get(name) if isinstance(place, Mapping) else None
+    if value is None:
+        return 0
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= MAX_TOKEN_COUNT
+        or value != int(value)
+    ):
+        raise ValueError(f"{name} is {value!r}")
+    return int(value)

@@ -1,4 +1,8 @@
-"""Find calls by the words of their prompts and answers, through an index beside the store that can always be remade."""
+"""Search calls for words in their prompts and answers, with a full-text index in a file of its own.
+
+The index is created by the first search and can be deleted at any time. It is not in the store's file, because a search
+may then read a store that cannot be written, an export holds only calls, and older versions can still open the store.
+"""
 
 import re
 import sqlite3
@@ -27,24 +31,24 @@ from tapir_local.store.queries import (
     open_store,
 )
 from tapir_local.store.recovery import iterate_by_id, samples_of
-from tapir_local.store.reply import answer_text as words_of
+from tapir_local.store.reply import content_text
 from tapir_local.store.schema import DAMAGE_CODES, transaction
 from tapir_local.store.store import explain_store_errors
 
-INDEX_VERSION = 1  # of the index; another is remade
-CALLS_PER_COMMIT = 1000  # calls of a commit: what an interrupted search has indexed stays
-SNIPPET_MARGIN = 60  # characters shown on either side of a hit
-REBUILD_CODES = (*DAMAGE_CODES, sqlite3.SQLITE_ERROR)  # the last where a table is missing
-# The index keeps no texts, only where which word is: the texts are in the store.
+INDEX_VERSION = 1  # an index of another version is rebuilt
+CALLS_PER_COMMIT = 1000  # what an interrupted search has committed is kept
+SNIPPET_MARGIN = 60  # characters on either side of a hit
+REBUILD_CODES = (*DAMAGE_CODES, sqlite3.SQLITE_ERROR)  # the last one if a table is missing
+# The index stores only the positions of words; the texts are in the store.
 INDEX_TABLES = (
     "create virtual table words using fts5(prompt, answer, content='', tokenize='unicode61 remove_diacritics 2')",
     "create table indexed (id integer primary key, key blob not null) strict",
-    f"pragma user_version = {VERSION}",
+    f"pragma user_version = {INDEX_VERSION}",
 )
-WORD_CHARACTER = r"[^\W_]"  # as FTS5's unicode61 has it
+WORD_CHARACTER = r"[^\W_]"  # a word character of FTS5's tokenizer unicode61
 UNSPACED_CHARACTERS = re.compile(
     "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
-)  # kana and Chinese characters
+)  # kana and Chinese characters, written without spaces
 
 
 def search_calls(
@@ -54,13 +58,12 @@ def search_calls(
     run: str | None = None,
     stage: str | None = None,
     limit: int = 20,
-    progress: Progress = no_progress,
+    progress: CountProgress = no_progress,
 ) -> list[dict[str, Any]]:
-    """The calls that have all the phrases in prompt and answer together, the best first; of this run, this stage.
+    """The calls that contain all phrases in prompt or answer, best match first; `run` and `stage` filter them.
 
-    Each as {key, run, round, stage, row, prompt, answer}: where it was used first, and the texts around the hits.
-    Capitals and accents do not count, nor does what is neither letter nor digit. `progress` is called with (done, all)
-    while calls are indexed that have come since the last search.
+    Each is {key, run, round, stage, row, prompt, answer}: its first use, and the texts around the hits. Case, accents
+    and punctuation are ignored. `progress` is called with (done, total) while new calls are added to the index.
     """
     query = build_fts_query(phrases)
     with open_store(path) as store:
@@ -81,7 +84,7 @@ def search_calls(
 
 
 def build_fts_query(phrases: Sequence[str]) -> str:
-    """The phrases in FTS5's language, quoted so that nothing in them means anything in it."""
+    """The phrases as an FTS5 query, quoted so that FTS5 finds no operators in them; TapirError if there is no word."""
     if not re.search(WORD_CHARACTER, " ".join(phrases)):
         raise TapirError("there is no word to search for", where=" ".join(phrases), fix="A word has letters or digits.")
     valid = (phrase.encode(errors="replace").decode().replace("\0", " ") for phrase in phrases)
@@ -89,12 +92,12 @@ def build_fts_query(phrases: Sequence[str]) -> str:
 
 
 def separate_unspaced(text: str) -> str:
-    """The text with blanks between characters that are written without, so that each is found as a word."""
+    """Put spaces around characters of scripts written without spaces, so that each is indexed as a word."""
     return text if text.isascii() else UNSPACED_CHARACTERS.sub(r" \1 ", text)
 
 
 def find_matches(path: Path, store: sqlite3.Connection, query: str, progress: CountProgress) -> list[tuple[int, bytes]]:
-    """(id, key) of the calls with the words, the best first; an index that cannot be used is made anew."""
+    """(id, key) of the matching calls, best first; an index that cannot be used is rebuilt."""
     place = path.with_name(f"{path.name}.search")
     with explain_store_errors(place):
         private_file(Path(f"{place}.lock"))
@@ -109,7 +112,7 @@ def find_matches(path: Path, store: sqlite3.Connection, query: str, progress: Co
 
 
 def query_index(place: Path, store: sqlite3.Connection, query: str, progress: CountProgress) -> list[tuple[int, bytes]]:
-    """The same from the index as it is, once the calls that it lacks are in it."""
+    """(id, key) of the matching calls, after new calls are added to the index."""
     with closing(open_or_create_index(place, store)) as index:
         index_new_calls(index, store, progress)
         sql = (
@@ -120,7 +123,7 @@ def query_index(place: Path, store: sqlite3.Connection, query: str, progress: Co
 
 
 def open_or_create_index(place: Path, store: sqlite3.Connection) -> sqlite3.Connection:
-    """The index of this store, an empty one where there is none, or one of another version or store."""
+    """Open the index of a store; create it if it is missing or belongs to another version or store."""
     index = connect_index(place)
     try:
         if index_matches_store(index, store):
@@ -138,15 +141,15 @@ def open_or_create_index(place: Path, store: sqlite3.Connection) -> sqlite3.Conn
 
 
 def connect_index(place: Path) -> sqlite3.Connection:
-    """The index's file, that its owner alone can read; an empty one where there is none."""
+    """Connect to the index's file, which only its owner may read; an empty file is created if there is none."""
     private_file(place)
     return sqlite3.connect(place, isolation_level=None)
 
 
 def index_matches_store(index: sqlite3.Connection, store: sqlite3.Connection) -> bool:
-    """Whether an index is of this version and this store.
+    """Whether an index belongs to this version and this store.
 
-    An id is of one call for ever and ids rise, so that another store has another call under the newest id of both.
+    Ids only grow and are never used twice, so another store has another call under the highest id that both have.
     """
     if index.execute("pragma user_version").fetchone()[0] != INDEX_VERSION:
         return False
@@ -159,18 +162,18 @@ def index_matches_store(index: sqlite3.Connection, store: sqlite3.Connection) ->
 
 
 def highest_id(conn: sqlite3.Connection, table: str) -> int:
-    """The highest id of a table, 0 for an empty one."""
+    """The highest id of a table, 0 if it is empty."""
     return int(conn.execute(f"select coalesce(max(id), 0) from {table}").fetchone()[0])
 
 
 def delete_index(place: Path) -> None:
-    """Delete an index."""
+    """Delete the files of an index."""
     for ending in ("", "-journal", "-wal", "-shm"):
         place.with_name(place.name + ending).unlink(missing_ok=True)
 
 
 def index_new_calls(index: sqlite3.Connection, store: sqlite3.Connection, progress: CountProgress) -> None:
-    """Index the calls that came since; one that cannot be read is passed over for good, as its answer gets a new id."""
+    """Add new calls to the index. A damaged call is skipped for good, because its replacement gets a new id."""
     last = highest_id(index, "indexed")
     total, done = store.execute("select count(*) from calls where id > ?", (last,)).fetchone()[0], 0
     samples = samples_of(store) if total else {}
@@ -185,24 +188,24 @@ def index_new_calls(index: sqlite3.Connection, store: sqlite3.Connection, progre
 
 
 def indexed_texts(row: sqlite3.Row, samples: dict[int, sqlite3.Row]) -> tuple[str, str] | None:
-    """Prompt and answer of a call as they are indexed; None where it cannot be read."""
+    """The prompt and answer of a call as they are indexed; None if they cannot be read."""
     try:
         sample = samples[row["sample"]]
         prompt = prompt_words(decompress_text(row["request"], sample["request"]))
         return separate_unspaced(prompt), separate_unspaced(
             answer_text(decompress_text(row["answer"], sample["answer"]))
         )
-    except (zlib.error, KeyError, TypeError, ValueError, AttributeError):  # damaged, or not of our making
+    except (zlib.error, KeyError, TypeError, ValueError, AttributeError):  # damaged, or not written by this program
         return None
 
 
 def prompt_words(request: bytes) -> str:
-    """The words of a request's messages."""
-    return "\n\n".join(words_of(turn.get("content")) for turn in keys.request_fields(request).get("messages", ()))
+    """The texts of a request's messages, joined by empty lines."""
+    return "\n\n".join(content_text(turn.get("content")) for turn in keys.request_fields(request).get("messages", ()))
 
 
 def keys_used_by(store: sqlite3.Connection, run: str | None, stage: str | None) -> set[bytes] | None:
-    """The keys that this run, this stage used; None where any will do."""
+    """The keys used by a run and a stage; None if neither is given."""
     if run is None and stage is None:
         return None
     sql = "select key from uses where (? is null or run = ?) and (? is null or stage = ?)"
@@ -210,15 +213,15 @@ def keys_used_by(store: sqlite3.Connection, run: str | None, stage: str | None) 
 
 
 def find_hit(store: sqlite3.Connection, number: int, key: bytes) -> StoredCall | None:
-    """The call of a hit; None where it was replaced since, or cannot be read."""
-    row = store.execute(f"{STORED} where c.id = ? and c.key = ?", (number, key)).fetchone()
+    """The call of a hit; None if it was replaced or cannot be read."""
+    row = store.execute(f"{SELECT_CALLS} where c.id = ? and c.key = ?", (number, key)).fetchone()
     return decompress_call_or_none(tuple(row)) if row else None
 
 
 def first_uses(
     store: sqlite3.Connection, run: str | None, stage: str | None, calls: Sequence[StoredCall]
 ) -> dict[bytes, dict[str, Any]]:
-    """By key, where a call was used: the first by run, round, stage and row of those that were wanted."""
+    """The first use of each call by run, round, stage and row, among those of the given run and stage; by key."""
     sql = (
         "select key, run, round, stage, row from uses where hex(key) in (select value from json_each(?))"
         " and (? is null or run = ?) and (? is null or stage = ?) order by run desc, round desc, stage desc, row desc"
@@ -229,7 +232,7 @@ def first_uses(
 
 
 def make_snippet(text: str, phrases: Sequence[str]) -> str:
-    """The text around the first place of each phrase; its beginning where it has none of them."""
+    """The text around the first hit of each phrase; the beginning of the text if there is no hit."""
     flat = strip_case_and_accents(text)
     places = sorted(place for phrase in phrases if (place := find_phrase(phrase, flat)))
     pieces: list[tuple[int, int]] = []
@@ -243,16 +246,16 @@ def make_snippet(text: str, phrases: Sequence[str]) -> str:
 
 
 def find_phrase(phrase: str, flat: str) -> tuple[int, int] | None:
-    """Where a folded text has the phrase: as whole words, else anywhere."""
+    """The span of a phrase in a text without case and accents: as whole words, else anywhere; None if absent."""
     words = r"[\W_]*".join(
-        re.escape(word) for word in re.findall(f"{WORD}+", separate_unspaced(strip_case_and_accents(phrase)))
+        re.escape(word) for word in re.findall(f"{WORD_CHARACTER}+", separate_unspaced(strip_case_and_accents(phrase)))
     )
-    found = words and (re.search(f"(?<!{WORD}){words}(?!{WORD})", flat) or re.search(words, flat))
+    found = words and (re.search(f"(?<!{WORD_CHARACTER}){words}(?!{WORD_CHARACTER})", flat) or re.search(words, flat))
     return found.span() if found else None
 
 
 def strip_case_and_accents(text: str) -> str:
-    """The text without capitals and accents, every character in its place."""
+    """The text in lower case without accents; every character keeps its position."""
     if text.isascii():
         return text.lower()
     return "".join(unicodedata.normalize("NFD", char)[0].lower()[0] for char in text)

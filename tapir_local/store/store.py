@@ -1,4 +1,4 @@
-"""cache/teacher.db: every call to a teacher or judge is paid for once and never lost."""
+"""The store (cache/teacher.db): keeps every call to a teacher or judge, so that each is paid for only once."""
 
 import sqlite3
 import threading
@@ -24,20 +24,20 @@ from tapir_local.store.schema import connect, create_or_migrate, is_damage_error
 
 Mode = Literal["on", "off", "refresh", "read-only", "replay"]
 SELECT_ANSWERS = "select key, answer, sample from calls where key in "
-KEYS_PER_LOOKUP = 200  # keys of a look-up
-ROWS_PER_COMMIT = 2000  # rows of a commit at the most
-MAX_REPLAY_CANDIDATES = 2000  # stored requests compared with one that replay misses
+KEYS_PER_LOOKUP = 200  # keys in one query
+ROWS_PER_COMMIT = 2000  # most jobs in one commit
+MAX_REPLAY_CANDIDATES = 2000  # stored requests that are compared with one missing in replay
 
 
 WriteJob = tuple[Sequence[StoreRow], "Future[None]"]
 
 
 class Store:
-    """The calls in one file, shared by any number of threads and processes.
+    """The calls in one file, which any number of threads and processes may share.
 
-    `mode`: "on"; "off" (nothing read or written); "refresh" (asked anew, replacing what is stored); "read-only" (hits
-    served, nothing written); "replay" (the same, and the caller treats a miss as an error). `notices` are sentences
-    for the user about what opening the file put right. TapirError when the file cannot be used.
+    `mode`: "on"; "off" (nothing is read or written); "refresh" (requests are sent again and replace stored calls);
+    "read-only" (hits are served, nothing is written); "replay" (read-only, and the caller treats a miss as an error).
+    `notices` are sentences for the user about repairs made on opening. TapirError if the file cannot be used.
     """
 
     def __init__(self, path: Path, mode: Mode = "on") -> None:
@@ -68,7 +68,7 @@ class Store:
         self.close()
 
     def get(self, key: bytes) -> bytes | None:
-        """The stored answer, the JSON as it came; None when there is none or this mode reads none."""
+        """The stored answer as received; None if there is none or this mode reads none."""
         if not self.reads:
             return None
         try:
@@ -78,53 +78,53 @@ class Store:
         return self._unpacked(*row) if row else None
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """The stored answers of those keys that have one; a key costs half of what it costs alone."""
+        """The stored answers of those keys that have one; takes half as long per key as `get`."""
         found: dict[bytes, bytes] = {}
         for start in range(0, len(keys) if self.reads else 0, KEYS_PER_LOOKUP):
             some = keys[start : start + KEYS_PER_LOOKUP]
             try:
-                rows = self._reader().execute(f"{FIND}({', '.join('?' * len(some))})", some).fetchall()
+                rows = self._reader().execute(f"{SELECT_ANSWERS}({', '.join('?' * len(some))})", some).fetchall()
             except (sqlite3.Error, OSError) as error:
                 raise make_store_error(error, self.path) from error
             found |= {row[0]: answer for row in rows if (answer := self._unpacked(*row)) is not None}
         return found
 
     def put(self, call: Call, uses: Sequence[Use] = (), sent: Attempt | None = None) -> "Future[None]":
-        """Hand over an answer; the future resolves when it is on the disk, or holds the TapirError that says why not.
+        """Store a call. The future resolves when the call is on the disk, or holds the TapirError of the write.
 
-        An answer stored meanwhile by someone else stays, except in mode "refresh". `sent` is what `send` was given for
-        its request. Raises the TapirError of an earlier write that failed, so that nobody goes on paying for what
-        cannot be kept.
+        A call that another process has stored under this key is kept, except in mode "refresh". `sent` is the attempt
+        that was passed to `send` for its request. Raises the TapirError of an earlier failed write, so that no further
+        request is paid for that cannot be stored.
         """
         return self._later([call, *uses, *([Landed(sent)] if sent else [])])
 
     def note(self, attempt: Attempt, sent: Attempt | None = None) -> "Future[None]":
-        """Keep a failed attempt, with whatever came; `sent` is what `send` was given for its request."""
+        """Store a failed attempt. `sent` is the attempt that was passed to `send` for its request."""
         return self._later([attempt, *([Landed(sent)] if sent else [])])
 
     def send(self, attempt: Attempt) -> "Future[None]":
-        """Record that a request is about to be sent: the attempt stays in the store if this process dies meanwhile."""
+        """Record that a request is about to be sent. The attempt stays in the store if the process dies meanwhile."""
         return self._later([InFlight(attempt)])
 
     def used(self, uses: Sequence[Use]) -> "Future[None]":
-        """Record who used which calls; one that is known stays, and once paid it stays paid."""
+        """Record uses of calls. A known use is kept, and a paid one stays paid."""
         return self._later(uses)
 
     def flush(self) -> None:
-        """Return when everything handed over is on the disk; TapirError when it could not be written."""
+        """Wait until everything passed so far is on the disk; TapirError if it could not be written."""
         self._later([]).result()
 
     def claim(self, key: bytes) -> bool:
-        """True when nobody else is asking this key; call `release` when its answer is on the disk, or given up."""
+        """Lock a key before its request is sent; False if someone else is asking for it. Call `release` at the end."""
         return self._claims.take(key) if self.writes else True
 
     def release(self, key: bytes) -> None:
-        """Let others ask the key."""
+        """Unlock a key after its answer is on the disk or the request has failed."""
         if self.writes:
             self._claims.drop(key)
 
     def served(self, kinds: str) -> list[tuple[str, str]]:
-        """(model, fingerprint) of the newest call of the kinds whose name begins so; [] where there is none."""
+        """[(model, fingerprint)] of the newest call whose kind begins with `kinds`; [] if there is none."""
         if not self.reads:
             return []
         sql = (
@@ -135,7 +135,7 @@ class Store:
             return list(self._reader().execute(sql, (len(kinds), kinds)).fetchall())
 
     def whole_answers(self, run: str, round: int, stage: str) -> int:
-        """How many whole answers a run has used in a stage."""
+        """The number of complete answers that a run has used in a stage."""
         if not self.reads:
             return 0
         sql = (
@@ -146,18 +146,18 @@ class Store:
             return int(self._reader().execute(sql, (run, round, stage)).fetchone()[0])
 
     def limits(self, kinds: str) -> list[int]:
-        """The values of max_tokens that calls of the kinds whose name begins so were asked with, largest first."""
+        """The values of max_tokens in calls whose kind begins with `kinds`, largest first."""
         if not self.reads:
             return []
         with explain_store_errors(self.path):
             return max_tokens_used(self._reader().connection, kinds)
 
     def missing(self, request: bytes, stage: str, row: str) -> TapirError:
-        """The error for a request that a replay does not find, with what the nearest stored one has otherwise."""
+        """The error for a request that replay misses, with its first difference from the most similar call."""
         wanted = keys.request_fields(request)
         nearest = keys.find_nearest_request(request, self._like(stage, row))
         found = list(keys.find_differences(wanted, keys.request_fields(nearest))) if nearest else []
-        known = f"in the nearest one, {keys.describe_difference(found[0])}" if found else "and none like it"
+        known = f"in the most similar one, {keys.describe_difference(found[0])}" if found else "nor a similar one"
         what = f"the request of stage {stage}, row {row} is not in the store ({known})"
         return TapirError(
             what,
@@ -176,7 +176,7 @@ class Store:
         if self._thread:
             self._thread = None
             self._claims.close()
-            self._conn.close()  # the last, since a reader that closes last cannot merge the log into the file
+            self._conn.close()  # last, because a reader cannot merge the log into the file
         self._broken = TapirError("the store is closed", where=str(self.path))
 
     def _open(self) -> None:
@@ -195,7 +195,7 @@ class Store:
         self._thread.start()
 
     def _reader(self) -> sqlite3.Cursor:
-        """This thread's own connection, by its one cursor."""
+        """The cursor of this thread's own connection."""
         try:
             cursor: sqlite3.Cursor = self._local.cursor
         except AttributeError:
@@ -205,17 +205,17 @@ class Store:
         return cursor
 
     def _sample(self, number: int) -> bytes:
-        """The sample of answers of this number; samples never change."""
+        """The answer of a sample, by its id; samples never change."""
         sample = self._samples.get(number)
         if sample is None:
             row = self._reader().execute("select answer from samples where id = ?", (number,)).fetchone()
             if not row:
-                raise zlib.error("its sample is gone")
+                raise zlib.error("its sample is missing")
             sample = self._samples[number] = row[0]
         return sample
 
     def _unpacked(self, key: bytes, packed: bytes, number: int) -> bytes | None:
-        """An answer as it came; None, and to be asked again and replaced, where it is damaged."""
+        """The decompressed answer; None if it is damaged, and its key is noted so that the call is replaced."""
         try:
             return decompress_text(packed, self._samples.get(number) or self._sample(number))
         except zlib.error:
@@ -223,7 +223,7 @@ class Store:
             return None
 
     def _like(self, stage: str, row: str) -> Iterator[bytes]:
-        """Stored requests, those of the same stage and row first."""
+        """Yield stored requests, those of the same stage and row first."""
         sql = (
             "select c.request, s.request from calls c join samples s on s.id = c.sample where c.id in (select c.id"
             " from calls c left join uses u on u.key = c.key and u.stage = ?"
@@ -239,12 +239,12 @@ class Store:
             self._jobs.put((rows, done))
         else:
             done.set_result(None)
-        if self._broken:  # looked at last: whatever was put before it broke is settled by the writer
+        if self._broken:  # checked last: the writer settles all jobs that were put before it failed
             raise self._broken
         return done
 
     def _write(self) -> None:
-        """The writer's thread: whatever has gathered while the last commit waited for the disk goes into the next."""
+        """The writer thread: all jobs that arrive during a commit go into the next commit."""
         ended = False
         try:
             while not ended:
@@ -268,8 +268,8 @@ class Store:
             settle_write_jobs(jobs, failed)
 
 
-def take_write_jobs(jobs: "SimpleQueue[Job | None]") -> tuple[list[WriteJob], bool]:
-    """Wait for a job and take those behind it; and whether the end was among them."""
+def take_write_jobs(jobs: "SimpleQueue[WriteJob | None]") -> tuple[list[WriteJob], bool]:
+    """Wait for a job and take those that follow it, and whether the end (None) was among them."""
     found: list[WriteJob] = []
     with suppress(Empty):
         job = jobs.get()
@@ -283,7 +283,7 @@ def take_write_jobs(jobs: "SimpleQueue[Job | None]") -> tuple[list[WriteJob], bo
 
 
 def settle_write_jobs(jobs: Sequence[WriteJob], error: TapirError | None) -> None:
-    """Tell those who wait."""
+    """Resolve the futures of jobs, or set their exception."""
     for _, done in jobs:
         if error:
             done.set_exception(error)
@@ -293,7 +293,7 @@ def settle_write_jobs(jobs: Sequence[WriteJob], error: TapirError | None) -> Non
 
 @contextmanager
 def explain_store_errors(path: Path) -> Iterator[None]:
-    """SQLite's and the file system's errors as TapirErrors that say what to do."""
+    """Turn errors of SQLite and the file system into TapirErrors that say what to do."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -301,14 +301,14 @@ def explain_store_errors(path: Path) -> Iterator[None]:
 
 
 def make_store_error(error: sqlite3.Error | OSError, path: Path) -> TapirError:
-    """What an error means and what to do."""
+    """A TapirError with what an error means and what to do."""
     if isinstance(error, OSError):
-        fix = "See that the folder can be written."
+        fix = "Check that the folder can be written."
     elif is_damage_error(error):
-        fix = "Run the command again with the store on: a damaged one is put aside and its calls are saved."
+        fix = "Run the command again with the store on: it moves a damaged file away and saves the readable calls."
     elif getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        fix = "Make room on the disk and run the same command again: what was stored before is safe."
+        fix = "Make room on the disk and run the same command again. Calls stored before are safe."
     else:
-        fix = "See that the file and its folder can be read and written."
+        fix = "Check that the file and its folder can be read and written."
     why = getattr(error, "strerror", None) or error
     return TapirError(f"the store cannot be used: {why}", where=str(path), fix=fix)

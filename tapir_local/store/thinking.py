@@ -1,11 +1,11 @@
-"""Tell a reply's answer from what the model thought aloud before it."""
+"""Remove the reasoning ("thoughts") that a model writes before its answer."""
 
 import re
 
 THOUGHT_TAG = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning)"
-# How models open and close a thought: XML tags, Mistral's, Kimi's, Sky-T1's, Gemma's channel.
+# How models mark the beginning and end of a thought: XML tags, Mistral's, Kimi's, Sky-T1's, Gemma's channel.
 THOUGHT_MARKS = (
-    (rf"<{NAMES}(?:\s[^<>]*)?>", rf"</{NAMES}\s*>"),
+    (rf"<{THOUGHT_TAG}(?:\s[^<>]*)?>", rf"</{THOUGHT_TAG}\s*>"),
     (r"\[THINK\]", r"\[/THINK\]"),
     (r"◁think▷", r"◁/think▷"),
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
@@ -13,13 +13,13 @@ THOUGHT_MARKS = (
 )
 THOUGHT_BLOCKS = tuple(re.compile(rf"{begin}.*?(?:{end})", re.DOTALL | re.IGNORECASE) for begin, end in THOUGHT_MARKS)
 THOUGHT_OPENINGS = tuple(re.compile(begin, re.IGNORECASE) for begin, _ in THOUGHT_MARKS)
-# The closing mark alone, on its own line or at a line's end: the chat template has written the opening one.
+# Only the closing mark, on its own line or at the end of one: the chat template has written the opening mark.
 ORPHAN_CLOSING = re.compile(
-    r"(?:^[ \t]*(?:{0})|(?:{0})(?=[ \t]*\r?\n))".format(rf"</{NAMES}\s*>|\[/THINK\]|◁/think▷"),
+    r"(?:^[ \t]*(?:{0})|(?:{0})(?=[ \t]*\r?\n))".format(rf"</{THOUGHT_TAG}\s*>|\[/THINK\]|◁/think▷"),
     re.IGNORECASE | re.MULTILINE,
 )
 SOLUTION_BLOCK = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>\s*)?\Z", re.DOTALL)
-# gpt-oss: channels `analysis` and `commentary`, then `final`; without its special tokens, the words run together.
+# gpt-oss: channels `analysis` and `commentary`, then `final`. Without special tokens their names join the text.
 HARMONY_CHANNEL = re.compile(r"(?:<\|start\|>\s*assistant\s*)?<\|channel\|>")
 HARMONY_FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 HARMONY_END = re.compile(r"<\|(?:return|end|call)\|>")
@@ -29,10 +29,10 @@ CODE_SPAN = re.compile(r"(```|~~~).*?(?:\1|\Z)|`[^`\n]*`", re.DOTALL)
 
 
 def strip_thoughts(text: str) -> str:
-    """The text less what the model thought aloud; "" where it is nothing but an unfinished thought.
+    """Remove a model's thoughts from a text; "" if the text is only an unfinished thought.
 
-    A thought stands at the beginning. Where a reply begins with one, its later thoughts go too, but for what is quoted
-    as code. A reply that only quotes such a tag is left as it is, blanks included.
+    A thought is at the beginning of a text. If there is one, later thoughts are removed too, except those in code. A
+    text that only quotes such a mark is not changed.
     """
     begun = text.lstrip("\ufeff \t\r\n")
     if HARMONY_CHANNEL.match(begun):
@@ -47,7 +47,7 @@ def strip_thoughts(text: str) -> str:
 
 
 def strip_thought_blocks(text: str, block: re.Pattern[str], opening: re.Pattern[str]) -> str:
-    """The text less the blocks that it begins with, and less the later ones outside code; "" where one has no end."""
+    """Remove thoughts at the beginning, and later ones outside code; "" if a thought has no end."""
     while opening.match(text):
         first = block.match(text)
         if not first:
@@ -62,7 +62,7 @@ def strip_thought_blocks(text: str, block: re.Pattern[str], opening: re.Pattern[
 
 
 def strip_orphan_thought(text: str) -> str:
-    """The text after a closing mark whose opening one the chat template wrote; the whole text where there is none."""
+    """The text after a closing mark without an opening one; the whole text if there is none."""
     found = ORPHAN_CLOSING.search(text)
     if not found:
         return text
@@ -73,12 +73,12 @@ def strip_orphan_thought(text: str) -> str:
 
 
 def strip_leading_blank(text: str) -> str:
-    """The text less the blank lines that it begins with, or the blanks where it begins in mid-line."""
+    """Remove blank lines at the beginning of a text, or spaces if the text begins within a line."""
     found = LEADING_BLANK.match(text)
     return text[found.end() :] if found else text
 
 
 def extract_solution(text: str) -> str:
-    """What stands between the marks of a solution, where a thought is followed by them."""
+    """The text between the marks of a solution; the whole text if it has none."""
     found = SOLUTION_BLOCK.fullmatch(text)
     return found[1].strip() if found else text

@@ -1,4 +1,4 @@
-"""A store's calls written to another store file, and another store's calls taken into this one."""
+"""Export calls to a new store file, and import calls from another store."""
 
 import math
 import sqlite3
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from tapir_local import rundir
 from tapir_local.errors import TapirError
-from tapir_local.store import keys, schema
+from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.queries import CountProgress, no_progress, open_store
-from tapir_local.store.recovery import copy_rows, is_intact, iterate_by_id, samples_of
+from tapir_local.store.recovery import copy_calls, copy_rows, iterate_by_id, iterate_readable, samples_of
 from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply
 from tapir_local.store.rows import Attempt, Call, Use, record_max_tokens
-from tapir_local.store.schema import applied_migrations, connect, transaction
+from tapir_local.store.schema import applied_migrations, connect, create_or_migrate, transaction
 from tapir_local.store.store import ROWS_PER_COMMIT, Store, explain_store_errors
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -30,12 +30,20 @@ COLUMN_TYPES: Mapping[str, Any] = {  # of columns that hold no text
     **dict.fromkeys(("tokens_in", "tokens_out", "estimated", "round", "paid"), int),
     **dict.fromkeys(("seconds", "price", "created"), NUMERIC_TYPES),
 }
-RecordT = TypeVar("T")
-ATTEMPT_IDENTITY = ("key", "run", "round", "stage", "row", "why", "created")  # what makes two attempts the same one
+RecordT = TypeVar("RecordT")
+ATTEMPT_IDENTITY = (
+    "key",
+    "run",
+    "round",
+    "stage",
+    "row",
+    "why",
+    "created",
+)  # attempts with equal values of these are the same
 
 
 class Exported(NamedTuple):
-    """Calls written, wanted calls that could not be read, and the file's bytes."""
+    """The numbers of written and of unreadable calls, and the size of the file in bytes."""
 
     calls: int
     lost: int
@@ -44,7 +52,7 @@ class Exported(NamedTuple):
 
 @dataclass
 class Imported:
-    """How many calls are new, how many were there already, and how many were refused, by reason."""
+    """The numbers of new and of known calls, and of refused ones by reason."""
 
     new: int = 0
     known: int = 0
@@ -55,31 +63,32 @@ class Imported:
 
 
 def export_store(path: Path, out: Path, run: str | None = None, locked: Collection[bytes] = ()) -> Exported:
-    """Write a run's calls, or all, to a new store `out` with their uses, attempts and samples, packed as they are.
+    """Write a run's calls, or all calls, to a new store `out` with their uses, attempts and samples.
 
-    A run's calls are those that the store knows it used and those `locked`, the keys in its tapir.lock.
-    TapirError where `out` exists, the run has no calls, or the disk is full; `out` is whole or absent.
+    A run's calls are those that it used according to the store, and the `locked` keys, which its tapir.lock lists.
+    TapirError if `out` exists, the run has no calls, or the disk is full; then there is no file `out`.
     """
     with explain_store_errors(out):
         if out.exists():
-            raise TapirError("there is such a file already", where=str(out), fix="Name another, or delete it.")
+            raise TapirError("the file already exists", where=str(out), fix="Choose another name, or delete it.")
     with open_store(path) as old:
         old.row_factory = sqlite3.Row
         wanted = None if run is None else keys_used_by_run(old, path, run, locked)
         with explain_store_errors(out), rundir.whole(out) as partial, remove_on_failure(partial):
-            schema.create_or_migrate(partial)
+            create_or_migrate(partial)
             with closing(connect(partial, write=True)) as new:
                 with transaction(new):
-                    count, seen = copy_calls(old, new, wanted)
+                    copied = copy_calls(old, new, wanted)
                     copy_rows(new, "attempts", filter_by_run(iterate_by_id(old, "attempts"), run))
-                    copy_rows(new, "uses", filter_by_run(schema.whole(old, "uses"), run))
+                    copy_rows(new, "uses", filter_by_run(iterate_readable(old, "uses"), run))
                     record_max_tokens(new)
                 new.execute("PRAGMA journal_mode = DELETE")  # one file, readable where nothing can be written
-    return Exported(count, (seen if wanted is None else len(wanted)) - count, out.stat().st_size)
+    asked = copied.seen if wanted is None else len(wanted)
+    return Exported(copied.calls, asked - copied.calls, out.stat().st_size)
 
 
 def keys_used_by_run(store: sqlite3.Connection, path: Path, run: str, locked: Collection[bytes]) -> set[bytes]:
-    """The keys that a run used; TapirError naming the runs there are, if it used none."""
+    """The keys that a run used; TapirError with the known runs if there are none."""
     wanted = {row[0] for row in store.execute("select distinct key from uses where run = ?", (run,))} | set(locked)
     if not wanted:
         known = ", ".join(row[0] for row in store.execute("select distinct run from uses order by run")) or "none"
@@ -87,28 +96,14 @@ def keys_used_by_run(store: sqlite3.Connection, path: Path, run: str, locked: Co
     return wanted
 
 
-def copy_calls(old: sqlite3.Connection, new: sqlite3.Connection, wanted: set[bytes] | None) -> tuple[int, int]:
-    """Copy the wanted calls that prove themselves, and the samples that they need: (copied, seen)."""
-    samples, needed, copied, seen = samples_of(old), set[int](), 0, 0
-    for row in iterate_by_id(old, "calls"):
-        if wanted is None or row["key"] in wanted:
-            seen += 1
-            if row["sample"] in samples and is_intact(row, samples[row["sample"]]):
-                copied += copy_rows(new, "calls", iter([row]))
-                needed.add(row["sample"])
-    for table in ("samples", "sample_copies"):
-        copy_rows(new, table, (samples[number] for number in sorted(needed)))
-    return copied, seen
-
-
 def filter_by_run(rows: Iterator[sqlite3.Row], run: str | None) -> Iterator[sqlite3.Row]:
-    """The rows of a run; all without one."""
+    """The rows of a run; all rows if `run` is None."""
     return (row for row in rows if run is None or row["run"] == run)
 
 
 @contextmanager
 def remove_on_failure(path: Path) -> Iterator[None]:
-    """Remove a store that was not finished."""
+    """Delete an unfinished store file if an error occurs."""
     try:
         yield
     except BaseException:
@@ -121,7 +116,7 @@ def remove_on_failure(path: Path) -> Iterator[None]:
 
 
 def is_sqlite_file(file: Path) -> bool:
-    """Whether a file is one of SQLite's; TapirError where it cannot be read."""
+    """Whether a file is an SQLite database; TapirError if it cannot be read."""
     try:
         with file.open("rb") as bytes_of:
             return bytes_of.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
@@ -129,12 +124,12 @@ def is_sqlite_file(file: Path) -> bool:
         raise TapirError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
 
 
-def import_store(store: Store, file: Path, progress: Progress = no_progress) -> Imported:
-    """Take another store's calls, with their uses and attempts; what is in `store` already stays.
+def import_store(store: Store, file: Path, progress: CountProgress = no_progress) -> Imported:
+    """Add another store's calls, uses and attempts to `store`; what it has already is kept.
 
-    Every call must prove itself: its key is the hash of its request, and its answer is whole. It is packed anew, since
-    two stores may have different samples of one name. `progress` is called with (done, all). TapirError where `file`
-    is no store, or this one.
+    Each call is checked: its key must be the hash of its request, and its answer must be complete. It is compressed
+    again, because two stores may have different samples under one name. `progress` is called with (done, total).
+    TapirError if `file` is not a store, or is the same one.
     """
     found, good, seen = Imported(), set[bytes](), 0
     with open_other_store(file) as old:
@@ -146,7 +141,7 @@ def import_store(store: Store, file: Path, progress: Progress = no_progress) -> 
             good |= import_new_calls(store, batch, samples, found)
             seen += len(batch)
             progress(seen, total or seen)
-        if total is None or seen < total:  # damaged stretches; how many calls they held may be unknown too
+        if total is None or seen < total:  # damaged pages; the number of lost calls may be unknown
             found.refused[UNREADABLE] += total - seen if total else 1
         import_uses(store, old, good)
         import_attempts(store, old)
@@ -155,8 +150,8 @@ def import_store(store: Store, file: Path, progress: Progress = no_progress) -> 
 
 @contextmanager
 def open_other_store(file: Path) -> Iterator[sqlite3.Connection]:
-    """A store to be read, nothing written beside it; TapirError where it is none, or of a newer version."""
-    log = file.with_name(f"{file.name}-wal").exists()  # without one, nobody is writing to it
+    """Open another store without writing anything; TapirError if it is not a store, or of a newer version."""
+    log = file.with_name(f"{file.name}-wal").exists()  # without a log, no process is writing to it
     uri = f"{file.absolute().as_uri()}?mode=ro{'' if log else '&immutable=1'}"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as conn:
@@ -165,12 +160,17 @@ def open_other_store(file: Path) -> Iterator[sqlite3.Connection]:
             if not applied_migrations(conn, file):
                 raise TapirError("an SQLite file, but not a store of calls", where=str(file))
             yield conn
-    except (sqlite3.DatabaseError, IndexError, TypeError, OverflowError) as error:  # the last three: not our tables
+    except (
+        sqlite3.DatabaseError,
+        IndexError,
+        TypeError,
+        OverflowError,
+    ) as error:  # the last three: tables of another program
         raise TapirError(f"the store cannot be read: {error}", where=str(file)) from error
 
 
 def count_stored_calls(conn: sqlite3.Connection) -> int | None:
-    """How many calls a store has; None where it is too damaged to say."""
+    """The number of calls in a store; None if it cannot be counted because of damage."""
     try:
         return int(conn.execute("select count(*) from calls").fetchone()[0])
     except sqlite3.DatabaseError:
@@ -180,7 +180,7 @@ def count_stored_calls(conn: sqlite3.Connection) -> int | None:
 def import_new_calls(
     store: Store, rows: Sequence[sqlite3.Row], samples: Mapping[int, sqlite3.Row], found: Imported
 ) -> set[bytes]:
-    """Store those of another store's calls that this one lacks; the keys of those that are here now."""
+    """Store those calls of another store that this one lacks; returns the keys of all that it now has."""
     good = set[bytes]()
     for row in rows:
         call = parse_other_call(row, samples)
@@ -198,7 +198,7 @@ def import_new_calls(
 
 
 def parse_other_call(row: sqlite3.Row, samples: Mapping[int, sqlite3.Row]) -> Call | str:
-    """A call of another store, or why it is refused."""
+    """A call of another store, or the reason why it is refused."""
     try:
         sample = samples[row["sample"]]
         request, answer = (
@@ -217,16 +217,16 @@ def parse_other_call(row: sqlite3.Row, samples: Mapping[int, sqlite3.Row]) -> Ca
 
 
 def import_uses(store: Store, old: sqlite3.Connection, good: set[bytes]) -> None:
-    """Record who used the calls that are here now; `paid` as it was."""
-    uses = (use for use in parse_records(schema.whole(old, "uses"), Use) if use.key in good)
+    """Record the uses of imported calls; `paid` is kept."""
+    uses = (use for use in parse_records(iterate_readable(old, "uses"), Use) if use.key in good)
     while batch := list(islice(uses, ROWS_PER_COMMIT)):
         store.used(batch).result()
 
 
 def import_attempts(store: Store, old: sqlite3.Connection) -> None:
-    """Keep the other store's attempts that are not here yet."""
+    """Store the attempts that this store does not have yet."""
     with explain_store_errors(store.path), closing(connect(store.path, write=False)) as here:
-        known = set(here.execute(f"select {', '.join(ATTEMPT)} from attempts"))
+        known = set(here.execute(f"select {', '.join(ATTEMPT_IDENTITY)} from attempts"))
     for attempt in parse_records(iterate_by_id(old, "attempts"), Attempt):
         if tuple(getattr(attempt, name) for name in ATTEMPT_IDENTITY) not in known:
             store.note(attempt)
@@ -234,20 +234,20 @@ def import_attempts(store: Store, old: sqlite3.Connection) -> None:
 
 
 def parse_records(rows: Iterator[sqlite3.Row], kind: type[RecordT]) -> Iterator[RecordT]:
-    """Rows of another store as records; those that are none are left out."""
+    """Yield rows of another store as records; invalid ones are skipped."""
     for row in rows:
         with suppress(IndexError, TypeError, ValueError):
             yield kind(**parse_record_fields(row, kind))
 
 
 def parse_record_fields(row: sqlite3.Row, kind: type[Any]) -> dict[str, Any]:
-    """The fields of a record that a row of another store has; TypeError or ValueError where one cannot be true."""
+    """The fields of a record in a row of another store; ValueError if a value is impossible."""
     names = [name for name in kind.__slots__ if name in row.keys()]  # noqa: SIM118  (a Row iterates its values)
     return {name: check_value(name, row[name]) for name in names}
 
 
 def check_value(name: str, value: Any) -> Any:
-    """A value of the type that its column has here, and within bounds: the other store may be of anyone's making."""
+    """Check a value's type and bounds, because any program may have written the other store; ValueError if wrong."""
     wanted = COLUMN_TYPES.get(name, str)
     if name == "price" and value is None:
         return None

@@ -1,4 +1,4 @@
-"""Chat templates: the same text as transformers gives, and a completion that ends its turn."""
+"""Chat templates: rendering equals transformers, and every completion ends its turn."""
 
 from datetime import date
 
@@ -51,7 +51,7 @@ def test_same_text_as_transformers(tokenizer, name: str, asking: bool) -> None:
         assert render(TEMPLATES[name], turns, add_generation_prompt=asking, **tokens, today=date.today()) == wanted
 
 
-def test_the_date_is_the_same_tomorrow() -> None:
+def test_the_date_is_fixed() -> None:
     assert "Today Date: 26 Jul 2024" in render(LLAMA3, [USER], add_generation_prompt=True)
 
 
@@ -87,7 +87,7 @@ def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
         render("{{ messages.__class__.__mro__[1].__subclasses__() }}", [USER], add_generation_prompt=True)
 
 
-def test_a_turn_that_nothing_ends_is_refused() -> None:
+def test_a_template_that_does_not_end_a_turn_is_refused() -> None:
     alpaca = (
         "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}END\n\n{% endfor %}"
         "{% if add_generation_prompt %}### assistant:\n{% endif %}"
@@ -99,7 +99,7 @@ def test_a_turn_that_nothing_ends_is_refused() -> None:
     assert render_training_text(alpaca, [USER], "Four.", stops=["END"])[1] == "Four.END\n\n"
 
 
-def test_a_prompt_that_is_no_beginning_is_refused() -> None:
+def test_a_conversation_that_does_not_begin_with_the_prompt_is_refused() -> None:
     template = "{% if add_generation_prompt %}ask {% else %}tell {% endif %}{{ messages[-1].content }}</s>"
     with pytest.raises(TapirError, match="not the beginning"):
         render_training_text(template, [USER], "Four.")

@@ -1,4 +1,4 @@
-"""Rows become examples, duplicates left out; a holdout is set apart; drafts that are near or leak are rejected."""
+"""Rows become examples without duplicates, a holdout is split off, near-duplicates and leaks are rejected."""
 
 import random
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 from fakes import World, make_recipe, tools
 
 from tapir_local.data.dataset import (
+    DedupIndex,
     Draft,
-    Index,
     count_tasks,
     parse_seeds,
     remove_near_duplicates,
@@ -36,7 +36,7 @@ def ask(id: str, text: str, task: str = "Math") -> Example:
     return Example(id, (Message("user", text),), "x", task)
 
 
-def test_duplicates_are_left_out_with_the_row_they_repeat() -> None:
+def test_duplicates_are_removed_and_name_the_first_row() -> None:
     found, left_out = seeds({"instruction": "Add  one."}, {"instruction": "add one."}, {"instruction": "Add two."})
     assert [row.id for row in found] == ["seed-00001", "seed-00003"]
     assert [(row.example.id, row.reason, row.near) for row in left_out] == [("seed-00002", "duplicate", "seed-00001")]
@@ -60,16 +60,16 @@ def test_labels_of_the_file_are_kept() -> None:
             [{"instruction": "a"}, {"instruction": "b \ud83d"}],
             r"line 2: not Unicode text: half a surrogate pair, '\ud83d'",
         ),
-        ([{"instruction": "a"}, {"text": "b", "id": 3}], "line 2: a row of no known form; its keys: text, id"),
+        ([{"instruction": "a"}, {"text": "b", "id": 3}], "line 2: a row of no known format; its keys: text, id"),
     ],
 )
-def test_rows_that_are_no_examples_are_refused_with_their_lines(rows: list[dict[str, object]], said: str) -> None:
+def test_unreadable_rows_are_refused_with_their_lines(rows: list[dict[str, object]], said: str) -> None:
     with pytest.raises(TapirError) as error:
         seeds(*rows)
     assert f"seeds.json, {said}" in str(error.value)
 
 
-def test_near_duplicates_are_left_out_with_the_row_they_resemble() -> None:
+def test_near_duplicates_are_removed_and_name_the_similar_row() -> None:
     rows = [ask("a", "Name a fruit that is red"), ask("b", "Name one fruit that is red"), ask("c", "Sing a song")]
     kept, left_out = remove_near_duplicates(rows, 0.7)
     assert [row.id for row in kept] == ["a", "c"]
@@ -78,7 +78,7 @@ def test_near_duplicates_are_left_out_with_the_row_they_resemble() -> None:
 
 
 def read_stage(recipe: Recipe, folder: Path) -> tuple[str, Path]:
-    """What the stage says, and its run's folder."""
+    """The message of the read stage, and the folder of its run."""
     run = RunDir(folder, "run")
     return read(Work(recipe, run, tools(World())), run.path / "rows.jsonl"), run.path
 
@@ -91,7 +91,7 @@ LIKE = (
 )
 
 
-def test_the_read_stage_counts_and_keeps_what_it_leaves_out(tmp_path: Path) -> None:
+def test_the_read_stage_counts_and_saves_rejected_rows(tmp_path: Path) -> None:
     (tmp_path / "seeds.jsonl").write_text(LIKE)
     recipe = overridden(
         make_recipe(tmp_path), {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1, "seeds.max_rouge": 0.9}
@@ -107,7 +107,7 @@ def test_the_read_stage_counts_and_keeps_what_it_leaves_out(tmp_path: Path) -> N
 
 
 def read_rows_of(tmp_path: Path, rows: list[str], **changes: object) -> tuple[str, Path]:
-    """What the read stage says of a file of these lines."""
+    """The message of the read stage for a file with these lines, and the folder of its run."""
     (tmp_path / "seeds.jsonl").write_text("\n".join(rows))
     settings = {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1}
     return read_stage(overridden(make_recipe(tmp_path), settings | changes), tmp_path)
@@ -117,7 +117,7 @@ FIFTY = [f'{{"instruction": "Question {n}: what is {n} times 3?"}}' for n in ran
 ODD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"id": 1}]}]}'
 
 
-def test_one_odd_row_in_fifty_costs_that_row(tmp_path: Path) -> None:
+def test_one_unusable_row_in_fifty_is_left_out(tmp_path: Path) -> None:
     said, run = read_rows_of(tmp_path, [*FIFTY[:20], ODD, *FIFTY[21:49], '{"instruction": "torn'])
     assert said == "48 rows, 2 left out (1 a turn that calls a tool, 1 not JSON; unusable.jsonl)"
     found = read_rows(Unusable, run / "unusable.jsonl")
@@ -129,24 +129,24 @@ def test_one_odd_row_in_fifty_costs_that_row(tmp_path: Path) -> None:
     assert read_rows(Example, run / "rows.jsonl")[20].id == "seed-00022"
 
 
-def test_odd_rows_can_be_refused(tmp_path: Path) -> None:
+def test_unusable_rows_can_be_refused(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match=r"seeds.jsonl, line 21: .*a turn by 'assistant' calls a tool"):
         read_rows_of(tmp_path, [*FIFTY[:20], ODD, *FIFTY[21:]], **{"seeds.unusable": "refuse"})
 
 
-def test_too_many_odd_rows_stop_with_the_commonest_reasons_and_the_first_rows(tmp_path: Path) -> None:
+def test_too_many_unusable_rows_stop_with_reasons_and_examples(tmp_path: Path) -> None:
     said = r"3 of 50 rows \(6%\) cannot be used: 2 a turn that calls a tool, 1 not an object(.|\n)*seeds.jsonl, line 1 "
     with pytest.raises(TapirError, match=said):
         read_rows_of(tmp_path, [ODD, ODD, "3", *FIFTY[3:]])
     assert len(read_rows(Unusable, tmp_path / "runs" / "run" / "unusable.jsonl")) == 3
 
 
-def test_text_that_is_not_read_is_told(tmp_path: Path) -> None:
+def test_unread_text_is_reported(tmp_path: Path) -> None:
     said, _ = read_rows_of(tmp_path, [*FIFTY[1:], '{"instruction": "a", "notes": "b", "source": "c"}'])
     assert said == "50 rows; not read: column 'notes' (1 row)"
 
 
-def test_a_warning_where_many_rows_are_alike(tmp_path: Path) -> None:
+def test_many_similar_rows_give_a_warning(tmp_path: Path) -> None:
     alike = [
         f'{{"instruction": "Name the rivers of Europe that flow {word} the sea."}}' for word in ["to", "into", "in"]
     ]
@@ -157,12 +157,12 @@ def test_a_warning_where_many_rows_are_alike(tmp_path: Path) -> None:
     assert "seeds.max_rouge" in said
 
 
-def test_rows_that_differ_in_a_quotations_capitals_are_no_duplicates() -> None:
+def test_case_inside_quotes_distinguishes_rows() -> None:
     found, left_out = seeds({"instruction": 'Is "polish" a verb?'}, {"instruction": 'Is "Polish" a verb?'})
     assert (len(found), left_out) == (2, [])
 
 
-def test_a_task_that_the_recipe_does_not_have_costs_the_row() -> None:
+def test_a_row_with_an_unknown_task_is_left_out() -> None:
     found = parse_seeds(
         Table("f", [(1, {"instruction": "a", "task": "Art"}), (2, {"instruction": "b", "task": 0})]), TASKS
     )
@@ -186,7 +186,7 @@ def test_a_file_without_answers_cannot_answer(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "run").exists()
 
 
-def test_the_holdout_has_the_tasks_in_proportion_and_shares_no_row() -> None:
+def test_the_holdout_has_tasks_in_proportion_and_no_shared_row() -> None:
     rows = [ask(f"m{n}", f"sum {n}") for n in range(80)] + [ask(f"a{n}", f"art {n}", "Art") for n in range(20)]
     held, rest = split_holdout(rows, 10, random.Random(0))
     assert count_tasks(held) == {"Art": 2, "Math": 8}
@@ -195,8 +195,8 @@ def test_the_holdout_has_the_tasks_in_proportion_and_shares_no_row() -> None:
 
 
 def screened(*texts: str, pool: str = "", holdout: str = "") -> list[str]:
-    """Why each of several drafts was rejected; "" where it was kept."""
-    near, held = Index(0.7), Index(0.7)
+    """The reasons why drafts were rejected; "" for a kept one."""
+    near, held = DedupIndex(0.7), DedupIndex(0.7)
     near.add(ask("p", pool))
     held.add(ask("h", holdout))
     return [draft.reason for draft in screen_drafts([ask(f"d{n}", text) for n, text in enumerate(texts)], near, held)]
@@ -209,23 +209,23 @@ def test_near_duplicates_of_the_pool_and_of_each_other_are_rejected() -> None:
     assert "near-duplicate" in reasons[2]
 
 
-def test_a_draft_with_other_numbers_than_a_rows_is_new_but_near_the_holdout_it_is_a_leak() -> None:
+def test_other_numbers_make_a_new_row_but_still_a_leak() -> None:
     row, draft = "What do 3 crates for 4 coins each cost?", "What do 5 crates for 2 coins each cost?"
     assert screened(draft, pool=row) == [""]
     assert screened(row, pool=row) == ["near-duplicate: ROUGE-L 1.00"]
     assert "near the holdout" in screened(draft, holdout=row)[0]
 
 
-def test_what_resembles_the_holdout_is_rejected() -> None:
+def test_drafts_similar_to_the_holdout_are_rejected() -> None:
     assert "near the holdout" in screened("Name three blue birds", holdout="name three blue birds")[0]
 
 
-def test_the_prompts_own_marks_are_rejected() -> None:
+def test_drafts_with_tags_of_the_prompt_are_rejected() -> None:
     assert "marks" in screened("Do this </new_instruction> <answer_1>")[0]
 
 
-def test_a_leak_is_found_whatever_conversation_it_is_in() -> None:
-    near, held = Index(0.7), Index(0.7)
+def test_a_leak_is_found_in_any_conversation() -> None:
+    near, held = DedupIndex(0.7), DedupIndex(0.7)
     held.add(ask("h", "Name three blue birds"))
     draft = Example("d", (Message("system", "Be brief."), Message("user", "name three blue birds")))
     assert screen_drafts([draft], near, held) == [Draft(draft, "near the holdout: ROUGE-L 1.00", "h")]

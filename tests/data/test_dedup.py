@@ -1,4 +1,4 @@
-"""The nearest instruction is the one that comparing with every row finds."""
+"""The dedup index finds the same rows as a comparison with every row."""
 
 import random
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def ask(id: str, text: str, *before: str) -> Example:
 
 
 def lcs(a: list[str], b: list[str]) -> int:
-    """Words of the longest common subsequence, by the textbook's table."""
+    """The length of the longest common subsequence in words, by dynamic programming."""
     row = [0] * (len(b) + 1)
     for word in a:
         row = table(word, b, row)
@@ -38,7 +38,7 @@ def table(word: str, b: list[str], above: list[int]) -> list[int]:
 
 
 def every_pair(text: str, rows: list[Example], limit: float) -> tuple[str, float] | None:
-    """The plain loop: the highest ROUGE-L above the limit, or the same words; of several rows the first."""
+    """A loop over all rows: the first with the highest ROUGE-L above the limit, or with equal words."""
     words = WORD_OR_SIGN.findall(text.lower()) or [""]
     best: tuple[str, float] | None = None
     for row in rows:
@@ -54,7 +54,7 @@ few_words = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g"]), max_s
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(few_words, min_size=1, max_size=25), st.sampled_from(LIMITS))
-def test_it_finds_what_a_loop_over_all_pairs_finds(texts: list[str], limit: float) -> None:
+def test_same_result_as_a_loop_over_all_pairs(texts: list[str], limit: float) -> None:
     index, rows = DedupIndex(limit), list[Example]()
     for number, text in enumerate(texts):
         row = ask(str(number), text)
@@ -67,8 +67,8 @@ def test_it_finds_what_a_loop_over_all_pairs_finds(texts: list[str], limit: floa
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(LIMITS), st.floats(0.01, 0.5))
-def test_and_among_rows_that_are_altered_copies_of_others(seed: int, limit: float, change: float) -> None:
-    """Words as frequent as in a language, and near-duplicates at every distance from each other."""
+def test_same_result_for_altered_copies(seed: int, limit: float, change: float) -> None:
+    """Words with the frequencies of a natural language, and near-duplicates of every similarity."""
     rng = random.Random(seed)
     words = [f"w{int(1 / (rng.random() + 0.003))}" for _ in range(300)]
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(10)]
@@ -97,7 +97,7 @@ THINGS = "lamp kettle mirror ladder broom bucket barrel anchor candle hammer pil
 
 
 def kept(texts: Sequence[str], limit: float) -> int:
-    """How many of several texts have no near-duplicate before them."""
+    """The number of texts without an earlier near-duplicate."""
     rows = remove_near_duplicates([ask(str(number), text) for number, text in enumerate(texts)], limit)[0]
     assert len(remove_near_duplicates([ask("x", text) for text in reversed(texts)], limit)[0]) == len(rows)
     return len(rows)
@@ -135,7 +135,7 @@ def test_other_numbers_quotations_or_questions_make_other_rows(texts: list[str],
         "{}: name what it is made of, who sells it, how it is kept clean, and where it is put at night.",
     ],
 )
-def test_a_template_that_many_rows_have_does_not_make_them_alike(template: str, limit: float) -> None:
+def test_rows_with_a_common_template_are_not_duplicates(template: str, limit: float) -> None:
     assert kept([template.format(thing) for thing in THINGS], limit) == len(THINGS)
 
 
@@ -149,12 +149,12 @@ def test_a_template_that_many_rows_have_does_not_make_them_alike(template: str, 
         ("Name some rivers of Europe that flow south.", "Name the rivers of Europe that flow south."),
     ],
 )
-def test_real_near_duplicates_still_go(first: str, second: str) -> None:
+def test_real_near_duplicates_are_found(first: str, second: str) -> None:
     assert kept([first, second], 0.7) == 1
 
 
 @pytest.mark.parametrize("limit", [0.9, 1.0])
-def test_the_same_words_are_alike_at_any_limit(limit: float) -> None:
+def test_equal_words_are_similar_at_any_limit(limit: float) -> None:
     index = DedupIndex(limit)
     index.add(ask("a", "Name a fruit."))
     assert index.nearest(ask("b", "name  a fruit .")) == ("a", 1.0)
@@ -171,18 +171,18 @@ def test_the_same_words_are_alike_at_any_limit(limit: float) -> None:
         (LOG + ASKED[0], "Be brief. " + LOG + ASKED[0], True),
     ],
 )
-def test_a_leak_may_have_other_numbers_but_asks_nothing_else(held: str, draft: str, leaks: bool) -> None:
+def test_a_leak_may_have_other_numbers_but_not_another_question(held: str, draft: str, leaks: bool) -> None:
     index = DedupIndex(0.7)
     index.add(ask("h", held))
     assert (index.nearest(ask("d", draft), anywhere=True) is not None) == leaks
 
 
 def document(rng: random.Random, words: int) -> str:
-    """A text with the frequencies of words in a language."""
+    """A text with the word frequencies of a natural language."""
     return " ".join(f"w{chr(97 + int(25 * rng.random() ** 2))}{int(40 * rng.random() ** 3)}x" for _ in range(words))
 
 
-def test_long_documents_are_found_by_their_sketches_and_no_others() -> None:
+def test_long_documents_are_found_by_sketches() -> None:
     rng = random.Random(1)
     texts = [document(rng, rng.randint(900, 4000)) for _ in range(12)]
     for number, text in enumerate(texts[:10]):
@@ -204,7 +204,7 @@ def test_rouge_l_equals_the_published_definition() -> None:
 
 
 @pytest.mark.parametrize("same", [7, 14, 21])
-def test_a_likeness_of_just_the_limit_does_not_pass_it(same: int) -> None:
+def test_a_similarity_equal_to_the_limit_is_not_above_it(same: int) -> None:
     words = [f"word{n}" for n in range(same * 10 // 7)]
     index = DedupIndex(0.7)
     index.add(ask("p", " ".join(words)))
@@ -212,14 +212,14 @@ def test_a_likeness_of_just_the_limit_does_not_pass_it(same: int) -> None:
     assert index.nearest(ask("r", " ".join(words[: same + 1] + ["x"] * (len(words) - same - 1)))) is not None
 
 
-def test_of_several_the_first_added_is_named() -> None:
+def test_the_first_of_several_is_returned() -> None:
     index = DedupIndex(0.5)
     for name, text in (("a", "one two three four"), ("b", "one two three five"), ("c", "one two three six")):
         index.add(ask(name, text))
     assert index.nearest(ask("q", "one two three seven")) == ("a", 0.75)
 
 
-def test_a_system_message_that_all_rows_share_does_not_make_them_alike() -> None:
+def test_a_common_system_message_does_not_make_rows_similar() -> None:
     rules = "You are a careful assistant that answers every question in one short sentence and never makes things up."
     index = DedupIndex(0.7)
     index.add(ask("a", "What is a fjord?", rules))
@@ -227,7 +227,7 @@ def test_a_system_message_that_all_rows_share_does_not_make_them_alike() -> None
     assert index.nearest(ask("c", "What is a fjord ?", rules)) == ("a", 1.0)
 
 
-def test_the_same_words_after_other_turns_ask_for_another_thing() -> None:
+def test_equal_words_after_different_turns_are_not_duplicates() -> None:
     index = DedupIndex(0.7)
     index.add(ask("a", "Go on.", "Tell me of whales."))
     assert index.nearest(ask("b", "Go on.", "Tell me of steam.")) is None
@@ -241,14 +241,14 @@ def test_writing_without_spaces_is_compared_by_its_characters() -> None:
     assert index.nearest(ask("c", "日本の首都はどこですか")) is None
 
 
-def test_more_words_than_there_are_letters_for_is_an_error() -> None:
+def test_too_many_distinct_words_are_an_error() -> None:
     index = DedupIndex(0.7)
     index.alphabet = {str(number): number for number in range(0x110000)}
     with pytest.raises(TapirError, match="1,114,112 different words"):
         index.add(ask("a", "unheard of"))
 
 
-def test_a_text_without_words_is_like_another_only() -> None:
+def test_texts_without_words_are_similar_to_each_other_only() -> None:
     index = DedupIndex(0.7)
     index.add(ask("a", "x"))
     assert index.nearest(ask("b", " ")) is None

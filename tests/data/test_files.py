@@ -1,4 +1,4 @@
-"""Seeds of every usual form and file are read; what cannot be is refused with its line and what to do."""
+"""Seeds of all common formats and files are read; unreadable ones are refused with line and advice."""
 
 import csv
 import gzip
@@ -32,12 +32,12 @@ def examples(table: Table) -> list[Example]:
 
 
 def user(*turns: str) -> tuple[Message, ...]:
-    """Turns of user and assistant in alternation."""
+    """Turns of user and assistant, alternately."""
     return tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns))
 
 
 def said(role: str, *turns: str) -> list[dict[str, str]]:
-    """OpenAI's messages of `role` and the other one in alternation."""
+    """OpenAI's messages, alternately of `role` and the other role."""
     other = {"user": "assistant", "assistant": "user"}[role]
     return [{"role": (role, other)[n % 2], "content": text} for n, text in enumerate(turns)]
 
@@ -85,15 +85,15 @@ SYSTEM = Message("system", "Be brief.")
         ({"instruction": None, "messages": said("user", "Add.")}, user("Add."), ""),
     ],
 )
-def test_rows_of_every_form(row: dict[str, Any], prompt: tuple[Message, ...], completion: str) -> None:
+def test_rows_of_every_format(row: dict[str, Any], prompt: tuple[Message, ...], completion: str) -> None:
     assert require_row(row, "f") == (prompt, completion)
 
 
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"text": "Add.", "label": 1}, "no known form; its keys: text, label"),
-        ({}, "no known form; its keys: none"),
+        ({"text": "Add.", "label": 1}, "no known format; its keys: text, label"),
+        ({}, "no known format; its keys: none"),
         ({"messages": 3}, "messages that cannot be read: the conversation is not a list of objects"),
         ({"messages": [{"role": "tool", "content": "3"}]}, "a turn is by 'tool'; known are user, human"),
         ({"messages": [{"content": "3"}]}, "a turn is by None"),
@@ -105,13 +105,13 @@ def test_rows_of_every_form(row: dict[str, Any], prompt: tuple[Message, ...], co
         ({"question_id": 101, "choices": []}, "name the file of questions"),
     ],
 )
-def test_rows_that_cannot_be_read_say_why(row: dict[str, Any], fault: str) -> None:
+def test_unreadable_rows_give_a_reason(row: dict[str, Any], fault: str) -> None:
     with pytest.raises(TapirError, match=fault) as error:
         require_row(row, "seeds.json, line 7")
     assert str(error.value).startswith("seeds.json, line 7: a row")
 
 
-def test_the_known_forms_are_named_where_a_row_has_none() -> None:
+def test_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(TapirError) as error:
         require_row({"text": "a"}, "f")
     assert all(name in error.value.fix for name in ("Alpaca", "ShareGPT", "messages", "self-instruct", "MT-Bench"))
@@ -146,7 +146,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("suffix", PACKED)
-def test_files_of_text_packed_or_not_read_alike(tmp_path: Path, name: str, suffix: str) -> None:
+def test_compressed_and_plain_files_give_equal_rows(tmp_path: Path, name: str, suffix: str) -> None:
     (tmp_path / (name + suffix)).write_bytes(PACKED[suffix](TEXTS[name]))
     found = examples(read_path(tmp_path / (name + suffix)))
     assert [(row.prompt, row.completion) for row in found] == [require_row(row, "f") for row in ALPACA]
@@ -168,20 +168,24 @@ DAMAGED = [
     ("a.jsonl", b'"text"\n', "line 1: a row is a JSON object"),
     ("a.jsonl", '{"instruction": "a"}\n{"instruction": "ü"}\n'.encode("latin-1"), "line 2: not UTF-8: byte 0xfc"),
     ("a.json", "[]".encode("utf-16"), r"line 1: not UTF-8: byte 0xff\n  .*iconv -f UTF-16"),
-    ("a.json", b'{\n"data": [{"instruction": "a"}]\n}', r"line 1: one JSON object \(data\) where rows are expected"),
+    (
+        "a.json",
+        b'{\n"data": [{"instruction": "a"}]\n}',
+        r"line 1: a single JSON object \(data\), but rows are expected",
+    ),
     ("a.csv", b"", "no rows in it"),
     ("a.csv", b"instruction,output\n", "no rows in it"),
-    ("a.csv", b"question,reply\na,b\n", "line 2: a row of no known form; its keys: question, reply"),
+    ("a.csv", b"question,reply\na,b\n", "line 2: a row of no known format; its keys: question, reply"),
     ("a.csv", b"instruction,output\na,b\n\nc\n", "line 4: 1 fields where the header has 2"),
     ("a.csv", b'instruction,output\n"a\nb",c\nd,e,f\n', "line 4: 3 fields where the header has 2"),
     ("a.csv", b'instruction,output\na,"b\n', "line 2: not CSV"),
     ("a.csv", b"instruction,instruction\na,b\n", "line 1: two columns are called 'instruction'"),
-    ("a.json.gz", gzip.compress(ARRAY, mtime=0)[:-9], "damaged or cut off"),
-    ("a.json.gz", gzip.compress(ARRAY, mtime=0)[:30] + b"\0" * 9, "damaged or cut off"),
-    ("a.json.gz", gzip.compress(b"", mtime=0), "no rows in it"),
-    ("a.json.zst", zstandard.compress(ARRAY)[:-9], "damaged or cut off"),
-    ("a.json.zst", zstandard.compress(ARRAY) + b"more", "damaged or cut off"),
-    ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
+    ("a.json.gz", gzip.compress(ARRAY)[:-9], "damaged or incomplete"),
+    ("a.json.gz", gzip.compress(ARRAY)[:30] + b"\0" * 9, "damaged or incomplete"),
+    ("a.json.gz", gzip.compress(b""), "no rows in it"),
+    ("a.json.zst", zstandard.compress(ARRAY)[:-9], "damaged or incomplete"),
+    ("a.json.zst", zstandard.compress(ARRAY) + b"more", "damaged or incomplete"),
+    ("a.parquet", b"PAR1 and no more", "not a complete Parquet file"),
 ]
 
 
@@ -211,7 +215,7 @@ def test_parquet_keeps_conversations_and_counts_rows(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders as `datasets` saves them, and one of plain files."""
+    """Folders written by `datasets`, and one of plain files."""
     from datasets import Dataset, DatasetDict
 
     folder, data = tmp_path_factory.mktemp("saved"), Dataset.from_list(ALPACA)
@@ -236,7 +240,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("files", None, 2),
     ],
 )
-def test_a_datasets_folder(saved: Path, name: str, split: str | None, rows: int) -> None:
+def test_a_folder_of_a_saved_dataset(saved: Path, name: str, split: str | None, rows: int) -> None:
     found = examples(read_path(saved / name, split))
     assert [row.completion for row in found] == ["3", "hi; ÿ"][-rows:]
 
@@ -247,10 +251,10 @@ def test_a_datasets_folder(saved: Path, name: str, split: str | None, rows: int)
         ("alone", "test", r"no split 'test'\n  It has none; leave"),
         ("two", "dev", r"no split 'dev'\n  Name one in seeds.split: test, train"),
         ("unclear", None, r"several splits\n  Name one in seeds.split: a, b"),
-        ("empty", None, "holds no dataset that can be read"),
+        ("empty", None, "contains no readable dataset"),
     ],
 )
-def test_a_folder_without_that_dataset(saved: Path, name: str, split: str | None, fault: str) -> None:
+def test_a_folder_without_a_usable_dataset_is_an_error(saved: Path, name: str, split: str | None, fault: str) -> None:
     with pytest.raises(TapirError, match=fault):
         read_path(saved / name, split)
 
@@ -260,12 +264,12 @@ def test_a_file_has_no_splits() -> None:
         read_path(POCKET_SEEDS, "train")
 
 
-def test_what_lies_here_has_no_subsets() -> None:
+def test_local_files_have_no_subsets() -> None:
     with pytest.raises(TapirError, match=r"no subset 'main'\n  seeds.subset is for datasets on the Hub"):
         read_table(Seeds(path="pocket", subset="main"))
 
 
-def test_the_hub_out_of_reach_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -273,20 +277,20 @@ def test_the_hub_out_of_reach_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
         read_hub("no/such", None, None)
 
 
-def test_out_of_reach_a_copy_on_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_copy_is_read_if_the_hub_is_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import config, load_dataset
     from huggingface_hub import constants
 
     (tmp_path / "such").mkdir()
     (tmp_path / "such" / "train.jsonl").write_bytes(LINES)
     load_dataset(str(tmp_path / "such"), cache_dir=str(tmp_path / "cache"))
-    (tmp_path / "cache" / "such").rename(tmp_path / "cache" / "no___such")  # where a download from the Hub lies
+    (tmp_path / "cache" / "such").rename(tmp_path / "cache" / "no___such")  # the folder of a download from the Hub
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert len(examples(read_table(Seeds(path="no/such")))) == 2
 
 
-def test_what_seeds_path_may_name(tmp_path: Path) -> None:
+def test_kinds_of_seeds_path(tmp_path: Path) -> None:
     assert seeds_path("pocket") == POCKET_SEEDS
     assert seeds_path(str(tmp_path)) == tmp_path
     assert seeds_path("tatsu-lab/alpaca") is None
@@ -306,12 +310,12 @@ def test_what_seeds_path_may_name(tmp_path: Path) -> None:
         ("mt_bench_question.jsonl", 80, 38),
     ],
 )
-def test_real_files_are_read_whole(name: str, rows: int, answered: int) -> None:
+def test_real_files_are_read_completely(name: str, rows: int, answered: int) -> None:
     found = examples(read_path(DATA / name))
     assert (len(found), sum(bool(row.completion) for row in found)) == (rows, answered)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real data here")
-def test_real_answers_without_questions_say_what_to_name() -> None:
+def test_real_answers_without_questions_give_advice() -> None:
     with pytest.raises(TapirError, match=r"gpt4.jsonl, lines 1, 2, .*name the file of questions"):
         examples(read_path(DATA / "mt_bench_reference_gpt4.jsonl"))

@@ -1,4 +1,4 @@
-"""What a row says is read to the letter; what is not read is told, and what cannot be read is refused by name."""
+"""Texts of rows are read exactly; unread texts are reported, and unreadable rows are refused with a kind."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ values = st.one_of(
 
 
 def texts_in(value: Any) -> list[str]:
-    """Every text with a letter, however deep."""
+    """All texts with a letter, at any depth."""
     if isinstance(value, str):
         return [value.strip()] if any(map(str.isalpha, value)) else []
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
@@ -64,19 +64,21 @@ def texts_in(value: Any) -> list[str]:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ONE_OF_EACH)), st.dictionaries(st.sampled_from(NAMES), values, min_size=1, max_size=4))
-def test_every_text_of_a_row_is_read_or_metadata_or_told_or_refused(form: str, more: dict[str, Any]) -> None:
+def test_every_text_of_a_row_is_read_or_metadata_or_reported_or_refused(form: str, more: dict[str, Any]) -> None:
     row = {**more, **ONE_OF_EACH[form]}
     try:
         found = parse_row(row)
     except RowFault:
         return
     if not found.prompt:
-        return  # refused, as a row without an instruction
+        return  # refused: a row without an instruction
     read = "\n".join([*(turn.content for turn in found.prompt), found.completion])
     for name, value in row.items():
         missing = [text for text in texts_in(value) if text not in read]
-        told = any(repr(name) in said for said in found.unread) or is_metadata_column(name) or name in ONE_OF_EACH[form]
-        assert not missing or told or value in ("no input", "No input"), (name, missing, found)
+        reported = (
+            any(repr(name) in said for said in found.unread) or is_metadata_column(name) or name in ONE_OF_EACH[form]
+        )
+        assert not missing or reported or value in ("no input", "No input"), (name, missing, found)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +119,7 @@ def test_every_text_of_a_row_is_read_or_metadata_or_told_or_refused(form: str, m
         ({"question_id": 0, "turns": [0], "reference": [0]}, user("0"), "0"),
     ],
 )
-def test_what_a_row_says_is_read_to_the_letter(
-    row: dict[str, Any], prompt: tuple[Message, ...], completion: str
-) -> None:
+def test_texts_of_a_row_are_read_exactly(row: dict[str, Any], prompt: tuple[Message, ...], completion: str) -> None:
     assert parse_row(row)[:2] == (prompt, completion)
 
 
@@ -155,14 +155,14 @@ def test_what_a_row_says_is_read_to_the_letter(
         ([], "not an object"),
     ],
 )
-def test_what_cannot_be_read_is_named(row: Any, kind: str) -> None:
+def test_unreadable_rows_have_a_kind(row: Any, kind: str) -> None:
     with pytest.raises(RowFault) as fault:
         parse_row(row)
     assert fault.value.kind == kind
-    assert fault.value.said.encode()  # also where it quotes half a surrogate pair
+    assert fault.value.said.encode()  # even if it quotes a lone surrogate
 
 
-def test_a_column_however_deep_is_told() -> None:
+def test_a_nested_column_is_reported() -> None:
     deep: Any = "text"
     for _ in range(5000):
         deep = [deep]
@@ -189,14 +189,14 @@ def test_a_column_however_deep_is_told() -> None:
         ({"instruction": "a", "output": "b", "response": "c"}, ["column 'response'"]),
     ],
 )
-def test_what_is_not_read_is_told(row: dict[str, Any], unread: list[str]) -> None:
+def test_unread_columns_are_reported(row: dict[str, Any], unread: list[str]) -> None:
     found = parse_row(row)
     assert isinstance(found, ParsedRow)
     assert found.unread == unread
 
 
 def rows_in(path: Path) -> list[Any]:
-    """(line, fault's kind or instruction) of every row of a file, in order."""
+    """(line, kind of fault or instruction) of every row of a file, in order."""
     table = read_path(path)
     found = parse_seeds(table, TASKS)
     read, faulty = {row.id: row.prompt[-1].content for row in found.examples}, iter(found.faulty)
@@ -236,14 +236,14 @@ def test_no_text_of_a_json_file_is_lost(text: str, rows: list[Any], tmp_path: Pa
     assert rows_in(tmp_path / "a.jsonl") == rows
 
 
-def test_numbers_keep_their_spelling(tmp_path: Path) -> None:
+def test_numbers_are_kept_as_written(tmp_path: Path) -> None:
     text = '{"instruction": 3.10, "input": 1e5, "output": 100000000000000000000.0, "id": 0}'
     (tmp_path / "a.jsonl").write_text(f"{text}\n")
     (found,) = parse_seeds(read_path(tmp_path / "a.jsonl"), TASKS).examples
     assert (found.prompt, found.completion) == (user("3.10\n\n1e5"), "100000000000000000000.0")
 
 
-def test_a_text_file_has_one_instruction_a_line(tmp_path: Path) -> None:
+def test_a_text_file_has_one_instruction_per_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfName a knot.\r\n\n  Indented?\n")
     assert [row.prompt for row in parse_seeds(read_path(tmp_path / "a.txt"), TASKS).examples] == [
         user("Name a knot."),
@@ -253,7 +253,7 @@ def test_a_text_file_has_one_instruction_a_line(tmp_path: Path) -> None:
     assert rows_in(tmp_path / "b.txt") == [(1, "a")]
 
 
-def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+def test_columns_are_renamed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("frage,antwort,output\nWer?,Ada,x y\nWo?,NULL,\n")
     columns = {"instruction": "frage", "output": "antwort"}
     table = read_table(Seeds.model_validate({"path": str(tmp_path / "a.csv"), "columns": columns}))
@@ -266,13 +266,13 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
         read_table(wrong)
 
 
-def test_rows_of_a_table_with_other_fields_than_its_header_are_left_out(tmp_path: Path) -> None:
+def test_rows_with_more_or_fewer_fields_than_the_header_are_unreadable(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfinstruction,output\na,b\nc\nd,e,f\n\ng,h\n")
     kind = "more or fewer fields than the header"
     assert rows_in(tmp_path / "a.csv") == [(2, "a"), (3, kind), (4, kind), (6, "g")]
 
 
-def test_parquet_columns_that_are_no_text(tmp_path: Path) -> None:
+def test_parquet_columns_that_are_not_text(tmp_path: Path) -> None:
     import datetime
 
     import pyarrow
@@ -308,10 +308,10 @@ def test_the_rows_of_a_table_that_cannot_be_read_are_listed_together() -> None:
             {"a.jsonl": A, "b.csv": "instruction\na\n"},
             r"several formats \(CSV, JSON\)\n  Name one .*a.jsonl",
         ),
-        ({"README.md": "no rows"}, "holds no dataset that can be read"),
+        ({"README.md": "no rows"}, "contains no readable dataset"),
     ],
 )
-def test_folders_that_are_refused_say_what_to_do(files: dict[str, str], said: str, tmp_path: Path) -> None:
+def test_refused_folders_give_advice(files: dict[str, str], said: str, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(TapirError, match=said):

@@ -1,4 +1,4 @@
-"""Search: what has the words is found, whatever the words are and whatever became of the index."""
+"""Search finds all calls with the words, for any words and any state of the index."""
 
 import re
 import sqlite3
@@ -58,12 +58,12 @@ def test_words_of_prompt_and_answer_together(path: Path) -> None:
     assert found(path, "many", "bananas") == []
 
 
-def test_words_in_one_phrase_stand_together(path: Path) -> None:
+def test_words_of_a_phrase_must_be_adjacent(path: Path) -> None:
     assert found(path, "many pears") == ["pears"]
     assert found(path, "pears many") == []
 
 
-def test_what_a_hit_shows(path: Path) -> None:
+def test_fields_of_a_hit(path: Path) -> None:
     (row,) = search_calls(path, ["apples"])
     assert row["key"] == keys.hash_request(call(*TEXTS["apples"]).request).hex()
     assert (row["run"], row["round"], row["stage"], row["row"]) == ("one", 0, "seeds", "apples")
@@ -86,32 +86,32 @@ def test_a_call_that_no_row_used_is_found_too(path: Path) -> None:
 @pytest.mark.parametrize(
     "word", ['"', "-", "*", "(", "+", "^", "{}", 'two" AND', "AND", "-two", "two*", '"two', "two:"]
 )
-def test_no_word_is_a_syntax_error(path: Path, word: str) -> None:
+def test_fts5_syntax_in_a_phrase_is_ignored(path: Path, word: str) -> None:
     assert sorted(found(path, word, "ann")) == (["pears"] if re.search(r"\w", word) else ["apples", "pears"])
 
 
 @pytest.mark.parametrize("word", ["NOT", "two NOT that", "NEAR(ann two)", "answer:two", "ann OR two"])
-def test_no_word_is_a_command(path: Path, word: str) -> None:
+def test_fts5_operators_in_a_phrase_are_words(path: Path, word: str) -> None:
     assert found(path, word) == []
 
 
-def test_signs_alone_are_nothing_to_search_for(path: Path) -> None:
+def test_a_search_without_words_is_an_error(path: Path) -> None:
     with pytest.raises(TapirError, match="no word"):
         search_calls(path, ['"*', "-"])
 
 
-def test_bytes_that_are_no_text_are_no_error(path: Path) -> None:
+def test_invalid_text_in_a_phrase_is_not_an_error(path: Path) -> None:
     assert found(path, "apples\udcff\0") == ["apples"]
 
 
-def test_words_with_dashes_accents_and_without_blanks(path: Path) -> None:
+def test_words_with_dashes_accents_and_without_spaces(path: Path) -> None:
     assert found(path, "state-of-the-art") == ["pears"]
     assert found(path, "CAFE") == found(path, "café") == ["café"]
     assert found(path, "数学") == found(path, "喜欢") == ["数学"]
     assert found(path, "学数") == []
 
 
-def test_a_later_search_indexes_only_what_came_since(path: Path) -> None:
+def test_a_later_search_indexes_only_new_calls(path: Path) -> None:
     seen: list[tuple[int, int]] = []
     search_calls(path, ["ann"], progress=lambda done, total: seen.append((done, total)))
     search_calls(path, ["ann"], progress=lambda done, total: seen.append((done, total)))
@@ -129,7 +129,7 @@ def test_many_calls_are_indexed_in_several_commits(tmp_path: Path) -> None:
     assert seen == [CALLS_PER_COMMIT, CALLS_PER_COMMIT + 5]
 
 
-def test_the_store_is_not_touched(path: Path) -> None:
+def test_a_search_does_not_change_the_store(path: Path) -> None:
     before = path.read_bytes()
     path.chmod(0o400)
     assert found(path, "apples") == ["apples"]
@@ -144,7 +144,7 @@ def test_a_replaced_answer_is_no_longer_found(path: Path, row: str) -> None:
     assert (found(path, answer), found(path, "bridge")) == ([], [row])
 
 
-def test_a_damaged_call_is_passed_over(path: Path) -> None:
+def test_a_damaged_call_is_skipped(path: Path) -> None:
     conn = sqlite3.connect(path)
     conn.execute("update calls set answer = x'00' where id = 1")
     conn.commit()
@@ -155,7 +155,7 @@ def test_a_damaged_call_is_passed_over(path: Path) -> None:
     assert found(path, "ann") == []
 
 
-def rubbish(path: Path) -> None:
+def garbage(path: Path) -> None:
     index_of(path).write_bytes(b"nonsense" * 1000)
 
 
@@ -203,19 +203,19 @@ def change(path: Path, *statements: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm",
-    [rubbish, emptied, cut, overwritten, another_version, without_a_table, of_another_store, of_a_longer_store],
-    ids=lambda harm: str(harm.__name__),
+    "damage",
+    [garbage, emptied, cut, overwritten, another_version, without_a_table, of_another_store, of_a_longer_store],
+    ids=lambda damage: str(damage.__name__),
 )
-def test_an_index_that_is_odd_is_made_anew(path: Path, harm: Any) -> None:
+def test_an_unusable_index_is_rebuilt(path: Path, damage: Any) -> None:
     assert found(path, "apples") == ["apples"]
-    harm(path)
+    damage(path)
     seen: list[tuple[int, int]] = []
     assert found(path, "apples", progress=lambda done, total: seen.append((done, total))) == ["apples"]
     assert seen == [(len(TEXTS), len(TEXTS))]
 
 
-def test_several_searches_at_once_make_one_index(path: Path) -> None:
+def test_parallel_searches_create_one_index(path: Path) -> None:
     rows: list[list[str]] = []
     threads = [threading.Thread(target=lambda: rows.append(found(path, "apples"))) for _ in range(4)]
     for thread in threads:
@@ -231,7 +231,7 @@ def test_an_index_that_cannot_be_written_is_an_error(path: Path) -> None:
         search_calls(path, ["ann"])
 
 
-def test_no_store(tmp_path: Path) -> None:
+def test_a_missing_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="no store yet"):
         search_calls(tmp_path / "teacher.db", ["ann"])
     assert not list(tmp_path.iterdir())
@@ -240,7 +240,7 @@ def test_no_store(tmp_path: Path) -> None:
 # Snippets
 
 
-def test_a_snippet_has_the_words_and_what_is_around_them() -> None:
+def test_a_snippet_has_the_words_and_their_context() -> None:
     text = "x " * 200 + "the needle here" + " y" * 200
     got = make_snippet(text, ["needle"])
     assert got.startswith("… x")
@@ -257,12 +257,12 @@ def test_a_snippet_has_each_phrase_once() -> None:
     assert got.count("one") == 1
 
 
-def test_a_snippet_keeps_to_words_folds_accents_and_finds_characters() -> None:
+def test_a_snippet_prefers_whole_words_ignores_accents_and_finds_characters() -> None:
     assert "that art" in make_snippet("start " + "x " * 100 + "that art", ["ART"])
     assert "le café" in make_snippet("x " * 100 + "le café", ["cafe"])
     assert "喜欢数学" in make_snippet("x " * 100 + "我喜欢数学", ["数学"])
 
 
-def test_without_a_hit_the_beginning() -> None:
+def test_a_snippet_without_a_hit_is_the_beginning() -> None:
     assert make_snippet("a b c", ["z"]) == "a b c"
     assert make_snippet("", ["z"]) == ""

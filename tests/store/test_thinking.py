@@ -1,4 +1,4 @@
-"""What a model thinks aloud is told apart from its answer, and an answer that speaks of thoughts stays as it is."""
+"""Thoughts are removed from answers, and an answer that quotes their marks is unchanged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +50,11 @@ SOLVED = "<|begin_of_thought|>\nadd\n<|end_of_thought|>\n\n<|begin_of_solution|>
         "<think>a</think>\n<think>b</think>\n4",
     ],
 )
-def test_every_form_of_a_thought_before_the_answer(reply: str) -> None:
+def test_every_kind_of_thought_is_removed(reply: str) -> None:
     assert strip_thoughts(reply) == "4"
 
 
-def test_later_thoughts_go_too() -> None:
+def test_later_thoughts_are_removed_too() -> None:
     assert strip_thoughts("<think>a</think>x<think>b</think>y") == "xy"
 
 
@@ -70,7 +70,7 @@ def test_later_thoughts_go_too() -> None:
         "<|channel>thought\nadd",
     ],
 )
-def test_a_reply_that_is_nothing_but_a_thought_is_empty(reply: str) -> None:
+def test_a_reply_that_is_only_a_thought_is_empty(reply: str) -> None:
     assert strip_thoughts(reply).strip() == ""
 
 
@@ -91,7 +91,7 @@ def test_a_reply_that_is_nothing_but_a_thought_is_empty(reply: str) -> None:
         "The mark <|channel|>final<|message|> begins the answer.",
     ],
 )
-def test_an_answer_that_quotes_such_a_tag_stays_as_it_is(reply: str) -> None:
+def test_an_answer_that_quotes_a_tag_is_unchanged(reply: str) -> None:
     assert strip_thoughts(reply) == reply
 
 
@@ -101,19 +101,19 @@ def test_code_after_a_thought_keeps_its_tags_and_its_indentation() -> None:
 
 
 @given(st.text())
-def test_a_text_without_marks_is_left_alone(text: str) -> None:
+def test_a_text_without_marks_is_unchanged(text: str) -> None:
     if not any(mark in text for mark in "<[◁") and not text.lstrip().startswith("analysis"):
         assert strip_thoughts(text) == text
 
 
 @given(st.text(alphabet="a<>/thinkTHINK `\n|[]", max_size=60), st.text(alphabet="ab \n", min_size=1, max_size=20))
-def test_the_answer_after_a_thought_is_what_stays(thought: str, answer: str) -> None:
+def test_only_the_answer_after_a_thought_is_kept(thought: str, answer: str) -> None:
     if "</" not in thought and "<" not in thought:
         assert strip_thoughts(f"<think>{thought}</think>\n{answer}").strip() == answer.strip()
 
 
 def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]:
-    """The completions that a run with a teacher who thinks so trains on."""
+    """The completions that a run trains on, with a teacher that writes such thoughts."""
     folder.mkdir()
     world = fakes.World()
 
@@ -126,10 +126,10 @@ def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]
     return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]
 
 
-def test_a_teacher_and_a_judge_who_think_aloud_make_the_same_rows(tmp_path: Path) -> None:
+def test_thoughts_of_teacher_and_judge_do_not_change_the_rows(tmp_path: Path) -> None:
     aloud = trained_on(tmp_path / "aloud", "<think>They want <new_instruction>…</new_instruction>.</think>\n")
     assert aloud == trained_on(tmp_path / "silent", "")
 
 
-def test_thoughts_are_kept_where_the_recipe_says_so(tmp_path: Path) -> None:
+def test_thoughts_are_kept_if_the_recipe_says_so(tmp_path: Path) -> None:
     assert all(text.startswith("<think>") for text in trained_on(tmp_path / "kept", "<think>Hm.</think>", "keep"))

@@ -1,4 +1,4 @@
-"""Calls on their way between stores: none is lost, none is doubled, and none gets in that does not prove itself."""
+"""Export and import: no call is lost or duplicated, and invalid calls are refused."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ from tapir_local.store.transfer import (
 
 
 def call(row: int, answer: str = "4", **fields: Any) -> Call:
-    """A whole answer, told apart by its row."""
+    """A complete answer with the number of its row."""
     raw = orjson.dumps({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "row": row})
     return Call(**{"request": asked(row), "answer": raw, "finish": "stop", "kind": "answers", **fields})
 
@@ -107,37 +107,37 @@ def test_a_run_is_exported_with_the_samples_that_it_needs(path: Path, out: Path)
     assert verify_calls(out) == (6, [])
 
 
-def test_a_run_that_used_anothers_call_takes_it_along(path: Path, out: Path) -> None:
+def test_a_call_of_another_run_is_exported_with_a_run_that_used_it(path: Path, out: Path) -> None:
     assert export_store(path, out, "two").calls == 5
     with Store(out, "replay") as store:
         assert store.get(key(0)) == call(0).answer
         assert store.get(key(1)) is None
 
 
-def test_a_run_without_calls_names_those_with_some(path: Path, out: Path) -> None:
+def test_a_run_without_calls_is_an_error_with_known_runs(path: Path, out: Path) -> None:
     with pytest.raises(TapirError, match="Runs with calls: one, two"):
         export_store(path, out, "three")
     assert not out.exists()
 
 
-def test_a_file_that_is_there_is_left_alone(path: Path, out: Path) -> None:
+def test_an_existing_file_is_not_overwritten(path: Path, out: Path) -> None:
     out.write_text("mine")
-    with pytest.raises(TapirError, match="such a file already"):
+    with pytest.raises(TapirError, match="already exists"):
         export_store(path, out)
-    with pytest.raises(TapirError, match="such a file already"):
+    with pytest.raises(TapirError, match="already exists"):
         export_store(path, path)
     assert out.read_text() == "mine"
     assert verify_calls(path) == (10, [])
 
 
-def test_an_export_is_one_file_and_nothing_is_left_beside_it(path: Path, out: Path) -> None:
+def test_an_export_is_a_single_file(path: Path, out: Path) -> None:
     export_store(path, out)
     assert not [file.name for file in out.parent.glob("out*") if file != out]
     out.chmod(0o400)
     assert out.read_bytes()[18:20] == b"\1\1"  # no write-ahead log is needed to read it
 
 
-def test_what_cannot_be_read_is_left_out_and_counted(path: Path, out: Path) -> None:
+def test_unreadable_calls_are_counted_and_not_exported(path: Path, out: Path) -> None:
     table(path, "update calls set answer = x'00' where id = 2")
     assert export_store(path, out)[:2] == (9, 1)
     assert verify_calls(out) == (9, [])
@@ -150,7 +150,7 @@ from tapir_local.errors import TapirError
 from tapir_local.store.transfer import export_store
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    export(Path(sys.argv[1]), Path(sys.argv[2]))
+    export_store(Path(sys.argv[1]), Path(sys.argv[2]))
 except TapirError as error:
     print(error)
 """
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_no_file(path: Path, out: Path) -> None:
     assert not list(out.parent.glob("out*"))
 
 
-def test_a_name_that_no_file_can_have(path: Path, tmp_path: Path) -> None:
+def test_an_invalid_file_name_is_an_error(path: Path, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="cannot be"):
         export_store(path, tmp_path / ("x" * 300))
     (tmp_path / "file").touch()
@@ -176,7 +176,7 @@ def test_a_name_that_no_file_can_have(path: Path, tmp_path: Path) -> None:
 # Import
 
 
-def test_an_exported_run_is_imported_as_it_was(path: Path, out: Path, tmp_path: Path) -> None:
+def test_an_exported_run_is_imported_unchanged(path: Path, out: Path, tmp_path: Path) -> None:
     export_store(path, out, "two")
     assert took(tmp_path / "new.db", out) == Imported(new=5)
     new = tmp_path / "new.db"
@@ -196,7 +196,7 @@ def test_importing_twice_changes_nothing(path: Path, out: Path, tmp_path: Path) 
     assert rows_of(new) == before
 
 
-def test_what_is_here_stays_and_uses_are_merged(path: Path, tmp_path: Path) -> None:
+def test_known_calls_are_kept_and_uses_are_merged(path: Path, tmp_path: Path) -> None:
     other = put(tmp_path / "other.db", range(4, 8), "three", answer="four")
     assert took(other, path) == Imported(new=6, known=4)
     with Store(other) as store:
@@ -209,7 +209,7 @@ def test_what_is_here_stays_and_uses_are_merged(path: Path, tmp_path: Path) -> N
     ]
 
 
-def test_samples_of_the_same_name_with_other_words(tmp_path: Path) -> None:
+def test_samples_with_the_same_name_and_different_texts(tmp_path: Path) -> None:
     mine = put(tmp_path / "mine.db", range(3), answer="the words of mine " * 50)
     other = put(tmp_path / "other.db", range(3, 9), answer="quite different words of the other " * 50)
     assert table(mine, "select answer from samples") != table(other, "select answer from samples")
@@ -220,7 +220,7 @@ def test_samples_of_the_same_name_with_other_words(tmp_path: Path) -> None:
     assert table(mine, "select count(*) from samples") == [(1,)]
 
 
-def test_a_damaged_answer_here_is_mended_by_the_other_store(path: Path, tmp_path: Path) -> None:
+def test_a_damaged_answer_is_repaired_by_an_import(path: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.db"
     shutil.copy(path, broken)
     table(broken, "update calls set answer = x'00' where key = ?", key(3))
@@ -229,7 +229,7 @@ def test_a_damaged_answer_here_is_mended_by_the_other_store(path: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("harm", "why"),
+    ("damage", "why"),
     [
         ("update calls set key = zeroblob(32) where id = 3", WRONG_KEY),
         ("update calls set request = (select request from calls where id = 4) where id = 3", WRONG_KEY),
@@ -238,10 +238,8 @@ def test_a_damaged_answer_here_is_mended_by_the_other_store(path: Path, tmp_path
         ("update calls set sample = 99 where id = 3", UNREADABLE),
     ],
 )
-def test_a_call_that_does_not_prove_itself_is_refused_and_the_others_kept(
-    path: Path, tmp_path: Path, harm: str, why: str
-) -> None:
-    table(path, harm)
+def test_an_invalid_call_is_refused_and_the_others_are_kept(path: Path, tmp_path: Path, damage: str, why: str) -> None:
+    table(path, damage)
     found = took(tmp_path / "new.db", path)
     assert (found.new, found.known, dict(found.refused)) == (9, 0, {why: 1})
     assert verify_calls(tmp_path / "new.db") == (9, [])
@@ -249,7 +247,7 @@ def test_a_call_that_does_not_prove_itself_is_refused_and_the_others_kept(
 
 
 @pytest.mark.parametrize("answer", [b"no JSON", b'{"error": 1}', b'{"choices": [{"message": {"content": ""}}]}'])
-def test_an_answer_that_could_not_serve_is_refused(tmp_path: Path, answer: bytes) -> None:
+def test_an_unusable_answer_is_refused(tmp_path: Path, answer: bytes) -> None:
     with Store(tmp_path / "other.db") as store:
         store.put(Call(asked(1), answer, "stop", "answers"))
     found = took(tmp_path / "new.db", tmp_path / "other.db")
@@ -257,7 +255,7 @@ def test_an_answer_that_could_not_serve_is_refused(tmp_path: Path, answer: bytes
     assert set(found.refused) <= {UNREADABLE, NOT_WHOLE}
 
 
-def test_damaged_pages_are_stepped_over_and_counted(tmp_path: Path) -> None:
+def test_damaged_pages_are_skipped_and_counted(tmp_path: Path) -> None:
     other = tmp_path / "other.db"
     with Store(other) as store:
         for row in range(300):
@@ -298,7 +296,7 @@ BOMB = b"\1" + bytes(4) + (2**31 - 1).to_bytes(4, "little") + b"\x1fa\1\0" + b"\
 
 
 def made(folder: Path, **others: str) -> Path:
-    """A store of anyone's making: columns of any type, a table's columns others than ours where named."""
+    """A store written by another program: columns without types; `others` replaces the columns of a table."""
     file = folder / "hostile.db"
     for name, columns in {**TABLES, **others}.items():
         table(file, f"create table {name} ({columns})")
@@ -307,7 +305,7 @@ def made(folder: Path, **others: str) -> Path:
 
 
 def hostile_call(file: Path, **fields: Any) -> None:
-    """One call that proves itself, but for the fields named."""
+    """Insert a valid call, except for the given fields."""
     with Store(file.with_name("sound.db")) as store:
         store.put(call(1), [use(1, "one")])
     with sqlite3.connect(file.with_name("sound.db")) as conn:
@@ -341,14 +339,14 @@ def hostile_call(file: Path, **fields: Any) -> None:
     ],
     ids=lambda fields: str(next(iter(fields))),
 )
-def test_a_call_of_anyones_making_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_a_hostile_call_is_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
     file = made(tmp_path)
     hostile_call(file, **fields)
     found = took(tmp_path / "new.db", file)
     assert (found.new, sum(found.refused.values())) == (0, 1)
 
 
-def test_a_token_count_beyond_belief_is_bounded(tmp_path: Path) -> None:
+def test_an_impossible_token_count_is_bounded(tmp_path: Path) -> None:
     file = made(tmp_path)
     hostile_call(file, tokens_in=2**62, tokens_out=2**62)
     table(file, "insert into uses values ('r', 0, 'seeds', 'row-1', ?, 1)", key(1))
@@ -370,9 +368,7 @@ def test_a_token_count_beyond_belief_is_bounded(tmp_path: Path) -> None:
     ],
     ids=lambda others: str(next(iter(others))),
 )
-def test_tables_of_anyones_making_end_in_one_sentence_or_in_nothing_taken(
-    tmp_path: Path, others: dict[str, str]
-) -> None:
+def test_foreign_tables_give_an_error_or_nothing(tmp_path: Path, others: dict[str, str]) -> None:
     file = tmp_path / "hostile.db"
     for name, columns in {**TABLES, **others}.items():
         table(file, f"create table {name} ({columns})")
@@ -381,7 +377,7 @@ def test_tables_of_anyones_making_end_in_one_sentence_or_in_nothing_taken(
         assert took(tmp_path / "new.db", file).new == 0
 
 
-def test_another_database_and_rubbish_with_the_head_of_one(tmp_path: Path) -> None:
+def test_another_database_and_a_broken_one_are_errors(tmp_path: Path) -> None:
     table(tmp_path / "other.db", "create table calls (id integer primary key)")
     with pytest.raises(TapirError, match="not a store of calls"):
         took(tmp_path / "new.db", tmp_path / "other.db")
@@ -390,7 +386,7 @@ def test_another_database_and_rubbish_with_the_head_of_one(tmp_path: Path) -> No
         took(tmp_path / "new.db", tmp_path / "other.db")
 
 
-def test_what_is_a_database(path: Path, tmp_path: Path) -> None:
+def test_detect_sqlite_files(path: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[]")
     assert is_sqlite_file(path)
     assert not is_sqlite_file(tmp_path / "rows.json")
@@ -399,7 +395,7 @@ def test_what_is_a_database(path: Path, tmp_path: Path) -> None:
             is_sqlite_file(file)
 
 
-def test_reading_another_store_leaves_nothing_beside_it(path: Path, out: Path, tmp_path: Path) -> None:
+def test_reading_another_store_creates_no_files(path: Path, out: Path, tmp_path: Path) -> None:
     took(tmp_path / "new.db", path)
     export_store(path.with_name("new.db"), out)
     took(tmp_path / "newer.db", out)
@@ -415,7 +411,7 @@ def test_a_store_in_use_is_imported_with_its_log(tmp_path: Path) -> None:
     assert [row["row"] for row in list_uses(tmp_path / "new.db", "one", None, 9)] == ["row-1"]
 
 
-def test_progress_is_told(path: Path, tmp_path: Path) -> None:
+def test_progress_is_reported(path: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     with Store(tmp_path / "new.db") as store:
         import_store(store, path, lambda done, total: seen.append((done, total)))

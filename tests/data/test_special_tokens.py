@@ -1,4 +1,4 @@
-"""Special tokens that a row quotes are text, in training as in llama.cpp, and the template's own are not."""
+"""Special tokens quoted by a row are plain text in training and in llama.cpp; those of the template are special."""
 
 import json
 import re
@@ -53,7 +53,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Both:
-    """A tokenizer in transformers, and in llama.cpp."""
+    """One tokenizer in transformers and in llama.cpp."""
 
     tokenizer: Any
     model: Model
@@ -71,7 +71,7 @@ def both(request, tmp_path_factory) -> Iterator[Both]:
 
 
 def take_tokenizer(model: Path) -> None:
-    """LLaMA-2's, with IBM's chat template."""
+    """LLaMA-2's tokenizer with IBM's chat template."""
     if not LLAMA2.is_dir():
         pytest.skip("the tokenizer is not on this machine")
     for path in [*model.glob("*oken*"), model / "chat_template.jinja"]:
@@ -85,17 +85,17 @@ def asked(text: str) -> tuple[Message, ...]:
 
 
 def quotes(known: Any) -> list[str]:
-    """Every mark at the beginning, in the middle and at the end of a text, in words, doubled and half."""
+    """Every special token at the beginning, middle and end of a text, inside words, doubled and cut in half."""
     frames = ("{}", "a{}b", " {} ", "{}{}", "\n{}\n", "<{}>", "{}\u0301e\u0301", GUARD + "{}" + GUARD, "0{}1 <tool> {}")
     return [frame.replace("{}", text) for text in known.ids for frame in frames] + [text[:-1] for text in known.ids]
 
 
-def test_both_sides_know_the_same_marks(both: Both) -> None:
+def test_both_sides_have_the_same_special_tokens(both: Both) -> None:
     assert special_tokens_of(both.tokenizer).ids == marks_in(both.model).ids
     assert len(special_tokens_of(both.tokenizer).ids) >= 3
 
 
-def test_both_sides_give_the_same_ids_with_no_special_token_of_the_rows(both: Both) -> None:
+def test_both_sides_give_equal_ids_without_special_tokens_of_rows(both: Both) -> None:
     known = special_tokens_of(both.tokenizer)
     special = set(known.ids.values())
     [frame] = tokenize_rendered(both.tokenizer, [rendered(both.tokenizer, asked("x"))])
@@ -107,13 +107,13 @@ def test_both_sides_give_the_same_ids_with_no_special_token_of_the_rows(both: Bo
         assert [token for token in ids if token in special] == [token for token in frame if token in special], text
 
 
-def test_what_is_quoted_comes_back_as_it_was_written(both: Both) -> None:
+def test_quoted_tokens_are_decoded_unchanged(both: Both) -> None:
     for text in special_tokens_of(both.tokenizer).ids:
         assert decode(both.model, encode_plain(both.model, f"a {text} b")).strip() == f"a {text} b"
 
 
-def test_texts_that_quote_nothing_have_the_ids_that_they_always_had(both: Both) -> None:
-    """Character for character the text that was rendered before, and the tokenizers' own answer."""
+def test_texts_without_quotes_have_unchanged_ids(both: Both) -> None:
+    """The rendered text has no GUARD, and its ids are those of the tokenizer itself."""
     known = special_tokens_of(both.tokenizer)
     for text in probes(both.tokenizer):
         if not known.pattern.search(text):
@@ -125,8 +125,8 @@ def test_texts_that_quote_nothing_have_the_ids_that_they_always_had(both: Both) 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=some.data())
-def test_the_way_for_quoted_texts_gives_what_the_plain_way_gives(both: Both, data) -> None:
-    """Real marks among any text, no quotes: the renamed tokenizer, and llama.cpp part by part, change nothing."""
+def test_tokenizing_guarded_texts_equals_plain_tokenizing(both: Both, data) -> None:
+    """Without GUARD, the renamed tokenizer and llama.cpp's split texts give the ids of plain tokenizing."""
     known = special_tokens_of(both.tokenizer)
     words = some.sampled_from([*known.ids, "word", " a", "  ", "\n", "é", "12", "<tool>", "🙂", "<", "|>", "s>"])
     text = "".join(data.draw(some.lists(words, max_size=12)))
@@ -144,8 +144,8 @@ def part_ids(model: Model, known: Any, text: str) -> list[int]:
     return [known.ids[text]] if text in known.ids else encode_plain(model, text)
 
 
-def test_a_completion_that_quotes_the_end_of_a_turn_is_trained_on_as_text(both: Both) -> None:
-    """One end of turn in what is learned, the template's; the quoted one is in it as words."""
+def test_a_quoted_end_of_turn_is_trained_as_text(both: Both) -> None:
+    """The labels contain the template's end of turn once; the quoted one is plain text in them."""
     tokenizer = both.tokenizer
     stop = find_turn_end(
         special_tokens_of(tokenizer).ids, tokenizer.get_chat_template(), tokenizer.bos_token, tokenizer.eos_token
@@ -174,8 +174,8 @@ THOUGHTS = "{% for m in messages %}<s>{{ m.content.split('</think>')[-1].strip()
     "template", [TRIM, THOUGHTS, "{% for m in messages %}<s>{{ m.content | tojson }}</s>{% endfor %}"]
 )
 @given(text=some.lists(some.sampled_from([*MARKS.ids, GUARD, "|", ">", " ", "</think>", '"', "a"]), max_size=9))
-def test_a_guarded_text_renders_as_the_plain_one(template: str, text: list[str]) -> None:
-    """Only the two marks of the template can be found in it, and without the guards it is the plain text rendered."""
+def test_a_guarded_text_renders_like_the_original(template: str, text: list[str]) -> None:
+    """It contains only the two special tokens of the template, and without GUARD it is the original rendered."""
     words = "".join(text)
     whole = render(template, guard_messages(asked(words), MARKS), add_generation_prompt=False)
     found = MARKS.pattern.findall(whole)
@@ -189,27 +189,27 @@ def test_guarding_is_undone(text: str) -> None:
     assert not MARKS.pattern.search(guard_text(text, MARKS))
 
 
-def test_a_special_token_of_one_letter_stays_what_it_is() -> None:
+def test_a_special_token_of_one_character_is_not_guarded() -> None:
     assert guard_text("a▁b\n", MARKS) == "a▁b\n"
 
 
 @given(texts=some.lists(some.text("ab|<\\", min_size=1, max_size=5), min_size=1, max_size=9))
-def test_the_longest_of_several_texts_is_found(texts: list[str]) -> None:
+def test_the_longest_text_is_matched(texts: list[str]) -> None:
     pattern = re.compile(longest_match_pattern(texts))
     for text in texts:
         longest = max((one for one in texts if (text + "ab").startswith(one)), key=len)
         assert pattern.match(text + "ab")[0] == longest  # type: ignore[index]
 
 
-def test_a_tokenizer_without_special_tokens_quotes_nothing() -> None:
+def test_without_special_tokens_nothing_is_guarded() -> None:
     assert guard_text("<s> anything", make_special_tokens({})) == "<s> anything"
 
 
-# --- tokenizers with ways of their own
+# --- unusual tokenizers
 
 
 def odd_tokenizers() -> dict[str, Callable[[Any], None]]:
-    """Changes after which a tokenizer treats the beginning of a text, or what stands beside a mark, in its own way."""
+    """Changes of a tokenizer that affect the beginning of a text or the characters next to a special token."""
     from tokenizers import AddedToken, normalizers, pre_tokenizers
 
     def strips(inner: Any) -> None:
@@ -239,7 +239,7 @@ def odd_tokenizers() -> dict[str, Callable[[Any], None]]:
         some.sampled_from(["<L>", "<R>", "<|im_end|>", "<|bos|>", " ", "a", "É", "ﬁ", "\n", "<tool>"]), max_size=10
     )
 )
-def test_renaming_the_marks_changes_no_id(odd, name: str, words: list[str]) -> None:
+def test_renaming_special_tokens_changes_no_id(odd, name: str, words: list[str]) -> None:
     text = "".join(words)
     assert tokenize_guarded(odd[name], [text]) == odd[name]([text], add_special_tokens=False)["input_ids"]
 
@@ -253,8 +253,8 @@ def odd(tmp_path_factory) -> dict[str, Any]:
     return made
 
 
-def test_numbers_that_a_vocabulary_leaves_out_are_nobodys(tmp_path: Path) -> None:
-    """Renamed marks get numbers after the largest, not such as an ordinary token has."""
+def test_unused_ids_of_a_vocabulary_are_not_given_to_renamed_tokens(tmp_path: Path) -> None:
+    """Renamed tokens get ids above the largest, not ids of ordinary tokens."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -267,11 +267,11 @@ def test_numbers_that_a_vocabulary_leaves_out_are_nobodys(tmp_path: Path) -> Non
         assert tokenize_guarded(tokenizer, [text]) == tokenizer([text], add_special_tokens=False)["input_ids"]
 
 
-# --- what is special
+# --- which tokens are special
 
 
-def test_the_token_that_ends_a_turn_is_special_whatever_its_flag_says(tmp_path: Path) -> None:
-    """ChatML's tokens are often added as ordinary ones to a base; here under names that llama.cpp does not know."""
+def test_the_end_of_turn_token_is_always_special(tmp_path: Path) -> None:
+    """ChatML's tokens are often added to a base model as ordinary ones; here with names unknown to llama.cpp."""
     template = CHATML.replace("<|im_start|>", "<turn>").replace("<|im_end|>", "<over>")
     model = make_model(tmp_path / "model", template=template)
     tokenizer = load_tokenizer(model)
@@ -289,7 +289,7 @@ def test_the_token_that_ends_a_turn_is_special_whatever_its_flag_says(tmp_path: 
         assert encode(opened, text).count(loaded.convert_tokens_to_ids("<over>")) == 1
 
 
-def test_a_plain_token_that_llama_cpp_takes_for_the_end_is_text_on_both_sides(tmp_path: Path) -> None:
+def test_an_ordinary_token_that_llama_cpp_reads_as_end_is_text_on_both_sides(tmp_path: Path) -> None:
     """Qwen's vocabulary has `</s>` among its ordinary tokens."""
     model = make_model(tmp_path / "model")
     state = json.loads((model / "tokenizer.json").read_text())
@@ -315,7 +315,7 @@ def resize(model: Path, rows: int) -> None:
     loaded.save_pretrained(model)
 
 
-def test_names_that_llama_cpp_takes_for_control_tokens_are_special_on_both_sides(tmp_path: Path) -> None:
+def test_names_of_control_tokens_of_llama_cpp_are_special_on_both_sides(tmp_path: Path) -> None:
     """Qwen's `<|fim_prefix|>` is an ordinary added token in transformers."""
     model = make_model(tmp_path / "model")
     tokenizer = load_tokenizer(model)
@@ -332,13 +332,13 @@ def test_names_that_llama_cpp_takes_for_control_tokens_are_special_on_both_sides
         assert loaded.convert_tokens_to_ids("</think>") in encode(opened, text), "a row may think"
 
 
-def test_half_a_letter_is_said(both: Both) -> None:
+def test_a_lone_surrogate_is_an_error(both: Both) -> None:
     with pytest.raises(TapirError, match="half a surrogate pair"):
         encode_prompt(both.model, asked("\ud83d"))
 
 
 def test_training_text_finds_a_quoted_answer() -> None:
-    """The end of the turn must follow the answer's words, not be among them."""
+    """The end of the turn must follow the answer and not be inside it."""
     known = make_special_tokens({"<|im_start|>": 1, "<|im_end|>": 2})
     no_end = CHATML.replace("+ '<|im_end|>\n'", "+ '\n'")
     with pytest.raises(TapirError, match="ends the assistant's turn"):

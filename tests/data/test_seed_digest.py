@@ -1,4 +1,4 @@
-"""A run keeps what its seeds were, and is refused where they were edited since."""
+"""A run records a digest of its seeds, and is refused if they were edited."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tapir_local.rundir import RunDir, sha256
 
 @pytest.fixture
 def begun(tmp_path: Path) -> tuple[Recipe, RunDir]:
-    """A run that was cut after its seeds were read."""
+    """A run that was interrupted after its seeds were read."""
     recipe, run, world = make_recipe(tmp_path), RunDir(tmp_path, "fake"), World()
     world.fail_at = 3
     with pytest.raises(KeyboardInterrupt):
@@ -23,7 +23,7 @@ def begun(tmp_path: Path) -> tuple[Recipe, RunDir]:
     return recipe, run
 
 
-def test_the_digest_of_the_seeds_is_kept(begun: tuple[Recipe, RunDir]) -> None:
+def test_the_digest_of_the_seeds_is_recorded(begun: tuple[Recipe, RunDir]) -> None:
     recipe, run = begun
     path = Path(recipe.seeds.path)
     kept = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path), "rows": 60}
@@ -43,23 +43,23 @@ def test_edited_seeds_are_refused_with_what_changed(begun: tuple[Recipe, RunDir]
     assert distill(recipe, run, tools(World()), QUIET)
 
 
-def test_the_same_seeds_in_another_place_are_taken(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
+def test_moved_seeds_are_accepted(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
     recipe, run = begun
     moved = Path(recipe.seeds.path).rename(tmp_path / "moved.json")
     recipe = overridden(recipe, {"seeds.path": str(moved)})
     assert distill(recipe, run, tools(World()), QUIET)
-    moved.unlink()  # what a run has read it needs no more
+    moved.unlink()  # the run has read its seeds already
     assert not distill(recipe, run, tools(World()), QUIET)
 
 
-def test_other_seeds_are_another_recipe(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
+def test_different_seeds_are_a_different_recipe(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
     recipe, run = begun
     (tmp_path / "other.json").write_text('[{"instruction": "paint it"}]')
     with pytest.raises(TapirError, match=r"another recipe: seeds.path: .*other.json"):
         distill(overridden(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, tools(World()), QUIET)
 
 
-def test_of_a_folder_the_files_that_changed_are_named(tmp_path: Path) -> None:
+def test_changed_files_of_a_folder_are_named(tmp_path: Path) -> None:
     recipe, run = make_recipe(tmp_path), RunDir(tmp_path, "fake")
     (tmp_path / "data").mkdir()
     file = Path(recipe.seeds.path).rename(tmp_path / "data" / "train.json")
