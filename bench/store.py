@@ -340,7 +340,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from store import call
-from tapir_local.store.store import KEYS_PER_LOOKUP, Store
+from tapir_local.store.store import Store
 store = Store(Path(sys.argv[1]))
 calls = [(row, call(row)) for row in range(int(sys.argv[2]), int(sys.argv[2]) + 3000)]
 print("ready", flush=True)

@@ -152,10 +152,10 @@ def explain_command(a: str, b: str | None, cache: Path | None, as_json: bool) ->
 
     found = compare_calls(store_path(cache), a, b)
     if as_json:
-        print_json({name: item for name, item in found.items() if name != "told"})
+        print_json({name: item for name, item in found.items() if name != "sentences"})
         return
     echo(f"A {found['a']}\nB {found['b']}")
-    first, *others = found["told"] or ["both are one and the same request"]
+    first, *others = found["sentences"] or ["both are one and the same request"]
     echo(first)
     for sentence in others:
         echo(f"also {sentence}")

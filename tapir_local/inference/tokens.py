@@ -120,7 +120,7 @@ def chat_format(model: Model) -> ChatFormat:
 class SpecialTokens:
     """Tokens with attributes: the special ones (`marks`), and the user-defined ones, which any text may contain."""
 
-    make_special_tokens: SpecialTokenSet
+    marks: SpecialTokenSet
     defined: SpecialTokenSet
 
 

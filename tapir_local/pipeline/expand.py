@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, Index, screen_drafts
+from tapir_local.data.dataset import Draft, screen_drafts
+from tapir_local.data.dedup import DedupIndex
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
@@ -53,29 +54,29 @@ def expand(work: Work, out: Path) -> str:
         return reflect_on_instructions(work, planned, out)
     settings, rows = work.recipe.curriculum, {row.id: row for row in pool(work)}
     groups = [Group(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
-    screen_drafts, drafts, stopped = Screen(work, planned), list[Draft](), ""
+    screen, drafts, stopped = Screen(work, planned), list[Draft](), ""
     for _ in range(settings.drafts):
         wanted = [(group, rows[id]) for group in groups for id in group.parents.take(group.missing)]
         for part in (wanted[:FIRST], wanted[FIRST:]) if not drafts else (wanted,):
-            found = draft_rows(work, part, drafts, screen_drafts)
+            found = draft_rows(work, part, drafts, screen)
             drafts += found
             if stopped := hopeless(found):
                 break
         if stopped:
             break
     write_rows(out, drafts)
-    return told(drafts, sum(group.missing for group in groups), stopped, screen_drafts.unchecked)
+    return told(drafts, sum(group.missing for group in groups), stopped, screen.unchecked)
 
 
 def draft_rows(
-    work: Work, wanted: Sequence[tuple[Group, Example]], before: Sequence[Draft], screen_drafts: "Screen"
+    work: Work, wanted: Sequence[tuple[Group, Example]], before: Sequence[Draft], screen: "Screen"
 ) -> list[Draft]:
     """One draft of each parent, screened; what is kept is counted where it was missing."""
     asked = [(row, group.expansion.manner) for group, row in wanted]
     found = ask_drafts(work, asked, before)
-    found = [screen_drafts.look_at(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
+    found = [screen.look_at(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
     if work.recipe.curriculum.check_drafts:
-        found = screen_drafts.check(work, found)
+        found = screen.check(work, found)
     for draft, (group, row) in zip(found, wanted, strict=True):
         if not draft.reason:
             group.missing -= 1
@@ -87,7 +88,7 @@ class Screen:
     """What a round's drafts are held against: known rows, the holdout, words of ours, and what was kept before."""
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
-        self.near, self.held = indices(work) if planned.expansions else (Index(1.0), Index(1.0))
+        self.near, self.held = indices(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
         self.ours = own_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
         self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
@@ -124,9 +125,9 @@ class Screen:
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
 
-def indices(work: Work) -> tuple[Index, Index]:
+def indices(work: Work) -> tuple[DedupIndex, DedupIndex]:
     """What a draft may not resemble: all rows that are known, and the holdout."""
-    near, rows = Index(work.recipe.curriculum.max_rouge), all_known(work)
+    near, rows = DedupIndex(work.recipe.curriculum.max_rouge), all_known(work)
     near.learn(rows)
     for row in rows:
         near.add(row)

@@ -17,9 +17,9 @@ def leave_out(work: Work, found: ParsedSeeds, unusable: Sequence[Unusable]) -> N
     """Leave out the rows that cannot be read; where they are too many for one reason, the error is the reason's own."""
     try:
         work.leave_out(unusable, len(found.table.rows))
-    except TapirError as error:
+    except TapirError:
         if len({row.kind for row in unusable}) == 1:
-            found.refuse(error.fix)
+            found.refuse()
         raise
 
 

@@ -169,7 +169,12 @@ def checked(given: Given) -> Given | str:
 
 
 def take(
-    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = no_progress
+    store: Store,
+    teacher: Endpoint,
+    given: Sequence[Given],
+    file: Path,
+    found: Taken,
+    progress: CountProgress = no_progress,
 ) -> None:
     """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
 
@@ -215,4 +220,4 @@ def note_difference(row: Given, job: Job, found: Taken) -> None:
 
 def reasons(found: Taken) -> str:
     """`3 without an answer (lines 4, 7, 9), 1 cut short (line 12)`."""
-    return ", ".join(f"{len(at):,} {why} ({lines(at)})" for why, at in found.refused.items())
+    return ", ".join(f"{len(at):,} {why} ({format_line_numbers(at)})" for why, at in found.refused.items())

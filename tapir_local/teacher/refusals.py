@@ -136,7 +136,7 @@ def shape_of(body: Any, raw: bytes) -> str:
         shape = "without choices"
     else:
         shape = "its choice has no text that can be read"
-    return f"{shape}: {well_formed(raw[:BRIEF].decode(errors='replace')).strip()}"
+    return f"{shape}: {replace_lone_surrogates(raw[:MAX_QUOTED_CHARS].decode(errors='replace')).strip()}"
 
 
 def json_in(raw: bytes) -> Any:
@@ -197,7 +197,7 @@ def page_words(raw: bytes) -> str:
     text = raw[:100_000].decode(errors="replace")
     title = TITLE.search(text)
     words = " ".join(html.unescape(TAGS.sub(" ", title[1] if title else text)).split())
-    return f"a web page: {words[:BRIEF]}" if words else "a web page"
+    return f"a web page: {words[:MAX_QUOTED_CHARS]}" if words else "a web page"
 
 
 def meaning(

@@ -169,7 +169,7 @@ def test_a_batch_with_other_settings_says_so(place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("export", "rows.json"), "such a file already"),
+        (("export", "rows.json"), "already exists"),
         (("export", "--run", "two", "two.db"), "Runs with calls: one"),
         (("verify", "--run", "import:two"), "Runs with calls: one"),
         (("import", "none.db"), "No such file"),

@@ -124,7 +124,7 @@ def test_a_broken_recipe_names_the_key(tmp_path: Path) -> None:
         (None, "no such file of seeds"),
         ("", "no rows in it"),
         ("[1, 2", "not JSON"),
-        ('{"instruction": "a"}\n{"output": "b"}\n', "line 2: a row of no known form; its keys: output"),
+        ('{"instruction": "a"}\n{"output": "b"}\n', "line 2: a row of no known format; its keys: output"),
     ],
 )
 def test_bad_seeds_are_refused_and_the_run_can_be_resumed(tmp_path: Path, text: str | None, said: str) -> None:

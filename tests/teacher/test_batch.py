@@ -624,6 +624,6 @@ def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
         file.seek((page - 1) * PAGE_BYTES)
         file.write(b"\xff" * PAGE_BYTES)
     with Store(tmp_path / "t.db") as store:
-        assert "put aside" in store.notices[0]
+        assert "was renamed to" in store.notices[0]
         assert len(by_batch(words(50), teacher(server), store)) == 50
     assert (len(server.batches), len(server.paid)) == (1, 50)
