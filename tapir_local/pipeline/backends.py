@@ -19,8 +19,7 @@ from tapir_local.records import Answer, Completion, Prompt, Request, Scored, ins
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store.schema import spent
 from tapir_local.store.store import Mode, Store
-from tapir_local.teacher.account import check_bounds
-from tapir_local.teacher.budget import Cost, Purse
+from tapir_local.teacher.budget import Cost, Purse, check_bounds
 from tapir_local.teacher.session import unheard
 from tapir_local.training.student import settle_student, student_folder
 

@@ -17,7 +17,7 @@ from tapir_local.teacher.budget import Purse
 from tapir_local.teacher.endpoint import kind_of
 from tapir_local.teacher.gguf import answer_here
 from tapir_local.teacher.http import Online
-from tapir_local.teacher.pending import Away, left_away
+from tapir_local.teacher.pending_batches import Away, left_away
 from tapir_local.teacher.session import Asking, Job, Progress, quiet, unheard
 
 if TYPE_CHECKING:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.reply import Reply
-from tapir_local.teacher.account import Bill
-from tapir_local.teacher.batch_api import BOUNDS, DAY, BatchServer, Bounds
-from tapir_local.teacher.batch_lines import (
+from tapir_local.teacher.batch_api import (
+    BOUNDS,
+    DAY,
+    BatchServer,
+    Bounds,
     body_in,
+    describe_failed_batch,
     divided,
     found_no_room,
     has_ended,
@@ -25,11 +28,10 @@ from tapir_local.teacher.batch_lines import (
     read_lines,
     told,
     trouble_in,
-    words_of,
 )
-from tapir_local.teacher.budget import BATCH_DISCOUNT
+from tapir_local.teacher.budget import BATCH_DISCOUNT, Bill
 from tapir_local.teacher.endpoint import client_of, hidden, hidden_in, http_of, key_place, kind_of
-from tapir_local.teacher.pending import Away, Sent
+from tapir_local.teacher.pending_batches import Away, Sent
 from tapir_local.teacher.refusals import Trouble, unreadable
 from tapir_local.teacher.session import Asking, Job
 
@@ -265,7 +267,7 @@ class Batches:
         """Stop, with the server's words on a batch that failed; a live run asks its requests instead."""
         if not self.endpoint.batch:
             return
-        what = hidden(f"batch {made.id} failed: {words_of(made)}", self.server.client)
+        what = hidden(f"batch {made.id} failed: {describe_failed_batch(made)}", self.server.client)
         self.failed = self.failed or TapirError(what, where=self.asking.identity, fix=fix)
 
     async def fetch(self, part: Part, made: Batch) -> None:

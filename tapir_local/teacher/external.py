@@ -19,7 +19,7 @@ from tapir_local.store import keys
 from tapir_local.store.queries import Progress, quiet
 from tapir_local.store.reply import read_reply
 from tapir_local.store.store import Store
-from tapir_local.teacher.account import Bill
+from tapir_local.teacher.budget import Bill
 from tapir_local.teacher.session import Asking, Job
 
 STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold

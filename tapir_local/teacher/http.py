@@ -12,14 +12,13 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.store.reply import Reply
-from tapir_local.teacher.account import Bill
+from tapir_local.teacher.budget import Bill
 from tapir_local.teacher.endpoint import chat_of, client_of, hidden, hidden_in, http_of, in_the_clear
-from tapir_local.teacher.pending import Away
+from tapir_local.teacher.pending_batches import Away
 from tapir_local.teacher.rate_limit import Line, Pace, backoff, used_up, wait_asked
 from tapir_local.teacher.refusals import Trouble, trouble_of, unreadable
+from tapir_local.teacher.responses import broken, failures, is_stream, joined, post, streamed
 from tapir_local.teacher.session import Asking, Job
-from tapir_local.teacher.streaming import is_stream, joined, streamed
-from tapir_local.teacher.wire import broken, failures, post
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

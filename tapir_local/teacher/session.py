@@ -16,11 +16,9 @@ from tapir_local.store.compression import LARGEST
 from tapir_local.store.reply import Reading, Reply, read_reply
 from tapir_local.store.rows import Attempt, Call, Use
 from tapir_local.store.store import Store
-from tapir_local.teacher.account import Account, Bill
-from tapir_local.teacher.budget import BOUNDS, Purse, reply_bound
+from tapir_local.teacher.budget import BOUNDS, Account, Bill, Purse, reply_bound
 from tapir_local.teacher.endpoint import body_of, identity_of, role_of
-from tapir_local.teacher.giving_up import Outcomes
-from tapir_local.teacher.refusals import RERUN, Trouble
+from tapir_local.teacher.refusals import RERUN, Outcomes, Trouble
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

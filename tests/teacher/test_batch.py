@@ -24,8 +24,7 @@ from tapir_local.records import Answer
 from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE, spent
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.batch_api import BOUNDS, Bounds
-from tapir_local.teacher.batch_lines import divided, has_ended, line_of, read_lines
+from tapir_local.teacher.batch_api import BOUNDS, Bounds, divided, has_ended, line_of, read_lines
 from tapir_local.teacher.budget import Purse
 from tapir_local.teacher.endpoint import body_of
 from tapir_local.teacher.session import Asking, quiet

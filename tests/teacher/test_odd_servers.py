@@ -34,11 +34,11 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.store.reply import Reading, read_reply
 from tapir_local.store.store import Store
-from tapir_local.teacher import http, wire
+from tapir_local.teacher import http, responses
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import hidden, in_the_clear
 from tapir_local.teacher.refusals import trouble_of, unreadable
-from tapir_local.teacher.streaming import joined
+from tapir_local.teacher.responses import joined
 
 NAMES = [
     "choices",
@@ -503,7 +503,7 @@ def test_the_words_for_a_connection_do_not_speak_of_ssl(store):
 
 
 def test_a_reply_without_end_is_not_read_to_its_end(server, store, monkeypatch):
-    monkeypatch.setattr(wire, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(responses, "MOST_BYTES", 1 << 20)
     bomb = gzip.compress(json.dumps(completion("a" * (4 << 20))).encode())
     server.faults["1"] = [brings(bomb, content_encoding="gzip")] * 2
     answers = ask(questions("0", "1"), teacher(server, concurrency=1), store, run="r")
