@@ -259,7 +259,7 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
     """Answers from elsewhere."""
     from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
-    from tapir_local.teacher.external import read_answers, reasons, take
+    from tapir_local.teacher.external import format_refused_rows, import_answers, read_answers
 
     if not named:
         fix = "Name a recipe with that teacher: --recipe RECIPE"
@@ -268,8 +268,8 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
     teacher = parse_recipe(text_of_recipe(place), str(place)).teacher
     rows, found = read_answers(file, teacher, requests)
     with written_store(cache) as store:
-        take(store, teacher, rows, file, found, slowly("answers imported"))
-    refused = f", refused: {reasons(found)}" if found.refused else ""
+        import_answers(store, teacher, rows, file, found, slowly("answers imported"))
+    refused = f", refused: {format_refused_rows(found)}" if found.refused else ""
     echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
     if found.otherwise:
         said = f"the first: {found.difference}, `here` being the recipe"

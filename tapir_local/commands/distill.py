@@ -145,9 +145,9 @@ def foretell(recipe: "Recipe", run: "RunDir") -> None:
     from tapir_local.pipeline.backends import judge_of
     from tapir_local.pipeline.dry_run import forecast
     from tapir_local.report.terminal import forecast_table
-    from tapir_local.teacher.budget import check_bounds
+    from tapir_local.teacher.budget import check_reply_limits
 
-    check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
+    check_reply_limits(recipe.budget, recipe.teacher, judge_of(recipe))
     print_table(forecast_table(forecast(recipe, run), run.name))
 
 

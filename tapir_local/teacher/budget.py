@@ -14,17 +14,17 @@ from tapir_local.recipe.endpoints import Endpoint, Price
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Request
 from tapir_local.store.reply import Reply
-from tapir_local.teacher.endpoint import body_of, identity_of, role_of
+from tapir_local.teacher.endpoint import endpoint_identity, endpoint_role, request_body
 
-MILLION = 1_000_000
+TOKENS_PER_PRICE = 1_000_000
 BATCH_DISCOUNT = 0.5  # of the Batch API, as its vendor has it
-NOTHING = Price(input=0.0, output=0.0)
-BOUNDS = ("max_tokens", "max_completion_tokens")  # what a body may call the bound of a reply
-CHOICES = ("n", "best_of")  # how many replies are generated for one request
-PLAIN = frozenset({"messages", "model", *BOUNDS, *CHOICES})
-NUMBERS = (int, float)
-MORE = 1.25  # of a limit that was met: the next one to propose
-TEMPLATE = 16  # tokens that a chat template may add to each message, and to the whole
+FREE_PRICE = Price(input=0.0, output=0.0)
+REPLY_LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # what a body may call the bound of a reply
+REPLY_COUNT_FIELDS = ("n", "best_of")  # how many replies are generated for one request
+FIELDS_COUNTED_SEPARATELY = frozenset({"messages", "model", *REPLY_LIMIT_FIELDS, *REPLY_COUNT_FIELDS})
+NUMBER_TYPES = (int, float)
+LIMIT_RAISE_FACTOR = 1.25  # of a limit that was met: the next one to propose
+TEMPLATE_TOKENS = 16  # tokens that a chat template may add to each message, and to the whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +45,46 @@ class Cost:
 NO_COST = Cost()
 
 
-def price_of(endpoint: Endpoint) -> Price | None:
+def endpoint_price(endpoint: Endpoint) -> Price | None:
     """What a million tokens cost there: nothing on this machine, None where the recipe does not say."""
     if getattr(endpoint, "kind", "openai") in ("pocket", "gguf"):
-        return NOTHING
+        return FREE_PRICE
     if endpoint.price and endpoint.batch:
         return Price(input=endpoint.price.input * BATCH_DISCOUNT, output=endpoint.price.output * BATCH_DISCOUNT)
     return endpoint.price
 
 
-def money_of(price: Price | None, tokens_in: float, tokens_out: float) -> float | None:
+def money_for_tokens(price: Price | None, tokens_in: float, tokens_out: float) -> float | None:
     """The price of a call, None where it is unknown."""
-    return None if price is None else (tokens_in * price.input + tokens_out * price.output) / MILLION
+    return None if price is None else (tokens_in * price.input + tokens_out * price.output) / TOKENS_PER_PRICE
 
 
-def most_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
+def max_request_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
     """(prompt, reply) tokens that a request cannot exceed: no token is shorter than a byte, no reply than its bound.
 
     A schema, tools or the like are part of the prompt too. The second is 0 where the body sets no bound.
     """
     said = [str(turn["content"]).encode() for turn in body["messages"]]
-    more = [orjson.dumps(value) for name, value in body.items() if name not in PLAIN and not isinstance(value, NUMBERS)]
-    tokens_in = sum(len(text) + TEMPLATE for text in said) + sum(map(len, more)) + TEMPLATE
-    return tokens_in, reply_bound(body) * max(1, *(whole_number(body.get(name)) for name in CHOICES))
+    more = [
+        orjson.dumps(value)
+        for name, value in body.items()
+        if name not in FIELDS_COUNTED_SEPARATELY and not isinstance(value, NUMBER_TYPES)
+    ]
+    tokens_in = sum(len(text) + TEMPLATE_TOKENS for text in said) + sum(map(len, more)) + TEMPLATE_TOKENS
+    return tokens_in, max_reply_tokens(body) * max(1, *(positive_int(body.get(name)) for name in REPLY_COUNT_FIELDS))
 
 
-def reply_bound(body: Mapping[str, Any]) -> int:
+def max_reply_tokens(body: Mapping[str, Any]) -> int:
     """The tokens that a body allows a reply, 0 where it names no bound."""
-    return max(whole_number(body.get(name)) for name in BOUNDS)
+    return max(positive_int(body.get(name)) for name in REPLY_LIMIT_FIELDS)
 
 
-def whole_number(value: Any) -> int:
+def positive_int(value: Any) -> int:
     """A whole number above 0; 0 for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-class Purse:
+class BudgetTracker:
     """A run's budget: what may have been billed, and what the requests in flight may come to cost.
 
     `estimated` is the part of `spent` that no server stated: the most that it may be. `beyond` holds, by endpoint and
@@ -105,7 +109,7 @@ class Purse:
 
     def reserve(self, cost: Cost) -> bool:
         """Set a request's greatest cost aside; False where the budget does not reach that far."""
-        if met(self.budget, self.spent + self.reserved + cost):
+        if exceeded_limits(self.budget, self.spent + self.reserved + cost):
             return False
         self.reserved = self.reserved + cost
         return True
@@ -132,7 +136,7 @@ class Purse:
 
     def empty(self, where: str, cost: Cost) -> TapirError:
         """The error that stops the run before a request that may cost so much."""
-        names = met(self.budget, self.spent + self.reserved + cost)
+        names = exceeded_limits(self.budget, self.spent + self.reserved + cost)
         return TapirError(
             f"the budget is spent: {', '.join(self.told(name, cost) for name in names)}",
             where=where,
@@ -153,23 +157,23 @@ class Purse:
     def raised(self, name: str, cost: Cost) -> str:
         """`--set budget.money=0.04`: a limit that lets the run go on for a while."""
         needed = getattr(self.spent + self.reserved + cost, name)
-        limit = max(needed, MORE * getattr(self.budget, name))
-        return f"--set budget.{name}={rounded_up(limit if name == 'money' else math.ceil(limit))}"
+        limit = max(needed, LIMIT_RAISE_FACTOR * getattr(self.budget, name))
+        return f"--set budget.{name}={round_up_to_two_digits(limit if name == 'money' else math.ceil(limit))}"
 
 
-def met(budget: Budget, cost: Cost) -> list[str]:
+def exceeded_limits(budget: Budget, cost: Cost) -> list[str]:
     """The limits that a cost passes."""
     limits = budget.model_dump(exclude_none=True)
     return [name for name, limit in limits.items() if getattr(cost, name) > limit]
 
 
-def rounded_up(value: float) -> str:
+def round_up_to_two_digits(value: float) -> str:
     """A number not below this one, of two digits."""
     step = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
     return f"{math.ceil(value / step * (1 - 1e-12)) * step:.12f}".rstrip("0").rstrip(".")
 
 
-ENDED = ("stop", "length")  # finish reasons of replies for which something was generated
+GENERATED_FINISHES = ("stop", "length")  # finish reasons of replies for which something was generated
 
 
 class Bill(NamedTuple):
@@ -186,28 +190,28 @@ class Bill(NamedTuple):
         return Cost(1, self.tokens_in + self.tokens_out, self.price or 0.0)
 
 
-class Account:
+class EndpointBilling:
     """The bills of an endpoint, counted against a run's budget. `warn` is told once of what makes them uncertain."""
 
-    def __init__(self, endpoint: Endpoint, purse: Purse, warn: Callable[[str], None]) -> None:
-        self.endpoint, self.purse, self.price = endpoint, purse, price_of(endpoint)
-        self.name = " ".join(filter(None, (identity_of(endpoint), endpoint.model)))
+    def __init__(self, endpoint: Endpoint, purse: BudgetTracker, warn: Callable[[str], None]) -> None:
+        self.endpoint, self.purse, self.price = endpoint, purse, endpoint_price(endpoint)
+        self.name = " ".join(filter(None, (endpoint_identity(endpoint), endpoint.model)))
         self.warn = warn
 
     @property
     def bills(self) -> bool:
         """Whether somebody else answers, who may bill it."""
-        return self.price is not NOTHING
+        return self.price is not FREE_PRICE
 
     def most(self, body: Mapping[str, Any]) -> Bill:
         """The most that a request can cost, and as much more as the endpoint has been seen to take."""
-        tokens_in, tokens_out = most_tokens(body)
+        tokens_in, tokens_out = max_request_tokens(body)
         more_in, more_out = self.purse.beyond.get(self.name, (0, 0))
         return self.priced(tokens_in + more_in, tokens_out + more_out, estimated=True)
 
     def priced(self, tokens_in: int, tokens_out: int, *, estimated: bool = False, discount: float = 1.0) -> Bill:
         """A bill at the endpoint's price."""
-        price = money_of(self.price, discount * tokens_in, discount * tokens_out)
+        price = money_for_tokens(self.price, discount * tokens_in, discount * tokens_out)
         return Bill(tokens_in, tokens_out, price, estimated)
 
     def reserve(self, body: Mapping[str, Any]) -> Bill | None:
@@ -217,7 +221,7 @@ class Account:
 
     def of_reply(self, body: Mapping[str, Any], reply: Reply, size: int, discount: float = 1.0) -> Bill:
         """What a reply of `size` bytes cost: by its own usage, or the most where it states none that can be true."""
-        written = reply.tokens_out or not (reply.text or reply.finish in ENDED)
+        written = reply.tokens_out or not (reply.text or reply.finish in GENERATED_FINISHES)
         if reply.tokens_in and written:
             self.compare(body, reply)
             return self.priced(reply.tokens_in, reply.tokens_out, discount=discount)
@@ -233,7 +237,7 @@ class Account:
 
     def compare(self, body: Mapping[str, Any], reply: Reply) -> None:
         """Where a reply took more than was thought possible, say so, and let later requests reserve more."""
-        tokens_in, tokens_out = most_tokens(body)
+        tokens_in, tokens_out = max_request_tokens(body)
         over = (reply.tokens_in - tokens_in, reply.tokens_out - tokens_out if tokens_out else 0)
         if max(over) <= 0:
             return
@@ -255,9 +259,9 @@ class Account:
 
     def refuse_unbounded(self, body: Mapping[str, Any]) -> None:
         """TapirError where a budget of tokens or money has to know how long a reply can be, and nothing says so."""
-        if not self.purse.needs_bound or reply_bound(body):
+        if not self.purse.needs_bound or max_reply_tokens(body):
             return
-        role = role_of(self.endpoint)
+        role = endpoint_role(self.endpoint)
         raise TapirError(
             "a budget of tokens or money needs a bound of a reply's length, and the requests set none",
             where=f"{role}.extra",
@@ -266,9 +270,9 @@ class Account:
         )
 
 
-def check_bounds(budget: Budget, *endpoints: Endpoint) -> None:
+def check_reply_limits(budget: Budget, *endpoints: Endpoint) -> None:
     """TapirError, before anything is asked, where an endpoint's replies have no bound that the budget needs."""
     for endpoint in endpoints:
         if getattr(endpoint, "kind", "openai") == "openai":
-            account = Account(endpoint, Purse(budget), lambda text: None)
-            account.refuse_unbounded(body_of(Request((), "", "", max_tokens=endpoint.max_tokens), endpoint))
+            account = EndpointBilling(endpoint, BudgetTracker(budget), lambda text: None)
+            account.refuse_unbounded(request_body(Request((), "", "", max_tokens=endpoint.max_tokens), endpoint))

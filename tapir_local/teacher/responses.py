@@ -11,45 +11,47 @@ import orjson
 
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.store.reply import parsed, well_formed
-from tapir_local.teacher.endpoint import VENDOR, role_of
-from tapir_local.teacher.refusals import LAST, UNREADABLE, Trouble
+from tapir_local.teacher.endpoint import OPENAI_URL, endpoint_role
+from tapir_local.teacher.refusals import RERUN_CLAUSE, UNREADABLE_TRIES, RequestFailure
 
 if TYPE_CHECKING:
     import httpx2
 
-MOST_BYTES = 32 << 20  # of a reply, unpacked: the longest are below a megabyte
-MOVES = 3  # redirections that are followed
-UNPACKED = frozenset({"content-encoding", "content-length", "transfer-encoding"})  # true of a body as it was sent
-NAMED = re.compile(r"Cannot connect to host (\S+?)(?::\d+)? ssl:\S+ \[(.*)\]\Z", re.DOTALL)
-UNTRUSTED = re.compile(r"certificate verify failed: (.*?)(?:\s*\(_ssl|'|\Z)", re.DOTALL)
+MAX_REPLY_BYTES = 32 << 20  # of a reply, unpacked: the longest are below a megabyte
+MAX_REDIRECTS = 3  # redirections that are followed
+ENCODING_HEADERS = frozenset(
+    {"content-encoding", "content-length", "transfer-encoding"}
+)  # true of a body as it was sent
+CANNOT_CONNECT_PATTERN = re.compile(r"Cannot connect to host (\S+?)(?::\d+)? ssl:\S+ \[(.*)\]\Z", re.DOTALL)
+UNTRUSTED_CERTIFICATE_PATTERN = re.compile(r"certificate verify failed: (.*?)(?:\s*\(_ssl|'|\Z)", re.DOTALL)
 
 
-class TooLarge(Exception):
+class ReplyTooLarge(Exception):
     """A reply of more than MOST_BYTES."""
 
 
-def failures() -> tuple[type[Exception], ...]:
+def transport_errors() -> tuple[type[Exception], ...]:
     """All that is raised where a request brings no reply that is HTTP."""
     import aiohttp
     import httpx2
 
     from_http = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
     garbled = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, ValueError)
-    return (TimeoutError, OSError, TooLarge, *from_http, *garbled)
+    return (TimeoutError, OSError, ReplyTooLarge, *from_http, *garbled)
 
 
-async def post(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2.Response:
+async def post_request(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2.Response:
     """The reply to a request, its body read. Only redirections that keep the method and the key are followed."""
-    reply = await post_once(http, request)
-    for _ in range(MOVES):
+    reply = await post_without_redirects(http, request)
+    for _ in range(MAX_REDIRECTS):
         following = reply.next_request
         if reply.status_code not in (307, 308) or not following or "authorization" not in following.headers:
             break
-        reply = await post_once(http, following)
+        reply = await post_without_redirects(http, following)
     return reply
 
 
-async def post_once(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2.Response:
+async def post_without_redirects(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2.Response:
     """The reply to one request; TooLarge where its body has no end in sight."""
     import httpx2
 
@@ -58,17 +60,17 @@ async def post_once(http: httpx2.AsyncClient, request: httpx2.Request) -> httpx2
         body = bytearray()
         async for chunk in came.aiter_bytes():
             body += chunk
-            if len(body) > MOST_BYTES:
-                raise TooLarge
+            if len(body) > MAX_REPLY_BYTES:
+                raise ReplyTooLarge
     finally:
         await came.aclose()
-    headers = [(name, value) for name, value in came.headers.multi_items() if name.lower() not in UNPACKED]
+    headers = [(name, value) for name, value in came.headers.multi_items() if name.lower() not in ENCODING_HEADERS]
     reply = httpx2.Response(came.status_code, headers=headers, content=bytes(body), request=request)
     reply.next_request = came.next_request
     return reply
 
 
-def broken(error: Exception, endpoint: Endpoint, reached: bool, tries: int) -> Trouble:
+def classify_transport_error(error: Exception, endpoint: Endpoint, reached: bool, tries: int) -> RequestFailure:
     """What it means that no reply came.
 
     A server that was never reached, or speaks no HTTP, is given up after two tries. `reached` says that the server
@@ -79,35 +81,38 @@ def broken(error: Exception, endpoint: Endpoint, reached: bool, tries: int) -> T
 
     cause = error.__cause__ or error
     late = (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout, httpx2.PoolTimeout)
-    if isinstance(error, TooLarge):
-        why = f"the reply is larger than {MOST_BYTES >> 20} MiB"
-        return Trouble("again", why, finish="", sure=False, tries=UNREADABLE, last="row")
+    if isinstance(error, ReplyTooLarge):
+        why = f"the reply is larger than {MAX_REPLY_BYTES >> 20} MiB"
+        return RequestFailure("again", why, finish="", sure=False, tries=UNREADABLE_TRIES, last="row")
     if isinstance(error, late) and not isinstance(cause, aiohttp.ServerConnectionError):
-        fix = f"Give it more time ({role_of(endpoint)}.timeout), and {LAST}"
-        return Trouble("again", f"no answer within {endpoint.timeout:g} s", fix=fix, sure=False, last="row")
-    why, fix = words_of(cause, endpoint)
+        fix = f"Give it more time ({endpoint_role(endpoint)}.timeout), and {RERUN_CLAUSE}"
+        return RequestFailure("again", f"no answer within {endpoint.timeout:g} s", fix=fix, sure=False, last="row")
+    why, fix = describe_transport_error(cause, endpoint)
     garbled = isinstance(cause, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError)
     unreached = garbled or isinstance(cause, aiohttp.ClientConnectorError | httpx2.ConnectError)
-    return Trouble("stop" if unreached and not reached and tries > 0 else "again", why, fix=fix)
+    return RequestFailure("stop" if unreached and not reached and tries > 0 else "again", why, fix=fix)
 
 
-def words_of(error: BaseException, endpoint: Endpoint) -> tuple[str, str]:
+def describe_transport_error(error: BaseException, endpoint: Endpoint) -> tuple[str, str]:
     """(what went wrong, what to do) where no connection was made, or what came over it is no HTTP."""
     import aiohttp
 
-    place = urlsplit(endpoint.base_url or VENDOR).netloc.rpartition("@")[2]
-    named, text = NAMED.match(str(error)), str(error) or type(error).__name__
+    place = urlsplit(endpoint.base_url or OPENAI_URL).netloc.rpartition("@")[2]
+    named, text = CANNOT_CONNECT_PATTERN.match(str(error)), str(error) or type(error).__name__
     text = named[2] if named else text
-    if found := UNTRUSTED.search(text):
-        fix = f"Name the certificate of the authority that signed it: export SSL_CERT_FILE=/path/to/ca.pem, and {LAST}"
+    if found := UNTRUSTED_CERTIFICATE_PATTERN.search(text):
+        fix = f"Name the certificate of the authority that signed it: export SSL_CERT_FILE=/path/to/ca.pem, and {RERUN_CLAUSE}"
         return f"the certificate of {place} is not trusted: {found[1].strip()}", fix
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER" in text or "UNKNOWN_PROTOCOL" in text:
-        return f"{place} does not speak https", f"Write http:// in {role_of(endpoint)}.base_url, and {LAST}"
+        return (
+            f"{place} does not speak https",
+            f"Write http:// in {endpoint_role(endpoint)}.base_url, and {RERUN_CLAUSE}",
+        )
     if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
         said = getattr(error, "message", "") or "nothing listens there"
         fix = f"Correct HTTPS_PROXY or HTTP_PROXY, or go without: export NO_PROXY={place.rpartition(':')[0] or place}"
         return f"the proxy that the environment names cannot be used ({said})", fix
-    fix = f"Start the server or correct {role_of(endpoint)}.base_url, and {LAST}"
+    fix = f"Start the server or correct {endpoint_role(endpoint)}.base_url, and {RERUN_CLAUSE}"
     if isinstance(error, aiohttp.ClientResponseError | aiohttp.http_exceptions.HttpProcessingError):
         said = " ".join(str(getattr(error, "message", "") or error).split())[:120]
         return f"what answers at {place} is not HTTP, or damaged ({said})", fix
@@ -118,27 +123,27 @@ def words_of(error: BaseException, endpoint: Endpoint) -> tuple[str, str]:
     return f"no connection to {place} ({text})", fix
 
 
-BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b":")
+EVENT_PREFIXES = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
-def streamed(body: Mapping[str, Any], usage: bool) -> dict[str, Any]:
+def body_for_stream(body: Mapping[str, Any], usage: bool) -> dict[str, Any]:
     """A request's body that wants a stream; with `usage`, one that ends in the count of tokens."""
     asked = {**body, "stream": True}
     return {**asked, "stream_options": {"include_usage": True}} if usage else asked
 
 
-def is_stream(raw: bytes) -> bool:
+def is_event_stream(raw: bytes) -> bool:
     """Whether a body is a stream of events; an endpoint may send a completion all the same."""
-    return raw.lstrip(b"\xef\xbb\xbf\r\n").startswith(BEGINNINGS)
+    return raw.lstrip(b"\xef\xbb\xbf\r\n").startswith(EVENT_PREFIXES)
 
 
-def joined(raw: bytes) -> bytes:
+def join_stream(raw: bytes) -> bytes:
     """The one completion, as JSON, of a stream; its error where it has one. ValueError for a stream that was cut."""
     parts: dict[str, list[Any]] = {}
     told: dict[str, Any] = {}
     choice: dict[str, Any] = {"index": 0, "finish_reason": None}
     ended = False
-    for data in events(raw):
+    for data in read_stream_events(raw):
         if data.strip() == "[DONE]":
             ended = True
             break
@@ -146,18 +151,18 @@ def joined(raw: bytes) -> bytes:
         if not isinstance(chunk, dict):
             raise ValueError(f"not a chunk of a stream: {data[:80]!r}")
         if chunk.get("error"):
-            return orjson.dumps({"error": plain(chunk["error"])})
+            return orjson.dumps({"error": replace_half_surrogates(chunk["error"])})
         told |= {name: item for name, item in chunk.items() if name not in ("choices", "object") and item is not None}
         for part in chunk.get("choices") or ():
-            gather(part, parts, choice)
+            add_delta(part, parts, choice)
     if not ended and choice["finish_reason"] is None:
         raise ValueError("the stream broke off before its end")
-    choice["message"] = {"role": "assistant", **{name: whole(items) for name, items in parts.items()}}
+    choice["message"] = {"role": "assistant", **{name: join_pieces(items) for name, items in parts.items()}}
     choices = [choice] if parts or choice["finish_reason"] else []
-    return orjson.dumps(plain({**told, "object": "chat.completion", "choices": choices}))
+    return orjson.dumps(replace_half_surrogates({**told, "object": "chat.completion", "choices": choices}))
 
 
-def events(raw: bytes) -> Iterator[str]:
+def read_stream_events(raw: bytes) -> Iterator[str]:
     """The data of each event of a stream."""
     import httpx2
 
@@ -168,7 +173,7 @@ def events(raw: bytes) -> Iterator[str]:
             yield event.data
 
 
-def gather(part: Any, parts: dict[str, list[Any]], choice: dict[str, Any]) -> None:
+def add_delta(part: Any, parts: dict[str, list[Any]], choice: dict[str, Any]) -> None:
     """Add what a chunk brings to the first choice: pieces of its message's fields, and why it ended."""
     if not isinstance(part, dict) or part.get("index") not in (0, None):
         return
@@ -180,7 +185,7 @@ def gather(part: Any, parts: dict[str, list[Any]], choice: dict[str, Any]) -> No
         choice["finish_reason"] = part["finish_reason"]
 
 
-def whole(items: list[Any]) -> Any:
+def join_pieces(items: list[Any]) -> Any:
     """The pieces of a field as one: texts and lists joined, of anything else the last."""
     if all(isinstance(item, str) for item in items):
         return "".join(items)
@@ -189,10 +194,10 @@ def whole(items: list[Any]) -> Any:
     return items[-1]
 
 
-def plain(value: Any) -> Any:
+def replace_half_surrogates(value: Any) -> Any:
     """A JSON value whose texts have no half of a surrogate pair; halves that two chunks brought are joined by now."""
     if isinstance(value, str):
         return well_formed(value)
     if isinstance(value, dict):
-        return {plain(name): plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+        return {replace_half_surrogates(name): replace_half_surrogates(item) for name, item in value.items()}
+    return [replace_half_surrogates(item) for item in value] if isinstance(value, list) else value
