@@ -271,9 +271,9 @@ def import_rows(file: Path, named: str | None, requests: Path | None, cache: Pat
         import_answers(store, teacher, rows, file, found, slowly("answers imported"))
     refused = f", refused: {format_refused_rows(found)}" if found.refused else ""
     echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
-    if found.otherwise:
+    if found.different:
         said = f"the first: {found.difference}, `here` being the recipe"
-        echo(f"{found.otherwise:,} were asked with other settings than the recipe's; {said}", err=True)
+        echo(f"{found.different:,} were asked with other settings than the recipe's; {said}", err=True)
 
 
 @contextmanager

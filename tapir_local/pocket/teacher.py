@@ -25,6 +25,7 @@ from tapir_local.method.prompts import (
     REFLECT_INSTRUCTION,
 )
 from tapir_local.pocket.world import grade, harder, parse, rarer, solve, variant
+from tapir_local.store.reply import build_chat_completion
 
 MODEL = "pocket-teacher"
 FINGERPRINT = "pocket-1"  # to be raised with every change of what the teacher says
@@ -152,18 +153,11 @@ def completion(body: Mapping[str, Any]) -> dict[str, Any]:
     """The API's chat.completion object. Tokens are counted as four bytes each."""
     text = answer(body)
     asked = sum(len(turn["content"].encode()) // 4 + 1 for turn in body["messages"])
-    told = len(text.encode()) // 4 + 1
-    return {
-        "id": f"chatcmpl-{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]}",
-        "object": "chat.completion",
-        "created": 0,
-        "model": MODEL,
-        "system_fingerprint": FINGERPRINT,
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
-        ],
-        "usage": {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told},
-    }
+    written = len(text.encode()) // 4 + 1
+    made_id = f"chatcmpl-{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]}"
+    found = build_chat_completion(text, MODEL, made=(made_id, 0), fingerprint=FINGERPRINT, usage=(asked, written))
+    found["choices"][0]["logprobs"] = None
+    return found
 
 
 def refused(status: int, why: str) -> httpx2.Response:

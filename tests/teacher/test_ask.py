@@ -19,6 +19,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import endpoint_identity, request_body
 from tapir_local.teacher.rate_limit import allowance_wait, backoff_seconds, parse_wait_seconds, requested_wait
+from tapir_local.teacher.session import AskOptions
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,20 @@ def no_key(monkeypatch):
 def test_answers_come_in_the_order_of_the_requests_and_are_paid_once(server, store):
     words = [str(number) for number in range(40)]
     shown: list[tuple[int, int, int]] = []
-    first = ask(questions(*words), teacher(server), store, run="r", progress=lambda *seen: shown.append(seen))
-    second = ask(questions(*words), teacher(server), store, run="s", progress=lambda *seen: shown.append(seen))
+    first = ask(
+        questions(*words),
+        teacher(server),
+        store,
+        run="r",
+        options=AskOptions(progress=lambda *seen: shown.append(seen)),
+    )
+    second = ask(
+        questions(*words),
+        teacher(server),
+        store,
+        run="s",
+        options=AskOptions(progress=lambda *seen: shown.append(seen)),
+    )
     assert [answer.text for answer in first] == [f"re: {word}" for word in words] == [answer.text for answer in second]
     assert {(answer.hit, answer.finish, answer.tokens_in, answer.tokens_out) for answer in first} == {
         (False, "stop", 7, 3)
@@ -199,15 +212,15 @@ def test_an_exhausted_allowance_is_waited_for(server, store):
 def test_nothing_but_429_ends_in_words_and_not_in_a_hang(server, store):
     server.faults["a"] = [status(429, "slow down", retry_after="0.1")] * 1000
     with raises("slow down"):
-        ask(questions("a"), teacher(server), store, run="r", patience=0.5)
+        ask(questions("a"), teacher(server), store, run="r", options=AskOptions(patience=0.5))
     server.faults["b"] = [status(429, "tomorrow", retry_after="86400")]
-    with raises("the next request may go in 86400 s"):
+    with raises("the next request may be sent in 86,400 s"):
         ask(questions("b"), teacher(server), store, run="r")
 
 
 def test_an_empty_account_stops_at_once(server, store):
     server.faults["a"] = [status(429, "You exceeded your quota", "insufficient_quota")]
-    with raises("Top up the account"):
+    with raises("Add credit to the account"):
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 1
 
@@ -232,10 +245,16 @@ def test_a_late_request_is_waited_for_and_not_sent_a_second_time(server, store):
 
 def test_another_served_model_is_told_once(server, store):
     told = []
-    ask(questions("a"), teacher(server), store, run="r", warn=told.append)
+    ask(questions("a"), teacher(server), store, run="r", options=AskOptions(warn=told.append))
     server.faults = {"c": [says("x", model="m-2")], "d": [says("y", model="m-2")]}
-    ask(questions("b", "c", "d", "e"), teacher(server, concurrency=1), store, run="r", warn=told.append)
-    assert told == [f"{server.url}: 'm' is served by m-2 now, until here it was m-1"]
+    ask(
+        questions("b", "c", "d", "e"),
+        teacher(server, concurrency=1),
+        store,
+        run="r",
+        options=AskOptions(warn=told.append),
+    )
+    assert told == [f"{server.url}: 'm' is now served by m-2; before it was m-1"]
 
 
 def test_one_failing_request_of_twelve_keeps_the_other_eleven(server, store):
@@ -307,7 +326,7 @@ def test_a_key_file_that_holds_no_key(server, store, tmp_path, text):
 
 def test_an_unknown_model_is_named(server, store):
     server.faults["a"] = [status(404, "no such model")]
-    with raises("the model 'm'"):
+    with raises("a model named 'm'"):
         ask(questions("a"), teacher(server), store, run="r")
 
 
@@ -319,7 +338,7 @@ def test_an_endpoint_that_is_down_says_where_and_how_to_go_on(store):
 
 
 def test_a_missing_key_is_named_before_anything_is_sent(store):
-    with raises("OPENAI_API_KEY: no key for https://api.openai.com/v1"):
+    with raises("OPENAI_API_KEY: no API key for https://api.openai.com/v1"):
         ask(questions("a"), Teacher(model="m"), store, run="r")
 
 
@@ -366,6 +385,7 @@ from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskOptions
 words = [(Message("system", "Be brief."), Message("user", str(row))) for row in range(4000)]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 with Store(Path(sys.argv[1])) as store:
@@ -374,7 +394,7 @@ with Store(Path(sys.argv[1])) as store:
         Teacher(base_url=sys.argv[2], model="m", concurrency=4),
         store,
         run="r",
-        progress=lambda done, total, hits: print(done, flush=True),
+        options=AskOptions(progress=lambda done, total, hits: print(done, flush=True)),
     )
 """
 

@@ -24,17 +24,11 @@ from tapir_local.records import Answer
 from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE, spent
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.batch_api import (
-    DEFAULT_BATCH_LIMITS,
-    BatchLimits,
-    batch_line,
-    has_ended,
-    parse_result_lines,
-    split_into_batches,
-)
+from tapir_local.teacher.batch_api import batch_line, has_ended, parse_result_lines, split_into_batches
 from tapir_local.teacher.budget import BudgetTracker
 from tapir_local.teacher.endpoint import request_body
-from tapir_local.teacher.session import AskSession, quiet
+from tapir_local.teacher.pending_batches import DEFAULT_BATCH_LIMITS, BatchLimits
+from tapir_local.teacher.session import AskOptions, AskSession
 
 FAST = BatchLimits(first_wait=0.02, longest_wait=0.05, settle=0.3)
 ROOT = Path(__file__).parents[2]
@@ -56,9 +50,9 @@ def teacher(server: BatchApi, **settings: Any) -> Teacher:
 
 
 def by_batch(
-    words: list[str], endpoint: Teacher, store: Store, bounds: BatchLimits = FAST, **more: Any
+    words: list[str], endpoint: Teacher, store: Store, limits: BatchLimits = FAST, **more: Any
 ) -> list[Answer]:
-    return ask(questions(*words), endpoint, store, run="r", bounds=bounds, **more)
+    return ask(questions(*words), endpoint, store, run="r", options=AskOptions(batch_limits=limits, **more))
 
 
 def texts(answers: list[Answer]) -> list[str]:
@@ -102,7 +96,7 @@ def test_answers_come_in_the_order_of_the_requests_and_are_paid_once(server, sto
 def test_what_is_uploaded_and_kept(server, store):
     settings = teacher(server, extra={"top_p": 0.5, "max_tokens": None})
     asked = questions("a", "b", "a")
-    answers = ask(asked, settings, store, run="r", bounds=FAST)
+    answers = ask(asked, settings, store, run="r", options=AskOptions(batch_limits=FAST))
     lines = [json.loads(line) for line in server.files["file-0"].splitlines()]
     assert [line["custom_id"] for line in lines] == [answer.key for answer in answers[:2]]
     assert [line["body"] for line in lines] == [request_body(request, settings) for request in asked[:2]]
@@ -129,9 +123,21 @@ def test_an_answer_by_batch_serves_the_live_run_and_the_other_way_round(server, 
 def test_a_batch_is_no_larger_than_the_budget_and_the_rest_follows_when_it_is_raised(server, store):
     priced = teacher(server, price=Price(input=10.0, output=20.0))
     with pytest.raises(TapirError, match="calls 5 of 5"):
-        ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=BudgetTracker(Budget(calls=5)))
+        ask(
+            questions(*words(8)),
+            priced,
+            store,
+            run="r",
+            options=AskOptions(batch_limits=FAST, budget=BudgetTracker(Budget(calls=5))),
+        )
     assert [len(batch["lines"]) for batch in server.batches.values()] == [5]
-    answers = ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=BudgetTracker(Budget(calls=3)))
+    answers = ask(
+        questions(*words(8)),
+        priced,
+        store,
+        run="r",
+        options=AskOptions(batch_limits=FAST, budget=BudgetTracker(Budget(calls=3))),
+    )
     assert texts(answers) == [f"re: {word}" for word in words(8)]
     assert [len(batch["lines"]) for batch in server.batches.values()] == [5, 3]
     assert set(table(store, "select price from calls")) == {(0.5 * (7 * 10 + 3 * 20) / 1e6,)}
@@ -145,7 +151,7 @@ def test_too_many_requests_for_a_file_become_several_batches(server, store):
 
 
 def test_parts_are_as_large_as_may_be(server, store):
-    jobs = AskSession(questions(*words(7)), teacher(server), store, "r", quiet).look_up()
+    jobs = AskSession(questions(*words(7)), teacher(server), store, "r").look_up()
     length = len(batch_line(jobs[0]))
     assert [len(part) for part in split_into_batches(jobs, 100, 3 * length)] == [3, 3, 1]
     assert [len(part) for part in split_into_batches(jobs, 100, 3 * length - 1)] == [2, 2, 2, 1]
@@ -195,12 +201,14 @@ from server import questions
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskOptions
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 with Store(Path(sys.argv[1])) as store:
     told = lambda done, total, text: print(text, flush=True)
     endpoint = Teacher(base_url=sys.argv[2], model="m", batch=True)
     try:
-        answers = ask(questions(*sys.argv[4:]), endpoint, store, run="other", bounds=FAST, tell=told)
+        options = AskOptions(batch_limits=FAST, tell=told)
+        answers = ask(questions(*sys.argv[4:]), endpoint, store, run="other", options=options)
     except KeyboardInterrupt as stopped:
         print(getattr(stopped, "__notes__", []), flush=True)
         sys.exit(130)
@@ -222,7 +230,7 @@ def read_until(process: subprocess.Popen[str], word: str) -> str:
 
 
 def leave_away(server: BatchApi, path: Path, *words: str) -> None:
-    """A run that submits a batch of these words and is killed while it is away."""
+    """A run that submits a batch of these words and is killed while it is pending."""
     server.held = True
     with started(server, path, *words) as asking:
         read_until(asking, "in_progress")
@@ -273,10 +281,10 @@ def test_a_cut_run_leaves_its_batch_away_and_the_next_one_fetches_it(server, tmp
     with started(server, tmp_path / "t.db", "a", "b") as asking:
         read_until(asking, "in_progress")
         asking.send_signal(how)
-        said = read_until(asking, "away")
+        said = read_until(asking, "pending")
         assert asking.wait() == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
-        assert said == "['1 batch is away with 2 requests; the same command fetches the answers']\n"
+        assert said == "['1 batch is pending with 2 requests; run the same command again to fetch the answers']\n"
     server.held = False
     with Store(tmp_path / "t.db") as store:
         assert texts(by_batch(["b", "a"], teacher(server), store)) == ["re: b", "re: a"]
@@ -322,7 +330,7 @@ def test_ctrl_c_says_that_the_same_command_fetches_the_batch(server, tmp_path):
         said = running.communicate()[1]
     assert running.returncode == 130
     assert "stopped; the same command goes on" in said
-    assert "1 batch is away with 40 requests; the same command fetches the answers" in said
+    assert "1 batch is pending with 40 requests; run the same command again to fetch the answers" in said
 
 
 def test_a_live_run_asks_what_a_refused_batch_did_not_answer(server, tmp_path):
@@ -361,7 +369,7 @@ def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
 
 def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
     """Someone has the key of `b`; when he lets go of it without an answer, it goes into a batch of its own."""
-    asking = AskSession(questions("a", "b"), teacher(server), store, "r", quiet)
+    asking = AskSession(questions("a", "b"), teacher(server), store, "r")
     key = asking.look_up()[1].key
     assert store.claim(key)
     threading.Timer(0.5, lambda: store.release(key)).start()
@@ -453,7 +461,7 @@ def test_a_batch_that_the_endpoint_does_not_know_is_given_up_after_two_days(serv
     server.held = False
     server.batches.clear()
     with Store(tmp_path / "t.db") as store:
-        with raises("does not know batch batch_0, which holds 1 of the requests"):
+        with raises("does not know batch batch_0, which contains 1 of the requests"):
             by_batch(["a"], teacher(server), store)
         with sqlite3.connect(store.path) as conn:
             conn.execute("update batches set created = created - 180000")
@@ -463,23 +471,25 @@ def test_a_batch_that_the_endpoint_does_not_know_is_given_up_after_two_days(serv
 def test_answers_deleted_on_the_server_are_asked_again(server, store):
     server.statuses = {"GET /files": [404, 404]}
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
-    assert attempts(store) == [("row-a", "no answer in batch batch_0, which is completed")]
+    assert attempts(store) == [("row-a", "no answer in batch batch_0, whose status is completed")]
     assert len(server.batches) == 2
 
 
 def test_answers_that_were_lost_on_the_server_count_as_billed(server, store):
     server.statuses = {"GET /files": [404, 404]}
-    purse = BudgetTracker(Budget(calls=2, tokens=5000))
-    assert texts(by_batch(["a"], teacher(server), store, purse=purse)) == ["re: a"]
-    assert (purse.spent.calls, purse.estimated.calls) == (2, 1)
+    tracker = BudgetTracker(Budget(calls=2, tokens=5000))
+    assert texts(by_batch(["a"], teacher(server), store, budget=tracker)) == ["re: a"]
+    assert (tracker.spent.calls, tracker.estimated.calls) == (2, 1)
     store.flush()
-    assert spent(store.path, "r") == (2, purse.spent.tokens, 0.0)
+    assert spent(store.path, "r") == (2, tracker.spent.tokens, 0.0)
 
 
 def test_more_room_submits_the_cut_answers_alone(server, store):
     server.faults["b"] = [replied(200, completion("half", "length"))]
-    ask(questions("a", "b", "c", max_tokens=40), teacher(server), store, run="r", bounds=FAST)
-    answers = ask(questions("a", "b", "c", max_tokens=80), teacher(server), store, run="r", bounds=FAST)
+    ask(questions("a", "b", "c", max_tokens=40), teacher(server), store, run="r", options=AskOptions(batch_limits=FAST))
+    answers = ask(
+        questions("a", "b", "c", max_tokens=80), teacher(server), store, run="r", options=AskOptions(batch_limits=FAST)
+    )
     assert texts(answers) == ["re: a", "re: b", "re: c"]
     assert sorted(server.paid) == ["a", "b", "b", "c"]
 
@@ -499,7 +509,7 @@ def test_a_file_that_is_late_is_waited_for(server, store):
         (refused(429, "slow down"), "429: slow down"),
         (refused(500, "oops"), "500: oops"),
         (never("request_timeout"), "request_timeout: This request could not be executed."),
-        ({"response": None, "error": None}, "no answer in batch batch_0, which is completed"),
+        ({"response": None, "error": None}, "no answer in batch batch_0, whose status is completed"),
         (replied(200, {"choices": []}), 'the reply is not a chat completion (without choices: {"choices":[]})'),
         (replied(200, completion(" ")), "finish stop, empty"),
     ],
@@ -541,8 +551,8 @@ def test_a_refusal_or_a_truncation_is_told_as_by_the_live_api(server, store, lin
 @pytest.mark.parametrize(
     ("line", "fix"),
     [
-        (refused(404, "no such model"), "the model 'm'"),
-        (refused(429, "You exceeded your quota", "insufficient_quota"), "Top up the account"),
+        (refused(404, "no such model"), "a model named 'm'"),
+        (refused(429, "You exceeded your quota", "insufficient_quota"), "Add credit to the account"),
     ],
 )
 def test_a_refused_line_names_its_row_and_the_others_are_kept(server, store, line, fix):
@@ -578,7 +588,7 @@ def test_a_wrong_key_stops_at_once_and_is_never_kept(server, store, monkeypatch,
 @pytest.mark.parametrize("path", ["POST /files", "POST /batches"])
 def test_a_server_without_a_batch_api_says_so_and_can_be_asked_live(server, store, path):
     server.statuses = {path: [404]}
-    with raises(f"there is no Batch API here (404 for {path.replace('POST ', '/v1')})") as caught:
+    with raises(f"the endpoint has no Batch API (404 for {path.replace('POST ', '/v1')})") as caught:
         by_batch(["a"], teacher(server), store)
     assert "batch: false" in str(caught.value)
     server.statuses = {"GET /batches": [404], "POST /files": [404]}
@@ -609,7 +619,7 @@ def test_an_endpoint_that_is_down_says_where(store):
 def test_who_cannot_be_asked_by_batch(server, store):
     with raises("only an endpoint of kind `openai`"):
         ask(questions("a"), Teacher(kind="pocket", batch=True), store, run="r")
-    with Store(store.path, "off") as off, raises("batches need the store"):
+    with Store(store.path, "off") as off, raises("batches need a writable store"):
         by_batch(["a"], teacher(server), off)
 
 

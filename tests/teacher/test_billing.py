@@ -23,6 +23,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher import http
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.budget import BudgetTracker, Cost
+from tapir_local.teacher.session import AskOptions
 
 BUDGETS = {"calls": Budget(calls=12), "tokens": Budget(tokens=1500), "money": Budget(money=0.008)}
 SETTINGS = {"price": PRICE, "attempts": 2, "concurrency": 6}
@@ -32,11 +33,11 @@ HEALTHY = {"answers", "cut", "empty", "filtered", "cached beside", "hits and mis
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow one another at once."""
-    monkeypatch.setattr(http, "backoff", lambda tries, chance: 0.01)
+    monkeypatch.setattr(http, "backoff_seconds", lambda tries, chance: 0.01)
 
 
-def purse_of(store: Path, budget: Budget) -> BudgetTracker:
-    """The purse of a run's next start."""
+def tracker_of(store: Path, budget: Budget) -> BudgetTracker:
+    """The budget of a run's next start."""
     return BudgetTracker(budget, counted(store), Cost(*spent(store, "r", estimated=True)))
 
 
@@ -60,9 +61,15 @@ def start(
 ) -> str:
     """One start of a run; the error that ended it."""
     with Store(path) as store:
-        asked, purse = questions(*words, max_tokens=max_tokens), purse_of(path, budget)
+        asked, tracker = questions(*words, max_tokens=max_tokens), tracker_of(path, budget)
         try:
-            ask(asked, teacher(server, **SETTINGS, timeout=timeout), store, run="r", purse=purse, patience=0.3)
+            ask(
+                asked,
+                teacher(server, **SETTINGS, timeout=timeout),
+                store,
+                run="r",
+                options=AskOptions(budget=tracker, patience=0.3),
+            )
         except TapirError as error:
             return str(error)
     return ""
@@ -110,7 +117,7 @@ from pathlib import Path
 sys.path[:0] = ["tests", "tests/teacher"]
 from test_billing import *
 from server import Server
-http.GRACE = 0.1
+http.INTERRUPT_GRACE_SECONDS = 0.1
 server, budget = Server(port=int(sys.argv[1])), Budget.model_validate_json(sys.argv[3])
 print("asking", flush=True)
 print(start(server, Path(sys.argv[2]), budget, words(60)))
@@ -170,16 +177,26 @@ def test_a_budget_needs_a_bound_of_the_replies(
     server: Server, store: Store, budget: Budget, extra: dict[str, object]
 ) -> None:
     with raises("teacher.extra") as caught:
-        ask(questions("a"), teacher(server, price=PRICE, extra=extra), store, run="r", purse=BudgetTracker(budget))
+        ask(
+            questions("a"),
+            teacher(server, price=PRICE, extra=extra),
+            store,
+            run="r",
+            options=AskOptions(budget=BudgetTracker(budget)),
+        )
     assert "max_completion_tokens: 1024" in str(caught.value)
     assert not server.bodies
 
 
 def test_calls_alone_need_no_bound_and_a_bound_of_another_name_will_do(server: Server, store: Store) -> None:
     free = teacher(server, extra={"max_tokens": None})
-    assert ask(questions("a"), free, store, run="r", purse=BudgetTracker(Budget(calls=5)))[0].complete
+    assert ask(questions("a"), free, store, run="r", options=AskOptions(budget=BudgetTracker(Budget(calls=5))))[
+        0
+    ].complete
     named = teacher(server, extra={"max_tokens": None, "max_completion_tokens": 50})
-    assert ask(questions("a"), named, store, run="r", purse=BudgetTracker(Budget(tokens=500)))[0].complete
+    assert ask(questions("a"), named, store, run="r", options=AskOptions(budget=BudgetTracker(Budget(tokens=500))))[
+        0
+    ].complete
 
 
 def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_more(
@@ -187,15 +204,14 @@ def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_m
 ) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: answering(lambda prompt, written: usage(20, 900))(Biller(), handler, body)
-    purse = BudgetTracker(Budget(tokens=4000))
+    tracker = BudgetTracker(Budget(tokens=4000))
     with raises("tokens 3,680 of 4,000"):
         ask(
             questions(*words(30), max_tokens=40),
             teacher(server, concurrency=1),
             store,
             run="r",
-            purse=purse,
-            warn=told.append,
+            options=AskOptions(budget=tracker, warn=told.append),
         )
     assert len(server.bodies) == 4
     assert len(told) == 1
@@ -208,25 +224,31 @@ def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_m
 def test_a_reply_without_token_counts_is_counted_at_its_most_and_said_once(server: Server, store: Store) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: BEHAVIOURS["usage null"](Biller(), handler, body)
-    purse = BudgetTracker(Budget(tokens=10_000))
+    tracker = BudgetTracker(Budget(tokens=10_000))
     for word in ("a", "b"):
-        ask(questions(word, max_tokens=40), teacher(server), store, run="r", purse=purse, warn=told.append)
+        ask(
+            questions(word, max_tokens=40),
+            teacher(server),
+            store,
+            run="r",
+            options=AskOptions(budget=tracker, warn=told.append),
+        )
     assert len(told) == 1
     assert "58 tokens of prompt and 40 of reply" in told[0]
-    assert purse.spent == purse.estimated == Cost(2, 2 * 98, 0.0)
+    assert tracker.spent == tracker.estimated == Cost(2, 2 * 98, 0.0)
 
 
 def test_the_error_names_the_limit_that_was_met_and_a_value_that_would_do(server: Server, store: Store) -> None:
-    purse = BudgetTracker(Budget(money=0.002, calls=1000))
+    tracker = BudgetTracker(Budget(money=0.002, calls=1000))
     priced = teacher(server, price=PRICE, concurrency=1)
     with raises("the budget is spent: money 0.00") as caught:
-        ask(questions(*words(100), max_tokens=40), priced, store, run="r", purse=purse)
+        ask(questions(*words(100), max_tokens=40), priced, store, run="r", options=AskOptions(budget=tracker))
     assert "calls" not in str(caught.value)
     assert "--set budget.money=0.0025" in str(caught.value)
-    purse = BudgetTracker(Budget(money=0.0025, calls=1000), counted_in(store))
+    tracker = BudgetTracker(Budget(money=0.0025, calls=1000), counted_in(store))
     before = len(server.bodies)
     with raises("the budget is spent"):
-        ask(questions(*words(100), max_tokens=40), priced, store, run="r", purse=purse)
+        ask(questions(*words(100), max_tokens=40), priced, store, run="r", options=AskOptions(budget=tracker))
     assert len(server.bodies) > before
 
 
@@ -237,8 +259,14 @@ def counted_in(store: Store) -> Cost:
 
 def test_what_is_estimated_is_told_apart(server: Server, store: Store) -> None:
     server.otherwise = lambda handler, body: worked_then(late)(Biller(), handler, body)
-    with raises("(2 of it for replies that never came"):
-        ask(questions("a"), teacher(server, timeout=0.1), store, run="r", purse=BudgetTracker(Budget(calls=2)))
+    with raises("(2 of it estimated, for lost replies"):
+        ask(
+            questions("a"),
+            teacher(server, timeout=0.1),
+            store,
+            run="r",
+            options=AskOptions(budget=BudgetTracker(Budget(calls=2))),
+        )
     assert [why for _, why in attempts(store)] == ["no answer within 0.1 s"] * 2
 
 

@@ -164,8 +164,8 @@ PART = [{"type": "text", "text": "Hello"}, {"type": "image_url", "image_url": {"
         ({"messages": [{"role": "tool", "content": "Hello"}]}, "unreadable"),
         ({"messages": "Hello"}, "unreadable"),
         ({"messages": 5}, "unreadable"),
-        ({"messages": [{"role": "user", "content": PART}]}, "not of text alone"),
-        ({"instruction": "Add.", "output": ["5"]}, "not of text alone"),
+        ({"messages": [{"role": "user", "content": PART}]}, "not only of text"),
+        ({"instruction": "Add.", "output": ["5"]}, "not only of text"),
         ({"instruction": "Add \ud800.", "output": "5"}, "unreadable"),
         ({"instruction": "Add.", "output": "\ud800"}, "unreadable"),
     ],
@@ -254,7 +254,7 @@ def test_a_batch_keeps_its_replies_as_they_came(store: Path, file: Path, request
     written(requests, asked, lines=True)
     written(file, [output("a", reply("9")), output("b", reply())], lines=True)
     found = imported(store, file, TEACHER, requests)
-    assert (found.new, found.otherwise, found.refused) == (2, 0, {})
+    assert (found.new, found.different, found.refused) == (2, 0, {})
     row = next(row for row in listed(store, None, None, 9) if row["row"] == "b")
     call = shown(store, row["key"])
     assert call["answer"] == reply()
@@ -270,16 +270,16 @@ def test_a_batch_keeps_its_replies_as_they_came(store: Path, file: Path, request
         (output("a", reply(), error={"code": "expired"}), "without an answer"),
         ({"custom_id": "a", "response": None, "error": {"code": "expired"}}, "without an answer"),
         (output("a", reply("")), "without an answer"),
-        (output("a", reply(finish="length")), "with an answer that is not whole"),
-        (output("a", reply(finish="content_filter")), "with an answer that is not whole"),
+        (output("a", reply(finish="length")), "with an incomplete answer"),
+        (output("a", reply(finish="content_filter")), "with an incomplete answer"),
         (output("a", {"data": []}), "unreadable"),
         (output("a", None), "unreadable"),
-        (output("z", reply()), "without their request in the file of requests"),
+        (output("z", reply()), "without a request in the requests file"),
         (output("other", reply()), "asked of another model than the recipe's"),
-        (output("image", reply()), "not of text alone"),
+        (output("image", reply()), "not only of text"),
         (output("odd", reply()), "unreadable"),
         (output("\ud800", reply()), "unreadable"),
-        (output("begun", reply()), "whose request begins the answer itself"),
+        (output("begun", reply()), "whose request already begins the answer"),
     ],
 )
 def test_a_batchs_row_that_is_not_whole_is_refused(
@@ -297,7 +297,7 @@ def test_a_batchs_row_that_is_not_whole_is_refused(
 def test_other_settings_than_the_recipes_are_told(store: Path, file: Path, requests: Path) -> None:
     written(requests, [request("a", temperature=1), request("b", messages=MESSAGES[0]["messages"][:1])], lines=True)
     found = imported(store, written(file, [output("a", reply()), output("b", reply())], lines=True), TEACHER, requests)
-    assert (found.new, found.otherwise, found.difference) == (2, 1, "temperature: 0.3 here, 1 there")
+    assert (found.new, found.different, found.difference) == (2, 1, "temperature: 0.3 here, 1 there")
 
 
 def test_a_batch_without_its_requests(file: Path, requests: Path) -> None:

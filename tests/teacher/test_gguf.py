@@ -33,7 +33,7 @@ from tapir_local.teacher.ask import ask
 from tapir_local.teacher.budget import BudgetTracker
 from tapir_local.teacher.endpoint import endpoint_identity, request_body
 from tapir_local.teacher.gguf import answer_with_gguf
-from tapir_local.teacher.session import AskSession, quiet
+from tapir_local.teacher.session import AskOptions, AskSession
 
 WORDS = [f"What is {number} times {number + 7}?" for number in range(12)]
 
@@ -88,7 +88,9 @@ def refused(*words: str, endpoint: Teacher | Judge, store: Store) -> str:
 
 def test_answers_are_stored_as_an_endpoint_would_have_sent_them(gguf, store) -> None:
     shown: list[tuple[int, int, int]] = []
-    answers = ask(questions(*WORDS), teacher(gguf), store, run="r", progress=lambda *seen: shown.append(seen))
+    answers = ask(
+        questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(progress=lambda *seen: shown.append(seen))
+    )
     assert [done for done, *_ in shown] == list(range(13))
     assert len(set(texts(answers))) > 6
     assert {(answer.hit, answer.finish in ("stop", "length")) for answer in answers} == {(False, True)}
@@ -140,7 +142,13 @@ def test_the_model_is_closed_when_the_answers_are_there(gguf, store) -> None:
         return gguf.name in Path("/proc/self/maps").read_text()
 
     open_then: list[bool] = []
-    ask(questions("a"), teacher(gguf), store, run="r", progress=lambda *_: open_then.append(mapped()))
+    ask(
+        questions("a"),
+        teacher(gguf),
+        store,
+        run="r",
+        options=AskOptions(progress=lambda *_: open_then.append(mapped())),
+    )
     assert open_then == [False, True]
     assert not mapped()
 
@@ -221,7 +229,7 @@ def test_a_run_cut_after_five_answers_keeps_five(gguf, store) -> None:
             raise Cut
 
     with pytest.raises(Cut):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", progress=cut)
+        ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(progress=cut))
     assert rows(store, "select count(*) from calls") == [(5,)]
     assert sum(answer.hit for answer in ask(questions(*WORDS), teacher(gguf), store, run="r")) == 5
 
@@ -234,7 +242,7 @@ def kill(done, total, hits):
     if done == 5:
         time.sleep(1)  # the writer's turn: an answer is on the disk within milliseconds, not at once
         os.kill(os.getpid(), signal.SIGKILL)
-ask(questions(*WORDS), teacher(Path(sys.argv[3])), Store(Path(sys.argv[2])), run="r", progress=kill)
+ask(questions(*WORDS), teacher(Path(sys.argv[3])), Store(Path(sys.argv[2])), run="r", options=AskOptions(progress=kill))
 """
 
 
@@ -258,7 +266,9 @@ def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> No
             others_done.set()
 
     asking = threading.Thread(
-        target=lambda: got.append(ask(questions(*WORDS), teacher(gguf), store, run="r", progress=watch))
+        target=lambda: got.append(
+            ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(progress=watch))
+        )
     )
     with Store(store.path) as other:
         assert other.claim(keys.key_of(text))
@@ -278,10 +288,16 @@ def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> No
 
 def test_a_budget_is_never_passed_and_what_was_answered_stays(gguf, store) -> None:
     with pytest.raises(TapirError, match="calls 5 of 5"):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=BudgetTracker(Budget(calls=5)))
+        ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(budget=BudgetTracker(Budget(calls=5))))
     assert rows(store, "select count(*) from calls") == [(5,)]
     with pytest.raises(TapirError, match="the budget is spent"):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=BudgetTracker(Budget(tokens=300)))
+        ask(
+            questions(*WORDS),
+            teacher(gguf),
+            store,
+            run="r",
+            options=AskOptions(budget=BudgetTracker(Budget(tokens=300))),
+        )
     answers = ask(questions(*WORDS), teacher(gguf), store, run="r")
     assert sum(answer.hit for answer in answers) > 5
     assert texts(answers) == [text for text, _ in alone(gguf)]
@@ -399,10 +415,10 @@ def test_a_template_without_a_system_turn_is_given_its_words_all_the_same(tmp_pa
 
 
 def test_a_file_that_is_changed_before_it_is_opened_answers_nothing(gguf, store, llama) -> None:
-    asking = AskSession(questions("a"), teacher(gguf), store, "r", quiet)
+    asking = AskSession(questions("a"), teacher(gguf), store, "r")
     jobs = asking.look_up()
     shutil.copy(llama.gguf, gguf)
-    with pytest.raises(TapirError, match="changed meanwhile"):
+    with pytest.raises(TapirError, match="changed while this command was running"):
         answer_with_gguf(asking, jobs)
     store.flush()
     assert rows(store, "select count(*) from calls") == [(0,)]
@@ -419,7 +435,7 @@ def test_faults_of_the_file_are_named_by_their_setting(gguf, store, tmp_path) ->
         (tmp_path / name).write_bytes(content)
         said = refused("a", endpoint=teacher(tmp_path / name), store=store)
         assert name in said
-        assert "See that teacher.gguf names a whole GGUF" in said
+        assert "Check that teacher.gguf names a complete GGUF" in said
 
 
 def test_a_gguf_without_a_template_is_refused(tmp_path, store) -> None:
@@ -445,9 +461,9 @@ def test_a_prompt_that_the_template_refuses_costs_its_row_alone(gguf, store, tmp
 
 
 @pytest.mark.parametrize("extra", [{"top_p": 0.5}, {"temperature": 0.1, "stop": ["x"]}])
-def test_parameters_that_a_gguf_would_not_heed_are_refused(gguf, store, extra) -> None:
+def test_parameters_that_a_gguf_does_not_accept_are_refused(gguf, store, extra) -> None:
     said = refused("a", endpoint=teacher(gguf, extra=extra), store=store)
-    assert f"teacher.extra: a GGUF takes no {', '.join(sorted(extra))}" in said
+    assert f"teacher.extra: a GGUF does not accept {', '.join(sorted(extra))}" in said
 
 
 def test_a_recipe_names_the_file_and_nothing_more() -> None:

@@ -39,6 +39,7 @@ from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import mask_key, unencrypted_key_warning
 from tapir_local.teacher.refusals import classify_error_response, classify_unreadable_reply
 from tapir_local.teacher.responses import join_stream
+from tapir_local.teacher.session import AskOptions
 
 NAMES = [
     "choices",
@@ -64,7 +65,7 @@ def no_key(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(http, "backoff", lambda tries, chance: 0.01)
+    monkeypatch.setattr(http, "backoff_seconds", lambda tries, chance: 0.01)
 
 
 def body(text, finish, tokens=3, **message):
@@ -233,7 +234,7 @@ def test_a_few_odd_rows_asked_again_together_do_not_stop_a_good_stage(server, st
         ("too long", "refused", "maximum context length is 64 tokens", 1),
         ("empty choices", "", "without choices", 2),
         ("null choices", "", "without choices", 2),
-        ("content object", "", "no text that can be read", 2),
+        ("content object", "", "no readable text", 2),
         ("empty body", "", "it is empty", 2),
         ("list", "", "a JSON list", 2),
     ],
@@ -354,8 +355,8 @@ def test_a_server_that_fails_at_everything_stops(server, store):
 @pytest.mark.parametrize(
     ("name", "words", "fix"),
     [
-        ("error in 200", "Insufficient credits", "Top up the account"),
-        ("no money", "402: Insufficient Balance", "Top up the account"),
+        ("error in 200", "Insufficient credits", "Add credit to the account"),
+        ("no money", "402: Insufficient Balance", "Add credit to the account"),
         ("web page", "a web page: Sign in", "base_url"),
         (
             "new names",
@@ -365,7 +366,7 @@ def test_a_server_that_fails_at_everything_stops(server, store):
         ("stream only", "only support stream mode", "teacher: {stream: true}"),
     ],
 )
-def test_trouble_for_all_says_what_to_do_in_the_servers_words(server, store, name, words, fix):
+def test_failure_for_all_says_what_to_do_in_the_servers_words(server, store, name, words, fix):
     server.otherwise = ODD[name]
     with raises(words) as caught:
         ask(questions(*map(str, range(50))), teacher(server, concurrency=2), store, run="r")
@@ -418,11 +419,11 @@ def test_a_key_follows_to_no_other_host(server, store, monkeypatch):
     [
         (401, "Invalid token", "", "environment variable OPENAI_API_KEY"),
         (403, "Country not supported", "", "environment variable OPENAI_API_KEY"),
-        (404, "404 page not found", "", "often in /v1"),
-        (404, "The model `x` does not exist", "model_not_found", "the model 'm'"),
+        (404, "404 page not found", "", "often ends in /v1"),
+        (404, "The model `x` does not exist", "model_not_found", "a model named 'm'"),
         (405, "Method Not Allowed", "", "base_url"),
-        (403, "Your account balance is insufficient", "", "Top up"),
-        (429, "Insufficient Balance", "1113", "Top up"),
+        (403, "Your account balance is insufficient", "", "Add credit"),
+        (429, "Insufficient Balance", "1113", "Add credit"),
     ],
 )
 def test_statuses_give_their_own_advice_at_once(server, store, code, message, kind, fix):
@@ -440,28 +441,34 @@ def test_a_server_that_loads_its_model_is_waited_for_without_using_attempts(serv
     monkeypatch.setattr(http, "LOADING_POLL_SECONDS", 0.02)
     server.otherwise = loading(30)
     told = []
-    answers = ask(questions("a"), teacher(server, attempts=1), store, run="r", tell=lambda *seen: told.append(seen))
+    answers = ask(
+        questions("a"),
+        teacher(server, attempts=1),
+        store,
+        run="r",
+        options=AskOptions(tell=lambda *seen: told.append(seen)),
+    )
     assert answers[0].text == "loaded"
-    assert told[0][2].startswith("the server loads its model")
+    assert told[0][2].startswith("the server is loading its model")
 
 
 def test_it_is_not_waited_for_for_ever(server, store, monkeypatch):
     monkeypatch.setattr(http, "LOADING_POLL_SECONDS", 0.02)
     server.otherwise = loading(10**6)
-    with raises("Loading model; the server still loads its model after"):
-        ask(questions("a"), teacher(server), store, run="r", patience=0.2)
+    with raises("Loading model; the server is still loading its model after"):
+        ask(questions("a"), teacher(server), store, run="r", options=AskOptions(patience=0.2))
     assert http.MAX_LOADING_SECONDS >= 120
 
 
 @pytest.mark.parametrize("code", [520, 521, 522, 523, 524, 529])
-def test_passing_troubles_of_gateways_are_tried_again(server, store, code):
+def test_passing_failures_of_gateways_are_tried_again(server, store, code):
     server.faults["a"] = [status(code, "overloaded")]
     assert ask(questions("a"), teacher(server), store, run="r")[0].text == "re: a"
 
 
 def test_a_pause_longer_than_patience_is_told_at_once(server, store):
     server.otherwise = status(503, "maintenance", retry_after="86400")
-    with raises("503: maintenance; the next request may go in 86,400 s"):
+    with raises("503: maintenance; the next request may be sent in 86,400 s"):
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 1
 
@@ -489,7 +496,7 @@ def test_nothing_but_garbled_replies_end_in_one_sentence(server, store, name):
 
 def test_a_port_that_is_no_http_server_is_named(server, store):
     server.otherwise = garbled(b"-ERR unknown command 'POST'\r\n")
-    with raises(f"what answers at 127.0.0.1:{server.port} is not HTTP") as caught:
+    with raises(f"the reply of 127.0.0.1:{server.port} is not HTTP") as caught:
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 2
     assert "ssl" not in str(caught.value)
@@ -639,10 +646,10 @@ def test_whatever_json_comes_is_read_or_refused_in_words(value, strip):
     reading = Reading("strip" if strip else "keep", 5)
     with suppress(ValueError):
         read_reply(raw, reading).text.encode()
-    trouble = classify_unreadable_reply(raw, {}, Teacher(model="m"))
-    assert trouble.why
-    assert trouble.fix
-    trouble.why.encode()
+    failure = classify_unreadable_reply(raw, {}, Teacher(model="m"))
+    assert failure.why
+    assert failure.fix
+    failure.why.encode()
     for code in (301, 400, 401, 404, 422, 429, 500, 503):
         assert classify_error_response(httpx2.Response(code, content=raw), Teacher(model="m")).why.startswith(str(code))
 
@@ -685,7 +692,7 @@ def test_a_stream_that_was_cut_is_asked_for_again(server, store):
     server.otherwise = streams("A plain answer.")
     server.faults["a"] = [streams("A pl", finish=None, ends=False)]
     assert ask(questions("a"), teacher(server, stream=True), store, run="r")[0].text == "A plain answer."
-    assert attempts(store) == [("row-a", "the stream broke off before its end")]
+    assert attempts(store) == [("row-a", "the stream ended before the reply was complete")]
 
 
 def test_a_server_that_knows_no_stream_options_is_asked_without(server, store):
@@ -706,7 +713,7 @@ def test_a_server_that_sends_no_stream_though_asked_is_read(server, store):
 def test_an_error_in_a_stream_is_an_error(server, store):
     event = b'data: {"error": {"message": "Insufficient credits", "code": 402}}\n\n'
     server.otherwise = brings(event, content_type="text/event-stream")
-    with raises("Top up the account"):
+    with raises("Add credit to the account"):
         ask(questions("a"), teacher(server, stream=True), store, run="r")
 
 
@@ -719,7 +726,7 @@ def test_pieces_of_a_stream():
     assert read_reply(join_stream(halves)).finish == "stop"
     other = b'data: {"choices": [{"index": 1, "delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n'
     assert read_reply(join_stream(other + chunk(content="y") + b"data: [DONE]\n\n")).text == "y"
-    with pytest.raises(ValueError, match="broke off"):
+    with pytest.raises(ValueError, match="before the reply was complete"):
         join_stream(chunk(content="half"))
     with pytest.raises(ValueError, match="not a chat completion"):
         read_reply(join_stream(b"data: [DONE]\n\n"))
@@ -791,7 +798,7 @@ def test_a_real_key_is_nowhere_in_answers_or_store(server, store, monkeypatch, f
 @pytest.mark.parametrize("key", ["schlüssel-123", "sk-a\x07bcdefgh"])
 def test_a_key_that_no_header_can_carry_is_named(server, store, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with raises("environment variable OPENAI_API_KEY: the key has letters"):
+    with raises("environment variable OPENAI_API_KEY: the key contains characters"):
         ask(questions("a"), teacher(server), store, run="r")
 
 
@@ -807,18 +814,24 @@ def test_a_key_that_no_header_can_carry_is_named(server, store, monkeypatch, key
         ("http://localhost/v1", "sk-secret-123", False),
     ],
 )
-def test_a_key_in_the_clear_is_told(url, key, warned):
-    assert ("goes unencrypted" in unencrypted_key_warning(Teacher(base_url=url, model="m"), key)) == warned
+def test_an_unencrypted_key_is_warned_of(url, key, warned):
+    assert ("sent unencrypted" in unencrypted_key_warning(Teacher(base_url=url, model="m"), key)) == warned
 
 
-def test_it_is_told_once(store, monkeypatch):
+def test_the_warning_is_given_once(store, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     monkeypatch.setattr(http, "WARNED_ENDPOINTS", set())
     told = []
     for _ in range(2):
         with raises("no connection"):
-            ask(questions("a"), Teacher(base_url="http://0.0.0.0:9/v1", model="m"), store, run="r", warn=told.append)
-    assert [text.partition(" goes")[0] for text in told] == ["the key in the environment variable OPENAI_API_KEY"]
+            ask(
+                questions("a"),
+                Teacher(base_url="http://0.0.0.0:9/v1", model="m"),
+                store,
+                run="r",
+                options=AskOptions(warn=told.append),
+            )
+    assert [text.partition(" is sent")[0] for text in told] == ["the key in the environment variable OPENAI_API_KEY"]
 
 
 def test_no_server_of_the_table_ends_in_anything_but_answers_or_a_sentence(server, tmp_path):
@@ -827,7 +840,7 @@ def test_no_server_of_the_table_ends_in_anything_but_answers_or_a_sentence(serve
         server.faults, server.otherwise = {}, fault
         with Store(tmp_path / f"{number}.db") as store:
             with suppress(TapirError):
-                ask(questions(*WORDS), teacher(server, attempts=2), store, run="r", patience=1.0)
+                ask(questions(*WORDS), teacher(server, attempts=2), store, run="r", options=AskOptions(patience=1.0))
             if name in ("error in 200", "no money"):  # an empty account is nobody's row
                 continue
             server.otherwise, server.faults = None, {"3": [fault]}
