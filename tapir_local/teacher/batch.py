@@ -171,7 +171,7 @@ class BatchSender:
         return made
 
     async def submit_batch(self, jobs: Sequence[RequestJob]) -> list[SubmittedBatch]:
-        """Submit one batch of those jobs that nobody is asking live; its tag and keys are on disk before it is sent."""
+        """Submit one batch of those jobs that are not in flight live; its tag and keys are on disk before it is sent."""
         tag = uuid.uuid4().hex
         self.pending.add(tag, self.session.identity)
         mine: list[RequestJob] = []
@@ -187,7 +187,7 @@ class BatchSender:
         return [SubmittedBatch(PendingBatch(tag, file, server, created=time.time()), mine)]
 
     def claim_for_batch(self, tag: str, jobs: Sequence[RequestJob]) -> list[RequestJob]:
-        """Record as the batch's those jobs that nobody else is asking or has answered meanwhile; returns them."""
+        """Record as the batch's those jobs that no other run is asking or has answered; returns them."""
         mine, claimed = [], [job for job in jobs if self.store.claim(job.key)]
         try:
             for job in claimed:

@@ -52,7 +52,7 @@ def answer_with_gguf(session: AskSession, jobs: Sequence[RequestJob]) -> None:
 
 
 def is_job_free(session: AskSession, job: RequestJob) -> bool:
-    """Whether nobody is answering the job; if it was answered meanwhile, its answer is set."""
+    """Whether no process is answering the job; if it was answered meanwhile, its answer is set."""
     free = claim_job(session, job)
     if free:
         session.store.release(job.key)

@@ -1,4 +1,4 @@
-"""Asking by batch: each request is submitted and paid for once, whatever is cut, lost, refused or shared."""
+"""Asking by batch: each request is submitted and paid for once, even if runs are cut or replies are lost."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_answers_come_in_the_order_of_the_requests_and_are_paid_once(server, sto
     assert shown[-1] == (0, 8, "batch (completed): 8 of 8 answered")
 
 
-def test_what_is_uploaded_and_kept(server, store):
+def test_the_upload_and_the_stored_calls(server, store):
     settings = teacher(server, extra={"top_p": 0.5, "max_tokens": None})
     asked = questions("a", "b", "a")
     answers = ask(asked, settings, store, run="r", options=AskOptions(batch_limits=FAST))
@@ -150,7 +150,7 @@ def test_too_many_requests_for_a_file_become_several_batches(server, store):
     assert sorted(server.paid) == words(8)
 
 
-def test_parts_are_as_large_as_may_be(server, store):
+def test_batches_are_as_large_as_the_limits_allow(server, store):
     jobs = AskSession(questions(*words(7)), teacher(server), store, "r").look_up()
     length = len(batch_line(jobs[0]))
     assert [len(part) for part in split_into_batches(jobs, 100, 3 * length)] == [3, 3, 1]
@@ -161,7 +161,7 @@ def test_parts_are_as_large_as_may_be(server, store):
     assert list(split_into_batches([], 2, 2)) == []
 
 
-def test_the_limits_are_the_vendors():
+def test_the_default_limits_are_those_of_openai():
     assert (
         DEFAULT_BATCH_LIMITS.requests,
         DEFAULT_BATCH_LIMITS.size,
@@ -170,7 +170,7 @@ def test_the_limits_are_the_vendors():
     ) == (50_000, 200_000_000, 5.0, 60.0)
 
 
-def test_lines_that_are_none_are_left_out():
+def test_unreadable_result_lines_are_skipped():
     raw = b'{"custom_id": "00ff", "x": 1}\n\nnot json\n{"custom_id": "row-1"}\n{"id": 3}\n[]\n{"custom_id": 3}\n'
     assert parse_result_lines(raw) == {b"\x00\xff": {"custom_id": "00ff", "x": 1}}
 
@@ -238,7 +238,7 @@ def leave_away(server: BatchApi, path: Path, *words: str) -> None:
     server.held = False
 
 
-def test_killed_between_the_making_of_a_batch_and_the_storing_of_its_id(server, tmp_path):
+def test_a_run_killed_before_the_batch_id_is_stored_recovers_it(server, tmp_path):
     """The other batches push ours to another page of the server's list."""
     server.on_create = lambda handler: asking.kill()
     with started(server, tmp_path / "t.db", "a", "b") as asking:
@@ -255,7 +255,7 @@ def test_killed_between_the_making_of_a_batch_and_the_storing_of_its_id(server, 
 
 
 @pytest.mark.parametrize("unlike", [{"metadata": None}, {"input_file_id": "renamed"}], ids=str)
-def test_a_batch_whose_making_was_not_heard_of_is_found_and_not_made_again(server, store, unlike):
+def test_a_batch_whose_creation_was_not_confirmed_is_found_and_not_made_again(server, store, unlike):
     """Some servers keep no metadata and some proxies rename files: one of the two is enough."""
 
     def lose(handler: Any) -> None:
@@ -268,7 +268,7 @@ def test_a_batch_whose_making_was_not_heard_of_is_found_and_not_made_again(serve
     assert len(server.batches) == 1
 
 
-def test_a_batch_that_was_never_made_is_made_after_a_look(server, store):
+def test_a_batch_that_was_never_created_is_submitted_after_a_check(server, store):
     server.statuses = {"POST /batches": [500, 503]}
     assert texts(by_batch(["a", "b"], teacher(server), store)) == ["re: a", "re: b"]
     assert len(server.batches) == 1
@@ -276,7 +276,7 @@ def test_a_batch_that_was_never_made_is_made_after_a_look(server, store):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_cut_run_leaves_its_batch_away_and_the_next_one_fetches_it(server, tmp_path, how):
+def test_the_next_run_fetches_the_pending_batch_of_a_cut_run(server, tmp_path, how):
     server.held = True
     with started(server, tmp_path / "t.db", "a", "b") as asking:
         read_until(asking, "in_progress")
@@ -292,7 +292,7 @@ def test_a_cut_run_leaves_its_batch_away_and_the_next_one_fetches_it(server, tmp
     assert sorted(server.paid) == ["a", "b"]
 
 
-def test_what_another_run_left_in_the_same_batch_stays_for_it(server, tmp_path):
+def test_answers_for_another_run_stay_in_the_batch(server, tmp_path):
     leave_away(server, tmp_path / "t.db", *words(6))
     with Store(tmp_path / "t.db") as store:
         by_batch(words(2), teacher(server), store)
@@ -301,7 +301,7 @@ def test_what_another_run_left_in_the_same_batch_stays_for_it(server, tmp_path):
     assert (len(server.batches), len(server.paid)) == (1, 6)
 
 
-def test_a_live_run_waits_for_what_is_away_and_asks_the_rest(server, tmp_path):
+def test_a_live_run_waits_for_pending_batches_and_sends_the_rest(server, tmp_path):
     leave_away(server, tmp_path / "t.db", "a", "b")
     with Store(tmp_path / "t.db") as store:
         priced = teacher(server, batch=False, price=Price(input=10.0, output=20.0))
@@ -343,7 +343,7 @@ def test_a_live_run_asks_what_a_refused_batch_did_not_answer(server, tmp_path):
     assert sorted(server.live) == ["a", "b"]
 
 
-# Shared
+# Several runs
 
 
 def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
@@ -367,8 +367,8 @@ def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
     assert table(store, "select sum(paid) from uses") == [(5,)]
 
 
-def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
-    """Someone has the key of `b`; when he lets go of it without an answer, it goes into a batch of its own."""
+def test_a_request_in_flight_live_is_not_submitted(server, store):
+    """Another owner claims `b`; after it is released without an answer, it is submitted in a batch of its own."""
     asking = AskSession(questions("a", "b"), teacher(server), store, "r")
     key = asking.look_up()[1].key
     assert store.claim(key)
@@ -377,8 +377,8 @@ def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
     assert [len(batch["lines"]) for batch in server.batches.values()] == [1, 1]
 
 
-def test_a_live_run_lets_go_of_what_a_batch_took_meanwhile(server, store):
-    """`0` is slow; while it is asked, the jobs behind it are submitted by someone else."""
+def test_a_live_run_leaves_jobs_that_a_batch_took_meanwhile(server, store):
+    """`0` is slow; while it is asked, another run submits the jobs behind it."""
     server.gate, server.held = threading.Event(), True
     told: list[str] = []
     got: dict[str, list[str]] = {}
@@ -408,7 +408,7 @@ def test_a_live_run_lets_go_of_what_a_batch_took_meanwhile(server, store):
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled"])
-def test_what_came_before_the_end_is_kept_and_the_rest_submitted_again(server, store, end):
+def test_answers_of_an_unfinished_batch_are_kept_and_the_rest_is_resubmitted(server, store, end):
     server.ends = [end, end]
     assert texts(by_batch(words(8), teacher(server), store)) == [f"re: {word}" for word in words(8)]
     assert [len(batch["lines"]) for batch in server.batches.values()] == [8, 4, 2]
@@ -417,7 +417,7 @@ def test_what_came_before_the_end_is_kept_and_the_rest_submitted_again(server, s
     assert sorted(attempts(store)) == sorted((f"row-{row}", why) for row in [4, 5, 6, 7, 6, 7])
 
 
-def test_batches_that_expire_again_and_again_end_in_words(server, store):
+def test_batches_that_keep_expiring_end_in_an_error(server, store):
     server.ends = ["expired"] * 9
     with raises("row row-1: batch_expired: This request could not be executed. (tried 2 times)"):
         by_batch(words(2), teacher(server, attempts=2), store)
@@ -434,7 +434,7 @@ def test_a_batch_that_does_not_pass_validation_stops_with_the_servers_words(serv
     assert len(server.paid) == 3
 
 
-def test_what_finds_no_room_is_submitted_when_others_are_done(server, store):
+def test_batches_refused_for_lack_of_space_are_submitted_later(server, store):
     server.room, server.looks = 4, 3
     answers = by_batch(words(9), teacher(server), store, BatchLimits(2, 10**6, 0.02, 0.05, 0.3))
     assert texts(answers) == [f"re: {word}" for word in words(9)]
@@ -484,7 +484,7 @@ def test_answers_that_were_lost_on_the_server_count_as_billed(server, store):
     assert spent(store.path, "r") == (2, tracker.spent.tokens, 0.0)
 
 
-def test_more_room_submits_the_cut_answers_alone(server, store):
+def test_a_larger_max_tokens_submits_only_the_cut_answers(server, store):
     server.faults["b"] = [replied(200, completion("half", "length"))]
     ask(questions("a", "b", "c", max_tokens=40), teacher(server), store, run="r", options=AskOptions(batch_limits=FAST))
     answers = ask(
@@ -494,7 +494,7 @@ def test_more_room_submits_the_cut_answers_alone(server, store):
     assert sorted(server.paid) == ["a", "b", "b", "c"]
 
 
-def test_a_file_that_is_late_is_waited_for(server, store):
+def test_a_late_output_file_is_waited_for(server, store):
     server.statuses = {"GET /files": [404]}
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
     assert len(server.batches) == 1
@@ -541,7 +541,7 @@ def test_attempts_are_counted(server, store):
         (replied(200, completion("half", "length")), "length"),
     ],
 )
-def test_a_refusal_or_a_truncation_is_told_as_by_the_live_api(server, store, line, finish):
+def test_refusals_and_cut_replies_are_returned_as_by_the_live_api(server, store, line, finish):
     server.faults["b"] = [line]
     answers = by_batch(["a", "b"], teacher(server), store)
     assert [answer.finish for answer in answers] == ["stop", finish]
@@ -595,13 +595,13 @@ def test_a_server_without_a_batch_api_says_so_and_can_be_asked_live(server, stor
     assert texts(by_batch(["a"], teacher(server, batch=False), store)) == ["re: a"]
 
 
-def test_a_page_in_place_of_an_api_is_told_apart(server, store):
+def test_a_web_page_instead_of_the_batch_api_is_refused(server, store):
     server.statuses = {"POST /files": [200]}
     with raises("the reply is not one of a Batch API"):
         by_batch(["a"], teacher(server), store)
 
 
-def test_pauses_and_troubles_of_the_server_are_waited_out(server, store):
+def test_rate_limits_and_server_errors_are_waited_out(server, store):
     server.statuses = {"POST /files": [429], "POST /batches": [429], "GET /batches/": [503], "GET /files": [500]}
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
     assert len(server.batches) == 1
@@ -610,13 +610,13 @@ def test_pauses_and_troubles_of_the_server_are_waited_out(server, store):
         by_batch(["b"], teacher(server), store, patience=0.5)
 
 
-def test_an_endpoint_that_is_down_says_where(store):
+def test_an_unreachable_endpoint_is_named(store):
     down = Teacher(base_url="http://127.0.0.1:9/v1", model="m", batch=True)
     with raises("http://127.0.0.1:9/v1: no connection"):
         by_batch(["a"], down, store)
 
 
-def test_who_cannot_be_asked_by_batch(server, store):
+def test_kinds_and_stores_that_cannot_be_asked_by_batch(server, store):
     with raises("only an endpoint of kind `openai`"):
         ask(questions("a"), Teacher(kind="pocket", batch=True), store, run="r")
     with Store(store.path, "off") as off, raises("batches need a writable store"):
@@ -637,7 +637,7 @@ def test_a_store_of_the_first_version_gets_the_tables(tmp_path, server):
     assert next(iter(MIGRATIONS.items())) == ("first_tables", FIRST_TABLES)
 
 
-def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
+def test_a_damaged_store_keeps_its_pending_batches(server, tmp_path):
     leave_away(server, tmp_path / "t.db", *words(50))
     Store(tmp_path / "t.db").close()
     with sqlite3.connect(tmp_path / "t.db") as conn:

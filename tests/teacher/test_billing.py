@@ -1,4 +1,4 @@
-"""Of whatever a server bills by its own books, answered or not, a run's budget is never passed."""
+"""A run's budget is never exceeded by what the server bills, whether or not an answer arrives."""
 
 import os
 import random
@@ -32,7 +32,7 @@ HEALTHY = {"answers", "cut", "empty", "filtered", "cached beside", "hits and mis
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow one another at once."""
+    """Retry without a pause."""
     monkeypatch.setattr(http, "backoff_seconds", lambda tries, chance: 0.01)
 
 
@@ -46,12 +46,12 @@ def counted(store: Path) -> Cost:
 
 
 def no_more(one: Cost, other: Cost) -> bool:
-    """Whether one cost is nowhere above another."""
+    """Whether no part of one cost is above another."""
     return one.calls <= other.calls and one.tokens <= other.tokens and one.money <= other.money * (1 + 1e-9)
 
 
 def kept(cost: Cost, budget: Budget) -> bool:
-    """Whether a cost keeps to a budget."""
+    """Whether a cost is within a budget."""
     limits = budget.model_dump(exclude_none=True)
     return all(getattr(cost, name) <= limit * (1 + 1e-9) for name, limit in limits.items())
 
@@ -59,7 +59,7 @@ def kept(cost: Cost, budget: Budget) -> bool:
 def start(
     server: Server, path: Path, budget: Budget, words: Sequence[str], max_tokens: int = 40, timeout: float = 0.15
 ) -> str:
-    """One start of a run; the error that ended it."""
+    """Start a run once and return the error that ended it."""
     with Store(path) as store:
         asked, tracker = questions(*words, max_tokens=max_tokens), tracker_of(path, budget)
         try:
@@ -125,7 +125,7 @@ print(start(server, Path(sys.argv[2]), budget, words(60)))
 
 
 def started(server: Server, path: Path, budget: Budget) -> "subprocess.Popen[str]":
-    """A start of the run in a process of its own."""
+    """Start the run in its own process."""
     command = [sys.executable, "-c", ASKER, str(server.port), str(path), budget.model_dump_json()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
@@ -134,7 +134,7 @@ def started(server: Server, path: Path, budget: Budget) -> "subprocess.Popen[str
 def test_requests_in_flight_when_a_process_ends_are_counted(
     server: Server, tmp_path: Path, how: signal.Signals
 ) -> None:
-    """The server bills what it got; the process that sent it is killed, or interrupted, before the answers come."""
+    """The server bills what it received; the process is killed or interrupted before the answers arrive."""
     biller, path, budget = Biller(), tmp_path / "teacher.db", Budget(calls=40, tokens=8000, money=0.05)
     chance = random.Random(3)
     behaving(server, biller, BEHAVIOURS["answers"], worked_then(lambda handler: time.sleep(0.4)))
@@ -168,12 +168,12 @@ def test_a_request_is_on_the_disk_before_it_goes(server: Server, tmp_path: Path)
         assert conn.execute("select count(*) from attempts").fetchall() == [(0,)]
 
 
-# Bounds of replies
+# Limits on replies
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=10**6), Budget(money=5.0)])
 @pytest.mark.parametrize("extra", [{"max_tokens": None}, {"max_tokens": -1}, {"max_tokens": "all"}])
-def test_a_budget_needs_a_bound_of_the_replies(
+def test_a_budget_needs_a_limit_on_the_replies(
     server: Server, store: Store, budget: Budget, extra: dict[str, object]
 ) -> None:
     with raises("teacher.extra") as caught:
@@ -188,7 +188,7 @@ def test_a_budget_needs_a_bound_of_the_replies(
     assert not server.bodies
 
 
-def test_calls_alone_need_no_bound_and_a_bound_of_another_name_will_do(server: Server, store: Store) -> None:
+def test_a_budget_of_calls_needs_no_limit_and_another_name_of_the_limit_works(server: Server, store: Store) -> None:
     free = teacher(server, extra={"max_tokens": None})
     assert ask(questions("a"), free, store, run="r", options=AskOptions(budget=BudgetTracker(Budget(calls=5))))[
         0
@@ -199,7 +199,7 @@ def test_calls_alone_need_no_bound_and_a_bound_of_another_name_will_do(server: S
     ].complete
 
 
-def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_more(
+def test_a_server_that_ignores_the_limit_is_warned_of_and_later_requests_reserve_more(
     server: Server, store: Store
 ) -> None:
     told: list[str] = []
@@ -218,10 +218,10 @@ def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_m
     assert "a reply took 20 tokens of prompt and 900 of reply" in told[0]
 
 
-# What is said
+# Messages
 
 
-def test_a_reply_without_token_counts_is_counted_at_its_most_and_said_once(server: Server, store: Store) -> None:
+def test_a_reply_without_token_counts_is_counted_at_its_maximum_with_one_warning(server: Server, store: Store) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: BEHAVIOURS["usage null"](Biller(), handler, body)
     tracker = BudgetTracker(Budget(tokens=10_000))
@@ -238,7 +238,7 @@ def test_a_reply_without_token_counts_is_counted_at_its_most_and_said_once(serve
     assert tracker.spent == tracker.estimated == Cost(2, 2 * 98, 0.0)
 
 
-def test_the_error_names_the_limit_that_was_met_and_a_value_that_would_do(server: Server, store: Store) -> None:
+def test_the_error_names_the_exceeded_limit_and_a_sufficient_value(server: Server, store: Store) -> None:
     tracker = BudgetTracker(Budget(money=0.002, calls=1000))
     priced = teacher(server, price=PRICE, concurrency=1)
     with raises("the budget is spent: money 0.00") as caught:
@@ -257,7 +257,7 @@ def counted_in(store: Store) -> Cost:
     return counted(store.path)
 
 
-def test_what_is_estimated_is_told_apart(server: Server, store: Store) -> None:
+def test_estimated_costs_are_stated_separately(server: Server, store: Store) -> None:
     server.otherwise = lambda handler, body: worked_then(late)(Biller(), handler, body)
     with raises("(2 of it estimated, for lost replies"):
         ask(
@@ -270,7 +270,7 @@ def test_what_is_estimated_is_told_apart(server: Server, store: Store) -> None:
     assert [why for _, why in attempts(store)] == ["no answer within 0.1 s"] * 2
 
 
-# Bought again
+# Answers paid for twice
 
 
 def test_a_damaged_answer_that_is_bought_again_counts_twice(server: Server, tmp_path: Path) -> None:
@@ -287,11 +287,11 @@ def test_a_damaged_answer_that_is_bought_again_counts_twice(server: Server, tmp_
     assert counted(path).calls == 4
 
 
-# More room for replies
+# A larger max_tokens
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_more_room_pays_for_the_cut_answers_alone(server: Server, store: Store, name: str) -> None:
+def test_a_larger_max_tokens_pays_only_for_the_cut_answers(server: Server, store: Store, name: str) -> None:
     def asked(size: int) -> list[bool]:
         extra = {} if name == "max_tokens" else {"max_tokens": None, name: size}
         asked = ask(questions(*words(100), max_tokens=size), teacher(server, extra=extra), store, run="r")
@@ -322,7 +322,7 @@ def test_a_replay_finds_shorter_answers_and_a_run_is_told_their_keys(server: Ser
 
 
 @pytest.mark.parametrize("change", [{"model": "n"}, {"alias": "other"}, {"extra": {"top_p": 0.5}}])
-def test_an_answer_of_another_endpoint_or_with_other_settings_serves_nobody(
+def test_shorter_answers_of_other_endpoints_or_settings_are_not_reused(
     server: Server, store: Store, change: dict[str, Any]
 ) -> None:
     ask(questions("a", max_tokens=40), teacher(server), store, run="r")

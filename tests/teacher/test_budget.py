@@ -1,4 +1,4 @@
-"""A run's budget: never passed, told when it is spent, and gone on from when it is raised."""
+"""A run's budget is never exceeded; the run stops with an error and resumes when the budget is raised."""
 
 import pytest
 from server import Server, questions, raises, teacher
@@ -14,7 +14,7 @@ PRICE = Price(input=1.0, output=10.0)
 WORDS = [str(number) for number in range(40)]
 
 
-def test_calls_stop_at_the_budget_and_go_on_when_it_is_raised(server: Server, store: Store) -> None:
+def test_calls_stop_at_the_budget_and_resume_when_it_is_raised(server: Server, store: Store) -> None:
     tracker = BudgetTracker(Budget(calls=10))
     with raises("calls 10 of 10"):
         ask(questions(*WORDS), teacher(server), store, run="r", options=AskOptions(budget=tracker))
@@ -33,7 +33,9 @@ def store_spent(store: Store) -> Cost:
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=2000), Budget(money=0.005)])
-def test_tokens_and_money_are_never_passed_though_many_fly(server: Server, store: Store, budget: Budget) -> None:
+def test_tokens_and_money_are_never_exceeded_with_many_requests_in_flight(
+    server: Server, store: Store, budget: Budget
+) -> None:
     tracker = BudgetTracker(budget)
     with raises("the budget is spent"):
         ask(
@@ -59,7 +61,7 @@ def test_hits_cost_nothing(server: Server, store: Store) -> None:
     )[0].hit
 
 
-def test_a_budget_of_nothing_sends_nothing(server: Server, store: Store) -> None:
+def test_a_budget_of_zero_sends_nothing(server: Server, store: Store) -> None:
     with raises("calls 0 of 0"):
         ask(questions("a"), teacher(server), store, run="r", options=AskOptions(budget=BudgetTracker(Budget(calls=0))))
     assert not server.bodies

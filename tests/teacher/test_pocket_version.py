@@ -16,7 +16,7 @@ REPLIES_DIGEST = "184ee22f74bc22746fa5ac24ba6ccc3fcba12472dc1f2db860caca5c89bdbe
 
 
 def digest_of_replies() -> str:
-    """The SHA-256 of the replies to every 40th seed, in each of the forms that a run asks."""
+    """The SHA-256 of the replies to every 40th seed, in nine of the forms that a run asks."""
     digest = hashlib.sha256()
     for seed in json.loads(SEEDS.read_text(encoding="utf-8"))[::40]:
         prompt, answer, task = (Message("user", seed["instruction"]),), seed["output"], TASKS["Math"]
@@ -34,6 +34,6 @@ def digest_of_replies() -> str:
 
 
 def test_a_change_of_replies_needs_a_new_version() -> None:
-    """Where this fails, the teacher replies differently: change POCKET_VERSION, and the digest here."""
+    """If this fails, the teacher replies differently: change POCKET_VERSION, and the digest above."""
     assert endpoint_identity(Teacher(kind="pocket")) == "pocket 2d29f0ccf63c"
     assert digest_of_replies() == REPLIES_DIGEST

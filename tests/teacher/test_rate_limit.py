@@ -8,7 +8,7 @@ from tapir_local.teacher.rate_limit import MAX_GAP_SECONDS, PACING_SPREAD, Reque
 
 
 def after(replies: str, most: int = 64) -> float:
-    """The limit after answers (.) and refusals (x)."""
+    """The limit after a sequence of answers (.) and refusals (x)."""
 
     async def run() -> float:
         queue: SendQueue[int] = SendQueue([], most)
@@ -33,7 +33,7 @@ def test_the_share_of_refusals_decides(replies: str, least: int, most: int) -> N
     assert least <= after(replies) <= most
 
 
-def test_refusals_of_everything_are_counted_over() -> None:
+def test_refusals_in_a_row_are_counted_in_rounds() -> None:
     async def run() -> list[int]:
         queue: SendQueue[int] = SendQueue([], 4)
         counts = [queue.count_refusal() for _ in range(9)]
@@ -46,7 +46,7 @@ def test_refusals_of_everything_are_counted_over() -> None:
     assert counts[9] == 0
 
 
-def test_what_is_put_back_goes_before_what_waits() -> None:
+def test_items_put_back_come_first() -> None:
     async def run() -> list[int | None]:
         queue: SendQueue[int] = SendQueue([1, 2, 3], 1)
         first = await queue.next(0)
@@ -58,7 +58,7 @@ def test_what_is_put_back_goes_before_what_waits() -> None:
     assert asyncio.run(run()) == [1, 1, 2]
 
 
-def test_a_worker_beyond_the_limit_rests_until_it_rises() -> None:
+def test_a_worker_beyond_the_limit_waits_until_it_rises() -> None:
     async def run() -> bool:
         queue: SendQueue[int] = SendQueue([1, 2, 3], 2)
         for _ in range(4):
@@ -81,7 +81,7 @@ def paced(seconds: float, count: int = 40) -> RequestPacer:
     return pacer
 
 
-def test_requests_are_spread_over_a_reply_but_never_held_up() -> None:
+def test_requests_are_spread_over_a_reply_but_never_delayed_further() -> None:
     pacer = paced(0.2)
     waits = [pacer.next_delay(100.0, 64) for _ in range(64)]
     assert waits == pytest.approx([number * PACING_SPREAD * 0.2 / 64 for number in range(64)])
@@ -94,6 +94,6 @@ def test_long_replies_do_not_make_long_gaps() -> None:
     assert [pacer.next_delay(0.0, 4) for _ in range(3)] == pytest.approx([0.0, MAX_GAP_SECONDS, 2 * MAX_GAP_SECONDS])
 
 
-def test_nothing_is_spread_until_some_replies_came() -> None:
+def test_requests_are_not_spread_before_the_first_replies() -> None:
     pacer = paced(1.0, 5)
     assert [pacer.next_delay(0.0, 4) for _ in range(3)] == [0.0, 0.0, 0.0]
