@@ -171,7 +171,7 @@ class BatchSender:
         return made
 
     async def submit_batch(self, jobs: Sequence[RequestJob]) -> list[SubmittedBatch]:
-        """Submit one batch of those jobs that are not in flight live; its tag and keys are on disk before it is sent."""
+        """Submit one batch of the jobs not in flight elsewhere; its tag and keys are on disk before it is sent."""
         tag = uuid.uuid4().hex
         self.pending.add(tag, self.session.identity)
         mine: list[RequestJob] = []
