@@ -11,7 +11,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.store.store import Store
 from tapir_local.teacher.batch import send_batches
-from tapir_local.teacher.endpoint import endpoint_kind
+from tapir_local.teacher.endpoint import askable_kind
 from tapir_local.teacher.gguf import answer_with_gguf
 from tapir_local.teacher.http import LiveSender
 from tapir_local.teacher.pending_batches import PendingBatches, describe_pending_batches
@@ -38,7 +38,7 @@ def ask(
     session = AskSession(requests, endpoint, store, run, options)
     try:
         missing = session.look_up()
-        if missing and endpoint_kind(endpoint) == "gguf":
+        if missing and askable_kind(endpoint) == "gguf":
             answer_with_gguf(session, missing)
         elif missing:
             with note_pending_on_interrupt(session, missing):

@@ -29,8 +29,8 @@ from tapir_local.teacher.batch_api import (
 )
 from tapir_local.teacher.budget import BATCH_DISCOUNT, Bill
 from tapir_local.teacher.endpoint import (
+    askable_kind,
     describe_key_source,
-    endpoint_kind,
     endpoint_role,
     mask_key,
     mask_key_in_body,
@@ -85,7 +85,7 @@ def check_batch_settings(session: AskSession) -> None:
     endpoint, role = session.endpoint, endpoint_role(session.endpoint)
     if not endpoint.batch:
         return
-    if endpoint_kind(endpoint) != "openai":
+    if askable_kind(endpoint) != "openai":
         what = "only an endpoint of kind `openai` can be asked by batch"
         raise TapirError(what, where=f"{role}.batch", fix="Remove the setting from the recipe.")
     if not session.store.writes:

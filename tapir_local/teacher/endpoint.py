@@ -62,9 +62,9 @@ def endpoint_identity(endpoint: Endpoint) -> str:
     """
     if endpoint.alias:
         return endpoint.alias
-    if endpoint_kind(endpoint) == "pocket":
+    if askable_kind(endpoint) == "pocket":
         return f"pocket {POCKET_VERSION}"
-    if endpoint_kind(endpoint) == "gguf":
+    if askable_kind(endpoint) == "gguf":
         return f"gguf {gguf_digest(endpoint)} llama.cpp {version('llama-cpp-python')}"
     return keys.address(endpoint.base_url or OPENAI_URL)
 
@@ -112,7 +112,7 @@ def sha256_of(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def endpoint_kind(endpoint: Endpoint) -> str:
+def askable_kind(endpoint: Endpoint) -> str:
     """The endpoint's kind; TapirError for kinds that cannot answer requests."""
     kind, known = str(getattr(endpoint, "kind", "openai")), (*TRANSPORTS, "gguf")
     if kind not in known:
@@ -123,11 +123,11 @@ def endpoint_kind(endpoint: Endpoint) -> str:
 
 def request_body(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     """The body as sent. A null in `extra` leaves a parameter out, for models that do not accept it."""
-    if endpoint_kind(endpoint) == "gguf":
+    if askable_kind(endpoint) == "gguf":
         return gguf_request_body(request, endpoint)
     check_extra(endpoint)
     body: dict[str, Any] = {
-        "model": endpoint.model or ("pocket" if endpoint_kind(endpoint) == "pocket" else None),
+        "model": endpoint.model or ("pocket" if askable_kind(endpoint) == "pocket" else None),
         "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
         "temperature": request.temperature,
         "max_tokens": request.max_tokens,
@@ -173,7 +173,7 @@ def gguf_request_body(request: Request, endpoint: Endpoint) -> dict[str, Any]:
 
 def read_api_key(endpoint: Endpoint) -> str:
     """The key from its file or the environment; a server on this machine may need none."""
-    if endpoint_kind(endpoint) == "pocket":
+    if askable_kind(endpoint) == "pocket":
         return PLACEHOLDER_KEY
     if endpoint.api_key_file:
         return check_key_characters(read_key_file(Path(endpoint.api_key_file).expanduser()), endpoint)
@@ -237,7 +237,7 @@ def open_http_client(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | 
     import httpx2
     import openai
 
-    given = transport or TRANSPORTS[endpoint_kind(endpoint)](endpoint)
+    given = transport or TRANSPORTS[askable_kind(endpoint)](endpoint)
     local, secure = is_loopback(endpoint.base_url or OPENAI_URL), (endpoint.base_url or OPENAI_URL).startswith("https")
     if not given and not local:
         refuse_socks(endpoint)

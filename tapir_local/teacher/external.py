@@ -23,7 +23,7 @@ from tapir_local.teacher.budget import Bill
 from tapir_local.teacher.session import AskSession, RequestJob
 
 IMPORT_STAGE = "seeds"  # such files contain only answers to seeds
-UNREADABLE_ROW, NOT_ONLY_TEXT, NO_INSTRUCTION = "unreadable", "not only of text", "without an instruction"
+UNREADABLE_ROW, NOT_ONLY_TEXT, MISSING_INSTRUCTION = "unreadable", "not only of text", "without an instruction"
 NO_ANSWER, INCOMPLETE_ANSWER = "without an answer", "with an incomplete answer"
 ANSWER_BEGUN = "whose request already begins the answer"
 NO_REQUEST, OTHER_MODEL = "without a request in the requests file", "asked of another model than the recipe's"
@@ -104,7 +104,7 @@ def parse_answer_row(row: Mapping[str, Any], line: int, file: Path, teacher: End
     if not has_only_text(row):
         return NOT_ONLY_TEXT
     if form_of(row) is None:
-        return NO_INSTRUCTION
+        return MISSING_INSTRUCTION
     try:
         prompt, answer = read_row(row, f"{file}, line {line}")
     except TapirError:
@@ -160,7 +160,7 @@ def check_imported_row(row: ImportedRow) -> ImportedRow | str:
     except (ValueError, TapirError):
         return UNREADABLE_ROW
     if not row.prompt or not row.prompt[-1].content:
-        return NO_INSTRUCTION
+        return MISSING_INSTRUCTION
     if not reply.text.strip():
         return NO_ANSWER
     return row if reply.finish == "stop" else INCOMPLETE_ANSWER
