@@ -105,7 +105,7 @@ def brings(raw: bytes | dict[str, Any] | list[Any], status: int = 200, **headers
 
 
 def with_usage(text: Any, finish: Any = "stop", tokens: int = 3, **message: Any) -> Fault:
-    """Reply with a completion of so many tokens."""
+    """Reply with a completion of this many tokens."""
     body = completion(text, finish, **message)
     return brings({**body, "usage": {"prompt_tokens": 7, "completion_tokens": tokens}})
 
@@ -131,7 +131,7 @@ def streams(*pieces: str, finish: str | None = "stop", ends: bool = True, **delt
 
 
 def loading(replies: int) -> Fault:
-    """Reply 503 to so many requests, as llama-server does while it loads its model; then answer."""
+    """Reply 503 to the first requests, as llama-server does while it loads its model; then answer."""
     left = [replies]
 
     def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def answer_with_gguf(session: AskSession, jobs: Sequence[RequestJob]) -> None:
 
 
 def is_job_free(session: AskSession, job: RequestJob) -> bool:
-    """Whether no process is answering the job; if it was answered meanwhile, its answer is set."""
+    """Whether no process is answering the job; if another one has answered it, its answer is set."""
     free = claim_job(session, job)
     if free:
         session.store.release(job.key)
@@ -60,7 +60,7 @@ def is_job_free(session: AskSession, job: RequestJob) -> bool:
 
 
 def claim_job(session: AskSession, job: RequestJob) -> bool:
-    """Claim a job; False if another process has it, or it was answered meanwhile and its answer is now set."""
+    """Claim a job; False if another process has it, or has answered it, in which case its answer is set."""
     if not session.store.claim(job.key):
         return False
     raw = session.store.get(job.key)
@@ -105,7 +105,7 @@ def group_by_settings(jobs: Sequence[RequestJob]) -> list[list[RequestJob]]:
 
 
 def generation_settings(job: RequestJob, context: int) -> Manner:
-    """The generation settings in a job's body, for a context of so many tokens."""
+    """The generation settings in a job's body, for a context of `context` tokens."""
     form = job.body.get("response_format")
     schema = form["json_schema"]["schema"] if form else None
     return Manner(job.body["max_tokens"], context, job.body["temperature"], schema)
@@ -142,7 +142,7 @@ def answer_gguf_jobs(group: GgufJobs) -> None:
 
 
 def begin_job(group: GgufJobs, number: int) -> bool:
-    """Claim a job when its turn comes; False if another process has it by now, or it does not fit the budget just now.
+    """Claim a job when its turn comes; False if another process has it, or it does not fit the budget now.
 
     TapirError if the budget is spent.
     """

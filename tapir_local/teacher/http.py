@@ -67,7 +67,7 @@ class LiveSender:
         self.pacer = RequestPacer()
 
     async def send(self, jobs: list[RequestJob]) -> list[RequestJob]:
-        """Send the jobs, as many at once as the endpoint allows; returns those found in a pending batch meanwhile."""
+        """Send the jobs, as many at once as the endpoint allows; returns those that are now in a pending batch."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.queue = asyncio.get_running_loop(), SendQueue(jobs, most)
         async with open_http_client(self.endpoint, self.session.options.transport) as self.http:
@@ -99,7 +99,7 @@ class LiveSender:
             raise
 
     async def claim_and_send(self, job: RequestJob) -> None:
-        """Send a job unless another thread or process is asking it, or has its answer by now."""
+        """Send a job unless another thread or process is asking it or has answered it."""
         if not self.store.claim(job.key):
             self.queue.put_back(job, CLAIM_POLL_SECONDS)
             return

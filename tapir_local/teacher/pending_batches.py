@@ -103,7 +103,7 @@ class PendingBatches:
         self._do("update batches set state = ? where tag = ?", [(state, tag)])
 
     def remove_keys(self, tag: str, keys: Sequence[bytes]) -> None:
-        """Forget keys whose answers are in the store by now, or will not come."""
+        """Forget keys whose answers have been stored, or will not come."""
         self._do("delete from batch_keys where tag = ? and key = ?", [(tag, key) for key in keys])
 
     def remove(self, tag: str) -> None:

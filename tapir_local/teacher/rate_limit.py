@@ -129,7 +129,7 @@ class SendQueue(Generic[Item]):
         return None
 
     def put_back(self, item: Item, seconds: float) -> None:
-        """Return an item to the front of the queue after so many seconds, so that the last rows do not wait for it."""
+        """Return an item to the front of the queue after `seconds`, so that the last rows do not wait for it."""
         self._loop.call_later(seconds, self._make_ready, item)
 
     def mark_done(self) -> None:
@@ -155,7 +155,7 @@ class SendQueue(Generic[Item]):
         return self.refusals // max(MIN_REFUSAL_RUN, int(self.limit))
 
     def pause(self, seconds: float) -> None:
-        """Give out no item for so many seconds."""
+        """Give out no item for `seconds`."""
         self._not_before = max(self._not_before, self._loop.time() + seconds)
 
     def stop(self, error: BaseException) -> None:

@@ -356,7 +356,7 @@ class RequestOutcomes:
         self.useless += 1
 
     def may_skip_row(self, failure: RequestFailure, tries: int) -> bool:
-        """Whether the failure of a request after so many tries concerns its row only, so that the row is skipped."""
+        """Whether a failure after `tries` attempts concerns only its row, so that the row is skipped."""
         if failure.action == "stop":
             return failure.when_exhausted == "skip_row" and self.live > 0
         refused_now = failure.action == "skip_row"
@@ -380,7 +380,7 @@ class RequestOutcomes:
         return self.unexplained if self.unexplained and not self.answered and not self.count_before() else None
 
     def are_useless(self) -> bool:
-        """Whether so many replies in a row were useless that no more should be paid for."""
+        """Whether too many replies in a row were useless to pay for more."""
         if self.useless < MAX_USELESS_REPLIES:
             return False
         return self.useless > TOLERATED_USELESS_SHARE * max(self.complete, self.count_before())
