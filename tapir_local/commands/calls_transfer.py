@@ -90,10 +90,10 @@ def import_store_calls(file: Path, cache: Path | None) -> None:
 
     with open_writable_store(cache) as store:
         found = import_store(store, file, line_progress("calls read"))
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
-    refused = f", {found.refused.total():,} refused: {reasons}" if reasons else ""
+    format_refused_rows = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
+    refused = f", {found.refused.total():,} refused: {reasons}" if format_refused_rows else ""
     echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
-    if reasons:
+    if format_refused_rows:
         sys.exit(1)
 
 
@@ -101,7 +101,7 @@ def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | No
     """Add answers that were paid for elsewhere, as answers of the recipe's teacher."""
     from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
-    from tapir_local.teacher.external import read_answers, reasons, take
+    from tapir_local.teacher.external import format_refused_rows, import_answers, read_answers
 
     if not recipe_name:
         fix = "Name a recipe with that teacher: --recipe RECIPE"
@@ -111,7 +111,7 @@ def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | No
     teacher = parse_recipe(text_of_recipe(place), str(place)).teacher
     rows, found = read_answers(file, teacher, requests)
     with open_writable_store(cache) as store:
-        take(store, teacher, rows, file, found, line_progress("answers imported"))
+        import_answers(store, teacher, rows, file, found, line_progress("answers imported"))
     refused = f", refused: {reasons(found)}" if found.refused else ""
     echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
     if found.otherwise:

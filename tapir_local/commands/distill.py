@@ -123,9 +123,9 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     from tapir_local.pipeline.backends import judge_of
     from tapir_local.pipeline.dry_run import forecast
     from tapir_local.report.costs import cost_estimate_table
-    from tapir_local.teacher.account import check_bounds
+    from tapir_local.teacher.budget import check_reply_limits
 
-    check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
+    check_reply_limits(recipe.budget, recipe.teacher, judge_of(recipe))
     print_table(cost_estimate_table(forecast(recipe, run), run.name))
 
 

@@ -16,12 +16,11 @@ from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
+from tapir_local.records.noop import unheard
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
-from tapir_local.teacher.account import check_bounds
-from tapir_local.teacher.budget import Cost, Purse
-from tapir_local.teacher.session import unheard
+from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
 from tapir_local.training.student import settle_student, student_folder
 
 CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
@@ -42,11 +41,11 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     is written in the run before it is held; `begin` then raises TapirError, before anything is paid, when the student
     could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
     """
-    check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
+    check_reply_limits(recipe.budget, recipe.teacher, judge_of(recipe))
     with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
-        purse = Purse(recipe.budget, spent_by(run), spent_by(run, estimated=True))
+        purse = BudgetTracker(recipe.budget, spent_by(run), spent_by(run, estimated=True))
         yield Tools(
             teacher=asker(recipe.teacher, store, run.name, purse, say),
             judge=asker(judge_of(recipe), store, run.name, purse, say),
@@ -91,7 +90,7 @@ def spent_by(run: RunDir, *, estimated: bool = False) -> Cost:
 
 
 def asker(
-    endpoint: Endpoint, store: Store, run: str, purse: Purse | None = None, say: Callable[[str], None] = unheard
+    endpoint: Endpoint, store: Store, run: str, purse: BudgetTracker | None = None, say: Callable[[str], None] = unheard
 ) -> Ask:
     """Requests to an endpoint through the store, within the budget."""
 

@@ -27,9 +27,9 @@ from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
 from tapir_local.store import keys
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
-from tapir_local.teacher.budget import money_of, price_of
-from tapir_local.teacher.endpoint import body_of, identity_of
-from tapir_local.teacher.session import Asking
+from tapir_local.teacher.budget import endpoint_price, money_for_tokens
+from tapir_local.teacher.endpoint import endpoint_identity, request_body
+from tapir_local.teacher.session import AskSession
 
 LETTERS = 4  # characters of a token, roughly, in English; used until the store knows a stage's calls
 FRAME = 150  # tokens of the prompt around an instruction, roughly
@@ -97,7 +97,7 @@ class Scout:
         if not self.store:
             self.missing += [(request, endpoint) for request in requests]
             raise Unreached
-        asking = Asking(requests, endpoint, self.store, "")
+        asking = AskSession(requests, endpoint, self.store, "")
         jobs = asking.look_up()
         self.missing += [(requests[place], endpoint) for job in jobs for place in job.places[:1]]
         if jobs:
@@ -171,7 +171,7 @@ def awaited(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
 def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
     """What a step asked for, and what of it would be paid; equal requests are paid once."""
     unique = {
-        keys.request_key(identity_of(endpoint), body_of(request, endpoint), request.draw): request
+        keys.request_key(endpoint_identity(endpoint), request_body(request, endpoint), request.draw): request
         for request, endpoint in scout.missing
     }
     sizes = [sizes_of(request, known) for request in unique.values()]
@@ -281,4 +281,4 @@ def priced(
     """A forecast with its money."""
     sizes = round(tokens_in), round(tokens_out)
     exact = hits is not None and step.stage.name != "expand"  # rejected drafts are written again
-    return Foreseen(step.name, calls, hits, *sizes, money_of(price_of(endpoint), *sizes), exact)
+    return Foreseen(step.name, calls, hits, *sizes, money_for_tokens(endpoint_price(endpoint), *sizes), exact)

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import Answer, Request
+from tapir_local.records.noop import quiet, unheard, untold
+from tapir_local.records.Progress import Tell
 from tapir_local.store.store import Store
-from tapir_local.teacher.batch import Tell, send_batches, untold
-from tapir_local.teacher.batch_api import BOUNDS, Bounds
-from tapir_local.teacher.budget import Purse
-from tapir_local.teacher.endpoint import kind_of
-from tapir_local.teacher.gguf import answer_here
-from tapir_local.teacher.http import Online
-from tapir_local.teacher.pending import Away, left_away
-from tapir_local.teacher.session import Asking, Job, Progress, quiet, unheard
+from tapir_local.teacher.batch import send_batches
+from tapir_local.teacher.budget import BudgetTracker
+from tapir_local.teacher.endpoint import askable_kind
+from tapir_local.teacher.gguf import answer_with_gguf
+from tapir_local.teacher.http import LiveSender
+from tapir_local.teacher.pending_batches import (
+    DEFAULT_BATCH_LIMITS,
+    BatchLimits,
+    PendingBatches,
+    describe_pending_batches,
+)
+from tapir_local.teacher.session import AskSession, CallProgress, RequestJob
 
 if TYPE_CHECKING:
     import httpx2
 
-PATIENCE = 900.0  # seconds of nothing but 429 until the run stops and says so
+DEFAULT_PATIENCE = 900.0  # seconds of nothing but 429 until the run stops and says so
 
 
 def ask(
@@ -33,11 +39,11 @@ def ask(
     *,
     run: str,
     progress: Progress = quiet,
-    purse: Purse | None = None,
+    purse: BudgetTracker | None = None,
     warn: Callable[[str], None] = unheard,
     transport: httpx2.AsyncBaseTransport | None = None,
-    patience: float = PATIENCE,
-    bounds: Bounds = BOUNDS,
+    patience: float = DEFAULT_PATIENCE,
+    bounds: Bounds = DEFAULT_BATCH_LIMITS,
     tell: Tell = untold,
 ) -> list[Answer]:
     """Answers in the order of the requests, from the store where it has them.
@@ -51,14 +57,14 @@ def ask(
     everything for `patience` seconds, answers nothing that can be used, or the budget is spent; what arrived before is
     in the store.
     """
-    asking = Asking(requests, endpoint, store, run, progress, purse, warn)
+    asking = AskSession(requests, endpoint, store, run, progress, purse, warn)
     try:
         missing = asking.look_up()
-        if missing and kind_of(endpoint) == "gguf":
-            answer_here(asking, missing)
+        if missing and askable_kind(endpoint) == "gguf":
+            answer_with_gguf(asking, missing)
         elif missing:
-            with away_noted(asking, missing):
-                asyncio.run(send(asking, missing, patience, bounds, tell, transport))
+            with note_pending_on_interrupt(asking, missing):
+                asyncio.run(send_missing(asking, missing, patience, bounds, tell, transport))
             asking.refuse_nothing()
     finally:
         store.flush()
@@ -66,22 +72,22 @@ def ask(
 
 
 @contextmanager
-def away_noted(asking: Asking, jobs: Sequence[Job]) -> Iterator[None]:
+def note_pending_on_interrupt(asking: AskSession, jobs: Sequence[RequestJob]) -> Iterator[None]:
     """Ctrl-C carries a note on the batches that it leaves away."""
     try:
         yield
     except KeyboardInterrupt as stopped:
         with suppress(TapirError):
-            if note := left_away(asking.store, asking.identity, frozenset(job.key for job in jobs)):
+            if note := describe_pending_batches(asking.store, asking.identity, frozenset(job.key for job in jobs)):
                 stopped.add_note(note)
         raise
 
 
-async def send(
-    asking: Asking,
-    jobs: list[Job],
+async def send_missing(
+    asking: AskSession,
+    jobs: list[RequestJob],
     patience: float,
-    bounds: Bounds,
+    bounds: BatchLimits,
     tell: Tell,
     transport: httpx2.AsyncBaseTransport | None,
 ) -> None:
@@ -89,11 +95,11 @@ async def send(
 
     What a batch holds already is waited for in either case: asked live it would be paid for twice.
     """
-    with Away(asking.store) as away:
+    with PendingBatches(asking.store) as away:
         while jobs:
             if asking.endpoint.batch or away.holding(asking.identity):
                 jobs = await send_batches(
                     asking, away, jobs, patience=patience, bounds=bounds, tell=tell, transport=transport
                 )
             if jobs:
-                jobs = await Online(asking, away, patience, tell).send(jobs, transport)
+                jobs = await LiveSender(asking, away, patience, tell).send(jobs, transport)

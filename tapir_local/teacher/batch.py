@@ -14,24 +14,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.reply import Reply
-from tapir_local.teacher.account import Bill
-from tapir_local.teacher.batch_api import BOUNDS, DAY, BatchServer, Bounds
-from tapir_local.teacher.batch_lines import (
-    body_in,
-    divided,
-    found_no_room,
+from tapir_local.teacher.batch_api import (
+    DAY_SECONDS,
+    BatchClient,
+    batch_line,
+    classify_result_line,
+    describe_batch_progress,
+    describe_failed_batch,
     has_ended,
-    line_of,
-    read_lines,
-    told,
-    trouble_in,
-    words_of,
+    parse_result_lines,
+    queue_was_full,
+    reply_body_of_line,
+    split_into_batches,
 )
-from tapir_local.teacher.budget import BATCH_DISCOUNT
-from tapir_local.teacher.endpoint import client_of, hidden, hidden_in, http_of, key_place, kind_of
-from tapir_local.teacher.pending import Away, Sent
-from tapir_local.teacher.refusals import Trouble, unreadable
-from tapir_local.teacher.session import Asking, Job
+from tapir_local.teacher.budget import BATCH_DISCOUNT, Bill
+from tapir_local.teacher.endpoint import (
+    askable_kind,
+    describe_key_source,
+    mask_key,
+    mask_key_in_body,
+    open_http_client,
+    open_openai_client,
+)
+from tapir_local.teacher.pending_batches import DEFAULT_BATCH_LIMITS, BatchLimits, PendingBatch, PendingBatches
+from tapir_local.teacher.refusals import RequestFailure, classify_unreadable_reply
+from tapir_local.teacher.session import AskSession, RequestJob
 
 if TYPE_CHECKING:
     import httpx2
@@ -39,16 +46,18 @@ if TYPE_CHECKING:
 
 Tell = Callable[[int, int, str], None]
 
-GONE = 2 * DAY  # a batch ends within a day: what the endpoint does not know after two, it never will
-TURN = 0.2  # seconds between looks at whether another thread or process has finished submitting
-CLAIMED = 1000  # keys claimed at once: a claim costs more the more there are (10,000 take 2.3 s, 1,000 take 0.01 s)
+LOST_AFTER_SECONDS = (
+    2 * DAY_SECONDS
+)  # a batch ends within a day: what the endpoint does not know after two, it never will
+TURN_POLL_SECONDS = 0.2  # seconds between looks at whether another thread or process has finished submitting
+CLAIM_SIZE = 1000  # keys claimed at once: a claim costs more the more there are (10,000 take 2.3 s, 1,000 take 0.01 s)
 
 
-class Part(NamedTuple):
+class SubmittedBatch(NamedTuple):
     """A batch that is away, and those of our jobs that it answers."""
 
-    batch: Sent
-    jobs: list[Job]
+    batch: PendingBatch
+    jobs: list[RequestJob]
 
 
 def untold(done: int, total: int, text: str) -> None:
@@ -56,15 +65,15 @@ def untold(done: int, total: int, text: str) -> None:
 
 
 async def send_batches(
-    asking: Asking,
-    away: Away,
-    jobs: list[Job],
+    asking: AskSession,
+    away: PendingBatches,
+    jobs: list[RequestJob],
     *,
     patience: float,
-    bounds: Bounds = BOUNDS,
+    bounds: Bounds = DEFAULT_BATCH_LIMITS,
     tell: Tell = untold,
     transport: httpx2.AsyncBaseTransport | None = None,
-) -> list[Job]:
+) -> list[RequestJob]:
     """Answer the jobs by batches: those that are away already are waited for, the rest is submitted.
 
     Where the recipe asks the live API nothing is submitted, and the jobs that no batch holds come back. `tell` is
@@ -74,7 +83,7 @@ async def send_batches(
     import openai
 
     endpoint = asking.endpoint
-    if endpoint.batch and kind_of(endpoint) != "openai":
+    if endpoint.batch and askable_kind(endpoint) != "openai":
         raise TapirError("only an endpoint of kind `openai` can be asked by batch", fix="Leave `batch` out.")
     if endpoint.batch and not asking.store.writes:
         what = "batches need the store, which remembers those that are away"
@@ -83,27 +92,27 @@ async def send_batches(
     def say(text: str) -> None:
         tell(asking.finished, len(asking.requests), text)
 
-    async with client_of(endpoint, http_of(endpoint, transport)) as client:
-        server = BatchServer(client, endpoint, asking.identity, patience, say)
+    async with open_openai_client(endpoint, open_http_client(endpoint, transport)) as client:
+        server = BatchClient(client, endpoint, asking.identity, patience, say)
         try:
-            return await Batches(asking, away, server, bounds).send(jobs)
+            return await BatchSender(asking, away, server, bounds).send(jobs)
         except openai.NotFoundError as error:
             what = f"there is no Batch API here ({error.status_code} for {error.request.url.path})"
             raise TapirError(what, where=asking.identity, fix="Set `batch: false` to ask the live API.") from error
 
 
-class Batches:
+class BatchSender:
     """The jobs of an Asking that batches answer: those without an answer, and how much the server has room for."""
 
-    def __init__(self, asking: Asking, away: Away, server: BatchServer, bounds: Bounds) -> None:
+    def __init__(self, asking: AskSession, away: PendingBatches, server: BatchClient, bounds: BatchLimits) -> None:
         self.asking, self.endpoint, self.store = asking, asking.endpoint, asking.store
         self.away, self.server, self.bounds = away, server, bounds
-        self.waiting: dict[bytes, Job] = {}
+        self.waiting: dict[bytes, RequestJob] = {}
         self.most, self.room = bounds.requests, sys.maxsize  # requests in a batch, and batches away at once
         self.pause = bounds.first_wait
         self.failed: TapirError | None = None
 
-    async def send(self, jobs: list[Job]) -> list[Job]:
+    async def send(self, jobs: list[RequestJob]) -> list[RequestJob]:
         """Until every job is answered, or is held by no batch and none may be submitted: those come back."""
         self.waiting = {job.key: job for job in jobs}
         while self.waiting:
@@ -129,13 +138,13 @@ class Batches:
         """One thread or process at a time looks for the endpoint's batches, submits and fetches."""
         name = keys.hash_request(f"batches of {self.asking.identity}".encode())
         while not self.store.claim(name):
-            await asyncio.sleep(TURN)
+            await asyncio.sleep(TURN_POLL_SECONDS)
         try:
             yield
         finally:
             self.store.release(name)
 
-    async def found(self) -> list[Part]:
+    async def found(self) -> list[SubmittedBatch]:
         """The batches that hold waiting jobs; in our turn, one without the server's id was left by a cut run."""
         parts = []
         for batch, held in self.away.holding(self.asking.identity):
@@ -143,12 +152,12 @@ class Batches:
             if jobs and not batch.server:
                 batch = replace(batch, server=await self.adopted(batch))
             if jobs and batch.server:
-                parts.append(Part(batch, jobs))
+                parts.append(SubmittedBatch(batch, jobs))
                 for job in jobs:
                     self.asking.reserve_anyway(job)
         return parts
 
-    async def adopted(self, batch: Sent) -> str:
+    async def adopted(self, batch: PendingBatch) -> str:
         """The server's id of a batch whose making was cut; "" when it was never made, and is forgotten."""
         server = await self.server.look_for(batch, self.bounds) if batch.file else ""
         if server:
@@ -157,34 +166,34 @@ class Batches:
             self.away.forget(batch.tag)
         return server
 
-    async def submit(self, parts: Sequence[Part]) -> list[Part]:
+    async def submit(self, parts: Sequence[SubmittedBatch]) -> list[SubmittedBatch]:
         """Submit what no batch holds, in as many batches as it takes and the server has room for."""
         held = {job.key for part in parts for job in part.jobs}
         left = [job for job in self.waiting.values() if job.key not in held and self.asking.reserve(job)]
-        made: list[Part] = []
-        for jobs in divided(left, self.most, self.bounds.size):
+        made: list[SubmittedBatch] = []
+        for jobs in split_into_batches(left, self.most, self.bounds.size):
             if len(parts) + len(made) >= self.room:
                 break
             made += await self.submit_part(jobs)
         return made
 
-    async def submit_part(self, jobs: Sequence[Job]) -> list[Part]:
+    async def submit_part(self, jobs: Sequence[RequestJob]) -> list[SubmittedBatch]:
         """One batch of those jobs that nobody asks live just now; its tag and keys are on the disk before it is."""
         tag = uuid.uuid4().hex
         self.away.begin(tag, self.asking.identity)
-        mine: list[Job] = []
-        for start in range(0, len(jobs), CLAIMED):
-            mine += self.hold(tag, jobs[start : start + CLAIMED])
+        mine: list[RequestJob] = []
+        for start in range(0, len(jobs), CLAIM_SIZE):
+            mine += self.hold(tag, jobs[start : start + CLAIM_SIZE])
         if not mine:
             self.away.forget(tag)
             return []
         self.server.say(f"uploading {len(mine):,} requests")
-        file = await self.server.upload(tag, b"".join(map(line_of, mine)))
+        file = await self.server.upload(tag, b"".join(map(batch_line, mine)))
         server = await self.server.submit(tag, file, self.away, self.bounds)
         self.away.named(tag, server)
-        return [Part(Sent(tag, file, server, created=time.time()), mine)]
+        return [SubmittedBatch(PendingBatch(tag, file, server, created=time.time()), mine)]
 
-    def hold(self, tag: str, jobs: Sequence[Job]) -> list[Job]:
+    def hold(self, tag: str, jobs: Sequence[RequestJob]) -> list[RequestJob]:
         """Those of the jobs that nobody asks or has answered meanwhile; they are the batch's from here on."""
         mine, claimed = [], [job for job in jobs if self.store.claim(job.key)]
         try:
@@ -200,10 +209,10 @@ class Batches:
                 self.store.release(job.key)
         return mine
 
-    async def watch(self, parts: Sequence[Part]) -> None:
+    async def watch(self, parts: Sequence[SubmittedBatch]) -> None:
         """Look at each batch once; fetch from those that have ended, or wait a while."""
         looked = [(part, made) for part in parts if (made := await self.look(part))]
-        self.server.say(told([made for _, made in looked]))
+        self.server.say(describe_batch_progress([made for _, made in looked]))
         ended = [(part, made) for part, made in looked if has_ended(made)]
         if ended:
             self.pause = self.bounds.first_wait
@@ -217,7 +226,7 @@ class Batches:
         if self.failed:
             raise self.failed
 
-    async def look(self, part: Part) -> Batch | None:
+    async def look(self, part: SubmittedBatch) -> Batch | None:
         """The batch as the server has it; None when it is long gone from there."""
         import openai
 
@@ -225,7 +234,7 @@ class Batches:
         try:
             made = await self.server.look(batch.server)
         except openai.NotFoundError as error:
-            if time.time() < batch.created + GONE:
+            if time.time() < batch.created + LOST_AFTER_SECONDS:
                 raise self.unknown(part) from error
             self.away.forget(batch.tag)
             for job in part.jobs:
@@ -236,7 +245,7 @@ class Batches:
             self.away.heard(batch.tag, made.status)
         return made
 
-    def unknown(self, part: Part) -> TapirError:
+    def unknown(self, part: SubmittedBatch) -> TapirError:
         """The error for a batch that the endpoint does not know and ought to."""
         what = f"the endpoint does not know batch {part.batch.server}, which holds {len(part.jobs):,} of the requests"
         fix = f"See that the key in the {key_place(self.endpoint)} is of the account that submitted it."
@@ -244,12 +253,12 @@ class Batches:
             what, where=self.asking.identity, fix=f"{fix} Two days after it was made it is given up for lost."
         )
 
-    def make_room(self, looked: Sequence[tuple[Part, Batch]]) -> None:
+    def make_room(self, looked: Sequence[tuple[SubmittedBatch, Batch]]) -> None:
         """Let no more batches be away than found room just now, and one more for each that has ended.
 
         Where a single one finds no room, batches of half its size are tried; of a single request, there is no smaller.
         """
-        refused = [(len(part.jobs), made) for part, made in looked if found_no_room(made)]
+        refused = [(len(part.jobs), made) for part, made in looked if queue_was_full(made)]
         if refused:
             self.room = max(1, len(looked) - len(refused))
         if refused and len(looked) == 1:
@@ -265,15 +274,15 @@ class Batches:
         """Stop, with the server's words on a batch that failed; a live run asks its requests instead."""
         if not self.endpoint.batch:
             return
-        what = hidden(f"batch {made.id} failed: {words_of(made)}", self.server.client)
+        what = mask_key(f"batch {made.id} failed: {words_of(made)}", self.server.client)
         self.failed = self.failed or TapirError(what, where=self.asking.identity, fix=fix)
 
-    async def fetch(self, part: Part, made: Batch) -> None:
+    async def fetch(self, part: SubmittedBatch, made: Batch) -> None:
         """Store what a batch that has ended brought to our jobs, unless another process did so before our turn."""
         tag = part.batch.tag
         if made.status == "failed":
             self.away.forget(tag)
-            if not found_no_room(made):
+            if not queue_was_full(made):
                 self.fail(made, "Mend what it names (model, account, `extra`), then run the same command again.")
             return
         owed = self.away.keys(tag)
@@ -288,22 +297,24 @@ class Batches:
         """The lines of a batch's output and error files by key; the files are in memory whole."""
         found: dict[bytes, Any] = {}
         for file in filter(None, (made.error_file_id, made.output_file_id)):
-            found |= read_lines(await self.server.content(file, self.bounds.settle))
+            found |= parse_result_lines(await self.server.content(file, self.bounds.settle))
         return found
 
-    def take(self, job: Job, line: Any, made: Batch) -> None:
+    def take(self, job: RequestJob, line: Any, made: Batch) -> None:
         """Store what came to a job as a live reply is stored, then see whether it is an answer."""
         seconds = float(made.completed_at - made.created_at) if made.completed_at else 0.0
-        raw = body_in(line)
+        raw = reply_body_of_line(line)
         if raw is None:
             otherwise = f"no answer in batch {made.id}, which is {made.status}"
             lost = line is None and made.status == "completed"  # answered, and billed, though no line holds the answer
-            self.suffer(job, trouble_in(line, self.endpoint, otherwise), seconds, job.reserved if lost else None)
+            self.suffer(
+                job, classify_result_line(line, self.endpoint, otherwise), seconds, job.reserved if lost else None
+            )
             return
         try:
             reply = self.asking.read(job.body, raw)
         except ValueError:
-            self.suffer(job, unreadable(raw, {}, self.endpoint), seconds, job.reserved)
+            self.suffer(job, classify_unreadable_reply(raw, {}, self.endpoint), seconds, job.reserved)
             return
         share = 1.0 if self.endpoint.batch else BATCH_DISCOUNT  # asked live now, it was still a batch that was paid for
         self.asking.keep(job, raw, reply, seconds, share)
@@ -314,11 +325,11 @@ class Batches:
             self.finish(job, reply, paid=True)
         self.failed = self.failed or self.asking.hopeless(job, reply.why, reply.finish == "length")
 
-    def suffer(self, job: Job, trouble: Trouble, seconds: float, bill: Bill | None = None) -> None:
+    def suffer(self, job: RequestJob, trouble: RequestFailure, seconds: float, bill: Bill | None = None) -> None:
         """No answer came: note it with what may have been billed for it; into the next batch with the job, or stop."""
         client = self.server.client
-        why = hidden(trouble.why, client)
-        self.asking.note(job, why, hidden_in(trouble.body, client), seconds, bill)
+        why = mask_key(trouble.why, client)
+        self.asking.note(job, why, mask_key_in_body(trouble.body, client), seconds, bill)
         self.asking.release(job)
         tries = min(trouble.tries or self.endpoint.attempts, self.endpoint.attempts)
         if trouble.then not in ("stop", "row") and job.tries + 1 < tries:
@@ -328,7 +339,7 @@ class Batches:
         else:
             del self.waiting[job.key]
 
-    def finish(self, job: Job, reply: Reply, paid: bool) -> None:
+    def finish(self, job: RequestJob, reply: Reply, paid: bool) -> None:
         """Serve a job's places."""
         del self.waiting[job.key]
         self.asking.release(job)

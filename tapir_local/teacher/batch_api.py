@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.teacher.batch_lines import URL, id_of
-from tapir_local.teacher.endpoint import hidden
-from tapir_local.teacher.pending import Away, Sent
-from tapir_local.teacher.rate_limit import backoff, wait_asked
-from tapir_local.teacher.refusals import AGAIN, Trouble, trouble_of
-from tapir_local.teacher.wire import words_of
+from tapir_local.teacher.batch_api import CHAT_ENDPOINT, server_id
+from tapir_local.teacher.endpoint import mask_key
+from tapir_local.teacher.pending_batches import PendingBatch, PendingBatches
+from tapir_local.teacher.rate_limit import backoff_seconds, requested_wait
+from tapir_local.teacher.refusals import RETRIED_STATUSES, RequestFailure, classify_error_response
+from tapir_local.teacher.responses import describe_transport_error
 
 if TYPE_CHECKING:
     import openai
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TAG = "tapir_local"  # the field of a batch's metadata that holds our tag
-DAY = 86_400.0
-RESUME = "Run the same command again: nothing paid for is lost, and what is away is fetched."
+BATCH_TAG_KEY = "tapir_local"  # the field of a batch's metadata that holds our tag
+DAY_SECONDS = 86_400.0
+RESUME_SENTENCE = "Run the same command again: nothing paid for is lost, and what is away is fetched."
 
 
 @dataclass(frozen=True)
-class Bounds:
+class BatchLimits:
     """What fits into a batch (requests, bytes), and the seconds between looks at it.
 
     `settle` is how long a batch may take to show in the server's list after it was made.
@@ -43,10 +43,10 @@ class Bounds:
     settle: float = 60.0
 
 
-BOUNDS = Bounds()
+DEFAULT_BATCH_LIMITS = BatchLimits()
 
 
-class BatchServer:
+class BatchClient:
     """An endpoint's Batch API. `say` is told what is waited for.
 
     Every method raises NotFoundError as it is, since what it means depends on the request, and TapirError for other
@@ -65,35 +65,35 @@ class BatchServer:
         """The id of an input file."""
 
         async def send() -> str:
-            return id_of(await self.client.files.create(file=(f"{tag}.jsonl", lines), purpose="batch"))
+            return server_id(await self.client.files.create(file=(f"{tag}.jsonl", lines), purpose="batch"))
 
         return await self.asked(send)
 
-    async def submit(self, tag: str, file: str, away: Away, bounds: Bounds) -> str:
+    async def submit(self, tag: str, file: str, away: PendingBatches, bounds: BatchLimits) -> str:
         """The id of a batch of an uploaded file; the store knows the tag, and is told of each try."""
         return await self.asked(lambda: self.submit_once(tag, file, away, bounds))
 
-    async def submit_once(self, tag: str, file: str, away: Away, bounds: Bounds) -> str:
+    async def submit_once(self, tag: str, file: str, away: PendingBatches, bounds: BatchLimits) -> str:
         """Make a batch; where the reply is lost, find out whether it was made before anyone tries again."""
         import openai
 
         away.trying(tag, file)
         try:
             made = await self.client.batches.create(
-                input_file_id=file, endpoint=URL, completion_window="24h", metadata={TAG: tag}
+                input_file_id=file, endpoint=CHAT_ENDPOINT, completion_window="24h", metadata={BATCH_TAG_KEY: tag}
             )
-            return id_of(made)
+            return server_id(made)
         except (openai.APIError, ValueError) as error:
             status = getattr(error, "status_code", 0)
-            if not 400 <= status < 500 or status in AGAIN:
-                server = await self.look_for(Sent(tag, file, created=time.time()), bounds)
+            if not 400 <= status < 500 or status in RETRIED_STATUSES:
+                server = await self.look_for(PendingBatch(tag, file, created=time.time()), bounds)
                 if server:
                     return server
             elif status != 429:
                 away.forget(tag)
             raise
 
-    async def look_for(self, batch: Sent, bounds: Bounds) -> str:
+    async def look_for(self, batch: PendingBatch, bounds: BatchLimits) -> str:
         """The server's id of a batch that it may have made without our hearing of it; "" when it did not."""
         while True:
             late = time.time() > batch.created + bounds.settle
@@ -103,12 +103,12 @@ class BatchServer:
             self.say("looking whether an earlier batch was made")
             await asyncio.sleep(min(bounds.settle, bounds.first_wait))
 
-    async def listed(self, batch: Sent) -> str:
+    async def listed(self, batch: PendingBatch) -> str:
         """The id under which the server lists our tag or input file, newest batches first; "" for none."""
         async for made in self.client.batches.list(limit=100):
-            if (made.metadata or {}).get(TAG) == batch.tag or made.input_file_id == batch.file:
-                return id_of(made)
-            if made.created_at < batch.created - DAY:  # clocks differ, though not by a day
+            if (made.metadata or {}).get(BATCH_TAG_KEY) == batch.tag or made.input_file_id == batch.file:
+                return server_id(made)
+            if made.created_at < batch.created - DAY_SECONDS:  # clocks differ, though not by a day
                 break
         return ""
 
@@ -117,7 +117,7 @@ class BatchServer:
 
         async def send() -> Batch:
             made = await self.client.batches.retrieve(server)
-            id_of(made)
+            server_id(made)
             return made
 
         return await self.asked(send)
@@ -150,22 +150,22 @@ class BatchServer:
             else:
                 self.reached = True
                 return found
-            pause = wait_asked(trouble.headers) or backoff(tries, random.Random(f"batch-{tries}").random())
-            why = hidden(trouble.why, self.client)
+            pause = requested_wait(trouble.headers) or backoff_seconds(tries, random.Random(f"batch-{tries}").random())
+            why = mask_key(trouble.why, self.client)
             if trouble.then in ("stop", "row") or loop.time() + pause - began > self.patience:
                 raise TapirError(why, where=self.identity, fix=trouble.fix)
             self.say(f"{why}; trying again")
             await asyncio.sleep(pause)
 
-    def trouble_of(self, error: Exception, tries: int) -> Trouble:
+    def classify_error_response(self, error: Exception, tries: int) -> RequestFailure:
         """What an error means; a connection that was never made is given up after two tries."""
         import openai
 
         if isinstance(error, openai.APIStatusError):
-            return trouble_of(error.response, self.endpoint)
+            return classify_error_response(error.response, self.endpoint)
         if isinstance(error, openai.APIConnectionError):
             never = not self.reached and tries > 1
             cause = error.__cause__ or error
-            why, _ = words_of(cause.__cause__ or cause, self.endpoint)
-            return Trouble("stop" if never else "again", why, fix=RESUME)
-        return Trouble("stop", str(error), fix="See that base_url ends as the endpoint's own manual says.")
+            why, _ = describe_transport_error(cause.__cause__ or cause, self.endpoint)
+            return RequestFailure("stop" if never else "again", why, fix=RESUME_SENTENCE)
+        return RequestFailure("stop", str(error), fix="See that base_url ends as the endpoint's own manual says.")

@@ -13,15 +13,15 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint, Price
 from tapir_local.recipe.schema import Budget
 
-MILLION = 1_000_000
+TOKENS_PER_PRICE = 1_000_000
 BATCH_DISCOUNT = 0.5  # of the Batch API, as its vendor has it
-NOTHING = Price(input=0.0, output=0.0)
-BOUNDS = ("max_tokens", "max_completion_tokens")  # what a body may call the bound of a reply
-CHOICES = ("n", "best_of")  # how many replies are generated for one request
-PLAIN = frozenset({"messages", "model", *BOUNDS, *CHOICES})
-NUMBERS = (int, float)
-MORE = 1.25  # of a limit that was met: the next one to propose
-TEMPLATE = 16  # tokens that a chat template may add to each message, and to the whole
+FREE_PRICE = Price(input=0.0, output=0.0)
+REPLY_LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")  # what a body may call the bound of a reply
+REPLY_COUNT_FIELDS = ("n", "best_of")  # how many replies are generated for one request
+FIELDS_COUNTED_SEPARATELY = frozenset({"messages", "model", *REPLY_LIMIT_FIELDS, *REPLY_COUNT_FIELDS})
+NUMBER_TYPES = (int, float)
+LIMIT_RAISE_FACTOR = 1.25  # of a limit that was met: the next one to propose
+TEMPLATE_TOKENS = 16  # tokens that a chat template may add to each message, and to the whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +42,46 @@ class Cost:
 NO_COST = Cost()
 
 
-def price_of(endpoint: Endpoint) -> Price | None:
+def endpoint_price(endpoint: Endpoint) -> Price | None:
     """What a million tokens cost there: nothing on this machine, None where the recipe does not say."""
     if getattr(endpoint, "kind", "openai") in ("pocket", "gguf"):
-        return NOTHING
+        return FREE_PRICE
     if endpoint.price and endpoint.batch:
         return Price(input=endpoint.price.input * BATCH_DISCOUNT, output=endpoint.price.output * BATCH_DISCOUNT)
     return endpoint.price
 
 
-def money_of(price: Price | None, tokens_in: float, tokens_out: float) -> float | None:
+def money_for_tokens(price: Price | None, tokens_in: float, tokens_out: float) -> float | None:
     """The price of a call, None where it is unknown."""
-    return None if price is None else (tokens_in * price.input + tokens_out * price.output) / MILLION
+    return None if price is None else (tokens_in * price.input + tokens_out * price.output) / TOKENS_PER_PRICE
 
 
-def most_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
+def max_request_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
     """(prompt, reply) tokens that a request cannot exceed: no token is shorter than a byte, no reply than its bound.
 
     A schema, tools or the like are part of the prompt too. The second is 0 where the body sets no bound.
     """
     said = [str(turn["content"]).encode() for turn in body["messages"]]
-    more = [orjson.dumps(value) for name, value in body.items() if name not in PLAIN and not isinstance(value, NUMBERS)]
-    tokens_in = sum(len(text) + TEMPLATE for text in said) + sum(map(len, more)) + TEMPLATE
-    return tokens_in, reply_bound(body) * max(1, *(whole_number(body.get(name)) for name in CHOICES))
+    more = [
+        orjson.dumps(value)
+        for name, value in body.items()
+        if name not in FIELDS_COUNTED_SEPARATELY and not isinstance(value, NUMBER_TYPES)
+    ]
+    tokens_in = sum(len(text) + TEMPLATE_TOKENS for text in said) + sum(map(len, more)) + TEMPLATE_TOKENS
+    return tokens_in, max_reply_tokens(body) * max(1, *(positive_int(body.get(name)) for name in REPLY_COUNT_FIELDS))
 
 
-def reply_bound(body: Mapping[str, Any]) -> int:
+def max_reply_tokens(body: Mapping[str, Any]) -> int:
     """The tokens that a body allows a reply, 0 where it names no bound."""
-    return max(whole_number(body.get(name)) for name in BOUNDS)
+    return max(positive_int(body.get(name)) for name in REPLY_LIMIT_FIELDS)
 
 
-def whole_number(value: Any) -> int:
+def positive_int(value: Any) -> int:
     """A whole number above 0; 0 for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-class Purse:
+class BudgetTracker:
     """A run's budget: what may have been billed, and what the requests in flight may come to cost.
 
     `estimated` is the part of `spent` that no server stated: the most that it may be. `beyond` holds, by endpoint and
@@ -102,7 +106,7 @@ class Purse:
 
     def reserve(self, cost: Cost) -> bool:
         """Set a request's greatest cost aside; False where the budget does not reach that far."""
-        if met(self.budget, self.spent + self.reserved + cost):
+        if exceeded_limits(self.budget, self.spent + self.reserved + cost):
             return False
         self.reserved = self.reserved + cost
         return True
@@ -129,7 +133,7 @@ class Purse:
 
     def empty(self, where: str, cost: Cost) -> TapirError:
         """The error that stops the run before a request that may cost so much."""
-        names = met(self.budget, self.spent + self.reserved + cost)
+        names = exceeded_limits(self.budget, self.spent + self.reserved + cost)
         return TapirError(
             f"the budget is spent: {', '.join(self.told(name, cost) for name in names)}",
             where=where,
@@ -150,17 +154,17 @@ class Purse:
     def raised(self, name: str, cost: Cost) -> str:
         """`--set budget.money=0.04`: a limit that lets the run go on for a while."""
         needed = getattr(self.spent + self.reserved + cost, name)
-        limit = max(needed, MORE * getattr(self.budget, name))
+        limit = max(needed, LIMIT_RAISE_FACTOR * getattr(self.budget, name))
         return f"--set budget.{name}={rounded_up(limit if name == 'money' else math.ceil(limit))}"
 
 
-def met(budget: Budget, cost: Cost) -> list[str]:
+def exceeded_limits(budget: Budget, cost: Cost) -> list[str]:
     """The limits that a cost passes."""
     limits = budget.model_dump(exclude_none=True)
     return [name for name, limit in limits.items() if getattr(cost, name) > limit]
 
 
-def rounded_up(value: float) -> str:
+def round_up_to_two_digits(value: float) -> str:
     """A number not below this one, of two digits."""
     step = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
     return f"{math.ceil(value / step * (1 - 1e-12)) * step:.12f}".rstrip("0").rstrip(".")

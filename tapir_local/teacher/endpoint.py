@@ -25,44 +25,44 @@ if TYPE_CHECKING:
     import httpx2
     import openai
 
-VENDOR = "https://api.openai.com/v1"
-SECRET = 8  # letters that a key has at least
-KEY_WORDS = r"(?i:bearer|(?:api[ _-]?)?key(?: provided)?|token|authorization)"
-NO_KEY = "none"  # sent to a server that wants none: the client insists on some word
-OURS = frozenset({"messages", "n", "stream", *keys.FIELDS_NOT_IN_KEY})  # what `extra` may not set
-FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
+OPENAI_URL = "https://api.openai.com/v1"
+MIN_SECRET_LENGTH = 8  # letters that a key has at least
+KEY_WORDS_PATTERN = r"(?i:bearer|(?:api[ _-]?)?key(?: provided)?|token|authorization)"
+PLACEHOLDER_KEY = "none"  # sent to a server that wants none: the client insists on some word
+RESERVED_FIELDS = frozenset({"messages", "n", "stream", *keys.FIELDS_NOT_IN_KEY})  # what `extra` may not set
+FIRST_SPLIT_PATTERN = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")  # how llama.cpp names the parts of a split GGUF
 
 
-def over_the_network(endpoint: Endpoint) -> httpx2.AsyncBaseTransport | None:
+def network_transport(endpoint: Endpoint) -> httpx2.AsyncBaseTransport | None:
     """None: httpx2's own transport."""
     return None
 
 
-def in_this_process(endpoint: Endpoint) -> httpx2.AsyncBaseTransport:
+def pocket_transport(endpoint: Endpoint) -> httpx2.AsyncBaseTransport:
     """The embedded teacher, behind the same wire format."""
     from tapir_local.pocket.teacher import PocketTransport
 
     return PocketTransport()
 
 
-SENDERS: Mapping[str, Callable[[Endpoint], httpx2.AsyncBaseTransport | None]] = {
-    "openai": over_the_network,
-    "pocket": in_this_process,
+TRANSPORTS: Mapping[str, Callable[[Endpoint], httpx2.AsyncBaseTransport | None]] = {
+    "openai": network_transport,
+    "pocket": pocket_transport,
 }
 
 
-def identity_of(endpoint: Endpoint) -> str:
+def endpoint_identity(endpoint: Endpoint) -> str:
     """Who answers, for the key: the recipe's alias, the base URL in its one spelling, the embedded teacher, or a GGUF.
 
     A GGUF is known by its bytes, not by its name or place; its chat template is among them. So is what runs it.
     """
     if endpoint.alias:
         return endpoint.alias
-    if kind_of(endpoint) == "pocket":
+    if askable_kind(endpoint) == "pocket":
         return f"pocket {pocket_version()}"
-    if kind_of(endpoint) == "gguf":
+    if askable_kind(endpoint) == "gguf":
         return f"gguf {digest_of(endpoint)} llama.cpp {version('llama-cpp-python')}"
-    return keys.normalize_base_url(endpoint.base_url or VENDOR)
+    return keys.normalize_base_url(endpoint.base_url or OPENAI_URL)
 
 
 @cache
@@ -72,7 +72,7 @@ def pocket_version() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def gguf_of(endpoint: Endpoint) -> Path:
+def gguf_path(endpoint: Endpoint) -> Path:
     """The GGUF that answers, `~` expanded; TapirError where there is no such file."""
     path = Path(endpoint.gguf or "")
     with suppress(RuntimeError):  # ~nobody: then it is a file of that name
@@ -86,15 +86,15 @@ def gguf_of(endpoint: Endpoint) -> Path:
     return path
 
 
-def role_of(endpoint: Endpoint) -> str:
+def endpoint_role(endpoint: Endpoint) -> str:
     """The endpoint's section of the recipe."""
     return type(endpoint).__name__.lower()
 
 
-def digest_of(endpoint: Endpoint) -> str:
+def gguf_digest(endpoint: Endpoint) -> str:
     """The SHA-256 of a GGUF in hexadecimal digits; of one in parts, that of its parts' digests."""
-    path = gguf_of(endpoint)
-    split = FIRST_PART.fullmatch(path.name)
+    path = gguf_path(endpoint)
+    split = FIRST_SPLIT_PATTERN.fullmatch(path.name)
     names = [f"{split[1]}-{n:05d}-of-{split[2]}.gguf" for n in range(1, int(split[2]) + 1)] if split else [path.name]
     digests = []
     for part in (path.with_name(name) for name in names):
@@ -115,9 +115,9 @@ def sha256_of(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def kind_of(endpoint: Endpoint) -> str:
+def askable_kind(endpoint: Endpoint) -> str:
     """The endpoint's kind; TapirError for those that answer nothing themselves."""
-    kind, known = str(getattr(endpoint, "kind", "openai")), (*SENDERS, "gguf")
+    kind, known = str(getattr(endpoint, "kind", "openai")), (*TRANSPORTS, "gguf")
     if kind not in known:
         raise TapirError(
             f"a teacher or judge of kind {kind!r} cannot be asked", fix=f"Kinds that can: {', '.join(known)}."
@@ -125,16 +125,16 @@ def kind_of(endpoint: Endpoint) -> str:
     return kind
 
 
-def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
+def request_body(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     """The body as sent. A null in `extra` leaves a parameter out, for models that do not take it."""
-    if kind_of(endpoint) == "gguf":
-        return body_here(request, endpoint)
-    wrong = OURS & set(endpoint.extra)
+    if askable_kind(endpoint) == "gguf":
+        return gguf_request_body(request, endpoint)
+    wrong = RESERVED_FIELDS & set(endpoint.extra)
     if wrong:
         fix = f"Write {role_of(endpoint)}.stream: true instead." if "stream" in wrong else "Leave it out of the recipe."
         raise TapirError(f"{', '.join(sorted(wrong))} cannot be set here", where="extra", fix=fix)
     body: dict[str, Any] = {
-        "model": endpoint.model or ("pocket" if kind_of(endpoint) == "pocket" else None),
+        "model": endpoint.model or ("pocket" if askable_kind(endpoint) == "pocket" else None),
         "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
         "temperature": request.temperature,
         "max_tokens": request.max_tokens,
@@ -149,10 +149,10 @@ def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def body_here(request: Request, endpoint: Endpoint) -> dict[str, Any]:
+def gguf_request_body(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     """What a GGUF is asked, as the same request would be sent; it has no `model`, for the identity says which file."""
     if endpoint.extra:
-        role = role_of(endpoint)
+        role = endpoint_role(endpoint)
         raise TapirError(
             f"a GGUF takes no {', '.join(sorted(endpoint.extra))} here",
             where=f"{role}.extra",
@@ -168,15 +168,15 @@ def body_here(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     return body
 
 
-def api_key(endpoint: Endpoint) -> str:
+def read_api_key(endpoint: Endpoint) -> str:
     """The key from its file or the environment; a server on this machine may do without."""
-    if kind_of(endpoint) == "pocket":
-        return NO_KEY
+    if askable_kind(endpoint) == "pocket":
+        return PLACEHOLDER_KEY
     if endpoint.api_key_file:
-        return sendable(key_in(Path(endpoint.api_key_file).expanduser()), endpoint)
-    found = sendable(os.environ.get(endpoint.api_key_env, "").strip(), endpoint)
-    if not found and is_loopback(endpoint.base_url or VENDOR):
-        return NO_KEY
+        return check_key_characters(read_key_file(Path(endpoint.api_key_file).expanduser()), endpoint)
+    found = check_key_characters(os.environ.get(endpoint.api_key_env, "").strip(), endpoint)
+    if not found and is_loopback(endpoint.base_url or OPENAI_URL):
+        return PLACEHOLDER_KEY
     if not found:
         name = endpoint.api_key_env
         raise TapirError(
@@ -187,21 +187,23 @@ def api_key(endpoint: Endpoint) -> str:
     return found
 
 
-def sendable(key: str, endpoint: Endpoint) -> str:
+def check_key_characters(key: str, endpoint: Endpoint) -> str:
     """A key that an HTTP header can carry; TapirError for others."""
     if not key.isascii() or not key.isprintable():
         fix = "Copy the key again, without quotation marks of a text program or line breaks."
-        raise TapirError("the key has letters that no HTTP header can carry", where=key_place(endpoint), fix=fix)
+        raise TapirError(
+            "the key has letters that no HTTP header can carry", where=describe_key_source(endpoint), fix=fix
+        )
     return key
 
 
-def key_place(endpoint: Endpoint) -> str:
+def describe_key_source(endpoint: Endpoint) -> str:
     """Where the key comes from, for people."""
     file = endpoint.api_key_file
     return f"file {file}" if file else f"environment variable {endpoint.api_key_env}"
 
 
-def key_in(file: Path) -> str:
+def read_key_file(file: Path) -> str:
     """The key that a file holds and nothing else."""
     try:
         key = file.read_text(encoding="utf-8").strip()
@@ -223,7 +225,7 @@ def is_loopback(base_url: str) -> bool:
         return False
 
 
-def http_of(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> httpx2.AsyncClient:
+def open_http_client(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> httpx2.AsyncClient:
     """What carries the requests: over the network HTTP by aiohttp, else `transport`.
 
     httpx2's own pool looks at each of its connections, and there at each again, for every request; with 64 of them a
@@ -232,8 +234,8 @@ def http_of(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> 
     import httpx2
     import openai
 
-    given = transport or SENDERS[kind_of(endpoint)](endpoint)
-    local, secure = is_loopback(endpoint.base_url or VENDOR), (endpoint.base_url or VENDOR).startswith("https")
+    given = transport or TRANSPORTS[askable_kind(endpoint)](endpoint)
+    local, secure = is_loopback(endpoint.base_url or OPENAI_URL), (endpoint.base_url or OPENAI_URL).startswith("https")
     if not given and not local:
         refuse_socks(endpoint)
     settings: dict[str, Any] = {
@@ -244,7 +246,7 @@ def http_of(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> 
     }
     if given:
         return httpx2.AsyncClient(transport=given, **settings)
-    with told_of_environment():
+    with explain_environment_errors():
         if secure and local:
             settings["verify"] = httpx2.create_ssl_context()  # by SSL_CERT_FILE, as it is done where trust_env is set
         return openai.DefaultAioHttpClient(**settings)
@@ -252,7 +254,7 @@ def http_of(endpoint: Endpoint, transport: httpx2.AsyncBaseTransport | None) -> 
 
 def refuse_socks(endpoint: Endpoint) -> None:
     """TapirError where the environment names a SOCKS proxy for an endpoint: aiohttp knows only those of HTTP."""
-    parts = urlsplit(endpoint.base_url or VENDOR)
+    parts = urlsplit(endpoint.base_url or OPENAI_URL)
     proxies, host = getproxies(), parts.hostname or ""
     proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
     if proxy.lower().startswith("socks") and not proxy_bypass(host):
@@ -261,7 +263,7 @@ def refuse_socks(endpoint: Endpoint) -> None:
 
 
 @contextmanager
-def told_of_environment() -> Iterator[None]:
+def explain_environment_errors() -> Iterator[None]:
     """TapirErrors for a proxy or a file of certificates in the environment that cannot be used."""
     import httpx2
 
@@ -277,12 +279,12 @@ def told_of_environment() -> Iterator[None]:
         ) from error
 
 
-def client_of(endpoint: Endpoint, http: httpx2.AsyncClient) -> openai.AsyncOpenAI:
+def open_openai_client(endpoint: Endpoint, http: httpx2.AsyncClient) -> openai.AsyncOpenAI:
     """The endpoint as openai's client knows it. It never retries: what is tried again, and when, is decided here."""
     import httpx2
     import openai
 
-    base_url, key = endpoint.base_url or VENDOR, api_key(endpoint)
+    base_url, key = endpoint.base_url or OPENAI_URL, read_api_key(endpoint)
     try:
         return openai.AsyncOpenAI(api_key=key, base_url=base_url, http_client=http, max_retries=0)
     except (ValueError, httpx2.InvalidURL) as error:
@@ -290,7 +292,7 @@ def client_of(endpoint: Endpoint, http: httpx2.AsyncClient) -> openai.AsyncOpenA
         raise TapirError(f"not a URL: {error}", where=f"{role_of(endpoint)}.base_url", fix=fix) from error
 
 
-def chat_of(client: openai.AsyncOpenAI) -> tuple[httpx2.URL, dict[str, str]]:
+def chat_url_and_headers(client: openai.AsyncOpenAI) -> tuple[httpx2.URL, dict[str, str]]:
     """Where chat requests go and under which headers, once for all: openai's client takes a millisecond for each."""
     url = client.base_url
     headers = {"content-type": "application/json", **client.default_headers, **client.auth_headers}
@@ -298,10 +300,10 @@ def chat_of(client: openai.AsyncOpenAI) -> tuple[httpx2.URL, dict[str, str]]:
     return url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions"), known
 
 
-def in_the_clear(endpoint: Endpoint, key: str) -> str:
+def unencrypted_key_warning(endpoint: Endpoint, key: str) -> str:
     """A warning where the key goes over a network unencrypted; "" where it does not, or is too short to be a secret."""
-    parts = urlsplit(endpoint.base_url or VENDOR)
-    if parts.scheme != "http" or is_loopback(endpoint.base_url or VENDOR) or len(key) < SECRET:
+    parts = urlsplit(endpoint.base_url or OPENAI_URL)
+    if parts.scheme != "http" or is_loopback(endpoint.base_url or OPENAI_URL) or len(key) < MIN_SECRET_LENGTH:
         return ""
     return (
         f"the key in the {key_place(endpoint)} goes unencrypted over the network to {parts.hostname}: "
@@ -309,20 +311,20 @@ def in_the_clear(endpoint: Endpoint, key: str) -> str:
     )
 
 
-def hidden(text: str, client: openai.AsyncOpenAI) -> str:
+def mask_key(text: str, client: openai.AsyncOpenAI) -> str:
     """A server's words without our key, should it repeat it.
 
     A key of fewer than SECRET letters is no secret but any word, as servers on this machine take it; it is masked only
     where the words around it say that it is a key.
     """
     key = client.api_key
-    if key == NO_KEY or not key:
+    if key == PLACEHOLDER_KEY or not key:
         return text
-    if len(key) >= SECRET:
+    if len(key) >= MIN_SECRET_LENGTH:
         return text.replace(key, "***")
     return re.sub(rf"({KEY_WORDS}[^A-Za-z0-9]{{1,4}}){re.escape(key)}(?![A-Za-z0-9])", r"\1***", text)
 
 
-def hidden_in(body: bytes, client: openai.AsyncOpenAI) -> bytes:
+def mask_key_in_body(body: bytes, client: openai.AsyncOpenAI) -> bytes:
     """The same for a body."""
-    return hidden(body.decode(errors="surrogateescape"), client).encode(errors="surrogateescape")
+    return mask_key(body.decode(errors="surrogateescape"), client).encode(errors="surrogateescape")

@@ -19,18 +19,20 @@ from tapir_local.store import keys
 from tapir_local.store.queries import CountProgress, no_progress
 from tapir_local.store.reply import parse_reply
 from tapir_local.store.store import Store
-from tapir_local.teacher.account import Bill
-from tapir_local.teacher.session import Asking, Job
+from tapir_local.teacher.budget import Bill
+from tapir_local.teacher.session import AskSession, RequestJob
 
-STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold
+IMPORT_STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold
 UNREADABLE, NOT_TEXT, NO_INSTRUCTION = "unreadable", "not of text alone", "without an instruction"
 NO_ANSWER, NOT_WHOLE = "without an answer", "with an answer that is not whole"
-BEGUN = "whose request begins the answer itself"
+ANSWER_BEGUN = "whose request begins the answer itself"
 NO_REQUEST, OTHER_MODEL = "without their request in the file of requests", "asked of another model than the recipe's"
-FORMS = "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API."
+ANSWER_FILE_FORMS = (
+    "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API."
+)
 
 
-class Given(NamedTuple):
+class ImportedRow(NamedTuple):
     """A row of a file: what it is called, its prompt, the reply as a chat completion, and the body sent, if known."""
 
     name: str
@@ -40,7 +42,7 @@ class Given(NamedTuple):
 
 
 @dataclass
-class Taken:
+class ImportResult:
     """How many rows became calls, how many answers were there already, and the lines of refused rows, by reason.
 
     `otherwise` are the rows that were asked with other settings than the recipe's, `difference` what the first has.
@@ -53,41 +55,47 @@ class Taken:
     difference: str = ""
 
 
-def read_answers(file: Path, teacher: Endpoint, requests: Path | None = None) -> tuple[list[Given], Taken]:
+def read_answers(file: Path, teacher: Endpoint, requests: Path | None = None) -> tuple[list[ImportedRow], ImportResult]:
     """The rows of a file that can be taken: a prompt of text and a whole answer; and why others cannot.
 
     `requests` is the input of an OpenAI batch whose output `file` is. TapirError where the file is none of the forms,
     has no whole row, or is the output of a batch whose requests are not named.
     """
-    given, found = list[Given](), Taken()
-    bodies = bodies_of(requests) if requests else None
-    for line, row in parse_json_objects(read_text(file), str(file)):
+    given, found = list[ImportedRow](), ImportResult()
+    bodies = read_batch_requests(requests) if requests else None
+    for line, row in parse_json_objects(read_answer_file(file), str(file)):
         if bodies is None and "custom_id" in row and "response" in row:
             fix = "Name the batch's input: --requests FILE"
             raise TapirError("the output of a batch has no prompts", where=str(file), fix=fix)
-        read = from_row(row, line, file, teacher) if bodies is None else from_batch(row, line, bodies, teacher)
+        read = (
+            parse_answer_row(row, line, file, teacher)
+            if bodies is None
+            else parse_batch_row(row, line, bodies, teacher)
+        )
         if isinstance(read, str):
             found.refused[read].append(line)
         else:
             given.append(read)
     if not given:
-        raise TapirError(f"no row with an instruction and its answer: {reasons(found)}", where=str(file), fix=FORMS)
+        raise TapirError(
+            f"no row with an instruction and its answer: {reasons(found)}", where=str(file), fix=ANSWER_FILE_FORMS
+        )
     return given, found
 
 
-def read_text(file: Path) -> str:
+def read_answer_file(file: Path) -> str:
     """A file as text; TapirError where it is none."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise TapirError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
     except UnicodeDecodeError as error:
-        raise TapirError("neither a store nor JSON", where=str(file), fix=FORMS) from error
+        raise TapirError("neither a store nor JSON", where=str(file), fix=ANSWER_FILE_FORMS) from error
 
 
-def bodies_of(file: Path) -> dict[str, Any]:
+def read_batch_requests(file: Path) -> dict[str, Any]:
     """The bodies of a batch's requests by custom_id."""
-    rows = parse_json_objects(read_text(file), str(file))
+    rows = parse_json_objects(read_answer_file(file), str(file))
     bodies = {str(row["custom_id"]): row["body"] for _, row in rows if "custom_id" in row and "body" in row}
     if not bodies:
         raise TapirError(
@@ -96,9 +104,9 @@ def bodies_of(file: Path) -> dict[str, Any]:
     return bodies
 
 
-def from_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -> Given | str:
+def parse_answer_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -> ImportedRow | str:
     """A row with an instruction and its answer, or why it is refused."""
-    if not is_text(row):
+    if not has_only_text(row):
         return NOT_TEXT
     if find_row_format(row) is None:
         return NO_INSTRUCTION
@@ -107,10 +115,14 @@ def from_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -
     except TapirError:
         return UNREADABLE
     model = str(row.get("generator") or teacher.model or "")
-    return checked(Given(f"line {line}", prompt, completion(answer, model, name_of(file), line)))
+    return check_imported_row(
+        ImportedRow(f"line {line}", prompt, completion(answer, model, decodable_file_name(file), line))
+    )
 
 
-def from_batch(row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], teacher: Endpoint) -> Given | str:
+def parse_batch_row(
+    row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], teacher: Endpoint
+) -> ImportedRow | str:
     """A row of a batch's output with the prompt of its request, or why it is refused."""
     name, response = str(row.get("custom_id")), row.get("response")
     body = bodies.get(name)
@@ -120,7 +132,7 @@ def from_batch(row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], tea
         return NO_REQUEST
     if teacher.model and body.get("model") not in (None, teacher.model):
         return OTHER_MODEL
-    if not is_text(body):
+    if not has_only_text(body):
         return NOT_TEXT
     try:
         keys.canonical_json(body)
@@ -128,16 +140,16 @@ def from_batch(row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], tea
     except TapirError:
         return UNREADABLE
     if prompt and len(prompt) < len(body["messages"]):
-        return BEGUN
-    return checked(Given(name, prompt, json.dumps(response.get("body")).encode(), body))
+        return ANSWER_BEGUN
+    return check_imported_row(ImportedRow(name, prompt, json.dumps(response.get("body")).encode(), body))
 
 
-def name_of(file: Path) -> str:
+def decodable_file_name(file: Path) -> str:
     """A file's name, of bytes that may be no text."""
     return file.name.encode(errors="replace").decode()
 
 
-def is_text(row: Mapping[str, Any]) -> bool:
+def has_only_text(row: Mapping[str, Any]) -> bool:
     """Whether nothing in a row's prompt and answer is a list of parts, such as an image."""
     turns = row.get("messages") or row.get("conversations")
     turns = turns if isinstance(turns, list) else []
@@ -153,7 +165,7 @@ def completion(answer: str, model: str, source: str, line: int) -> bytes:
     return json.dumps({"object": "chat.completion", "model": model, "choices": [choice], "imported": origin}).encode()
 
 
-def checked(given: Given) -> Given | str:
+def check_imported_row(given: ImportedRow) -> ImportedRow | str:
     """The row if it is whole, or why it is not."""
     try:
         orjson.loads(given.raw)  # half a surrogate pair: a fault of the file, which can be corrected there
@@ -168,12 +180,12 @@ def checked(given: Given) -> Given | str:
     return given if reply.finish == "stop" else NOT_WHOLE
 
 
-def take(
+def import_answers(
     store: Store,
     teacher: Endpoint,
-    given: Sequence[Given],
+    given: Sequence[ImportedRow],
     file: Path,
-    found: Taken,
+    found: ImportResult,
     progress: CountProgress = no_progress,
 ) -> None:
     """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
@@ -181,7 +193,7 @@ def take(
     An answer that is in the store stays. The rows' use is recorded as that of a run `import:<file's name>`, unpaid.
     `progress` is called with (done, all).
     """
-    asking = Asking([request_of(row, teacher) for row in given], teacher, store, f"import:{name_of(file)}")
+    asking = AskSession([seed_request(row, teacher) for row in given], teacher, store, f"import:{name_of(file)}")
     jobs = asking.look_up()
     for done, job in enumerate(jobs):
         progress(done, len(jobs))
@@ -189,18 +201,18 @@ def take(
         reply = parse_reply(row.raw)
         bill = Bill(reply.tokens_in, reply.tokens_out, None)
         store.put(asking.call(job, row.raw, reply, 0.0, bill), [asking.use(at, job.key) for at in job.places])
-        note_difference(row, job, found)
+        count_difference(row, job, found)
     store.flush()
     found.new, found.known = len(jobs), len(given) - len(jobs)
 
 
-def request_of(row: Given, teacher: Endpoint) -> Request:
+def seed_request(row: ImportedRow, teacher: Endpoint) -> Request:
     """What a run asks of its teacher for a seed with this prompt."""
     asked = prompts.answer(row.prompt)
-    return Request(asked, row.name, STAGE, temperature=teacher.temperature, max_tokens=teacher.max_tokens)
+    return Request(asked, row.name, IMPORT_STAGE, temperature=teacher.temperature, max_tokens=teacher.max_tokens)
 
 
-def note_difference(row: Given, job: Job, found: Taken) -> None:
+def count_difference(row: ImportedRow, job: RequestJob, found: ImportResult) -> None:
     """Count a row that was asked with other settings than it is now stored under."""
     if row.body is None:
         return
@@ -218,6 +230,6 @@ def note_difference(row: Given, job: Job, found: Taken) -> None:
         found.difference = found.difference or keys.describe_difference(difference)
 
 
-def reasons(found: Taken) -> str:
+def format_refused_rows(found: ImportResult) -> str:
     """`3 without an answer (lines 4, 7, 9), 1 cut short (line 12)`."""
     return ", ".join(f"{len(at):,} {why} ({format_line_numbers(at)})" for why, at in found.refused.items())

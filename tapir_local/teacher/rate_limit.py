@@ -9,33 +9,35 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Generic, TypeVar
 
-Job = TypeVar("Job")
+Item = TypeVar("Job")
 
-UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-LONGEST_BACKOFF = 30.0
-TOLERATED = 0.15  # share of 429s that does not slow us: they cost nothing but the asking, and chance brings 10 % of 5
-ENOUGH = 20  # replies that tell how long one takes
-SPREAD = 0.8  # below 1, so that spreading never is what limits the rate
-LONGEST_GAP = 0.01  # seconds between two requests: more than it takes to read a reply and write a request
-FEW = 3  # refusals in a row that mean little however few are in flight
+DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION_PATTERN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+MAX_BACKOFF_SECONDS = 30.0
+TOLERATED_REFUSALS = (
+    0.15  # share of 429s that does not slow us: they cost nothing but the asking, and chance brings 10 % of 5
+)
+REPLIES_PER_MEAN = 20  # replies that tell how long one takes
+PACING_SPREAD = 0.8  # below 1, so that spreading never is what limits the rate
+MAX_GAP_SECONDS = 0.01  # seconds between two requests: more than it takes to read a reply and write a request
+MIN_REFUSAL_RUN = 3  # refusals in a row that mean little however few are in flight
 
 
-def seconds_of(text: str, now: float) -> float | None:
+def parse_wait_seconds(text: str, now: float) -> float | None:
     """How long after `now` (Unix seconds) a header means: "20", "6m0s", "20ms", an HTTP date, Unix time in s or ms."""
     text = text.strip()
-    parts = DURATION.findall(text)
+    parts = DURATION_PATTERN.findall(text)
     if parts and "".join(number + unit for number, unit in parts) == text:
-        return sum(float(number) * UNITS[unit] for number, unit in parts)
+        return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
     try:
         number = float(text)
     except ValueError:
-        return until(text, now)
+        return seconds_until_date(text, now)
     moment = number / 1000 if number > 1e11 else number
     return max(0.0, moment - now if moment > 1e9 else number)
 
 
-def until(date: str, now: float) -> float | None:
+def seconds_until_date(date: str, now: float) -> float | None:
     """Seconds from `now` to an HTTP date; None if it is none."""
     try:
         return max(0.0, parsedate_to_datetime(date).timestamp() - now)
@@ -43,36 +45,36 @@ def until(date: str, now: float) -> float | None:
         return None
 
 
-def wait_asked(headers: Mapping[str, str], now: float | None = None) -> float | None:
+def requested_wait(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Seconds that the headers of a 429 or 503 ask to wait: Retry-After, or the reset of what is used up."""
     now = time.time() if now is None else now
     if "retry-after-ms" in headers:
-        return seconds_of(f"{headers['retry-after-ms'].strip()}ms", now)
+        return parse_wait_seconds(f"{headers['retry-after-ms'].strip()}ms", now)
     if "retry-after" in headers:
-        return seconds_of(headers["retry-after"], now)
-    return used_up(headers, now)
+        return parse_wait_seconds(headers["retry-after"], now)
+    return allowance_wait(headers, now)
 
 
-def used_up(headers: Mapping[str, str], now: float | None = None) -> float | None:
+def allowance_wait(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Seconds until the x-ratelimit-* allowance that stands at 0 is filled again; None while there is some left."""
     now = time.time() if now is None else now
     waits = []
     for ending in ("-requests", "-tokens", ""):
         if headers.get(f"x-ratelimit-remaining{ending}", "").strip() == "0":
-            waits.append(seconds_of(headers.get(f"x-ratelimit-reset{ending}", ""), now))
+            waits.append(parse_wait_seconds(headers.get(f"x-ratelimit-reset{ending}", ""), now))
     return max((wait for wait in waits if wait is not None), default=None)
 
 
-def backoff(tries: int, chance: float) -> float:
+def backoff_seconds(tries: int, chance: float) -> float:
     """Seconds before try number `tries` + 1: half of 0.25, 0.5, 1 … 30 s, and by `chance`, 0 to 1, of the other half.
 
     The jitter keeps requests that failed together from coming back together.
     """
-    longest: float = min(LONGEST_BACKOFF, 2.0 ** (tries - 3))
+    longest: float = min(MAX_BACKOFF_SECONDS, 2.0 ** (tries - 3))
     return longest * (1 + chance) / 2
 
 
-class Pace:
+class RequestPacer:
     """How long the last replies took, and from it when the next request may go.
 
     Requests that go together come back together, and each then waits for the others to be read: so they are spread
@@ -88,17 +90,17 @@ class Pace:
         """A reply came after so many seconds."""
         self._took.append(seconds)
         self._fresh += 1
-        if self._fresh >= ENOUGH:
+        if self._fresh >= REPLIES_PER_MEAN:
             self._fresh, self._mean = 0, statistics.fmean(self._took)
 
     def turn(self, now: float, in_flight: float) -> float:
         """Seconds until a request may go, so that `in_flight` of them are SPREAD over a reply's mean time."""
         at = max(now, self._next)
-        self._next = at + min(LONGEST_GAP, SPREAD * self._mean / in_flight)
+        self._next = at + min(MAX_GAP_SECONDS, PACING_SPREAD * self._mean / in_flight)
         return at - now
 
 
-class Line(Generic[Job]):
+class SendQueue(Generic[Item]):
     """Jobs waiting to be sent, and how many workers may send: `limit`, at most `most`.
 
     As DCTCP does with packets marked for congestion (RFC 8257): after every `limit` replies the share of 429s among
@@ -106,7 +108,7 @@ class Line(Generic[Job]):
     refuses a few at random is not full. Workers are numbered; those whose number is not below the limit rest.
     """
 
-    def __init__(self, jobs: list[Job], most: int) -> None:
+    def __init__(self, jobs: list[Item], most: int) -> None:
         self.ready, self.left = deque(jobs), len(jobs)
         self.most, self.limit = most, float(most)
         self.refusals = 0  # in a row, without an answer between them
@@ -116,7 +118,7 @@ class Line(Generic[Job]):
         self._bell = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    async def next(self, worker: int) -> Job | None:
+    async def next(self, worker: int) -> Item | None:
         """The next job for this worker, as soon as it may be sent; None when there will be no more."""
         while self.left and not self.failed:
             wait = self._not_before - self._loop.time()
@@ -126,7 +128,7 @@ class Line(Generic[Job]):
             await self._rung(wait if wait > 0 else None)
         return None
 
-    def later(self, job: Job, seconds: float) -> None:
+    def later(self, job: Item, seconds: float) -> None:
         """Put a job back, to be ready in so many seconds; then it is the first, lest the last rows wait for it."""
         self._loop.call_later(seconds, self._again, job)
 
@@ -147,7 +149,7 @@ class Line(Generic[Job]):
         self.refusals += 1
         self._refused += 1
         self._decide()
-        return self.refusals // max(FEW, int(self.limit))
+        return self.refusals // max(MIN_REFUSAL_RUN, int(self.limit))
 
     def hold(self, seconds: float) -> None:
         """Nobody sends for so many seconds."""
@@ -165,11 +167,11 @@ class Line(Generic[Job]):
             return
         share = self._refused / count
         self._answered = self._refused = 0
-        self.limit = max(1.0, self.limit * (1 - share / 2)) if share > TOLERATED else self.limit + 1
+        self.limit = max(1.0, self.limit * (1 - share / 2)) if share > TOLERATED_REFUSALS else self.limit + 1
         self.limit = min(self.limit, float(self.most))
         self._bell.set()
 
-    def _again(self, job: Job) -> None:
+    def _again(self, job: Item) -> None:
         self.ready.appendleft(job)
         self._bell.set()
 

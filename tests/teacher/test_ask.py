@@ -17,8 +17,8 @@ from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.store.reply import parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.endpoint import body_of, identity_of
-from tapir_local.teacher.rate_limit import backoff, seconds_of, used_up, wait_asked
+from tapir_local.teacher.endpoint import endpoint_identity, request_body
+from tapir_local.teacher.rate_limit import allowance_wait, backoff_seconds, parse_wait_seconds, requested_wait
 
 
 @pytest.fixture(autouse=True)
@@ -414,27 +414,27 @@ def test_an_interrupted_run_keeps_what_came(server, tmp_path, how):
     ],
 )
 def test_what_headers_mean(text, seconds):
-    assert seconds_of(text, now=0) == (seconds if seconds is None else pytest.approx(seconds))
+    assert parse_wait_seconds(text, now=0) == (seconds if seconds is None else pytest.approx(seconds))
 
 
 def test_dates_in_headers():
-    assert seconds_of("Thu, 01 Jan 1970 00:01:00 GMT", now=0) == 60
-    assert seconds_of("1700000060", now=1700000000) == 60
-    assert seconds_of("1700000060000", now=1700000000) == 60
-    assert seconds_of("Thu, 01 Jan 1970 00:01:00 GMT", now=100) == 0
+    assert parse_wait_seconds("Thu, 01 Jan 1970 00:01:00 GMT", now=0) == 60
+    assert parse_wait_seconds("1700000060", now=1700000000) == 60
+    assert parse_wait_seconds("1700000060000", now=1700000000) == 60
+    assert parse_wait_seconds("Thu, 01 Jan 1970 00:01:00 GMT", now=100) == 0
 
 
 def test_which_header_counts():
     empty = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "3s"}
-    assert wait_asked({"retry-after": "2", **empty}) == 2
-    assert wait_asked(empty) == used_up(empty) == 3
-    assert wait_asked({}) is None
-    assert used_up({"x-ratelimit-remaining-tokens": "1", "x-ratelimit-reset-tokens": "3s"}) is None
+    assert requested_wait({"retry-after": "2", **empty}) == 2
+    assert requested_wait(empty) == allowance_wait(empty) == 3
+    assert requested_wait({}) is None
+    assert allowance_wait({"x-ratelimit-remaining-tokens": "1", "x-ratelimit-reset-tokens": "3s"}) is None
 
 
 def test_backoff_grows_to_its_end():
-    assert [backoff(tries, 1.0) for tries in (1, 2, 3, 9)] == [0.25, 0.5, 1, 30]
-    assert backoff(3, 0.0) == 0.5
+    assert [backoff_seconds(tries, 1.0) for tries in (1, 2, 3, 9)] == [0.25, 0.5, 1, 30]
+    assert backoff_seconds(3, 0.0) == 0.5
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b"<html>"])
@@ -454,5 +454,5 @@ def test_the_embedded_teacher_is_asked_like_any_other(store):
     (answer,) = ask(questions("What is 2 + 2?"), pocket, store, run="r")
     assert answer.complete
     assert ask(questions("What is 2 + 2?"), pocket, store, run="r")[0].hit
-    assert identity_of(pocket).startswith("pocket ")
-    assert body_of(questions("a")[0], pocket)["model"] == "pocket"
+    assert endpoint_identity(pocket).startswith("pocket ")
+    assert request_body(questions("a")[0], pocket)["model"] == "pocket"

@@ -16,6 +16,7 @@ import orjson
 import pytest
 from batches import BatchApi, never, refused, replied, serving
 from server import attempts, completion, questions, raises
+from tapir_local.records.noop import quiet
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Price, Teacher
@@ -25,13 +26,13 @@ from tapir_local.store.queries import billed_to_run
 from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE_BYTES
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.batch_api import BOUNDS, Bounds
-from tapir_local.teacher.batch_lines import divided, has_ended, line_of, read_lines
-from tapir_local.teacher.budget import Purse
-from tapir_local.teacher.endpoint import body_of
-from tapir_local.teacher.session import Asking, quiet
+from tapir_local.teacher.batch_api import batch_line, has_ended, parse_result_lines, split_into_batches
+from tapir_local.teacher.budget import BudgetTracker
+from tapir_local.teacher.endpoint import request_body
+from tapir_local.teacher.pending_batches import DEFAULT_BATCH_LIMITS, BatchLimits
+from tapir_local.teacher.session import AskSession
 
-FAST = Bounds(first_wait=0.02, longest_wait=0.05, settle=0.3)
+FAST = BatchLimits(first_wait=0.02, longest_wait=0.05, settle=0.3)
 ROOT = Path(__file__).parents[2]
 
 
@@ -98,7 +99,7 @@ def test_what_is_uploaded_and_kept(server, store):
     answers = ask(asked, settings, store, run="r", bounds=FAST)
     lines = [json.loads(line) for line in server.files["file-0"].splitlines()]
     assert [line["custom_id"] for line in lines] == [answer.key for answer in answers[:2]]
-    assert [line["body"] for line in lines] == [body_of(request, settings) for request in asked[:2]]
+    assert [line["body"] for line in lines] == [request_body(request, settings) for request in asked[:2]]
     assert {(line["method"], line["url"]) for line in lines} == {("POST", "/v1/chat/completions")}
     ((sent),) = server.batches.values()
     assert (sent["endpoint"], sent["completion_window"]) == ("/v1/chat/completions", "24h")
@@ -122,39 +123,44 @@ def test_an_answer_by_batch_serves_the_live_run_and_the_other_way_round(server, 
 def test_a_batch_is_no_larger_than_the_budget_and_the_rest_follows_when_it_is_raised(server, store):
     priced = teacher(server, price=Price(input=10.0, output=20.0))
     with pytest.raises(TapirError, match="calls 5 of 5"):
-        ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=Purse(Budget(calls=5)))
+        ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=BudgetTracker(Budget(calls=5)))
     assert [len(batch["lines"]) for batch in server.batches.values()] == [5]
-    answers = ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=Purse(Budget(calls=3)))
+    answers = ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=BudgetTracker(Budget(calls=3)))
     assert texts(answers) == [f"re: {word}" for word in words(8)]
     assert [len(batch["lines"]) for batch in server.batches.values()] == [5, 3]
     assert set(table(store, "select price from calls")) == {(0.5 * (7 * 10 + 3 * 20) / 1e6,)}
 
 
 def test_too_many_requests_for_a_file_become_several_batches(server, store):
-    answers = by_batch(words(8), teacher(server), store, Bounds(3, 10**6, 0.02, 0.05, 0.3))
+    answers = by_batch(words(8), teacher(server), store, BatchLimits(3, 10**6, 0.02, 0.05, 0.3))
     assert texts(answers) == [f"re: {word}" for word in words(8)]
     assert [len(batch["lines"]) for batch in server.batches.values()] == [3, 3, 2]
     assert sorted(server.paid) == words(8)
 
 
 def test_parts_are_as_large_as_may_be(server, store):
-    jobs = Asking(questions(*words(7)), teacher(server), store, "r", quiet).look_up()
-    length = len(line_of(jobs[0]))
-    assert [len(part) for part in divided(jobs, 100, 3 * length)] == [3, 3, 1]
-    assert [len(part) for part in divided(jobs, 100, 3 * length - 1)] == [2, 2, 2, 1]
-    assert [len(part) for part in divided(jobs, 2, 10**9)] == [2, 2, 2, 1]
-    assert [len(part) for part in divided(jobs, 100, 1)] == [1] * 7
-    assert [job for part in divided(jobs, 2, 10**9) for job in part] == jobs
-    assert list(divided([], 2, 2)) == []
+    jobs = AskSession(questions(*words(7)), teacher(server), store, "r", quiet).look_up()
+    length = len(batch_line(jobs[0]))
+    assert [len(part) for part in split_into_batches(jobs, 100, 3 * length)] == [3, 3, 1]
+    assert [len(part) for part in split_into_batches(jobs, 100, 3 * length - 1)] == [2, 2, 2, 1]
+    assert [len(part) for part in split_into_batches(jobs, 2, 10**9)] == [2, 2, 2, 1]
+    assert [len(part) for part in split_into_batches(jobs, 100, 1)] == [1] * 7
+    assert [job for part in split_into_batches(jobs, 2, 10**9) for job in part] == jobs
+    assert list(split_into_batches([], 2, 2)) == []
 
 
 def test_the_limits_are_the_vendors():
-    assert (BOUNDS.requests, BOUNDS.size, BOUNDS.first_wait, BOUNDS.longest_wait) == (50_000, 200_000_000, 5.0, 60.0)
+    assert (
+        DEFAULT_BATCH_LIMITS.requests,
+        DEFAULT_BATCH_LIMITS.size,
+        DEFAULT_BATCH_LIMITS.first_wait,
+        DEFAULT_BATCH_LIMITS.longest_wait,
+    ) == (50_000, 200_000_000, 5.0, 60.0)
 
 
 def test_lines_that_are_none_are_left_out():
     raw = b'{"custom_id": "00ff", "x": 1}\n\nnot json\n{"custom_id": "row-1"}\n{"id": 3}\n[]\n{"custom_id": 3}\n'
-    assert read_lines(raw) == {b"\x00\xff": {"custom_id": "00ff", "x": 1}}
+    assert parse_result_lines(raw) == {b"\x00\xff": {"custom_id": "00ff", "x": 1}}
 
 
 def test_a_batch_has_ended_when_the_answers_it_counts_can_be_fetched():
@@ -349,7 +355,7 @@ def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
 
 def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
     """Someone has the key of `b`; when he lets go of it without an answer, it goes into a batch of its own."""
-    asking = Asking(questions("a", "b"), teacher(server), store, "r", quiet)
+    asking = AskSession(questions("a", "b"), teacher(server), store, "r", quiet)
     key = asking.look_up()[1].key
     assert store.claim(key)
     threading.Timer(0.5, lambda: store.release(key)).start()
@@ -416,7 +422,7 @@ def test_a_batch_that_does_not_pass_validation_stops_with_the_servers_words(serv
 
 def test_what_finds_no_room_is_submitted_when_others_are_done(server, store):
     server.room, server.looks = 4, 3
-    answers = by_batch(words(9), teacher(server), store, Bounds(2, 10**6, 0.02, 0.05, 0.3))
+    answers = by_batch(words(9), teacher(server), store, BatchLimits(2, 10**6, 0.02, 0.05, 0.3))
     assert texts(answers) == [f"re: {word}" for word in words(9)]
     assert sorted(server.paid) == words(9)
     refused = [batch for batch in server.batches.values() if batch["status"] == "failed"]
@@ -457,7 +463,7 @@ def test_answers_deleted_on_the_server_are_asked_again(server, store):
 
 def test_answers_that_were_lost_on_the_server_count_as_billed(server, store):
     server.statuses = {"GET /files": [404, 404]}
-    purse = Purse(Budget(calls=2, tokens=5000))
+    purse = BudgetTracker(Budget(calls=2, tokens=5000))
     assert texts(by_batch(["a"], teacher(server), store, purse=purse)) == ["re: a"]
     assert (purse.spent.calls, purse.estimated.calls) == (2, 1)
     store.flush()

@@ -22,7 +22,7 @@ from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Store
 from tapir_local.teacher import http
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.budget import Cost, Purse
+from tapir_local.teacher.budget import BudgetTracker, Cost
 
 BUDGETS = {"calls": Budget(calls=12), "tokens": Budget(tokens=1500), "money": Budget(money=0.008)}
 SETTINGS = {"price": PRICE, "attempts": 2, "concurrency": 6}
@@ -35,9 +35,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "backoff", lambda tries, chance: 0.01)
 
 
-def purse_of(store: Path, budget: Budget) -> Purse:
+def purse_of(store: Path, budget: Budget) -> BudgetTracker:
     """The purse of a run's next start."""
-    return Purse(budget, counted(store), Cost(*billed_to_run(store, "r", estimated=True)))
+    return BudgetTracker(budget, counted(store), Cost(*billed_to_run(store, "r", estimated=True)))
 
 
 def counted(store: Path) -> Cost:
@@ -110,7 +110,7 @@ from pathlib import Path
 sys.path[:0] = ["tests", "tests/teacher"]
 from test_billing import *
 from server import Server
-http.GRACE = 0.1
+http.INTERRUPT_GRACE_SECONDS = 0.1
 server, budget = Server(port=int(sys.argv[1])), Budget.model_validate_json(sys.argv[3])
 print("asking", flush=True)
 print(start(server, Path(sys.argv[2]), budget, words(60)))
@@ -170,16 +170,16 @@ def test_a_budget_needs_a_bound_of_the_replies(
     server: Server, store: Store, budget: Budget, extra: dict[str, object]
 ) -> None:
     with raises("teacher.extra") as caught:
-        ask(questions("a"), teacher(server, price=PRICE, extra=extra), store, run="r", purse=Purse(budget))
+        ask(questions("a"), teacher(server, price=PRICE, extra=extra), store, run="r", purse=BudgetTracker(budget))
     assert "max_completion_tokens: 1024" in str(caught.value)
     assert not server.bodies
 
 
 def test_calls_alone_need_no_bound_and_a_bound_of_another_name_will_do(server: Server, store: Store) -> None:
     free = teacher(server, extra={"max_tokens": None})
-    assert ask(questions("a"), free, store, run="r", purse=Purse(Budget(calls=5)))[0].complete
+    assert ask(questions("a"), free, store, run="r", purse=BudgetTracker(Budget(calls=5)))[0].complete
     named = teacher(server, extra={"max_tokens": None, "max_completion_tokens": 50})
-    assert ask(questions("a"), named, store, run="r", purse=Purse(Budget(tokens=500)))[0].complete
+    assert ask(questions("a"), named, store, run="r", purse=BudgetTracker(Budget(tokens=500)))[0].complete
 
 
 def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_more(
@@ -187,7 +187,7 @@ def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_m
 ) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: answering(lambda prompt, written: usage(20, 900))(Biller(), handler, body)
-    purse = Purse(Budget(tokens=4000))
+    purse = BudgetTracker(Budget(tokens=4000))
     with raises("tokens 3,680 of 4,000"):
         ask(
             questions(*words(30), max_tokens=40),
@@ -208,7 +208,7 @@ def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_m
 def test_a_reply_without_token_counts_is_counted_at_its_most_and_said_once(server: Server, store: Store) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: BEHAVIOURS["usage null"](Biller(), handler, body)
-    purse = Purse(Budget(tokens=10_000))
+    purse = BudgetTracker(Budget(tokens=10_000))
     for word in ("a", "b"):
         ask(questions(word, max_tokens=40), teacher(server), store, run="r", purse=purse, warn=told.append)
     assert len(told) == 1
@@ -217,13 +217,13 @@ def test_a_reply_without_token_counts_is_counted_at_its_most_and_said_once(serve
 
 
 def test_the_error_names_the_limit_that_was_met_and_a_value_that_would_do(server: Server, store: Store) -> None:
-    purse = Purse(Budget(money=0.002, calls=1000))
+    purse = BudgetTracker(Budget(money=0.002, calls=1000))
     priced = teacher(server, price=PRICE, concurrency=1)
     with raises("the budget is spent: money 0.00") as caught:
         ask(questions(*words(100), max_tokens=40), priced, store, run="r", purse=purse)
     assert "calls" not in str(caught.value)
     assert "--set budget.money=0.0025" in str(caught.value)
-    purse = Purse(Budget(money=0.0025, calls=1000), counted_in(store))
+    purse = BudgetTracker(Budget(money=0.0025, calls=1000), counted_in(store))
     before = len(server.bodies)
     with raises("the budget is spent"):
         ask(questions(*words(100), max_tokens=40), priced, store, run="r", purse=purse)
@@ -238,7 +238,7 @@ def counted_in(store: Store) -> Cost:
 def test_what_is_estimated_is_told_apart(server: Server, store: Store) -> None:
     server.otherwise = lambda handler, body: worked_then(late)(Biller(), handler, body)
     with raises("(2 of it for replies that never came"):
-        ask(questions("a"), teacher(server, timeout=0.1), store, run="r", purse=Purse(Budget(calls=2)))
+        ask(questions("a"), teacher(server, timeout=0.1), store, run="r", purse=BudgetTracker(Budget(calls=2)))
     assert [why for _, why in attempts(store)] == ["no answer within 0.1 s"] * 2
 
 

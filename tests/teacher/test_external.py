@@ -19,7 +19,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.rundir import RunDir
 from tapir_local.store.queries import count_uses, get_call, list_uses, verify_calls
 from tapir_local.store.store import Store
-from tapir_local.teacher.external import Given, Taken, read_answers, reasons, take
+from tapir_local.teacher.external import ImportedRow, ImportResult, format_refused_rows, import_answers, read_answers
 
 TEACHER = Teacher(
     base_url="http://teacher.invalid/v1", model="big", temperature=0.3, max_tokens=99, extra={"top_p": 0.9}
@@ -48,10 +48,10 @@ def written(file: Path, rows: list[Any], lines: bool = False) -> Path:
     return file
 
 
-def imported(store: Path, file: Path, teacher: Teacher = TEACHER, requests: Path | None = None) -> Taken:
+def imported(store: Path, file: Path, teacher: Teacher = TEACHER, requests: Path | None = None) -> ImportResult:
     rows, found = read_answers(file, teacher, requests)
     with Store(store) as opened:
-        take(opened, teacher, rows, file, found)
+        import_answers(opened, teacher, rows, file, found)
     return found
 
 
@@ -173,7 +173,7 @@ PART = [{"type": "text", "text": "Hello"}, {"type": "image_url", "image_url": {"
 def test_a_row_that_is_not_whole_is_refused_and_named(store: Path, file: Path, row: dict[str, Any], why: str) -> None:
     found = imported(store, written(file, [ALPACA[0], row, ALPACA[1]], lines=True))
     assert (found.new, dict(found.refused)) == (2, {why: [2]})
-    assert reasons(found) == f"1 {why} (line 2)"
+    assert format_refused_rows(found) == f"1 {why} (line 2)"
 
 
 def test_a_file_without_a_whole_row_says_why(file: Path) -> None:
@@ -313,5 +313,5 @@ def test_a_batch_without_its_requests(file: Path, requests: Path) -> None:
 
 def test_a_row_is_given_with_its_prompt(file: Path) -> None:
     rows, _ = read_answers(written(file, ALPACA), TEACHER)
-    assert [type(row) for row in rows] == [Given, Given]
+    assert [type(row) for row in rows] == [ImportedRow, ImportedRow]
     assert rows[0].prompt[0].content == "Add the numbers.\n\n2, 3"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from models import CHATML, make_model
+from tapir_local.records.noop import quiet
 
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
@@ -30,10 +31,10 @@ from tapir_local.store import keys
 from tapir_local.store.rows import Call
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.budget import Purse
-from tapir_local.teacher.endpoint import body_of, identity_of
-from tapir_local.teacher.gguf import answer_here
-from tapir_local.teacher.session import Asking, quiet
+from tapir_local.teacher.budget import BudgetTracker
+from tapir_local.teacher.endpoint import endpoint_identity, request_body
+from tapir_local.teacher.gguf import answer_with_gguf
+from tapir_local.teacher.session import AskSession
 
 WORDS = [f"What is {number} times {number + 7}?" for number in range(12)]
 
@@ -202,8 +203,8 @@ def test_the_schema_is_sent_to_nobody_else() -> None:
     (request,) = questions("a", schema=prompts.JUDGEMENT)
     (plain,) = questions("a")
     endpoint = Teacher(model="m")
-    assert body_of(request, endpoint) == body_of(plain, endpoint)
-    assert keys.canonical_json(body_of(plain, endpoint)) == (
+    assert request_body(request, endpoint) == request_body(plain, endpoint)
+    assert keys.canonical_json(request_body(plain, endpoint)) == (
         b'{"max_tokens":8,"messages":[{"content":"Be brief.","role":"system"},{"content":"a","role":"user"}],'
         b'"model":"m","temperature":0}'
     )
@@ -250,7 +251,7 @@ def test_a_killed_run_keeps_what_was_answered(gguf, tmp_path) -> None:
 @pytest.mark.parametrize("answered", [True, False])
 def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> None:
     request = questions(WORDS[0])[0]
-    text = keys.request_text(identity_of(teacher(gguf)), body_of(request, teacher(gguf)), 0)
+    text = keys.request_text(endpoint_identity(teacher(gguf)), request_body(request, teacher(gguf)), 0)
     got: list[list[Answer]] = []
     others_done = threading.Event()
 
@@ -279,10 +280,10 @@ def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> No
 
 def test_a_budget_is_never_passed_and_what_was_answered_stays(gguf, store) -> None:
     with pytest.raises(TapirError, match="calls 5 of 5"):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=Purse(Budget(calls=5)))
+        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=BudgetTracker(Budget(calls=5)))
     assert rows(store, "select count(*) from calls") == [(5,)]
     with pytest.raises(TapirError, match="the budget is spent"):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=Purse(Budget(tokens=300)))
+        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=BudgetTracker(Budget(tokens=300)))
     answers = ask(questions(*WORDS), teacher(gguf), store, run="r")
     assert sum(answer.hit for answer in answers) > 5
     assert texts(answers) == [text for text, _ in alone(gguf)]
@@ -351,14 +352,14 @@ def test_the_context_is_the_models_own_at_the_most(gguf, store) -> None:
 
 def test_a_gguf_is_its_bytes_and_what_runs_it(gguf) -> None:
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    assert identity_of(teacher(gguf)) == f"gguf {digest} llama.cpp {version('llama-cpp-python')}"
-    assert identity_of(teacher(gguf, alias="mine")) == "mine"
+    assert endpoint_identity(teacher(gguf)) == f"gguf {digest} llama.cpp {version('llama-cpp-python')}"
+    assert endpoint_identity(teacher(gguf, alias="mine")) == "mine"
 
 
 def test_golden_body_and_key() -> None:
     """As for the other kinds: an upgrade may not ask again what took hours."""
     (request,) = questions("a", schema=prompts.JUDGEMENT, temperature=0.7)
-    body = body_of(request, teacher(Path("any.gguf")))
+    body = request_body(request, teacher(Path("any.gguf")))
     assert list(body) == ["messages", "temperature", "max_tokens", "response_format"]
     assert body["response_format"]["json_schema"]["schema"] == prompts.JUDGEMENT
     assert (
@@ -370,23 +371,23 @@ def test_golden_body_and_key() -> None:
 def test_every_part_of_a_split_gguf_counts(tmp_path) -> None:
     parts = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
     with pytest.raises(TapirError, match="no such GGUF"):
-        identity_of(teacher(parts[0]))
+        endpoint_identity(teacher(parts[0]))
     parts[0].write_text("one")
     with pytest.raises(TapirError, match="m-00002-of-00002"):
-        identity_of(teacher(parts[0]))
+        endpoint_identity(teacher(parts[0]))
     seen = []
     for text in ("two", "three"):
         parts[1].write_text(text)
-        seen.append(identity_of(teacher(parts[0])))
+        seen.append(endpoint_identity(teacher(parts[0])))
     assert seen[0] != seen[1]
 
 
 def test_a_path_is_from_the_current_folder_or_from_home(gguf, monkeypatch) -> None:
-    there = identity_of(teacher(gguf))
+    there = endpoint_identity(teacher(gguf))
     monkeypatch.chdir(gguf.parent)
     monkeypatch.setenv("HOME", str(gguf.parent))
-    assert identity_of(teacher(Path("teacher.gguf"))) == there
-    assert identity_of(teacher(Path("~/teacher.gguf"))) == there
+    assert endpoint_identity(teacher(Path("teacher.gguf"))) == there
+    assert endpoint_identity(teacher(Path("~/teacher.gguf"))) == there
 
 
 def test_a_template_without_a_system_turn_is_given_its_words_all_the_same(tmp_path, store) -> None:
@@ -400,11 +401,11 @@ def test_a_template_without_a_system_turn_is_given_its_words_all_the_same(tmp_pa
 
 
 def test_a_file_that_is_changed_before_it_is_opened_answers_nothing(gguf, store, llama) -> None:
-    asking = Asking(questions("a"), teacher(gguf), store, "r", quiet)
+    asking = AskSession(questions("a"), teacher(gguf), store, "r", quiet)
     jobs = asking.look_up()
     shutil.copy(llama.gguf, gguf)
     with pytest.raises(TapirError, match="changed meanwhile"):
-        answer_here(asking, jobs)
+        answer_with_gguf(asking, jobs)
     store.flush()
     assert rows(store, "select count(*) from calls") == [(0,)]
 

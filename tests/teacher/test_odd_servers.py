@@ -34,11 +34,11 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.store.reply import ReplyOptions, parse_reply
 from tapir_local.store.store import Store
-from tapir_local.teacher import http, wire
+from tapir_local.teacher import http, responses
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.endpoint import hidden, in_the_clear
-from tapir_local.teacher.refusals import trouble_of, unreadable
-from tapir_local.teacher.streaming import joined
+from tapir_local.teacher.endpoint import mask_key, unencrypted_key_warning
+from tapir_local.teacher.refusals import classify_error_response, classify_unreadable_reply
+from tapir_local.teacher.responses import join_stream
 
 NAMES = [
     "choices",
@@ -437,7 +437,7 @@ def test_statuses_give_their_own_advice_at_once(server, store, code, message, ki
 
 
 def test_a_server_that_loads_its_model_is_waited_for_without_using_attempts(server, store, monkeypatch):
-    monkeypatch.setattr(http, "LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(http, "LOADING_POLL_SECONDS", 0.02)
     server.otherwise = loading(30)
     told = []
     answers = ask(questions("a"), teacher(server, attempts=1), store, run="r", tell=lambda *seen: told.append(seen))
@@ -446,11 +446,11 @@ def test_a_server_that_loads_its_model_is_waited_for_without_using_attempts(serv
 
 
 def test_it_is_not_waited_for_for_ever(server, store, monkeypatch):
-    monkeypatch.setattr(http, "LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(http, "LOADING_POLL_SECONDS", 0.02)
     server.otherwise = loading(10**6)
     with raises("Loading model; the server still loads its model after"):
         ask(questions("a"), teacher(server), store, run="r", patience=0.2)
-    assert http.LOADS >= 120
+    assert http.MAX_LOADING_SECONDS >= 120
 
 
 @pytest.mark.parametrize("code", [520, 521, 522, 523, 524, 529])
@@ -503,7 +503,7 @@ def test_the_words_for_a_connection_do_not_speak_of_ssl(store):
 
 
 def test_a_reply_without_end_is_not_read_to_its_end(server, store, monkeypatch):
-    monkeypatch.setattr(wire, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(responses, "MAX_REPLY_BYTES", 1 << 20)
     bomb = gzip.compress(json.dumps(completion("a" * (4 << 20))).encode())
     server.faults["1"] = [brings(bomb, content_encoding="gzip")] * 2
     answers = ask(questions("0", "1"), teacher(server, concurrency=1), store, run="r")
@@ -639,12 +639,12 @@ def test_whatever_json_comes_is_read_or_refused_in_words(value, strip):
     reading = ReplyOptions("strip" if strip else "keep", 5)
     with suppress(ValueError):
         parse_reply(raw, reading).text.encode()
-    trouble = unreadable(raw, {}, Teacher(model="m"))
+    trouble = classify_unreadable_reply(raw, {}, Teacher(model="m"))
     assert trouble.why
     assert trouble.fix
     trouble.why.encode()
     for code in (301, 400, 401, 404, 422, 429, 500, 503):
-        assert trouble_of(httpx2.Response(code, content=raw), Teacher(model="m")).why.startswith(str(code))
+        assert classify_error_response(httpx2.Response(code, content=raw), Teacher(model="m")).why.startswith(str(code))
 
 
 @given(JSON)
@@ -659,9 +659,9 @@ def test_whatever_stands_in_a_completions_place_is_read_or_refused(value):
 def test_whatever_bytes_come_are_refused_in_words(raw):
     with pytest.raises(ValueError, match=r"."):
         parse_reply(raw)
-    assert unreadable(raw, {}, Teacher(model="m")).why
+    assert classify_unreadable_reply(raw, {}, Teacher(model="m")).why
     with suppress(ValueError):
-        joined(b"data: " + raw + b"\n\n")
+        join_stream(b"data: " + raw + b"\n\n")
 
 
 # Streams
@@ -715,14 +715,14 @@ def test_pieces_of_a_stream():
         return b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\r\n\r\n"
 
     halves = chunk(content="\ud83d") + chunk(content="\ude00") + b"data: [DONE]\r\n\r\n"
-    assert parse_reply(joined(halves)).text == "\U0001f600"
-    assert parse_reply(joined(halves)).finish == "stop"
+    assert parse_reply(join_stream(halves)).text == "\U0001f600"
+    assert parse_reply(join_stream(halves)).finish == "stop"
     other = b'data: {"choices": [{"index": 1, "delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n'
-    assert parse_reply(joined(other + chunk(content="y") + b"data: [DONE]\n\n")).text == "y"
+    assert parse_reply(join_stream(other + chunk(content="y") + b"data: [DONE]\n\n")).text == "y"
     with pytest.raises(ValueError, match="broke off"):
-        joined(chunk(content="half"))
+        join_stream(chunk(content="half"))
     with pytest.raises(ValueError, match="not a chat completion"):
-        parse_reply(joined(b"data: [DONE]\n\n"))
+        parse_reply(join_stream(b"data: [DONE]\n\n"))
 
 
 # Thoughts and keys
@@ -766,7 +766,7 @@ class Client:
     ],
 )
 def test_only_what_can_be_a_secret_is_masked(key, said, shown):
-    assert hidden(said, Client(key)) == shown
+    assert mask_key(said, Client(key)) == shown
 
 
 def test_a_short_key_hides_no_words_of_the_server(server, store, monkeypatch):
@@ -808,12 +808,12 @@ def test_a_key_that_no_header_can_carry_is_named(server, store, monkeypatch, key
     ],
 )
 def test_a_key_in_the_clear_is_told(url, key, warned):
-    assert ("goes unencrypted" in in_the_clear(Teacher(base_url=url, model="m"), key)) == warned
+    assert ("goes unencrypted" in unencrypted_key_warning(Teacher(base_url=url, model="m"), key)) == warned
 
 
 def test_it_is_told_once(store, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    monkeypatch.setattr(http, "WARNED", set())
+    monkeypatch.setattr(http, "WARNED_ENDPOINTS", set())
     told = []
     for _ in range(2):
         with raises("no connection"):

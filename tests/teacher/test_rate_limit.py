@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from tapir_local.teacher.rate_limit import LONGEST_GAP, SPREAD, Line, Pace
+from tapir_local.teacher.rate_limit import MAX_GAP_SECONDS, PACING_SPREAD, RequestPacer, SendQueue
 
 
 def after(replies: str, most: int = 64) -> float:
     """The limit after answers (.) and refusals (x)."""
 
     async def run() -> float:
-        line: Line[int] = Line([], most)
+        line: SendQueue[int] = SendQueue([], most)
         for reply in replies:
             line.answered() if reply == "." else line.refused()
         return line.limit
@@ -35,7 +35,7 @@ def test_the_share_of_refusals_decides(replies: str, least: int, most: int) -> N
 
 def test_refusals_of_everything_are_counted_over() -> None:
     async def run() -> list[int]:
-        line: Line[int] = Line([], 4)
+        line: SendQueue[int] = SendQueue([], 4)
         counts = [line.refused() for _ in range(9)]
         line.answered()
         return [*counts, line.refused()]
@@ -48,7 +48,7 @@ def test_refusals_of_everything_are_counted_over() -> None:
 
 def test_what_is_put_back_goes_before_what_waits() -> None:
     async def run() -> list[int | None]:
-        line: Line[int] = Line([1, 2, 3], 1)
+        line: SendQueue[int] = SendQueue([1, 2, 3], 1)
         first = await line.next(0)
         assert first is not None
         line.later(first, 0.0)
@@ -60,7 +60,7 @@ def test_what_is_put_back_goes_before_what_waits() -> None:
 
 def test_a_worker_beyond_the_limit_rests_until_it_rises() -> None:
     async def run() -> bool:
-        line: Line[int] = Line([1, 2, 3], 2)
+        line: SendQueue[int] = SendQueue([1, 2, 3], 2)
         for _ in range(4):
             line.refused()
         with pytest.raises(TimeoutError):
@@ -73,9 +73,9 @@ def test_a_worker_beyond_the_limit_rests_until_it_rises() -> None:
     assert asyncio.run(run())
 
 
-def paced(seconds: float, count: int = 40) -> Pace:
+def paced(seconds: float, count: int = 40) -> RequestPacer:
     """After so many replies that took so long."""
-    pace = Pace()
+    pace = RequestPacer()
     for _ in range(count):
         pace.took(seconds)
     return pace
@@ -84,14 +84,14 @@ def paced(seconds: float, count: int = 40) -> Pace:
 def test_requests_are_spread_over_a_reply_but_never_held_up() -> None:
     pace = paced(0.2)
     waits = [pace.turn(100.0, 64) for _ in range(64)]
-    assert waits == pytest.approx([number * SPREAD * 0.2 / 64 for number in range(64)])
+    assert waits == pytest.approx([number * PACING_SPREAD * 0.2 / 64 for number in range(64)])
     assert waits[-1] < 0.2
     assert pace.turn(200.0, 64) == 0
 
 
 def test_long_replies_do_not_make_long_gaps() -> None:
     pace = paced(60.0)
-    assert [pace.turn(0.0, 4) for _ in range(3)] == pytest.approx([0.0, LONGEST_GAP, 2 * LONGEST_GAP])
+    assert [pace.turn(0.0, 4) for _ in range(3)] == pytest.approx([0.0, MAX_GAP_SECONDS, 2 * MAX_GAP_SECONDS])
 
 
 def test_nothing_is_spread_until_some_replies_came() -> None:

@@ -11,7 +11,7 @@ from tapir_local.store.store import Store, explain_store_errors
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class PendingBatch:
     """A batch that was submitted, or was about to be when its process ended.
 
     `file` and `server` are the endpoint's ids of its input and of itself, "" while not known; `state` is what was last
@@ -25,7 +25,7 @@ class Sent:
     created: float = 0.0
 
 
-class Away:
+class PendingBatches:
     """The batches in a store's file, for one thread at a time; each change is on the disk when its method returns.
 
     With a store that writes nothing there are none. TapirError when the file cannot be used.
@@ -49,16 +49,16 @@ class Away:
         """Whether the answer to a key is to come from a batch."""
         return bool(self._rows("select 1 from batch_keys k join batches b on b.tag = k.tag where k.key = ?", key))
 
-    def holding(self, endpoint: str) -> list[tuple[Sent, list[bytes]]]:
+    def holding(self, endpoint: str) -> list[tuple[PendingBatch, list[bytes]]]:
         """The endpoint's batches with answers still to be fetched, oldest first, and their keys in order."""
         rows = self._rows(
             "select b.tag, b.file, b.server, b.state, b.created, k.key from batches b"
             " join batch_keys k on k.tag = b.tag where b.endpoint = ? order by b.created, b.tag, k.key",
             endpoint,
         )
-        found: dict[Sent, list[bytes]] = {}
+        found: dict[PendingBatch, list[bytes]] = {}
         for *fields, key in rows:
-            found.setdefault(Sent(*fields), []).append(key)
+            found.setdefault(PendingBatch(*fields), []).append(key)
         return list(found.items())
 
     def keys(self, tag: str) -> set[bytes]:
@@ -106,9 +106,9 @@ class Away:
                 self._conn.executemany(sql, rows)
 
 
-def left_away(store: Store, endpoint: str, asked: frozenset[bytes]) -> str:
+def describe_pending_batches(store: Store, endpoint: str, asked: frozenset[bytes]) -> str:
     """What to tell whoever stops while the keys `asked` are without an answer; "" where no batch holds any of them."""
-    with Away(store) as away:
+    with PendingBatches(store) as away:
         made = [keys for batch, keys in away.holding(endpoint) if batch.file]
     owed = [count for keys in made if (count := len(asked.intersection(keys)))]
     if not owed:
