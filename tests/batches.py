@@ -1,4 +1,4 @@
-"""A small Batch API on loopback beside the live one: files, batches, lists in pages, and what can go wrong."""
+"""A small Batch API on loopback beside the live API: files, batches, paged lists, and faults."""
 
 import json
 import threading
@@ -30,10 +30,10 @@ def never(code: str) -> Line:
 
 @dataclass
 class BatchApi:
-    """What the server holds, whom it charged, and what it will do wrong.
+    """The server's files and batches, what it billed, and its faults.
 
     `ends` are the statuses with which the next batches end ("completed" when there are no more); an expired or
-    cancelled one has answered the first half of its requests. `faults` are lines by the user's words, `statuses` codes
+    cancelled one has answered the first half of its requests. `faults` are result lines by user text, `statuses` codes
     by the beginning of a request, one after another. `held` batches stay in progress. `room` is how many requests may
     be in batches that have not ended. Live requests wait for `gate`.
     """
@@ -67,7 +67,7 @@ class BatchApi:
         return name
 
     def submit(self, file: str, metadata: Any = None) -> dict[str, Any]:
-        """A batch of an uploaded file."""
+        """Create a batch of an uploaded file."""
         lines = [json.loads(line) for line in self.files[file].splitlines()]
         number = len(self.batches)
         counts = {"total": 0, "completed": 0, "failed": 0}
@@ -79,7 +79,7 @@ class BatchApi:
         return self.batches[made["id"]]
 
     def move(self, batch: dict[str, Any]) -> None:
-        """A look at a batch brings it on: validated, in progress, ended."""
+        """Each status request advances a batch: validating, in progress, ended."""
         counts, lines = batch["request_counts"], batch["lines"]
         if batch["status"] == "validating":
             waiting = sum(other["request_counts"]["total"] for other in self.batches.values() if not ended(other))
@@ -126,7 +126,7 @@ class BatchApi:
         return {"object": "list", "data": page, "has_more": start + self.page < len(newest)}
 
     def answer(self, handler: BaseHTTPRequestHandler, raw: bytes) -> None:
-        """One request of a client."""
+        """Handle one request of a client."""
         parts = urlsplit(handler.path)
         name = f"{handler.command} {parts.path.removeprefix('/v1')}"
         if self.gate and name == "POST /chat/completions":
@@ -180,7 +180,7 @@ def shown(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def uploaded(kind: str, raw: bytes) -> bytes:
-    """The file in a form; its purpose is looked at too."""
+    """The file in a form; its purpose is checked too."""
     form = message_from_bytes(b"content-type: " + kind.encode() + b"\r\n\r\n" + raw)
     parts = {
         part.get_param("name", header="content-disposition"): part.get_payload(decode=True) for part in form.walk()
@@ -200,7 +200,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: Any, kind: str = "a
 
 @contextmanager
 def serving() -> Iterator[BatchApi]:
-    """The server, while the block lasts."""
+    """Run the server inside the block."""
     known = BatchApi()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""A server on loopback that keeps its own bill: whatever it worked on is billed, whether or not the reply arrives."""
+"""A server on loopback that keeps its own bill: all its work is billed, whether or not the reply arrives."""
 
 import random
 import time
@@ -18,7 +18,7 @@ LATE = 0.3  # seconds that a late reply takes, longer than the tests wait
 WORDS = "an answer of some words, made up of this and that "
 
 Handler = BaseHTTPRequestHandler
-Behaviour = Callable[["Biller", Handler, dict[str, Any]], None]
+Behavior = Callable[["Biller", Handler, dict[str, Any]], None]
 
 
 @dataclass
@@ -58,8 +58,8 @@ def reply(handler: Handler, counts: Any, text: str = WORDS, finish: str = "stop"
     send(handler, 200, body if counts is Ellipsis else {**body, "usage": counts})
 
 
-def answering(counts: Callable[[int, int], Any], least: int = 1, **fields: Any) -> Behaviour:
-    """A whole answer whose usage is what `counts` makes of the tokens."""
+def answering(counts: Callable[[int, int], Any], least: int = 1, **fields: Any) -> Behavior:
+    """Send a complete answer whose usage is computed by `counts`."""
 
     def behave(biller: Biller, handler: Handler, body: dict[str, Any]) -> None:
         reply(handler, counts(*biller.work(body, least)), **fields)
@@ -67,8 +67,8 @@ def answering(counts: Callable[[int, int], Any], least: int = 1, **fields: Any) 
     return behave
 
 
-def worked_then(fault: Callable[[Handler], None]) -> Behaviour:
-    """The work is done, and no answer comes of it."""
+def worked_then(fault: Callable[[Handler], None]) -> Behavior:
+    """Do the work, then fail to answer."""
 
     def behave(biller: Biller, handler: Handler, body: dict[str, Any]) -> None:
         biller.work(body)
@@ -77,8 +77,8 @@ def worked_then(fault: Callable[[Handler], None]) -> Behaviour:
     return behave
 
 
-def refused(status: int, **headers: str) -> Behaviour:
-    """Refused before any work."""
+def refused(status: int, **headers: str) -> Behavior:
+    """Refuse before any work."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda biller, handler, body: send(handler, status, {"error": {"message": "no"}}, named)
 
@@ -99,13 +99,13 @@ def broken_body(handler: Handler) -> None:
     handler.connection.close()
 
 
-def failing(status: int) -> Behaviour:
+def failing(status: int) -> Behavior:
     return worked_then(lambda handler: send(handler, status, {"error": {"message": "failed after the work"}}))
 
 
-HALF = 2  # of what is generated, the part that is hidden reasoning
+HALF = 2  # divisor: the part of the generated tokens that is hidden reasoning
 
-BEHAVIOURS: dict[str, Behaviour] = {
+BEHAVIOURS: dict[str, Behavior] = {
     "answers": answering(usage),
     "late": worked_then(late),
     "connection breaks": worked_then(lambda handler: dropped(handler, {})),
@@ -171,7 +171,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 }
 
 
-def behaving(server: Server, biller: Biller, *behaviours: Behaviour, seed: int = 1) -> None:
-    """Let the server do one of these, drawn for each request."""
+def behaving(server: Server, biller: Biller, *behaviours: Behavior, seed: int = 1) -> None:
+    """Let the server do one of these behaviors, drawn at random for each request."""
     chance = random.Random(seed)
     server.otherwise = lambda handler, body: chance.choice(behaviours)(biller, handler, body)

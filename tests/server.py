@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the chat API and fails in every way we know of, and requests to ask it."""
+"""A server on loopback that speaks the chat API and fails in every known way, and requests to send it."""
 
 import json
 import sqlite3
@@ -22,9 +22,9 @@ Fault = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
 @dataclass
 class Server:
-    """What it was asked, and what it will do wrong: `faults` by the user's words, one after another.
+    """Records what it was asked. `faults` holds, per user text, what it will do wrong, one fault after another.
 
-    Without a fault it does `otherwise`, or says the user's words again.
+    Without a fault it does `otherwise`, or repeats the user's text.
     """
 
     otherwise: Fault | None = None
@@ -89,7 +89,7 @@ def says(text: str | None, finish: str = "stop", **message: Any) -> Fault:
 
 
 def garbled(*raw: bytes) -> Fault:
-    """Bytes in place of a reply."""
+    """Send bytes instead of a reply."""
 
     def act(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
         handler.close_connection = True
@@ -99,19 +99,19 @@ def garbled(*raw: bytes) -> Fault:
 
 
 def brings(raw: bytes | dict[str, Any] | list[Any], status: int = 200, **headers: str) -> Fault:
-    """A reply of this body."""
+    """Reply with this body."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda handler, _: send(handler, status, raw, named)
 
 
 def with_usage(text: Any, finish: Any = "stop", tokens: int = 3, **message: Any) -> Fault:
-    """A completion of so many tokens."""
+    """Reply with a completion of this many tokens."""
     body = completion(text, finish, **message)
     return brings({**body, "usage": {"prompt_tokens": 7, "completion_tokens": tokens}})
 
 
 def streams(*pieces: str, finish: str | None = "stop", ends: bool = True, **delta: Any) -> Fault:
-    """A stream of events where one is asked for, else a refusal."""
+    """Stream events if a stream is requested, otherwise refuse."""
 
     def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         if not body.get("stream"):
@@ -131,7 +131,7 @@ def streams(*pieces: str, finish: str | None = "stop", ends: bool = True, **delt
 
 
 def loading(replies: int) -> Fault:
-    """503 for so many requests, as llama-server says while it reads its model; then answers."""
+    """Reply 503 to the first requests, as llama-server does while it loads its model; then answer."""
     left = [replies]
 
     def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def loading(replies: int) -> Fault:
 
 
 def new_names(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-    """A model that takes max_completion_tokens alone, and no temperature but 1."""
+    """A model that accepts only max_completion_tokens, and only temperature 1."""
     if "max_tokens" in body:
         words = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'"
         status(400, f"{words} instead.", "unsupported_parameter")(handler, body)
@@ -157,7 +157,7 @@ def new_names(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
 
 
 THOUGHT = "The answer is plain."
-# Behaviors of servers that were met, by name: what each does to every request, or to the odd row among others.
+# Behaviors of real servers, by name: what each does to every request, or to one odd row among others.
 ODD: dict[str, Fault] = {
     "no finish": with_usage("A plain answer.", None),
     "no finish, all tokens": with_usage("A plain ans", None, tokens=1024),

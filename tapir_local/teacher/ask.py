@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import Answer, Request
-from tapir_local.records.noop import quiet, unheard, untold
-from tapir_local.records.Progress import Tell
 from tapir_local.store.store import Store
 from tapir_local.teacher.batch import send_batches
-from tapir_local.teacher.budget import BudgetTracker
 from tapir_local.teacher.endpoint import askable_kind
 from tapir_local.teacher.gguf import answer_with_gguf
 from tapir_local.teacher.http import LiveSender
-from tapir_local.teacher.pending_batches import (
-    DEFAULT_BATCH_LIMITS,
-    BatchLimits,
-    PendingBatches,
-    describe_pending_batches,
-)
-from tapir_local.teacher.session import AskSession, CallProgress, RequestJob
-
-if TYPE_CHECKING:
-    import httpx2
-
-DEFAULT_PATIENCE = 900.0  # seconds of nothing but 429 until the run stops and says so
+from tapir_local.teacher.pending_batches import PendingBatches, describe_pending_batches
+from tapir_local.teacher.session import DEFAULT_ASK_OPTIONS, AskOptions, AskSession, RequestJob
 
 
 def ask(
@@ -38,68 +24,52 @@ def ask(
     store: Store,
     *,
     run: str,
-    progress: Progress = quiet,
-    purse: BudgetTracker | None = None,
-    warn: Callable[[str], None] = unheard,
-    transport: httpx2.AsyncBaseTransport | None = None,
-    patience: float = DEFAULT_PATIENCE,
-    bounds: Bounds = DEFAULT_BATCH_LIMITS,
-    tell: Tell = untold,
+    options: AskOptions = DEFAULT_ASK_OPTIONS,
 ) -> list[Answer]:
-    """Answers in the order of the requests, from the store where it has them.
+    """Answers in the order of the requests, from the store if it has them.
 
-    `run` names the run in the store's record of uses; `progress` is called with (done, all, hits); `purse` is the run's
-    budget; `warn` is told when another model answers than before; `transport` takes the place of the network; `bounds`
-    are those of batches, and `tell` is called with (done, all, what they are at). A GGUF is opened only if something is
-    to be asked of it, and closed again on return. An answer that was cut, filtered or stayed empty comes back with its
-    `finish` and is no error; so does one whose row the endpoint refused, while it answered others (finish `refused` or
-    `content_filter`, the server's words in `why`). TapirError when the endpoint or the GGUF cannot be used, refuses
-    everything for `patience` seconds, answers nothing that can be used, or the budget is spent; what arrived before is
-    in the store.
+    `run` names the run in the store's record of uses. A GGUF is opened only if something is to be asked of it, and is
+    closed again on return. An answer that was cut, filtered or stayed empty is returned with its `finish` and is not an
+    error. Neither is a row that the endpoint refused while it answered others (finish `refused` or `content_filter`,
+    the server's message in `why`). TapirError if the endpoint or the GGUF cannot be used, refuses everything for
+    `options.patience` seconds, or answers nothing that can be used, or if the budget is spent. What arrived before an
+    error is in the store.
     """
-    asking = AskSession(requests, endpoint, store, run, progress, purse, warn)
+    session = AskSession(requests, endpoint, store, run, options)
     try:
-        missing = asking.look_up()
+        missing = session.look_up()
         if missing and askable_kind(endpoint) == "gguf":
-            answer_with_gguf(asking, missing)
+            answer_with_gguf(session, missing)
         elif missing:
-            with note_pending_on_interrupt(asking, missing):
-                asyncio.run(send_missing(asking, missing, patience, bounds, tell, transport))
-            asking.refuse_nothing()
+            with note_pending_on_interrupt(session, missing):
+                asyncio.run(send_missing(session, missing))
+            session.check_any_answered()
     finally:
         store.flush()
-    return [answer for answer in asking.answers if answer]
+    return [answer for answer in session.answers if answer]
 
 
 @contextmanager
-def note_pending_on_interrupt(asking: AskSession, jobs: Sequence[RequestJob]) -> Iterator[None]:
-    """Ctrl-C carries a note on the batches that it leaves away."""
+def note_pending_on_interrupt(session: AskSession, jobs: Sequence[RequestJob]) -> Iterator[None]:
+    """Add a note about the pending batches to the KeyboardInterrupt that Ctrl-C raises."""
     try:
         yield
     except KeyboardInterrupt as stopped:
         with suppress(TapirError):
-            if note := describe_pending_batches(asking.store, asking.identity, frozenset(job.key for job in jobs)):
+            keys = frozenset(job.key for job in jobs)
+            if note := describe_pending_batches(session.store, session.identity, keys):
                 stopped.add_note(note)
         raise
 
 
-async def send_missing(
-    asking: AskSession,
-    jobs: list[RequestJob],
-    patience: float,
-    bounds: BatchLimits,
-    tell: Tell,
-    transport: httpx2.AsyncBaseTransport | None,
-) -> None:
-    """Answer the jobs by batch or live, as the recipe says.
+async def send_missing(session: AskSession, jobs: list[RequestJob]) -> None:
+    """Answer the jobs by batch or by live requests, as the recipe says.
 
-    What a batch holds already is waited for in either case: asked live it would be paid for twice.
+    Jobs in a pending batch are waited for in either case: sent live they would be paid for twice.
     """
-    with PendingBatches(asking.store) as away:
+    with PendingBatches(session.store) as pending:
         while jobs:
-            if asking.endpoint.batch or away.holding(asking.identity):
-                jobs = await send_batches(
-                    asking, away, jobs, patience=patience, bounds=bounds, tell=tell, transport=transport
-                )
+            if session.endpoint.batch or pending.of_endpoint(session.identity):
+                jobs = await send_batches(session, pending, jobs)
             if jobs:
-                jobs = await LiveSender(asking, away, patience, tell).send(jobs, transport)
+                jobs = await LiveSender(session, pending).send(jobs)

@@ -1,4 +1,4 @@
-"""Answers that were paid for elsewhere, made calls as if this program had asked for them."""
+"""Import answers that were paid for elsewhere, as calls that this program would have made."""
 
 import json
 from collections import defaultdict
@@ -14,26 +14,26 @@ from tapir_local.data.parsing import parse_json_objects
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.records import Prompt, Request
+from tapir_local.records import Prompt, Request, noop
 from tapir_local.store import keys
-from tapir_local.store.queries import CountProgress, no_progress
-from tapir_local.store.reply import parse_reply
+from tapir_local.store.queries import CountProgress
+from tapir_local.store.reply import build_chat_completion, parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.budget import Bill
 from tapir_local.teacher.session import AskSession, RequestJob
 
-IMPORT_STAGE = "seeds"  # what the teacher answers to a seed is the only kind of call that such files hold
-UNREADABLE, NOT_TEXT, NO_INSTRUCTION = "unreadable", "not of text alone", "without an instruction"
-NO_ANSWER, NOT_WHOLE = "without an answer", "with an answer that is not whole"
-ANSWER_BEGUN = "whose request begins the answer itself"
-NO_REQUEST, OTHER_MODEL = "without their request in the file of requests", "asked of another model than the recipe's"
+IMPORT_STAGE = "seeds"  # such files contain only answers to seeds
+UNREADABLE_ROW, NOT_ONLY_TEXT, MISSING_INSTRUCTION = "unreadable", "not only of text", "without an instruction"
+NO_ANSWER, INCOMPLETE_ANSWER = "without an answer", "with an incomplete answer"
+ANSWER_BEGUN = "whose request already begins the answer"
+NO_REQUEST, OTHER_MODEL = "without a request in the requests file", "asked of another model than the recipe's"
 ANSWER_FILE_FORMS = (
     "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API."
 )
 
 
 class ImportedRow(NamedTuple):
-    """A row of a file: what it is called, its prompt, the reply as a chat completion, and the body sent, if known."""
+    """A row of a file: its name for messages, its prompt, its reply as a chat completion, and the body if known."""
 
     name: str
     prompt: Prompt
@@ -43,52 +43,48 @@ class ImportedRow(NamedTuple):
 
 @dataclass
 class ImportResult:
-    """How many rows became calls, how many answers were there already, and the lines of refused rows, by reason.
+    """How many rows became calls, how many answers were in the store already, and the lines of refused rows, by reason.
 
-    `otherwise` are the rows that were asked with other settings than the recipe's, `difference` what the first has.
+    `different` counts the rows that were asked with other settings than the recipe's, `difference` describes the first.
     """
 
     new: int = 0
     known: int = 0
     refused: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    otherwise: int = 0
+    different: int = 0
     difference: str = ""
 
 
 def read_answers(file: Path, teacher: Endpoint, requests: Path | None = None) -> tuple[list[ImportedRow], ImportResult]:
-    """The rows of a file that can be taken: a prompt of text and a whole answer; and why others cannot.
+    """The rows of a file that can be imported (a text prompt and a complete answer), and why others cannot.
 
-    `requests` is the input of an OpenAI batch whose output `file` is. TapirError where the file is none of the forms,
-    has no whole row, or is the output of a batch whose requests are not named.
+    `requests` is the input file of an OpenAI batch whose output is `file`. TapirError if the file has none of the known
+    forms, has no row that can be imported, or is the output of a batch and `requests` is None.
     """
-    given, found = list[ImportedRow](), ImportResult()
+    rows, result = list[ImportedRow](), ImportResult()
     bodies = read_batch_requests(requests) if requests else None
     for line, row in parse_json_objects(read_answer_file(file), str(file)):
         if bodies is None and "custom_id" in row and "response" in row:
-            fix = "Name the batch's input: --requests FILE"
-            raise TapirError("the output of a batch has no prompts", where=str(file), fix=fix)
-        read = (
-            parse_answer_row(row, line, file, teacher)
-            if bodies is None
-            else parse_batch_row(row, line, bodies, teacher)
-        )
-        if isinstance(read, str):
-            found.refused[read].append(line)
+            fix = "Name the batch's input file: --requests FILE"
+            raise TapirError("the output of a batch contains no prompts", where=str(file), fix=fix)
+        parsed = parse_answer_row(row, line, file, teacher) if bodies is None else parse_batch_row(row, bodies, teacher)
+        if isinstance(parsed, str):
+            result.refused[parsed].append(line)
         else:
-            given.append(read)
-    if not given:
-        raise TapirError(
-            f"no row with an instruction and its answer: {reasons(found)}", where=str(file), fix=ANSWER_FILE_FORMS
-        )
-    return given, found
+            rows.append(parsed)
+    if not rows:
+        what = f"no row with an instruction and its answer: {format_refused_rows(result)}"
+        raise TapirError(what, where=str(file), fix=ANSWER_FILE_FORMS)
+    return rows, result
 
 
 def read_answer_file(file: Path) -> str:
-    """A file as text; TapirError where it is none."""
+    """A file as text; TapirError if it is not text."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise TapirError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
+        what = f"cannot be read: {error.strerror or error}"
+        raise TapirError(what, where=str(file), fix="Check the path and the permissions.") from error
     except UnicodeDecodeError as error:
         raise TapirError("neither a store nor JSON", where=str(file), fix=ANSWER_FILE_FORMS) from error
 
@@ -98,31 +94,28 @@ def read_batch_requests(file: Path) -> dict[str, Any]:
     rows = parse_json_objects(read_answer_file(file), str(file))
     bodies = {str(row["custom_id"]): row["body"] for _, row in rows if "custom_id" in row and "body" in row}
     if not bodies:
-        raise TapirError(
-            "no requests of a batch in it", where=str(file), fix="A request has a custom_id and a body with messages."
-        )
+        fix = "A request has a custom_id and a body with messages."
+        raise TapirError("the file contains no requests of a batch", where=str(file), fix=fix)
     return bodies
 
 
 def parse_answer_row(row: Mapping[str, Any], line: int, file: Path, teacher: Endpoint) -> ImportedRow | str:
     """A row with an instruction and its answer, or why it is refused."""
     if not has_only_text(row):
-        return NOT_TEXT
+        return NOT_ONLY_TEXT
     if find_row_format(row) is None:
-        return NO_INSTRUCTION
+        return MISSING_INSTRUCTION
     try:
         prompt, answer = require_row(row, f"{file}, line {line}")
     except TapirError:
-        return UNREADABLE
+        return UNREADABLE_ROW
     model = str(row.get("generator") or teacher.model or "")
-    return check_imported_row(
-        ImportedRow(f"line {line}", prompt, completion(answer, model, decodable_file_name(file), line))
-    )
+    origin = {"file": decodable_file_name(file), "line": line}
+    raw = json.dumps(build_chat_completion(answer, model) | {"imported": origin}).encode()
+    return check_imported_row(ImportedRow(f"line {line}", prompt, raw))
 
 
-def parse_batch_row(
-    row: Mapping[str, Any], line: int, bodies: Mapping[str, Any], teacher: Endpoint
-) -> ImportedRow | str:
+def parse_batch_row(row: Mapping[str, Any], bodies: Mapping[str, Any], teacher: Endpoint) -> ImportedRow | str:
     """A row of a batch's output with the prompt of its request, or why it is refused."""
     name, response = str(row.get("custom_id")), row.get("response")
     body = bodies.get(name)
@@ -133,24 +126,24 @@ def parse_batch_row(
     if teacher.model and body.get("model") not in (None, teacher.model):
         return OTHER_MODEL
     if not has_only_text(body):
-        return NOT_TEXT
+        return NOT_ONLY_TEXT
     try:
         keys.canonical_json(body)
         prompt, _ = require_row({"messages": body.get("messages")}, name)
     except TapirError:
-        return UNREADABLE
+        return UNREADABLE_ROW
     if prompt and len(prompt) < len(body["messages"]):
         return ANSWER_BEGUN
     return check_imported_row(ImportedRow(name, prompt, json.dumps(response.get("body")).encode(), body))
 
 
 def decodable_file_name(file: Path) -> str:
-    """A file's name, of bytes that may be no text."""
+    """A file's name, with a replacement for bytes that are not text."""
     return file.name.encode(errors="replace").decode()
 
 
 def has_only_text(row: Mapping[str, Any]) -> bool:
-    """Whether nothing in a row's prompt and answer is a list of parts, such as an image."""
+    """Whether no field of a row's prompt and answer is a list of parts, such as an image."""
     turns = row.get("messages") or row.get("conversations")
     turns = turns if isinstance(turns, list) else []
     texts = [turn.get(name) for turn in turns if isinstance(turn, dict) for name in ("content", "value")]
@@ -158,62 +151,57 @@ def has_only_text(row: Mapping[str, Any]) -> bool:
     return not any(isinstance(text, list | dict) for text in texts)
 
 
-def completion(answer: str, model: str, source: str, line: int) -> bytes:
-    """The reply of a chat completion with this text, and a field that says where it is from."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
-    origin = {"file": source, "line": line}
-    return json.dumps({"object": "chat.completion", "model": model, "choices": [choice], "imported": origin}).encode()
-
-
-def check_imported_row(given: ImportedRow) -> ImportedRow | str:
-    """The row if it is whole, or why it is not."""
+def check_imported_row(row: ImportedRow) -> ImportedRow | str:
+    """The row if it can be imported, otherwise why it is refused."""
     try:
-        orjson.loads(given.raw)  # half a surrogate pair: a fault of the file, which can be corrected there
-        reply = parse_reply(given.raw)
-        keys.canonical_json([given.name, *(turn.content for turn in given.prompt)])
+        orjson.loads(row.raw)  # refuses an unpaired surrogate, which the user can correct in the file
+        reply = parse_reply(row.raw)
+        keys.canonical_json([row.name, *(turn.content for turn in row.prompt)])
     except (ValueError, TapirError):
-        return UNREADABLE
-    if not given.prompt or not given.prompt[-1].content:
-        return NO_INSTRUCTION
+        return UNREADABLE_ROW
+    if not row.prompt or not row.prompt[-1].content:
+        return MISSING_INSTRUCTION
     if not reply.text.strip():
         return NO_ANSWER
-    return given if reply.finish == "stop" else NOT_WHOLE
+    return row if reply.finish == "stop" else INCOMPLETE_ANSWER
 
 
 def import_answers(
     store: Store,
     teacher: Endpoint,
-    given: Sequence[ImportedRow],
+    rows: Sequence[ImportedRow],
     file: Path,
-    found: ImportResult,
-    progress: CountProgress = no_progress,
+    result: ImportResult,
+    progress: Progress = noop,
 ) -> None:
-    """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
+    """Store rows as the calls that `teacher` would receive if it answered these prompts as seeds.
 
-    An answer that is in the store stays. The rows' use is recorded as that of a run `import:<file's name>`, unpaid.
-    `progress` is called with (done, all).
+    Answers that are in the store already are kept. The rows are recorded as used by a run
+    `import:<file name>`, unpaid. `progress` is called with (done, total). `result` is updated.
     """
-    asking = AskSession([seed_request(row, teacher) for row in given], teacher, store, f"import:{name_of(file)}")
-    jobs = asking.look_up()
+    requests = [seed_request(row, teacher) for row in rows]
+    session = AskSession(requests, teacher, store, f"import:{decodable_file_name(file)}")
+    jobs = session.look_up()
     for done, job in enumerate(jobs):
         progress(done, len(jobs))
-        row = given[job.places[0]]
+        row = rows[job.places[0]]
         reply = parse_reply(row.raw)
         bill = Bill(reply.tokens_in, reply.tokens_out, None)
-        store.put(asking.call(job, row.raw, reply, 0.0, bill), [asking.use(at, job.key) for at in job.places])
-        count_difference(row, job, found)
+        uses = [session.use_record(place, job.key) for place in job.places]
+        store.put(session.call_record(job, row.raw, reply, 0.0, bill), uses)
+        count_difference(row, job, result)
     store.flush()
-    found.new, found.known = len(jobs), len(given) - len(jobs)
+    result.new, result.known = len(jobs), len(rows) - len(jobs)
 
 
 def seed_request(row: ImportedRow, teacher: Endpoint) -> Request:
-    """What a run asks of its teacher for a seed with this prompt."""
-    asked = prompts.answer(row.prompt)
-    return Request(asked, row.name, IMPORT_STAGE, temperature=teacher.temperature, max_tokens=teacher.max_tokens)
+    """What a run asks its teacher for a seed with this prompt."""
+    messages = prompts.answer(row.prompt)
+    return Request(messages, row.name, IMPORT_STAGE, temperature=teacher.temperature, max_tokens=teacher.max_tokens)
 
 
-def count_difference(row: ImportedRow, job: RequestJob, found: ImportResult) -> None:
-    """Count a row that was asked with other settings than it is now stored under."""
+def count_difference(row: ImportedRow, job: RequestJob, result: ImportResult) -> None:
+    """Count a row that was asked with other settings than those under which it is now stored."""
     if row.body is None:
         return
     theirs, ours = (
@@ -226,10 +214,10 @@ def count_difference(row: ImportedRow, job: RequestJob, found: ImportResult) -> 
     )
     difference = next(keys.find_differences(ours, theirs), None)
     if difference:
-        found.otherwise += 1
-        found.difference = found.difference or keys.describe_difference(difference)
+        result.different += 1
+        result.difference = result.difference or keys.describe_difference(difference)
 
 
-def format_refused_rows(found: ImportResult) -> str:
-    """`3 without an answer (lines 4, 7, 9), 1 cut short (line 12)`."""
-    return ", ".join(f"{len(at):,} {why} ({format_line_numbers(at)})" for why, at in found.refused.items())
+def format_refused_rows(result: ImportResult) -> str:
+    """`3 without an answer (lines 4, 7, 9), 1 with an incomplete answer (line 12)`."""
+    return ", ".join(f"{len(at):,} {why} ({lines(at)})" for why, at in result.refused.items())

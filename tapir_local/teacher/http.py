@@ -1,10 +1,9 @@
-"""Send requests over HTTP: many at once, each answered once, in spite of all that servers and networks do."""
+"""Send requests over HTTP: many at once, each answered once, despite rate limits, failures and timeouts."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,12 @@ from tapir_local.teacher.endpoint import (
 )
 from tapir_local.teacher.pending_batches import PendingBatches
 from tapir_local.teacher.rate_limit import RequestPacer, SendQueue, allowance_wait, backoff_seconds, requested_wait
-from tapir_local.teacher.refusals import RequestFailure, classify_error_response, classify_unreadable_reply
+from tapir_local.teacher.refusals import (
+    RERUN_CLAUSE,
+    RequestFailure,
+    classify_error_response,
+    classify_unreadable_reply,
+)
 from tapir_local.teacher.responses import (
     body_for_stream,
     classify_transport_error,
@@ -39,40 +43,34 @@ if TYPE_CHECKING:
 
     import httpx2
 
-INTERRUPT_GRACE_SECONDS = 10.0  # seconds that requests in flight get to come home after Ctrl-C
-CLAIM_POLL_SECONDS = 0.05  # seconds between looks at a request that another thread or process is asking
-BUDGET_POLL_SECONDS = 0.05  # seconds between looks at a budget that requests in flight may leave room in
-TIMED_OUT, SERVER_ERROR, UNAVAILABLE = 408, 500, 503
-NOTHING_LOST = "run the same command again: nothing paid for is lost."
-MAX_LOADING_SECONDS = 600.0  # seconds that a server may take to load its model; `patience`, where that is less
-LOADING_POLL_SECONDS = 2.0  # seconds between requests to a server that loads its model, where it names none
+INTERRUPT_GRACE_SECONDS = 10.0  # that requests in flight get to finish after Ctrl-C
+CLAIM_POLL_SECONDS = 0.05  # between checks of a request that another thread or process is asking
+BUDGET_POLL_SECONDS = 0.05  # between checks whether requests in flight have left room in the budget
+STATUS_REQUEST_TIMEOUT, STATUS_SERVER_ERROR, STATUS_UNAVAILABLE = 408, 500, 503
+MAX_LOADING_SECONDS = 600.0  # that a server may take to load its model; `patience` if that is less
+LOADING_POLL_SECONDS = 2.0  # between requests to a server that loads its model, unless it names a time
 
-Told = Callable[[int, int, str], None]
-WARNED_ENDPOINTS: set[str] = set()  # endpoints of which a key in the clear was told; once a process
-
-
-def nothing_told(done: int, total: int, text: str) -> None:
-    """Nobody is told."""
+WARNED_ENDPOINTS: set[str] = set()  # whose unencrypted key was warned of, once per process
 
 
 class LiveSender:
-    """The jobs of an Asking on their way: a line of those waiting, workers that send, and what becomes of each."""
+    """Sends the jobs of a session by live requests: a queue, workers that send, and the handling of each reply."""
 
-    def __init__(self, asking: AskSession, away: PendingBatches, patience: float, tell: Told = nothing_told) -> None:
-        self.asking, self.endpoint, self.store = asking, asking.endpoint, asking.store
-        self.away, self.patience, self.tell = away, patience, tell
+    def __init__(self, session: AskSession, pending: PendingBatches) -> None:
+        self.session, self.endpoint, self.store = session, session.endpoint, session.store
+        self.pending, self.patience = pending, session.options.patience
         self.loading_since: float | None = None
-        self.usage_too = True  # whether a stream is asked to end in the count of tokens
-        self.left: list[RequestJob] = []
         self.refused_since: float | None = None
+        self.wants_usage = True  # whether a stream is asked to end with the token counts
+        self.in_batches: list[RequestJob] = []
         self.reached = False
-        self.pace = RequestPacer()
+        self.pacer = RequestPacer()
 
-    async def send(self, jobs: list[RequestJob], transport: httpx2.AsyncBaseTransport | None) -> list[RequestJob]:
-        """Send the jobs, as many at once as the endpoint bears; those in a batch since come back."""
+    async def send(self, jobs: list[RequestJob]) -> list[RequestJob]:
+        """Send the jobs, as many at once as the endpoint allows; returns those that are now in a pending batch."""
         most = min(self.endpoint.concurrency, len(jobs))
-        self.loop, self.line = asyncio.get_running_loop(), SendQueue(jobs, most)
-        async with open_http_client(self.endpoint, transport) as self.http:
+        self.loop, self.queue = asyncio.get_running_loop(), SendQueue(jobs, most)
+        async with open_http_client(self.endpoint, self.session.options.transport) as self.http:
             self.client = open_openai_client(self.endpoint, self.http)
             self.url, self.headers = chat_url_and_headers(self.client)
             self.warn_of_key()
@@ -80,226 +78,236 @@ class LiveSender:
             try:
                 await asyncio.wait(workers)
             except asyncio.CancelledError as interrupted:
-                self.line.stop(interrupted)
+                self.queue.stop(interrupted)
                 await asyncio.wait(workers, timeout=INTERRUPT_GRACE_SECONDS)
                 raise
             finally:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-        if self.line.failed:
-            raise self.line.failed
-        return self.left
+        if self.queue.failed:
+            raise self.queue.failed
+        return self.in_batches
 
     async def work(self, number: int) -> None:
-        """One of the requests in flight after another."""
+        """One worker: sends one job after another."""
         try:
-            while (job := await self.line.next(number)) is not None:
-                await self.claim_and_try(job)
+            while (job := await self.queue.next(number)) is not None:
+                await self.claim_and_send(job)
         except BaseException as error:
-            self.line.stop(error)
+            self.queue.stop(error)
             raise
 
-    async def claim_and_try(self, job: RequestJob) -> None:
-        """Send a job unless somebody else is at it, or was meanwhile."""
+    async def claim_and_send(self, job: RequestJob) -> None:
+        """Send a job unless another thread or process is asking it or has answered it."""
         if not self.store.claim(job.key):
-            self.line.later(job, CLAIM_POLL_SECONDS)
+            self.queue.put_back(job, CLAIM_POLL_SECONDS)
             return
-        kept: Future[None] | None = None
+        stored: Future[None] | None = None
         try:
             raw = self.store.get(job.key)
             if raw:
-                self.finish(job, self.asking.read(job.body, raw), paid=False)
-            elif self.away.holds(job.key):
-                self.left.append(job)
-                self.line.done()
-            elif await self.affordable(job):
-                kept = await self.attempt(job)
+                self.finish(job, self.session.read_raw(job.body, raw), paid=False)
+            elif self.pending.contains(job.key):
+                self.in_batches.append(job)
+                self.queue.mark_done()
+            elif await self.reserve(job):
+                stored = await self.send_once(job)
         finally:
-            if kept:
-                kept.add_done_callback(lambda _: self.store.release(job.key))
+            if stored:
+                stored.add_done_callback(lambda _: self.store.release(job.key))
             else:
                 self.store.release(job.key)
 
-    async def affordable(self, job: RequestJob) -> bool:
-        """Wait until the budget has room for the most that a job can cost; False, and the end, when it never will."""
-        while not self.asking.reserve(job):
-            if not self.asking.purse.waiting:
-                self.line.stop(self.asking.over_budget(job))
-            if self.line.failed:
+    async def reserve(self, job: RequestJob) -> bool:
+        """Wait until the maximum cost of a job fits the budget; False, and an error in the queue, if it never will."""
+        while not self.session.reserve(job):
+            if not self.session.budget.has_reservations:
+                self.queue.stop(self.session.over_budget_error(job))
+            if self.queue.failed:
                 return False
             await asyncio.sleep(BUDGET_POLL_SECONDS)
         return True
 
-    async def attempt(self, job: RequestJob) -> Future[None] | None:
-        """Send a job once, in its turn, and see to what comes; what the store owes when it came to an answer."""
+    async def send_once(self, job: RequestJob) -> Future[None] | None:
+        """Send a job once and handle its reply; returns the future of the store's write if an answer came."""
         sent = self.loop.time()
         try:
-            if (wait := self.pace.turn(sent, self.line.limit)) > 0:
+            if (wait := self.pacer.next_delay(sent, self.queue.limit)) > 0:
                 await asyncio.sleep(wait)
-            await self.record(job)
+            await self.record_sent(job)
             sent = self.loop.time()
-            return await self.exchange(job, sent)
+            return await self.post(job, sent)
         except asyncio.CancelledError:
             if job.sent:
+                seconds = self.loop.time() - sent
                 with suppress(TapirError):
-                    self.asking.note(job, "interrupted while in flight", b"", self.loop.time() - sent, job.reserved)
+                    self.session.store_attempt(job, "interrupted while in flight", b"", seconds, job.reserved)
             raise
         finally:
-            self.asking.release(job)
+            self.session.release(job)
 
-    async def record(self, job: RequestJob) -> None:
-        """Record a job that is about to be sent: on the disk before it goes, where a budget counts it."""
-        if not self.asking.account.bills:
+    async def record_sent(self, job: RequestJob) -> None:
+        """Record a job that is about to be sent; if a budget counts it, wait until the record is on disk."""
+        if not self.session.billing.is_billed:
             return
-        recorded = self.asking.send(job)
-        if self.asking.purse.limited:
+        recorded = self.session.record_sent(job)
+        if self.session.budget.has_limits:
             await asyncio.wrap_future(recorded)
 
-    async def exchange(self, job: RequestJob, sent: float) -> Future[None] | None:
-        """One request and what came of it."""
-        body = orjson.dumps(body_for_stream(job.body, self.usage_too) if self.endpoint.stream else job.body)
+    async def post(self, job: RequestJob, sent: float) -> Future[None] | None:
+        """Post one request and handle its reply or failure."""
+        body = orjson.dumps(body_for_stream(job.body, self.wants_usage) if self.endpoint.stream else job.body)
         request = self.http.build_request("POST", self.url, content=body, headers=self.headers)
         try:
             async with asyncio.timeout(self.endpoint.timeout):
                 response = await post_request(self.http, request)
         except transport_errors() as error:
             bill = None if never_sent(error) else job.reserved
-            self.suffer(job, classify_transport_error(error, self.endpoint, self.reached, job.tries), sent, bill)
+            failure = classify_transport_error(error, self.endpoint, self.reached, job.tries)
+            self.handle_failure(job, failure, sent, bill)
             return None
         if response.is_success:
-            return self.received(job, response, sent)
+            return self.handle_reply(job, response, sent)
         self.reached = True
         bill = job.reserved if may_be_billed(response) else None
-        self.suffer(job, classify_error_response(response, self.endpoint), sent, bill)
+        self.handle_failure(job, classify_error_response(response, self.endpoint), sent, bill)
         return None
 
-    def received(self, job: RequestJob, response: httpx2.Response, sent: float) -> Future[None] | None:
-        """Store what came before anything else, then see whether it is an answer."""
+    def handle_reply(self, job: RequestJob, response: httpx2.Response, sent: float) -> Future[None] | None:
+        """Store a reply before anything else, then see whether it is an answer."""
         raw, seconds = response.content, self.loop.time() - sent
         self.reached, self.refused_since, self.loading_since = True, None, None
-        self.pace.took(seconds)
+        self.pacer.add_duration(seconds)
         try:
             raw = join_stream(raw) if self.endpoint.stream and is_event_stream(raw) else raw
-            reply = self.asking.read(job.body, raw)
+            reply = self.session.read_raw(job.body, raw)
         except ValueError as error:
-            self.unread(job, response, raw, error, sent)
+            self.handle_unreadable_reply(job, response, raw, error, sent)
             return None
-        kept = self.asking.keep(job, raw, reply, seconds)
-        if kept:
-            kept.add_done_callback(self.written)
-        self.line.answered()
+        stored = self.session.store_reply(job, raw, reply, seconds)
+        if stored:
+            stored.add_done_callback(self.stop_if_not_stored)
+        self.queue.count_answer()
         pause = allowance_wait(response.headers)
         if pause:
-            self.line.hold(min(pause, self.patience))
+            self.queue.pause(min(pause, self.patience))
         if reply.again and job.tries + 1 < self.endpoint.attempts:
-            self.again(job)
+            self.retry(job)
         else:
             self.finish(job, reply, paid=True)
-        if hopeless := self.asking.hopeless(job, reply.why, reply.finish == "length"):
-            self.line.stop(hopeless)
-        return kept
+        if useless := self.session.useless_replies_error(job, reply.why, reply.finish == "length"):
+            self.queue.stop(useless)
+        return stored
 
-    def unread(self, job: RequestJob, response: httpx2.Response, raw: bytes, error: ValueError, sent: float) -> None:
-        """A reply of status 200 came that is no chat completion, or a stream that was cut."""
-        trouble = classify_unreadable_reply(raw, response.headers, self.endpoint)
+    def handle_unreadable_reply(
+        self, job: RequestJob, response: httpx2.Response, raw: bytes, error: ValueError, sent: float
+    ) -> None:
+        """Handle a reply of status 200 that is not a chat completion, or a stream that was cut."""
+        failure = classify_unreadable_reply(raw, response.headers, self.endpoint)
         if self.endpoint.stream and is_event_stream(raw):
-            trouble = RequestFailure("again", str(error), raw, sure=False, last="row")
-        self.asking.outcomes.unread()
-        self.suffer(job, trouble, sent, job.reserved)
-        if hopeless := self.asking.hopeless(job, mask_key(trouble.why, self.client)):
-            self.line.stop(hopeless)
+            failure = RequestFailure("retry", str(error), raw, names_cause=False, when_exhausted="skip_row")
+        self.session.outcomes.count_unreadable()
+        self.handle_failure(job, failure, sent, job.reserved)
+        if useless := self.session.useless_replies_error(job, mask_key(failure.why, self.client)):
+            self.queue.stop(useless)
 
-    def written(self, kept: Future[None]) -> None:
-        """Called by the store's thread: when it could not write, nothing more is asked for."""
-        error = kept.exception()
+    def stop_if_not_stored(self, stored: Future[None]) -> None:
+        """Stop asking if the store could not write; called by the store's thread."""
+        error = stored.exception()
         if error:
             with suppress(RuntimeError):  # the loop has ended: `flush` will raise the same error
-                self.loop.call_soon_threadsafe(self.line.stop, error)
+                self.loop.call_soon_threadsafe(self.queue.stop, error)
 
-    def suffer(self, job: RequestJob, trouble: RequestFailure, sent: float, bill: Bill | None = None) -> None:
-        """No answer came: note what may have been billed; try again, wait, leave the row out, or stop."""
-        why = mask_key(trouble.why, self.client)
-        self.asking.note(job, why, mask_key_in_body(trouble.body, self.client), self.loop.time() - sent, bill)
-        tries = min(trouble.tries or self.endpoint.attempts, self.endpoint.attempts)
-        if self.usage_too and self.endpoint.stream and "stream_options" in why:
-            self.usage_too = False
-            self.line.later(job, 0.0)
-        elif trouble.then == "wait":
-            self.wait(job, trouble, why)
-        elif trouble.then == "load":
-            self.wait_for_model(job, trouble, why)
-        elif trouble.then == "again" and job.tries + 1 < tries:
-            self.again(job, requested_wait(trouble.headers), why)
+    def handle_failure(self, job: RequestJob, failure: RequestFailure, sent: float, bill: Bill | None = None) -> None:
+        """Record a request without an answer and what may have been billed; then retry, wait, skip the row or stop."""
+        why = mask_key(failure.why, self.client)
+        body, seconds = mask_key_in_body(failure.body, self.client), self.loop.time() - sent
+        self.session.store_attempt(job, why, body, seconds, bill)
+        tries = min(failure.max_tries or self.endpoint.attempts, self.endpoint.attempts)
+        if self.wants_usage and self.endpoint.stream and "stream_options" in why:
+            self.wants_usage = False
+            self.queue.put_back(job, 0.0)
+        elif failure.action == "wait":
+            self.wait_for_rate_limit(job, failure, why)
+        elif failure.action == "wait_for_model":
+            self.wait_for_model(job, failure, why)
+        elif failure.action == "retry" and job.tries + 1 < tries:
+            self.retry(job, requested_wait(failure.headers), why)
         else:
-            self.give_up_row(job, trouble._replace(why=why))
+            self.skip_row_or_stop(job, failure._replace(why=why))
 
-    def again(self, job: RequestJob, asked: float | None = None, why: str = "") -> None:
-        """Another try, after the time that the server asks for or a jittered backoff."""
-        if asked is not None and asked > self.patience:
-            self.give_up(job, f"{why}; the next request may go in {asked:,.0f} s", f"Wait, and {NOTHING_LOST}")
+    def retry(self, job: RequestJob, requested: float | None = None, why: str = "") -> None:
+        """Try again after the time that the server requests, or after a jittered backoff."""
+        if requested is not None and requested > self.patience:
+            self.stop_at_rate_limit(job, why, requested)
             return
         job.tries += 1
         wait = backoff_seconds(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
-        self.line.later(job, wait if asked is None else asked)
+        self.queue.put_back(job, wait if requested is None else requested)
 
-    def wait_for_model(self, job: RequestJob, trouble: RequestFailure, why: str) -> None:
-        """Its server loads its model: nobody asks for a while. No attempt is used up."""
+    def wait_for_model(self, job: RequestJob, failure: RequestFailure, why: str) -> None:
+        """Pause all requests while the server loads its model. No attempt is used up."""
         now = self.loop.time()
         self.loading_since = now if self.loading_since is None else self.loading_since
         longest = min(MAX_LOADING_SECONDS, self.patience)
-        pause = min(requested_wait(trouble.headers) or LOADING_POLL_SECONDS, longest)
+        pause = min(requested_wait(failure.headers) or LOADING_POLL_SECONDS, longest)
         if now + pause - self.loading_since > longest:
-            fix = f"See what the server writes about its model, and {NOTHING_LOST}"
-            self.give_up(job, f"{why}; the server still loads its model after {longest:,.0f} s", fix)
+            fix = f"Read the server's log to see why its model does not load, then {RERUN_CLAUSE}"
+            what = f"{why}; the server is still loading its model after {longest:,.0f} s"
+            self.queue.stop(self.session.row_error(job, what, fix))
             return
-        waited = f"the server loads its model ({now - self.loading_since:,.0f} s)"
-        self.tell(self.asking.finished, len(self.asking.requests), waited)
-        self.line.hold(pause)
-        self.line.later(job, pause)
+        status = f"the server is loading its model ({now - self.loading_since:,.0f} s)"
+        self.session.options.tell(self.session.finished, len(self.session.requests), status)
+        self.queue.pause(pause)
+        self.queue.put_back(job, pause)
 
-    def wait(self, job: RequestJob, trouble: RequestFailure, why: str) -> None:
-        """429: all wait when the server says how long, or refuses everything; else this job. No attempt is used up."""
+    def wait_for_rate_limit(self, job: RequestJob, failure: RequestFailure, why: str) -> None:
+        """After a 429, wait. No attempt is used up.
+
+        All requests wait if the server says how long, or refuses everything; otherwise only this job waits.
+        """
         now = self.loop.time()
         self.refused_since = now if self.refused_since is None else self.refused_since
-        over = self.line.refused()
-        job.refusals += 1
+        rounds_refused = self.queue.count_refusal()
+        job.rate_limited += 1
         chance = random.Random(f"{job.key.hex()}-{now}").random()
-        asked = requested_wait(trouble.headers)
-        pause = asked or backoff_seconds(max(over, job.refusals), chance)
+        requested = requested_wait(failure.headers)
+        pause = requested or backoff_seconds(max(rounds_refused, job.rate_limited), chance)
         if now + pause - self.refused_since > self.patience:
-            self.give_up(job, f"{why}; the next request may go in {pause:.0f} s", f"Wait, and {NOTHING_LOST}")
+            self.stop_at_rate_limit(job, why, pause)
             return
-        if asked or over:
-            self.line.hold(pause)
-        self.line.later(job, pause)
+        if requested or rounds_refused:
+            self.queue.pause(pause)
+        self.queue.put_back(job, pause)
 
-    def give_up(self, job: RequestJob, why: str, fix: str) -> None:
-        """Stop asking, for this reason."""
-        self.line.stop(self.asking.refusal(job, why, fix))
+    def stop_at_rate_limit(self, job: RequestJob, why: str, wait: float) -> None:
+        """Stop asking: the server wants a longer pause than `patience` allows."""
+        what = f"{why}; the next request may be sent in {wait:,.0f} s"
+        self.queue.stop(self.session.row_error(job, what, f"Wait, and then {RERUN_CLAUSE}"))
 
-    def give_up_row(self, job: RequestJob, trouble: RequestFailure) -> None:
-        """Leave a job's row out, or stop asking, whichever the trouble means."""
-        if error := self.asking.give_up(job, trouble):
-            self.line.stop(error)
+    def skip_row_or_stop(self, job: RequestJob, failure: RequestFailure) -> None:
+        """Leave a job's row out, or stop asking, depending on the failure."""
+        if error := self.session.skip_row_or_error(job, failure):
+            self.queue.stop(error)
         else:
-            self.line.done()
+            self.queue.mark_done()
 
     def warn_of_key(self) -> None:
-        """Say once that the key goes unencrypted over a network."""
+        """Warn once that the key is sent unencrypted over a network."""
         warning = unencrypted_key_warning(self.endpoint, self.client.api_key)
-        if warning and self.asking.identity not in WARNED_ENDPOINTS:
-            WARNED_ENDPOINTS.add(self.asking.identity)
-            self.asking.warn(warning)
+        if warning and self.session.identity not in WARNED_ENDPOINTS:
+            WARNED_ENDPOINTS.add(self.session.identity)
+            self.session.warn(warning)
 
     def finish(self, job: RequestJob, reply: Reply, paid: bool) -> None:
-        """Serve a job's places, and out of the line with it."""
-        self.asking.finish(job, reply, paid)
-        self.line.done()
+        """Set the answers of a job's places and take it out of the queue."""
+        self.session.finish_job(job, reply, paid)
+        self.queue.mark_done()
 
 
 def never_sent(error: Exception) -> bool:
-    """Whether a request failed before a server had it; a connection that broke later may have been worked on."""
+    """Whether a request failed before a server received it; if a connection broke later, the server may have worked."""
     import aiohttp
     import httpx2
 
@@ -315,6 +323,6 @@ def may_be_billed(response: httpx2.Response) -> bool:
     A 503 that says when to come back refuses before any work, as a 429 does; so do all other 4xx.
     """
     status = response.status_code
-    if status == UNAVAILABLE:
+    if status == STATUS_UNAVAILABLE:
         return requested_wait(response.headers) is None and b"loading" not in response.content.lower()
-    return status >= SERVER_ERROR or status == TIMED_OUT
+    return status >= STATUS_SERVER_ERROR or status == STATUS_REQUEST_TIMEOUT

@@ -1,4 +1,4 @@
-"""The batches that are away: our tag for each, the endpoint's ids, and the keys whose answers are to be fetched."""
+"""The batches submitted to a Batch API whose answers are not fetched yet, kept in the store's file."""
 
 import time
 from collections.abc import Sequence
@@ -10,12 +10,29 @@ from tapir_local.store.schema import connect, transaction
 from tapir_local.store.store import Store, explain_store_errors
 
 
+@dataclass(frozen=True)
+class BatchLimits:
+    """What fits into a batch (requests, bytes), and the seconds between status requests.
+
+    `settle` is how long a new batch may take to appear in the server's list.
+    """
+
+    requests: int = 50_000
+    size: int = 200_000_000
+    first_wait: float = 5.0
+    longest_wait: float = 60.0
+    settle: float = 60.0
+
+
+DEFAULT_BATCH_LIMITS = BatchLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class PendingBatch:
     """A batch that was submitted, or was about to be when its process ended.
 
-    `file` and `server` are the endpoint's ids of its input and of itself, "" while not known; `state` is what was last
-    heard of it, `created` the time (Unix seconds) of the latest try to submit it.
+    `tag` is our own name for it. `file` and `server` are the endpoint's ids of its input file and of the batch, ""
+    while unknown. `state` is the last known status, `created` the time (Unix seconds) of the latest attempt to submit.
     """
 
     tag: str
@@ -26,9 +43,9 @@ class PendingBatch:
 
 
 class PendingBatches:
-    """The batches in a store's file, for one thread at a time; each change is on the disk when its method returns.
+    """The pending batches in a store's file, used by one thread at a time; each change is on disk on return.
 
-    With a store that writes nothing there are none. TapirError when the file cannot be used.
+    A read-only store has none. TapirError if the file cannot be used.
     """
 
     def __init__(self, store: Store) -> None:
@@ -45,12 +62,12 @@ class PendingBatches:
         if self._conn:
             self._conn.close()
 
-    def holds(self, key: bytes) -> bool:
-        """Whether the answer to a key is to come from a batch."""
+    def contains(self, key: bytes) -> bool:
+        """Whether a pending batch contains the request with this key."""
         return bool(self._rows("select 1 from batch_keys k join batches b on b.tag = k.tag where k.key = ?", key))
 
-    def holding(self, endpoint: str) -> list[tuple[PendingBatch, list[bytes]]]:
-        """The endpoint's batches with answers still to be fetched, oldest first, and their keys in order."""
+    def of_endpoint(self, endpoint: str) -> list[tuple[PendingBatch, list[bytes]]]:
+        """The endpoint's batches with answers to fetch, oldest first, and their keys in order."""
         rows = self._rows(
             "select b.tag, b.file, b.server, b.state, b.created, k.key from batches b"
             " join batch_keys k on k.tag = b.tag where b.endpoint = ? order by b.created, b.tag, k.key",
@@ -65,32 +82,32 @@ class PendingBatches:
         """The keys whose answers are still to be fetched from a batch."""
         return {key for (key,) in self._rows("select key from batch_keys where tag = ?", tag)}
 
-    def begin(self, tag: str, endpoint: str) -> None:
-        """A batch is about to be submitted."""
+    def add(self, tag: str, endpoint: str) -> None:
+        """Record a batch that is about to be submitted."""
         self._do("insert into batches values (?, ?, '', '', '', ?)", [(tag, endpoint, time.time())])
 
-    def hold(self, tag: str, keys: Sequence[bytes]) -> None:
-        """The answers to these keys are to come from the batch."""
+    def add_keys(self, tag: str, keys: Sequence[bytes]) -> None:
+        """Record that the answers to these keys will come from the batch."""
         self._do("insert into batch_keys (tag, key) values (?, ?)", [(tag, key) for key in keys])
 
-    def trying(self, tag: str, file: str) -> None:
-        """From now on the endpoint may have the batch, made of the input `file`."""
+    def set_submitting(self, tag: str, file: str) -> None:
+        """Record an attempt to submit: from now on the endpoint may have the batch, made of the input `file`."""
         self._do("update batches set file = ?, created = ? where tag = ?", [(file, time.time(), tag)])
 
-    def named(self, tag: str, server: str) -> None:
-        """The endpoint's id of the batch."""
+    def set_server_id(self, tag: str, server: str) -> None:
+        """Record the endpoint's id of the batch."""
         self._do("update batches set server = ? where tag = ?", [(server, tag)])
 
-    def heard(self, tag: str, state: str) -> None:
-        """The status that the endpoint gave last."""
+    def set_state(self, tag: str, state: str) -> None:
+        """Record the status that the endpoint last reported."""
         self._do("update batches set state = ? where tag = ?", [(state, tag)])
 
-    def fetched(self, tag: str, keys: Sequence[bytes]) -> None:
-        """The batch owes nothing more for these keys: their answers are in the store, or will not come."""
+    def remove_keys(self, tag: str, keys: Sequence[bytes]) -> None:
+        """Forget keys whose answers have been stored, or will not come."""
         self._do("delete from batch_keys where tag = ? and key = ?", [(tag, key) for key in keys])
 
-    def forget(self, tag: str) -> None:
-        """The batch was never made, or nothing will come of it."""
+    def remove(self, tag: str) -> None:
+        """Forget a batch that was never made, or that will bring no answers."""
         self._do("delete from batch_keys where tag = ?", [(tag,)])
         self._do("delete from batches where tag = ? and server = ''", [(tag,)])
 
@@ -106,12 +123,13 @@ class PendingBatches:
                 self._conn.executemany(sql, rows)
 
 
-def describe_pending_batches(store: Store, endpoint: str, asked: frozenset[bytes]) -> str:
-    """What to tell whoever stops while the keys `asked` are without an answer; "" where no batch holds any of them."""
-    with PendingBatches(store) as away:
-        made = [keys for batch, keys in away.holding(endpoint) if batch.file]
-    owed = [count for keys in made if (count := len(asked.intersection(keys)))]
-    if not owed:
+def describe_pending_batches(store: Store, endpoint: str, unanswered: frozenset[bytes]) -> str:
+    """`1 batch is pending with 20 requests; …` for an interrupted run; "" if no batch contains an unanswered key."""
+    with PendingBatches(store) as pending:
+        submitted = [keys for batch, keys in pending.of_endpoint(endpoint) if batch.file]
+    counts = [count for keys in submitted if (count := len(unanswered.intersection(keys)))]
+    if not counts:
         return ""
-    batches = "1 batch is" if len(owed) == 1 else f"{len(owed)} batches are"
-    return f"{batches} away with {sum(owed):,} requests; the same command fetches the answers"
+    batches = "1 batch is" if len(counts) == 1 else f"{len(counts)} batches are"
+    requests = "1 request" if sum(counts) == 1 else f"{sum(counts):,} requests"
+    return f"{batches} pending with {requests}; run the same command again to fetch the answers"

@@ -1,23 +1,27 @@
-"""What it means when an endpoint sends no answer: try again, wait, leave this row out, or stop; and what to do."""
+"""Classify errors of an endpoint (retry, wait, skip the row, or stop) and decide when a whole stage is given up."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urljoin
 
 import orjson
 
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.store.reply import MAX_QUOTED_CHARS, parse_reply_json, replace_lone_surrogates
+from tapir_local.store.reply import MAX_QUOTED_CHARS, Reply, parse_reply_json, replace_lone_surrogates
 from tapir_local.teacher.endpoint import OPENAI_URL, describe_key_source, endpoint_role
 
 RERUN_SENTENCE = "Run the same command again: nothing paid for is lost."
 RERUN_CLAUSE = "run the same command again: nothing paid for is lost."
-RETRIED_STATUSES = frozenset({408, 409, 425})  # besides 429 and 5xx: the server had no time, or a lock in the way
-UNREADABLE_TRIES = 2  # tries of a request whose reply came whole and is no chat completion: each may have been paid for
+RETRIED_STATUSES = frozenset({408, 409, 425})  # besides 429 and 5xx: a timeout or a conflict in the server
+UNREADABLE_TRIES = 2  # of a request whose reply is not a chat completion: each one may have been billed
+MAX_FAILED_ROWS = 5  # refused before any row is answered, or failing in a row: then the rows are not the cause
+MAX_USELESS_REPLIES = 20  # billed replies in a row without a complete answer: the next one will hardly be better
+TOLERATED_USELESS_SHARE = 0.05  # of a stage's complete answers: a few odd rows that are retried together do not stop it
+MIN_TRIES_TO_SKIP_ROW = 3  # of a request on which a server fails: fewer failures may be chance
 
 TOO_LONG_PATTERN = re.compile(
     r"context.?(length|window|size)|maximum context|max.?(input|seq|prompt|model).?(tokens|len)|sequence length"
@@ -68,57 +72,69 @@ HTML_TITLE_PATTERN = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re
 
 
 class RequestFailure(NamedTuple):
-    """Why there is no answer, and what follows.
+    """Why a request got no answer, and what to do about it.
 
-    `then`: "again" costs an attempt; "wait" (for the endpoint's allowance) and "load" (for its model) cost none; "row"
-    is the server's last word on this row, its finish `finish`; "stop" is trouble for every row. `sure` says that the
-    server named what is wrong with this row. `tries` are the attempts that it is worth, 0 for the endpoint's, and
-    `last` is what follows when they are used up. `what` and `fix` are for a TapirError, `headers` the reply's.
+    `action`: "retry" uses up an attempt; "wait" (for the rate limit) and "wait_for_model" (while the server loads it)
+    do not; "skip_row" means that the server refuses this row, which then gets the finish reason `finish`; "stop" means
+    that every row would fail. `names_cause` says that the server stated what is wrong with this row. `max_tries` is how
+    often the request is tried, 0 for the endpoint's `attempts`; `when_exhausted` is the action after the last try.
+    `why` and `fix` are for a TapirError, `headers` are the reply's.
     """
 
-    then: Literal["again", "wait", "load", "row", "stop"]
+    action: Literal["retry", "wait", "wait_for_model", "skip_row", "stop"]
     why: str
     body: bytes = b""
     fix: str = RERUN_SENTENCE
     headers: Mapping[str, str] = {}
     finish: Literal["refused", "content_filter", ""] = "refused"
-    sure: bool = True
-    tries: int = 0
-    last: Literal["row", "stop"] = "stop"
+    names_cause: bool = True
+    max_tries: int = 0
+    when_exhausted: Literal["skip_row", "stop"] = "stop"
+
+
+class ServerError(NamedTuple):
+    """An error as a server reports it: HTTP status, its message and error code, and the reply it came in."""
+
+    status: int
+    message: str
+    code: str
+    body: bytes
+    headers: Mapping[str, str]
 
 
 def classify_error_response(response: Any, endpoint: Endpoint) -> RequestFailure:
     """What a reply with an error status means.
 
-    `response` is httpx2's, or one of the likes: status_code, content, text, headers.
+    `response` is httpx's, httpx2's or similar: it has status_code, content and headers.
     """
-    return classify_error(
-        response.status_code, *error_message_and_code(response.content), response.content, response.headers, endpoint
-    )
+    message, code = error_message_and_code(response.content)
+    error = ServerError(response.status_code, message, code, response.content, response.headers)
+    return classify_error(error, endpoint)
 
 
 def classify_unreadable_reply(raw: bytes, headers: Mapping[str, str], endpoint: Endpoint) -> RequestFailure:
-    """What a reply of status 200 means that is no chat completion: an error's object, a web page, anything else."""
+    """What a reply of status 200 means that is not a chat completion: an error object, a web page, anything else."""
     message, code = error_message_and_code(raw)
     body = parse_json_or_none(raw)
     if found := find_hidden_error(body):
         status = str(found.get("code") or found.get("status") or found.get("status_code"))
         number = int(status) if re.fullmatch("[45][0-9]{2}", status) else 0
-        trouble = classify_error(number or 500, message, code, raw, headers, endpoint)
-        return trouble._replace(why=f"an error in a reply of status 200: {f'{number}: ' if number else ''}{message}")
+        failure = classify_error(ServerError(number or 500, message, code, raw, headers), endpoint)
+        return failure._replace(why=f"an error in a reply of status 200: {f'{number}: ' if number else ''}{message}")
     if is_markup(raw):
-        fix = f"base_url leads to a web page: write it as the endpoint's own manual says (often with /v1), and {LAST}"
-        return RequestFailure("again", f"the reply is {message}", raw, fix, tries=UNREADABLE_TRIES)
-    fix = f"See that base_url is an OpenAI-compatible endpoint's, as its own manual has it, and {LAST}"
-    why = f"the reply is not a chat completion ({shape_of(body, raw)})"
-    was_cut = body is None and raw.lstrip()[:1] == b"{"  # on its way, which another try may mend
+        fix = f"base_url leads to a web page. Look up the API's address (it often ends in /v1), and {RERUN_CLAUSE}"
+        return RequestFailure("retry", f"the reply is {message}", raw, fix, max_tries=UNREADABLE_TRIES)
+    fix = f"Check that base_url is the address of an OpenAI-compatible API, as in its documentation, and {RERUN_CLAUSE}"
+    why = f"the reply is not a chat completion ({describe_reply_shape(body, raw)})"
+    was_cut = body is None and raw.lstrip()[:1] == b"{"  # in transit; another try may bring it whole
+    tries = 0 if was_cut else UNREADABLE_TRIES
     return RequestFailure(
-        "again", why, raw, fix, finish="", sure=False, tries=0 if was_cut else UNREADABLE_TRIES, last="row"
+        "retry", why, raw, fix, finish="", names_cause=False, max_tries=tries, when_exhausted="skip_row"
     )
 
 
 def find_hidden_error(body: Any) -> dict[str, Any] | None:
-    """The error in a body without choices: under `error`, or the body itself, as gateways have it."""
+    """The error in a body without choices: under `error`, or the body itself, as some gateways send it."""
     if found := find_error_object(body):
         return found
     if not isinstance(body, dict) or body.get("choices") is not None:
@@ -129,22 +145,22 @@ def find_hidden_error(body: Any) -> dict[str, Any] | None:
 
 
 def describe_reply_shape(body: Any, raw: bytes) -> str:
-    """What a body is that should have been a completion, in a few words, and how it begins."""
+    """In a few words, what a body is that should have been a completion, and how it begins."""
     if not raw.strip():
         return "it is empty"
     if body is None:
-        shape = "no JSON"
+        shape = "not JSON"
     elif not isinstance(body, dict):
         shape = f"a JSON {type(body).__name__}"
     elif not body.get("choices"):
         shape = "without choices"
     else:
-        shape = "its choice has no text that can be read"
-    return f"{shape}: {replace_lone_surrogates(raw[:MAX_QUOTED_CHARS].decode(errors='replace')).strip()}"
+        shape = "its choice has no readable text"
+    return f"{shape}: {well_formed(raw[:BRIEF].decode(errors='replace')).strip()}"
 
 
 def parse_json_or_none(raw: bytes) -> Any:
-    """The JSON in a body, None where it is none."""
+    """The JSON in a body, None if it is not JSON."""
     try:
         return parse_reply_json(raw)
     except ValueError:
@@ -152,7 +168,7 @@ def parse_json_or_none(raw: bytes) -> Any:
 
 
 def is_markup(raw: bytes) -> bool:
-    """Whether a body is a web page, or XML."""
+    """Whether a body is a web page or XML."""
     return raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
 
 
@@ -173,117 +189,118 @@ def error_message_and_code(raw: bytes) -> tuple[str, str]:
 
 
 def find_error_object(body: Any) -> dict[str, Any] | None:
-    """The error object that a body holds: under `error` or `errors`, alone or in a list; None where there is none."""
+    """The error object in a body: under `error` or `errors`, alone or in a list; None if there is none."""
     if isinstance(body, list) and len(body) == 1:
         body = body[0]
     found = (body.get("error") or body.get("errors")) if isinstance(body, dict) else None
     if isinstance(found, list) and found:
         found = found[0]
     if isinstance(found, str):
-        beside = body if isinstance(body, dict) else {}
-        return {"code": beside.get("code") or beside.get("status"), "message": beside.get("message") or found}
+        outer = body if isinstance(body, dict) else {}
+        return {"code": outer.get("code") or outer.get("status"), "message": outer.get("message") or found}
     return found if isinstance(found, dict) else None
 
 
 def error_text(error: Mapping[str, Any]) -> str:
-    """The words of an error object, and those of the endpoint behind a router's, which say more."""
+    """The message of an error object, with that of the endpoint behind a router, which is more specific."""
     names = ("message", "detail", "msg", "error_msg", "errorMessage", "error_message", "title", "error", "description")
     found = next((error[name] for name in names if error.get(name)), error)
     if isinstance(found, list):
         found = "; ".join(error_text(item) if isinstance(item, dict) else str(item) for item in found)
     if isinstance(found, dict):
         found = error_text(found) if found is not error else orjson.dumps(found, default=str).decode()
-    beside = error.get("metadata")
-    raw = beside.get("raw") if isinstance(beside, dict) else None
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
     return replace_lone_surrogates(f"{found} ({raw})" if raw else str(found)).strip()
 
 
 def describe_web_page(raw: bytes) -> str:
-    """`a web page: Sign in`: a page's title, or else its words."""
+    """`a web page: Sign in`: a page's title, or its text if it has none."""
     text = raw[:100_000].decode(errors="replace")
     title = HTML_TITLE_PATTERN.search(text)
     words = " ".join(html.unescape(HTML_TAG_PATTERN.sub(" ", title[1] if title else text)).split())
-    return f"a web page: {words[:MAX_QUOTED_CHARS]}" if words else "a web page"
+    return f"a web page: {words[:BRIEF]}" if words else "a web page"
 
 
-def classify_error(
-    status: int, message: str, code: str, body: bytes, headers: Mapping[str, str], endpoint: Endpoint
-) -> RequestFailure:
-    """What an error with this status, message and code means."""
+def classify_error(error: ServerError, endpoint: Endpoint) -> RequestFailure:
+    """What an error reported by a server means."""
+    status, message, code, body, headers = error
     why, text = f"{status}: {message}" if message else str(status), f"{code} {message}"
     if status in (301, 302, 303, 307, 308):
         return classify_redirect(status, str(headers.get("location") or ""), body, endpoint)
     if is_account_empty(status, text, code):
+        key = describe_key_source(endpoint)
         return RequestFailure(
-            "stop", why, body, f"Top up the account of the key in the {key_place(endpoint)}, then {LAST}"
+            "stop", why, body, f"Add credit to the account of the key in the {key}, then {RERUN_CLAUSE}"
         )
     if status == 429 and TOO_LONG_PATTERN.search(text):
-        return RequestFailure("row", why, body)
+        return RequestFailure("skip_row", why, body)
     if status == 429:
         return RequestFailure("wait", why, body, headers=headers)
     if status >= 500 and LOADING_PATTERN.search(text) and not LOADING_FAILED_PATTERN.search(text):
-        return RequestFailure("load", why, body, headers=headers)
+        return RequestFailure("wait_for_model", why, body, headers=headers)
     if status >= 500 and status != 501:
-        return RequestFailure("again", why, body, headers=headers, sure=False, last="row")
+        return RequestFailure("retry", why, body, headers=headers, names_cause=False, when_exhausted="skip_row")
     if status in RETRIED_STATUSES:
-        return RequestFailure("again", why, body, headers=headers)
+        return RequestFailure("retry", why, body, headers=headers)
     if fix := advice_for_parameter(text, endpoint):
-        return RequestFailure("stop", why, body, fix, sure=False, last="row")
+        return RequestFailure("stop", why, body, fix, names_cause=False, when_exhausted="skip_row")
     if status not in (401, 404, 405, 407) and (finish := finish_for_row(text)):
-        return RequestFailure("row", why, body, advice_for_row(text, endpoint_role(endpoint)), finish=finish)
-    return classify_other_refusal(status, why, body, text, endpoint)
+        return RequestFailure("skip_row", why, body, advice_for_row(text, endpoint_role(endpoint)), finish=finish)
+    return classify_other_refusal(error, why, endpoint)
 
 
-def classify_other_refusal(status: int, why: str, body: bytes, text: str, endpoint: Endpoint) -> RequestFailure:
-    """What a refusal means that names neither a row's fault nor a parameter's."""
-    address = f"See that base_url ends as the endpoint's own manual says (often in /v1), and {LAST}"
+def classify_other_refusal(error: ServerError, why: str, endpoint: Endpoint) -> RequestFailure:
+    """What a refusal means whose message names neither a fault of the row nor a parameter."""
+    status, body = error.status, error.body
+    address = f"Check base_url against the endpoint's documentation (it often ends in /v1), and {RERUN_CLAUSE}"
     if status in (401, 403):
-        fix = f"The key is read from the {key_place(endpoint)}: see that it is the endpoint's."
+        fix = f"Check the key in the {describe_key_source(endpoint)}: it must be a valid key of this endpoint."
         return RequestFailure("stop", why, body, fix)
-    if status == 404 and MODEL_PATTERN.search(text):
-        return RequestFailure("stop", why, body, f"See that the endpoint knows the model {endpoint.model!r}: {address}")
+    if status == 404 and MODEL_PATTERN.search(f"{error.code} {error.message}"):
+        fix = f"Check that the endpoint has a model named {endpoint.model!r}. {address}"
+        return RequestFailure("stop", why, body, fix)
     if status == 404:
-        fix = f"There is no chat API at this address, or it does not know the model {endpoint.model!r}. {address}"
+        fix = f"There is no chat API at this address, or it has no model named {endpoint.model!r}. {address}"
         return RequestFailure("stop", why, body, fix)
     if status == 405:
         return RequestFailure("stop", why, body, address)
     if status == 407:
-        return RequestFailure(
-            "stop", why, body, f"The proxy wants a name and a password: write them in HTTPS_PROXY, and {LAST}"
-        )
-    fix = "The endpoint does not accept this request: see `model` and `extra` in the recipe."
-    return RequestFailure("row", why, body, fix, sure=False)
+        fix = f"The proxy requires a name and a password: add them to HTTPS_PROXY, and {RERUN_CLAUSE}"
+        return RequestFailure("stop", why, body, fix)
+    role = endpoint_role(endpoint)
+    fix = f"The endpoint does not accept this request: check {role}.model and {role}.extra in the recipe."
+    return RequestFailure("skip_row", why, body, fix, names_cause=False)
 
 
 def is_account_empty(status: int, text: str, code: str) -> bool:
-    """Whether the account is empty. Of a 429 only the code tells: allowances for a minute are called quotas too."""
+    """Whether the account has no credit. For a 429 only the code tells: rate limits are called quotas too."""
     if status == 402 or code.lower() in QUOTA_CODES:
         return True
+    no_balance = bool(NO_BALANCE_PATTERN.search(text))
     if status == 429:
-        return bool(NO_BALANCE_PATTERN.search(text))
-    return (
-        status in (400, 401, 403, 500)
-        and not finish_for_row(text)
-        and bool(NO_BALANCE_PATTERN.search(text) or BILLING_PATTERN.search(text))
-    )
+        return no_balance
+    if status not in (400, 401, 403, 500) or finish_for_row(text):
+        return False
+    return no_balance or bool(BILLING_PATTERN.search(text))
 
 
 def finish_for_row(text: str) -> Literal["refused", "content_filter", ""]:
-    """Which fault of a row's own a server names; "" for none."""
+    """The finish reason of a row in which a server finds a fault; "" if the message names none."""
     if TOO_LONG_PATTERN.search(text):
         return "refused"
     return "content_filter" if CONTENT_FILTER_PATTERN.search(text) else ""
 
 
 def advice_for_row(text: str, role: str) -> str:
-    """What to do where a server says the same of every row."""
+    """What to do if a server finds the same fault in every row."""
     if TOO_LONG_PATTERN.search(text):
-        return f"Set {role}.max_tokens lower, or name a model that reads more."
-    return "The endpoint's filter refuses these rows: take other seeds, or another endpoint."
+        return f"Lower {role}.max_tokens, or use a model with a longer context."
+    return "The endpoint's content filter refuses these rows: use other seeds, or another endpoint."
 
 
 def advice_for_parameter(text: str, endpoint: Endpoint) -> str:
-    """The line of the recipe to write for a parameter that the model does not take; "" where none is named."""
+    """What to write in the recipe for a parameter that the model does not accept; "" if the message names none."""
     role, low = endpoint_role(endpoint), text.lower()
     if "stream" in low and ("mode" in low or "must" in low or "only" in low or UNSUPPORTED_PATTERN.search(text)):
         return f"Write in the recipe: {role}: {{stream: true}}"
@@ -291,19 +308,81 @@ def advice_for_parameter(text: str, endpoint: Endpoint) -> str:
         tokens = endpoint.max_tokens
         return f"Write in the recipe: {role}: {{extra: {{max_tokens: null, max_completion_tokens: {tokens}}}}}"
     if "max_tokens" in low and not TOO_LONG_PATTERN.search(text) and not CONTENT_FILTER_PATTERN.search(text):
-        return f"Set {role}.max_tokens (now {endpoint.max_tokens}) as the endpoint wants it: see its words above."
+        return f"Change {role}.max_tokens (now {endpoint.max_tokens}) as the endpoint's message above asks."
     if TEMPERATURE_PATTERN.search(text):
         return f"Write in the recipe: {role}: {{extra: {{temperature: null}}}}"
     named = next((name for name in endpoint.extra if name.lower() in low), "")
-    return f"Leave {named} out of {role}.extra in the recipe." if named and UNSUPPORTED_PATTERN.search(text) else ""
+    return f"Remove {named} from {role}.extra in the recipe." if named and UNSUPPORTED_PATTERN.search(text) else ""
 
 
 def classify_redirect(status: int, location: str, body: bytes, endpoint: Endpoint) -> RequestFailure:
-    """The address to write, where the server sends us to another one: a POST that is redirected becomes a GET."""
-    asked = f"{(endpoint.base_url or VENDOR).rstrip('/')}/chat/completions"
-    place = urljoin(asked, location)
-    base = place.partition("?")[0].removesuffix("/").removesuffix("/chat/completions")
-    fix = f"Write in the recipe: {role_of(endpoint)}: {{base_url: {base}}}"
-    if place == asked:
-        fix = "Its reply does not say where: see the endpoint's own manual for base_url."
+    """The base_url to write if the server redirects to another address; a redirected POST would become a GET."""
+    requested = f"{(endpoint.base_url or OPENAI_URL).rstrip('/')}/chat/completions"
+    target = urljoin(requested, location)
+    base = target.partition("?")[0].removesuffix("/").removesuffix("/chat/completions")
+    fix = f"Write in the recipe: {endpoint_role(endpoint)}: {{base_url: {base}}}"
+    if target == requested:
+        fix = "The reply does not say where. Look up base_url in the endpoint's documentation."
     return RequestFailure("stop", f"{status}: the endpoint has moved to {base}", body, fix)
+
+
+class RequestOutcomes:
+    """Counts what came of the requests so far, to decide whether a failure concerns one row or all of them.
+
+    `count_before` returns how many complete answers the stage had before this call, `answered_before` whether the
+    endpoint ever answered anything. Both read the store, so they are called only when needed.
+    """
+
+    def __init__(self, count_before: Callable[[], int], answered_before: Callable[[], bool]) -> None:
+        self.count_before, self.answered_before = count_before, answered_before
+        self.answered = self.complete = self.live = 0
+        self.useless = 0  # replies in a row
+        self.skipped = self.failing = 0  # rows; `failing` in a row
+        self.unexplained: RequestFailure | None = None  # the first that does not state what is wrong with its row
+
+    def count_hit(self, reply: Reply) -> None:
+        """Count an answer found in the store."""
+        self.answered += 1
+        self.complete += reply.complete
+
+    def count_reply(self, reply: Reply) -> None:
+        """Count a completion that the endpoint sent: it accepts requests of this form."""
+        self.answered += 1
+        self.live += 1
+        self.failing = 0
+        self.complete += reply.complete
+        self.useless = 0 if reply.complete else self.useless + 1
+
+    def count_unreadable(self) -> None:
+        """Count a reply that may have been billed and is not a completion."""
+        self.useless += 1
+
+    def may_skip_row(self, failure: RequestFailure, tries: int) -> bool:
+        """Whether a failure after `tries` attempts concerns only its row, so that the row is skipped."""
+        if failure.action == "stop":
+            return failure.when_exhausted == "skip_row" and self.live > 0
+        refused_now = failure.action == "skip_row"
+        min_tries = 1 if failure.max_tries else MIN_TRIES_TO_SKIP_ROW
+        if not refused_now and (failure.when_exhausted == "stop" or tries < min_tries):
+            return False
+        self.skipped += 1
+        self.failing += not refused_now
+        if not failure.names_cause:
+            self.unexplained = self.unexplained or failure
+        return self.skipped < MAX_FAILED_ROWS or self.others_were_answered(failure)
+
+    def others_were_answered(self, failure: RequestFailure) -> bool:
+        """Whether other rows were answered, so that the failure is this row's own."""
+        if failure.action != "skip_row" and self.failing >= MAX_FAILED_ROWS:
+            return False
+        return self.answered > 0 or self.count_before() > 0 or (failure.names_cause and self.answered_before())
+
+    def failure_of_all(self) -> RequestFailure | None:
+        """The failure of a call in which nothing was answered and no server stated what is wrong with a row."""
+        return self.unexplained if self.unexplained and not self.answered and not self.count_before() else None
+
+    def are_useless(self) -> bool:
+        """Whether too many replies in a row were useless to pay for more."""
+        if self.useless < MAX_USELESS_REPLIES:
+            return False
+        return self.useless > TOLERATED_USELESS_SHARE * max(self.complete, self.count_before())

@@ -1,4 +1,4 @@
-"""Asking: a real server on loopback that fails in every way we know of; each row is answered once and paid for once."""
+"""Asking a server on loopback that fails in every known way: each row is answered once and paid for once."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import endpoint_identity, request_body
 from tapir_local.teacher.rate_limit import allowance_wait, backoff_seconds, parse_wait_seconds, requested_wait
+from tapir_local.teacher.session import AskOptions
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,20 @@ def no_key(monkeypatch):
 def test_answers_come_in_the_order_of_the_requests_and_are_paid_once(server, store):
     words = [str(number) for number in range(40)]
     shown: list[tuple[int, int, int]] = []
-    first = ask(questions(*words), teacher(server), store, run="r", progress=lambda *seen: shown.append(seen))
-    second = ask(questions(*words), teacher(server), store, run="s", progress=lambda *seen: shown.append(seen))
+    first = ask(
+        questions(*words),
+        teacher(server),
+        store,
+        run="r",
+        options=AskOptions(progress=lambda *seen: shown.append(seen)),
+    )
+    second = ask(
+        questions(*words),
+        teacher(server),
+        store,
+        run="s",
+        options=AskOptions(progress=lambda *seen: shown.append(seen)),
+    )
     assert [answer.text for answer in first] == [f"re: {word}" for word in words] == [answer.text for answer in second]
     assert {(answer.hit, answer.finish, answer.tokens_in, answer.tokens_out) for answer in first} == {
         (False, "stop", 7, 3)
@@ -87,7 +100,7 @@ def test_two_threads_asking_the_same_pay_once(server, store):
 
 
 @pytest.mark.parametrize("change", [{"model": "n"}, {"extra": {"num_ctx": 4096}}, {"alias": "other"}])
-def test_another_endpoint_is_asked_anew(server, store, change):
+def test_another_endpoint_is_asked_separately(server, store, change):
     ask(questions("a"), teacher(server), store, run="r")
     ask(questions("a"), teacher(server, **change), store, run="r")
     assert len(server.bodies) == 2
@@ -99,7 +112,7 @@ def test_an_alias_outlives_a_move_to_another_port(server, store):
     assert ask(questions("a"), moved, store, run="r")[0].hit
 
 
-def test_concurrency_is_kept(server, store):
+def test_at_most_concurrency_requests_are_in_flight(server, store):
     server.seconds = 0.02
     ask(questions(*map(str, range(30))), teacher(server, concurrency=3), store, run="r")
     assert server.most == 3
@@ -113,10 +126,10 @@ def test_a_paid_answer_is_kept_as_it_came(server, store):
     assert json.loads(store.get(key) or b"")["choices"][0]["message"]["reasoning_content"] == "hm"
 
 
-# Answers that never serve again, and those that do
+# Answers that are used again, and those that are not
 
 
-def test_a_truncation_serves_the_same_request_again_but_no_longer_one(server, store):
+def test_a_cut_answer_is_reused_for_the_same_max_tokens_only(server, store):
     server.faults["a"] = [says("half a", "length")]
     for _ in range(2):
         (answer,) = ask(questions("a", max_tokens=5), teacher(server), store, run="r")
@@ -136,7 +149,7 @@ def test_a_truncation_serves_the_same_request_again_but_no_longer_one(server, st
         (says("", "tool_calls"), "tool_calls"),
     ],
 )
-def test_a_refusal_is_told_apart_and_asked_again_another_time(server, store, fault, finish):
+def test_a_refusal_is_returned_with_its_finish_and_asked_again_next_time(server, store, fault, finish):
     server.faults["a"] = [fault]
     (answer,) = ask(questions("a"), teacher(server), store, run="r")
     assert (answer.finish, answer.complete) == (finish, False)
@@ -144,7 +157,7 @@ def test_a_refusal_is_told_apart_and_asked_again_another_time(server, store, fau
     assert ask(questions("a"), teacher(server), store, run="r")[0].text == "re: a"
 
 
-def test_an_empty_answer_is_tried_again_then_given_back_empty(server, store):
+def test_an_empty_answer_is_retried_and_then_returned_empty(server, store):
     server.faults["a"] = [says(" "), says(None)]
     assert ask(questions("a"), teacher(server, attempts=3), store, run="r")[0].text == "re: a"
     server.faults["b"] = [says("")] * 2
@@ -196,23 +209,23 @@ def test_an_exhausted_allowance_is_waited_for(server, store):
     assert time.monotonic() - start >= 0.6
 
 
-def test_nothing_but_429_ends_in_words_and_not_in_a_hang(server, store):
+def test_only_429s_end_in_an_error_and_not_in_a_hang(server, store):
     server.faults["a"] = [status(429, "slow down", retry_after="0.1")] * 1000
     with raises("slow down"):
-        ask(questions("a"), teacher(server), store, run="r", patience=0.5)
+        ask(questions("a"), teacher(server), store, run="r", options=AskOptions(patience=0.5))
     server.faults["b"] = [status(429, "tomorrow", retry_after="86400")]
-    with raises("the next request may go in 86400 s"):
+    with raises("the next request may be sent in 86,400 s"):
         ask(questions("b"), teacher(server), store, run="r")
 
 
 def test_an_empty_account_stops_at_once(server, store):
     server.faults["a"] = [status(429, "You exceeded your quota", "insufficient_quota")]
-    with raises("Top up the account"):
+    with raises("Add credit to the account"):
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 1
 
 
-def test_a_slow_answer_is_given_up_and_asked_again(server, store):
+def test_a_timed_out_request_is_sent_again(server, store):
     server.faults["a"] = [slow]
     assert ask(questions("a"), teacher(server, timeout=0.3), store, run="r")[0].text == "re: a"
     assert attempts(store) == [("row-a", "no answer within 0.3 s")]
@@ -230,12 +243,18 @@ def test_a_late_request_is_waited_for_and_not_sent_a_second_time(server, store):
     assert not attempts(store)
 
 
-def test_another_served_model_is_told_once(server, store):
+def test_a_changed_model_is_warned_of_once(server, store):
     told = []
-    ask(questions("a"), teacher(server), store, run="r", warn=told.append)
+    ask(questions("a"), teacher(server), store, run="r", options=AskOptions(warn=told.append))
     server.faults = {"c": [says("x", model="m-2")], "d": [says("y", model="m-2")]}
-    ask(questions("b", "c", "d", "e"), teacher(server, concurrency=1), store, run="r", warn=told.append)
-    assert told == [f"{server.url}: 'm' is served by m-2 now, until here it was m-1"]
+    ask(
+        questions("b", "c", "d", "e"),
+        teacher(server, concurrency=1),
+        store,
+        run="r",
+        options=AskOptions(warn=told.append),
+    )
+    assert told == [f"{server.url}: 'm' is now served by m-2; before it was m-1"]
 
 
 def test_one_failing_request_of_twelve_keeps_the_other_eleven(server, store):
@@ -248,8 +267,8 @@ def test_one_failing_request_of_twelve_keeps_the_other_eleven(server, store):
     assert [answer.hit for answer in answers] == [word != "5" for word in words]
 
 
-def test_a_reply_that_nobody_can_read_is_paid_once(server, store):
-    """Parsing is not the store's business: a better parser costs nothing."""
+def test_a_reply_that_the_caller_cannot_parse_is_paid_once(server, store):
+    """The store keeps raw replies, so that a better parser costs no new calls."""
     server.faults["a"] = [says("an 8, on a scale of 1 to 10")]
     first, second = (ask(questions("a"), teacher(server), store, run="r")[0] for _ in range(2))
     assert judging.parse_scores(first.text) is None
@@ -307,11 +326,11 @@ def test_a_key_file_that_holds_no_key(server, store, tmp_path, text):
 
 def test_an_unknown_model_is_named(server, store):
     server.faults["a"] = [status(404, "no such model")]
-    with raises("the model 'm'"):
+    with raises("a model named 'm'"):
         ask(questions("a"), teacher(server), store, run="r")
 
 
-def test_an_endpoint_that_is_down_says_where_and_how_to_go_on(store):
+def test_an_unreachable_endpoint_is_named_with_what_to_do(store):
     down = Teacher(base_url="http://127.0.0.1:9/v1", model="m")
     with raises("http://127.0.0.1:9/v1") as caught:
         ask(questions("a", "b"), down, store, run="r")
@@ -319,7 +338,7 @@ def test_an_endpoint_that_is_down_says_where_and_how_to_go_on(store):
 
 
 def test_a_missing_key_is_named_before_anything_is_sent(store):
-    with raises("OPENAI_API_KEY: no key for https://api.openai.com/v1"):
+    with raises("OPENAI_API_KEY: no API key for https://api.openai.com/v1"):
         ask(questions("a"), Teacher(model="m"), store, run="r")
 
 
@@ -329,7 +348,7 @@ def test_what_extra_may_not_set(server, store, extra):
         ask(questions("a"), teacher(server, extra=extra), store, run="r")
 
 
-def test_kinds_that_send_nothing_cannot_be_asked(store):
+def test_kinds_that_cannot_answer_are_refused(store):
     with raises("kind 'reference'"):
         ask(questions("a"), Judge(kind="reference", model="m"), store, run="r")
     with raises("no model"):
@@ -339,7 +358,7 @@ def test_kinds_that_send_nothing_cannot_be_asked(store):
 # Modes and interruption
 
 
-def test_replay_asks_nobody_and_names_the_row(server, store):
+def test_replay_sends_nothing_and_names_the_row(server, store):
     ask(questions("a", "b"), teacher(server), store, run="r")
     with Store(store.path, "replay") as replay:
         assert [answer.text for answer in ask(questions("a", "b"), teacher(server), replay, run="s")] == [
@@ -366,6 +385,7 @@ from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskOptions
 words = [(Message("system", "Be brief."), Message("user", str(row))) for row in range(4000)]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 with Store(Path(sys.argv[1])) as store:
@@ -374,13 +394,13 @@ with Store(Path(sys.argv[1])) as store:
         Teacher(base_url=sys.argv[2], model="m", concurrency=4),
         store,
         run="r",
-        progress=lambda done, total, hits: print(done, flush=True),
+        options=AskOptions(progress=lambda done, total, hits: print(done, flush=True)),
     )
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_keeps_what_came(server, tmp_path, how):
+def test_an_interrupted_run_keeps_the_answers_received(server, tmp_path, how):
     server.seconds = 0.02
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "t.db"), server.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as asking:
@@ -398,7 +418,7 @@ def test_an_interrupted_run_keeps_what_came(server, tmp_path, how):
     assert kept == sent if how == signal.SIGINT else kept >= 40 - 8
 
 
-# The arithmetic
+# Headers, backoff and bodies
 
 
 @pytest.mark.parametrize(
@@ -438,7 +458,7 @@ def test_backoff_grows_to_its_end():
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b"<html>"])
-def test_what_is_no_completion(raw):
+def test_replies_that_are_not_completions_are_refused(raw):
     with pytest.raises(ValueError, match=r"."):
         parse_reply(raw)
 

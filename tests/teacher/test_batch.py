@@ -1,4 +1,4 @@
-"""Asking by batch: each request is submitted and paid for once, whatever is cut, lost, refused or shared."""
+"""Asking by batch: each request is submitted and paid for once, even if runs are cut or replies are lost."""
 
 import json
 import os
@@ -16,7 +16,6 @@ import orjson
 import pytest
 from batches import BatchApi, never, refused, replied, serving
 from server import attempts, completion, questions, raises
-from tapir_local.records.noop import quiet
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Price, Teacher
@@ -30,7 +29,7 @@ from tapir_local.teacher.batch_api import batch_line, has_ended, parse_result_li
 from tapir_local.teacher.budget import BudgetTracker
 from tapir_local.teacher.endpoint import request_body
 from tapir_local.teacher.pending_batches import DEFAULT_BATCH_LIMITS, BatchLimits
-from tapir_local.teacher.session import AskSession
+from tapir_local.teacher.session import AskOptions, AskSession
 
 FAST = BatchLimits(first_wait=0.02, longest_wait=0.05, settle=0.3)
 ROOT = Path(__file__).parents[2]
@@ -51,8 +50,10 @@ def teacher(server: BatchApi, **settings: Any) -> Teacher:
     return Teacher(**{"base_url": server.url, "model": "m", "timeout": 20, "batch": True, **settings})
 
 
-def by_batch(words: list[str], endpoint: Teacher, store: Store, bounds: Bounds = FAST, **more: Any) -> list[Answer]:
-    return ask(questions(*words), endpoint, store, run="r", bounds=bounds, **more)
+def by_batch(
+    words: list[str], endpoint: Teacher, store: Store, limits: BatchLimits = FAST, **more: Any
+) -> list[Answer]:
+    return ask(questions(*words), endpoint, store, run="r", options=AskOptions(batch_limits=limits, **more))
 
 
 def texts(answers: list[Answer]) -> list[str]:
@@ -93,10 +94,10 @@ def test_answers_come_in_the_order_of_the_requests_and_are_paid_once(server, sto
     assert shown[-1] == (0, 8, "batch (completed): 8 of 8 answered")
 
 
-def test_what_is_uploaded_and_kept(server, store):
+def test_the_upload_and_the_stored_calls(server, store):
     settings = teacher(server, extra={"top_p": 0.5, "max_tokens": None})
     asked = questions("a", "b", "a")
-    answers = ask(asked, settings, store, run="r", bounds=FAST)
+    answers = ask(asked, settings, store, run="r", options=AskOptions(batch_limits=FAST))
     lines = [json.loads(line) for line in server.files["file-0"].splitlines()]
     assert [line["custom_id"] for line in lines] == [answer.key for answer in answers[:2]]
     assert [line["body"] for line in lines] == [request_body(request, settings) for request in asked[:2]]
@@ -123,9 +124,21 @@ def test_an_answer_by_batch_serves_the_live_run_and_the_other_way_round(server, 
 def test_a_batch_is_no_larger_than_the_budget_and_the_rest_follows_when_it_is_raised(server, store):
     priced = teacher(server, price=Price(input=10.0, output=20.0))
     with pytest.raises(TapirError, match="calls 5 of 5"):
-        ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=BudgetTracker(Budget(calls=5)))
+        ask(
+            questions(*words(8)),
+            priced,
+            store,
+            run="r",
+            options=AskOptions(batch_limits=FAST, budget=BudgetTracker(Budget(calls=5))),
+        )
     assert [len(batch["lines"]) for batch in server.batches.values()] == [5]
-    answers = ask(questions(*words(8)), priced, store, run="r", bounds=FAST, purse=BudgetTracker(Budget(calls=3)))
+    answers = ask(
+        questions(*words(8)),
+        priced,
+        store,
+        run="r",
+        options=AskOptions(batch_limits=FAST, budget=BudgetTracker(Budget(calls=3))),
+    )
     assert texts(answers) == [f"re: {word}" for word in words(8)]
     assert [len(batch["lines"]) for batch in server.batches.values()] == [5, 3]
     assert set(table(store, "select price from calls")) == {(0.5 * (7 * 10 + 3 * 20) / 1e6,)}
@@ -138,8 +151,8 @@ def test_too_many_requests_for_a_file_become_several_batches(server, store):
     assert sorted(server.paid) == words(8)
 
 
-def test_parts_are_as_large_as_may_be(server, store):
-    jobs = AskSession(questions(*words(7)), teacher(server), store, "r", quiet).look_up()
+def test_batches_are_as_large_as_the_limits_allow(server, store):
+    jobs = AskSession(questions(*words(7)), teacher(server), store, "r").look_up()
     length = len(batch_line(jobs[0]))
     assert [len(part) for part in split_into_batches(jobs, 100, 3 * length)] == [3, 3, 1]
     assert [len(part) for part in split_into_batches(jobs, 100, 3 * length - 1)] == [2, 2, 2, 1]
@@ -149,7 +162,7 @@ def test_parts_are_as_large_as_may_be(server, store):
     assert list(split_into_batches([], 2, 2)) == []
 
 
-def test_the_limits_are_the_vendors():
+def test_the_default_limits_are_those_of_openai():
     assert (
         DEFAULT_BATCH_LIMITS.requests,
         DEFAULT_BATCH_LIMITS.size,
@@ -158,7 +171,7 @@ def test_the_limits_are_the_vendors():
     ) == (50_000, 200_000_000, 5.0, 60.0)
 
 
-def test_lines_that_are_none_are_left_out():
+def test_unreadable_result_lines_are_skipped():
     raw = b'{"custom_id": "00ff", "x": 1}\n\nnot json\n{"custom_id": "row-1"}\n{"id": 3}\n[]\n{"custom_id": 3}\n'
     assert parse_result_lines(raw) == {b"\x00\xff": {"custom_id": "00ff", "x": 1}}
 
@@ -189,12 +202,14 @@ from server import questions
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskOptions
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 with Store(Path(sys.argv[1])) as store:
     told = lambda done, total, text: print(text, flush=True)
     endpoint = Teacher(base_url=sys.argv[2], model="m", batch=True)
     try:
-        answers = ask(questions(*sys.argv[4:]), endpoint, store, run="other", bounds=FAST, tell=told)
+        options = AskOptions(batch_limits=FAST, tell=told)
+        answers = ask(questions(*sys.argv[4:]), endpoint, store, run="other", options=options)
     except KeyboardInterrupt as stopped:
         print(getattr(stopped, "__notes__", []), flush=True)
         sys.exit(130)
@@ -216,7 +231,7 @@ def read_until(process: subprocess.Popen[str], word: str) -> str:
 
 
 def leave_away(server: BatchApi, path: Path, *words: str) -> None:
-    """A run that submits a batch of these words and is killed while it is away."""
+    """A run that submits a batch of these words and is killed while it is pending."""
     server.held = True
     with started(server, path, *words) as asking:
         read_until(asking, "in_progress")
@@ -224,7 +239,7 @@ def leave_away(server: BatchApi, path: Path, *words: str) -> None:
     server.held = False
 
 
-def test_killed_between_the_making_of_a_batch_and_the_storing_of_its_id(server, tmp_path):
+def test_a_run_killed_before_the_batch_id_is_stored_recovers_it(server, tmp_path):
     """The other batches push ours to another page of the server's list."""
     server.on_create = lambda handler: asking.kill()
     with started(server, tmp_path / "t.db", "a", "b") as asking:
@@ -241,7 +256,7 @@ def test_killed_between_the_making_of_a_batch_and_the_storing_of_its_id(server, 
 
 
 @pytest.mark.parametrize("unlike", [{"metadata": None}, {"input_file_id": "renamed"}], ids=str)
-def test_a_batch_whose_making_was_not_heard_of_is_found_and_not_made_again(server, store, unlike):
+def test_a_batch_whose_creation_was_not_confirmed_is_found_and_not_made_again(server, store, unlike):
     """Some servers keep no metadata and some proxies rename files: one of the two is enough."""
 
     def lose(handler: Any) -> None:
@@ -254,7 +269,7 @@ def test_a_batch_whose_making_was_not_heard_of_is_found_and_not_made_again(serve
     assert len(server.batches) == 1
 
 
-def test_a_batch_that_was_never_made_is_made_after_a_look(server, store):
+def test_a_batch_that_was_never_created_is_submitted_after_a_check(server, store):
     server.statuses = {"POST /batches": [500, 503]}
     assert texts(by_batch(["a", "b"], teacher(server), store)) == ["re: a", "re: b"]
     assert len(server.batches) == 1
@@ -262,15 +277,15 @@ def test_a_batch_that_was_never_made_is_made_after_a_look(server, store):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_cut_run_leaves_its_batch_away_and_the_next_one_fetches_it(server, tmp_path, how):
+def test_the_next_run_fetches_the_pending_batch_of_a_cut_run(server, tmp_path, how):
     server.held = True
     with started(server, tmp_path / "t.db", "a", "b") as asking:
         read_until(asking, "in_progress")
         asking.send_signal(how)
-        said = read_until(asking, "away")
+        said = read_until(asking, "pending")
         assert asking.wait() == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
-        assert said == "['1 batch is away with 2 requests; the same command fetches the answers']\n"
+        assert said == "['1 batch is pending with 2 requests; run the same command again to fetch the answers']\n"
     server.held = False
     with Store(tmp_path / "t.db") as store:
         assert texts(by_batch(["b", "a"], teacher(server), store)) == ["re: b", "re: a"]
@@ -278,7 +293,7 @@ def test_a_cut_run_leaves_its_batch_away_and_the_next_one_fetches_it(server, tmp
     assert sorted(server.paid) == ["a", "b"]
 
 
-def test_what_another_run_left_in_the_same_batch_stays_for_it(server, tmp_path):
+def test_answers_for_another_run_stay_in_the_batch(server, tmp_path):
     leave_away(server, tmp_path / "t.db", *words(6))
     with Store(tmp_path / "t.db") as store:
         by_batch(words(2), teacher(server), store)
@@ -287,7 +302,7 @@ def test_what_another_run_left_in_the_same_batch_stays_for_it(server, tmp_path):
     assert (len(server.batches), len(server.paid)) == (1, 6)
 
 
-def test_a_live_run_waits_for_what_is_away_and_asks_the_rest(server, tmp_path):
+def test_a_live_run_waits_for_pending_batches_and_sends_the_rest(server, tmp_path):
     leave_away(server, tmp_path / "t.db", "a", "b")
     with Store(tmp_path / "t.db") as store:
         priced = teacher(server, batch=False, price=Price(input=10.0, output=20.0))
@@ -315,8 +330,8 @@ def test_ctrl_c_says_that_the_same_command_fetches_the_batch(server, tmp_path):
         running.send_signal(signal.SIGINT)
         said = running.communicate()[1]
     assert running.returncode == 130
-    assert "stopped; run the same command again to resume" in said
-    assert "1 batch is away with 40 requests; the same command fetches the answers" in said
+    assert "stopped; the same command goes on" in said
+    assert "1 batch is pending with 40 requests; run the same command again to fetch the answers" in said
 
 
 def test_a_live_run_asks_what_a_refused_batch_did_not_answer(server, tmp_path):
@@ -329,7 +344,7 @@ def test_a_live_run_asks_what_a_refused_batch_did_not_answer(server, tmp_path):
     assert sorted(server.live) == ["a", "b"]
 
 
-# Shared
+# Several runs
 
 
 def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
@@ -353,9 +368,9 @@ def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
     assert table(store, "select sum(paid) from uses") == [(5,)]
 
 
-def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
-    """Someone has the key of `b`; when he lets go of it without an answer, it goes into a batch of its own."""
-    asking = AskSession(questions("a", "b"), teacher(server), store, "r", quiet)
+def test_a_request_in_flight_live_is_not_submitted(server, store):
+    """Another owner claims `b`; after it is released without an answer, it is submitted in a batch of its own."""
+    asking = AskSession(questions("a", "b"), teacher(server), store, "r")
     key = asking.look_up()[1].key
     assert store.claim(key)
     threading.Timer(0.5, lambda: store.release(key)).start()
@@ -363,8 +378,8 @@ def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
     assert [len(batch["lines"]) for batch in server.batches.values()] == [1, 1]
 
 
-def test_a_live_run_lets_go_of_what_a_batch_took_meanwhile(server, store):
-    """`0` is slow; while it is asked, the jobs behind it are submitted by someone else."""
+def test_a_live_run_leaves_jobs_that_a_batch_took_meanwhile(server, store):
+    """`0` is slow; while it is asked, another run submits the jobs behind it."""
     server.gate, server.held = threading.Event(), True
     told: list[str] = []
     got: dict[str, list[str]] = {}
@@ -394,7 +409,7 @@ def test_a_live_run_lets_go_of_what_a_batch_took_meanwhile(server, store):
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled"])
-def test_what_came_before_the_end_is_kept_and_the_rest_submitted_again(server, store, end):
+def test_answers_of_an_unfinished_batch_are_kept_and_the_rest_is_resubmitted(server, store, end):
     server.ends = [end, end]
     assert texts(by_batch(words(8), teacher(server), store)) == [f"re: {word}" for word in words(8)]
     assert [len(batch["lines"]) for batch in server.batches.values()] == [8, 4, 2]
@@ -403,7 +418,7 @@ def test_what_came_before_the_end_is_kept_and_the_rest_submitted_again(server, s
     assert sorted(attempts(store)) == sorted((f"row-{row}", why) for row in [4, 5, 6, 7, 6, 7])
 
 
-def test_batches_that_expire_again_and_again_end_in_words(server, store):
+def test_batches_that_keep_expiring_end_in_an_error(server, store):
     server.ends = ["expired"] * 9
     with raises("row row-1: batch_expired: This request could not be executed. (tried 2 times)"):
         by_batch(words(2), teacher(server, attempts=2), store)
@@ -420,7 +435,7 @@ def test_a_batch_that_does_not_pass_validation_stops_with_the_servers_words(serv
     assert len(server.paid) == 3
 
 
-def test_what_finds_no_room_is_submitted_when_others_are_done(server, store):
+def test_batches_refused_for_lack_of_space_are_submitted_later(server, store):
     server.room, server.looks = 4, 3
     answers = by_batch(words(9), teacher(server), store, BatchLimits(2, 10**6, 0.02, 0.05, 0.3))
     assert texts(answers) == [f"re: {word}" for word in words(9)]
@@ -447,7 +462,7 @@ def test_a_batch_that_the_endpoint_does_not_know_is_given_up_after_two_days(serv
     server.held = False
     server.batches.clear()
     with Store(tmp_path / "t.db") as store:
-        with raises("does not know batch batch_0, which holds 1 of the requests"):
+        with raises("does not know batch batch_0, which contains 1 of the requests"):
             by_batch(["a"], teacher(server), store)
         with sqlite3.connect(store.path) as conn:
             conn.execute("update batches set created = created - 180000")
@@ -457,28 +472,30 @@ def test_a_batch_that_the_endpoint_does_not_know_is_given_up_after_two_days(serv
 def test_answers_deleted_on_the_server_are_asked_again(server, store):
     server.statuses = {"GET /files": [404, 404]}
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
-    assert attempts(store) == [("row-a", "no answer in batch batch_0, which is completed")]
+    assert attempts(store) == [("row-a", "no answer in batch batch_0, whose status is completed")]
     assert len(server.batches) == 2
 
 
 def test_answers_that_were_lost_on_the_server_count_as_billed(server, store):
     server.statuses = {"GET /files": [404, 404]}
-    purse = BudgetTracker(Budget(calls=2, tokens=5000))
-    assert texts(by_batch(["a"], teacher(server), store, purse=purse)) == ["re: a"]
-    assert (purse.spent.calls, purse.estimated.calls) == (2, 1)
+    tracker = BudgetTracker(Budget(calls=2, tokens=5000))
+    assert texts(by_batch(["a"], teacher(server), store, budget=tracker)) == ["re: a"]
+    assert (tracker.spent.calls, tracker.estimated.calls) == (2, 1)
     store.flush()
-    assert billed_to_run(store.path, "r") == (2, purse.spent.tokens, 0.0)
+    assert billed_to_run(store.path, "r") == (2, tracker.spent.tokens, 0.0)
 
 
-def test_more_room_submits_the_cut_answers_alone(server, store):
+def test_a_larger_max_tokens_submits_only_the_cut_answers(server, store):
     server.faults["b"] = [replied(200, completion("half", "length"))]
-    ask(questions("a", "b", "c", max_tokens=40), teacher(server), store, run="r", bounds=FAST)
-    answers = ask(questions("a", "b", "c", max_tokens=80), teacher(server), store, run="r", bounds=FAST)
+    ask(questions("a", "b", "c", max_tokens=40), teacher(server), store, run="r", options=AskOptions(batch_limits=FAST))
+    answers = ask(
+        questions("a", "b", "c", max_tokens=80), teacher(server), store, run="r", options=AskOptions(batch_limits=FAST)
+    )
     assert texts(answers) == ["re: a", "re: b", "re: c"]
     assert sorted(server.paid) == ["a", "b", "b", "c"]
 
 
-def test_a_file_that_is_late_is_waited_for(server, store):
+def test_a_late_output_file_is_waited_for(server, store):
     server.statuses = {"GET /files": [404]}
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
     assert len(server.batches) == 1
@@ -493,7 +510,7 @@ def test_a_file_that_is_late_is_waited_for(server, store):
         (refused(429, "slow down"), "429: slow down"),
         (refused(500, "oops"), "500: oops"),
         (never("request_timeout"), "request_timeout: This request could not be executed."),
-        ({"response": None, "error": None}, "no answer in batch batch_0, which is completed"),
+        ({"response": None, "error": None}, "no answer in batch batch_0, whose status is completed"),
         (replied(200, {"choices": []}), 'the reply is not a chat completion (without choices: {"choices":[]})'),
         (replied(200, completion(" ")), "finish stop, empty"),
     ],
@@ -525,7 +542,7 @@ def test_attempts_are_counted(server, store):
         (replied(200, completion("half", "length")), "length"),
     ],
 )
-def test_a_refusal_or_a_truncation_is_told_as_by_the_live_api(server, store, line, finish):
+def test_refusals_and_cut_replies_are_returned_as_by_the_live_api(server, store, line, finish):
     server.faults["b"] = [line]
     answers = by_batch(["a", "b"], teacher(server), store)
     assert [answer.finish for answer in answers] == ["stop", finish]
@@ -535,8 +552,8 @@ def test_a_refusal_or_a_truncation_is_told_as_by_the_live_api(server, store, lin
 @pytest.mark.parametrize(
     ("line", "fix"),
     [
-        (refused(404, "no such model"), "the model 'm'"),
-        (refused(429, "You exceeded your quota", "insufficient_quota"), "Top up the account"),
+        (refused(404, "no such model"), "a model named 'm'"),
+        (refused(429, "You exceeded your quota", "insufficient_quota"), "Add credit to the account"),
     ],
 )
 def test_a_refused_line_names_its_row_and_the_others_are_kept(server, store, line, fix):
@@ -572,20 +589,20 @@ def test_a_wrong_key_stops_at_once_and_is_never_kept(server, store, monkeypatch,
 @pytest.mark.parametrize("path", ["POST /files", "POST /batches"])
 def test_a_server_without_a_batch_api_says_so_and_can_be_asked_live(server, store, path):
     server.statuses = {path: [404]}
-    with raises(f"there is no Batch API here (404 for {path.replace('POST ', '/v1')})") as caught:
+    with raises(f"the endpoint has no Batch API (404 for {path.replace('POST ', '/v1')})") as caught:
         by_batch(["a"], teacher(server), store)
     assert "batch: false" in str(caught.value)
     server.statuses = {"GET /batches": [404], "POST /files": [404]}
     assert texts(by_batch(["a"], teacher(server, batch=False), store)) == ["re: a"]
 
 
-def test_a_page_in_place_of_an_api_is_told_apart(server, store):
+def test_a_web_page_instead_of_the_batch_api_is_refused(server, store):
     server.statuses = {"POST /files": [200]}
     with raises("the reply is not one of a Batch API"):
         by_batch(["a"], teacher(server), store)
 
 
-def test_pauses_and_troubles_of_the_server_are_waited_out(server, store):
+def test_rate_limits_and_server_errors_are_waited_out(server, store):
     server.statuses = {"POST /files": [429], "POST /batches": [429], "GET /batches/": [503], "GET /files": [500]}
     assert texts(by_batch(["a"], teacher(server), store)) == ["re: a"]
     assert len(server.batches) == 1
@@ -594,16 +611,16 @@ def test_pauses_and_troubles_of_the_server_are_waited_out(server, store):
         by_batch(["b"], teacher(server), store, patience=0.5)
 
 
-def test_an_endpoint_that_is_down_says_where(store):
+def test_an_unreachable_endpoint_is_named(store):
     down = Teacher(base_url="http://127.0.0.1:9/v1", model="m", batch=True)
     with raises("http://127.0.0.1:9/v1: no connection"):
         by_batch(["a"], down, store)
 
 
-def test_who_cannot_be_asked_by_batch(server, store):
+def test_kinds_and_stores_that_cannot_be_asked_by_batch(server, store):
     with raises("only an endpoint of kind `openai`"):
         ask(questions("a"), Teacher(kind="pocket", batch=True), store, run="r")
-    with Store(store.path, "off") as off, raises("batches need the store"):
+    with Store(store.path, "off") as off, raises("batches need a writable store"):
         by_batch(["a"], teacher(server), off)
 
 
@@ -621,7 +638,7 @@ def test_a_store_of_the_first_version_gets_the_tables(tmp_path, server):
     assert next(iter(MIGRATIONS.items())) == ("first_tables", FIRST_TABLES)
 
 
-def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
+def test_a_damaged_store_keeps_its_pending_batches(server, tmp_path):
     leave_away(server, tmp_path / "t.db", *words(50))
     Store(tmp_path / "t.db").close()
     with sqlite3.connect(tmp_path / "t.db") as conn:
@@ -630,6 +647,6 @@ def test_a_damaged_store_still_knows_what_is_away(server, tmp_path):
         file.seek((page - 1) * PAGE_BYTES)
         file.write(b"\xff" * PAGE_BYTES)
     with Store(tmp_path / "t.db") as store:
-        assert "was renamed to" in store.notices[0]
+        assert "put aside" in store.notices[0]
         assert len(by_batch(words(50), teacher(server), store)) == 50
     assert (len(server.batches), len(server.paid)) == (1, 50)

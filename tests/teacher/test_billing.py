@@ -1,4 +1,4 @@
-"""Of whatever a server bills by its own books, answered or not, a run's budget is never passed."""
+"""A run's budget is never exceeded by what the server bills, whether or not an answer arrives."""
 
 import os
 import random
@@ -23,6 +23,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher import http
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.budget import BudgetTracker, Cost
+from tapir_local.teacher.session import AskOptions
 
 BUDGETS = {"calls": Budget(calls=12), "tokens": Budget(tokens=1500), "money": Budget(money=0.008)}
 SETTINGS = {"price": PRICE, "attempts": 2, "concurrency": 6}
@@ -31,12 +32,12 @@ HEALTHY = {"answers", "cut", "empty", "filtered", "cached beside", "hits and mis
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow one another at once."""
-    monkeypatch.setattr(http, "backoff", lambda tries, chance: 0.01)
+    """Retry without a pause."""
+    monkeypatch.setattr(http, "backoff_seconds", lambda tries, chance: 0.01)
 
 
-def purse_of(store: Path, budget: Budget) -> BudgetTracker:
-    """The purse of a run's next start."""
+def tracker_of(store: Path, budget: Budget) -> BudgetTracker:
+    """The budget of a run's next start."""
     return BudgetTracker(budget, counted(store), Cost(*billed_to_run(store, "r", estimated=True)))
 
 
@@ -45,12 +46,12 @@ def counted(store: Path) -> Cost:
 
 
 def no_more(one: Cost, other: Cost) -> bool:
-    """Whether one cost is nowhere above another."""
+    """Whether no part of one cost is above another."""
     return one.calls <= other.calls and one.tokens <= other.tokens and one.money <= other.money * (1 + 1e-9)
 
 
 def kept(cost: Cost, budget: Budget) -> bool:
-    """Whether a cost keeps to a budget."""
+    """Whether a cost is within a budget."""
     limits = budget.model_dump(exclude_none=True)
     return all(getattr(cost, name) <= limit * (1 + 1e-9) for name, limit in limits.items())
 
@@ -58,11 +59,17 @@ def kept(cost: Cost, budget: Budget) -> bool:
 def start(
     server: Server, path: Path, budget: Budget, words: Sequence[str], max_tokens: int = 40, timeout: float = 0.15
 ) -> str:
-    """One start of a run; the error that ended it."""
+    """Start a run once and return the error that ended it."""
     with Store(path) as store:
-        asked, purse = questions(*words, max_tokens=max_tokens), purse_of(path, budget)
+        asked, tracker = questions(*words, max_tokens=max_tokens), tracker_of(path, budget)
         try:
-            ask(asked, teacher(server, **SETTINGS, timeout=timeout), store, run="r", purse=purse, patience=0.3)
+            ask(
+                asked,
+                teacher(server, **SETTINGS, timeout=timeout),
+                store,
+                run="r",
+                options=AskOptions(budget=tracker, patience=0.3),
+            )
         except TapirError as error:
             return str(error)
     return ""
@@ -118,7 +125,7 @@ print(start(server, Path(sys.argv[2]), budget, words(60)))
 
 
 def started(server: Server, path: Path, budget: Budget) -> "subprocess.Popen[str]":
-    """A start of the run in a process of its own."""
+    """Start the run in its own process."""
     command = [sys.executable, "-c", ASKER, str(server.port), str(path), budget.model_dump_json()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
@@ -127,7 +134,7 @@ def started(server: Server, path: Path, budget: Budget) -> "subprocess.Popen[str
 def test_requests_in_flight_when_a_process_ends_are_counted(
     server: Server, tmp_path: Path, how: signal.Signals
 ) -> None:
-    """The server bills what it got; the process that sent it is killed, or interrupted, before the answers come."""
+    """The server bills what it received; the process is killed or interrupted before the answers arrive."""
     biller, path, budget = Biller(), tmp_path / "teacher.db", Budget(calls=40, tokens=8000, money=0.05)
     chance = random.Random(3)
     behaving(server, biller, BEHAVIOURS["answers"], worked_then(lambda handler: time.sleep(0.4)))
@@ -161,72 +168,87 @@ def test_a_request_is_on_the_disk_before_it_goes(server: Server, tmp_path: Path)
         assert conn.execute("select count(*) from attempts").fetchall() == [(0,)]
 
 
-# Bounds of replies
+# Limits on replies
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=10**6), Budget(money=5.0)])
 @pytest.mark.parametrize("extra", [{"max_tokens": None}, {"max_tokens": -1}, {"max_tokens": "all"}])
-def test_a_budget_needs_a_bound_of_the_replies(
+def test_a_budget_needs_a_limit_on_the_replies(
     server: Server, store: Store, budget: Budget, extra: dict[str, object]
 ) -> None:
     with raises("teacher.extra") as caught:
-        ask(questions("a"), teacher(server, price=PRICE, extra=extra), store, run="r", purse=BudgetTracker(budget))
+        ask(
+            questions("a"),
+            teacher(server, price=PRICE, extra=extra),
+            store,
+            run="r",
+            options=AskOptions(budget=BudgetTracker(budget)),
+        )
     assert "max_completion_tokens: 1024" in str(caught.value)
     assert not server.bodies
 
 
-def test_calls_alone_need_no_bound_and_a_bound_of_another_name_will_do(server: Server, store: Store) -> None:
+def test_a_budget_of_calls_needs_no_limit_and_another_name_of_the_limit_works(server: Server, store: Store) -> None:
     free = teacher(server, extra={"max_tokens": None})
-    assert ask(questions("a"), free, store, run="r", purse=BudgetTracker(Budget(calls=5)))[0].complete
+    assert ask(questions("a"), free, store, run="r", options=AskOptions(budget=BudgetTracker(Budget(calls=5))))[
+        0
+    ].complete
     named = teacher(server, extra={"max_tokens": None, "max_completion_tokens": 50})
-    assert ask(questions("a"), named, store, run="r", purse=BudgetTracker(Budget(tokens=500)))[0].complete
+    assert ask(questions("a"), named, store, run="r", options=AskOptions(budget=BudgetTracker(Budget(tokens=500))))[
+        0
+    ].complete
 
 
-def test_a_server_that_ignores_the_bound_is_told_of_and_later_requests_reserve_more(
+def test_a_server_that_ignores_the_limit_is_warned_of_and_later_requests_reserve_more(
     server: Server, store: Store
 ) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: answering(lambda prompt, written: usage(20, 900))(Biller(), handler, body)
-    purse = BudgetTracker(Budget(tokens=4000))
+    tracker = BudgetTracker(Budget(tokens=4000))
     with raises("tokens 3,680 of 4,000"):
         ask(
             questions(*words(30), max_tokens=40),
             teacher(server, concurrency=1),
             store,
             run="r",
-            purse=purse,
-            warn=told.append,
+            options=AskOptions(budget=tracker, warn=told.append),
         )
     assert len(server.bodies) == 4
     assert len(told) == 1
     assert "a reply took 20 tokens of prompt and 900 of reply" in told[0]
 
 
-# What is said
+# Messages
 
 
-def test_a_reply_without_token_counts_is_counted_at_its_most_and_said_once(server: Server, store: Store) -> None:
+def test_a_reply_without_token_counts_is_counted_at_its_maximum_with_one_warning(server: Server, store: Store) -> None:
     told: list[str] = []
     server.otherwise = lambda handler, body: BEHAVIOURS["usage null"](Biller(), handler, body)
-    purse = BudgetTracker(Budget(tokens=10_000))
+    tracker = BudgetTracker(Budget(tokens=10_000))
     for word in ("a", "b"):
-        ask(questions(word, max_tokens=40), teacher(server), store, run="r", purse=purse, warn=told.append)
+        ask(
+            questions(word, max_tokens=40),
+            teacher(server),
+            store,
+            run="r",
+            options=AskOptions(budget=tracker, warn=told.append),
+        )
     assert len(told) == 1
     assert "58 tokens of prompt and 40 of reply" in told[0]
-    assert purse.spent == purse.estimated == Cost(2, 2 * 98, 0.0)
+    assert tracker.spent == tracker.estimated == Cost(2, 2 * 98, 0.0)
 
 
-def test_the_error_names_the_limit_that_was_met_and_a_value_that_would_do(server: Server, store: Store) -> None:
-    purse = BudgetTracker(Budget(money=0.002, calls=1000))
+def test_the_error_names_the_exceeded_limit_and_a_sufficient_value(server: Server, store: Store) -> None:
+    tracker = BudgetTracker(Budget(money=0.002, calls=1000))
     priced = teacher(server, price=PRICE, concurrency=1)
     with raises("the budget is spent: money 0.00") as caught:
-        ask(questions(*words(100), max_tokens=40), priced, store, run="r", purse=purse)
+        ask(questions(*words(100), max_tokens=40), priced, store, run="r", options=AskOptions(budget=tracker))
     assert "calls" not in str(caught.value)
     assert "--set budget.money=0.0025" in str(caught.value)
-    purse = BudgetTracker(Budget(money=0.0025, calls=1000), counted_in(store))
+    tracker = BudgetTracker(Budget(money=0.0025, calls=1000), counted_in(store))
     before = len(server.bodies)
     with raises("the budget is spent"):
-        ask(questions(*words(100), max_tokens=40), priced, store, run="r", purse=purse)
+        ask(questions(*words(100), max_tokens=40), priced, store, run="r", options=AskOptions(budget=tracker))
     assert len(server.bodies) > before
 
 
@@ -235,14 +257,20 @@ def counted_in(store: Store) -> Cost:
     return counted(store.path)
 
 
-def test_what_is_estimated_is_told_apart(server: Server, store: Store) -> None:
+def test_estimated_costs_are_stated_separately(server: Server, store: Store) -> None:
     server.otherwise = lambda handler, body: worked_then(late)(Biller(), handler, body)
-    with raises("(2 of it for replies that never came"):
-        ask(questions("a"), teacher(server, timeout=0.1), store, run="r", purse=BudgetTracker(Budget(calls=2)))
+    with raises("(2 of it estimated, for lost replies"):
+        ask(
+            questions("a"),
+            teacher(server, timeout=0.1),
+            store,
+            run="r",
+            options=AskOptions(budget=BudgetTracker(Budget(calls=2))),
+        )
     assert [why for _, why in attempts(store)] == ["no answer within 0.1 s"] * 2
 
 
-# Bought again
+# Answers paid for twice
 
 
 def test_a_damaged_answer_that_is_bought_again_counts_twice(server: Server, tmp_path: Path) -> None:
@@ -259,11 +287,11 @@ def test_a_damaged_answer_that_is_bought_again_counts_twice(server: Server, tmp_
     assert counted(path).calls == 4
 
 
-# More room for replies
+# A larger max_tokens
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_more_room_pays_for_the_cut_answers_alone(server: Server, store: Store, name: str) -> None:
+def test_a_larger_max_tokens_pays_only_for_the_cut_answers(server: Server, store: Store, name: str) -> None:
     def asked(size: int) -> list[bool]:
         extra = {} if name == "max_tokens" else {"max_tokens": None, name: size}
         asked = ask(questions(*words(100), max_tokens=size), teacher(server, extra=extra), store, run="r")
@@ -294,7 +322,7 @@ def test_a_replay_finds_shorter_answers_and_a_run_is_told_their_keys(server: Ser
 
 
 @pytest.mark.parametrize("change", [{"model": "n"}, {"alias": "other"}, {"extra": {"top_p": 0.5}}])
-def test_an_answer_of_another_endpoint_or_with_other_settings_serves_nobody(
+def test_shorter_answers_of_other_endpoints_or_settings_are_not_reused(
     server: Server, store: Store, change: dict[str, Any]
 ) -> None:
     ask(questions("a", max_tokens=40), teacher(server), store, run="r")

@@ -1,4 +1,4 @@
-"""Answers from elsewhere: a run finds them as if it had asked, and what is not whole is refused and named."""
+"""Imported answers: a run finds them as if it had asked, and unusable rows are refused with a reason."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def imported(store: Path, file: Path, teacher: Teacher = TEACHER, requests: Path
 
 
 def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
-    """What a run with this teacher has as answers to a file's seeds, when it may ask nobody."""
+    """The answers to a file's seeds that a run with this teacher finds in the store, in replay mode."""
     recipe = Recipe(teacher=teacher)
     examples, _ = require_seeds(read_path(seeds), recipe.task_table())
     with Store(store, "replay") as opened:
@@ -108,7 +108,7 @@ def test_a_run_with_another_recipe_does_not(store: Path, file: Path, change: dic
         replayed(store, file, TEACHER.model_copy(update=change))
 
 
-def test_a_run_with_room_for_longer_answers_finds_them_too(store: Path, file: Path) -> None:
+def test_a_run_with_a_larger_max_tokens_finds_them_too(store: Path, file: Path) -> None:
     imported(store, written(file, ALPACA))
     assert len(replayed(store, file, TEACHER.model_copy(update={"max_tokens": 4096}))) == 2
 
@@ -134,7 +134,7 @@ def test_without_a_generator_the_model_is_the_recipes(store: Path, file: Path) -
     assert get_call(store, list_uses(store, None, None, 1)[0]["key"])["answer"]["model"] == "big"
 
 
-def test_twice_is_once_and_what_was_paid_here_stays(store: Path, file: Path) -> None:
+def test_importing_twice_adds_nothing_and_keeps_paid_answers(store: Path, file: Path) -> None:
     imported(store, written(file, ALPACA))
     again = written(file, [{**row, "output": "something else"} for row in ALPACA])
     found = imported(store, again)
@@ -164,19 +164,19 @@ PART = [{"type": "text", "text": "Hello"}, {"type": "image_url", "image_url": {"
         ({"messages": [{"role": "tool", "content": "Hello"}]}, "unreadable"),
         ({"messages": "Hello"}, "unreadable"),
         ({"messages": 5}, "unreadable"),
-        ({"messages": [{"role": "user", "content": PART}]}, "not of text alone"),
-        ({"instruction": "Add.", "output": ["5"]}, "not of text alone"),
+        ({"messages": [{"role": "user", "content": PART}]}, "not only of text"),
+        ({"instruction": "Add.", "output": ["5"]}, "not only of text"),
         ({"instruction": "Add \ud800.", "output": "5"}, "unreadable"),
         ({"instruction": "Add.", "output": "\ud800"}, "unreadable"),
     ],
 )
-def test_a_row_that_is_not_whole_is_refused_and_named(store: Path, file: Path, row: dict[str, Any], why: str) -> None:
+def test_an_unusable_row_is_refused_with_its_line(store: Path, file: Path, row: dict[str, Any], why: str) -> None:
     found = imported(store, written(file, [ALPACA[0], row, ALPACA[1]], lines=True))
     assert (found.new, dict(found.refused)) == (2, {why: [2]})
     assert format_refused_rows(found) == f"1 {why} (line 2)"
 
 
-def test_a_file_without_a_whole_row_says_why(file: Path) -> None:
+def test_a_file_without_a_usable_row_is_refused_with_reasons(file: Path) -> None:
     with pytest.raises(TapirError, match=r"no row with an instruction and its answer: 1 without an answer \(line 1\)"):
         read_answers(written(file, [{"instruction": "Add."}]), TEACHER)
 
@@ -185,23 +185,23 @@ def test_a_file_without_a_whole_row_says_why(file: Path) -> None:
     ("content", "said"),
     [(b"\xff\xfe\0", "neither a store nor JSON"), (b"", "no rows in it"), (b"Hello", "not JSON"), (b"[1]", "object")],
 )
-def test_what_is_no_file_of_rows(file: Path, content: bytes, said: str) -> None:
+def test_files_without_rows_are_refused(file: Path, content: bytes, said: str) -> None:
     file.write_bytes(content)
     with pytest.raises(TapirError, match=said):
         read_answers(file, TEACHER)
 
 
-def test_a_name_that_is_no_text_is_no_harm(store: Path, tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_text_is_accepted(store: Path, tmp_path: Path) -> None:
     assert imported(store, written(tmp_path / "rows\udcff.json", ALPACA)).new == 2
     assert [row["run"] for row in count_uses(store)] == ["import:rows?.json"]
 
 
-def test_a_byte_order_mark_is_no_harm(store: Path, file: Path) -> None:
+def test_a_byte_order_mark_is_accepted(store: Path, file: Path) -> None:
     file.write_text("\ufeff" + json.dumps(ALPACA), encoding="utf-8")
     assert imported(store, file).new == 2
 
 
-def test_a_teacher_that_is_never_asked_has_no_calls(store: Path, file: Path) -> None:
+def test_a_recorded_teacher_cannot_be_imported_for(store: Path, file: Path) -> None:
     with pytest.raises(TapirError, match="'recorded' cannot be asked"):
         imported(store, written(file, ALPACA), Teacher(kind="recorded"))
 
@@ -254,7 +254,7 @@ def test_a_batch_keeps_its_replies_as_they_came(store: Path, file: Path, request
     written(requests, asked, lines=True)
     written(file, [output("a", reply("9")), output("b", reply())], lines=True)
     found = imported(store, file, TEACHER, requests)
-    assert (found.new, found.otherwise, found.refused) == (2, 0, {})
+    assert (found.new, found.different, found.refused) == (2, 0, {})
     row = next(row for row in list_uses(store, None, None, 9) if row["row"] == "b")
     call = get_call(store, row["key"])
     assert call["answer"] == reply()
@@ -270,19 +270,19 @@ def test_a_batch_keeps_its_replies_as_they_came(store: Path, file: Path, request
         (output("a", reply(), error={"code": "expired"}), "without an answer"),
         ({"custom_id": "a", "response": None, "error": {"code": "expired"}}, "without an answer"),
         (output("a", reply("")), "without an answer"),
-        (output("a", reply(finish="length")), "with an answer that is not whole"),
-        (output("a", reply(finish="content_filter")), "with an answer that is not whole"),
+        (output("a", reply(finish="length")), "with an incomplete answer"),
+        (output("a", reply(finish="content_filter")), "with an incomplete answer"),
         (output("a", {"data": []}), "unreadable"),
         (output("a", None), "unreadable"),
-        (output("z", reply()), "without their request in the file of requests"),
+        (output("z", reply()), "without a request in the requests file"),
         (output("other", reply()), "asked of another model than the recipe's"),
-        (output("image", reply()), "not of text alone"),
+        (output("image", reply()), "not only of text"),
         (output("odd", reply()), "unreadable"),
         (output("\ud800", reply()), "unreadable"),
-        (output("begun", reply()), "whose request begins the answer itself"),
+        (output("begun", reply()), "whose request already begins the answer"),
     ],
 )
-def test_a_batchs_row_that_is_not_whole_is_refused(
+def test_an_unusable_row_of_a_batch_is_refused(
     store: Path, file: Path, requests: Path, row: dict[str, Any], why: str
 ) -> None:
     asked = [request("a"), request("good"), request("other", model="small"), request("\ud800")]
@@ -294,13 +294,13 @@ def test_a_batchs_row_that_is_not_whole_is_refused(
     assert (found.new, dict(found.refused)) == (1, {why: [1]})
 
 
-def test_other_settings_than_the_recipes_are_told(store: Path, file: Path, requests: Path) -> None:
+def test_rows_asked_with_other_settings_are_counted(store: Path, file: Path, requests: Path) -> None:
     written(requests, [request("a", temperature=1), request("b", messages=MESSAGES[0]["messages"][:1])], lines=True)
     found = imported(store, written(file, [output("a", reply()), output("b", reply())], lines=True), TEACHER, requests)
-    assert (found.new, found.otherwise, found.difference) == (2, 1, "temperature: 0.3 here, 1 there")
+    assert (found.new, found.different, found.difference) == (2, 1, "temperature: 0.3 here, 1 there")
 
 
-def test_a_batch_without_its_requests(file: Path, requests: Path) -> None:
+def test_a_batch_output_needs_its_requests(file: Path, requests: Path) -> None:
     written(file, [output("a", reply())], lines=True)
     with pytest.raises(TapirError, match=r"no prompts(.|\n)*--requests"):
         read_answers(file, TEACHER)
@@ -311,7 +311,7 @@ def test_a_batch_without_its_requests(file: Path, requests: Path) -> None:
         read_answers(file, TEACHER, requests.with_name("none.jsonl"))
 
 
-def test_a_row_is_given_with_its_prompt(file: Path) -> None:
+def test_a_row_is_read_with_its_prompt(file: Path) -> None:
     rows, _ = read_answers(written(file, ALPACA), TEACHER)
     assert [type(row) for row in rows] == [ImportedRow, ImportedRow]
     assert rows[0].prompt[0].content == "Add the numbers.\n\n2, 3"

@@ -1,4 +1,4 @@
-"""A GGUF as teacher and judge: answered here, stored at once, held to JSON, and known by its bytes."""
+"""A GGUF as teacher and judge: answers are stored at once, follow a JSON schema, and are keyed by the GGUF's bytes."""
 
 import hashlib
 import json
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from models import CHATML, make_model
-from tapir_local.records.noop import quiet
 
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
@@ -34,14 +33,14 @@ from tapir_local.teacher.ask import ask
 from tapir_local.teacher.budget import BudgetTracker
 from tapir_local.teacher.endpoint import endpoint_identity, request_body
 from tapir_local.teacher.gguf import answer_with_gguf
-from tapir_local.teacher.session import AskSession
+from tapir_local.teacher.session import AskOptions, AskSession
 
 WORDS = [f"What is {number} times {number + 7}?" for number in range(12)]
 
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory) -> Path:
-    """A model that likes any word better than a special token: greedy, none of its answers is empty."""
+    """A model that never prefers a special token, so that no greedy answer is empty."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("talker")
@@ -89,7 +88,9 @@ def refused(*words: str, endpoint: Teacher | Judge, store: Store) -> str:
 
 def test_answers_are_stored_as_an_endpoint_would_have_sent_them(gguf, store) -> None:
     shown: list[tuple[int, int, int]] = []
-    answers = ask(questions(*WORDS), teacher(gguf), store, run="r", progress=lambda *seen: shown.append(seen))
+    answers = ask(
+        questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(progress=lambda *seen: shown.append(seen))
+    )
     assert [done for done, *_ in shown] == list(range(13))
     assert len(set(texts(answers))) > 6
     assert {(answer.hit, answer.finish in ("stop", "length")) for answer in answers} == {(False, True)}
@@ -108,15 +109,14 @@ def test_answers_are_stored_as_an_endpoint_would_have_sent_them(gguf, store) -> 
 
 
 def alone(gguf: Path) -> list[tuple[str, int]]:
-    """Each question's greedy answer by `generate`, and the tokens of its prompt."""
-    from tapir_local.inference.config import GenerationConfig
+    """Each question's greedy answer by `generate`, and the number of tokens of its prompt."""
     from tapir_local.inference.generate import encode_prompt, generate
     from tapir_local.inference.model import open_model
 
     asked = [request.messages for request in questions(*WORDS)]
     with open_model(gguf, vocab_only=True) as model:
         counts = [len(encode_prompt(model, prompt)) for prompt in asked]
-    found = generate(gguf, asked, GenerationConfig(max_tokens=8, context=256, parallel=4))
+    found = generate(gguf, asked, max_tokens=8, context=256, parallel=4)
     return [(answer.text, count) for answer, count in zip(found, counts, strict=True)]
 
 
@@ -130,7 +130,7 @@ print(all(answer.hit for answer in answers), "llama_cpp" in sys.modules)
 """
 
 
-def test_what_is_stored_needs_no_model_wherever_the_file_is(gguf, store) -> None:
+def test_hits_do_not_open_the_model_wherever_the_file_is(gguf, store) -> None:
     ask(questions(*WORDS), teacher(gguf), store, run="r")
     moved = gguf.rename(gguf.with_name("elsewhere.gguf"))
     command = [sys.executable, "-c", AGAIN, str(Path(__file__).parents[1]), str(store.path), str(moved)]
@@ -142,7 +142,13 @@ def test_the_model_is_closed_when_the_answers_are_there(gguf, store) -> None:
         return gguf.name in Path("/proc/self/maps").read_text()
 
     open_then: list[bool] = []
-    ask(questions("a"), teacher(gguf), store, run="r", progress=lambda *_: open_then.append(mapped()))
+    ask(
+        questions("a"),
+        teacher(gguf),
+        store,
+        run="r",
+        options=AskOptions(progress=lambda *_: open_then.append(mapped())),
+    )
     assert open_then == [False, True]
     assert not mapped()
 
@@ -199,7 +205,7 @@ def test_every_reply_of_a_judge_that_knows_no_json_can_be_read(gguf, tmp_path, t
     assert judge_name(recipe) == "teacher.gguf"
 
 
-def test_the_schema_is_sent_to_nobody_else() -> None:
+def test_the_schema_is_sent_to_no_other_kind() -> None:
     (request,) = questions("a", schema=prompts.JUDGEMENT)
     (plain,) = questions("a")
     endpoint = Teacher(model="m")
@@ -210,11 +216,11 @@ def test_the_schema_is_sent_to_nobody_else() -> None:
     )
 
 
-# Interruption, and others who ask
+# Interruption and other processes
 
 
 class Cut(Exception):
-    """Stands for whatever ends a run."""
+    """Stands for any error that ends a run."""
 
 
 def test_a_run_cut_after_five_answers_keeps_five(gguf, store) -> None:
@@ -223,7 +229,7 @@ def test_a_run_cut_after_five_answers_keeps_five(gguf, store) -> None:
             raise Cut
 
     with pytest.raises(Cut):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", progress=cut)
+        ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(progress=cut))
     assert rows(store, "select count(*) from calls") == [(5,)]
     assert sum(answer.hit for answer in ask(questions(*WORDS), teacher(gguf), store, run="r")) == 5
 
@@ -236,7 +242,7 @@ def kill(done, total, hits):
     if done == 5:
         time.sleep(1)  # the writer's turn: an answer is on the disk within milliseconds, not at once
         os.kill(os.getpid(), signal.SIGKILL)
-ask(questions(*WORDS), teacher(Path(sys.argv[3])), Store(Path(sys.argv[2])), run="r", progress=kill)
+ask(questions(*WORDS), teacher(Path(sys.argv[3])), Store(Path(sys.argv[2])), run="r", options=AskOptions(progress=kill))
 """
 
 
@@ -249,7 +255,7 @@ def test_a_killed_run_keeps_what_was_answered(gguf, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> None:
+def test_jobs_of_another_process_are_left_to_it(gguf, store, answered: bool) -> None:
     request = questions(WORDS[0])[0]
     text = keys.request_text(endpoint_identity(teacher(gguf)), request_body(request, teacher(gguf)), 0)
     got: list[list[Answer]] = []
@@ -260,7 +266,9 @@ def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> No
             others_done.set()
 
     asking = threading.Thread(
-        target=lambda: got.append(ask(questions(*WORDS), teacher(gguf), store, run="r", progress=watch))
+        target=lambda: got.append(
+            ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(progress=watch))
+        )
     )
     with Store(store.path) as other:
         assert other.claim(keys.hash_request(text))
@@ -278,18 +286,24 @@ def test_what_another_is_asking_is_left_to_it(gguf, store, answered: bool) -> No
 # Modes
 
 
-def test_a_budget_is_never_passed_and_what_was_answered_stays(gguf, store) -> None:
+def test_a_budget_is_never_exceeded_and_answers_are_kept(gguf, store) -> None:
     with pytest.raises(TapirError, match="calls 5 of 5"):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=BudgetTracker(Budget(calls=5)))
+        ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(budget=BudgetTracker(Budget(calls=5))))
     assert rows(store, "select count(*) from calls") == [(5,)]
     with pytest.raises(TapirError, match="the budget is spent"):
-        ask(questions(*WORDS), teacher(gguf), store, run="r", purse=BudgetTracker(Budget(tokens=300)))
+        ask(
+            questions(*WORDS),
+            teacher(gguf),
+            store,
+            run="r",
+            options=AskOptions(budget=BudgetTracker(Budget(tokens=300))),
+        )
     answers = ask(questions(*WORDS), teacher(gguf), store, run="r")
     assert sum(answer.hit for answer in answers) > 5
     assert texts(answers) == [text for text, _ in alone(gguf)]
 
 
-def test_more_room_is_written_for_the_cut_answers_alone(gguf, store) -> None:
+def test_a_larger_max_tokens_regenerates_only_the_cut_answers(gguf, store) -> None:
     def asked(size: int) -> list[Answer]:
         held = questions(*WORDS[:6], max_tokens=size, schema=prompts.JUDGEMENT)  # they end by themselves
         return ask([*held, *questions(*WORDS[6:], max_tokens=size)], teacher(gguf), store, run="r")
@@ -306,7 +320,7 @@ def test_replay_answers_from_the_store_alone(gguf, store) -> None:
     assert "stage seeds, row another is not in the store" in said
 
 
-def test_refresh_answers_anew(gguf, store) -> None:
+def test_refresh_answers_again(gguf, store) -> None:
     first = ask(questions(*WORDS), teacher(gguf), store, run="r")
     with Store(store.path, "refresh") as refresh:
         again = ask(questions(*WORDS), teacher(gguf), refresh, run="r")
@@ -314,7 +328,7 @@ def test_refresh_answers_anew(gguf, store) -> None:
     assert texts(again) == texts(first)
 
 
-# What does not fit
+# Prompts and answers that do not fit
 
 
 def test_a_prompt_over_the_context_has_no_answer_and_says_so(gguf, store) -> None:
@@ -332,7 +346,7 @@ def test_a_prompt_over_the_context_has_no_answer_and_says_so(gguf, store) -> Non
     ]
 
 
-def test_an_answer_cut_by_the_context_is_written_anew_in_a_larger_one(gguf, store) -> None:
+def test_an_answer_cut_by_the_context_is_regenerated_in_a_larger_one(gguf, store) -> None:
     (first,) = ask(questions("a", max_tokens=60), teacher(gguf, context=40), store, run="r")
     (second,) = ask(questions("a", max_tokens=60), teacher(gguf, context=256), store, run="r")
     assert (first.finish, second.hit) == ("length", False)
@@ -341,23 +355,23 @@ def test_an_answer_cut_by_the_context_is_written_anew_in_a_larger_one(gguf, stor
     assert rows(store, "select count(*) from calls") == [(1,)]
 
 
-def test_the_context_is_the_models_own_at_the_most(gguf, store) -> None:
+def test_the_context_is_at_most_the_models_own(gguf, store) -> None:
     (answer,) = ask(questions("word " * 600), teacher(gguf, context=100_000), store, run="r")
     assert answer.finish == "too_long"
     assert "the context 512" in rows(store, "select why from attempts")[0][0]
 
 
-# What a GGUF is
+# Identity
 
 
-def test_a_gguf_is_its_bytes_and_what_runs_it(gguf) -> None:
+def test_a_gguf_is_identified_by_its_bytes_and_llama_cpp(gguf) -> None:
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     assert endpoint_identity(teacher(gguf)) == f"gguf {digest} llama.cpp {version('llama-cpp-python')}"
     assert endpoint_identity(teacher(gguf, alias="mine")) == "mine"
 
 
 def test_golden_body_and_key() -> None:
-    """As for the other kinds: an upgrade may not ask again what took hours."""
+    """An upgrade must not change the keys of stored answers."""
     (request,) = questions("a", schema=prompts.JUDGEMENT, temperature=0.7)
     body = request_body(request, teacher(Path("any.gguf")))
     assert list(body) == ["messages", "temperature", "max_tokens", "response_format"]
@@ -390,7 +404,7 @@ def test_a_path_is_from_the_current_folder_or_from_home(gguf, monkeypatch) -> No
     assert endpoint_identity(teacher(Path("~/teacher.gguf"))) == there
 
 
-def test_a_template_without_a_system_turn_is_given_its_words_all_the_same(tmp_path, store) -> None:
+def test_a_template_without_a_system_turn_still_gets_the_system_text(tmp_path, store) -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
     export_gguf(make_model(tmp_path / "m", template=refusing), tmp_path / "m.gguf", adapter=None, quant="f32")
     merged = [Request((Message("user", "Be brief.\n\na"),), "a", "seeds", max_tokens=8)]
@@ -401,16 +415,16 @@ def test_a_template_without_a_system_turn_is_given_its_words_all_the_same(tmp_pa
 
 
 def test_a_file_that_is_changed_before_it_is_opened_answers_nothing(gguf, store, llama) -> None:
-    asking = AskSession(questions("a"), teacher(gguf), store, "r", quiet)
+    asking = AskSession(questions("a"), teacher(gguf), store, "r")
     jobs = asking.look_up()
     shutil.copy(llama.gguf, gguf)
-    with pytest.raises(TapirError, match="changed meanwhile"):
+    with pytest.raises(TapirError, match="changed while this command was running"):
         answer_with_gguf(asking, jobs)
     store.flush()
     assert rows(store, "select count(*) from calls") == [(0,)]
 
 
-# What the user can put right
+# Errors that the user can correct
 
 
 def test_faults_of_the_file_are_named_by_their_setting(gguf, store, tmp_path) -> None:
@@ -421,7 +435,7 @@ def test_faults_of_the_file_are_named_by_their_setting(gguf, store, tmp_path) ->
         (tmp_path / name).write_bytes(content)
         said = refused("a", endpoint=teacher(tmp_path / name), store=store)
         assert name in said
-        assert "See that teacher.gguf names a whole GGUF" in said
+        assert "Check that teacher.gguf names a complete GGUF" in said
 
 
 def test_a_gguf_without_a_template_is_refused(tmp_path, store) -> None:
@@ -433,7 +447,7 @@ def test_a_gguf_without_a_template_is_refused(tmp_path, store) -> None:
     assert "instruct model" in said
 
 
-def test_a_prompt_that_the_template_refuses_costs_its_row_alone(gguf, store, tmp_path) -> None:
+def test_a_prompt_that_the_template_refuses_costs_only_its_row(gguf, store, tmp_path) -> None:
     strict = "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
     export_gguf(make_model(tmp_path / "m", template=strict), tmp_path / "m.gguf", adapter=None, quant="f32")
     wanted = [*questions("a"), Request((Message("user", "x"),) * 3, "row-x", "seeds")]
@@ -447,12 +461,12 @@ def test_a_prompt_that_the_template_refuses_costs_its_row_alone(gguf, store, tmp
 
 
 @pytest.mark.parametrize("extra", [{"top_p": 0.5}, {"temperature": 0.1, "stop": ["x"]}])
-def test_parameters_that_a_gguf_would_not_heed_are_refused(gguf, store, extra) -> None:
+def test_parameters_that_a_gguf_does_not_accept_are_refused(gguf, store, extra) -> None:
     said = refused("a", endpoint=teacher(gguf, extra=extra), store=store)
-    assert f"teacher.extra: a GGUF takes no {', '.join(sorted(extra))}" in said
+    assert f"teacher.extra: a GGUF does not accept {', '.join(sorted(extra))}" in said
 
 
-def test_a_recipe_names_the_file_and_nothing_more() -> None:
+def test_a_recipe_needs_only_the_gguf_file() -> None:
     recipe = parse_recipe("teacher: {gguf: a.gguf}\njudge: {gguf: b.gguf}", "r")
     assert (recipe.teacher.kind, recipe.judge.kind, recipe.teacher.context) == ("gguf", "gguf", 4096)
     assert judge_name(recipe) == "b.gguf"

@@ -1,4 +1,4 @@
-"""Servers as they are: each odd reply costs at most its own row, is paid once, and is told in the server's words."""
+"""Odd replies of real servers: each costs at most its own row, is paid once, and is reported in its own words."""
 
 import gzip
 import json
@@ -39,6 +39,7 @@ from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import mask_key, unencrypted_key_warning
 from tapir_local.teacher.refusals import classify_error_response, classify_unreadable_reply
 from tapir_local.teacher.responses import join_stream
+from tapir_local.teacher.session import AskOptions
 
 NAMES = [
     "choices",
@@ -64,7 +65,7 @@ def no_key(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(http, "backoff", lambda tries, chance: 0.01)
+    monkeypatch.setattr(http, "backoff_seconds", lambda tries, chance: 0.01)
 
 
 def body(text, finish, tokens=3, **message):
@@ -84,26 +85,26 @@ PROHIBITED_CONTENT SPII sensitive refusal guardrail_intervened ERROR_TOXIC"""
 
 
 @pytest.mark.parametrize("word", WHOLE.split())
-def test_every_servers_word_for_whole(word):
+def test_every_servers_finish_reason_for_a_complete_reply(word):
     reply = parse_reply(body("A plain answer.", word))
     assert (reply.finish, reply.complete, reply.keeps, reply.why) == ("stop", True, True, "")
 
 
 @pytest.mark.parametrize("word", CUT.split())
-def test_every_servers_word_for_cut(word):
+def test_every_servers_finish_reason_for_a_cut_reply(word):
     reply = parse_reply(body("A plain ans", word))
     assert (reply.finish, reply.complete, reply.keeps, reply.why) == ("length", False, True, "")
 
 
 @pytest.mark.parametrize("word", BLOCKED.split())
-def test_every_servers_word_for_filtered(word):
+def test_every_servers_finish_reason_for_a_filtered_reply(word):
     reply = parse_reply(body("I", word))
     assert (reply.finish, reply.complete, reply.keeps) == ("content_filter", False, False)
     assert word in reply.why
 
 
 @pytest.mark.parametrize("word", ["error", "abort", "insufficient_system_resource", "network_error", "USER_CANCEL"])
-def test_a_reply_that_the_server_broke_off_is_asked_for_again(server, store, word):
+def test_a_reply_that_the_server_broke_off_is_retried(server, store, word):
     server.faults["a"] = [with_usage("A pl", word)]
     (answer,) = ask(questions("a"), teacher(server), store, run="r")
     assert (answer.text, answer.complete, len(server.bodies)) == ("re: a", True, 2)
@@ -114,7 +115,7 @@ def test_a_reply_that_the_server_broke_off_is_asked_for_again(server, store, wor
     ("text", "tokens", "most", "finish"),
     [("A plain answer.", 3, 64, "stop"), ("A plain answer.", 64, 64, "length"), ("word " * 60, 0, 64, "length")],
 )
-def test_without_a_word_the_tokens_tell(word, text, tokens, most, finish):
+def test_without_a_finish_reason_the_tokens_decide(word, text, tokens, most, finish):
     assert parse_reply(body(text, word, tokens), ReplyOptions(max_tokens=most)).finish == finish
 
 
@@ -123,7 +124,7 @@ def test_sglangs_finish_is_an_object():
 
 
 @pytest.mark.parametrize("name", ["no finish", "no usage", "stream only"])
-def test_whole_answers_whatever_they_lack_are_paid_once(server, store, name):
+def test_complete_answers_with_missing_fields_are_paid_once(server, store, name):
     server.otherwise = ODD[name]
     settings = teacher(server, stream=name == "stream only")
     for hit in (False, True):
@@ -133,7 +134,7 @@ def test_whole_answers_whatever_they_lack_are_paid_once(server, store, name):
 
 
 @pytest.mark.parametrize(("name", "finish"), [("unknown finish", "moon"), ("no finish, all tokens", "length")])
-def test_text_of_any_finish_is_paid_once_and_serves(server, store, name, finish):
+def test_text_with_any_finish_reason_is_paid_once_and_used(server, store, name, finish):
     server.otherwise = ODD[name]
     for hit in (False, True):
         answers = ask(questions(*WORDS), teacher(server), store, run="r")
@@ -143,12 +144,12 @@ def test_text_of_any_finish_is_paid_once_and_serves(server, store, name, finish)
 
 
 @pytest.mark.parametrize("content", [{"text": "a"}, 5, True, ["a", {"text": {"value": "b"}}]])
-def test_a_content_that_is_no_text_is_no_answer(content):
+def test_a_content_that_is_not_text_is_not_an_answer(content):
     with pytest.raises(ValueError, match="not a chat completion"):
         parse_reply(body(content, "stop"))
 
 
-def test_thoughts_among_the_parts_are_no_text():
+def test_thinking_parts_are_not_text():
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "A."}, " B."]
     assert parse_reply(body(parts, "stop")).text == "A. B."
 
@@ -176,7 +177,7 @@ def test_a_whole_pair_of_surrogates_stays_a_letter():
     assert parse_reply(raw).text == "\U0001f600"
 
 
-# What is useless
+# Useless replies
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_a_whole_pair_of_surrogates_stays_a_letter():
         ("unclosed thought", "no answer"),
     ],
 )
-def test_a_reply_of_thoughts_alone_says_so_and_is_not_asked_six_times(server, store, name, why):
+def test_a_reply_of_thinking_only_is_explained_and_not_retried(server, store, name, why):
     server.otherwise = ODD[name]
     answers = ask(questions(*WORDS), teacher(server), store, run="r")
     assert all(why in answer.why and not answer.complete for answer in answers)
@@ -203,7 +204,7 @@ def test_twenty_useless_replies_in_a_row_stop_before_more_is_paid(server, store,
     assert 20 <= len(server.bodies) <= 24
 
 
-def test_cut_replies_stop_it_too_and_are_not_paid_again(server, store):
+def test_cut_replies_stop_too_and_are_not_paid_again(server, store):
     server.otherwise = with_usage("A plain ans", "length", 1024)
     words = [str(number) for number in range(30)]
     with raises("Raise teacher.max_tokens (now 1,024)"):
@@ -213,7 +214,7 @@ def test_cut_replies_stop_it_too_and_are_not_paid_again(server, store):
     assert [answer.hit for answer in answers] == [True] * 20 + [False] * 10
 
 
-def test_a_few_odd_rows_asked_again_together_do_not_stop_a_good_stage(server, store):
+def test_a_few_odd_rows_retried_together_do_not_stop_a_good_stage(server, store):
     words = [str(number) for number in range(500)]
     odd = words[::21][:22]
     server.faults = {word: [ODD["thought only"]] * 2 for word in odd}
@@ -233,7 +234,7 @@ def test_a_few_odd_rows_asked_again_together_do_not_stop_a_good_stage(server, st
         ("too long", "refused", "maximum context length is 64 tokens", 1),
         ("empty choices", "", "without choices", 2),
         ("null choices", "", "without choices", 2),
-        ("content object", "", "no text that can be read", 2),
+        ("content object", "", "no readable text", 2),
         ("empty body", "", "it is empty", 2),
         ("list", "", "a JSON list", 2),
     ],
@@ -320,7 +321,7 @@ def test_odd_rows_left_alone_at_a_later_start_cost_themselves_again(server, stor
 
 
 @pytest.mark.parametrize("name", ["inspected", "too long", "empty choices", "list", "empty body"])
-def test_where_every_row_is_refused_a_few_are_enough(server, store, name):
+def test_if_every_row_is_refused_it_stops_after_a_few(server, store, name):
     server.otherwise = ODD[name]
     words = [str(number) for number in range(100)]
     with raises(str(server.url)):
@@ -328,7 +329,7 @@ def test_where_every_row_is_refused_a_few_are_enough(server, store, name):
     assert len(server.bodies) <= (7 if name in ("inspected", "too long") else 22)
 
 
-def test_a_refusal_of_all_that_names_no_row_stops_however_few_they_are(server, store):
+def test_an_unexplained_refusal_of_all_rows_stops_even_with_few_rows(server, store):
     server.otherwise = status(400, "the server dislikes it")
     with raises("400: the server dislikes it\n  The endpoint does not accept this request"):
         ask(questions("a", "b"), teacher(server), store, run="r")
@@ -354,8 +355,8 @@ def test_a_server_that_fails_at_everything_stops(server, store):
 @pytest.mark.parametrize(
     ("name", "words", "fix"),
     [
-        ("error in 200", "Insufficient credits", "Top up the account"),
-        ("no money", "402: Insufficient Balance", "Top up the account"),
+        ("error in 200", "Insufficient credits", "Add credit to the account"),
+        ("no money", "402: Insufficient Balance", "Add credit to the account"),
         ("web page", "a web page: Sign in", "base_url"),
         (
             "new names",
@@ -365,7 +366,7 @@ def test_a_server_that_fails_at_everything_stops(server, store):
         ("stream only", "only support stream mode", "teacher: {stream: true}"),
     ],
 )
-def test_trouble_for_all_says_what_to_do_in_the_servers_words(server, store, name, words, fix):
+def test_failures_of_all_rows_quote_the_server_and_say_what_to_do(server, store, name, words, fix):
     server.otherwise = ODD[name]
     with raises(words) as caught:
         ask(questions(*map(str, range(50))), teacher(server, concurrency=2), store, run="r")
@@ -373,7 +374,7 @@ def test_trouble_for_all_says_what_to_do_in_the_servers_words(server, store, nam
     assert len(server.bodies) <= 6
 
 
-def test_the_lines_to_write_are_the_right_ones(server, store):
+def test_the_proposed_recipe_lines_work(server, store):
     server.otherwise = ODD["new names"]
     extra = {"max_tokens": None, "max_completion_tokens": 64}
     with raises("teacher: {extra: {temperature: null}}"):
@@ -384,7 +385,7 @@ def test_the_lines_to_write_are_the_right_ones(server, store):
     assert answer.complete
 
 
-def test_the_judges_lines_name_the_judge(server, store):
+def test_the_proposed_lines_for_a_judge_name_the_judge(server, store):
     server.otherwise = ODD["new names"]
     judge = Judge(kind="openai", base_url=server.url, model="m", max_tokens=99)
     with raises("judge: {extra: {max_tokens: null, max_completion_tokens: 99}}"):
@@ -406,7 +407,7 @@ def test_another_address_is_named_or_the_request_stays_a_post(server, store, cod
     assert len(server.bodies) == 1
 
 
-def test_a_key_follows_to_no_other_host(server, store, monkeypatch):
+def test_the_key_is_not_sent_to_another_host(server, store, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     server.otherwise = brings(b"", 307, location="http://elsewhere.invalid/v1/chat/completions")
     with raises("teacher: {base_url: http://elsewhere.invalid/v1}"):
@@ -418,11 +419,11 @@ def test_a_key_follows_to_no_other_host(server, store, monkeypatch):
     [
         (401, "Invalid token", "", "environment variable OPENAI_API_KEY"),
         (403, "Country not supported", "", "environment variable OPENAI_API_KEY"),
-        (404, "404 page not found", "", "often in /v1"),
-        (404, "The model `x` does not exist", "model_not_found", "the model 'm'"),
+        (404, "404 page not found", "", "often ends in /v1"),
+        (404, "The model `x` does not exist", "model_not_found", "a model named 'm'"),
         (405, "Method Not Allowed", "", "base_url"),
-        (403, "Your account balance is insufficient", "", "Top up"),
-        (429, "Insufficient Balance", "1113", "Top up"),
+        (403, "Your account balance is insufficient", "", "Add credit"),
+        (429, "Insufficient Balance", "1113", "Add credit"),
     ],
 )
 def test_statuses_give_their_own_advice_at_once(server, store, code, message, kind, fix):
@@ -433,40 +434,46 @@ def test_statuses_give_their_own_advice_at_once(server, store, code, message, ki
     assert len(server.bodies) == 1
 
 
-# A server that is not ready
+# Servers that are loading or overloaded
 
 
 def test_a_server_that_loads_its_model_is_waited_for_without_using_attempts(server, store, monkeypatch):
     monkeypatch.setattr(http, "LOADING_POLL_SECONDS", 0.02)
     server.otherwise = loading(30)
     told = []
-    answers = ask(questions("a"), teacher(server, attempts=1), store, run="r", tell=lambda *seen: told.append(seen))
+    answers = ask(
+        questions("a"),
+        teacher(server, attempts=1),
+        store,
+        run="r",
+        options=AskOptions(tell=lambda *seen: told.append(seen)),
+    )
     assert answers[0].text == "loaded"
-    assert told[0][2].startswith("the server loads its model")
+    assert told[0][2].startswith("the server is loading its model")
 
 
-def test_it_is_not_waited_for_for_ever(server, store, monkeypatch):
+def test_waiting_for_a_loading_server_ends(server, store, monkeypatch):
     monkeypatch.setattr(http, "LOADING_POLL_SECONDS", 0.02)
     server.otherwise = loading(10**6)
-    with raises("Loading model; the server still loads its model after"):
-        ask(questions("a"), teacher(server), store, run="r", patience=0.2)
+    with raises("Loading model; the server is still loading its model after"):
+        ask(questions("a"), teacher(server), store, run="r", options=AskOptions(patience=0.2))
     assert http.MAX_LOADING_SECONDS >= 120
 
 
 @pytest.mark.parametrize("code", [520, 521, 522, 523, 524, 529])
-def test_passing_troubles_of_gateways_are_tried_again(server, store, code):
+def test_temporary_failures_of_gateways_are_retried(server, store, code):
     server.faults["a"] = [status(code, "overloaded")]
     assert ask(questions("a"), teacher(server), store, run="r")[0].text == "re: a"
 
 
-def test_a_pause_longer_than_patience_is_told_at_once(server, store):
+def test_a_pause_longer_than_patience_stops_at_once(server, store):
     server.otherwise = status(503, "maintenance", retry_after="86400")
-    with raises("503: maintenance; the next request may go in 86,400 s"):
+    with raises("503: maintenance; the next request may be sent in 86,400 s"):
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 1
 
 
-# What is no HTTP
+# Connections and HTTP
 
 
 GARBLED = ["status line", "long header", "bad chunk", "bad length", "cut body", "bad gzip"]
@@ -480,29 +487,29 @@ def test_a_garbled_reply_is_tried_again(server, store, name):
 
 
 @pytest.mark.parametrize("name", GARBLED)
-def test_nothing_but_garbled_replies_end_in_one_sentence(server, store, name):
+def test_only_garbled_replies_end_in_one_error(server, store, name):
     server.otherwise = ODD[name]
     with raises(server.url) as caught:
         ask(questions("a"), teacher(server, attempts=3), store, run="r")
     assert "nothing paid for is lost" in str(caught.value)
 
 
-def test_a_port_that_is_no_http_server_is_named(server, store):
+def test_a_port_without_an_http_server_is_named(server, store):
     server.otherwise = garbled(b"-ERR unknown command 'POST'\r\n")
-    with raises(f"what answers at 127.0.0.1:{server.port} is not HTTP") as caught:
+    with raises(f"the reply of 127.0.0.1:{server.port} is not HTTP") as caught:
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 2
     assert "ssl" not in str(caught.value)
 
 
-def test_the_words_for_a_connection_do_not_speak_of_ssl(store):
+def test_connection_errors_do_not_mention_ssl(store):
     with raises("nothing listens at localhost:9") as caught:
         ask(questions("a"), Teacher(base_url="http://localhost:9/v1", model="m"), store, run="r")
     assert "ssl" not in str(caught.value)
     assert len(attempts(store)) == 2
 
 
-def test_a_reply_without_end_is_not_read_to_its_end(server, store, monkeypatch):
+def test_an_endless_reply_is_not_read_to_its_end(server, store, monkeypatch):
     monkeypatch.setattr(responses, "MAX_REPLY_BYTES", 1 << 20)
     bomb = gzip.compress(json.dumps(completion("a" * (4 << 20))).encode())
     server.faults["1"] = [brings(bomb, content_encoding="gzip")] * 2
@@ -514,7 +521,7 @@ def test_a_reply_without_end_is_not_read_to_its_end(server, store, monkeypatch):
 @pytest.mark.parametrize(
     "url", ["http://[::1/v1", "http://host:99999/v1", "localhost:8000/v1", "ftp://host/v1", "http://", "http://a b/v1"]
 )
-def test_a_malformed_address_is_one_sentence(store, url):
+def test_a_malformed_address_is_one_error(store, url):
     with raises("base_url"):
         ask(questions("a"), Teacher(base_url=url, model="m"), store, run="r")
 
@@ -573,7 +580,7 @@ def test_a_server_at_an_ipv6_address_answers(store):
 
 @pytest.fixture
 def secure(server, tmp_path):
-    """The server's port behind TLS, and the file of the authority that signed its certificate."""
+    """The server behind TLS, and the file with the certificate of its authority."""
     key, certificate = tmp_path / "key.pem", tmp_path / "ca.pem"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
@@ -619,12 +626,12 @@ def test_a_private_authority_is_trusted_by_its_file_on_this_machine_too(secure, 
         ask(questions("b"), Teacher(base_url=url, model="m"), store, run="r")
 
 
-def test_https_to_a_server_of_http_is_named(server, store):
+def test_https_to_an_http_server_is_named(server, store):
     with raises("does not speak https"):
         ask(questions("a"), Teacher(base_url=server.url.replace("http:", "https:"), model="m"), store, run="r")
 
 
-# Anything at all
+# Arbitrary replies
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -634,21 +641,21 @@ JSON = st.recursive(
 
 
 @given(JSON, st.booleans())
-def test_whatever_json_comes_is_read_or_refused_in_words(value, strip):
+def test_any_json_is_read_or_refused_with_a_reason(value, strip):
     raw = json.dumps(value).encode()
     reading = ReplyOptions("strip" if strip else "keep", 5)
     with suppress(ValueError):
         parse_reply(raw, reading).text.encode()
-    trouble = classify_unreadable_reply(raw, {}, Teacher(model="m"))
-    assert trouble.why
-    assert trouble.fix
-    trouble.why.encode()
+    failure = classify_unreadable_reply(raw, {}, Teacher(model="m"))
+    assert failure.why
+    assert failure.fix
+    failure.why.encode()
     for code in (301, 400, 401, 404, 422, 429, 500, 503):
         assert classify_error_response(httpx2.Response(code, content=raw), Teacher(model="m")).why.startswith(str(code))
 
 
 @given(JSON)
-def test_whatever_stands_in_a_completions_place_is_read_or_refused(value):
+def test_any_value_in_a_completion_is_read_or_refused(value):
     for name in ("message", "finish_reason"):
         choice = {"message": {"content": "A."}, "finish_reason": "stop", name: value}
         with suppress(ValueError):
@@ -656,7 +663,7 @@ def test_whatever_stands_in_a_completions_place_is_read_or_refused(value):
 
 
 @given(st.binary(max_size=60))
-def test_whatever_bytes_come_are_refused_in_words(raw):
+def test_any_bytes_are_refused_with_a_reason(raw):
     with pytest.raises(ValueError, match=r"."):
         parse_reply(raw)
     assert classify_unreadable_reply(raw, {}, Teacher(model="m")).why
@@ -681,14 +688,14 @@ def test_a_stream_is_stored_as_one_completion_under_the_same_key(server, store):
     assert server.bodies[0]["stream_options"] == {"include_usage": True}
 
 
-def test_a_stream_that_was_cut_is_asked_for_again(server, store):
+def test_a_cut_stream_is_retried(server, store):
     server.otherwise = streams("A plain answer.")
     server.faults["a"] = [streams("A pl", finish=None, ends=False)]
     assert ask(questions("a"), teacher(server, stream=True), store, run="r")[0].text == "A plain answer."
-    assert attempts(store) == [("row-a", "the stream broke off before its end")]
+    assert attempts(store) == [("row-a", "the stream ended before the reply was complete")]
 
 
-def test_a_server_that_knows_no_stream_options_is_asked_without(server, store):
+def test_a_server_without_stream_options_is_asked_without_them(server, store):
     def strict(handler, asked):
         known = "stream_options" not in asked
         (streams("A.") if known else status(400, "stream_options: Extra inputs are not permitted"))(handler, asked)
@@ -699,14 +706,14 @@ def test_a_server_that_knows_no_stream_options_is_asked_without(server, store):
     assert len(server.bodies) == len(WORDS) + 1
 
 
-def test_a_server_that_sends_no_stream_though_asked_is_read(server, store):
+def test_a_whole_reply_to_a_stream_request_is_read(server, store):
     assert ask(questions("a"), teacher(server, stream=True), store, run="r")[0].text == "re: a"
 
 
 def test_an_error_in_a_stream_is_an_error(server, store):
     event = b'data: {"error": {"message": "Insufficient credits", "code": 402}}\n\n'
     server.otherwise = brings(event, content_type="text/event-stream")
-    with raises("Top up the account"):
+    with raises("Add credit to the account"):
         ask(questions("a"), teacher(server, stream=True), store, run="r")
 
 
@@ -719,17 +726,17 @@ def test_pieces_of_a_stream():
     assert parse_reply(join_stream(halves)).finish == "stop"
     other = b'data: {"choices": [{"index": 1, "delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n'
     assert parse_reply(join_stream(other + chunk(content="y") + b"data: [DONE]\n\n")).text == "y"
-    with pytest.raises(ValueError, match="broke off"):
+    with pytest.raises(ValueError, match="before the reply was complete"):
         join_stream(chunk(content="half"))
     with pytest.raises(ValueError, match="not a chat completion"):
         parse_reply(join_stream(b"data: [DONE]\n\n"))
 
 
-# Thoughts and keys
+# Thinking and API keys
 
 
 @pytest.mark.parametrize(("thinking", "text"), [("strip", "A plain answer."), ("keep", None)])
-def test_thoughts_are_left_out_of_the_text_and_stay_in_the_store(server, store, thinking, text):
+def test_thinking_is_left_out_of_the_text_and_stays_in_the_store(server, store, thinking, text):
     server.otherwise = ODD["thinks inline"]
     raw = "<think>They ask for a use.</think>A plain answer."
     for settings in (teacher(server, thinking=thinking), Judge(**teacher(server, thinking=thinking).model_dump())):
@@ -741,7 +748,7 @@ def test_thoughts_are_left_out_of_the_text_and_stay_in_the_store(server, store, 
     assert kept["choices"][0]["message"]["content"] == raw
 
 
-def test_whole_is_asked_of_the_text_without_its_thoughts(server, store):
+def test_completeness_is_decided_on_the_text_without_thinking(server, store):
     server.otherwise = with_usage("<think>a</think> ", "stop")
     (answer,) = ask(questions("a"), teacher(server), store, run="r")
     assert (answer.complete, answer.text.strip()) == (False, "")
@@ -769,7 +776,7 @@ def test_only_what_can_be_a_secret_is_masked(key, said, shown):
     assert mask_key(said, Client(key)) == shown
 
 
-def test_a_short_key_hides_no_words_of_the_server(server, store, monkeypatch):
+def test_a_short_key_does_not_mask_the_servers_words(server, store, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "no")
     server.otherwise = status(404, "no such model")
     with raises("404: no such model"):
@@ -789,9 +796,9 @@ def test_a_real_key_is_nowhere_in_answers_or_store(server, store, monkeypatch, f
 
 
 @pytest.mark.parametrize("key", ["schlüssel-123", "sk-a\x07bcdefgh"])
-def test_a_key_that_no_header_can_carry_is_named(server, store, monkeypatch, key):
+def test_a_key_that_a_header_cannot_carry_is_refused(server, store, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with raises("environment variable OPENAI_API_KEY: the key has letters"):
+    with raises("environment variable OPENAI_API_KEY: the key contains characters"):
         ask(questions("a"), teacher(server), store, run="r")
 
 
@@ -807,28 +814,34 @@ def test_a_key_that_no_header_can_carry_is_named(server, store, monkeypatch, key
         ("http://localhost/v1", "sk-secret-123", False),
     ],
 )
-def test_a_key_in_the_clear_is_told(url, key, warned):
-    assert ("goes unencrypted" in unencrypted_key_warning(Teacher(base_url=url, model="m"), key)) == warned
+def test_an_unencrypted_key_is_warned_of(url, key, warned):
+    assert ("sent unencrypted" in unencrypted_key_warning(Teacher(base_url=url, model="m"), key)) == warned
 
 
-def test_it_is_told_once(store, monkeypatch):
+def test_the_warning_is_given_once(store, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     monkeypatch.setattr(http, "WARNED_ENDPOINTS", set())
     told = []
     for _ in range(2):
         with raises("no connection"):
-            ask(questions("a"), Teacher(base_url="http://0.0.0.0:9/v1", model="m"), store, run="r", warn=told.append)
-    assert [text.partition(" goes")[0] for text in told] == ["the key in the environment variable OPENAI_API_KEY"]
+            ask(
+                questions("a"),
+                Teacher(base_url="http://0.0.0.0:9/v1", model="m"),
+                store,
+                run="r",
+                options=AskOptions(warn=told.append),
+            )
+    assert [text.partition(" is sent")[0] for text in told] == ["the key in the environment variable OPENAI_API_KEY"]
 
 
-def test_no_server_of_the_table_ends_in_anything_but_answers_or_a_sentence(server, tmp_path):
-    """Each behavior for every row, then for one row among others."""
+def test_every_server_behavior_ends_in_answers_or_an_error(server, tmp_path):
+    """Each behavior, for every row and then for one row among others."""
     for number, (name, fault) in enumerate(ODD.items()):
         server.faults, server.otherwise = {}, fault
         with Store(tmp_path / f"{number}.db") as store:
             with suppress(TapirError):
-                ask(questions(*WORDS), teacher(server, attempts=2), store, run="r", patience=1.0)
-            if name in ("error in 200", "no money"):  # an empty account is nobody's row
+                ask(questions(*WORDS), teacher(server, attempts=2), store, run="r", options=AskOptions(patience=1.0))
+            if name in ("error in 200", "no money"):  # an empty account concerns no single row
                 continue
             server.otherwise, server.faults = None, {"3": [fault]}
             answers = ask(questions(*WORDS, draw=1), teacher(server, send_seed=True), store, run="r")

@@ -1,4 +1,4 @@
-"""How many requests fly: few refusals slow nothing, many do, and what is put back goes first."""
+"""How many requests are in flight: a few refusals do not slow them down, many do, and what is put back goes first."""
 
 import asyncio
 
@@ -8,13 +8,13 @@ from tapir_local.teacher.rate_limit import MAX_GAP_SECONDS, PACING_SPREAD, Reque
 
 
 def after(replies: str, most: int = 64) -> float:
-    """The limit after answers (.) and refusals (x)."""
+    """The limit after a sequence of answers (.) and refusals (x)."""
 
     async def run() -> float:
-        line: SendQueue[int] = SendQueue([], most)
+        queue: SendQueue[int] = SendQueue([], most)
         for reply in replies:
-            line.answered() if reply == "." else line.refused()
-        return line.limit
+            queue.count_answer() if reply == "." else queue.count_refusal()
+        return queue.limit
 
     return asyncio.run(run())
 
@@ -33,12 +33,12 @@ def test_the_share_of_refusals_decides(replies: str, least: int, most: int) -> N
     assert least <= after(replies) <= most
 
 
-def test_refusals_of_everything_are_counted_over() -> None:
+def test_refusals_in_a_row_are_counted_in_rounds() -> None:
     async def run() -> list[int]:
-        line: SendQueue[int] = SendQueue([], 4)
-        counts = [line.refused() for _ in range(9)]
-        line.answered()
-        return [*counts, line.refused()]
+        queue: SendQueue[int] = SendQueue([], 4)
+        counts = [queue.count_refusal() for _ in range(9)]
+        queue.count_answer()
+        return [*counts, queue.count_refusal()]
 
     counts = asyncio.run(run())
     assert counts[0] == 0
@@ -46,54 +46,54 @@ def test_refusals_of_everything_are_counted_over() -> None:
     assert counts[9] == 0
 
 
-def test_what_is_put_back_goes_before_what_waits() -> None:
+def test_items_put_back_come_first() -> None:
     async def run() -> list[int | None]:
-        line: SendQueue[int] = SendQueue([1, 2, 3], 1)
-        first = await line.next(0)
+        queue: SendQueue[int] = SendQueue([1, 2, 3], 1)
+        first = await queue.next(0)
         assert first is not None
-        line.later(first, 0.0)
+        queue.put_back(first, 0.0)
         await asyncio.sleep(0.01)
-        return [first, await line.next(0), await line.next(0)]
+        return [first, await queue.next(0), await queue.next(0)]
 
     assert asyncio.run(run()) == [1, 1, 2]
 
 
-def test_a_worker_beyond_the_limit_rests_until_it_rises() -> None:
+def test_a_worker_beyond_the_limit_waits_until_it_rises() -> None:
     async def run() -> bool:
-        line: SendQueue[int] = SendQueue([1, 2, 3], 2)
+        queue: SendQueue[int] = SendQueue([1, 2, 3], 2)
         for _ in range(4):
-            line.refused()
+            queue.count_refusal()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await line.next(1)
+                await queue.next(1)
         for _ in range(10):
-            line.answered()
-        return await line.next(1) == 1
+            queue.count_answer()
+        return await queue.next(1) == 1
 
     assert asyncio.run(run())
 
 
 def paced(seconds: float, count: int = 40) -> RequestPacer:
-    """After so many replies that took so long."""
-    pace = RequestPacer()
+    """A pacer after `count` replies that took `seconds` each."""
+    pacer = RequestPacer()
     for _ in range(count):
-        pace.took(seconds)
-    return pace
+        pacer.add_duration(seconds)
+    return pacer
 
 
-def test_requests_are_spread_over_a_reply_but_never_held_up() -> None:
-    pace = paced(0.2)
-    waits = [pace.turn(100.0, 64) for _ in range(64)]
+def test_requests_are_spread_over_a_reply_but_never_delayed_further() -> None:
+    pacer = paced(0.2)
+    waits = [pacer.next_delay(100.0, 64) for _ in range(64)]
     assert waits == pytest.approx([number * PACING_SPREAD * 0.2 / 64 for number in range(64)])
     assert waits[-1] < 0.2
-    assert pace.turn(200.0, 64) == 0
+    assert pacer.next_delay(200.0, 64) == 0
 
 
 def test_long_replies_do_not_make_long_gaps() -> None:
-    pace = paced(60.0)
-    assert [pace.turn(0.0, 4) for _ in range(3)] == pytest.approx([0.0, MAX_GAP_SECONDS, 2 * MAX_GAP_SECONDS])
+    pacer = paced(60.0)
+    assert [pacer.next_delay(0.0, 4) for _ in range(3)] == pytest.approx([0.0, MAX_GAP_SECONDS, 2 * MAX_GAP_SECONDS])
 
 
-def test_nothing_is_spread_until_some_replies_came() -> None:
-    pace = paced(1.0, 5)
-    assert [pace.turn(0.0, 4) for _ in range(3)] == [0.0, 0.0, 0.0]
+def test_requests_are_not_spread_before_the_first_replies() -> None:
+    pacer = paced(1.0, 5)
+    assert [pacer.next_delay(0.0, 4) for _ in range(3)] == [0.0, 0.0, 0.0]
