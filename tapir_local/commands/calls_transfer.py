@@ -90,10 +90,10 @@ def import_store_calls(file: Path, cache: Path | None) -> None:
 
     with open_writable_store(cache) as store:
         found = import_store(store, file, line_progress("calls read"))
-    format_refused_rows = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
-    refused = f", {found.refused.total():,} refused: {reasons}" if format_refused_rows else ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
+    refused = f", {found.refused.total():,} refused: {reasons}" if reasons else ""
     echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
-    if format_refused_rows:
+    if reasons:
         sys.exit(1)
 
 
@@ -112,11 +112,11 @@ def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | No
     rows, found = read_answers(file, teacher, requests)
     with open_writable_store(cache) as store:
         import_answers(store, teacher, rows, file, found, line_progress("answers imported"))
-    refused = f", refused: {reasons(found)}" if found.refused else ""
+    refused = f", refused: {format_refused_rows(found)}" if found.refused else ""
     echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
-    if found.otherwise:
+    if found.different:
         first = f"the first difference: {found.difference} (`here` is the recipe)"
-        echo(f"{found.otherwise:,} were asked with settings other than the recipe's; {first}", err=True)
+        echo(f"{found.different:,} were asked with settings other than the recipe's; {first}", err=True)
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from tapir_local.pipeline.student_text import StudentText, read_student_text
 from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
-from tapir_local.records.noop import unheard
+from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
@@ -45,10 +44,10 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
-        purse = BudgetTracker(recipe.budget, spent_by(run), spent_by(run, estimated=True))
+        budget = BudgetTracker(recipe.budget, spent_by(run), spent_by(run, estimated=True))
         yield Tools(
-            teacher=asker(recipe.teacher, store, run.name, purse, say),
-            judge=asker(judge_of(recipe), store, run.name, purse, say),
+            teacher=asker(recipe.teacher, store, run.name, budget, say),
+            judge=asker(judge_of(recipe), store, run.name, budget, say),
             generate=generator(recipe, run),
             classify=classifier(recipe, say),
             train=trainer(recipe, run, say),
@@ -90,17 +89,19 @@ def spent_by(run: RunDir, *, estimated: bool = False) -> Cost:
 
 
 def asker(
-    endpoint: Endpoint, store: Store, run: str, purse: BudgetTracker | None = None, say: Callable[[str], None] = unheard
+    endpoint: Endpoint, store: Store, run: str, budget: BudgetTracker | None = None, say: Callable[[str], None] = noop
 ) -> Ask:
     """Requests to an endpoint through the store, within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
+        from tapir_local.teacher.session import AskOptions
 
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        return send(requests, endpoint, store, run=run, progress=show, purse=purse, warn=say, tell=progress)
+        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress)
+        return send(requests, endpoint, store, run=run, options=options)
 
     return ask
 
@@ -166,7 +167,7 @@ def scorer(
 
 
 def trainer(
-    recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard
+    recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
 ) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
@@ -193,9 +194,7 @@ def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | No
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classifier(
-    recipe: Recipe, say: Callable[[str], None] = unheard
-) -> Callable[[Path, Path, int, Path, Progress], None]:
+def classifier(recipe: Recipe, say: Callable[[str], None] = noop) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:

@@ -97,12 +97,12 @@ class Scout:
         if not self.store:
             self.missing += [(request, endpoint) for request in requests]
             raise Unreached
-        asking = AskSession(requests, endpoint, self.store, "")
-        jobs = asking.look_up()
+        session = AskSession(requests, endpoint, self.store, "")
+        jobs = session.look_up()
         self.missing += [(requests[place], endpoint) for job in jobs for place in job.places[:1]]
         if jobs:
             raise Unreached
-        return [answer for answer in asking.answers if answer]
+        return [answer for answer in session.answers if answer]
 
 
 def student_text(recipe: Recipe) -> StudentText:

@@ -31,6 +31,7 @@ from tapir_local.pocket.world import (
     parse_problem,
     solve_instruction,
 )
+from tapir_local.store.reply import build_chat_completion
 
 POCKET_TEACHER_MODEL = "pocket-teacher"
 FINGERPRINT = "pocket-1"  # raise it with every change of the replies
@@ -167,17 +168,12 @@ def chat_completion_object(body: Mapping[str, Any]) -> dict[str, Any]:
     text = reply_to_request(body)
     asked = sum(len(turn["content"].encode()) // 4 + 1 for turn in body["messages"])
     written = len(text.encode()) // 4 + 1
-    return {
-        "id": f"chatcmpl-{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]}",
-        "object": "chat.completion",
-        "created": 0,
-        "model": POCKET_TEACHER_MODEL,
-        "system_fingerprint": FINGERPRINT,
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
-        ],
-        "usage": {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written},
-    }
+    made_id = f"chatcmpl-{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]}"
+    found = build_chat_completion(
+        text, POCKET_TEACHER_MODEL, made=(made_id, 0), fingerprint=FINGERPRINT, usage=(asked, written)
+    )
+    found["choices"][0]["logprobs"] = None
+    return found
 
 
 def error_response(status: int, why: str) -> httpx2.Response:

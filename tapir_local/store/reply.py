@@ -267,3 +267,32 @@ def token_count(place: Any, name: str) -> int:
     ):
         raise ValueError(f"{name} is {value!r}")
     return int(value)
+
+
+def build_chat_completion(
+    text: str,
+    model: str,
+    *,
+    finish: str = "stop",
+    made: tuple[str, int] | None = None,
+    fingerprint: str | None = None,
+    usage: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """A reply with this text in the form of the OpenAI API; what is None is left out.
+
+    `made` is its (id, time of creation in Unix seconds), `usage` the tokens of (prompt, reply).
+    """
+    made_id, created = made or (None, None)
+    counts = (
+        zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*usage, sum(usage)), strict=True) if usage else ()
+    )
+    body = {
+        "id": made_id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "system_fingerprint": fingerprint,
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}],
+        "usage": dict(counts) or None,
+    }
+    return {name: item for name, item in body.items() if item is not None}

@@ -172,7 +172,7 @@ def import_answers(
     rows: Sequence[ImportedRow],
     file: Path,
     result: ImportResult,
-    progress: Progress = noop,
+    progress: CountProgress = noop,
 ) -> None:
     """Store rows as the calls that `teacher` would receive if it answered these prompts as seeds.
 
@@ -220,4 +220,4 @@ def count_difference(row: ImportedRow, job: RequestJob, result: ImportResult) ->
 
 def format_refused_rows(result: ImportResult) -> str:
     """`3 without an answer (lines 4, 7, 9), 1 with an incomplete answer (line 12)`."""
-    return ", ".join(f"{len(at):,} {why} ({lines(at)})" for why, at in result.refused.items())
+    return ", ".join(f"{len(at):,} {why} ({format_line_numbers(at)})" for why, at in result.refused.items())

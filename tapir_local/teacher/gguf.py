@@ -8,9 +8,10 @@ from functools import partial
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.generate import answer_all, encode_prompt, encode_prompts
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.inference.generate import encode_prompt, encode_prompts, open_context_for
 from tapir_local.inference.model import Advice, Model, open_model, require_template, trained_context
-from tapir_local.inference.scheduler import Manner, Written
+from tapir_local.inference.scheduler import Written, answer_each
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.store import keys
 from tapir_local.store.reply import build_chat_completion
@@ -26,7 +27,7 @@ class GgufJobs:
 
     session: AskSession
     model: Model
-    manner: Manner
+    config: GenerationConfig
     jobs: Sequence[RequestJob]
     prompts: Sequence[list[int]]
     began: dict[int, float] = field(default_factory=dict)
@@ -74,7 +75,7 @@ def answer_free_jobs(session: AskSession, jobs: Sequence[RequestJob]) -> None:
     """Open the GGUF, answer the jobs, those with the same settings together, and close it."""
     path, role = gguf_path(session.endpoint), endpoint_role(session.endpoint)
     check_vocabulary(path, gguf_advice(role))
-    with open_model(path, advice=gguf_advice(role), tell=session.warn) as model:
+    with open_model(path, advice=gguf_advice(role), warn=session.warn) as model:
         if endpoint_identity(session.endpoint) != session.identity:  # the answers would get another GGUF's keys
             what = f"{path} was changed while this command was running"
             raise TapirError(what, where=f"{role}.gguf", fix="Run the same command again.")
@@ -82,7 +83,8 @@ def answer_free_jobs(session: AskSession, jobs: Sequence[RequestJob]) -> None:
         context = min(session.endpoint.context, trained_context(model))
         for alike in group_by_settings(jobs):
             prompts = encode_prompts(model, [job.request.messages for job in alike], session.warn)
-            answer_gguf_jobs(GgufJobs(session, model, generation_settings(alike[0], context), alike, prompts))
+            config = generation_settings(alike[0], context, session.endpoint.concurrency)
+            answer_gguf_jobs(GgufJobs(session, model, config, alike, prompts))
 
 
 def gguf_advice(role: str) -> Advice:
@@ -104,11 +106,11 @@ def group_by_settings(jobs: Sequence[RequestJob]) -> list[list[RequestJob]]:
     return list(groups.values())
 
 
-def generation_settings(job: RequestJob, context: int) -> Manner:
-    """The generation settings in a job's body, for a context of `context` tokens."""
+def generation_settings(job: RequestJob, context: int, parallel: int) -> GenerationConfig:
+    """The generation settings in a job's body, for `context` tokens and up to `parallel` answers at once."""
     form = job.body.get("response_format")
     schema = form["json_schema"]["schema"] if form else None
-    return Manner(job.body["max_tokens"], context, job.body["temperature"], schema)
+    return GenerationConfig(job.body["max_tokens"], context, job.body["temperature"], schema=schema, parallel=parallel)
 
 
 def template_refusal(model: Model, job: RequestJob) -> str:
@@ -122,19 +124,11 @@ def template_refusal(model: Model, job: RequestJob) -> str:
 
 def answer_gguf_jobs(group: GgufJobs) -> None:
     """Answer the group's jobs, `concurrency` of them at once; claims that are left over are released."""
-    manner, most = group.manner, group.session.endpoint.concurrency
     seeds = [int.from_bytes(job.key[:4]) >> 1 for job in group.jobs]  # llama.cpp takes 32 set bits as a random seed
     try:
-        answer_all(
-            group.model,
-            group.prompts,
-            partial(store_gguf_answer, group),
-            manner,
-            seeds,
-            parallel=most,
-            begin=partial(begin_job, group),
-            tell=group.session.warn,
-        )
+        on_answer, may_start = partial(store_gguf_answer, group), partial(begin_job, group)
+        with open_context_for(group.model, group.prompts, group.config, group.session.warn) as (engine, _):
+            answer_each(engine, group.prompts, on_answer, group.config, seeds, may_start)
     finally:
         for number in group.began:
             group.session.store.release(group.jobs[number].key)
@@ -168,10 +162,10 @@ def store_gguf_answer(group: GgufJobs, number: int, written: Written) -> None:
     finish = "refused" if refused else written.finish
     raw = gguf_reply(group, number, written, finish)
     reply, stored = session.read_raw(job.body, raw)._replace(finish=finish), None
-    if written.finish == "stop" or len(written.tokens) == group.manner.max_tokens:
+    if written.finish == "stop" or len(written.tokens) == group.config.max_tokens:
         stored = session.store_reply(job, raw, reply, seconds)
     else:
-        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.manner.context:,}"
+        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.config.context:,}"
         why = template_refusal(group.model, job) if refused else why
         reply = reply._replace(why="" if reply.text.strip() else why)
         session.store_attempt(job, why, raw, seconds, None if began is None else session.billing.bill_for(*counts))

@@ -156,7 +156,7 @@ def describe_reply_shape(body: Any, raw: bytes) -> str:
         shape = "without choices"
     else:
         shape = "its choice has no readable text"
-    return f"{shape}: {well_formed(raw[:BRIEF].decode(errors='replace')).strip()}"
+    return f"{shape}: {replace_lone_surrogates(raw[:MAX_QUOTED_CHARS].decode(errors='replace')).strip()}"
 
 
 def parse_json_or_none(raw: bytes) -> Any:
@@ -219,7 +219,7 @@ def describe_web_page(raw: bytes) -> str:
     text = raw[:100_000].decode(errors="replace")
     title = HTML_TITLE_PATTERN.search(text)
     words = " ".join(html.unescape(HTML_TAG_PATTERN.sub(" ", title[1] if title else text)).split())
-    return f"a web page: {words[:BRIEF]}" if words else "a web page"
+    return f"a web page: {words[:MAX_QUOTED_CHARS]}" if words else "a web page"
 
 
 def classify_error(error: ServerError, endpoint: Endpoint) -> RequestFailure:

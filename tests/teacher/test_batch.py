@@ -330,7 +330,7 @@ def test_ctrl_c_says_that_the_same_command_fetches_the_batch(server, tmp_path):
         running.send_signal(signal.SIGINT)
         said = running.communicate()[1]
     assert running.returncode == 130
-    assert "stopped; the same command goes on" in said
+    assert "stopped; run the same command again to resume" in said
     assert "1 batch is pending with 40 requests; run the same command again to fetch the answers" in said
 
 
@@ -647,6 +647,6 @@ def test_a_damaged_store_keeps_its_pending_batches(server, tmp_path):
         file.seek((page - 1) * PAGE_BYTES)
         file.write(b"\xff" * PAGE_BYTES)
     with Store(tmp_path / "t.db") as store:
-        assert "put aside" in store.notices[0]
+        assert "was renamed to" in store.notices[0]
         assert len(by_batch(words(50), teacher(server), store)) == 50
     assert (len(server.batches), len(server.paid)) == (1, 50)

@@ -110,13 +110,14 @@ def test_answers_are_stored_as_an_endpoint_would_have_sent_them(gguf, store) -> 
 
 def alone(gguf: Path) -> list[tuple[str, int]]:
     """Each question's greedy answer by `generate`, and the number of tokens of its prompt."""
+    from tapir_local.inference.config import GenerationConfig
     from tapir_local.inference.generate import encode_prompt, generate
     from tapir_local.inference.model import open_model
 
     asked = [request.messages for request in questions(*WORDS)]
     with open_model(gguf, vocab_only=True) as model:
         counts = [len(encode_prompt(model, prompt)) for prompt in asked]
-    found = generate(gguf, asked, max_tokens=8, context=256, parallel=4)
+    found = generate(gguf, asked, GenerationConfig(max_tokens=8, context=256, parallel=4))
     return [(answer.text, count) for answer, count in zip(found, counts, strict=True)]
 
 
