@@ -142,33 +142,33 @@ def agreed(risks: "Sequence[Risk]", trust: bool) -> bool:
 
 def foretell(recipe: "Recipe", run: "RunDir") -> None:
     """A table of the calls to come."""
-    from tapir_local.pipeline.backends import judge_of
-    from tapir_local.pipeline.dry_run import forecast
+    from tapir_local.pipeline.backends import judge_endpoint
+    from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.terminal import forecast_table
     from tapir_local.teacher.account import check_bounds
 
-    check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
-    print_table(forecast_table(forecast(recipe, run), run.name))
+    check_bounds(recipe.budget, recipe.teacher, judge_endpoint(recipe))
+    print_table(forecast_table(estimate_costs(recipe, run), run.name))
 
 
 def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     """The loop with the real tools and a progress bar; with `replay`, from the store alone."""
     from rich.console import Console
 
-    from tapir_local.pipeline.backends import real_tools
+    from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import distill as loop
-    from tapir_local.pipeline.loop import sequence
+    from tapir_local.pipeline.loop import list_steps
     from tapir_local.report.terminal import watched
     from tapir_local.tables import plain
 
-    console, steps = Console(stderr=True), sequence(run, recipe.rounds)
+    console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
     done = sum(step.done for step in steps)
     mode: Mode = "replay" if replay else "on"
 
     def say(text: str) -> None:
         console.print(plain(text), soft_wrap=True)
 
-    with real_tools(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
+    with real_backends(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
 
 

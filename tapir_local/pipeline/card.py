@@ -9,21 +9,21 @@ import yaml
 
 from tapir_local.export.gate import GateReport
 from tapir_local.method.metrics import is_likeness
-from tapir_local.pipeline.published import on_the_hub, public_name, public_url
+from tapir_local.pipeline.published import is_hub_name, public_name, public_url
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Metrics
 from tapir_local.rundir import RunDir, read_record
 
-UNSTATED = "not stated"
-QUOTED = (
+NOT_STATED = "not stated"
+SPECIAL_TOKENS_NOTE = (
     "In training, a special token that a text quotes (such as the one that ends a turn) was plain text. A program that "
     "reads special tokens in a user's text, or does not normalize Unicode as the tokenizer does, gives the student "
     "other tokens than those that it was trained on."
 )
 
 
-def card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
+def model_card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
     """The README.md of a run's model/, in Markdown; `shipped` is its folder, with gate.json in it."""
     return (
         "\n\n".join(
@@ -33,13 +33,13 @@ def card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
                 *([recipe.about] if recipe.about else []),
                 "A student that tapir-local distilled from a teacher by TAPIR (arXiv 2405.13448). All that this card "
                 "says is from the run's own files and its recipe.",
-                "## To run it\n\n" + running(run) + "\n\n" + QUOTED,
-                "## What it was made of\n\n" + table(("", ""), origins(run, recipe)),
+                "## To run it\n\n" + usage_commands(run) + "\n\n" + SPECIAL_TOKENS_NOTE,
+                "## What it was made of\n\n" + markdown_table(("", ""), origins(run, recipe)),
                 "## Licences and terms\n\nAs the recipe states them; the program does not check them.\n\n"
-                + table(("of", ""), licences(recipe)),
-                "## On the holdout\n\n" + results(run, recipe),
-                "## The gate\n\n" + gate_words(read_record(GateReport, shipped / "gate.json")),
-                "## Made with\n\n" + versions(run.record()),
+                + markdown_table(("of", ""), license_rows(recipe)),
+                "## On the holdout\n\n" + results_section(run, recipe),
+                "## The gate\n\n" + gate_section(read_record(GateReport, shipped / "gate.json")),
+                "## Made with\n\n" + versions_line(run.record()),
             ]
         )
         + "\n"
@@ -51,14 +51,14 @@ def front_matter(recipe: Recipe) -> str:
     known = {
         "language": recipe.card.language,
         "license": recipe.card.licence,
-        "base_model": recipe.student.path if on_the_hub(recipe.student.path) else None,
+        "base_model": recipe.student.path if is_hub_name(recipe.student.path) else None,
     }
     values = {key: value for key, value in known.items() if value} | {"tags": ["gguf", "tapir-local"]}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---"
 
 
-def running(run: RunDir) -> str:
+def usage_commands(run: RunDir) -> str:
     """Commands, in this folder."""
     return (
         "In this folder:\n\n"
@@ -71,13 +71,13 @@ def running(run: RunDir) -> str:
 def origins(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
     """Base, data, teacher, judge and way of training."""
     plan, train = recipe.curriculum, recipe.train
-    seeds, held = (count(run.path / name) for name in ("seeds.jsonl", "holdout.jsonl"))
+    seeds, held = (count_lines(run.path / name) for name in ("seeds.jsonl", "holdout.jsonl"))
     return [
         ("base", public_name(recipe.student.path)),
         ("seeds", f"{public_name(recipe.seeds.path)}: {seeds:,} to train on, {held:,} held out and never trained on"),
         ("answers", "the file's own" if recipe.seeds.answers == "file" else "the teacher's"),
-        ("teacher", asked(recipe.teacher)),
-        ("judge", "the teacher" if recipe.judge.kind == "teacher" else asked(recipe.judge)),
+        ("teacher", describe_endpoint(recipe.teacher)),
+        ("judge", "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)),
         ("curriculum", f"{plan.name}; rounds after round 0: {recipe.rounds}, of {plan.rows:,} rows"),
         (
             "training",
@@ -90,7 +90,7 @@ def origins(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def asked(endpoint: Endpoint) -> str:
+def describe_endpoint(endpoint: Endpoint) -> str:
     """Who answers, in the recipe's words."""
     kind = str(getattr(endpoint, "kind", ""))
     words = {
@@ -103,7 +103,7 @@ def asked(endpoint: Endpoint) -> str:
     return words.get(kind, f"{endpoint.model}{where}")
 
 
-def licences(recipe: Recipe) -> list[tuple[str, str]]:
+def license_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """What the recipe's card section says, `not stated` where it says nothing."""
     said = recipe.card
     named = {
@@ -113,10 +113,10 @@ def licences(recipe: Recipe) -> list[tuple[str, str]]:
         "the teacher's answers (terms)": said.terms,
         "language": said.language,
     }
-    return [(name, text or UNSTATED) for name, text in named.items()]
+    return [(name, text or NOT_STATED) for name, text in named.items()]
 
 
-def results(run: RunDir, recipe: Recipe) -> str:
+def results_section(run: RunDir, recipe: Recipe) -> str:
     """Every round's metrics with their 95 % intervals, and how they were measured."""
     paths = [run.round(number) / "metrics.json" for number in range(recipe.rounds + 1)]
     found = [read_record(Metrics, path) for path in paths]
@@ -124,11 +124,11 @@ def results(run: RunDir, recipe: Recipe) -> str:
     rows = [
         (
             str(row.round),
-            percent(row.win_rate),
-            interval(row.win_rate_interval),
-            percent(row.accuracy),
-            interval(row.accuracy_interval),
-            scores(row.student_score, row.teacher_score),
+            rate_cell(row.win_rate),
+            interval_cell(row.win_rate_interval),
+            rate_cell(row.accuracy),
+            interval_cell(row.accuracy_interval),
+            scores_cell(row.student_score, row.teacher_score),
             f"{row.rows:,}",
             f"{row.judged:,}",
         )
@@ -145,24 +145,24 @@ def results(run: RunDir, recipe: Recipe) -> str:
         if alike
         else f"Win rate is against the teacher's own answers, a tie being half a win, judged by {found[-1].judge}"
     )
-    return f"Greedy answers to the held-out rows. {measured}; the last row is this student.{lone}\n\n" + table(
+    return f"Greedy answers to the held-out rows. {measured}; the last row is this student.{lone}\n\n" + markdown_table(
         heads, rows
     )
 
 
-def percent(value: float | None) -> str:
+def rate_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def interval(pair: Sequence[float] | None) -> str:
+def interval_cell(pair: Sequence[float] | None) -> str:
     return "-" if pair is None else f"{pair[0]:.1%} to {pair[1]:.1%}"
 
 
-def scores(student: float | None, teacher: float | None) -> str:
+def scores_cell(student: float | None, teacher: float | None) -> str:
     return "-" if student is None or teacher is None else f"{student:.2f} : {teacher:.2f}"
 
 
-def gate_words(report: GateReport) -> str:
+def gate_section(report: GateReport) -> str:
     """How near the GGUF is to the trained model."""
     found = report.figures
     return (
@@ -177,26 +177,29 @@ def gate_words(report: GateReport) -> str:
     )
 
 
-def versions(record: Mapping[str, Any]) -> str:
+def versions_line(record: Mapping[str, Any]) -> str:
     """The program and the packages that the run began with."""
     revision = f" (revision {record['revision']})" if record.get("revision") else ""
     packages = [f"{name} {found}" for name, found in record.get("packages", {}).items()]
-    named = [f"tapir-local {record.get('tapir_local', UNSTATED)}{revision}", f"Python {record.get('python', UNSTATED)}"]
+    named = [
+        f"tapir-local {record.get('tapir_local', NOT_STATED)}{revision}",
+        f"Python {record.get('python', NOT_STATED)}",
+    ]
     return ", ".join([*named, *packages]) + "."
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; what would end a cell is escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(escape_cell, line)) + " |" for line in lines)
 
 
-def cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """One line without the mark that parts cells."""
     return re.sub(r"\s+", " ", text).replace("|", r"\|")
 
 
-def count(path: Path) -> int:
+def count_lines(path: Path) -> int:
     """Lines of a file."""
     with path.open("rb") as file:
         return sum(1 for _ in file)

@@ -10,17 +10,17 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import lasting, path_settings
 from tapir_local.recipe.yaml import write_yaml
 
-SHOWN = ("rounds", "about", "card")  # settings that may change in mid-run and that a model's card shows
+CARD_SETTINGS = ("rounds", "about", "card")  # settings that may change in mid-run and that a model's card shows
 
 
-def on_the_hub(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
     """Whether a model or data set is named as on the Hub and is no file or folder here."""
     return bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
 
 
 def public_name(path: str) -> str:
     """The last part of a path; a name on the Hub as it is."""
-    return path if on_the_hub(path) else last_part(path)
+    return path if is_hub_name(path) else last_part(path)
 
 
 def last_part(path: str) -> str:
@@ -46,7 +46,7 @@ def public_command(line: str) -> str:
     return shlex.join(last_part(word) if word.startswith(("/", "~")) else word for word in words)
 
 
-def published(recipe: Recipe) -> str:
+def published_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every setting written out, for those who get the model."""
     value = recipe.model_dump(mode="json")
     for section, name in path_settings():
@@ -60,9 +60,9 @@ def published(recipe: Recipe) -> str:
     return write_yaml(value)
 
 
-def shown(recipe: Recipe) -> dict[str, Any]:
+def model_settings(recipe: Recipe) -> dict[str, Any]:
     """What a model/ is made of or says: it is to be made again only where this differs. Paths count by their names."""
-    value = lasting(recipe) | {name: recipe.model_dump(mode="json")[name] for name in SHOWN}
+    value = lasting(recipe) | {name: recipe.model_dump(mode="json")[name] for name in CARD_SETTINGS}
     for section, name in path_settings():
         if value[section].get(name):
             value[section][name] = last_part(value[section][name])

@@ -10,10 +10,10 @@ from tapir_local.pipeline.context import Work
 from tapir_local.records import Example
 from tapir_local.unusable import BRIEF, Unusable
 
-MANY, SOME = 0.2, 3  # near-duplicates, as a share of the rows and in number, from which the stage warns
+WARN_SHARE, WARN_ROWS = 0.2, 3  # near-duplicates, as a share of the rows and in number, from which the stage warns
 
 
-def leave_out(work: Work, found: Seeds, unusable: Sequence[Unusable]) -> None:
+def leave_out_seeds(work: Work, found: Seeds, unusable: Sequence[Unusable]) -> None:
     """Leave out the rows that cannot be read; where they are too many for one reason, the error is the reason's own."""
     try:
         work.leave_out(unusable, len(found.table.rows))
@@ -23,7 +23,7 @@ def leave_out(work: Work, found: Seeds, unusable: Sequence[Unusable]) -> None:
         raise
 
 
-def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
+def sample_seeds(work: Work, examples: list[Example], where: str) -> list[Example]:
     """As many of the rows as seeds.limit says, at random; TapirError where a holdout would leave none to train on."""
     limit, held = work.recipe.seeds.limit, work.recipe.seeds.holdout
     if limit is not None and limit < len(examples):
@@ -38,7 +38,7 @@ def drawn(work: Work, examples: list[Example], where: str) -> list[Example]:
     return examples
 
 
-def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
+def unreadable_seed(work: Work, table: Table, row: Faulty) -> Unusable:
     """The record of a row that cannot be read, known by its line."""
     fault = row.fault
     detail = "" if fault.said == fault.kind else fault.said
@@ -46,16 +46,16 @@ def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
     return Unusable(work.step, place, fault.kind, detail, row.text[:BRIEF])
 
 
-def not_read(unread: Mapping[str, int], most: int = 5) -> str:
+def describe_unread_columns(unread: Mapping[str, int], most: int = 5) -> str:
     """`not read: column 'notes' (12 rows)`; "" where all text was read."""
     names = [f"{name} ({count:,} row{'s' if count > 1 else ''})" for name, count in unread.items()]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"not read: {', '.join(names[:most])}{more}" if names else ""
 
 
-def many_alike(alike: int, rows: int) -> str:
+def warn_near_duplicates(alike: int, rows: int) -> str:
     """A warning where many rows go as near-duplicates."""
-    if alike < SOME or alike <= MANY * rows:
+    if alike < WARN_ROWS or alike <= WARN_SHARE * rows:
         return ""
     return (
         f"WARNING: {alike / rows:.0%} of the rows are near-duplicates of others. Look at rejected-seeds.jsonl; "

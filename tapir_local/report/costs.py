@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tapir_local.pipeline.rounds import PREPARE, ROUND
+from tapir_local.pipeline.rounds import PREPARE_STAGES, ROUND_STAGES
 from tapir_local.records import Example
 from tapir_local.rundir import RunDir, named_run, read_rows
 from tapir_local.store.queries import opened
 from tapir_local.store.schema import has_estimates
 
-STAGES = [stage.name for stage in (*PREPARE, *ROUND)]
+STAGES = [stage.name for stage in (*PREPARE_STAGES, *ROUND_STAGES)]
 By = Literal["run", "round", "stage", "task"]
 
 # A judge's requests carry the row's id and, behind a #, which of them it is.

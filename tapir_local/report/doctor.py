@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.memory import total_memory, visible_gpus
-from tapir_local.pipeline.loop import installed
+from tapir_local.pipeline.loop import installed_version
 from tapir_local.report.llama_check import fault_of_build
 
 NEEDED = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
@@ -63,7 +63,7 @@ def python() -> Check:
 
 def packages() -> Check:
     """What the loop imports."""
-    versions = {name: installed(name) for name in NEEDED}
+    versions = {name: installed_version(name) for name in NEEDED}
     missing = [name for name, found in versions.items() if not found]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     return Check(
@@ -146,7 +146,7 @@ def memory() -> Check:
 
 def gpu() -> Check:
     """A CUDA device that torch can use."""
-    if not installed("torch"):
+    if not installed_version("torch"):
         return Check("GPU", None, "unknown: torch is not installed")
     import torch
 
@@ -167,7 +167,7 @@ def gpu() -> Check:
 
 def unsloth() -> Check:
     """Used where there is a GPU."""
-    found = installed("unsloth")
+    found = installed_version("unsloth")
     return Check(
         "unsloth",
         True if found else None,

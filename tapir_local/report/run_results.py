@@ -13,9 +13,9 @@ from tapir_local.errors import TapirError
 from tapir_local.method.judging import share_alike
 from tapir_local.method.metrics import Checker, win
 from tapir_local.method.stats import Rows
-from tapir_local.pipeline.backends import checker
-from tapir_local.pipeline.lockfile import locked
-from tapir_local.pipeline.loop import kept_recipe, rounds_begun
+from tapir_local.pipeline.backends import recipe_checker
+from tapir_local.pipeline.lockfile import read_lock
+from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import metrics_of
@@ -113,12 +113,12 @@ def one_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
             f"the runs have different checkers of right answers: {named}",
             fix="Compare runs of one checker: another one measures another accuracy.",
         )
-    return next((checker(recipe) for _, recipe in naming.values()), None)
+    return next((recipe_checker(recipe) for _, recipe in naming.values()), None)
 
 
 def read_side(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> Side:
     """One run as a side, its holdout's rows of the tasks given by id; TapirError where no round is evaluated yet."""
-    metrics = {n: found for n in range(rounds_begun(run) + 1) if (found := metrics_of(run, n))}
+    metrics = {n: found for n in range(last_round(run) + 1) if (found := metrics_of(run, n))}
     if not metrics:
         raise TapirError(
             f"run {run.name!r} has no evaluated round",
@@ -184,7 +184,7 @@ def costs_so_far(run: RunDir, last: int, by_holdout: bool) -> list[Cost]:
     paid for it, also where a stage was cut, done again or replayed. `by_holdout`: the curriculum plans a round by the
     judgements of the last one's holdout, so that they are calls of the judge for this round.
     """
-    calls = Counter(line.step for line in locked(run))
+    calls = Counter(line.step for line in read_lock(run))
     costs = [cost_of(run, number, calls) for number in range(last + 1)]
     if by_holdout:
         lent = [calls[f"round-{number:02d}/holdout-judge"] for number in range(last)]

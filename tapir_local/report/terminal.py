@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from tapir_local.method.metrics import is_likeness
-from tapir_local.pipeline.dry_run import Foreseen
+from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.loop import Step, Watch
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import FROM_POOL
@@ -317,7 +317,7 @@ def money(value: float | None) -> str:
     return f"{value:,.2f}" if value >= 1 or not value else f"{value:,.4f}"
 
 
-def forecast_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
+def forecast_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:
     """A row a stage that will ask somebody, and their sum."""
     table = PlainTable(f"run {run}: what the rest will ask")
     table.add_column("stage")

@@ -9,9 +9,17 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
-from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
-from tapir_local.pipeline.rounds import situation
+from tapir_local.pipeline.dry_run import (
+    ANSWER_TOKENS,
+    PROMPT_FRAME_TOKENS,
+    CostEstimate,
+    DryRun,
+    estimate_step,
+    link_files,
+    make_estimate,
+)
+from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
+from tapir_local.pipeline.rounds import read_situation
 from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe.text import overridden, read_changes
 from tapir_local.records import RoundPlan
@@ -35,7 +43,7 @@ class WhatIf:
     changes: tuple[str, ...]
     now: RoundPlan | None
     then: RoundPlan
-    calls: tuple[Foreseen, ...]
+    calls: tuple[CostEstimate, ...]
     unjudged: int
 
 
@@ -56,11 +64,11 @@ def what_if(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
         )
     with ExitStack() as stack:
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
-        link(run.path, copy.path)
+        link_files(run.path, copy.path)
         path = run.cache / "teacher.db"
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
         then, unjudged = replan(recipe, copy, number)
-        steps = [step for step in sequence(copy, number) if step.number == number]
+        steps = [step for step in list_steps(copy, number) if step.number == number]
         calls = calls_for(then, recipe, copy, steps, store, tokens_by_stage(path) if path.exists() else {})
     now = read_record(RoundPlan, folder / "plan.json") if (folder / "plan.json").exists() else None
     return WhatIf(run.name, number, tuple(changes), now, then, calls, unjudged)
@@ -81,13 +89,13 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 def last_judged(run: RunDir) -> int:
     """The last round whose pool is judged; 0 if none."""
-    judged = [n for n in range(1, rounds_begun(run) + 1) if (run.round(n) / "judgements.jsonl").exists()]
+    judged = [n for n in range(1, last_round(run) + 1) if (run.round(n) / "judgements.jsonl").exists()]
     return max(judged, default=0)
 
 
 def replan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """The plan by this recipe, and how many rows of its pool are without a judgement."""
-    known = situation(Work(recipe, copy, Scout(recipe, None).tools(), number, f"round-{number:02d}/plan"))
+    known = read_situation(Work(recipe, copy, DryRun(recipe, None).tools(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
     if judging and not known.judgements:
         others = sorted(CURRICULA.keys() - FROM_POOL)
@@ -108,26 +116,26 @@ def calls_for(
     steps: Sequence[Step],
     store: Store | None,
     known: Mapping[str, tuple[float, float]],
-) -> tuple[Foreseen, ...]:
+) -> tuple[CostEstimate, ...]:
     """What `expand` and `refine` would ask for this plan, looked up in the store as far as that goes."""
     by_name = {step.stage.name: step for step in steps}
     plan, expand, refine = by_name["plan"], by_name["expand"], by_name["refine"]
     for step in steps[steps.index(plan) :]:
         remove(step.output)
     write_record(plan.output, then)
-    calls = [foresee(expand, recipe, copy, store, known)]
+    calls = [estimate_step(expand, recipe, copy, store, known)]
     written_before = expand.done
     if not written_before:
         write_rows(expand.output, [])
     if written_before or then.hard or then.reflected:
-        calls.append(foresee(refine, recipe, copy, store, known))
+        calls.append(estimate_step(refine, recipe, copy, store, known))
     if not written_before and then.to_write:
         calls.append(new_answers(refine, then.to_write, recipe, known))
     return tuple(row for row in calls if row.calls)
 
 
-def new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+def new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> CostEstimate:
     """The answers to instructions that are not written yet."""
-    size_in, size_out = known.get("refine", (FRAME + ANSWER, ANSWER))
-    found = priced(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
+    size_in, size_out = known.get("refine", (PROMPT_FRAME_TOKENS + ANSWER_TOKENS, ANSWER_TOKENS))
+    found = make_estimate(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
     return replace(found, step=f"{refine.name}, new rows")

@@ -9,7 +9,7 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, teachable
 from tapir_local.method.judging import mfd
-from tapir_local.pipeline.loop import kept_recipe, rounds_begun
+from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import costs
@@ -82,7 +82,7 @@ def rows_of(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str, Examp
     rows |= {lost.example.id: lost.example for lost in rejected(run)}
     rows |= {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
     rows |= {draft.example.id: draft.example for _, draft in drafts}
-    for number in range(rounds_begun(run) + 1):
+    for number in range(last_round(run) + 1):
         rows |= {row.id: row for row in trained_on(run, number)}
     return rows
 
@@ -95,7 +95,7 @@ def rejected(run: RunDir) -> list[Draft]:
 
 def drafts_of(run: RunDir) -> list[tuple[int, Draft]]:
     """(round, draft) of every new instruction that a run has seen, kept or not."""
-    paths = [(number, run.round(number) / "expanded.jsonl") for number in range(1, rounds_begun(run) + 1)]
+    paths = [(number, run.round(number) / "expanded.jsonl") for number in range(1, last_round(run) + 1)]
     return [(number, draft) for number, path in paths if path.exists() for draft in read_rows(Draft, path)]
 
 
@@ -150,7 +150,7 @@ def rounds_of(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterator[R
         return
     settings = kept_recipe(run).curriculum
     held = {other.id for other in read_rows(Example, run.path / "holdout.jsonl")} if has_holdout(run) else set()
-    for number in range(rounds_begun(run) + 1):
+    for number in range(last_round(run) + 1):
         trained = any(other.id == row.id for other in trained_on(run, number))
         if row.id in held:
             judgement = judgements_of(run, number, "holdout-judgements").get(row.id)

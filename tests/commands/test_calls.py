@@ -8,8 +8,8 @@ import pytest
 from command_line import refused, tapir
 
 from tapir_local.method import prompts
-from tapir_local.pipeline.lockfile import Locked, lock
-from tapir_local.pipeline.rounds import PREPARE, ROUND
+from tapir_local.pipeline.lockfile import LockedCall, lock_calls
+from tapir_local.pipeline.rounds import PREPARE_STAGES, ROUND_STAGES
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir
@@ -107,10 +107,10 @@ def test_an_export_that_lacks_a_damaged_call_exits_with_1(place: Path) -> None:
 def test_the_lock_of_a_run_is_exported_and_verified_where_the_store_knows_no_use_of_it(place: Path) -> None:
     keys = [row["key"] for row in json.loads(calls(place, "list", "--json")[0])]
     run = RunDir(place / "cache", "replayed")
-    lock(run, "prepare/seeds", [Locked("prepare/seeds", "x", keys[0])])
+    lock_calls(run, "prepare/seeds", [LockedCall("prepare/seeds", "x", keys[0])])
     assert "1 calls exported" in calls(place, "export", "--run", "replayed", "one.db")[1]
     assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed absent\n")
-    lock(run, "prepare/label", [Locked("prepare/label", "x", "00" * 32)])
+    lock_calls(run, "prepare/label", [LockedCall("prepare/label", "x", "00" * 32)])
     out, err = calls(place, "verify", "--run", "replayed", code=1)
     assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed absent\n")
 
@@ -123,7 +123,7 @@ def test_a_stage_that_a_run_has_and_has_not_reached_is_no_error(place: Path) -> 
 
 def test_the_stages_that_ask_are_those_of_the_loop() -> None:
     """Every name that a stage asks under is a stage's, and known to the commands."""
-    names = {stage.name for stage in (*PREPARE, *ROUND)}
+    names = {stage.name for stage in (*PREPARE_STAGES, *ROUND_STAGES)}
     assert names >= ASKING
     assert {"answer", "train", "plan", "evaluate"} & ASKING == set()
 

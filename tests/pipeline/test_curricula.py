@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, make_recipe, fake_backends
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -25,7 +25,7 @@ def ran(folder: Path, world: World, **changes: object) -> tuple[RunDir, Recipe]:
     """A run of the small world with some settings of its curriculum changed."""
     recipe = overridden(make_recipe(folder), {f"curriculum.{key}": value for key, value in changes.items()})
     run = RunDir(folder, "fake")
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     return run, recipe
 
 
@@ -103,7 +103,7 @@ def test_a_rewritten_instruction_is_kept_where_ifd_rises(given: float, kept: boo
             each(found)
 
     recipe, run = overridden(make_recipe(tmp_path), {"curriculum.name": "reflection"}), RunDir(tmp_path, "fake")
-    distill(recipe, run, replace(tools(World()), score=score), QUIET)
+    distill(recipe, run, replace(fake_backends(World()), score=score), QUIET)
     assert all(row.prompt[0].content.endswith("better") is kept for row in trained(run))
 
 
@@ -150,7 +150,7 @@ def test_recorded_answers_serve_the_curricula_that_ask_nobody(name: str, tmp_pat
     text = f"name: own\nrounds: 1\nteacher: recorded\njudge: reference\ncurriculum: {{name: {name}, rows: 10}}"
     recipe = overridden(parse_recipe(text, "own"), {"seeds.path": str(tmp_path / "own.json"), "seeds.holdout": 5})
     world, run = World(), RunDir(tmp_path, "own")
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     assert world.asked == []
     assert len(trained(run)) == (35 if name == "all" else 10)
 
@@ -169,7 +169,7 @@ def test_the_forecast_of_a_round_is_near_what_it_asks(name: str, tmp_path: Path)
 def test_a_row_that_is_hard_again_is_refined_by_the_request_of_before(refine: str, tmp_path: Path) -> None:
     """A student that never learns: the same rows are hard in every round, and their styled answers are paid once."""
     world, recipe = World(), overridden(make_recipe(tmp_path), {"rounds": 4, "curriculum.refine": refine})
-    lazy = replace(tools(world), train=lambda rows, previous, seed, out, progress: train([], previous, seed, out))
+    lazy = replace(fake_backends(world), train=lambda rows, previous, seed, out, progress: train([], previous, seed, out))
     distill(recipe, RunDir(tmp_path, "fake"), lazy, QUIET)
     refined = {(request.row, request.messages) for request in world.asked if request.stage == "refine"}
     rounds = Counter(request.row for request in world.asked if request.stage == "refine")

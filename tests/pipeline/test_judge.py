@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from fakes import QUIET, World, generate, inner, make_recipe, reply, tools
+from fakes import QUIET, World, generate, inner, make_recipe, reply, fake_backends
 from server import completion
 
 from tapir_local.errors import TapirError
@@ -17,12 +17,12 @@ from tapir_local.method.judging import mfd
 from tapir_local.method.metrics import evaluate
 from tapir_local.pipeline.context import Progress, Work
 from tapir_local.pipeline.judge import (
-    Speed,
+    JudgeSpeed,
     ask_judge,
     judge_name,
     judge_settings,
     refuse_unjudged,
-    told,
+    summarize_judgements,
     write_judgements,
 )
 from tapir_local.pipeline.loop import distill
@@ -68,7 +68,7 @@ class Judge:
 
 def work_of(folder: Path, judge: Judge, mode: str = "pair", **settings: float) -> Work:
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {"kind": "teacher", "mode": mode, **settings}})
-    return Work(recipe, RunDir(folder, "r"), replace(tools(World()), judge=judge.ask), 1, "round-01/judge")
+    return Work(recipe, RunDir(folder, "r"), replace(fake_backends(World()), judge=judge.ask), 1, "round-01/judge")
 
 
 def judged(folder: Path, judge: Judge, mode: str) -> list[Judgement]:
@@ -202,7 +202,7 @@ def test_too_many_unjudged_rows_are_refused_with_their_names_and_where_to_look(
 
 def test_the_share_unjudged_is_in_the_closing_line() -> None:
     rows = [Judgement(f"{n}", 8, n % 9 + 1, ((8, n % 9 + 1), (8, n % 9 + 1))) for n in range(39)]
-    assert told([*rows, Judgement("x", None, None)], "J") == (
+    assert summarize_judgements([*rows, Judgement("x", None, None)], "J") == (
         "40 rows judged by J, 1 unreadable (2%), the orders agree on 100%"
     )
 
@@ -230,7 +230,7 @@ def test_single_is_advised_where_a_local_judge_is_slow_in_pairs(
 ) -> None:
     kind = {"kind": "gguf", "gguf": gguf} if gguf else {"kind": "teacher"}
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {**kind, "mode": mode}})
-    said = Speed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
+    said = JudgeSpeed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
     assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written a second"
     assert any("`judge.mode: single`" in text for text in said) is advised
 
@@ -297,7 +297,7 @@ def run_through(recipe: Recipe, run: RunDir) -> None:
         def judge(requests: Sequence[Request], progress: Progress) -> list[Answer]:
             return ask(requests, endpoint, store, run=run.name, transport=Wire())
 
-        distill(recipe, run, replace(tools(World()), judge=judge, generate=never_the_same), QUIET)
+        distill(recipe, run, replace(fake_backends(World()), judge=judge, generate=never_the_same), QUIET)
 
 
 def paid_by(run: RunDir, number: int) -> dict[str, tuple[int, int]]:
@@ -329,7 +329,7 @@ def test_alone_another_run_pays_for_no_answer_of_the_teachers(tmp_path: Path) ->
 @MODES
 def test_a_round_shows_how_its_judge_did(tmp_path: Path, mode: str) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"judge.mode": mode, "rounds": 1}), RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     found = round_of(run, 1)
     assert {name: judge["rows"] for name, judge in found["judge"].items()} == {"pool": 50, "holdout": 10}
     assert found["judge"]["pool"]["agreement"] == (1.0 if mode == "pair" else None)
@@ -341,7 +341,7 @@ def test_a_round_shows_how_its_judge_did(tmp_path: Path, mode: str) -> None:
 def test_a_judge_that_always_says_ten_is_called_useless(tmp_path: Path) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"rounds": 1}), RunDir(tmp_path, "fake")
     judge = Judge(lambda request: '{"answer_1": 10, "answer_2": 10}')
-    distill(recipe, run, replace(tools(World()), judge=judge.ask), QUIET)
+    distill(recipe, run, replace(fake_backends(World()), judge=judge.ask), QUIET)
     said = run.record()["stages"]["round-01/judge"]["note"]
     assert said.endswith("the judge gives every answer 10: MFD says nothing")
     assert round_of(run, 1)["judge"]["pool"]["notes"] == ("the judge gives every answer 10: MFD says nothing",)
@@ -356,5 +356,5 @@ def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:
         asked.append(f"{gguf.parent.name} {len(ids) > 10}")
         return generate(gguf, wanted, ids, progress, each)
 
-    distill(make_recipe(tmp_path), run, replace(tools(World()), generate=spied), QUIET)
+    distill(make_recipe(tmp_path), run, replace(fake_backends(World()), generate=spied), QUIET)
     assert asked == ["round-00 False", "round-00 True", "round-01 False", "round-01 True", "round-02 False"]

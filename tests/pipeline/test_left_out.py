@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fakes import QUIET, STUDENT, World, generate, make_recipe, outputs, score, tools, with_ask
+from fakes import QUIET, STUDENT, World, generate, make_recipe, outputs, score, fake_backends, with_ask
 from templates import GEMMA, LLAMA2, THOUGHTS
 
 from cli import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import Tools
-from tapir_local.pipeline.dry_run import forecast
+from tapir_local.pipeline.context import Backends
+from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.pipeline.student_text import StudentText
+from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
@@ -43,10 +43,12 @@ def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **chang
     return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
 
 
-def student(world: World, template: str, **changes: object) -> Tools:
+def student(world: World, template: str, **changes: object) -> Backends:
     """Tools whose student has a chat template of this kind."""
-    found: StudentText = replace(STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>"))
-    return replace(tools(world), student_text=lambda: replace(found, **changes))  # type: ignore[arg-type]
+    found: StudentFormat = replace(
+        STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>")
+    )
+    return replace(fake_backends(world), student_text=lambda: replace(found, **changes))  # type: ignore[arg-type]
 
 
 def left(run: RunDir, step: str) -> list[Unusable]:
@@ -249,7 +251,7 @@ def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
         return [changed(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(changed(row)))]
 
     tolerant = overridden(recipe, {"judge.max_unjudged": 0.2})
-    distill(tolerant, run, replace(tools(world), generate=unable), QUIET)
+    distill(tolerant, run, replace(fake_backends(world), generate=unable), QUIET)
     [first, *_] = read_rows(Completion, run.round(0) / "holdout-answers.jsonl")
     assert not any(request.row.startswith(first.id) for request in world.asked if request.stage == "holdout-judge")
     judged = {row.id: row for row in read_rows(Judgement, run.round(0) / "holdout-judgements.jsonl")}
@@ -295,7 +297,7 @@ def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
 
 
 def test_show_of_a_run_that_left_nothing_out(recipe: Recipe, run: RunDir) -> None:
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     told = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--cache", str(run.cache)], catch_exceptions=False)
     assert "No row was left out" in told.stdout
 
@@ -327,7 +329,7 @@ def test_redo_forgets_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: 
 
 def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Recipe, tmp_path: Path) -> None:
     whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
-    distill(recipe, whole, tools(World()), QUIET)
+    distill(recipe, whole, fake_backends(World()), QUIET)
     asked, made = list[str](), 0
 
     def stopping(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
@@ -346,7 +348,7 @@ def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Reci
     cuts = 0
     while True:
         try:
-            distill(recipe, run, replace(tools(world), generate=stopping), QUIET)
+            distill(recipe, run, replace(fake_backends(world), generate=stopping), QUIET)
             break
         except KeyboardInterrupt:
             cuts += 1
@@ -369,7 +371,7 @@ def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recip
             raise KeyboardInterrupt
         return generate(gguf, wanted, ids, progress, each)
 
-    made = replace(tools(World()), generate=once)
+    made = replace(fake_backends(World()), generate=once)
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, made, QUIET)
     partial = run.round(0) / "holdout-answers.jsonl.partial"
@@ -383,7 +385,7 @@ def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recip
 def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
     chosen = overridden(recipe, {"curriculum.name": "reflection"})
     whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
-    distill(chosen, whole, tools(World()), QUIET)
+    distill(chosen, whole, fake_backends(World()), QUIET)
     sizes = list[int]()
 
     def stopping(gguf, texts, progress, each):  # type: ignore[no-untyped-def]
@@ -398,7 +400,7 @@ def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
 
     while True:
         try:
-            distill(chosen, run, replace(tools(world), score=stopping), QUIET)
+            distill(chosen, run, replace(fake_backends(world), score=stopping), QUIET)
             break
         except KeyboardInterrupt:
             pass
@@ -412,12 +414,12 @@ def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(recipe, run, replace(tools(World()), generate=stop), QUIET)
+        distill(recipe, run, replace(fake_backends(World()), generate=stop), QUIET)
     partial = run.round(0) / "holdout-answers.jsonl.partial"
     with partial.open("a") as file:
         file.write('{"id":"torn')  # a line that is just being written
     before = partial.read_bytes()
-    forecast(recipe, run)
+    estimate_costs(recipe, run)
     assert partial.read_bytes() == before
 
 
@@ -425,7 +427,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from dataclasses import replace
-from fakes import QUIET, World, generate, make_recipe, tools
+from fakes import QUIET, World, generate, make_recipe, fake_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.rundir import RunDir
 made = 0
@@ -438,7 +440,7 @@ def dying(gguf, wanted, ids, progress, each):
             os.kill(os.getpid(), 9)
     return generate(gguf, wanted, ids, progress, one)
 folder = Path(sys.argv[1])
-distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(tools(World()), generate=dying), QUIET)
+distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(fake_backends(World()), generate=dying), QUIET)
 """
 
 
@@ -454,8 +456,8 @@ def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path
         counts.append(len(ids))
         return generate(gguf, wanted, ids, progress, each)
 
-    distill(recipe, run, replace(tools(World()), generate=counting), QUIET)
-    distill(recipe, whole, tools(World()), QUIET)
+    distill(recipe, run, replace(fake_backends(World()), generate=counting), QUIET)
+    distill(recipe, whole, fake_backends(World()), QUIET)
     assert counts[0] == 6
     assert outputs(run) == outputs(whole)
 

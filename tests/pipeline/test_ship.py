@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, make_recipe, fake_backends
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.card import UNSTATED, asked, cell, front_matter
+from tapir_local.pipeline.card import NOT_STATED, describe_endpoint, escape_cell, front_matter
 from tapir_local.pipeline.context import Progress
-from tapir_local.pipeline.loop import distill, redo, sequence
-from tapir_local.pipeline.published import published
+from tapir_local.pipeline.loop import distill, list_steps, redo
+from tapir_local.pipeline.published import published_recipe
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe, validated
 from tapir_local.report.status import status_of
@@ -33,7 +33,7 @@ def run(recipe: Recipe, tmp_path: Path) -> RunDir:
 
 
 def done(recipe: Recipe, run: RunDir) -> RunDir:
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     return run
 
 
@@ -67,7 +67,7 @@ def test_status_tells_of_it(run: RunDir) -> None:
 def test_it_comes_back_the_same(recipe: Recipe, run: RunDir) -> None:
     before = contents(run)
     remove(run.path / "model")
-    assert distill(recipe, run, tools(World()), QUIET) == 1
+    assert distill(recipe, run, fake_backends(World()), QUIET) == 1
     assert contents(run) == before
 
 
@@ -75,7 +75,7 @@ def test_more_rounds_make_it_anew_and_fewer_too(recipe: Recipe, run: RunDir) -> 
     done(overridden(recipe, {"rounds": 3}), run)
     assert contents(run)["student.gguf"] == (run.round(3) / "student.gguf").read_bytes()
     assert b"| 3 |" in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"rounds": 1}), run, tools(World()), QUIET) == 1
+    assert distill(overridden(recipe, {"rounds": 1}), run, fake_backends(World()), QUIET) == 1
     assert contents(run)["student.gguf"] == (run.round(1) / "student.gguf").read_bytes()
 
 
@@ -83,7 +83,7 @@ def test_while_more_rounds_are_under_way_there_is_none(recipe: Recipe, run: RunD
     world = World()
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
-        distill(overridden(recipe, {"rounds": 3}), run, tools(world), QUIET)
+        distill(overridden(recipe, {"rounds": 3}), run, fake_backends(world), QUIET)
     assert not (run.path / "model").exists()
 
 
@@ -94,12 +94,12 @@ def test_redo_of_anything_before_it_removes_it(run: RunDir) -> None:
 
 def test_it_alone_can_be_redone(recipe: Recipe, run: RunDir) -> None:
     assert redo(run, None, "ship") == ["end/ship"]
-    assert distill(recipe, run, tools(World()), QUIET) == 1
+    assert distill(recipe, run, fake_backends(World()), QUIET) == 1
 
 
 def test_another_card_is_no_other_recipe_and_makes_it_anew(recipe: Recipe, run: RunDir) -> None:
     assert b"CC BY 4.0" not in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, tools(World()), QUIET) == 1
+    assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
 
 
@@ -112,12 +112,12 @@ CHANGED = {
 @pytest.mark.parametrize("path", CHANGED)
 def test_what_a_model_does_not_depend_on_leaves_it_as_it_is(path: str, recipe: Recipe, run: RunDir) -> None:
     before = (run.path / "model").stat().st_ino, contents(run)
-    assert distill(overridden(recipe, {path: CHANGED[path]}), run, tools(World()), QUIET) == 0
+    assert distill(overridden(recipe, {path: CHANGED[path]}), run, fake_backends(World()), QUIET) == 0
     assert ((run.path / "model").stat().st_ino, contents(run)) == before
 
 
 def test_other_words_about_it_make_it_anew(recipe: Recipe, run: RunDir) -> None:
-    assert distill(overridden(recipe, {"about": "Better words."}), run, tools(World()), QUIET) == 1
+    assert distill(overridden(recipe, {"about": "Better words."}), run, fake_backends(World()), QUIET) == 1
     assert b"Better words." in contents(run)["README.md"]
 
 
@@ -137,15 +137,15 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
     assert "the GGUF judge.gguf" in told
     published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
     assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
-    assert distill(overridden(recipe, changes), run, tools(World()), QUIET) == 0
+    assert distill(overridden(recipe, changes), run, fake_backends(World()), QUIET) == 0
 
 
 def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> None:
     endpoint = {"kind": "openai", "model": "m", "base_url": "https://me:secret@host:8000/v1?key=hidden"}
     kept = validated({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
-    assert "https://host:8000/v1\n" in published(kept)
-    assert asked(kept.teacher) == "m at https://host:8000/v1"
-    assert not {"secret", "hidden"} & set(re.findall(r"\w+", published(kept)))
+    assert "https://host:8000/v1\n" in published_recipe(kept)
+    assert describe_endpoint(kept.teacher) == "m at https://host:8000/v1"
+    assert not {"secret", "hidden"} & set(re.findall(r"\w+", published_recipe(kept)))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -158,9 +158,9 @@ def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_pat
 
     run = RunDir(tmp_path, "fake")
     with pytest.raises((KeyboardInterrupt, TapirError)):
-        distill(recipe, run, replace(tools(World()), ship=cut), QUIET)
-    assert not sequence(run, 2)[-1].done
-    assert distill(recipe, run, tools(World()), QUIET) == 1
+        distill(recipe, run, replace(fake_backends(World()), ship=cut), QUIET)
+    assert not list_steps(run, 2)[-1].done
+    assert distill(recipe, run, fake_backends(World()), QUIET) == 1
     assert list(contents(run)) == FILES
     assert not (run.path / "model.partial").exists()
 
@@ -168,7 +168,7 @@ def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_pat
 def test_the_card_says_what_is_not_known(run: RunDir) -> None:
     text = contents(run)["README.md"].decode()
     said = text.partition("## Licences and terms")[2].partition("##")[0]
-    assert said.count(UNSTATED) == 5
+    assert said.count(NOT_STATED) == 5
     head = yaml.safe_load(text.split("---")[1])
     assert head == {"tags": ["gguf", "tapir-local"]}
 
@@ -180,7 +180,7 @@ def test_the_card_repeats_what_the_recipe_states_and_no_more(recipe: Recipe, tmp
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "| the base | llama2 |" in text
     assert r"| none \| known |" in text
-    assert text.count(UNSTATED) == 1
+    assert text.count(NOT_STATED) == 1
 
 
 def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> None:
@@ -208,4 +208,4 @@ def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
 
 
 def test_a_cell_stays_one() -> None:
-    assert cell("a | b\n\nc") == r"a \| b c"
+    assert escape_cell("a | b\n\nc") == r"a \| b c"

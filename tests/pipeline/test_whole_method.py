@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, make_recipe, fake_backends
 
 from tapir_local.data.dataset import Draft
 from tapir_local.method import prompts
@@ -20,7 +20,7 @@ HALF = {"Math", "Reasoning", "Code Generation", "Code Debug"}
 
 def ran(folder: Path, world: World, **changes: object) -> RunDir:
     run = RunDir(folder, "fake")
-    distill(overridden(make_recipe(folder), changes), run, tools(world), QUIET)
+    distill(overridden(make_recipe(folder), changes), run, fake_backends(world), QUIET)
     return run
 
 
@@ -61,7 +61,7 @@ def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
         went_on.append(previous is not None)
         plain.train(data, previous, seed, out, progress)
 
-    plain = tools(World())
+    plain = fake_backends(World())
     made = {name: getattr(plain, name) for name in plain.__dataclass_fields__} | {"train": train}
     distill(
         overridden(make_recipe(tmp_path), {"train.start": start}), RunDir(tmp_path, "fake"), type(plain)(**made), QUIET

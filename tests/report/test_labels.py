@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import QUIET, World, classify, make_recipe, tools
+from fakes import QUIET, World, classify, make_recipe, fake_backends
 
 import cli
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Progress
-from tapir_local.pipeline.dry_run import forecast
+from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
@@ -50,7 +50,7 @@ def doubting(sure: Callable[[int], float], agreement: float = 0.9) -> Callable[.
 
 def ran(recipe: Recipe, folder: Path, world: World | None = None, **changes: Any) -> RunDir:
     run = RunDir(folder / "cache", "fake")
-    distill(recipe, run, replace(tools(world or World()), **changes), QUIET)
+    distill(recipe, run, replace(fake_backends(world or World()), **changes), QUIET)
     return run
 
 
@@ -247,7 +247,7 @@ def test_labels_that_are_not_there_yet(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_forecast_has_the_most_that_may_be_asked(
     recipe: Recipe, tmp_path: Path, changes: dict[str, Any], most: int | None
 ) -> None:
-    found = {row.step: row for row in forecast(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
+    found = {row.step: row for row in estimate_costs(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
     row = found.get("prepare/tasks")
     assert (row.calls if row else None) == most
     if row:
@@ -260,7 +260,7 @@ def test_a_forecast_counts_the_unsure_rows_once_they_are_known(recipe: Recipe, t
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
         ran(recipe, tmp_path, world, classify=doubting(lambda place: 0.4 if place < 12 else 0.8))
-    row = next(row for row in forecast(recipe, RunDir(tmp_path / "cache", "fake")) if row.step == "prepare/tasks")
+    row = next(row for row in estimate_costs(recipe, RunDir(tmp_path / "cache", "fake")) if row.step == "prepare/tasks")
     assert (row.calls, row.exact) == (12, True)
 
 
