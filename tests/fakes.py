@@ -1,8 +1,9 @@
-"""Small tools for a run that learn: a GGUF is the list of instructions trained on, and answers those rightly."""
+"""Fake backends of a run that learn: a GGUF is the list of instructions trained on, and answers those correctly."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,22 @@ class World:
 
 
 def generate(
+    *,
     gguf: Path,
-    wanted: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     ids: Sequence[str],
     progress: Progress,
-    each: Callable[[Completion], None],
+    on_result: Callable[[Completion], None],
 ) -> list[Completion]:
     known = set(json.loads(gguf.read_text()))
     found = []
-    for id, prompt in zip(ids, wanted, strict=True):
+    for id, prompt in zip(ids, prompts, strict=True):
         found.append(Completion(id, "right" if instruction_of(prompt) in known else "no idea", "stop", 2))
-        each(found[-1])
+        on_result(found[-1])
     return found
 
 
-def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+def classify(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
     out.mkdir()
     known = {row.id for row in read_rows(Example, labelled)}
     found = [row for row in read_rows(Example, rows) if row.id not in known]
@@ -108,7 +110,7 @@ def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progres
     write_json(out / "agreement.json", {"agreement": 0.9, "rows": 3})
 
 
-def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
     known = json.loads((previous / "known").read_text()) if previous else []
     out.mkdir()
     (out / "known").write_text(
@@ -117,7 +119,7 @@ def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Pro
 
 
 def score(
-    gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
+    *, gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, on_result: Callable[[Scored], None]
 ) -> list[Scored]:
     """A text is the likelier the more of its letters its prompt has; of two texts the longer has more to teach."""
     found = [
@@ -125,11 +127,11 @@ def score(
         for n, (prompt, text) in enumerate(texts)
     ]
     for one in found:
-        each(one)
+        on_result(one)
     return found
 
 
-def ship(student: Path, out: Path, progress: Progress) -> None:
+def ship(*, student: Path, out: Path, progress: Progress) -> None:
     for name in ("student.gguf", "gate.json"):
         (out / name).write_bytes((student / name).read_bytes())
     (out / "Modelfile").write_text("FROM ./student.gguf\n")
@@ -146,7 +148,7 @@ def fake_backends(world: World) -> Backends:
         gate=lambda adapter, gguf, rows, out, progress: write_record(out, PASSED),
         score=score,
         ship=ship,
-        student_text=lambda: STUDENT,
+        student_format=lambda: STUDENT,
         check=lambda instruction, answer: "right" in answer,
     )
 
@@ -165,17 +167,14 @@ def outputs(run: RunDir) -> dict[str, bytes]:
 
 
 def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Backends:
-    """Tools whose teacher's and judge's answers pass through `change`."""
+    """Backends whose teacher's and judge's answers pass through `change`."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         return [
             change(request, answer) for request, answer in zip(requests, world.ask(requests, progress), strict=True)
         ]
 
-    base = fake_backends(world)
-    return Backends(
-        **{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask}
-    )
+    return replace(fake_backends(world), teacher=ask, judge=ask)
 
 
 def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:

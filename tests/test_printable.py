@@ -14,7 +14,7 @@ from rich.console import Console
 from tapir_local.commands.common import echo, print_json
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
-from tapir_local.pipeline.rounds import PREPARE_STAGES
+from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.printable import UNSAFE, printable, safe_json
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.explanations import why_tables

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import trim_reply
+from tapir_local.pipeline.run_rows import trim_reply
 from tapir_local.rundir import RunDir
 from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
 

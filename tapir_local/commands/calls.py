@@ -180,7 +180,7 @@ def used_keys(cache: Path | None, run: str) -> list[str]:
 
 def locked_keys(cache: Path | None, run: str) -> list[str]:
     """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
-    from tapir_local.pipeline.lockfile import read_lock, unique_keys
+    from tapir_local.pipeline.context import read_lock, unique_keys
     from tapir_local.rundir import named_run
 
     folder = named_run(store_path(cache).parent, run)

@@ -152,7 +152,7 @@ def foretell(recipe: "Recipe", run: "RunDir") -> None:
 
 
 def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
-    """The loop with the real tools and a progress bar; with `replay`, from the store alone."""
+    """The loop with the real backends and a progress bar; with `replay`, from the store alone."""
     from rich.console import Console
 
     from tapir_local.pipeline.backends import real_backends
@@ -168,8 +168,8 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     def say(text: str) -> None:
         console.print(plain(text), soft_wrap=True)
 
-    with real_backends(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
-        return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
+    with real_backends(recipe, run, say, mode) as backends, watched(console, done, len(steps)) as watch:
+        return loop(recipe, run, backends, watch if replay else with_receipts(watch, run, console))
 
 
 def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":

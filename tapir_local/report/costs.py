@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tapir_local.pipeline.rounds import PREPARE_STAGES, ROUND_STAGES
+from tapir_local.pipeline.prepare import PREPARE_STAGES
+from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.records import Example
 from tapir_local.rundir import RunDir, named_run, read_rows
 from tapir_local.store.queries import opened

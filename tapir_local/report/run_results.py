@@ -14,7 +14,7 @@ from tapir_local.method.judging import share_alike
 from tapir_local.method.metrics import Checker, win
 from tapir_local.method.stats import Rows
 from tapir_local.pipeline.backends import recipe_checker
-from tapir_local.pipeline.lockfile import read_lock
+from tapir_local.pipeline.context import read_lock
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement

@@ -8,8 +8,8 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.method.judge_quality import quality
+from tapir_local.pipeline.labeling import warn_low_agreement
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
-from tapir_local.pipeline.prepare import warn_low_agreement
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.store.schema import usage

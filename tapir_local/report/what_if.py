@@ -95,7 +95,7 @@ def last_judged(run: RunDir) -> int:
 
 def replan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """The plan by this recipe, and how many rows of its pool are without a judgement."""
-    known = read_situation(Work(recipe, copy, DryRun(recipe, None).tools(), number, f"round-{number:02d}/plan"))
+    known = read_situation(Work(recipe, copy, DryRun(recipe, None).backends(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
     if judging and not known.judgements:
         others = sorted(CURRICULA.keys() - FROM_POOL)
@@ -137,5 +137,5 @@ def calls_for(
 def new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> CostEstimate:
     """The answers to instructions that are not written yet."""
     size_in, size_out = known.get("refine", (PROMPT_FRAME_TOKENS + ANSWER_TOKENS, ANSWER_TOKENS))
-    found = make_estimate(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
+    found = make_estimate(refine, recipe.teacher, (rows, None), (rows * size_in, rows * size_out))
     return replace(found, step=f"{refine.name}, new rows")

@@ -8,8 +8,9 @@ import pytest
 from command_line import refused, tapir
 
 from tapir_local.method import prompts
-from tapir_local.pipeline.lockfile import LockedCall, lock_calls
-from tapir_local.pipeline.rounds import PREPARE_STAGES, ROUND_STAGES
+from tapir_local.pipeline.context import LockedCall, lock_calls
+from tapir_local.pipeline.prepare import PREPARE_STAGES
+from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from fakes import World, make_recipe, fake_backends
+from fakes import World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import (
     Draft,
@@ -153,7 +153,7 @@ def test_a_warning_where_many_rows_are_alike(tmp_path: Path) -> None:
     said, _ = read_rows_of(tmp_path, [*alike, alike[0].replace("to", "at"), '{"instruction": "Sing."}'], **{
         "seeds.max_rouge": 0.5
     })  # fmt: skip
-    assert "; WARNING: 60% of the rows are near-duplicates of others. Look at rejected-seeds.jsonl;" in said
+    assert "; WARNING: 60% of the rows are near-duplicates of others. See rejected-seeds.jsonl;" in said
     assert "seeds.max_rouge" in said
 
 

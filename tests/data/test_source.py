@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, fake_backends
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.dry_run import estimate_costs

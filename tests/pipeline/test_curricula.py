@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, fake_backends
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -97,10 +97,10 @@ def test_reflection_keeps_what_the_student_gains_by(tmp_path: Path) -> None:
 def test_a_rewritten_instruction_is_kept_where_ifd_rises(given: float, kept: bool, tmp_path: Path) -> None:
     """`given`: the log-probability of a rewritten answer after its instruction; after none it is -2, as all others."""
 
-    def score(gguf, texts, progress, each):
+    def score(*, gguf, texts, progress, on_result):
         new = [prompt[0].content.endswith("better") for prompt, _ in texts]
         for found in (Scored(str(n), given if rewritten else -2.0, 1) for n, rewritten in enumerate(new)):
-            each(found)
+            on_result(found)
 
     recipe, run = overridden(make_recipe(tmp_path), {"curriculum.name": "reflection"}), RunDir(tmp_path, "fake")
     distill(recipe, run, replace(fake_backends(World()), score=score), QUIET)
@@ -169,7 +169,7 @@ def test_the_forecast_of_a_round_is_near_what_it_asks(name: str, tmp_path: Path)
 def test_a_row_that_is_hard_again_is_refined_by_the_request_of_before(refine: str, tmp_path: Path) -> None:
     """A student that never learns: the same rows are hard in every round, and their styled answers are paid once."""
     world, recipe = World(), overridden(make_recipe(tmp_path), {"rounds": 4, "curriculum.refine": refine})
-    lazy = replace(fake_backends(world), train=lambda rows, previous, seed, out, progress: train([], previous, seed, out))
+    lazy = replace(fake_backends(world), train=learn_nothing)
     distill(recipe, RunDir(tmp_path, "fake"), lazy, QUIET)
     refined = {(request.row, request.messages) for request in world.asked if request.stage == "refine"}
     rounds = Counter(request.row for request in world.asked if request.stage == "refine")
@@ -177,7 +177,7 @@ def test_a_row_that_is_hard_again_is_refined_by_the_request_of_before(refine: st
     assert len(refined) == len(rounds)  # each by one request
 
 
-def train(rows: list[Example], previous: Path | None, seed: int, out: Path) -> None:
-    """Learn nothing."""
+def learn_nothing(*, out: Path, **_: object) -> None:
+    """A training that teaches nothing."""
     out.mkdir()
     (out / "known").write_text(json.dumps([]))

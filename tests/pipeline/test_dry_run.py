@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, fake_backends
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
@@ -77,7 +77,7 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
     assert found["round-02/refine"].calls >= kept
     assert set(found) == {"round-02/refine", "round-02/holdout-judge"}
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    assert after == before  # a forecast changes nothing
+    assert after == before  # a dry run changes nothing
 
 
 def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: Recipe, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path:
     distill(recipe, run, fake_backends(World()), QUIET)
     redo(run, None, "tasks")
     (run.path / "classifier" / "predictions.jsonl").unlink()
-    said = "prepare/tasks needs a file that is not there: classifier/predictions.jsonl"
+    said = "prepare/tasks needs a file that does not exist: classifier/predictions.jsonl"
     for attempt in (lambda: estimate_costs(recipe, run), lambda: distill(recipe, run, fake_backends(World()), QUIET)):
         with pytest.raises(TapirError, match=said) as caught:
             attempt()

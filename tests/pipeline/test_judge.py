@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from fakes import QUIET, World, generate, inner, make_recipe, reply, fake_backends
+from fakes import QUIET, World, fake_backends, generate, inner, make_recipe, reply
 from server import completion
 
 from tapir_local.errors import TapirError
@@ -211,7 +211,7 @@ def test_the_closing_line_says_how_fast_the_judge_reads_and_writes(tmp_path: Pat
     texts = [Completion(id, text, "stop", 1) for id, text in TEXTS.items()]
     judge = Judge(lambda request: Answer('{"answer_1": 5, "answer_2": 5}', "stop", False, 900, 14))
     said = write_judgements(work_of(tmp_path, judge), "judge", ROWS, texts, tmp_path / "j.jsonl")
-    assert re.search(r"; 8 requests, [\d,]+ tokens read and [\d,]+ written a second", said)
+    assert re.search(r"; 8 requests, [\d,]+ tokens read and [\d,]+ written per second", said)
     hits = Judge(lambda request: Answer('{"answer_1": 5, "answer_2": 5}', "stop", True, 900, 14))
     assert "a second" not in write_judgements(work_of(tmp_path, hits), "judge", ROWS, texts, tmp_path / "j.jsonl")
 
@@ -230,8 +230,8 @@ def test_single_is_advised_where_a_local_judge_is_slow_in_pairs(
 ) -> None:
     kind = {"kind": "gguf", "gguf": gguf} if gguf else {"kind": "teacher"}
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {**kind, "mode": mode}})
-    said = JudgeSpeed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
-    assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written a second"
+    said = JudgeSpeed(80, 72_000, 1_120, seconds).describe(judge_settings(recipe))
+    assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written per second"
     assert any("`judge.mode: single`" in text for text in said) is advised
 
 
@@ -274,19 +274,24 @@ class Wire(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json=completion(said))
 
 
-Each = Callable[[Completion], None]
+OnResult = Callable[[Completion], None]
 
 
 def never_the_same(
-    gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress, each: Each
+    *, gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress, on_result: OnResult
 ) -> list[Completion]:
-    """A student that words its answers anew in every round and run."""
+    """A student whose answers differ in every round and run."""
     who = f"{gguf.parent.parent.name}, {gguf.parent.name}"
 
     def own(row: Completion) -> Completion:
         return replace(row, text=f"{row.text}, says {who} of {row.id}")
 
-    return [own(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(own(row)))]
+    return [
+        own(row)
+        for row in generate(
+            gguf=gguf, prompts=prompts, ids=ids, progress=progress, on_result=lambda row: on_result(own(row))
+        )
+    ]
 
 
 def run_through(recipe: Recipe, run: RunDir) -> None:
@@ -351,10 +356,10 @@ def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:
     run, asked = RunDir(tmp_path, "fake"), list[str]()
 
     def spied(
-        gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress, each: Each
+        *, gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress, on_result: OnResult
     ) -> list[Completion]:
         asked.append(f"{gguf.parent.name} {len(ids) > 10}")
-        return generate(gguf, wanted, ids, progress, each)
+        return generate(gguf=gguf, prompts=prompts, ids=ids, progress=progress, on_result=on_result)
 
     distill(make_recipe(tmp_path), run, replace(fake_backends(World()), generate=spied), QUIET)
     assert asked == ["round-00 False", "round-00 True", "round-01 False", "round-01 True", "round-02 False"]

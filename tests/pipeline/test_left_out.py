@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fakes import QUIET, STUDENT, World, generate, make_recipe, outputs, score, fake_backends, with_ask
+from fakes import QUIET, STUDENT, World, fake_backends, generate, make_recipe, outputs, score, with_ask
 from templates import GEMMA, LLAMA2, THOUGHTS
 
 from cli import cli
@@ -48,7 +48,7 @@ def student(world: World, template: str, **changes: object) -> Backends:
     found: StudentFormat = replace(
         STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>")
     )
-    return replace(fake_backends(world), student_text=lambda: replace(found, **changes))  # type: ignore[arg-type]
+    return replace(fake_backends(world), student_format=lambda: replace(found, **changes))  # type: ignore[arg-type]
 
 
 def left(run: RunDir, step: str) -> list[Unusable]:
@@ -102,7 +102,7 @@ def test_system_turns_are_folded_once_and_every_stage_sees_the_same_row(
     assert {turn.role for file in files for row in read_rows(Example, file) for turn in row.prompt} == {"user"}
     rows = {row.id: row for row in read_rows(Example, run.path / "rows.jsonl")}
     assert rows["seed-00061"].prompt[0].content == "Be brief.\n\nsum 900 900"
-    assert "4 system turns moved into the user's" in run.record()["stages"]["prepare/read"]["note"]
+    assert "4 system turns moved into the user turn" in run.record()["stages"]["prepare/read"]["note"]
     assert read_unusable(run) == []
 
 
@@ -157,7 +157,7 @@ def test_a_teachers_answer_that_cannot_be_trained_on_costs_its_row(
     text: str, kind: str, recipe: Recipe, run: RunDir
 ) -> None:
     base = student(World(), THOUGHTS)
-    made = replace(with_ask(World(), spoiled(first_of("seeds"), text)), student_text=base.student_text)
+    made = replace(with_ask(World(), spoiled(first_of("seeds"), text)), student_format=base.student_format)
     distill(recipe, run, made, QUIET)
     [lost] = left(run, "prepare/seeds")
     assert kind in lost.kind
@@ -168,7 +168,7 @@ def test_a_teachers_answer_that_cannot_be_trained_on_costs_its_row(
 def test_an_answer_in_the_holdout_is_compared_and_not_trained_on(recipe: Recipe, run: RunDir) -> None:
     change = spoiled(lambda request: request.stage == "holdout", "<think>a</think>b right")
     base = student(World(), THOUGHTS)
-    distill(recipe, run, replace(with_ask(World(), change), student_text=base.student_text), QUIET)
+    distill(recipe, run, replace(with_ask(World(), change), student_format=base.student_format), QUIET)
     assert len(read_rows(Example, run.path / "holdout.jsonl")) == 10
     assert read_unusable(run) == []
 
@@ -183,7 +183,7 @@ def test_one_row_of_few_is_never_too_many_and_refinements_are_checked_too(recipe
         return replace(answer, text="half </think> told")
 
     base = student(World(), THOUGHTS)
-    distill(recipe, run, replace(with_ask(World(), change), student_text=base.student_text), QUIET)
+    distill(recipe, run, replace(with_ask(World(), change), student_format=base.student_format), QUIET)
     assert [row.id for row in left(run, "round-01/refine")] == seen[:1]
     assert "1 left out" in run.record()["stages"]["round-01/refine"]["note"]
 
@@ -204,7 +204,7 @@ def test_a_rewritten_answer_that_the_template_changes_is_rejected(recipe: Recipe
     text = "<new_instruction>other words</new_instruction><new_answer>a</think>b</new_answer>"
     change = spoiled(lambda request: request.stage == "expand", text)
     base = student(World(), THOUGHTS)
-    made = replace(with_ask(World(), change), student_text=base.student_text)
+    made = replace(with_ask(World(), change), student_format=base.student_format)
     distill(overridden(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
     drafts = read_rows(Draft, run.round(1) / "expanded.jsonl")
     assert {draft.reason for draft in drafts} == {"the chat template changes the assistant's words"}
@@ -244,11 +244,11 @@ def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
 ) -> None:
     world = World()
 
-    def unable(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def unable(*, ids, on_result, **rest):  # type: ignore[no-untyped-def]
         def changed(row: Completion) -> Completion:
             return replace(row, text="", finish=finish) if row.id == ids[0] else row  # type: ignore[arg-type]
 
-        return [changed(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(changed(row)))]
+        return [changed(row) for row in generate(ids=ids, on_result=lambda row: on_result(changed(row)), **rest)]
 
     tolerant = overridden(recipe, {"judge.max_unjudged": 0.2})
     distill(tolerant, run, replace(fake_backends(world), generate=unable), QUIET)
@@ -256,7 +256,7 @@ def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
     assert not any(request.row.startswith(first.id) for request in world.asked if request.stage == "holdout-judge")
     judged = {row.id: row for row in read_rows(Judgement, run.round(0) / "holdout-judgements.jsonl")}
     assert judged[first.id].reason.startswith("no answer of the student")
-    assert "1 rows that could not be asked" in run.record()["stages"]["round-00/holdout-answer"]["note"]
+    assert "1 row could not be asked" in run.record()["stages"]["round-00/holdout-answer"]["note"]
     assert left(run, "round-00/holdout-judge")[0].kind == "unjudged: no answer of the student"
 
 
@@ -274,7 +274,7 @@ def lost(recipe: Recipe, run: RunDir, tmp_path: Path) -> RunDir:
     """A finished run with a row left out in `read`, one in `seeds`, and a duplicate."""
     odd = [[user("sum of two"), user("and three")], [user("paint 0 0 0 and 0")]]
     base = student(World(), LLAMA2)
-    made = replace(with_ask(World(), spoiled(first_of("seeds"), LONG)), student_text=base.student_text)
+    made = replace(with_ask(World(), spoiled(first_of("seeds"), LONG)), student_format=base.student_format)
     distill(with_rows(recipe, tmp_path, *odd), run, made, QUIET)
     return run
 
@@ -332,18 +332,18 @@ def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Reci
     distill(recipe, whole, fake_backends(World()), QUIET)
     asked, made = list[str](), 0
 
-    def stopping(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def stopping(*, gguf, on_result, **rest):  # type: ignore[no-untyped-def]
         """Stopped after every 17 answers of the whole run."""
 
         def one(row: Completion) -> None:
             nonlocal made
-            each(row)
+            on_result(row)
             asked.append(f"{gguf.parent.name} {row.id}")
             made += 1
             if made % 17 == 0:
                 raise KeyboardInterrupt
 
-        return generate(gguf, wanted, ids, progress, one)
+        return generate(gguf=gguf, on_result=one, **rest)
 
     cuts = 0
     while True:
@@ -358,18 +358,18 @@ def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Reci
     ]
     assert len(asked) == sum(len(read_rows(Completion, path)) for path, _ in files)
     assert outputs(run) == outputs(whole)
-    assert "were there already" in str(run.record()["stages"])
+    assert "of them from an earlier attempt" in str(run.record()["stages"])
 
 
 def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recipe, run: RunDir) -> None:
     counts = list[int]()
 
-    def once(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def once(*, prompts, ids, **rest):  # type: ignore[no-untyped-def]
         counts.append(len(ids))
         if len(counts) == 1:
-            generate(gguf, wanted[:4], ids[:4], progress, each)
+            generate(prompts=prompts[:4], ids=ids[:4], **rest)
             raise KeyboardInterrupt
-        return generate(gguf, wanted, ids, progress, each)
+        return generate(prompts=prompts, ids=ids, **rest)
 
     made = replace(fake_backends(World()), generate=once)
     with pytest.raises(KeyboardInterrupt):
@@ -388,14 +388,14 @@ def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
     distill(chosen, whole, fake_backends(World()), QUIET)
     sizes = list[int]()
 
-    def stopping(gguf, texts, progress, each):  # type: ignore[no-untyped-def]
+    def stopping(*, texts, on_result, **rest):  # type: ignore[no-untyped-def]
         """The last text first, and stopped after ten."""
         sizes.append(len(texts))
-        found: list[Scored] = score(gguf, texts, progress, lambda one: None)
+        found: list[Scored] = score(texts=texts, on_result=lambda one: None, **rest)
         for n, one in enumerate(reversed(found)):
             if n == 10:
                 raise KeyboardInterrupt
-            each(one)
+            on_result(one)
         return found
 
     while True:
@@ -409,8 +409,8 @@ def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, run: RunDir) -> None:
-    def stop(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
-        generate(gguf, wanted[:3], ids[:3], progress, each)
+    def stop(*, prompts, ids, **rest):  # type: ignore[no-untyped-def]
+        generate(prompts=prompts[:3], ids=ids[:3], **rest)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -431,14 +431,14 @@ from fakes import QUIET, World, generate, make_recipe, fake_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.rundir import RunDir
 made = 0
-def dying(gguf, wanted, ids, progress, each):
+def dying(*, on_result, **rest):
     def one(row):
         global made
-        each(row)
+        on_result(row)
         made += 1
         if made == 4:
             os.kill(os.getpid(), 9)
-    return generate(gguf, wanted, ids, progress, one)
+    return generate(on_result=one, **rest)
 folder = Path(sys.argv[1])
 distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(fake_backends(World()), generate=dying), QUIET)
 """
@@ -452,9 +452,9 @@ def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path
     whole, run, counts = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), list[int]()
     assert len((run.round(0) / "holdout-answers.jsonl.partial").read_text().splitlines()) == 4
 
-    def counting(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def counting(*, ids, **rest):  # type: ignore[no-untyped-def]
         counts.append(len(ids))
-        return generate(gguf, wanted, ids, progress, each)
+        return generate(ids=ids, **rest)
 
     distill(recipe, run, replace(fake_backends(World()), generate=counting), QUIET)
     distill(recipe, whole, fake_backends(World()), QUIET)

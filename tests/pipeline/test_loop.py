@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, outputs, fake_backends, with_ask
+from fakes import QUIET, World, fake_backends, make_recipe, outputs, with_ask
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.lockfile import read_lock, unique_keys
+from tapir_local.pipeline.context import read_lock, unique_keys
 from tapir_local.pipeline.loop import distill, kept_recipe, list_steps, pending_steps, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
@@ -210,7 +210,9 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
     (tmp_path / "own.json").write_text(json.dumps(rows))
     text = "name: own\nrounds: 1\nteacher: recorded\njudge: reference\nseeds: {holdout: 5, path: PATH}"
     run, world = RunDir(tmp_path, "own"), World()
-    distill(parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, fake_backends(world), QUIET)
+    distill(
+        parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, fake_backends(world), QUIET
+    )
     assert world.asked == []
     status = status_of(run)
     assert "ROUGE" in status["rounds"][1]["metrics"]["judge"]
@@ -231,7 +233,7 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
 
 def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
     short = recipe.model_copy(update={"seeds": recipe.seeds.model_copy(update={"holdout": 60})})
-    with pytest.raises(TapirError, match="too few for a holdout"):
+    with pytest.raises(TapirError, match="too few rows"):
         distill(short, RunDir(tmp_path, "fake"), fake_backends(World()), QUIET)
 
 

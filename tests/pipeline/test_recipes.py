@@ -172,8 +172,8 @@ STUDENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def ran(recipe: Recipe, cache: Path) -> RunDir:
     run = RunDir(cache, recipe.name)
-    with real_backends(recipe, run, print) as tools:
-        distill(recipe, run, tools, QUIET)
+    with real_backends(recipe, run, print) as backends:
+        distill(recipe, run, backends, QUIET)
     assert all(step.done for step in list_steps(run, recipe.rounds))
     return run
 

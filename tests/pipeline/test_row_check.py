@@ -82,7 +82,7 @@ def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentFormat) -> None:
     """The prompt whose room is just enough is taken, one token more is not."""
     prompts = [(Message("user", "7 " * n),) for n in range(1, 300)]
     sizes = [len(ids) for ids in pocket.encode([asked_text(pocket.template, prompt) for prompt in prompts])]
-    student = replace(pocket, length=sizes[100] + pocket.room)
+    student = replace(pocket, length=sizes[100] + pocket.min_answer)
     found = unfit_prompts(student, prompts)
     assert [unfit is None for unfit in found] == [size <= sizes[100] for size in sizes]
     assert found[-1]

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fakes import QUIET, World, make_recipe, fake_backends
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.card import NOT_STATED, describe_endpoint, escape_cell, front_matter
 from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.loop import distill, list_steps, redo
-from tapir_local.pipeline.published import published_recipe
+from tapir_local.pipeline.ship import NOT_STATED, describe_endpoint, escape_cell, front_matter, published_recipe
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe, validated
 from tapir_local.report.status import status_of
@@ -152,7 +151,7 @@ def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> Non
 def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_path: Path, error: BaseException) -> None:
     from dataclasses import replace
 
-    def cut(student: Path, out: Path, progress: Progress) -> None:
+    def cut(*, student: Path, out: Path, progress: Progress) -> None:
         (out / "student.gguf").write_text("half")
         raise error
 
@@ -167,7 +166,7 @@ def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_pat
 
 def test_the_card_says_what_is_not_known(run: RunDir) -> None:
     text = contents(run)["README.md"].decode()
-    said = text.partition("## Licences and terms")[2].partition("##")[0]
+    said = text.partition("## Licenses and terms")[2].partition("##")[0]
     assert said.count(NOT_STATED) == 5
     head = yaml.safe_load(text.split("---")[1])
     assert head == {"tags": ["gguf", "tapir-local"]}
@@ -190,8 +189,8 @@ def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> 
     assert len(rows) == 3
     low, high = rate["win_rate_interval"]
     assert f"| {rate['win_rate']:.1%} | {low:.1%} to {high:.1%} |" in rows[2]
-    assert "600 texts tokenised" in text
-    assert "| training | lora; passes over a round's rows: 2;" in text
+    assert "600 texts tokenized" in text
+    assert "| training | lora; epochs per round: 2;" in text
 
 
 def test_a_base_on_the_hub_is_named_for_it_and_a_folder_is_not(recipe: Recipe) -> None:

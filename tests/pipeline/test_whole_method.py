@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, fake_backends
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.method import prompts
@@ -57,9 +57,9 @@ def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
 ) -> None:
     went_on = []
 
-    def train(data: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
         went_on.append(previous is not None)
-        plain.train(data, previous, seed, out, progress)
+        plain.train(rows=rows, previous=previous, seed=seed, out=out, progress=progress)
 
     plain = fake_backends(World())
     made = {name: getattr(plain, name) for name in plain.__dataclass_fields__} | {"train": train}
@@ -110,4 +110,4 @@ def test_the_asked_number_of_new_rows_is_reached_or_the_shortage_said(tmp_path: 
     run = ran(tmp_path, World(), **{"curriculum.drafts": 1, "curriculum.max_rouge": 0.0})
     assert not [draft for draft in read_rows(Draft, run.round(1) / "expanded.jsonl") if not draft.reason]
     wanted = read_record(RoundPlan, run.round(1) / "plan.json").to_write
-    assert f"{wanted:,} short" in run.record()["stages"]["round-01/expand"]["note"]
+    assert f"{wanted:,} missing" in run.record()["stages"]["round-01/expand"]["note"]

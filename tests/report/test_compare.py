@@ -14,7 +14,7 @@ from rich.console import Console
 import cli
 from tapir_local.errors import TapirError
 from tapir_local.method.metrics import evaluate
-from tapir_local.pipeline.lockfile import LockedCall, lock_calls
+from tapir_local.pipeline.context import LockedCall, lock_calls
 from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fakes import QUIET, World, make_recipe, fake_backends
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from cli import cli
 from tapir_local.errors import TapirError
