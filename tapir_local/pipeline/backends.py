@@ -11,16 +11,16 @@ from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.method.metrics import Checker
 from tapir_local.pipeline.context import (
-    Ask,
+    AskBackend,
     Backends,
-    Classify,
-    Export,
-    Gate,
-    Generate,
+    ClassifyBackend,
+    ExportBackend,
+    GateBackend,
+    GenerateBackend,
     Progress,
-    Score,
-    Ship,
-    Train,
+    ScoreBackend,
+    ShipBackend,
+    TrainBackend,
 )
 from tapir_local.pipeline.row_check import PromptAndAnswer, StudentFormat, read_student_format
 from tapir_local.process import withheld
@@ -105,7 +105,7 @@ def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
 
 def ask_backend(
     endpoint: Endpoint, store: Store, run: str, purse: Purse | None = None, say: Callable[[str], None] = unheard
-) -> Ask:
+) -> AskBackend:
     """Sends requests to an endpoint, through the store and within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -119,7 +119,7 @@ def ask_backend(
     return ask
 
 
-def generate_backend(recipe: Recipe, run: RunDir) -> Generate:
+def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
     """Generates greedy answers with a round's student."""
 
     def generate_with_llama(
@@ -150,7 +150,7 @@ def generate_backend(recipe: Recipe, run: RunDir) -> Generate:
     return generate_with_llama
 
 
-def score_backend(recipe: Recipe, run: RunDir) -> Score:
+def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
     """Computes log-probabilities with a round's student."""
 
     def score_with_llama(
@@ -175,7 +175,7 @@ def score_backend(recipe: Recipe, run: RunDir) -> Score:
     return score_with_llama
 
 
-def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard) -> Train:
+def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard) -> TrainBackend:
     """Fine-tunes the recipe's student."""
 
     def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
@@ -201,7 +201,7 @@ def trained_model(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Pat
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classify_backend(recipe: Recipe, say: Callable[[str], None] = unheard) -> Classify:
+def classify_backend(recipe: Recipe, say: Callable[[str], None] = unheard) -> ClassifyBackend:
     """Trains the task classifier and applies it."""
 
     def classify_rows(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
@@ -214,7 +214,7 @@ def classify_backend(recipe: Recipe, say: Callable[[str], None] = unheard) -> Cl
     return classify_rows
 
 
-def export_backend(recipe: Recipe, run: RunDir) -> Export:
+def export_backend(recipe: Recipe, run: RunDir) -> ExportBackend:
     """Writes a round's student: the adapter merged into its base, or the adapter alone."""
 
     def export_student(*, adapter: Path, out: Path, progress: Progress) -> None:
@@ -232,7 +232,7 @@ def export_backend(recipe: Recipe, run: RunDir) -> Export:
     return export_student
 
 
-def gate_backend(recipe: Recipe, run: RunDir) -> Gate:
+def gate_backend(recipe: Recipe, run: RunDir) -> GateBackend:
     """Compares the GGUF with the trained model."""
 
     def compare_with_model(*, adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
@@ -247,7 +247,7 @@ def gate_backend(recipe: Recipe, run: RunDir) -> Gate:
     return compare_with_model
 
 
-def ship_backend(recipe: Recipe, run: RunDir) -> Ship:
+def ship_backend(recipe: Recipe, run: RunDir) -> ShipBackend:
     """Makes a round's student one complete GGUF, with its gate report and a Modelfile for Ollama."""
 
     def write_model(*, student: Path, out: Path, progress: Progress) -> None:

@@ -20,13 +20,13 @@ LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
 Progress = Callable[[int, int, str], None]
 
 
-class Ask(Protocol):
+class AskBackend(Protocol):
     """Answers to requests, in their order."""
 
     def __call__(self, requests: Sequence[Request], progress: Progress) -> list[Answer]: ...
 
 
-class Generate(Protocol):
+class GenerateBackend(Protocol):
     """Greedy answers of the student in `gguf`, in the order of the prompts.
 
     `on_result` gets each answer as soon as it is complete, in any order; `ids` are the prompts' row ids.
@@ -43,7 +43,7 @@ class Generate(Protocol):
     ) -> list[Completion]: ...
 
 
-class Score(Protocol):
+class ScoreBackend(Protocol):
     """Log-probabilities of completions by the student in `gguf`.
 
     `on_result` gets each result as soon as it is there; its id is the text's position.
@@ -59,31 +59,31 @@ class Score(Protocol):
     ) -> list[Scored]: ...
 
 
-class Classify(Protocol):
+class ClassifyBackend(Protocol):
     """Trains the task classifier on `labelled` and writes its labels for the other `rows` into the folder `out`."""
 
     def __call__(self, *, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None: ...
 
 
-class Train(Protocol):
+class TrainBackend(Protocol):
     """Trains the student on `rows` and writes the adapter `out`; starts from the adapter `previous`, or the base."""
 
     def __call__(self, *, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None: ...
 
 
-class Export(Protocol):
+class ExportBackend(Protocol):
     """Writes a trained `adapter` as the GGUF `out`."""
 
     def __call__(self, *, adapter: Path, out: Path, progress: Progress) -> None: ...
 
 
-class Gate(Protocol):
+class GateBackend(Protocol):
     """Compares a `gguf` with the trained model, on probes and on `rows`, and writes the report `out`."""
 
     def __call__(self, *, adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None: ...
 
 
-class Ship(Protocol):
+class ShipBackend(Protocol):
     """Writes the GGUF, gate.json and Modelfile of a round's folder `student` into the folder `out`."""
 
     def __call__(self, *, student: Path, out: Path, progress: Progress) -> None: ...
@@ -101,15 +101,15 @@ class Backends:
     its first step. `check` tells right answers from wrong ones. `replay` says that all answers come from the store.
     """
 
-    teacher: Ask
-    judge: Ask
-    generate: Generate
-    classify: Classify
-    train: Train
-    export: Export
-    gate: Gate
-    score: Score
-    ship: Ship
+    teacher: AskBackend
+    judge: AskBackend
+    generate: GenerateBackend
+    classify: ClassifyBackend
+    train: TrainBackend
+    export: ExportBackend
+    gate: GateBackend
+    score: ScoreBackend
+    ship: ShipBackend
     student_format: Callable[[], StudentFormat]
     begin: Callable[[], None] = nothing
     check: Checker | None = None
@@ -152,7 +152,7 @@ class Work:
         """A random number generator for one stage of this round, seeded by the recipe."""
         return random.Random(f"{self.recipe.random_seed}-{stage}-{self.number}")
 
-    def ask(self, ask: Ask, requests: Sequence[Request]) -> list[Answer]:
+    def ask(self, ask: AskBackend, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, counted as paid or hits, their calls recorded in tapir.lock."""
         answers = ask(requests, progress=self.progress) if requests else []
         # Replies from the store have been stripped when they were read. Stripping again is not always without effect
@@ -168,7 +168,7 @@ class Work:
             lock_calls(self.run, self.step, self.calls)
         return answers
 
-    def endpoint_of(self, ask: Ask) -> Endpoint:
+    def endpoint_of(self, ask: AskBackend) -> Endpoint:
         """The endpoint behind `ask`: the teacher's, or the judge's if it is another."""
         judges = ask is self.backends.judge and ask is not self.backends.teacher
         return self.recipe.judge if judges and self.recipe.judge.kind != "teacher" else self.recipe.teacher

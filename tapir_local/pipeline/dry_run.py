@@ -18,7 +18,7 @@ from tapir_local.assets import chat_template, model_folder
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge
 from tapir_local.pipeline.backends import judge_endpoint
-from tapir_local.pipeline.context import Ask, Backends, Progress, Work
+from tapir_local.pipeline.context import AskBackend, Backends, Progress, Work
 from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
 from tapir_local.pipeline.row_check import CHARACTERS_PER_TOKEN, StudentFormat, placeholder_format, read_student_format
 from tapir_local.recipe.endpoints import Endpoint
@@ -35,7 +35,7 @@ from tapir_local.teacher.session import Asking
 # Rough sizes, used until the store has calls of a stage.
 PROMPT_FRAME_TOKENS = 150  # tokens of the prompt around an instruction
 REPLY_TOKENS = {"label": 12, "tasks": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # by stage
-ANSWER_TOKENS = 250  # tokens of an answer, and of the replies of all other stages
+EXPECTED_ANSWER_TOKENS = 250  # tokens of an answer, and of the replies of all other stages
 ANSWERS_IN_PROMPT = {"judge": 2, "holdout-judge": 2, "refine": 1}  # by stage
 DRAFTS_PER_ROW = 1.25  # drafts asked for until one is kept
 LABELS_SAMPLED = 100  # requests for labels whose mean size stands for all
@@ -96,7 +96,7 @@ class DryRun:
             student_format=lambda: dry_run_format(self.recipe),
         )
 
-    def look_up(self, endpoint: Endpoint) -> Ask:
+    def look_up(self, endpoint: Endpoint) -> AskBackend:
         """Answers from the store; MissingInput if one is not there."""
 
         def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -203,7 +203,9 @@ def with_later_drafts(found: CostEstimate, step: Step) -> CostEstimate:
 def request_tokens(request: Request, tokens: StageTokens) -> tuple[float, float]:
     """(tokens of a request by its characters, tokens of its reply by the stage's other replies)."""
     characters = sum(len(turn.content) for turn in request.messages)
-    reply = tokens[request.stage][1] if request.stage in tokens else REPLY_TOKENS.get(request.stage, ANSWER_TOKENS)
+    reply = (
+        tokens[request.stage][1] if request.stage in tokens else REPLY_TOKENS.get(request.stage, EXPECTED_ANSWER_TOKENS)
+    )
     return characters / CHARACTERS_PER_TOKEN, min(reply, request.max_tokens)
 
 
@@ -217,8 +219,8 @@ def estimate_by_recipe(step: Step, recipe: Recipe, copy: RunDir, tokens: StageTo
         statistics.fmean(map(len, instructions)) / CHARACTERS_PER_TOKEN if instructions else PROMPT_FRAME_TOKENS
     )
     alone = stage.endswith("judge") and recipe.judge.mode == "single"
-    answers = (1 if alone else ANSWERS_IN_PROMPT.get(stage, 0)) * ANSWER_TOKENS
-    rough = PROMPT_FRAME_TOKENS + instruction + answers, REPLY_TOKENS.get(stage, ANSWER_TOKENS)
+    answers = (1 if alone else ANSWERS_IN_PROMPT.get(stage, 0)) * EXPECTED_ANSWER_TOKENS
+    rough = PROMPT_FRAME_TOKENS + instruction + answers, REPLY_TOKENS.get(stage, EXPECTED_ANSWER_TOKENS)
     size_in, size_out = tokens.get(stage, rough)
     endpoint = judge_endpoint(recipe) if stage.endswith("judge") else recipe.teacher
     return make_estimate(step, endpoint, (calls, None), (calls * size_in, calls * size_out))

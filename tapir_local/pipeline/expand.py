@@ -19,9 +19,9 @@ from tapir_local.pipeline.run_rows import (
     answer_rows,
     holdout_index,
     make_child,
+    read_answered_seeds,
     read_known_rows,
     read_pool,
-    read_seeds,
     reject_unfit,
 )
 from tapir_local.recipe.schema import Recipe
@@ -197,7 +197,7 @@ def refine_stage(work: Work, out: Path) -> str:
     if planned.reflected:
         rows, said = reflect_on_answers(work, planned)
     elif planned.drawn:
-        chosen = {row.id: row for row in read_seeds(work)}
+        chosen = {row.id: row for row in read_answered_seeds(work)}
         rows, said = [chosen[id] for id in planned.drawn], "the seeds' own answers"
     else:
         rows, said = hard_and_easy_rows(work, planned)
@@ -292,7 +292,7 @@ def drop_rows(rows: Sequence[Example], dropped: Sequence[Unusable]) -> list[Exam
 
 def refine_unrefined(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """(rows with a refined answer, records of rows without one); answers refined in an earlier round are kept."""
-    plain = {(row.id, row.completion) for row in read_seeds(work)}
+    plain = {(row.id, row.completion) for row in read_answered_seeds(work)}
     unrefined = [row for row in rows if (row.id, row.completion) in plain]
     found, unusable = ask_refined(work, unrefined)
     return found + [row for row in rows if (row.id, row.completion) not in plain], unusable
@@ -303,7 +303,7 @@ def before_refinement(work: Work, rows: Sequence[Example]) -> list[Example]:
 
     A row that is hard again then makes the same request as before, and its refined answer is in the store.
     """
-    plain = {row.id: row.completion for row in read_seeds(work)}
+    plain = {row.id: row.completion for row in read_answered_seeds(work)}
     return [replace(row, completion=plain.get(row.id, "")) for row in rows]
 
 

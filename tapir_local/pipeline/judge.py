@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.judge_quality import percent, quality
-from tapir_local.pipeline.context import Ask, Progress, Work, format_count
+from tapir_local.pipeline.context import AskBackend, Progress, Work, format_count
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
@@ -52,7 +52,7 @@ class JudgeSpeed:
     tokens_out: int = 0
     seconds: float = 0.0
 
-    def measured(self, ask: Ask) -> Ask:
+    def measured(self, ask: AskBackend) -> AskBackend:
         """`ask`, with its speed measured."""
 
         def timed(requests: Sequence[Request], progress: Progress) -> list[Answer]:

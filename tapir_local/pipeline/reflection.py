@@ -21,7 +21,7 @@ from tapir_local.pipeline.run_rows import (
     holdout_index,
     make_child,
     offset_progress,
-    read_seeds,
+    read_answered_seeds,
     reject_unfit,
     resumable_task,
 )
@@ -64,7 +64,7 @@ def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
 
 def planned_seeds(work: Work, planned: RoundPlan) -> list[Example]:
     """The seeds that the plan takes, in its order."""
-    rows = {row.id: row for row in read_seeds(work)}
+    rows = {row.id: row for row in read_answered_seeds(work)}
     return [rows[id] for id in planned.reflected]
 
 

@@ -10,7 +10,7 @@ from tapir_local.method.curriculum import CURRICULA, Situation
 from tapir_local.pipeline.context import Stage, Work, format_count
 from tapir_local.pipeline.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements
-from tapir_local.pipeline.run_rows import offset_progress, read_pool, read_seeds, resumable_task
+from tapir_local.pipeline.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.recipe.schema import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import InOrder, going_on
@@ -21,7 +21,7 @@ from tapir_local.unusable import Unusable, left_out, record_unusable
 
 def mix_stage(work: Work, out: Path) -> str:
     """The training rows of round 0: the seeds with the teacher's answers."""
-    rows = read_seeds(work)
+    rows = read_answered_seeds(work)
     wanted = work.recipe.curriculum.first_rows or len(rows)
     chosen = work.rng("mix").sample(rows, min(wanted, len(rows)))
     write_rows(out, chosen)
@@ -90,7 +90,7 @@ def read_situation(work: Work) -> Situation:
     before = read_rows(Judgement, work.run.round(work.number - 1) / "holdout-judgements.jsonl")
     return Situation(
         pool=read_pool(work),
-        seeds=read_seeds(work),
+        seeds=read_answered_seeds(work),
         judgements=read_rows(Judgement, work.folder / "judgements.jsonl"),
         targets={label: task.share for label, task in work.recipe.task_table().items()},
         settings=work.recipe.curriculum,

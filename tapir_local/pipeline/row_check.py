@@ -57,7 +57,7 @@ class Unfit:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
-NO_INSTRUCTION = Unfit("no instruction")
+EMPTY_INSTRUCTION = Unfit("no instruction")
 
 
 def read_student_format(model: Path, max_length: int, template: str | None = None) -> StudentFormat:
@@ -118,7 +118,8 @@ def unfit_prompts(student: StudentFormat, prompts: Sequence[Prompt]) -> list[Unf
     """For each prompt why the student cannot be asked it, or None if it can."""
     most, kind = student.length - student.min_answer, f"the prompt leaves no room for an answer in {student.limit}"
     rendered = [
-        render_row(student, (prompt, PROBE_ANSWER)) if has_instruction(prompt) else NO_INSTRUCTION for prompt in prompts
+        render_row(student, (prompt, PROBE_ANSWER)) if has_instruction(prompt) else EMPTY_INSTRUCTION
+        for prompt in prompts
     ]
     sizes = iter(count_text_tokens(student, [row[0] for row in rendered if not isinstance(row, Unfit)], most))
     return [

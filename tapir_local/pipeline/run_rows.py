@@ -23,14 +23,14 @@ REPLY_FAULTS = {
 }
 
 
-def read_seeds(work: Work) -> list[Example]:
+def read_answered_seeds(work: Work) -> list[Example]:
     """The seeds with the teacher's plain answers."""
     return read_rows(Example, work.run.path / "seeds.jsonl")
 
 
 def read_known_rows(work: Work) -> list[Example]:
     """The seeds and all rows that earlier rounds trained on, each with its newest answer, sorted by id."""
-    rows = {row.id: row for row in read_seeds(work)}
+    rows = {row.id: row for row in read_answered_seeds(work)}
     for number in range(1, work.number):
         rows |= {row.id: row for row in read_rows(Example, work.run.round(number) / "train.jsonl")}
     return sorted(rows.values(), key=lambda row: row.id)

@@ -245,9 +245,9 @@ def metrics_row(row: Metrics) -> tuple[str, ...]:
     """A round's metrics as cells."""
     return (
         str(row.round),
-        rate_cell(row.win_rate),
+        percent_cell(row.win_rate),
         interval_cell(row.win_rate_interval),
-        rate_cell(row.accuracy),
+        percent_cell(row.accuracy),
         interval_cell(row.accuracy_interval),
         scores_cell(row.student_score, row.teacher_score),
         f"{row.rows:,}",
@@ -255,7 +255,7 @@ def metrics_row(row: Metrics) -> tuple[str, ...]:
     )
 
 
-def rate_cell(value: float | None) -> str:
+def percent_cell(value: float | None) -> str:
     """`51.2%`, or a dash."""
     return "-" if value is None else f"{value:.1%}"
 

@@ -10,7 +10,7 @@ from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import (
-    ANSWER_TOKENS,
+    EXPECTED_ANSWER_TOKENS,
     PROMPT_FRAME_TOKENS,
     CostEstimate,
     DryRun,
@@ -136,6 +136,6 @@ def calls_for(
 
 def new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> CostEstimate:
     """The answers to instructions that are not written yet."""
-    size_in, size_out = known.get("refine", (PROMPT_FRAME_TOKENS + ANSWER_TOKENS, ANSWER_TOKENS))
+    size_in, size_out = known.get("refine", (PROMPT_FRAME_TOKENS + EXPECTED_ANSWER_TOKENS, EXPECTED_ANSWER_TOKENS))
     found = make_estimate(refine, recipe.teacher, (rows, None), (rows * size_in, rows * size_out))
     return replace(found, step=f"{refine.name}, new rows")

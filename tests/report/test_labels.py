@@ -182,7 +182,7 @@ def test_tasks_without_a_row_are_named_and_the_rest_counted(recipe: Recipe, tmp_
 def test_an_odd_sum_of_shares_is_said_once(recipe: Recipe, tmp_path: Path) -> None:
     run = ran(overridden(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
     assert said(run, "label").endswith("; the shares of `tasks` add up to 3 and were normalized to 100 %")
-    assert str(run.record()).count("sum to 3") == 1
+    assert str(run.record()).count("add up to 3") == 1
     assert "sum to" not in str(ran(recipe, tmp_path / "even").record())
 
 
