@@ -27,12 +27,12 @@ curriculum: {rows: 20, first_rows: 10, drafts: 2}
 classifier: {labelled: 30}
 """
 PASSED = GateReport((), 600, 0, (), 0, 0, Figures(1e-4, 0.5, 0.01, 1.0, 100), 1e-2, 0.9)
-STUDENT = placeholder_format(2048)  # takes every conversation
+STUDENT = placeholder_format(2048)  # accepts every conversation
 QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
 
 
 def inner(text: str, tag: str) -> str:
-    """What stands between a pair of tags."""
+    """The text between a pair of tags."""
     return text.partition(f"<{tag}>\n")[2].partition(f"\n</{tag}>")[0]
 
 
@@ -63,7 +63,7 @@ def reply(request: Request) -> str:
 
 
 class World:
-    """Counts what is asked of it; can be made to fail at a given call."""
+    """A teacher that counts its requests and can be interrupted at a given call."""
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
@@ -121,7 +121,7 @@ def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: 
 def score(
     *, gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, on_result: Callable[[Scored], None]
 ) -> list[Scored]:
-    """A text is the likelier the more of its letters its prompt has; of two texts the longer has more to teach."""
+    """A text is more likely the more of its letters are in the prompt; of two texts the longer has the higher IFD."""
     found = [
         Scored(str(n), -float(len(set(text) - set(instruction_of(prompt))) or 1), len(text))
         for n, (prompt, text) in enumerate(texts)
@@ -154,14 +154,14 @@ def fake_backends(world: World) -> Backends:
 
 
 def make_recipe(folder: Path) -> Recipe:
-    """A recipe on sixty seeds of two tasks."""
+    """A recipe with sixty seeds of two tasks."""
     texts = [f"{'sum' if n % 3 else 'paint'} {n} {n * n} {n**3} and {n * 7}" for n in range(60)]
     (folder / "seeds.json").write_text(json.dumps([{"instruction": text} for text in texts]))
     return parse_recipe(RECIPE.replace("PATH", str(folder / "seeds.json")), "fake.yaml")
 
 
 def outputs(run: RunDir) -> dict[str, bytes]:
-    """The bytes of every output; run.json tells of times and is left out."""
+    """The bytes of every output, without run.json, which holds times."""
     files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     return {str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name != "run.json"}
 
@@ -178,7 +178,7 @@ def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Backe
 
 
 def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
-    """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
+    """Do in this process what a stage's own process does; importing torch there would take most of the tests' time."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     import_module(module).run_folder(folder, progress or QUIET.progress)

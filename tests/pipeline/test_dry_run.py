@@ -1,4 +1,4 @@
-"""What a run will cost, before it is paid: counted as far as the store and the files go, estimated beyond."""
+"""A dry run counts the calls that can be counted from the store and the files, and estimates the others."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
     assert after == before  # a dry run changes nothing
 
 
-def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_judge_in_single_mode_is_not_asked_about_the_teachers_answers_again(recipe: Recipe, tmp_path: Path) -> None:
     alone = overridden(recipe, {"judge.mode": "single"})
     found = by_step(estimate_costs(alone, RunDir(tmp_path / "cache", "fake")))
     calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
@@ -88,11 +88,11 @@ def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: 
         "round-00/holdout-judge": 20,
         "round-01/judge": 100,
         "round-01/holdout-judge": 10,
-        "round-02/judge": 53 + 6,  # three rows more in the pool, six answers that round 1 wrote or rewrote
+        "round-02/judge": 53 + 6,  # three new rows in the pool, six answers that round 1 wrote or rewrote
         "round-02/holdout-judge": 10,
     }
     few = by_step(estimate_costs(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
-    assert few["round-02/judge"].calls == 10 + 9  # a fifth of them was drawn before, another few are new
+    assert few["round-02/judge"].calls == 10 + 9  # a fifth of the pool was drawn before, and some rows are new
 
 
 def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> None:

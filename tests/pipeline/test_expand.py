@@ -1,4 +1,4 @@
-"""What is written for a round: drafts screened, counted, and asked for while they are worth it; answers checked."""
+"""Drafts are screened, counted, and asked for only while enough of them are kept; new answers are checked."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ Reply = Callable[[Request], str | None]
 
 
 def saying(world: World, reply: Reply) -> Backends:
-    """Backends whose teacher and judge say what `reply` does, and as in the world where it says nothing."""
+    """Backends whose teacher and judge reply with `reply`, or as the world does if it returns None."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         found = world.ask(requests, progress)
@@ -57,7 +57,7 @@ def note(run: RunDir, stage: str) -> str:
 
 
 def new(text: str) -> Reply:
-    """Every new instruction is the text, with its draft's number for #."""
+    """Replies with the text as the new instruction, # replaced by the row and the draw number."""
     return lambda request: (
         f"<new_instruction>{text.replace('#', f'{request.row} {request.draw}')}</new_instruction>"
         if request.messages[0].content == prompts.EXPAND
@@ -84,7 +84,7 @@ def test_useless_instructions_are_rejected_with_their_reason_and_no_more_are_ask
     planned = read_record(RoundPlan, run.round(1) / "plan.json")
     assert planned.to_write > 10
     assert {draft.reason for draft in drafts_of(run)} == {reason}
-    assert sum(request.stage == "expand" for request in world.asked) == planned.to_write  # one attempt of two
+    assert sum(request.stage == "expand" for request in world.asked) == planned.to_write  # the first attempt of two
     count = planned.to_write
     assert note(run, "expand") == (
         f"0 new instructions, {count} drafts rejected ({count} {reason}), {count} missing; "
@@ -118,7 +118,7 @@ def test_an_estimate_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: P
     assert found.tokens_out == pytest.approx(60 * found.calls)
 
 
-def test_a_task_has_only_so_many_new_rows_of_one_opening(tmp_path: Path) -> None:
+def test_the_new_rows_of_a_task_with_one_opening_are_limited(tmp_path: Path) -> None:
     reply = new("Count all red birds # and #.")
     run = run_of(tmp_path, reply, rows=40, alpha=0.8, max_rouge=1.0, drafts=1)
     kept = Counter(draft.example.task for draft in drafts_of(run) if not draft.reason)
@@ -182,7 +182,7 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
     rows = read_rows(Example, run.round(1) / "train.jsonl")
     assert {row.reason for row in left} == {"new answer below curriculum.teacher_floor: 4 of 6"}
     assert not {row.id for row in left} & {row.id for row in rows}
-    assert len(left) > 0.05 * len(rows)  # they count against no limit
+    assert len(left) > 0.05 * len(rows)  # they do not count against limits.unusable
     old = {row.id: row for row in read_rows(Example, run.path / "seeds.jsonl")}
     changed = [row for row in rows if old.get(row.id) != row]
     assert len(scored) == len(changed) + len(left)
@@ -199,7 +199,7 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
         ("curriculum: {name: reflection, check_answers: true}", "`check_answers` goes with `tapir` and `lion`"),
     ],
 )
-def test_a_check_that_nobody_can_make_is_refused(text: str, said: str) -> None:
+def test_a_check_without_a_judge_or_new_rows_is_refused(text: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
         parse_recipe(f"teacher: pocket\n{text}", "r.yaml")
 

@@ -1,4 +1,4 @@
-"""A judge is asked in pairs or about one answer; what it does not say readably is asked once more, then unjudged."""
+"""A judge scores answers in pairs or one at a time; an unreadable reply is asked for once more, then left unjudged."""
 
 import json
 import re
@@ -55,7 +55,7 @@ JUDGES = pytest.mark.parametrize(
 
 
 class Judge:
-    """Replies as told, and keeps what it was asked."""
+    """Replies with `replies`, and keeps the requests."""
 
     def __init__(self, replies: Callable[[Request], str | Answer]) -> None:
         self.replies, self.asked = replies, list[Request]()
@@ -79,7 +79,7 @@ def judged(folder: Path, judge: Judge, mode: str) -> list[Judgement]:
 
 
 def test_a_pair_is_asked_about_in_both_orders_and_averaged(tmp_path: Path) -> None:
-    judge = Judge(lambda request: '{"answer_1": 8, "answer_2": 4}')  # whoever comes first is better
+    judge = Judge(lambda request: '{"answer_1": 8, "answer_2": 4}')  # the first answer always scores higher
     found = judged(tmp_path, judge, "pair")
     assert [request.row for request in judge.asked[:2]] == ["row-0#0", "row-0#1"]
     shown = [[inner(request.messages[1].content, f"answer_{n}") for n in (1, 2)] for request in judge.asked[:2]]
@@ -87,7 +87,7 @@ def test_a_pair_is_asked_about_in_both_orders_and_averaged(tmp_path: Path) -> No
     assert (found[0].teacher, found[0].student, found[0].orders) == (6, 6, ((8, 4), (4, 8)))
 
 
-def test_alone_each_answer_is_scored_by_itself(tmp_path: Path) -> None:
+def test_in_single_mode_each_answer_is_scored_in_its_own_request(tmp_path: Path) -> None:
     judge = Judge(lambda request: '{"score": 9}' if request.row.endswith("#teacher") else '{"score": 2.5}')
     found = judged(tmp_path, judge, "single")
     assert [request.row for request in judge.asked[:2]] == ["row-0#teacher", "row-0#student"]
@@ -127,7 +127,7 @@ def test_a_candidate_cannot_close_the_tags_it_stands_between() -> None:
 
 
 def test_the_pairs_request_is_still_that_of_the_calls_paid_for() -> None:
-    """Both texts enter the keys of the store: a changed word would have every user pay for every pair again."""
+    """Both texts are part of the store's keys: with one changed word every user would pay for every pair again."""
     ask = prompts.judge((Message("user", "Do <answer_1> it."),), "one", "two", previous="hm")
     assert [turn.role for turn in ask] == ["system", "user", "assistant", "user"]
     assert ask[1].content == (
@@ -165,12 +165,12 @@ def test_one_unreadable_reply_of_two_leaves_its_row_unjudged_and_is_named(tmp_pa
     assert (found[2].student, mfd(found[2])) == (None, None)
     what = "the student's answer" + (" first" if mode == "pair" else "")
     assert found[2].reason == f"{what}: no score: 'well …'"
-    assert len(judge.asked) == 9  # the eight, and the one once more
+    assert len(judge.asked) == 9  # eight, and one of them again
 
 
 @JUDGES
-def test_a_reply_that_was_cut_is_not_read_whatever_it_says_so_far(tmp_path: Path, mode: str, said: str) -> None:
-    """Cut where it quotes a candidate's own text, a reply ends in a score that no judge gave."""
+def test_a_reply_that_was_cut_is_never_read(tmp_path: Path, mode: str, said: str) -> None:
+    """A reply that is cut while it quotes an answer may end in a score that the judge did not give."""
     judge = Judge(lambda request: Answer(f"The answer claims {said}", "length", False))
     found = judged(tmp_path, judge, mode)
     assert {row.teacher for row in found} == {None}
@@ -240,7 +240,7 @@ def test_a_teachers_gguf_that_judges_is_a_local_judge_too() -> None:
     assert judge_settings(recipe).gguf == "t.gguf"
 
 
-def test_a_judge_of_answers_alone_says_so_in_its_name() -> None:
+def test_single_mode_is_part_of_the_judges_name() -> None:
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {"kind": "teacher", "mode": "single"}})
     assert judge_name(recipe) == "the pocket teacher (a programme), each answer alone"
     assert "ROUGE" in judge_name(Recipe.model_validate({"teacher": "pocket", "judge": "reference"}))
@@ -266,7 +266,7 @@ def test_metrics_of_an_older_version_are_read() -> None:
 
 
 class Wire(httpx2.AsyncBaseTransport):
-    """An endpoint that answers as fakes.reply does."""
+    """A transport that answers as fakes.reply does."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         turns = json.loads(await request.aread())["messages"]
@@ -295,7 +295,7 @@ def never_the_same(
 
 
 def run_through(recipe: Recipe, run: RunDir) -> None:
-    """Through the real store and client, where the judge is concerned."""
+    """A run whose judge is asked through the real store and client."""
     endpoint = Teacher(base_url="http://127.0.0.1:9/v1", model="m")
     with Store(run.cache / "teacher.db") as store:
 
@@ -310,20 +310,20 @@ def paid_by(run: RunDir, number: int) -> dict[str, tuple[int, int]]:
     return {row["stage"]: (row["paid"], row["from_store"]) for row in found}
 
 
-def test_alone_a_second_round_pays_one_call_a_row(tmp_path: Path) -> None:
+def test_in_single_mode_a_second_round_pays_one_call_per_row(tmp_path: Path) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"judge.mode": "single"}), RunDir(tmp_path / "cache", "fake")
     run_through(recipe, run)
     assert paid_by(run, 0)["holdout-judge"] == (20, 0)
     assert paid_by(run, 1) == {"judge": (100, 0), "holdout-judge": (10, 10)}
     new = sum("style" in row.completion for row in read_rows(Example, run.round(1) / "train.jsonl"))
     pool = len(read_rows(Judgement, run.round(2) / "judgements.jsonl"))
-    assert 0 < new < pool / 3  # answers that the first round wrote or rewrote: scored for the first time
+    assert 0 < new < pool / 3  # only answers that round 1 wrote or rewrote are new
     assert paid_by(run, 2) == {"judge": (pool + new, pool - new), "holdout-judge": (10, 10)}
     hard = [row for row in read_rows(Judgement, run.round(1) / "judgements.jsonl") if (mfd(row) or 0) > 2]
     assert {(row.teacher, row.student) for row in hard} == {(9, 2)}
 
 
-def test_alone_another_run_pays_for_no_answer_of_the_teachers(tmp_path: Path) -> None:
+def test_in_single_mode_another_run_pays_nothing_for_the_teachers_answers(tmp_path: Path) -> None:
     recipe, cache = overridden(make_recipe(tmp_path), {"judge.mode": "single", "rounds": 0}), tmp_path / "cache"
     for name in ("one", "two"):
         run_through(overridden(recipe, {"name": name}), RunDir(cache, name))

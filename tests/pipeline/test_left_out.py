@@ -1,4 +1,4 @@
-"""One bad row costs one row: it is left out where it is first known, with its reason, and the run goes on."""
+"""One bad row costs one row: it is left out as early as possible, with its reason, and the run continues."""
 
 import json
 import os
@@ -37,14 +37,14 @@ def user(text: str) -> dict[str, str]:
 
 
 def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **changes: object) -> Recipe:
-    """The recipe's sixty seeds as conversations, and these."""
+    """The recipe with its sixty seeds as conversations, and with these rows."""
     seeds = [{"messages": [user(row["instruction"])]} for row in json.loads((folder / "seeds.json").read_text())]
     (folder / "more.json").write_text(json.dumps(seeds + [{"messages": row} for row in rows]))
     return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
 
 
 def student(world: World, template: str, **changes: object) -> Backends:
-    """Tools whose student has a chat template of this kind."""
+    """Backends whose student has this chat template."""
     found: StudentFormat = replace(
         STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>")
     )
@@ -65,9 +65,7 @@ def recipe(tmp_path: Path) -> Recipe:
     return make_recipe(tmp_path)
 
 
-def test_rows_that_cannot_be_asked_are_known_before_anybody_is_asked(
-    recipe: Recipe, run: RunDir, tmp_path: Path
-) -> None:
+def test_unusable_rows_are_known_before_the_teacher_is_asked(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     odd = [[user("sum of two"), user("and three")], [user(f"paint {LONG}")]]
     world, chosen = World(), with_rows(recipe, tmp_path, *odd)
     world.fail_at = 0
@@ -134,12 +132,12 @@ def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: 
 
 
 def spoiled(rows: Callable[[Request], bool], text: str) -> Callable[[Request, Answer], Answer]:
-    """Answers in which these rows get another text."""
+    """A change of answers: those to these rows get another text."""
     return lambda request, answer: replace(answer, text=text) if rows(request) else answer
 
 
 def first_of(stage: str) -> Callable[[Request], bool]:
-    """Whether a request is about the row that a stage asks about first."""
+    """A test whether a request is about the first row that a stage asks about."""
     rows = list[str]()
 
     def is_first(request: Request) -> bool:
@@ -239,7 +237,7 @@ def test_a_row_that_the_judge_does_not_judge_is_recorded(reply: Answer, kind: st
 
 
 @pytest.mark.parametrize("finish", ["too_long", "refused"])
-def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
+def test_the_judge_is_not_asked_about_a_row_that_the_student_could_not_be_asked(
     finish: str, recipe: Recipe, run: RunDir
 ) -> None:
     world = World()
@@ -333,7 +331,7 @@ def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Reci
     asked, made = list[str](), 0
 
     def stopping(*, gguf, on_result, **rest):  # type: ignore[no-untyped-def]
-        """Stopped after every 17 answers of the whole run."""
+        """Interrupted after every 17 answers of the whole run."""
 
         def one(row: Completion) -> None:
             nonlocal made
@@ -389,7 +387,7 @@ def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
     sizes = list[int]()
 
     def stopping(*, texts, on_result, **rest):  # type: ignore[no-untyped-def]
-        """The last text first, and stopped after ten."""
+        """Gives the last text first, and is interrupted after ten."""
         sizes.append(len(texts))
         found: list[Scored] = score(texts=texts, on_result=lambda one: None, **rest)
         for n, one in enumerate(reversed(found)):
@@ -417,7 +415,7 @@ def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, 
         distill(recipe, run, replace(fake_backends(World()), generate=stop), QUIET)
     partial = run.round(0) / "holdout-answers.jsonl.partial"
     with partial.open("a") as file:
-        file.write('{"id":"torn')  # a line that is just being written
+        file.write('{"id":"torn')  # a line that is being written
     before = partial.read_bytes()
     estimate_costs(recipe, run)
     assert partial.read_bytes() == before

@@ -1,4 +1,4 @@
-"""The loop: in order, once, resumed where it was cut, and refused where a run was tampered with."""
+"""The loop runs every step once and in order, resumes an interrupted run, and refuses one with missing files."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_a_run_goes_through_and_learns(recipe: Recipe, tmp_path: Path) -> None:
     assert not trained & {instruction_of(row.prompt) for row in read_rows(Example, run.path / "holdout.jsonl")}
 
 
-def test_the_plan_is_carried_out(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_round_trains_on_what_was_planned(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
     plan, rows = read_record(RoundPlan, run.round(1) / "plan.json"), read_rows(Example, run.round(1) / "train.jsonl")
@@ -85,7 +85,7 @@ def test_more_rounds_go_on_from_a_finished_run(recipe: Recipe, tmp_path: Path) -
     run, world = RunDir(tmp_path, "fake"), World()
     distill(recipe, run, fake_backends(world), QUIET)
     more = recipe.model_copy(update={"rounds": 3})
-    assert distill(more, run, fake_backends(world), QUIET) == 12  # eleven stages of the round, and model/ anew
+    assert distill(more, run, fake_backends(world), QUIET) == 12  # the round's eleven stages, and model/ again
     assert kept_recipe(run).rounds == 3
 
 
@@ -248,7 +248,7 @@ def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Pat
         round_of(run, 7)
 
 
-def test_a_plan_of_another_version_is_said_with_what_makes_it_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_error_about_an_old_plan_names_redo(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
     (run.round(1) / "plan.json").write_text('{"round": 1, "alpha": 0.3, "expand": {"Math": 3}}')
@@ -273,7 +273,7 @@ def test_the_lock_names_every_call_of_every_step_and_forgets_what_is_redone(reci
     lines = read_lock(run)
     assert len(unique_keys(lines)) == len(world.asked)
     steps = list(dict.fromkeys(line.step for line in lines))
-    assert steps == [step.name for step in list_steps(run, 2) if step.name in steps]  # in their order
+    assert steps == [step.name for step in list_steps(run, 2) if step.name in steps]  # in the order of the run
     assert {"prepare/label", "prepare/seeds", "round-00/holdout-judge", "round-02/refine"} <= set(steps)
     redo(run, 2, "refine")
     assert not {line.step for line in read_lock(run)} & {"round-02/refine", "round-02/holdout-judge"}

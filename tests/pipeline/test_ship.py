@@ -1,4 +1,4 @@
-"""What a run ships at its end: model/, whole or absent, of the last round, and a card that invents nothing."""
+"""A run ships model/ of its last round, complete or absent, with a card that states only known facts."""
 
 import re
 import subprocess
@@ -40,7 +40,7 @@ def contents(run: RunDir) -> Mapping[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run.path / "model").iterdir())}
 
 
-def test_the_last_rounds_student_and_what_goes_along_with_it(run: RunDir) -> None:
+def test_model_has_the_last_rounds_student_and_its_files(run: RunDir) -> None:
     found = contents(run)
     assert list(found) == FILES
     assert found["student.gguf"] == (run.round(2) / "student.gguf").read_bytes()
@@ -55,7 +55,7 @@ def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
     assert subprocess.run(asked, cwd=run.path / "model", capture_output=True, check=False).returncode == 1
 
 
-def test_status_tells_of_it(run: RunDir) -> None:
+def test_status_shows_the_stage(run: RunDir) -> None:
     (stage,) = status_of(run)["end"]
     assert (stage["name"], stage["done"]) == ("ship", True)
     remove(run.path / "model")
@@ -63,14 +63,14 @@ def test_status_tells_of_it(run: RunDir) -> None:
     assert not status_of(run)["end"][0]["done"]
 
 
-def test_it_comes_back_the_same(recipe: Recipe, run: RunDir) -> None:
+def test_a_deleted_model_is_made_again_with_the_same_bytes(recipe: Recipe, run: RunDir) -> None:
     before = contents(run)
     remove(run.path / "model")
     assert distill(recipe, run, fake_backends(World()), QUIET) == 1
     assert contents(run) == before
 
 
-def test_more_rounds_make_it_anew_and_fewer_too(recipe: Recipe, run: RunDir) -> None:
+def test_another_number_of_rounds_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     done(overridden(recipe, {"rounds": 3}), run)
     assert contents(run)["student.gguf"] == (run.round(3) / "student.gguf").read_bytes()
     assert b"| 3 |" in contents(run)["README.md"]
@@ -78,7 +78,7 @@ def test_more_rounds_make_it_anew_and_fewer_too(recipe: Recipe, run: RunDir) -> 
     assert contents(run)["student.gguf"] == (run.round(1) / "student.gguf").read_bytes()
 
 
-def test_while_more_rounds_are_under_way_there_is_none(recipe: Recipe, run: RunDir) -> None:
+def test_there_is_no_model_while_more_rounds_run(recipe: Recipe, run: RunDir) -> None:
     world = World()
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
@@ -96,7 +96,7 @@ def test_it_alone_can_be_redone(recipe: Recipe, run: RunDir) -> None:
     assert distill(recipe, run, fake_backends(World()), QUIET) == 1
 
 
-def test_another_card_is_no_other_recipe_and_makes_it_anew(recipe: Recipe, run: RunDir) -> None:
+def test_another_card_is_accepted_and_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     assert b"CC BY 4.0" not in contents(run)["README.md"]
     assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
@@ -115,7 +115,7 @@ def test_what_a_model_does_not_depend_on_leaves_it_as_it_is(path: str, recipe: R
     assert ((run.path / "model").stat().st_ino, contents(run)) == before
 
 
-def test_other_words_about_it_make_it_anew(recipe: Recipe, run: RunDir) -> None:
+def test_another_description_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     assert distill(overridden(recipe, {"about": "Better words."}), run, fake_backends(World()), QUIET) == 1
     assert b"Better words." in contents(run)["README.md"]
 
@@ -206,5 +206,5 @@ def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
     assert "base_model" not in front_matter(overridden(recipe, {"student.path": "models/qwen"}))
 
 
-def test_a_cell_stays_one() -> None:
+def test_a_cell_stays_one_cell() -> None:
     assert escape_cell("a | b\n\nc") == r"a \| b c"
