@@ -180,11 +180,11 @@ def used_keys(cache: Path | None, run: str) -> list[str]:
 
 def locked_keys(cache: Path | None, run: str) -> list[str]:
     """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
-    from tapir_local.pipeline.context import read_lock, unique_keys
+    from tapir_local.pipeline.context import read_lock, unique_call_keys
     from tapir_local.rundir import named_run
 
     folder = named_run(store_path(cache).parent, run)
-    return unique_keys(read_lock(folder)) if folder else []
+    return unique_call_keys(read_lock(folder)) if folder else []
 
 
 @calls.command(name="export", epilog=example("tapir-local calls export --run quickstart quickstart.db"))

@@ -158,7 +158,7 @@ class Work:
         # Replies from the store have been stripped when they were read. Stripping again is not always without effect
         # (`</think>` on a line of the answer itself), so leaving it out would change the rows of existing runs.
         if self.endpoint_of(ask).thinking == "strip":
-            answers = [strip_thoughts(answer) for answer in answers]
+            answers = [strip_answer(answer) for answer in answers]
         hits = sum(answer.hit for answer in answers)
         self.tally["hits"] += hits
         self.tally["paid"] += len(answers) - hits
@@ -217,7 +217,7 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def strip_thoughts(answer: Answer) -> Answer:
+def strip_answer(answer: Answer) -> Answer:
     """The answer without the reasoning that the model wrote before it."""
     text = without_thoughts(answer.text)
     if text == answer.text:
@@ -242,6 +242,6 @@ def unlock_steps(run: RunDir, steps: Collection[str]) -> None:
         write_rows(run.path / LOCK_FILE, [line for line in read_lock(run) if line.step not in steps])
 
 
-def unique_keys(lines: Iterable[LockedCall]) -> list[str]:
+def unique_call_keys(lines: Iterable[LockedCall]) -> list[str]:
     """The keys, each once, in the order of first use."""
     return list(dict.fromkeys(line.key for line in lines))

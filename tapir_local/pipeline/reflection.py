@@ -121,12 +121,12 @@ def compare_ifd(work: Work, pairs: Sequence[Rewrite], scored_pair: ScoredPair) -
     """(old, new) IFD of each pair, or reversed IFD, by the last round's student."""
     rows = [row for pair in pairs for row in (pair.old, pair.new)]
     texts = [text for row in rows for text in scored_pair(row)]
-    scored = score_texts(work, texts)
+    scored = score_by_last_student(work, texts)
     values = [ifd(scored[n], scored[n + 1]) for n in range(0, len(scored), 2)]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def score_texts(work: Work, texts: Sequence[PromptAndAnswer]) -> list[Scored]:
+def score_by_last_student(work: Work, texts: Sequence[PromptAndAnswer]) -> list[Scored]:
     """Log-probabilities by the last round's student; scores from an interrupted attempt are not computed again."""
     student = work.run.round(work.number - 1) / "student.gguf"
     path = work.folder / f"{work.stage}-scores.jsonl"

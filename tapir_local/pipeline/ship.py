@@ -245,27 +245,27 @@ def metrics_row(row: Metrics) -> tuple[str, ...]:
     """A round's metrics as cells."""
     return (
         str(row.round),
-        percent_cell(row.win_rate),
-        interval_cell(row.win_rate_interval),
-        percent_cell(row.accuracy),
-        interval_cell(row.accuracy_interval),
-        scores_cell(row.student_score, row.teacher_score),
+        format_rate(row.win_rate),
+        format_rate_interval(row.win_rate_interval),
+        format_rate(row.accuracy),
+        format_rate_interval(row.accuracy_interval),
+        format_scores(row.student_score, row.teacher_score),
         f"{row.rows:,}",
         f"{row.judged:,}",
     )
 
 
-def percent_cell(value: float | None) -> str:
+def format_rate(value: float | None) -> str:
     """`51.2%`, or a dash."""
     return "-" if value is None else f"{value:.1%}"
 
 
-def interval_cell(pair: Sequence[float] | None) -> str:
+def format_rate_interval(pair: Sequence[float] | None) -> str:
     """`45.0% to 57.3%`, or a dash."""
     return "-" if pair is None else f"{pair[0]:.1%} to {pair[1]:.1%}"
 
 
-def scores_cell(student: float | None, teacher: float | None) -> str:
+def format_scores(student: float | None, teacher: float | None) -> str:
     """`5.50 : 9.25`, or a dash."""
     return "-" if student is None or teacher is None else f"{student:.2f} : {teacher:.2f}"
 

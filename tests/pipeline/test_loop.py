@@ -7,7 +7,7 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe, outputs, with_ask
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import read_lock, unique_keys
+from tapir_local.pipeline.context import read_lock, unique_call_keys
 from tapir_local.pipeline.loop import distill, kept_recipe, list_steps, pending_steps, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
@@ -271,7 +271,7 @@ def test_the_lock_names_every_call_of_every_step_and_forgets_what_is_redone(reci
     run, world = RunDir(tmp_path, "fake"), World()
     distill(recipe, run, fake_backends(world), QUIET)
     lines = read_lock(run)
-    assert len(unique_keys(lines)) == len(world.asked)
+    assert len(unique_call_keys(lines)) == len(world.asked)
     steps = list(dict.fromkeys(line.step for line in lines))
     assert steps == [step.name for step in list_steps(run, 2) if step.name in steps]  # in the order of the run
     assert {"prepare/label", "prepare/seeds", "round-00/holdout-judge", "round-02/refine"} <= set(steps)
