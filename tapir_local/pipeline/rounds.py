@@ -106,7 +106,8 @@ def summarize_plan(planned: RoundPlan) -> str:
     if planned.curriculum not in FROM_POOL:
         return f"{len(planned.drawn) + len(planned.reflected):,} of {format_count(planned.pool, 'seed')} taken"
     hard = f"{planned.pool_hard:,} of {format_count(planned.pool, 'row')} hard"
-    return f"{hard}, {len(planned.hard):,} chosen; {planned.to_write:,} to write; {len(planned.replay):,} easy replayed"
+    taken = f"{len(planned.hard):,} hard, {planned.to_write:,} to write, {len(planned.replay):,} easy (replay)"
+    return f"{hard}; takes {taken}"
 
 
 def train_stage(work: Work, out: Path) -> str:

@@ -284,9 +284,9 @@ def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
     assert status_of(lost)["unusable"] == found["by_step"]
     assert round_of(lost, 1)["unusable"] == {}
     cache = ["--cache", str(lost.cache)]
-    told = CliRunner().invoke(cli, ["show", "fake", "--unusable", *cache], catch_exceptions=False).stdout
-    assert "seed-00061" in told
-    assert "refused by the chat template" in " ".join(told.split())
+    output = CliRunner().invoke(cli, ["show", "fake", "--unusable", *cache], catch_exceptions=False).stdout
+    assert "seed-00061" in output
+    assert "refused by the chat template" in " ".join(output.split())
     data = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--json", *cache], catch_exceptions=False).stdout
     assert json.loads(data) == found
     said = " ".join(CliRunner().invoke(cli, ["status", "fake", *cache], catch_exceptions=False).stdout.split())
@@ -296,8 +296,8 @@ def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
 
 def test_show_of_a_run_that_left_nothing_out(recipe: Recipe, run: RunDir) -> None:
     distill(recipe, run, fake_backends(World()), QUIET)
-    told = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--cache", str(run.cache)], catch_exceptions=False)
-    assert "No row was left out" in told.stdout
+    output = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--cache", str(run.cache)], catch_exceptions=False)
+    assert "No row was left out" in output.stdout
 
 
 def test_why_says_where_a_row_was_left_out(lost: RunDir) -> None:
@@ -307,8 +307,8 @@ def test_why_says_where_a_row_was_left_out(lost: RunDir) -> None:
     assert first["rounds"] == later["rounds"] == twin["rounds"] == []
     assert later["left_out"][0]["kind"] == "longer than student.max_length"
     assert twin["place"] == "read from the seed file and left out: duplicate, of seed-00001"
-    told = CliRunner().invoke(cli, ["why", "fake", "seed-00061", "--cache", str(lost.cache)], catch_exceptions=False)
-    assert "where it was left out" in told.stdout
+    output = CliRunner().invoke(cli, ["why", "fake", "seed-00061", "--cache", str(lost.cache)], catch_exceptions=False)
+    assert "where it was left out" in output.stdout
 
 
 def test_redo_forgets_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: Path) -> None:

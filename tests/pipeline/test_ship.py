@@ -130,10 +130,10 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
     run = done(overridden(recipe, changes), RunDir(tmp_path, "fake"))
     for name, data in contents(run).items():
         assert str(tmp_path).encode() not in data, name
-    told = contents(run)["README.md"].decode()
-    assert "| base | mine |" in told
-    assert "| seeds | seeds.json: " in told
-    assert "the GGUF judge.gguf" in told
+    output = contents(run)["README.md"].decode()
+    assert "| base | mine |" in output
+    assert "| seeds | seeds.json: " in output
+    assert "the GGUF judge.gguf" in output
     published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
     assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
     assert distill(overridden(recipe, changes), run, fake_backends(World()), QUIET) == 0
