@@ -10,10 +10,10 @@ from tapir_local.method.metrics import Checker
 from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored
+from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
 from tapir_local.rundir import RunDir, read_rows, write_rows
 from tapir_local.store.thinking import without_thoughts
-from tapir_local.unusable import Unusable, record_unusable, refuse_too_many
+from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
 
@@ -181,6 +181,10 @@ class Work:
         """
         record_unusable(self.run, self.step, [*rows, *by_choice])
         refuse_too_many(rows, total, self.recipe.limits.unusable, f"{self.run.name}, {self.step}")
+
+    def unusable(self, row: Example, kind: str, detail: str = "") -> Unusable:
+        """The record that this step leaves a row out; `kind` is the same for all rows with this fault."""
+        return Unusable(self.step, row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
 
     def request(
         self, stage: str, row: str, messages: Prompt, *, draw: int = 0, temperature: float | None = None

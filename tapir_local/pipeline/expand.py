@@ -25,9 +25,9 @@ from tapir_local.pipeline.run_rows import (
     reject_unfit,
 )
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
+from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan
 from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
+from tapir_local.unusable import COMMON, Unusable, left_out
 
 # A row can be expanded again in a later round; its draw numbers must differ from those of earlier rounds.
 DRAWS_PER_ROUND = 1000
@@ -278,7 +278,7 @@ def low_scored_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
     scores, floor = score_answers(work, "refine", rows), work.recipe.curriculum.teacher_floor
     kind = "new answer below curriculum.teacher_floor"
     return [
-        Unusable(work.step, row.id, kind, f"{scores[row.id]:g} of {floor:g}", instruction_of(row.prompt)[:BRIEF])
+        work.unusable(row, kind, f"{scores[row.id]:g} of {floor:g}")
         for row in rows
         if scores.get(row.id, floor) < floor
     ]

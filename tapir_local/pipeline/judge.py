@@ -13,9 +13,9 @@ from tapir_local.method.judge_quality import percent, quality
 from tapir_local.pipeline.context import AskBackend, Progress, Work, format_count
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
+from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request
 from tapir_local.rundir import write_rows
-from tapir_local.unusable import BRIEF, Unusable, record_unusable
+from tapir_local.unusable import Unusable, record_unusable
 
 ScoreT = TypeVar("ScoreT")
 BuildPrompt = Callable[[str], Prompt]  # the prompt, given the last unreadable reply or ""
@@ -108,7 +108,7 @@ def write_judgements(
         else unasked_judgement(row, unasked[row.id])
         for row in rows
     ]
-    record_unusable(work.run, work.step, unjudged_rows(work.step, rows, found))
+    record_unusable(work.run, work.step, unjudged_rows(work, rows, found))
     write_rows(out, found)
     return summarize_judgements(found, judge_name(work.recipe), speed.describe(judge_settings(work.recipe)))
 
@@ -125,16 +125,10 @@ def judge_settings(recipe: Recipe) -> Judge:
     return recipe.judge
 
 
-def unjudged_rows(step: str, rows: Sequence[Example], judgements: Sequence[Judgement]) -> list[Unusable]:
+def unjudged_rows(work: Work, rows: Sequence[Example], judgements: Sequence[Judgement]) -> list[Unusable]:
     """Records of the rows without a judgement; their kind is the kind of the reply."""
     return [
-        Unusable(
-            step,
-            row.id,
-            f"unjudged: {unreadable_kind(found.reason)}",
-            found.reason,
-            instruction_of(row.prompt)[:BRIEF],
-        )
+        work.unusable(row, f"unjudged: {unreadable_kind(found.reason)}", found.reason)
         for row, found in zip(rows, judgements, strict=True)
         if found.teacher is None
     ]

@@ -14,10 +14,11 @@ from tapir_local.pipeline.labeling import classify_stage, label_stage, tasks_sta
 from tapir_local.pipeline.row_check import fold_system_turns
 from tapir_local.pipeline.run_rows import answer_rows, split_askable, split_trainable
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Example, instruction_of
+from tapir_local.records import Example
 from tapir_local.rundir import read_rows, write_rows
 from tapir_local.unusable import BRIEF, Unusable, left_out
 
+SEED_WITHOUT_ANSWER = "no answer in the seed file"  # a reason in unusable.jsonl; existing files have it
 WARN_SHARE, WARN_ROWS = 0.2, 3  # near-duplicates, as a share of the rows and in number, above which to warn
 
 
@@ -56,7 +57,7 @@ def usable_seeds(work: Work, rows: Sequence[Example]) -> tuple[list[Example], in
     kept, folds = fold_system_turns(work.backends.student_format(), rows)
     kept, unusable = split_askable(work, kept)
     if uses_file_answers(work.recipe) and any(row.completion for row in kept):
-        unusable += [unusable_without_answer(work, row) for row in kept if not row.completion]
+        unusable += [work.unusable(row, SEED_WITHOUT_ANSWER) for row in kept if not row.completion]
         kept, unfit = split_trainable(work, [row for row in kept if row.completion])
         unusable += unfit
     return kept, folds, unusable
@@ -65,11 +66,6 @@ def usable_seeds(work: Work, rows: Sequence[Example]) -> tuple[list[Example], in
 def uses_file_answers(recipe: Recipe) -> bool:
     """Whether the seeds' answers are taken from the seed file."""
     return not recipe.can_expand or recipe.seeds.answers == "file"
-
-
-def unusable_without_answer(work: Work, row: Example) -> Unusable:
-    """The record of a row without an answer in the seed file."""
-    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:BRIEF])
 
 
 def unreadable_seed(work: Work, table: Table, row: Faulty) -> Unusable:
@@ -176,7 +172,7 @@ def seeds_stage(work: Work, out: Path) -> str:
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
     """(rows with an answer, from the file if the recipe says so, else from the teacher; records of the others)."""
     if uses_file_answers(work.recipe):
-        unanswered = [unusable_without_answer(work, row) for row in rows if not row.completion]
+        unanswered = [work.unusable(row, SEED_WITHOUT_ANSWER) for row in rows if not row.completion]
         return [row for row in rows if row.completion], unanswered
     # The holdout is never trained on, so its answers need not pass the chat template unchanged.
     return answer_rows(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")

@@ -11,9 +11,9 @@ from tapir_local.data.dataset import Draft
 from tapir_local.data.dedup import Index
 from tapir_local.pipeline.context import Progress, Work
 from tapir_local.pipeline.row_check import TEXTS_PER_CHECK, StudentFormat, Unfit, unfit_answers, unfit_prompts
-from tapir_local.records import Answer, Example, Prompt, instruction_of, to_json
+from tapir_local.records import Answer, Example, Prompt, to_json
 from tapir_local.rundir import read_rows
-from tapir_local.unusable import BRIEF, Unusable
+from tapir_local.unusable import Unusable
 
 # Why a reply cannot be used, by its finish reason. These words are in files of existing runs.
 REPLY_FAULTS = {
@@ -72,8 +72,7 @@ def split_usable(
             if unfit is None:
                 kept.append(row)
             else:
-                text = instruction_of(row.prompt)[:BRIEF]
-                unusable.append(Unusable(work.step, row.id, unfit.kind, unfit.detail, text))
+                unusable.append(work.unusable(row, unfit.kind, unfit.detail))
     return kept, unusable
 
 
@@ -146,7 +145,7 @@ def unusable_reply(work: Work, row: Example, reply: Answer) -> Unusable:
     """The record of a row to which the teacher gave no complete answer."""
     kind = REPLY_FAULTS.get(reply.finish, "empty reply" if not reply.text.strip() else "reply not whole")
     advice = advise_max_tokens(work) if reply.finish == "length" else ""
-    return Unusable(work.step, row.id, kind, reply.why or advice, instruction_of(row.prompt)[:BRIEF])
+    return work.unusable(row, kind, reply.why or advice)
 
 
 def advise_max_tokens(work: Work) -> str:
