@@ -32,7 +32,7 @@ from tapir_local.unusable import COMMON, Unusable, left_out
 # A row can be expanded again in a later round; its draw numbers must differ from those of earlier rounds.
 DRAWS_PER_ROUND = 1000
 FIRST_DRAFTS = 50  # after these drafts of a round, check whether more are worth their price
-MIN_DRAFTS_TO_STOP = 10  # fewer drafts than this decide nothing;
+MIN_DRAFTS_TO_STOP = 10  # with fewer drafts than this, always go on
 STOP_SHARE = 0.8  # no more drafts are asked for if this share of them is rejected
 MIN_TRAINING_STEPS = 10  # with fewer training steps, warn that the student learns little
 SAME_OPENING = "begins as too many others do"  # a reason in expanded.jsonl; existing files have it
