@@ -93,7 +93,7 @@ def here(module: str, job: Any, folder: Path, progress: Any = None, *_: Any) -> 
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
-    from tapir_local.pipeline.backends import real_tools
+    from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import Watch, distill
     from tapir_local.rundir import RunDir
 
@@ -113,7 +113,7 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
     quiet = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
-    with real_tools(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as tools:
+    with real_backends(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as tools:
         distill(recipe, place, tools, quiet)
     return arm, seed, time.monotonic() - began
 

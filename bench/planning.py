@@ -33,9 +33,9 @@ from tapir_local.data.files import read_path
 from tapir_local.data.similarity import extract_literals
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.prepare import read
-from tapir_local.pipeline.rounds import plan
-from tapir_local.pipeline.student_text import read_student_text
+from tapir_local.pipeline.prepare import read_stage
+from tapir_local.pipeline.rounds import plan_stage
+from tapir_local.pipeline.row_check import read_student_format
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Curriculum, Recipe, Seeds
 from tapir_local.recipe.tasks import TASKS
@@ -175,9 +175,9 @@ def alpaca_file(data: Path, rows: int, path: Path) -> None:
 def stage(options: argparse.Namespace) -> None:
     """The `read` stage on one file: what it says, its seconds and its peak memory."""
     recipe = Recipe(seeds=Seeds(path=str(options.file), max_rouge=options.limit), teacher=Teacher(kind="pocket"))
-    run, student = RunDir(options.file.parent, "read"), read_student_text(POCKET_STUDENT, 2048)
+    run, student = RunDir(options.file.parent, "read"), read_student_format(POCKET_STUDENT, 2048)
     tools: Any = SimpleNamespace(student_text=lambda: student)  # every row is rendered and measured, nobody is asked
-    taken = timed(lambda: read(Work(recipe, run, tools), run.path / "rows.jsonl"))
+    taken = timed(lambda: read_stage(Work(recipe, run, tools), run.path / "rows.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{taken.found}: {taken}, peak memory {peak:.0f} MB")
 
@@ -212,7 +212,7 @@ def planning(options: argparse.Namespace) -> None:
         for name in CURRICULA:
             recipe = Recipe(teacher=Teacher(kind="pocket"), curriculum=Curriculum(name=name, rows=10_000))
             work = Work(recipe, run, Any, 1)  # type: ignore[arg-type]
-            taken = timed(lambda work=work: plan(work, run.round(1) / "plan.json"))
+            taken = timed(lambda work=work: plan_stage(work, run.round(1) / "plan.json"))
             print(f"{name}: {taken}; {taken.found}", flush=True)
 
 

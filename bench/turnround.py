@@ -23,7 +23,7 @@ from typing import Any
 from tapir_local.assets import POCKET_STUDENT
 from tapir_local.export.base import base_of
 from tapir_local.memory import size
-from tapir_local.pipeline.backends import exporter, gatekeeper, generator, shipper
+from tapir_local.pipeline.backends import export_backend, gate_backend, generate_backend, ship_backend
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
@@ -126,10 +126,10 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
     remove(gguf)
     found = {
-        "export": seconds(lambda: exporter(recipe, run)(adapter, gguf, quiet)),
-        "gate": seconds(lambda: gatekeeper(recipe, run)(adapter, gguf, rows, report, quiet)),
+        "export": seconds(lambda: export_backend(recipe, run)(adapter, gguf, quiet)),
+        "gate": seconds(lambda: gate_backend(recipe, run)(adapter, gguf, rows, report, quiet)),
     }
-    write = generator(recipe, run)
+    write = generate_backend(recipe, run)
     prompts = [(Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts)]
     found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], quiet, unkept))
     with timed() as taken:
@@ -141,7 +141,7 @@ def ship(recipe: Recipe, run: RunDir) -> float:
     """Seconds until the last round's student is whole, gated again where it was merged for it."""
     out = run.path / "out"
     out.mkdir()
-    return seconds(lambda: shipper(recipe, run)(run.round(1), out, quiet))
+    return seconds(lambda: ship_backend(recipe, run)(run.round(1), out, quiet))
 
 
 @contextmanager

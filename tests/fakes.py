@@ -9,9 +9,9 @@ from typing import Any
 
 from tapir_local.export.gate import Figures, GateReport
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Progress, Tools
+from tapir_local.pipeline.context import Backends, Progress
 from tapir_local.pipeline.loop import Watch
-from tapir_local.pipeline.student_text import any_student
+from tapir_local.pipeline.row_check import placeholder_format
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
@@ -26,7 +26,7 @@ curriculum: {rows: 20, first_rows: 10, drafts: 2}
 classifier: {labelled: 30}
 """
 PASSED = GateReport((), 600, 0, (), 0, 0, Figures(1e-4, 0.5, 0.01, 1.0, 100), 1e-2, 0.9)
-STUDENT = any_student(2048)  # takes every conversation
+STUDENT = placeholder_format(2048)  # takes every conversation
 QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
 
 
@@ -135,8 +135,8 @@ def ship(student: Path, out: Path, progress: Progress) -> None:
     (out / "Modelfile").write_text("FROM ./student.gguf\n")
 
 
-def tools(world: World) -> Tools:
-    return Tools(
+def fake_backends(world: World) -> Backends:
+    return Backends(
         teacher=world.ask,
         judge=world.ask,
         generate=generate,
@@ -164,7 +164,7 @@ def outputs(run: RunDir) -> dict[str, bytes]:
     return {str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name != "run.json"}
 
 
-def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Tools:
+def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Backends:
     """Tools whose teacher's and judge's answers pass through `change`."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -172,8 +172,10 @@ def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Tools
             change(request, answer) for request, answer in zip(requests, world.ask(requests, progress), strict=True)
         ]
 
-    base = tools(world)
-    return Tools(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask})
+    base = fake_backends(world)
+    return Backends(
+        **{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask}
+    )
 
 
 def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:

@@ -13,7 +13,7 @@ from hub import MODEL, Hub, serving
 from models import make_model
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.backends import real_tools
+from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir, held, write_json
@@ -131,7 +131,7 @@ def test_a_refused_second_process_writes_nothing_in_the_run(tmp_path: Path, temp
         write_json(run.path / "run.json", {"stages": {}})
         settle_student(first, run)
         before = files(run.path)
-        with pytest.raises(TapirError, match="is being worked on"), real_tools(second, run, print) as tools:
+        with pytest.raises(TapirError, match="is being worked on"), real_backends(second, run, print) as tools:
             distill(second, run, tools, QUIET)
         student_folder(second, run)
         assert files(run.path) == before
@@ -141,7 +141,7 @@ def test_a_student_that_will_not_do_is_refused_before_the_first_step_and_the_run
     model, run = make_model(tmp_path / "model"), RunDir(tmp_path / "cache", "r")
     (model / "chat_template.jinja").unlink()
     recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {model}}}\nseeds: {{path: pocket}}", "r")
-    with pytest.raises(TapirError, match="no chat template"), real_tools(recipe, run, print) as tools:
+    with pytest.raises(TapirError, match="no chat template"), real_backends(recipe, run, print) as tools:
         distill(recipe, run, tools, QUIET)
     assert run.record()["status"].startswith("stopped before the first step: ")
     assert {path.name for path in run.path.iterdir()} <= {"recipe.yaml", "run.json", ".lock"}
@@ -152,5 +152,5 @@ def test_a_run_that_is_done_needs_its_student_no_more(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "r")
     recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {tmp_path / 'gone'}}}", "r")
     (run.round(0) / "adapter").mkdir(parents=True)
-    with real_tools(recipe, run, print) as tools:
+    with real_backends(recipe, run, print) as tools:
         tools.begin()

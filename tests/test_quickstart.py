@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tapir_local.pipeline.loop import sequence
+from tapir_local.pipeline.loop import list_steps
 from tapir_local.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def status(run: RunDir) -> dict[str, object]:
 
 def results(run: RunDir) -> dict[str, bytes]:
     """The bytes of every output of a stage, adapters and GGUFs among them; what has the run's name in it left out."""
-    outputs = [run.path / "tapir.lock", *(step.output for step in sequence(run, 1))]
+    outputs = [run.path / "tapir.lock", *(step.output for step in list_steps(run, 1))]
     files = [file for out in outputs for file in ([out] if out.is_file() else sorted(out.rglob("*")))]
     times, named = ("train_log.jsonl", "resolved.json"), ("README.md", "recipe.yaml", "SHA256SUMS")
     kept = [file for file in files if file.name not in (*times, *(named if file.parent == run.path / "model" else ()))]
@@ -138,7 +138,7 @@ def killed_in_turn(cache: Path, rng: random.Random) -> Iterator[str]:
     """Start the command again and again, each time to be killed in the first stage that was not done at its start."""
     run = RunDir(cache, "small")
     while True:
-        pending = [step for step in sequence(run, 1) if not step.done]
+        pending = [step for step in list_steps(run, 1) if not step.done]
         if not pending:
             return
         process = subprocess.Popen(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import trimmed
+from tapir_local.pipeline.run_rows import trim_reply
 from tapir_local.rundir import RunDir
 from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
 
@@ -62,4 +62,4 @@ def test_a_closing_line_counts_them() -> None:
     ],
 )
 def test_a_reply_keeps_the_indentation_of_its_first_line(reply: str, kept: str) -> None:
-    assert trimmed(reply) == kept
+    assert trim_reply(reply) == kept

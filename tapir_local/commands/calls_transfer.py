@@ -43,11 +43,11 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
 
 def keys_in_lockfile(cache: Path | None, run: str) -> list[str]:
     """The keys in the tapir.lock of a run; [] if there is none, as for a run that was imported."""
-    from tapir_local.pipeline.lockfile import keys_of, locked
+    from tapir_local.pipeline.context import read_lock, unique_call_keys
     from tapir_local.rundir import named_run
 
     folder = named_run(store_path(cache).parent, run)
-    return keys_of(locked(folder)) if folder else []
+    return unique_call_keys(read_lock(folder)) if folder else []
 
 
 @click.command(

@@ -12,7 +12,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export.base import Student, base_gguf, student_of
 from tapir_local.inference.generate import chat_stream
 from tapir_local.inference.model import open_engine
-from tapir_local.pipeline.loop import kept_recipe, rounds_begun
+from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.records import Message
 from tapir_local.rundir import RunDir
 
@@ -75,7 +75,7 @@ def find_student_gguf(run: RunDir, number: int | None) -> Path:
     finished = run.path / "model" / "student.gguf"
     if number is None and finished.exists():
         return finished
-    there = [n for n in range(rounds_begun(run) + 1) if (run.round(n) / "student.gguf").exists()]
+    there = [n for n in range(last_round(run) + 1) if (run.round(n) / "student.gguf").exists()]
     if not there or (number is not None and number not in there):
         missing = "student yet" if number is None else f"student of round {number}"
         rounds = ", ".join(map(str, there)) or "none"

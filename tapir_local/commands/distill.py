@@ -120,32 +120,32 @@ def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Pa
 
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     """Print a table of the calls that the rest of the run will make."""
-    from tapir_local.pipeline.backends import judge_of
-    from tapir_local.pipeline.dry_run import forecast
+    from tapir_local.pipeline.backends import judge_endpoint
+    from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.costs import cost_estimate_table
     from tapir_local.teacher.budget import check_reply_limits
 
-    check_reply_limits(recipe.budget, recipe.teacher, judge_of(recipe))
-    print_table(cost_estimate_table(forecast(recipe, run), run.name))
+    check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))
+    print_table(cost_estimate_table(estimate_costs(recipe, run), run.name))
 
 
 def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
-    from tapir_local.pipeline.backends import real_tools
-    from tapir_local.pipeline.loop import distill, sequence
+    from tapir_local.pipeline.backends import real_backends
+    from tapir_local.pipeline.loop import distill, list_steps
     from tapir_local.report.progress import watch_run
     from tapir_local.tables import plain
 
-    console, steps = Console(stderr=True), sequence(run, recipe.rounds)
+    console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
     done = sum(step.done for step in steps)
     mode: Mode = "replay" if replay else "on"
 
     def say(text: str) -> None:
         console.print(plain(text), soft_wrap=True)
 
-    with real_tools(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
+    with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
         return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
 
 

@@ -10,8 +10,8 @@ from tapir_local.export.ollama import write_modelfile
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.method.metrics import Checker
-from tapir_local.pipeline.context import Ask, Progress, Tools
-from tapir_local.pipeline.student_text import StudentText, read_student_text
+from tapir_local.pipeline.context import AskBackend, Backends, Progress
+from tapir_local.pipeline.row_check import StudentFormat, read_student_format
 from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
@@ -22,7 +22,9 @@ from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
 from tapir_local.training.student import settle_student, student_folder
 
-CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
+CLASSIFIER_GPU_BYTES = (
+    6 << 30
+)  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
 
 
 def check_student(model: Path, converter: Path | None = None) -> None:
@@ -33,36 +35,36 @@ def check_student(model: Path, converter: Path | None = None) -> None:
 
 
 @contextmanager
-def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Tools]:
+def real_backends(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Backends]:
     """Tools that ask through the cache's store, answer with llama.cpp, and train in processes of their own.
 
     `say` is told what opening the store put right. In mode "replay" nobody is asked, and a miss is an error. Nothing
     is written in the run before it is held; `begin` then raises TapirError, before anything is paid, when the student
     could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
     """
-    check_reply_limits(recipe.budget, recipe.teacher, judge_of(recipe))
+    check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))
     with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
-        budget = BudgetTracker(recipe.budget, spent_by(run), spent_by(run, estimated=True))
-        yield Tools(
-            teacher=asker(recipe.teacher, store, run.name, budget, say),
-            judge=asker(judge_of(recipe), store, run.name, budget, say),
-            generate=generator(recipe, run),
-            classify=classifier(recipe, say),
-            train=trainer(recipe, run, say),
-            export=exporter(recipe, run),
-            gate=gatekeeper(recipe, run),
-            score=scorer(recipe, run),
-            ship=shipper(recipe, run),
-            begin=beginner(recipe, run),
-            student_text=reader(recipe, run),
-            check=checker(recipe),
+        budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
+        yield Backends(
+            teacher=ask_backend(recipe.teacher, store, run.name, budget, say),
+            judge=ask_backend(judge_endpoint(recipe), store, run.name, budget, say),
+            generate=generate_backend(recipe, run),
+            classify=classify_backend(recipe, say),
+            train=train_backend(recipe, run, say),
+            export=export_backend(recipe, run),
+            gate=gate_backend(recipe, run),
+            score=score_backend(recipe, run),
+            ship=ship_backend(recipe, run),
+            begin=begin_backend(recipe, run),
+            student_text=format_backend(recipe, run),
+            check=recipe_checker(recipe),
             replay=mode == "replay",
         )
 
 
-def beginner(recipe: Recipe, run: RunDir) -> Callable[[], None]:
+def begin_backend(recipe: Recipe, run: RunDir) -> Callable[[], None]:
     """What is settled, and refused, of a run's student before the first step."""
 
     def begin() -> None:
@@ -72,25 +74,25 @@ def beginner(recipe: Recipe, run: RunDir) -> Callable[[], None]:
     return begin
 
 
-def reader(recipe: Recipe, run: RunDir) -> Callable[[], StudentText]:
+def format_backend(recipe: Recipe, run: RunDir) -> Callable[[], StudentFormat]:
     """The student's chat template and tokens, read when they are first wanted."""
-    return cache(lambda: read_student_text(student_folder(recipe, run), recipe.student.max_length))
+    return cache(lambda: read_student_format(student_folder(recipe, run), recipe.student.max_length))
 
 
-def judge_of(recipe: Recipe) -> Endpoint:
+def judge_endpoint(recipe: Recipe) -> Endpoint:
     """The endpoint that judges."""
     return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
 
 
-def spent_by(run: RunDir, *, estimated: bool = False) -> Cost:
+def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
     """What may have been billed to a run until now; of it only what is estimated, if asked for."""
     store = run.cache / "teacher.db"
     return Cost(*billed_to_run(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
-def asker(
+def ask_backend(
     endpoint: Endpoint, store: Store, run: str, budget: BudgetTracker | None = None, say: Callable[[str], None] = noop
-) -> Ask:
+) -> AskBackend:
     """Requests to an endpoint through the store, within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -106,7 +108,7 @@ def asker(
     return ask
 
 
-def generator(
+def generate_backend(
     recipe: Recipe, run: RunDir
 ) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress, Callable[[Completion], None]], list[Completion]]:
     """The greedy answers of a round's student."""
@@ -143,7 +145,7 @@ def generator(
     return answer
 
 
-def scorer(
+def score_backend(
     recipe: Recipe, run: RunDir
 ) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]:
     """Log-probabilities of given completions by a round's student."""
@@ -166,7 +168,7 @@ def scorer(
     return measure
 
 
-def trainer(
+def train_backend(
     recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
 ) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
@@ -189,31 +191,33 @@ def trainer(
     return fine_tune
 
 
-def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
+def trained_model(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
     """The model's folder and its adapter's, None where train.method `full` has left the whole model in adapter/."""
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classifier(recipe: Recipe, say: Callable[[str], None] = noop) -> Callable[[Path, Path, int, Path, Progress], None]:
+def classify_backend(
+    recipe: Recipe, say: Callable[[str], None] = noop
+) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.training.classifier import ClassifyJob, classify
 
-        take_gpu(CLASSIFIER, "the classifier", say)
+        take_gpu(CLASSIFIER_GPU_BYTES, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 
     return sort
 
 
-def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
+def export_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
     """What a round keeps as its student: an adapter merged into its base, or by itself."""
 
     def write(adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export.export import ExportJob, export
 
-        model, lora = trained(recipe, run, adapter)
+        model, lora = trained_model(recipe, run, adapter)
         quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
         if alone:
             base_of(recipe, run, progress, anew=out.parent == run.round(0))
@@ -225,13 +229,13 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
     return write
 
 
-def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path, Progress], None]:
+def gate_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path, Progress], None]:
     """The comparison of the GGUF with the trained model."""
 
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export.gate import GateJob, pass_gate
 
-        model, lora = trained(recipe, run, adapter)
+        model, lora = trained_model(recipe, run, adapter)
         opened = student_of(recipe, run, gguf)
         progress(0, 0, memory_words(model))
         job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, lora, opened.adapter)
@@ -240,7 +244,7 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
     return compare
 
 
-def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
+def ship_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
     """A round's student as one whole GGUF with its gate's report, and a Modelfile for Ollama."""
 
     def pack(student: Path, out: Path, progress: Progress) -> None:
@@ -266,18 +270,18 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
     return pack
 
 
-def checker(recipe: Recipe) -> Checker | None:
+def recipe_checker(recipe: Recipe) -> Checker | None:
     """What tells right answers from wrong ones, where the recipe names it."""
     if recipe.checker is None:
         return None
     if recipe.checker == "tasks":
-        return by_task(recipe)
+        return task_checker(recipe)
     from tapir_local.pocket.world import check_answer
 
     return lambda row, answer: check_answer(instruction_of(row.prompt), answer)
 
 
-def by_task(recipe: Recipe) -> Checker:
+def task_checker(recipe: Recipe) -> Checker:
     """Each task's own checker; None for a task that has none."""
     from tapir_local.method.checkers import CHECKERS
 

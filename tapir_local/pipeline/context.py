@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tapir_local.method.metrics import Checker
-from tapir_local.pipeline.lockfile import Locked, lock
-from tapir_local.pipeline.student_text import StudentText, sift, unfit_answers, unfit_prompts
+from tapir_local.pipeline.context import LockedCall, lock_calls
+from tapir_local.pipeline.row_check import StudentFormat, unfit_answers, unfit_prompts
+from tapir_local.pipeline.run_rows import split_usable
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
@@ -16,7 +17,7 @@ from tapir_local.store.thinking import strip_thoughts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
 Progress = Callable[[int, int, str], None]
-Ask = Callable[[Sequence[Request], Progress], list[Answer]]
+AskBackend = Callable[[Sequence[Request], Progress], list[Answer]]
 
 
 def nothing() -> None:
@@ -24,11 +25,11 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Tools:
+class Backends:
     """All that a stage may do to the world beyond its own run's folder."""
 
-    teacher: Ask
-    judge: Ask
+    teacher: AskBackend
+    judge: AskBackend
     # GGUF, prompts, their ids; the last is given each answer as soon as it is done
     generate: Callable[
         [Path, Sequence[Prompt], Sequence[str], Progress, Callable[[Completion], None]], list[Completion]
@@ -40,7 +41,7 @@ class Tools:
     # GGUF, prompts with completions; the last is given each result, whose id is its text's number
     score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]
     ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
-    student_text: Callable[[], StudentText]  # the student's chat template and tokens
+    student_text: Callable[[], StudentFormat]  # the student's chat template and tokens
     begin: Callable[[], None] = nothing  # called once the run is held, before its first step
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
@@ -52,12 +53,12 @@ class Work:
 
     recipe: Recipe
     run: RunDir
-    tools: Tools
+    tools: Backends
     number: int = 0
     step: str = ""
     progress: Progress = lambda done, total, text: None
     tally: dict[str, int] = field(default_factory=lambda: {"paid": 0, "hits": 0})
-    calls: list[Locked] = field(default_factory=list)
+    calls: list[LockedCall] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -68,7 +69,7 @@ class Work:
         """The stage's own source of chance."""
         return random.Random(f"{self.recipe.random_seed}-{stage}-{self.number}")
 
-    def ask(self, ask: Ask, requests: Sequence[Request]) -> list[Answer]:
+    def ask(self, ask: AskBackend, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, counted as paid or hits, their calls recorded in tapir.lock."""
         answers = ask(requests, self.progress) if requests else []
         if self.endpoint_of(ask).thinking == "strip":  # whoever answers: what is not asked through the store, too
@@ -77,12 +78,12 @@ class Work:
         self.tally["hits"] += hits
         self.tally["paid"] += len(answers) - hits
         pairs = zip(requests, answers, strict=True)
-        self.calls += [Locked(self.step, request.row, answer.key) for request, answer in pairs if answer.key]
+        self.calls += [LockedCall(self.step, request.row, answer.key) for request, answer in pairs if answer.key]
         if self.calls:
-            lock(self.run, self.step, self.calls)
+            lock_calls(self.run, self.step, self.calls)
         return answers
 
-    def endpoint_of(self, ask: Ask) -> Endpoint:
+    def endpoint_of(self, ask: AskBackend) -> Endpoint:
         """Who answers: the teacher, or the judge where it is another."""
         judges = ask is self.tools.judge and ask is not self.tools.teacher
         return self.recipe.judge if judges and self.recipe.judge.kind != "teacher" else self.recipe.teacher
@@ -134,24 +135,26 @@ class Stage:
     resumes: str = ""
 
 
-def askable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+def split_askable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """The rows that the student can be asked, and the others: refused by its chat template, or without room."""
     if not rows:
         return [], []
     student = work.tools.student_text()
-    return sift(rows, work.step, lambda some: unfit_prompts(student, [row.prompt for row in some]), work.progress)
+    return split_usable(
+        rows, work.step, lambda some: unfit_prompts(student, [row.prompt for row in some]), work.progress
+    )
 
 
-def trainable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+def split_trainable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """The rows that the student can be trained on, and the others: changed by its chat template, or too long."""
     if not rows:
         return [], []
     student = work.tools.student_text()
     check = lambda some: unfit_answers(student, [(row.prompt, row.completion) for row in some])  # noqa: E731
-    return sift(rows, work.step, check, work.progress)
+    return split_usable(rows, work.step, check, work.progress)
 
 
-def answered(
+def answer_rows(
     work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt], *, trained: bool = True
 ) -> tuple[list[Example], list[Unusable]]:
     """Rows with the teacher's replies to `asked` as their completions, and those without one that is of use.
@@ -162,14 +165,14 @@ def answered(
     found, unusable = list[Example](), list[Unusable]()
     for row, reply in zip(rows, work.ask(work.tools.teacher, requests), strict=True):
         if reply.complete:
-            found.append(replace(row, completion=trimmed(reply.text)))
+            found.append(replace(row, completion=trim_reply(reply.text)))
         else:
-            unusable.append(unanswered(work, row, reply))
-    kept, unfit = trainable(work, found) if trained else (found, [])
+            unusable.append(unusable_reply(work, row, reply))
+    kept, unfit = split_trainable(work, found) if trained else (found, [])
     return kept, unusable + unfit
 
 
-def trimmed(text: str) -> str:
+def trim_reply(text: str) -> str:
     """A reply without blank lines around it. The indentation of its first line, as of code, belongs to it; the one
     space with which many tokenizers begin a reply does not."""
     lines = text.rstrip().split("\n")
@@ -178,7 +181,7 @@ def trimmed(text: str) -> str:
     return kept if kept.startswith(("  ", "\t")) else kept.lstrip()
 
 
-def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:
+def unusable_reply(work: Work, row: Example, reply: Answer) -> Unusable:
     """The record of a row to which the teacher gave no whole answer."""
     kinds = {
         "length": "cut at teacher.max_tokens",
@@ -186,11 +189,11 @@ def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:
         "refused": "refused by the server",
     }
     kind = kinds.get(reply.finish, "empty reply" if not reply.text.strip() else "reply not whole")
-    more = more_room(work) if reply.finish == "length" else ""
+    more = advise_max_tokens(work) if reply.finish == "length" else ""
     return Unusable(work.step, row.id, kind, reply.why or more, instruction_of(row.prompt)[:BRIEF])
 
 
-def more_room(work: Work) -> str:
+def advise_max_tokens(work: Work) -> str:
     """How to get the answers whole that were cut: only those are paid again."""
     stage, size = work.step.rpartition("/")[2], 2 * work.recipe.teacher.max_tokens
     undo = f"tapir-local redo {work.run.name} --from {stage}" + (f" --round {work.number}" if work.number else "")

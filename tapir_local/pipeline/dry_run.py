@@ -16,10 +16,10 @@ from typing import Any
 from tapir_local.assets import chat_template, model_folder
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge
-from tapir_local.pipeline.backends import judge_of
-from tapir_local.pipeline.context import Tools, Work
-from tapir_local.pipeline.loop import Step, missing_file, refuse_changed, sequence
-from tapir_local.pipeline.student_text import StudentText, any_student, read_student_text
+from tapir_local.pipeline.backends import judge_endpoint
+from tapir_local.pipeline.context import Backends, Work
+from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
+from tapir_local.pipeline.row_check import StudentFormat, placeholder_format, read_student_format
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
@@ -32,15 +32,15 @@ from tapir_local.teacher.endpoint import endpoint_identity, request_body
 from tapir_local.teacher.session import AskSession
 
 LETTERS = 4  # characters of a token, roughly, in English; used until the store knows a stage's calls
-FRAME = 150  # tokens of the prompt around an instruction, roughly
-WRITTEN = {"label": 12, "tasks": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
-ANSWER = 250  # and of an answer
-SHOWN = {"judge": 2, "holdout-judge": 2, "refine": 1}  # answers that stand in a prompt
-DRAFTS = 1.25  # drafts for a row that is kept, roughly
+PROMPT_FRAME_TOKENS = 150  # tokens of the prompt around an instruction, roughly
+REPLY_TOKENS = {"label": 12, "tasks": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # tokens of a reply, roughly
+EXPECTED_ANSWER_TOKENS = 250  # and of an answer
+ANSWERS_IN_PROMPT = {"judge": 2, "holdout-judge": 2, "refine": 1}  # answers that stand in a prompt
+DRAFTS_PER_ROW = 1.25  # drafts for a row that is kept, roughly
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class CostEstimate:
     """What a step will take. `hits` are in the store already; `money` is of the rest, None where the price is unknown.
 
     `exact` says that calls and hits were counted request by request; else they are estimates and hits unknown.
@@ -59,12 +59,12 @@ class Foreseen:
         return self.calls - (self.hits or 0)
 
 
-class Unreached(Exception):
+class MissingInput(Exception):
     """The rest of a stage depends on what is not there yet."""
 
 
 @dataclass
-class Scout:
+class DryRun:
     """Tools that send nothing, and what they were asked in the present step."""
 
     recipe: Recipe
@@ -72,15 +72,15 @@ class Scout:
     asked: list[tuple[Request, Endpoint]] = field(default_factory=list)
     missing: list[tuple[Request, Endpoint]] = field(default_factory=list)
 
-    def tools(self) -> Tools:
+    def tools(self) -> Backends:
         """What a stage is given: questions are looked up, and nothing is trained or generated."""
 
         def unreached(*_: Any) -> Any:
-            raise Unreached
+            raise MissingInput
 
-        return Tools(
+        return Backends(
             teacher=lambda requests, _: self.look_up(requests, self.recipe.teacher),
-            judge=lambda requests, _: self.look_up(requests, judge_of(self.recipe)),
+            judge=lambda requests, _: self.look_up(requests, judge_endpoint(self.recipe)),
             generate=unreached,
             classify=unreached,
             train=unreached,
@@ -88,7 +88,7 @@ class Scout:
             score=unreached,
             gate=unreached,
             ship=unreached,
-            student_text=lambda: student_text(self.recipe),
+            student_text=lambda: dry_run_format(self.recipe),
         )
 
     def look_up(self, requests: Sequence[Request], endpoint: Endpoint) -> list[Answer]:
@@ -96,39 +96,39 @@ class Scout:
         self.asked += [(request, endpoint) for request in requests]
         if not self.store:
             self.missing += [(request, endpoint) for request in requests]
-            raise Unreached
+            raise MissingInput
         session = AskSession(requests, endpoint, self.store, "")
         jobs = session.look_up()
         self.missing += [(requests[place], endpoint) for job in jobs for place in job.places[:1]]
         if jobs:
-            raise Unreached
+            raise MissingInput
         return [answer for answer in session.answers if answer]
 
 
-def student_text(recipe: Recipe) -> StudentText:
+def dry_run_format(recipe: Recipe) -> StudentFormat:
     """The student's chat template and tokens; where the student would first be downloaded, one that takes every row."""
     settings = recipe.student
     if settings.path != "pocket" and not Path(settings.path).is_dir():
-        return any_student(settings.max_length)
+        return placeholder_format(settings.max_length)
     template = chat_template(settings.chat_template) if settings.chat_template else None
-    return read_student_text(model_folder(settings.path), settings.max_length, template)
+    return read_student_format(model_folder(settings.path), settings.max_length, template)
 
 
-def forecast(recipe: Recipe, run: RunDir) -> list[Foreseen]:
+def estimate_costs(recipe: Recipe, run: RunDir) -> list[CostEstimate]:
     """Every step still to do that asks somebody; nothing is sent or written."""
-    refuse_changed(recipe, run)
+    refuse_changed_recipe(recipe, run)
     path = run.cache / "teacher.db"
     with ExitStack() as stack:
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
         known = mean_tokens_by_stage(path) if path.exists() else {}
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
-        link(run.path, copy.path)
-        steps = sequence(copy, recipe.rounds)
-        found = [foresee(step, recipe, copy, store, known) for step in steps if not step.done]
+        link_files(run.path, copy.path)
+        steps = list_steps(copy, recipe.rounds)
+        found = [estimate_step(step, recipe, copy, store, known) for step in steps if not step.done]
     return [row for row in found if row.calls]
 
 
-def link(source: Path, target: Path) -> None:
+def link_files(source: Path, target: Path) -> None:
     """A folder whose files are links to another's."""
     target.mkdir(parents=True)
     for folder, _, files in os.walk(source):
@@ -139,47 +139,47 @@ def link(source: Path, target: Path) -> None:
             (place / name).symlink_to((Path(folder) / name).absolute())
 
 
-def foresee(
+def estimate_step(
     step: Step, recipe: Recipe, copy: RunDir, store: Store | None, known: Mapping[str, tuple[float, float]]
-) -> Foreseen:
+) -> CostEstimate:
     """A step played through, or estimated where it cannot be."""
-    scout = Scout(recipe, store)
+    scout = DryRun(recipe, store)
     step.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         step.stage.run(Work(recipe, copy, scout.tools(), step.number or 0, step.name), step.output)
-    except Unreached:
+    except MissingInput:
         pass
     except FileNotFoundError as error:
-        if not awaited(error, recipe, copy):
-            raise missing_file(error, copy, step.name) from error
+        if not is_pending_output(error, recipe, copy):
+            raise missing_file_error(error, copy, step.name) from error
     done = step.done
     if step.stage.name == "tasks" and not done:
         # The split between holdout and seeds will be another; what is asked of both together is the same.
-        write_rows(step.output, [replace(row, task="Others") for row in rows_of(copy)])
+        write_rows(step.output, [replace(row, task="Others") for row in rows_read_so_far(copy)])
     if scout.asked:
-        return counted(step, scout, known) if done else with_rest(counted(step, scout, known), step)
-    return Foreseen(step.name, 0, 0, 0, 0, 0.0, True) if done else estimated(step, recipe, copy, known)
+        return count_calls(step, scout, known) if done else with_later_drafts(count_calls(step, scout, known), step)
+    return CostEstimate(step.name, 0, 0, 0, 0, 0.0, True) if done else estimate_by_recipe(step, recipe, copy, known)
 
 
-def awaited(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
+def is_pending_output(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
     """Whether what a stage did not find is the output of a step that is still to be done."""
     missing = Path(str(error.filename))
-    outputs = [step.output for step in sequence(copy, recipe.rounds) if not step.done]
+    outputs = [step.output for step in list_steps(copy, recipe.rounds) if not step.done]
     return any(missing == output or output in missing.parents for output in outputs)
 
 
-def counted(step: Step, scout: Scout, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+def count_calls(step: Step, scout: DryRun, known: Mapping[str, tuple[float, float]]) -> CostEstimate:
     """What a step asked for, and what of it would be paid; equal requests are paid once."""
     unique = {
         keys.request_key(endpoint_identity(endpoint), request_body(request, endpoint), request.draw): request
         for request, endpoint in scout.missing
     }
-    sizes = [sizes_of(request, known) for request in unique.values()]
+    sizes = [request_tokens(request, known) for request in unique.values()]
     tokens = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-    return priced(step, len(scout.asked), len(scout.asked) - len(unique), *tokens, scout.asked[0][1])
+    return make_estimate(step, len(scout.asked), len(scout.asked) - len(unique), *tokens, scout.asked[0][1])
 
 
-def with_rest(found: Foreseen, step: Step) -> Foreseen:
+def with_later_drafts(found: CostEstimate, step: Step) -> CostEstimate:
     """An expansion with the drafts that it asks for once its first ones are there; any other step as it is."""
     path = step.output.parent / "plan.json"
     wanted = read_record(RoundPlan, path).to_write if step.stage.name == "expand" and path.exists() else 0
@@ -191,28 +191,36 @@ def with_rest(found: Foreseen, step: Step) -> Foreseen:
     return replace(found, calls=wanted, tokens_in=sizes[0], tokens_out=sizes[1], money=money)
 
 
-def sizes_of(request: Request, known: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+def request_tokens(request: Request, known: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
     """Tokens of a request, by its letters, and of its reply, as the stage's others were."""
     letters = sum(len(turn.content) for turn in request.messages)
-    written = known[request.stage][1] if request.stage in known else WRITTEN.get(request.stage, ANSWER)
-    return letters / LETTERS, min(written, request.max_tokens)
+    rows_to_write = (
+        known[request.stage][1] if request.stage in known else REPLY_TOKENS.get(request.stage, EXPECTED_ANSWER_TOKENS)
+    )
+    return letters / LETTERS, min(rows_to_write, request.max_tokens)
 
 
-def estimated(step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+def estimate_by_recipe(
+    step: Step, recipe: Recipe, copy: RunDir, known: Mapping[str, tuple[float, float]]
+) -> CostEstimate:
     """What a step that cannot be played through may ask, by the recipe and the number of seeds."""
     if step.stage.name == "tasks":
-        return unsure(step, recipe, rows_of(copy), known)
-    stage, instructions = step.stage.name, [instruction_of(row.prompt) for row in rows_of(copy)]
+        return estimate_unsure_labels(step, recipe, rows_read_so_far(copy), known)
+    stage, instructions = step.stage.name, [instruction_of(row.prompt) for row in rows_read_so_far(copy)]
     calls = expected_calls(stage, step.number or 0, recipe, len(instructions))
-    instruction = statistics.fmean(map(len, instructions)) / LETTERS if instructions else FRAME
+    instruction = statistics.fmean(map(len, instructions)) / LETTERS if instructions else PROMPT_FRAME_TOKENS
     alone = stage.endswith("judge") and recipe.judge.mode == "single"
-    shown = (1 if alone else SHOWN.get(stage, 0)) * ANSWER
-    size_in, size_out = known.get(stage, (FRAME + instruction + shown, WRITTEN.get(stage, ANSWER)))
-    endpoint = judge_of(recipe) if stage.endswith("judge") else recipe.teacher
-    return priced(step, calls, None, calls * size_in, calls * size_out, endpoint)
+    shown = (1 if alone else ANSWERS_IN_PROMPT.get(stage, 0)) * EXPECTED_ANSWER_TOKENS
+    size_in, size_out = known.get(
+        stage, (PROMPT_FRAME_TOKENS + instruction + shown, REPLY_TOKENS.get(stage, EXPECTED_ANSWER_TOKENS))
+    )
+    endpoint = judge_endpoint(recipe) if stage.endswith("judge") else recipe.teacher
+    return make_estimate(step, calls, None, calls * size_in, calls * size_out, endpoint)
 
 
-def unsure(step: Step, recipe: Recipe, rows: Sequence[Example], known: Mapping[str, tuple[float, float]]) -> Foreseen:
+def estimate_unsure_labels(
+    step: Step, recipe: Recipe, rows: Sequence[Example], known: Mapping[str, tuple[float, float]]
+) -> CostEstimate:
     """The most labels that a classifier, not trained yet, can leave to the teacher; requests as for other labels."""
     settings = recipe.classifier
     unlabelled = [row for row in rows if not row.task]
@@ -220,12 +228,12 @@ def unsure(step: Step, recipe: Recipe, rows: Sequence[Example], known: Mapping[s
     if not settings.ask_below or not recipe.can_expand:
         calls = 0
     requests = [Request(prompts.classify(row.prompt, recipe.task_table()), row.id, "label") for row in unlabelled[:100]]
-    sizes = [sizes_of(request, known) for request in requests] or [(0.0, 0.0)]
+    sizes = [request_tokens(request, known) for request in requests] or [(0.0, 0.0)]
     size_in, size_out = (statistics.fmean(size[side] for size in sizes) for side in (0, 1))
-    return priced(step, calls, None, calls * size_in, calls * size_out, recipe.teacher)
+    return make_estimate(step, calls, None, calls * size_in, calls * size_out, recipe.teacher)
 
 
-def rows_of(copy: RunDir) -> list[Example]:
+def rows_read_so_far(copy: RunDir) -> list[Example]:
     """The seeds as read, [] where that has not been done."""
     path = copy.path / "rows.jsonl"
     return read_rows(Example, path) if path.exists() else []
@@ -238,13 +246,15 @@ def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
     is in the store.
     """
     plan, held = recipe.curriculum, recipe.seeds.holdout
-    pool = rows - held + sum(written(plan, n)[0] for n in range(1, number))
+    pool = rows - held + sum(rows_to_write(plan, n)[0] for n in range(1, number))
     drawn = min(pool, plan.pool or pool)
     judged, alone = recipe.judge.kind != "reference", recipe.judge.mode == "single"
-    new, refined = written(plan, number) if number and recipe.can_expand else (0, 0)
-    again = 1.0 if plan.name == "reflection" else DRAFTS  # of a rewriting there is one draft
+    new, refined = rows_to_write(plan, number) if number and recipe.can_expand else (0, 0)
+    again = 1.0 if plan.name == "reflection" else DRAFTS_PER_ROW  # of a rewriting there is one draft
     asked = {
-        "judge": (drawn + (new_answers(recipe, number, pool, drawn) if alone else drawn)) * judged * is_judged(plan),
+        "judge": (drawn + (unscored_answers(recipe, number, pool, drawn) if alone else drawn))
+        * judged
+        * is_judged(plan),
         "holdout-judge": (1 if alone and number else 2) * held * judged,
         "expand": round(new * (again + plan.check_drafts)),
         "refine": refined + refined * plan.check_answers,
@@ -252,7 +262,7 @@ def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
     return asked.get(stage, 0)
 
 
-def new_answers(recipe: Recipe, number: int, pool: int, drawn: int) -> int:
+def unscored_answers(recipe: Recipe, number: int, pool: int, drawn: int) -> int:
     """Teacher's answers among a round's `drawn` rows that no earlier round has scored, roughly.
 
     Those of rows that no draw has taken, and those that the round before wrote or rewrote.
@@ -260,11 +270,11 @@ def new_answers(recipe: Recipe, number: int, pool: int, drawn: int) -> int:
     if number <= 1 or not pool:
         return drawn
     share, plan = drawn / pool, recipe.curriculum
-    rewritten = written(plan, number - 1)[1] if recipe.can_expand else 0
+    rewritten = rows_to_write(plan, number - 1)[1] if recipe.can_expand else 0
     return min(drawn, round(drawn * (1 - share) ** (number - 1) + rewritten * share))
 
 
-def written(plan: Curriculum, number: int) -> tuple[int, int]:
+def rows_to_write(plan: Curriculum, number: int) -> tuple[int, int]:
     """(new instructions, answers) that the teacher writes in round `number` of a curriculum, its shortages left out."""
     if plan.name in ("lion", "reflection"):
         return plan.rows, plan.rows
@@ -275,10 +285,10 @@ def written(plan: Curriculum, number: int) -> tuple[int, int]:
     return new, {"hard": round(hard), "all": plan.rows, "off": new}[plan.refine]
 
 
-def priced(
+def make_estimate(
     step: Step, calls: int, hits: int | None, tokens_in: float, tokens_out: float, endpoint: Endpoint
-) -> Foreseen:
+) -> CostEstimate:
     """A forecast with its money."""
     sizes = round(tokens_in), round(tokens_out)
     exact = hits is not None and step.stage.name != "expand"  # rejected drafts are written again
-    return Foreseen(step.name, calls, hits, *sizes, money_for_tokens(endpoint_price(endpoint), *sizes), exact)
+    return CostEstimate(step.name, calls, hits, *sizes, money_for_tokens(endpoint_price(endpoint), *sizes), exact)

@@ -13,10 +13,18 @@ from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
 from tapir_local.method.parents import Parents
 from tapir_local.method.screening import fault_of, most_openings, opening, own_sentences
-from tapir_local.pipeline.context import Work, answered
+from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.judge import score_answers
 from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instructions
-from tapir_local.pipeline.rows import all_known, child_of, holdout_index, pool, seeds, with_room
+from tapir_local.pipeline.run_rows import (
+    answer_rows,
+    holdout_index,
+    make_child,
+    read_answered_seeds,
+    read_known_rows,
+    read_pool,
+    reject_unfit,
+)
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
 from tapir_local.rundir import read_record, read_rows, write_rows
@@ -24,12 +32,12 @@ from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
 DRAWS_PER_ROUND = 1000
-FIRST = 50  # drafts of a round after which it is first asked whether more are worth their price
+FIRST_DRAFTS = 50  # drafts of a round after which it is first asked whether more are worth their price
 FEW, HOPELESS = 10, 0.8  # drafts, and the share of them rejected from which no more are asked for
-FEW_STEPS = 10  # steps of training below which a round is said to have few
+MIN_TRAINING_STEPS = 10  # steps of training below which a round is said to have few
 SAME_OPENING = "begins as too many others do"
 # What to do where no row can be trained on, by the commonest reason.
-ADVICE: Mapping[str, str] = {
+EMPTY_ROUND_ADVICE: Mapping[str, str] = {
     UNREAD: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
     POOR: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
     "curriculum.teacher_floor lower.",
@@ -39,7 +47,7 @@ ADVICE: Mapping[str, str] = {
 
 
 @dataclass
-class Group:
+class OpenExpansion:
     """One expansion of the plan at work: its parents, and how many new rows are still missing."""
 
     expansion: Expansion
@@ -47,29 +55,29 @@ class Group:
     missing: int
 
 
-def expand(work: Work, out: Path) -> str:
+def expand_stage(work: Work, out: Path) -> str:
     """New instructions grown from rows of the pool, and the drafts that were rejected."""
     planned = read_record(RoundPlan, work.folder / "plan.json")
     if planned.reflected:
         return reflect_on_instructions(work, planned, out)
-    settings, rows = work.recipe.curriculum, {row.id: row for row in pool(work)}
-    groups = [Group(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
-    screen, drafts, stopped = Screen(work, planned), list[Draft](), ""
+    settings, rows = work.recipe.curriculum, {row.id: row for row in read_pool(work)}
+    groups = [OpenExpansion(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
+    screen, drafts, stopped = DraftScreen(work, planned), list[Draft](), ""
     for _ in range(settings.drafts):
         wanted = [(group, rows[id]) for group in groups for id in group.parents.take(group.missing)]
-        for part in (wanted[:FIRST], wanted[FIRST:]) if not drafts else (wanted,):
-            found = draft_rows(work, part, drafts, screen)
+        for part in (wanted[:FIRST_DRAFTS], wanted[FIRST_DRAFTS:]) if not drafts else (wanted,):
+            found = write_drafts(work, part, drafts, screen)
             drafts += found
-            if stopped := hopeless(found):
+            if stopped := stop_reason(found):
                 break
         if stopped:
             break
     write_rows(out, drafts)
-    return told(drafts, sum(group.missing for group in groups), stopped, screen.unchecked)
+    return summarize_drafts(drafts, sum(group.missing for group in groups), stopped, screen.unchecked)
 
 
-def draft_rows(
-    work: Work, wanted: Sequence[tuple[Group, Example]], before: Sequence[Draft], screen: "Screen"
+def write_drafts(
+    work: Work, wanted: Sequence[tuple[OpenExpansion, Example]], before: Sequence[Draft], screen: "Screen"
 ) -> list[Draft]:
     """One draft of each parent, screened; what is kept is counted where it was missing."""
     asked = [(row, group.expansion.manner) for group, row in wanted]
@@ -84,11 +92,11 @@ def draft_rows(
     return found
 
 
-class Screen:
+class DraftScreen:
     """What a round's drafts are held against: known rows, the holdout, words of ours, and what was kept before."""
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
-        self.near, self.held = indices(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
+        self.near, self.held = dedup_indexes(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
         self.ours = own_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
         self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
@@ -125,16 +133,16 @@ class Screen:
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
 
-def indices(work: Work) -> tuple[DedupIndex, DedupIndex]:
+def dedup_indexes(work: Work) -> tuple[DedupIndex, DedupIndex]:
     """What a draft may not resemble: all rows that are known, and the holdout."""
-    near, rows = DedupIndex(work.recipe.curriculum.max_rouge), all_known(work)
+    near, rows = DedupIndex(work.recipe.curriculum.max_rouge), read_known_rows(work)
     near.learn(rows)
     for row in rows:
         near.add(row)
     return near, holdout_index(work)
 
 
-def hopeless(found: Sequence[Draft]) -> str:
+def stop_reason(found: Sequence[Draft]) -> str:
     """Why no more drafts are asked for after these, "" where they were worth it."""
     rejected = [draft for draft in found if draft.reason]
     if len(found) < FEW or len(rejected) < HOPELESS * len(found):
@@ -142,7 +150,7 @@ def hopeless(found: Sequence[Draft]) -> str:
     return f"no more asked for, because {len(rejected):,} of {len(found):,} drafts were rejected"
 
 
-def told(drafts: Sequence[Draft], short: int, stopped: str = "", unchecked: int = 0) -> str:
+def summarize_drafts(drafts: Sequence[Draft], short: int, stopped: str = "", unchecked: int = 0) -> str:
     """What became of the drafts, in a phrase, with the commonest reasons why they were rejected."""
     rejected = Counter(draft.reason.partition(":")[0] for draft in drafts if draft.reason)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(COMMON))
@@ -165,13 +173,13 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Se
         requests.append(work.request("expand", parent.id, messages, draw=draw))
     answers = work.ask(work.tools.teacher, requests)
     drafts = [
-        read_draft(work.number, len(before) + n, parent, reply)
+        parse_draft(work.number, len(before) + n, parent, reply)
         for n, ((parent, _), reply) in enumerate(zip(parents, answers, strict=True))
     ]
-    return with_room(work, drafts)
+    return reject_unfit(work, drafts)
 
 
-def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:
+def parse_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:
     """The new instruction in a reply, or why there is none."""
     text = judging.parse_instruction(reply.text) if reply.complete else None
     reason = (
@@ -179,27 +187,27 @@ def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draf
         if text
         else ("no new instruction in the reply" if reply.complete else f"the reply is not whole ({reply.finish})")
     )
-    return Draft(child_of(parent, number, serial, text or ""), reason)
+    return Draft(make_child(parent, number, serial, text or ""), reason)
 
 
-def refine(work: Work, out: Path) -> str:
+def refine_stage(work: Work, out: Path) -> str:
     """This round's rows with the answers that they are to be trained on, in random order."""
     planned = read_record(RoundPlan, work.folder / "plan.json")
     if planned.reflected:
         rows, said = reflect_on_answers(work, planned)
     elif planned.drawn:
-        chosen = {row.id: row for row in seeds(work)}
+        chosen = {row.id: row for row in read_answered_seeds(work)}
         rows, said = [chosen[id] for id in planned.drawn], "the seeds' own answers"
     else:
-        rows, said = hard_and_easy(work, planned)
+        rows, said = hard_and_easy_rows(work, planned)
     if not rows:
-        raise nothing_to_train_on(work, planned)
+        raise empty_round_error(work, planned)
     work.chance("refine").shuffle(rows)
     write_rows(out, rows)
-    return "; ".join([f"{len(rows):,} rows, {said}", *few_rows(work.recipe, len(rows))])
+    return "; ".join([f"{len(rows):,} rows, {said}", *warn_few_rows(work.recipe, len(rows))])
 
 
-def nothing_to_train_on(work: Work, planned: RoundPlan) -> TapirError:
+def empty_round_error(work: Work, planned: RoundPlan) -> TapirError:
     """The error of a round without a row: why none was taken, with what would change that."""
     judgements = read_rows(Judgement, work.folder / "judgements.jsonl")
     reasons = Counter[str]() if planned.to_write else untaken(judgements, work.recipe.curriculum)
@@ -217,19 +225,19 @@ def nothing_to_train_on(work: Work, planned: RoundPlan) -> TapirError:
     )
 
 
-def few_rows(recipe: Recipe, rows: int) -> list[str]:
+def warn_few_rows(recipe: Recipe, rows: int) -> list[str]:
     """Warnings of a round that has far fewer rows than were asked, or makes few steps of training."""
     asked, few = recipe.curriculum.rows, []
     if recipe.curriculum.name != "all" and rows < asked / 2:
         few = [f"WARNING: {rows:,} of the {asked:,} rows asked (curriculum.rows), less than half"]
-    return [*few, *few_steps(recipe, rows)]
+    return [*few, *warn_few_steps(recipe, rows)]
 
 
-def few_steps(recipe: Recipe, rows: int) -> list[str]:
+def warn_few_steps(recipe: Recipe, rows: int) -> list[str]:
     """A warning of a round whose rows make few steps of training; packed, their lengths decide that."""
     train = recipe.train
     steps = math.ceil(train.epochs * math.ceil(rows / train.batch_size))
-    if steps >= FEW_STEPS or train.packing:
+    if steps >= MIN_TRAINING_STEPS or train.packing:
         return []
     return [
         f"{rows:,} rows make {steps:,} steps of train.batch_size ({train.batch_size}), too few to learn much: "
@@ -237,27 +245,27 @@ def few_steps(recipe: Recipe, rows: int) -> list[str]:
     ]
 
 
-def hard_and_easy(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
+def hard_and_easy_rows(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
     """Hard and new rows with their answers, easy ones as they are or styled too; and what to say of them."""
-    rows = {row.id: row for row in pool(work)}
+    rows = {row.id: row for row in read_pool(work)}
     old, easy = [rows[id] for id in planned.hard], [rows[id] for id in planned.replay]
     new = [draft.example for draft in read_rows(Draft, work.folder / "expanded.jsonl") if not draft.reason]
     asked = len(new) if planned.styled == "none" else len(old) + len(new)
     found, unusable = (
-        ask_plain(work, new) if planned.styled == "none" else ask_styled(work, before_styling(work, old) + new)
+        ask_plain(work, new) if planned.styled == "none" else ask_refined(work, before_refinement(work, old) + new)
     )
     hard = old + found if planned.styled == "none" else found
     if planned.styled == "all":
-        easy, unstyled = style_plain(work, easy)
+        easy, unstyled = refine_unrefined(work, easy)
         asked, unusable = asked + len(planned.replay), unusable + unstyled
-    poor = poor_answers(work, [row for row in hard + easy if rows.get(row.id) != row])
+    poor = low_scored_answers(work, [row for row in hard + easy if rows.get(row.id) != row])
     work.leave_out(unusable, asked, poor)
-    hard, easy = (without(group, poor) for group in (hard, easy))
+    hard, easy = (drop_rows(group, poor) for group in (hard, easy))
     share = len(hard) / max(1, len(hard) + len(easy))
     return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + left_out([*unusable, *poor])
 
 
-def poor_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
+def low_scored_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
     """The rows whose new answers the judge scores below the floor, where the recipe asks for it.
 
     A row is not among them where no score could be read.
@@ -273,35 +281,37 @@ def poor_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
     ]
 
 
-def without(rows: Sequence[Example], left: Sequence[Unusable]) -> list[Example]:
+def drop_rows(rows: Sequence[Example], left: Sequence[Unusable]) -> list[Example]:
     """The rows that are not left out."""
     ids = {row.id for row in left}
     return [row for row in rows if row.id not in ids]
 
 
-def style_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+def refine_unrefined(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """Rows with a styled answer, what an earlier round has styled being left as it is; and those without one."""
-    plain = {(row.id, row.completion) for row in seeds(work)}
+    plain = {(row.id, row.completion) for row in read_answered_seeds(work)}
     wanting = [row for row in rows if (row.id, row.completion) in plain]
-    found, unusable = ask_styled(work, wanting)
+    found, unusable = ask_refined(work, wanting)
     return found + [row for row in rows if (row.id, row.completion) not in plain], unusable
 
 
-def before_styling(work: Work, rows: Sequence[Example]) -> list[Example]:
+def before_refinement(work: Work, rows: Sequence[Example]) -> list[Example]:
     """Rows as they were before any round styled them: seeds with the plain answer, rows that a round wrote with none.
 
     A row that is hard again is then the same request as before, and its styled answer is in the store.
     """
-    plain = {row.id: row.completion for row in seeds(work)}
+    plain = {row.id: row.completion for row in read_answered_seeds(work)}
     return [replace(row, completion=plain.get(row.id, "")) for row in rows]
 
 
-def ask_styled(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
+def ask_refined(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """Rows with the teacher's answer in their task's style, and those without a whole one."""
     tasks = work.recipe.task_table()
-    return answered(work, "refine", rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows])
+    return answer_rows(
+        work, "refine", rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows]
+    )
 
 
 def ask_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """Rows with the teacher's plain answer, and those without a whole one."""
-    return answered(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])
+    return answer_rows(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])

@@ -10,26 +10,26 @@ from typing import Any, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.judge_quality import percent, quality
-from tapir_local.pipeline.context import Ask, Progress, Work
+from tapir_local.pipeline.context import AskBackend, Progress, Work
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
 from tapir_local.rundir import write_rows
-from tapir_local.unusable import BRIEF as CHARACTERS
+from tapir_local.unusable import QUOTED_CHARACTERS as CHARACTERS
 from tapir_local.unusable import Unusable, record_unusable
 
-S = TypeVar("S")
-Asked = Callable[[str], Prompt]  # from a reply that could not be read, or "", to the request
+ScoreT = TypeVar("S")
+BuildPrompt = Callable[[str], Prompt]  # from a reply that could not be read, or "", to the request
 
-BRIEF = 80  # characters of an unreadable reply that a reason quotes
+QUOTED_CHARACTERS = 80  # characters of an unreadable reply that a reason quotes
 SLOW, SLOW_REQUEST = 60.0, 2.0  # seconds of a stage and of each of its requests from which a local judge is slow
-FEW = 5  # unreadable rows that a message names
-UNASKED = {
+ROWS_NAMED = 5  # unreadable rows that a message names
+NO_ANSWER_REASONS = {
     "too_long": "no answer of the student: the prompt fills its context",
     "refused": "no answer of the student: its chat template refuses the prompt",
 }
 # What is wrong with a judge's replies, each the beginning of a reason, the worst first.
-KINDS = (
+UNREADABLE_KINDS = (
     "no answer of the student",
     "refused by the server",
     "cut at judge.max_tokens",
@@ -38,12 +38,12 @@ KINDS = (
     "no score",
 )
 # What follows a row's id in the names of its requests, and what it stands for.
-SHOWN = {"0": "the teacher's answer first", "1": "the student's answer first"}
-ALONE = {"teacher": "the teacher's answer", "student": "the student's answer"}
+PAIR_ORDERS = {"0": "the teacher's answer first", "1": "the student's answer first"}
+SINGLE_ANSWERS = {"teacher": "the teacher's answer", "student": "the student's answer"}
 
 
 @dataclass
-class Speed:
+class JudgeSpeed:
     """How fast a judge answers what is not in the store: requests, tokens read and written, seconds."""
 
     requests: int = 0
@@ -51,7 +51,7 @@ class Speed:
     tokens_out: int = 0
     seconds: float = 0.0
 
-    def measured(self, ask: Ask) -> Ask:
+    def measured(self, ask: AskBackend) -> AskBackend:
         """The same way to ask, measured."""
 
         def timed(requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -89,7 +89,7 @@ def write_judgements(
 
     A row that the student could not be asked is not judged: there is no answer to pay a judge for.
     """
-    texts, speed = {completion.id: completion.text for completion in completions}, Speed()
+    texts, speed = {completion.id: completion.text for completion in completions}, JudgeSpeed()
     unasked = {completion.id: completion.finish for completion in completions if not completion.asked}
     asked = [row for row in rows if row.id not in unasked]
     if work.recipe.judge.kind == "reference":
@@ -101,12 +101,14 @@ def write_judgements(
     found = [
         replace(by_id[row.id], student_length=len(texts[row.id]), teacher_length=len(row.completion))
         if row.id in by_id
-        else Judgement(row.id, None, None, reason=UNASKED[unasked[row.id]], teacher_length=len(row.completion))
+        else Judgement(
+            row.id, None, None, reason=NO_ANSWER_REASONS[unasked[row.id]], teacher_length=len(row.completion)
+        )
         for row in rows
     ]
     record_unusable(work.run, work.step, unjudged_rows(work.step, rows, found))
     write_rows(out, found)
-    return told(found, judge_name(work.recipe), speed.words(judge_settings(work.recipe)))
+    return summarize_judgements(found, judge_name(work.recipe), speed.words(judge_settings(work.recipe)))
 
 
 def judge_settings(recipe: Recipe) -> Judge:
@@ -129,12 +131,12 @@ def unjudged_rows(step: str, rows: Sequence[Example], judgements: Sequence[Judge
     ]
 
 
-def kind_of(reason: str) -> str:
+def unreadable_kind(judgement_reason: str) -> str:
     """The first of KINDS that a reason names."""
-    return next((kind for kind in KINDS if kind in reason), "not readable")
+    return next((kind for kind in UNREADABLE_KINDS if kind in judgement_reason), "not readable")
 
 
-def told(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
+def summarize_judgements(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
     """How many rows were judged and by whom, how many were not, whether the orders agree, and warnings."""
     found, rows = quality(judgements), len(judgements)
     share = f" ({percent(found.unjudged / rows)})" if found.unjudged else ""
@@ -151,38 +153,47 @@ def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[st
 
 def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Both answers in one request, in both orders: two calls a row."""
-    asked: dict[str, Asked] = {}
+    asked: dict[str, BuildPrompt] = {}
     for row in rows:
         asked[f"{row.id}#0"] = partial(prompts.judge, row.prompt, row.completion, texts[row.id])
         asked[f"{row.id}#1"] = partial(prompts.judge, row.prompt, texts[row.id], row.completion)
     read, why = ask_twice(work, stage, asked, judging.parse_scores, prompts.JUDGEMENT)
     return [
-        judging.combine(row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), reason(row.id, SHOWN, why))
+        judging.combine(
+            row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), judgement_reason(row.id, PAIR_ORDERS, why)
+        )
         for row in rows
     ]
 
 
 def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Each answer in a request of its own; that of the teacher's is the same in every round, and paid for once."""
-    asked: dict[str, Asked] = {}
+    asked: dict[str, BuildPrompt] = {}
     for row in rows:
         asked[f"{row.id}#teacher"] = partial(prompts.judge_single, row.prompt, row.completion)
         asked[f"{row.id}#student"] = partial(prompts.judge_single, row.prompt, texts[row.id])
     read, why = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
-            row.id, read.get(f"{row.id}#teacher"), read.get(f"{row.id}#student"), reason(row.id, ALONE, why)
+            row.id,
+            read.get(f"{row.id}#teacher"),
+            read.get(f"{row.id}#student"),
+            judgement_reason(row.id, SINGLE_ANSWERS, why),
         )
         for row in rows
     ]
 
 
 def ask_twice(
-    work: Work, stage: str, asked: Mapping[str, Asked], parse: Callable[[str], S | None], schema: Mapping[str, Any]
-) -> tuple[dict[str, S], dict[str, str]]:
+    work: Work,
+    stage: str,
+    asked: Mapping[str, BuildPrompt],
+    parse: Callable[[str], ScoreT | None],
+    schema: Mapping[str, Any],
+) -> tuple[dict[str, ScoreT], dict[str, str]]:
     """What was read, by request, and why the others were not: each of these has been asked once more with the error."""
     settings = work.recipe.judge
-    read: dict[str, S] = {}
+    read: dict[str, ScoreT] = {}
     last: dict[str, Answer] = {}
     for _ in range(2):
         missing = [name for name in asked if name not in read and not (name in last and last[name].refused)]
@@ -203,19 +214,19 @@ def ask_twice(
             # A reply that was cut may end in a candidate's own words, quoted: only a whole one counts.
             if reply.complete and (found := parse(reply.text)) is not None:
                 read[name] = found
-    return read, {name: why_unread(last[name]) for name in asked if name not in read}
+    return read, {name: unreadable_reason(last[name]) for name in asked if name not in read}
 
 
 def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, float]:
     """The judge's score of each row's own answer, by id; a row is not there where the reply could not be read."""
-    asked: dict[str, Asked] = {
+    asked: dict[str, BuildPrompt] = {
         f"{row.id}#teacher": partial(prompts.judge_single, row.prompt, row.completion) for row in rows
     }
     read, _ = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
     return {name.removesuffix("#teacher"): score for name, score in read.items()}
 
 
-def why_unread(reply: Answer) -> str:
+def unreadable_reason(reply: Answer) -> str:
     """What is wrong with a judge's reply, and how it begins."""
     begins = " ".join(reply.text.split())
     quoted = f": {begins[:BRIEF]!r}" if begins else ""
@@ -228,7 +239,7 @@ def why_unread(reply: Answer) -> str:
     return f"no score{quoted}" if reply.complete else f"not whole ({reply.finish or 'no finish reason'}){quoted}"
 
 
-def reason(id: str, names: Mapping[str, str], why: Mapping[str, str]) -> str:
+def judgement_reason(id: str, names: Mapping[str, str], why: Mapping[str, str]) -> str:
     """Which replies about a row could not be read, and why; "" where all were."""
     return "; ".join(f"{words}: {why[f'{id}#{name}']}" for name, words in names.items() if f"{id}#{name}" in why)
 
@@ -250,7 +261,7 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
     """Stop where too many rows have no judgement for the plan to mean anything."""
     unjudged, rows = [row for row in judgements if row.teacher is None], len(judgements)
     if len(unjudged) > work.recipe.judge.max_unjudged * rows:
-        first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:FEW])
+        first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:ROWS_NAMED])
         raise TapirError(
             f"{len(unjudged):,} of {rows:,} judgements ({percent(len(unjudged) / rows)}) could not be read; "
             f"judge.max_unjudged allows {percent(work.recipe.judge.max_unjudged)}. The first: {first}",

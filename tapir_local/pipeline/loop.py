@@ -16,10 +16,9 @@ from tapir_local import __version__
 from tapir_local.assets import CHECKOUT
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import Progress, Stage, Tools, Work
-from tapir_local.pipeline.lockfile import unlock
-from tapir_local.pipeline.rounds import BASELINE, PREPARE, ROUND
-from tapir_local.pipeline.ship import SHIP, stale
+from tapir_local.pipeline.context import Backends, Progress, Stage, Work, unlock_steps
+from tapir_local.pipeline.rounds import BASELINE_STAGES, PREPARE, ROUND_STAGES
+from tapir_local.pipeline.ship import SHIP_STAGE, is_model_stale
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import differing, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
@@ -27,9 +26,9 @@ from tapir_local.resumable import forget_partial
 from tapir_local.rundir import RunDir, held, remove, write_json, write_text
 from tapir_local.unusable import forget_unusable
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
 
-WORDS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
+INTERRUPTIONS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Step:
     @property
     def name(self) -> str:
         """`prepare/label`, `round-01/judge`, `end/ship`."""
-        once = "end" if self.stage is SHIP else "prepare"
+        once = "end" if self.stage is SHIP_STAGE else "prepare"
         return f"{once if self.number is None else f'round-{self.number:02d}'}/{self.stage.name}"
 
     @property
@@ -61,22 +60,25 @@ class Watch:
     ends: Callable[[Step, Mapping[str, Any]], None]
 
 
-def sequence(run: RunDir, rounds: int) -> list[Step]:
+def list_steps(run: RunDir, rounds: int) -> list[Step]:
     """Every step of a run of so many rounds after the baseline, in order; the last makes model/."""
     steps = [Step(None, stage, run.path / stage.output) for stage in PREPARE]
     for number in range(rounds + 1):
-        steps += [Step(number, stage, run.round(number) / stage.output) for stage in (ROUND if number else BASELINE)]
-    return [*steps, Step(None, SHIP, run.path / SHIP.output)]
+        steps += [
+            Step(number, stage, run.round(number) / stage.output)
+            for stage in (ROUND_STAGES if number else BASELINE_STAGES)
+        ]
+    return [*steps, Step(None, SHIP_STAGE, run.path / SHIP_STAGE.output)]
 
 
-def rounds_begun(run: RunDir) -> int:
+def last_round(run: RunDir) -> int:
     """The highest round that has a folder; 0 if there is none."""
     return max(
         (int(path.name.removeprefix("round-")) for path in run.path.glob("round-[0-9]*") if path.is_dir()), default=0
     )
 
 
-def pending(steps: Sequence[Step], run_name: str) -> list[Step]:
+def pending_steps(steps: Sequence[Step], run_name: str) -> list[Step]:
     """The steps still to do; TapirError where a later output is there and an earlier one is not.
 
     The last, which makes model/, is to be done again wherever another is: what is there is of fewer rounds.
@@ -99,7 +101,7 @@ def redo_command(run_name: str, step: Step) -> str:
     return f"tapir-local redo {run_name}{place} --from {step.stage.name}"
 
 
-def start(recipe: Recipe, run: RunDir) -> None:
+def start_run(recipe: Recipe, run: RunDir) -> None:
     """Write the recipe into a new run's folder; refuse one that differs from what an old run started with.
 
     The number of rounds, the budget and how endpoints are reached may change in mid-run (see recipe.lasting). A run
@@ -107,26 +109,26 @@ def start(recipe: Recipe, run: RunDir) -> None:
     """
     path = run.path / "recipe.yaml"
     if has_begun(run):
-        refuse_changed(recipe, run)
+        refuse_changed_recipe(recipe, run)
         if kept_recipe(run) == recipe:
             return
     else:
         record = {
             "tapir_local": __version__,
-            "revision": revision(),
+            "revision": git_revision(),
             "python": platform.python_version(),
-            "packages": packages(),
+            "packages": package_versions(),
         }
-        write_json(run.path / "run.json", {**record, "started": now(), "status": "started", "stages": {}})
+        write_json(run.path / "run.json", {**record, "started": utc_now(), "status": "started", "stages": {}})
     write_text(path, to_yaml(recipe))
 
 
 def has_begun(run: RunDir) -> bool:
     """Whether a run has a recipe and an output to keep it for."""
-    return run.exists and sequence(run, 0)[0].done
+    return run.exists and list_steps(run, 0)[0].done
 
 
-def refuse_changed(recipe: Recipe, run: RunDir) -> None:
+def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
     """TapirError where a run was started with a recipe that differs in what must last, or with other seeds."""
     if not has_begun(run):
         return
@@ -146,50 +148,50 @@ def kept_recipe(run: RunDir) -> Recipe:
     return parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)
 
 
-def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
+def distill(recipe: Recipe, run: RunDir, tools: Backends, watch: Watch) -> int:
     """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
     with held(run):
-        start(recipe, run)
-        with counted(run, "before the first step"):
+        start_run(recipe, run)
+        with record_interruption(run, "before the first step"):
             tools.begin()
-        steps = to_do(recipe, run)
+        steps = steps_to_run(recipe, run)
         for step in steps:
-            do(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
+            run_step(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
         if steps:
-            note(run, status="done")
+            update_run_record(run, status="done")
     return len(steps)
 
 
-def to_do(recipe: Recipe, run: RunDir) -> list[Step]:
+def steps_to_run(recipe: Recipe, run: RunDir) -> list[Step]:
     """The steps still to do; a model/ of other rounds, or with another card, is deleted."""
-    steps = sequence(run, recipe.rounds)
-    left = pending(steps, run.name)
-    if not left and not stale(run, recipe):
+    steps = list_steps(run, recipe.rounds)
+    left = pending_steps(steps, run.name)
+    if not left and not is_model_stale(run, recipe):
         return []
     remove(steps[-1].output)
     return left or steps[-1:]
 
 
-def do(step: Step, work: Work, watch: Watch) -> None:
+def run_step(step: Step, work: Work, watch: Watch) -> None:
     """One step, timed and counted; what it cost is recorded even when it fails."""
     began = time.monotonic()
     if step.stage.resumes != step.stage.output:
         remove(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
-    with counted(work.run, f"in {step.name}", began), named_files(work.run, step):
+    with record_interruption(work.run, f"in {step.name}", began), explain_file_errors(work.run, step):
         said = step.stage.run(work, step.output)
-    taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": now(), **work.tally}
+    taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": utc_now(), **work.tally}
     taken |= {"replay": True} if work.tools.replay else {}
-    note(work.run, step=step.name, taken=taken)
+    update_run_record(work.run, step=step.name, taken=taken)
     watch.ends(step, taken)
 
 
-def missing_file(error: FileNotFoundError, run: RunDir, step: str) -> TapirError:
+def missing_file_error(error: FileNotFoundError, run: RunDir, step: str) -> TapirError:
     """What to say of a file that a step reads and that is not there; one of the run's own names who makes it."""
     missing = Path(str(error.filename))
     made = [
-        made for made in sequence(run, rounds_begun(run)) if made.output == missing or made.output in missing.parents
+        made for made in list_steps(run, last_round(run)) if made.output == missing or made.output in missing.parents
     ]
     if made:
         fix = f"Put it back, or make it again: {redo_command(run.name, made[0])}"
@@ -200,19 +202,19 @@ def missing_file(error: FileNotFoundError, run: RunDir, step: str) -> TapirError
 
 
 @contextmanager
-def counted(run: RunDir, place: str, began: float | None = None) -> Iterator[None]:
+def record_interruption(run: RunDir, place: str, began: float | None = None) -> Iterator[None]:
     """Record where and why a run did not go on."""
     try:
         yield
     except BaseException as error:
-        why = str(error) if isinstance(error, TapirError) else WORDS.get(type(error), type(error).__name__)
+        why = str(error) if isinstance(error, TapirError) else INTERRUPTIONS.get(type(error), type(error).__name__)
         after = "" if began is None else f" after {time.monotonic() - began:.0f} s"
-        note(run, status=f"stopped {place}{after}: {why}")
+        update_run_record(run, status=f"stopped {place}{after}: {why}")
         raise
 
 
 @contextmanager
-def named_files(run: RunDir, step: Step) -> Iterator[None]:
+def explain_file_errors(run: RunDir, step: Step) -> Iterator[None]:
     """TapirError for an OSError that names a file."""
     try:
         yield
@@ -220,7 +222,7 @@ def named_files(run: RunDir, step: Step) -> Iterator[None]:
         if not isinstance(error.filename, str | bytes):
             raise
         if isinstance(error, FileNotFoundError):
-            raise missing_file(error, run, step.name) from error
+            raise missing_file_error(error, run, step.name) from error
         raise TapirError(
             f"cannot be opened: {error.strerror or error}",
             where=os.fsdecode(error.filename),
@@ -228,17 +230,19 @@ def named_files(run: RunDir, step: Step) -> Iterator[None]:
         ) from error
 
 
-def note(run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None) -> None:
+def update_run_record(
+    run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None
+) -> None:
     """Bring run.json up to date."""
     record = run.record()
     stages = record.get("stages", {}) | ({step: dict(taken)} if taken else {})
-    write_json(run.path / "run.json", {**record, "status": status, "updated": now(), "stages": stages})
+    write_json(run.path / "run.json", {**record, "status": status, "updated": utc_now(), "stages": stages})
 
 
 def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
     """Delete the outputs of a stage and of all that follow, from the last backwards; their names."""
     with held(run):
-        steps = sequence(run, rounds_begun(run))
+        steps = list_steps(run, last_round(run))
         names = [step.stage.name for step in steps if step.number == number]
         if not names:
             raise TapirError(
@@ -261,22 +265,22 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
             if step.stage.resumes:
                 forget_partial(step.output.with_name(step.stage.resumes))
         names_gone = {step.name for step in steps[first:]}
-        unlock(run, names_gone)
+        unlock_steps(run, names_gone)
         forget_unusable(run, names_gone)
         return [step.name for step in gone]
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def packages() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The versions of what decides a run's results."""
-    return {name: found for name in PACKAGES if (found := installed(name))}
+    return {name: found for name in RECORDED_PACKAGES if (found := installed_version(name))}
 
 
-def installed(name: str) -> str:
+def installed_version(name: str) -> str:
     """A package's version, "" where it is not installed."""
     try:
         return version(name)
@@ -284,7 +288,7 @@ def installed(name: str) -> str:
         return ""
 
 
-def revision() -> str:
+def git_revision() -> str:
     """The checkout's git revision, "" where there is none."""
     if not (CHECKOUT / ".git").exists():
         return ""

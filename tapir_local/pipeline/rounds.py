@@ -8,10 +8,10 @@ from tapir_local.memory import size
 from tapir_local.method import metrics
 from tapir_local.method.curriculum import CURRICULA, Situation
 from tapir_local.pipeline.context import Stage, Work
-from tapir_local.pipeline.expand import expand, few_steps, refine
+from tapir_local.pipeline.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements
-from tapir_local.pipeline.prepare import PREPARE
-from tapir_local.pipeline.rows import after, pool, seeds, student_task
+from tapir_local.pipeline.prepare import PREPARE_STAGES
+from tapir_local.pipeline.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.recipe.schema import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import InOrder, going_on
@@ -22,39 +22,39 @@ from tapir_local.unusable import Unusable, left_out, record_unusable
 __all__ = ["BASELINE", "PREPARE", "ROUND"]
 
 
-def mix(work: Work, out: Path) -> str:
+def mix_stage(work: Work, out: Path) -> str:
     """Round 0's rows: the seeds as the teacher answered them."""
-    rows = seeds(work)
+    rows = read_answered_seeds(work)
     wanted = work.recipe.curriculum.first_rows or len(rows)
     chosen = work.chance("mix").sample(rows, min(wanted, len(rows)))
     write_rows(out, chosen)
-    return "; ".join([f"{len(chosen):,} rows", *few_steps(work.recipe, len(chosen))])
+    return "; ".join([f"{len(chosen):,} rows", *warn_few_steps(work.recipe, len(chosen))])
 
 
-def answer(work: Work, out: Path) -> str:
+def answer_stage(work: Work, out: Path) -> str:
     """The last round's student answers the pool, where the curriculum asks how hard its rows are."""
     if not is_judged(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: the curriculum does not ask how hard a row is"
-    return student_answers(work, pool(work), work.run.round(work.number - 1), out)
+    return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out)
 
 
-def student_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
+def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
     """Completions of a round's GGUF for some rows. Those that a cut attempt has written are kept.
 
     The others are then batched otherwise, so at near ties they may differ from an uncut attempt's (see generate.py).
     """
     gguf = student / "student.gguf"
-    with going_on(out, student_task(work, gguf, rows), Completion) as (file, done):
+    with going_on(out, resumable_task(work, gguf, rows), Completion) as (file, done):
         left, found = rows[len(done) :], list[Completion]()
         ordered = InOrder[Completion](file, [row.id for row in left])
         if left:
             prompts, ids = [row.prompt for row in left], [row.id for row in left]
-            found = work.tools.generate(gguf, prompts, ids, after(work, len(done), len(rows)), ordered.add)
-    return told([*done, *found], len(done))
+            found = work.tools.generate(gguf, prompts, ids, offset_progress(work, len(done), len(rows)), ordered.add)
+    return summarize_answers([*done, *found], len(done))
 
 
-def told(answers: Sequence[Completion], kept: int) -> str:
+def summarize_answers(answers: Sequence[Completion], kept: int) -> str:
     """How many answers there are, how many of them a cut attempt had kept, and what is to be said of others."""
     cut, unasked = (sum(row.finish == "length" for row in answers), sum(not row.asked for row in answers))
     said = f"{len(answers):,} answers, {sum(row.tokens for row in answers):,} tokens"
@@ -63,31 +63,31 @@ def told(answers: Sequence[Completion], kept: int) -> str:
     return said + (f"; {kept:,} of them were there already" if kept else "")
 
 
-def judge(work: Work, out: Path) -> str:
+def judge_stage(work: Work, out: Path) -> str:
     """The pool's rows judged: the teacher's answer and the student's, as the recipe's judge.mode says."""
     completions = read_rows(Completion, work.folder / "answers.jsonl")
     if not is_judged(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: there are no answers"
-    return write_judgements(work, "judge", pool(work), completions, out)
+    return write_judgements(work, "judge", read_pool(work), completions, out)
 
 
-def plan(work: Work, out: Path) -> str:
+def plan_stage(work: Work, out: Path) -> str:
     """What this round trains on."""
-    known = situation(work)
+    known = read_situation(work)
     refuse_unjudged(work, known.judgements)
     planned = CURRICULA[work.recipe.curriculum.name](known)
     write_record(out, planned)
-    return "; ".join([summary(planned), *planned.notes])
+    return "; ".join([summarize_plan(planned), *planned.notes])
 
 
-def situation(work: Work) -> Situation:
+def read_situation(work: Work) -> Situation:
     """What is known when this round is planned."""
     held = read_rows(Example, work.run.path / "holdout.jsonl")
     before = read_rows(Judgement, work.run.round(work.number - 1) / "holdout-judgements.jsonl")
     return Situation(
-        pool=pool(work),
-        seeds=seeds(work),
+        pool=read_pool(work),
+        seeds=read_answered_seeds(work),
         judgements=read_rows(Judgement, work.folder / "judgements.jsonl"),
         targets={label: task.share for label, task in work.recipe.task_table().items()},
         settings=work.recipe.curriculum,
@@ -98,7 +98,7 @@ def situation(work: Work) -> Situation:
     )
 
 
-def summary(planned: RoundPlan) -> str:
+def summarize_plan(planned: RoundPlan) -> str:
     """The plan in a phrase."""
     if planned.curriculum not in FROM_POOL:
         return f"{len(planned.drawn) + len(planned.reflected):,} of {planned.pool:,} seeds taken"
@@ -106,7 +106,7 @@ def summary(planned: RoundPlan) -> str:
     return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
 
 
-def train(work: Work, out: Path) -> str:
+def train_stage(work: Work, out: Path) -> str:
     """The student, from what the last round trained or from the base, on this round's rows."""
     go_on = work.number > 0 and work.recipe.train.start == "previous"
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
@@ -114,26 +114,26 @@ def train(work: Work, out: Path) -> str:
     try:
         work.tools.train(rows, previous, seed, out, work.progress)
     finally:  # also where so many are left out that nothing was trained
-        left = untrained(work)
+        left = rows_left_out_of_training(work)
         record_unusable(work.run, work.step, left)
     base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
     return f"from {base}{left_out(left)}"
 
 
-def untrained(work: Work) -> list[Unusable]:
+def rows_left_out_of_training(work: Work) -> list[Unusable]:
     """The round's rows that the training left out: too long for the student, or refused by its chat template."""
     path = work.folder / "train" / LEFT_OUT
     return [replace(row, step=work.step) for row in read_rows(Unusable, path)] if path.exists() else []
 
 
-def export(work: Work, out: Path) -> str:
+def export_stage(work: Work, out: Path) -> str:
     """The student as GGUF."""
     work.tools.export(work.folder / "adapter", out, work.progress)
     alone, quant = work.recipe.export.rounds == "adapter", work.recipe.export.quant
     return f"{size(out.stat().st_size)}, " + (f"an adapter over the base's {quant}" if alone else quant)
 
 
-def gate(work: Work, out: Path) -> str:
+def gate_stage(work: Work, out: Path) -> str:
     """Whether the GGUF is the trained model: a report, or the run stops."""
     work.tools.gate(
         work.folder / "adapter", work.folder / "student.gguf", work.folder / "train.jsonl", out, work.progress
@@ -141,12 +141,12 @@ def gate(work: Work, out: Path) -> str:
     return "the GGUF agrees with the trained model"
 
 
-def holdout_answer(work: Work, out: Path) -> str:
+def holdout_answer_stage(work: Work, out: Path) -> str:
     """This round's student answers the holdout."""
-    return student_answers(work, read_rows(Example, work.run.path / "holdout.jsonl"), work.folder, out)
+    return generate_answers(work, read_rows(Example, work.run.path / "holdout.jsonl"), work.folder, out)
 
 
-def holdout_judge(work: Work, out: Path) -> str:
+def holdout_judge_stage(work: Work, out: Path) -> str:
     """The holdout's answers judged."""
     completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
     return write_judgements(
@@ -154,32 +154,32 @@ def holdout_judge(work: Work, out: Path) -> str:
     )
 
 
-def evaluate(work: Work, out: Path) -> str:
+def evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy on the holdout."""
     rows = read_rows(Example, work.run.path / "holdout.jsonl")
     completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
     judgements = read_rows(Judgement, work.folder / "holdout-judgements.jsonl")
     found = metrics.evaluate(
-        work.number, rows, completions, judgements, checked(work, rows, completions), judge_name(work.recipe)
+        work.number, rows, completions, judgements, check_answers(work, rows, completions), judge_name(work.recipe)
     )
     if work.recipe.judge.kind == "reference":
         found = metrics.likeness_only(found, rows, judgements)
     write_record(out, found)
-    return headline(found, metrics_before(work))
+    return summarize_metrics(found, previous_metrics(work))
 
 
-def metrics_before(work: Work) -> Metrics | None:
+def previous_metrics(work: Work) -> Metrics | None:
     """The last round's metrics, None in the first."""
     return read_record(Metrics, work.run.round(work.number - 1) / "metrics.json") if work.number else None
 
 
-def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
+def check_answers(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
     """By id, whether the recipe's checker finds an answer right; None where it cannot tell or there is none."""
     check = work.tools.check
     return {row.id: check(row, text.text) if check else None for row, text in zip(rows, completions, strict=True)}
 
 
-def headline(found: Metrics, before: Metrics | None = None) -> str:
+def summarize_metrics(found: Metrics, before: Metrics | None = None) -> str:
     """Win rate, or likeness and its change, and accuracy in a phrase, and whether the holdout is large enough."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
     if found.student_score is not None and metrics.is_likeness(found.win_rate, found.student_score):
@@ -192,20 +192,20 @@ def headline(found: Metrics, before: Metrics | None = None) -> str:
     return "; ".join(part for part in (said, unjudged, metrics.too_small(found)) if part)
 
 
-STUDENT = (
-    Stage("train", "adapter", train),
-    Stage("export", "student.gguf", export),
-    Stage("gate", "gate.json", gate),
-    Stage("holdout-answer", "holdout-answers.jsonl", holdout_answer, resumes="holdout-answers.jsonl"),
-    Stage("holdout-judge", "holdout-judgements.jsonl", holdout_judge),
-    Stage("evaluate", "metrics.json", evaluate),
+STUDENT_STAGES = (
+    Stage("train", "adapter", train_stage),
+    Stage("export", "student.gguf", export_stage),
+    Stage("gate", "gate.json", gate_stage),
+    Stage("holdout-answer", "holdout-answers.jsonl", holdout_answer_stage, resumes="holdout-answers.jsonl"),
+    Stage("holdout-judge", "holdout-judgements.jsonl", holdout_judge_stage),
+    Stage("evaluate", "metrics.json", evaluate_stage),
 )
-BASELINE = (Stage("mix", "train.jsonl", mix), *STUDENT)
-ROUND = (
-    Stage("answer", "answers.jsonl", answer, resumes="answers.jsonl"),
-    Stage("judge", "judgements.jsonl", judge),
-    Stage("plan", "plan.json", plan),
-    Stage("expand", "expanded.jsonl", expand, resumes="expand-scores.jsonl"),
-    Stage("refine", "train.jsonl", refine, resumes="refine-scores.jsonl"),
-    *STUDENT,
+BASELINE_STAGES = (Stage("mix", "train.jsonl", mix_stage), *STUDENT_STAGES)
+ROUND_STAGES = (
+    Stage("answer", "answers.jsonl", answer_stage, resumes="answers.jsonl"),
+    Stage("judge", "judgements.jsonl", judge_stage),
+    Stage("plan", "plan.json", plan_stage),
+    Stage("expand", "expanded.jsonl", expand_stage, resumes="expand-scores.jsonl"),
+    Stage("refine", "train.jsonl", refine_stage, resumes="refine-scores.jsonl"),
+    *STUDENT_STAGES,
 )

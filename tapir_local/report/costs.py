@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from rich.text import Text
 
-from tapir_local.pipeline.dry_run import Foreseen
-from tapir_local.pipeline.rounds import PREPARE, ROUND
+from tapir_local.pipeline.dry_run import CostEstimate
+from tapir_local.pipeline.rounds import PREPARE, ROUND_STAGES
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.rundir import RunDir, named_run, read_rows
@@ -18,7 +18,7 @@ from tapir_local.tables import PlainTable, plain
 
 CostGrouping = Literal["run", "round", "stage", "task"]
 
-STAGE_ORDER = [stage.name for stage in (*PREPARE, *ROUND)]
+STAGE_ORDER = [stage.name for stage in (*PREPARE, *ROUND_STAGES)]
 
 # The requests of a judge carry the id of a row, then `#` and the number of the request.
 CALL_FILTER = """
@@ -118,7 +118,7 @@ def read_examples(files: Iterable[Path]) -> Iterable[Example]:
         yield from read_rows(Example, file)
 
 
-def cost_estimate_table(rows: Sequence[Foreseen], run: str) -> PlainTable:
+def cost_estimate_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:
     """A row for each stage that will make calls, and their sum."""
     table = PlainTable(f"run {run}: calls of the remaining stages")
     table.add_column("stage")

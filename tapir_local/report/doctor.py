@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.memory import total_memory, visible_gpus
-from tapir_local.pipeline.loop import installed
+from tapir_local.pipeline.loop import installed_version
 from tapir_local.report.llama_check import llama_build_fault
 
 REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
@@ -65,7 +65,7 @@ def check_python_version() -> MachineCheck:
 
 def check_packages() -> MachineCheck:
     """The packages that a run imports."""
-    versions = {name: installed(name) for name in REQUIRED_PACKAGES}
+    versions = {name: installed_version(name) for name in REQUIRED_PACKAGES}
     missing = [name for name, found in versions.items() if not found]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     fix = f"missing: {', '.join(missing)}; run `make install`" if missing else ""
@@ -151,7 +151,7 @@ def check_total_memory() -> MachineCheck:
 
 def check_gpu() -> MachineCheck:
     """A CUDA device that torch can use."""
-    if not installed("torch"):
+    if not installed_version("torch"):
         return MachineCheck("GPU", None, "unknown: torch is not installed")
     import torch
 
@@ -170,7 +170,7 @@ def check_gpu() -> MachineCheck:
 
 def check_unsloth() -> MachineCheck:
     """Unsloth, which is used if there is a GPU."""
-    found = installed("unsloth")
+    found = installed_version("unsloth")
     return MachineCheck(
         "unsloth",
         True if found else None,

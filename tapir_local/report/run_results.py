@@ -13,9 +13,9 @@ from tapir_local.errors import TapirError
 from tapir_local.method.judging import share_alike
 from tapir_local.method.metrics import Checker, win
 from tapir_local.method.stats import Rows
-from tapir_local.pipeline.backends import checker
-from tapir_local.pipeline.lockfile import locked
-from tapir_local.pipeline.loop import kept_recipe, rounds_begun
+from tapir_local.pipeline.backends import recipe_checker
+from tapir_local.pipeline.context import read_lock
+from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import read_metrics
@@ -113,12 +113,12 @@ def shared_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
             f"the runs have different checkers of right answers: {checkers}",
             fix="Compare runs with the same checker: another checker measures another accuracy.",
         )
-    return next((checker(recipe) for _, recipe in naming.values()), None)
+    return next((recipe_checker(recipe) for _, recipe in naming.values()), None)
 
 
 def read_one_run(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> RunResults:
     """The results of one run, with `tasks` by row id in its holdout; TapirError if no round is evaluated yet."""
-    metrics = {n: found for n in range(rounds_begun(run) + 1) if (found := read_metrics(run, n))}
+    metrics = {n: found for n in range(last_round(run) + 1) if (found := read_metrics(run, n))}
     if not metrics:
         raise TapirError(
             f"run {run.name!r} has no evaluated round",
@@ -187,7 +187,7 @@ def cumulative_costs(run: RunDir, last: int, by_holdout: bool) -> list[RunCost]:
     matter who paid for it, and even if a stage was interrupted, repeated or replayed. With `by_holdout`, the
     curriculum plans a round by the judgements of the last round's holdout, so they count as calls of the judge.
     """
-    calls = Counter(line.step for line in locked(run))
+    calls = Counter(line.step for line in read_lock(run))
     costs = [round_cost(run, number, calls) for number in range(last + 1)]
     if by_holdout:
         moved = [calls[f"round-{number:02d}/holdout-judge"] for number in range(last)]

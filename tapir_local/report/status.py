@@ -8,8 +8,8 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.method.judge_quality import quality
-from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
-from tapir_local.pipeline.prepare import too_low
+from tapir_local.pipeline.labeling import warn_low_agreement
+from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.store.queries import count_paid_and_hits
@@ -20,7 +20,7 @@ SAMPLE_ANSWERS = 6
 
 def run_status(run: RunDir) -> dict[str, Any]:
     """What `tapir-local status --json` prints: the stages with their seconds, the metrics of each round, calls."""
-    record, steps = run.record(), sequence(run, max(kept_recipe(run).rounds, rounds_begun(run)))
+    record, steps = run.record(), list_steps(run, max(kept_recipe(run).rounds, last_round(run)))
     taken = record.get("stages", {})
     rounds = [
         {
@@ -89,9 +89,9 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
     Without a number it is the last round that has metrics. TapirError if the round has not begun.
     """
     if number is None:
-        number = max((n for n in range(rounds_begun(run) + 1) if read_metrics(run, n)), default=rounds_begun(run))
+        number = max((n for n in range(last_round(run) + 1) if read_metrics(run, n)), default=last_round(run))
     if not run.round(number).is_dir():
-        last = rounds_begun(run)
+        last = last_round(run)
         raise TapirError(
             f"run {run.name!r} has no round {number}", where=str(run.path), fix=f"Rounds 0 to {last} have begun."
         )
@@ -118,7 +118,7 @@ def read_agreement(run: RunDir) -> dict[str, Any] | None:
 def run_warnings(run: RunDir) -> list[str]:
     """The reasons to doubt the results of a run."""
     found, least = read_agreement(run), kept_recipe(run).classifier.min_agreement
-    return [too_low(found["agreement"], least)] if found and found["agreement"] < least else []
+    return [warn_low_agreement(found["agreement"], least)] if found and found["agreement"] < least else []
 
 
 def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,17 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import CURRICULA, new_rows
 from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
-from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
-from tapir_local.pipeline.rounds import situation
+from tapir_local.pipeline.dry_run import (
+    EXPECTED_ANSWER_TOKENS,
+    PROMPT_FRAME_TOKENS,
+    CostEstimate,
+    DryRun,
+    estimate_step,
+    link_files,
+    make_estimate,
+)
+from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
+from tapir_local.pipeline.rounds import read_situation
 from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe.text import overridden, read_changes
 from tapir_local.records import RoundPlan
@@ -39,7 +47,7 @@ class WhatIf:
     changes: tuple[str, ...]
     now: RoundPlan | None
     then: RoundPlan
-    calls: tuple[Foreseen, ...]
+    calls: tuple[CostEstimate, ...]
     unjudged: int
 
 
@@ -60,11 +68,11 @@ def plan_with_changes(run: RunDir, number: int | None, changes: Sequence[str]) -
         )
     with ExitStack() as stack:
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
-        link(run.path, copy.path)
+        link_files(run.path, copy.path)
         path = run.cache / "teacher.db"
         store = stack.enter_context(Store(path, "read-only")) if path.exists() else None
         then, unjudged = make_plan(recipe, copy, number)
-        steps = [step for step in sequence(copy, number) if step.number == number]
+        steps = [step for step in list_steps(copy, number) if step.number == number]
         calls = estimate_calls(then, recipe, copy, steps, store, mean_tokens_by_stage(path) if path.exists() else {})
     now = read_record(RoundPlan, folder / "plan.json") if (folder / "plan.json").exists() else None
     return WhatIf(run.name, number, tuple(changes), now, then, calls, unjudged)
@@ -85,13 +93,13 @@ def apply_plan_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 def last_judged_round(run: RunDir) -> int:
     """The last round whose pool is judged; 0 if there is none."""
-    judged = [n for n in range(1, rounds_begun(run) + 1) if (run.round(n) / "judgements.jsonl").exists()]
+    judged = [n for n in range(1, last_round(run) + 1) if (run.round(n) / "judgements.jsonl").exists()]
     return max(judged, default=0)
 
 
 def make_plan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """(plan by this recipe, rows of its pool that are not judged)."""
-    known = situation(Work(recipe, copy, Scout(recipe, None).tools(), number, f"round-{number:02d}/plan"))
+    known = read_situation(Work(recipe, copy, DryRun(recipe, None).tools(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
     if judging and not known.judgements:
         others = sorted(CURRICULA.keys() - FROM_POOL)
@@ -112,28 +120,30 @@ def estimate_calls(
     steps: Sequence[Step],
     store: Store | None,
     known: Mapping[str, tuple[float, float]],
-) -> tuple[Foreseen, ...]:
+) -> tuple[CostEstimate, ...]:
     """The calls of `expand` and `refine` for this plan; requests that are known are looked up in the store."""
     by_name = {step.stage.name: step for step in steps}
     plan, expand, refine = by_name["plan"], by_name["expand"], by_name["refine"]
     for step in steps[steps.index(plan) :]:
         remove(step.output)
     write_record(plan.output, then)
-    calls = [foresee(expand, recipe, copy, store, known)]
+    calls = [estimate_step(expand, recipe, copy, store, known)]
     written_before = expand.done
     if not written_before:
         write_rows(expand.output, [])
     if written_before or then.hard or then.reflected:
-        calls.append(foresee(refine, recipe, copy, store, known))
+        calls.append(estimate_step(refine, recipe, copy, store, known))
     if not written_before and then.to_write:
         calls.append(estimate_new_answers(refine, then.to_write, recipe, known))
     return tuple(row for row in calls if row.calls)
 
 
-def estimate_new_answers(refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]) -> Foreseen:
+def estimate_new_answers(
+    refine: Step, rows: int, recipe: Recipe, known: Mapping[str, tuple[float, float]]
+) -> CostEstimate:
     """The calls that answer instructions which are not written yet."""
-    size_in, size_out = known.get("refine", (FRAME + ANSWER, ANSWER))
-    found = priced(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
+    size_in, size_out = known.get("refine", (PROMPT_FRAME_TOKENS + EXPECTED_ANSWER_TOKENS, EXPECTED_ANSWER_TOKENS))
+    found = make_estimate(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
     return replace(found, step=f"{refine.name}, new rows")
 
 

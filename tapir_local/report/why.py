@@ -11,7 +11,7 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, teachable
 from tapir_local.method.judging import mfd
-from tapir_local.pipeline.loop import kept_recipe, rounds_begun
+from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import cost_table, summarize_costs
@@ -86,7 +86,7 @@ def read_all_rows(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str,
     rows |= {lost.example.id: lost.example for lost in read_rejected_seeds(run)}
     rows |= {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
     rows |= {draft.example.id: draft.example for _, draft in drafts}
-    for number in range(rounds_begun(run) + 1):
+    for number in range(last_round(run) + 1):
         rows |= {row.id: row for row in read_training_rows(run, number)}
     return rows
 
@@ -99,7 +99,7 @@ def read_rejected_seeds(run: RunDir) -> list[Draft]:
 
 def read_drafts(run: RunDir) -> list[tuple[int, Draft]]:
     """(round, draft) of every new instruction, kept or rejected."""
-    paths = [(number, run.round(number) / "expanded.jsonl") for number in range(1, rounds_begun(run) + 1)]
+    paths = [(number, run.round(number) / "expanded.jsonl") for number in range(1, last_round(run) + 1)]
     return [(number, draft) for number, path in paths if path.exists() for draft in read_rows(Draft, path)]
 
 
@@ -160,7 +160,7 @@ def row_in_rounds(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterat
         return
     settings = kept_recipe(run).curriculum
     held = {other.id for other in read_rows(Example, run.path / "holdout.jsonl")} if has_holdout(run) else set()
-    for number in range(rounds_begun(run) + 1):
+    for number in range(last_round(run) + 1):
         trained = any(other.id == row.id for other in read_training_rows(run, number))
         if row.id in held:
             judgement = read_judgements(run, number, "holdout-judgements").get(row.id)

@@ -8,8 +8,8 @@ import pytest
 from command_line import refused, tapir
 
 from tapir_local.method import prompts
-from tapir_local.pipeline.lockfile import Locked, lock
-from tapir_local.pipeline.rounds import PREPARE, ROUND
+from tapir_local.pipeline.context import LockedCall, lock_calls
+from tapir_local.pipeline.rounds import PREPARE, ROUND_STAGES
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir
@@ -107,10 +107,10 @@ def test_an_export_without_a_damaged_call_exits_with_1(place: Path) -> None:
 def test_calls_in_the_lock_of_a_run_are_exported_and_verified_without_a_recorded_use(place: Path) -> None:
     keys = [row["key"] for row in json.loads(calls(place, "list", "--json")[0])]
     run = RunDir(place / "cache", "replayed")
-    lock(run, "prepare/seeds", [Locked("prepare/seeds", "x", keys[0])])
+    lock_calls(run, "prepare/seeds", [LockedCall("prepare/seeds", "x", keys[0])])
     assert "1 calls exported" in calls(place, "export", "--run", "replayed", "one.db")[1]
     assert calls(place, "verify", "--run", "replayed") == ("", "2 calls read, 0 damaged, 0 of run replayed missing\n")
-    lock(run, "prepare/label", [Locked("prepare/label", "x", "00" * 32)])
+    lock_calls(run, "prepare/label", [LockedCall("prepare/label", "x", "00" * 32)])
     out, err = calls(place, "verify", "--run", "replayed", code=1)
     assert (out.strip(), err) == ("00" * 32, "2 calls read, 0 damaged, 1 of run replayed missing\n")
 
@@ -123,7 +123,7 @@ def test_a_stage_that_a_run_has_not_reached_is_no_error(place: Path) -> None:
 
 def test_the_stages_with_calls_are_stages_of_the_loop() -> None:
     """The commands know every stage that makes calls, and only those."""
-    names = {stage.name for stage in (*PREPARE, *ROUND)}
+    names = {stage.name for stage in (*PREPARE, *ROUND_STAGES)}
     assert names >= ASKING_STAGES
     assert {"answer", "train", "plan", "evaluate"} & ASKING_STAGES == set()
 

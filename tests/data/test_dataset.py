@@ -19,7 +19,7 @@ from tapir_local.data.dataset import (
 from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.prepare import read
+from tapir_local.pipeline.prepare import read_stage
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import overridden
@@ -80,7 +80,7 @@ def test_near_duplicates_are_removed_and_name_the_similar_row() -> None:
 def read_stage(recipe: Recipe, folder: Path) -> tuple[str, Path]:
     """The message of the read stage, and the folder of its run."""
     run = RunDir(folder, "run")
-    return read(Work(recipe, run, tools(World())), run.path / "rows.jsonl"), run.path
+    return read_stage(Work(recipe, run, tools(World())), run.path / "rows.jsonl"), run.path
 
 
 LIKE = (

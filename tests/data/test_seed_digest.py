@@ -6,7 +6,7 @@ import pytest
 from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.dry_run import forecast
+from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
@@ -36,7 +36,7 @@ def test_edited_seeds_are_refused_with_what_changed(begun: tuple[Recipe, RunDir]
     before = path.read_bytes()
     path.write_text('[{"instruction": "paint it"}]')
     said = rf"{path}: .*then {len(before):,} bytes, 60 rows, SHA-256 \w{{12}}; now 29 bytes, 1 rows(.|\n)*--name"
-    for start in (lambda: distill(recipe, run, tools(World()), QUIET), lambda: forecast(recipe, run)):
+    for start in (lambda: distill(recipe, run, tools(World()), QUIET), lambda: estimate_costs(recipe, run)):
         with pytest.raises(TapirError, match=said):
             start()
     path.write_bytes(before)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tapir_local.method.checkers import CHECKERS, LONGEST, arithmetic, careful, form, length, python, script
-from tapir_local.pipeline.backends import checker
+from tapir_local.pipeline.backends import recipe_checker
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Example, Message
@@ -281,7 +281,7 @@ def test_every_checker_that_a_task_names_is_there() -> None:
 
 
 def test_a_row_is_checked_by_its_own_task() -> None:
-    check = checker(parse_recipe("teacher: pocket\nchecker: tasks", "r"))
+    check = recipe_checker(parse_recipe("teacher: pocket\nchecker: tasks", "r"))
     assert check is not None
     row = Example("a", (Message("user", "What is 2 + 2?"),), task="Math")
     assert (check(row, "4"), check(row, "5")) == (True, False)

@@ -14,7 +14,7 @@ from tapir_local.method.metrics import (
     too_small,
     win,
 )
-from tapir_local.pipeline.rounds import headline
+from tapir_local.pipeline.rounds import summarize_metrics
 from tapir_local.records import Completion, Example, Judgement, Message, Metrics
 
 ROWS = [
@@ -35,7 +35,7 @@ def test_rates_counts_and_tasks() -> None:
     assert found.win_rate == 0.5
     assert found.accuracy == pytest.approx(2 / 3, abs=1e-6)
     assert found.checked == 3
-    assert "accuracy 66.7% of the 3 rows that a checker can tell of" in headline(found)
+    assert "accuracy 66.7% of the 3 rows that a checker can tell of" in summarize_metrics(found)
     assert found.by_task["Art"] == {"rows": 2, "win_rate": 0.0, "accuracy": 1.0}
 
 
@@ -86,8 +86,11 @@ def test_without_a_judge_there_is_likeness_and_its_change_and_no_win_rate() -> N
     found = likeness_only(evaluate(1, ROWS, TEXTS, rows, dict.fromkeys("abcd"), "likeness"), ROWS, rows)
     assert (found.win_rate, found.win_rate_interval, found.student_score) == (None, None, 5.5)
     assert found.by_task["Math"] == {"rows": 2, "win_rate": None, "accuracy": None, "student_score": 5.0}
-    assert headline(found, replace(found, round=0, student_score=5.75)) == "likeness 5.50 of 10 (-0.25 on round 0)"
-    assert headline(found) == "likeness 5.50 of 10"
+    assert (
+        summarize_metrics(found, replace(found, round=0, student_score=5.75))
+        == "likeness 5.50 of 10 (-0.25 on round 0)"
+    )
+    assert summarize_metrics(found) == "likeness 5.50 of 10"
     assert is_likeness(found.win_rate, found.student_score)
     assert not is_likeness(0.0, 5.5)
 

@@ -7,7 +7,7 @@ from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
-from tapir_local.pipeline.dry_run import Foreseen, forecast
+from tapir_local.pipeline.dry_run import CostEstimate, estimate_costs
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
@@ -26,13 +26,13 @@ def recipe(tmp_path: Path) -> Recipe:
     return overridden(make_recipe(tmp_path), {"classifier.labelled": 30})
 
 
-def by_step(found: list[Foreseen]) -> dict[str, Foreseen]:
+def by_step(found: list[CostEstimate]) -> dict[str, CostEstimate]:
     return {row.step: row for row in found}
 
 
 def test_a_new_run_is_counted_up_to_the_first_student_and_estimated_beyond(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    found = by_step(forecast(recipe, run))
+    found = by_step(estimate_costs(recipe, run))
     assert [
         (found[name].calls, found[name].hits) for name in ("prepare/label", "prepare/holdout", "prepare/seeds")
     ] == [
@@ -58,7 +58,7 @@ def test_what_the_store_has_is_not_counted_as_to_be_paid(recipe: Recipe, tmp_pat
     ]
     with Store(run.cache / "teacher.db") as store:
         ask(wanted, teacher, store, run="another")
-    found = by_step(forecast(recipe, run))
+    found = by_step(estimate_costs(recipe, run))
     answered = [found[name] for name in ("prepare/holdout", "prepare/seeds")]
     assert sum(row.hits or 0 for row in answered) == 25
     assert sum(row.to_pay for row in answered) == 35
@@ -67,11 +67,11 @@ def test_what_the_store_has_is_not_counted_as_to_be_paid(recipe: Recipe, tmp_pat
 def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
     distill(recipe, run, tools(World()), QUIET)
-    assert forecast(recipe, run) == []
+    assert estimate_costs(recipe, run) == []
     redo(run, 2, "refine")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     plan = read_record(RoundPlan, run.round(2) / "plan.json")
-    found = by_step(forecast(recipe, run))
+    found = by_step(estimate_costs(recipe, run))
     kept = len([row for row in read_rows(Example, run.path / "seeds.jsonl") if row.id in plan.hard])
     assert found["round-02/refine"].exact
     assert found["round-02/refine"].calls >= kept
@@ -82,7 +82,7 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
 
 def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: Recipe, tmp_path: Path) -> None:
     alone = overridden(recipe, {"judge.mode": "single"})
-    found = by_step(forecast(alone, RunDir(tmp_path / "cache", "fake")))
+    found = by_step(estimate_costs(alone, RunDir(tmp_path / "cache", "fake")))
     calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
     assert calls == {
         "round-00/holdout-judge": 20,
@@ -91,24 +91,26 @@ def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: 
         "round-02/judge": 53 + 6,  # three rows more in the pool, six answers that round 1 wrote or rewrote
         "round-02/holdout-judge": 10,
     }
-    few = by_step(forecast(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
+    few = by_step(estimate_costs(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
     assert few["round-02/judge"].calls == 10 + 9  # a fifth of them was drawn before, another few are new
 
 
 def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    priced = by_step(forecast(overridden(recipe, PRICED), run))["prepare/label"]
+    priced = by_step(estimate_costs(overridden(recipe, PRICED), run))["prepare/label"]
     assert priced.money == pytest.approx((priced.tokens_in + 2 * priced.tokens_out) / 1e6)
-    unpriced = by_step(forecast(overridden(recipe, {**PRICED, "teacher": {**PRICED["teacher"], "price": None}}), run))
+    unpriced = by_step(
+        estimate_costs(overridden(recipe, {**PRICED, "teacher": {**PRICED["teacher"], "price": None}}), run)
+    )
     assert unpriced["prepare/label"].money is None
-    assert by_step(forecast(recipe, run))["prepare/label"].money == 0  # the pocket teacher costs nothing
+    assert by_step(estimate_costs(recipe, run))["prepare/label"].money == 0  # the pocket teacher costs nothing
 
 
 def test_another_recipe_than_the_run_began_with_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
     distill(overridden(recipe, {"rounds": 0}), run, tools(World()), QUIET)
     with pytest.raises(TapirError, match="another recipe"):
-        forecast(overridden(recipe, {"curriculum.rows": 7}), run)
+        estimate_costs(overridden(recipe, {"curriculum.rows": 7}), run)
 
 
 def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path:
     redo(run, None, "tasks")
     (run.path / "classifier" / "predictions.jsonl").unlink()
     said = "prepare/tasks needs a file that is not there: classifier/predictions.jsonl"
-    for attempt in (lambda: forecast(recipe, run), lambda: distill(recipe, run, tools(World()), QUIET)):
+    for attempt in (lambda: estimate_costs(recipe, run), lambda: distill(recipe, run, tools(World()), QUIET)):
         with pytest.raises(TapirError, match=said) as caught:
             attempt()
         assert "tapir-local redo fake --from classify" in str(caught.value)

@@ -12,9 +12,9 @@ from fakes import QUIET, World, inner, make_recipe, tools
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Progress, Tools
-from tapir_local.pipeline.dry_run import forecast
-from tapir_local.pipeline.expand import few_rows, hopeless, told
+from tapir_local.pipeline.context import Backends, Progress
+from tapir_local.pipeline.dry_run import estimate_costs
+from tapir_local.pipeline.expand import stop_reason, summarize_drafts, warn_few_rows
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
@@ -25,7 +25,7 @@ from tapir_local.unusable import read_unusable
 Reply = Callable[[Request], str | None]
 
 
-def saying(world: World, reply: Reply) -> Tools:
+def saying(world: World, reply: Reply) -> Backends:
     """Tools whose teacher and judge say what `reply` does, and as in the world where it says nothing."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -113,7 +113,7 @@ def test_a_forecast_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: Pa
     recipe, run = overridden(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, tools(Stopped()), QUIET)
-    found = next(row for row in forecast(recipe, run) if row.step == "round-01/expand")
+    found = next(row for row in estimate_costs(recipe, run) if row.step == "round-01/expand")
     assert found.calls == found.to_pay == read_record(RoundPlan, run.round(1) / "plan.json").to_write > 60
     assert found.tokens_out == pytest.approx(60 * found.calls)
 
@@ -222,22 +222,24 @@ def test_reasons_are_counted_by_kind_the_commonest_first() -> None:
     row = Example("a", ())
     drafts = [Draft(row, f"near-duplicate: ROUGE-L 0.{n}") for n in (75, 86, 91)]
     drafts += [Draft(row, "sets no task")] * 2 + [Draft(row, text) for text in ("x", "y")] + [Draft(row)]
-    assert told(drafts, 2) == ("1 new instructions, 7 drafts rejected (3 near-duplicate, 2 sets no task, 1 x), 2 short")
+    assert summarize_drafts(drafts, 2) == (
+        "1 new instructions, 7 drafts rejected (3 near-duplicate, 2 sets no task, 1 x), 2 short"
+    )
 
 
 def test_a_few_drafts_or_a_fifth_of_good_ones_are_worth_asking_for_more() -> None:
     good, bad = Draft(Example("a", ())), Draft(Example("a", ()), "sets no task")
-    assert hopeless([bad] * 9) == ""
-    assert hopeless([bad] * 15 + [good] * 5) == ""
-    assert hopeless([bad] * 16 + [good] * 4) == "no more asked for, because 16 of 20 drafts were rejected"
+    assert stop_reason([bad] * 9) == ""
+    assert stop_reason([bad] * 15 + [good] * 5) == ""
+    assert stop_reason([bad] * 16 + [good] * 4) == "no more asked for, because 16 of 20 drafts were rejected"
 
 
 def test_a_round_of_few_rows_or_few_steps_is_warned_of() -> None:
     recipe = Recipe.model_validate({"teacher": "pocket", "curriculum": {"rows": 40}, "train": {"epochs": 2}})
-    assert few_rows(recipe, 12) == [
+    assert warn_few_rows(recipe, 12) == [
         "WARNING: 12 of the 40 rows asked (curriculum.rows), less than half",
         "12 rows make 2 steps of train.batch_size (16), too few to learn much: set it lower, or train.epochs higher",
     ]
-    assert len(few_rows(recipe, 20)) == 1
-    assert few_rows(overridden(recipe, {"train.batch_size": 4}), 20) == []
-    assert few_rows(overridden(recipe, {"train.packing": True}), 20) == []
+    assert len(warn_few_rows(recipe, 20)) == 1
+    assert warn_few_rows(overridden(recipe, {"train.batch_size": 4}), 20) == []
+    assert warn_few_rows(overridden(recipe, {"train.packing": True}), 20) == []

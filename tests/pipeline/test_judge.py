@@ -17,12 +17,12 @@ from tapir_local.method.judging import mfd
 from tapir_local.method.metrics import evaluate
 from tapir_local.pipeline.context import Progress, Work
 from tapir_local.pipeline.judge import (
-    Speed,
+    JudgeSpeed,
     ask_judge,
     judge_name,
     judge_settings,
     refuse_unjudged,
-    told,
+    summarize_judgements,
     write_judgements,
 )
 from tapir_local.pipeline.loop import distill
@@ -203,7 +203,7 @@ def test_too_many_unjudged_rows_are_refused_with_their_names_and_where_to_look(
 
 def test_the_share_unjudged_is_in_the_closing_line() -> None:
     rows = [Judgement(f"{n}", 8, n % 9 + 1, ((8, n % 9 + 1), (8, n % 9 + 1))) for n in range(39)]
-    assert told([*rows, Judgement("x", None, None)], "J") == (
+    assert summarize_judgements([*rows, Judgement("x", None, None)], "J") == (
         "40 rows judged by J, 1 unreadable (2%), the orders agree on 100%"
     )
 
@@ -231,7 +231,7 @@ def test_single_is_advised_where_a_local_judge_is_slow_in_pairs(
 ) -> None:
     kind = {"kind": "gguf", "gguf": gguf} if gguf else {"kind": "teacher"}
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {**kind, "mode": mode}})
-    said = Speed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
+    said = JudgeSpeed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
     assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written a second"
     assert any("`judge.mode: single`" in text for text in said) is advised
 

@@ -16,10 +16,10 @@ from templates import GEMMA, LLAMA2, THOUGHTS
 from tapir_local.commands.main import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import Tools
-from tapir_local.pipeline.dry_run import forecast
+from tapir_local.pipeline.context import Backends
+from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.pipeline.student_text import StudentText
+from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
@@ -43,9 +43,11 @@ def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **chang
     return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
 
 
-def student(world: World, template: str, **changes: object) -> Tools:
+def student(world: World, template: str, **changes: object) -> Backends:
     """Tools whose student has a chat template of this kind."""
-    found: StudentText = replace(STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>"))
+    found: StudentFormat = replace(
+        STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>")
+    )
     return replace(tools(world), student_text=lambda: replace(found, **changes))  # type: ignore[arg-type]
 
 
@@ -418,7 +420,7 @@ def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, 
     with partial.open("a") as file:
         file.write('{"id":"torn')  # a line that is just being written
     before = partial.read_bytes()
-    forecast(recipe, run)
+    estimate_costs(recipe, run)
     assert partial.read_bytes() == before
 
 

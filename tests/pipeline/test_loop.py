@@ -7,8 +7,8 @@ import pytest
 from fakes import QUIET, World, make_recipe, outputs, tools, with_ask
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.lockfile import keys_of, locked
-from tapir_local.pipeline.loop import distill, kept_recipe, pending, redo, sequence
+from tapir_local.pipeline.context import read_lock, unique_call_keys
+from tapir_local.pipeline.loop import distill, kept_recipe, list_steps, pending_steps, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
@@ -24,7 +24,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_a_run_goes_through_and_learns(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
-    assert distill(recipe, run, tools(world), QUIET) == len(sequence(run, 2))
+    assert distill(recipe, run, tools(world), QUIET) == len(list_steps(run, 2))
     status = run_status(run)
     assert [row["number"] for row in status["rounds"]] == [0, 1, 2]
     assert status["calls"]["paid"] == len(world.asked)
@@ -112,7 +112,7 @@ def test_redo_deletes_from_the_last_backwards_and_the_run_comes_back_the_same(re
     before, paid = outputs(run), len(world.asked)
     gone = redo(run, 1, "plan")
     assert (gone[0], gone[1], gone[-1]) == ("end/ship", "round-02/evaluate", "round-01/plan")
-    assert [step.name for step in pending(sequence(run, 2), "fake")] == gone[::-1]
+    assert [step.name for step in pending_steps(list_steps(run, 2), "fake")] == gone[::-1]
     distill(recipe, run, tools(world), QUIET)
     assert outputs(run) == before
     assert len(world.asked) == paid
@@ -132,7 +132,7 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
     monkeypatch.setattr("tapir_local.pipeline.loop.remove", interrupted)
     with pytest.raises(KeyboardInterrupt):
         redo(run, 1, "plan")
-    assert len(pending(sequence(run, 2), "fake")) == 5
+    assert len(pending_steps(list_steps(run, 2), "fake")) == 5
 
 
 @pytest.mark.parametrize(("number", "stage", "said"), [(9, "plan", "no round 9"), (1, "dance", "no stage 'dance'")])
@@ -268,12 +268,12 @@ def test_rows_written_for_the_stages_are_those_of_the_fake(recipe: Recipe, tmp_p
 def test_the_lock_names_every_call_of_every_step_and_forgets_what_is_redone(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
     distill(recipe, run, tools(world), QUIET)
-    lines = locked(run)
-    assert len(keys_of(lines)) == len(world.asked)
+    lines = read_lock(run)
+    assert len(unique_call_keys(lines)) == len(world.asked)
     steps = list(dict.fromkeys(line.step for line in lines))
-    assert steps == [step.name for step in sequence(run, 2) if step.name in steps]  # in their order
+    assert steps == [step.name for step in list_steps(run, 2) if step.name in steps]  # in their order
     assert {"prepare/label", "prepare/seeds", "round-00/holdout-judge", "round-02/refine"} <= set(steps)
     redo(run, 2, "refine")
-    assert not {line.step for line in locked(run)} & {"round-02/refine", "round-02/holdout-judge"}
+    assert not {line.step for line in read_lock(run)} & {"round-02/refine", "round-02/holdout-judge"}
     distill(recipe, run, tools(world), QUIET)
-    assert locked(run) == lines
+    assert read_lock(run) == lines

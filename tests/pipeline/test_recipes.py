@@ -24,10 +24,10 @@ from tapir_local.export.base import base_gguf
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
 from tapir_local.inference.model import read_gguf_template
-from tapir_local.pipeline.backends import real_tools
+from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.dry_run import expected_calls
-from tapir_local.pipeline.loop import distill, sequence
-from tapir_local.pipeline.rounds import ROUND
+from tapir_local.pipeline.loop import distill, list_steps
+from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.pocket import teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
@@ -81,7 +81,7 @@ def test_the_calls_that_a_recipe_speaks_of_are_the_forecasts(path: Path) -> None
     calls = rows + labelled + min(recipe.classifier.ask_at_most, rows - labelled)
     calls += expected_calls("holdout-judge", 0, recipe, rows)
     for number in range(1, recipe.rounds + 1):
-        calls += sum(expected_calls(stage.name, number, recipe, rows) for stage in ROUND)
+        calls += sum(expected_calls(stage.name, number, recipe, rows) for stage in ROUND_STAGES)
     assert quoted[1] == f"{calls:,}"
 
 
@@ -172,9 +172,9 @@ STUDENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def ran(recipe: Recipe, cache: Path) -> RunDir:
     run = RunDir(cache, recipe.name)
-    with real_tools(recipe, run, print) as tools:
+    with real_backends(recipe, run, print) as tools:
         distill(recipe, run, tools, QUIET)
-    assert all(step.done for step in sequence(run, recipe.rounds))
+    assert all(step.done for step in list_steps(run, recipe.rounds))
     return run
 
 

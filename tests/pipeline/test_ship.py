@@ -10,10 +10,9 @@ import yaml
 from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.card import UNSTATED, asked, cell, front_matter
 from tapir_local.pipeline.context import Progress
-from tapir_local.pipeline.loop import distill, redo, sequence
-from tapir_local.pipeline.published import published
+from tapir_local.pipeline.loop import distill, list_steps, redo
+from tapir_local.pipeline.ship import NOT_STATED, describe_endpoint, escape_cell, front_matter, published_recipe
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe, validated
 from tapir_local.report.status import run_status
@@ -49,11 +48,11 @@ def test_the_last_rounds_student_and_what_goes_along_with_it(run: RunDir) -> Non
 
 
 def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
-    asked = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
-    said = subprocess.run(asked, cwd=run.path / "model", capture_output=True, text=True, check=True).stdout
+    describe_endpoint = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
+    said = subprocess.run(describe_endpoint, cwd=run.path / "model", capture_output=True, text=True, check=True).stdout
     assert said == "".join(f"{name}: OK\n" for name in FILES if name != "SHA256SUMS")
     (run.path / "model" / "README.md").write_text("better than its teacher")
-    assert subprocess.run(asked, cwd=run.path / "model", capture_output=True, check=False).returncode == 1
+    assert subprocess.run(describe_endpoint, cwd=run.path / "model", capture_output=True, check=False).returncode == 1
 
 
 def test_status_tells_of_it(run: RunDir) -> None:
@@ -135,17 +134,17 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
     assert "| base | mine |" in told
     assert "| seeds | seeds.json: " in told
     assert "the GGUF judge.gguf" in told
-    published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
-    assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
+    published_recipe = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
+    assert (published_recipe.train.launcher, published_recipe.student.chat_template) == ("accelerate launch", "t.jinja")
     assert distill(overridden(recipe, changes), run, tools(World()), QUIET) == 0
 
 
 def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> None:
     endpoint = {"kind": "openai", "model": "m", "base_url": "https://me:secret@host:8000/v1?key=hidden"}
     kept = validated({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
-    assert "https://host:8000/v1\n" in published(kept)
-    assert asked(kept.teacher) == "m at https://host:8000/v1"
-    assert not {"secret", "hidden"} & set(re.findall(r"\w+", published(kept)))
+    assert "https://host:8000/v1\n" in published_recipe(kept)
+    assert describe_endpoint(kept.teacher) == "m at https://host:8000/v1"
+    assert not {"secret", "hidden"} & set(re.findall(r"\w+", published_recipe(kept)))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -159,7 +158,7 @@ def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_pat
     run = RunDir(tmp_path, "fake")
     with pytest.raises((KeyboardInterrupt, TapirError)):
         distill(recipe, run, replace(tools(World()), ship=cut), QUIET)
-    assert not sequence(run, 2)[-1].done
+    assert not list_steps(run, 2)[-1].done
     assert distill(recipe, run, tools(World()), QUIET) == 1
     assert list(contents(run)) == FILES
     assert not (run.path / "model.partial").exists()
@@ -168,7 +167,7 @@ def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_pat
 def test_the_card_says_what_is_not_known(run: RunDir) -> None:
     text = contents(run)["README.md"].decode()
     said = text.partition("## Licences and terms")[2].partition("##")[0]
-    assert said.count(UNSTATED) == 5
+    assert said.count(NOT_STATED) == 5
     head = yaml.safe_load(text.split("---")[1])
     assert head == {"tags": ["gguf", "tapir-local"]}
 
@@ -180,7 +179,7 @@ def test_the_card_repeats_what_the_recipe_states_and_no_more(recipe: Recipe, tmp
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "| the base | llama2 |" in text
     assert r"| none \| known |" in text
-    assert text.count(UNSTATED) == 1
+    assert text.count(NOT_STATED) == 1
 
 
 def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> None:
@@ -208,4 +207,4 @@ def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
 
 
 def test_a_cell_stays_one() -> None:
-    assert cell("a | b\n\nc") == r"a \| b c"
+    assert escape_cell("a | b\n\nc") == r"a \| b c"

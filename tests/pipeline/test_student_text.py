@@ -15,12 +15,12 @@ from tapir_local.data.chat_template import (
     supports_system_role,
 )
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.student_text import (
-    StudentText,
-    any_student,
-    fold_rows,
-    longest_of,
-    read_student_text,
+from tapir_local.pipeline.row_check import (
+    StudentFormat,
+    fold_system_turns,
+    model_max_length,
+    placeholder_format,
+    read_student_format,
     unfit_answers,
     unfit_prompts,
 )
@@ -32,11 +32,11 @@ SYSTEM, USER, REPLY = Message("system", "Be brief."), Message("user", "What is 2
 
 
 @pytest.fixture(scope="module")
-def pocket() -> StudentText:
-    return read_student_text(POCKET_STUDENT, 512)
+def pocket() -> StudentFormat:
+    return read_student_format(POCKET_STUDENT, 512)
 
 
-def reasons(student: StudentText, *prompts: Prompt) -> list[str]:
+def reasons(student: StudentFormat, *prompts: Prompt) -> list[str]:
     return [found.reason if found else "" for found in unfit_prompts(student, prompts)]
 
 
@@ -65,17 +65,17 @@ def test_folding_leaves_what_a_template_takes_and_every_other_turn() -> None:
     assert merge_system_turns(GEMMA, (USER, REPLY)) == (USER, REPLY)
 
 
-def test_rows_are_folded_once_and_counted(pocket: StudentText) -> None:
+def test_rows_are_folded_once_and_counted(pocket: StudentFormat) -> None:
     rows = [Example("a", (SYSTEM, USER)), Example("b", (USER,))]
-    found, count = fold_rows(replace(pocket, template=GEMMA), rows)
+    found, count = fold_system_turns(replace(pocket, template=GEMMA), rows)
     assert (count, found[0].prompt[0].role, found[1]) == (1, "user", rows[1])
-    assert fold_rows(pocket, rows) == (rows, 0)
+    assert fold_system_turns(pocket, rows) == (rows, 0)
     broken = replace(pocket, template="{% for m in messages %}")
-    assert fold_rows(broken, rows) == (rows, 0)
+    assert fold_system_turns(broken, rows) == (rows, 0)
     assert all("refused by the chat template" in said for said in reasons(broken, (USER,), (SYSTEM, USER)))
 
 
-def test_prompts_that_the_template_refuses_or_that_are_empty_say_why(pocket: StudentText) -> None:
+def test_prompts_that_the_template_refuses_or_that_are_empty_say_why(pocket: StudentFormat) -> None:
     student = replace(pocket, template=LLAMA2, eos="</s>", stops=("</s>",))
     said = reasons(student, (USER,), (USER, USER), (Message("user", " \n"),), (), (USER, REPLY, USER))
     assert said[0] == said[4] == ""
@@ -83,7 +83,7 @@ def test_prompts_that_the_template_refuses_or_that_are_empty_say_why(pocket: Stu
     assert said[2] == said[3] == "no instruction"
 
 
-def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentText) -> None:
+def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentFormat) -> None:
     """The prompt whose room is just enough is taken, one token more is not."""
     prompts = [(Message("user", "7 " * n),) for n in range(1, 300)]
     sizes = [len(ids) for ids in pocket.encode([render_student_prompt(pocket.template, prompt) for prompt in prompts])]
@@ -95,7 +95,7 @@ def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentText) -> None:
     assert found[-1].detail == f"{sizes[-1]:,} tokens, {student.length:,} allowed"
 
 
-def test_a_row_is_too_long_exactly_where_training_would_cut_it(pocket: StudentText) -> None:
+def test_a_row_is_too_long_exactly_where_training_would_cut_it(pocket: StudentFormat) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(POCKET_STUDENT)
@@ -120,7 +120,7 @@ def test_a_row_is_too_long_exactly_where_training_would_cut_it(pocket: StudentTe
         ("<think>a</think>x<think>b</think>y", "changes the assistant's words"),
     ],
 )
-def test_an_answer_that_the_template_changes_is_found(pocket: StudentText, answer: str, said: str) -> None:
+def test_an_answer_that_the_template_changes_is_found(pocket: StudentFormat, answer: str, said: str) -> None:
     student = replace(pocket, template=THOUGHTS, stops=("<|im_end|>",))
     [found] = unfit_answers(student, [((USER,), answer)])
     assert said in (found.kind if found else "")
@@ -129,23 +129,23 @@ def test_an_answer_that_the_template_changes_is_found(pocket: StudentText, answe
 
 def test_the_models_own_length_counts_where_it_is_shorter(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")  # 512 positions
-    assert longest_of(model) == 512
-    student = read_student_text(model, 2048)
+    assert model_max_length(model) == 512
+    student = read_student_format(model, 2048)
     assert (student.length, student.template) == (512, CHATML)
     [found] = unfit_prompts(student, [(Message("user", "word " * 700),)])
     assert found
     assert "the length that the student was made for" in found.kind
-    assert read_student_text(model, 100, GEMMA).limit == "student.max_length"
-    assert longest_of(tmp_path) > 1 << 40
+    assert read_student_format(model, 100, GEMMA).limit == "student.max_length"
+    assert model_max_length(tmp_path) > 1 << 40
 
 
 def test_a_folder_without_a_tokenizer_or_a_template_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="file is missing"):
-        read_student_text(tmp_path, 512)
+        read_student_format(tmp_path, 512)
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(TapirError, match="tokenizer cannot be read"):
-        read_student_text(tmp_path, 512)
+        read_student_format(tmp_path, 512)
 
 
 def test_a_student_that_is_not_here_takes_every_conversation() -> None:
-    assert reasons(any_student(2048), (USER,), (SYSTEM, USER), (USER, USER)) == ["", "", ""]
+    assert reasons(placeholder_format(2048), (USER,), (SYSTEM, USER), (USER, USER)) == ["", "", ""]

@@ -9,7 +9,7 @@ from server import Server, send
 from tapir_local.assets import find_recipe
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
-from tapir_local.pipeline.backends import judge_of
+from tapir_local.pipeline.backends import judge_endpoint
 from tapir_local.pipeline.judge import judge_name
 from tapir_local.pocket import teacher
 from tapir_local.recipe.checks import USED_BY, notices, unnamed
@@ -84,7 +84,7 @@ def test_the_kind_is_told_from_what_is_given(role: str, given: dict[str, Any], k
 
 def test_a_judge_with_a_model_is_asked_and_named() -> None:
     recipe = parse_recipe("teacher: {model: small}\njudge: {model: gpt-4o}", "r")
-    assert (judge_of(recipe).model, judge_name(recipe)) == ("gpt-4o", "gpt-4o")
+    assert (judge_endpoint(recipe).model, judge_name(recipe)) == ("gpt-4o", "gpt-4o")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: P
     changed = overridden(recipe, {"teacher.base_url": server.url, "teacher.model": "theirs"})
     request = Request(prompts.answer((Message("user", "What is 2 + 3?"),)), "row", "seeds")
     with Store(tmp_path / "teacher.db") as store:
-        for endpoint in (changed.teacher, judge_of(changed)):
+        for endpoint in (changed.teacher, judge_endpoint(changed)):
             ask([request], endpoint.model_copy(update={"api_key_env": "PATH"}), store, run="r")
     assert [body["model"] for body in server.bodies] == ["theirs"]  # the judge's was in the store
 

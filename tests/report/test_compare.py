@@ -14,7 +14,7 @@ from rich.console import Console
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.method.metrics import evaluate
-from tapir_local.pipeline.lockfile import Locked, lock
+from tapir_local.pipeline.context import LockedCall, lock_calls
 from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare_runs
@@ -66,7 +66,7 @@ def add_round(run: RunDir, number: int, answers: str, holdout: list[Example], si
     asked = {"expand": size, "judge": size, "holdout-judge": 3}
     for stage, count in asked.items():
         step = f"round-{number:02d}/{stage}"
-        lock(run, step, [Locked(step, f"r{n}", "0" * 64) for n in range(count)])
+        lock_calls(run, step, [LockedCall(step, f"r{n}", "0" * 64) for n in range(count)])
     right = {row.id: it in "1=" for row, it in told}
     write_record(folder / "metrics.json", evaluate(number, holdout, texts, judged, right, judge))
 
@@ -150,7 +150,7 @@ def test_by_task(tmp_path: Path) -> None:
 def test_what_a_run_spent_by_the_end_of_each_round(tmp_path: Path) -> None:
     one = made(tmp_path, "one", "1", "11")
     for stage, count in {"label": 4, "holdout": 5, "seeds": 6}.items():
-        lock(one, f"prepare/{stage}", [Locked(f"prepare/{stage}", f"{n}", "0" * 64) for n in range(count)])
+        lock_calls(one, f"prepare/{stage}", [LockedCall(f"prepare/{stage}", f"{n}", "0" * 64) for n in range(count)])
     names = ("rows", "tokens", "teacher_calls", "judge_calls", "evaluation_calls")
     found = compare_runs([one, made(tmp_path, "two", "1")])["rounds"]
     assert [tuple(row[name] for name in names) for row in found[:2]] == [(10, 100, 20, 10, 8), (20, 200, 30, 20, 11)]

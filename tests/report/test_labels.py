@@ -13,7 +13,7 @@ from fakes import QUIET, World, classify, make_recipe, tools
 from tapir_local.commands.runs import show_command
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Progress
-from tapir_local.pipeline.dry_run import forecast
+from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
@@ -247,7 +247,7 @@ def test_labels_that_do_not_exist_yet(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_cost_estimate_has_the_largest_possible_number_of_labels(
     recipe: Recipe, tmp_path: Path, changes: dict[str, Any], most: int | None
 ) -> None:
-    found = {row.step: row for row in forecast(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
+    found = {row.step: row for row in estimate_costs(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
     row = found.get("prepare/tasks")
     assert (row.calls if row else None) == most
     if row:
@@ -260,7 +260,7 @@ def test_a_cost_estimate_counts_the_unsure_rows_when_they_are_known(recipe: Reci
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
         ran(recipe, tmp_path, world, classify=doubting(lambda place: 0.4 if place < 12 else 0.8))
-    row = next(row for row in forecast(recipe, RunDir(tmp_path / "cache", "fake")) if row.step == "prepare/tasks")
+    row = next(row for row in estimate_costs(recipe, RunDir(tmp_path / "cache", "fake")) if row.step == "prepare/tasks")
     assert (row.calls, row.exact) == (12, True)
 
 

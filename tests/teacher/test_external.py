@@ -11,7 +11,7 @@ from fakes import STUDENT
 from tapir_local.data.dataset import require_seeds
 from tapir_local.data.files import read_path
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.backends import asker
+from tapir_local.pipeline.backends import ask_backend
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import answer_seeds
 from tapir_local.recipe.endpoints import Teacher
@@ -60,7 +60,7 @@ def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
     recipe = Recipe(teacher=teacher)
     examples, _ = require_seeds(read_path(seeds), recipe.task_table())
     with Store(store, "replay") as opened:
-        asks = asker(teacher, opened, "run")
+        asks = ask_backend(teacher, opened, "run")
         tools: Any = SimpleNamespace(teacher=asks, judge=asks, student_text=lambda: STUDENT)
         work = Work(recipe, RunDir(store.parent, "run"), tools)
         return [row.completion for row in answer_seeds(work, examples, "seeds")[0]]

@@ -18,7 +18,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.method import prompts
 from tapir_local.method.judging import parse_scores
-from tapir_local.pipeline.backends import real_tools
+from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.judge import ask_judge, judge_name
 from tapir_local.recipe.endpoints import Judge, Teacher
@@ -197,7 +197,7 @@ def test_every_reply_of_a_judge_that_knows_no_json_can_be_read(gguf, tmp_path, t
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": settings})
     pairs = [Example(f"row-{n}", (Message("user", word),), "answer") for n, word in enumerate(WORDS)]
     run = RunDir(tmp_path / "cache", "r")
-    with real_tools(recipe, run, print) as tools:
+    with real_backends(recipe, run, print) as tools:
         found = ask_judge(Work(recipe, run, tools), "judge", pairs, {pair.id: f"{pair.id}?" for pair in pairs})
     scores = [score for judgement in found for order in judgement.orders for score in order or (0.0,)]
     assert len(scores) == 48

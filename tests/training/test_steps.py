@@ -12,7 +12,7 @@ from training_rows import WEIGHTS, log, make_job
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline import rounds
-from tapir_local.pipeline.backends import trainer
+from tapir_local.pipeline.backends import train_backend
 from tapir_local.pipeline.context import Work
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir, write_text
@@ -161,14 +161,14 @@ def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_m
         "r",
     )
     write_text(run.round(0) / "train.jsonl", "\n".join([*lines[:3], long, *lines[4:]]) + "\n")
-    work = Work(recipe, run, replace(tools(World()), train=trainer(recipe, run)), 0, "round-00/train")
+    work = Work(recipe, run, replace(tools(World()), train=train_backend(recipe, run)), 0, "round-00/train")
     out = run.round(0) / "adapter"
     if limit < 1 / 32:
         with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used"):
-            rounds.train(work, out)
+            rounds.train_stage(work, out)
     else:
         said = "from the base, 1 left out (1 longer than student.max_length; unusable.jsonl)"
-        assert rounds.train(work, out) == said
+        assert rounds.train_stage(work, out) == said
     assert out.exists() == (limit > 1 / 32)
     (row,) = read_unusable(run)
     assert (row.step, row.id, row.kind) == ("round-00/train", "3", "longer than student.max_length")

@@ -11,7 +11,7 @@ from training_rows import SETTINGS, examples, log, losses
 from training_rows import resolved as settled
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.backends import exporter, gatekeeper
+from tapir_local.pipeline.backends import export_backend, gate_backend
 from tapir_local.process import run_module
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Example, Message, from_json, to_json
@@ -347,8 +347,8 @@ def test_a_wholly_trained_model_goes_through_export_and_gate_as_it_is(whole, bas
         f"teacher: pocket\nstudent: {{path: {base}}}\ntrain: {{method: full}}\nexport: {{quant: f16}}", "r"
     )
     run, gguf = RunDir(tmp_path, "run"), tmp_path / "student.gguf"
-    exporter(recipe, run)(whole, gguf, lambda done, total, note: None)
-    gatekeeper(recipe, run)(whole, gguf, rows, tmp_path / "gate.json", lambda done, total, note: None)
+    export_backend(recipe, run)(whole, gguf, lambda done, total, note: None)
+    gate_backend(recipe, run)(whole, gguf, rows, tmp_path / "gate.json", lambda done, total, note: None)
     found = json.loads((tmp_path / "gate.json").read_text())
     assert (found["failed"], found["figures"]["kl_base"]) == ([], None)
 
