@@ -1,8 +1,9 @@
-"""Small tools for a run that learn: a GGUF is the list of instructions trained on, and answers those rightly."""
+"""Fake backends of a run that learn: a GGUF is the list of instructions trained on, and answers those correctly."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ curriculum: {rows: 20, first_rows: 10, drafts: 2}
 classifier: {labelled: 30}
 """
 PASSED = GateReport((), 600, 0, (), 0, 0, Figures(1e-4, 0.5, 0.01, 1.0, 100), 1e-2, 0.9)
-STUDENT = placeholder_format(2048)  # takes every conversation
+STUDENT = placeholder_format(2048)  # accepts every conversation
 QUIET = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
 
 
 def inner(text: str, tag: str) -> str:
-    """What stands between a pair of tags."""
+    """The text between a pair of tags."""
     return text.partition(f"<{tag}>\n")[2].partition(f"\n</{tag}>")[0]
 
 
@@ -62,7 +63,7 @@ def reply(request: Request) -> str:
 
 
 class World:
-    """Counts what is asked of it; can be made to fail at a given call."""
+    """A teacher that counts its requests and can be interrupted at a given call."""
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
@@ -84,21 +85,22 @@ class World:
 
 
 def generate(
+    *,
     gguf: Path,
-    wanted: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     ids: Sequence[str],
     progress: Progress,
-    each: Callable[[Completion], None],
+    on_result: Callable[[Completion], None],
 ) -> list[Completion]:
     known = set(json.loads(gguf.read_text()))
     found = []
-    for id, prompt in zip(ids, wanted, strict=True):
+    for id, prompt in zip(ids, prompts, strict=True):
         found.append(Completion(id, "right" if instruction_of(prompt) in known else "no idea", "stop", 2))
-        each(found[-1])
+        on_result(found[-1])
     return found
 
 
-def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+def classify(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
     out.mkdir()
     known = {row.id for row in read_rows(Example, labelled)}
     found = [row for row in read_rows(Example, rows) if row.id not in known]
@@ -108,7 +110,7 @@ def classify(labelled: Path, rows: Path, seed: int, out: Path, progress: Progres
     write_json(out / "agreement.json", {"agreement": 0.9, "rows": 3})
 
 
-def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
     known = json.loads((previous / "known").read_text()) if previous else []
     out.mkdir()
     (out / "known").write_text(
@@ -117,19 +119,19 @@ def train(rows: Path, previous: Path | None, seed: int, out: Path, progress: Pro
 
 
 def score(
-    gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
+    *, gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, on_result: Callable[[Scored], None]
 ) -> list[Scored]:
-    """A text is the likelier the more of its letters its prompt has; of two texts the longer has more to teach."""
+    """A text is more likely the more of its letters are in the prompt; of two texts the longer has the higher IFD."""
     found = [
         Scored(str(n), -float(len(set(text) - set(instruction_of(prompt))) or 1), len(text))
         for n, (prompt, text) in enumerate(texts)
     ]
     for one in found:
-        each(one)
+        on_result(one)
     return found
 
 
-def ship(student: Path, out: Path, progress: Progress) -> None:
+def ship(*, student: Path, out: Path, progress: Progress) -> None:
     for name in ("student.gguf", "gate.json"):
         (out / name).write_bytes((student / name).read_bytes())
     (out / "Modelfile").write_text("FROM ./student.gguf\n")
@@ -146,40 +148,37 @@ def fake_backends(world: World) -> Backends:
         gate=lambda adapter, gguf, rows, out, progress: write_record(out, PASSED),
         score=score,
         ship=ship,
-        student_text=lambda: STUDENT,
+        student_format=lambda: STUDENT,
         check=lambda instruction, answer: "right" in answer,
     )
 
 
 def make_recipe(folder: Path) -> Recipe:
-    """A recipe on sixty seeds of two tasks."""
+    """A recipe with sixty seeds of two tasks."""
     texts = [f"{'sum' if n % 3 else 'paint'} {n} {n * n} {n**3} and {n * 7}" for n in range(60)]
     (folder / "seeds.json").write_text(json.dumps([{"instruction": text} for text in texts]))
     return parse_recipe(RECIPE.replace("PATH", str(folder / "seeds.json")), "fake.yaml")
 
 
 def outputs(run: RunDir) -> dict[str, bytes]:
-    """The bytes of every output; run.json tells of times and is left out."""
+    """The bytes of every output, without run.json, which holds times."""
     files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     return {str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name != "run.json"}
 
 
 def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Backends:
-    """Tools whose teacher's and judge's answers pass through `change`."""
+    """Backends whose teacher's and judge's answers pass through `change`."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         return [
             change(request, answer) for request, answer in zip(requests, world.ask(requests, progress), strict=True)
         ]
 
-    base = fake_backends(world)
-    return Backends(
-        **{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask}
-    )
+    return replace(fake_backends(world), teacher=ask, judge=ask)
 
 
 def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
-    """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
+    """Do in this process what a stage's own process does; importing torch there would take most of the tests' time."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     import_module(module).run_folder(folder, progress or QUIET.progress)

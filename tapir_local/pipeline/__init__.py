@@ -1,1 +1,1 @@
-"""The stages in order: resume, redo, dry run."""
+"""The stages of a run in order: run, resume, redo, dry run."""

@@ -1,4 +1,4 @@
-"""The real Tools: which part of the program does what for a recipe."""
+"""Build the real backends of a run: the parts of the program that ask, generate, train, export and verify."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,46 +10,51 @@ from tapir_local.export.ollama import write_modelfile
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.method.metrics import Checker
-from tapir_local.pipeline.context import AskBackend, Backends, Progress
-from tapir_local.pipeline.row_check import StudentFormat, read_student_format
+from tapir_local.pipeline.context import (
+    AskBackend,
+    Backends,
+    ClassifyBackend,
+    ExportBackend,
+    GateBackend,
+    GenerateBackend,
+    Progress,
+    ScoreBackend,
+    ShipBackend,
+    TrainBackend,
+)
+from tapir_local.pipeline.row_check import PromptAndAnswer, StudentFormat, read_student_format
 from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
+from tapir_local.records.noop import unheard
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
 from tapir_local.training.student import settle_student, student_folder
 
-CLASSIFIER_GPU_BYTES = (
-    6 << 30
-)  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
-
-
-def check_student(model: Path, converter: Path | None = None) -> None:
-    """TapirError for a student without a chat template, or that has no like in llama.cpp."""
-    from tapir_local.export.export import check_exportable
-
-    check_exportable(model, converter)
+# 184 million weights of deberta-v3-base with gradients, Adam's moments and a batch.
+CLASSIFIER_GPU_BYTES = 6 << 30
 
 
 @contextmanager
 def real_backends(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Backends]:
-    """Tools that ask through the cache's store, answer with llama.cpp, and train in processes of their own.
+    """Backends that ask through the cache's store, generate with llama.cpp, and train in their own processes.
 
-    `say` is told what opening the store put right. In mode "replay" nobody is asked, and a miss is an error. Nothing
-    is written in the run before it is held; `begin` then raises TapirError, before anything is paid, when the student
-    could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
+    `say` gets the notices of opening the store. In mode "replay" no endpoint is asked, and a missing answer is an
+    error. Nothing is written in the run before it is locked; `begin` then raises TapirError, before anything is paid,
+    if the student cannot be exported. The processes that train do not get the keys of the recipe's endpoints.
     """
-    check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))
+    judge = judge_endpoint(recipe)
+    check_reply_limits(recipe.budget, recipe.teacher, judge)
     with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
-        budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
+        purse = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
         yield Backends(
-            teacher=ask_backend(recipe.teacher, store, run.name, budget, say),
-            judge=ask_backend(judge_endpoint(recipe), store, run.name, budget, say),
+            teacher=ask_backend(recipe.teacher, store, run.name, purse, say),
+            judge=ask_backend(judge, store, run.name, purse, say),
             generate=generate_backend(recipe, run),
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
@@ -58,14 +63,14 @@ def real_backends(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode:
             score=score_backend(recipe, run),
             ship=ship_backend(recipe, run),
             begin=begin_backend(recipe, run),
-            student_text=format_backend(recipe, run),
+            student_format=format_backend(recipe, run),
             check=recipe_checker(recipe),
             replay=mode == "replay",
         )
 
 
 def begin_backend(recipe: Recipe, run: RunDir) -> Callable[[], None]:
-    """What is settled, and refused, of a run's student before the first step."""
+    """Fixes the run's student and checks that it can be exported, before the first step."""
 
     def begin() -> None:
         if not (run.round(0) / "adapter").exists():
@@ -74,8 +79,15 @@ def begin_backend(recipe: Recipe, run: RunDir) -> Callable[[], None]:
     return begin
 
 
+def check_student(model: Path, converter: Path | None = None) -> None:
+    """TapirError for a student without a chat template, or of an architecture that llama.cpp does not support."""
+    from tapir_local.export.export import check_exportable
+
+    check_exportable(model, converter)
+
+
 def format_backend(recipe: Recipe, run: RunDir) -> Callable[[], StudentFormat]:
-    """The student's chat template and tokens, read when they are first wanted."""
+    """Reads the student's chat template and tokenizer on first use."""
     return cache(lambda: read_student_format(student_folder(recipe, run), recipe.student.max_length))
 
 
@@ -85,75 +97,68 @@ def judge_endpoint(recipe: Recipe) -> Endpoint:
 
 
 def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
-    """What may have been billed to a run until now; of it only what is estimated, if asked for."""
+    """What may have been billed to a run so far; with `estimated`, only the estimated part of it."""
     store = run.cache / "teacher.db"
     return Cost(*billed_to_run(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
 def ask_backend(
-    endpoint: Endpoint, store: Store, run: str, budget: BudgetTracker | None = None, say: Callable[[str], None] = noop
+    endpoint: Endpoint, store: Store, run: str, purse: BudgetTracker | None = None, say: Callable[[str], None] = unheard
 ) -> AskBackend:
-    """Requests to an endpoint through the store, within the budget."""
+    """Sends requests to an endpoint, through the store and within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
-        from tapir_local.teacher.session import AskOptions
 
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress)
-        return send(requests, endpoint, store, run=run, options=options)
+        return send(requests, endpoint, store, run=run, progress=show, purse=purse, warn=say, tell=progress)
 
     return ask
 
 
-def generate_backend(
-    recipe: Recipe, run: RunDir
-) -> Callable[[Path, Sequence[Prompt], Sequence[str], Progress, Callable[[Completion], None]], list[Completion]]:
-    """The greedy answers of a round's student."""
+def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
+    """Generates greedy answers with a round's student."""
 
-    def answer(
+    def generate_with_llama(
+        *,
         gguf: Path,
         prompts: Sequence[Prompt],
         ids: Sequence[str],
         progress: Progress,
-        each: Callable[[Completion], None],
+        on_result: Callable[[Completion], None],
     ) -> list[Completion]:
-        from tapir_local.inference.config import GenerationConfig
-        from tapir_local.inference.generate import Callbacks, generate
+        from tapir_local.inference.generate import generate
 
         student, opened = recipe.student, student_of(recipe, run, gguf)
         return generate(
             opened.gguf,
             prompts,
-            GenerationConfig(
-                max_tokens=student.max_tokens,
-                context=student.max_length,
-                parallel=None if student.parallel == "auto" else student.parallel,
-                seed=recipe.random_seed,
-            ),
             adapter=opened.adapter,
             ids=ids,
-            callbacks=Callbacks(
-                result=each,
-                progress=lambda done, total: progress(done, total, ""),
-                warn=lambda words: progress(0, len(prompts), words),
-            ),
+            max_tokens=student.max_tokens,
+            context=student.max_length,
+            parallel=None if student.parallel == "auto" else student.parallel,
+            seed=recipe.random_seed,
+            each=on_result,
+            progress=lambda done, total: progress(done, total, ""),
+            tell=lambda words: progress(0, len(prompts), words),
         )
 
-    return answer
+    return generate_with_llama
 
 
-def score_backend(
-    recipe: Recipe, run: RunDir
-) -> Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]:
-    """Log-probabilities of given completions by a round's student."""
+def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
+    """Computes log-probabilities with a round's student."""
 
-    def measure(
-        gguf: Path, texts: Sequence[tuple[Prompt, str]], progress: Progress, each: Callable[[Scored], None]
+    def score_with_llama(
+        *,
+        gguf: Path,
+        texts: Sequence[PromptAndAnswer],
+        progress: Progress,
+        on_result: Callable[[Scored], None],
     ) -> list[Scored]:
-        from tapir_local.inference.generate import Callbacks
         from tapir_local.inference.score import score_completions
 
         opened = student_of(recipe, run, gguf)
@@ -162,18 +167,17 @@ def score_backend(
             texts,
             adapter=opened.adapter,
             context=recipe.student.max_length,
-            callbacks=Callbacks(result=each, progress=lambda done, total: progress(done, total, "")),
+            progress=lambda done, total: progress(done, total, ""),
+            each=on_result,
         )
 
-    return measure
+    return score_with_llama
 
 
-def train_backend(
-    recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
-) -> Callable[[Path, Path | None, int, Path, Progress], None]:
-    """Fine-tuning of the recipe's student."""
+def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard) -> TrainBackend:
+    """Fine-tunes the recipe's student."""
 
-    def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.training.train import TrainJob, train
 
         job = TrainJob(
@@ -192,29 +196,27 @@ def train_backend(
 
 
 def trained_model(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | None]:
-    """The model's folder and its adapter's, None where train.method `full` has left the whole model in adapter/."""
+    """(model folder, adapter folder or None); with train.method `full` the adapter's folder is the whole model."""
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classify_backend(
-    recipe: Recipe, say: Callable[[str], None] = noop
-) -> Callable[[Path, Path, int, Path, Progress], None]:
-    """The task classifier, trained and applied."""
+def classify_backend(recipe: Recipe, say: Callable[[str], None] = unheard) -> ClassifyBackend:
+    """Trains the task classifier and applies it."""
 
-    def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+    def classify_rows(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.training.classifier import ClassifyJob, classify
 
         take_gpu(CLASSIFIER_GPU_BYTES, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 
-    return sort
+    return classify_rows
 
 
-def export_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
-    """What a round keeps as its student: an adapter merged into its base, or by itself."""
+def export_backend(recipe: Recipe, run: RunDir) -> ExportBackend:
+    """Writes a round's student: the adapter merged into its base, or the adapter alone."""
 
-    def write(adapter: Path, out: Path, progress: Progress) -> None:
+    def export_student(*, adapter: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export.export import ExportJob, export
 
         model, lora = trained_model(recipe, run, adapter)
@@ -226,13 +228,13 @@ def export_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progres
         job = ExportJob(model, out, quant, lora, alone, converter_of(recipe))
         export(job, out.parent / "export", progress)
 
-    return write
+    return export_student
 
 
-def gate_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path, Progress], None]:
-    """The comparison of the GGUF with the trained model."""
+def gate_backend(recipe: Recipe, run: RunDir) -> GateBackend:
+    """Compares the GGUF with the trained model."""
 
-    def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
+    def compare_with_model(*, adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
         from tapir_local.export.gate import GateJob, pass_gate
 
         model, lora = trained_model(recipe, run, adapter)
@@ -241,37 +243,39 @@ def gate_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Pat
         job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, lora, opened.adapter)
         pass_gate(job, out.parent / "gate", progress)
 
-    return compare
+    return compare_with_model
 
 
-def ship_backend(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], None]:
-    """A round's student as one whole GGUF with its gate's report, and a Modelfile for Ollama."""
+def ship_backend(recipe: Recipe, run: RunDir) -> ShipBackend:
+    """Makes a round's student one complete GGUF, with its gate report and a Modelfile for Ollama."""
 
-    def pack(student: Path, out: Path, progress: Progress) -> None:
+    def write_model(*, student: Path, out: Path, progress: Progress) -> None:
         if is_adapter(student / "student.gguf"):
-            merge(student, out, progress)
+            merge_adapter(recipe, run, student, out, progress)
         else:
             for name in ("student.gguf", "gate.json"):
                 link_or_copy(student / name, out / name)
         write_modelfile(out / "student.gguf", out / "Modelfile", context=recipe.student.max_length, temperature=0.0)
 
-    def merge(student: Path, out: Path, progress: Progress) -> None:
-        from tapir_local.export.export import ExportJob, export
-        from tapir_local.export.gate import GateJob, pass_gate
+    return write_model
 
-        model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
-        job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_of(recipe))
-        export(job, work, progress)
-        progress(0, 0, memory_words(model))
-        least, rows = recipe.export.min_agreement, student / "train.jsonl"
-        pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
-        remove(work)
 
-    return pack
+def merge_adapter(recipe: Recipe, run: RunDir, student: Path, out: Path, progress: Progress) -> None:
+    """Write `out`/student.gguf with the adapter of the round's folder `student` merged, and its gate report."""
+    from tapir_local.export.export import ExportJob, export
+    from tapir_local.export.gate import GateJob, pass_gate
+
+    model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
+    job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_of(recipe))
+    export(job, work, progress)
+    progress(0, 0, memory_words(model))
+    least, rows = recipe.export.min_agreement, student / "train.jsonl"
+    pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
+    remove(work)
 
 
 def recipe_checker(recipe: Recipe) -> Checker | None:
-    """What tells right answers from wrong ones, where the recipe names it."""
+    """The recipe's checker, which tells right answers from wrong ones; None if it names none."""
     if recipe.checker is None:
         return None
     if recipe.checker == "tasks":
@@ -282,7 +286,7 @@ def recipe_checker(recipe: Recipe) -> Checker | None:
 
 
 def task_checker(recipe: Recipe) -> Checker:
-    """Each task's own checker; None for a task that has none."""
+    """A checker that uses each task's own one; its answer is None for a task without one."""
     from tapir_local.method.checkers import CHECKERS
 
     named = {label: CHECKERS[task.checker] for label, task in recipe.task_table().items() if task.checker}

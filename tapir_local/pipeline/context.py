@@ -1,59 +1,137 @@
-"""What a stage is given: the recipe, the run's folder, the round, and the tools with which it may touch the world."""
+"""What a stage is given: the recipe, the run's folder, the round, and the backends that it may call."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from tapir_local.method.metrics import Checker
-from tapir_local.pipeline.context import LockedCall, lock_calls
-from tapir_local.pipeline.row_check import StudentFormat, unfit_answers, unfit_prompts
-from tapir_local.pipeline.run_rows import split_usable
+from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import RunDir
+from tapir_local.rundir import RunDir, read_rows, write_rows
 from tapir_local.store.thinking import strip_thoughts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
+LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
+
 Progress = Callable[[int, int, str], None]
-AskBackend = Callable[[Sequence[Request], Progress], list[Answer]]
+
+
+class AskBackend(Protocol):
+    """Answers to requests, in their order."""
+
+    def __call__(self, requests: Sequence[Request], progress: Progress) -> list[Answer]: ...
+
+
+class GenerateBackend(Protocol):
+    """Greedy answers of the student in `gguf`, in the order of the prompts.
+
+    `on_result` gets each answer as soon as it is complete, in any order; `ids` are the prompts' row ids.
+    """
+
+    def __call__(
+        self,
+        *,
+        gguf: Path,
+        prompts: Sequence[Prompt],
+        ids: Sequence[str],
+        progress: Progress,
+        on_result: Callable[[Completion], None],
+    ) -> list[Completion]: ...
+
+
+class ScoreBackend(Protocol):
+    """Log-probabilities of completions by the student in `gguf`.
+
+    `on_result` gets each result as soon as it is there; its id is the text's position.
+    """
+
+    def __call__(
+        self,
+        *,
+        gguf: Path,
+        texts: Sequence[tuple[Prompt, str]],
+        progress: Progress,
+        on_result: Callable[[Scored], None],
+    ) -> list[Scored]: ...
+
+
+class ClassifyBackend(Protocol):
+    """Trains the task classifier on `labelled` and writes its labels for the other `rows` into the folder `out`."""
+
+    def __call__(self, *, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None: ...
+
+
+class TrainBackend(Protocol):
+    """Trains the student on `rows` and writes the adapter `out`; starts from the adapter `previous`, or the base."""
+
+    def __call__(self, *, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None: ...
+
+
+class ExportBackend(Protocol):
+    """Writes a trained `adapter` as the GGUF `out`."""
+
+    def __call__(self, *, adapter: Path, out: Path, progress: Progress) -> None: ...
+
+
+class GateBackend(Protocol):
+    """Compares a `gguf` with the trained model, on probes and on `rows`, and writes the report `out`."""
+
+    def __call__(self, *, adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None: ...
+
+
+class ShipBackend(Protocol):
+    """Writes the GGUF, gate.json and Modelfile of a round's folder `student` into the folder `out`."""
+
+    def __call__(self, *, student: Path, out: Path, progress: Progress) -> None: ...
 
 
 def nothing() -> None:
-    """What tools do at a run's beginning that need not do anything."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Backends:
-    """All that a stage may do to the world beyond its own run's folder."""
+    """Everything that a stage may do outside its run's folder.
+
+    `student_format` reads the student's chat template and tokenizer. `begin` is called once the run is locked, before
+    its first step. `check` tells right answers from wrong ones. `replay` says that all answers come from the store.
+    """
 
     teacher: AskBackend
     judge: AskBackend
-    # GGUF, prompts, their ids; the last is given each answer as soon as it is done
-    generate: Callable[
-        [Path, Sequence[Prompt], Sequence[str], Progress, Callable[[Completion], None]], list[Completion]
-    ]
-    classify: Callable[[Path, Path, int, Path, Progress], None]  # labelled rows, other rows, seed, folder out
-    train: Callable[[Path, Path | None, int, Path, Progress], None]  # rows, adapter to go on from, seed, adapter out
-    export: Callable[[Path, Path, Progress], None]  # adapter, GGUF out
-    gate: Callable[[Path, Path, Path, Path, Progress], None]  # adapter, GGUF, rows to probe with, report out
-    # GGUF, prompts with completions; the last is given each result, whose id is its text's number
-    score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]
-    ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
-    student_text: Callable[[], StudentFormat]  # the student's chat template and tokens
-    begin: Callable[[], None] = nothing  # called once the run is held, before its first step
+    generate: GenerateBackend
+    classify: ClassifyBackend
+    train: TrainBackend
+    export: ExportBackend
+    gate: GateBackend
+    score: ScoreBackend
+    ship: ShipBackend
+    student_format: Callable[[], StudentFormat]
+    begin: Callable[[], None] = nothing
     check: Checker | None = None
-    replay: bool = False  # every answer is from the store, nobody is asked
+    replay: bool = False
+
+
+@dataclass(frozen=True)
+class LockedCall:
+    """Records that a step (`round-01/judge`) used a call for a row; `key` has 64 hexadecimal digits."""
+
+    step: str
+    row: str
+    key: str
 
 
 @dataclass
 class Work:
-    """What a stage is given: the recipe, the run's folder, the round, the tools, and where to show progress."""
+    """What a stage is given. `number` is the round, `step` the step's name (`round-01/judge`)."""
 
     recipe: Recipe
     run: RunDir
-    tools: Backends
+    backends: Backends
     number: int = 0
     step: str = ""
     progress: Progress = lambda done, total, text: None
@@ -65,15 +143,22 @@ class Work:
         """This round's folder."""
         return self.run.round(self.number)
 
-    def chance(self, stage: str) -> random.Random:
-        """The stage's own source of chance."""
+    @property
+    def stage(self) -> str:
+        """The stage's name: `judge` of the step `round-01/judge`."""
+        return self.step.rpartition("/")[2]
+
+    def rng(self, stage: str) -> random.Random:
+        """A random number generator for one stage of this round, seeded by the recipe."""
         return random.Random(f"{self.recipe.random_seed}-{stage}-{self.number}")
 
     def ask(self, ask: AskBackend, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, counted as paid or hits, their calls recorded in tapir.lock."""
-        answers = ask(requests, self.progress) if requests else []
-        if self.endpoint_of(ask).thinking == "strip":  # whoever answers: what is not asked through the store, too
-            answers = [stripped(answer) for answer in answers]
+        answers = ask(requests, progress=self.progress) if requests else []
+        # Replies from the store have been stripped when they were read. Stripping again is not always without effect
+        # (`</think>` on a line of the answer itself), so leaving it out would change the rows of existing runs.
+        if self.endpoint_of(ask).thinking == "strip":
+            answers = [strip_answer(answer) for answer in answers]
         hits = sum(answer.hit for answer in answers)
         self.tally["hits"] += hits
         self.tally["paid"] += len(answers) - hits
@@ -84,18 +169,22 @@ class Work:
         return answers
 
     def endpoint_of(self, ask: AskBackend) -> Endpoint:
-        """Who answers: the teacher, or the judge where it is another."""
-        judges = ask is self.tools.judge and ask is not self.tools.teacher
+        """The endpoint behind `ask`: the teacher's, or the judge's if it is another."""
+        judges = ask is self.backends.judge and ask is not self.backends.teacher
         return self.recipe.judge if judges and self.recipe.judge.kind != "teacher" else self.recipe.teacher
 
     def leave_out(self, rows: Sequence[Unusable], total: int, by_choice: Sequence[Unusable] = ()) -> None:
-        """Record the rows that this step leaves out; TapirError where limits.unusable allows fewer of `total` rows.
+        """Record the rows that this step leaves out; TapirError if limits.unusable allows fewer of `total` rows.
 
-        To be called once in a step, with all its unusable rows, before its output is written. `by_choice` are rows that
-        can be used and that the recipe asks to leave out: they are recorded too, and count against no limit.
+        Call it once in a step, with all unusable rows, before the output is written. `by_choice` are usable rows that
+        the recipe asks to leave out: they are recorded but do not count against the limit.
         """
         record_unusable(self.run, self.step, [*rows, *by_choice])
         refuse_too_many(rows, total, self.recipe.limits.unusable, f"{self.run.name}, {self.step}")
+
+    def unusable(self, row: Example, kind: str, detail: str = "") -> Unusable:
+        """The record that this step leaves a row out; `kind` is the same for all rows with this fault."""
+        return Unusable(self.step, row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
 
     def request(
         self, stage: str, row: str, messages: Prompt, *, draw: int = 0, temperature: float | None = None
@@ -113,20 +202,12 @@ class Work:
         )
 
 
-def stripped(answer: Answer) -> Answer:
-    """The answer without what was thought aloud before it."""
-    text = strip_thoughts(answer.text)
-    if text == answer.text:
-        return answer
-    return replace(answer, text=text, why=answer.why or ("" if text.strip() else "the reply is only a thought"))
-
-
 @dataclass(frozen=True)
 class Stage:
-    """`output` is a name in the run's folder (prepare) or the round's; `run` returns a phrase for the closing line.
+    """A stage of a run: `run` writes `output` and returns a phrase for the closing line.
 
-    A stage that asks the student for hours `resumes` in a file beside its output, or in the output itself, to which
-    it appends as it goes: what a cut attempt has written of it is not deleted.
+    `output` is a name in the run's folder (preparation) or in the round's. A stage that runs the student for hours
+    continues after an interruption in the file `resumes`, which may be the output itself.
     """
 
     name: str
@@ -135,66 +216,36 @@ class Stage:
     resumes: str = ""
 
 
-def split_askable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
-    """The rows that the student can be asked, and the others: refused by its chat template, or without room."""
-    if not rows:
-        return [], []
-    student = work.tools.student_text()
-    return split_usable(
-        rows, work.step, lambda some: unfit_prompts(student, [row.prompt for row in some]), work.progress
-    )
+def format_count(count: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def split_trainable(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
-    """The rows that the student can be trained on, and the others: changed by its chat template, or too long."""
-    if not rows:
-        return [], []
-    student = work.tools.student_text()
-    check = lambda some: unfit_answers(student, [(row.prompt, row.completion) for row in some])  # noqa: E731
-    return split_usable(rows, work.step, check, work.progress)
+def strip_answer(answer: Answer) -> Answer:
+    """The answer without the reasoning that the model wrote before it."""
+    text = strip_thoughts(answer.text)
+    if text == answer.text:
+        return answer
+    return replace(answer, text=text, why=answer.why or ("" if text.strip() else "the reply is only a thought"))
 
 
-def answer_rows(
-    work: Work, stage: str, rows: Sequence[Example], asked: Sequence[Prompt], *, trained: bool = True
-) -> tuple[list[Example], list[Unusable]]:
-    """Rows with the teacher's replies to `asked` as their completions, and those without one that is of use.
-
-    A reply is of use where it is whole and, if it is to be `trained` on, the student can be.
-    """
-    requests = [work.request(stage, row.id, messages) for row, messages in zip(rows, asked, strict=True)]
-    found, unusable = list[Example](), list[Unusable]()
-    for row, reply in zip(rows, work.ask(work.tools.teacher, requests), strict=True):
-        if reply.complete:
-            found.append(replace(row, completion=trim_reply(reply.text)))
-        else:
-            unusable.append(unusable_reply(work, row, reply))
-    kept, unfit = split_trainable(work, found) if trained else (found, [])
-    return kept, unusable + unfit
+def read_lock(run: RunDir) -> list[LockedCall]:
+    """Every call that a run used, in the order of its steps; [] before the first."""
+    path = run.path / LOCK_FILE
+    return read_rows(LockedCall, path) if path.exists() else []
 
 
-def trim_reply(text: str) -> str:
-    """A reply without blank lines around it. The indentation of its first line, as of code, belongs to it; the one
-    space with which many tokenizers begin a reply does not."""
-    lines = text.rstrip().split("\n")
-    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
-    kept = "\n".join(lines[first:])
-    return kept if kept.startswith(("  ", "\t")) else kept.lstrip()
+def lock_calls(run: RunDir, step: str, calls: Sequence[LockedCall]) -> None:
+    """Record the calls that a step has used so far, in place of those of an earlier attempt at the step."""
+    write_rows(run.path / LOCK_FILE, [*(line for line in read_lock(run) if line.step != step), *calls])
 
 
-def unusable_reply(work: Work, row: Example, reply: Answer) -> Unusable:
-    """The record of a row to which the teacher gave no whole answer."""
-    kinds = {
-        "length": "cut at teacher.max_tokens",
-        "content_filter": "refused by the server's filter",
-        "refused": "refused by the server",
-    }
-    kind = kinds.get(reply.finish, "empty reply" if not reply.text.strip() else "reply not whole")
-    more = advise_max_tokens(work) if reply.finish == "length" else ""
-    return Unusable(work.step, row.id, kind, reply.why or more, instruction_of(row.prompt)[:BRIEF])
+def unlock_steps(run: RunDir, steps: Collection[str]) -> None:
+    """Remove the calls of some steps."""
+    if (run.path / LOCK_FILE).exists():
+        write_rows(run.path / LOCK_FILE, [line for line in read_lock(run) if line.step not in steps])
 
 
-def advise_max_tokens(work: Work) -> str:
-    """How to get the answers whole that were cut: only those are paid again."""
-    stage, size = work.step.rpartition("/")[2], 2 * work.recipe.teacher.max_tokens
-    undo = f"tapir-local redo {work.run.name} --from {stage}" + (f" --round {work.number}" if work.number else "")
-    return f"`{undo}`, then distill with --set teacher.max_tokens={size}; only the cut answers are paid again"
+def unique_call_keys(lines: Iterable[LockedCall]) -> list[str]:
+    """The keys, each once, in the order of first use."""
+    return list(dict.fromkeys(line.key for line in lines))

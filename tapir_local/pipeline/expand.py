@@ -1,4 +1,4 @@
-"""What the teacher writes for a round: new instructions, and answers in the style that each task needs."""
+"""Stages in which the teacher writes a round's data: new instructions, and answers in the style of each task."""
 
 import math
 from collections import Counter
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, screen_drafts
-from tapir_local.data.dedup import DedupIndex
+from tapir_local.data.dataset import Draft, Index, screen_drafts
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
 from tapir_local.method.parents import Parents
 from tapir_local.method.screening import fault_of, most_openings, opening, own_sentences
-from tapir_local.pipeline.context import Work
+from tapir_local.pipeline.context import Work, format_count
 from tapir_local.pipeline.judge import score_answers
 from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instructions
 from tapir_local.pipeline.run_rows import (
@@ -26,29 +25,30 @@ from tapir_local.pipeline.run_rows import (
     reject_unfit,
 )
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
+from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan
 from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
+from tapir_local.unusable import COMMON, Unusable, left_out
 
-# A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
+# A row can be expanded again in a later round; its draw numbers must differ from those of earlier rounds.
 DRAWS_PER_ROUND = 1000
-FIRST_DRAFTS = 50  # drafts of a round after which it is first asked whether more are worth their price
-FEW, HOPELESS = 10, 0.8  # drafts, and the share of them rejected from which no more are asked for
-MIN_TRAINING_STEPS = 10  # steps of training below which a round is said to have few
-SAME_OPENING = "begins as too many others do"
-# What to do where no row can be trained on, by the commonest reason.
+FIRST_DRAFTS = 50  # after these drafts of a round, check whether more are worth their price
+MIN_DRAFTS_TO_STOP = 10  # with fewer drafts than this, always go on
+STOP_SHARE = 0.8  # no more drafts are asked for if this share of them is rejected
+MIN_TRAINING_STEPS = 10  # with fewer training steps, warn that the student learns little
+SAME_OPENING = "begins as too many others do"  # a reason in expanded.jsonl; existing files have it
+# What to do if no row can be trained on, by the most frequent reason.
 EMPTY_ROUND_ADVICE: Mapping[str, str] = {
-    UNREAD: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
-    POOR: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
-    "curriculum.teacher_floor lower.",
-    NEAR: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more hard rows.",
-    NO_REASON: "See what became of the drafts in expanded.jsonl of the round's folder.",
+    UNREAD: "See the judge's replies (`tapir-local calls list --stage judge`) and use a judge that keeps to JSON.",
+    POOR: "The judge gives the teacher's answers low scores: read some of them; use another teacher or judge, or lower "
+    "curriculum.teacher_floor.",
+    NEAR: "The student answers nearly as well as the teacher: lower curriculum.mfd_threshold to get more hard rows.",
+    NO_REASON: "The reasons are in expanded.jsonl in the round's folder.",
 }
 
 
 @dataclass
 class OpenExpansion:
-    """One expansion of the plan at work: its parents, and how many new rows are still missing."""
+    """An expansion of the plan in progress: its parents, and how many new rows are still missing."""
 
     expansion: Expansion
     parents: Parents
@@ -56,35 +56,38 @@ class OpenExpansion:
 
 
 def expand_stage(work: Work, out: Path) -> str:
-    """New instructions grown from rows of the pool, and the drafts that were rejected."""
+    """New instructions made from rows of the pool, together with the rejected drafts."""
     planned = read_record(RoundPlan, work.folder / "plan.json")
     if planned.reflected:
         return reflect_on_instructions(work, planned, out)
     settings, rows = work.recipe.curriculum, {row.id: row for row in read_pool(work)}
-    groups = [OpenExpansion(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
-    screen, drafts, stopped = DraftScreen(work, planned), list[Draft](), ""
+    expansions = [OpenExpansion(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
+    drafts_screen, drafts, stopped = DraftScreen(work, planned), list[Draft](), ""
     for _ in range(settings.drafts):
-        wanted = [(group, rows[id]) for group in groups for id in group.parents.take(group.missing)]
+        wanted = [(group, rows[id]) for group in expansions for id in group.parents.take(group.missing)]
         for part in (wanted[:FIRST_DRAFTS], wanted[FIRST_DRAFTS:]) if not drafts else (wanted,):
-            found = write_drafts(work, part, drafts, screen)
+            found = write_drafts(work, part, drafts, drafts_screen)
             drafts += found
             if stopped := stop_reason(found):
                 break
         if stopped:
             break
     write_rows(out, drafts)
-    return summarize_drafts(drafts, sum(group.missing for group in groups), stopped, screen.unchecked)
+    return summarize_drafts(drafts, sum(group.missing for group in expansions), stopped, drafts_screen.unchecked)
 
 
 def write_drafts(
-    work: Work, wanted: Sequence[tuple[OpenExpansion, Example]], before: Sequence[Draft], screen: "Screen"
+    work: Work,
+    wanted: Sequence[tuple[OpenExpansion, Example]],
+    before: Sequence[Draft],
+    drafts_screen: "DraftScreen",
 ) -> list[Draft]:
-    """One draft of each parent, screened; what is kept is counted where it was missing."""
-    asked = [(row, group.expansion.manner) for group, row in wanted]
-    found = ask_drafts(work, asked, before)
-    found = [screen.look_at(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
+    """One screened draft for each parent; kept drafts are counted in their expansions."""
+    parents = [(row, group.expansion.manner) for group, row in wanted]
+    found = ask_drafts(work, parents, before)
+    found = [drafts_screen.screen(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
     if work.recipe.curriculum.check_drafts:
-        found = screen.check(work, found)
+        found = drafts_screen.check(work, found)
     for draft, (group, row) in zip(found, wanted, strict=True):
         if not draft.reason:
             group.missing -= 1
@@ -93,76 +96,77 @@ def write_drafts(
 
 
 class DraftScreen:
-    """What a round's drafts are held against: known rows, the holdout, words of ours, and what was kept before."""
+    """Rejects drafts that resemble known rows, the holdout, the prompt's own words, or drafts kept before."""
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
-        self.near, self.held = dedup_indexes(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
-        self.ours = own_sentences(work.recipe.task_table())
+        self.known, self.holdout = dedup_indexes(work) if planned.expansions else (Index(1.0), Index(1.0))
+        self.own_words = own_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
         self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
         self.openings: Counter[tuple[str, str]] = Counter()
         self.unchecked = 0
 
-    def look_at(self, draft: Draft, parent: Example) -> Draft:
-        """The draft with the reason why it is rejected; one without is kept from now on."""
+    def screen_drafts(self, draft: Draft, parent: Example) -> Draft:
+        """The draft, with a reason if it is rejected; a kept draft is known from now on."""
         if draft.reason:
             return draft
         text, task = draft.example.prompt[-1].content, draft.example.task
-        reason = fault_of(text, parent.prompt[-1].content, self.ours)
+        reason = fault_of(text, parent.prompt[-1].content, self.own_words)
         if not reason and self.openings[task, opening(text)] >= self.most[task]:
             reason = f"{SAME_OPENING}: {opening(text)!r}"
-        found = replace(draft, reason=reason) if reason else screen_drafts([draft.example], self.near, self.held)[0]
+        found = replace(draft, reason=reason) if reason else screen_drafts([draft.example], self.known, self.holdout)[0]
         self.openings[task, opening(text)] += not found.reason
         return found
 
     def check(self, work: Work, drafts: Sequence[Draft]) -> list[Draft]:
-        """The drafts as the teacher finds them; where its reply cannot be read a draft is kept, and counted."""
+        """The drafts after a check by the teacher; a draft with an unreadable check is kept and counted."""
         tasks, left = work.recipe.task_table(), [draft for draft in drafts if not draft.reason]
         asked = [prompts.check_draft(draft.example.prompt, tasks[draft.example.task]) for draft in left]
         requests = [
             work.request("expand", f"{draft.example.id}#check", messages, temperature=0.0)
             for draft, messages in zip(left, asked, strict=True)
         ]
-        replies = iter(work.ask(work.tools.teacher, requests))
+        replies = iter(work.ask(work.backends.teacher, requests))
         return [draft if draft.reason else self.checked(draft, next(replies)) for draft in drafts]
 
     def checked(self, draft: Draft, reply: Answer) -> Draft:
-        """A draft with what the teacher finds wrong with it."""
+        """A draft, rejected if the teacher's reply names a fault."""
         fault = judging.parse_check(reply.text) if reply.complete else None
         self.unchecked += fault is None
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
 
-def dedup_indexes(work: Work) -> tuple[DedupIndex, DedupIndex]:
-    """What a draft may not resemble: all rows that are known, and the holdout."""
-    near, rows = DedupIndex(work.recipe.curriculum.max_rouge), read_known_rows(work)
-    near.learn(rows)
+def dedup_indexes(work: Work) -> tuple[Index, Index]:
+    """Dedup indexes of the rows that a draft must not resemble: (all known rows, the holdout)."""
+    known, rows = Index(work.recipe.curriculum.max_rouge), read_known_rows(work)
+    known.learn(rows)
     for row in rows:
-        near.add(row)
-    return near, holdout_index(work)
+        known.add(row)
+    return known, holdout_index(work)
 
 
 def stop_reason(found: Sequence[Draft]) -> str:
-    """Why no more drafts are asked for after these, "" where they were worth it."""
+    """Why no more drafts are asked for after these; "" if enough of them were kept."""
     rejected = [draft for draft in found if draft.reason]
-    if len(found) < FEW or len(rejected) < HOPELESS * len(found):
+    if len(found) < MIN_DRAFTS_TO_STOP or len(rejected) < STOP_SHARE * len(found):
         return ""
     return f"no more asked for, because {len(rejected):,} of {len(found):,} drafts were rejected"
 
 
-def summarize_drafts(drafts: Sequence[Draft], short: int, stopped: str = "", unchecked: int = 0) -> str:
-    """What became of the drafts, in a phrase, with the commonest reasons why they were rejected."""
+def summarize_drafts(drafts: Sequence[Draft], missing: int, stopped: str = "", unchecked: int = 0) -> str:
+    """How many drafts were kept and rejected, with the most frequent reasons."""
     rejected = Counter(draft.reason.partition(":")[0] for draft in drafts if draft.reason)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(COMMON))
-    said = f"{len(drafts) - rejected.total():,} new instructions, {rejected.total():,} drafts rejected"
+    kept = format_count(len(drafts) - rejected.total(), "new instruction")
+    said = f"{kept}, {format_count(rejected.total(), 'draft')} rejected"
     said += f" ({reasons})" if reasons else ""
-    said += f", {short:,} short" if short else ""
+    said += f", {missing:,} missing" if missing else ""
     said += f", {unchecked:,} unchecked: the teacher's reply could not be read" if unchecked else ""
     return said + (f"; {stopped}" if stopped else "")
 
 
 def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Sequence[Draft]) -> list[Draft]:
-    """One draft for each parent; the n-th draft asked of the same parent in a round has the n-th draw."""
+    """One draft for each parent; the n-th draft of the same parent in a round has the n-th draw number."""
     tasks = work.recipe.task_table()
     asked = Counter(draft.example.parent for draft in before)
     requests = []
@@ -171,7 +175,7 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Se
         asked[parent.id] += 1
         messages = prompts.expand(parent.prompt, tasks[parent.task], manner)
         requests.append(work.request("expand", parent.id, messages, draw=draw))
-    answers = work.ask(work.tools.teacher, requests)
+    answers = work.ask(work.backends.teacher, requests)
     drafts = [
         parse_draft(work.number, len(before) + n, parent, reply)
         for n, ((parent, _), reply) in enumerate(zip(parents, answers, strict=True))
@@ -181,17 +185,14 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Se
 
 def parse_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:
     """The new instruction in a reply, or why there is none."""
-    text = judging.parse_instruction(reply.text) if reply.complete else None
-    reason = (
-        ""
-        if text
-        else ("no new instruction in the reply" if reply.complete else f"the reply is not whole ({reply.finish})")
-    )
-    return Draft(make_child(parent, number, serial, text or ""), reason)
+    if not reply.complete:
+        return Draft(make_child(parent, number, serial, ""), f"the reply is not whole ({reply.finish})")
+    text = judging.parse_instruction(reply.text)
+    return Draft(make_child(parent, number, serial, text or ""), "" if text else "no new instruction in the reply")
 
 
 def refine_stage(work: Work, out: Path) -> str:
-    """This round's rows with the answers that they are to be trained on, in random order."""
+    """This round's training rows with their answers, in random order."""
     planned = read_record(RoundPlan, work.folder / "plan.json")
     if planned.reflected:
         rows, said = reflect_on_answers(work, planned)
@@ -202,116 +203,117 @@ def refine_stage(work: Work, out: Path) -> str:
         rows, said = hard_and_easy_rows(work, planned)
     if not rows:
         raise empty_round_error(work, planned)
-    work.chance("refine").shuffle(rows)
+    work.rng("refine").shuffle(rows)
     write_rows(out, rows)
-    return "; ".join([f"{len(rows):,} rows, {said}", *warn_few_rows(work.recipe, len(rows))])
+    return "; ".join([f"{format_count(len(rows), 'row')}, {said}", *warn_few_rows(work.recipe, len(rows))])
 
 
 def empty_round_error(work: Work, planned: RoundPlan) -> TapirError:
-    """The error of a round without a row: why none was taken, with what would change that."""
+    """The error of a round without a row to train on: why no row was taken, and what would change that."""
     judgements = read_rows(Judgement, work.folder / "judgements.jsonl")
     reasons = Counter[str]() if planned.to_write else untaken(judgements, work.recipe.curriculum)
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
     commonest = reasons.most_common(1)[0][0] if reasons else NO_REASON
     why = (
-        f"of {len(judgements):,} judged rows {counted}"
+        f"of {format_count(len(judgements), 'judged row')} {counted}"
         if counted
-        else f"{planned.to_write:,} new ones were to be written, and none was kept"
+        else f"{format_count(planned.to_write, 'new row')} planned, none kept"
     )
     return TapirError(
         f"no row to train on: {why}",
         where=str(work.folder / "plan.json"),
-        fix=f"{ADVICE[commonest]} `tapir-local why {work.run.name} ROW` tells of one row.",
+        fix=f"{EMPTY_ROUND_ADVICE[commonest]} `tapir-local why {work.run.name} ROW` explains one row.",
     )
 
 
 def warn_few_rows(recipe: Recipe, rows: int) -> list[str]:
-    """Warnings of a round that has far fewer rows than were asked, or makes few steps of training."""
-    asked, few = recipe.curriculum.rows, []
-    if recipe.curriculum.name != "all" and rows < asked / 2:
-        few = [f"WARNING: {rows:,} of the {asked:,} rows asked (curriculum.rows), less than half"]
-    return [*few, *warn_few_steps(recipe, rows)]
+    """Warnings for a round with far fewer rows than the recipe asks for, or with few training steps."""
+    wanted, warnings = recipe.curriculum.rows, []
+    if recipe.curriculum.name != "all" and rows < wanted / 2:
+        warnings = [f"WARNING: {rows:,} of the {wanted:,} wanted rows (curriculum.rows), less than half"]
+    return [*warnings, *warn_few_steps(recipe, rows)]
 
 
 def warn_few_steps(recipe: Recipe, rows: int) -> list[str]:
-    """A warning of a round whose rows make few steps of training; packed, their lengths decide that."""
+    """A warning for a round with few training steps; with packing, their number depends on the rows' lengths."""
     train = recipe.train
     steps = math.ceil(train.epochs * math.ceil(rows / train.batch_size))
     if steps >= MIN_TRAINING_STEPS or train.packing:
         return []
     return [
-        f"{rows:,} rows make {steps:,} steps of train.batch_size ({train.batch_size}), too few to learn much: "
-        "set it lower, or train.epochs higher"
+        f"only {format_count(steps, 'training step')} for {format_count(rows, 'row')} (train.batch_size is "
+        f"{train.batch_size}), too few to learn much: lower it, or raise train.epochs"
     ]
 
 
 def hard_and_easy_rows(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
-    """Hard and new rows with their answers, easy ones as they are or styled too; and what to say of them."""
+    """(hard, new and easy rows with their answers, a phrase about them)."""
     rows = {row.id: row for row in read_pool(work)}
     old, easy = [rows[id] for id in planned.hard], [rows[id] for id in planned.replay]
     new = [draft.example for draft in read_rows(Draft, work.folder / "expanded.jsonl") if not draft.reason]
-    asked = len(new) if planned.styled == "none" else len(old) + len(new)
-    found, unusable = (
-        ask_plain(work, new) if planned.styled == "none" else ask_refined(work, before_refinement(work, old) + new)
-    )
-    hard = old + found if planned.styled == "none" else found
+    if planned.styled == "none":
+        asked = len(new)
+        found, unusable = ask_plain(work, new)
+        hard = old + found
+    else:
+        asked = len(old) + len(new)
+        hard, unusable = ask_refined(work, before_refinement(work, old) + new)
     if planned.styled == "all":
-        easy, unstyled = refine_unrefined(work, easy)
-        asked, unusable = asked + len(planned.replay), unusable + unstyled
+        easy, unrefined = refine_unrefined(work, easy)
+        asked, unusable = asked + len(planned.replay), unusable + unrefined
     poor = low_scored_answers(work, [row for row in hard + easy if rows.get(row.id) != row])
     work.leave_out(unusable, asked, poor)
     hard, easy = (drop_rows(group, poor) for group in (hard, easy))
     share = len(hard) / max(1, len(hard) + len(easy))
-    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + left_out([*unusable, *poor])
+    return hard + easy, f"{share:.0%} hard (target {planned.alpha:.0%})" + left_out([*unusable, *poor])
 
 
 def low_scored_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
-    """The rows whose new answers the judge scores below the floor, where the recipe asks for it.
+    """Records of rows whose new answer the judge scores below the floor; [] unless curriculum.check_answers is set.
 
-    A row is not among them where no score could be read.
+    A row whose score could not be read is not among them.
     """
     if not work.recipe.curriculum.check_answers:
         return []
     scores, floor = score_answers(work, "refine", rows), work.recipe.curriculum.teacher_floor
     kind = "new answer below curriculum.teacher_floor"
     return [
-        Unusable(work.step, row.id, kind, f"{scores[row.id]:g} of {floor:g}", instruction_of(row.prompt)[:BRIEF])
+        work.unusable(row, kind, f"{scores[row.id]:g} of {floor:g}")
         for row in rows
         if scores.get(row.id, floor) < floor
     ]
 
 
-def drop_rows(rows: Sequence[Example], left: Sequence[Unusable]) -> list[Example]:
-    """The rows that are not left out."""
-    ids = {row.id for row in left}
+def drop_rows(rows: Sequence[Example], dropped: Sequence[Unusable]) -> list[Example]:
+    """The rows that are not among `dropped`."""
+    ids = {row.id for row in dropped}
     return [row for row in rows if row.id not in ids]
 
 
 def refine_unrefined(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
-    """Rows with a styled answer, what an earlier round has styled being left as it is; and those without one."""
+    """(rows with a refined answer, records of rows without one); answers refined in an earlier round are kept."""
     plain = {(row.id, row.completion) for row in read_answered_seeds(work)}
-    wanting = [row for row in rows if (row.id, row.completion) in plain]
-    found, unusable = ask_refined(work, wanting)
+    unrefined = [row for row in rows if (row.id, row.completion) in plain]
+    found, unusable = ask_refined(work, unrefined)
     return found + [row for row in rows if (row.id, row.completion) not in plain], unusable
 
 
 def before_refinement(work: Work, rows: Sequence[Example]) -> list[Example]:
-    """Rows as they were before any round styled them: seeds with the plain answer, rows that a round wrote with none.
+    """Rows as they were before any refinement: seeds with the plain answer, rows written in a round with none.
 
-    A row that is hard again is then the same request as before, and its styled answer is in the store.
+    A row that is hard again then makes the same request as before, and its refined answer is in the store.
     """
     plain = {row.id: row.completion for row in read_answered_seeds(work)}
     return [replace(row, completion=plain.get(row.id, "")) for row in rows]
 
 
 def ask_refined(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
-    """Rows with the teacher's answer in their task's style, and those without a whole one."""
+    """(rows with the teacher's answer in the style of their task, records of rows without a complete one)."""
     tasks = work.recipe.task_table()
-    return answer_rows(
-        work, "refine", rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows]
-    )
+    asked = [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows]
+    return answer_rows(work, "refine", rows, asked)
 
 
 def ask_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
-    """Rows with the teacher's plain answer, and those without a whole one."""
+    """(rows with the teacher's plain answer, records of rows without a complete one)."""
     return answer_rows(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])

@@ -1,4 +1,4 @@
-"""Have answers judged: in pairs and both orders, or each alone; asked once more where a reply cannot be read."""
+"""Have answers judged, in pairs and both orders or one at a time; an unreadable reply is asked for once more."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,25 +10,26 @@ from typing import Any, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.judge_quality import percent, quality
-from tapir_local.pipeline.context import AskBackend, Progress, Work
+from tapir_local.pipeline.context import AskBackend, Progress, Work, format_count
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
+from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request
 from tapir_local.rundir import write_rows
-from tapir_local.unusable import QUOTED_CHARACTERS as CHARACTERS
 from tapir_local.unusable import Unusable, record_unusable
 
-ScoreT = TypeVar("S")
-BuildPrompt = Callable[[str], Prompt]  # from a reply that could not be read, or "", to the request
+ScoreT = TypeVar("ScoreT")
+BuildPrompt = Callable[[str], Prompt]  # the prompt, given the last unreadable reply or ""
 
-QUOTED_CHARACTERS = 80  # characters of an unreadable reply that a reason quotes
-SLOW, SLOW_REQUEST = 60.0, 2.0  # seconds of a stage and of each of its requests from which a local judge is slow
-ROWS_NAMED = 5  # unreadable rows that a message names
+QUOTED_CHARACTERS = 80  # of an unreadable reply, in a reason
+SLOW_STAGE_SECONDS = 60.0  # a local judge is called slow only if the stage took longer than this,
+SLOW_REQUEST_SECONDS = 2.0  # and each request longer than this
+ROWS_NAMED = 5  # unjudged rows that an error names
+# Why the student gave no answer, by its finish reason. These words and those below are in files of existing runs.
 NO_ANSWER_REASONS = {
     "too_long": "no answer of the student: the prompt fills its context",
     "refused": "no answer of the student: its chat template refuses the prompt",
 }
-# What is wrong with a judge's replies, each the beginning of a reason, the worst first.
+# The kinds of unreadable replies, each the beginning of a reason, the most serious first.
 UNREADABLE_KINDS = (
     "no answer of the student",
     "refused by the server",
@@ -37,14 +38,14 @@ UNREADABLE_KINDS = (
     "not whole",
     "no score",
 )
-# What follows a row's id in the names of its requests, and what it stands for.
+# The suffixes of a row's id in the names of its requests, and what they stand for.
 PAIR_ORDERS = {"0": "the teacher's answer first", "1": "the student's answer first"}
 SINGLE_ANSWERS = {"teacher": "the teacher's answer", "student": "the student's answer"}
 
 
 @dataclass
 class JudgeSpeed:
-    """How fast a judge answers what is not in the store: requests, tokens read and written, seconds."""
+    """How fast a judge answers requests that are not in the store."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -52,11 +53,11 @@ class JudgeSpeed:
     seconds: float = 0.0
 
     def measured(self, ask: AskBackend) -> AskBackend:
-        """The same way to ask, measured."""
+        """`ask`, with its speed measured."""
 
         def timed(requests: Sequence[Request], progress: Progress) -> list[Answer]:
             began = time.monotonic()
-            found = ask(requests, progress)
+            found = ask(requests, progress=progress)
             new = [answer for answer in found if not answer.hit]
             self.seconds += time.monotonic() - began if new else 0.0
             self.requests += len(new)
@@ -66,28 +67,31 @@ class JudgeSpeed:
 
         return timed
 
-    def words(self, judge: Judge) -> list[str]:
-        """The speed for people, and what would be faster where a slow GGUF reads both answers twice."""
+    def describe(self, judge: Judge) -> list[str]:
+        """The speed, and advice if a slow GGUF reads both answers in two requests."""
         if not self.tokens_in or not self.seconds:
             return []
         read, written = (f"{tokens / self.seconds:,.0f}" for tokens in (self.tokens_in, self.tokens_out))
-        said = [
-            f"{self.requests:,} requests, {read} tokens read and {written} written a second",
-        ]
-        if judge.gguf and judge.mode == "pair" and self.seconds > max(SLOW, SLOW_REQUEST * self.requests):
+        said = [f"{format_count(self.requests, 'request')}, {read} tokens read and {written} written per second"]
+        if judge.gguf and judge.mode == "pair" and self.is_slow:
             said.append(
-                f"most of the {self.seconds:,.0f} s is reading prompts: with `judge.mode: single` a request has one "
-                "answer, and later rounds ask about the student's alone"
+                f"most of the {self.seconds:,.0f} s went into reading prompts: with `judge.mode: single` a request has "
+                "one answer, and later rounds ask only about the student's"
             )
         return said
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether both the stage and each of its requests took long."""
+        return self.seconds > max(SLOW_STAGE_SECONDS, SLOW_REQUEST_SECONDS * self.requests)
 
 
 def write_judgements(
     work: Work, stage: str, rows: Sequence[Example], completions: Sequence[Completion], out: Path
 ) -> str:
-    """Judgements of rows whose student's answers are given, in the rows' order; those without one are recorded.
+    """Judge the student's answers to some rows, in the rows' order; unjudged rows are recorded.
 
-    A row that the student could not be asked is not judged: there is no answer to pay a judge for.
+    A row that the student could not be asked has no answer, so no judge is asked about it.
     """
     texts, speed = {completion.id: completion.text for completion in completions}, JudgeSpeed()
     unasked = {completion.id: completion.finish for completion in completions if not completion.asked}
@@ -95,64 +99,64 @@ def write_judgements(
     if work.recipe.judge.kind == "reference":
         judged = [judging.likeness(row.id, row.completion, texts[row.id]) for row in asked]
     else:
-        timed = replace(work, tools=replace(work.tools, judge=speed.measured(work.tools.judge)))
+        timed = replace(work, backends=replace(work.backends, judge=speed.measured(work.backends.judge)))
         judged = ask_judge(timed, stage, asked, texts)
     by_id = {judgement.id: judgement for judgement in judged}
     found = [
         replace(by_id[row.id], student_length=len(texts[row.id]), teacher_length=len(row.completion))
         if row.id in by_id
-        else Judgement(
-            row.id, None, None, reason=NO_ANSWER_REASONS[unasked[row.id]], teacher_length=len(row.completion)
-        )
+        else unasked_judgement(row, unasked[row.id])
         for row in rows
     ]
-    record_unusable(work.run, work.step, unjudged_rows(work.step, rows, found))
+    record_unusable(work.run, work.step, unjudged_rows(work, rows, found))
     write_rows(out, found)
-    return summarize_judgements(found, judge_name(work.recipe), speed.words(judge_settings(work.recipe)))
+    return summarize_judgements(found, judge_name(work.recipe), speed.describe(judge_settings(work.recipe)))
+
+
+def unasked_judgement(row: Example, finish: str) -> Judgement:
+    """The judgement, without scores, of a row that the student could not be asked."""
+    return Judgement(row.id, None, None, reason=NO_ANSWER_REASONS[finish], teacher_length=len(row.completion))
 
 
 def judge_settings(recipe: Recipe) -> Judge:
-    """The judge's settings, with the GGUF that judges also where that is the teacher's."""
-    return (
-        recipe.judge.model_copy(update={"gguf": recipe.teacher.gguf})
-        if recipe.judge.kind == "teacher"
-        else recipe.judge
-    )
+    """The judge's settings, with the teacher's GGUF if the teacher judges."""
+    if recipe.judge.kind == "teacher":
+        return recipe.judge.model_copy(update={"gguf": recipe.teacher.gguf})
+    return recipe.judge
 
 
-def unjudged_rows(step: str, rows: Sequence[Example], judgements: Sequence[Judgement]) -> list[Unusable]:
-    """The rows without a judgement, for the record; the kind is what their reasons have in common."""
+def unjudged_rows(work: Work, rows: Sequence[Example], judgements: Sequence[Judgement]) -> list[Unusable]:
+    """Records of the rows without a judgement; their kind is the kind of the reply."""
     return [
-        Unusable(
-            step, row.id, f"unjudged: {kind_of(found.reason)}", found.reason, instruction_of(row.prompt)[:CHARACTERS]
-        )
+        work.unusable(row, f"unjudged: {unreadable_kind(found.reason)}", found.reason)
         for row, found in zip(rows, judgements, strict=True)
         if found.teacher is None
     ]
 
 
-def unreadable_kind(judgement_reason: str) -> str:
-    """The first of KINDS that a reason names."""
-    return next((kind for kind in UNREADABLE_KINDS if kind in judgement_reason), "not readable")
+def unreadable_kind(reason: str) -> str:
+    """The first of UNREADABLE_KINDS in a reason."""
+    return next((kind for kind in UNREADABLE_KINDS if kind in reason), "not readable")
 
 
 def summarize_judgements(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
-    """How many rows were judged and by whom, how many were not, whether the orders agree, and warnings."""
-    found, rows = quality(judgements), len(judgements)
-    share = f" ({percent(found.unjudged / rows)})" if found.unjudged else ""
+    """How many rows were judged, by whom, how many could not be, how far the orders agree, and warnings."""
+    found = quality(judgements)
+    share = f" ({percent(found.unjudged / len(judgements))})" if found.unjudged else ""
     agree = "" if found.agreement is None else f", the orders agree on {percent(found.agreement)}"
-    said = f"{rows:,} rows judged by {judge}, {found.unjudged:,} unreadable{share}{agree}"
+    rows = format_count(len(judgements), "row")
+    said = f"{rows} judged by {judge}, {found.unjudged:,} unreadable{share}{agree}"
     return "; ".join([said, *speed, *found.notes])
 
 
 def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
-    """A judgement of every row, `texts` being the student's answers by id."""
+    """A judgement of every row; `texts` are the student's answers by row id."""
     judge = judge_alone if work.recipe.judge.mode == "single" else judge_pairs
     return judge(work, stage, rows, texts)
 
 
 def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
-    """Both answers in one request, in both orders: two calls a row."""
+    """Both answers in one request, in both orders: two calls per row."""
     asked: dict[str, BuildPrompt] = {}
     for row in rows:
         asked[f"{row.id}#0"] = partial(prompts.judge, row.prompt, row.completion, texts[row.id])
@@ -167,7 +171,7 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
 
 
 def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
-    """Each answer in a request of its own; that of the teacher's is the same in every round, and paid for once."""
+    """Each answer in its own request; the one about the teacher's answer is the same in every round: paid for once."""
     asked: dict[str, BuildPrompt] = {}
     for row in rows:
         asked[f"{row.id}#teacher"] = partial(prompts.judge_single, row.prompt, row.completion)
@@ -191,7 +195,10 @@ def ask_twice(
     parse: Callable[[str], ScoreT | None],
     schema: Mapping[str, Any],
 ) -> tuple[dict[str, ScoreT], dict[str, str]]:
-    """What was read, by request, and why the others were not: each of these has been asked once more with the error."""
+    """(parsed replies, reasons why the others could not be read), by request.
+
+    An unreadable reply is asked for once more, with the reply in the prompt.
+    """
     settings = work.recipe.judge
     read: dict[str, ScoreT] = {}
     last: dict[str, Answer] = {}
@@ -209,16 +216,16 @@ def ask_twice(
             )
             for name in missing
         ]
-        for name, reply in zip(missing, work.ask(work.tools.judge, requests), strict=True):
+        for name, reply in zip(missing, work.ask(work.backends.judge, requests), strict=True):
             last[name] = reply
-            # A reply that was cut may end in a candidate's own words, quoted: only a whole one counts.
+            # A reply that was cut may end in a quotation of an answer that looks like scores: only complete ones count.
             if reply.complete and (found := parse(reply.text)) is not None:
                 read[name] = found
     return read, {name: unreadable_reason(last[name]) for name in asked if name not in read}
 
 
 def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, float]:
-    """The judge's score of each row's own answer, by id; a row is not there where the reply could not be read."""
+    """The judge's score of each row's own answer, by row id, without rows whose reply could not be read."""
     asked: dict[str, BuildPrompt] = {
         f"{row.id}#teacher": partial(prompts.judge_single, row.prompt, row.completion) for row in rows
     }
@@ -227,9 +234,9 @@ def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, 
 
 
 def unreadable_reason(reply: Answer) -> str:
-    """What is wrong with a judge's reply, and how it begins."""
+    """What is wrong with a judge's reply, and its first words."""
     begins = " ".join(reply.text.split())
-    quoted = f": {begins[:BRIEF]!r}" if begins else ""
+    quoted = f": {begins[:QUOTED_CHARACTERS]!r}" if begins else ""
     if reply.refused and (reply.why or reply.finish == "refused"):
         return f"refused by the server: {reply.why}".removesuffix(": ")
     if reply.finish == "length":
@@ -240,33 +247,34 @@ def unreadable_reason(reply: Answer) -> str:
 
 
 def judgement_reason(id: str, names: Mapping[str, str], why: Mapping[str, str]) -> str:
-    """Which replies about a row could not be read, and why; "" where all were."""
+    """Which replies about a row could not be read, and why; "" if all could."""
     return "; ".join(f"{words}: {why[f'{id}#{name}']}" for name, words in names.items() if f"{id}#{name}" in why)
 
 
 def judge_name(recipe: Recipe) -> str:
-    """Who judges, in words for people."""
+    """The judge's name for people. It is written into metrics.json, so its spelling stays as in existing runs."""
     if recipe.judge.kind == "reference":
         return "likeness to the teacher's answer (ROUGE-L, no judge)"
     who = recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
     alone = ", each answer alone" if recipe.judge.mode == "single" else ""
     if who.gguf:
         return Path(who.gguf).name + alone
-    return (
-        "the pocket teacher (a programme)" if who.kind == "pocket" else str(recipe.judge.model or who.model)
-    ) + alone
+    if who.kind == "pocket":
+        return f"the pocket teacher (a programme){alone}"
+    return str(recipe.judge.model or who.model) + alone
 
 
 def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
-    """Stop where too many rows have no judgement for the plan to mean anything."""
+    """TapirError if more rows have no judgement than judge.max_unjudged allows."""
     unjudged, rows = [row for row in judgements if row.teacher is None], len(judgements)
-    if len(unjudged) > work.recipe.judge.max_unjudged * rows:
-        first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:ROWS_NAMED])
-        raise TapirError(
-            f"{len(unjudged):,} of {rows:,} judgements ({percent(len(unjudged) / rows)}) could not be read; "
-            f"judge.max_unjudged allows {percent(work.recipe.judge.max_unjudged)}. The first: {first}",
-            where=str(work.folder / "judgements.jsonl"),
-            fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Name a judge that "
-            "keeps to JSON (or give it more judge.max_tokens, where replies were cut) and start a new run with "
-            "--name: the store keeps what was paid for.",
-        )
+    if len(unjudged) <= work.recipe.judge.max_unjudged * rows:
+        return
+    first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:ROWS_NAMED])
+    raise TapirError(
+        f"{len(unjudged):,} of {rows:,} judgements ({percent(len(unjudged) / rows)}) could not be read; "
+        f"judge.max_unjudged allows {percent(work.recipe.judge.max_unjudged)}. The first: {first}",
+        where=str(work.folder / "judgements.jsonl"),
+        fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that keeps "
+        "to JSON, or raise judge.max_tokens if replies were cut, and start a new run with --name: calls in the store "
+        "are not paid again.",
+    )

@@ -1,4 +1,4 @@
-"""The loop: which stages are pending, running them in order, and undoing them from the last backwards."""
+"""Run the pending steps of a run in order, and undo steps from the last backwards."""
 
 import os
 import platform
@@ -17,7 +17,8 @@ from tapir_local.assets import CHECKOUT
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Backends, Progress, Stage, Work, unlock_steps
-from tapir_local.pipeline.rounds import BASELINE_STAGES, PREPARE, ROUND_STAGES
+from tapir_local.pipeline.prepare import PREPARE_STAGES
+from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
 from tapir_local.pipeline.ship import SHIP_STAGE, is_model_stale
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import differing, parse_recipe, to_yaml
@@ -33,7 +34,7 @@ INTERRUPTIONS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
 
 @dataclass(frozen=True)
 class Step:
-    """A stage at its place in a run. `number` is the round, None for what is done once, at the beginning or the end."""
+    """A stage at its place in a run. `number` is the round; None for the preparation and the end of a run."""
 
     number: int | None
     stage: Stage
@@ -47,13 +48,13 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """An output exists only whole."""
+        """Whether the output exists; it exists only when complete."""
         return self.output.exists()
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Where the loop tells of itself: a step begins, goes on, has ended with a closing line."""
+    """What the loop calls when a step begins, makes progress, and ends with its closing line."""
 
     begins: Callable[[Step], None]
     progress: Progress
@@ -61,13 +62,11 @@ class Watch:
 
 
 def list_steps(run: RunDir, rounds: int) -> list[Step]:
-    """Every step of a run of so many rounds after the baseline, in order; the last makes model/."""
-    steps = [Step(None, stage, run.path / stage.output) for stage in PREPARE]
+    """All steps of a run with this number of rounds after the baseline, in order; the last makes model/."""
+    steps = [Step(None, stage, run.path / stage.output) for stage in PREPARE_STAGES]
     for number in range(rounds + 1):
-        steps += [
-            Step(number, stage, run.round(number) / stage.output)
-            for stage in (ROUND_STAGES if number else BASELINE_STAGES)
-        ]
+        stages = ROUND_STAGES if number else BASELINE_STAGES
+        steps += [Step(number, stage, run.round(number) / stage.output) for stage in stages]
     return [*steps, Step(None, SHIP_STAGE, run.path / SHIP_STAGE.output)]
 
 
@@ -79,33 +78,33 @@ def last_round(run: RunDir) -> int:
 
 
 def pending_steps(steps: Sequence[Step], run_name: str) -> list[Step]:
-    """The steps still to do; TapirError where a later output is there and an earlier one is not.
+    """The steps that are not done; TapirError if a later output exists while an earlier one is missing.
 
-    The last, which makes model/, is to be done again wherever another is: what is there is of fewer rounds.
+    The last step, which makes model/, is pending whenever another is: an existing model/ is then of fewer rounds.
     """
     missing = [number for number, step in enumerate(steps[:-1]) if not step.done]
     later = [step for step in steps[missing[0] : -1] if step.done] if missing else []
     if later:
         hole, after = steps[missing[0]], later[0]
         raise TapirError(
-            f"{hole.name} is missing, but {after.name} that follows it is there",
+            f"{hole.name} is missing, but the later {after.name} exists",
             where=str(hole.output),
-            fix=f"Put the file back, or do everything from there again: {redo_command(run_name, hole)}",
+            fix=f"Put the file back, or repeat everything from there: {redo_command(run_name, hole)}",
         )
     return [*(steps[number] for number in missing), *(steps[-1:] if missing or not steps[-1].done else [])]
 
 
 def redo_command(run_name: str, step: Step) -> str:
-    """What a person types to do everything from a step again."""
+    """The command that repeats everything from a step on."""
     place = "" if step.number is None else f" --round {step.number}"
     return f"tapir-local redo {run_name}{place} --from {step.stage.name}"
 
 
 def start_run(recipe: Recipe, run: RunDir) -> None:
-    """Write the recipe into a new run's folder; refuse one that differs from what an old run started with.
+    """Write the recipe into a new run's folder; refuse a recipe that differs from that of a run in progress.
 
-    The number of rounds, the budget and how endpoints are reached may change in mid-run (see recipe.lasting). A run
-    that has no output yet begins anew.
+    The number of rounds, the budget and how endpoints are reached may change during a run (see recipe.lasting). A run
+    without any output starts from scratch.
     """
     path = run.path / "recipe.yaml"
     if has_begun(run):
@@ -124,12 +123,12 @@ def start_run(recipe: Recipe, run: RunDir) -> None:
 
 
 def has_begun(run: RunDir) -> bool:
-    """Whether a run has a recipe and an output to keep it for."""
+    """Whether a run has a recipe and at least one output made with it."""
     return run.exists and list_steps(run, 0)[0].done
 
 
 def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
-    """TapirError where a run was started with a recipe that differs in what must last, or with other seeds."""
+    """TapirError if a run began with other settings that must not change, or with other seeds."""
     if not has_begun(run):
         return
     old, path = kept_recipe(run), run.path / "recipe.yaml"
@@ -138,7 +137,7 @@ def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
             where=str(path),
-            fix="Name a new run with --name: the store keeps what was paid for, so unchanged calls cost nothing.",
+            fix="Start a new run with --name: calls in the store are not paid again.",
         )
 
 
@@ -148,22 +147,22 @@ def kept_recipe(run: RunDir) -> Recipe:
     return parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)
 
 
-def distill(recipe: Recipe, run: RunDir, tools: Backends, watch: Watch) -> int:
-    """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
+def distill(recipe: Recipe, run: RunDir, backends: Backends, watch: Watch) -> int:
+    """Run every pending step in order and return their number; after an interruption the same call resumes."""
     with held(run):
         start_run(recipe, run)
         with record_interruption(run, "before the first step"):
-            tools.begin()
+            backends.begin()
         steps = steps_to_run(recipe, run)
         for step in steps:
-            run_step(step, Work(recipe, run, tools, step.number or 0, step.name, watch.progress), watch)
+            run_step(step, Work(recipe, run, backends, step.number or 0, step.name, watch.progress), watch)
         if steps:
             update_run_record(run, status="done")
     return len(steps)
 
 
 def steps_to_run(recipe: Recipe, run: RunDir) -> list[Step]:
-    """The steps still to do; a model/ of other rounds, or with another card, is deleted."""
+    """The pending steps; a model/ of other rounds, or with another card, is deleted."""
     steps = list_steps(run, recipe.rounds)
     left = pending_steps(steps, run.name)
     if not left and not is_model_stale(run, recipe):
@@ -173,37 +172,37 @@ def steps_to_run(recipe: Recipe, run: RunDir) -> list[Step]:
 
 
 def run_step(step: Step, work: Work, watch: Watch) -> None:
-    """One step, timed and counted; what it cost is recorded even when it fails."""
+    """Run one step, with its time and calls recorded in run.json."""
     began = time.monotonic()
     if step.stage.resumes != step.stage.output:
         remove(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
     with record_interruption(work.run, f"in {step.name}", began), explain_file_errors(work.run, step):
-        said = step.stage.run(work, step.output)
-    taken = {"seconds": round(time.monotonic() - began, 1), "note": said, "finished": utc_now(), **work.tally}
-    taken |= {"replay": True} if work.tools.replay else {}
+        note = step.stage.run(work, step.output)
+    taken = {"seconds": round(time.monotonic() - began, 1), "note": note, "finished": utc_now(), **work.tally}
+    taken |= {"replay": True} if work.backends.replay else {}
     update_run_record(work.run, step=step.name, taken=taken)
     watch.ends(step, taken)
 
 
 def missing_file_error(error: FileNotFoundError, run: RunDir, step: str) -> TapirError:
-    """What to say of a file that a step reads and that is not there; one of the run's own names who makes it."""
+    """The error of a step that needs a missing file; for a file of the run it names the step that makes it."""
     missing = Path(str(error.filename))
-    made = [
-        made for made in list_steps(run, last_round(run)) if made.output == missing or made.output in missing.parents
+    makers = [
+        step for step in list_steps(run, last_round(run)) if step.output == missing or step.output in missing.parents
     ]
-    if made:
-        fix = f"Put it back, or make it again: {redo_command(run.name, made[0])}"
+    if makers:
+        fix = f"Put it back, or make it again: {redo_command(run.name, makers[0])}"
     else:
         fix = "Put it back, or name another in the recipe."
     place = missing.relative_to(run.path) if run.path in missing.parents else missing
-    return TapirError(f"{step} needs a file that is not there: {place}", where=f"run {run.name!r}", fix=fix)
+    return TapirError(f"{step} needs a file that does not exist: {place}", where=f"run {run.name!r}", fix=fix)
 
 
 @contextmanager
 def record_interruption(run: RunDir, place: str, began: float | None = None) -> Iterator[None]:
-    """Record where and why a run did not go on."""
+    """Record in run.json where and why a run stopped, if the block raises."""
     try:
         yield
     except BaseException as error:
@@ -215,7 +214,7 @@ def record_interruption(run: RunDir, place: str, began: float | None = None) -> 
 
 @contextmanager
 def explain_file_errors(run: RunDir, step: Step) -> Iterator[None]:
-    """TapirError for an OSError that names a file."""
+    """Raise TapirError in place of an OSError that names a file."""
     try:
         yield
     except OSError as error:
@@ -226,62 +225,67 @@ def explain_file_errors(run: RunDir, step: Step) -> Iterator[None]:
         raise TapirError(
             f"cannot be opened: {error.strerror or error}",
             where=os.fsdecode(error.filename),
-            fix="Correct what the error says of it; the same command goes on from here.",
+            fix="Correct the cause; the same command resumes the run.",
         ) from error
 
 
 def update_run_record(
     run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None
 ) -> None:
-    """Bring run.json up to date."""
+    """Write the run's status, and what a finished step took, into run.json."""
     record = run.record()
     stages = record.get("stages", {}) | ({step: dict(taken)} if taken else {})
     write_json(run.path / "run.json", {**record, "status": status, "updated": utc_now(), "stages": stages})
 
 
 def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
-    """Delete the outputs of a stage and of all that follow, from the last backwards; their names."""
+    """Delete the outputs of a stage and of all later ones, from the last backwards; the names of their steps."""
     with held(run):
         steps = list_steps(run, last_round(run))
-        names = [step.stage.name for step in steps if step.number == number]
-        if not names:
-            raise TapirError(
-                f"run {run.name!r} has no round {number}",
-                where=str(run.path),
-                fix=f"Its rounds are 0 to {rounds_begun(run)}.",
-            )
-        if stage not in names:
-            raise TapirError(
-                f"there is no stage {stage!r} {'in the preparation' if number is None else f'in round {number}'}",
-                where=str(run.path),
-                fix=f"Its stages are: {', '.join(names)}."
-                + (" For a stage of a round add --round N." if number is None else ""),
-            )
-        first = next(at for at, step in enumerate(steps) if step.number == number and step.stage.name == stage)
-        gone = [step for step in reversed(steps[first:]) if step.done]
-        for step in gone:
+        first = find_step(run, steps, number, stage)
+        done = [step for step in reversed(steps[first:]) if step.done]
+        for step in done:
             remove(step.output)
         for step in steps[first:]:
             if step.stage.resumes:
                 forget_partial(step.output.with_name(step.stage.resumes))
-        names_gone = {step.name for step in steps[first:]}
-        unlock_steps(run, names_gone)
-        forget_unusable(run, names_gone)
-        return [step.name for step in gone]
+        names = {step.name for step in steps[first:]}
+        unlock_steps(run, names)
+        forget_unusable(run, names)
+        return [step.name for step in done]
+
+
+def find_step(run: RunDir, steps: Sequence[Step], number: int | None, stage: str) -> int:
+    """The position of a stage's step in a round, or in the preparation; TapirError if there is none."""
+    names = [step.stage.name for step in steps if step.number == number]
+    if not names:
+        raise TapirError(
+            f"run {run.name!r} has no round {number}",
+            where=str(run.path),
+            fix=f"Its rounds are 0 to {last_round(run)}.",
+        )
+    if stage not in names:
+        raise TapirError(
+            f"there is no stage {stage!r} {'in the preparation' if number is None else f'in round {number}'}",
+            where=str(run.path),
+            fix=f"Its stages are: {', '.join(names)}."
+            + (" For a stage of a round add --round N." if number is None else ""),
+        )
+    return next(at for at, step in enumerate(steps) if step.number == number and step.stage.name == stage)
 
 
 def utc_now() -> str:
-    """The time in UTC, to the second."""
+    """The time in UTC, in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of what decides a run's results."""
+    """The installed versions of the packages that affect a run's results."""
     return {name: found for name in RECORDED_PACKAGES if (found := installed_version(name))}
 
 
 def installed_version(name: str) -> str:
-    """A package's version, "" where it is not installed."""
+    """A package's version; "" if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -289,7 +293,7 @@ def installed_version(name: str) -> str:
 
 
 def git_revision() -> str:
-    """The checkout's git revision, "" where there is none."""
+    """The checkout's git revision; "" if there is none."""
     if not (CHECKOUT / ".git").exists():
         return ""
     try:

@@ -1,35 +1,36 @@
-"""PREPARE: read the seeds, label them, set the holdout apart, and have the teacher answer; once for a run."""
+"""The preparation of a run: read the seeds, label them, set the holdout apart, and have the teacher answer them."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tapir_local.data.dataset import count_tasks, parse_seeds, remove_near_duplicates, split_holdout
+from tapir_local.data.dataset import (
+    FaultyRow,
+    ParsedSeeds,
+    count_tasks,
+    parse_seeds,
+    remove_near_duplicates,
+    split_holdout,
+)
 from tapir_local.data.files import read_table
+from tapir_local.data.formats import Table
 from tapir_local.data.seed_digest import digest_seeds, record_seed_digest
 from tapir_local.errors import TapirError
-from tapir_local.method import judging, prompts
-from tapir_local.pipeline.context import Stage, Work
-from tapir_local.pipeline.prepare import (
-    describe_unread_columns,
-    leave_out_seeds,
-    sample_seeds,
-    unreadable_seed,
-    warn_near_duplicates,
-)
+from tapir_local.method import prompts
+from tapir_local.pipeline.context import Stage, Work, format_count
+from tapir_local.pipeline.labeling import classify_stage, label_stage, tasks_stage
 from tapir_local.pipeline.row_check import fold_system_turns
 from tapir_local.pipeline.run_rows import answer_rows, split_askable, split_trainable
-from tapir_local.recipe.own_tasks import odd_sum
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Example, instruction_of
-from tapir_local.rundir import read_record, read_rows, whole, write_rows
-from tapir_local.training.classifier import Prediction
+from tapir_local.records import Example
+from tapir_local.rundir import read_rows, write_rows
 from tapir_local.unusable import BRIEF, Unusable, left_out
+
+SEED_WITHOUT_ANSWER = "no answer in the seed file"  # a reason in unusable.jsonl; existing files have it
+WARN_SHARE, WARN_ROWS = 0.2, 3  # near-duplicates, as a share of the rows and in number, above which to warn
 
 
 def read_stage(work: Work, out: Path) -> str:
-    """The seeds' rows as examples; duplicates and near-duplicates are left out, and kept in rejected-seeds.jsonl."""
+    """Read the seed file as examples; duplicates and near-duplicates are left out and kept in rejected-seeds.jsonl."""
     recipe = work.recipe
     source, table = digest_seeds(recipe.seeds), read_table(recipe.seeds)
     found = parse_seeds(table, recipe.task_table())
@@ -38,307 +39,149 @@ def read_stage(work: Work, out: Path) -> str:
     examples, folds, unfit = usable_seeds(work, found.examples)
     unusable = [*(unreadable_seed(work, table, row) for row in found.faulty), *unfit]
     leave_out_seeds(work, found, unusable)
-    if uses_file_answers(recipe) and not any(row.completion for row in examples):
-        found.refuse()  # perhaps the answers are in the rows that cannot be read
-        raise TapirError(
-            "no row has an answer, and the recipe takes the file's",
-            where=table.where,
-            fix="Set seeds.answers: teacher.",
-        )
-    compared = len(examples)
+    refuse_without_answers(recipe, found, examples)
+    total = len(examples)
     examples, alike = remove_near_duplicates(
-        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, compared, "compared")
+        examples, recipe.seeds.max_rouge, lambda done: work.progress(done, total, "compared")
     )
-    said = describe_duplicates(len(found.duplicates), len(alike)) + describe_folds(folds) + left_out(unusable)
-    told = [*table.notes, describe_unread_columns(found.unread), warn_near_duplicates(len(alike), compared)]
+    left = describe_duplicates(len(found.duplicates), len(alike)) + describe_folds(folds) + left_out(unusable)
+    notes = [*table.notes, describe_unread_columns(found.unread), warn_near_duplicates(len(alike), total)]
     examples = sample_seeds(work, examples, table.where)
-    # First these: with rows.jsonl the stage is done.
+    # These files come first: once rows.jsonl exists, the stage is done.
     write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
     record_seed_digest(work.run, source, len(table.rows))
     write_rows(out, examples)
-    return "; ".join(filter(None, [f"{len(examples):,} rows{said}", *told]))
+    return "; ".join(filter(None, [format_count(len(examples), "row") + left, *notes]))
 
 
 def usable_seeds(work: Work, rows: Sequence[Example]) -> tuple[list[Example], int, list[Unusable]]:
-    """(rows that the student can be asked and, where the file answers, trained on; system turns folded; the others).
+    """(rows that the student can be asked and, with answers from the file, trained on; folded system turns; the rest).
 
-    This is all that can be known of a row before anything is paid for it.
+    This is everything that can be known about a row before anything is paid for it.
     """
     if not rows:
         return [], 0, []
-    kept, folds = fold_system_turns(work.tools.student_text(), rows)
+    kept, folds = fold_system_turns(work.backends.student_format(), rows)
     kept, unusable = split_askable(work, kept)
     if uses_file_answers(work.recipe) and any(row.completion for row in kept):
-        unusable += [unusable_without_answer(work, row) for row in kept if not row.completion]
+        unusable += [work.unusable(row, SEED_WITHOUT_ANSWER) for row in kept if not row.completion]
         kept, unfit = split_trainable(work, [row for row in kept if row.completion])
         unusable += unfit
     return kept, folds, unusable
 
 
-def describe_folds(folds: int) -> str:
-    """What to say of system turns that the student's chat template has no place for."""
-    return f", {folds:,} system turns moved into the user's (the chat template has no system role)" if folds else ""
-
-
-def unusable_without_answer(work: Work, row: Example) -> Unusable:
-    """The record of a row that the seed file does not answer."""
-    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:BRIEF])
-
-
 def uses_file_answers(recipe: Recipe) -> bool:
-    """Whether the seeds' answers are the file's own."""
+    """Whether the seeds' answers are taken from the seed file."""
     return not recipe.can_expand or recipe.seeds.answers == "file"
 
 
+def unreadable_seed(work: Work, table: Table, row: FaultyRow) -> Unusable:
+    """The record of a row that cannot be read, identified by its line."""
+    fault = row.fault
+    detail = "" if fault.said == fault.kind else fault.said
+    place = f"{Path(table.where).name}, {table.unit} {row.number}"
+    return Unusable(work.step, place, fault.kind, detail, row.text[:BRIEF])
+
+
+def leave_out_seeds(work: Work, found: ParsedSeeds, unusable: Sequence[Unusable]) -> None:
+    """Leave out the unusable rows; if they are too many for one single reason, the error is about that reason."""
+    try:
+        work.leave_out(unusable, len(found.table.rows))
+    except TapirError as error:
+        if len({row.kind for row in unusable}) == 1:
+            found.refuse(error.fix)
+        raise
+
+
+def refuse_without_answers(recipe: Recipe, found: ParsedSeeds, examples: Sequence[Example]) -> None:
+    """TapirError if the recipe takes the file's answers and no row has one."""
+    if not uses_file_answers(recipe) or any(row.completion for row in examples):
+        return
+    found.refuse()  # the answers may be in the rows that cannot be read
+    raise TapirError(
+        "no row has an answer, but the recipe takes the answers from the file",
+        where=found.table.where,
+        fix="Set seeds.answers: teacher.",
+    )
+
+
+def sample_seeds(work: Work, examples: list[Example], where: str) -> list[Example]:
+    """A random sample of seeds.limit rows; TapirError if the holdout would leave no row to train on."""
+    limit, held = work.recipe.seeds.limit, work.recipe.seeds.holdout
+    if limit is not None and limit < len(examples):
+        kept = set(work.rng("read").sample(range(len(examples)), limit))
+        examples = [example for number, example in enumerate(examples) if number in kept]
+    if len(examples) <= held:
+        raise TapirError(
+            f"too few rows ({len(examples):,}) for a holdout of {held:,} and rows to train on",
+            where=where,
+            fix="Add rows or set seeds.holdout lower.",
+        )
+    return examples
+
+
+def describe_folds(folds: int) -> str:
+    """`, 4 system turns moved into the user turn (…)`; "" if there are none."""
+    if not folds:
+        return ""
+    turns = format_count(folds, "system turn")
+    return f", {turns} moved into the user turn (the chat template has no system role)"
+
+
 def describe_duplicates(duplicates: int, alike: int) -> str:
-    """`, 3 duplicates and 1 near-duplicate left out (rejected-seeds.jsonl)`, of those that there are."""
+    """`, 3 duplicates and 1 near-duplicate left out (rejected-seeds.jsonl)`; "" if there are none."""
     counts = ((duplicates, "duplicate"), (alike, "near-duplicate"))
-    found = [f"{count:,} {name}{'s' if count > 1 else ''}" for count, name in counts if count]
+    found = [format_count(count, name) for count, name in counts if count]
     return f", {' and '.join(found)} left out (rejected-seeds.jsonl)" if found else ""
 
 
-def label_stage(work: Work, out: Path) -> str:
-    """The rows whose task is known from the file or is asked of the teacher.
-
-    Where all are asked, a row without a readable label is one of the Others: no classifier is trained for those few.
-    """
-    examples = read_rows(Example, work.run.path / "rows.jsonl")
-    known = [example for example in examples if example.task]
-    unknown = [example for example in examples if not example.task]
-    if not work.recipe.can_expand:
-        write_rows(out, known + [replace(example, task="Others") for example in unknown])
-        return (
-            f"{len(known):,} labels from the file; the other {len(unknown):,} rows are Others, as no teacher is asked"
-        )
-    wanted = work.recipe.classifier.labelled
-    sample = (
-        unknown
-        if len(unknown) <= wanted
-        else sorted(work.chance("label").sample(unknown, wanted), key=lambda example: example.id)
-    )
-    labels = ask_labels(work, sample, "label")
-    refuse_without_labels(work, len(sample), len(labels))
-    labelled = [
-        replace(example, task=labels[example.id], labelled_by="teacher") for example in sample if example.id in labels
-    ]
-    unreadable_seed = [replace(example, task="Others") for example in sample if example.id not in labels]
-    others = unreadable_seed if len(sample) == len(unknown) and "Others" in work.recipe.task_table() else []
-    write_rows(out, known + labelled + others)
-    counts = f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
-    total = odd_sum(work.recipe.tasks)
-    odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
-    return (
-        counts
-        + (" and so Others" if others else "")
-        + odd
-        + warn_unreadable_labels(work, len(unreadable_seed), len(sample))
-    )
+def describe_unread_columns(unread: Mapping[str, int], most: int = 5) -> str:
+    """`not read: column 'notes' (12 rows)`; "" if all text was read."""
+    names = [f"{name} ({format_count(count, 'row')})" for name, count in unread.items()]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"not read: {', '.join(names[:most])}{more}" if names else ""
 
 
-def warn_unreadable_labels(work: Work, unreadable_seed: int, asked: int) -> str:
-    """A warning where more of the teacher's labels cannot be read than limits.unusable allows of other rows."""
-    if unreadable_seed <= work.recipe.limits.unusable * asked:
+def warn_near_duplicates(alike: int, rows: int) -> str:
+    """A warning if many rows are near-duplicates; else ""."""
+    if alike < WARN_ROWS or alike <= WARN_SHARE * rows:
         return ""
     return (
-        f"; WARNING: {unreadable / asked:.0%} of the teacher's labels cannot be read: `tapir-local calls list --run "
-        f"{work.run.name} --stage label` shows the replies. A teacher that keeps to JSON, or tasks in the seed file, "
-        "make the balance of tasks reliable"
+        f"WARNING: {alike / rows:.0%} of the rows are near-duplicates of others. See rejected-seeds.jsonl; "
+        "a higher seeds.max_rouge keeps more of them, null keeps all"
     )
-
-
-def refuse_without_labels(work: Work, asked: int, read_stage: int) -> None:
-    """TapirError where the teacher was asked for labels and none of its replies names one."""
-    if asked and not read_stage:
-        raise TapirError(
-            f"none of the teacher's {asked:,} replies names a task",
-            where="prepare/label",
-            fix="`tapir-local calls list --stage label` shows them. Name another teacher and a new run (--name), or "
-            "give the rows a `task` in the seed file.",
-        )
-
-
-def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:
-    """The teacher's label by id; a reply that is cut or cannot be read is asked for once more, then left out.
-
-    A row that the server refuses is not asked again.
-    """
-    tasks_stage = work.recipe.task_table()
-    labels, refused = dict[str, str](), set[str]()
-    for draw in range(2):
-        missing = [example for example in examples if example.id not in labels.keys() | refused]
-        requests = [
-            work.request(stage, row.id, prompts.classify(row.prompt, tasks_stage), draw=draw, temperature=0.0)
-            for row in missing
-        ]
-        for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
-            if answer.complete and (found := judging.parse_label(answer.text, tasks_stage)):
-                labels[row.id] = found
-            elif answer.refused:
-                refused.add(row.id)
-    return labels
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How often the classifier gives the teacher's label, on rows held out of its training; `interval` is of 95 %."""
-
-    agreement: float
-    rows: int
-    interval: tuple[float, float] | None = None
-
-
-def classify_stage(work: Work, out: Path) -> str:
-    """A classifier's labels for the rows that the teacher was not asked about."""
-    labelled, rows = work.run.path / "labels.jsonl", work.run.path / "rows.jsonl"
-    known, everything = read_rows(Example, labelled), read_rows(Example, rows)
-    if len(known) == len(everything):
-        out.mkdir()
-        return "not needed: every row has a label"
-    tasks_stage = count_tasks(known)
-    if len(known) > 1 and len(tasks_stage) == 1:
-        return label_all_alike(known, everything, out)
-    work.tools.classify(labelled, rows, work.recipe.random_seed, out, work.progress)
-    single = [task for task, count in tasks_stage.items() if count == 1]
-    alone = f"; learned from a single row: {some(single)}" if single else ""
-    return (
-        describe_agreement(read_record(Agreement, out / "agreement.json"), work.recipe.classifier.min_agreement) + alone
-    )
-
-
-def label_all_alike(known: Sequence[Example], everything: Sequence[Example], out: Path) -> str:
-    """The one task of all labelled rows for the others too: nothing can be learned, and little be doubted.
-
-    Its probability is Laplace's rule of succession, (n + 1) / (n + 2) after n of n.
-    """
-    task, seen = known[0].task, {row.id for row in known}
-    sure = round((len(known) + 1) / (len(known) + 2), 6)
-    with whole(out) as partial:
-        partial.mkdir()
-        found = [Prediction(row.id, task, sure) for row in everything if row.id not in seen]
-        write_rows(partial / "predictions.jsonl", found)
-    return (
-        f"no classifier trained: all {len(known):,} labelled rows are {task}, so the other {len(found):,} count as such"
-    )
-
-
-def describe_agreement(found: Agreement, least: float) -> str:
-    """How far the classifier agrees with the teacher, and a warning where that is less than the recipe's least."""
-    interval = f" (95 %: {found.interval[0]:.0%} to {found.interval[1]:.0%})" if found.interval else ""
-    said = f"{found.agreement:.1%} agreement with the teacher{interval} on {found.rows:,} rows held out of its training"
-    return said if found.agreement >= least else f"{said}; WARNING: {too_low(found.agreement, least)}"
-
-
-def warn_low_agreement(agreement: float, least: float) -> str:
-    """What an agreement below the recipe's least means and what to do."""
-    return (
-        f"the classifier agrees with the teacher in {agreement:.0%}, below classifier.min_agreement ({least:.0%}): the "
-        "balance of tasks is doubtful. Raise classifier.labelled or classifier.epochs, or drop tasks that are hard to "
-        "tell apart (tapir-local show RUN --labels says which)"
-    )
-
-
-def list_tasks(tasks_stage: Sequence[str], most: int = 5) -> str:
-    """`Art, Law`, or the first few and how many more."""
-    return ", ".join(tasks_stage[:most]) + (f" and {len(tasks) - most} more" if len(tasks_stage) > most else "")
-
-
-def tasks_stage(work: Work, out: Path) -> str:
-    """Every row with its task: of the file, of the teacher, or of the classifier where it is sure enough.
-
-    Of the rows that it is not sure of, the teacher is asked about the least sure ones, as many as the recipe allows.
-    """
-    known = {row.id: row for row in read_rows(Example, work.run.path / "labels.jsonl")}
-    rows = read_rows(Example, work.run.path / "rows.jsonl")
-    guesses = read_predictions(work) if len(known) < len(rows) else {}
-    unsure = least_sure_predictions(guesses.values(), work.recipe.classifier.ask_below)
-    asked = {guess.id for guess in unsure[: work.recipe.classifier.ask_at_most]}
-    told = ask_labels(work, [row for row in rows if row.id in asked], "tasks")
-    found = [known.get(row.id) or with_label(row, guesses[row.id].task, told.get(row.id)) for row in rows]
-    write_rows(out, found)
-    changed = sum(guesses[id].task != label_stage for id, label_stage in told.items())
-    said = [
-        count_labels(found),
-        describe_unsure_rows(work.recipe, len(unsure), len(asked), changed),
-        describe_missing_tasks(work.recipe, found),
-    ]
-    return "; ".join(filter(None, said))
-
-
-def read_predictions(work: Work) -> dict[str, Prediction]:
-    """The classifier's labels by id."""
-    return {row.id: row for row in read_rows(Prediction, work.run.path / "classifier" / "predictions.jsonl")}
-
-
-def least_sure_predictions(guesses: Iterable[Prediction], ask_below: float) -> list[Prediction]:
-    """The guesses of a lower probability, the least sure first."""
-    doubtful = [guess for guess in guesses if guess.confidence < ask_below]
-    return sorted(doubtful, key=lambda guess: (guess.confidence, guess.id))
-
-
-def with_label(row: Example, guess: str, told: str | None) -> Example:
-    """A row with the teacher's label, or else the classifier's."""
-    return replace(row, task=told or guess, labelled_by="teacher" if told else "classifier")
-
-
-def count_labels(rows: Sequence[Example]) -> str:
-    """How many rows of how many tasks, and who labelled them."""
-    counts = Counter(row.labelled_by for row in rows)
-    sources = [f"{counts[who]:,} by the {who}" for who in ("file", "teacher", "classifier") if counts[who]]
-    return f"{len(rows):,} rows of {len(count_tasks(rows))} tasks, labelled {', '.join(sources) or 'by nobody'}"
-
-
-def describe_unsure_rows(recipe: Recipe, unsure: int, asked: int, changed: int) -> str:
-    """What became of the rows that the classifier was not sure of."""
-    if not unsure:
-        return ""
-    settings = recipe.classifier
-    limit = f" (classifier.ask_at_most is {settings.ask_at_most:,})" if asked < unsure else ""
-    return (
-        f"the classifier was less than {settings.ask_below:.0%} sure of {unsure:,}: the teacher was asked about "
-        f"{asked:,} of them{limit} and named another task for {changed:,}"
-    )
-
-
-def describe_missing_tasks(recipe: Recipe, rows: Sequence[Example]) -> str:
-    """Which tasks of the recipe have a share and no row."""
-    present = set(count_tasks(rows))
-    missing = [
-        label_stage for label_stage, task in recipe.task_table().items() if task.share and label_stage not in present
-    ]
-    if not missing or not recipe.can_expand:  # recorded answers are not balanced
-        return ""
-    return f"no row of {some(missing)}: the other tasks have their shares"
 
 
 def read_labelled_rows(work: Work) -> list[Example]:
-    """Every row with a task."""
+    """Every row with its task."""
     return read_rows(Example, work.run.path / "labelled.jsonl")
 
 
 def holdout_stage(work: Work, out: Path) -> str:
-    """Rows set apart by task, with the teacher's answers to compare with."""
-    held, _ = split_holdout(read_labelled_rows(work), work.recipe.seeds.holdout, work.chance("holdout"))
-    answer_rows, unusable = answer_seeds(work, held, "holdout")
+    """Set rows of each task apart, with the teacher's answers to compare with."""
+    held, _ = split_holdout(read_labelled_rows(work), work.recipe.seeds.holdout, work.rng("holdout"))
+    kept, unusable = answer_seeds(work, held, "holdout")
     work.leave_out(unusable, len(held))
-    write_rows(out, answer_rows)
-    return f"{len(answered):,} rows of {len(count_tasks(answered))} tasks" + left_out(unusable)
+    write_rows(out, kept)
+    tasks = format_count(len(count_tasks(kept)), "task")
+    return f"{format_count(len(kept), 'row')} of {tasks}" + left_out(unusable)
 
 
 def seeds_stage(work: Work, out: Path) -> str:
     """The other rows, with the teacher's answers to train on."""
-    _, rest = split_holdout(read_labelled_rows(work), work.recipe.seeds.holdout, work.chance("holdout"))
-    answer_rows, unusable = answer_seeds(work, rest, "seeds")
+    _, rest = split_holdout(read_labelled_rows(work), work.recipe.seeds.holdout, work.rng("holdout"))
+    kept, unusable = answer_seeds(work, rest, "seeds")
     work.leave_out(unusable, len(rest))
-    write_rows(out, answer_rows)
-    return f"{len(answered):,} rows" + left_out(unusable)
+    write_rows(out, kept)
+    return format_count(len(kept), "row") + left_out(unusable)
 
 
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
-    """Rows with a whole answer, the file's own where the recipe trusts it, else the teacher's; and those without."""
+    """(rows with an answer, from the file if the recipe says so, else from the teacher; records of the others)."""
     if uses_file_answers(work.recipe):
-        without = [unusable_without_answer(work, row) for row in rows if not row.completion]
-        return [row for row in rows if row.completion], without
-    # The holdout is never trained on: an answer that the template would change can be compared with all the same.
+        unanswered = [work.unusable(row, SEED_WITHOUT_ANSWER) for row in rows if not row.completion]
+        return [row for row in rows if row.completion], unanswered
+    # The holdout is never trained on, so its answers need not pass the chat template unchanged.
     return answer_rows(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")
 
 

@@ -1,8 +1,8 @@
 """Selective reflection: the teacher rewrites instruction and answer, the student keeps what suits it.
 
-Selective Reflection-Tuning (Li et al., arXiv 2402.10110). A rewritten instruction with its answer is kept where the
-student's IFD rises: the instruction helps it less, so the row has more to teach. A rewritten answer is kept where the
-student's reversed IFD falls: the answer tells it more of the instruction. No judge is asked.
+Selective Reflection-Tuning (Li et al., arXiv 2402.10110). A rewritten instruction with its answer is kept if the
+student's IFD rises: the instruction then helps it less, so the row has more to teach. A rewritten answer is kept if the
+student's reversed IFD falls: the answer then tells it more about the instruction. No judge is asked.
 """
 
 import math
@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, screen_drafts
-from tapir_local.data.dedup import DedupIndex
+from tapir_local.data.dataset import Draft, Index, screen_drafts
 from tapir_local.method import judging, prompts
 from tapir_local.method.ifd import ifd
 from tapir_local.method.screening import fault_of, own_sentences
-from tapir_local.pipeline.context import Work
+from tapir_local.pipeline.context import Work, format_count
+from tapir_local.pipeline.row_check import PromptAndAnswer
 from tapir_local.pipeline.run_rows import (
     answer_rows,
     holdout_index,
@@ -25,30 +25,29 @@ from tapir_local.pipeline.run_rows import (
     reject_unfit,
     resumable_task,
 )
-from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
+from tapir_local.records import Example, Message, RoundPlan, Scored
 from tapir_local.resumable import going_on, write_line
 from tapir_local.rundir import read_rows, remove, write_rows
 
-EMPTY_PROMPT = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
-Text = tuple[Prompt, str]
-ScoredPair = Callable[[Example], tuple[Text, Text]]  # what is scored, and the same without what is before it
+EMPTY_PROMPT = (Message("user", ""),)  # no instruction: the perplexity that IFD compares with
+ScoredPair = Callable[[Example], tuple[PromptAndAnswer, PromptAndAnswer]]  # what is scored: with and without context
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A row and what the teacher made of it."""
+    """A row and the teacher's rewriting of it."""
 
     old: Example
     new: Example
 
 
 def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
-    """The rewritten instructions with their answers; those with a reason were not kept."""
+    """Write the rewritten instructions with their answers; a draft with a reason was not kept."""
     rows = planned_seeds(work, planned)
     requests = [
         work.request("expand", row.id, prompts.reflect_on_instruction(row.prompt, row.completion)) for row in rows
     ]
-    replies = work.ask(work.tools.teacher, requests)
+    replies = work.ask(work.backends.teacher, requests)
     drafts = [
         parse_rewrite(work.number, n, row, reply.text if reply.complete else "")
         for n, (row, reply) in enumerate(zip(rows, replies, strict=True))
@@ -60,55 +59,55 @@ def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
     drafts = [draft if draft.reason else replace(draft, reason=next(found)) for draft in drafts]
     write_rows(out, drafts)
     kept = sum(not draft.reason for draft in drafts)
-    return f"{kept:,} of {len(rows):,} rewritten instructions kept: their IFD rose"
+    return f"{kept:,} of {format_count(len(rows), 'rewritten instruction')} kept: their IFD is higher"
 
 
 def planned_seeds(work: Work, planned: RoundPlan) -> list[Example]:
-    """The plan's seeds, in its order."""
+    """The seeds that the plan takes, in its order."""
     rows = {row.id: row for row in read_answered_seeds(work)}
     return [rows[id] for id in planned.reflected]
 
 
 def parse_rewrite(number: int, serial: int, row: Example, reply: str) -> Draft:
-    """The new instruction and answer in a reply, or why there is none."""
+    """The new instruction and answer in a reply, or why there are none."""
     found = judging.parse_rewritten(reply)
     example = make_child(row, number, serial, *(found or ("", "")))
     return Draft(example, "" if found else "no instruction and answer in the reply")
 
 
 def screen_rewrites(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts, those that cannot be used, carry the prompt's marks or come near the holdout rejected.
+    """The drafts; those that are unusable, carry the prompt's own marks or resemble the holdout are rejected.
 
-    A rewriting may resemble what it rewrites, so it is not compared with the rows that are known.
+    A rewriting may resemble what it rewrites, so it is not compared with the known rows.
     """
-    held, ours = holdout_index(work), own_sentences(work.recipe.task_table())
-    faults = [draft.reason or fault_of(draft.example.prompt[-1].content, "", ours) for draft in drafts]
+    held, own_words = holdout_index(work), own_sentences(work.recipe.task_table())
+    faults = [draft.reason or fault_of(draft.example.prompt[-1].content, "", own_words) for draft in drafts]
     return [
-        replace(draft, reason=fault) if fault else screen_drafts([draft.example], DedupIndex(1.0), held)[0]
+        replace(draft, reason=fault) if fault else screen_drafts([draft.example], Index(1.0), held)[0]
         for draft, fault in zip(drafts, faults, strict=True)
     ]
 
 
 def rejection_reasons(work: Work, pairs: Sequence[Rewrite]) -> list[str]:
-    """For each pair why its new instruction is not kept, "" where it is: the student's IFD rises."""
+    """For each pair why its new instruction is not kept; "" if it is: the student's IFD rises."""
     return [rejection_reason(old, new) for old, new in compare_ifd(work, pairs, answer_given_instruction)]
 
 
 def rejection_reason(old: float, new: float) -> str:
-    """Why a rewritten instruction with this IFD is not kept, the old one's being `old`; "" where it is."""
+    """Why a rewritten instruction with the IFD `new` is not kept, compared with the old one's; "" if it is kept."""
     if math.isnan(old) or math.isnan(new):
         return "the student's IFD is not known: a text does not fit its context, or its chat template refuses it"
     return "" if new > old else f"the student's IFD does not rise: {new:.3f}, was {old:.3f}"
 
 
 def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
-    """The rows to train on, each with the old or the rewritten answer; and what to say of them."""
+    """(the rows to train on, each with its old or its rewritten answer, a phrase about them)."""
     drafts = read_rows(Draft, work.folder / "expanded.jsonl")
     kept = {draft.example.parent: draft.example for draft in drafts if not draft.reason}
     rows = [kept.get(row.id, row) for row in planned_seeds(work, planned)]
     asked = [prompts.reflect_on_answer(row.prompt, row.completion) for row in rows]
-    rewritten_ones = {row.id: row for row in answer_rows(work, "refine", rows, asked)[0]}
-    pairs = [Rewrite(row, rewritten_ones[row.id]) for row in rows if row.id in rewritten_ones]
+    rewritten = {row.id: row for row in answer_rows(work, "refine", rows, asked)[0]}
+    pairs = [Rewrite(row, rewritten[row.id]) for row in rows if row.id in rewritten]
     better = {
         pair.old.id: pair.new
         for pair, (old, new) in zip(pairs, compare_ifd(work, pairs, instruction_given_answer), strict=True)
@@ -118,19 +117,19 @@ def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], s
     return chosen, f"{len(kept):,} with a rewritten instruction, {len(better):,} with a rewritten answer"
 
 
-def compare_ifd(work: Work, pairs: Sequence[Rewrite], way: ScoredPair) -> list[tuple[float, float]]:
+def compare_ifd(work: Work, pairs: Sequence[Rewrite], scored_pair: ScoredPair) -> list[tuple[float, float]]:
     """(old, new) IFD of each pair, or reversed IFD, by the last round's student."""
     rows = [row for pair in pairs for row in (pair.old, pair.new)]
-    texts = [text for row in rows for text in way(row)]
+    texts = [text for row in rows for text in scored_pair(row)]
     scored = score_by_last_student(work, texts)
     values = [ifd(scored[n], scored[n + 1]) for n in range(0, len(scored), 2)]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def score_by_last_student(work: Work, texts: Sequence[Text]) -> list[Scored]:
-    """Log-probabilities by the last round's student. What a cut attempt at the stage has scored is not scored again."""
+def score_by_last_student(work: Work, texts: Sequence[PromptAndAnswer]) -> list[Scored]:
+    """Log-probabilities by the last round's student; scores from an interrupted attempt are not computed again."""
     student = work.run.round(work.number - 1) / "student.gguf"
-    path = work.folder / f"{work.step.rpartition('/')[2]}-scores.jsonl"
+    path = work.folder / f"{work.stage}-scores.jsonl"
     if not texts:
         return []
     with going_on(path, resumable_task(work, student, texts), Scored) as (file, done):
@@ -142,20 +141,23 @@ def score_by_last_student(work: Work, texts: Sequence[Text]) -> list[Scored]:
             file.flush()
 
         if left:
-            work.tools.score(
-                student, [texts[number] for number in left], offset_progress(work, len(done), len(texts)), keep
+            work.backends.score(
+                gguf=student,
+                texts=[texts[number] for number in left],
+                progress=offset_progress(work, len(done), len(texts)),
+                on_result=keep,
             )
     scored = {row.id: row for row in read_rows(Scored, path)}
     remove(path)
     return [scored[str(number)] for number in range(len(texts))]
 
 
-def answer_given_instruction(row: Example) -> tuple[Text, Text]:
-    """The answer given the instruction, and given none."""
+def answer_given_instruction(row: Example) -> tuple[PromptAndAnswer, PromptAndAnswer]:
+    """The answer after its instruction, and after none."""
     return (row.prompt, row.completion), (EMPTY_PROMPT, row.completion)
 
 
-def instruction_given_answer(row: Example) -> tuple[Text, Text]:
-    """The instruction given the answer, and given none."""
+def instruction_given_answer(row: Example) -> tuple[PromptAndAnswer, PromptAndAnswer]:
+    """The instruction after its answer, and after none."""
     asked = row.prompt[-1].content
     return (prompts.guess(row.completion), asked), (EMPTY_PROMPT, asked)

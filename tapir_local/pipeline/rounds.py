@@ -1,4 +1,4 @@
-"""BASELINE and ROUND: a round's stages in order. Each reads files and writes one output that is whole or absent."""
+"""The stages of a round, in order; each reads files and writes one output that is complete or absent."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -7,10 +7,9 @@ from pathlib import Path
 from tapir_local.memory import size
 from tapir_local.method import metrics
 from tapir_local.method.curriculum import CURRICULA, Situation
-from tapir_local.pipeline.context import Stage, Work
+from tapir_local.pipeline.context import Stage, Work, format_count
 from tapir_local.pipeline.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements
-from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.recipe.schema import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
@@ -19,52 +18,56 @@ from tapir_local.rundir import read_record, read_rows, write_record, write_rows
 from tapir_local.training.job import LEFT_OUT
 from tapir_local.unusable import Unusable, left_out, record_unusable
 
-__all__ = ["BASELINE", "PREPARE", "ROUND"]
-
 
 def mix_stage(work: Work, out: Path) -> str:
-    """Round 0's rows: the seeds as the teacher answered them."""
+    """The training rows of round 0: the seeds with the teacher's answers."""
     rows = read_answered_seeds(work)
     wanted = work.recipe.curriculum.first_rows or len(rows)
-    chosen = work.chance("mix").sample(rows, min(wanted, len(rows)))
+    chosen = work.rng("mix").sample(rows, min(wanted, len(rows)))
     write_rows(out, chosen)
-    return "; ".join([f"{len(chosen):,} rows", *warn_few_steps(work.recipe, len(chosen))])
+    return "; ".join([format_count(len(chosen), "row"), *warn_few_steps(work.recipe, len(chosen))])
 
 
 def answer_stage(work: Work, out: Path) -> str:
-    """The last round's student answers the pool, where the curriculum asks how hard its rows are."""
+    """The last round's student answers the pool, if the curriculum measures difficulty."""
     if not is_judged(work.recipe.curriculum):
         write_rows(out, [])
-        return "not needed: the curriculum does not ask how hard a row is"
+        return "not needed: the curriculum does not measure difficulty"
     return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out)
 
 
 def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
-    """Completions of a round's GGUF for some rows. Those that a cut attempt has written are kept.
+    """Write the answers of a round's student to some rows; answers from an interrupted attempt are kept.
 
-    The others are then batched otherwise, so at near ties they may differ from an uncut attempt's (see generate.py).
+    The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py).
     """
     gguf = student / "student.gguf"
     with going_on(out, resumable_task(work, gguf, rows), Completion) as (file, done):
         left, found = rows[len(done) :], list[Completion]()
         ordered = InOrder[Completion](file, [row.id for row in left])
         if left:
-            prompts, ids = [row.prompt for row in left], [row.id for row in left]
-            found = work.tools.generate(gguf, prompts, ids, offset_progress(work, len(done), len(rows)), ordered.add)
+            found = work.backends.generate(
+                gguf=gguf,
+                prompts=[row.prompt for row in left],
+                ids=[row.id for row in left],
+                progress=offset_progress(work, len(done), len(rows)),
+                on_result=ordered.add,
+            )
     return summarize_answers([*done, *found], len(done))
 
 
 def summarize_answers(answers: Sequence[Completion], kept: int) -> str:
-    """How many answers there are, how many of them a cut attempt had kept, and what is to be said of others."""
+    """How many answers there are, how many were cut, and how many an interrupted attempt had written."""
     cut, unasked = (sum(row.finish == "length" for row in answers), sum(not row.asked for row in answers))
-    said = f"{len(answers):,} answers, {sum(row.tokens for row in answers):,} tokens"
+    tokens = sum(row.tokens for row in answers)
+    said = f"{format_count(len(answers), 'answer')}, {format_count(tokens, 'token')}"
     said += f", {cut:,} cut at the limit" if cut else ""
-    said += f", {unasked:,} rows that could not be asked" if unasked else ""
-    return said + (f"; {kept:,} of them were there already" if kept else "")
+    said += f", {format_count(unasked, 'row')} could not be asked" if unasked else ""
+    return said + (f"; {kept:,} of them from an earlier attempt" if kept else "")
 
 
 def judge_stage(work: Work, out: Path) -> str:
-    """The pool's rows judged: the teacher's answer and the student's, as the recipe's judge.mode says."""
+    """Judgements of the teacher's and the student's answers to the pool, as judge.mode says."""
     completions = read_rows(Completion, work.folder / "answers.jsonl")
     if not is_judged(work.recipe.curriculum):
         write_rows(out, [])
@@ -73,7 +76,7 @@ def judge_stage(work: Work, out: Path) -> str:
 
 
 def plan_stage(work: Work, out: Path) -> str:
-    """What this round trains on."""
+    """The plan of this round: which rows it trains on, and which are to be written."""
     known = read_situation(work)
     refuse_unjudged(work, known.judgements)
     planned = CURRICULA[work.recipe.curriculum.name](known)
@@ -82,7 +85,7 @@ def plan_stage(work: Work, out: Path) -> str:
 
 
 def read_situation(work: Work) -> Situation:
-    """What is known when this round is planned."""
+    """What a curriculum needs to plan this round."""
     held = read_rows(Example, work.run.path / "holdout.jsonl")
     before = read_rows(Judgement, work.run.round(work.number - 1) / "holdout-judgements.jsonl")
     return Situation(
@@ -93,7 +96,7 @@ def read_situation(work: Work) -> Situation:
         settings=work.recipe.curriculum,
         number=work.number,
         can_expand=work.recipe.can_expand,
-        rng=work.chance("plan"),
+        rng=work.rng("plan"),
         gaps=metrics.gaps(held, before),
     )
 
@@ -101,19 +104,20 @@ def read_situation(work: Work) -> Situation:
 def summarize_plan(planned: RoundPlan) -> str:
     """The plan in a phrase."""
     if planned.curriculum not in FROM_POOL:
-        return f"{len(planned.drawn) + len(planned.reflected):,} of {planned.pool:,} seeds taken"
-    counts = f"{len(planned.hard):,} of them chosen, {planned.to_write:,} to write"
-    return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
+        return f"{len(planned.drawn) + len(planned.reflected):,} of {format_count(planned.pool, 'seed')} taken"
+    hard = f"{planned.pool_hard:,} of {format_count(planned.pool, 'row')} hard"
+    taken = f"{len(planned.hard):,} hard, {planned.to_write:,} to write, {len(planned.replay):,} easy (replay)"
+    return f"{hard}; takes {taken}"
 
 
 def train_stage(work: Work, out: Path) -> str:
-    """The student, from what the last round trained or from the base, on this round's rows."""
+    """The student, trained on this round's rows, from the last round's weights or from the base."""
     go_on = work.number > 0 and work.recipe.train.start == "previous"
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
     rows, seed = work.folder / "train.jsonl", work.recipe.random_seed + work.number
     try:
-        work.tools.train(rows, previous, seed, out, work.progress)
-    finally:  # also where so many are left out that nothing was trained
+        work.backends.train(rows=rows, previous=previous, seed=seed, out=out, progress=work.progress)
+    finally:  # also if so many rows are left out that nothing is trained
         left = rows_left_out_of_training(work)
         record_unusable(work.run, work.step, left)
     base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
@@ -121,42 +125,44 @@ def train_stage(work: Work, out: Path) -> str:
 
 
 def rows_left_out_of_training(work: Work) -> list[Unusable]:
-    """The round's rows that the training left out: too long for the student, or refused by its chat template."""
+    """The round's rows that are too long for the student or refused by its chat template."""
     path = work.folder / "train" / LEFT_OUT
     return [replace(row, step=work.step) for row in read_rows(Unusable, path)] if path.exists() else []
 
 
 def export_stage(work: Work, out: Path) -> str:
     """The student as GGUF."""
-    work.tools.export(work.folder / "adapter", out, work.progress)
+    work.backends.export(adapter=work.folder / "adapter", out=out, progress=work.progress)
     alone, quant = work.recipe.export.rounds == "adapter", work.recipe.export.quant
-    return f"{size(out.stat().st_size)}, " + (f"an adapter over the base's {quant}" if alone else quant)
+    return f"{size(out.stat().st_size)}, " + (f"an adapter for the base in {quant}" if alone else quant)
 
 
 def gate_stage(work: Work, out: Path) -> str:
-    """Whether the GGUF is the trained model: a report, or the run stops."""
-    work.tools.gate(
-        work.folder / "adapter", work.folder / "student.gguf", work.folder / "train.jsonl", out, work.progress
+    """The report of a comparison of the GGUF with the trained model; the run stops if they differ."""
+    work.backends.gate(
+        adapter=work.folder / "adapter",
+        gguf=work.folder / "student.gguf",
+        rows=work.folder / "train.jsonl",
+        out=out,
+        progress=work.progress,
     )
     return "the GGUF agrees with the trained model"
 
 
 def holdout_answer_stage(work: Work, out: Path) -> str:
     """This round's student answers the holdout."""
-    return generate_answers(work, read_rows(Example, work.run.path / "holdout.jsonl"), work.folder, out)
+    return generate_answers(work, read_holdout(work), work.folder, out)
 
 
 def holdout_judge_stage(work: Work, out: Path) -> str:
-    """The holdout's answers judged."""
+    """Judgements of the holdout's answers."""
     completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
-    return write_judgements(
-        work, "holdout-judge", read_rows(Example, work.run.path / "holdout.jsonl"), completions, out
-    )
+    return write_judgements(work, "holdout-judge", read_holdout(work), completions, out)
 
 
 def evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy on the holdout."""
-    rows = read_rows(Example, work.run.path / "holdout.jsonl")
+    rows = read_holdout(work)
     completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
     judgements = read_rows(Judgement, work.folder / "holdout-judgements.jsonl")
     found = metrics.evaluate(
@@ -168,27 +174,34 @@ def evaluate_stage(work: Work, out: Path) -> str:
     return summarize_metrics(found, previous_metrics(work))
 
 
+def read_holdout(work: Work) -> list[Example]:
+    """The holdout with the teacher's answers."""
+    return read_rows(Example, work.run.path / "holdout.jsonl")
+
+
 def previous_metrics(work: Work) -> Metrics | None:
-    """The last round's metrics, None in the first."""
+    """The last round's metrics; None in round 0."""
     return read_record(Metrics, work.run.round(work.number - 1) / "metrics.json") if work.number else None
 
 
 def check_answers(work: Work, rows: Iterable[Example], completions: Iterable[Completion]) -> dict[str, bool | None]:
-    """By id, whether the recipe's checker finds an answer right; None where it cannot tell or there is none."""
-    check = work.tools.check
+    """By row id whether the recipe's checker finds the answer right; None if it cannot tell or there is none."""
+    check = work.backends.check
     return {row.id: check(row, text.text) if check else None for row, text in zip(rows, completions, strict=True)}
 
 
 def summarize_metrics(found: Metrics, before: Metrics | None = None) -> str:
-    """Win rate, or likeness and its change, and accuracy in a phrase, and whether the holdout is large enough."""
+    """Win rate (or likeness with its change) and accuracy, and a note if the holdout is too small."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
     if found.student_score is not None and metrics.is_likeness(found.win_rate, found.student_score):
         win_rate = f"likeness {found.student_score:.2f} of 10"
         if before and before.student_score is not None:
             win_rate += f" ({found.student_score - before.student_score:+.2f} on round {before.round})"
-    some = f" of the {found.checked:,} rows that a checker can tell of" if found.checked != found.rows else ""
+    some = ""
+    if found.checked is not None and found.checked != found.rows:
+        some = f" of the {format_count(found.checked, 'row')} that the checker can decide"
     said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}{some}"
-    unjudged = f"{found.unjudged:,} unjudged rows left out of the win rate" if found.unjudged else ""
+    unjudged = f"{format_count(found.unjudged, 'unjudged row')} left out of the win rate" if found.unjudged else ""
     return "; ".join(part for part in (said, unjudged, metrics.too_small(found)) if part)
 
 

@@ -1,4 +1,4 @@
-"""What the student's chat template makes of a row, and whether there is room for it: known before it is paid for."""
+"""Check whether a row fits the student's chat template and context length, before anything is paid for it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,28 +9,25 @@ from typing import Any
 from tapir_local.data.chat_template import merge_system_turns, render_training_text
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_json, read_template, read_tokenizer, special_texts
-from tapir_local.records import Example, Prompt, instruction_of
-from tapir_local.unusable import BRIEF, Unusable
+from tapir_local.records import Example, Prompt
 
-MIN_ANSWER_TOKENS = 16  # tokens that a prompt must leave for its answer, or a quarter of all where these are fewer
-PROBE_ANSWER = "so be it"  # an answer of no importance
+MIN_ANSWER_TOKENS = 16  # tokens that a prompt must leave for the answer, or a quarter of the length if that is less
+PROBE_ANSWER = "so be it"  # stands for an answer while only the prompt is checked
 TEXTS_PER_CHECK = 1000  # texts whose token ids are in memory together
 MAX_PREFIX_TOKENS = 16  # tokens that a tokenizer may put before a text
-MAX_SPLIT_TOKENS = 8  # tokens more that a row may have once a token that spans prompt and answer is split
-CHARACTERS_PER_TOKEN = 4  # characters of a token, roughly
+MAX_SPLIT_TOKENS = 8  # more tokens that a row may have once a token across prompt and answer is split
+CHARACTERS_PER_TOKEN = 4  # roughly, in English
 MODEL_LIMIT = "the length that the student was made for"
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 PromptAndAnswer = tuple[Prompt, str]
-Shown = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class StudentFormat:
-    """How a student is asked and trained: its chat template, its tokens, and the `length` of a row in tokens.
+    """How rows are given to a student: its chat template, its tokenizer, and the longest row in tokens (`length`).
 
-    `stops` are the texts of its special tokens, one of which must end an answer; `limit` is what decides the length, in
-    words.
+    `stops` are its special tokens, one of which must end an answer. `limit` names what sets the length.
     """
 
     template: str
@@ -42,21 +39,21 @@ class StudentFormat:
     limit: str = "student.max_length"
 
     @property
-    def room(self) -> int:
+    def min_answer(self) -> int:
         """Tokens that a prompt must leave for its answer."""
         return min(MIN_ANSWER_TOKENS, self.length // 4)
 
 
 @dataclass(frozen=True)
 class Unfit:
-    """Why a text cannot be used: the same few words for all texts of a kind, and what holds for this one."""
+    """Why a text cannot be used: `kind` is the same for all texts with this fault, `detail` is about this text."""
 
     kind: str
     detail: str = ""
 
     @property
     def reason(self) -> str:
-        """The kind, and the detail where there is any."""
+        """The kind, with the detail if there is one."""
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
@@ -64,9 +61,9 @@ EMPTY_INSTRUCTION = Unfit("no instruction")
 
 
 def read_student_format(model: Path, max_length: int, template: str | None = None) -> StudentFormat:
-    """Of a model's folder, with another chat template than its own where one is given.
+    """The format of a model's folder, with `template` in place of its own chat template if given.
 
-    TapirError where the folder has no tokenizer, or no template.
+    TapirError if the folder has no tokenizer or no template.
     """
     tokenizer, texts = open_tokenizer(model), special_texts(model)
     stops = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
@@ -81,7 +78,7 @@ def read_student_format(model: Path, max_length: int, template: str | None = Non
 
 
 def open_tokenizer(model: Path) -> Any:
-    """The tokenizer by itself: transformers, which trains with it, takes seconds to import."""
+    """The tokenizer, read without transformers, whose import takes seconds."""
     from tokenizers import Tokenizer
 
     path = model / "tokenizer.json"
@@ -97,7 +94,7 @@ def open_tokenizer(model: Path) -> Any:
 
 
 def model_max_length(model: Path) -> int:
-    """Tokens of the longest text that a model was made for, by its config; no limit where it names none."""
+    """The longest text in tokens that a model was made for, by its config; very large if the config names none."""
     path = model / "config.json"
     config = read_json(path) if path.is_file() else {}
     found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
@@ -105,19 +102,21 @@ def model_max_length(model: Path) -> int:
 
 
 def placeholder_format(length: int) -> StudentFormat:
-    """A student that takes every conversation, its tokens guessed: for a forecast where the student is not here."""
+    """A format that accepts every conversation and estimates tokens: for a dry run without the student's files."""
     template = (
         "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}</>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    return StudentFormat(
-        template, "", "", ("</>",), lambda some: [[0] * (len(text) // CHARACTERS_PER_TOKEN) for text in some], length
-    )
+
+    def encode(some: Sequence[str]) -> list[list[int]]:
+        return [[0] * (len(text) // CHARACTERS_PER_TOKEN) for text in some]
+
+    return StudentFormat(template, "", "", ("</>",), encode, length)
 
 
 def unfit_prompts(student: StudentFormat, prompts: Sequence[Prompt]) -> list[Unfit | None]:
-    """For each prompt why the student cannot be asked it, or None where it can."""
-    most, kind = student.length - student.room, f"the prompt leaves no room for an answer in {student.limit}"
+    """For each prompt why the student cannot be asked it, or None if it can."""
+    most, kind = student.length - student.min_answer, f"the prompt leaves no room for an answer in {student.limit}"
     rendered = [
         render_row(student, (prompt, PROBE_ANSWER)) if has_instruction(prompt) else EMPTY_INSTRUCTION
         for prompt in prompts
@@ -129,12 +128,12 @@ def unfit_prompts(student: StudentFormat, prompts: Sequence[Prompt]) -> list[Unf
 
 
 def has_instruction(prompt: Prompt) -> bool:
-    """Whether a prompt ends with a turn that says something."""
+    """Whether a prompt ends with a turn that has text."""
     return bool(prompt and prompt[-1].content.strip())
 
 
 def unfit_answers(student: StudentFormat, texts: Sequence[PromptAndAnswer]) -> list[Unfit | None]:
-    """For each prompt and answer why the student cannot be trained on them, or None where it can."""
+    """For each prompt and answer why the student cannot be trained on them, or None if it can."""
     most, kind = student.length, f"longer than {student.limit}"
     rendered = [render_row(student, text) for text in texts]
     sizes = iter(count_row_tokens(student, [row for row in rendered if not isinstance(row, Unfit)], most))
@@ -142,12 +141,12 @@ def unfit_answers(student: StudentFormat, texts: Sequence[PromptAndAnswer]) -> l
 
 
 def unfit_length(kind: str, tokens: int, most: int, length: int) -> Unfit | None:
-    """The finding of this kind where there are more tokens than fit."""
+    """The fault of a text with more than `most` tokens, else None; the message names `length`."""
     return Unfit(kind, f"{tokens:,} tokens, {length:,} allowed") if tokens > most else None
 
 
 def render_row(student: StudentFormat, text: PromptAndAnswer) -> tuple[str, str] | Unfit:
-    """The prompt and the answer as they are trained on."""
+    """(prompt, answer) as the student is trained on them, or why the chat template cannot render them."""
     try:
         return render_training_text(
             student.template, *text, bos_token=student.bos, eos_token=student.eos, stops=student.stops
@@ -160,25 +159,26 @@ def render_row(student: StudentFormat, text: PromptAndAnswer) -> tuple[str, str]
 
 
 def count_text_tokens(student: StudentFormat, texts: Sequence[str], most: int) -> list[int]:
-    """The tokens of each text; 0 without a count where there can be no more than `most`.
+    """The tokens of each text; 0, without counting, for a text too short to have more than `most`.
 
-    A token is a byte or more of its text, and some tokenizers spell a few characters out first: hence twice the bytes.
+    A token is at least one byte of the text, and some tokenizers split a few characters first, so twice the bytes is
+    an upper bound.
     """
     found = [0] * len(texts)
-    counted = [number for number, text in enumerate(texts) if 2 * len(text.encode()) + MAX_PREFIX_TOKENS > most]
-    for start in range(0, len(counted), TEXTS_PER_CHECK):
-        some = counted[start : start + TEXTS_PER_CHECK]
+    long_ones = [number for number, text in enumerate(texts) if 2 * len(text.encode()) + MAX_PREFIX_TOKENS > most]
+    for start in range(0, len(long_ones), TEXTS_PER_CHECK):
+        some = long_ones[start : start + TEXTS_PER_CHECK]
         for number, ids in zip(some, student.encode([texts[number] for number in some]), strict=True):
             found[number] = len(ids)
     return found
 
 
 def count_row_tokens(student: StudentFormat, rows: Sequence[tuple[str, str]], most: int) -> list[int]:
-    """The tokens of each rendered row as in training, where a token that spans prompt and answer is split.
+    """The tokens of each rendered row as in training, where a token across prompt and answer is split.
 
-    Only near `most` does that matter, so only there prompt and answer are counted by themselves.
+    The split matters only near `most`, so only there are prompt and answer counted separately.
     """
-    found = count_text_tokens(student, [asked + answer for asked, answer in rows], most)
+    found = count_text_tokens(student, [prompt + answer for prompt, answer in rows], most)
     near = [number for number, tokens in enumerate(found) if most - MAX_SPLIT_TOKENS < tokens <= most]
     parts = student.encode([text for number in near for text in (*rows[number], "".join(rows[number]))])
     for place, number in enumerate(near):
@@ -188,9 +188,9 @@ def count_row_tokens(student: StudentFormat, rows: Sequence[tuple[str, str]], mo
 
 
 def fold_system_turns(student: StudentFormat, rows: Sequence[Example]) -> tuple[list[Example], int]:
-    """Rows as the student can be asked them, system turns in the user's where the template has none; how many had one.
+    """(rows whose system turn is moved into the user's if the template has no system role, how many were changed).
 
-    A template that takes no row at all folds none: the check that follows says why.
+    With a template that renders no row at all, nothing is changed; the check that follows says why.
     """
     try:
         found = [
@@ -200,20 +200,3 @@ def fold_system_turns(student: StudentFormat, rows: Sequence[Example]) -> tuple[
     except TapirError:
         return list(rows), 0
     return found, sum(new.prompt != old.prompt for new, old in zip(found, rows, strict=True))
-
-
-def split_usable(
-    rows: Sequence[Example], step: str, check: Callable[[Sequence[Example]], list[Unfit | None]], shown: Shown
-) -> tuple[list[Example], list[Unusable]]:
-    """The rows that pass a check, and the others with why; `shown` is told how far it is."""
-    kept, unusable = list[Example](), list[Unusable]()
-    for start in range(0, len(rows), TEXTS_PER_CHECK):
-        shown(start, len(rows), "checked with the chat template")
-        some = rows[start : start + TEXTS_PER_CHECK]
-        for row, unfit in zip(some, check(some), strict=True):
-            if unfit is None:
-                kept.append(row)
-            else:
-                text = instruction_of(row.prompt)[:BRIEF]
-                unusable.append(Unusable(step, row.id, unfit.kind, unfit.detail, text))
-    return kept, unusable

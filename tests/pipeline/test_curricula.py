@@ -1,4 +1,4 @@
-"""Each curriculum goes through all stages of a run, asks for what it needs, and nothing else."""
+"""Each curriculum runs through all stages, and asks only for what it needs."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -25,7 +25,7 @@ def ran(folder: Path, world: World, **changes: object) -> tuple[RunDir, Recipe]:
     """A run of the small world with some settings of its curriculum changed."""
     recipe = overridden(make_recipe(folder), {f"curriculum.{key}": value for key, value in changes.items()})
     run = RunDir(folder, "fake")
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     return run, recipe
 
 
@@ -39,7 +39,7 @@ def asked(world: World, number: int = 1) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_curriculum_runs_and_trains_on_the_rows_asked(name: str, tmp_path: Path) -> None:
+def test_every_curriculum_runs_and_trains_on_the_wanted_rows(name: str, tmp_path: Path) -> None:
     run, _ = ran(tmp_path, World(), name=name)
     held = {row.prompt for row in read_rows(Example, run.path / "holdout.jsonl")}
     for number in (1, 2):
@@ -82,7 +82,7 @@ def test_lion_trains_only_on_new_rows_with_plain_answers(tmp_path: Path) -> None
 
 
 def test_reflection_keeps_what_the_student_gains_by(tmp_path: Path) -> None:
-    """The fake student finds longer texts less likely by instruction, and rewritten answers tell of the instruction."""
+    """For the fake student, longer texts have a higher IFD, and rewritten answers repeat words of the instruction."""
     run, _ = ran(tmp_path, World(), name="reflection")
     drafts = read_rows(Draft, run.round(1) / "expanded.jsonl")
     kept = {draft.example.parent for draft in drafts if not draft.reason}
@@ -95,15 +95,15 @@ def test_reflection_keeps_what_the_student_gains_by(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "kept"), [(-9.0, True), (-1.0, False)])
 def test_a_rewritten_instruction_is_kept_where_ifd_rises(given: float, kept: bool, tmp_path: Path) -> None:
-    """`given`: the log-probability of a rewritten answer after its instruction; after none it is -2, as all others."""
+    """`given` is the log-probability of a rewritten answer after its instruction; all other texts have -2."""
 
-    def score(gguf, texts, progress, each):
+    def score(*, gguf, texts, progress, on_result):
         new = [prompt[0].content.endswith("better") for prompt, _ in texts]
         for found in (Scored(str(n), given if rewritten else -2.0, 1) for n, rewritten in enumerate(new)):
-            each(found)
+            on_result(found)
 
     recipe, run = overridden(make_recipe(tmp_path), {"curriculum.name": "reflection"}), RunDir(tmp_path, "fake")
-    distill(recipe, run, replace(tools(World()), score=score), QUIET)
+    distill(recipe, run, replace(fake_backends(World()), score=score), QUIET)
     assert all(row.prompt[0].content.endswith("better") is kept for row in trained(run))
 
 
@@ -150,26 +150,26 @@ def test_recorded_answers_serve_the_curricula_that_ask_nobody(name: str, tmp_pat
     text = f"name: own\nrounds: 1\nteacher: recorded\njudge: reference\ncurriculum: {{name: {name}, rows: 10}}"
     recipe = overridden(parse_recipe(text, "own"), {"seeds.path": str(tmp_path / "own.json"), "seeds.holdout": 5})
     world, run = World(), RunDir(tmp_path, "own")
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     assert world.asked == []
     assert len(trained(run)) == (35 if name == "all" else 10)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_forecast_of_a_round_is_near_what_it_asks(name: str, tmp_path: Path) -> None:
+def test_the_estimate_of_a_round_is_close_to_its_calls(name: str, tmp_path: Path) -> None:
     world = World()
     _, recipe = ran(tmp_path, world, name=name)
-    for stage in ("judge", "expand", "refine", "holdout-judge"):  # round 2: in the first there are few easy rows
+    for stage in ("judge", "expand", "refine", "holdout-judge"):  # of round 2, as round 1 has few easy rows
         wanted = expected_calls(stage, 2, recipe, 60)
         assert wanted >= asked(world, 2)[stage] * 0.8
         assert wanted <= asked(world, 2)[stage] * 1.4 + 2
 
 
 @pytest.mark.parametrize("refine", ["hard", "all"])
-def test_a_row_that_is_hard_again_is_refined_by_the_request_of_before(refine: str, tmp_path: Path) -> None:
-    """A student that never learns: the same rows are hard in every round, and their styled answers are paid once."""
+def test_a_row_that_is_hard_again_is_refined_by_the_same_request(refine: str, tmp_path: Path) -> None:
+    """With a student that never learns the same rows are hard in every round; their refined answers are paid once."""
     world, recipe = World(), overridden(make_recipe(tmp_path), {"rounds": 4, "curriculum.refine": refine})
-    lazy = replace(tools(world), train=lambda rows, previous, seed, out, progress: train([], previous, seed, out))
+    lazy = replace(fake_backends(world), train=learn_nothing)
     distill(recipe, RunDir(tmp_path, "fake"), lazy, QUIET)
     refined = {(request.row, request.messages) for request in world.asked if request.stage == "refine"}
     rounds = Counter(request.row for request in world.asked if request.stage == "refine")
@@ -177,7 +177,7 @@ def test_a_row_that_is_hard_again_is_refined_by_the_request_of_before(refine: st
     assert len(refined) == len(rounds)  # each by one request
 
 
-def train(rows: list[Example], previous: Path | None, seed: int, out: Path) -> None:
-    """Learn nothing."""
+def learn_nothing(*, out: Path, **_: object) -> None:
+    """A training that teaches nothing."""
     out.mkdir()
     (out / "known").write_text(json.dumps([]))

@@ -1,9 +1,9 @@
-"""What a run will cost, before it is paid: counted as far as the store and the files go, estimated beyond."""
+"""A dry run counts the calls that can be counted from the store and the files, and estimates the others."""
 
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
@@ -49,7 +49,7 @@ def test_a_new_run_is_counted_up_to_the_first_student_and_estimated_beyond(recip
 
 def test_what_the_store_has_is_not_counted_as_to_be_paid(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(overridden(recipe, {"rounds": 0}), RunDir(tmp_path / "other", "fake"), tools(World()), QUIET)
+    distill(overridden(recipe, {"rounds": 0}), RunDir(tmp_path / "other", "fake"), fake_backends(World()), QUIET)
     rows = read_rows(Example, tmp_path / "other" / "runs" / "fake" / "rows.jsonl")
     teacher = recipe.teacher
     wanted = [
@@ -66,7 +66,7 @@ def test_what_the_store_has_is_not_counted_as_to_be_paid(recipe: Recipe, tmp_pat
 
 def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     assert estimate_costs(recipe, run) == []
     redo(run, 2, "refine")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
@@ -77,10 +77,10 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
     assert found["round-02/refine"].calls >= kept
     assert set(found) == {"round-02/refine", "round-02/holdout-judge"}
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    assert after == before  # a forecast changes nothing
+    assert after == before  # a dry run changes nothing
 
 
-def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_judge_in_single_mode_is_not_asked_about_the_teachers_answers_again(recipe: Recipe, tmp_path: Path) -> None:
     alone = overridden(recipe, {"judge.mode": "single"})
     found = by_step(estimate_costs(alone, RunDir(tmp_path / "cache", "fake")))
     calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
@@ -88,11 +88,11 @@ def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: 
         "round-00/holdout-judge": 20,
         "round-01/judge": 100,
         "round-01/holdout-judge": 10,
-        "round-02/judge": 53 + 6,  # three rows more in the pool, six answers that round 1 wrote or rewrote
+        "round-02/judge": 53 + 6,  # three new rows in the pool, six answers that round 1 wrote or rewrote
         "round-02/holdout-judge": 10,
     }
     few = by_step(estimate_costs(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
-    assert few["round-02/judge"].calls == 10 + 9  # a fifth of them was drawn before, another few are new
+    assert few["round-02/judge"].calls == 10 + 9  # a fifth of the pool was drawn before, and some rows are new
 
 
 def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> None:
@@ -108,18 +108,18 @@ def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> No
 
 def test_another_recipe_than_the_run_began_with_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(overridden(recipe, {"rounds": 0}), run, tools(World()), QUIET)
+    distill(overridden(recipe, {"rounds": 0}), run, fake_backends(World()), QUIET)
     with pytest.raises(TapirError, match="another recipe"):
         estimate_costs(overridden(recipe, {"curriculum.rows": 7}), run)
 
 
 def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     redo(run, None, "tasks")
     (run.path / "classifier" / "predictions.jsonl").unlink()
-    said = "prepare/tasks needs a file that is not there: classifier/predictions.jsonl"
-    for attempt in (lambda: estimate_costs(recipe, run), lambda: distill(recipe, run, tools(World()), QUIET)):
+    said = "prepare/tasks needs a file that does not exist: classifier/predictions.jsonl"
+    for attempt in (lambda: estimate_costs(recipe, run), lambda: distill(recipe, run, fake_backends(World()), QUIET)):
         with pytest.raises(TapirError, match=said) as caught:
             attempt()
         assert "tapir-local redo fake --from classify" in str(caught.value)

@@ -1,4 +1,4 @@
-"""What is written for a round: drafts screened, counted, and asked for while they are worth it; answers checked."""
+"""Drafts are screened, counted, and asked for only while enough of them are kept; new answers are checked."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, inner, make_recipe, tools
+from fakes import QUIET, World, fake_backends, inner, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -26,7 +26,7 @@ Reply = Callable[[Request], str | None]
 
 
 def saying(world: World, reply: Reply) -> Backends:
-    """Tools whose teacher and judge say what `reply` does, and as in the world where it says nothing."""
+    """Backends whose teacher and judge reply with `reply`, or as the world does if it returns None."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         found = world.ask(requests, progress)
@@ -35,7 +35,7 @@ def saying(world: World, reply: Reply) -> Backends:
             answer if text is None else replace(answer, text=text) for answer, text in zip(found, said, strict=True)
         ]
 
-    return replace(tools(world), teacher=ask, judge=ask)
+    return replace(fake_backends(world), teacher=ask, judge=ask)
 
 
 def run_of(folder: Path, reply: Reply, world: World | None = None, **changes: object) -> RunDir:
@@ -57,7 +57,7 @@ def note(run: RunDir, stage: str) -> str:
 
 
 def new(text: str) -> Reply:
-    """Every new instruction is the text, with its draft's number for #."""
+    """Replies with the text as the new instruction, # replaced by the row and the draw number."""
     return lambda request: (
         f"<new_instruction>{text.replace('#', f'{request.row} {request.draw}')}</new_instruction>"
         if request.messages[0].content == prompts.EXPAND
@@ -84,14 +84,14 @@ def test_useless_instructions_are_rejected_with_their_reason_and_no_more_are_ask
     planned = read_record(RoundPlan, run.round(1) / "plan.json")
     assert planned.to_write > 10
     assert {draft.reason for draft in drafts_of(run)} == {reason}
-    assert sum(request.stage == "expand" for request in world.asked) == planned.to_write  # one attempt of two
+    assert sum(request.stage == "expand" for request in world.asked) == planned.to_write  # the first attempt of two
     count = planned.to_write
     assert note(run, "expand") == (
-        f"0 new instructions, {count} drafts rejected ({count} {reason}), {count} short; "
+        f"0 new instructions, {count} drafts rejected ({count} {reason}), {count} missing; "
         f"no more asked for, because {count} of {count} drafts were rejected"
     )
     rows = len(read_rows(Example, run.round(1) / "train.jsonl"))
-    assert f"WARNING: {rows} of the 40 rows asked (curriculum.rows), less than half" in note(run, "refine")
+    assert f"WARNING: {rows} of the 40 wanted rows (curriculum.rows), less than half" in note(run, "refine")
 
 
 def test_of_many_drafts_the_first_fifty_decide(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_of_many_drafts_the_first_fifty_decide(tmp_path: Path) -> None:
     assert "no more asked for, because 50 of 50 drafts were rejected" in note(run, "expand")
 
 
-def test_a_forecast_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: Path) -> None:
+def test_an_estimate_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: Path) -> None:
     class Stopped(World):
         def ask(self, requests: Sequence[Request], progress: Progress) -> list[Answer]:
             if requests[0].stage == "expand":
@@ -112,13 +112,13 @@ def test_a_forecast_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: Pa
     changes = {"rounds": 1, "curriculum.rows": 200, "curriculum.alpha": 0.8, "curriculum.children": 9}
     recipe, run = overridden(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
     with pytest.raises(KeyboardInterrupt):
-        distill(recipe, run, tools(Stopped()), QUIET)
+        distill(recipe, run, fake_backends(Stopped()), QUIET)
     found = next(row for row in estimate_costs(recipe, run) if row.step == "round-01/expand")
     assert found.calls == found.to_pay == read_record(RoundPlan, run.round(1) / "plan.json").to_write > 60
     assert found.tokens_out == pytest.approx(60 * found.calls)
 
 
-def test_a_task_has_only_so_many_new_rows_of_one_opening(tmp_path: Path) -> None:
+def test_the_new_rows_of_a_task_with_one_opening_are_limited(tmp_path: Path) -> None:
     reply = new("Count all red birds # and #.")
     run = run_of(tmp_path, reply, rows=40, alpha=0.8, max_rouge=1.0, drafts=1)
     kept = Counter(draft.example.task for draft in drafts_of(run) if not draft.reason)
@@ -182,7 +182,7 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
     rows = read_rows(Example, run.round(1) / "train.jsonl")
     assert {row.reason for row in left} == {"new answer below curriculum.teacher_floor: 4 of 6"}
     assert not {row.id for row in left} & {row.id for row in rows}
-    assert len(left) > 0.05 * len(rows)  # they count against no limit
+    assert len(left) > 0.05 * len(rows)  # they do not count against limits.unusable
     old = {row.id: row for row in read_rows(Example, run.path / "seeds.jsonl")}
     changed = [row for row in rows if old.get(row.id) != row]
     assert len(scored) == len(changed) + len(left)
@@ -199,7 +199,7 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
         ("curriculum: {name: reflection, check_answers: true}", "`check_answers` goes with `tapir` and `lion`"),
     ],
 )
-def test_a_check_that_nobody_can_make_is_refused(text: str, said: str) -> None:
+def test_a_check_without_a_judge_or_new_rows_is_refused(text: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
         parse_recipe(f"teacher: pocket\n{text}", "r.yaml")
 
@@ -211,7 +211,7 @@ def test_where_no_row_can_be_trained_on_the_reasons_are_counted(tmp_path: Path) 
     with pytest.raises(TapirError) as caught:
         run_of(tmp_path, reply)
     assert "of 50 judged rows 50 whose teacher's own answer is below teacher_floor" in str(caught.value)
-    assert "name another teacher or judge" in str(caught.value)
+    assert "use another teacher or judge" in str(caught.value)
     judged = read_rows(Judgement, RunDir(tmp_path, "fake").round(1) / "judgements.jsonl")
     assert {row.teacher for row in judged} == {2}
     plan = read_record(RoundPlan, RunDir(tmp_path, "fake").round(1) / "plan.json")
@@ -223,7 +223,7 @@ def test_reasons_are_counted_by_kind_the_commonest_first() -> None:
     drafts = [Draft(row, f"near-duplicate: ROUGE-L 0.{n}") for n in (75, 86, 91)]
     drafts += [Draft(row, "sets no task")] * 2 + [Draft(row, text) for text in ("x", "y")] + [Draft(row)]
     assert summarize_drafts(drafts, 2) == (
-        "1 new instructions, 7 drafts rejected (3 near-duplicate, 2 sets no task, 1 x), 2 short"
+        "1 new instruction, 7 drafts rejected (3 near-duplicate, 2 sets no task, 1 x), 2 missing"
     )
 
 
@@ -237,8 +237,9 @@ def test_a_few_drafts_or_a_fifth_of_good_ones_are_worth_asking_for_more() -> Non
 def test_a_round_of_few_rows_or_few_steps_is_warned_of() -> None:
     recipe = Recipe.model_validate({"teacher": "pocket", "curriculum": {"rows": 40}, "train": {"epochs": 2}})
     assert warn_few_rows(recipe, 12) == [
-        "WARNING: 12 of the 40 rows asked (curriculum.rows), less than half",
-        "12 rows make 2 steps of train.batch_size (16), too few to learn much: set it lower, or train.epochs higher",
+        "WARNING: 12 of the 40 wanted rows (curriculum.rows), less than half",
+        "only 2 training steps for 12 rows (train.batch_size is 16), too few to learn much: "
+        "lower it, or raise train.epochs",
     ]
     assert len(warn_few_rows(recipe, 20)) == 1
     assert warn_few_rows(overridden(recipe, {"train.batch_size": 4}), 20) == []

@@ -1,4 +1,4 @@
-"""A judge is asked in pairs or about one answer; what it does not say readably is asked once more, then unjudged."""
+"""A judge scores answers in pairs or one at a time; an unreadable reply is asked for once more, then left unjudged."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from fakes import QUIET, World, generate, inner, make_recipe, reply, tools
+from fakes import QUIET, World, fake_backends, generate, inner, make_recipe, reply
 from server import completion
 
 from tapir_local.errors import TapirError
@@ -45,7 +45,6 @@ from tapir_local.report.status import round_report
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.session import AskOptions
 
 ROWS = [Example(f"row-{n}", (Message("user", f"What is {n} + {n}?"),), f"It is {2 * n}.", "Math") for n in range(4)]
 TEXTS = {row.id: f"Perhaps {n}" for n, row in enumerate(ROWS)}
@@ -56,7 +55,7 @@ JUDGES = pytest.mark.parametrize(
 
 
 class Judge:
-    """Replies as told, and keeps what it was asked."""
+    """Replies with `replies`, and keeps the requests."""
 
     def __init__(self, replies: Callable[[Request], str | Answer]) -> None:
         self.replies, self.asked = replies, list[Request]()
@@ -69,7 +68,7 @@ class Judge:
 
 def work_of(folder: Path, judge: Judge, mode: str = "pair", **settings: float) -> Work:
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {"kind": "teacher", "mode": mode, **settings}})
-    return Work(recipe, RunDir(folder, "r"), replace(tools(World()), judge=judge.ask), 1, "round-01/judge")
+    return Work(recipe, RunDir(folder, "r"), replace(fake_backends(World()), judge=judge.ask), 1, "round-01/judge")
 
 
 def judged(folder: Path, judge: Judge, mode: str) -> list[Judgement]:
@@ -80,7 +79,7 @@ def judged(folder: Path, judge: Judge, mode: str) -> list[Judgement]:
 
 
 def test_a_pair_is_asked_about_in_both_orders_and_averaged(tmp_path: Path) -> None:
-    judge = Judge(lambda request: '{"answer_1": 8, "answer_2": 4}')  # whoever comes first is better
+    judge = Judge(lambda request: '{"answer_1": 8, "answer_2": 4}')  # the first answer always scores higher
     found = judged(tmp_path, judge, "pair")
     assert [request.row for request in judge.asked[:2]] == ["row-0#0", "row-0#1"]
     shown = [[inner(request.messages[1].content, f"answer_{n}") for n in (1, 2)] for request in judge.asked[:2]]
@@ -88,7 +87,7 @@ def test_a_pair_is_asked_about_in_both_orders_and_averaged(tmp_path: Path) -> No
     assert (found[0].teacher, found[0].student, found[0].orders) == (6, 6, ((8, 4), (4, 8)))
 
 
-def test_alone_each_answer_is_scored_by_itself(tmp_path: Path) -> None:
+def test_in_single_mode_each_answer_is_scored_in_its_own_request(tmp_path: Path) -> None:
     judge = Judge(lambda request: '{"score": 9}' if request.row.endswith("#teacher") else '{"score": 2.5}')
     found = judged(tmp_path, judge, "single")
     assert [request.row for request in judge.asked[:2]] == ["row-0#teacher", "row-0#student"]
@@ -128,7 +127,7 @@ def test_a_candidate_cannot_close_the_tags_it_stands_between() -> None:
 
 
 def test_the_pairs_request_is_still_that_of_the_calls_paid_for() -> None:
-    """Both texts enter the keys of the store: a changed word would have every user pay for every pair again."""
+    """Both texts are part of the store's keys: with one changed word every user would pay for every pair again."""
     ask = prompts.judge((Message("user", "Do <answer_1> it."),), "one", "two", previous="hm")
     assert [turn.role for turn in ask] == ["system", "user", "assistant", "user"]
     assert ask[1].content == (
@@ -166,12 +165,12 @@ def test_one_unreadable_reply_of_two_leaves_its_row_unjudged_and_is_named(tmp_pa
     assert (found[2].student, mfd(found[2])) == (None, None)
     what = "the student's answer" + (" first" if mode == "pair" else "")
     assert found[2].reason == f"{what}: no score: 'well …'"
-    assert len(judge.asked) == 9  # the eight, and the one once more
+    assert len(judge.asked) == 9  # eight, and one of them again
 
 
 @JUDGES
-def test_a_reply_that_was_cut_is_not_read_whatever_it_says_so_far(tmp_path: Path, mode: str, said: str) -> None:
-    """Cut where it quotes a candidate's own text, a reply ends in a score that no judge gave."""
+def test_a_reply_that_was_cut_is_never_read(tmp_path: Path, mode: str, said: str) -> None:
+    """A reply that is cut while it quotes an answer may end in a score that the judge did not give."""
     judge = Judge(lambda request: Answer(f"The answer claims {said}", "length", False))
     found = judged(tmp_path, judge, mode)
     assert {row.teacher for row in found} == {None}
@@ -212,7 +211,7 @@ def test_the_closing_line_says_how_fast_the_judge_reads_and_writes(tmp_path: Pat
     texts = [Completion(id, text, "stop", 1) for id, text in TEXTS.items()]
     judge = Judge(lambda request: Answer('{"answer_1": 5, "answer_2": 5}', "stop", False, 900, 14))
     said = write_judgements(work_of(tmp_path, judge), "judge", ROWS, texts, tmp_path / "j.jsonl")
-    assert re.search(r"; 8 requests, [\d,]+ tokens read and [\d,]+ written a second", said)
+    assert re.search(r"; 8 requests, [\d,]+ tokens read and [\d,]+ written per second", said)
     hits = Judge(lambda request: Answer('{"answer_1": 5, "answer_2": 5}', "stop", True, 900, 14))
     assert "a second" not in write_judgements(work_of(tmp_path, hits), "judge", ROWS, texts, tmp_path / "j.jsonl")
 
@@ -231,8 +230,8 @@ def test_single_is_advised_where_a_local_judge_is_slow_in_pairs(
 ) -> None:
     kind = {"kind": "gguf", "gguf": gguf} if gguf else {"kind": "teacher"}
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {**kind, "mode": mode}})
-    said = JudgeSpeed(80, 72_000, 1_120, seconds).words(judge_settings(recipe))
-    assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written a second"
+    said = JudgeSpeed(80, 72_000, 1_120, seconds).describe(judge_settings(recipe))
+    assert said[0] == f"80 requests, {72_000 / seconds:,.0f} tokens read and {1_120 / seconds:,.0f} written per second"
     assert any("`judge.mode: single`" in text for text in said) is advised
 
 
@@ -241,7 +240,7 @@ def test_a_teachers_gguf_that_judges_is_a_local_judge_too() -> None:
     assert judge_settings(recipe).gguf == "t.gguf"
 
 
-def test_a_judge_of_answers_alone_says_so_in_its_name() -> None:
+def test_single_mode_is_part_of_the_judges_name() -> None:
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {"kind": "teacher", "mode": "single"}})
     assert judge_name(recipe) == "the pocket teacher (a programme), each answer alone"
     assert "ROUGE" in judge_name(Recipe.model_validate({"teacher": "pocket", "judge": "reference"}))
@@ -267,7 +266,7 @@ def test_metrics_of_an_older_version_are_read() -> None:
 
 
 class Wire(httpx2.AsyncBaseTransport):
-    """An endpoint that answers as fakes.reply does."""
+    """A transport that answers as fakes.reply does."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         turns = json.loads(await request.aread())["messages"]
@@ -275,30 +274,35 @@ class Wire(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json=completion(said))
 
 
-Each = Callable[[Completion], None]
+OnResult = Callable[[Completion], None]
 
 
 def never_the_same(
-    gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress, each: Each
+    *, gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress, on_result: OnResult
 ) -> list[Completion]:
-    """A student that words its answers anew in every round and run."""
+    """A student whose answers differ in every round and run."""
     who = f"{gguf.parent.parent.name}, {gguf.parent.name}"
 
     def own(row: Completion) -> Completion:
         return replace(row, text=f"{row.text}, says {who} of {row.id}")
 
-    return [own(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(own(row)))]
+    return [
+        own(row)
+        for row in generate(
+            gguf=gguf, prompts=prompts, ids=ids, progress=progress, on_result=lambda row: on_result(own(row))
+        )
+    ]
 
 
 def run_through(recipe: Recipe, run: RunDir) -> None:
-    """Through the real store and client, where the judge is concerned."""
+    """A run whose judge is asked through the real store and client."""
     endpoint = Teacher(base_url="http://127.0.0.1:9/v1", model="m")
     with Store(run.cache / "teacher.db") as store:
 
         def judge(requests: Sequence[Request], progress: Progress) -> list[Answer]:
-            return ask(requests, endpoint, store, run=run.name, options=AskOptions(transport=Wire()))
+            return ask(requests, endpoint, store, run=run.name, transport=Wire())
 
-        distill(recipe, run, replace(tools(World()), judge=judge, generate=never_the_same), QUIET)
+        distill(recipe, run, replace(fake_backends(World()), judge=judge, generate=never_the_same), QUIET)
 
 
 def paid_by(run: RunDir, number: int) -> dict[str, tuple[int, int]]:
@@ -306,20 +310,20 @@ def paid_by(run: RunDir, number: int) -> dict[str, tuple[int, int]]:
     return {row["stage"]: (row["paid"], row["from_store"]) for row in found}
 
 
-def test_alone_a_second_round_pays_one_call_a_row(tmp_path: Path) -> None:
+def test_in_single_mode_a_second_round_pays_one_call_per_row(tmp_path: Path) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"judge.mode": "single"}), RunDir(tmp_path / "cache", "fake")
     run_through(recipe, run)
     assert paid_by(run, 0)["holdout-judge"] == (20, 0)
     assert paid_by(run, 1) == {"judge": (100, 0), "holdout-judge": (10, 10)}
     new = sum("style" in row.completion for row in read_rows(Example, run.round(1) / "train.jsonl"))
     pool = len(read_rows(Judgement, run.round(2) / "judgements.jsonl"))
-    assert 0 < new < pool / 3  # answers that the first round wrote or rewrote: scored for the first time
+    assert 0 < new < pool / 3  # only answers that round 1 wrote or rewrote are new
     assert paid_by(run, 2) == {"judge": (pool + new, pool - new), "holdout-judge": (10, 10)}
     hard = [row for row in read_rows(Judgement, run.round(1) / "judgements.jsonl") if (mfd(row) or 0) > 2]
     assert {(row.teacher, row.student) for row in hard} == {(9, 2)}
 
 
-def test_alone_another_run_pays_for_no_answer_of_the_teachers(tmp_path: Path) -> None:
+def test_in_single_mode_another_run_pays_nothing_for_the_teachers_answers(tmp_path: Path) -> None:
     recipe, cache = overridden(make_recipe(tmp_path), {"judge.mode": "single", "rounds": 0}), tmp_path / "cache"
     for name in ("one", "two"):
         run_through(overridden(recipe, {"name": name}), RunDir(cache, name))
@@ -330,7 +334,7 @@ def test_alone_another_run_pays_for_no_answer_of_the_teachers(tmp_path: Path) ->
 @MODES
 def test_a_round_shows_how_its_judge_did(tmp_path: Path, mode: str) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"judge.mode": mode, "rounds": 1}), RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     found = round_report(run, 1)
     assert {name: judge["rows"] for name, judge in found["judge"].items()} == {"pool": 50, "holdout": 10}
     assert found["judge"]["pool"]["agreement"] == (1.0 if mode == "pair" else None)
@@ -342,7 +346,7 @@ def test_a_round_shows_how_its_judge_did(tmp_path: Path, mode: str) -> None:
 def test_a_judge_that_always_says_ten_is_called_useless(tmp_path: Path) -> None:
     recipe, run = overridden(make_recipe(tmp_path), {"rounds": 1}), RunDir(tmp_path, "fake")
     judge = Judge(lambda request: '{"answer_1": 10, "answer_2": 10}')
-    distill(recipe, run, replace(tools(World()), judge=judge.ask), QUIET)
+    distill(recipe, run, replace(fake_backends(World()), judge=judge.ask), QUIET)
     said = run.record()["stages"]["round-01/judge"]["note"]
     assert said.endswith("the judge gives every answer 10: MFD says nothing")
     assert round_report(run, 1)["judge"]["pool"]["notes"] == ("the judge gives every answer 10: MFD says nothing",)
@@ -352,10 +356,10 @@ def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:
     run, asked = RunDir(tmp_path, "fake"), list[str]()
 
     def spied(
-        gguf: Path, wanted: Sequence[Prompt], ids: Sequence[str], progress: Progress, each: Each
+        *, gguf: Path, prompts: Sequence[Prompt], ids: Sequence[str], progress: Progress, on_result: OnResult
     ) -> list[Completion]:
         asked.append(f"{gguf.parent.name} {len(ids) > 10}")
-        return generate(gguf, wanted, ids, progress, each)
+        return generate(gguf=gguf, prompts=prompts, ids=ids, progress=progress, on_result=on_result)
 
-    distill(make_recipe(tmp_path), run, replace(tools(World()), generate=spied), QUIET)
+    distill(make_recipe(tmp_path), run, replace(fake_backends(World()), generate=spied), QUIET)
     assert asked == ["round-00 False", "round-00 True", "round-01 False", "round-01 True", "round-02 False"]

@@ -1,4 +1,4 @@
-"""One bad row costs one row: it is left out where it is first known, with its reason, and the run goes on."""
+"""One bad row costs one row: it is left out as early as possible, with its reason, and the run continues."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fakes import QUIET, STUDENT, World, generate, make_recipe, outputs, score, tools, with_ask
+from fakes import QUIET, STUDENT, World, fake_backends, generate, make_recipe, outputs, score, with_ask
 from templates import GEMMA, LLAMA2, THOUGHTS
 
-from tapir_local.commands.main import cli
+from cli import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Backends
@@ -37,18 +37,18 @@ def user(text: str) -> dict[str, str]:
 
 
 def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **changes: object) -> Recipe:
-    """The recipe's sixty seeds as conversations, and these."""
+    """The recipe with its sixty seeds as conversations, and with these rows."""
     seeds = [{"messages": [user(row["instruction"])]} for row in json.loads((folder / "seeds.json").read_text())]
     (folder / "more.json").write_text(json.dumps(seeds + [{"messages": row} for row in rows]))
     return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
 
 
 def student(world: World, template: str, **changes: object) -> Backends:
-    """Tools whose student has a chat template of this kind."""
+    """Backends whose student has this chat template."""
     found: StudentFormat = replace(
         STUDENT, template=template, eos="</s>", stops=("</s>", "<end_of_turn>", "<|im_end|>")
     )
-    return replace(tools(world), student_text=lambda: replace(found, **changes))  # type: ignore[arg-type]
+    return replace(fake_backends(world), student_format=lambda: replace(found, **changes))  # type: ignore[arg-type]
 
 
 def left(run: RunDir, step: str) -> list[Unusable]:
@@ -65,9 +65,7 @@ def recipe(tmp_path: Path) -> Recipe:
     return make_recipe(tmp_path)
 
 
-def test_rows_that_cannot_be_asked_are_known_before_anybody_is_asked(
-    recipe: Recipe, run: RunDir, tmp_path: Path
-) -> None:
+def test_unusable_rows_are_known_before_the_teacher_is_asked(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     odd = [[user("sum of two"), user("and three")], [user(f"paint {LONG}")]]
     world, chosen = World(), with_rows(recipe, tmp_path, *odd)
     world.fail_at = 0
@@ -102,7 +100,7 @@ def test_system_turns_are_folded_once_and_every_stage_sees_the_same_row(
     assert {turn.role for file in files for row in read_rows(Example, file) for turn in row.prompt} == {"user"}
     rows = {row.id: row for row in read_rows(Example, run.path / "rows.jsonl")}
     assert rows["seed-00061"].prompt[0].content == "Be brief.\n\nsum 900 900"
-    assert "4 system turns moved into the user's" in run.record()["stages"]["prepare/read"]["note"]
+    assert "4 system turns moved into the user turn" in run.record()["stages"]["prepare/read"]["note"]
     assert read_unusable(run) == []
 
 
@@ -134,12 +132,12 @@ def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: 
 
 
 def spoiled(rows: Callable[[Request], bool], text: str) -> Callable[[Request, Answer], Answer]:
-    """Answers in which these rows get another text."""
+    """A change of answers: those to these rows get another text."""
     return lambda request, answer: replace(answer, text=text) if rows(request) else answer
 
 
 def first_of(stage: str) -> Callable[[Request], bool]:
-    """Whether a request is about the row that a stage asks about first."""
+    """A test whether a request is about the first row that a stage asks about."""
     rows = list[str]()
 
     def is_first(request: Request) -> bool:
@@ -157,7 +155,7 @@ def test_a_teachers_answer_that_cannot_be_trained_on_costs_its_row(
     text: str, kind: str, recipe: Recipe, run: RunDir
 ) -> None:
     base = student(World(), THOUGHTS)
-    made = replace(with_ask(World(), spoiled(first_of("seeds"), text)), student_text=base.student_text)
+    made = replace(with_ask(World(), spoiled(first_of("seeds"), text)), student_format=base.student_format)
     distill(recipe, run, made, QUIET)
     [lost] = left(run, "prepare/seeds")
     assert kind in lost.kind
@@ -168,7 +166,7 @@ def test_a_teachers_answer_that_cannot_be_trained_on_costs_its_row(
 def test_an_answer_in_the_holdout_is_compared_and_not_trained_on(recipe: Recipe, run: RunDir) -> None:
     change = spoiled(lambda request: request.stage == "holdout", "<think>a</think>b right")
     base = student(World(), THOUGHTS)
-    distill(recipe, run, replace(with_ask(World(), change), student_text=base.student_text), QUIET)
+    distill(recipe, run, replace(with_ask(World(), change), student_format=base.student_format), QUIET)
     assert len(read_rows(Example, run.path / "holdout.jsonl")) == 10
     assert read_unusable(run) == []
 
@@ -183,7 +181,7 @@ def test_one_row_of_few_is_never_too_many_and_refinements_are_checked_too(recipe
         return replace(answer, text="half </think> told")
 
     base = student(World(), THOUGHTS)
-    distill(recipe, run, replace(with_ask(World(), change), student_text=base.student_text), QUIET)
+    distill(recipe, run, replace(with_ask(World(), change), student_format=base.student_format), QUIET)
     assert [row.id for row in left(run, "round-01/refine")] == seen[:1]
     assert "1 left out" in run.record()["stages"]["round-01/refine"]["note"]
 
@@ -204,7 +202,7 @@ def test_a_rewritten_answer_that_the_template_changes_is_rejected(recipe: Recipe
     text = "<new_instruction>other words</new_instruction><new_answer>a</think>b</new_answer>"
     change = spoiled(lambda request: request.stage == "expand", text)
     base = student(World(), THOUGHTS)
-    made = replace(with_ask(World(), change), student_text=base.student_text)
+    made = replace(with_ask(World(), change), student_format=base.student_format)
     distill(overridden(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
     drafts = read_rows(Draft, run.round(1) / "expanded.jsonl")
     assert {draft.reason for draft in drafts} == {"the chat template changes the assistant's words"}
@@ -239,24 +237,24 @@ def test_a_row_that_the_judge_does_not_judge_is_recorded(reply: Answer, kind: st
 
 
 @pytest.mark.parametrize("finish", ["too_long", "refused"])
-def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
+def test_the_judge_is_not_asked_about_a_row_that_the_student_could_not_be_asked(
     finish: str, recipe: Recipe, run: RunDir
 ) -> None:
     world = World()
 
-    def unable(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def unable(*, ids, on_result, **rest):  # type: ignore[no-untyped-def]
         def changed(row: Completion) -> Completion:
             return replace(row, text="", finish=finish) if row.id == ids[0] else row  # type: ignore[arg-type]
 
-        return [changed(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(changed(row)))]
+        return [changed(row) for row in generate(ids=ids, on_result=lambda row: on_result(changed(row)), **rest)]
 
     tolerant = overridden(recipe, {"judge.max_unjudged": 0.2})
-    distill(tolerant, run, replace(tools(world), generate=unable), QUIET)
+    distill(tolerant, run, replace(fake_backends(world), generate=unable), QUIET)
     [first, *_] = read_rows(Completion, run.round(0) / "holdout-answers.jsonl")
     assert not any(request.row.startswith(first.id) for request in world.asked if request.stage == "holdout-judge")
     judged = {row.id: row for row in read_rows(Judgement, run.round(0) / "holdout-judgements.jsonl")}
     assert judged[first.id].reason.startswith("no answer of the student")
-    assert "1 rows that could not be asked" in run.record()["stages"]["round-00/holdout-answer"]["note"]
+    assert "1 row could not be asked" in run.record()["stages"]["round-00/holdout-answer"]["note"]
     assert left(run, "round-00/holdout-judge")[0].kind == "unjudged: no answer of the student"
 
 
@@ -274,7 +272,7 @@ def lost(recipe: Recipe, run: RunDir, tmp_path: Path) -> RunDir:
     """A finished run with a row left out in `read`, one in `seeds`, and a duplicate."""
     odd = [[user("sum of two"), user("and three")], [user("paint 0 0 0 and 0")]]
     base = student(World(), LLAMA2)
-    made = replace(with_ask(World(), spoiled(first_of("seeds"), LONG)), student_text=base.student_text)
+    made = replace(with_ask(World(), spoiled(first_of("seeds"), LONG)), student_format=base.student_format)
     distill(with_rows(recipe, tmp_path, *odd), run, made, QUIET)
     return run
 
@@ -286,9 +284,9 @@ def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
     assert run_status(lost)["unusable"] == found["by_step"]
     assert round_report(lost, 1)["unusable"] == {}
     cache = ["--cache", str(lost.cache)]
-    told = CliRunner().invoke(cli, ["show", "fake", "--unusable", *cache], catch_exceptions=False).stdout
-    assert "seed-00061" in told
-    assert "refused by the chat template" in " ".join(told.split())
+    output = CliRunner().invoke(cli, ["show", "fake", "--unusable", *cache], catch_exceptions=False).stdout
+    assert "seed-00061" in output
+    assert "refused by the chat template" in " ".join(output.split())
     data = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--json", *cache], catch_exceptions=False).stdout
     assert json.loads(data) == found
     said = " ".join(CliRunner().invoke(cli, ["status", "fake", *cache], catch_exceptions=False).stdout.split())
@@ -297,21 +295,22 @@ def test_show_and_status_count_the_rows_left_out(lost: RunDir) -> None:
 
 
 def test_show_of_a_run_that_left_nothing_out(recipe: Recipe, run: RunDir) -> None:
-    distill(recipe, run, tools(World()), QUIET)
-    told = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--cache", str(run.cache)], catch_exceptions=False)
-    assert "No row was left out" in told.stdout
+    distill(recipe, run, fake_backends(World()), QUIET)
+    output = CliRunner().invoke(cli, ["show", "fake", "--unusable", "--cache", str(run.cache)], catch_exceptions=False)
+    assert "No row was left out" in output.stdout
 
 
 def test_why_says_where_a_row_was_left_out(lost: RunDir) -> None:
-    ids = ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062")
-    first, later, twin = (explain_row(lost, id) for id in ids)
+    first, later, twin = (
+        explain_row(lost, id) for id in ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062")
+    )
     assert first["place"].startswith("left out in prepare/read: refused by the chat template: turns user, user")
     assert "and three" in first["instruction"]
     assert first["rounds"] == later["rounds"] == twin["rounds"] == []
     assert later["left_out"][0]["kind"] == "longer than student.max_length"
     assert twin["place"] == "read from the seed file and left out: duplicate, of seed-00001"
-    told = CliRunner().invoke(cli, ["why", "fake", "seed-00061", "--cache", str(lost.cache)], catch_exceptions=False)
-    assert "where it was left out" in told.stdout
+    output = CliRunner().invoke(cli, ["why", "fake", "seed-00061", "--cache", str(lost.cache)], catch_exceptions=False)
+    assert "where it was left out" in output.stdout
 
 
 def test_redo_forgets_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: Path) -> None:
@@ -330,26 +329,26 @@ def test_redo_forgets_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: 
 
 def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Recipe, tmp_path: Path) -> None:
     whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
-    distill(recipe, whole, tools(World()), QUIET)
+    distill(recipe, whole, fake_backends(World()), QUIET)
     asked, made = list[str](), 0
 
-    def stopping(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
-        """Stopped after every 17 answers of the whole run."""
+    def stopping(*, gguf, on_result, **rest):  # type: ignore[no-untyped-def]
+        """Interrupted after every 17 answers of the whole run."""
 
         def one(row: Completion) -> None:
             nonlocal made
-            each(row)
+            on_result(row)
             asked.append(f"{gguf.parent.name} {row.id}")
             made += 1
             if made % 17 == 0:
                 raise KeyboardInterrupt
 
-        return generate(gguf, wanted, ids, progress, one)
+        return generate(gguf=gguf, on_result=one, **rest)
 
     cuts = 0
     while True:
         try:
-            distill(recipe, run, replace(tools(world), generate=stopping), QUIET)
+            distill(recipe, run, replace(fake_backends(world), generate=stopping), QUIET)
             break
         except KeyboardInterrupt:
             cuts += 1
@@ -359,20 +358,20 @@ def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Reci
     ]
     assert len(asked) == sum(len(read_rows(Completion, path)) for path, _ in files)
     assert outputs(run) == outputs(whole)
-    assert "were there already" in str(run.record()["stages"])
+    assert "of them from an earlier attempt" in str(run.record()["stages"])
 
 
 def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recipe, run: RunDir) -> None:
     counts = list[int]()
 
-    def once(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def once(*, prompts, ids, **rest):  # type: ignore[no-untyped-def]
         counts.append(len(ids))
         if len(counts) == 1:
-            generate(gguf, wanted[:4], ids[:4], progress, each)
+            generate(prompts=prompts[:4], ids=ids[:4], **rest)
             raise KeyboardInterrupt
-        return generate(gguf, wanted, ids, progress, each)
+        return generate(prompts=prompts, ids=ids, **rest)
 
-    made = replace(tools(World()), generate=once)
+    made = replace(fake_backends(World()), generate=once)
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, made, QUIET)
     partial = run.round(0) / "holdout-answers.jsonl.partial"
@@ -386,22 +385,22 @@ def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recip
 def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
     chosen = overridden(recipe, {"curriculum.name": "reflection"})
     whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
-    distill(chosen, whole, tools(World()), QUIET)
+    distill(chosen, whole, fake_backends(World()), QUIET)
     sizes = list[int]()
 
-    def stopping(gguf, texts, progress, each):  # type: ignore[no-untyped-def]
-        """The last text first, and stopped after ten."""
+    def stopping(*, texts, on_result, **rest):  # type: ignore[no-untyped-def]
+        """Gives the last text first, and is interrupted after ten."""
         sizes.append(len(texts))
-        found: list[Scored] = score(gguf, texts, progress, lambda one: None)
+        found: list[Scored] = score(texts=texts, on_result=lambda one: None, **rest)
         for n, one in enumerate(reversed(found)):
             if n == 10:
                 raise KeyboardInterrupt
-            each(one)
+            on_result(one)
         return found
 
     while True:
         try:
-            distill(chosen, run, replace(tools(world), score=stopping), QUIET)
+            distill(chosen, run, replace(fake_backends(world), score=stopping), QUIET)
             break
         except KeyboardInterrupt:
             pass
@@ -410,15 +409,15 @@ def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, run: RunDir) -> None:
-    def stop(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
-        generate(gguf, wanted[:3], ids[:3], progress, each)
+    def stop(*, prompts, ids, **rest):  # type: ignore[no-untyped-def]
+        generate(prompts=prompts[:3], ids=ids[:3], **rest)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(recipe, run, replace(tools(World()), generate=stop), QUIET)
+        distill(recipe, run, replace(fake_backends(World()), generate=stop), QUIET)
     partial = run.round(0) / "holdout-answers.jsonl.partial"
     with partial.open("a") as file:
-        file.write('{"id":"torn')  # a line that is just being written
+        file.write('{"id":"torn')  # a line that is being written
     before = partial.read_bytes()
     estimate_costs(recipe, run)
     assert partial.read_bytes() == before
@@ -428,20 +427,20 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from dataclasses import replace
-from fakes import QUIET, World, generate, make_recipe, tools
+from fakes import QUIET, World, generate, make_recipe, fake_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.rundir import RunDir
 made = 0
-def dying(gguf, wanted, ids, progress, each):
+def dying(*, on_result, **rest):
     def one(row):
         global made
-        each(row)
+        on_result(row)
         made += 1
         if made == 4:
             os.kill(os.getpid(), 9)
-    return generate(gguf, wanted, ids, progress, one)
+    return generate(on_result=one, **rest)
 folder = Path(sys.argv[1])
-distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(tools(World()), generate=dying), QUIET)
+distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(fake_backends(World()), generate=dying), QUIET)
 """
 
 
@@ -453,12 +452,12 @@ def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path
     whole, run, counts = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), list[int]()
     assert len((run.round(0) / "holdout-answers.jsonl.partial").read_text().splitlines()) == 4
 
-    def counting(gguf, wanted, ids, progress, each):  # type: ignore[no-untyped-def]
+    def counting(*, ids, **rest):  # type: ignore[no-untyped-def]
         counts.append(len(ids))
-        return generate(gguf, wanted, ids, progress, each)
+        return generate(ids=ids, **rest)
 
-    distill(recipe, run, replace(tools(World()), generate=counting), QUIET)
-    distill(recipe, whole, tools(World()), QUIET)
+    distill(recipe, run, replace(fake_backends(World()), generate=counting), QUIET)
+    distill(recipe, whole, fake_backends(World()), QUIET)
     assert counts[0] == 6
     assert outputs(run) == outputs(whole)
 

@@ -1,10 +1,10 @@
-"""The loop: in order, once, resumed where it was cut, and refused where a run was tampered with."""
+"""The loop runs every step once and in order, resumes an interrupted run, and refuses one with missing files."""
 
 import json
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, outputs, tools, with_ask
+from fakes import QUIET, World, fake_backends, make_recipe, outputs, with_ask
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import read_lock, unique_call_keys
@@ -24,7 +24,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_a_run_goes_through_and_learns(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
-    assert distill(recipe, run, tools(world), QUIET) == len(list_steps(run, 2))
+    assert distill(recipe, run, fake_backends(world), QUIET) == len(list_steps(run, 2))
     status = run_status(run)
     assert [row["number"] for row in status["rounds"]] == [0, 1, 2]
     assert status["calls"]["paid"] == len(world.asked)
@@ -33,9 +33,9 @@ def test_a_run_goes_through_and_learns(recipe: Recipe, tmp_path: Path) -> None:
     assert not trained & {instruction_of(row.prompt) for row in read_rows(Example, run.path / "holdout.jsonl")}
 
 
-def test_the_plan_is_carried_out(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_round_trains_on_what_was_planned(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     plan, rows = read_record(RoundPlan, run.round(1) / "plan.json"), read_rows(Example, run.round(1) / "train.jsonl")
     assert len(rows) == len(plan.hard) + plan.to_write + len(plan.replay)
     assert sum(row.completion == "right, in style" for row in rows) == len(plan.hard) + plan.to_write
@@ -44,30 +44,30 @@ def test_the_plan_is_carried_out(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_the_pool_grows_by_what_was_expanded(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     first, second = (read_rows(Judgement, run.round(number) / "judgements.jsonl") for number in (1, 2))
     assert len(second) == len(first) + read_record(RoundPlan, run.round(1) / "plan.json").to_write
 
 
 def test_a_second_call_does_nothing(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     paid = len(world.asked)
-    assert distill(recipe, run, tools(world), QUIET) == 0
+    assert distill(recipe, run, fake_backends(world), QUIET) == 0
     assert len(world.asked) == paid
 
 
 @pytest.mark.parametrize("cut", [0, 17, 40, 90, 150, 200])
 def test_a_run_cut_at_any_call_ends_in_the_same_files(recipe: Recipe, tmp_path: Path, cut: int) -> None:
     whole, broken = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake")
-    distill(recipe, whole, tools(World()), QUIET)
+    distill(recipe, whole, fake_backends(World()), QUIET)
     world = World()
     world.fail_at = cut
     with pytest.raises(KeyboardInterrupt):
-        distill(recipe, broken, tools(world), QUIET)
+        distill(recipe, broken, fake_backends(world), QUIET)
     assert "Ctrl-C" in broken.record()["status"]
     world.fail_at = None
-    distill(recipe, broken, tools(world), QUIET)
+    distill(recipe, broken, fake_backends(world), QUIET)
     assert outputs(broken) == outputs(whole)
     assert len(world.asked) == len(set(world.asked))
 
@@ -75,52 +75,52 @@ def test_a_run_cut_at_any_call_ends_in_the_same_files(recipe: Recipe, tmp_path: 
 def test_a_new_run_on_the_same_store_pays_nothing_and_gives_the_same_files(recipe: Recipe, tmp_path: Path) -> None:
     world = World()
     first, second = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake")
-    distill(recipe, first, tools(world), QUIET)
-    distill(recipe, second, tools(world), QUIET)
+    distill(recipe, first, fake_backends(world), QUIET)
+    distill(recipe, second, fake_backends(world), QUIET)
     assert run_status(second)["calls"]["paid"] == 0
     assert outputs(first) == outputs(second)
 
 
 def test_more_rounds_go_on_from_a_finished_run(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     more = recipe.model_copy(update={"rounds": 3})
-    assert distill(more, run, tools(world), QUIET) == 12  # eleven stages of the round, and model/ anew
+    assert distill(more, run, fake_backends(world), QUIET) == 12  # the round's eleven stages, and model/ again
     assert kept_recipe(run).rounds == 3
 
 
 def test_a_changed_recipe_is_refused_with_what_changed(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     changed = recipe.model_copy(update={"random_seed": 7})
     with pytest.raises(TapirError, match="random_seed: 1 -> 7"):
-        distill(changed, run, tools(World()), QUIET)
+        distill(changed, run, fake_backends(World()), QUIET)
 
 
 def test_a_hole_is_refused_and_names_redo(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     remove(run.round(1) / "plan.json")
     with pytest.raises(TapirError, match="round-01/plan is missing") as error:
-        distill(recipe, run, tools(World()), QUIET)
+        distill(recipe, run, fake_backends(World()), QUIET)
     assert "tapir-local redo fake --round 1 --from plan" in str(error.value)
 
 
 def test_redo_deletes_from_the_last_backwards_and_the_run_comes_back_the_same(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     before, paid = outputs(run), len(world.asked)
     gone = redo(run, 1, "plan")
     assert (gone[0], gone[1], gone[-1]) == ("end/ship", "round-02/evaluate", "round-01/plan")
     assert [step.name for step in pending_steps(list_steps(run, 2), "fake")] == gone[::-1]
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     assert outputs(run) == before
     assert len(world.asked) == paid
 
 
 def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     left = [5]
 
     def interrupted(path: Path) -> None:
@@ -138,7 +138,7 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
 @pytest.mark.parametrize(("number", "stage", "said"), [(9, "plan", "no round 9"), (1, "dance", "no stage 'dance'")])
 def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, stage: str, said: str) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     with pytest.raises(TapirError, match=said):
         redo(run, number, stage)
 
@@ -146,7 +146,7 @@ def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, 
 def test_a_run_held_elsewhere_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     with held(run), pytest.raises(TapirError, match="being worked on"):
-        distill(recipe, run, tools(World()), QUIET)
+        distill(recipe, run, fake_backends(World()), QUIET)
 
 
 def test_too_many_unreadable_judgements_stop_the_round_and_none_counts_as_easy(recipe: Recipe, tmp_path: Path) -> None:
@@ -210,7 +210,9 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
     (tmp_path / "own.json").write_text(json.dumps(rows))
     text = "name: own\nrounds: 1\nteacher: recorded\njudge: reference\nseeds: {holdout: 5, path: PATH}"
     run, world = RunDir(tmp_path, "own"), World()
-    distill(parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, tools(world), QUIET)
+    distill(
+        parse_recipe(text.replace("PATH", str(tmp_path / "own.json")), "own.yaml"), run, fake_backends(world), QUIET
+    )
     assert world.asked == []
     status = run_status(run)
     assert "ROUGE" in status["rounds"][1]["metrics"]["judge"]
@@ -231,13 +233,13 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
 
 def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
     short = recipe.model_copy(update={"seeds": recipe.seeds.model_copy(update={"holdout": 60})})
-    with pytest.raises(TapirError, match="too few for a holdout"):
-        distill(short, RunDir(tmp_path, "fake"), tools(World()), QUIET)
+    with pytest.raises(TapirError, match="too few rows"):
+        distill(short, RunDir(tmp_path, "fake"), fake_backends(World()), QUIET)
 
 
 def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     found = round_report(run, None)
     assert found["round"] == 2
     assert found["plan"]["alpha"] == 0.5
@@ -246,9 +248,9 @@ def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Pat
         round_report(run, 7)
 
 
-def test_a_plan_of_another_version_is_said_with_what_makes_it_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_error_about_an_old_plan_names_redo(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     (run.round(1) / "plan.json").write_text('{"round": 1, "alpha": 0.3, "expand": {"Math": 3}}')
     with pytest.raises(TapirError, match=r"not a RoundPlan: curriculum .*\n.*redo"):
         round_report(run, 1)
@@ -257,7 +259,7 @@ def test_a_plan_of_another_version_is_said_with_what_makes_it_again(recipe: Reci
 def test_rows_written_for_the_stages_are_those_of_the_fake(recipe: Recipe, tmp_path: Path) -> None:
     """The classifier's labels reach the rows that the teacher did not label."""
     run = RunDir(tmp_path, "fake")
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     rows = read_rows(Example, run.path / "seeds.jsonl") + read_rows(Example, run.path / "holdout.jsonl")
     assert {row.labelled_by for row in rows} == {"teacher", "classifier"}
     assert sum(row.labelled_by == "teacher" for row in rows) == 30
@@ -267,13 +269,13 @@ def test_rows_written_for_the_stages_are_those_of_the_fake(recipe: Recipe, tmp_p
 
 def test_the_lock_names_every_call_of_every_step_and_forgets_what_is_redone(recipe: Recipe, tmp_path: Path) -> None:
     run, world = RunDir(tmp_path, "fake"), World()
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     lines = read_lock(run)
     assert len(unique_call_keys(lines)) == len(world.asked)
     steps = list(dict.fromkeys(line.step for line in lines))
-    assert steps == [step.name for step in list_steps(run, 2) if step.name in steps]  # in their order
+    assert steps == [step.name for step in list_steps(run, 2) if step.name in steps]  # in the order of the run
     assert {"prepare/label", "prepare/seeds", "round-00/holdout-judge", "round-02/refine"} <= set(steps)
     redo(run, 2, "refine")
     assert not {line.step for line in read_lock(run)} & {"round-02/refine", "round-02/holdout-judge"}
-    distill(recipe, run, tools(world), QUIET)
+    distill(recipe, run, fake_backends(world), QUIET)
     assert read_lock(run) == lines

@@ -1,4 +1,4 @@
-"""Every recipe that comes along: its command is one, its figures are the forecast's, and it runs, on a tiny student."""
+"""Every shipped recipe names a valid command and the estimated number of calls, and runs with a tiny student."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from fakes import QUIET, here
 from models import make_model
 from server import Server, send
 
+from cli import distill as command
 from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
-from tapir_local.commands.distill import distill_command as command
 from tapir_local.data.chat_template import render_training_text
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -54,7 +54,7 @@ def shipped(name: str) -> Recipe:
     return parse_recipe(path.read_text(encoding="utf-8"), path.name)
 
 
-# What a recipe says
+# The comments of a recipe
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
@@ -70,7 +70,7 @@ def test_the_first_line_is_a_command_that_runs_this_recipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
-def test_the_calls_that_a_recipe_speaks_of_are_the_forecasts(path: Path) -> None:
+def test_the_calls_in_a_recipes_comment_are_the_estimated_ones(path: Path) -> None:
     quoted = re.search(r"52,002 rows[^:]*: ([\d,]+) calls", path.read_text(encoding="utf-8").replace("\n# ", " "))
     recipe = shipped(path.stem)
     if quoted is None:
@@ -91,7 +91,7 @@ def test_the_paper_recipe_has_the_papers_settings() -> None:
     assert (shipped("llama2-7b-alpaca").rounds, plan.name, plan.pool) == (3, "tapir", None)
 
 
-# That it runs
+# Runs
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def llama2(folder: Path) -> dict[str, Any]:
-    """As meta-llama/Llama-2-7b-hf: SentencePiece, no chat template, no padding token, weights in f16."""
+    """A model like meta-llama/Llama-2-7b-hf: SentencePiece, no chat template, no padding token, weights in f16."""
     from transformers import AutoModelForCausalLM
 
     make_model(folder, **({"vocab_size": 32000} if LLAMA2_TOKENIZER.is_dir() else {}))
@@ -123,14 +123,14 @@ def llama2(folder: Path) -> dict[str, Any]:
 
 
 def qwen(folder: Path, family: str, template: str) -> dict[str, Any]:
-    """Qwen's tokenizer, with the template of the family as TRL has it."""
+    """Qwen's tokenizer, with TRL's copy of the family's template."""
     (trl,) = find_spec("trl").submodule_search_locations  # type: ignore[union-attr,misc]
     make_model(folder, family, kind="qwen2", template=(Path(trl) / "chat_templates" / f"{template}.jinja").read_text())
     return {"student.path": str(folder)}
 
 
 def talker(folder: Path) -> Path:
-    """A GGUF that writes some random words and ends: a number of its hidden state is large, and means <|im_end|>."""
+    """A GGUF that generates a few random words and stops: one large hidden dimension stands for <|im_end|>."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
@@ -147,7 +147,7 @@ def talker(folder: Path) -> Path:
 
 
 def teacher_here(folder: Path) -> dict[str, Any]:
-    """Labels from the file, and a judge whose scores are chance: a teacher of random weights cannot label."""
+    """Labels from the file and random scores, because a teacher of random weights cannot label or judge."""
     folder.mkdir()
     rows = json.loads(POCKET_SEEDS.read_text())[:44]
     (folder / "seeds.json").write_text(json.dumps([{**row, "task": "Math"} for row in rows]))
@@ -172,14 +172,14 @@ STUDENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def ran(recipe: Recipe, cache: Path) -> RunDir:
     run = RunDir(cache, recipe.name)
-    with real_backends(recipe, run, print) as tools:
-        distill(recipe, run, tools, QUIET)
+    with real_backends(recipe, run, print) as backends:
+        distill(recipe, run, backends, QUIET)
     assert all(step.done for step in list_steps(run, recipe.rounds))
     return run
 
 
 def small(name: str, server: Server, changes: dict[str, Any]) -> Recipe:
-    """A shipped recipe with few rows, its teacher, where it is an endpoint, on loopback: the pocket one, over HTTP."""
+    """A shipped recipe with few rows; a teacher behind an endpoint is the pocket teacher over HTTP on loopback."""
     server.otherwise = lambda handler, body: send(
         handler, 200, {**teacher.chat_completion_object(body), "model": body["model"]}
     )
@@ -190,7 +190,10 @@ def small(name: str, server: Server, changes: dict[str, Any]) -> Recipe:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    assert {path.stem for path in recipe_files()} == {*STUDENTS, "quickstart"}  # the last by test_quickstart.py
+    assert {path.stem for path in recipe_files()} == {
+        *STUDENTS,
+        "quickstart",
+    }  # quickstart is run by test_quickstart.py
 
 
 @pytest.mark.slow
@@ -211,7 +214,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
 
 
 @pytest.mark.slow
-def test_reflection_scores_with_the_very_gguf(tmp_path: Path, one_process: None) -> None:
+def test_reflection_scores_with_the_students_gguf(tmp_path: Path, one_process: None) -> None:
     small_run = parse_recipe((ROOT / ".ci" / "small.yaml").read_text(), "small.yaml")
     changes = {"curriculum.name": "reflection", "seeds.limit": 60, "seeds.holdout": 12, "curriculum.rows": 24}
     run = ran(overridden(small_run, {**changes, "classifier.labelled": 100}), tmp_path)
@@ -250,7 +253,7 @@ def test_a_template_of_tokens_that_a_student_lacks_is_refused(tmp_path: Path, se
     assert server.bodies == []
 
 
-def test_a_template_that_is_not_there(tmp_path: Path, server: Server) -> None:
+def test_a_missing_template_is_refused(tmp_path: Path, server: Server) -> None:
     recipe = small("qwen3-4b", server, {"student.path": "pocket", "student.chat_template": "alpacca"})
     said = refused(recipe, tmp_path)
     assert "alpacca: there is no such chat template" in said
@@ -275,7 +278,7 @@ def test_a_template_stays_as_it_was_at_the_first_training(tmp_path: Path) -> Non
 
 
 def test_qwen3s_own_template_makes_a_student_write_an_empty_thought(tmp_path: Path) -> None:
-    """Why qwen3-4b.yaml names another: what a student writes is what is judged."""
+    """The reason why qwen3-4b.yaml names another template: the judge sees everything that a student writes."""
     folder = Path(qwen(tmp_path, "qwen3", "qwen3")["student.path"])
     texts = [(folder / "chat_template.jinja").read_text(), chat_template("chatml")]
     written = [render_training_text(text, (Message("user", "Hi"),), "Yes.")[1] for text in texts]

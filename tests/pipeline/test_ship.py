@@ -1,4 +1,4 @@
-"""What a run ships at its end: model/, whole or absent, of the last round, and a card that invents nothing."""
+"""A run ships model/ of its last round, complete or absent, with a card that states only known facts."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Progress
@@ -32,7 +32,7 @@ def run(recipe: Recipe, tmp_path: Path) -> RunDir:
 
 
 def done(recipe: Recipe, run: RunDir) -> RunDir:
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     return run
 
 
@@ -40,7 +40,7 @@ def contents(run: RunDir) -> Mapping[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run.path / "model").iterdir())}
 
 
-def test_the_last_rounds_student_and_what_goes_along_with_it(run: RunDir) -> None:
+def test_model_has_the_last_rounds_student_and_its_files(run: RunDir) -> None:
     found = contents(run)
     assert list(found) == FILES
     assert found["student.gguf"] == (run.round(2) / "student.gguf").read_bytes()
@@ -48,14 +48,14 @@ def test_the_last_rounds_student_and_what_goes_along_with_it(run: RunDir) -> Non
 
 
 def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
-    describe_endpoint = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
-    said = subprocess.run(describe_endpoint, cwd=run.path / "model", capture_output=True, text=True, check=True).stdout
+    asked = ["sha256sum", "--strict", "-c", "SHA256SUMS"]
+    said = subprocess.run(asked, cwd=run.path / "model", capture_output=True, text=True, check=True).stdout
     assert said == "".join(f"{name}: OK\n" for name in FILES if name != "SHA256SUMS")
     (run.path / "model" / "README.md").write_text("better than its teacher")
-    assert subprocess.run(describe_endpoint, cwd=run.path / "model", capture_output=True, check=False).returncode == 1
+    assert subprocess.run(asked, cwd=run.path / "model", capture_output=True, check=False).returncode == 1
 
 
-def test_status_tells_of_it(run: RunDir) -> None:
+def test_status_shows_the_stage(run: RunDir) -> None:
     (stage,) = run_status(run)["end"]
     assert (stage["name"], stage["done"]) == ("ship", True)
     remove(run.path / "model")
@@ -63,26 +63,26 @@ def test_status_tells_of_it(run: RunDir) -> None:
     assert not run_status(run)["end"][0]["done"]
 
 
-def test_it_comes_back_the_same(recipe: Recipe, run: RunDir) -> None:
+def test_a_deleted_model_is_made_again_with_the_same_bytes(recipe: Recipe, run: RunDir) -> None:
     before = contents(run)
     remove(run.path / "model")
-    assert distill(recipe, run, tools(World()), QUIET) == 1
+    assert distill(recipe, run, fake_backends(World()), QUIET) == 1
     assert contents(run) == before
 
 
-def test_more_rounds_make_it_anew_and_fewer_too(recipe: Recipe, run: RunDir) -> None:
+def test_another_number_of_rounds_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     done(overridden(recipe, {"rounds": 3}), run)
     assert contents(run)["student.gguf"] == (run.round(3) / "student.gguf").read_bytes()
     assert b"| 3 |" in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"rounds": 1}), run, tools(World()), QUIET) == 1
+    assert distill(overridden(recipe, {"rounds": 1}), run, fake_backends(World()), QUIET) == 1
     assert contents(run)["student.gguf"] == (run.round(1) / "student.gguf").read_bytes()
 
 
-def test_while_more_rounds_are_under_way_there_is_none(recipe: Recipe, run: RunDir) -> None:
+def test_there_is_no_model_while_more_rounds_run(recipe: Recipe, run: RunDir) -> None:
     world = World()
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
-        distill(overridden(recipe, {"rounds": 3}), run, tools(world), QUIET)
+        distill(overridden(recipe, {"rounds": 3}), run, fake_backends(world), QUIET)
     assert not (run.path / "model").exists()
 
 
@@ -93,12 +93,12 @@ def test_redo_of_anything_before_it_removes_it(run: RunDir) -> None:
 
 def test_it_alone_can_be_redone(recipe: Recipe, run: RunDir) -> None:
     assert redo(run, None, "ship") == ["end/ship"]
-    assert distill(recipe, run, tools(World()), QUIET) == 1
+    assert distill(recipe, run, fake_backends(World()), QUIET) == 1
 
 
-def test_another_card_is_no_other_recipe_and_makes_it_anew(recipe: Recipe, run: RunDir) -> None:
+def test_another_card_is_accepted_and_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     assert b"CC BY 4.0" not in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, tools(World()), QUIET) == 1
+    assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
 
 
@@ -111,12 +111,12 @@ CHANGED = {
 @pytest.mark.parametrize("path", CHANGED)
 def test_what_a_model_does_not_depend_on_leaves_it_as_it_is(path: str, recipe: Recipe, run: RunDir) -> None:
     before = (run.path / "model").stat().st_ino, contents(run)
-    assert distill(overridden(recipe, {path: CHANGED[path]}), run, tools(World()), QUIET) == 0
+    assert distill(overridden(recipe, {path: CHANGED[path]}), run, fake_backends(World()), QUIET) == 0
     assert ((run.path / "model").stat().st_ino, contents(run)) == before
 
 
-def test_other_words_about_it_make_it_anew(recipe: Recipe, run: RunDir) -> None:
-    assert distill(overridden(recipe, {"about": "Better words."}), run, tools(World()), QUIET) == 1
+def test_another_description_makes_it_again(recipe: Recipe, run: RunDir) -> None:
+    assert distill(overridden(recipe, {"about": "Better words."}), run, fake_backends(World()), QUIET) == 1
     assert b"Better words." in contents(run)["README.md"]
 
 
@@ -130,13 +130,13 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
     run = done(overridden(recipe, changes), RunDir(tmp_path, "fake"))
     for name, data in contents(run).items():
         assert str(tmp_path).encode() not in data, name
-    told = contents(run)["README.md"].decode()
-    assert "| base | mine |" in told
-    assert "| seeds | seeds.json: " in told
-    assert "the GGUF judge.gguf" in told
-    published_recipe = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
-    assert (published_recipe.train.launcher, published_recipe.student.chat_template) == ("accelerate launch", "t.jinja")
-    assert distill(overridden(recipe, changes), run, tools(World()), QUIET) == 0
+    output = contents(run)["README.md"].decode()
+    assert "| base | mine |" in output
+    assert "| seeds | seeds.json: " in output
+    assert "the GGUF judge.gguf" in output
+    published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
+    assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
+    assert distill(overridden(recipe, changes), run, fake_backends(World()), QUIET) == 0
 
 
 def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> None:
@@ -151,22 +151,22 @@ def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> Non
 def test_a_cut_leaves_none_and_the_same_command_makes_it(recipe: Recipe, tmp_path: Path, error: BaseException) -> None:
     from dataclasses import replace
 
-    def cut(student: Path, out: Path, progress: Progress) -> None:
+    def cut(*, student: Path, out: Path, progress: Progress) -> None:
         (out / "student.gguf").write_text("half")
         raise error
 
     run = RunDir(tmp_path, "fake")
     with pytest.raises((KeyboardInterrupt, TapirError)):
-        distill(recipe, run, replace(tools(World()), ship=cut), QUIET)
+        distill(recipe, run, replace(fake_backends(World()), ship=cut), QUIET)
     assert not list_steps(run, 2)[-1].done
-    assert distill(recipe, run, tools(World()), QUIET) == 1
+    assert distill(recipe, run, fake_backends(World()), QUIET) == 1
     assert list(contents(run)) == FILES
     assert not (run.path / "model.partial").exists()
 
 
 def test_the_card_says_what_is_not_known(run: RunDir) -> None:
     text = contents(run)["README.md"].decode()
-    said = text.partition("## Licences and terms")[2].partition("##")[0]
+    said = text.partition("## Licenses and terms")[2].partition("##")[0]
     assert said.count(NOT_STATED) == 5
     head = yaml.safe_load(text.split("---")[1])
     assert head == {"tags": ["gguf", "tapir-local"]}
@@ -189,8 +189,8 @@ def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> 
     assert len(rows) == 3
     low, high = rate["win_rate_interval"]
     assert f"| {rate['win_rate']:.1%} | {low:.1%} to {high:.1%} |" in rows[2]
-    assert "600 texts tokenised" in text
-    assert "| training | lora; passes over a round's rows: 2;" in text
+    assert "600 texts tokenized" in text
+    assert "| training | lora; epochs per round: 2;" in text
 
 
 def test_a_base_on_the_hub_is_named_for_it_and_a_folder_is_not(recipe: Recipe) -> None:
@@ -206,5 +206,5 @@ def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
     assert "base_model" not in front_matter(overridden(recipe, {"student.path": "models/qwen"}))
 
 
-def test_a_cell_stays_one() -> None:
+def test_a_cell_stays_one_cell() -> None:
     assert escape_cell("a | b\n\nc") == r"a \| b c"

@@ -1,10 +1,10 @@
-"""What the method asks of a whole run, beyond what each module's own tests show."""
+"""Properties of the method that only a whole run shows."""
 
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.method import prompts
@@ -20,7 +20,7 @@ HALF = {"Math", "Reasoning", "Code Generation", "Code Debug"}
 
 def ran(folder: Path, world: World, **changes: object) -> RunDir:
     run = RunDir(folder, "fake")
-    distill(overridden(make_recipe(folder), changes), run, tools(world), QUIET)
+    distill(overridden(make_recipe(folder), changes), run, fake_backends(world), QUIET)
     return run
 
 
@@ -37,7 +37,7 @@ def test_every_task_is_refined_in_its_own_style_and_the_instruction_stays(task) 
     assert task.description in asked
 
 
-def test_the_shares_are_the_published_ones_and_half_is_maths_reasoning_and_code() -> None:
+def test_the_shares_are_the_published_ones_and_half_is_math_reasoning_and_code() -> None:
     assert len(TASKS) == 32
     assert sum(TASKS[label].share for label in HALF) == pytest.approx(0.5)
     assert Counter(task.share for task in TASKS.values()) == {0.167: 2, 0.083: 2, 0.017: 27, 0.041: 1}
@@ -57,11 +57,11 @@ def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
 ) -> None:
     went_on = []
 
-    def train(data: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
         went_on.append(previous is not None)
-        plain.train(data, previous, seed, out, progress)
+        plain.train(rows=rows, previous=previous, seed=seed, out=out, progress=progress)
 
-    plain = tools(World())
+    plain = fake_backends(World())
     made = {name: getattr(plain, name) for name in plain.__dataclass_fields__} | {"train": train}
     distill(
         overridden(make_recipe(tmp_path), {"train.start": start}), RunDir(tmp_path, "fake"), type(plain)(**made), QUIET
@@ -69,7 +69,7 @@ def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
     assert went_on == begins
 
 
-def test_the_loss_is_realised_by_hard_and_easy_rows_in_the_planned_proportion(tmp_path: Path) -> None:
+def test_the_loss_is_realized_by_hard_and_easy_rows_in_the_planned_proportion(tmp_path: Path) -> None:
     run = ran(tmp_path, World(), **{"curriculum.alpha": 0.5, "curriculum.rows": 12})
     plan, trained = read_record(RoundPlan, run.round(1) / "plan.json"), read_rows(Example, run.round(1) / "train.jsonl")
     hard = sum(row.completion == "right, in style" for row in trained)
@@ -93,21 +93,21 @@ def test_new_rows_are_of_their_parents_task(tmp_path: Path) -> None:
         assert draft.example.task == tasks[draft.example.parent]
 
 
-def test_drafts_of_one_seed_are_told_apart_by_their_draw_in_all_rounds(tmp_path: Path) -> None:
+def test_drafts_of_one_seed_have_different_draws_in_all_rounds(tmp_path: Path) -> None:
     world = World()
     ran(tmp_path, world)
     asked = [(request.row, request.draw) for request in world.asked if request.stage == "expand"]
     assert len(set(asked)) == len(asked)
 
 
-def test_with_fewer_seeds_than_labelled_the_teacher_labels_all(tmp_path: Path) -> None:
+def test_with_few_seeds_the_teacher_labels_all_of_them(tmp_path: Path) -> None:
     run = ran(tmp_path, World(), **{"classifier.labelled": 100})
     assert {row.labelled_by for row in rows(run, "labelled")} == {"teacher"}
     assert not (run.path / "classifier" / "predictions.jsonl").exists()
 
 
-def test_the_asked_number_of_new_rows_is_reached_or_the_shortage_said(tmp_path: Path) -> None:
+def test_the_wanted_number_of_new_rows_is_reached_or_the_missing_ones_are_reported(tmp_path: Path) -> None:
     run = ran(tmp_path, World(), **{"curriculum.drafts": 1, "curriculum.max_rouge": 0.0})
     assert not [draft for draft in read_rows(Draft, run.round(1) / "expanded.jsonl") if not draft.reason]
     wanted = read_record(RoundPlan, run.round(1) / "plan.json").to_write
-    assert f"{wanted:,} short" in run.record()["stages"]["round-01/expand"]["note"]
+    assert f"{wanted:,} missing" in run.record()["stages"]["round-01/expand"]["note"]

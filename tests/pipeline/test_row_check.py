@@ -1,4 +1,4 @@
-"""What the student's chat template makes of a row is known before it is paid for, and exactly as training sees it."""
+"""Rows are checked against the student's chat template before anything is paid, exactly as training sees them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from tapir_local.records import Example, Message, Prompt
 from tapir_local.training.job import token_rows
 
 SYSTEM, USER, REPLY = Message("system", "Be brief."), Message("user", "What is 2 + 2?"), Message("assistant", "4")
-# As Qwen3's: an answer's thoughts are taken apart and written anew.
+# Like Qwen3's template: it separates an answer's reasoning from the rest and writes it again.
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_prompts_that_the_template_refuses_or_that_are_empty_say_why(pocket: Stu
 
 
 def test_a_prompt_must_leave_room_for_an_answer(pocket: StudentFormat) -> None:
-    """The prompt whose room is just enough is taken, one token more is not."""
+    """A prompt that leaves exactly the minimum is accepted; one token more is not."""
     prompts = [(Message("user", "7 " * n),) for n in range(1, 300)]
     sizes = [len(ids) for ids in pocket.encode([render_student_prompt(pocket.template, prompt) for prompt in prompts])]
-    student = replace(pocket, length=sizes[100] + pocket.room)
+    student = replace(pocket, length=sizes[100] + pocket.min_answer)
     found = unfit_prompts(student, prompts)
     assert [unfit is None for unfit in found] == [size <= sizes[100] for size in sizes]
     assert found[-1]
@@ -114,7 +114,7 @@ def test_a_row_is_too_long_exactly_where_training_would_cut_it(pocket: StudentFo
         ("4", ""),
         ("<think>\nadd them\n</think>\n\n4", ""),
         ("<think>add them</think>4", "changes the assistant's words"),
-        ("add them\n</think>\n\n4", ""),  # the template only puts <think> before it, as it does everywhere
+        ("add them\n</think>\n\n4", ""),  # the template puts <think> before every answer
         ("The tag </think> closes a thought.", "changes the assistant's words"),
         ("<think>\r\nadd\r\n</think>\r\n4", "changes the assistant's words"),
         ("<think>a</think>x<think>b</think>y", "changes the assistant's words"),
@@ -127,7 +127,7 @@ def test_an_answer_that_the_template_changes_is_found(pocket: StudentFormat, ans
     assert bool(found) is bool(said)
 
 
-def test_the_models_own_length_counts_where_it_is_shorter(tmp_path: Path) -> None:
+def test_the_models_own_length_counts_if_it_is_shorter(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")  # 512 positions
     assert model_max_length(model) == 512
     student = read_student_format(model, 2048)
@@ -147,5 +147,5 @@ def test_a_folder_without_a_tokenizer_or_a_template_is_one_error(tmp_path: Path)
         read_student_format(tmp_path, 512)
 
 
-def test_a_student_that_is_not_here_takes_every_conversation() -> None:
+def test_the_placeholder_format_accepts_every_conversation() -> None:
     assert reasons(placeholder_format(2048), (USER,), (SYSTEM, USER), (USER, USER)) == ["", "", ""]
