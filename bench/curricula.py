@@ -113,8 +113,8 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
     quiet = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
-    with real_backends(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as tools:
-        distill(recipe, place, tools, quiet)
+    with real_backends(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as backends:
+        distill(recipe, place, backends, quiet)
     return arm, seed, time.monotonic() - began
 
 

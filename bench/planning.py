@@ -176,8 +176,10 @@ def stage(options: argparse.Namespace) -> None:
     """The `read` stage on one file: what it says, its seconds and its peak memory."""
     recipe = Recipe(seeds=Seeds(path=str(options.file), max_rouge=options.limit), teacher=Teacher(kind="pocket"))
     run, student = RunDir(options.file.parent, "read"), read_student_format(POCKET_STUDENT, 2048)
-    tools: Any = SimpleNamespace(student_text=lambda: student)  # every row is rendered and measured, nobody is asked
-    taken = timed(lambda: read_stage(Work(recipe, run, tools), run.path / "rows.jsonl"))
+    backends: Any = SimpleNamespace(
+        student_format=lambda: student
+    )  # every row is rendered and measured, nobody is asked
+    taken = timed(lambda: read_stage(Work(recipe, run, backends), run.path / "rows.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{taken.found}: {taken}, peak memory {peak:.0f} MB")
 

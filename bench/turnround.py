@@ -3,7 +3,7 @@
     python bench/turnround.py [MODEL_DIR] [--quant q8_0] [--rank 16] [--repeat 3] [--prompts 64] [--max-tokens 64]
 
 Without MODEL_DIR the pocket student; others are made by bench/random_student.py. The adapter, on all linear layers, is
-drawn here. Both ways go through the very tools of a run, in turns: the export and the gate, each in a process of its
+drawn here. Both ways go through the backends of a run, in turns: the export and the gate, each in a process of its
 own, then the student is opened and writes one answer. What a run does in between, the holdout's answers and all that is
 asked of the teacher, is the same in both and left out. Told are medians of seconds; the base's GGUF is made and gated
 once, before, and told apart. Then the other side of it: tokens a second of `prompts` answers at once, what a round
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,14 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     folder = run.round(1)
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
     remove(gguf)
-    found = {
-        "export": seconds(lambda: export_backend(recipe, run)(adapter, gguf, quiet)),
-        "gate": seconds(lambda: gate_backend(recipe, run)(adapter, gguf, rows, report, quiet)),
-    }
-    write = generate_backend(recipe, run)
+    export = partial(export_backend(recipe, run), adapter=adapter, out=gguf, progress=quiet)
+    gate = partial(gate_backend(recipe, run), adapter=adapter, gguf=gguf, rows=rows, out=report, progress=quiet)
+    found = {"export": seconds(export), "gate": seconds(gate)}
+    write = partial(generate_backend(recipe, run), gguf=gguf, progress=quiet, on_result=unkept)
     prompts = [(Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts)]
-    found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], quiet, unkept))
+    found["first answer"] = seconds(lambda: write(prompts=prompts[:1], ids=["0"]))
     with timed() as taken:
-        answers = write(gguf, prompts, [str(n) for n in range(len(prompts))], quiet, unkept)
+        answers = write(prompts=prompts, ids=[str(n) for n in range(len(prompts))])
     return {**found, "all": sum(found.values()), "tokens/s": sum(row.tokens for row in answers) / taken[0]}
 
 
@@ -141,7 +141,7 @@ def ship(recipe: Recipe, run: RunDir) -> float:
     """Seconds until the last round's student is whole, gated again where it was merged for it."""
     out = run.path / "out"
     out.mkdir()
-    return seconds(lambda: ship_backend(recipe, run)(run.round(1), out, quiet))
+    return seconds(lambda: ship_backend(recipe, run)(student=run.round(1), out=out, progress=quiet))
 
 
 @contextmanager

@@ -131,8 +131,8 @@ def test_a_refused_second_process_writes_nothing_in_the_run(tmp_path: Path, temp
         write_json(run.path / "run.json", {"stages": {}})
         settle_student(first, run)
         before = files(run.path)
-        with pytest.raises(TapirError, match="is being worked on"), real_backends(second, run, print) as tools:
-            distill(second, run, tools, QUIET)
+        with pytest.raises(TapirError, match="is being worked on"), real_backends(second, run, print) as backends:
+            distill(second, run, backends, QUIET)
         student_folder(second, run)
         assert files(run.path) == before
 
@@ -141,8 +141,8 @@ def test_a_student_that_will_not_do_is_refused_before_the_first_step_and_the_run
     model, run = make_model(tmp_path / "model"), RunDir(tmp_path / "cache", "r")
     (model / "chat_template.jinja").unlink()
     recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {model}}}\nseeds: {{path: pocket}}", "r")
-    with pytest.raises(TapirError, match="no chat template"), real_backends(recipe, run, print) as tools:
-        distill(recipe, run, tools, QUIET)
+    with pytest.raises(TapirError, match="no chat template"), real_backends(recipe, run, print) as backends:
+        distill(recipe, run, backends, QUIET)
     assert run.record()["status"].startswith("stopped before the first step: ")
     assert {path.name for path in run.path.iterdir()} <= {"recipe.yaml", "run.json", ".lock"}
 
@@ -152,5 +152,5 @@ def test_a_run_that_is_done_needs_its_student_no_more(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "r")
     recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {tmp_path / 'gone'}}}", "r")
     (run.round(0) / "adapter").mkdir(parents=True)
-    with real_backends(recipe, run, print) as tools:
-        tools.begin()
+    with real_backends(recipe, run, print) as backends:
+        backends.begin()

@@ -14,7 +14,7 @@ from rich.console import Console
 from tapir_local.commands.output import echo, print_json
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
-from tapir_local.pipeline.rounds import PREPARE
+from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.printable import UNSAFE, printable, safe_json
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.costs import cost_table, round_receipt
@@ -128,7 +128,7 @@ def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytes
     out = io.StringIO()
     console = Console(file=out, width=300, force_terminal=terminal)
     with watch_run(console, 0, 2) as watch:
-        step = Step(None, PREPARE[0], None)  # type: ignore[arg-type]
+        step = Step(None, PREPARE_STAGES[0], None)  # type: ignore[arg-type]
         watch.begins(step)
         watch.progress(1, 2, HOSTILE)
         watch.ends(step, {"note": HOSTILE, "paid": 1, "hits": 0, "seconds": 1.0})

@@ -1,4 +1,4 @@
-"""The whole loop with the real tools and the pocket world, on a small setting: it repeats, and survives kill -9."""
+"""The whole loop with the real backends and the pocket world, on a small setting: it repeats, and survives kill -9."""
 
 import json
 import os

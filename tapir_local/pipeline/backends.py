@@ -26,8 +26,7 @@ from tapir_local.pipeline.row_check import PromptAndAnswer, StudentFormat, read_
 from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
-from tapir_local.records.noop import unheard
+from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
@@ -51,10 +50,10 @@ def real_backends(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode:
     with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
         for notice in store.notices:
             say(notice)
-        purse = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
+        budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
         yield Backends(
-            teacher=ask_backend(recipe.teacher, store, run.name, purse, say),
-            judge=ask_backend(judge, store, run.name, purse, say),
+            teacher=ask_backend(recipe.teacher, store, run.name, budget, say),
+            judge=ask_backend(judge, store, run.name, budget, say),
             generate=generate_backend(recipe, run),
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
@@ -103,17 +102,19 @@ def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
 
 
 def ask_backend(
-    endpoint: Endpoint, store: Store, run: str, purse: BudgetTracker | None = None, say: Callable[[str], None] = unheard
+    endpoint: Endpoint, store: Store, run: str, budget: BudgetTracker | None = None, say: Callable[[str], None] = noop
 ) -> AskBackend:
     """Sends requests to an endpoint, through the store and within the budget."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
+        from tapir_local.teacher.session import AskOptions
 
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        return send(requests, endpoint, store, run=run, progress=show, purse=purse, warn=say, tell=progress)
+        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress)
+        return send(requests, endpoint, store, run=run, options=options)
 
     return ask
 
@@ -129,21 +130,26 @@ def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
         progress: Progress,
         on_result: Callable[[Completion], None],
     ) -> list[Completion]:
-        from tapir_local.inference.generate import generate
+        from tapir_local.inference.config import GenerationConfig
+        from tapir_local.inference.generate import Callbacks, generate
 
         student, opened = recipe.student, student_of(recipe, run, gguf)
         return generate(
             opened.gguf,
             prompts,
+            GenerationConfig(
+                max_tokens=student.max_tokens,
+                context=student.max_length,
+                parallel=None if student.parallel == "auto" else student.parallel,
+                seed=recipe.random_seed,
+            ),
             adapter=opened.adapter,
             ids=ids,
-            max_tokens=student.max_tokens,
-            context=student.max_length,
-            parallel=None if student.parallel == "auto" else student.parallel,
-            seed=recipe.random_seed,
-            each=on_result,
-            progress=lambda done, total: progress(done, total, ""),
-            tell=lambda words: progress(0, len(prompts), words),
+            callbacks=Callbacks(
+                result=on_result,
+                progress=lambda done, total: progress(done, total, ""),
+                warn=lambda words: progress(0, len(prompts), words),
+            ),
         )
 
     return generate_with_llama
@@ -159,6 +165,7 @@ def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
         progress: Progress,
         on_result: Callable[[Scored], None],
     ) -> list[Scored]:
+        from tapir_local.inference.generate import Callbacks
         from tapir_local.inference.score import score_completions
 
         opened = student_of(recipe, run, gguf)
@@ -167,14 +174,13 @@ def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
             texts,
             adapter=opened.adapter,
             context=recipe.student.max_length,
-            progress=lambda done, total: progress(done, total, ""),
-            each=on_result,
+            callbacks=Callbacks(result=on_result, progress=lambda done, total: progress(done, total, "")),
         )
 
     return score_with_llama
 
 
-def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard) -> TrainBackend:
+def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop) -> TrainBackend:
     """Fine-tunes the recipe's student."""
 
     def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
@@ -200,7 +206,7 @@ def trained_model(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Pat
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classify_backend(recipe: Recipe, say: Callable[[str], None] = unheard) -> ClassifyBackend:
+def classify_backend(recipe: Recipe, say: Callable[[str], None] = noop) -> ClassifyBackend:
     """Trains the task classifier and applies it."""
 
     def classify_rows(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:

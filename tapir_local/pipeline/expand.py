@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, Index, screen_drafts
+from tapir_local.data.dataset import Draft, screen_drafts
+from tapir_local.data.dedup import DedupIndex
 from tapir_local.errors import TapirError
 from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
@@ -85,7 +86,7 @@ def write_drafts(
     """One screened draft for each parent; kept drafts are counted in their expansions."""
     parents = [(row, group.expansion.manner) for group, row in wanted]
     found = ask_drafts(work, parents, before)
-    found = [drafts_screen.screen(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
+    found = [drafts_screen.screen_draft(draft, row) for draft, (_, row) in zip(found, wanted, strict=True)]
     if work.recipe.curriculum.check_drafts:
         found = drafts_screen.check(work, found)
     for draft, (group, row) in zip(found, wanted, strict=True):
@@ -99,14 +100,14 @@ class DraftScreen:
     """Rejects drafts that resemble known rows, the holdout, the prompt's own words, or drafts kept before."""
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
-        self.known, self.holdout = dedup_indexes(work) if planned.expansions else (Index(1.0), Index(1.0))
+        self.known, self.holdout = dedup_indexes(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
         self.own_words = own_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
         self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
         self.openings: Counter[tuple[str, str]] = Counter()
         self.unchecked = 0
 
-    def screen_drafts(self, draft: Draft, parent: Example) -> Draft:
+    def screen_draft(self, draft: Draft, parent: Example) -> Draft:
         """The draft, with a reason if it is rejected; a kept draft is known from now on."""
         if draft.reason:
             return draft
@@ -136,9 +137,9 @@ class DraftScreen:
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
 
-def dedup_indexes(work: Work) -> tuple[Index, Index]:
+def dedup_indexes(work: Work) -> tuple[DedupIndex, DedupIndex]:
     """Dedup indexes of the rows that a draft must not resemble: (all known rows, the holdout)."""
-    known, rows = Index(work.recipe.curriculum.max_rouge), read_known_rows(work)
+    known, rows = DedupIndex(work.recipe.curriculum.max_rouge), read_known_rows(work)
     known.learn(rows)
     for row in rows:
         known.add(row)

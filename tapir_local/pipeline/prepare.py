@@ -87,9 +87,9 @@ def leave_out_seeds(work: Work, found: ParsedSeeds, unusable: Sequence[Unusable]
     """Leave out the unusable rows; if they are too many for one single reason, the error is about that reason."""
     try:
         work.leave_out(unusable, len(found.table.rows))
-    except TapirError as error:
+    except TapirError:
         if len({row.kind for row in unusable}) == 1:
-            found.refuse(error.fix)
+            found.refuse()
         raise
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapir_local.data.dataset import Draft, Index, screen_drafts
+from tapir_local.data.dataset import Draft, screen_drafts
+from tapir_local.data.dedup import DedupIndex
 from tapir_local.method import judging, prompts
 from tapir_local.method.ifd import ifd
 from tapir_local.method.screening import fault_of, own_sentences
@@ -83,7 +84,7 @@ def screen_rewrites(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
     held, own_words = holdout_index(work), own_sentences(work.recipe.task_table())
     faults = [draft.reason or fault_of(draft.example.prompt[-1].content, "", own_words) for draft in drafts]
     return [
-        replace(draft, reason=fault) if fault else screen_drafts([draft.example], Index(1.0), held)[0]
+        replace(draft, reason=fault) if fault else screen_drafts([draft.example], DedupIndex(1.0), held)[0]
         for draft, fault in zip(drafts, faults, strict=True)
     ]
 

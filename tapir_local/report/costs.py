@@ -9,7 +9,8 @@ from typing import Any, Literal
 from rich.text import Text
 
 from tapir_local.pipeline.dry_run import CostEstimate
-from tapir_local.pipeline.rounds import PREPARE, ROUND_STAGES
+from tapir_local.pipeline.prepare import PREPARE_STAGES
+from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.rundir import RunDir, named_run, read_rows
@@ -18,7 +19,7 @@ from tapir_local.tables import PlainTable, plain
 
 CostGrouping = Literal["run", "round", "stage", "task"]
 
-STAGE_ORDER = [stage.name for stage in (*PREPARE, *ROUND_STAGES)]
+STAGE_ORDER = [stage.name for stage in (*PREPARE_STAGES, *ROUND_STAGES)]
 
 # The requests of a judge carry the id of a row, then `#` and the number of the request.
 CALL_FILTER = """

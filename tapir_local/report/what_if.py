@@ -99,7 +99,7 @@ def last_judged_round(run: RunDir) -> int:
 
 def make_plan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """(plan by this recipe, rows of its pool that are not judged)."""
-    known = read_situation(Work(recipe, copy, DryRun(recipe, None).tools(), number, f"round-{number:02d}/plan"))
+    known = read_situation(Work(recipe, copy, DryRun(recipe, None).backends(), number, f"round-{number:02d}/plan"))
     judging = is_judged(recipe.curriculum)
     if judging and not known.judgements:
         others = sorted(CURRICULA.keys() - FROM_POOL)
@@ -143,7 +143,7 @@ def estimate_new_answers(
 ) -> CostEstimate:
     """The calls that answer instructions which are not written yet."""
     size_in, size_out = known.get("refine", (PROMPT_FRAME_TOKENS + EXPECTED_ANSWER_TOKENS, EXPECTED_ANSWER_TOKENS))
-    found = make_estimate(refine, rows, None, rows * size_in, rows * size_out, recipe.teacher)
+    found = make_estimate(refine, recipe.teacher, (rows, None), (rows * size_in, rows * size_out))
     return replace(found, step=f"{refine.name}, new rows")
 
 

@@ -9,7 +9,8 @@ from command_line import refused, tapir
 
 from tapir_local.method import prompts
 from tapir_local.pipeline.context import LockedCall, lock_calls
-from tapir_local.pipeline.rounds import PREPARE, ROUND_STAGES
+from tapir_local.pipeline.prepare import PREPARE_STAGES
+from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.rundir import RunDir
@@ -123,7 +124,7 @@ def test_a_stage_that_a_run_has_not_reached_is_no_error(place: Path) -> None:
 
 def test_the_stages_with_calls_are_stages_of_the_loop() -> None:
     """The commands know every stage that makes calls, and only those."""
-    names = {stage.name for stage in (*PREPARE, *ROUND_STAGES)}
+    names = {stage.name for stage in (*PREPARE_STAGES, *ROUND_STAGES)}
     assert names >= ASKING_STAGES
     assert {"answer", "train", "plan", "evaluate"} & ASKING_STAGES == set()
 

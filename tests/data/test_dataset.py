@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from fakes import World, make_recipe, tools
+from fakes import World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import (
     DedupIndex,
@@ -77,10 +77,10 @@ def test_near_duplicates_are_removed_and_name_the_similar_row() -> None:
     assert remove_near_duplicates(rows, None) == (rows, [])
 
 
-def read_stage(recipe: Recipe, folder: Path) -> tuple[str, Path]:
-    """The message of the read stage, and the folder of its run."""
+def run_read_stage(recipe: Recipe, folder: Path) -> tuple[str, Path]:
+    """What the stage says, and its run's folder."""
     run = RunDir(folder, "run")
-    return read_stage(Work(recipe, run, tools(World())), run.path / "rows.jsonl"), run.path
+    return read_stage(Work(recipe, run, fake_backends(World())), run.path / "rows.jsonl"), run.path
 
 
 LIKE = (
@@ -96,7 +96,7 @@ def test_the_read_stage_counts_and_saves_rejected_rows(tmp_path: Path) -> None:
     recipe = overridden(
         make_recipe(tmp_path), {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1, "seeds.max_rouge": 0.9}
     )
-    said, run = read_stage(recipe, tmp_path)
+    said, run = run_read_stage(recipe, tmp_path)
     assert said == "2 rows, 1 duplicate and 1 near-duplicate left out (rejected-seeds.jsonl)"
     rejected = read_rows(Draft, run / "rejected-seeds.jsonl")
     assert [(row.example.id, row.near) for row in rejected] == [
@@ -110,7 +110,7 @@ def read_rows_of(tmp_path: Path, rows: list[str], **changes: object) -> tuple[st
     """The message of the read stage for a file with these lines, and the folder of its run."""
     (tmp_path / "seeds.jsonl").write_text("\n".join(rows))
     settings = {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1}
-    return read_stage(overridden(make_recipe(tmp_path), settings | changes), tmp_path)
+    return run_read_stage(overridden(make_recipe(tmp_path), settings | changes), tmp_path)
 
 
 FIFTY = [f'{{"instruction": "Question {n}: what is {n} times 3?"}}' for n in range(50)]
@@ -153,7 +153,7 @@ def test_many_similar_rows_give_a_warning(tmp_path: Path) -> None:
     said, _ = read_rows_of(tmp_path, [*alike, alike[0].replace("to", "at"), '{"instruction": "Sing."}'], **{
         "seeds.max_rouge": 0.5
     })  # fmt: skip
-    assert "; WARNING: 60% of the rows are near-duplicates of others. Look at rejected-seeds.jsonl;" in said
+    assert "; WARNING: 60% of the rows are near-duplicates of others. See rejected-seeds.jsonl;" in said
     assert "seeds.max_rouge" in said
 
 
@@ -174,7 +174,7 @@ def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
     from tapir_local.assets import find_recipe
     from tapir_local.recipe.text import parse_recipe
 
-    said, run = read_stage(parse_recipe(find_recipe("quickstart").read_text(), "quickstart"), tmp_path)
+    said, run = run_read_stage(parse_recipe(find_recipe("quickstart").read_text(), "quickstart"), tmp_path)
     assert said == "2,626 rows"
     assert (run / "rejected-seeds.jsonl").read_bytes() == b""
 
@@ -182,7 +182,7 @@ def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
 def test_a_file_without_answers_cannot_answer(tmp_path: Path) -> None:
     recipe = overridden(make_recipe(tmp_path), {"seeds.answers": "file"})
     with pytest.raises(TapirError, match=r"no row has an answer(.|\n)*seeds.answers: teacher"):
-        read_stage(recipe, tmp_path)
+        run_read_stage(recipe, tmp_path)
     assert not (tmp_path / "runs" / "run").exists()
 
 

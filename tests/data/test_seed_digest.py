@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.dry_run import estimate_costs
@@ -19,7 +19,7 @@ def begun(tmp_path: Path) -> tuple[Recipe, RunDir]:
     recipe, run, world = make_recipe(tmp_path), RunDir(tmp_path, "fake"), World()
     world.fail_at = 3
     with pytest.raises(KeyboardInterrupt):
-        distill(recipe, run, tools(world), QUIET)
+        distill(recipe, run, fake_backends(world), QUIET)
     return recipe, run
 
 
@@ -36,27 +36,27 @@ def test_edited_seeds_are_refused_with_what_changed(begun: tuple[Recipe, RunDir]
     before = path.read_bytes()
     path.write_text('[{"instruction": "paint it"}]')
     said = rf"{path}: .*then {len(before):,} bytes, 60 rows, SHA-256 \w{{12}}; now 29 bytes, 1 rows(.|\n)*--name"
-    for start in (lambda: distill(recipe, run, tools(World()), QUIET), lambda: estimate_costs(recipe, run)):
+    for start in (lambda: distill(recipe, run, fake_backends(World()), QUIET), lambda: estimate_costs(recipe, run)):
         with pytest.raises(TapirError, match=said):
             start()
     path.write_bytes(before)
-    assert distill(recipe, run, tools(World()), QUIET)
+    assert distill(recipe, run, fake_backends(World()), QUIET)
 
 
 def test_moved_seeds_are_accepted(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
     recipe, run = begun
     moved = Path(recipe.seeds.path).rename(tmp_path / "moved.json")
     recipe = overridden(recipe, {"seeds.path": str(moved)})
-    assert distill(recipe, run, tools(World()), QUIET)
+    assert distill(recipe, run, fake_backends(World()), QUIET)
     moved.unlink()  # the run has read its seeds already
-    assert not distill(recipe, run, tools(World()), QUIET)
+    assert not distill(recipe, run, fake_backends(World()), QUIET)
 
 
 def test_different_seeds_are_a_different_recipe(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
     recipe, run = begun
     (tmp_path / "other.json").write_text('[{"instruction": "paint it"}]')
     with pytest.raises(TapirError, match=r"another recipe: seeds.path: .*other.json"):
-        distill(overridden(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, tools(World()), QUIET)
+        distill(overridden(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, fake_backends(World()), QUIET)
 
 
 def test_changed_files_of_a_folder_are_named(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_changed_files_of_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     file = Path(recipe.seeds.path).rename(tmp_path / "data" / "train.json")
     recipe = overridden(recipe, {"seeds.path": str(tmp_path / "data")})
-    distill(recipe, run, tools(World()), QUIET)
+    distill(recipe, run, fake_backends(World()), QUIET)
     file.write_bytes(file.read_bytes() + b"\n")
     (tmp_path / "data" / "more.json").write_text("[]")
     with pytest.raises(TapirError, match=r"changed: more\.json, train\.json"):
-        distill(recipe, run, tools(World()), QUIET)
+        distill(recipe, run, fake_backends(World()), QUIET)

@@ -67,13 +67,19 @@ def begun(llama, run: RunDir) -> RunDir:
 
 def exported(recipe: Recipe, run: RunDir, progress: Progress = QUIET.progress) -> Path:
     out = run.round(0) / "student.gguf"
-    export_backend(recipe, run)(run.round(0) / "adapter", out, progress)
+    export_backend(recipe, run)(adapter=run.round(0) / "adapter", out=out, progress=progress)
     return out
 
 
 def gated(recipe: Recipe, run: RunDir) -> GateReport:
     folder, out = run.round(0), run.round(0) / "gate.json"
-    gate_backend(recipe, run)(folder / "adapter", folder / "student.gguf", folder / "train.jsonl", out, QUIET.progress)
+    gate_backend(recipe, run)(
+        adapter=folder / "adapter",
+        gguf=folder / "student.gguf",
+        rows=folder / "train.jsonl",
+        out=out,
+        progress=QUIET.progress,
+    )
     return read_record(GateReport, out)
 
 
@@ -95,7 +101,7 @@ def test_an_adapter_answers_as_the_merged_student_does(llama, recipe: Recipe, ru
 def test_what_is_shipped_is_the_two_merged_and_gated(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     exported(recipe, run)
     (tmp_path / "out").mkdir()
-    ship_backend(recipe, run)(run.round(0), tmp_path / "out", QUIET.progress)
+    ship_backend(recipe, run)(student=run.round(0), out=tmp_path / "out", progress=QUIET.progress)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "gate.json", "student.gguf"]
     assert read_record(GateReport, tmp_path / "out" / "gate.json").passed
     shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, GenerationConfig(max_tokens=16, context=256))
@@ -198,8 +204,9 @@ def test_a_student_whose_weights_changed_under_the_run_is_refused(recipe: Recipe
     weights[-3] ^= 64
     (model / "model.safetensors").write_bytes(weights)
     shutil.copytree(run.round(0) / "adapter", run.round(1) / "adapter")
+    folder = run.round(1)
     with pytest.raises(TapirError, match=r"have changed since run 'r' began(.|\n)*redo r --round 0 --from train"):
-        export_backend(recipe, run)(run.round(1) / "adapter", run.round(1) / "student.gguf", QUIET.progress)
+        export_backend(recipe, run)(adapter=folder / "adapter", out=folder / "student.gguf", progress=QUIET.progress)
     exported(recipe, run)  # round 0, begun anew, takes the student as it is now
     assert gated(recipe, run).passed
 
@@ -253,8 +260,8 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
     for way in ("merged", "adapter"):
         changes = {**SETTINGS, **small, **named, "export.rounds": way, "name": way, "train.start": "previous"}
         recipe, run = overridden(shipped, changes), RunDir(tmp_path / "cache", way)
-        with real_backends(recipe, run, print) as tools:
-            distill(recipe, run, tools, QUIET)
+        with real_backends(recipe, run, print) as backends:
+            distill(recipe, run, backends, QUIET)
         found[way] = [row.text for row in read_rows(Completion, run.round(1) / "holdout-answers.jsonl")]
         assert is_adapter(run.round(1) / "student.gguf") == (way == "adapter")
         assert not is_adapter(run.path / "model" / "student.gguf")
@@ -266,6 +273,6 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
     assert json.loads((run.path / "base.json").read_bytes())["base"] == digest(model)
     before = {path.name: path.read_bytes() for path in (run.path / "model").iterdir()}
     redo(run, 1, "export")
-    with real_backends(recipe, run, print) as tools:
-        distill(recipe, run, tools, QUIET)
+    with real_backends(recipe, run, print) as backends:
+        distill(recipe, run, backends, QUIET)
     assert {path.name: path.read_bytes() for path in (run.path / "model").iterdir()} == before

@@ -45,6 +45,7 @@ from tapir_local.report.status import round_report
 from tapir_local.rundir import RunDir, read_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskOptions
 
 ROWS = [Example(f"row-{n}", (Message("user", f"What is {n} + {n}?"),), f"It is {2 * n}.", "Math") for n in range(4)]
 TEXTS = {row.id: f"Perhaps {n}" for n, row in enumerate(ROWS)}
@@ -300,7 +301,7 @@ def run_through(recipe: Recipe, run: RunDir) -> None:
     with Store(run.cache / "teacher.db") as store:
 
         def judge(requests: Sequence[Request], progress: Progress) -> list[Answer]:
-            return ask(requests, endpoint, store, run=run.name, transport=Wire())
+            return ask(requests, endpoint, store, run=run.name, options=AskOptions(transport=Wire()))
 
         distill(recipe, run, replace(fake_backends(World()), judge=judge, generate=never_the_same), QUIET)
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from fakes import QUIET, STUDENT, World, fake_backends, generate, make_recipe, outputs, score, with_ask
 from templates import GEMMA, LLAMA2, THOUGHTS
 
-from cli import cli
+from tapir_local.commands.main import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Backends
@@ -301,9 +301,8 @@ def test_show_of_a_run_that_left_nothing_out(recipe: Recipe, run: RunDir) -> Non
 
 
 def test_why_says_where_a_row_was_left_out(lost: RunDir) -> None:
-    first, later, twin = (
-        explain_row(lost, id) for id in ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062")
-    )
+    ids = ("seed-00061", left(lost, "prepare/seeds")[0].id, "seed-00062")
+    first, later, twin = (explain_row(lost, id) for id in ids)
     assert first["place"].startswith("left out in prepare/read: refused by the chat template: turns user, user")
     assert "and three" in first["instruction"]
     assert first["rounds"] == later["rounds"] == twin["rounds"] == []

@@ -14,8 +14,8 @@ from fakes import QUIET, here
 from models import make_model
 from server import Server, send
 
-from cli import distill as command
 from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
+from tapir_local.commands.distill import distill_command as command
 from tapir_local.data.chat_template import render_training_text
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import QUIET, World, classify, make_recipe, tools
+from fakes import QUIET, World, classify, fake_backends, make_recipe
 
 from tapir_local.commands.runs import show_command
 from tapir_local.errors import TapirError
@@ -35,8 +35,8 @@ def recipe(tmp_path: Path) -> Recipe:
 def doubting(sure: Callable[[int], float], agreement: float = 0.9) -> Callable[..., None]:
     """A fake classifier that labels every row Art, with a probability that depends on its position."""
 
-    def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
-        classify(labelled, rows, seed, out, progress)
+    def sort(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
+        classify(labelled=labelled, rows=rows, seed=seed, out=out, progress=progress)
         lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
         told = (json.dumps({**line, "confidence": sure(place)}) + "\n" for place, line in enumerate(lines))
         (out / "predictions.jsonl").write_text("".join(told))
@@ -50,7 +50,7 @@ def doubting(sure: Callable[[int], float], agreement: float = 0.9) -> Callable[.
 
 def ran(recipe: Recipe, folder: Path, world: World | None = None, **changes: Any) -> RunDir:
     run = RunDir(folder / "cache", "fake")
-    distill(recipe, run, replace(tools(world or World()), **changes), QUIET)
+    distill(recipe, run, replace(fake_backends(world or World()), **changes), QUIET)
     return run
 
 
@@ -77,7 +77,7 @@ def test_the_teacher_is_asked_where_the_classifier_is_unsure(recipe: Recipe, tmp
     before = Counter(row.task for row in read_rows(Example, run.path / "labels.jsonl"))
     changed = found[("Math", "teacher")] - before["Math"]
     assert changed > 0
-    told = f"less than 50% sure of 12: the teacher was asked about 12 of them and named another task for {changed};"
+    told = f"less than 50% sure of 12 rows: the teacher was asked about 12 of them and gave {changed} another task;"
     assert told in said(run, "tasks")
 
 
@@ -131,7 +131,7 @@ def test_an_unreadable_label_is_no_label(recipe: Recipe, tmp_path: Path) -> None
     run = ran(with_few, tmp_path, teacher=mumbling(World(), mumble))
     assert sources(run) == {("Math", "teacher"): 40, ("Others", ""): 20}
     assert said(run, "label").startswith(
-        "40 labelled by the teacher, 0 by the file, 20 unreadable and so Others; WARNING: 33% of the teacher's labels"
+        "40 labeled by the teacher, 0 by the file, 20 unreadable (task Others); WARNING: 33% of the teacher's labels"
     )
 
 
@@ -153,9 +153,9 @@ def test_a_truncated_label_is_asked_for_again(recipe: Recipe, tmp_path: Path) ->
 
 def test_with_a_single_label_the_other_rows_get_it_without_a_classifier(recipe: Recipe, tmp_path: Path) -> None:
     seeds(tmp_path, [{"instruction": f"sum {n} {n * n}"} for n in range(60)])
-    run = ran(recipe, tmp_path, classify=lambda *_: pytest.fail("trained"))
+    run = ran(recipe, tmp_path, classify=lambda **_: pytest.fail("trained"))
     assert sources(run) == {("Math", "teacher"): 30, ("Math", "classifier"): 30}
-    assert "no classifier trained: all 30 labelled rows are Math, so the other 30 count as such" in said(
+    assert "no classifier trained: all 30 labeled rows are Math, so the other 30 rows got that task too" in said(
         run, "classify"
     )
     predicted = (run.path / "classifier" / "predictions.jsonl").read_text().splitlines()
@@ -176,19 +176,19 @@ def test_tasks_without_a_row_are_named_and_the_rest_counted(recipe: Recipe, tmp_
     )
     own = overridden(recipe, {"tasks": {"Math": 0.5, "Art": 0.3, "Law": 0.2, "Music": 0}})
     named = ran(own, tmp_path / "own")
-    assert said(named, "tasks").endswith("; no row of Law: the other tasks have their shares")
+    assert said(named, "tasks").endswith("; no row of Law: their shares go to the other tasks")
 
 
 def test_shares_that_do_not_sum_to_1_are_reported_once(recipe: Recipe, tmp_path: Path) -> None:
     run = ran(overridden(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
-    assert said(run, "label").endswith("; the shares of `tasks` sum to 3, so each counts as its part of that")
-    assert str(run.record()).count("sum to 3") == 1
+    assert said(run, "label").endswith("; the shares of `tasks` add up to 3 and were normalized to 100 %")
+    assert str(run.record()).count("add up to 3") == 1
     assert "sum to" not in str(ran(recipe, tmp_path / "even").record())
 
 
 def test_a_low_agreement_warns_and_does_not_stop(recipe: Recipe, tmp_path: Path) -> None:
     run = ran(recipe, tmp_path, classify=doubting(lambda place: 0.9, agreement=0.55))
-    warning = "agrees with the teacher in 55%, below classifier.min_agreement (60%)"
+    warning = "agrees with the teacher on 55% of the rows, below classifier.min_agreement (60%)"
     assert said(run, "classify").startswith("55.0% agreement with the teacher (95 %: 30% to 95%) on 4 rows held out")
     assert f"; WARNING: the classifier {warning}" in said(run, "classify")
     status = run_status(run)

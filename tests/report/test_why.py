@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
@@ -19,7 +19,7 @@ from tapir_local.rundir import RunDir, read_record, read_rows
 
 def ran(folder: Path, **changes: object) -> RunDir:
     run = RunDir(folder, "fake")
-    distill(overridden(make_recipe(folder), changes), run, tools(World()), QUIET)
+    distill(overridden(make_recipe(folder), changes), run, fake_backends(World()), QUIET)
     return run
 
 

@@ -122,7 +122,7 @@ def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]
 
     recipe = overridden(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
     run = RunDir(folder, "fake")
-    distill(recipe, run, replace(fakes.tools(fakes.World()), teacher=think, judge=think), fakes.QUIET)
+    distill(recipe, run, replace(fakes.fake_backends(fakes.World()), teacher=think, judge=think), fakes.QUIET)
     return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]
 
 

@@ -61,8 +61,8 @@ def replayed(store: Path, seeds: Path, teacher: Teacher = TEACHER) -> list[str]:
     examples, _ = require_seeds(read_path(seeds), recipe.task_table())
     with Store(store, "replay") as opened:
         asks = ask_backend(teacher, opened, "run")
-        tools: Any = SimpleNamespace(teacher=asks, judge=asks, student_text=lambda: STUDENT)
-        work = Work(recipe, RunDir(store.parent, "run"), tools)
+        backends: Any = SimpleNamespace(teacher=asks, judge=asks, student_format=lambda: STUDENT)
+        work = Work(recipe, RunDir(store.parent, "run"), backends)
         return [row.completion for row in answer_seeds(work, examples, "seeds")[0]]
 
 

@@ -197,8 +197,8 @@ def test_every_reply_of_a_judge_that_knows_no_json_can_be_read(gguf, tmp_path, t
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": settings})
     pairs = [Example(f"row-{n}", (Message("user", word),), "answer") for n, word in enumerate(WORDS)]
     run = RunDir(tmp_path / "cache", "r")
-    with real_backends(recipe, run, print) as tools:
-        found = ask_judge(Work(recipe, run, tools), "judge", pairs, {pair.id: f"{pair.id}?" for pair in pairs})
+    with real_backends(recipe, run, print) as backends:
+        found = ask_judge(Work(recipe, run, backends), "judge", pairs, {pair.id: f"{pair.id}?" for pair in pairs})
     scores = [score for judgement in found for order in judgement.orders for score in order or (0.0,)]
     assert len(scores) == 48
     assert {1.0 <= score <= 10.0 for score in scores} == {True}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import World, tools
+from fakes import World, fake_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from training_rows import WEIGHTS, log, make_job
@@ -161,7 +161,7 @@ def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_m
         "r",
     )
     write_text(run.round(0) / "train.jsonl", "\n".join([*lines[:3], long, *lines[4:]]) + "\n")
-    work = Work(recipe, run, replace(tools(World()), train=train_backend(recipe, run)), 0, "round-00/train")
+    work = Work(recipe, run, replace(fake_backends(World()), train=train_backend(recipe, run)), 0, "round-00/train")
     out = run.round(0) / "adapter"
     if limit < 1 / 32:
         with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used"):

@@ -347,8 +347,10 @@ def test_a_wholly_trained_model_goes_through_export_and_gate_as_it_is(whole, bas
         f"teacher: pocket\nstudent: {{path: {base}}}\ntrain: {{method: full}}\nexport: {{quant: f16}}", "r"
     )
     run, gguf = RunDir(tmp_path, "run"), tmp_path / "student.gguf"
-    export_backend(recipe, run)(whole, gguf, lambda done, total, note: None)
-    gate_backend(recipe, run)(whole, gguf, rows, tmp_path / "gate.json", lambda done, total, note: None)
+    export_backend(recipe, run)(adapter=whole, out=gguf, progress=lambda done, total, note: None)
+    gate_backend(recipe, run)(
+        adapter=whole, gguf=gguf, rows=rows, out=tmp_path / "gate.json", progress=lambda done, total, note: None
+    )
     found = json.loads((tmp_path / "gate.json").read_text())
     assert (found["failed"], found["figures"]["kl_base"]) == ([], None)
 
