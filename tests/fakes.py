@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +175,10 @@ def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Tools
     return Tools(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, "teacher": ask, "judge": ask})
 
 
-def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
+def here(
+    work: Callable[[Path, Progress], None], job: Any, folder: Path, progress: Progress | None = None, *_: Any
+) -> None:
     """What the stage's own process does, in this one: imports of torch would take most of the tests' time."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
-    import_module(module).run_folder(folder, progress or QUIET.progress)
+    work(folder, progress or QUIET.progress)

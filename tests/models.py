@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tapir_local.export.tokenizer import TEKKEN
+from tapir_local.export.tokenizer import TEKKEN_PATTERN
 
 CHATML = (
     "{% for message in messages %}"
@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path, kind: str = "smollm", template: str = CHATML, v
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    splits = {"qwen2": QWEN2_SPLIT, "llama3": LLAMA3_SPLIT, "mistral": TEKKEN}
+    splits = {"qwen2": QWEN2_SPLIT, "llama3": LLAMA3_SPLIT, "mistral": TEKKEN_PATTERN}
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in splits)
     first = [pre_tokenizers.Digits(individual_digits=True)] if kind == "smollm" else []
     if kind in splits:
@@ -161,10 +161,10 @@ def let_a_runtime_add_bos(monkeypatch: Any) -> None:
     """Exports say from now on that a runtime is to add BOS, which the template writes already."""
     from tapir_local.export import export
 
-    write = export.write_vocab
+    write = export.write_vocabulary
 
     def with_bos(writer: Any, vocab: Any) -> None:
         write(writer, vocab)
         writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
 
-    monkeypatch.setattr(export, "write_vocab", with_bos)
+    monkeypatch.setattr(export, "write_vocabulary", with_bos)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.base import Student, base_gguf, student_of
+from tapir_local.export.base import StudentFiles, base_gguf, student_files
 from tapir_local.inference.generate import chat_stream
 from tapir_local.inference.model import open_engine
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
@@ -52,10 +52,10 @@ def students(
     """
     seed = secrets.randbits(31) if random_seed is None else random_seed
     recipe = kept_recipe(run)
-    files = {"student": student_of(recipe, run, student_gguf(run, number))}
+    files = {"student": student_files(recipe, run, student_gguf(run, number))}
     if vs == "base":
         say("opening the base; its GGUF is made once")
-        files["base"] = Student(base_gguf(recipe, run))
+        files["base"] = StudentFiles(base_gguf(recipe, run))
     with ExitStack() as stack:
         yield [
             Speaker(

@@ -143,13 +143,13 @@ def export(
     """
     if modelfile and adapter_only:
         raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
+    from tapir_local.export.gated_export import export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
-    from tapir_local.export.verified import export_checked, with_template
     from tapir_local.rundir import sha256
 
     show = slowly("tensors")
-    with with_template(model, chat_template) as folder:
-        report = export_checked(
+    with model_with_template(model, chat_template) as folder:
+        report = export_with_gate(
             folder,
             out,
             adapter=adapter,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from tapir_local.export.base import base_of, check_base, converter_of, memory_words, student_of
+from tapir_local.export.base import check_base_unchanged, converter_path, gate_memory_text, run_base_gguf, student_files
 from tapir_local.export.ollama import write_modelfile
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
@@ -22,7 +22,7 @@ from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.account import check_bounds
 from tapir_local.teacher.budget import Cost, Purse
 from tapir_local.teacher.session import unheard
-from tapir_local.training.student import settle_student, student_folder
+from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
 
@@ -69,7 +69,7 @@ def beginner(recipe: Recipe, run: RunDir) -> Callable[[], None]:
 
     def begin() -> None:
         if not (run.round(0) / "adapter").exists():
-            check_student(settle_student(recipe, run), converter_of(recipe))
+            check_student(prepare_student_folder(recipe, run), converter_path(recipe))
 
     return begin
 
@@ -120,7 +120,7 @@ def generator(
     ) -> list[Completion]:
         from tapir_local.inference.generate import generate
 
-        student, opened = recipe.student, student_of(recipe, run, gguf)
+        student, opened = recipe.student, student_files(recipe, run, gguf)
         return generate(
             opened.gguf,
             prompts,
@@ -148,7 +148,7 @@ def scorer(
     ) -> list[Scored]:
         from tapir_local.inference.score import score
 
-        opened = student_of(recipe, run, gguf)
+        opened = student_files(recipe, run, gguf)
         return score(
             opened.gguf,
             texts,
@@ -167,7 +167,8 @@ def trainer(
     """Fine-tuning of the recipe's student."""
 
     def fine_tune(rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
-        from tapir_local.training.train import TrainJob, train
+        from tapir_local.training.job import TrainJob
+        from tapir_local.training.train import run_training
 
         job = TrainJob(
             str(student_folder(recipe, run)),
@@ -179,7 +180,7 @@ def trainer(
             previous,
             unusable=recipe.limits.unusable,
         )
-        train(job, out.parent / "train", progress, say)
+        run_training(job, out.parent / "train", progress, say)
 
     return fine_tune
 
@@ -195,11 +196,11 @@ def classifier(
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
-        from tapir_local.training.classifier import ClassifyJob, classify
+        from tapir_local.training.classifier import ClassifyJob, run_classifier
 
         take_gpu(CLASSIFIER, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
-        classify(job, out.parent / "classify", progress)
+        run_classifier(job, out.parent / "classify", progress)
 
     return sort
 
@@ -208,16 +209,16 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
     """What a round keeps as its student: an adapter merged into its base, or by itself."""
 
     def write(adapter: Path, out: Path, progress: Progress) -> None:
-        from tapir_local.export.export import ExportJob, export
+        from tapir_local.export.export import ExportJob, run_export
 
         model, lora = trained(recipe, run, adapter)
         quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
         if alone:
-            base_of(recipe, run, progress, anew=out.parent == run.round(0))
-            check_base(recipe, run)
+            run_base_gguf(recipe, run, progress, anew=out.parent == run.round(0))
+            check_base_unchanged(recipe, run)
             quant = "f32"
-        job = ExportJob(model, out, quant, lora, alone, converter_of(recipe))
-        export(job, out.parent / "export", progress)
+        job = ExportJob(model, out, quant, lora, alone, converter_path(recipe))
+        run_export(job, out.parent / "export", progress)
 
     return write
 
@@ -226,13 +227,13 @@ def gatekeeper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Path, Path,
     """The comparison of the GGUF with the trained model."""
 
     def compare(adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
-        from tapir_local.export.gate import GateJob, pass_gate
+        from tapir_local.export.gate import GateJob, run_gate
 
         model, lora = trained(recipe, run, adapter)
-        opened = student_of(recipe, run, gguf)
-        progress(0, 0, memory_words(model))
+        opened = student_files(recipe, run, gguf)
+        progress(0, 0, gate_memory_text(model))
         job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, lora, opened.adapter)
-        pass_gate(job, out.parent / "gate", progress)
+        run_gate(job, out.parent / "gate", progress)
 
     return compare
 
@@ -249,15 +250,15 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
         write_modelfile(out / "student.gguf", out / "Modelfile", context=recipe.student.max_length, temperature=0.0)
 
     def merge(student: Path, out: Path, progress: Progress) -> None:
-        from tapir_local.export.export import ExportJob, export
-        from tapir_local.export.gate import GateJob, pass_gate
+        from tapir_local.export.export import ExportJob, run_export
+        from tapir_local.export.gate import GateJob, run_gate
 
         model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
-        job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_of(recipe))
-        export(job, work, progress)
-        progress(0, 0, memory_words(model))
+        job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_path(recipe))
+        run_export(job, work, progress)
+        progress(0, 0, gate_memory_text(model))
         least, rows = recipe.export.min_agreement, student / "train.jsonl"
-        pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
+        run_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
         remove(work)
 
     return pack

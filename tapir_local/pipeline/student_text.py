@@ -8,7 +8,7 @@ from typing import Any
 
 from tapir_local.data.chat_template import folded, training_text
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_json, read_template, read_tokenizer, special_texts
+from tapir_local.export.tokenizer import read_chat_template, read_model_json, read_tokenizer_json, special_token_texts
 from tapir_local.records import Example, Prompt, instruction_of
 from tapir_local.unusable import BRIEF, Unusable
 
@@ -68,7 +68,7 @@ def read_student_text(model: Path, max_length: int, template: str | None = None)
 
     TapirError where the folder has no tokenizer, or no template.
     """
-    tokenizer, texts = open_tokenizer(model), special_texts(model)
+    tokenizer, texts = open_tokenizer(model), special_token_texts(model)
     stops = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def encode(some: Sequence[str]) -> list[list[int]]:
@@ -76,7 +76,7 @@ def read_student_text(model: Path, max_length: int, template: str | None = None)
 
     made_for = longest_of(model)
     length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODELS_OWN)
-    jinja = read_template(model) if template is None else template
+    jinja = read_chat_template(model) if template is None else template
     return StudentText(jinja, texts.get("bos", ""), texts.get("eos", ""), stops, encode, length, limit)
 
 
@@ -88,7 +88,7 @@ def open_tokenizer(model: Path) -> Any:
     try:
         if path.is_file():
             return Tokenizer.from_file(str(path))
-        return Tokenizer.from_str(json.dumps(read_tokenizer(model)))
+        return Tokenizer.from_str(json.dumps(read_tokenizer_json(model)))
     except TapirError:
         raise
     except Exception as error:  # the Rust library raises the plain class
@@ -99,7 +99,7 @@ def open_tokenizer(model: Path) -> Any:
 def longest_of(model: Path) -> int:
     """Tokens of the longest text that a model was made for, by its config; no limit where it names none."""
     path = model / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_model_json(path) if path.is_file() else {}
     found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else 1 << 62
 

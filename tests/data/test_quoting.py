@@ -19,14 +19,14 @@ from tapir_local.data.quoting import GUARD, any_of, guard, guarded, ids_of, mark
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import load_tokenizer
-from tapir_local.export.probes import answered, probes, rendered
+from tapir_local.export.probes import probe_texts, render_example, render_prompt
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Model, open_model
 from tapir_local.inference.score import tokens_of
 from tapir_local.inference.tokens import decode, encode, text_ids, tokenized
 from tapir_local.inference.tokens import marks_of as marks_in
 from tapir_local.records import Example, Message
-from tapir_local.training.job import MASKED, token_rows
+from tapir_local.training.job import IGNORED_LABEL, token_rows
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7b-lab"
 KINDS: dict[str, dict[str, Any]] = {
@@ -87,9 +87,9 @@ def test_both_sides_know_the_same_marks(both: Both) -> None:
 def test_both_sides_give_the_same_ids_with_no_special_token_of_the_rows(both: Both) -> None:
     known = marks_of(both.tokenizer)
     special = set(known.ids.values())
-    [frame] = ids_of(both.tokenizer, [rendered(both.tokenizer, asked("x"))])
+    [frame] = ids_of(both.tokenizer, [render_prompt(both.tokenizer, asked("x"))])
     for text in quotes(known):
-        whole = rendered(both.tokenizer, asked(text))
+        whole = render_prompt(both.tokenizer, asked(text))
         [ids] = ids_of(both.tokenizer, [whole])
         assert encode(both.model, whole) == ids, text
         assert encode_prompt(both.model, asked(text)) == ids, text
@@ -104,9 +104,9 @@ def test_what_is_quoted_comes_back_as_it_was_written(both: Both) -> None:
 def test_texts_that_quote_nothing_have_the_ids_that_they_always_had(both: Both) -> None:
     """Character for character the text that was rendered before, and the tokenizers' own answer."""
     known = marks_of(both.tokenizer)
-    for text in probes(both.tokenizer):
+    for text in probe_texts(both.tokenizer):
         if not known.pattern.search(text):
-            whole = rendered(both.tokenizer, asked(text))
+            whole = render_prompt(both.tokenizer, asked(text))
             assert GUARD not in whole
             [ids] = both.tokenizer([whole], add_special_tokens=False)["input_ids"]
             assert ids_of(both.tokenizer, [whole]) == [ids]
@@ -140,13 +140,13 @@ def test_a_completion_that_quotes_the_end_of_a_turn_is_trained_on_as_text(both: 
     assert stop
     row = Example("1", asked(f"What is {stop}?"), f"{stop} ends a turn: {stop}")
     [trained] = token_rows([row], both.tokenizer, 512).rows
-    learned = [label for label in trained["labels"] if label != MASKED]
+    learned = [label for label in trained["labels"] if label != IGNORED_LABEL]
     number = marks_of(both.tokenizer).ids[stop]
     assert learned.count(number) == 1
     assert decode(both.model, learned[: learned.index(number)]).strip() == row.completion
     scored = tokens_of(both.model, 0, row.prompt, row.completion)
     assert (scored.ids, scored.ids[scored.start :]) == (trained["input_ids"], learned)
-    assert encode(both.model, answered(both.tokenizer, row)) == trained["input_ids"]
+    assert encode(both.model, render_example(both.tokenizer, row)) == trained["input_ids"]
 
 
 # --- guarding
@@ -271,7 +271,7 @@ def test_the_token_that_ends_a_turn_is_special_whatever_its_flag_says(tmp_path: 
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert "<over>" in marks_of(loaded).ids
         assert marks_of(loaded).ids == marks_in(opened).ids
-        text = rendered(loaded, asked("It is <over>, and <turn> too."))
+        text = render_prompt(loaded, asked("It is <over>, and <turn> too."))
         assert ids_of(loaded, [text]) == [encode(opened, text)]
         assert encode(opened, text).count(loaded.convert_tokens_to_ids("<over>")) == 1
 
@@ -289,7 +289,7 @@ def test_a_plain_token_that_llama_cpp_takes_for_the_end_is_text_on_both_sides(tm
         assert marks_of(loaded).ids == marks_in(opened).ids
         assert "</s>" in marks_of(loaded).ids
         for text in ("It ends with </s>.", "</s><|im_end|> and <|im_start|>"):
-            whole = rendered(loaded, asked(text))
+            whole = render_prompt(loaded, asked(text))
             assert ids_of(loaded, [whole]) == [encode(opened, whole)] == [encode_prompt(opened, asked(text))]
             assert marks_of(loaded).ids["</s>"] not in encode(opened, whole)
 
@@ -314,7 +314,7 @@ def test_names_that_llama_cpp_takes_for_control_tokens_are_special_on_both_sides
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert marks_of(loaded).ids == marks_in(opened).ids
         assert "<|fim_prefix|>" in marks_of(loaded).ids
-        text = rendered(loaded, asked("<think>a</think> <|fim_prefix|> <|im_end|>"))
+        text = render_prompt(loaded, asked("<think>a</think> <|fim_prefix|> <|im_end|>"))
         assert ids_of(loaded, [text]) == [encode(opened, text)]
         assert loaded.convert_tokens_to_ids("</think>") in encode(opened, text), "a row may think"
 

@@ -34,7 +34,7 @@ from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.training import classifier, train
-from tapir_local.training.student import settle_student, student_folder
+from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 ROOT = Path(__file__).parents[2]
 ALPACA = 52002  # rows of alpaca_data.json
@@ -262,10 +262,10 @@ def test_a_template_stays_as_it_was_at_the_first_training(tmp_path: Path) -> Non
     recipe = parse_recipe(f"teacher: pocket\nstudent: {{path: {model}, chat_template: {own}}}", "r")
     for text in ("one", "two"):
         own.write_text(text)
-        assert (settle_student(recipe, run) / "chat_template.jinja").read_text() == text
+        assert (prepare_student_folder(recipe, run) / "chat_template.jinja").read_text() == text
     (run.round(0) / "adapter").mkdir(parents=True)
     own.write_text("three")
-    view = settle_student(recipe, run)
+    view = prepare_student_folder(recipe, run)
     assert student_folder(recipe, run) == view
     assert (view / "chat_template.jinja").read_text() == "two"
     assert {path.name: path.read_bytes() for path in view.iterdir()} == {**before, "chat_template.jinja": b"two"}
