@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         runs = {way: begun(asked, way, Path(scratch)) for way in WAYS}
         with timed() as base:
-            run_base_gguf(*runs["adapter"], anew=True)
+            run_base_gguf(*runs["adapter"], renew=True)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for number in range(asked.repeat):
             for way in WAYS:
@@ -92,7 +92,7 @@ def make_adapter(model: Path, out: Path, rank: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from tapir_local.export.weights import read_model_tensors
+    from tapir_local.training.model_files import read_model_tensors
 
     torch.manual_seed(1)
     names = {name: source.shape for name, source in read_model_tensors(model).items() if name.endswith("_proj.weight")}

@@ -27,14 +27,14 @@ UNREAD |= {"pytorch_model.bin", "README.md", "model.gguf", "consolidated-00001-o
 SETTLE = """
 import json, sys
 from pathlib import Path
-from tapir_local.training.student_folder import settle_student
+from tapir_local.training.student_folder import prepare_student_folder
 from tapir_local.training.student_folder import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir
 run, recipe = RunDir(Path(sys.argv[1]), "r"), parse_recipe(sys.argv[2], "r")
 try:
-    folder = settle_student(recipe, run)
+    folder = prepare_student_folder(recipe, run)
     assert student_folder(recipe, run) == folder
     print(json.dumps([folder.name, sorted(path.name for path in folder.iterdir())]))
 except TapirError as error:

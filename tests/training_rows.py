@@ -1,4 +1,4 @@
-"""Small trainings for the tests: sums to learn by heart, settings that learn them in eight steps, logs read back."""
+"""Small trainings for the tests: sums to memorize, settings that learn them in eight steps, and logs."""
 
 import json
 import random
@@ -17,7 +17,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def examples(number: int) -> list[Example]:
-    """Sums to learn by heart, of several lengths."""
+    """Sums of several lengths to memorize."""
     chance = random.Random("sums")
     sums = [[chance.randint(1, 9) for _ in range(chance.randint(2, 5))] for _ in range(number)]
     return [
@@ -27,7 +27,7 @@ def examples(number: int) -> list[Example]:
 
 
 def make_job(folder: Path, **settings: Any) -> TrainJob:
-    """A random Llama, 32 rows and the job that learns them, to be written to `folder`/adapter."""
+    """A random Llama, 32 rows and the job that learns them, with `folder`/adapter as its output."""
     if not (folder / "base").exists():
         make_model(folder / "base")
         write_rows(folder / "rows.jsonl", examples(32))
@@ -36,7 +36,7 @@ def make_job(folder: Path, **settings: Any) -> TrainJob:
 
 
 def log(adapter: Path) -> list[dict[str, Any]]:
-    """The entries of the steps."""
+    """The log entries of the steps."""
     entries = map(json.loads, (adapter / "train_log.jsonl").read_text().splitlines())
     return [entry for entry in entries if "loss" in entry]
 

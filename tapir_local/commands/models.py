@@ -143,23 +143,16 @@ def export(
     """
     if modelfile and adapter_only:
         raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
-    from tapir_local.export.gated_export import export_with_gate, model_with_template
+    from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.rundir import sha256
 
     show = slowly("tensors")
     with model_with_template(model, chat_template) as folder:
-        report = export_with_gate(
-            folder,
-            out,
-            adapter=adapter,
-            quant=quant or ("f32" if adapter_only else "q8_0"),
-            check=not no_gate,
-            base=base,
-            adapter_only=adapter_only,
-            converter=converter,
-            progress=lambda done, total, _: show(done, total),
+        config = ExportConfig(
+            quant or ("f32" if adapter_only else "q8_0"), adapter, adapter_only, base, converter, check=not no_gate
         )
+        report = export_with_gate(folder, out, config, lambda done, total, _: show(done, total))
     said = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
     if report:
         found = report.figures

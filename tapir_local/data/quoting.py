@@ -171,6 +171,14 @@ def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
+def ids_after(prompt: Sequence[int], whole: Sequence[int]) -> list[int] | None:
+    """The token ids of a whole text that follow its prompt's ids; None if a token spans the boundary.
+
+    The completion's ids are then those of the completion tokenized by itself.
+    """
+    return list(whole[len(prompt) :]) if list(whole[: len(prompt)]) == list(prompt) else None
+
+
 def quoted_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of guarded texts.
 

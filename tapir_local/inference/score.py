@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tapir_local.data.quoting import ids_after
 from tapir_local.errors import TapirError
 from tapir_local.inference.batch import Batch, decode_batch, last_logits, make_batch
 from tapir_local.inference.context_plan import open_first, planned_reading
@@ -91,7 +92,8 @@ def tokens_of(model: Model, number: int, prompt: Prompt, completion: str) -> Tok
     head = encode_prompt(model, prompt)
     asked, answer = format_of(model).answered(prompt, completion)
     joined = encode(model, asked + answer)
-    tail = joined[len(head) :] if joined[: len(head)] == head else encode(model, answer)
+    after = ids_after(head, joined)
+    tail = encode(model, answer) if after is None else after
     return Tokens(number, head + tail, len(head))
 
 

@@ -214,7 +214,7 @@ def exporter(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], No
         model, lora = trained(recipe, run, adapter)
         quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
         if alone:
-            run_base_gguf(recipe, run, progress, anew=out.parent == run.round(0))
+            run_base_gguf(recipe, run, progress, renew=out.parent == run.round(0))
             check_base_unchanged(recipe, run)
             quant = "f32"
         job = ExportJob(model, out, quant, lora, alone, converter_path(recipe))

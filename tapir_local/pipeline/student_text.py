@@ -8,8 +8,9 @@ from typing import Any
 
 from tapir_local.data.chat_template import folded, training_text
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_chat_template, read_model_json, read_tokenizer_json, special_token_texts
+from tapir_local.export.tokenizer import read_chat_template, read_tokenizer_json, special_token_texts
 from tapir_local.records import Example, Prompt, instruction_of
+from tapir_local.training.model_files import read_model_json
 from tapir_local.unusable import BRIEF, Unusable
 
 ROOM = 16  # tokens that a prompt must leave for its answer, or a quarter of all where these are fewer

@@ -18,7 +18,6 @@ from tapir_local.data.chat_template import render, training_text
 from tapir_local.data.quoting import GUARD, any_of, guard, guarded, ids_of, marks, marks_of, plain, quoted_ids, turn_end
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import load_tokenizer
 from tapir_local.export.probes import probe_texts, render_example, render_prompt
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Model, open_model
@@ -27,6 +26,7 @@ from tapir_local.inference.tokens import decode, encode, text_ids, tokenized
 from tapir_local.inference.tokens import marks_of as marks_in
 from tapir_local.records import Example, Message
 from tapir_local.training.job import IGNORED_LABEL, token_rows
+from tapir_local.training.model import load_tokenizer
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7b-lab"
 KINDS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""A LoRA adapter alone as a GGUF: over its base's GGUF it is the trained model, and over another's it is refused."""
+"""A LoRA adapter exported by itself: on its base GGUF it equals the trained model; on another base it is refused."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateReport, verify_gguf
+from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
 from tapir_local.records import Example, Message
 
 ROWS = [
@@ -63,7 +63,7 @@ def test_half_the_size_in_f16(llama: Student, bases, tmp_path: Path) -> None:
 
 
 def passage(student: Student, base: Path, lora: Path, adapter: Path | None = None) -> GateReport:
-    return verify_gguf(student.model, adapter or student.adapter, base, ROWS, min_agreement=0.9, adapter_gguf=lora)
+    return verify_gguf(student.model, adapter or student.adapter, base, ROWS, adapter_gguf=lora, limits=GateLimits(0.9))
 
 
 def test_the_gate_compares_both_together(llama: Student, bases, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_command_checks_it_over_the_base(llama: Student, bases, tmp_path: Pa
 
 def test_the_command_wants_a_base_or_no_gate(llama: Student, tmp_path: Path) -> None:
     out = tmp_path / "lora.gguf"
-    with pytest.raises(TapirError, match="checked over its base as a GGUF"):
+    with pytest.raises(TapirError, match="verified on its base GGUF"):
         run(llama.model, out, "--adapter", llama.adapter, "--adapter-only")
     assert not out.exists()
     run(llama.model, out, "--adapter", llama.adapter, "--adapter-only", "--no-gate")
@@ -142,5 +142,5 @@ def test_the_command_wants_a_base_or_no_gate(llama: Student, tmp_path: Path) -> 
 
 
 def test_the_command_wants_an_adapter(llama: Student, tmp_path: Path) -> None:
-    with pytest.raises(TapirError, match="no adapter to write"):
+    with pytest.raises(TapirError, match="no adapter to export"):
         run(llama.model, tmp_path / "lora.gguf", "--adapter-only")

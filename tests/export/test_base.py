@@ -1,4 +1,4 @@
-"""A round's student as an adapter over a base made once: the same answers, and nothing exchanged under it unnoticed."""
+"""A round's student as an adapter on a base GGUF that is made once: equal answers, replaced files are noticed."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def run(llama, tmp_path: Path) -> RunDir:
 
 
 def begun(llama, run: RunDir) -> RunDir:
-    """A run whose round 0 is trained and not yet exported."""
+    """A run whose round 0 is trained but not exported."""
     shutil.copytree(llama.adapter, run.round(0) / "adapter")
     write_rows(run.round(0) / "train.jsonl", [Example(str(n), prompt) for n, prompt in enumerate(PROMPTS)])
     return run
@@ -139,7 +139,7 @@ def test_a_base_that_is_gone_is_made_again_the_same(recipe: Recipe, run: RunDir)
 def test_an_export_that_is_cut_goes_on_to_the_same_files(
     llama, recipe: Recipe, run: RunDir, tmp_path: Path, nth: int
 ) -> None:
-    """Cut while the base is written (of 21 tensors), and while the adapter is."""
+    """Interrupted while the base (21 tensors) is written, and while the adapter is."""
     told = []
 
     def cut(done: int, total: int, note: str) -> None:
@@ -158,7 +158,7 @@ def test_an_export_that_is_cut_goes_on_to_the_same_files(
         assert base_gguf(recipe, one).read_bytes() == base_gguf(recipe, other).read_bytes()
 
 
-# What is exchanged or damaged
+# Replaced or damaged files
 
 
 def refused(recipe: Recipe, run: RunDir) -> str:
@@ -180,7 +180,7 @@ def test_a_damaged_base_is_noticed(recipe: Recipe, run: RunDir, damage: str) -> 
 
 
 def test_a_base_of_other_weights_does_not_pass_the_rounds_gate(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
-    """One whose print was made to agree, as that of a file which differs between the pieces would."""
+    """Its fingerprint is made to match, as for a file that differs only between the hashed pieces."""
     exported(recipe, run)
     base, other = base_gguf(recipe, run), make_model(tmp_path / "other", seed=5)
     export.export_gguf(other, base, adapter=None, quant="f32")
@@ -206,7 +206,7 @@ def test_a_student_whose_weights_changed_under_the_run_is_refused(recipe: Recipe
     shutil.copytree(run.round(0) / "adapter", run.round(1) / "adapter")
     with pytest.raises(TapirError, match=r"have changed since run 'r' began(.|\n)*redo r --round 0 --from train"):
         exporter(recipe, run)(run.round(1) / "adapter", run.round(1) / "student.gguf", QUIET.progress)
-    exported(recipe, run)  # round 0, begun anew, takes the student as it is now
+    exported(recipe, run)  # round 0, when started again, uses the student as it is now
     assert gated(recipe, run).passed
 
 

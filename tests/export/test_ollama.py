@@ -1,4 +1,4 @@
-"""A Modelfile's template asks as the student was trained, or there is none."""
+"""A Modelfile's template prompts exactly as in training, or there is none."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tapir_local.export.tokenizer import read_chat_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
 
-# Go's own engine on Ollama's data: `Messages` as it hands them over, `json` the only function that it adds.
+# Go's own template engine on Ollama's data: `Messages`, and `json`, the only function that Ollama adds.
 GO = """package main
 import ("encoding/json"; "os"; "text/template")
 type Message struct { Role, Content string }
@@ -101,7 +101,7 @@ def test_a_template_without_a_system_turn_has_none() -> None:
 
 
 def test_the_go_template_of_the_pocket_student() -> None:
-    """Written out: the same text went through Ollama's own parser and template package, by hand."""
+    """Spelled out: this text was also checked by hand with Ollama's own parser and template package."""
     assert go_template(derive_parts(KNOWN["pocket"])) == (
         "{{ range $i, $_ := .Messages }}"
         '{{ if eq .Role "system" }}<|system|>{{ .Content }}'

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind: exported as what they are, or refused by name; a library that aborts is one sentence."""
+"""Every type of tokenizer is exported or refused with a reason, and an abort of llama.cpp gives one clear error."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def other_models() -> dict[str, Any]:
-    """One model of every type that `tokenizers` knows besides BPE."""
+    """One model of every type in `tokenizers` besides BPE."""
     from tokenizers import models
 
     pieces = [("<unk>", 0.0), ("<s>", -1.0), ("▁a", -2.0), ("b", -3.0)]
@@ -97,7 +97,8 @@ def test_a_file_that_is_no_object_is_named(tmp_path: Path, file: str, text: str)
 
 
 def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
-    """So transformers makes SmolLM2's from a GGUF: BPE with byte_fallback, cut and decoded by bytes."""
+    """transformers converts SmolLM2's tokenizer from a GGUF like this: BPE with byte_fallback, but byte-level
+    splitting."""
     model = make_model(tmp_path / "model", kind="gpt2")
     edit(model / "tokenizer.json", lambda c: c["model"].update(byte_fallback=True))
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
@@ -107,7 +108,7 @@ def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp
 
 
 def without_bytes(model: Path) -> None:
-    """Take the tokens for single bytes out of a SentencePiece vocabulary, and close the gap."""
+    """Remove the tokens for single bytes from a SentencePiece vocabulary and close the gap."""
 
     def drop(content: dict[str, Any]) -> None:
         kept = [text for text in content["model"]["vocab"] if not (text.startswith("<0x") and text != "<0x0A>")]
@@ -128,7 +129,7 @@ def test_sentencepiece_without_its_bytes_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fatal(tmp_path_factory) -> Path:
-    """A GGUF of the kind that this program wrote once: llama.cpp ends the process over most texts."""
+    """A GGUF like those this program once wrote: llama.cpp aborts the process on most texts."""
     folder = tmp_path_factory.mktemp("fatal")
     model = make_model(folder / "model", "gemma3_text", kind="gemma", template=GEMMA)
     without_bytes(model)
@@ -190,7 +191,7 @@ def test_texts_are_brought_into_the_form_that_the_tokenizer_makes(tmp_path: Path
 def test_the_form_is_the_one_of_the_tokenizer_as_transformers_loads_it(
     tmp_path: Path, family: str, form: str | None
 ) -> None:
-    """Both are cut as Qwen's, and neither file names a normalizer; for qwen2 transformers takes its own class."""
+    """Both split text like Qwen, and neither file names a normalizer; for qwen2, transformers uses its own class."""
     model = make_model(tmp_path / "model", family, kind="qwen2")
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
@@ -207,7 +208,7 @@ def test_a_gguf_of_others_is_composed_by_the_name_of_its_pre_tokenizer(tmp_path:
 
 
 def test_spare_rows_have_names_of_their_own(tmp_path: Path) -> None:
-    """llama.cpp ends the process where two tokens have the same text."""
+    """llama.cpp aborts the process if two tokens have the same text."""
     tokenizer = make_tokenizer(tmp_path)
     spare = len(tokenizer) + 1
     tokenizer.add_tokens([f"[PAD{spare}]"])

@@ -1,4 +1,4 @@
-"""The task classifier on made-up families of instructions: what it learns, measures, writes and refuses."""
+"""The task classifier on synthetic instructions: what it learns, measures, writes and refuses."""
 
 import json
 import random
@@ -46,7 +46,7 @@ SETTINGS = Classifier(model="small", held_out=0.15, epochs=4, learning_rate=1e-3
 
 
 def instructions(number: int, seed: str) -> list[Example]:
-    """Rows of every family in turn."""
+    """Rows of each family in turn."""
     chance = random.Random(seed)
     rows = []
     for n in range(number):
@@ -59,7 +59,7 @@ def instructions(number: int, seed: str) -> list[Example]:
 
 @pytest.fixture
 def job(tmp_path) -> ClassifyJob:
-    """Few rows and one pass: enough for all but the quality."""
+    """Few rows and one epoch: enough for everything but the accuracy."""
     write_rows(tmp_path / "labelled.jsonl", instructions(40, "learn"))
     write_rows(tmp_path / "rows.jsonl", [replace(row, task="") for row in instructions(30, "read")])
     settings = SETTINGS.model_copy(update={"epochs": 1})
@@ -70,7 +70,7 @@ def job(tmp_path) -> ClassifyJob:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Path:
-    """A classifier of 600 rows, from a process of its own, and its labels for 2,000 others."""
+    """A classifier trained on 600 rows in its own process, and its labels for 2,000 others."""
     folder = tmp_path_factory.mktemp("classifier")
     write_rows(folder / "labelled.jsonl", instructions(600, "learn"))
     write_rows(folder / "rows.jsonl", [replace(row, task="") for row in instructions(2000, "read")])
@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_had_is_refused(job, monkeypatch, tmp_path, model
 
 
 def test_a_single_class_is_not_learned(job):
-    with pytest.raises(TapirError, match="every labelled row is Math: there is nothing to tell apart"):
+    with pytest.raises(TapirError, match="every labelled row is Math: at least two labels"):
         train_classifier(replace(job, labels=("Math", "Law")))
 
 
@@ -181,7 +181,7 @@ def test_agreement_has_its_interval_in_all_and_by_label():
     held = [Example(str(n), (Message("user", "x"),), task="A" if n < 8 else "B") for n in range(10)]
     found = measure_agreement(held, [Prediction(row.id, "A", 0.9) for row in held])
     assert (found["agreement"], found["agree"], found["rows"]) == (0.8, 8, 10)
-    assert found["interval"] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson's, of 8 in 10
+    assert found["interval"] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson's interval of 8 in 10
     assert found["by_label"]["B"] == {"rows": 2, "agree": 0, "interval": pytest.approx((0, 0.657620), abs=1e-6)}
     assert found["confusion"] == {"A": {"A": 8}, "B": {"A": 2}}
 
@@ -199,7 +199,7 @@ def test_rows_of_like_length_are_read_together_within_the_limit():
 
 
 def test_a_batch_changes_no_label(job):
-    """A row's label and probability do not depend on its neighbours."""
+    """A row's label and probability do not depend on the other rows of its batch."""
     rows = read_rows(Example, job.rows)
     seed_torch(1)
     model, tokenizer = load_classifier(job, [classifier_text(row, job) for row in rows])

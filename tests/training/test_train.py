@@ -1,4 +1,4 @@
-"""Fine-tuning a tiny random Llama: what is learned from, what is learned, what is stored, and what is refused."""
+"""Fine-tuning a tiny random Llama: which rows are used, what is learned, what is saved, and what is refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ from tapir_local.training.job import IGNORED_LABEL, TrainJob, pack_rows, sft_arg
 from tapir_local.training.model import Hardware, choose_backend, linear_layer_names
 from tapir_local.training.train import run_training, train_student
 
-# What unsloth 2026.10.9 changes of SFTConfig's defaults (trl 1.15), found by importing both side by side.
+# SFTConfig defaults (trl 1.15) that unsloth 2026.10.9 changes, found by importing both.
 UNSLOTH_CHANGES = {
     "optim", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "learning_rate", "warmup_steps", "weight_decay", "seed", "logging_steps", "padding_free", "bf16",
@@ -49,7 +49,7 @@ def job(base, rows, tmp_path) -> TrainJob:
 
 @pytest.fixture(scope="module")
 def trained(base, rows, tmp_path_factory) -> Path:
-    """An adapter from a process of its own."""
+    """An adapter trained in its own process."""
     folder = tmp_path_factory.mktemp("trained")
     job = TrainJob(str(base), rows, folder / "adapter", SETTINGS, 128, 7)
     seen: list[tuple[int, int, str]] = []
@@ -94,7 +94,7 @@ def test_a_row_that_does_not_fit_is_left_out_whole_and_told(tmp_path):
 
 
 def test_every_row_that_is_trained_on_has_its_end_whatever_the_room(tmp_path):
-    """At the length of a row it is trained on whole, at one token less it is left out."""
+    """With max_length equal to a row's length it is trained on in full; with one token less it is left out."""
     tokenizer = make_tokenizer(tmp_path)
     rows = examples(6)
     lengths = [len(row["input_ids"]) for row in token_rows(rows, tokenizer, 128).rows]
@@ -184,12 +184,12 @@ def test_an_adapter_of_another_shape_is_refused(trained, base, rows, tmp_path, c
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}])
 def test_an_adapter_of_another_model_is_refused(trained, rows, tmp_path, change):
     other = make_model(tmp_path / "other", **change)
-    with pytest.raises(TapirError, match="of another model"):
+    with pytest.raises(TapirError, match="belongs to another model"):
         train_student(TrainJob(str(other), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
 
 
 def test_a_folder_without_an_adapter_is_refused(base, rows, tmp_path):
-    with pytest.raises(TapirError, match="holds no adapter"):
+    with pytest.raises(TapirError, match="contains no adapter"):
         train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, tmp_path))
 
 
@@ -228,7 +228,7 @@ def test_lora_is_on_every_linear_layer_but_the_head(base):
 
 
 def refusals(tmp_path: Path) -> dict[str, Path]:
-    """Folders that are no student."""
+    """Folders that contain no student."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "weightless").mkdir()
     make_tokenizer(tmp_path / "weightless")
@@ -284,7 +284,7 @@ def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):
 
 
 def test_rows_packed_into_one_do_not_see_each_other(base, rows, tmp_path):
-    """The first step's loss over all rows is that of the rows apart, and the packs hold them all."""
+    """The first step's loss over packed rows equals that of the separate rows, and the packs contain all of them."""
     first = {}
     for packing in (False, True):
         settings = SETTINGS.model_copy(
@@ -325,7 +325,7 @@ def test_bf16_on_a_cpu_learns_too(trained, base, rows, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(base, rows, tmp_path_factory) -> Path:
-    """All weights trained: a model's folder."""
+    """A model's folder with all weights trained."""
     out = tmp_path_factory.mktemp("whole") / "adapter"
     train_student(TrainJob(str(base), rows, out, FULL, 128, 7))
     return out
@@ -344,7 +344,7 @@ def test_full_fine_tuning_leaves_a_whole_model(whole, base):
 
 
 def test_a_wholly_trained_model_goes_through_export_and_gate_as_it_is(whole, base, rows, tmp_path):
-    """As a run does it: what the trainer left in adapter/ is the model, and there is no adapter."""
+    """As in a run: adapter/ contains the trained model, and there is no adapter."""
     recipe = parse_recipe(
         f"teacher: pocket\nstudent: {{path: {base}}}\ntrain: {{method: full}}\nexport: {{quant: f16}}", "r"
     )
@@ -364,7 +364,7 @@ def test_an_earlier_training_of_another_kind_is_refused(whole, trained, base, ro
     other = make_model(tmp_path / "other", num_hidden_layers=3)
     for student, settings, earlier, complaint in (
         (base, FULL, trained, "left an adapter, not a whole model"),
-        (base, SETTINGS, whole, "holds no adapter"),
+        (base, SETTINGS, whole, "contains no adapter"),
         (other, FULL, whole, "num_hidden_layers 2, the student 3"),
     ):
         with pytest.raises(TapirError, match=complaint):
@@ -376,14 +376,14 @@ def test_a_gpu_without_unsloth_says_so_and_goes_on():
     said: list[str] = []
     assert choose_backend(SETTINGS, "bf16", 1, said.append) == "trl"
     assert said == [
-        "Training with plain TRL and PEFT, not with Unsloth: it is not installed (pip install 'tapir-local[gpu]')."
+        "Training with TRL and PEFT instead of Unsloth: it is not installed (pip install 'tapir-local[gpu]')."
     ]
     with pytest.raises(TapirError, match="Unsloth cannot be used: it is not installed"):
         choose_backend(SETTINGS.model_copy(update={"backend": "unsloth"}), "bf16", 1, said.append)
 
 
 def test_no_gguf_is_open_once_its_answers_are_there(llama):
-    """llama.cpp maps the file it has open: a training that comes next has the memory, and the GPU, to itself."""
+    """llama.cpp maps the file that it has open: the next training must have all the memory, and the GPU."""
     from tapir_local.inference.generate import generate
     from tapir_local.inference.score import score
 
@@ -400,7 +400,7 @@ def test_no_gguf_is_open_once_its_answers_are_there(llama):
 def test_a_batch_is_shared_by_processes_or_refused(job):
     two = sft_arguments(job, replace(CPU, processes=2), 32)
     assert (two["per_device_train_batch_size"], two["gradient_accumulation_steps"]) == (4, 1)
-    with pytest.raises(TapirError, match="8 rows cannot be shared by 3 processes"):
+    with pytest.raises(TapirError, match="8 rows cannot be divided among 3 processes"):
         sft_arguments(job, replace(CPU, processes=3), 32)
 
 
