@@ -14,6 +14,12 @@ from tapir_local.training.job import TrainJob
 
 SETTINGS = Train(learning_rate=5e-3, batch_size=8, micro_batch_size=4, lora_rank=4, lora_alpha=8, warmup=0.1)
 WEIGHTS = "adapter_model.safetensors"
+# SFTConfig defaults (trl 1.15) that unsloth 2026.10.9 changes, found by importing both.
+UNSLOTH_CHANGES = {
+    "optim", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "learning_rate", "warmup_steps", "weight_decay", "seed", "logging_steps", "padding_free", "bf16",
+    "logging_nan_inf_filter", "torch_empty_cache_steps",
+}  # fmt: skip
 
 
 def examples(number: int) -> list[Example]:

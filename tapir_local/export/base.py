@@ -19,7 +19,7 @@ from tapir_local.rundir import RunDir, remove, write_json
 from tapir_local.training.student_folder import student_folder
 
 BASE_FORMAT = "1"  # increase it if the same model would be exported to a different base GGUF
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+FINGERPRINT_PIECES, PIECE_BYTES = 64, 1 << 16
 HASHED_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
@@ -137,10 +137,10 @@ def check_base_gguf(path: Path) -> None:
 def model_digest(model: Path) -> str:
     """Sixteen hexadecimal digits that identify a model's folder, the export format and the version of gguf.
 
-    Config, tokenizer and template are hashed in full. Of the weights, the names, sizes and SAMPLES pieces of each file
-    are hashed, including its header: training changes every weight, so any piece differs in another model of the same
-    shape, and gigabytes need not be read. A file that differs only between the pieces is taken as the same; the gate
-    compares the outputs of both models.
+    Config, tokenizer and template are hashed in full. Of each weight file, the name, the size and FINGERPRINT_PIECES
+    pieces are hashed, including the header: training changes every weight, so any piece differs in another model of the
+    same shape, and gigabytes need not be read. A file that differs only between the pieces is taken as the same; the
+    gate compares the outputs of both models.
     """
     small = sorted({path for pattern in HASHED_FILES for path in model.glob(pattern)})
     found = hashlib.sha256(f"{BASE_FORMAT} gguf {version('gguf')}".encode())
@@ -157,9 +157,9 @@ def fingerprint(files: Iterable[Path]) -> str:
         size = path.stat().st_size
         found.update(f"\0{path.name} {size}\0".encode())
         with path.open("rb") as file:
-            for number in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                found.update(file.read(SAMPLE_BYTES))
+            for number in range(FINGERPRINT_PIECES):
+                file.seek(max(0, size - PIECE_BYTES) * number // (FINGERPRINT_PIECES - 1))
+                found.update(file.read(PIECE_BYTES))
     return found.hexdigest()
 
 

@@ -28,9 +28,9 @@ from tapir_local.export.converter import Converter, convert_with_llama_cpp, find
 from tapir_local.export.tokenizer import (
     Vocabulary,
     end_of_turn_id,
-    read_chat_template,
+    read_model_template,
+    read_model_vocabulary,
     read_tokenizer_json,
-    read_vocabulary,
     special_token_texts,
     write_vocabulary,
 )
@@ -128,7 +128,7 @@ def write_model_gguf(
     config, arch = read_model_config(model_dir)
     tensors = plan_model(model_dir, adapter, tensor_mapping(config, arch), gguf.GGMLQuantizationType[quant])
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-    vocab = read_vocabulary(model_dir, rows)
+    vocab = read_model_vocabulary(model_dir, rows)
     check_export_space(path, tensors, vocab, more)
     writer = gguf.GGUFWriter(path, arch.name)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -198,10 +198,10 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
     if converter:
         find_converter(converter)
         ends = end_of_turn_id(
-            read_tokenizer_json(model_dir), read_chat_template(model_dir), special_token_texts(model_dir)
+            read_tokenizer_json(model_dir), read_model_template(model_dir), special_token_texts(model_dir)
         )
     else:
-        ends = dict(read_vocabulary(model_dir, read_model_config(model_dir)[0]["vocab_size"]).special)
+        ends = dict(read_model_vocabulary(model_dir, read_model_config(model_dir)[0]["vocab_size"]).special)
     if "eot" not in ends:
         raise TapirError(
             "the chat template does not end an answer with a token of the tokenizer, so a student would never stop",

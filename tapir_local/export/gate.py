@@ -41,7 +41,7 @@ MIN_AGREEMENT = {
     "q4_k_m": 0.8,
 }
 QUANT_OF_FILE_TYPE = {"0": "f32", "1": "f16", "7": "q8_0", "15": "q4_k_m", "17": "q5_k_m", "18": "q6_k", "32": "bf16"}
-ANSWER_TOKENS = 48
+GATE_ANSWER_TOKENS = 48
 GATE_CONTEXT = 1024
 
 
@@ -143,16 +143,15 @@ def verify_gguf(
         quant, tokenizer = read_quant(llama), load_tokenizer(model_dir)
         texts = gate_texts(tokenizer, rows)
         wrong = find_mismatches(tokenizer, llama, texts)
-        bos_trained, bos_gguf = count_bos(
-            tokenizer, llama, render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
-        )
+        prompt = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
+        bos_trained, bos_gguf = count_bos(tokenizer, llama, prompt)
         checks = {
             "tokens": not wrong,
             "bos": bos_trained == bos_gguf,
             "eos": stops_as_trained(tokenizer, llama, model_dir),
             "template": llama.template == tokenizer.get_chat_template(),
         }
-        reference = load_reference(model_dir, adapter, beside=gate_memory(llama), free=limits.free)
+        reference = load_reference(model_dir, adapter, reserved=gate_memory(llama), free=limits.free)
         with open_context(llama, cells=GATE_CONTEXT * 4, sequences=5, exact=True) as engine:
             found = compare_answers(engine, reference, sample_prompts(rows))
     wanted = MIN_AGREEMENT[quant] if limits.min_agreement is None else limits.min_agreement
@@ -175,9 +174,8 @@ def read_quant(llama: Model) -> str:
     number = metadata(llama, "general.file_type")
     if number not in QUANT_OF_FILE_TYPE:
         fix = f"Export it as {', '.join(MAX_KL)}."
-        raise TapirError(
-            f"the gate has no threshold for its type of weights ({number})", where=str(llama.gguf), fix=fix
-        )
+        what = f"the gate has no threshold for its type of weights ({number})"
+        raise TapirError(what, where=str(llama.gguf), fix=fix)
     return QUANT_OF_FILE_TYPE[number]
 
 
@@ -216,7 +214,7 @@ def greedy_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list
     """Token ids of prompt and greedy answer, and the position that predicts the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
     answers = answer(
-        engine, tokens, max_tokens=ANSWER_TOKENS, context=GATE_CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
+        engine, tokens, max_tokens=GATE_ANSWER_TOKENS, context=GATE_CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
     )
     texts = [
         (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
@@ -298,9 +296,8 @@ def gate_main(folder: Path, progress: Progress) -> None:
     write_record(folder / "report.json", report)
     if not report.passed:
         fix = f"The adapter is kept; {folder / 'report.json'} has the figures. Another export.quant may pass."
-        raise TapirError(
-            f"the GGUF is not the trained model: {describe_failures(report)}", where=str(job.gguf), fix=fix
-        )
+        what = f"the GGUF is not the trained model: {describe_failures(report)}"
+        raise TapirError(what, where=str(job.gguf), fix=fix)
     write_record(job.out, report)
 
 

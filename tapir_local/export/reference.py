@@ -25,15 +25,15 @@ class ReferenceModel:
 
 
 def load_reference(
-    model_dir: Path, adapter: Path | None, *, beside: int = 0, free: int | None = None
+    model_dir: Path, adapter: Path | None, *, reserved: int = 0, free: int | None = None
 ) -> ReferenceModel:
     """Load the model in 32 bits; if it does not fit in memory, read it layer by layer from its files.
 
-    `beside` is the memory in bytes needed for everything else; `free` is the memory available, by default the machine's
-    free memory. Raises TapirError if the largest tensor does not fit either.
+    `reserved` is the memory in bytes needed for everything else; `free` is the available memory, by default the free
+    memory of the machine. Raises TapirError if the largest tensor does not fit either.
     """
     sizes = [4 * prod(source.shape) for source in model_weights(model_dir).values()]
-    room = (free_memory() if free is None else free) - beside
+    room = (free_memory() if free is None else free) - reserved
     if sum(sizes) <= room:
         return ReferenceModel(load_in_memory(model_dir, adapter), False, adapter is not None)
     said = f"{model_dir} needs {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"

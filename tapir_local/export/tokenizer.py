@@ -61,12 +61,12 @@ class Vocabulary:
     normalization: str = ""
 
 
-def read_vocabulary(model_dir: Path, rows: int) -> Vocabulary:
+def read_model_vocabulary(model_dir: Path, rows: int) -> Vocabulary:
     """The tokenizer in a model's folder, padded to the embedding's `rows`. Raises TapirError if llama.cpp does not
     support it."""
     tokenizer = read_tokenizer_json(model_dir)
     model = bpe_model(tokenizer, model_dir)
-    template, texts = read_chat_template(model_dir), special_token_texts(model_dir)
+    template, texts = read_model_template(model_dir), special_token_texts(model_dir)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())} | model["vocab"]
     special = {name: ids[text] for name, text in texts.items() if text in ids} | end_of_turn_id(
         tokenizer, template, texts
@@ -168,11 +168,11 @@ def read_tokenizer_json(model_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_chat_template(model_dir: Path) -> str:
+def read_model_template(model_dir: Path) -> str:
     """The chat template that transformers would use: the .jinja file takes precedence over tokenizer_config.json."""
-    beside = model_dir / "chat_template.jinja"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+    template_file = model_dir / "chat_template.jinja"
+    if template_file.is_file():
+        return template_file.read_text(encoding="utf-8")
     template = read_model_json(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tapir_local.data.chat_template import folded, training_text
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_chat_template, read_tokenizer_json, special_token_texts
+from tapir_local.export.tokenizer import read_model_template, read_tokenizer_json, special_token_texts
 from tapir_local.records import Example, Prompt, instruction_of
 from tapir_local.training.model_files import read_model_json
 from tapir_local.unusable import BRIEF, Unusable
@@ -77,7 +77,7 @@ def read_student_text(model: Path, max_length: int, template: str | None = None)
 
     made_for = longest_of(model)
     length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODELS_OWN)
-    jinja = read_chat_template(model) if template is None else template
+    jinja = read_model_template(model) if template is None else template
     return StudentText(jinja, texts.get("bos", ""), texts.get("eos", ""), stops, encode, length, limit)
 
 

@@ -46,9 +46,9 @@ def estimate_memory(model: str, settings: Train, hardware: Hardware, tokens: int
     shapes = {name: tensor.shape for name, tensor in read_model_tensors(folder).items()}
     count = sum(map(prod, shapes.values()))
     linear = {name: shape for name, shape in shapes.items() if is_lora_weight(name, shape)}
-    quantised = sum(map(prod, linear.values())) if settings.method == "qlora" else 0
+    quantized = sum(map(prod, linear.values())) if settings.method == "qlora" else 0
     bytes_each = 4 if settings.method == "full" else WEIGHT_BYTES[hardware.precision]
-    weights = (count - quantised) * bytes_each + int(quantised * NF4_BYTES)
+    weights = (count - quantized) * bytes_each + int(quantized * NF4_BYTES)
     adapter = sum(settings.lora_rank * sum(shape) for shape in linear.values())
     state = STATE_BYTES * count if settings.method == "full" else (STATE_BYTES + 4) * adapter
     config = read_model_json(folder / "config.json")

@@ -284,9 +284,7 @@ def fit_student(
     micro = setup.arguments["per_device_train_batch_size"]
     try:
         arguments = SFTConfig(**setup.arguments, output_dir=str(output))
-        arguments._n_gpu = min(
-            arguments.n_gpu, 1
-        )  # otherwise DataParallel would multiply the batch by the number of GPUs
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise DataParallel multiplies the batch by the number of GPUs
         order = RowOrder([*map(len, setup.dataset["input_ids"])], job.settings.batch_size, job.random_seed)
         ordered = type("Trainer", (SFTTrainer,), {"_get_train_sampler": lambda self, rows=None: order})
         trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
@@ -297,9 +295,8 @@ def fit_student(
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"memory ran out with a micro-batch of {micro}", where="train", fix=MEMORY_ADVICE
-            ) from error
+            what = f"memory ran out with a micro-batch of {micro}"
+            raise OutOfMemory(what, where="train", fix=MEMORY_ADVICE) from error
         if setup.hardware.backend == "unsloth" and not training.log:
             raise unsloth_error(error, job.model, "train") from error
         raise

@@ -96,7 +96,7 @@ def made(tmp_path_factory) -> Callable[[str], Trained]:
     return student
 
 
-def passage(student: Trained, gguf: Path, lora: Path | None = None) -> GateReport:
+def gate_report(student: Trained, gguf: Path, lora: Path | None = None) -> GateReport:
     return verify_gguf(student.model, student.adapter, gguf, ROWS, adapter_gguf=lora, limits=GateLimits(0.9))
 
 
@@ -105,7 +105,7 @@ def test_merged(made, tmp_path: Path, name: str) -> None:
     """It passes the gate in q8_0, and answers in batches equal single greedy answers."""
     student, gguf = made(name), tmp_path / "student.gguf"
     export_gguf(student.model, gguf, adapter=student.adapter, quant="q8_0")
-    report = passage(student, gguf)
+    report = gate_report(student, gguf)
     assert report.passed, report
     assert report.probes == 632
     found = generate(gguf, [row.prompt for row in ROWS], max_tokens=12, context=256, parallel=8)
@@ -120,7 +120,7 @@ def test_adapter_alone(made, tmp_path: Path, name: str) -> None:
     export_adapter(student.model, student.adapter, lora)
     for quant in ("f32", "q8_0"):
         export_gguf(student.model, tmp_path / quant, adapter=None, quant=quant)
-        report = passage(student, tmp_path / quant, lora)
+        report = gate_report(student, tmp_path / quant, lora)
         assert report.passed, report
     assert lora.stat().st_size < (tmp_path / "f32").stat().st_size / 2
     found = generate(tmp_path / "q8_0", [row.prompt for row in ROWS], max_tokens=12, context=256, adapter=lora)

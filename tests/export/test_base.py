@@ -98,7 +98,7 @@ def test_an_adapter_answers_as_the_merged_student_does(llama, recipe: Recipe, ru
     assert gated(merged, whole).figures.agreement == gated(recipe, run).figures.agreement
 
 
-def test_what_is_shipped_is_the_two_merged_and_gated(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+def test_the_shipped_gguf_is_merged_and_verified(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     exported(recipe, run)
     (tmp_path / "out").mkdir()
     shipper(recipe, run)(run.round(0), tmp_path / "out", QUIET.progress)
@@ -127,7 +127,7 @@ def test_a_student_is_opened_without_its_models_folder(recipe: Recipe, run: RunD
     assert answers(recipe, run) == before
 
 
-def test_a_base_that_is_gone_is_made_again_the_same(recipe: Recipe, run: RunDir) -> None:
+def test_a_deleted_base_is_made_again_with_the_same_bytes(recipe: Recipe, run: RunDir) -> None:
     exported(recipe, run)
     base = base_gguf(recipe, run)
     before = base.read_bytes()
@@ -136,15 +136,15 @@ def test_a_base_that_is_gone_is_made_again_the_same(recipe: Recipe, run: RunDir)
 
 
 @pytest.mark.parametrize("nth", [1, 12, 21, 30])
-def test_an_export_that_is_cut_goes_on_to_the_same_files(
+def test_an_interrupted_export_ends_in_the_same_files(
     llama, recipe: Recipe, run: RunDir, tmp_path: Path, nth: int
 ) -> None:
     """Interrupted while the base (21 tensors) is written, and while the adapter is."""
-    told = []
+    notes = []
 
     def cut(done: int, total: int, note: str) -> None:
-        told.append(note)
-        if len(told) == nth:
+        notes.append(note)
+        if len(notes) == nth:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +198,7 @@ def test_a_swapped_adapter_does_not_pass_the_gate(recipe: Recipe, run: RunDir, m
     assert not (run.round(0) / "gate.json").exists()
 
 
-def test_a_student_whose_weights_changed_under_the_run_is_refused(recipe: Recipe, run: RunDir, model: Path) -> None:
+def test_a_student_whose_weights_changed_during_the_run_is_refused(recipe: Recipe, run: RunDir, model: Path) -> None:
     exported(recipe, run)
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-3] ^= 64
@@ -210,7 +210,7 @@ def test_a_student_whose_weights_changed_under_the_run_is_refused(recipe: Recipe
     assert gated(recipe, run).passed
 
 
-def test_a_digest_heeds_weights_and_tokenizer_and_not_what_lies_beside(model: Path) -> None:
+def test_a_digest_depends_on_weights_and_tokenizer_only(model: Path) -> None:
     before = model_digest(model)
     (model / "README.md").write_text("new")
     assert model_digest(model) == before
@@ -224,7 +224,7 @@ def test_two_types_of_weights_are_two_files_of_one_base(tmp_path: Path) -> None:
     assert one != other
 
 
-def test_an_adapter_by_itself_is_no_model(recipe: Recipe, run: RunDir) -> None:
+def test_an_adapter_is_not_a_model(recipe: Recipe, run: RunDir) -> None:
     with pytest.raises(TapirError, match="LoRA adapter, not a model"):
         generate(exported(recipe, run), PROMPTS[:1], max_tokens=4, context=64)
 
@@ -232,13 +232,15 @@ def test_an_adapter_by_itself_is_no_model(recipe: Recipe, run: RunDir) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"GG", b"no GGUF at all", b"GGUF" + bytes(30), b"GGUF" + b"\xff" * 20, b"GGUF" + b"\x01" * 40]
 )
-def test_what_is_no_gguf_is_no_adapter(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_gguf_is_not_an_adapter(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     assert not is_adapter(tmp_path / "file")
     assert not is_adapter(tmp_path / "none")
 
 
-def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_for_the_base_is_an_error_before_the_export(
+    recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(TapirError, match="no room for"):
         exported(recipe, run)
@@ -250,7 +252,7 @@ def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkey
 
 
 @pytest.mark.slow
-def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -> None:
+def test_a_run_gives_the_same_answers_merged_and_as_adapter(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student")
     shipped = parse_recipe(find_recipe("recorded").read_text(encoding="utf-8"), "recorded")
     small = {"rounds": 1, "seeds.limit": 44, "seeds.holdout": 8, "student.max_tokens": 8, "curriculum.rows": 12}

@@ -61,7 +61,7 @@ def falcon(llama: Student, tmp_path: Path) -> Path:
     return folder
 
 
-def test_without_it_the_family_is_refused_and_the_way_out_named(falcon: Path, tmp_path: Path) -> None:
+def test_without_it_the_architecture_is_refused_and_the_fix_names_it(falcon: Path, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="FalconForCausalLM is not supported") as caught:
         export_gguf(falcon, tmp_path / "out.gguf", adapter=None, quant="f16")
     for word in ("Gemma3ForCausalLM", "Qwen2ForCausalLM", "--converter", "convert_hf_to_gguf.py"):
@@ -69,7 +69,7 @@ def test_without_it_the_family_is_refused_and_the_way_out_named(falcon: Path, tm
 
 
 @pytest.mark.parametrize("quant", ["f16", "q6_k"])
-def test_merged_converted_and_past_the_gate(
+def test_a_merged_and_converted_model_passes_the_gate(
     llama: Student, falcon: Path, script: Path, tmp_path: Path, quant: str
 ) -> None:
     """Given the folder instead of the script; the merged model is deleted afterwards."""
@@ -94,7 +94,7 @@ def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
     assert "texts tokenised alike" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
 
 
-def test_its_last_line_and_its_log_are_named(llama: Student, script: Path, tmp_path: Path) -> None:
+def test_an_error_has_its_last_line_and_its_log(llama: Student, script: Path, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match=r"exit code 1.*only Falcon is known") as caught:
         export_with_gate(str(llama.model), tmp_path / "out.gguf", ExportConfig("f16", converter=script, check=False))
     assert "AssertionError" in Path(caught.value.where).read_text()
@@ -113,13 +113,13 @@ def test_a_converter_that_writes_nothing(falcon: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_converter_that_is_not_there(falcon: Path, tmp_path: Path) -> None:
+def test_a_missing_converter(falcon: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none.py"):
         with pytest.raises(TapirError, match="the converter is missing"):
             check_exportable(falcon, place)
 
 
-def test_before_anything_is_paid_the_template_is_checked(falcon: Path, script: Path) -> None:
+def test_the_template_is_checked_before_any_paid_call(falcon: Path, script: Path) -> None:
     check_exportable(falcon, script)
     (falcon / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     with pytest.raises(TapirError):

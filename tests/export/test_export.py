@@ -26,7 +26,7 @@ LLAMA2_TOKENIZER = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_merged_logits_are_transformers_own(students, family: str) -> None:
+def test_merged_logits_equal_those_of_transformers(students, family: str) -> None:
     student = students[family]
     assert largest_difference(student.model, student.adapter, student.gguf) < 1e-4
 
@@ -120,7 +120,7 @@ def test_lora_scales(llama: Student, tmp_path: Path, changes: dict) -> None:
 
 
 @pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
-def test_every_quant_loads_and_is_near(llama: Student, tmp_path: Path, quant: str) -> None:
+def test_every_quant_loads_and_is_close(llama: Student, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out.gguf"
     export_gguf(llama.model, out, adapter=llama.adapter, quant=quant)
     limit = {"f16": 0.05, "bf16": 0.3, "q8_0": 1, "q6_k": 2, "q5_k_m": 4, "q4_k_m": 4}[quant]
@@ -148,7 +148,7 @@ def test_sentencepiece_vocabulary() -> None:
     """LLaMA-2's vocabulary with chat tokens added: ids equal those of transformers; tokenizer.model is not read."""
     if not LLAMA2_TOKENIZER.is_dir():
         pytest.skip("the tokenizer is not on this machine")
-    vocab = tokenizer.read_vocabulary(LLAMA2_TOKENIZER, 32008)
+    vocab = tokenizer.read_model_vocabulary(LLAMA2_TOKENIZER, 32008)
     assert (vocab.model, vocab.space_prefix, len(vocab.tokens)) == ("llama", False, 32008)
     assert vocab.special == {"bos": 1, "eos": 32000, "unk": 0, "pad": 32001, "eot": 32000}
 
@@ -228,7 +228,7 @@ def test_models_that_are_refused(
         ("qwen3", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", **LLAMA3}}, "type llama3"),
     ],
 )
-def test_settings_that_llama_cpp_would_not_heed(tmp_path: Path, family: str, changes: dict, words: str) -> None:
+def test_settings_that_llama_cpp_would_ignore(tmp_path: Path, family: str, changes: dict, words: str) -> None:
     folder = make_model(tmp_path / "model", family)
     edit(folder / "config.json", lambda config: config.update(changes))
     with pytest.raises(TapirError, match=words):
@@ -248,7 +248,7 @@ def test_a_missing_shard_is_named(llama: Student, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None])
-def test_a_shard_that_lies_elsewhere_is_not_read(llama: Student, tmp_path: Path, name: object) -> None:
+def test_a_shard_outside_the_folder_is_not_read(llama: Student, tmp_path: Path, name: object) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama.model, folder)
     shutil.copy(llama.model / "model.safetensors", tmp_path / "secret.safetensors")
@@ -260,7 +260,7 @@ def test_a_shard_that_lies_elsewhere_is_not_read(llama: Student, tmp_path: Path,
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
-def test_an_index_that_is_none_is_said(llama: Student, tmp_path: Path, text: str) -> None:
+def test_an_index_without_a_map_is_an_error(llama: Student, tmp_path: Path, text: str) -> None:
     shutil.copytree(llama.model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors.index.json").write_text(text)
     with pytest.raises(TapirError, match="no weight_map"):
@@ -271,7 +271,7 @@ def test_an_index_that_is_none_is_said(llama: Student, tmp_path: Path, text: str
     ("template", "words"),
     [
         ("{% for m in messages %}{{ m['content'] }} {% endfor %}", "no token that ends the assistant's turn"),
-        (CHATML.replace("<|im_end|>", "***"), "ends no answer with a token of the tokenizer"),
+        (CHATML.replace("<|im_end|>", "***"), "does not end an answer with a token of the tokenizer"),
     ],
     ids=["nothing", "no token"],
 )
@@ -312,13 +312,13 @@ def test_no_such_quant(llama: Student, tmp_path: Path) -> None:
 # --- the gate
 
 
-def passage(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
+def gate_report(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
     return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, limits=GateLimits(0.9))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_sound_gguf_passes(students, family: str) -> None:
-    report = passage(students[family], students[family].gguf)
+def test_a_correct_gguf_passes(students, family: str) -> None:
+    report = gate_report(students[family], students[family].gguf)
     assert report.passed, report
     assert report.probes > 500
     assert report.figures.agreement == 1
@@ -330,27 +330,27 @@ def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatc
     llama_family = architectures.ARCHITECTURES["LlamaForCausalLM"]
     monkeypatch.setitem(architectures.ARCHITECTURES, "LlamaForCausalLM", replace(llama_family, interleaved=False))
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
-    report = passage(llama, tmp_path / "out.gguf")
+    report = gate_report(llama, tmp_path / "out.gguf")
     assert set(report.failed) == {"logits", "agreement"}
     assert report.figures.kl > 0.3
 
 
 def test_an_omitted_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
-    assert set(passage(llama, tmp_path / "out.gguf").failed) == {"logits", "adapter", "agreement"}
+    assert set(gate_report(llama, tmp_path / "out.gguf").failed) == {"logits", "adapter", "agreement"}
 
 
 def test_another_rounds_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
     other = make_adapter(llama.model, tmp_path / "other", seed=9)
-    assert "logits" in passage(llama, llama.gguf, other).failed
+    assert "logits" in gate_report(llama, llama.gguf, other).failed
 
 
 def rewritten(
     student: Student, folder: Path, change: Callable[[tokenizer.Vocabulary], tokenizer.Vocabulary], monkeypatch
 ) -> Path:
     """An export with a changed tokenizer."""
-    read = tokenizer.read_vocabulary
-    monkeypatch.setattr(export, "read_vocabulary", lambda *arguments: change(read(*arguments)))
+    read = tokenizer.read_model_vocabulary
+    monkeypatch.setattr(export, "read_model_vocabulary", lambda *arguments: change(read(*arguments)))
     export_gguf(student.model, folder / "out.gguf", adapter=student.adapter, quant="f32")
     return folder / "out.gguf"
 
@@ -369,13 +369,13 @@ def rewritten(
 def test_a_wrong_vocabulary_is_caught(
     llama: Student, tmp_path: Path, monkeypatch, change: Callable, failed: set
 ) -> None:
-    assert failed <= set(passage(llama, rewritten(llama, tmp_path, change, monkeypatch)).failed)
+    assert failed <= set(gate_report(llama, rewritten(llama, tmp_path, change, monkeypatch)).failed)
 
 
 def test_a_second_bos_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
     let_a_runtime_add_bos(monkeypatch)
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="f32")
-    report = passage(llama, tmp_path / "out.gguf")
+    report = gate_report(llama, tmp_path / "out.gguf")
     assert report.failed == ("bos",)
     assert (report.bos_trained, report.bos_gguf) == (1, 2)
 

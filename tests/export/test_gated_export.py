@@ -28,7 +28,7 @@ def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -
     assert found.stdout == f"{sha256(out.read_bytes()).hexdigest()}  {out}\n"
 
 
-def test_a_modelfile_beside_it_where_it_is_asked_for(llama, tmp_path: Path) -> None:
+def test_a_modelfile_is_written_on_request(llama, tmp_path: Path) -> None:
     words = ["export", str(llama.model), str(tmp_path / "base.gguf"), "--modelfile", "--no-gate"]
     CliRunner().invoke(cli.cli, words, catch_exceptions=False)
     text = (tmp_path / "base.gguf.Modelfile").read_text()
@@ -79,7 +79,7 @@ def test_a_gguf_that_fails_does_not_get_its_name(llama, tmp_path: Path) -> None:
     ("changes", "said"),
     [({"quant": "q9"}, "no such quant"), ({"adapter": Path("none")}, "adapter"), ({"model": "/none"}, "none")],
 )
-def test_what_will_not_do_is_said_and_nothing_is_left(llama, tmp_path: Path, changes: dict, said: str) -> None:
+def test_an_invalid_argument_is_an_error_and_leaves_no_files(llama, tmp_path: Path, changes: dict, said: str) -> None:
     given = {"model": str(llama.model), "adapter": None, "quant": "f16"} | changes
     out = tmp_path / "out.gguf"
     with pytest.raises(TapirError, match=said):
@@ -96,7 +96,7 @@ def test_what_will_not_do_is_said_and_nothing_is_left(llama, tmp_path: Path, cha
         (["--adapter", "lora", "--adapter-only", "--no-gate", "--converter", "llama.cpp"], "--converter"),
     ],
 )
-def test_what_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str], option: str) -> None:
+def test_an_option_that_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str], option: str) -> None:
     """With --base but without --adapter-only the gate once checked the base, and the new file was written unchecked."""
     (tmp_path / "base.gguf").write_bytes(llama.gguf.read_bytes())
     given = [str(tmp_path / word) if word == "base.gguf" else word for word in words]
@@ -106,14 +106,14 @@ def test_what_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str
     assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
 
 
-def test_a_file_that_is_there_is_not_overwritten(llama, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(llama, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").write_text("mine")
     with pytest.raises(TapirError, match="there already"):
         export_with_gate(str(llama.model), tmp_path / "out.gguf", ExportConfig("f16"))
     assert (tmp_path / "out.gguf").read_text() == "mine"
 
 
-def test_a_base_without_a_template_is_exported_with_one_that_is_named(llama, tmp_path: Path) -> None:
+def test_a_base_without_a_template_is_exported_with_a_given_one(llama, tmp_path: Path) -> None:
     model = tmp_path / "base"
     shutil.copytree(llama.model, model)
     (model / "chat_template.jinja").unlink()

@@ -15,7 +15,7 @@ from templates import LLAMA2, LLAMA3, QWEN25
 from tapir_local.assets import POCKET_STUDENT, chat_template
 from tapir_local.data.chat_template import render
 from tapir_local.export.ollama import TemplateParts, derive_parts, go_literal, go_template, modelfile_text, render_parts
-from tapir_local.export.tokenizer import read_chat_template
+from tapir_local.export.tokenizer import read_model_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
 
@@ -48,7 +48,7 @@ def shipped_with_trl(name: str) -> str:
 
 
 KNOWN = {
-    "pocket": read_chat_template(POCKET_STUDENT),
+    "pocket": read_model_template(POCKET_STUDENT),
     "alpaca": chat_template("alpaca"),
     "chatml": chat_template("chatml"),
     "a BOS": WITH_BOS,
@@ -68,7 +68,7 @@ def talk(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
 
 
 @pytest.mark.parametrize("name", set(KNOWN) - {"odd marks"})
-def test_the_parts_of_a_template_render_as_it_does(name: str) -> None:
+def test_the_parts_of_a_template_render_like_it(name: str) -> None:
     parts = derive_parts(KNOWN[name], "<s>", "</s>")
     for turns in map(talk, TALKS):
         wanted = render(KNOWN[name], turns, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
@@ -112,7 +112,7 @@ def test_the_go_template_of_the_pocket_student() -> None:
     )
 
 
-def test_a_mark_that_go_or_a_modelfile_would_read_otherwise_is_quoted() -> None:
+def test_text_that_go_or_a_modelfile_would_interpret_is_quoted() -> None:
     assert go_literal("<|a|>\n") == "<|a|>\n"
     assert go_literal('"""') == '{{ "\\"\\"\\"" }}'
     assert go_literal("{{x\u00a0\\") == '{{ "{{x\\u00a0\\\\" }}'
@@ -136,7 +136,7 @@ def test_go_renders_the_template_as_jinja_does(tmp_path: Path) -> None:
     assert json.loads(found.stdout) == wanted
 
 
-def test_a_modelfile_says_how_the_student_is_asked_and_where_it_stops(llama) -> None:
+def test_a_modelfile_has_the_template_and_the_stop_token(llama) -> None:
     with open_model(llama.gguf, vocab_only=True) as model:
         text = modelfile_text(model, file="student.gguf", context=512, temperature=0)
         parts = derive_parts(model.template, model.bos, model.eos)

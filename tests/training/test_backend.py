@@ -82,7 +82,7 @@ def imported(place: Path, body: str, backend: str) -> tuple[str, list[str], list
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_an_unsloth_that_cannot_be_imported_is_left_out_and_told(tmp_path: Path, error: str) -> None:
+def test_an_unsloth_that_cannot_be_imported_is_not_used_and_reported(tmp_path: Path, error: str) -> None:
     found, said, modules = imported(tmp_path, f"raise {error}", "auto")
     assert (found, modules) == ("trl", [])
     remark = "Training with TRL and PEFT instead of Unsloth: it cannot be imported"
@@ -122,7 +122,7 @@ class FastLanguageModel:
 
 
 @pytest.mark.parametrize("backend", ["auto", "unsloth"])
-def test_an_unsloth_that_cannot_load_the_model_gives_way_to_trl(
+def test_trl_replaces_an_unsloth_that_cannot_load_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     (tmp_path / "path").mkdir()
@@ -199,7 +199,7 @@ def test_a_launchers_processes_keep_all_gpus(monkeypatch: pytest.MonkeyPatch, dr
     assert one_gpu() == {}
 
 
-def test_a_gpu_that_torch_cannot_use_is_told(tmp_path: Path, driver: Callable[[str], None]) -> None:
+def test_a_gpu_that_torch_cannot_use_is_reported(tmp_path: Path, driver: Callable[[str], None]) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -213,7 +213,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(tmp_path: Path, driver: Callable[[s
     assert resolved(job.out)["device"] == "cpu"
 
 
-def test_a_student_is_not_trained_beyond_what_it_was_made_for(tmp_path: Path) -> None:
+def test_rows_longer_than_the_student_supports_are_left_out(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))

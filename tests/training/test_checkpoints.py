@@ -73,7 +73,7 @@ def steps(adapter: Path) -> list[tuple[int, float, int]]:
 
 
 @pytest.mark.parametrize("step", [3, 5, 7])
-def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) -> None:
+def test_an_interrupted_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) -> None:
     """Interrupted within the first epoch, at its end, and within the second, which has its own order of rows."""
     cut_at(job, tmp_path / "train", step)
     assert [path.name for path in (tmp_path / "train").iterdir()] == [f"checkpoint-{step - 1}"]
@@ -86,7 +86,9 @@ def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) 
 
 
 @pytest.mark.parametrize("cuts", [(5, 7), (5, 6), (4, 7), (3, 5, 6, 8)])
-def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_path, cuts: tuple[int, ...]) -> None:
+def test_a_training_interrupted_several_times_ends_in_the_same_bytes(
+    job, uncut, tmp_path, cuts: tuple[int, ...]
+) -> None:
     """The epoch ends after step 4: that checkpoint belongs to the first epoch, the following step to the second."""
     for step in cuts:
         cut_at(job, tmp_path / "train", step)
@@ -95,7 +97,7 @@ def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_p
     assert steps(job.out) == steps(uncut)
 
 
-def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(place, tmp_path) -> None:
+def test_interruptions_with_uneven_steps_and_epochs_end_in_the_same_bytes(place, tmp_path) -> None:
     """32 rows in steps of 10 with a micro-batch of two, for two and a half epochs."""
     made = make_job(
         place, lora_dropout=0.1, batch_size=10, micro_batch_size=4, epochs=2.5, checkpoint_minutes=EACH_STEP
@@ -109,7 +111,7 @@ def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(
     assert steps(cut.out) == steps(whole.out)
 
 
-def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
+def test_an_interrupted_full_training_ends_in_the_same_bytes(tmp_path) -> None:
     """With tied embeddings, which a checkpoint saves once."""
     make_model(tmp_path / "base", "qwen2", kind="qwen2")
     write_rows(tmp_path / "rows.jsonl", examples(32))
@@ -122,7 +124,7 @@ def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
     assert (job.out / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
 
 
-def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
+def test_seconds_continue_after_an_interruption(job, tmp_path) -> None:
     cut_at(job, tmp_path / "train", 4)
     train_student(job, folder=tmp_path / "train")
     seconds = [entry["seconds"] for entry in log(job.out)]
@@ -130,7 +132,7 @@ def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 4e-3}, {"lora_dropout": 0.2}, {"random_seed": 8}, {"rows": 31}])
-def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: dict) -> None:
+def test_another_jobs_checkpoint_is_deleted(job, tmp_path, change: dict) -> None:
     cut_at(job, tmp_path / "train", 3)
     if "rows" in change:
         (tmp_path / "rows.jsonl").write_text("".join(job.rows.read_text().splitlines(keepends=True)[:31]))
@@ -144,7 +146,7 @@ def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: 
     assert seen[0] == (1, [])
 
 
-def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
+def test_an_incomplete_checkpoint_is_not_used(tmp_path) -> None:
     for step, job in ((2, "a"), (4, "a"), (6, "b")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         write_json(tmp_path / f"checkpoint-{step}" / checkpoints.COMPLETE_MARKER, {"job": job})
@@ -155,7 +157,7 @@ def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
     assert checkpoints.latest_checkpoint(tmp_path, "c") is None
 
 
-def test_how_many_rows_are_held_at_once_makes_no_other_job(job) -> None:
+def test_the_micro_batch_size_does_not_change_the_job(job) -> None:
     tokens, hardware = TokenRows([{"input_ids": [1], "labels": [1]}]), Hardware("cpu", "trl", "f32", 1 << 30)
 
     def digest(**arguments: object) -> str:
@@ -165,7 +167,7 @@ def test_how_many_rows_are_held_at_once_makes_no_other_job(job) -> None:
     assert digest(learning_rate=2) != digest()
 
 
-def test_a_checkpoint_is_due_by_the_clock(tmp_path) -> None:
+def test_a_checkpoint_is_due_after_an_interval(tmp_path) -> None:
     training = TrainingState("job", tmp_path, minutes=10)
     checkpoints.start_clock(training)
     assert not checkpoints.is_checkpoint_due(training, 1)
@@ -189,7 +191,7 @@ def of_folder(folder: Path) -> list[int]:
     return found
 
 
-def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job, uncut, tmp_path) -> None:
+def test_a_killed_process_is_restarted_with_a_smaller_micro_batch(job, uncut, tmp_path) -> None:
     said: list[str] = []
 
     def kill(done: int, total: int, note: str) -> None:
@@ -208,7 +210,7 @@ def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job
     assert resolved(job.out)["micro_batch_size"] == {"asked": 4, "used": 2}
 
 
-def test_one_that_is_killed_again_is_given_up(job, tmp_path) -> None:
+def test_a_process_that_is_killed_twice_is_not_restarted(job, tmp_path) -> None:
     def kill(done: int, total: int, note: str) -> None:
         for pid in of_folder(tmp_path / "train"):
             os.kill(pid, signal.SIGKILL)
@@ -220,7 +222,7 @@ def test_one_that_is_killed_again_is_given_up(job, tmp_path) -> None:
     assert not job.out.exists()
 
 
-def test_after_kill_9_of_all_the_same_call_goes_on_to_the_same_bytes(job, uncut, tmp_path) -> None:
+def test_after_kill_9_the_same_call_resumes_to_the_same_bytes(job, uncut, tmp_path) -> None:
     """The parent is killed, its child ends with it, and another parent finishes the training."""
     (tmp_path / "job.json").write_text(to_json(job))
     code = (
@@ -249,7 +251,7 @@ def test_after_kill_9_of_all_the_same_call_goes_on_to_the_same_bytes(job, uncut,
 # Out of memory
 
 
-def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place, tmp_path, monkeypatch) -> None:
+def test_out_of_memory_resumes_with_a_smaller_micro_batch(place, tmp_path, monkeypatch) -> None:
     """torch in the child process raises its own error above four rows: the micro-batch of 8 becomes 4, a step keeps 8
     rows."""
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
@@ -269,7 +271,7 @@ def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place
     assert losses(small.out) == pytest.approx(losses(large.out), abs=1e-4)
 
 
-def test_where_one_row_is_too_much_there_is_no_less(job) -> None:
+def test_a_micro_batch_of_one_cannot_be_halved(job) -> None:
     assert with_smaller_batch(replace(job, micro=2)).micro == 1  # type: ignore[union-attr]
     assert with_smaller_batch(replace(job, micro=1)) is None
 

@@ -88,7 +88,7 @@ def test_a_damaged_file_of_weights_is_named(base, tmp_path, bytes_kept: int, sai
     assert caught.value.where == str(file)
 
 
-def test_a_name_on_the_hub_is_not_reckoned_nor_a_model_without_safetensors(tmp_path) -> None:
+def test_there_is_no_estimate_for_a_hub_name_or_without_safetensors(tmp_path) -> None:
     assert estimate_memory("someone/model", SETTINGS, GPU, 512) is None
     assert estimate_memory(str(tmp_path), SETTINGS, GPU, 512) is None
 
@@ -102,7 +102,7 @@ def room(base: Path, free: int, settings: Train = SETTINGS, device: str = "cpu")
     return said
 
 
-def test_what_does_not_fit_is_refused_with_its_numbers(base) -> None:
+def test_a_training_that_does_not_fit_is_refused_with_figures(base) -> None:
     with pytest.raises(
         TapirError, match=r"the weights take 0\.\d MB, .* optimizer 0\.\d MB, .*; 0\.1 MB of main memory"
     ):
@@ -112,16 +112,16 @@ def test_what_does_not_fit_is_refused_with_its_numbers(base) -> None:
     assert "train.method: lora" in caught.value.fix
 
 
-def test_what_may_not_fit_is_said(base) -> None:
+def test_a_training_that_may_not_fit_is_reported(base) -> None:
     assert room(base, 1_000_000)[0].startswith("Memory may run out: the weights take 0.")
 
 
-def test_what_fits_is_said_of_a_gpu_alone(base) -> None:
+def test_the_estimate_is_always_reported_on_a_gpu(base) -> None:
     assert room(base, 1 << 34) == []
     assert "17.2 GB of the GPU's 25.8 GB are free" in room(base, 1 << 34, device="cuda")[0]
 
 
-def test_gradient_checkpointing_is_as_asked_or_by_the_room(base) -> None:
+def test_gradient_checkpointing_follows_the_setting_or_the_free_memory(base) -> None:
     needs = estimate_memory(str(base), SETTINGS, GPU, 512)
     tight = Hardware("cuda", "trl", "bf16", needs.fixed + needs.activations if needs else 0)
     assert use_gradient_checkpointing(SETTINGS, tight, needs)

@@ -37,13 +37,13 @@ def test_an_epoch_goes_through_every_row_once_in_an_order_of_seed_and_epoch(
     assert not order or lengths[order[0]] == max(lengths)
 
 
-def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+def test_every_seed_and_epoch_has_its_own_order() -> None:
     lengths = list(range(100))
     orders = {tuple(RowOrder(lengths, 4, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
-def test_rows_of_a_step_are_of_about_one_length() -> None:
+def test_rows_of_a_step_have_similar_lengths() -> None:
     chance = random.Random("lengths")
     lengths = [chance.randint(60, 120) for _ in range(4000)]
     order = epoch_order(lengths, 16, random.Random("order"))
@@ -53,7 +53,7 @@ def test_rows_of_a_step_are_of_about_one_length() -> None:
     assert longest != sorted(longest, reverse=True)  # but the steps themselves are not sorted by length
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_nothing_saved(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     job = make_job(tmp_path, learning_rate=1e30, warmup=0.0, checkpoint_minutes=1e-9)
     with pytest.raises(TapirError, match=r"(loss|gradient) is not a finite number at step [2-8]") as caught:
         run_training(job, tmp_path / "train")
@@ -76,7 +76,9 @@ def break_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(torch.nn.Embedding, "forward", broken)
 
 
-def test_the_checkpoint_before_a_dead_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checkpoint_before_a_step_that_is_not_finite_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_job(tmp_path, micro_batch_size=8, checkpoint_minutes=1e-9)
     break_after(monkeypatch, 5)
     with pytest.raises(TapirError, match="the loss is not a finite number at step 6"):
@@ -101,7 +103,7 @@ def test_the_checkpoint_before_a_dead_step_is_kept(tmp_path: Path, monkeypatch: 
         ({"loss": 1.0}, "f32", ""),
     ],
 )
-def test_what_is_a_dead_step(tmp_path: Path, logs: dict[str, float], precision: str, said: str) -> None:
+def test_which_steps_are_not_finite(tmp_path: Path, logs: dict[str, float], precision: str, said: str) -> None:
     job = make_job(tmp_path)
     if not said:
         refuse_nonfinite_step(3, logs, job, precision)
@@ -111,7 +113,7 @@ def test_what_is_a_dead_step(tmp_path: Path, logs: dict[str, float], precision: 
     assert ("train.precision" in caught.value.fix) == (precision != "f32")
 
 
-def test_an_adapter_with_a_weight_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+def test_an_adapter_with_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     import torch
 
     model = torch.nn.Linear(3, 2)
@@ -125,7 +127,9 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_not_saved(tmp_path: Path)
     refuse_nonfinite_weights(model, job, "f32")
 
 
-def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_ends_with_nonfinite_weights_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last step's update overflows: its loss was finite, and no later step shows the overflow."""
     import torch
 
@@ -147,9 +151,7 @@ def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.0])
-def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_much(
-    tmp_path: Path, limit: float
-) -> None:
+def test_the_stage_records_rows_left_out_even_if_they_are_too_many(tmp_path: Path, limit: float) -> None:
     """One row of 32, with the real trainer in its own process."""
     base = make_job(tmp_path)
     lines = base.rows.read_text().splitlines()
@@ -174,7 +176,7 @@ def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_m
     assert (row.step, row.id, row.kind) == ("round-00/train", "3", "longer than student.max_length")
 
 
-def test_what_is_left_out_in_training_is_recorded_and_too_much_of_it_stops_it(tmp_path: Path) -> None:
+def test_rows_left_out_in_training_are_recorded_and_limited(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     lines = job.rows.read_text().splitlines()
     long = lines[3].replace('"completion":"', '"completion":"' + "one more number and " * 40)
