@@ -1,4 +1,4 @@
-"""Export families that are not supported here with llama.cpp's own converter, from a checkout that the user names."""
+"""Export architectures that we do not support with llama.cpp's own converter, from a checkout that the user names."""
 
 import json
 import os
