@@ -25,13 +25,13 @@ from tapir_local.records import Example, Message
 from tapir_local.training.classifier import (
     ClassifyJob,
     Prediction,
-    batches,
-    head,
-    load,
-    padded,
-    predict,
+    classifier_text,
+    load_classifier,
+    pad_batch,
+    predict_tasks,
+    row_batches,
     seed_torch,
-    tokenised,
+    tokenize_rows,
 )
 
 
@@ -43,12 +43,12 @@ def main() -> None:
     settings = Classifier(model=options.model, max_length=options.max_length)
     job = ClassifyJob(Path(), Path(), tuple(TASKS), settings, 1, Path())
     seed_torch(1)
-    model, tokenizer = load(job, [head(row, job) for row in rows])
+    model, tokenizer = load_classifier(job, [classifier_text(row, job) for row in rows])
     letters = sorted(len(row.prompt[0].content) for row in rows)
     print(f"{len(rows):,} rows; letters: median {letters[len(rows) // 2]}, longest {letters[-1]:,}")
-    predict(model, tokenizer, rows[:500], job)
+    predict_tasks(model, tokenizer, rows[:500], job)
     ways: dict[str, tuple[Callable[..., list[Prediction]], int]] = {
-        "by tokens, 2,048 at once": (predict, 1),
+        "by tokens, 2,048 at once": (predict_tasks, 1),
         "by letters, 64 rows at once": (by_letters, 1),
         "as they come, 64 rows, a tenth": (as_they_come, 10),
     }
@@ -96,8 +96,8 @@ def as_they_come(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJ
 def read(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJob) -> Iterator[Prediction]:
     """Sixty-four rows at a time, padded to the longest of them."""
     with torch.inference_mode():
-        for batch in batches(rows, 64):
-            inputs = padded(tokenizer, tokenised(tokenizer, batch, job), model.device)
+        for batch in row_batches(rows, 64):
+            inputs = pad_batch(tokenizer, tokenize_rows(tokenizer, batch, job), model.device)
             sure, best = model(**inputs).logits.float().softmax(-1).max(-1)
             for row, label, probability in zip(batch, best.tolist(), sure.tolist(), strict=True):
                 yield Prediction(row.id, job.labels[label], round(probability, 6))

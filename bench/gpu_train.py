@@ -23,7 +23,7 @@ from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
 from tapir_local.training.job import TrainJob
-from tapir_local.training.train import train
+from tapir_local.training.train import run_training
 
 METHODS, BACKENDS = ("lora", "qlora", "full"), ("trl", "unsloth")
 
@@ -84,7 +84,9 @@ def make_rows(path: Path, rows: int, length: int) -> None:
 def measure(job: TrainJob, folder: Path) -> dict[str, object]:
     """Train in a process of its own and read its log."""
     name = f"{job.settings.method} {job.settings.backend}"
-    train(job, folder, lambda done, total, note: print(f"\r{name} {done}/{total} {note}", end="", file=sys.stderr))
+    run_training(
+        job, folder, lambda done, total, note: print(f"\r{name} {done}/{total} {note}", end="", file=sys.stderr)
+    )
     *steps, end = map(json.loads, (job.out / "train_log.jsonl").read_text().splitlines())
     if len(steps) < 5:
         sys.exit(f"error: {len(steps)} steps are too few to measure; give more --rows or a smaller --batch")

@@ -125,7 +125,7 @@ def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, floa
     """A training as a run has it."""
     from tapir_local.recipe.schema import Train
     from tapir_local.training.job import TrainJob
-    from tapir_local.training.train import train
+    from tapir_local.training.train import run_training
 
     settings = Train(
         epochs=1,
@@ -137,7 +137,9 @@ def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, floa
         lora_alpha=2 * asked.rank,
     )
     place = folder / f"ours-{number}"
-    train(TrainJob(str(folder / "student"), folder / "rows.jsonl", place / "adapter", settings, LENGTH, 1), place)
+    run_training(
+        TrainJob(str(folder / "student"), folder / "rows.jsonl", place / "adapter", settings, LENGTH, 1), place
+    )
     *steps, _ = map(json.loads, (place / "adapter" / "train_log.jsonl").read_text().splitlines())
     last = steps[-1]
     loss = statistics.mean(step["loss"] for step in steps)

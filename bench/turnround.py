@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.assets import POCKET_STUDENT
-from tapir_local.export.base import base_of
+from tapir_local.export.base import run_base_gguf
 from tapir_local.memory import size
 from tapir_local.pipeline.backends import export_backend, gate_backend, generate_backend, ship_backend
 from tapir_local.recipe.schema import Recipe
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         runs = {way: begun(asked, way, Path(scratch)) for way in WAYS}
         with timed() as base:
-            base_of(*runs["adapter"], anew=True)
+            run_base_gguf(*runs["adapter"], anew=True)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for number in range(asked.repeat):
             for way in WAYS:
@@ -92,11 +92,10 @@ def make_adapter(model: Path, out: Path, rank: int) -> None:
 
     import torch
     from safetensors.torch import save_file
-
-    from tapir_local.export.weights import read_model
+    from tapir_local.training.model_files import read_model_tensors
 
     torch.manual_seed(1)
-    names = {name: source.shape for name, source in read_model(model).items() if name.endswith("_proj.weight")}
+    names = {name: source.shape for name, source in read_model_tensors(model).items() if name.endswith("_proj.weight")}
     tensors = {}
     for name, (rows, columns) in names.items():
         place = f"base_model.model.{name.removesuffix('.weight')}"

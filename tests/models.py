@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tapir_local.export.tokenizer import TEKKEN
+from tapir_local.export.tokenizer import TEKKEN_PATTERN
 
 CHATML = (
     "{% for message in messages %}"
@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path, kind: str = "smollm", template: str = CHATML, v
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    splits = {"qwen2": QWEN2_SPLIT, "llama3": LLAMA3_SPLIT, "mistral": TEKKEN}
+    splits = {"qwen2": QWEN2_SPLIT, "llama3": LLAMA3_SPLIT, "mistral": TEKKEN_PATTERN}
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in splits)
     first = [pre_tokenizers.Digits(individual_digits=True)] if kind == "smollm" else []
     if kind in splits:

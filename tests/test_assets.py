@@ -17,7 +17,7 @@ from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir, held, write_json
-from tapir_local.training.student import settle_student, student_folder
+from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 OLD, NEW = "a" * 40, "b" * 40
 READ = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"}
@@ -27,8 +27,8 @@ UNREAD |= {"pytorch_model.bin", "README.md", "model.gguf", "consolidated-00001-o
 SETTLE = """
 import json, sys
 from pathlib import Path
-from tapir_local.training.student import settle_student
-from tapir_local.training.student import student_folder
+from tapir_local.training.student_folder import prepare_student_folder
+from tapir_local.training.student_folder import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir
@@ -103,7 +103,7 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "student").mkdir()
     named = str(tmp_path / "student") if path == "FOLDER" else path
     recipe = parse_recipe(f"teacher: pocket\nstudent: {{path: {named}, revision: main}}", "r")
-    for folder_of in (student_folder, settle_student):
+    for folder_of in (student_folder, prepare_student_folder):
         with pytest.raises(TapirError, match=r"student.revision \(main\) is for a model on the Hub"):
             folder_of(recipe, RunDir(tmp_path, "r"))
 
@@ -129,7 +129,7 @@ def test_a_refused_second_process_writes_nothing_in_the_run(tmp_path: Path, temp
     first, second = (parse_recipe(recipe_of(named), "r") for named in ("alpaca", template))
     with held(run):
         write_json(run.path / "run.json", {"stages": {}})
-        settle_student(first, run)
+        prepare_student_folder(first, run)
         before = files(run.path)
         with pytest.raises(TapirError, match="is being worked on"), real_backends(second, run, print) as backends:
             distill(second, run, backends, QUIET)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
-from tapir_local.export.verified import export_checked
+from tapir_local.export.gated_export import export_with_gate
 from tapir_local.outputs import check_output
 
 WAYS: dict[str, Callable[[Path, Path], Path]] = {
@@ -89,9 +89,9 @@ def test_export_writes_over_no_folder_that_it_reads(llama, tmp_path: Path) -> No
     model = tmp_path / "out.gguf.work"
     model.symlink_to(llama.model)
     with pytest.raises(TapirError, match=r"out.gguf.work, which is written beside the output, is a file that"):
-        export_checked(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f32", check=False)
+        export_with_gate(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f32", check=False)
     with pytest.raises(TapirError, match="is a file that the command reads"):
-        export_checked(str(llama.model), llama.model, adapter=None, quant="f32", check=False)
+        export_with_gate(str(llama.model), llama.model, adapter=None, quant="f32", check=False)
     assert (llama.model / "config.json").exists()
 
 

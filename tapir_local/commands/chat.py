@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.base import Student, base_gguf, student_of
+from tapir_local.export.base import StudentFiles, base_gguf, student_files
 from tapir_local.inference.generate import chat_stream
 from tapir_local.inference.model import open_engine
 from tapir_local.pipeline.loop import kept_recipe, last_round
@@ -52,10 +52,10 @@ def open_students(
     """
     seed = secrets.randbits(31) if random_seed is None else random_seed
     recipe = kept_recipe(run)
-    files = {"student": student_of(recipe, run, find_student_gguf(run, number))}
+    files = {"student": student_files(recipe, run, find_student_gguf(run, number))}
     if vs == "base":
         tell("opening the base model; its GGUF is made only once")
-        files["base"] = Student(base_gguf(recipe, run))
+        files["base"] = StudentFiles(base_gguf(recipe, run))
     with ExitStack() as stack:
         yield [
             ChatModel(

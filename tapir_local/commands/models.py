@@ -171,13 +171,13 @@ def export_command(
         raise click.UsageError(
             "--modelfile needs a whole model; for an adapter, add an ADAPTER line to the Modelfile of its base"
         )
+    from tapir_local.export.gated_export import export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
-    from tapir_local.export.verified import export_checked, with_template
     from tapir_local.rundir import sha256
 
     show = line_progress("tensors")
-    with with_template(model, chat_template) as folder:
-        report = export_checked(
+    with model_with_template(model, chat_template) as folder:
+        report = export_with_gate(
             folder,
             out,
             adapter=adapter,

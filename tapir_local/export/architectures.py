@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_json
-from tapir_local.export.weights import Source
+from tapir_local.training.model_files import StoredTensor, read_model_json
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
-Config = Mapping[str, Any]
+ModelConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """What llama.cpp calls an architecture, and where it differs from transformers.
 
     `paired` says that llama.cpp rotates neighbouring pairs of a head's dimensions where transformers rotates halves,
@@ -33,11 +32,11 @@ class Family:
     window: int | None = None
     large: int = 0
     refused: tuple[str, ...] = ()
-    defaults: Config = field(default_factory=dict)
+    defaults: ModelConfig = field(default_factory=dict)
 
 
-LLAMA = Family("llama", paired=True, scalings=("linear", "yarn", "llama3"))
-GEMMA = {  # transformers 5.17, models/gemma2 and gemma3, configuration_*.py
+LLAMA = Architecture("llama", paired=True, scalings=("linear", "yarn", "llama3"))
+GEMMA_DEFAULTS = {  # transformers 5.17, models/gemma2 and gemma3, configuration_*.py
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
     "num_attention_heads": 8,
@@ -47,13 +46,13 @@ GEMMA = {  # transformers 5.17, models/gemma2 and gemma3, configuration_*.py
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-CAPPED = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192}
-FAMILIES: Mapping[str, Family] = {
+GEMMA2_DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192}
+ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
-    "Qwen2ForCausalLM": Family("qwen2", refused=("use_sliding_window",)),
-    "Qwen3ForCausalLM": Family("qwen3", refused=("use_sliding_window", "attention_bias")),
-    "Gemma2ForCausalLM": Family(
+    "Qwen2ForCausalLM": Architecture("qwen2", refused=("use_sliding_window",)),
+    "Qwen3ForCausalLM": Architecture("qwen3", refused=("use_sliding_window", "attention_bias")),
+    "Gemma2ForCausalLM": Architecture(
         "gemma2",
         norm_shift=1.0,
         activation="gelu_pytorch_tanh",
@@ -61,9 +60,9 @@ FAMILIES: Mapping[str, Family] = {
         window=2,
         large=46,
         refused=("use_bidirectional_attention", "attention_bias"),
-        defaults=GEMMA | CAPPED,
+        defaults=GEMMA_DEFAULTS | GEMMA2_DEFAULTS,
     ),
-    "Gemma3ForCausalLM": Family(
+    "Gemma3ForCausalLM": Architecture(
         "gemma3",
         norm_shift=1.0,
         activation="gelu_pytorch_tanh",
@@ -71,28 +70,28 @@ FAMILIES: Mapping[str, Family] = {
         window=6,
         large=62,
         refused=("use_bidirectional_attention", "attention_bias", "attn_logit_softcapping"),
-        defaults=GEMMA | {"max_position_embeddings": 131072},
+        defaults=GEMMA_DEFAULTS | {"max_position_embeddings": 131072},
     ),
 }
 
 
-def read_config(model_dir: Path) -> tuple[dict[str, Any], Family]:
+def read_model_config(model_dir: Path) -> tuple[dict[str, Any], Architecture]:
     """config.json, with what it leaves out, and the family; TapirError for one that is not mapped.
 
     Also for a setting that llama.cpp would not heed.
     """
     where = model_dir / "config.json"
-    config = read_json(where)
+    config = read_model_json(where)
     name = (config.get("architectures") or ["?"])[0]
-    if name not in FAMILIES:
-        raise unmapped(name, where)
-    family = FAMILIES[name]
+    if name not in ARCHITECTURES:
+        raise unmapped_error(name, where)
+    family = ARCHITECTURES[name]
     config = {**family.defaults, **config}
-    check_settings(config, family, where)
+    check_supported(config, family, where)
     return config, family
 
 
-def unmapped(name: str, where: Path) -> TapirError:
+def unmapped_error(name: str, where: Path) -> TapirError:
     """What to say of an architecture that is not in FAMILIES."""
     text = " A model with vision: take its text model (Gemma3ForCausalLM)." if "ConditionalGeneration" in name else ""
     return TapirError(
@@ -103,58 +102,60 @@ def unmapped(name: str, where: Path) -> TapirError:
     )
 
 
-def check_settings(config: Config, family: Family, where: Path) -> None:
+def check_supported(config: ModelConfig, family: Architecture, where: Path) -> None:
     """TapirError for what llama.cpp's graph of this architecture does otherwise, and no number in a GGUF changes."""
     act = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if act != family.activation:
-        unheeded(f"hidden_act {act}", family, where)
+        refuse_unsupported(f"hidden_act {act}", family, where)
     for setting in family.refused:
         if config.get(setting):
-            unheeded(setting, family, where)
+            refuse_unsupported(setting, family, where)
     if family.window:
         check_gemma(config, family, where)
-    kinds = {settings["rope_type"] for settings in rotaries(config)}
+    kinds = {settings["rope_type"] for settings in rope_settings(config)}
     for kind in kinds - {"default", *family.scalings}:
-        unheeded(f"rope scaling of type {kind}", family, where)
-    if rotaries(config)[1]["rope_type"] != "default" and family.arch == "gemma3":
-        unheeded("rope scaling of layers with a sliding window", family, where)
-    check_yarn(rotaries(config)[0], family, where)
+        refuse_unsupported(f"rope scaling of type {kind}", family, where)
+    if rope_settings(config)[1]["rope_type"] != "default" and family.arch == "gemma3":
+        refuse_unsupported("rope scaling of layers with a sliding window", family, where)
+    check_yarn(rope_settings(config)[0], family, where)
 
 
-def check_gemma(config: Config, family: Family, where: Path) -> None:
+def check_gemma(config: ModelConfig, family: Architecture, where: Path) -> None:
     """llama.cpp reckons the attention's scale by itself (models/gemma2.cpp), and caps Gemma 2's logits always."""
     large = config["num_hidden_layers"] == family.large
     scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
     if config["query_pre_attn_scalar"] != scalar:
-        unheeded(f"query_pre_attn_scalar {config['query_pre_attn_scalar']} (it takes {scalar})", family, where)
+        refuse_unsupported(
+            f"query_pre_attn_scalar {config['query_pre_attn_scalar']} (it takes {scalar})", family, where
+        )
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if family.arch == "gemma2" and not config.get(cap):
-            unheeded(f"{cap} {config.get(cap)}", family, where)
+            refuse_unsupported(f"{cap} {config.get(cap)}", family, where)
 
 
-def check_yarn(settings: Config, family: Family, where: Path) -> None:
+def check_yarn(settings: ModelConfig, family: Architecture, where: Path) -> None:
     """llama.cpp has YaRN's own boundaries for these architectures: it reads others only for Grok and Mistral 3."""
     if settings["rope_type"] != "yarn":
         return
     for name, usual in (("beta_fast", 32), ("beta_slow", 1)):
         if (settings.get(name) or usual) != usual:
-            unheeded(f"yarn's {name} {settings[name]}", family, where)
+            refuse_unsupported(f"yarn's {name} {settings[name]}", family, where)
     if settings.get("truncate") is False:
-        unheeded("yarn's truncate: false", family, where)
+        refuse_unsupported("yarn's truncate: false", family, where)
 
 
-def unheeded(what: str, family: Family, where: Path) -> NoReturn:
+def refuse_unsupported(what: str, family: Architecture, where: Path) -> NoReturn:
     raise TapirError(
         f"{what} has no like in llama.cpp's {family.arch}", where=str(where), fix="Use a model without it."
     )
 
 
-def head_dim(config: Config) -> int:
+def head_dim(config: ModelConfig) -> int:
     """Dimensions of one head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def write_settings(writer: Any, config: Config, family: Family, rows: int) -> None:
+def write_architecture(writer: Any, config: ModelConfig, family: Architecture, rows: int) -> None:
     """The architecture's numbers, out of config.json."""
     heads = config["num_attention_heads"]
     writer.add_vocab_size(rows)
@@ -168,39 +169,39 @@ def write_settings(writer: Any, config: Config, family: Family, rows: int) -> No
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(head_dim(config))
-    whole, sliding = rotaries(config)
+    whole, sliding = rope_settings(config)
     writer.add_rope_freq_base(whole["rope_theta"])
     write_rope_scaling(writer, whole)
     if family.window:
-        write_windows(writer, config, family, sliding)
+        write_attention_windows(writer, config, family, sliding)
 
 
-def context_length(config: Config, family: Family) -> int:
+def context_length(config: ModelConfig, family: Architecture) -> int:
     """The tokens of a conversation; Mistral 7B v0.1's sliding window, which llama.cpp does not know, ends it."""
     longest = int(config["max_position_embeddings"])
     window = None if family.window or config.get("use_sliding_window") is False else config.get("sliding_window")
     return min(longest, int(window)) if window else longest
 
 
-def write_windows(writer: Any, config: Config, family: Family, sliding: Config) -> None:
+def write_attention_windows(writer: Any, config: ModelConfig, family: Architecture, sliding: ModelConfig) -> None:
     """Gemma's soft caps, and which layers see a window only; the pattern where it is not llama.cpp's own."""
-    windowed = layers_with_window(config, family)
+    windowed = window_layers(config, family)
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(cap):
             getattr(writer, "add_" + cap)(config[cap])
     if any(windowed):
         writer.add_sliding_window(config["sliding_window"])
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
-    if windowed != usual_windows(len(windowed), family):
+    if windowed != default_windows(len(windowed), family):
         writer.add_sliding_window_pattern(windowed)
 
 
-def usual_windows(layers: int, family: Family) -> list[bool]:
+def default_windows(layers: int, family: Architecture) -> list[bool]:
     """All layers but each `window`-th one."""
     return [bool((number + 1) % (family.window or 1)) for number in range(layers)]
 
 
-def layers_with_window(config: Config, family: Family) -> list[bool]:
+def window_layers(config: ModelConfig, family: Architecture) -> list[bool]:
     """Layer by layer, True where attention is confined to the sliding window."""
     kinds = config.get("layer_types")
     if kinds:
@@ -209,7 +210,7 @@ def layers_with_window(config: Config, family: Family) -> list[bool]:
     return [bool((number + 1) % period) for number in range(config["num_hidden_layers"])]
 
 
-def rotaries(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+def rope_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rotary settings of layers that see everything, and of those with a sliding window: alike but for Gemma 3.
 
     transformers 5 has them in `rope_parameters`, for Gemma 3 by kind of layer; older models in `rope_theta`,
@@ -217,22 +218,24 @@ def rotaries(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     newer = config.get("rope_parameters") or {}
     if "full_attention" in newer:
-        return rotary(config, newer["full_attention"]), rotary(config, newer["sliding_attention"])
+        return layer_rope_settings(config, newer["full_attention"]), layer_rope_settings(
+            config, newer["sliding_attention"]
+        )
     local = "Gemma3ForCausalLM" in (config.get("architectures") or ())
     scaling = {**(config.get("rope_scaling") or {}), **newer}
     if local:
         base = {"rope_theta": config.get("rope_local_base_freq") or 10000.0, "rope_type": "default"}
-        return rotary({"rope_theta": 1e6, **config}, scaling), base
-    return rotary(config, scaling), rotary(config, scaling)
+        return layer_rope_settings({"rope_theta": 1e6, **config}, scaling), base
+    return layer_rope_settings(config, scaling), layer_rope_settings(config, scaling)
 
 
-def rotary(config: Config, scaling: Config) -> dict[str, Any]:
+def layer_rope_settings(config: ModelConfig, scaling: ModelConfig) -> dict[str, Any]:
     """One kind of layer's base and scaling."""
     settings = {"rope_theta": config.get("rope_theta") or 10000.0, **scaling}
     return {"rope_type": settings.get("type", "default"), **settings}
 
 
-def write_rope_scaling(writer: Any, settings: Config) -> None:
+def write_rope_scaling(writer: Any, settings: ModelConfig) -> None:
     """Linear and YaRN scaling are numbers; Llama 3's is a tensor (see `rope_factors`)."""
     import gguf
 
@@ -243,10 +246,10 @@ def write_rope_scaling(writer: Any, settings: Config) -> None:
     if kind == "yarn":
         if settings.get("original_max_position_embeddings"):
             writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
-        writer.add_rope_scaling_attn_factors(yarn_attention(settings))
+        writer.add_rope_scaling_attn_factors(yarn_attention_factor(settings))
 
 
-def yarn_attention(settings: Config) -> float:
+def yarn_attention_factor(settings: ModelConfig) -> float:
     """What the config's attention factor is of the paper's, 0.1 ln(factor) + 1, by which llama.cpp multiplies anyway.
 
     transformers 5.17, modeling_rope_utils.py; llama.cpp, llama-context.cpp and rope_yarn in ggml-cpu/ops.cpp.
@@ -262,7 +265,7 @@ def yarn_attention(settings: Config) -> float:
     return float(wanted / scaled(1.0))
 
 
-def rope_factors(config: Config) -> Array:
+def rope_factors(config: ModelConfig) -> Array:
     """What Llama 3.1's scaling divides each rotary frequency by, shape (head_dim / 2,).
 
     transformers 5.17, modeling_rope_utils.py: short wave lengths stay, long ones are divided by `factor`, those between
@@ -270,7 +273,7 @@ def rope_factors(config: Config) -> Array:
     """
     import numpy as np
 
-    settings, dim = rotaries(config)[0], head_dim(config)
+    settings, dim = rope_settings(config)[0], head_dim(config)
     waves = 2 * np.pi * settings["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     low, high, factor = settings["low_freq_factor"], settings["high_freq_factor"], settings["factor"]
     old = settings["original_max_position_embeddings"]
@@ -278,7 +281,7 @@ def rope_factors(config: Config) -> Array:
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def used(sources: Mapping[str, Source], config: Config) -> dict[str, Source]:
+def exported_tensors(sources: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that llama.cpp takes: no frequencies, which it reckons itself, no output beside a tied embedding."""
     left_out = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     return {
@@ -288,7 +291,7 @@ def used(sources: Mapping[str, Source], config: Config) -> dict[str, Source]:
     }
 
 
-def tensor_names(config: Config, family: Family) -> Any:
+def tensor_name_map(config: ModelConfig, family: Architecture) -> Any:
     """gguf's map from the names of transformers to those of llama.cpp."""
     import gguf
 
@@ -296,7 +299,7 @@ def tensor_names(config: Config, family: Family) -> Any:
     return gguf.get_tensor_name_map(number, config["num_hidden_layers"])
 
 
-def target_name(name: str, source: Source, names: Any, family: Family) -> str:
+def gguf_name(name: str, source: StoredTensor, names: Any, family: Architecture) -> str:
     """What llama.cpp calls a tensor; TapirError where it has no place for it."""
     target = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if target is None:
@@ -308,20 +311,20 @@ def target_name(name: str, source: Source, names: Any, family: Family) -> str:
     return str(target)
 
 
-def row_order(name: str, rows: int, config: Config, family: Family) -> Array | None:
+def row_order(name: str, rows: int, config: ModelConfig, family: Architecture) -> Array | None:
     """Which row of transformers' tensor, or of its LoRA's B, is each of llama.cpp's; None where all stay in place."""
     import numpy as np
 
-    heads = paired_heads(name, config) if family.paired else 0
-    return pair(np.arange(rows), heads) if heads else None
+    heads = interleaved_heads(name, config) if family.paired else 0
+    return interleave_halves(np.arange(rows), heads) if heads else None
 
 
-def shift(name: str, family: Family) -> float:
+def norm_offset(name: str, family: Architecture) -> float:
     """What llama.cpp wants added to a tensor."""
     return family.norm_shift if name.endswith("norm.weight") else 0.0
 
 
-def paired_heads(name: str, config: Config) -> int:
+def interleaved_heads(name: str, config: ModelConfig) -> int:
     """The number of heads in q's or k's rows; 0 for any other tensor."""
     heads = int(config["num_attention_heads"])
     if name.endswith(("q_proj.weight", "q_proj.bias")):
@@ -329,7 +332,7 @@ def paired_heads(name: str, config: Config) -> int:
     return int(config.get("num_key_value_heads") or heads) if name.endswith(("k_proj.weight", "k_proj.bias")) else 0
 
 
-def pair(weight: Array, heads: int) -> Array:
+def interleave_halves(weight: Array, heads: int) -> Array:
     """Rows 0, 1, … n/2, n/2 + 1, … of each head put as 0, n/2, 1, n/2 + 1, …"""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)

@@ -8,21 +8,21 @@ from math import prod
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_json
-from tapir_local.export.weights import adapter_settings, read_model
+from tapir_local.export.weights import read_adapter_config
 from tapir_local.inference.model import check_gguf
 from tapir_local.memory import check_disk, check_memory, free_memory
 from tapir_local.private import private_file
 from tapir_local.process import Progress
 from tapir_local.rundir import remove
+from tapir_local.training.model_files import read_model_json, read_model_tensors
 
-SCRIPT = "convert_hf_to_gguf.py"
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pth")
+CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pth")
 
 
-def find_script(converter: Path) -> Path:
+def find_converter(converter: Path) -> Path:
     """The script, out of its own path or its folder's; TapirError where there is none."""
-    script = converter / SCRIPT if converter.is_dir() else converter
+    script = converter / CONVERTER_SCRIPT if converter.is_dir() else converter
     if not script.is_file():
         raise TapirError(
             f"there is no converter: {script.name} is missing",
@@ -32,7 +32,7 @@ def find_script(converter: Path) -> Path:
     return script
 
 
-def convert(
+def convert_with_llama_cpp(
     model_dir: Path, adapter: Path | None, out: Path, kind: str, script: Path, log: Path, progress: Progress
 ) -> None:
     """Write `out` in the converter's outtype `kind` (f32, f16, bf16 or q8_0), the adapter merged by PEFT before.
@@ -44,11 +44,11 @@ def convert(
     remove(scratch)
     try:
         progress(0, 2, "the model as the converter reads it")
-        lay_out(model_dir, scratch, with_weights=adapter is None)
+        link_model_files(model_dir, scratch, with_weights=adapter is None)
         if adapter is not None:
-            merge(model_dir, adapter, scratch)
+            merge_with_peft(model_dir, adapter, scratch)
         progress(1, 2, "converting")
-        run_script(script, scratch, out, kind, log)
+        run_converter(script, scratch, out, kind, log)
         progress(2, 2, "converted")
     except BaseException:
         remove(out)
@@ -57,25 +57,25 @@ def convert(
         remove(scratch)
 
 
-def lay_out(model_dir: Path, scratch: Path, *, with_weights: bool) -> None:
+def link_model_files(model_dir: Path, scratch: Path, *, with_weights: bool) -> None:
     """Links to the model's files, and a tokenizer_config.json that adds no BOS: the template alone writes it."""
     scratch.mkdir(parents=True)
     for path in model_dir.iterdir():
-        if path.is_file() and (with_weights or not path.name.endswith(WEIGHTS)):
+        if path.is_file() and (with_weights or not path.name.endswith(WEIGHT_SUFFIXES)):
             (scratch / path.name).symlink_to(path.resolve())
     settings = model_dir / "tokenizer_config.json"
-    content = read_json(settings) | {"add_bos_token": False, "add_eos_token": False}
+    content = read_model_json(settings) | {"add_bos_token": False, "add_eos_token": False}
     (scratch / settings.name).unlink()
     (scratch / settings.name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def merge(model_dir: Path, adapter: Path, scratch: Path) -> None:
+def merge_with_peft(model_dir: Path, adapter: Path, scratch: Path) -> None:
     """PEFT's merge of the whole model in memory: in f32 where memory and disk have room, else in the saved type."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter_settings(adapter)
-    dtype = merge_type(model_dir, scratch)
+    read_adapter_config(adapter)
+    dtype = merge_dtype(model_dir, scratch)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(scratch / "merged")
@@ -89,9 +89,9 @@ def merge(model_dir: Path, adapter: Path, scratch: Path) -> None:
         path.rename(scratch / path.name)
 
 
-def merge_type(model_dir: Path, scratch: Path) -> str:
+def merge_dtype(model_dir: Path, scratch: Path) -> str:
     """`float32`, or `auto` where that does not fit; TapirError where neither does."""
-    sources = read_model(model_dir).values()
+    sources = read_model_tensors(model_dir).values()
     elements = sum(prod(source.shape) for source in sources)
     saved = sum(prod(source.shape) * (4 if source.dtype in ("F32", "F64") else 2) for source in sources)
     check_disk(scratch, saved, "the model with its adapter merged")
@@ -105,14 +105,14 @@ def merge_type(model_dir: Path, scratch: Path) -> str:
     return "auto"
 
 
-def run_script(script: Path, model: Path, out: Path, kind: str, log: Path) -> None:
+def run_converter(script: Path, model: Path, out: Path, kind: str, log: Path) -> None:
     """The converter in a process of its own, offline, with the gguf package beside it and not the one installed."""
     command = [sys.executable, str(script), str(model), "--outfile", str(out), "--outtype", kind]
     log.parent.mkdir(parents=True, exist_ok=True)
     private_file(log)
     with log.open("wb") as file:
         code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(script)
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=converter_environment(script)
         ).returncode
     if code:
         raise TapirError(
@@ -123,12 +123,12 @@ def run_script(script: Path, model: Path, out: Path, kind: str, log: Path) -> No
     check_gguf(out, "converter's GGUF", f"See what it said in {log}.")
 
 
-def environment(script: Path) -> dict[str, str]:
+def converter_environment(script: Path) -> dict[str, str]:
     """The converter's: our own packages' paths come after its own."""
     paths = [str(script.parent / "gguf-py"), str(script.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
 
 
-def last_line(log: Path) -> str:
+def last_log_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing"

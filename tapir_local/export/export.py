@@ -13,34 +13,35 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.architectures import (
-    Config,
-    Family,
-    read_config,
+    Architecture,
+    ModelConfig,
+    exported_tensors,
+    gguf_name,
+    norm_offset,
+    read_model_config,
     rope_factors,
-    rotaries,
+    rope_settings,
     row_order,
-    shift,
-    target_name,
-    tensor_names,
-    used,
-    write_settings,
+    tensor_name_map,
+    write_architecture,
 )
-from tapir_local.export.converter import convert, find_script
+from tapir_local.export.converter import convert_with_llama_cpp, find_converter
 from tapir_local.export.tokenizer import (
-    Vocab,
-    end_of_turn,
-    read_template,
-    read_tokenizer,
-    read_vocab,
-    special_texts,
-    write_vocab,
+    Vocabulary,
+    end_of_turn_id,
+    read_model_template,
+    read_model_vocabulary,
+    read_tokenizer_json,
+    special_token_texts,
+    write_vocabulary,
 )
-from tapir_local.export.weights import Delta, Source, load, read_adapter, read_model
-from tapir_local.export.writer import Planned, file_type, size_of, type_of, write_tensors
+from tapir_local.export.weights import LoraDelta, load_tensor, read_adapter_deltas
+from tapir_local.export.writer import PlannedTensor, file_type_number, tensor_bytes, tensor_type, write_tensors
 from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.rundir import read_record, whole
+from tapir_local.training.model_files import StoredTensor, read_model_tensors
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 
@@ -61,10 +62,10 @@ class ExportJob:
     converter: Path | None = None
 
 
-NATIVE = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+NATIVE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
-MEMORY = 64 << 20  # bytes beside those of the libraries: the vocabulary, and blocks of a megabyte in the making
-BITS = {"q4_k_m": 5.5, "q5_k_m": 6.3, "q6_k": 7.0}  # a weight, of small models too, whose embedding has six
+EXPORT_MEMORY = 64 << 20  # bytes beside those of the libraries: the vocabulary, and blocks of a megabyte in the making
+K_QUANT_BITS = {"q4_k_m": 5.5, "q5_k_m": 6.3, "q6_k": 7.0}  # a weight, of small models too, whose embedding has six
 
 
 def export_gguf(
@@ -84,19 +85,21 @@ def export_gguf(
     family, and what it prints is in `log`. `progress` gets (tensors written, tensors in all, name). TapirError for a
     family, tokenizer, adapter or setting that has no like in llama.cpp, and where the disk is too small.
     """
-    if quant not in {**NATIVE, **K_QUANTS}:
+    if quant not in {**NATIVE_TYPES, **K_QUANTS}:
         raise TapirError(f"no such quant: {quant}", where="quant", fix=f"One of {', '.join({**NATIVE, **K_QUANTS})}.")
-    script = find_script(converter) if converter else None
-    kind = quant if quant in NATIVE else middle_type(model_dir, adapter)
+    script = find_converter(converter) if converter else None
+    kind = quant if quant in NATIVE_TYPES else intermediate_type(model_dir, adapter)
 
     def write(path: Path) -> None:
         if script:
-            convert(model_dir, adapter, path, kind, script, log or out.with_name(out.name + ".converter.log"), progress)
+            convert_with_llama_cpp(
+                model_dir, adapter, path, kind, script, log or out.with_name(out.name + ".converter.log"), progress
+            )
         else:
-            write_gguf(model_dir, path, adapter, NATIVE[kind], progress, BITS.get(quant, 0))
+            write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, K_QUANT_BITS.get(quant, 0))
 
     with whole(out) as partial:
-        if quant in NATIVE:
+        if quant in NATIVE_TYPES:
             write(partial)
             return
         middle = out.with_name(f"{out.name}.{kind}.partial")
@@ -107,87 +110,95 @@ def export_gguf(
             middle.unlink(missing_ok=True)
 
 
-def middle_type(model_dir: Path, adapter: Path | None) -> str:
+def intermediate_type(model_dir: Path, adapter: Path | None) -> str:
     """What a k-quant is made from: bf16 where that is what the model is saved as and nothing is merged, else f16.
 
     Either holds the saved weights as they are; merged ones need the more digits that f16 has.
     """
-    kinds = {source.dtype for source in read_model(model_dir).values() if len(source.shape) > 1}
+    kinds = {source.dtype for source in read_model_tensors(model_dir).values() if len(source.shape) > 1}
     return "bf16" if kinds == {"BF16"} and adapter is None else "f16"
 
 
-def write_gguf(
+def write_model_gguf(
     model_dir: Path, path: Path, adapter: Path | None, quant: str, progress: Progress, more: float = 0
 ) -> None:
     """Metadata first, then every tensor. The disk must have room for it, and for a file of `more` bits a weight."""
     import gguf
 
-    config, family = read_config(model_dir)
-    tensors = plan(model_dir, config, family, adapter, gguf.GGMLQuantizationType[quant])
+    config, family = read_model_config(model_dir)
+    tensors = plan_model(model_dir, config, family, adapter, gguf.GGMLQuantizationType[quant])
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-    vocab = read_vocab(model_dir, rows)
-    check_room(path, tensors, vocab, more)
+    vocab = read_model_vocabulary(model_dir, rows)
+    check_export_space(path, tensors, vocab, more)
     writer = gguf.GGUFWriter(path, family.arch)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(model_dir.name)
-    writer.add_file_type(file_type(quant))
+    writer.add_file_type(file_type_number(quant))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    write_settings(writer, config, family, rows)
-    write_vocab(writer, vocab)
+    write_architecture(writer, config, family, rows)
+    write_vocabulary(writer, vocab)
     write_tensors(writer, tensors, progress)
 
 
-def check_room(path: Path, tensors: Sequence[Planned], vocab: Vocab, more: float) -> None:
+def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Vocabulary, more: float) -> None:
     """TapirError where the file does not fit on the disk, or the k-quant of `more` bits a weight made from it.
 
     Also for too little memory: the export's own (see `MEMORY`), and what llama.cpp needs for a k-quant, which are the
     largest tensor in float32 and its quants.
     """
     largest = max(prod(tensor.shape) for tensor in tensors)
-    check_memory(MEMORY + (8 * largest if more else 0), "the export")
+    check_memory(EXPORT_MEMORY + (8 * largest if more else 0), "the export")
     texts = sum(len(text.encode()) + 16 for text in (*(token.text for token in vocab.tokens), *vocab.merges))
-    file = sum(size_of(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
+    file = sum(tensor_bytes(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
     weights = sum(prod(tensor.shape) for tensor in tensors)
     what = "the GGUF, and the one of 16 bits that it is made from" if more else "the GGUF"
     check_disk(path, file + round(weights * more / 8), what)
 
 
-def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, quant: Any) -> tuple[Planned, ...]:
+def plan_model(
+    model_dir: Path, config: ModelConfig, family: Architecture, adapter: Path | None, quant: Any
+) -> tuple[PlannedTensor, ...]:
     """Every tensor of the GGUF in the order of the base's names."""
-    sources = used(read_model(model_dir), config)
-    deltas = {} if adapter is None else read_adapter(adapter, sources)
-    names = tensor_names(config, family)
+    sources = exported_tensors(read_model_tensors(model_dir), config)
+    deltas = {} if adapter is None else read_adapter_deltas(adapter, sources)
+    names = tensor_name_map(config, family)
     tensors = [
         plan_tensor(name, source, deltas.get(name), names, config, family, quant)
         for name, source in sorted(sources.items())
     ]
-    if rotaries(config)[0]["rope_type"] == "llama3":
-        tensors.append(planned_factors(rope_factors(config)))
+    if rope_settings(config)[0]["rope_type"] == "llama3":
+        tensors.append(plan_rope_factors(rope_factors(config)))
     return tuple(tensors)
 
 
-def planned_factors(factors: Array) -> Planned:
+def plan_rope_factors(factors: Array) -> PlannedTensor:
     """Llama 3's rotary scaling, which llama.cpp reads as a tensor."""
     import gguf
 
     def read(start: int, stop: int) -> Array:
         return factors[start:stop]
 
-    return Planned("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, read)
+    return PlannedTensor("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, read)
 
 
 def plan_tensor(
-    name: str, source: Source, delta: Delta | None, names: Any, config: Config, family: Family, quant: Any
-) -> Planned:
+    name: str,
+    source: StoredTensor,
+    delta: LoraDelta | None,
+    names: Any,
+    config: ModelConfig,
+    family: Architecture,
+    quant: Any,
+) -> PlannedTensor:
     """Where a tensor goes, and how it is made."""
-    target, added = target_name(name, source, names, family), shift(name, family)
+    target, added = gguf_name(name, source, names, family), norm_offset(name, family)
     order = row_order(name, source.shape[0], config, family)
 
     def read(start: int, stop: int) -> Array:
-        weight = load(source, delta, slice(start, stop) if order is None else order[start:stop])
+        weight = load_tensor(source, delta, slice(start, stop) if order is None else order[start:stop])
         return weight + added if added else weight
 
-    return Planned(target, type_of(target, source.shape, quant), source.shape, read)
+    return PlannedTensor(target, tensor_type(target, source.shape, quant), source.shape, read)
 
 
 def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
@@ -196,10 +207,12 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
     With a converter of llama.cpp's, which knows other families, when there is none, or the template ends no answer.
     """
     if converter:
-        find_script(converter)
-        ends = end_of_turn(read_tokenizer(model_dir), read_template(model_dir), special_texts(model_dir))
+        find_converter(converter)
+        ends = end_of_turn_id(
+            read_tokenizer_json(model_dir), read_model_template(model_dir), special_token_texts(model_dir)
+        )
     else:
-        ends = dict(read_vocab(model_dir, read_config(model_dir)[0]["vocab_size"]).special)
+        ends = dict(read_model_vocabulary(model_dir, read_model_config(model_dir)[0]["vocab_size"]).special)
     if "eot" not in ends:
         raise TapirError(
             "the chat template ends no answer with a token of the tokenizer, so a student would never stop",
@@ -209,7 +222,7 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
         )
 
 
-def export(job: ExportJob, folder: Path, progress: Progress | None = None) -> None:
+def run_export(job: ExportJob, folder: Path, progress: Progress | None = None) -> None:
     """Run the job in a process of its own, which leaves job.json and export.log in `folder`.
 
     `progress` gets (tensors written, tensors in all, name). TapirError as from `export_gguf`, or when the process died.
@@ -217,7 +230,7 @@ def export(job: ExportJob, folder: Path, progress: Progress | None = None) -> No
     in_own_process("tapir_local.export.export", job, folder, progress)
 
 
-def run_folder(folder: Path, progress: Progress) -> None:
+def export_main(folder: Path, progress: Progress) -> None:
     """The child's side of `export`."""
     job = read_record(ExportJob, folder / "job.json")
     if job.adapter_only and job.adapter:
@@ -236,4 +249,4 @@ def run_folder(folder: Path, progress: Progress) -> None:
 
 if __name__ == "__main__":
     # Blocks are made by threads of ours; OpenBLAS's own would spin beside them: a 0.5B with LoRA took 8.7 s, not 4.6.
-    sys.exit(child_main(run_folder, {"OPENBLAS_NUM_THREADS": "1"}))
+    sys.exit(child_main(export_main, {"OPENBLAS_NUM_THREADS": "1"}))

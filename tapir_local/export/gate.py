@@ -11,9 +11,9 @@ from typing import Any
 
 from tapir_local.data.special_tokens import tokenize_rendered, unguard_text
 from tapir_local.errors import TapirError
-from tapir_local.export.probes import QUESTIONS, rendered, sample, texts_of
-from tapir_local.export.reference import Trained, load_trained, trained_logits
-from tapir_local.export.tokenizer import end_of_turn, read_tokenizer, special_texts
+from tapir_local.export.probes import FALLBACK_PROMPTS, gate_texts, render_prompt, sample_prompts
+from tapir_local.export.reference import ReferenceModel, load_reference, reference_logits
+from tapir_local.export.tokenizer import end_of_turn_id, read_tokenizer_json, special_token_texts
 from tapir_local.inference.batch import compute_logits
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
@@ -41,9 +41,9 @@ MIN_AGREEMENT = {
     "q5_k_m": 0.85,
     "q4_k_m": 0.8,
 }
-FILE_TYPES = {"0": "f32", "1": "f16", "7": "q8_0", "15": "q4_k_m", "17": "q5_k_m", "18": "q6_k", "32": "bf16"}
-ANSWER_TOKENS = 48
-CONTEXT = 1024
+QUANT_OF_FILE_TYPE = {"0": "f32", "1": "f16", "7": "q8_0", "15": "q4_k_m", "17": "q5_k_m", "18": "q6_k", "32": "bf16"}
+GATE_ANSWER_TOKENS = 48
+GATE_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ class GateReport:
 
     failed: tuple[str, ...]
     probes: int
-    mismatches: int
+    find_mismatches: int
     examples: tuple[Mismatch, ...]
     bos_trained: int
     bos_gguf: int
-    figures: Figures
+    answer_figures: Figures
     max_kl: float
     min_agreement: float
     streamed: bool = False
@@ -113,7 +113,7 @@ class GateReport:
         return not self.failed
 
 
-def gate(
+def verify_gguf(
     model_dir: Path,
     adapter: Path | None,
     gguf: Path,
@@ -130,20 +130,20 @@ def gate(
     TapirError when one of them cannot be loaded.
     """
     with open_model(gguf, adapter=adapter_gguf) as llama:  # before torch, so that `patient_threads` is heeded
-        quant, tokenizer = quant_of(llama), load_tokenizer(model_dir)
-        texts = texts_of(tokenizer, rows)
-        wrong = mismatches(tokenizer, llama, texts)
-        asked = rendered(tokenizer, (Message("user", QUESTIONS[0]),))
-        trained_bos, gguf_bos = bos_counts(tokenizer, llama, asked)
+        quant, tokenizer = read_quant(llama), load_tokenizer(model_dir)
+        texts = gate_texts(tokenizer, rows)
+        wrong = find_mismatches(tokenizer, llama, texts)
+        asked = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
+        trained_bos, gguf_bos = count_bos(tokenizer, llama, asked)
         checks = {
             "tokens": not wrong,
             "bos": trained_bos == gguf_bos,
             "eos": stops_as_trained(tokenizer, llama, model_dir),
             "template": llama.template == tokenizer.get_chat_template(),
         }
-        trained = load_trained(model_dir, adapter, beside=working_memory(llama), free=free)
-        with open_context(llama, ContextConfig(CONTEXT * 4, 5, exact=True)) as engine:
-            found = compare(engine, trained, sample(rows))
+        trained = load_reference(model_dir, adapter, beside=gate_memory(llama), free=free)
+        with open_context(llama, ContextConfig(GATE_CONTEXT * 4, 5, exact=True)) as engine:
+            found = compare_answers(engine, trained, sample_prompts(rows))
     wanted = MIN_AGREEMENT[quant] if min_agreement is None else min_agreement
     checks["logits"] = found.kl <= MAX_KL[quant]
     checks["adapter"] = found.kl_base is None or found.kl <= found.kl_base
@@ -153,19 +153,19 @@ def gate(
     return GateReport(failed, *counts, found, MAX_KL[quant], wanted, trained.streamed)
 
 
-def working_memory(llama: Model) -> int:
+def gate_memory(llama: Model) -> int:
     """Bytes beside the trained model: the GGUF, and the logits of a whole context on either side."""
     words = int(library().llama_vocab_n_tokens(llama.vocab))
-    return llama.gguf.stat().st_size + 2 * 4 * CONTEXT * words
+    return llama.gguf.stat().st_size + 2 * 4 * GATE_CONTEXT * words
 
 
-def quant_of(llama: Model) -> str:
+def read_quant(llama: Model) -> str:
     """The type of the weights, as the GGUF says it."""
     number = metadata(llama, "general.file_type")
-    if number not in FILE_TYPES:
+    if number not in QUANT_OF_FILE_TYPE:
         fix = f"Export it as {', '.join(MAX_KL)}."
         raise TapirError(f"its weights are of a type without a threshold ({number})", where=str(llama.gguf), fix=fix)
-    return FILE_TYPES[number]
+    return QUANT_OF_FILE_TYPE[number]
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -175,13 +175,13 @@ def load_tokenizer(model_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
 
 
-def mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
+def find_mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
     """The texts whose token ids are not the same on both sides."""
     pairs = zip(texts, tokenize_rendered(tokenizer, texts), (encode(llama, text) for text in texts), strict=True)
     return [Mismatch(unguard_text(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != other]
 
 
-def bos_counts(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
+def count_bos(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
     """BOS tokens in a prompt as trained, and where a runtime lets the GGUF add what it says is to be added."""
     bos = tokenizer.bos_token_id
     trained = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -190,7 +190,7 @@ def bos_counts(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
 
 def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
     """True when EOS is the same and llama.cpp stops at the token that ended each turn in training."""
-    ends = end_of_turn(read_tokenizer(model_dir), tokenizer.get_chat_template(), special_texts(model_dir))
+    ends = end_of_turn_id(read_tokenizer_json(model_dir), tokenizer.get_chat_template(), special_token_texts(model_dir))
     return (
         bool(ends)
         and llama.eos == (tokenizer.eos_token or "")
@@ -198,39 +198,39 @@ def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
     )
 
 
-def compare(engine: Engine, trained: Trained, prompts: Sequence[Prompt]) -> Figures:
+def compare_answers(engine: Engine, trained: ReferenceModel, prompts: Sequence[Prompt]) -> Figures:
     """The GGUF's greedy answers, and what both make of every position in them."""
-    texts = own_answers(engine, prompts)
+    texts = greedy_answers(engine, prompts)
     parts = [
-        figures(compute_logits(engine, ids)[start:], wanted, base)
-        for (ids, start), (wanted, base) in zip(texts, trained_logits(trained, texts), strict=True)
+        answer_figures(compute_logits(engine, ids)[start:], wanted, base)
+        for (ids, start), (wanted, base) in zip(texts, reference_logits(trained, texts), strict=True)
     ]
-    return pooled(parts)
+    return pool_figures(parts)
 
 
-def own_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
+def greedy_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
     """Prompt and greedy answer as token ids, and the position that foretells the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
-    answers = answer_tokens(engine, tokens, GenerationConfig(ANSWER_TOKENS, CONTEXT), [0] * len(tokens))
+    answers = answer_tokens(engine, tokens, GenerationConfig(GATE_ANSWER_TOKENS, GATE_CONTEXT), [0] * len(tokens))
     texts = [
         (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
     ]
     return texts or [(tokens[-1], len(tokens[-1]) - 1)]
 
 
-def figures(gguf: Array, trained: Array, base: Array | None) -> Figures:
+def answer_figures(gguf: Array, trained: Array, base: Array | None) -> Figures:
     """Of one answer. A tokenizer's spare rows may be on one side only."""
     import numpy as np
 
     width = min(gguf.shape[1], trained.shape[1])
     gguf, trained = gguf[:, :width], trained[:, :width]
-    kl_base = None if base is None else divergence(base[:, :width], gguf)
+    kl_base = None if base is None else mean_divergence(base[:, :width], gguf)
     largest = float(np.nan_to_num(np.abs(gguf - trained).max(), nan=1e9))
     agreement = float((gguf.argmax(axis=1) == trained.argmax(axis=1)).mean())
-    return Figures(divergence(trained, gguf), kl_base, largest, agreement, len(gguf))
+    return Figures(mean_divergence(trained, gguf), kl_base, largest, agreement, len(gguf))
 
 
-def pooled(parts: Sequence[Figures]) -> Figures:
+def pool_figures(parts: Sequence[Figures]) -> Figures:
     """Of all answers: means over their positions, and the largest difference anywhere."""
     positions = sum(part.positions for part in parts)
 
@@ -248,7 +248,7 @@ def pooled(parts: Sequence[Figures]) -> Figures:
     )
 
 
-def divergence(trained: Array, gguf: Array) -> float:
+def mean_divergence(trained: Array, gguf: Array) -> float:
     """Mean over rows of KL(trained ‖ GGUF) of the two softmax distributions, in nats; 1e9 where it is no number."""
     import numpy as np
 
@@ -263,7 +263,7 @@ def log_softmax(values: Array) -> Array:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> None:
+def run_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> None:
     """Run the job in a process of its own, which leaves job.json, report.json and gate.log in `folder`.
 
     `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise, or the GGUF where
@@ -276,11 +276,11 @@ def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> N
         raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error
 
 
-def run_folder(folder: Path, progress: Progress) -> None:
+def gate_main(folder: Path, progress: Progress) -> None:
     """The child's side of `pass_gate`."""
     job = read_record(GateJob, folder / "job.json")
     rows = read_rows(Example, job.rows)
-    report = gate(
+    report = verify_gguf(
         job.model_dir,
         job.adapter,
         job.gguf,
@@ -296,7 +296,7 @@ def run_folder(folder: Path, progress: Progress) -> None:
     write_record(job.out, report)
 
 
-def refusal(report: GateReport) -> str:
+def describe_failures(report: GateReport) -> str:
     """Each failed check with its figure."""
     found = report.figures
     words = {
@@ -312,4 +312,4 @@ def refusal(report: GateReport) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(run_folder))
+    sys.exit(child_main(gate_main))

@@ -15,12 +15,12 @@ from tapir_local.inference.lib import library
 from tapir_local.inference.model import Model, open_model, require_template, token_text
 from tapir_local.records import Message
 
-UNKNOWN = """\
+NO_TEMPLATE_COMMENT = """\
 # No TEMPLATE: the student's chat template does more than write marks around the turns (it may trim them, or tell
 # thoughts from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then render with
 # the GGUF's own template (started with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, maybe another."""
-WORDS = ("Qalpha", "Qbeta", "Qgamma")  # contents that no template writes by itself
-TEXTS = (
+PLACEHOLDERS = ("Qalpha", "Qbeta", "Qgamma")  # contents that no template writes by itself
+TEST_CONTENTS = (
     "What is 7 + 5?",
     "  two  spaces\n\nand lines \n",
     'Say "yes", {{ .Content }} or {% raw %}\\n\\t\t<b>',
@@ -31,7 +31,7 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Parts:
+class TemplateParts:
     """What a template writes around the contents of turns.
 
     `opening` comes first where there is no system turn, `system`, `user` and `assistant` are before and after such a
@@ -45,49 +45,49 @@ class Parts:
     answer: str
 
 
-def assemble(parts: Parts, turns: Sequence[Message]) -> str:
+def render_parts(parts: TemplateParts, turns: Sequence[Message]) -> str:
     """The conversation, to be answered, as the Go template of these parts renders it."""
     around = {"system": parts.system or ("", ""), "user": parts.user, "assistant": parts.assistant}
     opening = parts.opening if turns[0].role != "system" else ""
     return opening + "".join(turn.content.join(around[turn.role]) for turn in turns) + parts.answer
 
 
-def parts_of(jinja: str, bos: str = "", eos: str = "") -> Parts | None:
+def derive_parts(jinja: str, bos: str = "", eos: str = "") -> TemplateParts | None:
     """The parts of a Jinja template; None where it writes more than such parts, or changes what it is given."""
 
     def text(*turns: Message, answer: bool = False) -> str:
         return render(jinja, turns, add_generation_prompt=answer, bos_token=bos, eos_token=eos)
 
-    user, answered, again = (Message(*pair) for pair in zip(("user", "assistant", "user"), WORDS, strict=True))
+    user, answered, again = (Message(*pair) for pair in zip(("user", "assistant", "user"), PLACEHOLDERS, strict=True))
     try:
-        before, after = split(text(user), user)
-        _, ended = split(text(user, answered), answered)
-        _, between, rest, _ = split(text(user, answered, again), user, answered, again)
+        before, after = split_at_contents(text(user), user)
+        _, ended = split_at_contents(text(user, answered), answered)
+        _, between, rest, _ = split_at_contents(text(user, answered, again), user, answered, again)
         asks = rest.removeprefix(ended)
         answer = text(user, answer=True).removeprefix(text(user))
-        parts = Parts(
+        parts = TemplateParts(
             opening=before.removesuffix(asks),
-            system=system_of(text, asks),
+            system=derive_system(text, asks),
             user=(asks, after),
             assistant=(between.removeprefix(after), ended),
             answer=answer,
         )
-        return parts if agree(parts, text) else None
+        return parts if renders_the_same(parts, text) else None
     except (TapirError, ValueError):
         return None
 
 
-def system_of(text: Callable[..., str], asks: str) -> tuple[str, str] | None:
+def derive_system(text: Callable[..., str], asks: str) -> tuple[str, str] | None:
     """What is around a system turn's content; None where the template refuses such a turn."""
-    system, user = Message("system", WORDS[0]), Message("user", WORDS[1])
+    system, user = Message("system", PLACEHOLDERS[0]), Message("user", PLACEHOLDERS[1])
     try:
-        before, after, _ = split(text(system, user), system, user)
+        before, after, _ = split_at_contents(text(system, user), system, user)
     except TapirError:
         return None
     return before, after.removesuffix(asks)
 
 
-def split(text: str, *turns: Message) -> list[str]:
+def split_at_contents(text: str, *turns: Message) -> list[str]:
     """The pieces of a text around the contents of turns, in their order; ValueError where one is not there once."""
     pieces = []
     for turn in turns:
@@ -96,29 +96,29 @@ def split(text: str, *turns: Message) -> list[str]:
     return [*pieces, text]
 
 
-def agree(parts: Parts, text: Callable[..., str]) -> bool:
+def renders_the_same(parts: TemplateParts, text: Callable[..., str]) -> bool:
     """Whether the parts render as the template does: one turn and several, with and without a system's, odd texts."""
     first, second = Message("user", "How?"), Message("assistant", "So.")
-    for word in TEXTS:
+    for word in TEST_CONTENTS:
         user, answered = Message("user", word), Message("assistant", word)
         talks = [(user,), (first, answered, user), (user, second, first, answered, first)]
         if parts.system:
             system = Message("system", word or "Be brief.")
             talks += [(system, first), (system, user, answered, first)]
-        if any(text(*turns, answer=True) != assemble(parts, turns) for turns in talks):
+        if any(text(*turns, answer=True) != render_parts(parts, turns) for turns in talks):
             return False
     return True
 
 
-def go_template(parts: Parts) -> str:
+def go_template(parts: TemplateParts) -> str:
     """The parts as Ollama's template of `.Messages`, whose last turn is the user's, or an answer to be gone on with."""
     last = "eq (len (slice $.Messages $i)) 1"
     opening = f"{{{{ if eq $i 0 }}}}{literal(parts.opening)}{{{{ end }}}}" if parts.opening else ""
-    before, after = map(literal, parts.assistant)
+    before, after = map(go_literal, parts.assistant)
     turns = {
-        "system": "{{ .Content }}".join(map(literal, parts.system or ())),
+        "system": "{{ .Content }}".join(map(go_literal, parts.system or ())),
         "user": opening
-        + "{{ .Content }}".join(map(literal, parts.user))
+        + "{{ .Content }}".join(map(go_literal, parts.user))
         + f"{{{{ if {last} }}}}{literal(parts.answer)}{{{{ end }}}}",
         "assistant": f"{before}{{{{ .Content }}}}{{{{ if not ({last}) }}}}{after}{{{{ end }}}}",
     }
@@ -126,32 +126,32 @@ def go_template(parts: Parts) -> str:
     return "{{ range $i, $_ := .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}"
 
 
-def literal(text: str) -> str:
+def go_literal(text: str) -> str:
     """Text as a Go template and a Modelfile both leave it: as it is, or quoted where either would read it otherwise."""
     plain = all(letter.isprintable() or letter == "\n" for letter in text)
     if plain and "{{" not in text and '"""' not in text and not text.endswith("{"):
         return text
-    return '{{ "' + "".join(map(escaped, text)) + '" }}'
+    return '{{ "' + "".join(map(go_escape, text)) + '" }}'
 
 
-def escaped(letter: str) -> str:
+def go_escape(letter: str) -> str:
     """A letter within quotation marks, as Go reads it."""
     if letter in '"\\':
         return "\\" + letter
     return letter if letter.isprintable() else f"\\u{ord(letter):04x}"
 
 
-def modelfile(model: Model, *, file: str, context: int | None = None, temperature: float | None = None) -> str:
+def modelfile_text(model: Model, *, file: str, context: int | None = None, temperature: float | None = None) -> str:
     """The text of a Modelfile for a GGUF's `file` beside it, out of what is in the GGUF.
 
     `context` is tokens of a conversation; what is not given is left to Ollama. The template is left out, and the reason
     said, where it would not ask as the student was trained.
     """
-    parts = parts_of(require_template(model), model.bos, model.eos)
-    stop = end_text(model)
+    parts = derive_parts(require_template(model), model.bos, model.eos)
+    stop = end_token_text(model)
     lines = [
         f"FROM ./{file}",
-        UNKNOWN if parts is None else f'TEMPLATE """{go_template(parts)}"""',
+        NO_TEMPLATE_COMMENT if parts is None else f'TEMPLATE """{go_template(parts)}"""',
         *([f'PARAMETER stop "{stop}"'] if stop else []),
         *([f"PARAMETER num_ctx {context}"] if context else []),
         *([f"PARAMETER temperature {temperature:g}"] if temperature is not None else []),
@@ -162,10 +162,12 @@ def modelfile(model: Model, *, file: str, context: int | None = None, temperatur
 def write_modelfile(gguf: Path, out: Path, *, context: int | None = None, temperature: float | None = None) -> None:
     """The Modelfile of a GGUF that lies beside it."""
     with open_model(gguf, vocab_only=True) as model:
-        out.write_text(modelfile(model, file=gguf.name, context=context, temperature=temperature), encoding="utf-8")
+        out.write_text(
+            modelfile_text(model, file=gguf.name, context=context, temperature=temperature), encoding="utf-8"
+        )
 
 
-def end_text(model: Model) -> str:
+def end_token_text(model: Model) -> str:
     """The token that ends an answer; empty where the GGUF names none."""
     llama = library()
     number = llama.llama_vocab_eot(model.vocab)

@@ -8,9 +8,9 @@ from typing import Any
 from tapir_local.data.special_tokens import chat_format_of
 from tapir_local.records import Example, Message, Prompt
 
-PROBES = 600
-ANSWERS = 16  # prompts answered; more tell no more
-QUESTIONS = (  # what is asked where there are fewer rows
+PROBE_COUNT = 600
+ANSWER_COUNT = 16  # prompts answered; more tell no more
+FALLBACK_PROMPTS = (  # what is asked where there are fewer rows
     "Say hello.",
     "List three fruits and the colour of each.",
     "What is 17 times 23? Show each step.",
@@ -104,37 +104,37 @@ FRAGMENTS = (
 )
 
 
-def texts_of(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
+def gate_texts(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
     """Every text to be tokenised: rows as they were trained on, prompt and completion, and the probes as prompts.
 
     Special tokens that a row or a probe quotes are guarded in it (see quoting.py), as they are in training.
     """
-    prompts = [*(row.prompt for row in rows), *((Message("user", text),) for text in probes(tokenizer))]
-    return [rendered(tokenizer, prompt) for prompt in prompts] + [answered(tokenizer, row) for row in rows]
+    prompts = [*(row.prompt for row in rows), *((Message("user", text),) for text in probe_texts(tokenizer))]
+    return [render_prompt(tokenizer, prompt) for prompt in prompts] + [render_example(tokenizer, row) for row in rows]
 
 
-def rendered(tokenizer: Any, prompt: Prompt) -> str:
+def render_prompt(tokenizer: Any, prompt: Prompt) -> str:
     """A prompt as the student is asked it."""
     return chat_format_of(tokenizer).asked(prompt)
 
 
-def answered(tokenizer: Any, row: Example) -> str:
+def render_example(tokenizer: Any, row: Example) -> str:
     """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
     form = replace(chat_format_of(tokenizer), stops=())
     return "".join(form.answered(row.prompt, row.completion)) if row.completion else form.asked(row.prompt)
 
 
-def sample(rows: Sequence[Example]) -> list[Prompt]:
+def sample_prompts(rows: Sequence[Example]) -> list[Prompt]:
     """Prompts to be answered: up to ANSWERS from all over the rows, the same ones each time, and QUESTIONS where fewer.
 
     "Say hello." is asked always.
     """
-    chosen = random.Random("gate-prompts").sample(range(len(rows)), min(ANSWERS, len(rows)))
-    own = QUESTIONS[: max(1, len(QUESTIONS) - len(chosen))]
+    chosen = random.Random("gate-prompts").sample(range(len(rows)), min(ANSWER_COUNT, len(rows)))
+    own = FALLBACK_PROMPTS[: max(1, len(FALLBACK_PROMPTS) - len(chosen))]
     return [*(rows[number].prompt for number in sorted(chosen)), *((Message("user", text),) for text in own)]
 
 
-def probes(tokenizer: Any) -> list[str]:
+def probe_texts(tokenizer: Any) -> list[str]:
     """PROBES texts of one or several fragments: every fragment, every added token in several places, and mixtures.
 
     Gemma's added tokens of several `▁` stand for as many spaces.
@@ -142,6 +142,6 @@ def probes(tokenizer: Any) -> list[str]:
     chance = random.Random("gate-probes")
     added = [token.content.replace("▁", " ") for token in tokenizer.added_tokens_decoder.values()][:64]
     texts = [*FRAGMENTS, *(f"a{token}b {token} 1{token}" for token in added)]
-    while len(texts) < PROBES:
+    while len(texts) < PROBE_COUNT:
         texts.append(chance.choice(["", " ", "\n"]).join(chance.choices([*FRAGMENTS, *added], k=chance.randint(2, 5))))
     return texts

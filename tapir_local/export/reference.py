@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.weights import PEFT_PREFIX, Source, load, read_header, read_model
+from tapir_local.export.weights import PEFT_PREFIX, load_tensor
 from tapir_local.memory import free_memory, size
+from tapir_local.training.model_files import StoredTensor, read_header, read_model_tensors
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
-AT_ONCE = 4  # texts that go through a streamed model together: each passage reads every weight again
+STREAMED_TEXTS = 4  # texts that go through a streamed model together: each passage reads every weight again
 
 
 @dataclass(frozen=True)
-class Trained:
+class ReferenceModel:
     """The model, and whether its weights are read anew for each passage. `adapted` says that it has an adapter on."""
 
     model: Any
@@ -24,16 +25,18 @@ class Trained:
     adapted: bool
 
 
-def load_trained(model_dir: Path, adapter: Path | None, *, beside: int = 0, free: int | None = None) -> Trained:
+def load_reference(
+    model_dir: Path, adapter: Path | None, *, beside: int = 0, free: int | None = None
+) -> ReferenceModel:
     """The model in 32 bits; layer by layer from its files where memory does not hold it whole.
 
     `beside` is what else must have room, in bytes; `free` the memory there is, the machine's if left out. TapirError
     when the largest tensor does not fit either.
     """
-    sizes = [4 * prod(source.shape) for source in read_model(model_dir).values()]
+    sizes = [4 * prod(source.shape) for source in read_model_tensors(model_dir).values()]
     room = (free_memory() if free is None else free) - beside
     if sum(sizes) <= room:
-        return Trained(load_whole(model_dir, adapter), False, adapter is not None)
+        return ReferenceModel(load_in_memory(model_dir, adapter), False, adapter is not None)
     said = f"{model_dir} takes {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"
     largest = 3 * max(sizes)  # as it is read, as torch computes with it, and the one that is going
     if largest > room:
@@ -43,12 +46,12 @@ def load_trained(model_dir: Path, adapter: Path | None, *, beside: int = 0, free
             fix="Close other programs, or compare on a larger machine.",
         )
     print(f"{said}: it is read layer by layer, which takes longer", file=sys.stderr)
-    return Trained(load_streamed(model_dir, adapter), True, adapter is not None)
+    return ReferenceModel(load_streamed(model_dir, adapter), True, adapter is not None)
 
 
 # Gemma 2 caps its attention's scores, which only `eager` does (transformers 5.17, models/gemma2): in a tiny model's
 # logits a difference of 0.8.
-def load_whole(model_dir: Path, adapter: Path | None) -> Any:
+def load_in_memory(model_dir: Path, adapter: Path | None) -> Any:
     """In memory, the adapter apart so that it can be switched off."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -77,24 +80,24 @@ def load_streamed(model_dir: Path, adapter: Path | None) -> Any:
             from peft import LoraConfig, get_peft_model
 
             model = get_peft_model(model, LoraConfig.from_pretrained(adapter))
-    files = Files(model_dir, adapter)
+    files = StreamedWeights(model_dir, adapter)
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=files)
     return model.eval()
 
 
-class Files(Mapping[str, Any]):
+class StreamedWeights(Mapping[str, Any]):
     """A model's parameters by PEFT's or transformers' name, read from their files each time one is asked for."""
 
     def __init__(self, model_dir: Path, adapter: Path | None) -> None:
-        self.folder, self.base = model_dir, read_model(model_dir)
+        self.folder, self.base = model_dir, read_model_tensors(model_dir)
         self.lora = {} if adapter is None else read_header(adapter / "adapter_model.safetensors")
 
     def __getitem__(self, name: str) -> Any:
         import torch
 
-        return torch.from_numpy(load(self.source(name)))
+        return torch.from_numpy(load_tensor(self.source(name)))
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> StoredTensor:
         """Where a parameter is; a tied output is the embedding."""
         if ".lora_" in name:
             return self.lora[name.replace(".default.", ".")]
@@ -116,25 +119,25 @@ class Files(Mapping[str, Any]):
         return len(self.lora) + len(self.base)
 
 
-def trained_logits(
-    trained: Trained, texts: Sequence[tuple[Sequence[int], int]]
+def reference_logits(
+    trained: ReferenceModel, texts: Sequence[tuple[Sequence[int], int]]
 ) -> Iterator[tuple[Array, Array | None]]:
     """For each (token ids, first position that counts) the logits from there on, shape (positions, vocabulary).
 
     Also those of the base, where there is an adapter to switch off.
     """
-    step = AT_ONCE if trained.streamed else 1
+    step = STREAMED_TEXTS if trained.streamed else 1
     for start in range(0, len(texts), step):
         together = texts[start : start + step]
-        found = passage(trained.model, together)
+        found = forward_pass(trained.model, together)
         if trained.adapted:
             with trained.model.disable_adapter():
-                yield from zip(found, passage(trained.model, together), strict=True)
+                yield from zip(found, forward_pass(trained.model, together), strict=True)
         else:
             yield from ((row, None) for row in found)
 
 
-def passage(model: Any, texts: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+def forward_pass(model: Any, texts: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
     """Some texts at once. What pads the shorter ones comes after them, where no token of theirs looks."""
     import torch
 

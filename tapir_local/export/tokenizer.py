@@ -14,21 +14,21 @@ from tapir_local.inference.model import NFC_PRE_TOKENIZERS, NORMALIZER_KEY, UNIC
 
 # llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
 # be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
-LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+CONTRACTION_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST_PATTERN = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-BEFORE = r"[^\r\n\p{L}\p{N}]?"
-TEKKEN = (
+PREFIX_PATTERN = r"[^\r\n\p{L}\p{N}]?"
+TEKKEN_PATTERN = (
     rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITTINGS: Mapping[tuple[str, ...], str] = {
+PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     ("gpt2",): "gpt-2",
     ("digits", "gpt2"): "smollm",
     (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}|{REST}", "bytes"): "qwen2",
     (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}{{1,3}}|{REST}", "bytes"): "llama-bpe",
-    (TEKKEN, "bytes"): "tekken",
+    (TEKKEN_PATTERN, "bytes"): "tekken",
 }
 
 
@@ -36,7 +36,7 @@ SPACE = "▁"  # SentencePiece's
 
 
 @dataclass(frozen=True)
-class Token:
+class VocabToken:
     """A row of the vocabulary: its text, gguf.TokenType's number and, for SentencePiece, its score."""
 
     text: str
@@ -45,7 +45,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Vocab:
+class Vocabulary:
     """All that the GGUF says of the tokenizer. `special` maps bos, eos, unk, pad and eot to ids.
 
     `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE). `form` is the
@@ -53,8 +53,8 @@ class Vocab:
     """
 
     model: str
-    splitting: str
-    tokens: tuple[Token, ...]
+    pre_tokenizer_step: str
+    tokens: tuple[VocabToken, ...]
     merges: tuple[str, ...]
     special: Mapping[str, int]
     space_prefix: bool
@@ -62,24 +62,26 @@ class Vocab:
     form: str = ""
 
 
-def read_vocab(model_dir: Path, rows: int) -> Vocab:
+def read_model_vocabulary(model_dir: Path, rows: int) -> Vocabulary:
     """The tokenizer of a model's folder, padded to the embedding's `rows`. TapirError where llama.cpp has no like."""
-    tokenizer = read_tokenizer(model_dir)
+    tokenizer = read_tokenizer_json(model_dir)
     model = bpe_model(tokenizer, model_dir)
-    template, texts = read_template(model_dir), special_texts(model_dir)
+    template, texts = read_model_template(model_dir), special_token_texts(model_dir)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())} | model["vocab"]
-    special = {name: ids[text] for name, text in texts.items() if text in ids} | end_of_turn(tokenizer, template, texts)
+    special = {name: ids[text] for name, text in texts.items() if text in ids} | end_of_turn_id(
+        tokenizer, template, texts
+    )
     control = {text for text, number in ids.items() if number in special.values()}
     if is_sentencepiece(tokenizer):
-        check_bytes(model, model_dir)
-        prefixed = prefixes_space(tokenizer, read_json(model_dir / "tokenizer_config.json"))
-        tokens = tuple(padded(sentencepiece_tokens(tokenizer, control), rows, model_dir))
-        return Vocab("llama", "default", tokens, (), special, prefixed, template)
-    tokens = tuple(padded(byte_level_tokens(tokenizer, control), rows, model_dir))
+        check_byte_tokens(model, model_dir)
+        prefixed = adds_space_prefix(tokenizer, read_model_json(model_dir / "tokenizer_config.json"))
+        tokens = tuple(pad_vocabulary(sentencepiece_tokens(tokenizer, control), rows, model_dir))
+        return Vocabulary("llama", "default", tokens, (), special, prefixed, template)
+    tokens = tuple(pad_vocabulary(byte_level_tokens(tokenizer, control), rows, model_dir))
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    splitting = splitting_name(tokenizer, model_dir)
-    form = normal_form(tokenizer, splitting, model_dir)
-    return Vocab("gpt2", splitting, tokens, merges, special, False, template, form)
+    pre_tokenizer_step = pre_tokenizer_name(tokenizer, model_dir)
+    form = normalization_form(tokenizer, pre_tokenizer_step, model_dir)
+    return Vocabulary("gpt2", pre_tokenizer_step, tokens, merges, special, False, template, form)
 
 
 def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any]:
@@ -103,11 +105,11 @@ def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any
 
 def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     """True for BPE over SentencePiece's pieces: bytes are a fallback (`<0x0A>`), not the letters of every text."""
-    kinds = {step.get("type") for step in steps_of(tokenizer, "pre_tokenizer", "pretokenizers")}
+    kinds = {step.get("type") for step in component_steps(tokenizer, "pre_tokenizer", "pretokenizers")}
     return bool(tokenizer["model"].get("byte_fallback")) and "ByteLevel" not in kinds
 
 
-def check_bytes(model: Mapping[str, Any], model_dir: Path) -> None:
+def check_byte_tokens(model: Mapping[str, Any], model_dir: Path) -> None:
     """TapirError unless each byte has a token: where llama.cpp looks for one in vain it ends the process."""
     missing = [name for name in (f"<0x{number:02X}>" for number in range(256)) if name not in model["vocab"]]
     if missing:
@@ -119,16 +121,16 @@ def check_bytes(model: Mapping[str, Any], model_dir: Path) -> None:
         )
 
 
-def steps_of(tokenizer: Mapping[str, Any], part: str, inner: str) -> list[Mapping[str, Any]]:
+def component_steps(tokenizer: Mapping[str, Any], part: str, inner: str) -> list[Mapping[str, Any]]:
     """The steps of a normalizer, pre_tokenizer or decoder, which may be one alone or a sequence."""
     whole = tokenizer.get(part) or {}
     return list(whole.get(inner, [whole] if whole else []))
 
 
-def normal_form(tokenizer: Mapping[str, Any], splitting: str, model_dir: Path) -> str:
+def normalization_form(tokenizer: Mapping[str, Any], pre_tokenizer_step: str, model_dir: Path) -> str:
     """The Unicode form that the normalizer makes of a text, "" for none; TapirError for one that does more."""
-    kinds = [str(step.get("type")) for step in steps_of(tokenizer, "normalizer", "normalizers")]
-    if not kinds and splitting in NFC_PRE_TOKENIZERS:
+    kinds = [str(step.get("type")) for step in component_steps(tokenizer, "normalizer", "normalizers")]
+    if not kinds and pre_tokenizer_step in NFC_PRE_TOKENIZERS:
         kinds = loaded_normalizer(model_dir)
     if len(kinds) > 1 or not set(kinds) <= set(UNICODE_FORMS):
         raise TapirError(
@@ -145,13 +147,13 @@ def loaded_normalizer(model_dir: Path) -> list[str]:
 
     loaded = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     state = json.loads(loaded.backend_tokenizer.to_str())
-    return [str(step.get("type")) for step in steps_of(state, "normalizer", "normalizers")]
+    return [str(step.get("type")) for step in component_steps(state, "normalizer", "normalizers")]
 
 
-def read_tokenizer(model_dir: Path) -> dict[str, Any]:
+def read_tokenizer_json(model_dir: Path) -> dict[str, Any]:
     """tokenizer.json; of a folder with SentencePiece's tokenizer.model alone what transformers makes of that."""
     if (model_dir / "tokenizer.json").is_file() or not (model_dir / "tokenizer.model").is_file():
-        return read_json(model_dir / "tokenizer.json")
+        return read_model_json(model_dir / "tokenizer.json")
     from transformers import AutoTokenizer
 
     try:
@@ -165,7 +167,7 @@ def read_tokenizer(model_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the model; TapirError naming the file when it is absent or broken."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -182,12 +184,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_template(model_dir: Path) -> str:
+def read_model_template(model_dir: Path) -> str:
     """The chat template that transformers would use: the .jinja file before tokenizer_config.json's entry."""
     beside = model_dir / "chat_template.jinja"
     if beside.is_file():
         return beside.read_text(encoding="utf-8")
-    template = read_json(model_dir / "tokenizer_config.json").get("chat_template")
+    template = read_model_json(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -200,11 +202,11 @@ def read_template(model_dir: Path) -> str:
     return str(template)
 
 
-def special_texts(model_dir: Path) -> dict[str, str]:
+def special_token_texts(model_dir: Path) -> dict[str, str]:
     """The texts of the bos, eos, unk and pad tokens that the tokenizer's settings name."""
-    settings = read_json(model_dir / "tokenizer_config.json")
+    settings = read_model_json(model_dir / "tokenizer_config.json")
     older = model_dir / "special_tokens_map.json"
-    named = (read_json(older) if older.is_file() else {}) | {
+    named = (read_model_json(older) if older.is_file() else {}) | {
         key: value for key, value in settings.items() if value is not None
     }
     entries = {name: named.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
@@ -212,29 +214,29 @@ def special_texts(model_dir: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str) and text}
 
 
-def end_of_turn(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
+def end_of_turn_id(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
     """The token that the template ends an answer with, as llama.cpp's `eot`: it must stop there whatever eos is."""
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
     found = find_turn_end(added, template, texts.get("bos", ""), texts.get("eos", ""))
     return {} if found is None else {"eot": added[found]}
 
 
-def splitting_name(tokenizer: Mapping[str, Any], model_dir: Path) -> str:
+def pre_tokenizer_name(tokenizer: Mapping[str, Any], model_dir: Path) -> str:
     """llama.cpp's name for how the text is cut before merging."""
     steps = tokenizer.get("pre_tokenizer") or {}
-    parts = tuple(splitting(step) for step in steps.get("pretokenizers", [steps]))
-    if parts not in SPLITTINGS:
-        known = ", ".join(SPLITTINGS.values())
+    parts = tuple(pre_tokenizer_step(step) for step in steps.get("pretokenizers", [steps]))
+    if parts not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS.values())
         where = str(model_dir / "tokenizer.json")
         raise TapirError(
             f"llama.cpp has no name for its pre_tokenizer {' then '.join(parts)}",
             where=where,
             fix=f"Those mapped are: {known}.",
         )
-    return SPLITTINGS[parts]
+    return PRE_TOKENIZERS[parts]
 
 
-def splitting(step: Mapping[str, Any]) -> str:
+def pre_tokenizer_step(step: Mapping[str, Any]) -> str:
     """One step of a pre_tokenizer: a regular expression, or a word for the built-in ones."""
     kind = step.get("type", "none")
     if kind == "Split" and not step.get("invert"):
@@ -244,15 +246,15 @@ def splitting(step: Mapping[str, Any]) -> str:
     return "digits" if kind == "Digits" and step.get("individual_digits") else str(kind)
 
 
-def byte_level_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+def byte_level_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, VocabToken]:
     """Rows by id: NORMAL ones of the vocabulary, then CONTROL (special) and USER_DEFINED (added) on top."""
     from gguf import TokenType
 
-    rows = {number: Token(text, TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
+    rows = {number: VocabToken(text, TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
     return rows | added_tokens(tokenizer, control)
 
 
-def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, VocabToken]:
     """Tokens that are found in the text before it is cut; those in `control` are special whatever tokenizer.json says.
 
     A row's text may not end a turn, so the token that the template ends one with is special too.
@@ -261,12 +263,12 @@ def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict
 
     kinds = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED}
     return {
-        token["id"]: Token(token["content"], kinds[bool(token["special"]) or token["content"] in control])
+        token["id"]: VocabToken(token["content"], kinds[bool(token["special"]) or token["content"] in control])
         for token in tokenizer.get("added_tokens", ())
     }
 
 
-def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, Token]:
+def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, VocabToken]:
     """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
 
     tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens
@@ -281,14 +283,14 @@ def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str])
     rows = {}
     for text, number in tokenizer["model"]["vocab"].items():
         kind = TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
-        rows[number] = Token(text, kind, -float(ranks.get(text, len(ranks) * 2)))
+        rows[number] = VocabToken(text, kind, -float(ranks.get(text, len(ranks) * 2)))
     runs = {number for number, row in rows.items() if row.text == SPACE * len(row.text)}
     rows |= {number: row for number, row in added_tokens(tokenizer, control).items() if number not in runs}
     unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
-    return rows if unknown is None else rows | {unknown: Token(rows[unknown].text, TokenType.UNKNOWN)}
+    return rows if unknown is None else rows | {unknown: VocabToken(rows[unknown].text, TokenType.UNKNOWN)}
 
 
-def prefixes_space(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def adds_space_prefix(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """True when each text between special tokens begins with SentencePiece's `▁` (llama.cpp: add_space_prefix).
 
     transformers 5 builds a LlamaTokenizer anew, whatever tokenizer.json says, and prefixes every text only in its
@@ -302,7 +304,7 @@ def prefixes_space(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) ->
     return prepends or (cutter.get("type") == "Metaspace" and cutter.get("prepend_scheme") == "always")
 
 
-def padded(rows: Mapping[int, Token], size: int, model_dir: Path) -> Iterator[Token]:
+def pad_vocabulary(rows: Mapping[int, VocabToken], size: int, model_dir: Path) -> Iterator[VocabToken]:
     """Rows in order of id, the embedding's spare ones as UNUSED."""
     from gguf import TokenType
 
@@ -320,10 +322,10 @@ def padded(rows: Mapping[int, Token], size: int, model_dir: Path) -> Iterator[To
         )
     for number in range(size):
         spare = f"[PAD{number}]"
-        yield rows.get(number) or Token(spare if spare not in texts else f"[UNUSED PAD{number}]", TokenType.UNUSED)
+        yield rows.get(number) or VocabToken(spare if spare not in texts else f"[UNUSED PAD{number}]", TokenType.UNUSED)
 
 
-def write_vocab(writer: Any, vocab: Vocab) -> None:
+def write_vocabulary(writer: Any, vocab: Vocabulary) -> None:
     """Put the vocabulary into a gguf.GGUFWriter.
 
     add_bos_token is false for every model: the chat template alone writes BOS, as it did in training, and a runtime

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_json
-from tapir_local.training.model import check_adapter
+from tapir_local.training.model import check_adapter_folder
+from tapir_local.training.model_files import read_model_json
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 PEFT_PREFIX = "base_model.model."
-ALPHA = ("alpha_pattern", "lora_alpha")
+ALPHA_KEYS = ("alpha_pattern", "lora_alpha")
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """A tensor in a safetensors file, not yet read."""
 
     file: Path
@@ -27,15 +27,15 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Delta:
+class LoraDelta:
     """LoRA's addition to one weight: scale · B @ A, with A (rank, columns) and B (rows, rank)."""
 
-    a: Source
-    b: Source
-    scale: float
+    a: StoredTensor
+    b: StoredTensor
+    lora_scale: float
 
 
-def read_model(model_dir: Path) -> dict[str, Source]:
+def read_model_tensors(model_dir: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model by its name in transformers, whatever number of files it is in.
 
     TapirError naming the files that the index knows and the folder lacks, or a tensor that its file lacks.
@@ -60,22 +60,22 @@ def read_model(model_dir: Path) -> dict[str, Source]:
 
 def weight_map(index: Path) -> dict[str, str]:
     """The file of each tensor. TapirError where the index is none, or names a file outside the model's own folder."""
-    files = read_json(index).get("weight_map")
+    files = read_model_json(index).get("weight_map")
     fix = "Take a whole copy of the model from a source that you trust."
     if not isinstance(files, dict) or not files:
         raise TapirError("it has no weight_map", where=str(index), fix=fix)
-    odd = [file for file in files.values() if not isinstance(file, str) or not is_plain(file)]
+    odd = [file for file in files.values() if not isinstance(file, str) or not is_file_name(file)]
     if odd:
         raise TapirError(f"it names a file that is not in the model's folder: {odd[0]!r}", where=str(index), fix=fix)
     return files
 
 
-def is_plain(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether a name is a file's own, with no folder in it."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
-def read_header(file: Path) -> dict[str, Source]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a safetensors file are. TapirError for one that is missing, cut short or of odd types."""
     from gguf.utility import SafetensorsLocal
 
@@ -95,12 +95,12 @@ def read_header(file: Path) -> dict[str, Source]:
                 fix=f"Export a model saved as {', '.join(DTYPES)}, not a quantised one.",
             )
     return {
-        name: Source(file, tensor.data_range.offset, tensor.dtype, tuple(tensor.shape))
+        name: StoredTensor(file, tensor.data_range.offset, tensor.dtype, tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
 
 
-def load(source: Source, delta: Delta | None = None, rows: Any = slice(None)) -> Array:
+def load_tensor(source: StoredTensor, delta: LoraDelta | None = None, rows: Any = slice(None)) -> Array:
     """The tensor in float32, LoRA's change added; of a part of it where `rows`, a slice or row numbers, says so."""
     import numpy as np
 
@@ -112,16 +112,16 @@ def load(source: Source, delta: Delta | None = None, rows: Any = slice(None)) ->
     else:
         weight = raw.astype(np.float32)
     if delta is not None:
-        weight += (delta.scale * load(delta.b, rows=rows)) @ load(delta.a)
+        weight += (delta.scale * load_tensor(delta.b, rows=rows)) @ load_tensor(delta.a)
     return weight
 
 
-def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
+def read_adapter_deltas(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, LoraDelta]:
     """The changes of a PEFT LoRA adapter by the name of the weight. TapirError for anything that is not plain LoRA.
 
     Also for a tensor that fits nothing in `base`: an adapter of another model, or one that would be left out silently.
     """
-    settings = adapter_settings(folder)
+    settings = read_adapter_config(folder)
     tensors = read_header(folder / "adapter_model.safetensors")
     deltas = {}
     for name, a in tensors.items():
@@ -129,7 +129,7 @@ def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
         if ".lora_A." in name:
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
             check_rank(a, settings, target, name)
-            deltas[target] = fitting(a, b, base.get(target), scale(settings, target), name)
+            deltas[target] = make_delta(a, b, base.get(target), lora_scale(settings, target), name)
         elif ".lora_B." not in name:
             raise TapirError(
                 f"it changes {name} in another way than LoRA's",
@@ -141,15 +141,15 @@ def read_adapter(folder: Path, base: Mapping[str, Source]) -> dict[str, Delta]:
     return deltas
 
 
-def adapter_settings(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json; TapirError when the folder holds no adapter, or one that is more than plain LoRA."""
-    check_adapter(folder, "Name the folder of an adapter as PEFT's save_pretrained writes it.")
-    settings: dict[str, Any] = read_json(folder / "adapter_config.json")
-    check_plain(settings, folder)
+    check_adapter_folder(folder, "Name the folder of an adapter as PEFT's save_pretrained writes it.")
+    settings: dict[str, Any] = read_model_json(folder / "adapter_config.json")
+    check_plain_lora(settings, folder)
     return settings
 
 
-def check_plain(settings: Mapping[str, Any], folder: Path) -> None:
+def check_plain_lora(settings: Mapping[str, Any], folder: Path) -> None:
     """TapirError when PEFT would do more than add B·A."""
     odd = [
         name
@@ -166,16 +166,16 @@ def check_plain(settings: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def scale(settings: Mapping[str, Any], target: str) -> float:
+def lora_scale(settings: Mapping[str, Any], target: str) -> float:
     """alpha / r, or alpha / √r with rank-stabilised LoRA; a module may have its own alpha and r."""
     module = target.removesuffix(".weight")
-    rank, alpha = patterned(settings, "rank_pattern", "r", module), patterned(settings, *ALPHA, module)
+    rank, alpha = module_setting(settings, "rank_pattern", "r", module), module_setting(settings, *ALPHA_KEYS, module)
     return float(alpha / (sqrt(rank) if settings.get("use_rslora") else rank))
 
 
-def check_rank(a: Source, settings: Mapping[str, Any], target: str, name: str) -> None:
+def check_rank(a: StoredTensor, settings: Mapping[str, Any], target: str, name: str) -> None:
     """TapirError when config and weights are not of one training: the scale would be wrong."""
-    rank = patterned(settings, "rank_pattern", "r", target.removesuffix(".weight"))
+    rank = module_setting(settings, "rank_pattern", "r", target.removesuffix(".weight"))
     if a.shape[0] != rank:
         raise TapirError(
             f"its tensor {name} has rank {a.shape[0]}, its adapter_config.json says {rank:g}",
@@ -184,7 +184,7 @@ def check_rank(a: Source, settings: Mapping[str, Any], target: str, name: str) -
         )
 
 
-def patterned(settings: Mapping[str, Any], key: str, default: str, module: str) -> float:
+def module_setting(settings: Mapping[str, Any], key: str, default: str, module: str) -> float:
     """peft 0.21 (utils/other.py get_pattern_key): a pattern matches the end of a module's name, from a dot on."""
     import re
 
@@ -193,7 +193,9 @@ def patterned(settings: Mapping[str, Any], key: str, default: str, module: str) 
     return float(settings[default] if found is None else patterns[found])
 
 
-def fitting(a: Source, b: Source | None, weight: Source | None, factor: float, name: str) -> Delta:
+def make_delta(
+    a: StoredTensor, b: StoredTensor | None, weight: StoredTensor | None, factor: float, name: str
+) -> LoraDelta:
     """A Delta whose shapes fit the weight."""
     if b is None or weight is None or (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
         raise TapirError(
@@ -201,4 +203,4 @@ def fitting(a: Source, b: Source | None, weight: Source | None, factor: float, n
             where=str(a.file),
             fix="Use the base that the adapter was trained on.",
         )
-    return Delta(a, b, factor)
+    return LoraDelta(a, b, factor)

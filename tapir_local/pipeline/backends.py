@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from tapir_local.export.base import base_of, check_base, converter_of, memory_words, student_of
+from tapir_local.export.base import check_base_unchanged, converter_path, gate_memory_text, run_base_gguf, student_files
 from tapir_local.export.ollama import write_modelfile
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
@@ -31,7 +31,7 @@ from tapir_local.rundir import RunDir, link_or_copy, remove
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
-from tapir_local.training.student import settle_student, student_folder
+from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 # 184 million weights of deberta-v3-base with gradients, Adam's moments and a batch.
 CLASSIFIER_GPU_BYTES = 6 << 30
@@ -73,7 +73,7 @@ def begin_backend(recipe: Recipe, run: RunDir) -> Callable[[], None]:
 
     def begin() -> None:
         if not (run.round(0) / "adapter").exists():
-            check_student(settle_student(recipe, run), converter_of(recipe))
+            check_student(prepare_student_folder(recipe, run), converter_path(recipe))
 
     return begin
 
@@ -133,7 +133,7 @@ def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
         from tapir_local.inference.config import GenerationConfig
         from tapir_local.inference.generate import Callbacks, generate
 
-        student, opened = recipe.student, student_of(recipe, run, gguf)
+        student, opened = recipe.student, student_files(recipe, run, gguf)
         return generate(
             opened.gguf,
             prompts,
@@ -168,7 +168,7 @@ def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
         from tapir_local.inference.generate import Callbacks
         from tapir_local.inference.score import score_completions
 
-        opened = student_of(recipe, run, gguf)
+        opened = student_files(recipe, run, gguf)
         return score_completions(
             opened.gguf,
             texts,
@@ -184,7 +184,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
     """Fine-tunes the recipe's student."""
 
     def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
-        from tapir_local.training.train import TrainJob, train
+        from tapir_local.training.train import TrainJob, run_training
 
         job = TrainJob(
             str(student_folder(recipe, run)),
@@ -196,7 +196,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
             previous,
             unusable=recipe.limits.unusable,
         )
-        train(job, out.parent / "train", progress, say)
+        run_training(job, out.parent / "train", progress, say)
 
     return fine_tune
 
@@ -210,11 +210,11 @@ def classify_backend(recipe: Recipe, say: Callable[[str], None] = noop) -> Class
     """Trains the task classifier and applies it."""
 
     def classify_rows(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
-        from tapir_local.training.classifier import ClassifyJob, classify
+        from tapir_local.training.classifier import ClassifyJob, run_classifier
 
         take_gpu(CLASSIFIER_GPU_BYTES, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
-        classify(job, out.parent / "classify", progress)
+        run_classifier(job, out.parent / "classify", progress)
 
     return classify_rows
 
@@ -223,16 +223,16 @@ def export_backend(recipe: Recipe, run: RunDir) -> ExportBackend:
     """Writes a round's student: the adapter merged into its base, or the adapter alone."""
 
     def export_student(*, adapter: Path, out: Path, progress: Progress) -> None:
-        from tapir_local.export.export import ExportJob, export
+        from tapir_local.export.export import ExportJob, run_export
 
         model, lora = trained_model(recipe, run, adapter)
         quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
         if alone:
-            base_of(recipe, run, progress, anew=out.parent == run.round(0))
-            check_base(recipe, run)
+            run_base_gguf(recipe, run, progress, anew=out.parent == run.round(0))
+            check_base_unchanged(recipe, run)
             quant = "f32"
-        job = ExportJob(model, out, quant, lora, alone, converter_of(recipe))
-        export(job, out.parent / "export", progress)
+        job = ExportJob(model, out, quant, lora, alone, converter_path(recipe))
+        run_export(job, out.parent / "export", progress)
 
     return export_student
 
@@ -241,13 +241,13 @@ def gate_backend(recipe: Recipe, run: RunDir) -> GateBackend:
     """Compares the GGUF with the trained model."""
 
     def compare_with_model(*, adapter: Path, gguf: Path, rows: Path, out: Path, progress: Progress) -> None:
-        from tapir_local.export.gate import GateJob, pass_gate
+        from tapir_local.export.gate import GateJob, run_gate
 
         model, lora = trained_model(recipe, run, adapter)
-        opened = student_of(recipe, run, gguf)
-        progress(0, 0, memory_words(model))
+        opened = student_files(recipe, run, gguf)
+        progress(0, 0, gate_memory_text(model))
         job = GateJob(model, opened.gguf, rows, out, recipe.export.min_agreement, lora, opened.adapter)
-        pass_gate(job, out.parent / "gate", progress)
+        run_gate(job, out.parent / "gate", progress)
 
     return compare_with_model
 
@@ -268,15 +268,15 @@ def ship_backend(recipe: Recipe, run: RunDir) -> ShipBackend:
 
 def merge_adapter(recipe: Recipe, run: RunDir, student: Path, out: Path, progress: Progress) -> None:
     """Write `out`/student.gguf with the adapter of the round's folder `student` merged, and its gate report."""
-    from tapir_local.export.export import ExportJob, export
-    from tapir_local.export.gate import GateJob, pass_gate
+    from tapir_local.export.export import ExportJob, run_export
+    from tapir_local.export.gate import GateJob, run_gate
 
     model, gguf, work = student_folder(recipe, run), out / "student.gguf", run.path / "ship"
-    job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_of(recipe))
-    export(job, work, progress)
-    progress(0, 0, memory_words(model))
+    job = ExportJob(model, gguf, recipe.export.quant, student / "adapter", converter=converter_path(recipe))
+    run_export(job, work, progress)
+    progress(0, 0, gate_memory_text(model))
     least, rows = recipe.export.min_agreement, student / "train.jsonl"
-    pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
+    run_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
     remove(work)
 
 

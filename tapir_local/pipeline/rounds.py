@@ -15,7 +15,7 @@ from tapir_local.recipe.schema import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import InOrder, going_on
 from tapir_local.rundir import read_record, read_rows, write_record, write_rows
-from tapir_local.training.job import LEFT_OUT
+from tapir_local.training.job import LEFT_OUT_FILE
 from tapir_local.unusable import Unusable, left_out, record_unusable
 
 
@@ -126,7 +126,7 @@ def train_stage(work: Work, out: Path) -> str:
 
 def rows_left_out_of_training(work: Work) -> list[Unusable]:
     """The round's rows that are too long for the student or refused by its chat template."""
-    path = work.folder / "train" / LEFT_OUT
+    path = work.folder / "train" / LEFT_OUT_FILE
     return [replace(row, step=work.step) for row in read_rows(Unusable, path)] if path.exists() else []
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from tapir_local.data.chat_template import merge_system_turns, render_training_text
 from tapir_local.errors import TapirError
-from tapir_local.export.tokenizer import read_json, read_template, read_tokenizer, special_texts
+from tapir_local.export.tokenizer import read_model_template, read_tokenizer_json, special_token_texts
 from tapir_local.records import Example, Prompt
+from tapir_local.training.model_files import read_model_json
 
 MIN_ANSWER_TOKENS = 16  # tokens that a prompt must leave for the answer, or a quarter of the length if that is less
 PROBE_ANSWER = "so be it"  # stands for an answer while only the prompt is checked
@@ -65,7 +66,7 @@ def read_student_format(model: Path, max_length: int, template: str | None = Non
 
     TapirError if the folder has no tokenizer or no template.
     """
-    tokenizer, texts = open_tokenizer(model), special_texts(model)
+    tokenizer, texts = open_tokenizer(model), special_token_texts(model)
     stops = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
     def encode(some: Sequence[str]) -> list[list[int]]:
@@ -73,7 +74,7 @@ def read_student_format(model: Path, max_length: int, template: str | None = Non
 
     made_for = model_max_length(model)
     length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODEL_LIMIT)
-    jinja = read_template(model) if template is None else template
+    jinja = read_model_template(model) if template is None else template
     return StudentFormat(jinja, texts.get("bos", ""), texts.get("eos", ""), stops, encode, length, limit)
 
 
@@ -85,7 +86,7 @@ def open_tokenizer(model: Path) -> Any:
     try:
         if path.is_file():
             return Tokenizer.from_file(str(path))
-        return Tokenizer.from_str(json.dumps(read_tokenizer(model)))
+        return Tokenizer.from_str(json.dumps(read_tokenizer_json(model)))
     except TapirError:
         raise
     except Exception as error:  # the Rust library raises the plain class
@@ -96,7 +97,7 @@ def open_tokenizer(model: Path) -> Any:
 def model_max_length(model: Path) -> int:
     """The longest text in tokens that a model was made for, by its config; very large if the config names none."""
     path = model / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_model_json(path) if path.is_file() else {}
     found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else 1 << 62
 

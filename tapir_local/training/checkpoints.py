@@ -13,16 +13,16 @@ from tapir_local.rundir import remove, sync, write_json
 from tapir_local.training.job import TokenRows, TrainJob
 from tapir_local.training.model import Hardware
 
-MARK = "whole.json"  # written last: what lacks it was cut while it was written
+COMPLETE_MARKER = "whole.json"  # written last: what lacks it was cut while it was written
 # Arguments that decide how a batch goes through the hardware, but not what is learned from it, up to rounding.
-CARRIED = (
+HARDWARE_ARGUMENTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     "gradient_checkpointing",
 )
 
 
 @dataclass
-class Course:
+class TrainingState:
     """A training under way: its log, and when and where its next checkpoint is due.
 
     `job` is the digest that a checkpoint is known by, `folder` where checkpoints lie (None: there are none), `minutes`
@@ -38,24 +38,24 @@ class Course:
     resumed: bool = False
 
 
-def digest_of(
+def job_digest(
     job: TrainJob, hardware: Hardware, tokens: TokenRows, arguments: Mapping[str, Any], versions: Mapping[str, str]
 ) -> str:
     """What a checkpoint's job is known by: rows, weights, settings, hardware and libraries; how many rows are in memory
     at once makes no other job."""
     known = {
         "rows": tokens.rows,
-        "model": weights_of(Path(job.model)),
-        "from": weights_of(job.adapter_from) if job.adapter_from else [],
+        "model": weight_file_stats(Path(job.model)),
+        "from": weight_file_stats(job.adapter_from) if job.adapter_from else [],
         "train": job.settings.model_dump(include={"method", "lora_rank", "lora_alpha", "lora_dropout"}),
-        "sft": {name: value for name, value in arguments.items() if name not in CARRIED},
+        "sft": {name: value for name, value in arguments.items() if name not in HARDWARE_ARGUMENTS},
         "hardware": [hardware.device, hardware.backend, hardware.precision, hardware.processes],
         "versions": versions,
     }
     return hashlib.sha256(orjson.dumps(known, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def weights_of(folder: Path) -> list[tuple[str, int, int]]:
+def weight_file_stats(folder: Path) -> list[tuple[str, int, int]]:
     """Name, bytes and time of every file of weights, which may be too large to be read for it; a Hub name as it is."""
     if not folder.is_dir():
         return [(str(folder), 0, 0)]
@@ -63,55 +63,55 @@ def weights_of(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def newest(folder: Path, job: str) -> Path | None:
+def latest_checkpoint(folder: Path, job: str) -> Path | None:
     """The last whole checkpoint of a job, if there is one."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
-    return next((path for path in found if read_mark(path).get("job") == job), None)
+    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+    return next((path for path in found if read_complete_marker(path).get("job") == job), None)
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     """The step after which a checkpoint was made, by its name; -1 for a name that is no checkpoint's."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
-def read_mark(checkpoint: Path) -> dict[str, Any]:
+def read_complete_marker(checkpoint: Path) -> dict[str, Any]:
     """What was noted of a checkpoint once it was whole; {} where it is not."""
     try:
-        return dict(orjson.loads((checkpoint / MARK).read_bytes()))
+        return dict(orjson.loads((checkpoint / COMPLETE_MARKER).read_bytes()))
     except (OSError, ValueError):
         return {}
 
 
-def clear(folder: Path, but: Path | None = None) -> None:
+def delete_checkpoints(folder: Path, but: Path | None = None) -> None:
     """Delete the checkpoints in a folder, but one."""
     for path in folder.glob("checkpoint-*"):
         if path != but:
             remove(path)
 
 
-def go_on(course: Course, checkpoint: Path) -> None:
+def restore_state(course: TrainingState, checkpoint: Path) -> None:
     """Take up a course where a checkpoint has left it."""
-    course.log, course.resumed = read_mark(checkpoint)["log"], True
+    course.log, course.resumed = read_complete_marker(checkpoint)["log"], True
 
 
-def start_clock(course: Course) -> None:
+def start_clock(course: TrainingState) -> None:
     """Count the training's seconds from now, those before a cut among them."""
     course.saved = time.monotonic()
     course.began = course.saved - (course.log[-1]["seconds"] if course.log else 0)
 
 
-def keep(course: Course, checkpoint: Path) -> None:
+def complete_checkpoint(course: TrainingState, checkpoint: Path) -> None:
     """Mark a checkpoint as whole, and delete those before it."""
     for file in checkpoint.iterdir():
         sync(file)
-    write_json(checkpoint / MARK, {"job": course.job, "log": course.log})
-    clear(checkpoint.parent, but=checkpoint)
+    write_json(checkpoint / COMPLETE_MARKER, {"job": course.job, "log": course.log})
+    delete_checkpoints(checkpoint.parent, but=checkpoint)
     (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty form of a card
     course.saved = time.monotonic()
 
 
-def is_due(course: Course, processes: int) -> bool:
+def is_checkpoint_due(course: TrainingState, processes: int) -> bool:
     """Whether a checkpoint is to be made now; of several processes the first one's clock decides."""
     wanted = course.folder is not None and 0 < 60 * course.minutes <= time.monotonic() - course.saved
     if processes == 1 or not course.minutes:

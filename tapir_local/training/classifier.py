@@ -17,17 +17,17 @@ from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.recipe.schema import Classifier
 from tapir_local.records import Example, instruction_of
 from tapir_local.rundir import read_record, read_rows, whole, write_json, write_rows
-from tapir_local.training.model import check_folder, unloadable
+from tapir_local.training.model import check_model_path, load_error
 
 T = TypeVar("T")
-SPECIAL = {
+SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-SMALL = {
+SMALL_CONFIG = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -40,11 +40,11 @@ SMALL = {
     "position_biased_input": False,
     "type_vocab_size": 0,
 }  # the shape of microsoft/deberta-v3-base, made small
-SMALL_VOCABULARY = 2000
-WARMUP = 0.1
-LETTERS = 16  # of a token at the most, as good as always: the longest pieces of DeBERTa's vocabulary
+SMALL_VOCABULARY_SIZE = 2000
+WARMUP_SHARE = 0.1
+MAX_CHARS_PER_PIECE = 16  # of a token at the most, as good as always: the longest pieces of DeBERTa's vocabulary
 # Tokens of a batch that is read, padding among them. On two cores 2,048 took half the time of 8,192, and less memory.
-AT_ONCE = {"cpu": 2048, "cuda": 32768}
+PREDICTION_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Prediction:
     confidence: float
 
 
-def classify(job: ClassifyJob, folder: Path, progress: Progress | None = None) -> None:
+def run_classifier(job: ClassifyJob, folder: Path, progress: Progress | None = None) -> None:
     """Run the job in a process of its own, which leaves job.json and classifier.log in `folder`.
 
     `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
@@ -80,31 +80,31 @@ def classify(job: ClassifyJob, folder: Path, progress: Progress | None = None) -
     in_own_process("tapir_local.training.classifier", job, folder, progress)
 
 
-def run_folder(folder: Path, progress: Progress) -> None:
+def classifier_main(folder: Path, progress: Progress) -> None:
     """The child's side of `classify`: the environment first, since the libraries read it when they are imported."""
     job = read_record(ClassifyJob, folder / "job.json")
-    small = job.settings.model == "small" or Path(job.settings.model).is_dir()
+    make_small_classifier = job.settings.model == "small" or Path(job.settings.model).is_dir()
     os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"})
-    os.environ.update({"HF_HUB_OFFLINE": "1"} if small else {})
-    run_job(job, progress)
+    os.environ.update({"HF_HUB_OFFLINE": "1"} if make_small_classifier else {})
+    train_classifier(job, progress)
 
 
 def untold(done: int, total: int, note: str) -> None:
     """No progress shown."""
 
 
-def run_job(job: ClassifyJob, progress: Progress = untold) -> None:
+def train_classifier(job: ClassifyJob, progress: Progress = untold) -> None:
     """Train, measure, predict, write. TapirError when there is too little to learn from or no model to teach."""
     labelled = [row for row in read_rows(Example, job.labelled) if row.task in job.labels]
-    refuse_too_little(labelled, job)
-    learned, held = split(labelled, job.settings.held_out, random.Random(f"{job.random_seed}-held-out"))
+    refuse_too_few_labels(labelled, job)
+    learned, held = split_held_out(labelled, job.settings.held_out, random.Random(f"{job.random_seed}-held-out"))
     known = {row.id for row in labelled}
     rows = [row for row in read_rows(Example, job.rows) if row.id not in known]
     seed_torch(job.random_seed)
-    model, tokenizer = load(job, [head(row, job) for row in [*labelled, *rows]])
-    fit(model, tokenizer, learned, job, progress)
-    agreement = compare(held, predict(model, tokenizer, held, job))
-    found = predict(model, tokenizer, rows, job, progress)
+    model, tokenizer = load_classifier(job, [classifier_text(row, job) for row in [*labelled, *rows]])
+    fit_classifier(model, tokenizer, learned, job, progress)
+    agreement = measure_agreement(held, predict_tasks(model, tokenizer, held, job))
+    found = predict_tasks(model, tokenizer, rows, job, progress)
     with whole(job.out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -112,7 +112,7 @@ def run_job(job: ClassifyJob, progress: Progress = untold) -> None:
         write_rows(partial / "predictions.jsonl", found)
 
 
-def refuse_too_little(labelled: Sequence[Example], job: ClassifyJob) -> None:
+def refuse_too_few_labels(labelled: Sequence[Example], job: ClassifyJob) -> None:
     """TapirError where there is nothing to tell apart."""
     fix = "Raise classifier.labelled, or see in the calls why the teacher's labels could not be read."
     if len(labelled) < 2:
@@ -122,17 +122,17 @@ def refuse_too_little(labelled: Sequence[Example], job: ClassifyJob) -> None:
         raise TapirError(what, where=str(job.labelled), fix=fix)
 
 
-def head(row: Example, job: ClassifyJob) -> str:
+def classifier_text(row: Example, job: ClassifyJob) -> str:
     """What the classifier reads of a row: the last turn, which sets the task, then what came before, from its start.
 
     So many letters that the tokens it may have are surely among them: a book in the input is not tokenised.
     """
     *before, last = row.prompt
     earlier = instruction_of(tuple(before)) if before else ""
-    return "\n\n".join(filter(None, (last.content, earlier)))[: LETTERS * job.settings.max_length]
+    return "\n\n".join(filter(None, (last.content, earlier)))[: MAX_CHARS_PER_PIECE * job.settings.max_length]
 
 
-def split(rows: Sequence[Example], share: float, chance: random.Random) -> tuple[list[Example], list[Example]]:
+def split_held_out(rows: Sequence[Example], share: float, chance: random.Random) -> tuple[list[Example], list[Example]]:
     """Rows to learn from and rows held out, at least one of each, in their order.
 
     Every task gives its share of the held-out rows, and its last row never.
@@ -158,23 +158,23 @@ def seed_torch(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def load(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
+def load_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
     """The model with a head for the job's labels, on its device, and its tokenizer; TapirError if it cannot be had."""
     import torch
 
     if job.settings.model == "small":
-        model, tokenizer = small(job, texts)
+        model, tokenizer = make_small_classifier(job, texts)
     else:
-        model, tokenizer = pretrained(job)
+        model, tokenizer = load_pretrained_classifier(job)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def labels_of(job: ClassifyJob) -> dict[str, Any]:
+def label_config(job: ClassifyJob) -> dict[str, Any]:
     """The labels as transformers' configs have them."""
     return {"id2label": dict(enumerate(job.labels)), "label2id": {label: n for n, label in enumerate(job.labels)}}
 
 
-def pretrained(job: ClassifyJob) -> tuple[Any, Any]:
+def load_pretrained_classifier(job: ClassifyJob) -> tuple[Any, Any]:
     """An encoder from a folder or the Hub, with a fresh head; TapirError where it, or its tokenizer, is not whole."""
     from pickle import UnpicklingError
 
@@ -182,18 +182,18 @@ def pretrained(job: ClassifyJob) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     name = job.settings.model
-    check_folder(name, "classifier.model")
-    options = {**labels_of(job), "ignore_mismatched_sizes": True, "dtype": "float32", "output_loading_info": True}
+    check_model_path(name, "classifier.model")
+    options = {**label_config(job), "ignore_mismatched_sizes": True, "dtype": "float32", "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(name, **options)
-        refuse_halves(model, tokenizer, loaded)
+        refuse_partial_load(model, tokenizer, loaded)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise unloadable(name, "classifier", error, "classifier.model") from error
+        raise load_error(name, "classifier", error, "classifier.model") from error
     return model, tokenizer
 
 
-def refuse_halves(model: Any, tokenizer: Any, loaded: Mapping[str, Any]) -> None:
+def refuse_partial_load(model: Any, tokenizer: Any, loaded: Mapping[str, Any]) -> None:
     """ValueError where transformers has put chance or nothing in the place of an encoder or a tokenizer.
 
     Weights of other sizes it draws at random, and of a folder without a tokenizer it makes an empty one.
@@ -211,17 +211,17 @@ def refuse_halves(model: Any, tokenizer: Any, loaded: Mapping[str, Any]) -> None
         raise ValueError("it has no tokenizer that knows a word")
 
 
-def small(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
+def make_small_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
     """A DeBERTa-v3 of under a million weights, untaught, and a tokenizer made from the texts; nothing is downloaded."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-    tokenizer = small_tokenizer(texts, job.settings.max_length)
+    tokenizer = train_small_tokenizer(texts, job.settings.max_length)
     positions = {"max_position_embeddings": max(512, job.settings.max_length), "pad_token_id": tokenizer.pad_token_id}
-    config = DebertaV2Config(vocab_size=len(tokenizer), **SMALL, **positions, **labels_of(job))
+    config = DebertaV2Config(vocab_size=len(tokenizer), **SMALL_CONFIG, **positions, **label_config(job))
     return DebertaV2ForSequenceClassification(config), tokenizer
 
 
-def small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
+def train_small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
     """Byte-level BPE of at most SMALL_VOCABULARY tokens, without case; every digit is one token.
 
     Not WordPiece: its trainer numbers the continuing pieces in another order each time (tokenizers 0.23).
@@ -234,38 +234,40 @@ def small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(SPECIAL.values())
+    special = list(SPECIAL_TOKENS.values())
     trainer = trainers.BpeTrainer(
-        vocab_size=SMALL_VOCABULARY,
+        vocab_size=SMALL_VOCABULARY_SIZE,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    sep, cls = ((SPECIAL[name], special.index(SPECIAL[name])) for name in ("sep_token", "cls_token"))
+    sep, cls = ((SPECIAL_TOKENS[name], special.index(SPECIAL_TOKENS[name])) for name in ("sep_token", "cls_token"))
     tokenizer.post_processor = processors.BertProcessing(sep, cls)  # special tokens come first, in their order
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL_TOKENS)
 
 
-def fit(model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, progress: Progress) -> None:
+def fit_classifier(model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, progress: Progress) -> None:
     """AdamW over all weights; the learning rate rises for a tenth of the steps and then falls to zero in a line."""
     import torch
 
     settings = job.settings
     steps = settings.epochs * -(-len(rows) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    rise = max(1, round(WARMUP * steps))
+    rise = max(1, round(WARMUP_SHARE * steps))
     slope = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
     )
     model.train()
     chance = random.Random(f"{job.random_seed}-classifier")
     epochs = (
-        batch for _ in range(settings.epochs) for batch in batches(chance.sample(rows, len(rows)), settings.batch_size)
+        batch
+        for _ in range(settings.epochs)
+        for batch in row_batches(chance.sample(rows, len(rows)), settings.batch_size)
     )
     for step, batch in enumerate(epochs, 1):
         targets = torch.tensor([job.labels.index(row.task) for row in batch], device=model.device)
-        inputs = padded(tokenizer, tokenised(tokenizer, batch, job), model.device)
+        inputs = pad_batch(tokenizer, tokenize_rows(tokenizer, batch, job), model.device)
         loss = model(**inputs, labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -275,20 +277,20 @@ def fit(model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, p
         progress(step, steps, f"loss {loss.item():.3f}")
 
 
-def batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def row_batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """The rows, `size` at a time."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def tokenised(tokenizer: Any, rows: Sequence[Example], job: ClassifyJob) -> list[list[int]]:
+def tokenize_rows(tokenizer: Any, rows: Sequence[Example], job: ClassifyJob) -> list[list[int]]:
     """The tokens of each row's head, the special ones at both ends included; those that a row quotes are text."""
     most = min(job.settings.max_length, tokenizer.model_max_length)  # BERT has 512 places and no more
-    heads = [head(row, job) for row in rows]
+    heads = [classifier_text(row, job) for row in rows]
     found = tokenizer(heads, truncation=True, max_length=most, split_special_tokens=True)
     return list(found["input_ids"])
 
 
-def padded(tokenizer: Any, tokens: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
+def pad_batch(tokenizer: Any, tokens: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
     """Tokens as tensors of rows x the longest row, with the mask that tells them from the padding."""
     import torch
 
@@ -299,7 +301,7 @@ def padded(tokenizer: Any, tokens: Sequence[Sequence[int]], device: Any) -> dict
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def predict(
+def predict_tasks(
     model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, progress: Progress = untold
 ) -> list[Prediction]:
     """The likeliest label of each row and its probability, in the order of the rows.
@@ -310,11 +312,11 @@ def predict(
     import torch
 
     model.eval()
-    tokens = tokenised(tokenizer, rows, job) if rows else []
+    tokens = tokenize_rows(tokenizer, rows, job) if rows else []
     found: dict[int, Prediction] = {}
     with torch.inference_mode():
-        for places in by_length([len(row) for row in tokens], AT_ONCE[model.device.type]):
-            inputs = padded(tokenizer, [tokens[place] for place in places], model.device)
+        for places in batches_by_length([len(row) for row in tokens], PREDICTION_TOKENS[model.device.type]):
+            inputs = pad_batch(tokenizer, [tokens[place] for place in places], model.device)
             sure, best = model(**inputs).logits.float().softmax(-1).max(-1)
             for place, label, probability in zip(places, best.tolist(), sure.tolist(), strict=True):
                 found[place] = Prediction(rows[place].id, job.labels[label], round(probability, 6))
@@ -322,7 +324,7 @@ def predict(
     return [found[place] for place in range(len(rows))]
 
 
-def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """Places of rows in batches of `most` tokens with the padding, the longest first; a longer row stands alone."""
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     while order:
@@ -331,7 +333,7 @@ def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         del order[:size]
 
 
-def compare(held: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
+def measure_agreement(held: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
     """How often the teacher's label is given, in all and by label, with Wilson's 95 % intervals.
 
     `confusion` has, for each of the teacher's labels, the rows by the label that the classifier gives.
@@ -340,16 +342,16 @@ def compare(held: Sequence[Example], predictions: Sequence[Prediction]) -> dict[
     confusion: dict[str, dict[str, int]] = defaultdict(dict)
     for (label, found), rows in sorted(pairs.items()):
         confusion[label][found] = rows
-    by_label = {label: share_of(row.get(label, 0), sum(row.values())) for label, row in confusion.items()}
+    by_label = {label: agreement_share(row.get(label, 0), sum(row.values())) for label, row in confusion.items()}
     agree = sum(label["agree"] for label in by_label.values())
-    whole_share = share_of(agree, len(held))
+    whole_share = agreement_share(agree, len(held))
     return {"agreement": agree / len(held), **whole_share, "by_label": by_label, "confusion": confusion}
 
 
-def share_of(agree: int, rows: int) -> dict[str, Any]:
+def agreement_share(agree: int, rows: int) -> dict[str, Any]:
     """So many of so many rows, and the interval of their share."""
     return {"rows": rows, "agree": agree, "interval": proportion_interval([n < agree for n in range(rows)])}
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(run_folder, one_gpu()))
+    sys.exit(child_main(classifier_main, one_gpu()))

@@ -14,10 +14,10 @@ from tapir_local.records import Example, instruction_of
 from tapir_local.training.model import Hardware
 from tapir_local.unusable import BRIEF, Unusable
 
-LEFT_OUT = "left_out.jsonl"  # in a training's folder: the rows, as Unusable, that it did not learn from
-STRETCH = 50  # steps whose rows are put in the order of their lengths
-MASKED = -100  # a label that torch's cross-entropy leaves out
-FIXED = {  # arguments of SFTConfig that nothing decides
+LEFT_OUT_FILE = "left_out.jsonl"  # in a training's folder: the rows, as Unusable, that it did not learn from
+SORTED_STEPS = 50  # steps whose rows are put in the order of their lengths
+IGNORED_LABEL = -100  # a label that torch's cross-entropy leaves out
+FIXED_ARGUMENTS = {  # arguments of SFTConfig that nothing decides
     "torch_empty_cache_steps": None,
     "logging_steps": 1,
     "logging_nan_inf_filter": False,
@@ -50,7 +50,7 @@ class TrainJob:
     random_seed: int
     adapter_from: Path | None = None
     micro: int | None = None
-    unusable: float = 1.0
+    unusable_row: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     for (number, _, _), head, whole_ids, alone in zip(texts, asked, joined, apart, strict=True):
         tail = whole_ids[len(head) :] if whole_ids[: len(head)] == head else alone
         if len(head) + len(tail) <= max_length:
-            rows.append({"input_ids": head + tail, "labels": [MASKED] * len(head) + tail})
+            rows.append({"input_ids": head + tail, "labels": [IGNORED_LABEL] * len(head) + tail})
         else:
             long[number] = f"{len(head):,} tokens of prompt and {len(tail):,} of answer"
     kinds = {"longer than student.max_length": long, "refused by the student's chat template": refused}
     reasons = {number: (kind, detail) for kind, found in kinds.items() for number, detail in found.items()}
-    return TokenRows(rows, tuple(unusable(examples[number], *reasons[number]) for number in sorted(reasons)))
+    return TokenRows(rows, tuple(unusable_row(examples[number], *reasons[number]) for number in sorted(reasons)))
 
 
 def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
@@ -104,7 +104,7 @@ def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tu
     return texts, refused
 
 
-def unusable(row: Example, kind: str, detail: str) -> Unusable:
+def unusable_row(row: Example, kind: str, detail: str) -> Unusable:
     """The record of a row that is not trained on; the stage that trains adds its own name."""
     return Unusable("train", row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
 
@@ -138,7 +138,7 @@ def epoch_order(lengths: Sequence[int], batch: int, chance: random.Random) -> li
     """
     rows = list(range(len(lengths)))
     chance.shuffle(rows)
-    stretch = batch * max(1, min(STRETCH, len(rows) // (4 * batch)))
+    stretch = batch * max(1, min(SORTED_STEPS, len(rows) // (4 * batch)))
     parts = [sorted(rows[at : at + stretch], key=lambda row: -lengths[row]) for at in range(0, len(rows), stretch)]
     order = [row for part in parts for row in part]
     longest = max(range(len(order)), key=lambda place: lengths[order[place]], default=0)
@@ -155,7 +155,9 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = Fa
     4, learning rate 5e-5, warm-up 0.1, weight decay 0.001, seed 3407 and more).
     """
     settings = job.settings
-    micro, accumulation = split_batch(share_of(settings, hardware.processes), job.micro or settings.micro_batch_size)
+    micro, accumulation = split_batch(
+        rows_per_process(settings, hardware.processes), job.micro or settings.micro_batch_size
+    )
     steps = math.ceil(settings.epochs * math.ceil(math.ceil(rows / (micro * hardware.processes)) / accumulation))
     gpu = hardware.device == "cuda"
     return {
@@ -184,7 +186,7 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = Fa
         "loss_type": "nll" if hardware.backend == "unsloth" else "chunked_nll",  # the latter: no logits of the prompt
         "gradient_checkpointing": twice,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        **FIXED,
+        **FIXED_ARGUMENTS,
     }
 
 
@@ -194,7 +196,7 @@ def split_batch(batch: int, micro: int) -> tuple[int, int]:
     return most, batch // most
 
 
-def share_of(settings: Train, processes: int) -> int:
+def rows_per_process(settings: Train, processes: int) -> int:
     """The rows of a step that each of several processes takes; TapirError where they cannot be shared out."""
     if settings.batch_size % processes:
         raise TapirError(
@@ -205,7 +207,7 @@ def share_of(settings: Train, processes: int) -> int:
     return settings.batch_size // processes
 
 
-def pack(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> Any:
+def pack_rows(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> Any:
     """A Dataset of rows laid one after another, best fit first, in as few of `max_length` tokens as will do.
 
     Column `seq_lengths` says where each begins; TRL's collator counts positions from there, and transformers then lets

@@ -12,14 +12,16 @@ from tapir_local.memory import size
 from tapir_local.recipe.schema import Train
 from tapir_local.training.model import Hardware
 
-STATE = 12  # bytes of a trained weight beside itself: its gradient and Adam's two moments, each in 32 bits
-BITS = {"f32": 4, "bf16": 2, "f16": 2}  # bytes of a weight
-FOUR_BITS = 0.53  # bytes of a weight in nf4, its blocks' scales quantised too: 4.127 bits (Dettmers et al. 2023, QLoRA)
-KEPT = 68  # bytes of a token's hidden unit that the one layer being computed keeps (see `activation_bytes`)
+STATE_BYTES = 12  # bytes of a trained weight beside itself: its gradient and Adam's two moments, each in 32 bits
+WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16": 2}  # bytes of a weight
+NF4_BYTES = 0.53  # bytes of a weight in nf4, its blocks' scales quantised too: 4.127 bits (Dettmers et al. 2023, QLoRA)
+LAYER_ACTIVATION_BYTES = (
+    68  # bytes of a token's hidden unit that the one layer being computed keeps (see `activation_bytes`)
+)
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes of the weights, of what training keeps beside them, and of a batch's activations: all of them, or with
     gradient checkpointing. `parameters` counts the model's weights."""
 
@@ -35,7 +37,7 @@ class Footprint:
         return self.weights + self.state
 
 
-def footprint(model: str, settings: Train, hardware: Hardware, tokens: int) -> Footprint | None:
+def estimate_memory(model: str, settings: Train, hardware: Hardware, tokens: int) -> MemoryEstimate | None:
     """What training a model in a folder takes with `tokens` in a batch; None without safetensors in it.
 
     TapirError for a shard that is missing, or a file that is no safetensors.
@@ -45,20 +47,20 @@ def footprint(model: str, settings: Train, hardware: Hardware, tokens: int) -> F
     if not shapes:
         return None
     count = sum(map(prod, shapes.values()))
-    linear = {name: shape for name, shape in shapes.items() if is_linear(name, shape)}
+    linear = {name: shape for name, shape in shapes.items() if is_lora_weight(name, shape)}
     quantised = sum(map(prod, linear.values())) if settings.method == "qlora" else 0
-    bytes_each = 4 if settings.method == "full" else BITS[hardware.precision]
-    weights = (count - quantised) * bytes_each + int(quantised * FOUR_BITS)
+    bytes_each = 4 if settings.method == "full" else WEIGHT_BYTES[hardware.precision]
+    weights = (count - quantised) * bytes_each + int(quantised * NF4_BYTES)
     adapter = sum(settings.lora_rank * sum(shape) for shape in linear.values())
-    state = STATE * count if settings.method == "full" else (STATE + 4) * adapter
+    state = STATE_BYTES * count if settings.method == "full" else (STATE_BYTES + 4) * adapter
     config = json.loads((folder / "config.json").read_bytes())
     text = {**config, **config.get("text_config", {})}
     layers, hidden, vocabulary = (int(text.get(key) or 0) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
-    kept = tokens * hidden * (2 * layers + KEPT)
-    return Footprint(count, weights, state, activation_bytes(layers, hidden, vocabulary, tokens), kept)
+    kept = tokens * hidden * (2 * layers + LAYER_ACTIVATION_BYTES)
+    return MemoryEstimate(count, weights, state, activation_bytes(layers, hidden, vocabulary, tokens), kept)
 
 
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+def is_lora_weight(name: str, shape: tuple[int, ...]) -> bool:
     """Whether LoRA is put on a weight: a matrix, but neither the embedding nor the head."""
     return len(shape) == 2 and not any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
 
@@ -104,7 +106,7 @@ def activation_bytes(layers: int, hidden: int, vocabulary: int, tokens: int) -> 
     return 2 * 34 * tokens * layers * hidden + 3 * 4 * tokens * vocabulary
 
 
-def checkpointing(settings: Train, hardware: Hardware, needs: Footprint | None) -> bool:
+def use_gradient_checkpointing(settings: Train, hardware: Hardware, needs: MemoryEstimate | None) -> bool:
     """Whether activations are computed twice instead of kept: as the settings say, or `auto`, where they would fill
     more than half of the memory left beside the weights."""
     if settings.gradient_checkpointing != "auto":
@@ -112,7 +114,9 @@ def checkpointing(settings: Train, hardware: Hardware, needs: Footprint | None) 
     return needs is not None and 2 * needs.activations > hardware.free - needs.certain
 
 
-def check_room(needs: Footprint, settings: Train, hardware: Hardware, twice: bool, say: Callable[[str], None]) -> None:
+def check_training_memory(
+    needs: MemoryEstimate, settings: Train, hardware: Hardware, twice: bool, say: Callable[[str], None]
+) -> None:
     """TapirError where weights and optimiser alone do not fit; a remark where it will be close.
 
     On a GPU `say` is told in any case what is free and what will be taken.

@@ -18,8 +18,15 @@ from tapir_local.process import Unsupported
 from tapir_local.recipe.schema import Train
 
 # What an error says of memory that ran out: the CPU's allocator; CUDA itself and Triton; cuBLAS.
-NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-SAME = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+SHAPE_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Hardware:
     total: int = 0
 
 
-def look(settings: Train, say: Callable[[str], None]) -> Hardware:
+def detect_hardware(settings: Train, say: Callable[[str], None]) -> Hardware:
     """The hardware, and the libraries to use on it. Unsloth is imported here, before what it patches.
 
     `say` is told where Unsloth is left out. TapirError when what is asked for cannot be had.
@@ -50,8 +57,8 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     if settings.launcher and processes == 1:
         say("train.launcher has started one process: `accelerate launch` starts several with --multi_gpu.")
     if not torch.cuda.is_available():
-        refuse_without_gpu(settings)
-        tell_of_unused_gpus(torch.__version__, say)
+        refuse_gpu_settings(settings)
+        report_unused_gpus(torch.__version__, say)
         precision = "bf16" if settings.precision == "bf16" else "f32"
         return Hardware("cpu", "trl", precision, free_memory() // processes, processes)
     if settings.method == "qlora" and not find_spec("bitsandbytes"):
@@ -64,7 +71,9 @@ def look(settings: Train, say: Callable[[str], None]) -> Hardware:
     free, total = torch.cuda.mem_get_info(local_rank())
     if torch.cuda.get_device_properties(local_rank()).is_integrated:  # it has main memory; CUDA counts caches as taken
         free = max(free, free_memory())
-    return Hardware("cuda", library(settings, precision, processes, say), precision, int(free), processes, int(total))
+    return Hardware(
+        "cuda", choose_backend(settings, precision, processes, say), precision, int(free), processes, int(total)
+    )
 
 
 def local_rank() -> int:
@@ -72,7 +81,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def refuse_without_gpu(settings: Train) -> None:
+def refuse_gpu_settings(settings: Train) -> None:
     """TapirError for what only a GPU can do."""
     wants = {
         "train.method qlora": settings.method == "qlora",
@@ -85,7 +94,7 @@ def refuse_without_gpu(settings: Train) -> None:
             raise TapirError(f"{what} needs a GPU, and torch sees none", where="train", fix=fix)
 
 
-def tell_of_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
+def report_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
     """Say of GPUs that their driver lists and torch cannot use that the CPU trains instead."""
     for card in visible_gpus()[:1]:
         say(
@@ -94,11 +103,11 @@ def tell_of_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
         )
 
 
-def library(settings: Train, precision: str, processes: int, say: Callable[[str], None]) -> str:
+def choose_backend(settings: Train, precision: str, processes: int, say: Callable[[str], None]) -> str:
     """`unsloth`, imported, or `trl`; where `auto` does without Unsloth on a GPU, it says why and goes on."""
     if settings.backend == "trl":
         return "trl"
-    why = without_unsloth(settings, precision, processes) or failed_import("unsloth")
+    why = unsloth_obstacle(settings, precision, processes) or import_failure("unsloth")
     if not why:
         return "unsloth"
     if settings.backend == "unsloth":
@@ -107,7 +116,7 @@ def library(settings: Train, precision: str, processes: int, say: Callable[[str]
     return "trl"
 
 
-def failed_import(package: str) -> str:
+def import_failure(package: str) -> str:
     """Import Unsloth, which patches trl, transformers and peft, so that it must come before them; why that failed, ""
     where it did not. It looks at the driver, the GPU and a dozen packages, and raises what they raise."""
     try:
@@ -119,20 +128,20 @@ def failed_import(package: str) -> str:
     return ""
 
 
-def first_line(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """The first line of what an error says, or the name of its kind."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is of memory that ran out, the GPU's or main memory."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_TEXTS)
 
 
-def without_unsloth(settings: Train, precision: str, processes: int) -> str:
+def unsloth_obstacle(settings: Train, precision: str, processes: int) -> str:
     """Why Unsloth does not serve, "" where it does. What it makes of packed token rows was never tried, so it is not
     given any."""
     if not find_spec("unsloth"):
@@ -144,7 +153,7 @@ def without_unsloth(settings: Train, precision: str, processes: int) -> str:
     return "it does not compute in f32" if precision == "f32" else ""
 
 
-def check_folder(model: str, setting: str = "student.path") -> None:
+def check_model_path(model: str, setting: str = "student.path") -> None:
     """TapirError when `model` is a path that leads to no model; a Hub name passes. `setting` is the recipe's key."""
     path = Path(model)
     if path.is_dir() and not (path / "config.json").exists():
@@ -159,9 +168,9 @@ def check_folder(model: str, setting: str = "student.path") -> None:
         raise TapirError("there is no such folder", where=model, fix=f"Correct {setting}.")
 
 
-def unloadable(model: str, part: str, error: Exception, setting: str = "student.path") -> TapirError:
+def load_error(model: str, part: str, error: Exception, setting: str = "student.path") -> TapirError:
     """What to say of a model that transformers cannot load: the first line of its reason."""
-    reason = first_line(error)
+    reason = first_error_line(error)
     fix = f"Correct {setting}, or put the model on disk (`hf download NAME --local-dir FOLDER`) and name that folder."
     if "tiktoken" in reason:  # what transformers 5 falls back on for a SentencePiece file that it cannot read
         reason, fix = "its SentencePiece file needs two more packages to be read", "pip install sentencepiece protobuf"
@@ -175,7 +184,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise unloadable(model, "tokenizer", error) from error
+        raise load_error(model, "tokenizer", error) from error
     try:
         tokenizer.get_chat_template()
     except ValueError as error:
@@ -194,27 +203,27 @@ def load_model(
     """
     try:
         if hardware.backend == "unsloth":
-            return load_unsloth(model, hardware, method, max_length, seed, checkpointing)
-        return load_plain(model, hardware, method)
+            return load_with_unsloth(model, hardware, method, max_length, seed, checkpointing)
+        return load_with_transformers(model, hardware, method)
     except Exception as error:
-        if ran_out(error):
+        if is_out_of_memory(error):
             what = f"the model does not fit into the {size(hardware.free)} of memory that were free"
             fix = "End what else is on the GPU, or write train.method: qlora."
             raise TapirError(what, where=model, fix=fix) from error
         if hardware.backend == "unsloth":
-            raise without(error, model, "load") from error
+            raise unsloth_error(error, model, "load") from error
         if isinstance(error, OSError | ValueError):
-            raise unloadable(model, "model", error) from error
+            raise load_error(model, "model", error) from error
         raise
 
 
-def without(error: Exception, model: str, work: str) -> Unsupported:
+def unsloth_error(error: Exception, model: str, work: str) -> Unsupported:
     """What to say of a model that Unsloth cannot load or train, whatever it or a package below it has raised."""
     what = f"Unsloth cannot {work} the model ({type(error).__name__}: {first_line(error)})"
     return Unsupported(what, where=model, fix="Write train.backend: trl.")
 
 
-def load_plain(model: str, hardware: Hardware, method: str) -> Any:
+def load_with_transformers(model: str, hardware: Hardware, method: str) -> Any:
     """Through transformers, in the precision of the hardware; in 32 bits where all weights are trained.
 
     A step changes a weight by less than 16 bits can tell: they are computed with in 16 bits, and kept in 32.
@@ -223,7 +232,7 @@ def load_plain(model: str, hardware: Hardware, method: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[hardware.precision]
-    more = attention(model)
+    more = attention_options(model)
     if method == "full":
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **more)
     if method == "qlora":
@@ -234,7 +243,7 @@ def load_plain(model: str, hardware: Hardware, method: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **more)
 
 
-def attention(model: str) -> dict[str, Any]:
+def attention_options(model: str) -> dict[str, Any]:
     """`eager` where attention's scores are capped, as Gemma 2's are: transformers' other ways leave the cap out."""
     from transformers import AutoConfig
 
@@ -242,7 +251,9 @@ def attention(model: str) -> dict[str, Any]:
     return {"attn_implementation": "eager"} if capped else {}
 
 
-def load_unsloth(model: str, hardware: Hardware, method: str, max_length: int, seed: int, checkpointing: bool) -> Any:
+def load_with_unsloth(
+    model: str, hardware: Hardware, method: str, max_length: int, seed: int, checkpointing: bool
+) -> Any:
     """Through Unsloth; the very model named, not the repository of its own that it would put in its place."""
     import torch
     from unsloth import FastLanguageModel
@@ -261,18 +272,18 @@ def load_unsloth(model: str, hardware: Hardware, method: str, max_length: int, s
     return loaded
 
 
-def positions(model: str) -> int | None:
+def max_positions(model: str) -> int | None:
     """Tokens that a model was made for; None where its config does not tell. TapirError for a config that is none."""
     from transformers import AutoConfig
 
     try:
         found = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
-        raise unloadable(model, "config", error) from error
+        raise load_error(model, "config", error) from error
     return found if isinstance(found, int) and found > 0 else None
 
 
-def linear_names(model: Any) -> list[str]:
+def linear_layer_names(model: Any) -> list[str]:
     """Names of all linear layers but the head, as LoRA's `target_modules`."""
     from torch.nn import Linear
 
@@ -295,7 +306,7 @@ def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int
         try:
             return FastLanguageModel.get_peft_model(model, **shape, use_gradient_checkpointing=twice, random_state=seed)
         except Exception as error:
-            raise without(error, "train", "put LoRA on") from error
+            raise unsloth_error(error, "train", "put LoRA on") from error
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -303,12 +314,12 @@ def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int
     return get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM"))
 
 
-def go_on_from(model: Any, folder: Path, shape: Mapping[str, Any]) -> None:
+def load_adapter_weights(model: Any, folder: Path, shape: Mapping[str, Any]) -> None:
     """Put an earlier adapter's weights into the model's LoRA layers; TapirError when they do not fit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    check_shape(folder, shape)
+    check_adapter_shape(folder, shape)
     try:
         found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
@@ -322,16 +333,16 @@ def go_on_from(model: Any, folder: Path, shape: Mapping[str, Any]) -> None:
         )
 
 
-def check_adapter(folder: Path, fix: str) -> None:
+def check_adapter_folder(folder: Path, fix: str) -> None:
     """TapirError when `folder` does not hold what PEFT writes of an adapter."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise TapirError(f"this folder holds no adapter: {name} is missing", where=str(folder), fix=fix)
 
 
-def check_shape(folder: Path, shape: Mapping[str, Any]) -> None:
+def check_adapter_shape(folder: Path, shape: Mapping[str, Any]) -> None:
     """TapirError when `folder` holds no adapter, or one of another rank, scale or choice of layers."""
-    check_adapter(folder, "Train that round again: `tapir-local redo`.")
+    check_adapter_folder(folder, "Train that round again: `tapir-local redo`.")
     had = orjson.loads((folder / "adapter_config.json").read_bytes())
     for key in ("r", "lora_alpha", "target_modules"):
         before, now = (sorted(value) if isinstance(value, list) else value for value in (had[key], shape[key]))
@@ -340,7 +351,7 @@ def check_shape(folder: Path, shape: Mapping[str, Any]) -> None:
             raise TapirError(f"the earlier adapter has {key} {before}, this training {now}", where=str(folder), fix=fix)
 
 
-def check_same_model(folder: Path, base: Path) -> None:
+def check_same_shape(folder: Path, base: Path) -> None:
     """TapirError when `folder` holds no whole model, or one of another shape than the base."""
     config = folder / "config.json"
     if not config.exists():
@@ -351,7 +362,7 @@ def check_same_model(folder: Path, base: Path) -> None:
             fix="Keep train.method through a run, or set train.start to `base`.",
         )
     before, now = (orjson.loads(path.read_bytes()) for path in (config, base / "config.json"))
-    for key in SAME:
+    for key in SHAPE_KEYS:
         if before.get(key) != now.get(key):
             what = f"the earlier model has {key} {before.get(key)}, the student {now.get(key)}"
             raise TapirError(what, where=str(folder), fix="Go on with the student that it was trained on.")

@@ -10,14 +10,16 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.process import Progress
 from tapir_local.training import checkpoints
-from tapir_local.training.checkpoints import Course
+from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import RowOrder, TrainJob
 from tapir_local.training.model import Hardware
 
-NEW_RUN = "in a new run (--name): the store keeps what was paid for"
+IN_A_NEW_RUN = "in a new run (--name): the store keeps what was paid for"
 
 
-def watcher(course: Course, job: TrainJob, hardware: Hardware, order: RowOrder, progress: Progress) -> Any:
+def training_callback(
+    course: TrainingState, job: TrainJob, hardware: Hardware, order: RowOrder, progress: Progress
+) -> Any:
     """A callback of the Trainer that keeps the log, passes steps on as progress, and makes checkpoints."""
     from transformers import TrainerCallback
 
@@ -31,24 +33,24 @@ def watcher(course: Course, job: TrainJob, hardware: Hardware, order: RowOrder, 
 
     def on_log(self: Any, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
         if "loss" in logs:  # the summary at the end has none
-            refuse_dead_step(state.global_step, logs, job, hardware.precision)
-            course.log.append(entry(course, state, logs, args.per_device_train_batch_size))
+            refuse_nonfinite_step(state.global_step, logs, job, hardware.precision)
+            course.log.append(log_entry(course, state, logs, args.per_device_train_batch_size))
             progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and checkpoints.is_due(course, processes):
+        if state.global_step < state.max_steps and checkpoints.is_checkpoint_due(course, processes):
             control.should_save = True
 
     def on_save(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         args.distributed_state.wait_for_everyone()
-        if is_first():
-            checkpoints.keep(course, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if is_main_process():
+            checkpoints.complete_checkpoint(course, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     hooks = (on_train_begin, on_epoch_begin, on_log, on_step_end, on_save)
     return type("Watcher", (TrainerCallback,), {hook.__name__: hook for hook in hooks})()
 
 
-def refuse_dead_step(step: int, logs: Mapping[str, float], job: TrainJob, precision: str) -> None:
+def refuse_nonfinite_step(step: int, logs: Mapping[str, float], job: TrainJob, precision: str) -> None:
     """TapirError where the loss or the gradient of a step is no number, before a checkpoint keeps what came of it.
 
     In f16 a gradient may overflow: the step is then left out, and the scale lowered.
@@ -57,10 +59,10 @@ def refuse_dead_step(step: int, logs: Mapping[str, float], job: TrainJob, precis
     dead = [what for name, what in names.items() if not isfinite(logs.get(name) or 0)]
     if dead:
         what = f"{dead[0]} is no longer a number at step {step}"
-        raise TapirError(f"{what}: the training came to nothing", where="train", fix=lower(job, precision))
+        raise TapirError(f"{what}: the training came to nothing", where="train", fix=divergence_advice(job, precision))
 
 
-def refuse_dead_weights(model: Any, job: TrainJob, precision: str) -> None:
+def refuse_nonfinite_weights(model: Any, job: TrainJob, precision: str) -> None:
     """TapirError where a trained weight is no number."""
     import torch
 
@@ -68,10 +70,10 @@ def refuse_dead_weights(model: Any, job: TrainJob, precision: str) -> None:
     dead = [name for name, weight in trained if not bool(torch.isfinite(weight).all())]
     if dead:
         what = f"{len(dead):,} of the trained weights' tensors hold values that are no numbers, {dead[0]} the first"
-        raise TapirError(what, where="train", fix=lower(job, precision))
+        raise TapirError(what, where="train", fix=divergence_advice(job, precision))
 
 
-def lower(job: TrainJob, precision: str) -> str:
+def divergence_advice(job: TrainJob, precision: str) -> str:
     """What to do about a training that has diverged."""
     rate = job.settings.learning_rate
     wider = "" if precision == "f32" else f", or train.precision above {precision}"
@@ -81,7 +83,7 @@ def lower(job: TrainJob, precision: str) -> str:
     )
 
 
-def entry(course: Course, state: Any, logs: Mapping[str, float], micro: int) -> dict[str, Any]:
+def log_entry(course: TrainingState, state: Any, logs: Mapping[str, float], micro: int) -> dict[str, Any]:
     """A step for the log. `tokens` and `seconds` are counted from the beginning of the training, `tokens_per_second`
     from the step before; memory is in bytes."""
     tokens, seconds = int(state.num_input_tokens_seen), time.monotonic() - course.began
@@ -97,7 +99,7 @@ def entry(course: Course, state: Any, logs: Mapping[str, float], micro: int) -> 
     }
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is alone, or the first of those that a launcher has started."""
     return os.environ.get("RANK", "0") == "0"
 

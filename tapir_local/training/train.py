@@ -34,38 +34,38 @@ from tapir_local.process import (
 from tapir_local.records import Example
 from tapir_local.rundir import read_record, read_rows, remove, whole, write_json, write_rows
 from tapir_local.training import checkpoints
-from tapir_local.training.checkpoints import Course
+from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import (
-    LEFT_OUT,
+    LEFT_OUT_FILE,
     RowOrder,
     TokenRows,
     TrainJob,
-    pack,
+    pack_rows,
     sft_arguments,
     split_batch,
     token_rows,
 )
-from tapir_local.training.memory_estimate import check_room, checkpointing, footprint
+from tapir_local.training.memory_estimate import check_training_memory, estimate_memory, use_gradient_checkpointing
 from tapir_local.training.model import (
     Hardware,
     add_lora,
-    check_folder,
-    check_same_model,
-    go_on_from,
-    linear_names,
+    check_model_path,
+    check_same_shape,
+    detect_hardware,
+    is_out_of_memory,
+    linear_layer_names,
+    load_adapter_weights,
     load_model,
     load_tokenizer,
-    look,
-    positions,
-    ran_out,
-    without,
+    max_positions,
+    unsloth_error,
 )
-from tapir_local.training.steps import is_first, peak_memory, refuse_dead_weights, watcher
+from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
 from tapir_local.unusable import commonest, refuse_too_many
 
 __all__ = ["TrainJob", "train"]
 
-LIBRARIES = (
+VERSIONED_LIBRARIES = (
     "torch",
     "transformers",
     "trl",
@@ -77,12 +77,17 @@ LIBRARIES = (
     "unsloth_zoo",
     "bitsandbytes",
 )
-BESIDE = {".json", ".jinja", ".model", ".txt"}  # what a model's folder holds beside its weights: its tokenizer
-LESS = "Lower student.max_length, set train.gradient_checkpointing, or write train.method: qlora."
+TOKENIZER_SUFFIXES = {
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+}  # what a model's folder holds beside its weights: its tokenizer
+MEMORY_ADVICE = "Lower student.max_length, set train.gradient_checkpointing, or write train.method: qlora."
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainingSetup:
     """What a training starts from: the rows as a Dataset, and the arguments of SFTConfig less `output_dir`."""
 
     job: TrainJob
@@ -91,7 +96,7 @@ class Setup:
     arguments: dict[str, Any]
 
 
-def train(
+def run_training(
     job: TrainJob,
     folder: Path,
     progress: Progress | None = None,
@@ -108,7 +113,7 @@ def train(
         try:
             in_own_process("tapir_local.training.train", job, folder, progress, say, launcher)
         except OutOfMemory as error:
-            smaller = with_less(job)
+            smaller = with_smaller_batch(job)
             if smaller is None or (killed and isinstance(error, Killed)):
                 raise
             killed, job = isinstance(error, Killed), smaller
@@ -122,28 +127,30 @@ def train(
             return
 
 
-def with_less(job: TrainJob) -> TrainJob | None:
+def with_smaller_batch(job: TrainJob) -> TrainJob | None:
     """The job with half as many rows in memory at once, or fewer; None where there is but one."""
     batch = job.settings.batch_size
     micro, _ = split_batch(batch, job.micro or job.settings.micro_batch_size)
     return None if micro == 1 else replace(job, micro=split_batch(batch, micro // 2)[0])
 
 
-def run_folder(folder: Path, progress: Progress) -> None:
+def training_main(folder: Path, progress: Progress) -> None:
     """The child's side of `train`: the environment first, since the libraries read it when they are imported."""
     job = read_record(TrainJob, folder / "job.json")
-    os.environ.update({**environment(job.model), **one_gpu()})
-    run_job(job, progress, folder)
+    os.environ.update({**training_environment(job.model), **one_gpu()})
+    train_student(job, progress, folder)
 
 
-def environment(model: str) -> dict[str, str]:
+def training_environment(model: str) -> dict[str, str]:
     """Variables for a training process: nothing is sent anywhere, nor asked for where the model is a folder."""
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
     return quiet | offline
 
 
-def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, folder: Path | None = None) -> None:
+def train_student(
+    job: TrainJob, progress: Progress = lambda done, total, note: None, folder: Path | None = None
+) -> None:
     """Train and write what was trained; TapirError when model, template, rows or earlier adapter do not serve.
 
     Checkpoints are made in `folder`, where one is named, and gone on from. Of several processes that a launcher has
@@ -152,30 +159,30 @@ def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, 
     examples = read_rows(Example, job.rows)
     if not examples:
         raise TapirError("no rows to train on", where=str(job.rows), fix="Make them again: `tapir-local redo`.")
-    check_folder(job.model)
+    check_model_path(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
-        hardware = look(job.settings, partial(remark, progress))
+        hardware = detect_hardware(job.settings, partial(remark, progress))
         tokenizer = load_tokenizer(job.model)
-        job = within(job, partial(remark, progress))
-        tokens = learnable(token_rows(examples, tokenizer, job.max_length), job, folder)
-        setup = set_up(job, hardware, tokens, partial(remark, progress))
-        course = under_way(setup, tokens, folder)
-        model, shape = load(setup)
-        fit(model, tokenizer, setup, course, Path(scratch), progress)
-        refuse_dead_weights(model, job, hardware.precision)
-    if is_first():
+        job = limit_row_length(job, partial(remark, progress))
+        tokens = check_trainable(token_rows(examples, tokenizer, job.max_length), job, folder)
+        setup = set_up_training(job, hardware, tokens, partial(remark, progress))
+        course = start_or_resume(setup, tokens, folder)
+        model, shape = load_student(setup)
+        fit_student(model, tokenizer, setup, course, Path(scratch), progress)
+        refuse_nonfinite_weights(model, job, hardware.precision)
+    if is_main_process():
         end = {"seconds": time.monotonic() - course.began, **peak_memory()}
-        write_trained(job, model, resolved(setup, shape, tokens), [*course.log, end])
+        save_trained(job, model, resolved_settings(setup, shape, tokens), [*course.log, end])
         if folder:
-            checkpoints.clear(folder)
+            checkpoints.delete_checkpoints(folder)
     progress(len(course.log), len(course.log), f"loss {course.log[-1]['loss']:.3f}, {tokens}")
 
 
-def within(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
+def limit_row_length(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
     """The job with rows no longer than the model was made for: beyond that Unsloth would stretch its positions, which
     neither the GGUF nor plain transformers does."""
-    most = positions(job.model)
+    most = max_positions(job.model)
     if most is None or job.max_length <= most:
         return job
     asked = f"student.max_length is {job.max_length:,}"
@@ -183,12 +190,12 @@ def within(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
     return replace(job, max_length=most)
 
 
-def learnable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
+def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
     """The rows; those left out are recorded in `folder`. TapirError where none is left, or too few."""
-    if folder and is_first():
-        remove(folder / LEFT_OUT)
+    if folder and is_main_process():
+        remove(folder / LEFT_OUT_FILE)
         if tokens.left_out:
-            write_rows(folder / LEFT_OUT, tokens.left_out)
+            write_rows(folder / LEFT_OUT_FILE, tokens.left_out)
     if not tokens.rows:
         first = tokens.left_out[0]
         raise TapirError(
@@ -202,46 +209,46 @@ def learnable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRow
     return tokens
 
 
-def set_up(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: Callable[[str], None]) -> Setup:
+def set_up_training(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: Callable[[str], None]) -> TrainingSetup:
     """All that is settled before the model is loaded; TapirError where memory or disk will not do."""
     from datasets import Dataset
 
-    dataset = pack(tokens.rows, job.max_length) if job.settings.packing else Dataset.from_list(tokens.rows)
+    dataset = pack_rows(tokens.rows, job.max_length) if job.settings.packing else Dataset.from_list(tokens.rows)
     arguments = sft_arguments(job, hardware, len(dataset))
     longest = job.max_length if job.settings.packing else max(len(row["input_ids"]) for row in tokens.rows)
-    needs = footprint(job.model, job.settings, hardware, arguments["per_device_train_batch_size"] * longest)
-    twice = arguments["gradient_checkpointing"] = checkpointing(job.settings, hardware, needs)
-    if needs and is_first():
-        check_room(needs, job.settings, hardware, twice, say)
+    needs = estimate_memory(job.model, job.settings, hardware, arguments["per_device_train_batch_size"] * longest)
+    twice = arguments["gradient_checkpointing"] = use_gradient_checkpointing(job.settings, hardware, needs)
+    if needs and is_main_process():
+        check_training_memory(needs, job.settings, hardware, twice, say)
         kept = 2 * needs.state if job.settings.checkpoint_minutes else 0  # the one before is deleted after the next
         trained = needs.weights if job.settings.method == "full" else needs.state
         check_disk(job.out, kept + trained, "what is trained and its checkpoints")
-    return Setup(job, hardware, dataset, arguments)
+    return TrainingSetup(job, hardware, dataset, arguments)
 
 
-def under_way(setup: Setup, tokens: TokenRows, folder: Path | None) -> Course:
+def start_or_resume(setup: TrainingSetup, tokens: TokenRows, folder: Path | None) -> TrainingState:
     """The course, from its beginning or from the last checkpoint of the same job; all others are deleted."""
     job = setup.job
     if folder is None:
-        return Course()
-    digest = checkpoints.digest_of(job, setup.hardware, tokens, setup.arguments, versions())
-    course = Course(digest, folder, job.settings.checkpoint_minutes)
-    last = checkpoints.newest(folder, digest)
+        return TrainingState()
+    digest = checkpoints.job_digest(job, setup.hardware, tokens, setup.arguments, library_versions())
+    course = TrainingState(digest, folder, job.settings.checkpoint_minutes)
+    last = checkpoints.latest_checkpoint(folder, digest)
     if last:
-        checkpoints.go_on(course, last)
-    if is_first():
-        checkpoints.clear(folder, but=last)
+        checkpoints.restore_state(course, last)
+    if is_main_process():
+        checkpoints.delete_checkpoints(folder, but=last)
     return course
 
 
-def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
+def load_student(setup: TrainingSetup) -> tuple[Any, dict[str, Any]]:
     """The model to be trained, with its LoRA layers and from an earlier training if any; the arguments of LoraConfig,
     {} where all weights are trained."""
     job, hardware = setup.job, setup.hardware
     settings, twice = job.settings, setup.arguments["gradient_checkpointing"]
     full = settings.method == "full"
     if full and job.adapter_from:
-        check_same_model(job.adapter_from, model_folder(job.model))
+        check_same_shape(job.adapter_from, model_folder(job.model))
     model = load_model(
         str(job.adapter_from) if full and job.adapter_from else job.model,
         hardware,
@@ -253,21 +260,23 @@ def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
     if full:
         return model, {}
     lora = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-    shape = {**lora, "bias": "none", "target_modules": linear_names(model)}
+    shape = {**lora, "bias": "none", "target_modules": linear_layer_names(model)}
     model = add_lora(model, shape, hardware, job.random_seed, twice)
     if job.adapter_from:
-        go_on_from(model, job.adapter_from, shape)
+        load_adapter_weights(model, job.adapter_from, shape)
     return model, shape
 
 
-def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path, progress: Progress) -> None:
+def fit_student(
+    model: Any, tokenizer: Any, setup: TrainingSetup, course: TrainingState, scratch: Path, progress: Progress
+) -> None:
     """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out, Unsupported
     where Unsloth fails before the first step has ended."""
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     job, output = setup.job, course.folder or scratch
-    last = checkpoints.newest(output, course.job) if course.resumed else None
+    last = checkpoints.latest_checkpoint(output, course.job) if course.resumed else None
     micro = setup.arguments["per_device_train_batch_size"]
     try:
         arguments = SFTConfig(**setup.arguments, output_dir=str(output))
@@ -276,22 +285,24 @@ def fit(model: Any, tokenizer: Any, setup: Setup, course: Course, scratch: Path,
         ordered = type("Trainer", (SFTTrainer,), {"_get_train_sampler": lambda self, rows=None: order})
         trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watcher(course, job, setup.hardware, order, progress))
+        trainer.add_callback(training_callback(course, job, setup.hardware, order, progress))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except TapirError:
         raise
     except Exception as error:
-        if ran_out(error):
-            raise OutOfMemory(f"the memory ran out with {micro} rows at once", where="train", fix=LESS) from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"the memory ran out with {micro} rows at once", where="train", fix=MEMORY_ADVICE
+            ) from error
         if setup.hardware.backend == "unsloth" and not course.log:
-            raise without(error, job.model, "train") from error
+            raise unsloth_error(error, job.model, "train") from error
         raise
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what is learned."""
     found = {}
-    for name in LIBRARIES:
+    for name in VERSIONED_LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -299,7 +310,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def resolved(setup: Setup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[str, Any]:
+def resolved_settings(setup: TrainingSetup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[str, Any]:
     """What was made of the settings: for resolved.json."""
     job, hardware = setup.job, setup.hardware
     micro = setup.arguments["per_device_train_batch_size"]
@@ -310,7 +321,7 @@ def resolved(setup: Setup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[
         "backend": hardware.backend,
         "precision": hardware.precision,
         "processes": hardware.processes,
-        "versions": versions(),
+        "versions": library_versions(),
         "rows": tokens.counts,
         "micro_batch_size": {"asked": job.settings.micro_batch_size, "used": micro},
         "lora": shape,
@@ -318,13 +329,13 @@ def resolved(setup: Setup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[
     }
 
 
-def write_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
+def save_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
     """The folder of what was trained: the adapter, or the whole model with its tokenizer; beside it resolved.json and
     train_log.jsonl."""
     with whole(job.out) as partial:
         model.save_pretrained(partial)
         if job.settings.method == "full":
-            copy_beside(model_folder(job.model), partial)
+            copy_tokenizer_files(model_folder(job.model), partial)
         else:
             config = orjson.loads((partial / "adapter_config.json").read_bytes())
             config["target_modules"] = settled["lora"]["target_modules"]  # PEFT writes a set, Unsloth a regex
@@ -336,12 +347,16 @@ def write_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Se
         )
 
 
-def copy_beside(model: Path, out: Path) -> None:
+def copy_tokenizer_files(model: Path, out: Path) -> None:
     """The student's tokenizer and template, as they are, beside its trained weights: a whole model."""
     for file in model.iterdir():
-        if file.suffix in BESIDE and not file.name.endswith(".index.json") and not (out / file.name).exists():
+        if (
+            file.suffix in TOKENIZER_SUFFIXES
+            and not file.name.endswith(".index.json")
+            and not (out / file.name).exists()
+        ):
             shutil.copyfile(file, out / file.name)
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(run_folder))
+    sys.exit(child_main(training_main))

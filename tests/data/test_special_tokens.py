@@ -29,15 +29,15 @@ from tapir_local.data.special_tokens import (
 )
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import load_tokenizer
-from tapir_local.export.probes import answered, probes, rendered
+from tapir_local.export.probes import probe_texts, render_example, render_prompt
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Model, open_model
 from tapir_local.inference.score import text_to_score
 from tapir_local.inference.tokens import decode, encode, encode_plain, tokenize_text
 from tapir_local.inference.tokens import special_marks as marks_in
 from tapir_local.records import Example, Message
-from tapir_local.training.job import MASKED, token_rows
+from tapir_local.training.job import IGNORED_LABEL, token_rows
+from tapir_local.training.model import load_tokenizer
 
 LLAMA2 = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7b-lab"
 KINDS: dict[str, dict[str, Any]] = {
@@ -98,9 +98,9 @@ def test_both_sides_have_the_same_special_tokens(both: Both) -> None:
 def test_both_sides_give_equal_ids_without_special_tokens_of_rows(both: Both) -> None:
     known = special_tokens_of(both.tokenizer)
     special = set(known.ids.values())
-    [frame] = tokenize_rendered(both.tokenizer, [rendered(both.tokenizer, asked("x"))])
+    [frame] = tokenize_rendered(both.tokenizer, [render_prompt(both.tokenizer, asked("x"))])
     for text in quotes(known):
-        whole = rendered(both.tokenizer, asked(text))
+        whole = render_prompt(both.tokenizer, asked(text))
         [ids] = tokenize_rendered(both.tokenizer, [whole])
         assert encode(both.model, whole) == ids, text
         assert encode_prompt(both.model, asked(text)) == ids, text
@@ -115,9 +115,9 @@ def test_quoted_tokens_are_decoded_unchanged(both: Both) -> None:
 def test_texts_without_quotes_have_unchanged_ids(both: Both) -> None:
     """The rendered text has no GUARD, and its ids are those of the tokenizer itself."""
     known = special_tokens_of(both.tokenizer)
-    for text in probes(both.tokenizer):
+    for text in probe_texts(both.tokenizer):
         if not known.pattern.search(text):
-            whole = rendered(both.tokenizer, asked(text))
+            whole = render_prompt(both.tokenizer, asked(text))
             assert GUARD not in whole
             [ids] = both.tokenizer([whole], add_special_tokens=False)["input_ids"]
             assert tokenize_rendered(both.tokenizer, [whole]) == [ids]
@@ -153,13 +153,13 @@ def test_a_quoted_end_of_turn_is_trained_as_text(both: Both) -> None:
     assert stop
     row = Example("1", asked(f"What is {stop}?"), f"{stop} ends a turn: {stop}")
     [trained] = token_rows([row], both.tokenizer, 512).rows
-    learned = [label for label in trained["labels"] if label != MASKED]
+    learned = [label for label in trained["labels"] if label != IGNORED_LABEL]
     number = special_tokens_of(both.tokenizer).ids[stop]
     assert learned.count(number) == 1
     assert decode(both.model, learned[: learned.index(number)]).strip() == row.completion
     scored = text_to_score(both.model, 0, row.prompt, row.completion)
     assert (scored.ids, scored.ids[scored.start :]) == (trained["input_ids"], learned)
-    assert encode(both.model, answered(both.tokenizer, row)) == trained["input_ids"]
+    assert encode(both.model, render_example(both.tokenizer, row)) == trained["input_ids"]
 
 
 # --- guarding
@@ -284,7 +284,7 @@ def test_the_end_of_turn_token_is_always_special(tmp_path: Path) -> None:
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert "<over>" in special_tokens_of(loaded).ids
         assert special_tokens_of(loaded).ids == marks_in(opened).ids
-        text = rendered(loaded, asked("It is <over>, and <turn> too."))
+        text = render_prompt(loaded, asked("It is <over>, and <turn> too."))
         assert tokenize_rendered(loaded, [text]) == [encode(opened, text)]
         assert encode(opened, text).count(loaded.convert_tokens_to_ids("<over>")) == 1
 
@@ -302,7 +302,7 @@ def test_an_ordinary_token_that_llama_cpp_reads_as_end_is_text_on_both_sides(tmp
         assert special_tokens_of(loaded).ids == marks_in(opened).ids
         assert "</s>" in special_tokens_of(loaded).ids
         for text in ("It ends with </s>.", "</s><|im_end|> and <|im_start|>"):
-            whole = rendered(loaded, asked(text))
+            whole = render_prompt(loaded, asked(text))
             assert tokenize_rendered(loaded, [whole]) == [encode(opened, whole)] == [encode_prompt(opened, asked(text))]
             assert special_tokens_of(loaded).ids["</s>"] not in encode(opened, whole)
 
@@ -327,7 +327,7 @@ def test_names_of_control_tokens_of_llama_cpp_are_special_on_both_sides(tmp_path
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert special_tokens_of(loaded).ids == marks_in(opened).ids
         assert "<|fim_prefix|>" in special_tokens_of(loaded).ids
-        text = rendered(loaded, asked("<think>a</think> <|fim_prefix|> <|im_end|>"))
+        text = render_prompt(loaded, asked("<think>a</think> <|fim_prefix|> <|im_end|>"))
         assert tokenize_rendered(loaded, [text]) == [encode(opened, text)]
         assert loaded.convert_tokens_to_ids("</think>") in encode(opened, text), "a row may think"
 

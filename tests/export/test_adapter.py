@@ -13,7 +13,7 @@ from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateReport, gate
+from tapir_local.export.gate import GateReport, verify_gguf
 from tapir_local.records import Example, Message
 
 ROWS = [
@@ -63,7 +63,7 @@ def test_half_the_size_in_f16(llama: Student, bases, tmp_path: Path) -> None:
 
 
 def passage(student: Student, base: Path, lora: Path, adapter: Path | None = None) -> GateReport:
-    return gate(student.model, adapter or student.adapter, base, ROWS, min_agreement=0.9, adapter_gguf=lora)
+    return verify_gguf(student.model, adapter or student.adapter, base, ROWS, min_agreement=0.9, adapter_gguf=lora)
 
 
 def test_the_gate_compares_both_together(llama: Student, bases, tmp_path: Path) -> None:

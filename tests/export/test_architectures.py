@@ -12,14 +12,14 @@ from spm import GEMMA
 
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateReport, gate
+from tapir_local.export.gate import GateReport, verify_gguf
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
 from tapir_local.training.model import Hardware, load_model
-from tapir_local.training.train import TrainJob, run_job
+from tapir_local.training.train import TrainJob, train_student
 
 LLAMA2_TOKENIZER = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7b-lab"
 ROWS = [
@@ -77,7 +77,7 @@ def llama2_model(folder: Path) -> Path:
 
 def train(model: Path, folder: Path) -> Trained:
     write_rows(folder / "train.jsonl", ROWS)
-    run_job(TrainJob(str(model), folder / "train.jsonl", folder / "adapter", SETTINGS, 256, 1))
+    train_student(TrainJob(str(model), folder / "train.jsonl", folder / "adapter", SETTINGS, 256, 1))
     return Trained(model, folder / "adapter")
 
 
@@ -97,7 +97,7 @@ def made(tmp_path_factory) -> Callable[[str], Trained]:
 
 
 def passage(student: Trained, gguf: Path, lora: Path | None = None) -> GateReport:
-    return gate(student.model, student.adapter, gguf, ROWS, min_agreement=0.9, adapter_gguf=lora)
+    return verify_gguf(student.model, student.adapter, gguf, ROWS, min_agreement=0.9, adapter_gguf=lora)
 
 
 @pytest.mark.parametrize("name", STUDENTS)

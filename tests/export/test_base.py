@@ -15,7 +15,14 @@ from tapir_local.commands.chat import answer_once, open_students
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
 from tapir_local.export.adapter import export_adapter
-from tapir_local.export.base import base_gguf, base_path, digest, print_of, printed, student_of
+from tapir_local.export.base import (
+    base_gguf,
+    base_gguf_path,
+    fingerprint,
+    fingerprint_path,
+    model_digest,
+    student_files,
+)
 from tapir_local.export.gate import GateReport
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
@@ -84,7 +91,7 @@ def gated(recipe: Recipe, run: RunDir) -> GateReport:
 
 
 def answers(recipe: Recipe, run: RunDir) -> list[str]:
-    opened = student_of(recipe, run, run.round(0) / "student.gguf")
+    opened = student_files(recipe, run, run.round(0) / "student.gguf")
     found = generate(opened.gguf, PROMPTS, GenerationConfig(max_tokens=16, context=256), adapter=opened.adapter)
     return [row.text for row in found]
 
@@ -115,7 +122,7 @@ def test_a_base_is_made_once_and_found_by_another_run(llama, recipe: Recipe, run
     before = base.stat().st_mtime_ns
     other = begun(llama, RunDir(run.cache, "other"))
     exported(recipe, other)
-    assert student_of(recipe, other, other.round(0) / "student.gguf").gguf == base
+    assert student_files(recipe, other, other.round(0) / "student.gguf").gguf == base
     assert base.stat().st_mtime_ns == before
     assert read_record(GateReport, base.with_name("f32.gguf.gate.json")).passed
 
@@ -132,7 +139,7 @@ def test_a_base_that_is_gone_is_made_again_the_same(recipe: Recipe, run: RunDir)
     base = base_gguf(recipe, run)
     before = base.read_bytes()
     base.unlink()
-    assert student_of(recipe, run, run.round(0) / "student.gguf").gguf.read_bytes() == before
+    assert student_files(recipe, run, run.round(0) / "student.gguf").gguf.read_bytes() == before
 
 
 @pytest.mark.parametrize("nth", [1, 12, 21, 30])
@@ -184,7 +191,7 @@ def test_a_base_of_other_weights_does_not_pass_the_rounds_gate(recipe: Recipe, r
     exported(recipe, run)
     base, other = base_gguf(recipe, run), make_model(tmp_path / "other", seed=5)
     export.export_gguf(other, base, adapter=None, quant="f32")
-    write_json(printed(base), {"bytes": base.stat().st_size, "print": print_of([base])})
+    write_json(fingerprint_path(base), {"bytes": base.stat().st_size, "print": fingerprint([base])})
     with pytest.raises(TapirError, match=r"not the trained model: .*logits"):
         gated(recipe, run)
 
@@ -212,15 +219,15 @@ def test_a_student_whose_weights_changed_under_the_run_is_refused(recipe: Recipe
 
 
 def test_a_digest_heeds_weights_and_tokenizer_and_not_what_lies_beside(model: Path) -> None:
-    before = digest(model)
+    before = model_digest(model)
     (model / "README.md").write_text("new")
-    assert digest(model) == before
+    assert model_digest(model) == before
     (model / "chat_template.jinja").write_text("new")
-    assert digest(model) != before
+    assert model_digest(model) != before
 
 
 def test_two_types_of_weights_are_two_files_of_one_base(tmp_path: Path) -> None:
-    one, other = (base_path(tmp_path, "0123", quant) for quant in ("q8_0", "f16"))
+    one, other = (base_gguf_path(tmp_path, "0123", quant) for quant in ("q8_0", "f16"))
     assert one.parent == other.parent
     assert one != other
 
@@ -243,7 +250,7 @@ def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(TapirError, match="no room for"):
         exported(recipe, run)
-    assert not (run.cache / "base" / digest(Path(recipe.student.path)) / "f32.gguf").exists()
+    assert not (run.cache / "base" / model_digest(Path(recipe.student.path)) / "f32.gguf").exists()
     assert not (run.round(0) / "student.gguf").exists()
 
 
@@ -270,7 +277,7 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
     with open_students(run, 1, "base", said.append) as answering:
         answer_once(answering, "What is 3 + 4?", 0.0, said.append)
     assert "[base]\n" in said
-    assert json.loads((run.path / "base.json").read_bytes())["base"] == digest(model)
+    assert json.loads((run.path / "base.json").read_bytes())["base"] == model_digest(model)
     before = {path.name: path.read_bytes() for path in (run.path / "model").iterdir()}
     redo(run, 1, "export")
     with real_backends(recipe, run, print) as backends:

@@ -13,8 +13,8 @@ from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export import converter as converting
 from tapir_local.export.export import check_exportable, export_gguf
-from tapir_local.export.gate import gate
-from tapir_local.export.verified import export_checked
+from tapir_local.export.gate import verify_gguf
+from tapir_local.export.gated_export import export_with_gate
 from tapir_local.recipe.schema import Export
 from tapir_local.records import Example, Message
 
@@ -46,8 +46,8 @@ def script(tmp_path: Path) -> Path:
     folder = tmp_path / "llama.cpp"
     (folder / "gguf-py").mkdir(parents=True)
     (folder / "gguf-py/gguf_beside.py").write_text("")
-    (folder / converting.SCRIPT).write_text(STAND_IN)
-    return folder / converting.SCRIPT
+    (folder / converting.CONVERTER_SCRIPT).write_text(STAND_IN)
+    return folder / converting.CONVERTER_SCRIPT
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_merged_converted_and_past_the_gate(
         log=tmp_path / "log",
         progress=lambda done, total, note: seen.append(note),
     )
-    assert gate(falcon, llama.adapter, out, ROWS, min_agreement=0.5).passed
+    assert verify_gguf(falcon, llama.adapter, out, ROWS, min_agreement=0.5).passed
     assert [path.name for path in out.parent.iterdir()] == ["student.gguf"]
     assert (tmp_path / "log").read_text() == "done f16\n"
     assert seen[-1] == "converted"
@@ -96,7 +96,7 @@ def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
 
 def test_its_last_line_and_its_log_are_named(llama: Student, script: Path, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match=r"exit code 1.*only Falcon is known") as caught:
-        export_checked(
+        export_with_gate(
             str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=False, converter=script
         )
     assert "AssertionError" in Path(caught.value.where).read_text()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import Student
 from models import CHATML, largest_difference, let_a_runtime_add_bos, make_adapter, make_model
+from tapir_local.export.run_export import ExportJob, export_gguf
 
 from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
-from tapir_local.export.export import ExportJob, export_gguf
-from tapir_local.export.gate import GateJob, GateReport, gate, pass_gate, run_folder
+from tapir_local.export.gate import GateJob, GateReport, gate_main, run_gate, verify_gguf
 from tapir_local.inference.model import metadata, open_model
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows
@@ -139,7 +139,7 @@ def test_the_same_file_in_blocks_of_any_size(
 ) -> None:
     for name in ("whole", "blocks"):
         export_gguf(llama.model, tmp_path / name, adapter=llama.adapter, quant=quant)
-        monkeypatch.setattr("tapir_local.export.writer.BLOCK", block)
+        monkeypatch.setattr("tapir_local.export.writer.BLOCK_WEIGHTS", block)
     assert (tmp_path / "blocks").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -147,7 +147,7 @@ def test_sentencepiece_vocabulary() -> None:
     """LLaMA-2's, with chat tokens added: every id as transformers has it, without tokenizer.model being read."""
     if not LLAMA2_TOKENIZER.is_dir():
         pytest.skip("the tokenizer is not on this machine")
-    vocab = tokenizer.read_vocab(LLAMA2_TOKENIZER, 32008)
+    vocab = tokenizer.read_model_vocabulary(LLAMA2_TOKENIZER, 32008)
     assert (vocab.model, vocab.space_prefix, len(vocab.tokens)) == ("llama", False, 32008)
     assert vocab.special == {"bos": 1, "eos": 32000, "unk": 0, "pad": 32001, "eot": 32000}
 
@@ -165,7 +165,7 @@ def test_sentencepiece_ids(tmp_path: Path, files: str) -> None:
         if path.name not in {"tokenizer.json", "tokenizer.model"} - {files}:
             shutil.copy(path, folder)
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
-    report = gate(folder, None, tmp_path / "out.gguf", ROWS, min_agreement=0.9)
+    report = verify_gguf(folder, None, tmp_path / "out.gguf", ROWS, min_agreement=0.9)
     assert report.probes > 500
     assert report.passed, report
 
@@ -308,7 +308,7 @@ def test_no_such_quant(llama: Student, tmp_path: Path) -> None:
 
 
 def passage(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
-    return gate(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9)
+    return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -322,8 +322,8 @@ def test_a_sound_gguf_passes(students, family: str) -> None:
 
 
 def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
-    llama_family = architectures.FAMILIES["LlamaForCausalLM"]
-    monkeypatch.setitem(architectures.FAMILIES, "LlamaForCausalLM", replace(llama_family, paired=False))
+    llama_family = architectures.ARCHITECTURES["LlamaForCausalLM"]
+    monkeypatch.setitem(architectures.ARCHITECTURES, "LlamaForCausalLM", replace(llama_family, paired=False))
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
     report = passage(llama, tmp_path / "out.gguf")
     assert set(report.failed) == {"logits", "agreement"}
@@ -341,10 +341,10 @@ def test_another_rounds_adapter_is_caught(llama: Student, tmp_path: Path) -> Non
 
 
 def rewritten(
-    student: Student, folder: Path, change: Callable[[tokenizer.Vocab], tokenizer.Vocab], monkeypatch
+    student: Student, folder: Path, change: Callable[[tokenizer.Vocabulary], tokenizer.Vocabulary], monkeypatch
 ) -> Path:
     """An export whose tokenizer was meddled with."""
-    read = tokenizer.read_vocab
+    read = tokenizer.read_model_vocabulary
     monkeypatch.setattr(export, "read_vocab", lambda *arguments: change(read(*arguments)))
     export_gguf(student.model, folder / "out.gguf", adapter=student.adapter, quant="f32")
     return folder / "out.gguf"
@@ -381,15 +381,15 @@ def test_jobs_in_their_own_process(llama: Student, tmp_path: Path) -> None:
     write_rows(rows, ROWS)
     seen: list[tuple[int, int, str]] = []
     job = ExportJob(llama.model, out, "q8_0", llama.adapter)
-    export.export(job, tmp_path / "export", lambda *news: seen.append(news))
+    export.run_export(job, tmp_path / "export", lambda *news: seen.append(news))
     assert seen[-1][:2] == (len(seen), len(seen))
     passing = GateJob(llama.model, out, rows, tmp_path / "gate.json", 0.5, llama.adapter)
-    pass_gate(passing, tmp_path / "gate")
+    run_gate(passing, tmp_path / "gate")
     assert json.loads(passing.out.read_text())["failed"] == []
     passing.out.unlink()
     other = make_adapter(llama.model, tmp_path / "other", seed=9)
     write_record(tmp_path / "gate/job.json", replace(passing, adapter=other))
     with pytest.raises(TapirError, match=r"logits \(divergence"):
-        run_folder(tmp_path / "gate", lambda *news: None)
+        gate_main(tmp_path / "gate", lambda *news: None)
     assert not passing.out.exists()
     assert "logits" in json.loads((tmp_path / "gate/report.json").read_text())["failed"]

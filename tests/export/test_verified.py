@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from tapir_local.assets import chat_template
 from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
-from tapir_local.export.probes import PROBES
-from tapir_local.export.verified import export_checked, trained_rows
+from tapir_local.export.gated_export import adapter_training_rows, export_with_gate
+from tapir_local.export.probes import PROBE_COUNT
 from tapir_local.inference.model import read_gguf_template
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
@@ -39,7 +39,7 @@ def test_a_modelfile_beside_it_where_it_is_asked_for(llama, tmp_path: Path) -> N
 
 def test_without_the_gate_there_is_no_report(llama, tmp_path: Path) -> None:
     out = tmp_path / "base.gguf"
-    assert export_checked(str(llama.model), out, adapter=None, quant="q8_0", check=False) is None
+    assert export_with_gate(str(llama.model), out, adapter=None, quant="q8_0", check=False) is None
     assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
 
 
@@ -47,13 +47,13 @@ def test_the_rows_of_a_run_are_probed_too(llama, tmp_path: Path) -> None:
     """Prompt and whole row of each, beside the probes; a file beside another's adapter is let alone."""
     shutil.copytree(llama.adapter, tmp_path / "adapter")
     write_rows(tmp_path / "train.jsonl", [Example(str(n), (Message("user", f"Say {n}."),), f"{n}") for n in range(5)])
-    assert trained_rows(tmp_path / "adapter", tmp_path / "work") == tmp_path / "work/rows.jsonl"
+    assert adapter_training_rows(tmp_path / "adapter", tmp_path / "work") == tmp_path / "work/rows.jsonl"
     (tmp_path / "adapter/resolved.json").write_text("{}")
-    report = export_checked(
+    report = export_with_gate(
         str(llama.model), tmp_path / "out.gguf", adapter=tmp_path / "adapter", quant="f32", check=True
     )
     assert report
-    assert (report.probes, report.min_agreement) == (PROBES + 10, 0.99)
+    assert (report.probes, report.min_agreement) == (PROBE_COUNT + 10, 0.99)
 
 
 def test_a_gguf_that_fails_does_not_get_its_name(llama, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_gguf_that_fails_does_not_get_its_name(llama, tmp_path: Path) -> None:
         (model / "chat_template.jinja").write_text("{# another #}" + template)
 
     with pytest.raises(TapirError, match=r"not the trained model: template"):
-        export_checked(str(model), out, adapter=None, quant="f32", check=True, progress=spoil)
+        export_with_gate(str(model), out, adapter=None, quant="f32", check=True, progress=spoil)
     assert not out.exists()
     assert (tmp_path / "student.gguf.unchecked").exists()
     assert (tmp_path / "student.gguf.work" / "report.json").exists()
@@ -84,7 +84,7 @@ def test_what_will_not_do_is_said_and_nothing_is_left(llama, tmp_path: Path, cha
     given = {"model": str(llama.model), "adapter": None, "quant": "f16"} | changes
     out = tmp_path / "out.gguf"
     with pytest.raises(TapirError, match=said):
-        export_checked(given["model"], out, adapter=given["adapter"], quant=given["quant"], check=True)
+        export_with_gate(given["model"], out, adapter=given["adapter"], quant=given["quant"], check=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,7 +110,7 @@ def test_what_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str
 def test_a_file_that_is_there_is_not_overwritten(llama, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").write_text("mine")
     with pytest.raises(TapirError, match="there already"):
-        export_checked(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=True)
+        export_with_gate(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=True)
     assert (tmp_path / "out.gguf").read_text() == "mine"
 
 

@@ -14,14 +14,15 @@ from tapir_local.commands import main as cli
 from tapir_local.errors import TapirError
 from tapir_local.export import tokenizer
 from tapir_local.export.export import check_exportable, export_gguf
-from tapir_local.export.gate import GateJob, load_tokenizer, mismatches, pass_gate
-from tapir_local.export.probes import texts_of
-from tapir_local.export.tokenizer import read_vocab
+from tapir_local.export.gate import GateJob, find_mismatches, run_gate
+from tapir_local.export.probes import gate_texts
+from tapir_local.export.tokenizer import read_model_vocabulary
 from tapir_local.inference.model import open_model
 from tapir_local.inference.prompt_file import PROMPT_FILE_ADVICE
 from tapir_local.inference.tokens import encode
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.rundir import write_rows
+from tapir_local.training.model import load_tokenizer
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -103,7 +104,7 @@ def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     tokenizer = load_tokenizer(model)
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
-        assert mismatches(tokenizer, opened, texts_of(tokenizer, [])) == []
+        assert find_mismatches(tokenizer, opened, gate_texts(tokenizer, [])) == []
 
 
 def without_bytes(model: Path) -> None:
@@ -120,10 +121,10 @@ def without_bytes(model: Path) -> None:
 
 def test_sentencepiece_without_its_bytes_is_refused(tmp_path: Path) -> None:
     make_gemma_tokenizer(tmp_path)
-    assert read_vocab(tmp_path, 600).model == "llama"
+    assert read_model_vocabulary(tmp_path, 600).model == "llama"
     without_bytes(tmp_path)
     with pytest.raises(TapirError, match="lacks 255 of the 256 tokens for single bytes: <0x00>"):
-        read_vocab(tmp_path, 600)
+        read_model_vocabulary(tmp_path, 600)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def fatal(tmp_path_factory) -> Path:
     model = make_model(folder / "model", "gemma3_text", kind="gemma", template=GEMMA)
     without_bytes(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "check_bytes", lambda *_: None)
+        patch.setattr(tokenizer, "check_byte_tokens", lambda *_: None)
         export_gguf(model, folder / "out.gguf", adapter=None, quant="f32")
     return folder / "out.gguf"
 
@@ -152,7 +153,7 @@ def test_the_gate_names_the_gguf_over_which_its_process_ended(fatal: Path, tmp_p
     write_rows(tmp_path / "rows.jsonl", [])
     job = GateJob(fatal.parent / "model", fatal, tmp_path / "rows.jsonl", tmp_path / "gate.json")
     with pytest.raises(TapirError, match=r"the GGUF cannot be used: .*SIGABRT") as caught:
-        pass_gate(job, tmp_path / "work")
+        run_gate(job, tmp_path / "work")
     assert caught.value.where == str(fatal)
     assert not (tmp_path / "gate.json").exists()
 
@@ -212,5 +213,5 @@ def test_spare_rows_have_names_of_their_own(tmp_path: Path) -> None:
     spare = len(tokenizer) + 1
     tokenizer.add_tokens([f"[PAD{spare}]"])
     tokenizer.save_pretrained(tmp_path)
-    texts = [token.text for token in read_vocab(tmp_path, spare + 5).tokens]
+    texts = [token.text for token in read_model_vocabulary(tmp_path, spare + 5).tokens]
     assert len(set(texts)) == len(texts) == spare + 5

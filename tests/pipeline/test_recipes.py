@@ -13,6 +13,7 @@ import pytest
 from fakes import QUIET, here
 from models import make_model
 from server import Server, send
+from tapir_local.export.run_export import export_gguf
 
 from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
 from tapir_local.commands.distill import distill_command as command
@@ -21,7 +22,6 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
 from tapir_local.export.base import base_gguf
-from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
 from tapir_local.inference.model import read_gguf_template
 from tapir_local.pipeline.backends import real_backends
@@ -34,7 +34,7 @@ from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.training import classifier, train
-from tapir_local.training.student import settle_student, student_folder
+from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 ROOT = Path(__file__).parents[2]
 ALPACA = 52002  # rows of alpaca_data.json
@@ -267,10 +267,10 @@ def test_a_template_stays_as_it_was_at_the_first_training(tmp_path: Path) -> Non
     recipe = parse_recipe(f"teacher: pocket\nstudent: {{path: {model}, chat_template: {own}}}", "r")
     for text in ("one", "two"):
         own.write_text(text)
-        assert (settle_student(recipe, run) / "chat_template.jinja").read_text() == text
+        assert (prepare_student_folder(recipe, run) / "chat_template.jinja").read_text() == text
     (run.round(0) / "adapter").mkdir(parents=True)
     own.write_text("three")
-    view = settle_student(recipe, run)
+    view = prepare_student_folder(recipe, run)
     assert student_folder(recipe, run) == view
     assert (view / "chat_template.jinja").read_text() == "two"
     assert {path.name: path.read_bytes() for path in view.iterdir()} == {**before, "chat_template.jinja": b"two"}

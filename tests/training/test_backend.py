@@ -13,7 +13,7 @@ from training_rows import WEIGHTS, make_job, resolved
 
 from tapir_local.errors import TapirError
 from tapir_local.memory import one_gpu, visible_gpus
-from tapir_local.training.train import run_job, train
+from tapir_local.training.train import run_training, train_student
 
 DRIVER = """#!/bin/sh
 case "$*" in
@@ -31,7 +31,7 @@ esac
 IMPORT = """
 import json, sys
 from tapir_local.errors import TapirError
-from tapir_local.training.model import library
+from tapir_local.training.model import choose_backend
 from tapir_local.recipe.schema import Train
 said = []
 try:
@@ -133,11 +133,11 @@ def test_an_unsloth_that_cannot_load_the_model_gives_way_to_trl(
     why = "Unsloth cannot load the model (ImportError: Unsloth: please install bitsandbytes)"
     if backend == "unsloth":
         with pytest.raises(TapirError, match="Unsloth cannot load the model") as caught:
-            train(job, tmp_path / "train", None, said.append)
+            run_training(job, tmp_path / "train", None, said.append)
         assert caught.value.what == why
         assert not job.out.exists()
         return
-    train(job, tmp_path / "train", None, said.append)
+    run_training(job, tmp_path / "train", None, said.append)
     assert f"Training with plain TRL and PEFT, not with Unsloth: {why}." in said
     assert resolved(job.out)["backend"] == "trl"
     assert (job.out / WEIGHTS).exists()
@@ -160,7 +160,7 @@ def test_a_training_sees_the_one_gpu_with_the_most_free_memory(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "path"), *sys.path]))
     job = make_job(tmp_path)
     with pytest.raises(TapirError, match="no such folder"):
-        train(replace(job, model=str(tmp_path / "nowhere")), tmp_path / "train", None, lambda _: None)
+        run_training(replace(job, model=str(tmp_path / "nowhere")), tmp_path / "train", None, lambda _: None)
     seen = json.loads((tmp_path / "seen").read_text())
     assert (seen["CUDA_DEVICE_ORDER"], seen["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "1")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -207,7 +207,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(tmp_path: Path, driver: Callable[[s
     driver("#!/bin/sh\necho 'NVIDIA A, 20480, 24576'\n")
     said: list[str] = []
     job = make_job(tmp_path, epochs=1.0)
-    run_job(job, lambda done, total, note: said.append(note) if not total else None)
+    train_student(job, lambda done, total, note: said.append(note) if not total else None)
     (remark,) = said
     assert f"The driver lists NVIDIA A, but torch {torch.__version__} cannot use it" in remark
     assert resolved(job.out)["device"] == "cpu"
@@ -218,7 +218,7 @@ def test_a_student_is_not_trained_beyond_what_it_was_made_for(tmp_path: Path) ->
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
     said: list[str] = []
-    run_job(replace(job, max_length=4096), lambda done, total, note: said.append(note) if not total else None)
+    train_student(replace(job, max_length=4096), lambda done, total, note: said.append(note) if not total else None)
     assert said == ["The student was made for 40 tokens: longer rows are left out (student.max_length is 4,096)."]
     assert resolved(job.out)["sft"]["max_length"] == 40
     assert resolved(job.out)["rows"] == {"trained": 25, "dropped": 7}

@@ -18,10 +18,10 @@ from tapir_local.process import OutOfMemory
 from tapir_local.records import to_json
 from tapir_local.rundir import write_json, write_rows
 from tapir_local.training import checkpoints
-from tapir_local.training.checkpoints import Course
+from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import TokenRows, TrainJob
 from tapir_local.training.model import Hardware
-from tapir_local.training.train import run_job, train, with_less
+from tapir_local.training.train import run_training, train_student, with_smaller_batch
 
 EACH_STEP = 1e-9  # minutes
 # A GPU that holds four rows at once, in the child's own torch.
@@ -48,7 +48,7 @@ def place(tmp_path_factory) -> Path:
 def uncut(place) -> Path:
     """What an uncut training, dropout and all, ends with."""
     job = replace(make_job(place, lora_dropout=0.1, checkpoint_minutes=0), out=place / "uncut")
-    run_job(job, folder=place / "no-checkpoints")
+    train_student(job, folder=place / "no-checkpoints")
     return job.out
 
 
@@ -65,7 +65,7 @@ def cut_at(job: TrainJob, folder: Path, step: int) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, stop, folder)
+        train_student(job, stop, folder)
 
 
 def steps(adapter: Path) -> list[tuple[int, float, int]]:
@@ -78,7 +78,7 @@ def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) 
     cut_at(job, tmp_path / "train", step)
     assert [path.name for path in (tmp_path / "train").iterdir()] == [f"checkpoint-{step - 1}"]
     seen: list[int] = []
-    run_job(job, lambda done, total, note: seen.append(done), tmp_path / "train")
+    train_student(job, lambda done, total, note: seen.append(done), tmp_path / "train")
     assert seen == [*range(step, 9), 8]
     assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
     assert steps(job.out) == steps(uncut)
@@ -90,7 +90,7 @@ def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_p
     """After step 4 the epoch ends: that checkpoint is of the first epoch, and what follows it of the second."""
     for step in cuts:
         cut_at(job, tmp_path / "train", step)
-    run_job(job, folder=tmp_path / "train")
+    train_student(job, folder=tmp_path / "train")
     assert (job.out / WEIGHTS).read_bytes() == (uncut / WEIGHTS).read_bytes()
     assert steps(job.out) == steps(uncut)
 
@@ -101,10 +101,10 @@ def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(
         place, lora_dropout=0.1, batch_size=10, micro_batch_size=4, epochs=2.5, checkpoint_minutes=EACH_STEP
     )
     whole, cut = (replace(made, out=tmp_path / name) for name in ("whole", "cut"))
-    run_job(whole)
+    train_student(whole)
     for step in (4, 5, 8, 9):
         cut_at(cut, tmp_path / "train", step)
-    run_job(cut, folder=tmp_path / "train")
+    train_student(cut, folder=tmp_path / "train")
     assert (cut.out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
     assert steps(cut.out) == steps(whole.out)
 
@@ -114,9 +114,9 @@ def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
     make_model(tmp_path / "base", "qwen2", kind="qwen2")
     write_rows(tmp_path / "rows.jsonl", examples(32))
     job = make_job(tmp_path, method="full", learning_rate=1e-3, checkpoint_minutes=EACH_STEP)
-    run_job(replace(job, out=tmp_path / "uncut"))
+    train_student(replace(job, out=tmp_path / "uncut"))
     cut_at(job, tmp_path / "train", 6)
-    run_job(job, folder=tmp_path / "train")
+    train_student(job, folder=tmp_path / "train")
     assert [entry["step"] for entry in log(job.out)] == list(range(1, 9))
     name = "model.safetensors"
     assert (job.out / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
@@ -124,7 +124,7 @@ def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
 
 def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
     cut_at(job, tmp_path / "train", 4)
-    run_job(job, folder=tmp_path / "train")
+    train_student(job, folder=tmp_path / "train")
     seconds = [entry["seconds"] for entry in log(job.out)]
     assert seconds == sorted(seconds)
 
@@ -140,39 +140,39 @@ def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: 
     else:
         other = replace(job, settings=job.settings.model_copy(update=change))
     seen: list[tuple[int, list[Path]]] = []
-    run_job(other, lambda done, *_: seen.append((done, [*(tmp_path / "train").iterdir()])), tmp_path / "train")
+    train_student(other, lambda done, *_: seen.append((done, [*(tmp_path / "train").iterdir()])), tmp_path / "train")
     assert seen[0] == (1, [])
 
 
 def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
     for step, job in ((2, "a"), (4, "a"), (6, "b")):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        write_json(tmp_path / f"checkpoint-{step}" / checkpoints.MARK, {"job": job})
+        write_json(tmp_path / f"checkpoint-{step}" / checkpoints.COMPLETE_MARKER, {"job": job})
     (tmp_path / "checkpoint-8").mkdir()
     (tmp_path / "checkpoint-9").mkdir()
-    (tmp_path / "checkpoint-9" / checkpoints.MARK).write_text('{"job": ')
-    assert checkpoints.newest(tmp_path, "a") == tmp_path / "checkpoint-4"
-    assert checkpoints.newest(tmp_path, "c") is None
+    (tmp_path / "checkpoint-9" / checkpoints.COMPLETE_MARKER).write_text('{"job": ')
+    assert checkpoints.latest_checkpoint(tmp_path, "a") == tmp_path / "checkpoint-4"
+    assert checkpoints.latest_checkpoint(tmp_path, "c") is None
 
 
 def test_how_many_rows_are_held_at_once_makes_no_other_job(job) -> None:
     tokens, hardware = TokenRows([{"input_ids": [1], "labels": [1]}]), Hardware("cpu", "trl", "f32", 1 << 30)
 
     def digest(**arguments: object) -> str:
-        return checkpoints.digest_of(job, hardware, tokens, {"learning_rate": 1, **arguments}, {"torch": "2"})
+        return checkpoints.job_digest(job, hardware, tokens, {"learning_rate": 1, **arguments}, {"torch": "2"})
 
     assert digest(per_device_train_batch_size=4) == digest(per_device_train_batch_size=2)
     assert digest(learning_rate=2) != digest()
 
 
 def test_a_checkpoint_is_due_by_the_clock(tmp_path) -> None:
-    course = Course("job", tmp_path, minutes=10)
+    course = TrainingState("job", tmp_path, minutes=10)
     checkpoints.start_clock(course)
-    assert not checkpoints.is_due(course, 1)
+    assert not checkpoints.is_checkpoint_due(course, 1)
     course.saved -= 601
-    assert checkpoints.is_due(course, 1)
-    assert not checkpoints.is_due(replace(course, minutes=0), 1)
-    assert not checkpoints.is_due(replace(course, folder=None), 1)
+    assert checkpoints.is_checkpoint_due(course, 1)
+    assert not checkpoints.is_checkpoint_due(replace(course, minutes=0), 1)
+    assert not checkpoints.is_checkpoint_due(replace(course, folder=None), 1)
 
 
 # Killed
@@ -197,7 +197,7 @@ def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job
             for pid in of_folder(tmp_path / "train"):
                 os.kill(pid, signal.SIGKILL)
 
-    train(job, tmp_path / "train", kill, said.append)
+    run_training(job, tmp_path / "train", kill, said.append)
     assert len(said) == 1
     assert "signal 9" in said[0]
     assert "2 rows at once" in said[0]
@@ -215,7 +215,7 @@ def test_one_that_is_killed_again_is_given_up(job, tmp_path) -> None:
 
     said: list[str] = []
     with pytest.raises(TapirError, match="signal 9"):
-        train(job, tmp_path / "train", kill, said.append)
+        run_training(job, tmp_path / "train", kill, said.append)
     assert len(said) == 1
     assert not job.out.exists()
 
@@ -253,11 +253,11 @@ def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place
     """The child's torch raises its own error above four rows: 8 at once become 4, and 8 make a step."""
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
     large = replace(make_job(place, micro_batch_size=8), out=tmp_path / "large")
-    run_job(large)
+    train_student(large)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     said: list[str] = []
     small = replace(large, out=tmp_path / "small")
-    train(small, tmp_path / "train", None, said.append)
+    run_training(small, tmp_path / "train", None, said.append)
     assert said == [
         "the memory ran out with 8 rows at once; it goes on with 4 rows at once, and as many to a step as before."
     ]
@@ -268,8 +268,8 @@ def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place
 
 
 def test_where_one_row_is_too_much_there_is_no_less(job) -> None:
-    assert with_less(replace(job, micro=2)).micro == 1  # type: ignore[union-attr]
-    assert with_less(replace(job, micro=1)) is None
+    assert with_smaller_batch(replace(job, micro=2)).micro == 1  # type: ignore[union-attr]
+    assert with_smaller_batch(replace(job, micro=1)) is None
 
 
 def test_out_of_memory_with_one_row_says_what_to_do(job, tmp_path, monkeypatch) -> None:
@@ -277,7 +277,7 @@ def test_out_of_memory_with_one_row_says_what_to_do(job, tmp_path, monkeypatch) 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     one = replace(job, settings=job.settings.model_copy(update={"micro_batch_size": 1}))
     with pytest.raises(OutOfMemory, match="the memory ran out with 1 rows at once") as caught:
-        train(one, tmp_path / "train")
+        run_training(one, tmp_path / "train")
     assert "train.method: qlora" in caught.value.fix
 
 
@@ -289,9 +289,9 @@ def test_two_processes_learn_what_one_does(place, tmp_path) -> None:
     one = replace(make_job(place), out=tmp_path / "one")
     two = replace(make_job(place, launcher=["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]))
     two = replace(two, out=tmp_path / "two", settings=two.settings.model_copy(update={"checkpoint_minutes": EACH_STEP}))
-    run_job(one)
+    train_student(one)
     seen: list[int] = []
-    train(two, tmp_path / "train", lambda done, total, note: seen.append(done))
+    run_training(two, tmp_path / "train", lambda done, total, note: seen.append(done))
     assert seen == [*range(1, 9), 8]  # the first process alone reports
     assert resolved(two.out)["processes"] == 2
     assert losses(two.out) == pytest.approx(losses(one.out), abs=1e-4)
@@ -307,7 +307,7 @@ def test_processes_of_a_launcher_end_with_what_started_them(place, tmp_path) -> 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(replace(launched, out=tmp_path / "out"), tmp_path / "train", interrupt)
+        run_training(replace(launched, out=tmp_path / "out"), tmp_path / "train", interrupt)
     end = time.monotonic() + 10
     while of_folder(tmp_path / "train") and time.monotonic() < end:
         time.sleep(0.05)

@@ -16,15 +16,15 @@ from tapir_local.rundir import read_rows, write_rows
 from tapir_local.training.classifier import (
     ClassifyJob,
     Prediction,
-    by_length,
-    classify,
-    compare,
-    head,
-    load,
-    predict,
-    run_job,
+    batches_by_length,
+    classifier_text,
+    load_classifier,
+    measure_agreement,
+    predict_tasks,
+    run_classifier,
     seed_torch,
-    split,
+    split_held_out,
+    train_classifier,
 )
 
 WORDS = ("apple", "river", "stone", "garden", "winter", "copper", "violin", "market", "shadow", "ladder", "pepper")
@@ -75,7 +75,7 @@ def taught(tmp_path_factory) -> Path:
     write_rows(folder / "labelled.jsonl", instructions(600, "learn"))
     write_rows(folder / "rows.jsonl", [replace(row, task="") for row in instructions(2000, "read")])
     job = ClassifyJob(folder / "labelled.jsonl", folder / "rows.jsonl", tuple(FAMILIES), SETTINGS, 3, folder / "out")
-    classify(job, folder)
+    run_classifier(job, folder)
     return folder / "out"
 
 
@@ -109,45 +109,45 @@ def test_the_folder_is_a_model_that_transformers_loads(taught, job):
     tokens = AutoTokenizer.from_pretrained(taught).tokenize("What is 123 plus 4?")
     assert "".join(tokens).replace("\u0120", " ").split() == ["what", "is", "1", "2", "3", "plus", "4", "?"]
     assert {"1", "2", "3"} <= {token.strip("\u0120") for token in tokens}
-    run_job(replace(job, settings=job.settings.model_copy(update={"model": str(taught)})))
+    train_classifier(replace(job, settings=job.settings.model_copy(update={"model": str(taught)})))
     assert json.loads((job.out / "agreement.json").read_text())["agreement"] >= 0.8
 
 
 def test_the_same_rows_and_seed_give_the_same_files(job, tmp_path):
-    run_job(job)
-    run_job(replace(job, out=tmp_path / "again"))
+    train_classifier(job)
+    train_classifier(replace(job, out=tmp_path / "again"))
     for name in ("model.safetensors", "predictions.jsonl", "agreement.json", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_another_seed_holds_other_rows_out(job, tmp_path):
     rows = instructions(80, "learn")
-    one, two = (split(rows, 0.25, random.Random(seed))[1] for seed in (1, 2))
+    one, two = (split_held_out(rows, 0.25, random.Random(seed))[1] for seed in (1, 2))
     assert len(one) == len(two) == 20
     assert one != two
 
 
 def test_every_task_gives_its_share_and_keeps_a_row():
     rows = [Example(str(n), (Message("user", "x"),), task=task) for n, task in enumerate("A" * 20 + "B" * 11 + "C")]
-    learned, held = split(rows, 0.2, random.Random(1))
+    learned, held = split_held_out(rows, 0.2, random.Random(1))
     assert Counter(row.task for row in held) == {"A": 4, "B": 2}
     assert sorted(learned + held, key=lambda row: int(row.id)) == rows
-    learned, held = split(rows, 1.0, random.Random(1))
+    learned, held = split_held_out(rows, 1.0, random.Random(1))
     assert {row.task for row in learned} == {"A", "B", "C"}
-    learned, held = split(rows, 0.0, random.Random(1))
+    learned, held = split_held_out(rows, 0.0, random.Random(1))
     assert len(held) == 1
 
 
 def test_progress_counts_steps(job):
     seen = []
-    run_job(job, lambda *step: seen.append(step))
+    train_classifier(job, lambda *step: seen.append(step))
     assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3), (30, 30)]  # steps, then rows
     assert seen[0][2].startswith("loss ")
 
 
 def test_labels_that_are_not_the_recipes_are_not_learned(job):
     with pytest.raises(TapirError, match="fewer than two rows"):
-        run_job(replace(job, labels=("Sport", "Law")))
+        train_classifier(replace(job, labels=("Sport", "Law")))
 
 
 @pytest.mark.parametrize(
@@ -158,20 +158,20 @@ def test_a_model_that_cannot_be_had_is_refused(job, monkeypatch, tmp_path, model
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TapirError, match=complaint) as caught:
-        run_job(replace(job, settings=job.settings.model_copy(update={"model": model})))
+        train_classifier(replace(job, settings=job.settings.model_copy(update={"model": model})))
     assert "classifier.model" in caught.value.fix
     assert not job.out.exists()
 
 
 def test_a_single_class_is_not_learned(job):
     with pytest.raises(TapirError, match="every labelled row is Math: there is nothing to tell apart"):
-        run_job(replace(job, labels=("Math", "Law")))
+        train_classifier(replace(job, labels=("Math", "Law")))
 
 
 def test_a_class_with_a_single_row_is_learned_and_not_measured(job):
     rows = [row for row in instructions(40, "learn") if row.task != "Grammar" or row.id == "learn-2"]
     write_rows(job.labelled, rows)
-    run_job(job)
+    train_classifier(job)
     found = json.loads((job.out / "agreement.json").read_text())
     assert "Grammar" not in found["by_label"]
     assert found["rows"] + found["trained"] == len(rows)
@@ -179,7 +179,7 @@ def test_a_class_with_a_single_row_is_learned_and_not_measured(job):
 
 def test_agreement_has_its_interval_in_all_and_by_label():
     held = [Example(str(n), (Message("user", "x"),), task="A" if n < 8 else "B") for n in range(10)]
-    found = compare(held, [Prediction(row.id, "A", 0.9) for row in held])
+    found = measure_agreement(held, [Prediction(row.id, "A", 0.9) for row in held])
     assert (found["agreement"], found["agree"], found["rows"]) == (0.8, 8, 10)
     assert found["interval"] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson's, of 8 in 10
     assert found["by_label"]["B"] == {"rows": 2, "agree": 0, "interval": pytest.approx((0, 0.657620), abs=1e-6)}
@@ -188,13 +188,13 @@ def test_agreement_has_its_interval_in_all_and_by_label():
 
 def test_a_row_that_is_labelled_is_not_predicted(job):
     write_rows(job.rows, [*instructions(40, "learn"), *instructions(3, "read")])
-    run_job(job)
+    train_classifier(job)
     assert [row["id"] for row in read(job.out / "predictions.jsonl")] == ["read-0", "read-1", "read-2"]
 
 
 def test_rows_of_like_length_are_read_together_within_the_limit():
     lengths = [5, 300, 7, 6, 40, 38, 5]
-    found = list(by_length(lengths, 80))
+    found = list(batches_by_length(lengths, 80))
     assert found == [[1], [4, 5], [2, 3, 0, 6]]
 
 
@@ -202,25 +202,25 @@ def test_a_batch_changes_no_label(job):
     """A row's label and probability do not depend on its neighbours."""
     rows = read_rows(Example, job.rows)
     seed_torch(1)
-    model, tokenizer = load(job, [head(row, job) for row in rows])
-    together = predict(model, tokenizer, rows, job)
-    alone = [predict(model, tokenizer, [row], job)[0] for row in rows[:8]]
+    model, tokenizer = load_classifier(job, [classifier_text(row, job) for row in rows])
+    together = predict_tasks(model, tokenizer, rows, job)
+    alone = [predict_tasks(model, tokenizer, [row], job)[0] for row in rows[:8]]
     assert [row.task for row in together[:8]] == [row.task for row in alone]
     assert [row.confidence for row in together[:8]] == pytest.approx([row.confidence for row in alone], abs=1e-4)
 
 
 def test_the_head_of_a_long_row_is_its_last_turn_first(job):
     turns = (Message("system", "s" * 5000), Message("user", "old"), Message("user", "Translate this."))
-    text = head(Example("a", turns), job)
+    text = classifier_text(Example("a", turns), job)
     assert text.startswith("Translate this.\n\nsystem: sss")
     assert len(text) == 16 * job.settings.max_length
-    assert head(Example("a", turns[-1:]), job) == "Translate this."
+    assert classifier_text(Example("a", turns[-1:]), job) == "Translate this."
 
 
 def test_a_book_in_a_row_is_read_from_its_beginning(job):
     book = Example("book", (Message("user", "What is 3 plus 4? " + "river stone " * 50_000),))
     write_rows(job.rows, [book])
-    run_job(job)
+    train_classifier(job)
     assert [row["id"] for row in read(job.out / "predictions.jsonl")] == ["book"]
 
 
@@ -260,6 +260,6 @@ def test_a_damaged_model_is_refused_and_not_replaced_by_chance(taught, job, tmp_
     shutil.copytree(taught, tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(TapirError, match=complaint) as caught:
-        run_job(replace(job, settings=job.settings.model_copy(update={"model": str(tmp_path / "model")})))
+        train_classifier(replace(job, settings=job.settings.model_copy(update={"model": str(tmp_path / "model")})))
     assert "classifier.model" in caught.value.fix
     assert not job.out.exists()

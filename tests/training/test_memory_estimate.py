@@ -10,7 +10,12 @@ from training_rows import SETTINGS
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
-from tapir_local.training.memory_estimate import activation_bytes, check_room, checkpointing, footprint
+from tapir_local.training.memory_estimate import (
+    activation_bytes,
+    check_training_memory,
+    estimate_memory,
+    use_gradient_checkpointing,
+)
 from tapir_local.training.model import Hardware
 
 GPU = Hardware("cuda", "trl", "bf16", 24 << 30)
@@ -44,13 +49,13 @@ def test_parameters_and_lora_are_counted_as_torch_and_peft_do(base) -> None:
     count = sum(part.numel() for part in model.parameters())
     lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapter = sum(part.numel() for part in lora.parameters() if part.requires_grad)
-    needs = footprint(str(base), SETTINGS, GPU, 512)
+    needs = estimate_memory(str(base), SETTINGS, GPU, 512)
     assert needs
     assert (needs.parameters, needs.weights, needs.state) == (count, 2 * count, 16 * adapter)
 
 
 def test_full_takes_sixteen_bytes_a_weight_and_qlora_the_least(base) -> None:
-    full, lora, four = (footprint(str(base), method(name), GPU, 512) for name in ("full", "lora", "qlora"))
+    full, lora, four = (estimate_memory(str(base), method(name), GPU, 512) for name in ("full", "lora", "qlora"))
     assert full
     assert lora
     assert four
@@ -60,14 +65,14 @@ def test_full_takes_sixteen_bytes_a_weight_and_qlora_the_least(base) -> None:
 
 def test_shards_are_counted_as_one(base, shards) -> None:
     assert len(list(shards.glob("*.safetensors"))) > 1
-    assert footprint(str(shards), SETTINGS, GPU, 512) == footprint(str(base), SETTINGS, GPU, 512)
+    assert estimate_memory(str(shards), SETTINGS, GPU, 512) == estimate_memory(str(base), SETTINGS, GPU, 512)
 
 
 def test_missing_shards_are_named(shards) -> None:
     gone = sorted(shards.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(TapirError, match=rf"1 of the model's \d files of weights are missing: {gone.name}"):
-        footprint(str(shards), SETTINGS, GPU, 512)
+        estimate_memory(str(shards), SETTINGS, GPU, 512)
 
 
 @pytest.mark.parametrize(
@@ -78,21 +83,21 @@ def test_a_damaged_file_of_weights_is_named(base, tmp_path, bytes_kept: int, sai
     file = tmp_path / "m" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:bytes_kept])
     with pytest.raises(TapirError, match=said) as caught:
-        footprint(str(tmp_path / "m"), SETTINGS, GPU, 512)
+        estimate_memory(str(tmp_path / "m"), SETTINGS, GPU, 512)
     assert caught.value.where == str(file)
 
 
 def test_a_name_on_the_hub_is_not_reckoned_nor_a_model_without_safetensors(tmp_path) -> None:
-    assert footprint("someone/model", SETTINGS, GPU, 512) is None
-    assert footprint(str(tmp_path), SETTINGS, GPU, 512) is None
+    assert estimate_memory("someone/model", SETTINGS, GPU, 512) is None
+    assert estimate_memory(str(tmp_path), SETTINGS, GPU, 512) is None
 
 
 def room(base: Path, free: int, settings: Train = SETTINGS, device: str = "cpu") -> list[str]:
     said: list[str] = []
     hardware = Hardware(device, "trl", "f32", free, total=24 << 30)
-    needs = footprint(str(base), settings, hardware, 512)
+    needs = estimate_memory(str(base), settings, hardware, 512)
     assert needs
-    check_room(needs, settings, hardware, False, said.append)
+    check_training_memory(needs, settings, hardware, False, said.append)
     return said
 
 
@@ -116,12 +121,15 @@ def test_what_fits_is_said_of_a_gpu_alone(base) -> None:
 
 
 def test_gradient_checkpointing_is_as_asked_or_by_the_room(base) -> None:
-    needs = footprint(str(base), SETTINGS, GPU, 512)
+    needs = estimate_memory(str(base), SETTINGS, GPU, 512)
     tight = Hardware("cuda", "trl", "bf16", needs.certain + needs.activations if needs else 0)
-    assert checkpointing(SETTINGS, tight, needs)
-    assert not checkpointing(SETTINGS, GPU, needs)
+    assert use_gradient_checkpointing(SETTINGS, tight, needs)
+    assert not use_gradient_checkpointing(SETTINGS, GPU, needs)
     for asked in (True, False):
-        assert checkpointing(SETTINGS.model_copy(update={"gradient_checkpointing": asked}), tight, needs) is asked
+        assert (
+            use_gradient_checkpointing(SETTINGS.model_copy(update={"gradient_checkpointing": asked}), tight, needs)
+            is asked
+        )
 
 
 def test_activations_of_a_7b_student_need_checkpointing_on_24_gib_and_not_the_pocket_ones() -> None:
@@ -134,4 +142,4 @@ def test_a_text_model_within_another_is_read_too(base, tmp_path) -> None:
     shutil.copytree(base, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({"text_config": config}))
-    assert footprint(str(tmp_path / "m"), SETTINGS, GPU, 512) == footprint(str(base), SETTINGS, GPU, 512)
+    assert estimate_memory(str(tmp_path / "m"), SETTINGS, GPU, 512) == estimate_memory(str(base), SETTINGS, GPU, 512)

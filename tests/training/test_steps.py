@@ -17,9 +17,9 @@ from tapir_local.pipeline.context import Work
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.rundir import RunDir, write_text
 from tapir_local.training import checkpoints
-from tapir_local.training.job import STRETCH, RowOrder, epoch_order
-from tapir_local.training.steps import refuse_dead_step, refuse_dead_weights
-from tapir_local.training.train import run_job, train
+from tapir_local.training.job import SORTED_STEPS, RowOrder, epoch_order
+from tapir_local.training.steps import refuse_nonfinite_step, refuse_nonfinite_weights
+from tapir_local.training.train import run_training, train_student
 from tapir_local.unusable import read_unusable
 
 LENGTHS = st.lists(st.integers(1, 2048), max_size=300)
@@ -48,7 +48,7 @@ def test_rows_of_a_step_are_of_about_one_length() -> None:
     lengths = [chance.randint(60, 120) for _ in range(4000)]
     order = epoch_order(lengths, 16, random.Random("order"))
     steps = [[lengths[row] for row in order[at : at + 16]] for at in range(0, len(order), 16)]
-    assert sum(max(step) - min(step) for step in steps) / len(steps) < 60 / STRETCH * 4
+    assert sum(max(step) - min(step) for step in steps) / len(steps) < 60 / SORTED_STEPS * 4
     longest = [max(step) for step in steps]
     assert longest != sorted(longest, reverse=True)  # but the steps are not in the order of their lengths
 
@@ -56,7 +56,7 @@ def test_rows_of_a_step_are_of_about_one_length() -> None:
 def test_a_loss_that_is_no_number_ends_the_training_with_nothing_saved(tmp_path: Path) -> None:
     job = make_job(tmp_path, learning_rate=1e30, warmup=0.0, checkpoint_minutes=1e-9)
     with pytest.raises(TapirError, match=r"(loss|gradient) is no longer a number at step [2-8]") as caught:
-        train(job, tmp_path / "train")
+        run_training(job, tmp_path / "train")
     assert "train.learning_rate (1e+30 now; try 1e+29)" in caught.value.fix
     assert "--name" in caught.value.fix
     assert not job.out.exists()
@@ -80,12 +80,12 @@ def test_the_checkpoint_before_a_dead_step_is_kept(tmp_path: Path, monkeypatch: 
     job = make_job(tmp_path, micro_batch_size=8, checkpoint_minutes=1e-9)
     break_after(monkeypatch, 5)
     with pytest.raises(TapirError, match="the loss is no longer a number at step 6"):
-        run_job(job, folder=tmp_path / "train")
+        train_student(job, folder=tmp_path / "train")
     assert not job.out.exists()
     (kept,) = (tmp_path / "train").glob("checkpoint-*")
-    assert checkpoints.step_of(kept) == 5
+    assert checkpoints.checkpoint_step(kept) == 5
     monkeypatch.undo()
-    run_job(job, folder=tmp_path / "train")
+    train_student(job, folder=tmp_path / "train")
     assert [entry["step"] for entry in log(job.out)] == list(range(1, 9))
 
 
@@ -104,10 +104,10 @@ def test_the_checkpoint_before_a_dead_step_is_kept(tmp_path: Path, monkeypatch: 
 def test_what_is_a_dead_step(tmp_path: Path, logs: dict[str, float], precision: str, said: str) -> None:
     job = make_job(tmp_path)
     if not said:
-        refuse_dead_step(3, logs, job, precision)
+        refuse_nonfinite_step(3, logs, job, precision)
         return
     with pytest.raises(TapirError, match=f"{said} is no longer a number at step 3") as caught:
-        refuse_dead_step(3, logs, job, precision)
+        refuse_nonfinite_step(3, logs, job, precision)
     assert ("train.precision" in caught.value.fix) == (precision != "f32")
 
 
@@ -116,13 +116,13 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_not_saved(tmp_path: Path)
 
     model = torch.nn.Linear(3, 2)
     job = make_job(tmp_path)
-    refuse_dead_weights(model, job, "f32")
+    refuse_nonfinite_weights(model, job, "f32")
     with torch.no_grad():
         model.bias[1] = float("inf")
     with pytest.raises(TapirError, match=r"1 of the trained weights' tensors .* bias the first"):
-        refuse_dead_weights(model, job, "f32")
+        refuse_nonfinite_weights(model, job, "f32")
     model.bias.requires_grad = False
-    refuse_dead_weights(model, job, "f32")
+    refuse_nonfinite_weights(model, job, "f32")
 
 
 def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(TapirError, match="trained weights' tensors hold values that are no numbers"):
-        run_job(job, folder=tmp_path / "train")
+        train_student(job, folder=tmp_path / "train")
     assert not job.out.exists()
 
 
@@ -179,11 +179,11 @@ def test_what_is_left_out_in_training_is_recorded_and_too_much_of_it_stops_it(tm
     lines = job.rows.read_text().splitlines()
     long = lines[3].replace('"completion":"', '"completion":"' + "one more number and " * 40)
     job.rows.write_text("\n".join([*lines[:3], long, *lines[4:]]) + "\n")
-    run_job(job, folder=tmp_path / "train")
+    train_student(job, folder=tmp_path / "train")
     (row,) = (tmp_path / "train" / "left_out.jsonl").read_text().splitlines()
     assert '"id":"3"' in row
     assert (job.out / WEIGHTS).exists()
     strict = replace(job, out=tmp_path / "other", unusable=0.0)
     with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used: 1 longer than student.max_length"):
-        run_job(strict, folder=tmp_path / "train")
+        train_student(strict, folder=tmp_path / "train")
     assert not strict.out.exists()

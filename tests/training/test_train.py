@@ -16,9 +16,9 @@ from tapir_local.process import run_module
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import RunDir, write_rows
-from tapir_local.training.job import MASKED, TrainJob, pack, sft_arguments, split_batch, token_rows
-from tapir_local.training.model import Hardware, library, linear_names
-from tapir_local.training.train import run_job, train
+from tapir_local.training.job import IGNORED_LABEL, TrainJob, pack_rows, sft_arguments, split_batch, token_rows
+from tapir_local.training.model import Hardware, choose_backend, linear_layer_names
+from tapir_local.training.train import run_training, train_student
 
 # What unsloth 2026.10.9 changes of SFTConfig's defaults (trl 1.15), found by importing both side by side.
 UNSLOTH_CHANGES = {
@@ -53,7 +53,7 @@ def trained(base, rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     job = TrainJob(str(base), rows, folder / "adapter", SETTINGS, 128, 7)
     seen: list[tuple[int, int, str]] = []
-    train(job, folder, lambda *step: seen.append(step))
+    run_training(job, folder, lambda *step: seen.append(step))
     assert [step[:2] for step in seen] == [*((n, 8) for n in range(1, 9)), (8, 8)]
     assert seen[-1][2].endswith("32 rows trained")
     return folder / "adapter"
@@ -69,9 +69,9 @@ def test_exactly_the_prompt_is_masked_and_the_end_of_turn_is_learned(tmp_path):
     for row, tokens in zip(rows, token_rows(rows, tokenizer, 128).rows, strict=True):
         turns = [asdict(turn) for turn in row.prompt]
         asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        learned = [label for label in tokens["labels"] if label != MASKED]
+        learned = [label for label in tokens["labels"] if label != IGNORED_LABEL]
         masked = tokens["input_ids"][: -len(learned)]
-        assert tokens["labels"] == [MASKED] * len(masked) + learned
+        assert tokens["labels"] == [IGNORED_LABEL] * len(masked) + learned
         assert tokens["input_ids"] == masked + learned
         assert tokenizer.decode(masked) == asked
         assert tokenizer.decode(learned) == f"{row.completion}<|im_end|>\n"
@@ -126,7 +126,7 @@ def test_a_token_across_the_boundary_leaves_the_prompt_as_it_is_asked(tmp_path):
     )
     tokenizer = make_tokenizer(tmp_path, template=template)
     (tokens,) = token_rows([Example("a", (Message("user", "The qui"),), "ck")], tokenizer, 64).rows
-    learned = [label for label in tokens["labels"] if label != MASKED]
+    learned = [label for label in tokens["labels"] if label != IGNORED_LABEL]
     assert tokenizer.decode(learned) == "ck<|im_end|>"
     assert len(tokenizer("The quick")["input_ids"]) < len(tokens["input_ids"]) - 1
 
@@ -154,19 +154,19 @@ def test_the_folder_holds_the_adapter_and_what_it_was_made_with(trained):
 
 
 def test_the_same_rows_and_seed_give_the_same_bytes(trained, job, tmp_path):
-    run_job(job)
+    train_student(job)
     for name in ("adapter_model.safetensors", "adapter_config.json", "resolved.json"):
         assert (job.out / name).read_bytes() == (trained / name).read_bytes()
 
 
 def test_another_seed_gives_another_adapter(trained, base, rows, tmp_path):
-    run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 8))
+    train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 8))
     name = "adapter_model.safetensors"
     assert (tmp_path / "adapter" / name).read_bytes() != (trained / name).read_bytes()
 
 
 def test_going_on_from_an_adapter_begins_where_that_ended(trained, base, rows, tmp_path):
-    run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
+    train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
     assert losses(tmp_path / "adapter")[0] < losses(trained)[0] - 0.5
 
 
@@ -177,7 +177,7 @@ def test_going_on_from_an_adapter_begins_where_that_ended(trained, base, rows, t
 def test_an_adapter_of_another_shape_is_refused(trained, base, rows, tmp_path, changed, complaint):
     settings = SETTINGS.model_copy(update=changed)
     with pytest.raises(TapirError, match=complaint):
-        run_job(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7, trained))
+        train_student(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7, trained))
     assert not (tmp_path / "adapter").exists()
 
 
@@ -185,12 +185,12 @@ def test_an_adapter_of_another_shape_is_refused(trained, base, rows, tmp_path, c
 def test_an_adapter_of_another_model_is_refused(trained, rows, tmp_path, change):
     other = make_model(tmp_path / "other", **change)
     with pytest.raises(TapirError, match="of another model"):
-        run_job(TrainJob(str(other), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
+        train_student(TrainJob(str(other), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
 
 
 def test_a_folder_without_an_adapter_is_refused(base, rows, tmp_path):
     with pytest.raises(TapirError, match="holds no adapter"):
-        run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, tmp_path))
+        train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, tmp_path))
 
 
 def test_all_that_unsloth_changes_is_written_out(job):
@@ -224,7 +224,7 @@ def test_a_batch_is_split_without_changing_its_size(batch, micro, expected):
 def test_lora_is_on_every_linear_layer_but_the_head(base):
     from transformers import AutoModelForCausalLM
 
-    assert "lm_head" not in linear_names(AutoModelForCausalLM.from_pretrained(base))
+    assert "lm_head" not in linear_layer_names(AutoModelForCausalLM.from_pretrained(base))
 
 
 def refusals(tmp_path: Path) -> dict[str, Path]:
@@ -249,16 +249,16 @@ def test_what_is_no_student_is_refused_with_its_reason(rows, tmp_path):
     }
     for name, folder in refusals(tmp_path).items():
         with pytest.raises(TapirError, match=complaints[name]):
-            run_job(TrainJob(str(folder), rows, tmp_path / "adapter", SETTINGS, 128, 7))
+            train_student(TrainJob(str(folder), rows, tmp_path / "adapter", SETTINGS, 128, 7))
     assert not (tmp_path / "adapter").exists()
 
 
 def test_rows_that_cannot_be_learned_from_are_refused(base, rows, tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(TapirError, match="no rows to train on"):
-        run_job(TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7))
+        train_student(TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7))
     with pytest.raises(TapirError, match=r"no row is left to train on: 32 longer than student\.max_length"):
-        run_job(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 8, 7))
+        train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 8, 7))
 
 
 def test_what_needs_a_gpu_is_refused_without_one(job):
@@ -267,17 +267,19 @@ def test_what_needs_a_gpu_is_refused_without_one(job):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(TapirError, match="qlora needs a GPU"):
-        run_job(replace(job, settings=SETTINGS.model_copy(update={"method": "qlora"})))
+        train_student(replace(job, settings=SETTINGS.model_copy(update={"method": "qlora"})))
     with pytest.raises(TapirError, match="f16 needs a GPU"):
-        run_job(replace(job, settings=SETTINGS.model_copy(update={"precision": "f16"})))
+        train_student(replace(job, settings=SETTINGS.model_copy(update={"precision": "f16"})))
     with pytest.raises(TapirError, match="Unsloth needs a GPU"):
-        run_job(replace(job, settings=SETTINGS.model_copy(update={"backend": "unsloth"})))
+        train_student(replace(job, settings=SETTINGS.model_copy(update={"backend": "unsloth"})))
 
 
 def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(TapirError, match="no rows to train on") as caught:
-        train(TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7), tmp_path / "job")
+        run_training(
+            TrainJob(str(base), tmp_path / "none.jsonl", tmp_path / "adapter", SETTINGS, 128, 7), tmp_path / "job"
+        )
     assert caught.value.where == str(tmp_path / "none.jsonl")
 
 
@@ -289,7 +291,7 @@ def test_rows_packed_into_one_do_not_see_each_other(base, rows, tmp_path):
             update={"packing": packing, "batch_size": 32, "micro_batch_size": 32, "epochs": 1}
         )
         out = tmp_path / str(packing)
-        run_job(TrainJob(str(base), rows, out, settings, 128, 7))
+        train_student(TrainJob(str(base), rows, out, settings, 128, 7))
         first[packing] = log(out)[0]
     assert settled(tmp_path / "True")["sft"]["packing"]
     assert first[True]["loss"] == pytest.approx(first[False]["loss"], abs=1e-5)
@@ -298,10 +300,10 @@ def test_rows_packed_into_one_do_not_see_each_other(base, rows, tmp_path):
 
 def test_packs_are_fewer_and_no_longer_than_a_row_may_be(tmp_path):
     rows = token_rows(examples(32), make_tokenizer(tmp_path), 128).rows
-    packs = pack(rows, 128)
+    packs = pack_rows(rows, 128)
     assert len(packs) < len(rows) / 2
     assert max(len(ids) for ids in packs["input_ids"]) <= 128
-    assert sorted(length for pack in packs["seq_lengths"] for length in pack) == sorted(
+    assert sorted(length for pack_rows in packs["seq_lengths"] for length in pack_rows) == sorted(
         len(row["input_ids"]) for row in rows
     )
 
@@ -309,14 +311,14 @@ def test_packs_are_fewer_and_no_longer_than_a_row_may_be(tmp_path):
 @pytest.mark.parametrize("twice", [True, False])
 def test_checkpointed_gradients_are_the_same_gradients(trained, base, rows, tmp_path, twice):
     settings = SETTINGS.model_copy(update={"gradient_checkpointing": twice})
-    run_job(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7))
+    train_student(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7))
     assert settled(tmp_path / "adapter")["sft"]["gradient_checkpointing"] is twice
     assert losses(tmp_path / "adapter") == pytest.approx(losses(trained), abs=1e-4)
 
 
 def test_bf16_on_a_cpu_learns_too(trained, base, rows, tmp_path):
     settings = SETTINGS.model_copy(update={"precision": "bf16"})
-    run_job(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7))
+    train_student(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7))
     assert settled(tmp_path / "adapter")["precision"] == "bf16"
     assert losses(tmp_path / "adapter") == pytest.approx(losses(trained), abs=0.3)
 
@@ -325,7 +327,7 @@ def test_bf16_on_a_cpu_learns_too(trained, base, rows, tmp_path):
 def whole(base, rows, tmp_path_factory) -> Path:
     """All weights trained: a model's folder."""
     out = tmp_path_factory.mktemp("whole") / "adapter"
-    run_job(TrainJob(str(base), rows, out, FULL, 128, 7))
+    train_student(TrainJob(str(base), rows, out, FULL, 128, 7))
     return out
 
 
@@ -356,7 +358,7 @@ def test_a_wholly_trained_model_goes_through_export_and_gate_as_it_is(whole, bas
 
 
 def test_full_fine_tuning_goes_on_from_the_last_rounds_weights(whole, base, rows, tmp_path):
-    run_job(TrainJob(str(base), rows, tmp_path / "adapter", FULL, 128, 7, whole))
+    train_student(TrainJob(str(base), rows, tmp_path / "adapter", FULL, 128, 7, whole))
     assert losses(tmp_path / "adapter")[0] < losses(whole)[0] - 0.5
 
 
@@ -368,18 +370,18 @@ def test_an_earlier_training_of_another_kind_is_refused(whole, trained, base, ro
         (other, FULL, whole, "num_hidden_layers 2, the student 3"),
     ):
         with pytest.raises(TapirError, match=complaint):
-            run_job(TrainJob(str(student), rows, tmp_path / "adapter", settings, 128, 7, earlier))
+            train_student(TrainJob(str(student), rows, tmp_path / "adapter", settings, 128, 7, earlier))
 
 
 @pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
 def test_a_gpu_without_unsloth_says_so_and_goes_on():
     said: list[str] = []
-    assert library(SETTINGS, "bf16", 1, said.append) == "trl"
+    assert choose_backend(SETTINGS, "bf16", 1, said.append) == "trl"
     assert said == [
         "Training with plain TRL and PEFT, not with Unsloth: it is not installed (pip install 'tapir-local[gpu]')."
     ]
     with pytest.raises(TapirError, match="Unsloth cannot be used: it is not installed"):
-        library(SETTINGS.model_copy(update={"backend": "unsloth"}), "bf16", 1, said.append)
+        choose_backend(SETTINGS.model_copy(update={"backend": "unsloth"}), "bf16", 1, said.append)
 
 
 def test_no_gguf_is_open_once_its_answers_are_there(llama):

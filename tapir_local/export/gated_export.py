@@ -8,19 +8,19 @@ from pathlib import Path
 
 from tapir_local.assets import chat_template, model_folder
 from tapir_local.errors import TapirError
-from tapir_local.export.export import ExportJob, export
-from tapir_local.export.gate import GateJob, GateReport, pass_gate
+from tapir_local.export.export import ExportJob, run_export
+from tapir_local.export.gate import GateJob, GateReport, run_gate
 from tapir_local.inference.model import check_gguf
 from tapir_local.outputs import check_output
 from tapir_local.process import Progress
 from tapir_local.rundir import read_record, write_rows
-from tapir_local.training.student import view_with_template
+from tapir_local.training.student_folder import make_template_view
 
 # What may be written beside the GGUF: while it is made, by the gate, and for Ollama.
-BESIDE = (".work", ".unchecked", ".unchecked.partial", ".gate.json", ".Modelfile")
+COMPANION_SUFFIXES = (".work", ".unchecked", ".unchecked.partial", ".gate.json", ".Modelfile")
 
 
-def export_checked(
+def export_with_gate(
     model: str,
     out: Path,
     *,
@@ -40,16 +40,16 @@ def export_checked(
     the report. TapirError where the model, the adapter or the quant will not do, the file is there already or is one
     that is read, or the gate is not passed.
     """
-    check_output(out, [Path(model), adapter, base, converter], beside=BESIDE)
+    check_output(out, [Path(model), adapter, base, converter], beside=COMPANION_SUFFIXES)
     if adapter_only:
-        check_pair(adapter, base, check)
+        check_adapter_options(adapter, base, check)
         refuse_unused({"--converter": converter}, "a whole model is converted, not an adapter alone")
     else:
         refuse_unused({"--base": base}, "a whole model is checked itself, not over a base")
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
     try:
-        export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
+        run_export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
     except TapirError as error:
         if str(work) not in str(error):  # it does not send the user to a log there
             shutil.rmtree(work, ignore_errors=True)
@@ -57,8 +57,8 @@ def export_checked(
     report = None
     if check:
         kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None
-        job = GateJob(folder, base or written, trained_rows(adapter, work), kept, min_agreement, adapter, over)
-        pass_gate(job, work, progress)
+        job = GateJob(folder, base or written, adapter_training_rows(adapter, work), kept, min_agreement, adapter, over)
+        run_gate(job, work, progress)
         report = read_record(GateReport, kept)
     written.rename(out)
     shutil.rmtree(work)
@@ -66,7 +66,7 @@ def export_checked(
 
 
 @contextmanager
-def with_template(model: str, template: str | None) -> Iterator[str]:
+def model_with_template(model: str, template: str | None) -> Iterator[str]:
     """The model's folder or Hub name, or for as long as the block lasts a folder of links with another chat template.
 
     `template` is a Jinja file or the name of one that comes with the program. TapirError where there is none.
@@ -77,11 +77,11 @@ def with_template(model: str, template: str | None) -> Iterator[str]:
     text, folder = chat_template(template), model_folder(model)
     with tempfile.TemporaryDirectory() as place:
         view = Path(place) / (folder.resolve().name or "model")
-        view_with_template(folder, text, view)
+        make_template_view(folder, text, view)
         yield str(view)
 
 
-def trained_rows(adapter: Path | None, work: Path) -> Path:
+def adapter_training_rows(adapter: Path | None, work: Path) -> Path:
     """The rows that an adapter was trained on, where it lies in a run's round; an empty file otherwise."""
     if adapter is not None and (adapter / "resolved.json").is_file():  # an adapter of ours
         rows = adapter.absolute().parent / "train.jsonl"
@@ -98,7 +98,7 @@ def refuse_unused(given: Mapping[str, object], why: str) -> None:
             raise TapirError(f"it is of no use here: {why}", where=name, fix="Leave it out.")
 
 
-def check_pair(adapter: Path | None, base: Path | None, check: bool) -> None:
+def check_adapter_options(adapter: Path | None, base: Path | None, check: bool) -> None:
     """TapirError unless an adapter alone is named, with the base that it is to be checked over."""
     if adapter is None:
         raise TapirError("there is no adapter to write", where="--adapter-only", fix="Name its folder with --adapter.")

@@ -7,7 +7,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.rundir import RunDir, remove, whole, write_json
 
 
-def original(recipe: Recipe, run: RunDir) -> Path:
+def original_folder(recipe: Recipe, run: RunDir) -> Path:
     """The student's own folder; one from the Hub at the commit that the run noted in run.json when it began."""
     noted = run.record().get("student", {})
     if noted.get("path") == recipe.student.path:
@@ -15,17 +15,17 @@ def original(recipe: Recipe, run: RunDir) -> Path:
     return model_folder(recipe.student.path, recipe.student.revision)
 
 
-def settle_student(recipe: Recipe, run: RunDir) -> Path:
+def prepare_student_folder(recipe: Recipe, run: RunDir) -> Path:
     """The student's folder for a run that this process holds, settled until the run ends.
 
     The commit of one from the Hub is noted in run.json. Until round 0 is trained, a view is made again, with the chat
     template as it is now.
     """
-    model, named = original(recipe, run), recipe.student.path
+    model, named = original_folder(recipe, run), recipe.student.path
     if named != "pocket" and not Path(named).is_dir() and run.record().get("student", {}).get("path") != named:
         write_json(run.path / "run.json", {**run.record(), "student": {"path": named, "revision": model.name}})
     if recipe.student.chat_template is not None and not (run.round(0) / "adapter").is_dir():
-        view_with_template(model, chat_template(recipe.student.chat_template), view_of(recipe, run))
+        make_template_view(model, chat_template(recipe.student.chat_template), student_view_path(recipe, run))
     return student_folder(recipe, run)
 
 
@@ -36,19 +36,19 @@ def student_folder(recipe: Recipe, run: RunDir) -> Path:
     a student that others use is changed, nor a run in its midst.
     """
     if recipe.student.chat_template is None:
-        return original(recipe, run)
-    view = view_of(recipe, run)
+        return original_folder(recipe, run)
+    view = student_view_path(recipe, run)
     if not view.is_dir():
-        view_with_template(original(recipe, run), chat_template(recipe.student.chat_template), view)
+        make_template_view(original_folder(recipe, run), chat_template(recipe.student.chat_template), view)
     return view
 
 
-def view_of(recipe: Recipe, run: RunDir) -> Path:
+def student_view_path(recipe: Recipe, run: RunDir) -> Path:
     """Where a run's view of its student is."""
     return run.path / "student" / (Path(recipe.student.path).name or "student")
 
 
-def view_with_template(model: Path, template: str, view: Path) -> None:
+def make_template_view(model: Path, template: str, view: Path) -> None:
     """Make `view` a folder of links to a model's files, with another chat template."""
     remove(view)
     with whole(view) as folder:
