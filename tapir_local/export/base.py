@@ -1,4 +1,4 @@
-"""What a round keeps as its student: a whole GGUF, or a LoRA GGUF of megabytes over its base's, which is made once."""
+"""The GGUF of a round's student, either merged or a LoRA GGUF on top of a base GGUF that is made once and cached."""
 
 import hashlib
 import json
@@ -9,49 +9,49 @@ from math import prod
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.export.gated_export import export_with_gate
+from tapir_local.export.gated_export import ExportConfig, export_with_gate
+from tapir_local.export.weights import model_weights
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import free_memory, size
 from tapir_local.process import Progress, withheld
 from tapir_local.recipe.schema import Recipe
 from tapir_local.rundir import RunDir, remove, write_json
-from tapir_local.training.model_files import read_model_tensors
 from tapir_local.training.student_folder import student_folder
 
-BASE_FORMAT = "1"  # to be raised when the same model would be written as another base GGUF
-BLOCKS, BLOCK = 64, 1 << 16
+BASE_FORMAT = "1"  # increase it if the same model would be exported to a different base GGUF
+FINGERPRINT_PIECES, PIECE_BYTES = 64, 1 << 16
 HASHED_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class StudentFiles:
-    """The GGUF to be opened, and the LoRA GGUF to be laid over it, where the student is one."""
+    """The GGUF to open, and the LoRA GGUF to load on top of it, if any."""
 
     gguf: Path
     adapter: Path | None = None
 
 
 def converter_path(recipe: Recipe) -> Path | None:
-    """llama.cpp's own converter, where the recipe names it."""
+    """The path of llama.cpp's converter, if the recipe sets it."""
     return Path(recipe.export.converter).expanduser() if recipe.export.converter else None
 
 
 def student_files(recipe: Recipe, run: RunDir, gguf: Path) -> StudentFiles:
-    """What to open for a round's student.gguf. An adapter's base is made anew where it is gone.
+    """The files to open for a round's student.gguf. An adapter's base GGUF is made again if it was deleted.
 
-    TapirError where the base, or the model that it is made of, is no longer what the run began with.
+    Raises TapirError if the base GGUF, or the model it is made from, has changed since the run started.
     """
     return StudentFiles(run_base_gguf(recipe, run), gguf) if is_adapter(gguf) else StudentFiles(gguf)
 
 
-def run_base_gguf(recipe: Recipe, run: RunDir, progress: Progress | None = None, *, anew: bool = False) -> Path:
-    """The GGUF of the base that a run's adapters lie over, in cache/base.
+def run_base_gguf(recipe: Recipe, run: RunDir, progress: Progress | None = None, *, renew: bool = False) -> Path:
+    """The base GGUF of a run's adapters, in cache/base.
 
-    The run remembers which by base.json; `anew` writes it, for the first round that is exported. TapirError where the
-    student's folder has changed since.
+    The run records which one in base.json; `renew` rewrites that record, for the first exported round. Raises
+    TapirError if the student's folder has changed since.
     """
     kept = run.path / "base.json"
-    if anew or not kept.exists():
+    if renew or not kept.exists():
         name = model_digest(student_folder(recipe, run))
         write_json(kept, {"base": name, "quant": recipe.export.quant})
     name = json.loads(kept.read_bytes())["base"]
@@ -66,23 +66,23 @@ def run_base_gguf(recipe: Recipe, run: RunDir, progress: Progress | None = None,
 
 
 def check_base_unchanged(recipe: Recipe, run: RunDir) -> None:
-    """TapirError where the student's folder is not what the run's first round was exported over."""
+    """Raise TapirError if the student's folder has changed since the run's first export."""
     model, kept = student_folder(recipe, run), run.path / "base.json"
     if kept.exists() and json.loads(kept.read_bytes())["base"] != model_digest(model):
         raise student_changed_error(model, run)
 
 
 def student_changed_error(model: Path, run: RunDir) -> TapirError:
-    """What to say of a student's folder whose files are not those of the run's first round."""
+    """The error for a student folder whose files changed after the run's first round."""
     return TapirError(
         f"the student's weights, config or tokenizer, or the gguf package, have changed since run {run.name!r} began",
         where=str(model),
-        fix=f"Put them back, or train anew over them: tapir-local redo {run.name} --round 0 --from train",
+        fix=f"Restore them, or train again from them: tapir-local redo {run.name} --round 0 --from train",
     )
 
 
 def base_gguf(recipe: Recipe, run: RunDir, progress: Progress | None = None) -> Path:
-    """The untrained student as a GGUF of the recipe's quant, made and gated once for all runs of the cache."""
+    """The untrained student as a GGUF of the recipe's quant, exported and verified once for all runs of the cache."""
     model, form = student_folder(recipe, run), recipe.export.quant + ("-converter" if recipe.export.converter else "")
     path = base_gguf_path(run.cache, model_digest(model), form)
     if not is_base_ready(path):
@@ -92,65 +92,58 @@ def base_gguf(recipe: Recipe, run: RunDir, progress: Progress | None = None) -> 
 
 
 def base_gguf_path(cache: Path, name: str, form: str) -> Path:
-    """Where a base's GGUF is, by its model's digest and the type of its weights."""
+    """Path of a base GGUF, by the digest of its model and the type of its weights."""
     return cache / "base" / name / f"{form}.gguf"
 
 
 def is_base_ready(path: Path) -> bool:
-    """A base's GGUF counts as made when its print is beside it."""
+    """Whether a base GGUF is complete: its fingerprint file exists."""
     return path.exists() and fingerprint_path(path).exists()
 
 
 def fingerprint_path(path: Path) -> Path:
-    """The file that says what a base's GGUF was when it had passed the gate."""
+    """The file that records the size and fingerprint of a base GGUF that passed the gate."""
     return path.with_name(path.name + ".json")
 
 
 def make_base_gguf(model: Path, path: Path, recipe: Recipe, progress: Progress | None) -> Path:
-    """Export and gate; two runs that want the same base wait for each other."""
+    """Export and verify a base GGUF; runs that need the same one wait for each other."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"), withheld(recipe.key_variables):
         if not is_base_ready(path):
             remove(path)
-            least = recipe.export.min_agreement
-            export_with_gate(
-                str(model),
-                path,
-                adapter=None,
-                quant=recipe.export.quant,
-                check=True,
-                min_agreement=least,
-                converter=converter_path(recipe),
-                progress=progress,
+            config = ExportConfig(
+                recipe.export.quant, converter=converter_path(recipe), min_agreement=recipe.export.min_agreement
             )
+            export_with_gate(str(model), path, config, progress)
             write_json(fingerprint_path(path), {"bytes": path.stat().st_size, "print": fingerprint([path])})
     check_base_gguf(path)
     return path
 
 
 def check_base_gguf(path: Path) -> None:
-    """TapirError where a base's GGUF is not the file that passed the gate, as far as its size and print can tell."""
+    """Raise TapirError if the size or fingerprint of a base GGUF is not that of the file that passed the gate."""
     kept = json.loads(fingerprint_path(path).read_bytes())
     if (path.stat().st_size, fingerprint([path])) != (kept["bytes"], kept["print"]):
         raise TapirError(
-            "the base's GGUF is not the file that passed the gate: it was damaged or exchanged",
+            "the base GGUF is not the file that passed the gate: it was damaged or replaced",
             where=str(path),
-            fix="Delete it; the same command makes it anew.",
+            fix="Delete it; the same command creates it again.",
         )
 
 
 def model_digest(model: Path) -> str:
-    """Sixteen hexadecimal digits for a model's folder, how it is exported, and the version of gguf.
+    """Sixteen hexadecimal digits that identify a model's folder, the export format and the version of gguf.
 
-    Of config, tokenizer and template every byte counts. Of weights the names, sizes and BLOCKS pieces of each file,
-    its header among them: training moves every weight, so that another model of the same shape differs in any piece,
-    and gigabytes need not be read to know a model again. A file that differs only between the pieces is taken for the
-    same; the gate, which compares what both models say, is there for that.
+    Config, tokenizer and template are hashed in full. Of each weight file, the name, the size and FINGERPRINT_PIECES
+    pieces are hashed, including the header: training changes every weight, so any piece differs in another model of the
+    same shape, and gigabytes need not be read. A file that differs only between the pieces is taken as the same; the
+    gate compares the outputs of both models.
     """
     small = sorted({path for pattern in HASHED_FILES for path in model.glob(pattern)})
-    found = hashlib.sha256(f"{FORM} gguf {version('gguf')}".encode())
+    found = hashlib.sha256(f"{BASE_FORMAT} gguf {version('gguf')}".encode())
     for path in small:
         found.update(f"\0{path.name}\0".encode() + path.read_bytes())
     found.update(fingerprint(sorted(model.glob("*.safetensors"))).encode())
@@ -158,23 +151,23 @@ def model_digest(model: Path) -> str:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 over names, sizes and evenly spaced pieces of some files, the first and the last among them."""
+    """SHA-256 of names, sizes and evenly spaced pieces of some files, including the first and the last piece."""
     found = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         found.update(f"\0{path.name} {size}\0".encode())
         with path.open("rb") as file:
-            for number in range(BLOCKS):
-                file.seek(max(0, size - BLOCK) * number // (BLOCKS - 1))
-                found.update(file.read(BLOCK))
+            for number in range(FINGERPRINT_PIECES):
+                file.seek(max(0, size - PIECE_BYTES) * number // (FINGERPRINT_PIECES - 1))
+                found.update(file.read(PIECE_BYTES))
     return found.hexdigest()
 
 
 def gate_memory_text(model: Path) -> str:
-    """What the gate will take of main memory, and what there is."""
-    return f"the model in 32 bits takes {size(4 * weights_of(model))} of memory, {size(free_memory())} are free"
+    """The main memory that the gate needs, and the free memory."""
+    return f"the model in 32 bits needs {size(4 * count_weights(model))} of memory, {size(free_memory())} are free"
 
 
 def count_weights(model: Path) -> int:
     """The number of a model's weights."""
-    return sum(prod(source.shape) for source in read_model_tensors(model).values())
+    return sum(prod(source.shape) for source in model_weights(model).values())

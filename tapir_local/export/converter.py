@@ -1,54 +1,63 @@
-"""Families that we do not map: llama.cpp's own converter, out of a checkout that the user names, makes the GGUF."""
+"""Export architectures that we do not support with llama.cpp's own converter, from a checkout that the user names."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.export.weights import read_adapter_config
+from tapir_local.export.weights import model_weights, read_adapter_config
 from tapir_local.inference.model import check_gguf
 from tapir_local.memory import check_disk, check_memory, free_memory
 from tapir_local.private import private_file
 from tapir_local.process import Progress
 from tapir_local.rundir import remove
-from tapir_local.training.model_files import read_model_json, read_model_tensors
+from tapir_local.training.model_files import read_model_json
 
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pth")
 
 
+@dataclass(frozen=True)
+class Converter:
+    """llama.cpp's converter script, and the log file for its output."""
+
+    path: Path
+    log: Path
+
+
 def find_converter(converter: Path) -> Path:
-    """The script, out of its own path or its folder's; TapirError where there is none."""
+    """The script, given its path or folder. Raises TapirError if it is missing."""
     script = converter / CONVERTER_SCRIPT if converter.is_dir() else converter
     if not script.is_file():
         raise TapirError(
-            f"there is no converter: {script.name} is missing",
+            f"the converter is missing: {script.name}",
             where=str(converter),
-            fix=f"Name {SCRIPT} in a checkout of llama.cpp: it needs the modules beside it.",
+            fix=f"Give the path of {CONVERTER_SCRIPT} in a llama.cpp checkout: it needs the modules beside it.",
         )
     return script
 
 
 def convert_with_llama_cpp(
-    model_dir: Path, adapter: Path | None, out: Path, kind: str, script: Path, log: Path, progress: Progress
+    model_dir: Path, adapter: Path | None, out: Path, kind: str, converter: Converter, progress: Progress
 ) -> None:
-    """Write `out` in the converter's outtype `kind` (f32, f16, bf16 or q8_0), the adapter merged by PEFT before.
+    """Write `out` with the converter's outtype `kind` (f32, f16, bf16 or q8_0); PEFT merges the adapter first.
 
-    The merged model lies beside `out` until the converter is done. What the converter prints is in `log`. TapirError
-    where the disk or the memory is too small, or that ends with the converter's last line.
+    The merged model is kept beside `out` until the converter ends. Raises TapirError if disk space or memory is too
+    small, or with the last line of the converter's log if it fails.
     """
     scratch = out.with_name(out.name + ".model")
     remove(scratch)
     try:
-        progress(0, 2, "the model as the converter reads it")
+        progress(0, 2, "preparing the model")
         link_model_files(model_dir, scratch, with_weights=adapter is None)
         if adapter is not None:
             merge_with_peft(model_dir, adapter, scratch)
         progress(1, 2, "converting")
-        run_converter(script, scratch, out, kind, log)
+        run_converter(find_converter(converter.path), scratch, out, kind, converter.log)
         progress(2, 2, "converted")
     except BaseException:
         remove(out)
@@ -58,7 +67,7 @@ def convert_with_llama_cpp(
 
 
 def link_model_files(model_dir: Path, scratch: Path, *, with_weights: bool) -> None:
-    """Links to the model's files, and a tokenizer_config.json that adds no BOS: the template alone writes it."""
+    """Link the model's files, and write a tokenizer_config.json that adds no BOS: only the template writes it."""
     scratch.mkdir(parents=True)
     for path in model_dir.iterdir():
         if path.is_file() and (with_weights or not path.name.endswith(WEIGHT_SUFFIXES)):
@@ -70,7 +79,7 @@ def link_model_files(model_dir: Path, scratch: Path, *, with_weights: bool) -> N
 
 
 def merge_with_peft(model_dir: Path, adapter: Path, scratch: Path) -> None:
-    """PEFT's merge of the whole model in memory: in f32 where memory and disk have room, else in the saved type."""
+    """Merge the whole model in memory with PEFT: in f32 if memory and disk have room, else in the saved type."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -90,8 +99,8 @@ def merge_with_peft(model_dir: Path, adapter: Path, scratch: Path) -> None:
 
 
 def merge_dtype(model_dir: Path, scratch: Path) -> str:
-    """`float32`, or `auto` where that does not fit; TapirError where neither does."""
-    sources = read_model_tensors(model_dir).values()
+    """`float32`, or `auto` if that does not fit. Raises TapirError if neither fits."""
+    sources = model_weights(model_dir).values()
     elements = sum(prod(source.shape) for source in sources)
     saved = sum(prod(source.shape) * (4 if source.dtype in ("F32", "F64") else 2) for source in sources)
     check_disk(scratch, saved, "the model with its adapter merged")
@@ -106,7 +115,7 @@ def merge_dtype(model_dir: Path, scratch: Path) -> str:
 
 
 def run_converter(script: Path, model: Path, out: Path, kind: str, log: Path) -> None:
-    """The converter in a process of its own, offline, with the gguf package beside it and not the one installed."""
+    """Run the converter as an offline subprocess that uses the gguf package beside it, not the installed one."""
     command = [sys.executable, str(script), str(model), "--outfile", str(out), "--outtype", kind]
     log.parent.mkdir(parents=True, exist_ok=True)
     private_file(log)
@@ -116,19 +125,20 @@ def run_converter(script: Path, model: Path, out: Path, kind: str, log: Path) ->
         ).returncode
     if code:
         raise TapirError(
-            f"the converter failed (exit code {code}): {last_line(log)}",
+            f"the converter failed (exit code {code}): {last_log_line(log)}",
             where=str(log),
-            fix="Its whole message is in that file. A newer llama.cpp may know the model.",
+            fix="The full message is in that file. A newer llama.cpp may support the model.",
         )
-    check_gguf(out, "converter's GGUF", f"See what it said in {log}.")
+    check_gguf(out, "converter's GGUF", f"See its output in {log}.")
 
 
 def converter_environment(script: Path) -> dict[str, str]:
-    """The converter's: our own packages' paths come after its own."""
+    """The converter's environment: its own modules come before our package path."""
     paths = [str(script.parent / "gguf-py"), str(script.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
 
 
 def last_log_line(log: Path) -> str:
+    """The last line of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"

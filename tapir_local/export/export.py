@@ -1,6 +1,6 @@
-"""A base model, with or without a LoRA adapter, to one GGUF: merged and quantised tensor by tensor.
+"""Export a base model, with or without a LoRA adapter, to one GGUF: merged and quantized tensor by tensor.
 
-`python -m tapir_local.export.export FOLDER` does the ExportJob in FOLDER/job.json, in a process of its own.
+`python -m tapir_local.export.export FOLDER` runs the ExportJob in FOLDER/job.json in its own process.
 """
 
 import sys
@@ -13,8 +13,7 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.architectures import (
-    Architecture,
-    ModelConfig,
+    TensorMapping,
     exported_tensors,
     gguf_name,
     norm_offset,
@@ -22,10 +21,10 @@ from tapir_local.export.architectures import (
     rope_factors,
     rope_settings,
     row_order,
-    tensor_name_map,
+    tensor_mapping,
     write_architecture,
 )
-from tapir_local.export.converter import convert_with_llama_cpp, find_converter
+from tapir_local.export.converter import Converter, convert_with_llama_cpp, find_converter
 from tapir_local.export.tokenizer import (
     Vocabulary,
     end_of_turn_id,
@@ -35,23 +34,21 @@ from tapir_local.export.tokenizer import (
     special_token_texts,
     write_vocabulary,
 )
-from tapir_local.export.weights import LoraDelta, load_tensor, read_adapter_deltas
+from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
 from tapir_local.export.writer import PlannedTensor, file_type_number, tensor_bytes, tensor_type, write_tensors
 from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
 from tapir_local.rundir import read_record, whole
-from tapir_local.training.model_files import StoredTensor, read_model_tensors
-
-Array = Any  # numpy.ndarray; numpy is imported where it is used
+from tapir_local.training.model_files import StoredTensor
 
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A job: the base's folder, the adapter's if there is one, the type of the weights, the file to be written.
+    """The base model's folder, the adapter's folder if any, the type of the weights and the output file.
 
-    `adapter_only` asks for the adapter alone, for llama.cpp to lay over the base's GGUF; `quant` is then f32 or f16.
-    `converter` is llama.cpp's own script, or its folder, which then makes the file.
+    With `adapter_only`, only the adapter is exported, for llama.cpp to load on top of the base GGUF; `quant` is then
+    f32 or f16. `converter` is llama.cpp's script or its folder, which then makes the GGUF.
     """
 
     model_dir: Path
@@ -64,8 +61,12 @@ class ExportJob:
 
 NATIVE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
-EXPORT_MEMORY = 64 << 20  # bytes beside those of the libraries: the vocabulary, and blocks of a megabyte in the making
-K_QUANT_BITS = {"q4_k_m": 5.5, "q5_k_m": 6.3, "q6_k": 7.0}  # a weight, of small models too, whose embedding has six
+EXPORT_MEMORY = 64 << 20  # bytes besides the libraries: the vocabulary, and blocks of one megabyte each
+K_QUANT_BITS = {
+    "q4_k_m": 5.5,
+    "q5_k_m": 6.3,
+    "q6_k": 7.0,
+}  # per weight, also for small models, whose embedding has 6 bits
 
 
 def export_gguf(
@@ -74,27 +75,26 @@ def export_gguf(
     *,
     adapter: Path | None,
     quant: str,
-    converter: Path | None = None,
-    log: Path | None = None,
+    converter: Converter | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> None:
-    """Write `out`, whole or not at all. Peak memory is some blocks of a tensor's rows, not the model.
+    """Write `out`, completely or not at all. Peak memory is a few blocks of a tensor's rows, not the model.
 
-    `quant` is f32, f16, bf16, q8_0, q4_k_m, q5_k_m or q6_k; k-quants are made by llama.cpp from a file of 16 bits
-    beside `out`. Norms and biases stay in f32. With `converter`, llama.cpp's own script makes the file, whatever the
-    family, and what it prints is in `log`. `progress` gets (tensors written, tensors in all, name). TapirError for a
-    family, tokenizer, adapter or setting that has no like in llama.cpp, and where the disk is too small.
+    `quant` is f32, f16, bf16, q8_0, q4_k_m, q5_k_m or q6_k; llama.cpp makes k-quants from an intermediate 16-bit file
+    beside `out`. Norms and biases stay in f32. With `converter`, llama.cpp's own script makes the file for any family.
+    `progress` receives (tensors written, total tensors, name). Raises TapirError for a family, tokenizer, adapter or
+    setting that llama.cpp does not support, and if the disk is too small.
     """
     if quant not in {**NATIVE_TYPES, **K_QUANTS}:
-        raise TapirError(f"no such quant: {quant}", where="quant", fix=f"One of {', '.join({**NATIVE, **K_QUANTS})}.")
-    script = find_converter(converter) if converter else None
+        known = ", ".join({**NATIVE_TYPES, **K_QUANTS})
+        raise TapirError(f"no such quant: {quant}", where="quant", fix=f"Use one of {known}.")
+    if converter:
+        find_converter(converter.path)
     kind = quant if quant in NATIVE_TYPES else intermediate_type(model_dir, adapter)
 
     def write(path: Path) -> None:
-        if script:
-            convert_with_llama_cpp(
-                model_dir, adapter, path, kind, script, log or out.with_name(out.name + ".converter.log"), progress
-            )
+        if converter:
+            convert_with_llama_cpp(model_dir, adapter, path, kind, converter, progress)
         else:
             write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, K_QUANT_BITS.get(quant, 0))
 
@@ -102,109 +102,98 @@ def export_gguf(
         if quant in NATIVE_TYPES:
             write(partial)
             return
-        middle = out.with_name(f"{out.name}.{kind}.partial")
+        intermediate = out.with_name(f"{out.name}.{kind}.partial")
         try:
-            write(middle)
-            quantize_gguf(middle, partial, K_QUANTS[quant])
+            write(intermediate)
+            quantize_gguf(intermediate, partial, K_QUANTS[quant])
         finally:
-            middle.unlink(missing_ok=True)
+            intermediate.unlink(missing_ok=True)
 
 
 def intermediate_type(model_dir: Path, adapter: Path | None) -> str:
-    """What a k-quant is made from: bf16 where that is what the model is saved as and nothing is merged, else f16.
+    """The type that a k-quant is made from: bf16 if the model is saved in bf16 and nothing is merged, else f16.
 
-    Either holds the saved weights as they are; merged ones need the more digits that f16 has.
+    Both hold the saved weights exactly; merged weights need the higher precision of f16.
     """
-    kinds = {source.dtype for source in read_model_tensors(model_dir).values() if len(source.shape) > 1}
+    kinds = {source.dtype for source in model_weights(model_dir).values() if len(source.shape) > 1}
     return "bf16" if kinds == {"BF16"} and adapter is None else "f16"
 
 
 def write_model_gguf(
     model_dir: Path, path: Path, adapter: Path | None, quant: str, progress: Progress, more: float = 0
 ) -> None:
-    """Metadata first, then every tensor. The disk must have room for it, and for a file of `more` bits a weight."""
+    """Write the metadata, then every tensor. The disk must also hold a second file of `more` bits per weight."""
     import gguf
 
-    config, family = read_model_config(model_dir)
-    tensors = plan_model(model_dir, config, family, adapter, gguf.GGMLQuantizationType[quant])
+    config, arch = read_model_config(model_dir)
+    tensors = plan_model(model_dir, adapter, tensor_mapping(config, arch), gguf.GGMLQuantizationType[quant])
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     vocab = read_model_vocabulary(model_dir, rows)
     check_export_space(path, tensors, vocab, more)
-    writer = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(path, arch.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(model_dir.name)
     writer.add_file_type(file_type_number(quant))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    write_architecture(writer, config, family, rows)
+    write_architecture(writer, config, arch, rows)
     write_vocabulary(writer, vocab)
     write_tensors(writer, tensors, progress)
 
 
 def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Vocabulary, more: float) -> None:
-    """TapirError where the file does not fit on the disk, or the k-quant of `more` bits a weight made from it.
+    """Raise TapirError if the disk has no room for the file, or for the k-quant of `more` bits per weight made from it.
 
-    Also for too little memory: the export's own (see `MEMORY`), and what llama.cpp needs for a k-quant, which are the
-    largest tensor in float32 and its quants.
+    Also if memory is too small for the export itself (see `EXPORT_MEMORY`) and for llama.cpp's quantization, which
+    holds the largest tensor in float32 and quantized.
     """
     largest = max(prod(tensor.shape) for tensor in tensors)
     check_memory(EXPORT_MEMORY + (8 * largest if more else 0), "the export")
     texts = sum(len(text.encode()) + 16 for text in (*(token.text for token in vocab.tokens), *vocab.merges))
     file = sum(tensor_bytes(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
     weights = sum(prod(tensor.shape) for tensor in tensors)
-    what = "the GGUF, and the one of 16 bits that it is made from" if more else "the GGUF"
+    what = "the GGUF and the 16-bit GGUF that it is made from" if more else "the GGUF"
     check_disk(path, file + round(weights * more / 8), what)
 
 
-def plan_model(
-    model_dir: Path, config: ModelConfig, family: Architecture, adapter: Path | None, quant: Any
-) -> tuple[PlannedTensor, ...]:
-    """Every tensor of the GGUF in the order of the base's names."""
-    sources = exported_tensors(read_model_tensors(model_dir), config)
+def plan_model(model_dir: Path, adapter: Path | None, mapping: TensorMapping, quant: Any) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the GGUF, in the order of the base's names."""
+    sources = exported_tensors(model_weights(model_dir), mapping.config)
     deltas = {} if adapter is None else read_adapter_deltas(adapter, sources)
-    names = tensor_name_map(config, family)
-    tensors = [
-        plan_tensor(name, source, deltas.get(name), names, config, family, quant)
-        for name, source in sorted(sources.items())
-    ]
-    if rope_settings(config)[0]["rope_type"] == "llama3":
-        tensors.append(plan_rope_factors(rope_factors(config)))
+    tensors = [plan_tensor(name, source, deltas.get(name), mapping, quant) for name, source in sorted(sources.items())]
+    if rope_settings(mapping.config)[0]["rope_type"] == "llama3":
+        tensors.append(plan_rope_factors(rope_factors(mapping.config)))
     return tuple(tensors)
 
 
-def plan_rope_factors(factors: Array) -> PlannedTensor:
+def plan_rope_factors(factors: FloatArray) -> PlannedTensor:
     """Llama 3's rotary scaling, which llama.cpp reads as a tensor."""
     import gguf
 
-    def read(start: int, stop: int) -> Array:
+    def read(start: int, stop: int) -> FloatArray:
         return factors[start:stop]
 
     return PlannedTensor("rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, read)
 
 
 def plan_tensor(
-    name: str,
-    source: StoredTensor,
-    delta: LoraDelta | None,
-    names: Any,
-    config: ModelConfig,
-    family: Architecture,
-    quant: Any,
+    name: str, source: StoredTensor, delta: LoraDelta | None, mapping: TensorMapping, quant: Any
 ) -> PlannedTensor:
-    """Where a tensor goes, and how it is made."""
-    target, added = gguf_name(name, source, names, family), norm_offset(name, family)
-    order = row_order(name, source.shape[0], config, family)
+    """The name, type and rows of one tensor in the GGUF."""
+    target, offset = gguf_name(mapping, name, source), norm_offset(mapping, name)
+    order = row_order(mapping, name, source.shape[0])
 
-    def read(start: int, stop: int) -> Array:
+    def read(start: int, stop: int) -> FloatArray:
         weight = load_tensor(source, delta, slice(start, stop) if order is None else order[start:stop])
-        return weight + added if added else weight
+        return weight + offset if offset else weight
 
     return PlannedTensor(target, tensor_type(target, source.shape, quant), source.shape, read)
 
 
 def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
-    """TapirError when `export_gguf` would refuse the model's family, tokenizer or template; no weights are read.
+    """Raise TapirError if `export_gguf` would reject the model's family, tokenizer or template; no weights are read.
 
-    With a converter of llama.cpp's, which knows other families, when there is none, or the template ends no answer.
+    With llama.cpp's converter, which supports other families, only the script and the template's end of turn are
+    checked.
     """
     if converter:
         find_converter(converter)
@@ -215,7 +204,7 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
         ends = dict(read_model_vocabulary(model_dir, read_model_config(model_dir)[0]["vocab_size"]).special)
     if "eot" not in ends:
         raise TapirError(
-            "the chat template ends no answer with a token of the tokenizer, so a student would never stop",
+            "the chat template does not end an answer with a token of the tokenizer, so a student would never stop",
             where=str(model_dir),
             fix="Set student.chat_template (of `tapir-local export`: --chat-template); `alpaca` ends answers with the "
             "tokenizer's own EOS.",
@@ -223,15 +212,16 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
 
 
 def run_export(job: ExportJob, folder: Path, progress: Progress | None = None) -> None:
-    """Run the job in a process of its own, which leaves job.json and export.log in `folder`.
+    """Export in a separate process, which leaves job.json and export.log in `folder`.
 
-    `progress` gets (tensors written, tensors in all, name). TapirError as from `export_gguf`, or when the process died.
+    `progress` receives (tensors written, total tensors, name). Raises TapirError as `export_gguf` does, or if the
+    process died.
     """
-    in_own_process("tapir_local.export.export", job, folder, progress)
+    in_own_process(export_main, job, folder, progress)
 
 
 def export_main(folder: Path, progress: Progress) -> None:
-    """The child's side of `export`."""
+    """Run the job in `folder`: the entry point of the export process."""
     job = read_record(ExportJob, folder / "job.json")
     if job.adapter_only and job.adapter:
         export_adapter(job.model_dir, job.adapter, job.out, quant=job.quant, progress=progress)
@@ -241,12 +231,11 @@ def export_main(folder: Path, progress: Progress) -> None:
         job.out,
         adapter=job.adapter,
         quant=job.quant,
-        converter=job.converter,
-        log=folder / "converter.log",
+        converter=Converter(job.converter, folder / "converter.log") if job.converter else None,
         progress=progress,
     )
 
 
 if __name__ == "__main__":
-    # Blocks are made by threads of ours; OpenBLAS's own would spin beside them: a 0.5B with LoRA took 8.7 s, not 4.6.
+    # Our threads compute the blocks; OpenBLAS's threads would compete with them: a 0.5B with LoRA took 8.7 s, not 4.6.
     sys.exit(child_main(export_main, {"OPENBLAS_NUM_THREADS": "1"}))

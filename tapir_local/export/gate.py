@@ -1,6 +1,6 @@
-"""The gate: does a GGUF tokenise, stop and answer as the trained model does in transformers?
+"""The gate: verify that a GGUF tokenizes, stops and answers like the trained model in transformers.
 
-`python -m tapir_local.export.gate FOLDER` does the GateJob in FOLDER/job.json, in a process of its own.
+`python -m tapir_local.export.gate FOLDER` runs the GateJob in FOLDER/job.json in its own process.
 """
 
 import sys
@@ -14,8 +14,8 @@ from tapir_local.errors import TapirError
 from tapir_local.export.probes import FALLBACK_PROMPTS, gate_texts, render_prompt, sample_prompts
 from tapir_local.export.reference import ReferenceModel, load_reference, reference_logits
 from tapir_local.export.tokenizer import end_of_turn_id, read_tokenizer_json, special_token_texts
+from tapir_local.export.weights import FloatArray
 from tapir_local.inference.batch import compute_logits
-from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
@@ -23,15 +23,14 @@ from tapir_local.inference.tokens import encode, is_end_token
 from tapir_local.process import Crashed, Progress, child_main, in_own_process
 from tapir_local.records import Example, Message, Prompt
 from tapir_local.rundir import read_record, read_rows, write_record
+from tapir_local.training.model import load_tokenizer
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
-
-# The mean KL divergence, in nats per token, that a type of weights may cost. Llama-3-8B's own, published with llama.cpp
-# (tools/perplexity/README.md), are 0.0014 for q8_0, 0.0055 for q6_k, 0.011 for q5_k_m and 0.031 for q4_k_m; students of
-# a few million parameters lose about ten times as much. A wrong mapping costs 0.3 and more.
+# The largest mean KL divergence, in nats per token, allowed per type of weights. llama.cpp's figures for Llama-3-8B
+# (tools/perplexity/README.md) are 0.0014 for q8_0, 0.0055 for q6_k, 0.011 for q5_k_m and 0.031 for q4_k_m; students of
+# a few million parameters have about ten times as much. A wrong mapping gives 0.3 and more.
 MAX_KL = {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.1, "q4_k_m": 0.2}
-# The share of greedy tokens that must be the same. Llama-3-8B's own (same source, "Same top p") are 0.977 for q8_0,
-# 0.960 for q6_k and 0.919 for q4_k_m; smaller students lose more.
+# The share of greedy tokens that must be equal. Llama-3-8B has 0.977 for q8_0, 0.960 for q6_k and 0.919 for q4_k_m
+# (same source, "Same top p"); smaller students have less.
 MIN_AGREEMENT = {
     "f32": 0.99,
     "f16": 0.98,
@@ -48,10 +47,10 @@ GATE_CONTEXT = 1024
 
 @dataclass(frozen=True)
 class GateJob:
-    """What one passage through the gate compares. `rows` is a JSONL file of Example, as trained on.
+    """What one run of the gate compares. `rows` is a JSONL file of Example, the training rows.
 
-    With `adapter_gguf`, an adapter alone, `gguf` is the base's and both together are what is compared. Without
-    `min_agreement` it is MIN_AGREEMENT's for the type of the weights.
+    With `adapter_gguf`, `gguf` is the base and both are compared together. Without `min_agreement`, MIN_AGREEMENT for
+    the type of the weights applies.
     """
 
     model_dir: Path
@@ -64,8 +63,20 @@ class GateJob:
 
 
 @dataclass(frozen=True)
+class GateLimits:
+    """Limits of the gate: the minimum share of equal greedy tokens (None: MIN_AGREEMENT), and the free memory in bytes
+    (None: what the machine has)."""
+
+    min_agreement: float | None = None
+    free: int | None = None
+
+
+DEFAULT_LIMITS = GateLimits()
+
+
+@dataclass(frozen=True)
 class Mismatch:
-    """A text that transformers and llama.cpp tokenise differently."""
+    """A text that transformers and llama.cpp tokenize differently."""
 
     text: str
     trained: tuple[int, ...]
@@ -74,11 +85,11 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Figures:
-    """How near a GGUF is to the trained model over `positions` of its own greedy answers.
+    """How close a GGUF is to the trained model over `positions` tokens of its own greedy answers.
 
-    `kl` is the mean divergence of its next-token distribution from the trained model's in nats, `kl_base` from that of
-    the model without the adapter, `largest_difference` that of two logits, `agreement` the share of positions at which
-    both would choose the same token.
+    `kl` is the mean KL divergence of the next-token distributions from the trained model's in nats, `kl_base` that from
+    the model without the adapter, `largest_difference` the largest difference of two logits, and `agreement` the share
+    of positions at which both choose the same token.
     """
 
     kl: float
@@ -90,26 +101,26 @@ class Figures:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What was compared. `failed` names the checks not passed, out of those in `refusal`.
+    """The result of the gate. `failed` names the failed checks; `describe_failures` explains them.
 
-    `bos_trained` and `bos_gguf` count the BOS tokens of a prompt in training and with the GGUF. `streamed` says that
-    the trained model did not fit in memory and was read layer by layer.
+    `bos_trained` and `bos_gguf` count the BOS tokens of a prompt in training and with the GGUF. `streamed`: the
+    reference model did not fit in memory and was read layer by layer.
     """
 
     failed: tuple[str, ...]
     probes: int
-    find_mismatches: int
+    mismatches: int
     examples: tuple[Mismatch, ...]
     bos_trained: int
     bos_gguf: int
-    answer_figures: Figures
+    figures: Figures
     max_kl: float
     min_agreement: float
     streamed: bool = False
 
     @property
     def passed(self) -> bool:
-        """True when no check failed."""
+        """Whether all checks passed."""
         return not self.failed
 
 
@@ -119,77 +130,70 @@ def verify_gguf(
     gguf: Path,
     rows: Sequence[Example],
     *,
-    min_agreement: float | None = None,
     adapter_gguf: Path | None = None,
-    free: int | None = None,
+    limits: GateLimits = DEFAULT_LIMITS,
 ) -> GateReport:
-    """Compare a GGUF with the model it was made of: the tokens of all `rows` and of many probes, answers to some.
+    """Compare a GGUF with the model it was made from: token ids of all `rows` and of many probe texts, and some
+    answers.
 
-    An adapter that is not merged into it is laid over it: `adapter_gguf`. The model is loaded in f32 on the CPU where
-    `free` bytes of memory, what the machine has if left out, hold it, and read layer by layer where they do not.
-    TapirError when one of them cannot be loaded.
+    An adapter that is not merged is loaded on top: `adapter_gguf`. The reference model is loaded in f32 on the CPU if
+    it fits in memory, otherwise read layer by layer. Raises TapirError if one of them cannot be loaded.
     """
-    with open_model(gguf, adapter=adapter_gguf) as llama:  # before torch, so that `patient_threads` is heeded
+    with open_model(gguf, adapter=adapter_gguf) as llama:  # before torch is imported, for `patient_threads`
         quant, tokenizer = read_quant(llama), load_tokenizer(model_dir)
         texts = gate_texts(tokenizer, rows)
         wrong = find_mismatches(tokenizer, llama, texts)
-        asked = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
-        trained_bos, gguf_bos = count_bos(tokenizer, llama, asked)
+        prompt = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
+        bos_trained, bos_gguf = count_bos(tokenizer, llama, prompt)
         checks = {
             "tokens": not wrong,
-            "bos": trained_bos == gguf_bos,
+            "bos": bos_trained == bos_gguf,
             "eos": stops_as_trained(tokenizer, llama, model_dir),
             "template": llama.template == tokenizer.get_chat_template(),
         }
-        trained = load_reference(model_dir, adapter, beside=gate_memory(llama), free=free)
-        with open_context(llama, ContextConfig(GATE_CONTEXT * 4, 5, exact=True)) as engine:
-            found = compare_answers(engine, trained, sample_prompts(rows))
-    wanted = MIN_AGREEMENT[quant] if min_agreement is None else min_agreement
+        reference = load_reference(model_dir, adapter, reserved=gate_memory(llama), free=limits.free)
+        with open_context(llama, cells=GATE_CONTEXT * 4, sequences=5, exact=True) as engine:
+            found = compare_answers(engine, reference, sample_prompts(rows))
+    wanted = MIN_AGREEMENT[quant] if limits.min_agreement is None else limits.min_agreement
     checks["logits"] = found.kl <= MAX_KL[quant]
     checks["adapter"] = found.kl_base is None or found.kl <= found.kl_base
     checks["agreement"] = found.agreement >= wanted
     failed = tuple(name for name, fine in checks.items() if not fine)
-    counts = (len(texts), len(wrong), tuple(wrong[:3]), trained_bos, gguf_bos)
-    return GateReport(failed, *counts, found, MAX_KL[quant], wanted, trained.streamed)
+    counts = (len(texts), len(wrong), tuple(wrong[:3]), bos_trained, bos_gguf)
+    return GateReport(failed, *counts, found, MAX_KL[quant], wanted, reference.streamed)
 
 
 def gate_memory(llama: Model) -> int:
-    """Bytes beside the trained model: the GGUF, and the logits of a whole context on either side."""
+    """Bytes needed besides the reference model: the GGUF, and the logits of a whole context on both sides."""
     words = int(library().llama_vocab_n_tokens(llama.vocab))
     return llama.gguf.stat().st_size + 2 * 4 * GATE_CONTEXT * words
 
 
 def read_quant(llama: Model) -> str:
-    """The type of the weights, as the GGUF says it."""
+    """The type of the weights according to the GGUF."""
     number = metadata(llama, "general.file_type")
     if number not in QUANT_OF_FILE_TYPE:
         fix = f"Export it as {', '.join(MAX_KL)}."
-        raise TapirError(f"its weights are of a type without a threshold ({number})", where=str(llama.gguf), fix=fix)
+        what = f"the gate has no threshold for its type of weights ({number})"
+        raise TapirError(what, where=str(llama.gguf), fix=fix)
     return QUANT_OF_FILE_TYPE[number]
 
 
-def load_tokenizer(model_dir: Path) -> Any:
-    """The tokenizer that the student was trained with."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-
-
 def find_mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
-    """The texts whose token ids are not the same on both sides."""
+    """The texts whose token ids differ between the two sides."""
     pairs = zip(texts, tokenize_rendered(tokenizer, texts), (encode(llama, text) for text in texts), strict=True)
     return [Mismatch(unguard_text(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != other]
 
 
 def count_bos(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
-    """BOS tokens in a prompt as trained, and where a runtime lets the GGUF add what it says is to be added."""
+    """BOS tokens in a prompt as trained, and with those that the GGUF's metadata tells a runtime to add."""
     bos = tokenizer.bos_token_id
     trained = tokenizer(text, add_special_tokens=False)["input_ids"]
     return trained.count(bos), encode(llama, text, add_special=True).count(bos)
 
 
 def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
-    """True when EOS is the same and llama.cpp stops at the token that ended each turn in training."""
+    """Whether EOS is the same and llama.cpp stops at the token that ended each turn in training."""
     ends = end_of_turn_id(read_tokenizer_json(model_dir), tokenizer.get_chat_template(), special_token_texts(model_dir))
     return (
         bool(ends)
@@ -199,7 +203,7 @@ def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
 
 
 def compare_answers(engine: Engine, trained: ReferenceModel, prompts: Sequence[Prompt]) -> Figures:
-    """The GGUF's greedy answers, and what both make of every position in them."""
+    """Compare both models at every position of the GGUF's greedy answers."""
     texts = greedy_answers(engine, prompts)
     parts = [
         answer_figures(compute_logits(engine, ids)[start:], wanted, base)
@@ -209,17 +213,19 @@ def compare_answers(engine: Engine, trained: ReferenceModel, prompts: Sequence[P
 
 
 def greedy_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
-    """Prompt and greedy answer as token ids, and the position that foretells the answer's first token."""
+    """Token ids of prompt and greedy answer, and the position that predicts the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
-    answers = answer_tokens(engine, tokens, GenerationConfig(GATE_ANSWER_TOKENS, GATE_CONTEXT), [0] * len(tokens))
+    answers = answer_tokens(
+        engine, tokens, max_tokens=GATE_ANSWER_TOKENS, context=GATE_CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
+    )
     texts = [
         (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
     ]
     return texts or [(tokens[-1], len(tokens[-1]) - 1)]
 
 
-def answer_figures(gguf: Array, trained: Array, base: Array | None) -> Figures:
-    """Of one answer. A tokenizer's spare rows may be on one side only."""
+def answer_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray | None) -> Figures:
+    """The figures of one answer. A tokenizer's spare rows may be present on one side only."""
     import numpy as np
 
     width = min(gguf.shape[1], trained.shape[1])
@@ -231,7 +237,7 @@ def answer_figures(gguf: Array, trained: Array, base: Array | None) -> Figures:
 
 
 def pool_figures(parts: Sequence[Figures]) -> Figures:
-    """Of all answers: means over their positions, and the largest difference anywhere."""
+    """Combine the figures of all answers: means over all positions, and the largest difference."""
     positions = sum(part.positions for part in parts)
 
     def mean(values: Sequence[float]) -> float:
@@ -248,15 +254,15 @@ def pool_figures(parts: Sequence[Figures]) -> Figures:
     )
 
 
-def mean_divergence(trained: Array, gguf: Array) -> float:
-    """Mean over rows of KL(trained ‖ GGUF) of the two softmax distributions, in nats; 1e9 where it is no number."""
+def mean_divergence(trained: FloatArray, gguf: FloatArray) -> float:
+    """Mean over rows of KL(trained ‖ GGUF) of the two softmax distributions, in nats; 1e9 if it is not a number."""
     import numpy as np
 
     p, q = log_softmax(trained), log_softmax(gguf)
     return float(np.nan_to_num((np.exp(p) * (p - q)).sum(axis=1).mean(), nan=1e9, posinf=1e9))
 
 
-def log_softmax(values: Array) -> Array:
+def log_softmax(values: FloatArray) -> FloatArray:
     import numpy as np
 
     shifted = values.astype(np.float64) - values.max(axis=1, keepdims=True)
@@ -264,20 +270,20 @@ def log_softmax(values: Array) -> Array:
 
 
 def run_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> None:
-    """Run the job in a process of its own, which leaves job.json, report.json and gate.log in `folder`.
+    """Run the gate in a separate process, which leaves job.json, report.json and gate.log in `folder`.
 
-    `job.out` is written only if the GGUF passes. TapirError that names the failed checks otherwise, or the GGUF where
-    llama.cpp ended the process over it.
+    `job.out` is written only if the GGUF passes; otherwise TapirError names the failed checks. It names the GGUF if
+    llama.cpp aborted the process.
     """
     try:
-        in_own_process("tapir_local.export.gate", job, folder, progress)
+        in_own_process(gate_main, job, folder, progress)
     except Crashed as error:
-        fix = f"{error.where} has the whole message. Take the tokenizer that the model was published with."
+        fix = f"{error.where} has the full message. Use the tokenizer that the model was published with."
         raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error
 
 
 def gate_main(folder: Path, progress: Progress) -> None:
-    """The child's side of `pass_gate`."""
+    """Run the job in `folder`: the entry point of the gate's process."""
     job = read_record(GateJob, folder / "job.json")
     rows = read_rows(Example, job.rows)
     report = verify_gguf(
@@ -285,14 +291,15 @@ def gate_main(folder: Path, progress: Progress) -> None:
         job.adapter,
         job.gguf,
         rows,
-        min_agreement=job.min_agreement,
         adapter_gguf=job.adapter_gguf,
+        limits=GateLimits(job.min_agreement),
     )
     (folder / "report.json").unlink(missing_ok=True)
     write_record(folder / "report.json", report)
     if not report.passed:
-        fix = f"The adapter is kept; {folder / 'report.json'} has the figures. Another export.quant may do better."
-        raise TapirError(f"the GGUF is not the trained model: {refusal(report)}", where=str(job.gguf), fix=fix)
+        fix = f"The adapter is kept; {folder / 'report.json'} has the figures. Another export.quant may pass."
+        what = f"the GGUF is not the trained model: {describe_failures(report)}"
+        raise TapirError(what, where=str(job.gguf), fix=fix)
     write_record(job.out, report)
 
 
@@ -300,13 +307,13 @@ def describe_failures(report: GateReport) -> str:
     """Each failed check with its figure."""
     found = report.figures
     words = {
-        "tokens": f"{report.mismatches} of {report.probes} texts are tokenised otherwise",
+        "tokens": f"{report.mismatches} of {report.probes} texts are tokenized differently",
         "bos": f"{report.bos_gguf} BOS tokens instead of {report.bos_trained}",
         "eos": "it does not stop where training ended a turn",
-        "template": "its chat template is another",
+        "template": "its chat template is different",
         "logits": f"divergence {found.kl:.3g} nats, at most {report.max_kl:g} allowed",
-        "adapter": "it is nearer to the base than to the trained model",
-        "agreement": f"{found.agreement:.1%} of greedy tokens agree, {report.min_agreement:.1%} wanted",
+        "adapter": "it is closer to the base than to the trained model",
+        "agreement": f"{found.agreement:.1%} of greedy tokens agree, {report.min_agreement:.1%} required",
     }
     return "; ".join(f"{name} ({words[name]})" for name in report.failed)
 

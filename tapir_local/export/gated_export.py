@@ -1,9 +1,10 @@
-"""A model's folder, with or without an adapter, to a GGUF that has passed the gate: what a person asks for by hand."""
+"""Export a model's folder, with or without an adapter, to a GGUF that has passed the gate."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tapir_local.assets import chat_template, model_folder
@@ -16,50 +17,58 @@ from tapir_local.process import Progress
 from tapir_local.rundir import read_record, write_rows
 from tapir_local.training.student_folder import make_template_view
 
-# What may be written beside the GGUF: while it is made, by the gate, and for Ollama.
+# Files that may be written beside the GGUF: during the export, by the gate, and for Ollama.
 COMPANION_SUFFIXES = (".work", ".unchecked", ".unchecked.partial", ".gate.json", ".Modelfile")
 
 
-def export_with_gate(
-    model: str,
-    out: Path,
-    *,
-    adapter: Path | None,
-    quant: str,
-    check: bool,
-    base: Path | None = None,
-    adapter_only: bool = False,
-    converter: Path | None = None,
-    min_agreement: float | None = None,
-    progress: Progress | None = None,
-) -> GateReport | None:
-    """Write `out` and, beside it, the gate's report (`<out>.gate.json`); None where `check` is off.
+@dataclass(frozen=True)
+class ExportConfig:
+    """How to export a model: the type of the weights, the adapter, and what to verify.
 
-    With `adapter_only` it is the adapter's GGUF, which is checked over `base`, the model's. The file has its name only
-    once it has passed: until then, and for good where it fails, it is `<out>.unchecked`, and `<out>.work` has logs and
-    the report. TapirError where the model, the adapter or the quant will not do, the file is there already or is one
-    that is read, or the gate is not passed.
+    With `adapter_only`, only the adapter is exported, and verified on top of `base`, the model's GGUF. `converter` is
+    llama.cpp's script. `check` runs the gate, with `min_agreement` instead of its default.
     """
-    check_output(out, [Path(model), adapter, base, converter], beside=COMPANION_SUFFIXES)
-    if adapter_only:
-        check_adapter_options(adapter, base, check)
-        refuse_unused({"--converter": converter}, "a whole model is converted, not an adapter alone")
+
+    quant: str
+    adapter: Path | None = None
+    adapter_only: bool = False
+    base: Path | None = None
+    converter: Path | None = None
+    check: bool = True
+    min_agreement: float | None = None
+
+
+def export_with_gate(
+    model: str, out: Path, config: ExportConfig, progress: Progress | None = None
+) -> GateReport | None:
+    """Write `out` and the gate's report beside it (`<out>.gate.json`), which is also returned; None if `check` is off.
+
+    The file gets its name only after it passes: until then, or if it fails, it is `<out>.unchecked`, and `<out>.work`
+    contains logs and the report. Raises TapirError if the model, the adapter or the quant cannot be used, the file
+    exists or is one of the inputs, or the gate fails.
+    """
+    adapter, base = config.adapter, config.base
+    check_output(out, [Path(model), adapter, base, config.converter], beside=COMPANION_SUFFIXES)
+    if config.adapter_only:
+        check_adapter_options(adapter, base, config.check)
+        refuse_unused({"--converter": config.converter}, "the converter makes a whole model, not an adapter alone")
     else:
-        refuse_unused({"--base": base}, "a whole model is checked itself, not over a base")
+        refuse_unused({"--base": base}, "a whole model is verified by itself, not on a base")
     folder, work = model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
     try:
-        run_export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
+        job = ExportJob(folder, written, config.quant, adapter, config.adapter_only, config.converter)
+        run_export(job, work, progress)
     except TapirError as error:
-        if str(work) not in str(error):  # it does not send the user to a log there
+        if str(work) not in str(error):  # the error does not refer to a log there
             shutil.rmtree(work, ignore_errors=True)
         raise
     report = None
-    if check:
-        kept, over = out.with_name(out.name + ".gate.json"), written if adapter_only else None
-        job = GateJob(folder, base or written, adapter_training_rows(adapter, work), kept, min_agreement, adapter, over)
-        run_gate(job, work, progress)
-        report = read_record(GateReport, kept)
+    if config.check:
+        path, on_top = out.with_name(out.name + ".gate.json"), written if config.adapter_only else None
+        rows = adapter_training_rows(adapter, work)
+        run_gate(GateJob(folder, base or written, rows, path, config.min_agreement, adapter, on_top), work, progress)
+        report = read_record(GateReport, path)
     written.rename(out)
     shutil.rmtree(work)
     return report
@@ -67,9 +76,9 @@ def export_with_gate(
 
 @contextmanager
 def model_with_template(model: str, template: str | None) -> Iterator[str]:
-    """The model's folder or Hub name, or for as long as the block lasts a folder of links with another chat template.
+    """The model's folder or Hub name or, inside the block, a folder of links with another chat template.
 
-    `template` is a Jinja file or the name of one that comes with the program. TapirError where there is none.
+    `template` is a Jinja file or the name of a shipped template. Raises TapirError if it does not exist.
     """
     if template is None:
         yield model
@@ -82,8 +91,8 @@ def model_with_template(model: str, template: str | None) -> Iterator[str]:
 
 
 def adapter_training_rows(adapter: Path | None, work: Path) -> Path:
-    """The rows that an adapter was trained on, where it lies in a run's round; an empty file otherwise."""
-    if adapter is not None and (adapter / "resolved.json").is_file():  # an adapter of ours
+    """The rows that an adapter was trained on, if it is in the folder of a run's round; otherwise an empty file."""
+    if adapter is not None and (adapter / "resolved.json").is_file():  # an adapter from a run
         rows = adapter.absolute().parent / "train.jsonl"
         if rows.is_file():
             return rows
@@ -92,23 +101,23 @@ def adapter_training_rows(adapter: Path | None, work: Path) -> Path:
 
 
 def refuse_unused(given: Mapping[str, object], why: str) -> None:
-    """TapirError where a setting is given that the command would not use."""
+    """Raise TapirError if an option is given that the command would not use."""
     for name, value in given.items():
         if value is not None:
-            raise TapirError(f"it is of no use here: {why}", where=name, fix="Leave it out.")
+            raise TapirError(f"the option has no effect here: {why}", where=name, fix="Remove it.")
 
 
 def check_adapter_options(adapter: Path | None, base: Path | None, check: bool) -> None:
-    """TapirError unless an adapter alone is named, with the base that it is to be checked over."""
+    """Raise TapirError unless an adapter is given, with the base GGUF to verify it on."""
     if adapter is None:
-        raise TapirError("there is no adapter to write", where="--adapter-only", fix="Name its folder with --adapter.")
+        raise TapirError("there is no adapter to export", where="--adapter-only", fix="Give its folder with --adapter.")
     if check and base is None:
         raise TapirError(
-            "an adapter alone is checked over its base as a GGUF, and none is named",
+            "an adapter alone is verified on its base GGUF, but none is given",
             where="--adapter-only",
-            fix="Name it with --base (`tapir-local export MODEL BASE.gguf` makes it), or do without: --no-gate.",
+            fix="Give it with --base (`tapir-local export MODEL BASE.gguf` makes it), or skip the gate with --no-gate.",
         )
     if not check:
-        refuse_unused({"--base": base}, "nothing is checked over it with --no-gate")
+        refuse_unused({"--base": base}, "with --no-gate nothing is verified on it")
     if check and base is not None:
-        check_gguf(base, "base's GGUF", "Make it with `tapir-local export MODEL BASE.gguf`.")
+        check_gguf(base, "base GGUF", "Make it with `tapir-local export MODEL BASE.gguf`.")

@@ -1,8 +1,8 @@
-"""A GGUF for Ollama: a Modelfile whose template asks exactly as the student was trained, or none.
+"""Write an Ollama Modelfile whose template prompts exactly as in training; without a template if that is not possible.
 
-Ollama renders with a template in Go's language. Given none it takes, of those it knows, the one whose Jinja is within
-100 edits of the GGUF's own (ollama, template/template.go, `Named`), and so would ask the pocket student, 79 edits from
-it, in ChatML. What is written here is derived from the Jinja's own renderings and compared with them.
+Ollama renders with a Go template. If none is given, it uses the known template whose Jinja is within 100 edits of the
+GGUF's own (ollama, template/template.go, `Named`); the pocket student, at 79 edits, would get ChatML. The template
+written here is derived from the Jinja template's renderings and compared with them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from tapir_local.inference.model import Model, open_model, require_template, tok
 from tapir_local.records import Message
 
 NO_TEMPLATE_COMMENT = """\
-# No TEMPLATE: the student's chat template does more than write marks around the turns (it may trim them, or tell
-# thoughts from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then render with
-# the GGUF's own template (started with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, maybe another."""
-PLACEHOLDERS = ("Qalpha", "Qbeta", "Qgamma")  # contents that no template writes by itself
+# No TEMPLATE: the student's chat template does more than put text around the turns (for example it trims them, or
+# removes thoughts from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then use
+# the GGUF's own template (with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, possibly a different one."""
+PLACEHOLDERS = ("Qalpha", "Qbeta", "Qgamma")  # contents that do not occur in templates
 TEST_CONTENTS = (
     "What is 7 + 5?",
     "  two  spaces\n\nand lines \n",
     'Say "yes", {{ .Content }} or {% raw %}\\n\\t\t<b>',
     "Añade 你好 🙂",
-    "<think>\nHm.\n</think>\n\nSo.",  # which some templates take out of earlier answers
+    "<think>\nHm.\n</think>\n\nSo.",  # some templates remove this from earlier answers
     "",
 )
 
@@ -34,8 +34,8 @@ TEST_CONTENTS = (
 class TemplateParts:
     """What a template writes around the contents of turns.
 
-    `opening` comes first where there is no system turn, `system`, `user` and `assistant` are before and after such a
-    turn's content, `answer` is what asks for an answer.
+    `opening` comes first if there is no system turn; `system`, `user` and `assistant` are the texts before and after
+    the content of such a turn; `answer` starts the answer.
     """
 
     opening: str
@@ -46,14 +46,14 @@ class TemplateParts:
 
 
 def render_parts(parts: TemplateParts, turns: Sequence[Message]) -> str:
-    """The conversation, to be answered, as the Go template of these parts renders it."""
+    """The conversation and the start of its answer, as the Go template of these parts renders it."""
     around = {"system": parts.system or ("", ""), "user": parts.user, "assistant": parts.assistant}
     opening = parts.opening if turns[0].role != "system" else ""
     return opening + "".join(turn.content.join(around[turn.role]) for turn in turns) + parts.answer
 
 
 def derive_parts(jinja: str, bos: str = "", eos: str = "") -> TemplateParts | None:
-    """The parts of a Jinja template; None where it writes more than such parts, or changes what it is given."""
+    """The parts of a Jinja template; None if it writes more than such parts or changes the contents."""
 
     def text(*turns: Message, answer: bool = False) -> str:
         return render(jinja, turns, add_generation_prompt=answer, bos_token=bos, eos_token=eos)
@@ -78,7 +78,7 @@ def derive_parts(jinja: str, bos: str = "", eos: str = "") -> TemplateParts | No
 
 
 def derive_system(text: Callable[..., str], asks: str) -> tuple[str, str] | None:
-    """What is around a system turn's content; None where the template refuses such a turn."""
+    """The texts around a system turn's content; None if the template refuses system turns."""
     system, user = Message("system", PLACEHOLDERS[0]), Message("user", PLACEHOLDERS[1])
     try:
         before, after, _ = split_at_contents(text(system, user), system, user)
@@ -88,7 +88,7 @@ def derive_system(text: Callable[..., str], asks: str) -> tuple[str, str] | None
 
 
 def split_at_contents(text: str, *turns: Message) -> list[str]:
-    """The pieces of a text around the contents of turns, in their order; ValueError where one is not there once."""
+    """The pieces of a text around the contents of turns, in order; ValueError unless each occurs exactly once."""
     pieces = []
     for turn in turns:
         before, text = text.split(turn.content)
@@ -97,7 +97,8 @@ def split_at_contents(text: str, *turns: Message) -> list[str]:
 
 
 def renders_the_same(parts: TemplateParts, text: Callable[..., str]) -> bool:
-    """Whether the parts render as the template does: one turn and several, with and without a system's, odd texts."""
+    """Whether the parts render like the template: one and several turns, with and without a system turn, with unusual
+    texts."""
     first, second = Message("user", "How?"), Message("assistant", "So.")
     for word in TEST_CONTENTS:
         user, answered = Message("user", word), Message("assistant", word)
@@ -111,15 +112,15 @@ def renders_the_same(parts: TemplateParts, text: Callable[..., str]) -> bool:
 
 
 def go_template(parts: TemplateParts) -> str:
-    """The parts as Ollama's template of `.Messages`, whose last turn is the user's, or an answer to be gone on with."""
+    """The parts as Ollama's template over `.Messages`; the last turn is the user's, or an answer to continue."""
     last = "eq (len (slice $.Messages $i)) 1"
-    opening = f"{{{{ if eq $i 0 }}}}{literal(parts.opening)}{{{{ end }}}}" if parts.opening else ""
+    opening = f"{{{{ if eq $i 0 }}}}{go_literal(parts.opening)}{{{{ end }}}}" if parts.opening else ""
     before, after = map(go_literal, parts.assistant)
     turns = {
         "system": "{{ .Content }}".join(map(go_literal, parts.system or ())),
         "user": opening
         + "{{ .Content }}".join(map(go_literal, parts.user))
-        + f"{{{{ if {last} }}}}{literal(parts.answer)}{{{{ end }}}}",
+        + f"{{{{ if {last} }}}}{go_literal(parts.answer)}{{{{ end }}}}",
         "assistant": f"{before}{{{{ .Content }}}}{{{{ if not ({last}) }}}}{after}{{{{ end }}}}",
     }
     branches = (f'if eq .Role "{role}" }}}}{text}{{{{ ' for role, text in turns.items() if text)
@@ -127,7 +128,7 @@ def go_template(parts: TemplateParts) -> str:
 
 
 def go_literal(text: str) -> str:
-    """Text as a Go template and a Modelfile both leave it: as it is, or quoted where either would read it otherwise."""
+    """Text that a Go template and a Modelfile leave unchanged: as it is, or quoted if either would interpret it."""
     plain = all(letter.isprintable() or letter == "\n" for letter in text)
     if plain and "{{" not in text and '"""' not in text and not text.endswith("{"):
         return text
@@ -135,17 +136,17 @@ def go_literal(text: str) -> str:
 
 
 def go_escape(letter: str) -> str:
-    """A letter within quotation marks, as Go reads it."""
+    """A character inside quotation marks in Go's syntax."""
     if letter in '"\\':
         return "\\" + letter
     return letter if letter.isprintable() else f"\\u{ord(letter):04x}"
 
 
 def modelfile_text(model: Model, *, file: str, context: int | None = None, temperature: float | None = None) -> str:
-    """The text of a Modelfile for a GGUF's `file` beside it, out of what is in the GGUF.
+    """The text of a Modelfile for the GGUF `file` beside it.
 
-    `context` is tokens of a conversation; what is not given is left to Ollama. The template is left out, and the reason
-    said, where it would not ask as the student was trained.
+    `context` is the maximum number of tokens; Ollama's defaults apply to what is not given. If the template cannot be
+    reproduced exactly, it is left out with a comment that says why.
     """
     parts = derive_parts(require_template(model), model.bos, model.eos)
     stop = end_token_text(model)
@@ -160,7 +161,7 @@ def modelfile_text(model: Model, *, file: str, context: int | None = None, tempe
 
 
 def write_modelfile(gguf: Path, out: Path, *, context: int | None = None, temperature: float | None = None) -> None:
-    """The Modelfile of a GGUF that lies beside it."""
+    """Write the Modelfile of a GGUF in the same folder."""
     with open_model(gguf, vocab_only=True) as model:
         out.write_text(
             modelfile_text(model, file=gguf.name, context=context, temperature=temperature), encoding="utf-8"
@@ -168,7 +169,7 @@ def write_modelfile(gguf: Path, out: Path, *, context: int | None = None, temper
 
 
 def end_token_text(model: Model) -> str:
-    """The token that ends an answer; empty where the GGUF names none."""
+    """The token that ends an answer; empty if the GGUF names none."""
     llama = library()
     number = llama.llama_vocab_eot(model.vocab)
     return token_text(model.vocab, number) or model.eos

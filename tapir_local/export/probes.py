@@ -1,4 +1,4 @@
-"""Texts for the gate: many scripts, digits, white space, code, every added token, and the rows that were trained on."""
+"""Texts for the gate: many scripts, digits, white space, code, every added token, and the training rows."""
 
 import random
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from tapir_local.data.special_tokens import chat_format_of
 from tapir_local.records import Example, Message, Prompt
 
 PROBE_COUNT = 600
-ANSWER_COUNT = 16  # prompts answered; more tell no more
-FALLBACK_PROMPTS = (  # what is asked where there are fewer rows
+ANSWER_COUNT = 16  # prompts answered; more did not find more errors
+FALLBACK_PROMPTS = (  # used if there are fewer rows
     "Say hello.",
     "List three fruits and the colour of each.",
     "What is 17 times 23? Show each step.",
@@ -105,9 +105,9 @@ FRAGMENTS = (
 
 
 def gate_texts(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
-    """Every text to be tokenised: rows as they were trained on, prompt and completion, and the probes as prompts.
+    """Every text to tokenize: the rows as trained, prompt and completion, and the probe texts as prompts.
 
-    Special tokens that a row or a probe quotes are guarded in it (see quoting.py), as they are in training.
+    Special tokens quoted in a row or a probe are guarded (see quoting.py), as in training.
     """
     prompts = [*(row.prompt for row in rows), *((Message("user", text),) for text in probe_texts(tokenizer))]
     return [render_prompt(tokenizer, prompt) for prompt in prompts] + [render_example(tokenizer, row) for row in rows]
@@ -119,15 +119,15 @@ def render_prompt(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def render_example(tokenizer: Any, row: Example) -> str:
-    """Prompt and completion as they were trained on; the prompt alone where there is no completion."""
+    """Prompt and completion as in training; only the prompt if there is no completion."""
     form = replace(chat_format_of(tokenizer), stops=())
     return "".join(form.answered(row.prompt, row.completion)) if row.completion else form.asked(row.prompt)
 
 
 def sample_prompts(rows: Sequence[Example]) -> list[Prompt]:
-    """Prompts to be answered: up to ANSWERS from all over the rows, the same ones each time, and QUESTIONS where fewer.
+    """Prompts to answer: up to ANSWER_COUNT from the rows, always the same ones, filled up with FALLBACK_PROMPTS.
 
-    "Say hello." is asked always.
+    "Say hello." is always included.
     """
     chosen = random.Random("gate-prompts").sample(range(len(rows)), min(ANSWER_COUNT, len(rows)))
     own = FALLBACK_PROMPTS[: max(1, len(FALLBACK_PROMPTS) - len(chosen))]
@@ -135,7 +135,7 @@ def sample_prompts(rows: Sequence[Example]) -> list[Prompt]:
 
 
 def probe_texts(tokenizer: Any) -> list[str]:
-    """PROBES texts of one or several fragments: every fragment, every added token in several places, and mixtures.
+    """PROBE_COUNT texts of one or more fragments: every fragment, every added token in several places, and mixtures.
 
     Gemma's added tokens of several `▁` stand for as many spaces.
     """

@@ -1,4 +1,4 @@
-"""The trained model's own logits, by transformers and PEFT in 32 bits, even where memory is too small to hold it."""
+"""Logits of the reference model: the trained model in transformers in 32 bits, even if memory cannot hold it."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.weights import PEFT_PREFIX, load_tensor
+from tapir_local.export.weights import PEFT_PREFIX, FloatArray, adapter_weights, load_tensor, model_weights
 from tapir_local.memory import free_memory, size
-from tapir_local.training.model_files import StoredTensor, read_header, read_model_tensors
+from tapir_local.training.model_files import StoredTensor
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
-STREAMED_TEXTS = 4  # texts that go through a streamed model together: each passage reads every weight again
+STREAMED_TEXTS = 4  # texts per forward pass of a streamed model: each pass reads every weight again
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """The model, and whether its weights are read anew for each passage. `adapted` says that it has an adapter on."""
+    """The model, whether its weights are read again for each forward pass, and whether it has an adapter."""
 
     model: Any
     streamed: bool
@@ -26,22 +25,22 @@ class ReferenceModel:
 
 
 def load_reference(
-    model_dir: Path, adapter: Path | None, *, beside: int = 0, free: int | None = None
+    model_dir: Path, adapter: Path | None, *, reserved: int = 0, free: int | None = None
 ) -> ReferenceModel:
-    """The model in 32 bits; layer by layer from its files where memory does not hold it whole.
+    """Load the model in 32 bits; if it does not fit in memory, read it layer by layer from its files.
 
-    `beside` is what else must have room, in bytes; `free` the memory there is, the machine's if left out. TapirError
-    when the largest tensor does not fit either.
+    `reserved` is the memory in bytes needed for everything else; `free` is the available memory, by default the free
+    memory of the machine. Raises TapirError if the largest tensor does not fit either.
     """
-    sizes = [4 * prod(source.shape) for source in read_model_tensors(model_dir).values()]
-    room = (free_memory() if free is None else free) - beside
+    sizes = [4 * prod(source.shape) for source in model_weights(model_dir).values()]
+    room = (free_memory() if free is None else free) - reserved
     if sum(sizes) <= room:
         return ReferenceModel(load_in_memory(model_dir, adapter), False, adapter is not None)
-    said = f"{model_dir} takes {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"
-    largest = 3 * max(sizes)  # as it is read, as torch computes with it, and the one that is going
+    said = f"{model_dir} needs {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"
+    largest = 3 * max(sizes)  # as read, as torch computes with it, and the previous one
     if largest > room:
         raise TapirError(
-            f"no memory for the comparison: {said}; layer by layer it takes {size(largest)}",
+            f"not enough memory for the comparison: {said}; layer by layer it needs {size(largest)}",
             where=str(model_dir),
             fix="Close other programs, or compare on a larger machine.",
         )
@@ -49,10 +48,10 @@ def load_reference(
     return ReferenceModel(load_streamed(model_dir, adapter), True, adapter is not None)
 
 
-# Gemma 2 caps its attention's scores, which only `eager` does (transformers 5.17, models/gemma2): in a tiny model's
-# logits a difference of 0.8.
+# Gemma 2 caps its attention scores, which only `eager` implements (transformers 5.17, models/gemma2): for a tiny model
+# the logits differ by 0.8 otherwise.
 def load_in_memory(model_dir: Path, adapter: Path | None) -> Any:
-    """In memory, the adapter apart so that it can be switched off."""
+    """Load the whole model; the adapter is not merged, so that it can be switched off."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +66,7 @@ def load_in_memory(model_dir: Path, adapter: Path | None) -> Any:
 
 
 def load_streamed(model_dir: Path, adapter: Path | None) -> Any:
-    """Weights are read from the safetensors files when their module is called, and dropped after it."""
+    """Weights are read from the safetensors files when their module is called, and released afterwards."""
     import torch
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
@@ -86,11 +85,11 @@ def load_streamed(model_dir: Path, adapter: Path | None) -> Any:
 
 
 class StreamedWeights(Mapping[str, Any]):
-    """A model's parameters by PEFT's or transformers' name, read from their files each time one is asked for."""
+    """A model's parameters by PEFT's or transformers' name, read from their files at each access."""
 
     def __init__(self, model_dir: Path, adapter: Path | None) -> None:
-        self.folder, self.base = model_dir, read_model_tensors(model_dir)
-        self.lora = {} if adapter is None else read_header(adapter / "adapter_model.safetensors")
+        self.folder, self.base = model_dir, model_weights(model_dir)
+        self.lora = {} if adapter is None else adapter_weights(adapter)
 
     def __getitem__(self, name: str) -> Any:
         import torch
@@ -98,7 +97,7 @@ class StreamedWeights(Mapping[str, Any]):
         return torch.from_numpy(load_tensor(self.source(name)))
 
     def source(self, name: str) -> StoredTensor:
-        """Where a parameter is; a tied output is the embedding."""
+        """Where a parameter is stored; a tied output is the embedding."""
         if ".lora_" in name:
             return self.lora[name.replace(".default.", ".")]
         plain = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
@@ -107,9 +106,9 @@ class StreamedWeights(Mapping[str, Any]):
         if plain in self.base:
             return self.base[plain]
         raise TapirError(
-            f"it cannot be read layer by layer: {plain} is in none of its files",
+            f"it cannot be read layer by layer: {plain} is not in its files",
             where=str(self.folder),
-            fix="Compare it where the memory holds it whole.",
+            fix="Compare it on a machine whose memory holds the whole model.",
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -121,10 +120,10 @@ class StreamedWeights(Mapping[str, Any]):
 
 def reference_logits(
     trained: ReferenceModel, texts: Sequence[tuple[Sequence[int], int]]
-) -> Iterator[tuple[Array, Array | None]]:
-    """For each (token ids, first position that counts) the logits from there on, shape (positions, vocabulary).
+) -> Iterator[tuple[FloatArray, FloatArray | None]]:
+    """For each (token ids, first position) the logits from that position on, shape (positions, vocabulary).
 
-    Also those of the base, where there is an adapter to switch off.
+    Also those of the base model, if there is an adapter to switch off.
     """
     step = STREAMED_TEXTS if trained.streamed else 1
     for start in range(0, len(texts), step):
@@ -137,13 +136,13 @@ def reference_logits(
             yield from ((row, None) for row in found)
 
 
-def forward_pass(model: Any, texts: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
-    """Some texts at once. What pads the shorter ones comes after them, where no token of theirs looks."""
+def forward_pass(model: Any, texts: Sequence[tuple[Sequence[int], int]]) -> list[FloatArray]:
+    """Logits of several texts at once. Shorter ones are padded at the end, where attention does not look."""
     import torch
 
     longest, first = max(len(ids) for ids, _ in texts), min(start for _, start in texts)
     padded = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids, _ in texts])
-    with torch.no_grad():  # PEFT cannot switch tensors of inference mode on again
+    with torch.no_grad():  # PEFT cannot re-enable an adapter in inference mode
         found = model(padded, use_cache=False, logits_to_keep=longest - first).logits
     return [
         row[start - first : len(ids) - first].float().numpy() for row, (ids, start) in zip(found, texts, strict=True)

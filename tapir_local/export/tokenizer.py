@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the metadata that llama.cpp tokenises by."""
+"""Convert a Hugging Face tokenizer to the metadata that llama.cpp tokenizes by."""
 
 import json
 from collections import Counter
@@ -11,33 +11,32 @@ from tapir_local.data.chat_template import NO_TEMPLATE
 from tapir_local.data.special_tokens import find_turn_end
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import NFC_PRE_TOKENIZERS, NORMALIZER_KEY, UNICODE_FORMS
+from tapir_local.inference.tokens import SENTENCEPIECE_SPACE
+from tapir_local.training.model_files import read_model_json
 
-# llama.cpp splits text by a rule that it knows by name (src/llama-vocab.cpp), so a tokenizer is one of these or cannot
-# be exported. Keys are what `splitting` makes of tokenizer.json's pre_tokenizer.
+# llama.cpp splits text by rules that it knows by name (src/llama-vocab.cpp), so only tokenizers with one of these rules
+# can be exported. The keys are made from tokenizer.json's pre_tokenizer by `pre_tokenizer_step`.
 WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 CONTRACTION_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST_PATTERN = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+UPPER_CLASS, LOWER_CLASS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PREFIX_PATTERN = r"[^\r\n\p{L}\p{N}]?"
 TEKKEN_PATTERN = (
-    rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}"
+    rf"{PREFIX_PATTERN}{UPPER_CLASS}*{LOWER_CLASS}+|{PREFIX_PATTERN}{UPPER_CLASS}+{LOWER_CLASS}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     ("gpt2",): "gpt-2",
     ("digits", "gpt2"): "smollm",
-    (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}|{REST}", "bytes"): "qwen2",
-    (rf"{CONTRACTIONS}|{LETTERS}|\p{{N}}{{1,3}}|{REST}", "bytes"): "llama-bpe",
+    (rf"{CONTRACTION_PATTERN}|{WORD_PATTERN}|\p{{N}}|{REST_PATTERN}", "bytes"): "qwen2",
+    (rf"{CONTRACTION_PATTERN}|{WORD_PATTERN}|\p{{N}}{{1,3}}|{REST_PATTERN}", "bytes"): "llama-bpe",
     (TEKKEN_PATTERN, "bytes"): "tekken",
 }
 
 
-SPACE = "▁"  # SentencePiece's
-
-
 @dataclass(frozen=True)
 class VocabToken:
-    """A row of the vocabulary: its text, gguf.TokenType's number and, for SentencePiece, its score."""
+    """A row of the vocabulary: its text, the number of its gguf.TokenType and, for SentencePiece, its score."""
 
     text: str
     kind: int
@@ -46,24 +45,25 @@ class VocabToken:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All that the GGUF says of the tokenizer. `special` maps bos, eos, unk, pad and eot to ids.
+    """The tokenizer's metadata in the GGUF. `special` maps bos, eos, unk, pad and eot to ids.
 
-    `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE). `form` is the
-    Unicode form that the normalizer makes, which our own inference makes too, for llama.cpp does not.
+    `model` is llama.cpp's name of the algorithm: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
+    `normalization` is the normalizer's Unicode form, which our own inference applies because llama.cpp does not.
     """
 
     model: str
-    pre_tokenizer_step: str
+    pre_tokenizer: str
     tokens: tuple[VocabToken, ...]
     merges: tuple[str, ...]
     special: Mapping[str, int]
     space_prefix: bool
     chat_template: str
-    form: str = ""
+    normalization: str = ""
 
 
 def read_model_vocabulary(model_dir: Path, rows: int) -> Vocabulary:
-    """The tokenizer of a model's folder, padded to the embedding's `rows`. TapirError where llama.cpp has no like."""
+    """The tokenizer in a model's folder, padded to the embedding's `rows`. Raises TapirError if llama.cpp does not
+    support it."""
     tokenizer = read_tokenizer_json(model_dir)
     model = bpe_model(tokenizer, model_dir)
     template, texts = read_model_template(model_dir), special_token_texts(model_dir)
@@ -79,13 +79,13 @@ def read_model_vocabulary(model_dir: Path, rows: int) -> Vocabulary:
         return Vocabulary("llama", "default", tokens, (), special, prefixed, template)
     tokens = tuple(pad_vocabulary(byte_level_tokens(tokenizer, control), rows, model_dir))
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    pre_tokenizer_step = pre_tokenizer_name(tokenizer, model_dir)
-    form = normalization_form(tokenizer, pre_tokenizer_step, model_dir)
-    return Vocabulary("gpt2", pre_tokenizer_step, tokens, merges, special, False, template, form)
+    pre_tokenizer = pre_tokenizer_name(tokenizer, model_dir)
+    normalization = normalization_form(tokenizer, pre_tokenizer, model_dir)
+    return Vocabulary("gpt2", pre_tokenizer, tokens, merges, special, False, template, normalization)
 
 
 def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any]:
-    """The `model` of tokenizer.json. TapirError for one that is no BPE, or one with marks on the parts of words."""
+    """The `model` of tokenizer.json. Raises TapirError if it is not BPE, or marks the parts of words."""
     model = tokenizer.get("model") or {}
     kind = model.get("type", "unknown")
     odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
@@ -98,67 +98,68 @@ def bpe_model(tokenizer: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any
     raise TapirError(
         f"{what} cannot be exported",
         where=str(model_dir / "tokenizer.json"),
-        fix="Take a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM) or SentencePiece's BPE (Llama 2, "
+        fix="Use a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM) or SentencePiece's BPE (Llama 2, "
         "Gemma) whose tokenizer.json has its merges.",
     )
 
 
 def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
-    """True for BPE over SentencePiece's pieces: bytes are a fallback (`<0x0A>`), not the letters of every text."""
+    """Whether it is BPE over SentencePiece pieces: bytes are a fallback (`<0x0A>`), not the alphabet of every text."""
     kinds = {step.get("type") for step in component_steps(tokenizer, "pre_tokenizer", "pretokenizers")}
     return bool(tokenizer["model"].get("byte_fallback")) and "ByteLevel" not in kinds
 
 
 def check_byte_tokens(model: Mapping[str, Any], model_dir: Path) -> None:
-    """TapirError unless each byte has a token: where llama.cpp looks for one in vain it ends the process."""
+    """Raise TapirError unless every byte has a token: llama.cpp aborts the process if one is missing."""
     missing = [name for name in (f"<0x{number:02X}>" for number in range(256)) if name not in model["vocab"]]
     if missing:
         raise TapirError(
             f"a tokenizer with byte_fallback lacks {len(missing)} of the 256 tokens for single bytes: {missing[0]} …",
             where=str(model_dir / "tokenizer.json"),
-            fix="Take the tokenizer that the model was published with. One that transformers made of a GGUF may be of "
-            "the wrong kind.",
+            fix="Use the tokenizer that the model was published with. One that transformers converted from a GGUF may "
+            "be wrong.",
         )
 
 
 def component_steps(tokenizer: Mapping[str, Any], part: str, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer, pre_tokenizer or decoder, which may be one alone or a sequence."""
+    """The steps of a normalizer, pre_tokenizer or decoder, which is a single step or a sequence."""
     whole = tokenizer.get(part) or {}
     return list(whole.get(inner, [whole] if whole else []))
 
 
-def normalization_form(tokenizer: Mapping[str, Any], pre_tokenizer_step: str, model_dir: Path) -> str:
-    """The Unicode form that the normalizer makes of a text, "" for none; TapirError for one that does more."""
+def normalization_form(tokenizer: Mapping[str, Any], pre_tokenizer: str, model_dir: Path) -> str:
+    """The normalizer's Unicode form, "" for none. Raises TapirError if it does more."""
     kinds = [str(step.get("type")) for step in component_steps(tokenizer, "normalizer", "normalizers")]
-    if not kinds and pre_tokenizer_step in NFC_PRE_TOKENIZERS:
+    if not kinds and pre_tokenizer in NFC_PRE_TOKENIZERS:
         kinds = loaded_normalizer(model_dir)
     if len(kinds) > 1 or not set(kinds) <= set(UNICODE_FORMS):
         raise TapirError(
-            f"llama.cpp does not do what its normalizer does: {', '.join(kinds)}",
+            f"llama.cpp does not support its normalizer: {', '.join(kinds)}",
             where=str(model_dir / "tokenizer.json"),
-            fix=f"Those of one step that are mapped: {', '.join(UNICODE_FORMS)}.",
+            fix=f"Supported normalizers, one step each: {', '.join(FORMS)}.",
         )
     return kinds[0] if kinds else ""
 
 
 def loaded_normalizer(model_dir: Path) -> list[str]:
-    """The normalizer's steps as transformers loads it: Qwen2Tokenizer composes, whatever tokenizer.json says."""
+    """The steps of the normalizer as transformers loads it: Qwen2Tokenizer applies NFC whatever tokenizer.json says."""
+    return [str(step.get("type")) for step in component_steps(load_backend(model_dir), "normalizer", "normalizers")]
+
+
+def load_backend(model_dir: Path) -> dict[str, Any]:
+    """The tokenizer as transformers loads it, in the format of tokenizer.json."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    state = json.loads(loaded.backend_tokenizer.to_str())
-    return [str(step.get("type")) for step in component_steps(state, "normalizer", "normalizers")]
+    return dict(json.loads(loaded.backend_tokenizer.to_str()))
 
 
 def read_tokenizer_json(model_dir: Path) -> dict[str, Any]:
-    """tokenizer.json; of a folder with SentencePiece's tokenizer.model alone what transformers makes of that."""
+    """tokenizer.json; if the folder has only SentencePiece's tokenizer.model, what transformers converts it to."""
     if (model_dir / "tokenizer.json").is_file() or not (model_dir / "tokenizer.model").is_file():
         return read_model_json(model_dir / "tokenizer.json")
-    from transformers import AutoTokenizer
-
     try:
-        made = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        return dict(json.loads(made.backend_tokenizer.to_str()))
+        return load_backend(model_dir)
     except (ImportError, OSError, ValueError) as error:
         raise TapirError(
             f"transformers cannot read its SentencePiece file: {str(error).strip().splitlines()[0]}",
@@ -167,28 +168,11 @@ def read_tokenizer_json(model_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_model_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the model; TapirError naming the file when it is absent or broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TapirError(
-            "the file is missing",
-            where=str(path),
-            fix="Save model and tokenizer there with transformers' save_pretrained.",
-        ) from error
-    except ValueError as error:
-        raise TapirError(f"not JSON: {error}", where=str(path), fix="Save model and tokenizer again.") from error
-    if not isinstance(found, dict):
-        raise TapirError("not a JSON object", where=str(path), fix="Save model and tokenizer again.")
-    return found
-
-
 def read_model_template(model_dir: Path) -> str:
-    """The chat template that transformers would use: the .jinja file before tokenizer_config.json's entry."""
-    beside = model_dir / "chat_template.jinja"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+    """The chat template that transformers would use: the .jinja file takes precedence over tokenizer_config.json."""
+    template_file = model_dir / "chat_template.jinja"
+    if template_file.is_file():
+        return template_file.read_text(encoding="utf-8")
     template = read_model_json(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -203,7 +187,7 @@ def read_model_template(model_dir: Path) -> str:
 
 
 def special_token_texts(model_dir: Path) -> dict[str, str]:
-    """The texts of the bos, eos, unk and pad tokens that the tokenizer's settings name."""
+    """The texts of the bos, eos, unk and pad tokens named in the tokenizer's settings."""
     settings = read_model_json(model_dir / "tokenizer_config.json")
     older = model_dir / "special_tokens_map.json"
     named = (read_model_json(older) if older.is_file() else {}) | {
@@ -215,14 +199,15 @@ def special_token_texts(model_dir: Path) -> dict[str, str]:
 
 
 def end_of_turn_id(tokenizer: Mapping[str, Any], template: str, texts: Mapping[str, str]) -> dict[str, int]:
-    """The token that the template ends an answer with, as llama.cpp's `eot`: it must stop there whatever eos is."""
+    """The token with which the template ends an answer, as llama.cpp's `eot`: generation must stop there whatever eos
+    is."""
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
     found = find_turn_end(added, template, texts.get("bos", ""), texts.get("eos", ""))
     return {} if found is None else {"eot": added[found]}
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any], model_dir: Path) -> str:
-    """llama.cpp's name for how the text is cut before merging."""
+    """llama.cpp's name for how text is split before merging."""
     steps = tokenizer.get("pre_tokenizer") or {}
     parts = tuple(pre_tokenizer_step(step) for step in steps.get("pretokenizers", [steps]))
     if parts not in PRE_TOKENIZERS:
@@ -231,7 +216,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], model_dir: Path) -> str:
         raise TapirError(
             f"llama.cpp has no name for its pre_tokenizer {' then '.join(parts)}",
             where=where,
-            fix=f"Those mapped are: {known}.",
+            fix=f"Supported: {known}.",
         )
     return PRE_TOKENIZERS[parts]
 
@@ -247,7 +232,7 @@ def pre_tokenizer_step(step: Mapping[str, Any]) -> str:
 
 
 def byte_level_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, VocabToken]:
-    """Rows by id: NORMAL ones of the vocabulary, then CONTROL (special) and USER_DEFINED (added) on top."""
+    """Tokens by id: NORMAL ones of the vocabulary, with CONTROL (special) and USER_DEFINED (added) ones on top."""
     from gguf import TokenType
 
     rows = {number: VocabToken(text, TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
@@ -255,9 +240,9 @@ def byte_level_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) ->
 
 
 def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, VocabToken]:
-    """Tokens that are found in the text before it is cut; those in `control` are special whatever tokenizer.json says.
+    """Tokens that are matched before the text is split; those in `control` are special whatever tokenizer.json says.
 
-    A row's text may not end a turn, so the token that the template ends one with is special too.
+    The token that ends a turn is always special, so that the text of a row cannot end a turn.
     """
     from gguf import TokenType
 
@@ -269,10 +254,11 @@ def added_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict
 
 
 def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str]) -> dict[int, VocabToken]:
-    """Rows by id, with the scores that order the merging: minus the rank of the first merge that makes the token.
+    """Tokens by id, with the scores that order the merges: minus the rank of the first merge that produces the token.
 
-    tokenizer.model has these very numbers; tokenizer.json keeps them as the order of its merges. Gemma's added tokens
-    of several `▁` are found by merging, as transformers finds them, since a text has spaces in their place.
+    tokenizer.model contains these same scores; tokenizer.json keeps them as the order of its merges. Gemma's added
+    tokens of several `▁` are normal tokens, found by merging as in transformers, because the text has spaces in their
+    place.
     """
     from gguf import TokenType
 
@@ -284,18 +270,18 @@ def sentencepiece_tokens(tokenizer: Mapping[str, Any], control: Collection[str])
     for text, number in tokenizer["model"]["vocab"].items():
         kind = TokenType.BYTE if len(text) == 6 and text.startswith("<0x") else TokenType.NORMAL
         rows[number] = VocabToken(text, kind, -float(ranks.get(text, len(ranks) * 2)))
-    runs = {number for number, row in rows.items() if row.text == SPACE * len(row.text)}
+    runs = {number for number, row in rows.items() if row.text == SENTENCEPIECE_SPACE * len(row.text)}
     rows |= {number: row for number, row in added_tokens(tokenizer, control).items() if number not in runs}
     unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
     return rows if unknown is None else rows | {unknown: VocabToken(rows[unknown].text, TokenType.UNKNOWN)}
 
 
 def adds_space_prefix(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """True when each text between special tokens begins with SentencePiece's `▁` (llama.cpp: add_space_prefix).
+    """Whether each text between special tokens starts with SentencePiece's `▁` (llama.cpp: add_space_prefix).
 
-    transformers 5 builds a LlamaTokenizer anew, whatever tokenizer.json says, and prefixes every text only in its
-    `legacy` way. The newer way, a `▁` at the very start alone (`prepend_scheme: first`), has no like in llama.cpp; a
-    chat template begins with a special token, so that no prefix is right there.
+    transformers 5 rebuilds a LlamaTokenizer whatever tokenizer.json says, and prefixes every text only in `legacy`
+    mode. The newer mode, which prefixes only the very start (`prepend_scheme: first`), does not exist in llama.cpp; a
+    chat template starts with a special token, so no prefix is needed there.
     """
     if str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
         return bool(settings.get("legacy")) and settings.get("add_prefix_space") is not False
@@ -305,20 +291,20 @@ def adds_space_prefix(tokenizer: Mapping[str, Any], settings: Mapping[str, Any])
 
 
 def pad_vocabulary(rows: Mapping[int, VocabToken], size: int, model_dir: Path) -> Iterator[VocabToken]:
-    """Rows in order of id, the embedding's spare ones as UNUSED."""
+    """Tokens in order of id, with the embedding's spare rows as UNUSED."""
     from gguf import TokenType
 
     if max(rows) >= size:
-        fix = "Resize the model's embeddings to the tokenizer, and save both."
+        fix = "Resize the model's embeddings to the tokenizer and save both."
         raise TapirError(
-            f"the tokenizer has token {max(rows)}, the embedding {size} rows", where=str(model_dir), fix=fix
+            f"the tokenizer has token {max(rows)}, but the embedding has {size} rows", where=str(model_dir), fix=fix
         )
     texts = Counter(row.text for row in rows.values())
     if texts.total() > len(texts):
         raise TapirError(
             f"two of its tokens have the same text, {texts.most_common(1)[0][0]!r}, which llama.cpp cannot load",
             where=str(model_dir / "tokenizer.json"),
-            fix="Take the tokenizer that the model was published with.",
+            fix="Use the tokenizer that the model was published with.",
         )
     for number in range(size):
         spare = f"[PAD{number}]"
@@ -326,13 +312,13 @@ def pad_vocabulary(rows: Mapping[int, VocabToken], size: int, model_dir: Path) -
 
 
 def write_vocabulary(writer: Any, vocab: Vocabulary) -> None:
-    """Put the vocabulary into a gguf.GGUFWriter.
+    """Write the vocabulary to a gguf.GGUFWriter.
 
-    add_bos_token is false for every model: the chat template alone writes BOS, as it did in training, and a runtime
-    that adds its own would have two.
+    add_bos_token is false for every model: only the chat template writes BOS, as in training. A runtime that added its
+    own would produce two.
     """
     writer.add_tokenizer_model(vocab.model)
-    writer.add_tokenizer_pre(vocab.splitting)
+    writer.add_tokenizer_pre(vocab.pre_tokenizer)
     writer.add_token_list([token.text for token in vocab.tokens])
     writer.add_token_types([token.kind for token in vocab.tokens])
     if vocab.model == "llama":
@@ -340,8 +326,8 @@ def write_vocabulary(writer: Any, vocab: Vocabulary) -> None:
         writer.add_add_space_prefix(vocab.space_prefix)
     else:
         writer.add_token_merges(list(vocab.merges))
-    if vocab.form or vocab.splitting in NFC_PRE_TOKENIZERS:
-        writer.add_string(NORMALIZER_KEY, vocab.form or "none")
+    if vocab.normalization or vocab.pre_tokenizer in NFC_PRE_TOKENIZERS:
+        writer.add_string(NORMALIZER_KEY, vocab.normalization or "none")
     for name, number in vocab.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(False)

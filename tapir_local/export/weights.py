@@ -1,4 +1,4 @@
-"""A model's weights as they lie on the disk, read one tensor at a time, with a LoRA adapter's change added."""
+"""Read a model's weights from disk one tensor at a time, with a LoRA adapter's change added."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,104 +8,52 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.training.model import check_adapter_folder
-from tapir_local.training.model_files import read_model_json
+from tapir_local.training.model_files import StoredTensor, read_header, read_model_json, read_model_tensors
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
+FloatArray = Any  # numpy.ndarray; numpy is imported inside functions
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 PEFT_PREFIX = "base_model.model."
 ALPHA_KEYS = ("alpha_pattern", "lora_alpha")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file, not yet read."""
-
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class LoraDelta:
-    """LoRA's addition to one weight: scale · B @ A, with A (rank, columns) and B (rows, rank)."""
+    """LoRA's addition to one weight: scale · B @ A, with A of shape (rank, columns) and B (rows, rank)."""
 
     a: StoredTensor
     b: StoredTensor
-    lora_scale: float
+    scale: float
 
 
-def read_model_tensors(model_dir: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model by its name in transformers, whatever number of files it is in.
-
-    TapirError naming the files that the index knows and the folder lacks, or a tensor that its file lacks.
-    """
-    index = model_dir / "model.safetensors.index.json"
-    if not index.is_file():
-        return read_header(model_dir / "model.safetensors")
-    wanted, fix = weight_map(index), "Download or copy the model again, every file of it."
-    files = sorted(set(wanted.values()))
-    missing = [file for file in files if not (model_dir / file).is_file()]
-    if missing:
-        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise TapirError(
-            f"{len(missing)} of its {len(files)} files of weights are missing: {names}", where=str(model_dir), fix=fix
-        )
-    found = {name: source for file in files for name, source in read_header(model_dir / file).items()}
-    absent = [name for name in wanted if name not in found]
-    if absent:
-        raise TapirError(f"tensor {absent[0]} is not in {wanted[absent[0]]}", where=str(model_dir), fix=fix)
-    return found
+def model_weights(model_dir: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model by its name in transformers. Raises TapirError as `read_model_tensors` does, or for
+    quantized weights."""
+    return check_dtypes(read_model_tensors(model_dir))
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor. TapirError where the index is none, or names a file outside the model's own folder."""
-    files = read_model_json(index).get("weight_map")
-    fix = "Take a whole copy of the model from a source that you trust."
-    if not isinstance(files, dict) or not files:
-        raise TapirError("it has no weight_map", where=str(index), fix=fix)
-    odd = [file for file in files.values() if not isinstance(file, str) or not is_file_name(file)]
-    if odd:
-        raise TapirError(f"it names a file that is not in the model's folder: {odd[0]!r}", where=str(index), fix=fix)
-    return files
+def adapter_weights(adapter: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a PEFT adapter. Raises TapirError as `read_header` does, or for quantized weights."""
+    return check_dtypes(read_header(adapter / "adapter_model.safetensors"))
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a name is a file's own, with no folder in it."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file are. TapirError for one that is missing, cut short or of odd types."""
-    from gguf.utility import SafetensorsLocal
-
-    fix = "Save the model there with transformers' save_pretrained, or copy the file again."
-    try:
-        tensors = SafetensorsLocal(file).tensors
-        size = file.stat().st_size
-    except (OSError, ValueError) as error:
-        raise TapirError(f"the weights cannot be read: {error}", where=str(file), fix=fix) from error
+def check_dtypes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Raise TapirError if a tensor has a type that cannot be exported."""
     for name, tensor in tensors.items():
-        if tensor.data_range.offset + tensor.data_range.size > size:
-            raise TapirError(f"the file ends before tensor {name} does", where=str(file), fix=fix)
         if tensor.dtype not in DTYPES:
             raise TapirError(
                 f"tensor {name} is {tensor.dtype}",
-                where=str(file),
-                fix=f"Export a model saved as {', '.join(DTYPES)}, not a quantised one.",
+                where=str(tensor.file),
+                fix=f"Export a model saved as {', '.join(DTYPES)}, not a quantized one.",
             )
-    return {
-        name: StoredTensor(file, tensor.data_range.offset, tensor.dtype, tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
+    return tensors
 
 
-def load_tensor(source: StoredTensor, delta: LoraDelta | None = None, rows: Any = slice(None)) -> Array:
-    """The tensor in float32, LoRA's change added; of a part of it where `rows`, a slice or row numbers, says so."""
+def load_tensor(source: StoredTensor, delta: LoraDelta | None = None, rows: Any = slice(None)) -> FloatArray:
+    """The tensor in float32 with LoRA's change added; only a part of it if `rows` is a slice or row numbers."""
     import numpy as np
 
     raw = np.memmap(source.file, dtype=DTYPES[source.dtype], mode="r", offset=source.offset, shape=source.shape)[rows]
-    if source.dtype == "BF16":  # numpy has no bfloat16, which is the upper half of a float32
+    if source.dtype == "BF16":  # numpy has no bfloat16; it is the upper half of a float32
         bits = raw.astype(np.uint32)
         bits <<= 16
         weight = bits.view(np.float32)
@@ -117,12 +65,12 @@ def load_tensor(source: StoredTensor, delta: LoraDelta | None = None, rows: Any 
 
 
 def read_adapter_deltas(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, LoraDelta]:
-    """The changes of a PEFT LoRA adapter by the name of the weight. TapirError for anything that is not plain LoRA.
+    """The changes of a PEFT LoRA adapter by the name of the weight. Raises TapirError if it is not plain LoRA.
 
-    Also for a tensor that fits nothing in `base`: an adapter of another model, or one that would be left out silently.
+    Also if a tensor matches no weight in `base`: the adapter belongs to another model, or a change would be lost.
     """
     settings = read_adapter_config(folder)
-    tensors = read_header(folder / "adapter_model.safetensors")
+    tensors = adapter_weights(folder)
     deltas = {}
     for name, a in tensors.items():
         target = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
@@ -132,7 +80,7 @@ def read_adapter_deltas(folder: Path, base: Mapping[str, StoredTensor]) -> dict[
             deltas[target] = make_delta(a, b, base.get(target), lora_scale(settings, target), name)
         elif ".lora_B." not in name:
             raise TapirError(
-                f"it changes {name} in another way than LoRA's",
+                f"it changes {name} by other means than LoRA",
                 where=str(folder),
                 fix="Train without modules_to_save and trainable tokens.",
             )
@@ -142,15 +90,15 @@ def read_adapter_deltas(folder: Path, base: Mapping[str, StoredTensor]) -> dict[
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json; TapirError when the folder holds no adapter, or one that is more than plain LoRA."""
-    check_adapter_folder(folder, "Name the folder of an adapter as PEFT's save_pretrained writes it.")
+    """adapter_config.json. Raises TapirError if the folder contains no adapter, or one that is more than plain LoRA."""
+    check_adapter_folder(folder, "Give the folder of an adapter saved with PEFT's save_pretrained.")
     settings: dict[str, Any] = read_model_json(folder / "adapter_config.json")
     check_plain_lora(settings, folder)
     return settings
 
 
 def check_plain_lora(settings: Mapping[str, Any], folder: Path) -> None:
-    """TapirError when PEFT would do more than add B·A."""
+    """Raise TapirError if PEFT would do more than add B·A."""
     odd = [
         name
         for name in ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layer_replication")
@@ -167,25 +115,26 @@ def check_plain_lora(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 def lora_scale(settings: Mapping[str, Any], target: str) -> float:
-    """alpha / r, or alpha / √r with rank-stabilised LoRA; a module may have its own alpha and r."""
+    """alpha / r, or alpha / √r for rank-stabilized LoRA; a module may have its own alpha and r."""
     module = target.removesuffix(".weight")
     rank, alpha = module_setting(settings, "rank_pattern", "r", module), module_setting(settings, *ALPHA_KEYS, module)
     return float(alpha / (sqrt(rank) if settings.get("use_rslora") else rank))
 
 
 def check_rank(a: StoredTensor, settings: Mapping[str, Any], target: str, name: str) -> None:
-    """TapirError when config and weights are not of one training: the scale would be wrong."""
+    """Raise TapirError if config and weights do not belong together: the scale would be wrong."""
     rank = module_setting(settings, "rank_pattern", "r", target.removesuffix(".weight"))
     if a.shape[0] != rank:
         raise TapirError(
-            f"its tensor {name} has rank {a.shape[0]}, its adapter_config.json says {rank:g}",
+            f"its tensor {name} has rank {a.shape[0]}, but its adapter_config.json says {rank:g}",
             where=str(a.file),
-            fix="Put back the adapter_config.json that was written with these weights.",
+            fix="Restore the adapter_config.json that was written with these weights.",
         )
 
 
 def module_setting(settings: Mapping[str, Any], key: str, default: str, module: str) -> float:
-    """peft 0.21 (utils/other.py get_pattern_key): a pattern matches the end of a module's name, from a dot on."""
+    """A module's own value: a pattern matches the end of its name after a dot (peft 0.21, utils/other.py,
+    get_pattern_key)."""
     import re
 
     patterns = settings.get(key) or {}
@@ -196,10 +145,10 @@ def module_setting(settings: Mapping[str, Any], key: str, default: str, module: 
 def make_delta(
     a: StoredTensor, b: StoredTensor | None, weight: StoredTensor | None, factor: float, name: str
 ) -> LoraDelta:
-    """A Delta whose shapes fit the weight."""
+    """The LoraDelta of two tensors whose shapes fit the weight; TapirError if they do not."""
     if b is None or weight is None or (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
         raise TapirError(
-            f"its tensor {name} fits no weight of the base model",
+            f"its tensor {name} does not match a weight of the base model",
             where=str(a.file),
             fix="Use the base that the adapter was trained on.",
         )

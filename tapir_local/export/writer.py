@@ -1,4 +1,4 @@
-"""A GGUF written block by block: what is planned, how large it will be, and the writing."""
+"""Write a GGUF block by block: the planned tensors, their size, and the writing."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -7,47 +7,47 @@ from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
 
+from tapir_local.export.weights import FloatArray
 from tapir_local.inference.lib import thread_count
 from tapir_local.process import Progress
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
-# Weights of a block, 1 MB in float32, which a core's cache holds: two threads made 436 million weights of q8_0 a second
-# of them, 275 of blocks of a quarter, 387 of blocks four times as large.
+# Weights per block: 1 MB in float32, which fits a core's cache. With two threads, q8_0 ran at 436 million weights per
+# second; with blocks of a quarter of the size at 275 million, with blocks four times as large at 387 million.
 BLOCK_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the GGUF: its name, ggml type and shape, and how to make its rows from one to another in float32."""
+    """A tensor of the GGUF: its name, ggml type and shape, and a function that reads a range of its rows in float32."""
 
     name: str
     quant: Any
     shape: tuple[int, ...]
-    read: Callable[[int, int], Array]
+    read: Callable[[int, int], FloatArray]
 
 
 @dataclass(frozen=True)
 class TensorBlocks:
-    """A tensor that is made while it is written: what gguf.GGUFWriter asks of the array that it is given."""
+    """A tensor that is produced while it is written: the interface that gguf.GGUFWriter expects of an array."""
 
     nbytes: int
-    make_blocks: Iterator[Array]
+    made: Iterator[FloatArray]
 
     def tofile(self, file: IO[bytes]) -> None:
-        """Write every block behind the other."""
+        """Write all blocks one after another."""
         for block in self.made:
             block.tofile(file)
 
 
 def file_type_number(quant: str) -> int:
-    """llama.cpp's number for what most of the weights are."""
+    """llama.cpp's number for the type of most weights."""
     import gguf
 
     return int(gguf.LlamaFileType.ALL_F32 if quant == "F32" else gguf.LlamaFileType[f"MOSTLY_{quant}"])
 
 
 def tensor_type(name: str, shape: tuple[int, ...], quant: Any) -> Any:
-    """Vectors and norms in F32, as llama.cpp wants them; F16 where a row is no whole number of the type's blocks."""
+    """F32 for vectors and norms, as llama.cpp requires; F16 if a row is not a multiple of the type's block size."""
     import gguf
 
     if len(shape) == 1 or name.endswith("_norm.weight"):
@@ -57,14 +57,14 @@ def tensor_type(name: str, shape: tuple[int, ...], quant: Any) -> Any:
 
 
 def storage_dtype(quant: Any) -> Any:
-    """The numpy type in which gguf hands over a ggml type: bytes for all but plain floats."""
+    """The numpy type in which gguf returns a ggml type: bytes for all types except plain floats."""
     import numpy as np
 
     return np.dtype({"F32": np.float32, "F16": np.float16}.get(quant.name, np.uint8))
 
 
 def byte_shape(tensor: PlannedTensor) -> tuple[int, ...]:
-    """The shape as GGUFWriter wants it: of bytes where the type is not a plain float."""
+    """The shape that GGUFWriter expects: in bytes if the type is not a plain float."""
     from gguf import quant_shape_to_byte_shape
 
     plain = tensor.quant.name in ("F32", "F16")
@@ -72,12 +72,12 @@ def byte_shape(tensor: PlannedTensor) -> tuple[int, ...]:
 
 
 def tensor_bytes(tensor: PlannedTensor) -> int:
-    """Bytes of the tensor in the file."""
+    """The tensor's bytes in the file."""
     return int(prod(byte_shape(tensor))) * int(storage_dtype(tensor.quant).itemsize)
 
 
 def write_tensors(writer: Any, tensors: Sequence[PlannedTensor], progress: Progress) -> None:
-    """The file itself: what was added to gguf.GGUFWriter, then each tensor, block by block."""
+    """Write the file: the metadata added to gguf.GGUFWriter, then each tensor block by block."""
     for tensor in tensors:
         shape, size = byte_shape(tensor), tensor_bytes(tensor)
         writer.add_tensor_info(tensor.name, shape, storage_dtype(tensor.quant), size, raw_dtype=tensor.quant)
@@ -94,13 +94,13 @@ def write_tensors(writer: Any, tensors: Sequence[PlannedTensor], progress: Progr
         writer.close()
 
 
-def make_blocks(tensor: PlannedTensor, pool: ThreadPoolExecutor) -> Iterator[Array]:
-    """The tensor's blocks in order, in its type; the next few are in the making while one is written."""
+def make_blocks(tensor: PlannedTensor, pool: ThreadPoolExecutor) -> Iterator[FloatArray]:
+    """The tensor's blocks in order, in its type; the next few are computed while one is written."""
 
-    def make(start: int, stop: int) -> Array:
+    def make(start: int, stop: int) -> FloatArray:
         return quantize_block(tensor.read(start, stop), tensor.quant)
 
-    waiting: deque[Future[Array]] = deque()
+    waiting: deque[Future[FloatArray]] = deque()
     for start, stop in row_spans(tensor.shape):
         waiting.append(pool.submit(make, start, stop))
         if len(waiting) > 2 * thread_count():
@@ -109,10 +109,10 @@ def make_blocks(tensor: PlannedTensor, pool: ThreadPoolExecutor) -> Iterator[Arr
         yield waiting.popleft().result()
 
 
-def quantize_block(weight: Array, quant: Any) -> Array:
-    """Weights in float32 as a ggml type.
+def quantize_block(weight: FloatArray, quant: Any) -> FloatArray:
+    """Convert float32 weights to a ggml type.
 
-    gguf's own `quantize` goes through them by 16 rows, in Python: a third of the speed with two threads.
+    gguf's own `quantize` processes 16 rows at a time in Python, at a third of the speed with two threads.
     """
     from gguf import GGML_QUANT_SIZES, quants
 
@@ -122,7 +122,7 @@ def quantize_block(weight: Array, quant: Any) -> Array:
 
 
 def row_spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """A tensor's rows in blocks of about BLOCK weights: from, up to."""
+    """Ranges of a tensor's rows, each of about BLOCK_WEIGHTS weights."""
     step = max(1, BLOCK_WEIGHTS // prod(shape[1:]))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])

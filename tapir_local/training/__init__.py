@@ -1,1 +1,1 @@
-"""Fine-tuning and the task classifier, each in a process of its own."""
+"""Fine-tuning and the task classifier, each in its own process."""

@@ -1,4 +1,4 @@
-"""Checkpoints inside a training: made by the clock, whole or unheeded, tied to their job, the newest alone kept."""
+"""Training checkpoints: saved at a time interval, bound to one job, and only the newest complete one is kept."""
 
 import hashlib
 import time
@@ -13,8 +13,8 @@ from tapir_local.rundir import remove, sync, write_json
 from tapir_local.training.job import TokenRows, TrainJob
 from tapir_local.training.model import Hardware
 
-COMPLETE_MARKER = "whole.json"  # written last: what lacks it was cut while it was written
-# Arguments that decide how a batch goes through the hardware, but not what is learned from it, up to rounding.
+COMPLETE_MARKER = "whole.json"  # written last: a checkpoint without it is incomplete
+# Arguments that decide how a batch is computed. They change the result only by rounding.
 HARDWARE_ARGUMENTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     "gradient_checkpointing",
@@ -23,10 +23,10 @@ HARDWARE_ARGUMENTS = (
 
 @dataclass
 class TrainingState:
-    """A training under way: its log, and when and where its next checkpoint is due.
+    """The state of one training besides its weights: its log, and when and where the next checkpoint is saved.
 
-    `job` is the digest that a checkpoint is known by, `folder` where checkpoints lie (None: there are none), `minutes`
-    how far they are apart (0: none).
+    `job` is the digest that the checkpoints are bound to, `folder` is where they are saved (None: nowhere), and
+    `minutes` is the time between two of them (0: none are saved).
     """
 
     job: str = ""
@@ -41,8 +41,10 @@ class TrainingState:
 def job_digest(
     job: TrainJob, hardware: Hardware, tokens: TokenRows, arguments: Mapping[str, Any], versions: Mapping[str, str]
 ) -> str:
-    """What a checkpoint's job is known by: rows, weights, settings, hardware and libraries; how many rows are in memory
-    at once makes no other job."""
+    """Identify a training by its rows, weights, settings, hardware and library versions.
+
+    The micro-batch size is left out: it changes the result only by rounding.
+    """
     known = {
         "rows": tokens.rows,
         "model": weight_file_stats(Path(job.model)),
@@ -56,7 +58,8 @@ def job_digest(
 
 
 def weight_file_stats(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of every file of weights, which may be too large to be read for it; a Hub name as it is."""
+    """Path, size in bytes and modification time of each weight file, which may be too large to hash; a Hub name has 0
+    and 0."""
     if not folder.is_dir():
         return [(str(folder), 0, 0)]
     files = sorted(folder.glob("*.safetensors"))
@@ -64,19 +67,19 @@ def weight_file_stats(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def latest_checkpoint(folder: Path, job: str) -> Path | None:
-    """The last whole checkpoint of a job, if there is one."""
+    """The newest complete checkpoint of a job, or None."""
     found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
     return next((path for path in found if read_complete_marker(path).get("job") == job), None)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was made, by its name; -1 for a name that is no checkpoint's."""
+    """The training step in a checkpoint's name; -1 if the name has none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 def read_complete_marker(checkpoint: Path) -> dict[str, Any]:
-    """What was noted of a checkpoint once it was whole; {} where it is not."""
+    """The marker of a complete checkpoint; {} if the checkpoint is incomplete."""
     try:
         return dict(orjson.loads((checkpoint / COMPLETE_MARKER).read_bytes()))
     except (OSError, ValueError):
@@ -84,37 +87,37 @@ def read_complete_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def delete_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Delete the checkpoints in a folder, but one."""
+    """Delete all checkpoints in a folder except one."""
     for path in folder.glob("checkpoint-*"):
         if path != but:
             remove(path)
 
 
-def restore_state(course: TrainingState, checkpoint: Path) -> None:
-    """Take up a course where a checkpoint has left it."""
-    course.log, course.resumed = read_complete_marker(checkpoint)["log"], True
+def restore_state(training: TrainingState, checkpoint: Path) -> None:
+    """Restore the training log from a checkpoint."""
+    training.log, training.resumed = read_complete_marker(checkpoint)["log"], True
 
 
-def start_clock(course: TrainingState) -> None:
-    """Count the training's seconds from now, those before a cut among them."""
-    course.saved = time.monotonic()
-    course.began = course.saved - (course.log[-1]["seconds"] if course.log else 0)
+def start_clock(training: TrainingState) -> None:
+    """Start counting seconds, continuing from those before an interruption."""
+    training.saved = time.monotonic()
+    training.began = training.saved - (training.log[-1]["seconds"] if training.log else 0)
 
 
-def complete_checkpoint(course: TrainingState, checkpoint: Path) -> None:
-    """Mark a checkpoint as whole, and delete those before it."""
+def complete_checkpoint(training: TrainingState, checkpoint: Path) -> None:
+    """Mark a checkpoint as complete and delete the older ones."""
     for file in checkpoint.iterdir():
         sync(file)
-    write_json(checkpoint / COMPLETE_MARKER, {"job": course.job, "log": course.log})
+    write_json(checkpoint / COMPLETE_MARKER, {"job": training.job, "log": training.log})
     delete_checkpoints(checkpoint.parent, but=checkpoint)
-    (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty form of a card
-    course.saved = time.monotonic()
+    (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty model card
+    training.saved = time.monotonic()
 
 
-def is_checkpoint_due(course: TrainingState, processes: int) -> bool:
-    """Whether a checkpoint is to be made now; of several processes the first one's clock decides."""
-    wanted = course.folder is not None and 0 < 60 * course.minutes <= time.monotonic() - course.saved
-    if processes == 1 or not course.minutes:
+def is_checkpoint_due(training: TrainingState, processes: int) -> bool:
+    """Whether to save a checkpoint now. With several processes, the clock of the first one decides."""
+    wanted = training.folder is not None and 0 < 60 * training.minutes <= time.monotonic() - training.saved
+    if processes == 1 or not training.minutes:
         return wanted
     from accelerate.utils import broadcast_object_list
 

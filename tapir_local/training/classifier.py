@@ -1,4 +1,4 @@
-"""The task classifier, in its own process: DeBERTa-v3 learns the teacher's labels and gives them to the other rows."""
+"""The task classifier: DeBERTa-v3 learns the teacher's labels and predicts those of the other rows."""
 
 import os
 import random
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.memory import one_gpu
@@ -19,7 +19,6 @@ from tapir_local.records import Example, instruction_of
 from tapir_local.rundir import read_record, read_rows, whole, write_json, write_rows
 from tapir_local.training.model import check_model_path, load_error
 
-T = TypeVar("T")
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -39,20 +38,20 @@ SMALL_CONFIG = {
     "share_att_key": True,
     "position_biased_input": False,
     "type_vocab_size": 0,
-}  # the shape of microsoft/deberta-v3-base, made small
+}  # a small version of microsoft/deberta-v3-base
 SMALL_VOCABULARY_SIZE = 2000
 WARMUP_SHARE = 0.1
-MAX_CHARS_PER_PIECE = 16  # of a token at the most, as good as always: the longest pieces of DeBERTa's vocabulary
-# Tokens of a batch that is read, padding among them. On two cores 2,048 took half the time of 8,192, and less memory.
+MAX_CHARS_PER_PIECE = 16  # the longest pieces in DeBERTa's vocabulary
+# Tokens per batch including padding. On two cores 2,048 took half the time of 8,192, and less memory.
 PREDICTION_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
 class ClassifyJob:
-    """What the classifier learns from, reads and writes.
+    """What the classifier reads and writes.
 
-    `labelled` and `rows` are JSONL files of Example; `out` a folder, whole or absent, that gets the model,
-    `agreement.json` and, for every one of `rows` that is not among the labelled, a line of `predictions.jsonl`.
+    `labelled` and `rows` are JSONL files of Example. `out` is the output folder, written completely or not at all: the
+    model, `agreement.json`, and `predictions.jsonl` with one line per row of `rows` that is not in `labelled`.
     """
 
     labelled: Path
@@ -65,7 +64,7 @@ class ClassifyJob:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label and its probability."""
+    """A predicted label and its probability."""
 
     id: str
     task: str
@@ -73,28 +72,29 @@ class Prediction:
 
 
 def run_classifier(job: ClassifyJob, folder: Path, progress: Progress | None = None) -> None:
-    """Run the job in a process of its own, which leaves job.json and classifier.log in `folder`.
+    """Train the classifier in its own process; job.json and classifier.log are left in `folder`.
 
-    `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
+    `progress` receives (steps done, total steps, loss). Raises TapirError as `train_classifier` does, or if the process
+    died.
     """
-    in_own_process("tapir_local.training.classifier", job, folder, progress)
+    in_own_process(classifier_main, job, folder, progress)
 
 
 def classifier_main(folder: Path, progress: Progress) -> None:
-    """The child's side of `classify`: the environment first, since the libraries read it when they are imported."""
+    """Run the job in `folder`: the entry point of the classifier's process."""
     job = read_record(ClassifyJob, folder / "job.json")
-    make_small_classifier = job.settings.model == "small" or Path(job.settings.model).is_dir()
+    small = job.settings.model == "small" or Path(job.settings.model).is_dir()
+    # Set before the libraries are imported: they read the environment then.
     os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"})
-    os.environ.update({"HF_HUB_OFFLINE": "1"} if make_small_classifier else {})
+    os.environ.update({"HF_HUB_OFFLINE": "1"} if small else {})
     train_classifier(job, progress)
 
 
-def untold(done: int, total: int, note: str) -> None:
-    """No progress shown."""
+def train_classifier(job: ClassifyJob, progress: Progress = lambda done, total, note: None) -> None:
+    """Train the classifier, measure its agreement with the teacher, predict, and write the output folder.
 
-
-def train_classifier(job: ClassifyJob, progress: Progress = untold) -> None:
-    """Train, measure, predict, write. TapirError when there is too little to learn from or no model to teach."""
+    Raises TapirError if there are too few labels to learn from or the model cannot be loaded.
+    """
     labelled = [row for row in read_rows(Example, job.labelled) if row.task in job.labels]
     refuse_too_few_labels(labelled, job)
     learned, held = split_held_out(labelled, job.settings.held_out, random.Random(f"{job.random_seed}-held-out"))
@@ -113,19 +113,20 @@ def train_classifier(job: ClassifyJob, progress: Progress = untold) -> None:
 
 
 def refuse_too_few_labels(labelled: Sequence[Example], job: ClassifyJob) -> None:
-    """TapirError where there is nothing to tell apart."""
-    fix = "Raise classifier.labelled, or see in the calls why the teacher's labels could not be read."
+    """Raise TapirError unless at least two rows with two different labels are given."""
+    fix = "Raise classifier.labelled, or check in the calls why the teacher's labels could not be read."
     if len(labelled) < 2:
         raise TapirError("fewer than two rows have one of the recipe's labels", where=str(job.labelled), fix=fix)
     if len({row.task for row in labelled}) < 2:
-        what = f"every labelled row is {labelled[0].task}: there is nothing to tell apart"
+        what = f"every labelled row is {labelled[0].task}: at least two labels are needed"
         raise TapirError(what, where=str(job.labelled), fix=fix)
 
 
 def classifier_text(row: Example, job: ClassifyJob) -> str:
-    """What the classifier reads of a row: the last turn, which sets the task, then what came before, from its start.
+    """The text that the classifier reads: the last turn, which states the task, then the earlier turns.
 
-    So many letters that the tokens it may have are surely among them: a book in the input is not tokenised.
+    It is cut to a number of characters that always gives the maximum number of tokens, so that long inputs are not
+    tokenized in full.
     """
     *before, last = row.prompt
     earlier = instruction_of(tuple(before)) if before else ""
@@ -133,9 +134,9 @@ def classifier_text(row: Example, job: ClassifyJob) -> str:
 
 
 def split_held_out(rows: Sequence[Example], share: float, chance: random.Random) -> tuple[list[Example], list[Example]]:
-    """Rows to learn from and rows held out, at least one of each, in their order.
+    """Split rows into training rows and held-out rows, at least one of each, keeping their order.
 
-    Every task gives its share of the held-out rows, and its last row never.
+    Every task contributes its share of held-out rows but keeps at least one training row.
     """
     tasks: dict[str, list[Example]] = defaultdict(list)
     for row in rows:
@@ -151,7 +152,7 @@ def split_held_out(rows: Sequence[Example], share: float, chance: random.Random)
 
 
 def seed_torch(seed: int) -> None:
-    """Make torch draw and add in the same way each time."""
+    """Seed torch and make its operations deterministic."""
     import torch
 
     torch.manual_seed(seed)
@@ -159,7 +160,8 @@ def seed_torch(seed: int) -> None:
 
 
 def load_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
-    """The model with a head for the job's labels, on its device, and its tokenizer; TapirError if it cannot be had."""
+    """Load the model, with a classification head for the job's labels, and its tokenizer. Raises TapirError if it
+    cannot be loaded."""
     import torch
 
     if job.settings.model == "small":
@@ -170,12 +172,13 @@ def load_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
 
 
 def label_config(job: ClassifyJob) -> dict[str, Any]:
-    """The labels as transformers' configs have them."""
+    """The labels as transformers' configs store them."""
     return {"id2label": dict(enumerate(job.labels)), "label2id": {label: n for n, label in enumerate(job.labels)}}
 
 
 def load_pretrained_classifier(job: ClassifyJob) -> tuple[Any, Any]:
-    """An encoder from a folder or the Hub, with a fresh head; TapirError where it, or its tokenizer, is not whole."""
+    """Load an encoder from a folder or the Hub and add a new head. Raises TapirError if the encoder or tokenizer is
+    incomplete."""
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
@@ -194,25 +197,26 @@ def load_pretrained_classifier(job: ClassifyJob) -> tuple[Any, Any]:
 
 
 def refuse_partial_load(model: Any, tokenizer: Any, loaded: Mapping[str, Any]) -> None:
-    """ValueError where transformers has put chance or nothing in the place of an encoder or a tokenizer.
+    """Raise ValueError if transformers replaced parts of the encoder or the tokenizer.
 
-    Weights of other sizes it draws at random, and of a folder without a tokenizer it makes an empty one.
+    It initializes weights of mismatched sizes at random, and creates an empty tokenizer for a folder that has none.
     """
     prefix = f"{model.base_model_prefix}."
     encoder = [name for name in model.state_dict() if name.startswith(prefix)]
     other = [key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]]
     if wrong := [name for name in other if name.startswith(prefix)]:
-        raise ValueError(f"its weights are not of the sizes that config.json says ({min(wrong)})")
+        raise ValueError(f"its weights do not have the sizes in config.json ({min(wrong)})")
     if sum(name.startswith(prefix) for name in loaded["missing_keys"]) > len(encoder) / 2:
-        raise ValueError("its weights are those of another kind of model than config.json says")
+        raise ValueError("its weights belong to another type of model than config.json says")
     if tokenizer.pad_token_id is None:
         raise ValueError("its tokenizer has no padding token")
     if set(tokenizer("the task of a text")["input_ids"]) <= set(tokenizer.all_special_ids):
-        raise ValueError("it has no tokenizer that knows a word")
+        raise ValueError("its tokenizer has no vocabulary")
 
 
 def make_small_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
-    """A DeBERTa-v3 of under a million weights, untaught, and a tokenizer made from the texts; nothing is downloaded."""
+    """Build an untrained DeBERTa-v3 with under a million weights and a tokenizer trained on the texts; nothing is
+    downloaded."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     tokenizer = train_small_tokenizer(texts, job.settings.max_length)
@@ -222,9 +226,9 @@ def make_small_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, 
 
 
 def train_small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
-    """Byte-level BPE of at most SMALL_VOCABULARY tokens, without case; every digit is one token.
+    """Train a lowercase byte-level BPE tokenizer of at most SMALL_VOCABULARY_SIZE tokens; every digit is one token.
 
-    Not WordPiece: its trainer numbers the continuing pieces in another order each time (tokenizers 0.23).
+    WordPiece is not used: its trainer numbers the continuation pieces differently each time (tokenizers 0.23).
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -243,12 +247,12 @@ def train_small_tokenizer(texts: Sequence[str], max_length: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     sep, cls = ((SPECIAL_TOKENS[name], special.index(SPECIAL_TOKENS[name])) for name in ("sep_token", "cls_token"))
-    tokenizer.post_processor = processors.BertProcessing(sep, cls)  # special tokens come first, in their order
+    tokenizer.post_processor = processors.BertProcessing(sep, cls)  # the ids of special tokens are their positions
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL_TOKENS)
 
 
 def fit_classifier(model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, progress: Progress) -> None:
-    """AdamW over all weights; the learning rate rises for a tenth of the steps and then falls to zero in a line."""
+    """Train all weights with AdamW; the learning rate warms up for a tenth of the steps, then decays linearly."""
     import torch
 
     settings = job.settings
@@ -277,21 +281,22 @@ def fit_classifier(model: Any, tokenizer: Any, rows: Sequence[Example], job: Cla
         progress(step, steps, f"loss {loss.item():.3f}")
 
 
-def row_batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The rows, `size` at a time."""
+def row_batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    """Yield `size` rows at a time."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[Example], job: ClassifyJob) -> list[list[int]]:
-    """The tokens of each row's head, the special ones at both ends included; those that a row quotes are text."""
-    most = min(job.settings.max_length, tokenizer.model_max_length)  # BERT has 512 places and no more
+    """Token ids of each row's text with the tokenizer's special tokens added; special tokens quoted in a row are plain
+    text."""
+    most = min(job.settings.max_length, tokenizer.model_max_length)  # BERT has 512 positions
     heads = [classifier_text(row, job) for row in rows]
     found = tokenizer(heads, truncation=True, max_length=most, split_special_tokens=True)
     return list(found["input_ids"])
 
 
 def pad_batch(tokenizer: Any, tokens: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
-    """Tokens as tensors of rows x the longest row, with the mask that tells them from the padding."""
+    """Token ids and attention mask as tensors of shape (rows, length of the longest row)."""
     import torch
 
     longest = max(map(len, tokens))
@@ -302,12 +307,16 @@ def pad_batch(tokenizer: Any, tokens: Sequence[Sequence[int]], device: Any) -> d
 
 
 def predict_tasks(
-    model: Any, tokenizer: Any, rows: Sequence[Example], job: ClassifyJob, progress: Progress = untold
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    job: ClassifyJob,
+    progress: Progress = lambda done, total, note: None,
 ) -> list[Prediction]:
-    """The likeliest label of each row and its probability, in the order of the rows.
+    """The most likely label of each row and its probability, in the order of the rows.
 
-    Rows of like length are read together, as many as AT_ONCE tokens, the longest first: whether memory holds them is
-    seen at once.
+    Rows of similar length are read together, up to PREDICTION_TOKENS tokens. The longest come first, so that a lack of
+    memory shows at once.
     """
     import torch
 
@@ -325,7 +334,8 @@ def predict_tasks(
 
 
 def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Places of rows in batches of `most` tokens with the padding, the longest first; a longer row stands alone."""
+    """Row numbers in batches of at most `most` tokens including padding, longest rows first; a longer row is a batch by
+    itself."""
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     while order:
         size = max(1, most // max(1, lengths[order[0]]))
@@ -334,9 +344,9 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def measure_agreement(held: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """How often the teacher's label is given, in all and by label, with Wilson's 95 % intervals.
+    """How often the classifier predicts the teacher's label, in total and per label, with Wilson's 95 % intervals.
 
-    `confusion` has, for each of the teacher's labels, the rows by the label that the classifier gives.
+    `confusion` maps each of the teacher's labels to the number of rows per predicted label.
     """
     pairs = Counter((row.task, found.task) for row, found in zip(held, predictions, strict=True))
     confusion: dict[str, dict[str, int]] = defaultdict(dict)
@@ -349,7 +359,7 @@ def measure_agreement(held: Sequence[Example], predictions: Sequence[Prediction]
 
 
 def agreement_share(agree: int, rows: int) -> dict[str, Any]:
-    """So many of so many rows, and the interval of their share."""
+    """The number of rows, how many of them agree, and the interval of that share."""
     return {"rows": rows, "agree": agree, "interval": proportion_interval([n < agree for n in range(rows)])}
 
 

@@ -1,4 +1,4 @@
-"""What is trained on and how: the job, its rows as token ids, and every argument of SFTConfig written out."""
+"""The training job: its rows as token ids, their order, and every argument of SFTConfig."""
 
 import math
 import random
@@ -7,39 +7,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.special_tokens import chat_format_of, tokenize_rendered
+from tapir_local.data.special_tokens import chat_format_of, ids_after, tokenize_rendered
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, instruction_of
 from tapir_local.training.model import Hardware
 from tapir_local.unusable import BRIEF, Unusable
 
-LEFT_OUT_FILE = "left_out.jsonl"  # in a training's folder: the rows, as Unusable, that it did not learn from
-SORTED_STEPS = 50  # steps whose rows are put in the order of their lengths
-IGNORED_LABEL = -100  # a label that torch's cross-entropy leaves out
-FIXED_ARGUMENTS = {  # arguments of SFTConfig that nothing decides
+LEFT_OUT_FILE = "left_out.jsonl"  # in the training's folder: the rows that were left out, as Unusable
+SORTED_STEPS = 50  # steps whose rows are sorted by length together
+IGNORED_LABEL = -100  # the label that torch's cross-entropy ignores
+FIXED_ARGUMENTS = {  # arguments of SFTConfig that no setting changes
     "torch_empty_cache_steps": None,
     "logging_steps": 1,
     "logging_nan_inf_filter": False,
     "report_to": "none",
-    "save_strategy": "no",  # checkpoints are made by the clock (see checkpoints.is_due)
+    "save_strategy": "no",  # checkpoints are saved by time (see checkpoints.is_checkpoint_due)
     "save_total_limit": None,
     "save_only_model": False,
     "ddp_find_unused_parameters": False,
     "eval_strategy": "no",
     "disable_tqdm": True,
-    "include_num_input_tokens_seen": "non_padding",  # TRL's own count of tokens is not kept in a checkpoint
+    "include_num_input_tokens_seen": "non_padding",  # TRL's own token count is not saved in a checkpoint
 }
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What one fine-tuning reads, does and writes.
+    """What one fine-tuning reads and writes.
 
-    `model` is a folder or Hub name; `rows` a JSONL file of Example; `adapter_from` a folder of what an earlier one
-    wrote, to go on from; `out` the adapter's folder, whole or absent, with `resolved.json` and `train_log.jsonl` beside
-    the weights. `micro` is how many rows are in memory at once where the memory did not hold as many as the settings
-    say. `unusable` is the share of the rows that may be left out.
+    `model` is a folder or Hub name; `rows` is a JSONL file of Example; `adapter_from` is the output folder of an
+    earlier training to continue from; `out` is the output folder, written completely or not at all, with
+    `resolved.json` and `train_log.jsonl` beside the weights. `micro` overrides the micro-batch size after memory ran
+    out. `unusable` is the share of the rows that may be left out.
     """
 
     model: str
@@ -50,12 +50,12 @@ class TrainJob:
     random_seed: int
     adapter_from: Path | None = None
     micro: int | None = None
-    unusable_row: float = 1.0
+    unusable: float = 1.0
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows as token ids, `labels` being MASKED on the prompt, and the rows that were left out with their reasons."""
+    """Rows as token ids with `labels` (IGNORED_LABEL on the prompt), and the rows that were left out, with reasons."""
 
     rows: list[dict[str, list[int]]]
     left_out: tuple[Unusable, ...] = ()
@@ -69,12 +69,11 @@ class TokenRows:
 
 
 def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> TokenRows:
-    """Token ids and labels of every row that can be learned from, in order.
+    """Token ids and labels of every row that can be trained on, in order.
 
-    The prompt's ids are those that a student is asked with; the completion's are what follows them in the ids of the
-    whole text, or its own where a token spans the boundary. A special token that a row quotes is text. A row is left
-    out where it has more than `max_length` tokens, since a completion without its end teaches not to stop, or where the
-    chat template refuses it.
+    The prompt's ids are exactly those used at inference; see `ids_after` for the completion's. Special tokens quoted in
+    a row are plain text. A row is left out if it has more than `max_length` tokens, because a completion without its
+    end teaches the student not to stop, or if the chat template refuses it.
     """
     texts, refused = training_texts(examples, tokenizer)
     asked = tokenize_rendered(tokenizer, [prompt for _, prompt, _ in texts])
@@ -82,7 +81,8 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     apart = tokenize_rendered(tokenizer, [completion for _, _, completion in texts])
     rows, long = list[dict[str, list[int]]](), dict[int, str]()
     for (number, _, _), head, whole_ids, alone in zip(texts, asked, joined, apart, strict=True):
-        tail = whole_ids[len(head) :] if whole_ids[: len(head)] == head else alone
+        after = ids_after(head, whole_ids)
+        tail = alone if after is None else after
         if len(head) + len(tail) <= max_length:
             rows.append({"input_ids": head + tail, "labels": [IGNORED_LABEL] * len(head) + tail})
         else:
@@ -93,7 +93,7 @@ def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
 
 
 def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
-    """Number, prompt and completion of each row as the template writes them; the numbers of those that it refuses."""
+    """Number, rendered prompt and completion of each row, and the reasons for the rows that the template refuses."""
     form = chat_format_of(tokenizer)
     texts, refused = list[tuple[int, str, str]](), dict[int, str]()
     for number, row in enumerate(examples):
@@ -105,16 +105,16 @@ def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tu
 
 
 def unusable_row(row: Example, kind: str, detail: str) -> Unusable:
-    """The record of a row that is not trained on; the stage that trains adds its own name."""
+    """The record of a row that is not trained on; the pipeline stage adds its own name."""
     return Unusable("train", row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
 
 
 @dataclass
 class RowOrder:
-    """The order in which an epoch goes through its rows, for a DataLoader: a function of seed and epoch alone, so that
-    a training that was cut goes on in the order that it had.
+    """The order of an epoch's rows, for a DataLoader. It depends only on seed and epoch, so an interrupted training
+    resumes in the same order.
 
-    `lengths` has the tokens of each row; `batch` is the rows of a step.
+    `lengths` has the tokens of each row; `batch` is the number of rows per step.
     """
 
     lengths: Sequence[int]
@@ -130,11 +130,11 @@ class RowOrder:
 
 
 def epoch_order(lengths: Sequence[int], batch: int, chance: random.Random) -> list[int]:
-    """Every row's number once, drawn at random, then sorted by length within stretches of at most STRETCH steps.
+    """Every row number once: shuffled, then sorted by length within groups of at most SORTED_STEPS steps.
 
-    Rows of about one length make a batch with little padding: on two cores, with rows of 60 to 120 tokens and a Llama
-    of 3.8M, 3,300 to 3,500 tokens/s, 2,500 at random lengths, 1,600 packed, whose attention is over the whole pack. The
-    longest row comes first: memory that does not suffice runs out in the first step.
+    Batches of similar lengths need little padding. On two cores, with rows of 60 to 120 tokens and a Llama of 3.8M
+    weights, this gave 3,300 to 3,500 tokens/s, random lengths 2,500, and packing 1,600, because attention then covers
+    the whole pack. The longest row comes first, so that a lack of memory shows in the first step.
     """
     rows = list(range(len(lengths)))
     chance.shuffle(rows)
@@ -146,12 +146,12 @@ def epoch_order(lengths: Sequence[int], batch: int, chance: random.Random) -> li
     return order
 
 
-def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = False) -> dict[str, Any]:
-    """The arguments of SFTConfig, for Unsloth and plain TRL alike, without `output_dir`.
+def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, recompute: bool = False) -> dict[str, Any]:
+    """The arguments of SFTConfig except `output_dir`, the same for Unsloth and plain TRL.
 
-    `twice` says that activations are computed twice instead of kept.
+    `recompute` turns gradient checkpointing on (activations are computed twice instead of kept).
 
-    Whatever Unsloth gives another default than TRL is written out (unsloth 2026.10: 8-bit Adam, accumulation 2, batch
+    Every argument with a different default in Unsloth is set here (unsloth 2026.10: 8-bit Adam, accumulation 2, batch
     4, learning rate 5e-5, warm-up 0.1, weight decay 0.001, seed 3407 and more).
     """
     settings = job.settings
@@ -173,34 +173,36 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, twice: bool = Fa
         "optim": "adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused",
         "seed": job.random_seed,
         "data_seed": job.random_seed,
-        "full_determinism": not gpu,  # costs nothing on a CPU; on a GPU some kernels have no such version
+        "full_determinism": not gpu,  # free on a CPU; on a GPU some kernels have no deterministic version
         "bf16": hardware.precision == "bf16",
         "fp16": hardware.precision == "f16",
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
         "max_length": job.max_length,
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # rows are token ids and labels already
-        "packing": settings.packing,  # tells the collator; the rows are packed already (see `pack`)
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are already token ids and labels
+        "packing": settings.packing,  # for the collator; the rows are already packed (see `pack_rows`)
         "packing_strategy": "bfd",
         "padding_free": False,
-        "loss_type": "nll" if hardware.backend == "unsloth" else "chunked_nll",  # the latter: no logits of the prompt
-        "gradient_checkpointing": twice,
+        "loss_type": "nll"
+        if hardware.backend == "unsloth"
+        else "chunked_nll",  # chunked_nll computes no logits for the prompt
+        "gradient_checkpointing": recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         **FIXED_ARGUMENTS,
     }
 
 
 def split_batch(batch: int, micro: int) -> tuple[int, int]:
-    """Rows at once and how often gradients are summed: the most rows, at most `micro`, that divide `batch`."""
+    """Micro-batch size and gradient accumulation steps: the largest size, at most `micro`, that divides `batch`."""
     most = max(size for size in range(1, min(batch, micro) + 1) if batch % size == 0)
     return most, batch // most
 
 
 def rows_per_process(settings: Train, processes: int) -> int:
-    """The rows of a step that each of several processes takes; TapirError where they cannot be shared out."""
+    """The rows per step and process. Raises TapirError if the batch cannot be divided evenly."""
     if settings.batch_size % processes:
         raise TapirError(
-            f"a batch of {settings.batch_size} rows cannot be shared by {processes} processes",
+            f"a batch of {settings.batch_size} rows cannot be divided among {processes} processes",
             where="train.batch_size",
             fix=f"Make it a multiple of {processes}.",
         )
@@ -208,10 +210,10 @@ def rows_per_process(settings: Train, processes: int) -> int:
 
 
 def pack_rows(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> Any:
-    """A Dataset of rows laid one after another, best fit first, in as few of `max_length` tokens as will do.
+    """Pack rows into sequences of at most `max_length` tokens (best-fit decreasing) and return them as a Dataset.
 
-    Column `seq_lengths` says where each begins; TRL's collator counts positions from there, and transformers then lets
-    no row see another.
+    The column `seq_lengths` has the length of each row in a pack; TRL's collator restarts the positions there, and
+    transformers then masks attention between rows.
     """
     from datasets import Dataset
     from trl import pack_dataset

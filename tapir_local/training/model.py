@@ -1,4 +1,4 @@
-"""The student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers that are trained."""
+"""Load the student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers to train."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from tapir_local.memory import free_memory, size, visible_gpus
 from tapir_local.process import Unsupported
 from tapir_local.recipe.schema import Train
 
-# What an error says of memory that ran out: the CPU's allocator; CUDA itself and Triton; cuBLAS.
+# Texts of out-of-memory errors: the CPU's allocator; CUDA and Triton; cuBLAS.
 OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 SHAPE_KEYS = (
     "model_type",
@@ -33,9 +33,9 @@ SHAPE_KEYS = (
 class Hardware:
     """What the training runs on.
 
-    `device` is cpu or cuda, `backend` trl or unsloth, `precision` f32, bf16 or f16, and `free` the bytes of memory that
-    one process may fill, the GPU's where there is one, which has `total`. `processes` is how many train together under
-    a launcher.
+    `device` is cpu or cuda, `backend` is trl or unsloth, and `precision` is f32, bf16 or f16. `free` is the memory in
+    bytes that one process may use (of the GPU if there is one) and `total` is the GPU's memory. `processes` is the
+    number of processes that a launcher started.
     """
 
     device: str
@@ -47,29 +47,31 @@ class Hardware:
 
 
 def detect_hardware(settings: Train, say: Callable[[str], None]) -> Hardware:
-    """The hardware, and the libraries to use on it. Unsloth is imported here, before what it patches.
+    """Detect the hardware and choose the libraries. Unsloth is imported here, before the packages that it patches.
 
-    `say` is told where Unsloth is left out. TapirError when what is asked for cannot be had.
+    `say` receives the reason if Unsloth is not used. Raises TapirError if the settings cannot be met.
     """
     import torch
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.launcher and processes == 1:
-        say("train.launcher has started one process: `accelerate launch` starts several with --multi_gpu.")
+        say("train.launcher started only one process: `accelerate launch` starts several with --multi_gpu.")
     if not torch.cuda.is_available():
         refuse_gpu_settings(settings)
         report_unused_gpus(torch.__version__, say)
         precision = "bf16" if settings.precision == "bf16" else "f32"
         return Hardware("cpu", "trl", precision, free_memory() // processes, processes)
     if settings.method == "qlora" and not find_spec("bitsandbytes"):
-        fix = "pip install bitsandbytes, or tapir-local[gpu]."
+        fix = "Install it: pip install bitsandbytes, or pip install 'tapir-local[gpu]'."
         raise TapirError("train.method qlora needs bitsandbytes", where="train", fix=fix)
     best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f16"
     precision = best if settings.precision == "auto" else settings.precision
     if precision == "bf16" and best != "bf16":
-        raise TapirError("this GPU does not compute in bf16", where="train.precision", fix="Write f16, or auto.")
+        raise TapirError("this GPU does not support bf16", where="train.precision", fix="Set it to f16 or auto.")
     free, total = torch.cuda.mem_get_info(local_rank())
-    if torch.cuda.get_device_properties(local_rank()).is_integrated:  # it has main memory; CUDA counts caches as taken
+    if torch.cuda.get_device_properties(
+        local_rank()
+    ).is_integrated:  # it uses main memory, and CUDA counts caches as used
         free = max(free, free_memory())
     return Hardware(
         "cuda", choose_backend(settings, precision, processes, say), precision, int(free), processes, int(total)
@@ -77,12 +79,12 @@ def detect_hardware(settings: Train, say: Callable[[str], None]) -> Hardware:
 
 
 def local_rank() -> int:
-    """The number of this process's GPU under a launcher, 0 without one."""
+    """The number of this process's GPU under a launcher, else 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def refuse_gpu_settings(settings: Train) -> None:
-    """TapirError for what only a GPU can do."""
+    """Raise TapirError for settings that need a GPU."""
     wants = {
         "train.method qlora": settings.method == "qlora",
         "Unsloth": settings.backend == "unsloth",
@@ -90,77 +92,83 @@ def refuse_gpu_settings(settings: Train) -> None:
     }
     for what, wanted in wants.items():
         if wanted:
-            fix = "Leave it out: LoRA then trains in 32 bits."
-            raise TapirError(f"{what} needs a GPU, and torch sees none", where="train", fix=fix)
+            fix = "Remove the setting: LoRA then trains in 32 bits."
+            raise TapirError(f"{what} needs a GPU, but torch finds none", where="train", fix=fix)
 
 
 def report_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
-    """Say of GPUs that their driver lists and torch cannot use that the CPU trains instead."""
+    """Report GPUs that the driver lists but torch cannot use: training then runs on the CPU."""
     for card in visible_gpus()[:1]:
         say(
-            f"The driver lists {card.name}, but torch {torch_version} cannot use it: the CPU trains, far more slowly. "
-            "Install a CUDA build of torch for this driver and GPU; `tapir-local doctor` shows what torch finds."
+            f"The driver lists {card.name}, but torch {torch_version} cannot use it. Training runs on the "
+            "CPU, which is much slower. Install a CUDA build of torch for this driver and GPU; `tapir-local doctor` "
+            "shows what torch finds."
         )
 
 
 def choose_backend(settings: Train, precision: str, processes: int, say: Callable[[str], None]) -> str:
-    """`unsloth`, imported, or `trl`; where `auto` does without Unsloth on a GPU, it says why and goes on."""
+    """Import and return `unsloth`, or return `trl`; with `auto`, report why Unsloth is not used on a GPU."""
     if settings.backend == "trl":
         return "trl"
     why = unsloth_obstacle(settings, precision, processes) or import_failure("unsloth")
     if not why:
         return "unsloth"
     if settings.backend == "unsloth":
-        raise TapirError(f"Unsloth cannot be used: {why}", where="train.backend", fix="Mend that, or write `auto`.")
-    say(f"Training with plain TRL and PEFT, not with Unsloth: {why}.")
+        raise TapirError(
+            f"Unsloth cannot be used: {why}", where="train.backend", fix="Fix the cause, or set it to `auto`."
+        )
+    say(f"Training with TRL and PEFT instead of Unsloth: {why}.")
     return "trl"
 
 
 def import_failure(package: str) -> str:
-    """Import Unsloth, which patches trl, transformers and peft, so that it must come before them; why that failed, ""
-    where it did not. It looks at the driver, the GPU and a dozen packages, and raises what they raise."""
+    """Import Unsloth and return why that failed, "" if it did not.
+
+    Unsloth patches trl, transformers and peft, so it must be imported before them. It inspects the driver, the GPU and
+    a dozen packages, and passes on whatever they raise.
+    """
     try:
         import_module(package)
     except Exception as error:  # noqa: BLE001
         for name in [name for name in sys.modules if name.partition("_")[0].partition(".")[0] == package]:
             del sys.modules[name]
-        return f"it cannot be imported ({type(error).__name__}: {first_line(error)})"
+        return f"it cannot be imported ({type(error).__name__}: {first_error_line(error)})"
     return ""
 
 
 def first_error_line(error: BaseException) -> str:
-    """The first line of what an error says, or the name of its kind."""
+    """The first line of an error's message, or the name of its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of memory that ran out, the GPU's or main memory."""
+    """Whether an error means that GPU or main memory ran out."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_TEXTS)
 
 
 def unsloth_obstacle(settings: Train, precision: str, processes: int) -> str:
-    """Why Unsloth does not serve, "" where it does. What it makes of packed token rows was never tried, so it is not
-    given any."""
+    """Why Unsloth cannot be used, "" if it can. It is not used with packing, because its handling of packed token rows
+    is untested."""
     if not find_spec("unsloth"):
         return "it is not installed (pip install 'tapir-local[gpu]')"
     if processes > 1:
-        return "it trains on one GPU, and train.launcher started several processes"
+        return "it trains on one GPU, but train.launcher started several processes"
     if settings.packing:
-        return "train.packing goes through TRL"
-    return "it does not compute in f32" if precision == "f32" else ""
+        return "train.packing needs TRL"
+    return "it does not support f32" if precision == "f32" else ""
 
 
 def check_model_path(model: str, setting: str = "student.path") -> None:
-    """TapirError when `model` is a path that leads to no model; a Hub name passes. `setting` is the recipe's key."""
+    """Raise TapirError if `model` is a path without a model; a Hub name passes. `setting` is the recipe's key."""
     path = Path(model)
     if path.is_dir() and not (path / "config.json").exists():
         raise TapirError(
-            "this folder holds no model: config.json is missing",
+            "this folder contains no model: config.json is missing",
             where=model,
-            fix=f"Give {setting} a folder as transformers saves it.",
+            fix=f"Set {setting} to a model folder saved by transformers.",
         )
     if not path.is_dir() and (
         path.is_absolute() or path.exists() or model.startswith((".", "~")) or model.count("/") > 1
@@ -169,27 +177,27 @@ def check_model_path(model: str, setting: str = "student.path") -> None:
 
 
 def load_error(model: str, part: str, error: Exception, setting: str = "student.path") -> TapirError:
-    """What to say of a model that transformers cannot load: the first line of its reason."""
+    """The TapirError for a model that transformers cannot load, with the first line of the reason."""
     reason = first_error_line(error)
-    fix = f"Correct {setting}, or put the model on disk (`hf download NAME --local-dir FOLDER`) and name that folder."
-    if "tiktoken" in reason:  # what transformers 5 falls back on for a SentencePiece file that it cannot read
-        reason, fix = "its SentencePiece file needs two more packages to be read", "pip install sentencepiece protobuf"
+    fix = f"Correct {setting}, or download the model (`hf download NAME --local-dir FOLDER`) and set it to that folder."
+    if "tiktoken" in reason:  # transformers 5 falls back to it if it cannot read a SentencePiece file
+        reason, fix = "reading its SentencePiece file needs two more packages", "pip install sentencepiece protobuf"
     return TapirError(f"the {part} cannot be loaded: {reason}", where=model, fix=fix)
 
 
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer, with a padding token; TapirError without one, or without a chat template."""
+def load_tokenizer(model: str | Path) -> Any:
+    """The model's tokenizer with a padding token. Raises TapirError if it is missing or has no chat template."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise load_error(model, "tokenizer", error) from error
+        raise load_error(str(model), "tokenizer", error) from error
     try:
         tokenizer.get_chat_template()
     except ValueError as error:
-        raise TapirError("the tokenizer has no chat template", where=model, fix=NO_TEMPLATE) from error
-    if tokenizer.pad_token is None:  # padding is masked and not attended to, so any token will do
+        raise TapirError("the tokenizer has no chat template", where=str(model), fix=NO_TEMPLATE) from error
+    if tokenizer.pad_token is None:  # padding is masked, so any token works
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
@@ -197,9 +205,9 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     model: str, hardware: Hardware, *, method: str, max_length: int, seed: int, checkpointing: bool = False
 ) -> Any:
-    """The base; TapirError when transformers or Unsloth cannot load it, or the GPU has no room for it.
+    """Load the base model. Raises TapirError if transformers or Unsloth cannot load it or the GPU has no room for it.
 
-    Unsupported where Unsloth cannot load what transformers perhaps can.
+    Raises Unsupported if Unsloth cannot load a model that transformers might load.
     """
     try:
         if hardware.backend == "unsloth":
@@ -207,8 +215,8 @@ def load_model(
         return load_with_transformers(model, hardware, method)
     except Exception as error:
         if is_out_of_memory(error):
-            what = f"the model does not fit into the {size(hardware.free)} of memory that were free"
-            fix = "End what else is on the GPU, or write train.method: qlora."
+            what = f"the model does not fit into the {size(hardware.free)} of free memory"
+            fix = "Stop other programs that use the GPU, or set train.method to qlora."
             raise TapirError(what, where=model, fix=fix) from error
         if hardware.backend == "unsloth":
             raise unsloth_error(error, model, "load") from error
@@ -218,15 +226,16 @@ def load_model(
 
 
 def unsloth_error(error: Exception, model: str, work: str) -> Unsupported:
-    """What to say of a model that Unsloth cannot load or train, whatever it or a package below it has raised."""
-    what = f"Unsloth cannot {work} the model ({type(error).__name__}: {first_line(error)})"
-    return Unsupported(what, where=model, fix="Write train.backend: trl.")
+    """The error for a model that Unsloth cannot load or train, whatever it or a package below it raised."""
+    what = f"Unsloth cannot {work} the model ({type(error).__name__}: {first_error_line(error)})"
+    return Unsupported(what, where=model, fix="Set train.backend to trl.")
 
 
 def load_with_transformers(model: str, hardware: Hardware, method: str) -> Any:
-    """Through transformers, in the precision of the hardware; in 32 bits where all weights are trained.
+    """Load with transformers in the hardware's precision; in 32 bits if all weights are trained.
 
-    A step changes a weight by less than 16 bits can tell: they are computed with in 16 bits, and kept in 32.
+    A training step changes a weight by less than 16 bits can represent, so full fine-tuning computes in 16 bits but
+    keeps the weights in 32.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -244,7 +253,8 @@ def load_with_transformers(model: str, hardware: Hardware, method: str) -> Any:
 
 
 def attention_options(model: str) -> dict[str, Any]:
-    """`eager` where attention's scores are capped, as Gemma 2's are: transformers' other ways leave the cap out."""
+    """`eager` attention for models with capped attention scores (Gemma 2): transformers' other implementations ignore
+    the cap."""
     from transformers import AutoConfig
 
     capped = getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None)
@@ -254,7 +264,7 @@ def attention_options(model: str) -> dict[str, Any]:
 def load_with_unsloth(
     model: str, hardware: Hardware, method: str, max_length: int, seed: int, checkpointing: bool
 ) -> Any:
-    """Through Unsloth; the very model named, not the repository of its own that it would put in its place."""
+    """Load with Unsloth: exactly the named model, not the copy in Unsloth's own repository."""
     import torch
     from unsloth import FastLanguageModel
 
@@ -264,7 +274,9 @@ def load_with_unsloth(
         dtype=torch.bfloat16 if hardware.precision == "bf16" else torch.float16,
         load_in_4bit=method == "qlora",
         full_finetuning=method == "full",
-        float32_mixed_precision=True if method == "full" else None,  # weights in 32 bits, as in `load_plain`
+        float32_mixed_precision=True
+        if method == "full"
+        else None,  # weights in 32 bits, as in `load_with_transformers`
         use_gradient_checkpointing="unsloth" if checkpointing else False,
         use_exact_model_name=True,
         random_state=seed,
@@ -273,7 +285,8 @@ def load_with_unsloth(
 
 
 def max_positions(model: str) -> int | None:
-    """Tokens that a model was made for; None where its config does not tell. TapirError for a config that is none."""
+    """The maximum sequence length in the model's config, None if there is none. Raises TapirError if the config cannot
+    be read."""
     from transformers import AutoConfig
 
     try:
@@ -284,7 +297,7 @@ def max_positions(model: str) -> int | None:
 
 
 def linear_layer_names(model: Any) -> list[str]:
-    """Names of all linear layers but the head, as LoRA's `target_modules`."""
+    """Names of all linear layers except the output layer, for LoRA's `target_modules`."""
     from torch.nn import Linear
 
     head = model.get_output_embeddings()
@@ -298,15 +311,16 @@ def linear_layer_names(model: Any) -> list[str]:
 
 
 def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int, checkpointing: bool) -> Any:
-    """The model with fresh LoRA layers, drawn from `seed`; `shape` holds arguments of LoraConfig."""
+    """Add new LoRA layers, initialized from `seed`; `shape` holds arguments of LoraConfig."""
     if hardware.backend == "unsloth":
         from unsloth import FastLanguageModel
 
-        twice = "unsloth" if checkpointing else False
+        recompute = "unsloth" if checkpointing else False
+        options = {"use_gradient_checkpointing": recompute, "random_state": seed}
         try:
-            return FastLanguageModel.get_peft_model(model, **shape, use_gradient_checkpointing=twice, random_state=seed)
+            return FastLanguageModel.get_peft_model(model, **shape, **options)
         except Exception as error:
-            raise unsloth_error(error, "train", "put LoRA on") from error
+            raise unsloth_error(error, "train", "add LoRA to") from error
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -315,7 +329,7 @@ def add_lora(model: Any, shape: Mapping[str, Any], hardware: Hardware, seed: int
 
 
 def load_adapter_weights(model: Any, folder: Path, shape: Mapping[str, Any]) -> None:
-    """Put an earlier adapter's weights into the model's LoRA layers; TapirError when they do not fit."""
+    """Load an earlier adapter's weights into the model's LoRA layers. Raises TapirError if they do not fit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -323,46 +337,49 @@ def load_adapter_weights(model: Any, folder: Path, shape: Mapping[str, Any]) -> 
     try:
         found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
-    except RuntimeError as error:  # torch lists the mismatched sizes from its second line on
+    except RuntimeError as error:  # torch lists the mismatched sizes from the second line on
         wrong = str(error).splitlines()[1:2]
     if wrong:
         raise TapirError(
-            f"the earlier adapter is of another model: {wrong[0].strip()}",
+            f"the earlier adapter belongs to another model: {wrong[0].strip()}",
             where=str(folder),
-            fix="Go on with the student that it was trained on.",
+            fix="Continue with the student that it was trained on.",
         )
 
 
 def check_adapter_folder(folder: Path, fix: str) -> None:
-    """TapirError when `folder` does not hold what PEFT writes of an adapter."""
+    """Raise TapirError if `folder` does not contain a PEFT adapter."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise TapirError(f"this folder holds no adapter: {name} is missing", where=str(folder), fix=fix)
+            raise TapirError(f"this folder contains no adapter: {name} is missing", where=str(folder), fix=fix)
 
 
 def check_adapter_shape(folder: Path, shape: Mapping[str, Any]) -> None:
-    """TapirError when `folder` holds no adapter, or one of another rank, scale or choice of layers."""
+    """Raise TapirError if `folder` contains no adapter, or one of another rank, alpha or choice of layers."""
     check_adapter_folder(folder, "Train that round again: `tapir-local redo`.")
     had = orjson.loads((folder / "adapter_config.json").read_bytes())
     for key in ("r", "lora_alpha", "target_modules"):
         before, now = (sorted(value) if isinstance(value, list) else value for value in (had[key], shape[key]))
         if before != now:
-            fix = "Keep train.lora_rank, train.lora_alpha and the student through a run, or set train.start to `base`."
-            raise TapirError(f"the earlier adapter has {key} {before}, this training {now}", where=str(folder), fix=fix)
+            fix = (
+                "Keep train.lora_rank, train.lora_alpha and the student unchanged in a run, or set train.start to base."
+            )
+            what = f"the earlier adapter has {key} {before}, but this training has {now}"
+            raise TapirError(what, where=str(folder), fix=fix)
 
 
 def check_same_shape(folder: Path, base: Path) -> None:
-    """TapirError when `folder` holds no whole model, or one of another shape than the base."""
+    """Raise TapirError if `folder` contains no complete model, or one of another shape than the base."""
     config = folder / "config.json"
     if not config.exists():
-        what = "an adapter, not a whole model" if (folder / "adapter_config.json").exists() else "no model"
+        what = "an adapter, not a complete model" if (folder / "adapter_config.json").exists() else "no model"
         raise TapirError(
             f"the earlier training left {what}",
             where=str(folder),
-            fix="Keep train.method through a run, or set train.start to `base`.",
+            fix="Keep train.method unchanged in a run, or set train.start to base.",
         )
     before, now = (orjson.loads(path.read_bytes()) for path in (config, base / "config.json"))
     for key in SHAPE_KEYS:
         if before.get(key) != now.get(key):
-            what = f"the earlier model has {key} {before.get(key)}, the student {now.get(key)}"
-            raise TapirError(what, where=str(folder), fix="Go on with the student that it was trained on.")
+            what = f"the earlier model has {key} {before.get(key)}, but the student has {now.get(key)}"
+            raise TapirError(what, where=str(folder), fix="Continue with the student that it was trained on.")

@@ -1,4 +1,4 @@
-"""What is done at each step of a training: its line in the log, its progress, its checkpoint, a stop at a dead loss."""
+"""What happens at each training step: log entry, progress, checkpoint, and a stop if the loss is not finite."""
 
 import os
 import time
@@ -14,80 +14,79 @@ from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import RowOrder, TrainJob
 from tapir_local.training.model import Hardware
 
-IN_A_NEW_RUN = "in a new run (--name): the store keeps what was paid for"
-
 
 def training_callback(
-    course: TrainingState, job: TrainJob, hardware: Hardware, order: RowOrder, progress: Progress
+    training: TrainingState, job: TrainJob, hardware: Hardware, order: RowOrder, progress: Progress
 ) -> Any:
-    """A callback of the Trainer that keeps the log, passes steps on as progress, and makes checkpoints."""
+    """A Trainer callback that keeps the log, reports progress and requests checkpoints."""
     from transformers import TrainerCallback
 
     processes = hardware.processes
 
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoints.start_clock(course)
+        checkpoints.start_clock(training)
 
     def on_epoch_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         order.epoch = int(state.epoch or 0)
 
     def on_log(self: Any, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if "loss" in logs:  # the summary at the end has none
+        if "loss" in logs:  # the final summary has none
             refuse_nonfinite_step(state.global_step, logs, job, hardware.precision)
-            course.log.append(log_entry(course, state, logs, args.per_device_train_batch_size))
+            training.log.append(log_entry(training, state, logs, args.per_device_train_batch_size))
             progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step < state.max_steps and checkpoints.is_checkpoint_due(course, processes):
+        if state.global_step < state.max_steps and checkpoints.is_checkpoint_due(training, processes):
             control.should_save = True
 
     def on_save(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         args.distributed_state.wait_for_everyone()
         if is_main_process():
-            checkpoints.complete_checkpoint(course, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoints.complete_checkpoint(training, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     hooks = (on_train_begin, on_epoch_begin, on_log, on_step_end, on_save)
     return type("Watcher", (TrainerCallback,), {hook.__name__: hook for hook in hooks})()
 
 
 def refuse_nonfinite_step(step: int, logs: Mapping[str, float], job: TrainJob, precision: str) -> None:
-    """TapirError where the loss or the gradient of a step is no number, before a checkpoint keeps what came of it.
+    """Raise TapirError if the loss or gradient of a step is not finite, before a checkpoint saves the result.
 
-    In f16 a gradient may overflow: the step is then left out, and the scale lowered.
+    In f16 a gradient may overflow: the step is then skipped and the loss scale lowered.
     """
     names = {"loss": "the loss", **({} if precision == "f16" else {"grad_norm": "the gradient"})}
     dead = [what for name, what in names.items() if not isfinite(logs.get(name) or 0)]
     if dead:
-        what = f"{dead[0]} is no longer a number at step {step}"
-        raise TapirError(f"{what}: the training came to nothing", where="train", fix=divergence_advice(job, precision))
+        what = f"{dead[0]} is not a finite number at step {step}"
+        raise TapirError(f"{what}: the training diverged", where="train", fix=divergence_advice(job, precision))
 
 
 def refuse_nonfinite_weights(model: Any, job: TrainJob, precision: str) -> None:
-    """TapirError where a trained weight is no number."""
+    """Raise TapirError if a trained weight is not finite."""
     import torch
 
     trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     dead = [name for name, weight in trained if not bool(torch.isfinite(weight).all())]
     if dead:
-        what = f"{len(dead):,} of the trained weights' tensors hold values that are no numbers, {dead[0]} the first"
+        what = f"{len(dead):,} of the trained tensors contain values that are not finite, the first is {dead[0]}"
         raise TapirError(what, where="train", fix=divergence_advice(job, precision))
 
 
 def divergence_advice(job: TrainJob, precision: str) -> str:
-    """What to do about a training that has diverged."""
+    """What to do about a training that diverged."""
     rate = job.settings.learning_rate
-    wider = "" if precision == "f32" else f", or train.precision above {precision}"
+    wider = "" if precision == "f32" else f", or a higher train.precision than {precision}"
     return (
-        f"Set a lower train.learning_rate ({rate:g} now; try {rate / 10:g}), a higher train.warmup{wider}, {NEW_RUN}. "
-        "Where the rate is not to blame, look for what is odd in the round's train.jsonl."
+        f"Set a lower train.learning_rate ({rate:g} now; try {rate / 10:g}), a higher train.warmup{wider}, "
+        "in a new run (--name): the store keeps all paid answers. If the rate is not the cause, look for unusual rows "
+        "in the round's train.jsonl."
     )
 
 
-def log_entry(course: TrainingState, state: Any, logs: Mapping[str, float], micro: int) -> dict[str, Any]:
-    """A step for the log. `tokens` and `seconds` are counted from the beginning of the training, `tokens_per_second`
-    from the step before; memory is in bytes."""
-    tokens, seconds = int(state.num_input_tokens_seen), time.monotonic() - course.began
-    last = course.log[-1] if course.log else {"tokens": 0, "seconds": 0.0}
+def log_entry(training: TrainingState, state: Any, logs: Mapping[str, float], micro: int) -> dict[str, Any]:
+    """The log entry of a step. `tokens` and `seconds` count from the start of the training, `tokens_per_second` from
+    the step before; memory is in bytes."""
+    tokens, seconds = int(state.num_input_tokens_seen), time.monotonic() - training.began
+    last = training.log[-1] if training.log else {"tokens": 0, "seconds": 0.0}
     return {
         "step": state.global_step,
         **{key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm", "epoch")},
@@ -100,13 +99,13 @@ def log_entry(course: TrainingState, state: Any, logs: Mapping[str, float], micr
 
 
 def is_main_process() -> bool:
-    """Whether this process is alone, or the first of those that a launcher has started."""
+    """Whether this is the only process, or the first of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory() -> dict[str, int]:
-    """`peak_memory`, the most bytes that this process has held: of the GPU where there is one, and then in
-    `peak_reserved` with what torch keeps of it for reuse."""
+    """`peak_memory`: the most bytes that this process used, on the GPU if there is one; `peak_reserved` then adds what
+    torch keeps for reuse."""
     import resource
 
     import torch

@@ -1,4 +1,4 @@
-"""The student's folder for a run: its own, or a view of it with another chat template."""
+"""The student's model folder for a run: its own folder, or a view of it with another chat template."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tapir_local.rundir import RunDir, remove, whole, write_json
 
 
 def original_folder(recipe: Recipe, run: RunDir) -> Path:
-    """The student's own folder; one from the Hub at the commit that the run noted in run.json when it began."""
+    """The student's own folder; for one from the Hub, at the commit recorded in run.json when the run started."""
     noted = run.record().get("student", {})
     if noted.get("path") == recipe.student.path:
         return from_hub(recipe.student.path, noted["revision"], complete=True)
@@ -16,10 +16,10 @@ def original_folder(recipe: Recipe, run: RunDir) -> Path:
 
 
 def prepare_student_folder(recipe: Recipe, run: RunDir) -> Path:
-    """The student's folder for a run that this process holds, settled until the run ends.
+    """Fix the student's folder for the run. The calling process must hold the run's lock.
 
-    The commit of one from the Hub is noted in run.json. Until round 0 is trained, a view is made again, with the chat
-    template as it is now.
+    The commit of a Hub model is recorded in run.json. Until round 0 is trained, a view is made again with the current
+    chat template.
     """
     model, named = original_folder(recipe, run), recipe.student.path
     if named != "pocket" and not Path(named).is_dir() and run.record().get("student", {}).get("path") != named:
@@ -30,10 +30,11 @@ def prepare_student_folder(recipe: Recipe, run: RunDir) -> Path:
 
 
 def student_folder(recipe: Recipe, run: RunDir) -> Path:
-    """The student as it is trained, exported and compared: its own folder or, with another chat template, a run's view.
+    """The folder that is trained, exported and compared: the student's own or, with another chat template, the run's
+    view.
 
-    The view is links to the student's files, and the template as it was at the run's first training, so that neither
-    a student that others use is changed, nor a run in its midst.
+    The view consists of links to the student's files and the template as it was at the run's first training. So neither
+    a student that other runs use nor a run in progress is changed.
     """
     if recipe.student.chat_template is None:
         return original_folder(recipe, run)
@@ -44,7 +45,7 @@ def student_folder(recipe: Recipe, run: RunDir) -> Path:
 
 
 def student_view_path(recipe: Recipe, run: RunDir) -> Path:
-    """Where a run's view of its student is."""
+    """Path of a run's view of its student."""
     return run.path / "student" / (Path(recipe.student.path).name or "student")
 
 

@@ -1,6 +1,6 @@
-"""Fine-tuning of the student, in its own process: Unsloth on a GPU, plain TRL and PEFT elsewhere.
+"""Fine-tune the student in its own process: with Unsloth on a GPU, otherwise with TRL and PEFT.
 
-`python -m tapir_local.training.train FOLDER` does the TrainJob in FOLDER/job.json.
+`python -m tapir_local.training.train FOLDER` runs the TrainJob in FOLDER/job.json.
 """
 
 import os
@@ -63,8 +63,6 @@ from tapir_local.training.model import (
 from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
 from tapir_local.unusable import commonest, refuse_too_many
 
-__all__ = ["TrainJob", "train"]
-
 VERSIONED_LIBRARIES = (
     "torch",
     "transformers",
@@ -82,13 +80,13 @@ TOKENIZER_SUFFIXES = {
     ".jinja",
     ".model",
     ".txt",
-}  # what a model's folder holds beside its weights: its tokenizer
-MEMORY_ADVICE = "Lower student.max_length, set train.gradient_checkpointing, or write train.method: qlora."
+}  # of the tokenizer's files in a model's folder
+MEMORY_ADVICE = "Lower student.max_length, set train.gradient_checkpointing to true, or set train.method to qlora."
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training starts from: the rows as a Dataset, and the arguments of SFTConfig less `output_dir`."""
+    """What a training starts from: the rows as a Dataset, and the arguments of SFTConfig except `output_dir`."""
 
     job: TrainJob
     hardware: Hardware
@@ -102,47 +100,49 @@ def run_training(
     progress: Progress | None = None,
     say: Callable[[str], None] = say_on_stderr,
 ) -> None:
-    """Run the job in a process of its own, which leaves job.json and train.log in `folder`, and checkpoints on its way.
+    """Train in a separate process, which leaves job.json, train.log and checkpoints in `folder`.
 
-    Cut anywhere, the same call goes on from the last checkpoint. Where the memory runs out it goes on with fewer rows
-    at once, and says so; where the process was killed, which is how the kernel takes memory back, it does so once.
-    `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
+    After an interruption, the same call resumes from the last checkpoint. If memory runs out, the training resumes with
+    a smaller micro-batch and reports it; if the process was killed, which is how the kernel reclaims memory, this is
+    tried once. `progress` receives (steps done, total steps, loss). Raises TapirError as `train_student` does, or if
+    the process died.
     """
     launcher, killed = shlex.split(job.settings.launcher or ""), False
     while True:
         try:
-            in_own_process("tapir_local.training.train", job, folder, progress, say, launcher)
+            in_own_process(training_main, job, folder, progress, say, launcher)
         except OutOfMemory as error:
             smaller = with_smaller_batch(job)
             if smaller is None or (killed and isinstance(error, Killed)):
                 raise
             killed, job = isinstance(error, Killed), smaller
-            say(f"{error.what}; it goes on with {job.micro} rows at once, and as many to a step as before.")
+            same = "the batch size per step stays the same"
+            say(f"{error.what}; training resumes with a micro-batch of {job.micro}, {same}.")
         except Unsupported as error:
             if job.settings.backend != "auto":
                 raise
             job = replace(job, settings=job.settings.model_copy(update={"backend": "trl"}))
-            say(f"Training with plain TRL and PEFT, not with Unsloth: {error.what}.")
+            say(f"Training with TRL and PEFT instead of Unsloth: {error.what}.")
         else:
             return
 
 
 def with_smaller_batch(job: TrainJob) -> TrainJob | None:
-    """The job with half as many rows in memory at once, or fewer; None where there is but one."""
+    """The job with half the micro-batch size or less; None if it is already 1."""
     batch = job.settings.batch_size
     micro, _ = split_batch(batch, job.micro or job.settings.micro_batch_size)
     return None if micro == 1 else replace(job, micro=split_batch(batch, micro // 2)[0])
 
 
 def training_main(folder: Path, progress: Progress) -> None:
-    """The child's side of `train`: the environment first, since the libraries read it when they are imported."""
+    """Run the job in `folder`: the entry point of the training process."""
     job = read_record(TrainJob, folder / "job.json")
-    os.environ.update({**training_environment(job.model), **one_gpu()})
+    os.environ.update({**training_environment(job.model), **one_gpu()})  # before the libraries are imported
     train_student(job, progress, folder)
 
 
 def training_environment(model: str) -> dict[str, str]:
-    """Variables for a training process: nothing is sent anywhere, nor asked for where the model is a folder."""
+    """Environment variables for a training process: no telemetry, and no Hub access if the model is a folder."""
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
     return quiet | offline
@@ -151,47 +151,47 @@ def training_environment(model: str) -> dict[str, str]:
 def train_student(
     job: TrainJob, progress: Progress = lambda done, total, note: None, folder: Path | None = None
 ) -> None:
-    """Train and write what was trained; TapirError when model, template, rows or earlier adapter do not serve.
+    """Train and write the result. Raises TapirError if the model, template, rows or earlier adapter cannot be used.
 
-    Checkpoints are made in `folder`, where one is named, and gone on from. Of several processes that a launcher has
-    started, the first writes.
+    Checkpoints are saved in `folder`, if given, and resumed from. With several processes started by a launcher, the
+    first one writes.
     """
     examples = read_rows(Example, job.rows)
     if not examples:
-        raise TapirError("no rows to train on", where=str(job.rows), fix="Make them again: `tapir-local redo`.")
+        raise TapirError("no rows to train on", where=str(job.rows), fix="Create them again with `tapir-local redo`.")
     check_model_path(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
-        os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # otherwise generated code is written to the current folder
         hardware = detect_hardware(job.settings, partial(remark, progress))
         tokenizer = load_tokenizer(job.model)
         job = limit_row_length(job, partial(remark, progress))
         tokens = check_trainable(token_rows(examples, tokenizer, job.max_length), job, folder)
         setup = set_up_training(job, hardware, tokens, partial(remark, progress))
-        course = start_or_resume(setup, tokens, folder)
+        training = start_or_resume(setup, tokens, folder)
         model, shape = load_student(setup)
-        fit_student(model, tokenizer, setup, course, Path(scratch), progress)
+        fit_student(model, tokenizer, setup, training, Path(scratch), progress)
         refuse_nonfinite_weights(model, job, hardware.precision)
     if is_main_process():
-        end = {"seconds": time.monotonic() - course.began, **peak_memory()}
-        save_trained(job, model, resolved_settings(setup, shape, tokens), [*course.log, end])
+        end = {"seconds": time.monotonic() - training.began, **peak_memory()}
+        save_trained(job, model, resolved_settings(setup, shape, tokens), [*training.log, end])
         if folder:
             checkpoints.delete_checkpoints(folder)
-    progress(len(course.log), len(course.log), f"loss {course.log[-1]['loss']:.3f}, {tokens}")
+    progress(len(training.log), len(training.log), f"loss {training.log[-1]['loss']:.3f}, {tokens}")
 
 
 def limit_row_length(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
-    """The job with rows no longer than the model was made for: beyond that Unsloth would stretch its positions, which
-    neither the GGUF nor plain transformers does."""
+    """Limit rows to the length the model was made for. Unsloth would stretch the positions of longer ones; neither the
+    GGUF nor plain transformers does."""
     most = max_positions(job.model)
     if most is None or job.max_length <= most:
         return job
-    asked = f"student.max_length is {job.max_length:,}"
-    say(f"The student was made for {most:,} tokens: longer rows are left out ({asked}).")
+    setting = f"student.max_length is {job.max_length:,}"
+    say(f"The student supports {most:,} tokens: longer rows are left out ({setting}).")
     return replace(job, max_length=most)
 
 
 def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
-    """The rows; those left out are recorded in `folder`. TapirError where none is left, or too few."""
+    """The rows; those left out are recorded in `folder`. Raises TapirError if none or too few are left."""
     if folder and is_main_process():
         remove(folder / LEFT_OUT_FILE)
         if tokens.left_out:
@@ -201,8 +201,8 @@ def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> To
         raise TapirError(
             f"no row is left to train on: {commonest(tokens.left_out)}. The first: {first.id} ({first.reason})",
             where=str(job.rows),
-            fix=f"Raise student.max_length ({job.max_length} now) for rows that are too long; for refused ones, set "
-            "student.chat_template to a template that takes them.",
+            fix=f"Raise student.max_length ({job.max_length} now) if rows are too long; if rows are refused, set "
+            "student.chat_template to a template that accepts them.",
         )
     total = len(tokens.rows) + len(tokens.left_out)
     refuse_too_many(tokens.left_out, total, job.unusable, str(job.rows))
@@ -210,42 +210,44 @@ def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> To
 
 
 def set_up_training(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: Callable[[str], None]) -> TrainingSetup:
-    """All that is settled before the model is loaded; TapirError where memory or disk will not do."""
+    """Decide everything that does not need the model. Raises TapirError if memory or disk space is too small."""
     from datasets import Dataset
 
     dataset = pack_rows(tokens.rows, job.max_length) if job.settings.packing else Dataset.from_list(tokens.rows)
     arguments = sft_arguments(job, hardware, len(dataset))
     longest = job.max_length if job.settings.packing else max(len(row["input_ids"]) for row in tokens.rows)
     needs = estimate_memory(job.model, job.settings, hardware, arguments["per_device_train_batch_size"] * longest)
-    twice = arguments["gradient_checkpointing"] = use_gradient_checkpointing(job.settings, hardware, needs)
+    recompute = arguments["gradient_checkpointing"] = use_gradient_checkpointing(job.settings, hardware, needs)
     if needs and is_main_process():
-        check_training_memory(needs, job.settings, hardware, twice, say)
-        kept = 2 * needs.state if job.settings.checkpoint_minutes else 0  # the one before is deleted after the next
+        check_training_memory(needs, job.settings, hardware, recompute, say)
+        kept = (
+            2 * needs.state if job.settings.checkpoint_minutes else 0
+        )  # a checkpoint is deleted after the next one is saved
         trained = needs.weights if job.settings.method == "full" else needs.state
-        check_disk(job.out, kept + trained, "what is trained and its checkpoints")
+        check_disk(job.out, kept + trained, "the trained weights and their checkpoints")
     return TrainingSetup(job, hardware, dataset, arguments)
 
 
 def start_or_resume(setup: TrainingSetup, tokens: TokenRows, folder: Path | None) -> TrainingState:
-    """The course, from its beginning or from the last checkpoint of the same job; all others are deleted."""
+    """A new training state, or the one of the job's last checkpoint; all other checkpoints are deleted."""
     job = setup.job
     if folder is None:
         return TrainingState()
     digest = checkpoints.job_digest(job, setup.hardware, tokens, setup.arguments, library_versions())
-    course = TrainingState(digest, folder, job.settings.checkpoint_minutes)
+    training = TrainingState(digest, folder, job.settings.checkpoint_minutes)
     last = checkpoints.latest_checkpoint(folder, digest)
     if last:
-        checkpoints.restore_state(course, last)
+        checkpoints.restore_state(training, last)
     if is_main_process():
         checkpoints.delete_checkpoints(folder, but=last)
-    return course
+    return training
 
 
 def load_student(setup: TrainingSetup) -> tuple[Any, dict[str, Any]]:
-    """The model to be trained, with its LoRA layers and from an earlier training if any; the arguments of LoraConfig,
-    {} where all weights are trained."""
+    """Load the model to train, with its LoRA layers and an earlier training's weights if any. Also returns the
+    arguments of LoraConfig, {} for full fine-tuning."""
     job, hardware = setup.job, setup.hardware
-    settings, twice = job.settings, setup.arguments["gradient_checkpointing"]
+    settings, recompute = job.settings, setup.arguments["gradient_checkpointing"]
     full = settings.method == "full"
     if full and job.adapter_from:
         check_same_shape(job.adapter_from, model_folder(job.model))
@@ -255,52 +257,53 @@ def load_student(setup: TrainingSetup) -> tuple[Any, dict[str, Any]]:
         method=settings.method,
         max_length=job.max_length,
         seed=job.random_seed,
-        checkpointing=twice,
+        checkpointing=recompute,
     )
     if full:
         return model, {}
     lora = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
     shape = {**lora, "bias": "none", "target_modules": linear_layer_names(model)}
-    model = add_lora(model, shape, hardware, job.random_seed, twice)
+    model = add_lora(model, shape, hardware, job.random_seed, recompute)
     if job.adapter_from:
         load_adapter_weights(model, job.adapter_from, shape)
     return model, shape
 
 
 def fit_student(
-    model: Any, tokenizer: Any, setup: TrainingSetup, course: TrainingState, scratch: Path, progress: Progress
+    model: Any, tokenizer: Any, setup: TrainingSetup, training: TrainingState, scratch: Path, progress: Progress
 ) -> None:
-    """Train to the end, one entry in the course's log for each step. OutOfMemory when the memory runs out, Unsupported
-    where Unsloth fails before the first step has ended."""
+    """Train to the end, with one log entry per step.
+
+    Raises OutOfMemory if memory runs out, and Unsupported if Unsloth fails before the first step is done.
+    """
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    job, output = setup.job, course.folder or scratch
-    last = checkpoints.latest_checkpoint(output, course.job) if course.resumed else None
+    job, output = setup.job, training.folder or scratch
+    last = checkpoints.latest_checkpoint(output, training.job) if training.resumed else None
     micro = setup.arguments["per_device_train_batch_size"]
     try:
         arguments = SFTConfig(**setup.arguments, output_dir=str(output))
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # else each batch goes to all visible GPUs, and is so much larger
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise DataParallel multiplies the batch by the number of GPUs
         order = RowOrder([*map(len, setup.dataset["input_ids"])], job.settings.batch_size, job.random_seed)
         ordered = type("Trainer", (SFTTrainer,), {"_get_train_sampler": lambda self, rows=None: order})
         trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(training_callback(course, job, setup.hardware, order, progress))
+        trainer.add_callback(training_callback(training, job, setup.hardware, order, progress))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except TapirError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"the memory ran out with {micro} rows at once", where="train", fix=MEMORY_ADVICE
-            ) from error
-        if setup.hardware.backend == "unsloth" and not course.log:
+            what = f"memory ran out with a micro-batch of {micro}"
+            raise OutOfMemory(what, where="train", fix=MEMORY_ADVICE) from error
+        if setup.hardware.backend == "unsloth" and not training.log:
             raise unsloth_error(error, job.model, "train") from error
         raise
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what is learned."""
+    """Versions of the libraries that affect training."""
     found = {}
     for name in VERSIONED_LIBRARIES:
         try:
@@ -311,7 +314,7 @@ def library_versions() -> dict[str, str]:
 
 
 def resolved_settings(setup: TrainingSetup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[str, Any]:
-    """What was made of the settings: for resolved.json."""
+    """The effective settings, for resolved.json."""
     job, hardware = setup.job, setup.hardware
     micro = setup.arguments["per_device_train_batch_size"]
     return {
@@ -330,17 +333,18 @@ def resolved_settings(setup: TrainingSetup, shape: Mapping[str, Any], tokens: To
 
 
 def save_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """The folder of what was trained: the adapter, or the whole model with its tokenizer; beside it resolved.json and
-    train_log.jsonl."""
+    """Write the adapter, or the whole model with its tokenizer, together with resolved.json and train_log.jsonl."""
     with whole(job.out) as partial:
         model.save_pretrained(partial)
         if job.settings.method == "full":
             copy_tokenizer_files(model_folder(job.model), partial)
         else:
             config = orjson.loads((partial / "adapter_config.json").read_bytes())
-            config["target_modules"] = settled["lora"]["target_modules"]  # PEFT writes a set, Unsloth a regex
+            config["target_modules"] = settled["lora"][
+                "target_modules"
+            ]  # PEFT writes them in no fixed order, Unsloth as a regex
             write_json(partial / "adapter_config.json", config)
-        (partial / "README.md").unlink(missing_ok=True)  # an empty form, and the run has its own card
+        (partial / "README.md").unlink(missing_ok=True)  # an empty model card; the run writes its own
         write_json(partial / "resolved.json", settled)
         (partial / "train_log.jsonl").write_bytes(
             b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in log)
@@ -348,7 +352,7 @@ def save_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Seq
 
 
 def copy_tokenizer_files(model: Path, out: Path) -> None:
-    """The student's tokenizer and template, as they are, beside its trained weights: a whole model."""
+    """Copy the student's tokenizer and template files to its trained weights, which makes a complete model."""
     for file in model.iterdir():
         if (
             file.suffix in TOKENIZER_SUFFIXES

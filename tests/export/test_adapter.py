@@ -1,4 +1,4 @@
-"""A LoRA adapter alone as a GGUF: over its base's GGUF it is the trained model, and over another's it is refused."""
+"""A LoRA adapter exported by itself: on its base GGUF it equals the trained model; on another base it is refused."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from conftest import Student
 from models import largest_difference, make_adapter, make_model
 
-from tapir_local.commands import main as cli
+import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateReport, verify_gguf
+from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
 from tapir_local.records import Example, Message
 
 ROWS = [
@@ -32,7 +32,7 @@ def bases(students, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_over_its_base_it_is_the_trained_model(students, bases, tmp_path: Path, family: str) -> None:
+def test_on_its_base_an_adapter_equals_the_trained_model(students, bases, tmp_path: Path, family: str) -> None:
     student, lora = students[family], tmp_path / "lora.gguf"
     export_adapter(student.model, student.adapter, lora)
     assert largest_difference(student.model, student.adapter, bases[family], lora) < 1e-4
@@ -62,31 +62,31 @@ def test_half_the_size_in_f16(llama: Student, bases, tmp_path: Path) -> None:
     assert largest_difference(llama.model, llama.adapter, bases["llama"], tmp_path / "f16") < 0.02
 
 
-def passage(student: Student, base: Path, lora: Path, adapter: Path | None = None) -> GateReport:
-    return verify_gguf(student.model, adapter or student.adapter, base, ROWS, min_agreement=0.9, adapter_gguf=lora)
+def gate_report(student: Student, base: Path, lora: Path, adapter: Path | None = None) -> GateReport:
+    return verify_gguf(student.model, adapter or student.adapter, base, ROWS, adapter_gguf=lora, limits=GateLimits(0.9))
 
 
 def test_the_gate_compares_both_together(llama: Student, bases, tmp_path: Path) -> None:
     export_adapter(llama.model, llama.adapter, tmp_path / "lora.gguf")
-    assert passage(llama, bases["llama"], tmp_path / "lora.gguf").passed
+    assert gate_report(llama, bases["llama"], tmp_path / "lora.gguf").passed
 
 
 def test_a_swapped_adapter_is_caught(llama: Student, bases, tmp_path: Path) -> None:
     other = make_adapter(llama.model, tmp_path / "other", seed=9)
     export_adapter(llama.model, other, tmp_path / "lora.gguf")
-    assert {"logits", "adapter"} <= set(passage(llama, bases["llama"], tmp_path / "lora.gguf").failed)
+    assert {"logits", "adapter"} <= set(gate_report(llama, bases["llama"], tmp_path / "lora.gguf").failed)
 
 
-def test_an_adapter_over_another_base_is_an_error(students, bases, tmp_path: Path) -> None:
+def test_an_adapter_on_another_base_is_an_error(students, bases, tmp_path: Path) -> None:
     student = students["qwen2"]
     export_adapter(student.model, student.adapter, tmp_path / "lora.gguf")
     with pytest.raises(TapirError, match="cannot load the adapter over this model"):
-        passage(student, bases["llama"], tmp_path / "lora.gguf")
+        gate_report(student, bases["llama"], tmp_path / "lora.gguf")
 
 
 def test_a_missing_adapter_gguf_is_an_error(llama: Student, bases, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="the adapter is missing"):
-        passage(llama, bases["llama"], tmp_path / "none.gguf")
+        gate_report(llama, bases["llama"], tmp_path / "none.gguf")
 
 
 # --- adapters that cannot be written
@@ -101,14 +101,14 @@ def refused(model: Path, adapter: Path, out: Path, words: str) -> None:
 
 def test_an_adapter_of_another_shape(llama: Student, tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", hidden_size=96)
-    refused(wider, llama.adapter, tmp_path / "out.gguf", "fits no weight of the base model")
+    refused(wider, llama.adapter, tmp_path / "out.gguf", "does not match a weight of the base model")
 
 
 def test_an_adapter_of_another_rank_than_it_says(llama: Student, tmp_path: Path) -> None:
     shutil.copytree(llama.adapter, tmp_path / "lora")
     config = tmp_path / "lora/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 8}))
-    refused(llama.model, tmp_path / "lora", tmp_path / "out.gguf", "has rank 4, its adapter_config.json says 8")
+    refused(llama.model, tmp_path / "lora", tmp_path / "out.gguf", "has rank 4, but its adapter_config.json says 8")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -125,22 +125,22 @@ def run(*words: object) -> str:
     return CliRunner().invoke(cli.cli, ["export", *map(str, words)], catch_exceptions=False).stderr
 
 
-def test_the_command_checks_it_over_the_base(llama: Student, bases, tmp_path: Path) -> None:
+def test_the_command_verifies_it_on_the_base(llama: Student, bases, tmp_path: Path) -> None:
     out = tmp_path / "lora.gguf"
     said = run(llama.model, out, "--adapter", llama.adapter, "--adapter-only", "--base", bases["llama"])
-    assert "texts have the same token ids" in said
+    assert "texts tokenised alike" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.gguf", "lora.gguf.gate.json"]
 
 
-def test_the_command_wants_a_base_or_no_gate(llama: Student, tmp_path: Path) -> None:
+def test_the_command_requires_a_base_or_no_gate(llama: Student, tmp_path: Path) -> None:
     out = tmp_path / "lora.gguf"
-    with pytest.raises(TapirError, match="checked over its base as a GGUF"):
+    with pytest.raises(TapirError, match="verified on its base GGUF"):
         run(llama.model, out, "--adapter", llama.adapter, "--adapter-only")
     assert not out.exists()
     run(llama.model, out, "--adapter", llama.adapter, "--adapter-only", "--no-gate")
     assert out.exists()
 
 
-def test_the_command_wants_an_adapter(llama: Student, tmp_path: Path) -> None:
-    with pytest.raises(TapirError, match="no adapter to write"):
+def test_the_command_requires_an_adapter(llama: Student, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="no adapter to export"):
         run(llama.model, tmp_path / "lora.gguf", "--adapter-only")

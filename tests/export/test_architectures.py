@@ -1,4 +1,4 @@
-"""Every family of students on its whole way: base, a few steps of LoRA, export merged and apart, gate, generation."""
+"""Every architecture from end to end: base, a few steps of LoRA, merged and separate export, gate, generation."""
 
 import shutil
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from spm import GEMMA
 
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateReport, verify_gguf
-from tapir_local.inference.config import GenerationConfig
+from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
 from tapir_local.inference.generate import generate
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
 from tapir_local.rundir import write_rows
+from tapir_local.training.job import TrainJob
 from tapir_local.training.model import Hardware, load_model
-from tapir_local.training.train import TrainJob, train_student
+from tapir_local.training.train import train_student
 
 LLAMA2_TOKENIZER = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7b-lab"
 ROWS = [
@@ -83,7 +83,7 @@ def train(model: Path, folder: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Callable[[str], Trained]:
-    """A family's student, trained when it is first asked for."""
+    """An architecture's student, trained when it is first requested."""
     known: dict[str, Trained] = {}
 
     def student(name: str) -> Trained:
@@ -96,36 +96,34 @@ def made(tmp_path_factory) -> Callable[[str], Trained]:
     return student
 
 
-def passage(student: Trained, gguf: Path, lora: Path | None = None) -> GateReport:
-    return verify_gguf(student.model, student.adapter, gguf, ROWS, min_agreement=0.9, adapter_gguf=lora)
+def gate_report(student: Trained, gguf: Path, lora: Path | None = None) -> GateReport:
+    return verify_gguf(student.model, student.adapter, gguf, ROWS, adapter_gguf=lora, limits=GateLimits(0.9))
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_merged(made, tmp_path: Path, name: str) -> None:
-    """In eight bits past the gate, and answers in batches are the gate's own kind: greedy, one for each prompt."""
+    """It passes the gate in q8_0, and answers in batches equal single greedy answers."""
     student, gguf = made(name), tmp_path / "student.gguf"
     export_gguf(student.model, gguf, adapter=student.adapter, quant="q8_0")
-    report = passage(student, gguf)
+    report = gate_report(student, gguf)
     assert report.passed, report
     assert report.probes == 632
-    found = generate(gguf, [row.prompt for row in ROWS], GenerationConfig(max_tokens=12, context=256, parallel=8))
+    found = generate(gguf, [row.prompt for row in ROWS], max_tokens=12, context=256, parallel=8)
     assert len(found) == len(ROWS)
     assert any(completion.text for completion in found)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_adapter_alone(made, tmp_path: Path, name: str) -> None:
-    """Over the base's GGUF in f32 its logits are those of transformers and PEFT; over eight bits it passes too."""
+    """On the f32 base GGUF its logits equal those of transformers and PEFT; on q8_0 it passes too."""
     student, lora = made(name), tmp_path / "lora.gguf"
     export_adapter(student.model, student.adapter, lora)
     for quant in ("f32", "q8_0"):
         export_gguf(student.model, tmp_path / quant, adapter=None, quant=quant)
-        report = passage(student, tmp_path / quant, lora)
+        report = gate_report(student, tmp_path / quant, lora)
         assert report.passed, report
     assert lora.stat().st_size < (tmp_path / "f32").stat().st_size / 2
-    found = generate(
-        tmp_path / "q8_0", [row.prompt for row in ROWS], GenerationConfig(max_tokens=12, context=256), adapter=lora
-    )
+    found = generate(tmp_path / "q8_0", [row.prompt for row in ROWS], max_tokens=12, context=256, adapter=lora)
     assert len(found) == len(ROWS)
 
 

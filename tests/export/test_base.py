@@ -1,4 +1,4 @@
-"""A round's student as an adapter over a base made once: the same answers, and nothing exchanged under it unnoticed."""
+"""A round's student as an adapter on a base GGUF that is made once: equal answers, replaced files are noticed."""
 
 import json
 import os
@@ -24,7 +24,6 @@ from tapir_local.export.base import (
     student_files,
 )
 from tapir_local.export.gate import GateReport
-from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import export_backend, gate_backend, real_backends, ship_backend
@@ -66,7 +65,7 @@ def run(llama, tmp_path: Path) -> RunDir:
 
 
 def begun(llama, run: RunDir) -> RunDir:
-    """A run whose round 0 is trained and not yet exported."""
+    """A run whose round 0 is trained but not exported."""
     shutil.copytree(llama.adapter, run.round(0) / "adapter")
     write_rows(run.round(0) / "train.jsonl", [Example(str(n), prompt) for n, prompt in enumerate(PROMPTS)])
     return run
@@ -74,25 +73,19 @@ def begun(llama, run: RunDir) -> RunDir:
 
 def exported(recipe: Recipe, run: RunDir, progress: Progress = QUIET.progress) -> Path:
     out = run.round(0) / "student.gguf"
-    export_backend(recipe, run)(adapter=run.round(0) / "adapter", out=out, progress=progress)
+    export_backend(recipe, run)(run.round(0) / "adapter", out, progress)
     return out
 
 
 def gated(recipe: Recipe, run: RunDir) -> GateReport:
     folder, out = run.round(0), run.round(0) / "gate.json"
-    gate_backend(recipe, run)(
-        adapter=folder / "adapter",
-        gguf=folder / "student.gguf",
-        rows=folder / "train.jsonl",
-        out=out,
-        progress=QUIET.progress,
-    )
+    gate_backend(recipe, run)(folder / "adapter", folder / "student.gguf", folder / "train.jsonl", out, QUIET.progress)
     return read_record(GateReport, out)
 
 
 def answers(recipe: Recipe, run: RunDir) -> list[str]:
     opened = student_files(recipe, run, run.round(0) / "student.gguf")
-    found = generate(opened.gguf, PROMPTS, GenerationConfig(max_tokens=16, context=256), adapter=opened.adapter)
+    found = generate(opened.gguf, PROMPTS, adapter=opened.adapter, max_tokens=16, context=256)
     return [row.text for row in found]
 
 
@@ -105,13 +98,13 @@ def test_an_adapter_answers_as_the_merged_student_does(llama, recipe: Recipe, ru
     assert gated(merged, whole).figures.agreement == gated(recipe, run).figures.agreement
 
 
-def test_what_is_shipped_is_the_two_merged_and_gated(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+def test_the_shipped_gguf_is_merged_and_verified(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     exported(recipe, run)
     (tmp_path / "out").mkdir()
-    ship_backend(recipe, run)(student=run.round(0), out=tmp_path / "out", progress=QUIET.progress)
+    ship_backend(recipe, run)(run.round(0), tmp_path / "out", QUIET.progress)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "gate.json", "student.gguf"]
     assert read_record(GateReport, tmp_path / "out" / "gate.json").passed
-    shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, GenerationConfig(max_tokens=16, context=256))
+    shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, max_tokens=16, context=256)
     assert [row.text for row in shipped] == answers(recipe, run)
     assert not (run.path / "ship").exists()
 
@@ -134,7 +127,7 @@ def test_a_student_is_opened_without_its_models_folder(recipe: Recipe, run: RunD
     assert answers(recipe, run) == before
 
 
-def test_a_base_that_is_gone_is_made_again_the_same(recipe: Recipe, run: RunDir) -> None:
+def test_a_deleted_base_is_made_again_with_the_same_bytes(recipe: Recipe, run: RunDir) -> None:
     exported(recipe, run)
     base = base_gguf(recipe, run)
     before = base.read_bytes()
@@ -143,15 +136,15 @@ def test_a_base_that_is_gone_is_made_again_the_same(recipe: Recipe, run: RunDir)
 
 
 @pytest.mark.parametrize("nth", [1, 12, 21, 30])
-def test_an_export_that_is_cut_goes_on_to_the_same_files(
+def test_an_interrupted_export_ends_in_the_same_files(
     llama, recipe: Recipe, run: RunDir, tmp_path: Path, nth: int
 ) -> None:
-    """Cut while the base is written (of 21 tensors), and while the adapter is."""
-    told = []
+    """Interrupted while the base (21 tensors) is written, and while the adapter is."""
+    notes = []
 
     def cut(done: int, total: int, note: str) -> None:
-        told.append(note)
-        if len(told) == nth:
+        notes.append(note)
+        if len(notes) == nth:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -165,7 +158,7 @@ def test_an_export_that_is_cut_goes_on_to_the_same_files(
         assert base_gguf(recipe, one).read_bytes() == base_gguf(recipe, other).read_bytes()
 
 
-# What is exchanged or damaged
+# Replaced or damaged files
 
 
 def refused(recipe: Recipe, run: RunDir) -> str:
@@ -187,7 +180,7 @@ def test_a_damaged_base_is_noticed(recipe: Recipe, run: RunDir, damage: str) -> 
 
 
 def test_a_base_of_other_weights_does_not_pass_the_rounds_gate(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
-    """One whose print was made to agree, as that of a file which differs between the pieces would."""
+    """Its fingerprint is made to match, as for a file that differs only between the hashed pieces."""
     exported(recipe, run)
     base, other = base_gguf(recipe, run), make_model(tmp_path / "other", seed=5)
     export.export_gguf(other, base, adapter=None, quant="f32")
@@ -205,20 +198,19 @@ def test_a_swapped_adapter_does_not_pass_the_gate(recipe: Recipe, run: RunDir, m
     assert not (run.round(0) / "gate.json").exists()
 
 
-def test_a_student_whose_weights_changed_under_the_run_is_refused(recipe: Recipe, run: RunDir, model: Path) -> None:
+def test_a_student_whose_weights_changed_during_the_run_is_refused(recipe: Recipe, run: RunDir, model: Path) -> None:
     exported(recipe, run)
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-3] ^= 64
     (model / "model.safetensors").write_bytes(weights)
     shutil.copytree(run.round(0) / "adapter", run.round(1) / "adapter")
-    folder = run.round(1)
     with pytest.raises(TapirError, match=r"have changed since run 'r' began(.|\n)*redo r --round 0 --from train"):
-        export_backend(recipe, run)(adapter=folder / "adapter", out=folder / "student.gguf", progress=QUIET.progress)
-    exported(recipe, run)  # round 0, begun anew, takes the student as it is now
+        export_backend(recipe, run)(run.round(1) / "adapter", run.round(1) / "student.gguf", QUIET.progress)
+    exported(recipe, run)  # round 0, when started again, uses the student as it is now
     assert gated(recipe, run).passed
 
 
-def test_a_digest_heeds_weights_and_tokenizer_and_not_what_lies_beside(model: Path) -> None:
+def test_a_digest_depends_on_weights_and_tokenizer_only(model: Path) -> None:
     before = model_digest(model)
     (model / "README.md").write_text("new")
     assert model_digest(model) == before
@@ -232,21 +224,23 @@ def test_two_types_of_weights_are_two_files_of_one_base(tmp_path: Path) -> None:
     assert one != other
 
 
-def test_an_adapter_by_itself_is_no_model(recipe: Recipe, run: RunDir) -> None:
+def test_an_adapter_is_not_a_model(recipe: Recipe, run: RunDir) -> None:
     with pytest.raises(TapirError, match="LoRA adapter, not a model"):
-        generate(exported(recipe, run), PROMPTS[:1], GenerationConfig(max_tokens=4, context=64))
+        generate(exported(recipe, run), PROMPTS[:1], max_tokens=4, context=64)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"GG", b"no GGUF at all", b"GGUF" + bytes(30), b"GGUF" + b"\xff" * 20, b"GGUF" + b"\x01" * 40]
 )
-def test_what_is_no_gguf_is_no_adapter(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_gguf_is_not_an_adapter(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     assert not is_adapter(tmp_path / "file")
     assert not is_adapter(tmp_path / "none")
 
 
-def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_for_the_base_is_an_error_before_the_export(
+    recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(TapirError, match="no room for"):
         exported(recipe, run)
@@ -258,7 +252,7 @@ def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkey
 
 
 @pytest.mark.slow
-def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -> None:
+def test_a_run_gives_the_same_answers_merged_and_as_adapter(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student")
     shipped = parse_recipe(find_recipe("recorded").read_text(encoding="utf-8"), "recorded")
     small = {"rounds": 1, "seeds.limit": 44, "seeds.holdout": 8, "student.max_tokens": 8, "curriculum.rows": 12}
@@ -267,8 +261,8 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
     for way in ("merged", "adapter"):
         changes = {**SETTINGS, **small, **named, "export.rounds": way, "name": way, "train.start": "previous"}
         recipe, run = overridden(shipped, changes), RunDir(tmp_path / "cache", way)
-        with real_backends(recipe, run, print) as backends:
-            distill(recipe, run, backends, QUIET)
+        with real_backends(recipe, run, print) as tools:
+            distill(recipe, run, tools, QUIET)
         found[way] = [row.text for row in read_rows(Completion, run.round(1) / "holdout-answers.jsonl")]
         assert is_adapter(run.round(1) / "student.gguf") == (way == "adapter")
         assert not is_adapter(run.path / "model" / "student.gguf")
@@ -280,6 +274,6 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
     assert json.loads((run.path / "base.json").read_bytes())["base"] == model_digest(model)
     before = {path.name: path.read_bytes() for path in (run.path / "model").iterdir()}
     redo(run, 1, "export")
-    with real_backends(recipe, run, print) as backends:
-        distill(recipe, run, backends, QUIET)
+    with real_backends(recipe, run, print) as tools:
+        distill(recipe, run, tools, QUIET)
     assert {path.name: path.read_bytes() for path in (run.path / "model").iterdir()} == before

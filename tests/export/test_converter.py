@@ -1,4 +1,4 @@
-"""llama.cpp's converter for families that are not mapped: a stand-in for its script, that calls our own export."""
+"""llama.cpp's converter for architectures that we do not support: a substitute script that calls our own export."""
 
 import json
 import shutil
@@ -9,12 +9,13 @@ from click.testing import CliRunner
 from conftest import Student
 from pydantic import ValidationError
 
-from tapir_local.commands import main as cli
+import cli
 from tapir_local.errors import TapirError
 from tapir_local.export import converter as converting
+from tapir_local.export.converter import Converter
 from tapir_local.export.export import check_exportable, export_gguf
-from tapir_local.export.gate import verify_gguf
-from tapir_local.export.gated_export import export_with_gate
+from tapir_local.export.gate import GateLimits, verify_gguf
+from tapir_local.export.gated_export import ExportConfig, export_with_gate
 from tapir_local.recipe.schema import Export
 from tapir_local.records import Example, Message
 
@@ -42,7 +43,7 @@ print("done", asked.outtype)
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """A checkout: the script, and the gguf package beside it that it uses."""
+    """A llama.cpp checkout: the script, and the gguf package beside it."""
     folder = tmp_path / "llama.cpp"
     (folder / "gguf-py").mkdir(parents=True)
     (folder / "gguf-py/gguf_beside.py").write_text("")
@@ -52,7 +53,7 @@ def script(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def falcon(llama: Student, tmp_path: Path) -> Path:
-    """A model that says it is of another family; its model_type is Llama's still, so that transformers loads it."""
+    """A model that claims another architecture; its model_type is still Llama's, so that transformers loads it."""
     folder = tmp_path / "falcon"
     shutil.copytree(llama.model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -60,18 +61,18 @@ def falcon(llama: Student, tmp_path: Path) -> Path:
     return folder
 
 
-def test_without_it_the_family_is_refused_and_the_way_out_named(falcon: Path, tmp_path: Path) -> None:
-    with pytest.raises(TapirError, match="FalconForCausalLM is not mapped") as caught:
+def test_without_it_the_architecture_is_refused_and_the_fix_names_it(falcon: Path, tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="FalconForCausalLM is not supported") as caught:
         export_gguf(falcon, tmp_path / "out.gguf", adapter=None, quant="f16")
     for word in ("Gemma3ForCausalLM", "Qwen2ForCausalLM", "--converter", "convert_hf_to_gguf.py"):
         assert word in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("quant", ["f16", "q6_k"])
-def test_merged_converted_and_past_the_gate(
+def test_a_merged_and_converted_model_passes_the_gate(
     llama: Student, falcon: Path, script: Path, tmp_path: Path, quant: str
 ) -> None:
-    """With the folder named instead of the script; the merged model is gone afterwards."""
+    """Given the folder instead of the script; the merged model is deleted afterwards."""
     out = tmp_path / "out" / "student.gguf"
     seen: list[str] = []
     export_gguf(
@@ -79,11 +80,10 @@ def test_merged_converted_and_past_the_gate(
         out,
         adapter=llama.adapter,
         quant=quant,
-        converter=script.parent,
-        log=tmp_path / "log",
+        converter=Converter(script.parent, tmp_path / "log"),
         progress=lambda done, total, note: seen.append(note),
     )
-    assert verify_gguf(falcon, llama.adapter, out, ROWS, min_agreement=0.5).passed
+    assert verify_gguf(falcon, llama.adapter, out, ROWS, limits=GateLimits(0.5)).passed
     assert [path.name for path in out.parent.iterdir()] == ["student.gguf"]
     assert (tmp_path / "log").read_text() == "done f16\n"
     assert seen[-1] == "converted"
@@ -91,14 +91,12 @@ def test_merged_converted_and_past_the_gate(
 
 def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
     words = ["export", str(falcon), str(tmp_path / "base.gguf"), "--converter", str(script)]
-    assert "texts have the same token ids" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
+    assert "texts tokenised alike" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
 
 
-def test_its_last_line_and_its_log_are_named(llama: Student, script: Path, tmp_path: Path) -> None:
+def test_an_error_has_its_last_line_and_its_log(llama: Student, script: Path, tmp_path: Path) -> None:
     with pytest.raises(TapirError, match=r"exit code 1.*only Falcon is known") as caught:
-        export_with_gate(
-            str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=False, converter=script
-        )
+        export_with_gate(str(llama.model), tmp_path / "out.gguf", ExportConfig("f16", converter=script, check=False))
     assert "AssertionError" in Path(caught.value.where).read_text()
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".gguf", ".partial", ".model")]
 
@@ -106,16 +104,22 @@ def test_its_last_line_and_its_log_are_named(llama: Student, script: Path, tmp_p
 def test_a_converter_that_writes_nothing(falcon: Path, tmp_path: Path) -> None:
     (tmp_path / "idle.py").write_text("print('nothing to do')")
     with pytest.raises(TapirError, match="the converter's GGUF is missing"):
-        export_gguf(falcon, tmp_path / "out.gguf", adapter=None, quant="f16", converter=tmp_path / "idle.py")
+        export_gguf(
+            falcon,
+            tmp_path / "out.gguf",
+            adapter=None,
+            quant="f16",
+            converter=Converter(tmp_path / "idle.py", tmp_path / "log"),
+        )
 
 
-def test_a_converter_that_is_not_there(falcon: Path, tmp_path: Path) -> None:
+def test_a_missing_converter(falcon: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none.py"):
-        with pytest.raises(TapirError, match="no converter"):
+        with pytest.raises(TapirError, match="the converter is missing"):
             check_exportable(falcon, place)
 
 
-def test_before_anything_is_paid_the_template_is_checked(falcon: Path, script: Path) -> None:
+def test_the_template_is_checked_before_any_paid_call(falcon: Path, script: Path) -> None:
     check_exportable(falcon, script)
     (falcon / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     with pytest.raises(TapirError):
@@ -125,7 +129,9 @@ def test_before_anything_is_paid_the_template_is_checked(falcon: Path, script: P
 def test_an_adapter_of_another_base(falcon: Path, script: Path, students, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     with pytest.raises(TapirError, match="PEFT cannot merge the adapter"):
-        export_gguf(falcon, out, adapter=students["qwen3"].adapter, quant="f16", converter=script)
+        export_gguf(
+            falcon, out, adapter=students["qwen3"].adapter, quant="f16", converter=Converter(script, tmp_path / "log")
+        )
     assert not list(tmp_path.glob("out*"))
 
 

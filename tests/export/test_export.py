@@ -1,4 +1,4 @@
-"""Base and adapter to GGUF, and the gate that lets no broken one through."""
+"""Base and adapter to GGUF, and the gate that rejects wrong exports."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import Student
 from models import CHATML, largest_difference, let_a_runtime_add_bos, make_adapter, make_model
-from tapir_local.export.run_export import ExportJob, export_gguf
 
 from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
-from tapir_local.export.gate import GateJob, GateReport, gate_main, run_gate, verify_gguf
+from tapir_local.export.export import ExportJob, export_gguf
+from tapir_local.export.gate import GateJob, GateLimits, GateReport, gate_main, run_gate, verify_gguf
 from tapir_local.inference.model import metadata, open_model
 from tapir_local.records import Example, Message, from_json, to_json
 from tapir_local.rundir import write_record, write_rows
@@ -26,13 +26,13 @@ LLAMA2_TOKENIZER = Path(__file__).parents[3] / "shared/data/tokenizers/granite-7
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_merged_logits_are_transformers_own(students, family: str) -> None:
+def test_merged_logits_equal_those_of_transformers(students, family: str) -> None:
     student = students[family]
     assert largest_difference(student.model, student.adapter, student.gguf) < 1e-4
 
 
 def test_mistral_shards_and_bf16(tmp_path: Path) -> None:
-    """Weights in several files of bfloat16, as they come from the Hub."""
+    """Weights in several bfloat16 files, as they are on the Hub."""
     from transformers import AutoModelForCausalLM
 
     folder = make_model(tmp_path / "one", "mistral")
@@ -82,7 +82,8 @@ def test_rope_scaling(tmp_path: Path, family: str, scaling: dict) -> None:
 
 @pytest.mark.parametrize("older", [False, True])
 def test_gemma_3_with_its_own_pattern_of_layers_and_scaling(tmp_path: Path, older: bool) -> None:
-    """Seven layers of which the sixth sees everything, with a base and a scaling of its own; as transformers 4 too."""
+    """Seven layers, the sixth with full attention, with their own base frequency and scaling; also in transformers 4's
+    format."""
     bases = {"sliding_attention": {"rope_theta": 10000.0}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
     bases["full_attention"]["rope_theta"] = 1e6
     folder = make_model(tmp_path / "model", "gemma3_text", num_hidden_layers=7, layer_types=None, rope_parameters=bases)
@@ -93,7 +94,7 @@ def test_gemma_3_with_its_own_pattern_of_layers_and_scaling(tmp_path: Path, olde
 
 
 def in_the_older_way(config: dict) -> None:
-    """As transformers 4 wrote Gemma 3's config, what is usual left out."""
+    """Gemma 3's config as transformers 4 wrote it, without defaults."""
     for name in ("rope_parameters", "layer_types", "_sliding_window_pattern", "tie_word_embeddings"):
         config.pop(name, None)
     config |= {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10000.0}
@@ -101,7 +102,7 @@ def in_the_older_way(config: dict) -> None:
 
 
 def test_mistrals_window_ends_the_context(tmp_path: Path) -> None:
-    """llama.cpp has no sliding window for it: within the window both are the same."""
+    """llama.cpp has no sliding window for it: inside the window both are equal."""
     folder = make_model(tmp_path / "model", "mistral", sliding_window=100)
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf") as model:
@@ -119,7 +120,7 @@ def test_lora_scales(llama: Student, tmp_path: Path, changes: dict) -> None:
 
 
 @pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
-def test_every_quant_loads_and_is_near(llama: Student, tmp_path: Path, quant: str) -> None:
+def test_every_quant_loads_and_is_close(llama: Student, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out.gguf"
     export_gguf(llama.model, out, adapter=llama.adapter, quant=quant)
     limit = {"f16": 0.05, "bf16": 0.3, "q8_0": 1, "q6_k": 2, "q5_k_m": 4, "q4_k_m": 4}[quant]
@@ -144,7 +145,7 @@ def test_the_same_file_in_blocks_of_any_size(
 
 
 def test_sentencepiece_vocabulary() -> None:
-    """LLaMA-2's, with chat tokens added: every id as transformers has it, without tokenizer.model being read."""
+    """LLaMA-2's vocabulary with chat tokens added: ids equal those of transformers; tokenizer.model is not read."""
     if not LLAMA2_TOKENIZER.is_dir():
         pytest.skip("the tokenizer is not on this machine")
     vocab = tokenizer.read_model_vocabulary(LLAMA2_TOKENIZER, 32008)
@@ -154,7 +155,7 @@ def test_sentencepiece_vocabulary() -> None:
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "tokenizer.model"])
 def test_sentencepiece_ids(tmp_path: Path, files: str) -> None:
-    """The same vocabulary over a model of one layer, through the gate's probes; from SentencePiece's own file too."""
+    """The same vocabulary in a model of one layer, with the gate's probes; also from SentencePiece's own file."""
     if not LLAMA2_TOKENIZER.is_dir():
         pytest.skip("the tokenizer is not on this machine")
     folder = make_model(tmp_path / "model", vocab_size=32008, num_hidden_layers=1, hidden_size=16)
@@ -165,7 +166,7 @@ def test_sentencepiece_ids(tmp_path: Path, files: str) -> None:
         if path.name not in {"tokenizer.json", "tokenizer.model"} - {files}:
             shutil.copy(path, folder)
     export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
-    report = verify_gguf(folder, None, tmp_path / "out.gguf", ROWS, min_agreement=0.9)
+    report = verify_gguf(folder, None, tmp_path / "out.gguf", ROWS, limits=GateLimits(0.9))
     assert report.probes > 500
     assert report.passed, report
 
@@ -182,12 +183,16 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("config.json", lambda c: c.update(architectures=["FalconForCausalLM"]), "FalconForCausalLM is not mapped"),
+        ("config.json", lambda c: c.update(architectures=["FalconForCausalLM"]), "FalconForCausalLM is not supported"),
         ("config.json", lambda c: c.update(hidden_act="gelu"), "hidden_act gelu"),
-        ("config.json", lambda c: c.update(architectures=["Gemma3ForConditionalGeneration"]), "is not mapped"),
+        ("config.json", lambda c: c.update(architectures=["Gemma3ForConditionalGeneration"]), "is not supported"),
         ("config.json", lambda c: c["rope_parameters"].update(YARN, beta_fast=16), "yarn's beta_fast 16"),
         ("config.json", lambda c: c["rope_parameters"].update(YARN, truncate=False), "truncate"),
-        ("config.json", lambda c: c["rope_parameters"].update(rope_type="longrope"), "type longrope has no like"),
+        (
+            "config.json",
+            lambda c: c["rope_parameters"].update(rope_type="longrope"),
+            "does not support rope scaling of type longrope",
+        ),
         ("tokenizer.json", lambda c: c["model"].update(type="Unigram"), "type Unigram"),
         ("tokenizer.json", lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "no name for its pre_tokenizer"),
         (
@@ -215,7 +220,7 @@ def test_models_that_are_refused(
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("gemma2", {"query_pre_attn_scalar": 64}, r"query_pre_attn_scalar 64 \(it takes 32\)"),
+        ("gemma2", {"query_pre_attn_scalar": 64}, r"query_pre_attn_scalar 64 \(llama.cpp uses 32\)"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"hidden_activation": "silu"}, "hidden_act silu"),
@@ -223,7 +228,7 @@ def test_models_that_are_refused(
         ("qwen3", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", **LLAMA3}}, "type llama3"),
     ],
 )
-def test_settings_that_llama_cpp_would_not_heed(tmp_path: Path, family: str, changes: dict, words: str) -> None:
+def test_settings_that_llama_cpp_would_ignore(tmp_path: Path, family: str, changes: dict, words: str) -> None:
     folder = make_model(tmp_path / "model", family)
     edit(folder / "config.json", lambda config: config.update(changes))
     with pytest.raises(TapirError, match=words):
@@ -238,12 +243,12 @@ def test_a_missing_shard_is_named(llama: Student, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(llama.model).save_pretrained(folder, max_shard_size="100KB")
     shards = sorted(folder.glob("*.safetensors"))
     shards[1].unlink()
-    with pytest.raises(TapirError, match=rf"1 of its {len(shards)} files of weights are missing: {shards[1].name}"):
+    with pytest.raises(TapirError, match=rf"1 of the model's {len(shards)} weight files are missing: {shards[1].name}"):
         export_gguf(folder, tmp_path / "out.gguf", adapter=None, quant="f32")
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None])
-def test_a_shard_that_lies_elsewhere_is_not_read(llama: Student, tmp_path: Path, name: object) -> None:
+def test_a_shard_outside_the_folder_is_not_read(llama: Student, tmp_path: Path, name: object) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama.model, folder)
     shutil.copy(llama.model / "model.safetensors", tmp_path / "secret.safetensors")
@@ -255,7 +260,7 @@ def test_a_shard_that_lies_elsewhere_is_not_read(llama: Student, tmp_path: Path,
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
-def test_an_index_that_is_none_is_said(llama: Student, tmp_path: Path, text: str) -> None:
+def test_an_index_without_a_map_is_an_error(llama: Student, tmp_path: Path, text: str) -> None:
     shutil.copytree(llama.model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors.index.json").write_text(text)
     with pytest.raises(TapirError, match="no weight_map"):
@@ -266,7 +271,7 @@ def test_an_index_that_is_none_is_said(llama: Student, tmp_path: Path, text: str
     ("template", "words"),
     [
         ("{% for m in messages %}{{ m['content'] }} {% endfor %}", "no token that ends the assistant's turn"),
-        (CHATML.replace("<|im_end|>", "***"), "ends no answer with a token of the tokenizer"),
+        (CHATML.replace("<|im_end|>", "***"), "does not end an answer with a token of the tokenizer"),
     ],
     ids=["nothing", "no token"],
 )
@@ -307,13 +312,13 @@ def test_no_such_quant(llama: Student, tmp_path: Path) -> None:
 # --- the gate
 
 
-def passage(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
-    return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9)
+def gate_report(student: Student, gguf: Path, adapter: Path | None = None) -> GateReport:
+    return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, limits=GateLimits(0.9))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_sound_gguf_passes(students, family: str) -> None:
-    report = passage(students[family], students[family].gguf)
+def test_a_correct_gguf_passes(students, family: str) -> None:
+    report = gate_report(students[family], students[family].gguf)
     assert report.passed, report
     assert report.probes > 500
     assert report.figures.agreement == 1
@@ -323,29 +328,29 @@ def test_a_sound_gguf_passes(students, family: str) -> None:
 
 def test_a_wrong_rope_order_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
     llama_family = architectures.ARCHITECTURES["LlamaForCausalLM"]
-    monkeypatch.setitem(architectures.ARCHITECTURES, "LlamaForCausalLM", replace(llama_family, paired=False))
+    monkeypatch.setitem(architectures.ARCHITECTURES, "LlamaForCausalLM", replace(llama_family, interleaved=False))
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="q4_k_m")
-    report = passage(llama, tmp_path / "out.gguf")
+    report = gate_report(llama, tmp_path / "out.gguf")
     assert set(report.failed) == {"logits", "agreement"}
     assert report.figures.kl > 0.3
 
 
 def test_an_omitted_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
-    assert set(passage(llama, tmp_path / "out.gguf").failed) == {"logits", "adapter", "agreement"}
+    assert set(gate_report(llama, tmp_path / "out.gguf").failed) == {"logits", "adapter", "agreement"}
 
 
 def test_another_rounds_adapter_is_caught(llama: Student, tmp_path: Path) -> None:
     other = make_adapter(llama.model, tmp_path / "other", seed=9)
-    assert "logits" in passage(llama, llama.gguf, other).failed
+    assert "logits" in gate_report(llama, llama.gguf, other).failed
 
 
 def rewritten(
     student: Student, folder: Path, change: Callable[[tokenizer.Vocabulary], tokenizer.Vocabulary], monkeypatch
 ) -> Path:
-    """An export whose tokenizer was meddled with."""
+    """An export with a changed tokenizer."""
     read = tokenizer.read_model_vocabulary
-    monkeypatch.setattr(export, "read_vocab", lambda *arguments: change(read(*arguments)))
+    monkeypatch.setattr(export, "read_model_vocabulary", lambda *arguments: change(read(*arguments)))
     export_gguf(student.model, folder / "out.gguf", adapter=student.adapter, quant="f32")
     return folder / "out.gguf"
 
@@ -354,7 +359,7 @@ def rewritten(
     ("change", "failed"),
     [
         (lambda vocab: replace(vocab, chat_template=CHATML), {"template"}),
-        (lambda vocab: replace(vocab, splitting="gpt-2"), {"tokens"}),
+        (lambda vocab: replace(vocab, pre_tokenizer="gpt-2"), {"tokens"}),
         (lambda vocab: replace(vocab, merges=vocab.merges[:-40]), {"tokens"}),
         (lambda vocab: replace(vocab, special={**vocab.special, "eos": 7}), {"eos"}),
         (lambda vocab: replace(vocab, tokens=tuple(replace(t, kind=1) for t in vocab.tokens)), {"tokens"}),
@@ -364,19 +369,19 @@ def rewritten(
 def test_a_wrong_vocabulary_is_caught(
     llama: Student, tmp_path: Path, monkeypatch, change: Callable, failed: set
 ) -> None:
-    assert failed <= set(passage(llama, rewritten(llama, tmp_path, change, monkeypatch)).failed)
+    assert failed <= set(gate_report(llama, rewritten(llama, tmp_path, change, monkeypatch)).failed)
 
 
 def test_a_second_bos_is_caught(llama: Student, tmp_path: Path, monkeypatch) -> None:
     let_a_runtime_add_bos(monkeypatch)
     export_gguf(llama.model, tmp_path / "out.gguf", adapter=llama.adapter, quant="f32")
-    report = passage(llama, tmp_path / "out.gguf")
+    report = gate_report(llama, tmp_path / "out.gguf")
     assert report.failed == ("bos",)
     assert (report.bos_trained, report.bos_gguf) == (1, 2)
 
 
 def test_jobs_in_their_own_process(llama: Student, tmp_path: Path) -> None:
-    """Export, a passage that is granted, and one that is refused without leaving gate.json."""
+    """An export, a gate that passes, and a gate that fails without writing gate.json."""
     rows, out = tmp_path / "rows.jsonl", tmp_path / "student.gguf"
     write_rows(rows, ROWS)
     seen: list[tuple[int, int, str]] = []

@@ -1,4 +1,4 @@
-"""The gate over Gemma and SentencePiece: sound exports pass, broken ones are caught, and memory may be small."""
+"""The gate on Gemma and SentencePiece: correct exports pass, wrong ones are caught, and memory may be small."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,13 +8,13 @@ import pytest
 from conftest import Student, make_student
 from models import CHATML, let_a_runtime_add_bos, make_adapter
 from spm import GEMMA
-from tapir_local.export.run_export import export_gguf
 
 from tapir_local import memory
 from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
-from tapir_local.export import probe_texts as probing
-from tapir_local.export.gate import GateReport, gate_memory, verify_gguf
+from tapir_local.export import probes as probing
+from tapir_local.export.export import export_gguf
+from tapir_local.export.gate import GateLimits, GateReport, gate_memory, verify_gguf
 from tapir_local.export.probes import FRAGMENTS, PROBE_COUNT, gate_texts, probe_texts, sample_prompts
 from tapir_local.export.reference import load_reference, reference_logits
 from tapir_local.inference.model import open_model
@@ -29,43 +29,43 @@ def gemma(request, tmp_path_factory) -> Student:
     return make_student(tmp_path_factory.mktemp("gemma"), request.param, kind="gemma", template=GEMMA)
 
 
-def passage(student: Student, gguf: Path, adapter: Path | None = None, free: int | None = None) -> GateReport:
-    return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, min_agreement=0.9, free=free)
+def gate_report(student: Student, gguf: Path, adapter: Path | None = None, free: int | None = None) -> GateReport:
+    return verify_gguf(student.model, adapter or student.adapter, gguf, ROWS, limits=GateLimits(0.9, free))
 
 
-def test_a_sound_gemma_passes(gemma: Student) -> None:
-    report = passage(gemma, gemma.gguf)
+def test_a_correct_gemma_passes(gemma: Student) -> None:
+    report = gate_report(gemma, gemma.gguf)
     assert report.passed, report
     assert (report.bos_trained, report.bos_gguf, report.mismatches) == (1, 1, 0)
-    assert report.figures.largest_difference < 0.05  # llama.cpp looks its GELU up in a table of 16 bits
+    assert report.figures.largest_difference < 0.05  # llama.cpp reads GELU from a 16-bit table
 
 
-# --- what is broken is caught
+# --- wrong exports are caught
 
 
 def broken(student: Student, out: Path, monkeypatch, **changes: object) -> GateReport:
-    """An export by a family that was meddled with."""
+    """An export with a changed architecture."""
     for name, family in architectures.ARCHITECTURES.items():
         monkeypatch.setitem(architectures.ARCHITECTURES, name, replace(family, **changes))
     export_gguf(student.model, out, adapter=student.adapter, quant="f32")
-    return passage(student, out)
+    return gate_report(student, out)
 
 
-def test_norms_without_their_one(gemma: Student, tmp_path: Path, monkeypatch) -> None:
-    report = broken(gemma, tmp_path / "out.gguf", monkeypatch, norm_shift=0.0)
+def test_norms_without_their_offset(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+    report = broken(gemma, tmp_path / "out.gguf", monkeypatch, norm_offset=0.0)
     assert {"logits", "agreement"} <= set(report.failed)
 
 
 def test_a_wrong_rope_order(gemma: Student, tmp_path: Path, monkeypatch) -> None:
-    assert "logits" in broken(gemma, tmp_path / "out.gguf", monkeypatch, paired=True).failed
+    assert "logits" in broken(gemma, tmp_path / "out.gguf", monkeypatch, interleaved=True).failed
 
 
 @pytest.mark.parametrize("setting", ["final_logit_softcapping", "attn_logit_softcapping"])
 def test_a_softcap_that_is_lost(tmp_path: Path, monkeypatch, setting: str) -> None:
-    """Caps far below the scores of this model, so that they matter; the GGUF has Gemma 2's usual ones."""
+    """Caps far below this model's scores, so that they matter; the GGUF has Gemma 2's default caps."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, setting: 1.0}
     student = make_student(tmp_path, "gemma2", kind="gemma", template=GEMMA, **caps)
-    assert passage(student, student.gguf).passed
+    assert gate_report(student, student.gguf).passed
     write = architectures.write_attention_windows
 
     def without(writer, config, family, sliding) -> None:
@@ -73,7 +73,7 @@ def test_a_softcap_that_is_lost(tmp_path: Path, monkeypatch, setting: str) -> No
 
     monkeypatch.setattr(architectures, "write_attention_windows", without)
     export_gguf(student.model, tmp_path / "out.gguf", adapter=student.adapter, quant="f32")
-    assert "logits" in passage(student, tmp_path / "out.gguf").failed
+    assert "logits" in gate_report(student, tmp_path / "out.gguf").failed
 
 
 def test_a_window_that_is_lost(gemma: Student, tmp_path: Path, monkeypatch) -> None:
@@ -85,11 +85,11 @@ def test_a_window_that_is_lost(gemma: Student, tmp_path: Path, monkeypatch) -> N
 
     monkeypatch.setattr(architectures, "write_attention_windows", longer)
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
-    assert "logits" in passage(gemma, tmp_path / "out.gguf").failed
+    assert "logits" in gate_report(gemma, tmp_path / "out.gguf").failed
 
 
 def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:
-    assert "logits" in passage(gemma, gemma.gguf, make_adapter(gemma.model, tmp_path / "other", seed=9)).failed
+    assert "logits" in gate_report(gemma, gemma.gguf, make_adapter(gemma.model, tmp_path / "other", seed=9)).failed
 
 
 @pytest.mark.parametrize(
@@ -108,18 +108,18 @@ def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:
 )
 def test_a_wrong_vocabulary(gemma: Student, tmp_path: Path, monkeypatch, change: Callable, failed: str) -> None:
     read = tokenizer.read_model_vocabulary
-    monkeypatch.setattr(export, "read_vocab", lambda *arguments: change(read(*arguments)))
+    monkeypatch.setattr(export, "read_model_vocabulary", lambda *arguments: change(read(*arguments)))
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
-    assert failed in passage(gemma, tmp_path / "out.gguf").failed
+    assert failed in gate_report(gemma, tmp_path / "out.gguf").failed
 
 
 def test_a_second_bos(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     let_a_runtime_add_bos(monkeypatch)
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
-    assert passage(gemma, tmp_path / "out.gguf").failed == ("bos",)
+    assert gate_report(gemma, tmp_path / "out.gguf").failed == ("bos",)
 
 
-# --- what is probed
+# --- what is compared
 
 
 def test_rows_are_probed_as_they_were_trained_on(gemma: Student) -> None:
@@ -130,19 +130,21 @@ def test_rows_are_probed_as_they_were_trained_on(gemma: Student) -> None:
     assert texts[-1].endswith("<start_of_turn>model\nIt is 64 🙂.<end_of_turn>\n")
 
 
-def test_a_completion_alone_that_is_cut_otherwise_is_caught(gemma: Student, tmp_path: Path, monkeypatch) -> None:
-    """No probes, prompts that are cut alike, and a GGUF that does not know a token of one completion."""
+def test_a_completion_that_alone_is_tokenized_differently_is_caught(
+    gemma: Student, tmp_path: Path, monkeypatch
+) -> None:
+    """No probes, prompts with equal token ids, and a GGUF without one of the completion's tokens."""
     read = tokenizer.read_model_vocabulary
 
     def without_tool(*arguments: object) -> tokenizer.Vocabulary:
         vocab = read(*arguments)
         return replace(vocab, tokens=tuple(replace(t, kind=1) if t.text == "<tool>" else t for t in vocab.tokens))
 
-    monkeypatch.setattr(export, "read_vocab", without_tool)
+    monkeypatch.setattr(export, "read_model_vocabulary", without_tool)
     monkeypatch.setattr(probing, "probe_texts", lambda tokenizer: [])
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
     rows = [*ROWS, Example("tool", (Message("user", "Call it."),), "<tool>now")]
-    report = verify_gguf(gemma.model, gemma.adapter, tmp_path / "out.gguf", rows, min_agreement=0.9)
+    report = verify_gguf(gemma.model, gemma.adapter, tmp_path / "out.gguf", rows, limits=GateLimits(0.9))
     assert (report.failed, report.mismatches) == (("tokens",), 1)
     assert "<tool>now" in report.examples[0].text
 
@@ -155,7 +157,7 @@ def test_every_added_token_and_fragment_is_among_the_probes(gemma: Student) -> N
         assert any(text in probe for probe in found)
 
 
-def test_without_rows_there_are_questions() -> None:
+def test_without_rows_the_fallback_prompts_are_used() -> None:
     assert len(sample_prompts([])) == 8
     assert len(sample_prompts(ROWS * 9)) == 17
 
@@ -165,7 +167,7 @@ def test_without_rows_there_are_questions() -> None:
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_layer_by_layer_it_is_the_same(gemma: Student, adapted: bool) -> None:
-    """Texts of several lengths, in passages of four; both with the adapter and with it switched off."""
+    """Texts of several lengths, four per forward pass, with the adapter and with it switched off."""
     texts = [([5, 6, 7, 8, 9], 2), ([11, 12], 1), (list(range(20, 60)), 20), ([3], 0), ([4, 4, 4], 0)]
     adapter = gemma.adapter if adapted else None
     whole, streamed = load_reference(gemma.model, adapter), load_reference(gemma.model, adapter, free=400_000)
@@ -180,27 +182,27 @@ def test_layer_by_layer_it_is_the_same(gemma: Student, adapted: bool) -> None:
 def test_the_gate_says_that_it_read_layer_by_layer(gemma: Student, capfd) -> None:
     with open_model(gemma.gguf) as llama:
         beside = gate_memory(llama)
-    report = passage(gemma, gemma.gguf, free=beside + 400_000)
+    report = gate_report(gemma, gemma.gguf, free=beside + 400_000)
     assert report.streamed
     assert report.passed, report
     assert "in 32 bits" in capfd.readouterr().err
 
 
-def test_too_little_memory_even_so(gemma: Student) -> None:
-    with pytest.raises(TapirError, match=r"no memory for the comparison: .* MB in 32 bits"):
-        passage(gemma, gemma.gguf, free=1000)
+def test_too_little_memory_for_streaming(gemma: Student) -> None:
+    with pytest.raises(TapirError, match=r"not enough memory for the comparison: .* MB in 32 bits"):
+        gate_report(gemma, gemma.gguf, free=1000)
 
 
 def test_no_room_on_the_disk(gemma: Student, tmp_path: Path, monkeypatch) -> None:
-    """Before anything is written."""
+    """Raised before anything is written."""
     usage = memory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(TapirError, match="no room for the GGUF, and the one of 16 bits"):
+    with pytest.raises(TapirError, match="no room for the GGUF and the 16-bit GGUF"):
         export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q4_k_m")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_room_asked_for_is_the_files_size(gemma: Student, tmp_path: Path, monkeypatch) -> None:
+def test_the_required_disk_space_is_the_files_size(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(export, "check_disk", lambda path, wanted, what: asked.append(wanted))
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")

@@ -1,4 +1,4 @@
-"""A Modelfile's template asks as the student was trained, or there is none."""
+"""A Modelfile's template prompts exactly as in training, or there is none."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tapir_local.export.tokenizer import read_model_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
 
-# Go's own engine on Ollama's data: `Messages` as it hands them over, `json` the only function that it adds.
+# Go's own template engine on Ollama's data: `Messages`, and `json`, the only function that Ollama adds.
 GO = """package main
 import ("encoding/json"; "os"; "text/template")
 type Message struct { Role, Content string }
@@ -67,8 +67,8 @@ def talk(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
     return tuple(Message(*turn) for turn in turns)
 
 
-@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"odd marks"}))
-def test_the_parts_of_a_template_render_as_it_does(name: str) -> None:
+@pytest.mark.parametrize("name", set(KNOWN) - {"odd marks"})
+def test_the_parts_of_a_template_render_like_it(name: str) -> None:
     parts = derive_parts(KNOWN[name], "<s>", "</s>")
     for turns in map(talk, TALKS):
         wanted = render(KNOWN[name], turns, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
@@ -101,7 +101,7 @@ def test_a_template_without_a_system_turn_has_none() -> None:
 
 
 def test_the_go_template_of_the_pocket_student() -> None:
-    """Written out: the same text went through Ollama's own parser and template package, by hand."""
+    """Spelled out: this text was also checked by hand with Ollama's own parser and template package."""
     assert go_template(derive_parts(KNOWN["pocket"])) == (
         "{{ range $i, $_ := .Messages }}"
         '{{ if eq .Role "system" }}<|system|>{{ .Content }}'
@@ -112,7 +112,7 @@ def test_the_go_template_of_the_pocket_student() -> None:
     )
 
 
-def test_a_mark_that_go_or_a_modelfile_would_read_otherwise_is_quoted() -> None:
+def test_text_that_go_or_a_modelfile_would_interpret_is_quoted() -> None:
     assert go_literal("<|a|>\n") == "<|a|>\n"
     assert go_literal('"""') == '{{ "\\"\\"\\"" }}'
     assert go_literal("{{x\u00a0\\") == '{{ "{{x\\u00a0\\\\" }}'
@@ -136,7 +136,7 @@ def test_go_renders_the_template_as_jinja_does(tmp_path: Path) -> None:
     assert json.loads(found.stdout) == wanted
 
 
-def test_a_modelfile_says_how_the_student_is_asked_and_where_it_stops(llama) -> None:
+def test_a_modelfile_has_the_template_and_the_stop_token(llama) -> None:
     with open_model(llama.gguf, vocab_only=True) as model:
         text = modelfile_text(model, file="student.gguf", context=512, temperature=0)
         parts = derive_parts(model.template, model.bos, model.eos)

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind: exported as what they are, or refused by name; a library that aborts is one sentence."""
+"""Every type of tokenizer is exported or refused with a reason, and an abort of llama.cpp gives one clear error."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from models import CHATML, make_model, make_tokenizer
 from spm import GEMMA, make_gemma_tokenizer
 
-from tapir_local.commands import main as cli
+import cli
 from tapir_local.errors import TapirError
 from tapir_local.export import tokenizer
 from tapir_local.export.export import check_exportable, export_gguf
-from tapir_local.export.gate import GateJob, find_mismatches, run_gate
+from tapir_local.export.gate import GateJob, find_mismatches, load_tokenizer, run_gate
 from tapir_local.export.probes import gate_texts
 from tapir_local.export.tokenizer import read_model_vocabulary
 from tapir_local.inference.model import open_model
@@ -22,7 +22,6 @@ from tapir_local.inference.prompt_file import PROMPT_FILE_ADVICE
 from tapir_local.inference.tokens import encode
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.rundir import write_rows
-from tapir_local.training.model import load_tokenizer
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -32,7 +31,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def other_models() -> dict[str, Any]:
-    """One model of every type that `tokenizers` knows besides BPE."""
+    """One model of every type in `tokenizers` besides BPE."""
     from tokenizers import models
 
     pieces = [("<unk>", 0.0), ("<s>", -1.0), ("▁a", -2.0), ("b", -3.0)]
@@ -64,7 +63,7 @@ def test_a_tokenizer_of_another_type_is_refused_by_name_before_anything_is_paid(
     [
         (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
         (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
-        (lambda c: c.update(normalizer={"type": "Lowercase"}), "its normalizer does: Lowercase"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "does not support its normalizer: Lowercase"),
         (
             lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}),
             "Strip",
@@ -78,7 +77,7 @@ def test_a_tokenizer_of_another_type_is_refused_by_name_before_anything_is_paid(
         ),
     ],
 )
-def test_what_llama_cpp_does_not_do_is_refused_by_name(tmp_path: Path, change: Callable, said: str) -> None:
+def test_what_llama_cpp_does_not_support_is_refused_by_name(tmp_path: Path, change: Callable, said: str) -> None:
     model = make_model(tmp_path / "model")
     edit(model / "tokenizer.json", change)
     with pytest.raises(TapirError, match=said) as caught:
@@ -88,7 +87,7 @@ def test_what_llama_cpp_does_not_do_is_refused_by_name(tmp_path: Path, change: C
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("text", ["[]", "7", "null", "{", "\xff"])
-def test_a_file_that_is_no_object_is_named(tmp_path: Path, file: str, text: str) -> None:
+def test_a_file_without_a_json_object_is_named(tmp_path: Path, file: str, text: str) -> None:
     model = make_model(tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     (model / file).write_bytes(text.encode("latin-1"))
@@ -97,8 +96,9 @@ def test_a_file_that_is_no_object_is_named(tmp_path: Path, file: str, text: str)
     assert caught.value.where == str(model / file)
 
 
-def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
-    """So transformers makes SmolLM2's from a GGUF: BPE with byte_fallback, cut and decoded by bytes."""
+def test_byte_fallback_does_not_make_a_byte_level_tokenizer_sentencepiece(tmp_path: Path) -> None:
+    """transformers converts SmolLM2's tokenizer from a GGUF like this: BPE with byte_fallback, but byte-level
+    splitting."""
     model = make_model(tmp_path / "model", kind="gpt2")
     edit(model / "tokenizer.json", lambda c: c["model"].update(byte_fallback=True))
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
@@ -108,7 +108,7 @@ def test_bytes_as_a_fallback_make_no_sentencepiece_of_a_byte_level_tokenizer(tmp
 
 
 def without_bytes(model: Path) -> None:
-    """Take the tokens for single bytes out of a SentencePiece vocabulary, and close the gap."""
+    """Remove the tokens for single bytes from a SentencePiece vocabulary and close the gap."""
 
     def drop(content: dict[str, Any]) -> None:
         kept = [text for text in content["model"]["vocab"] if not (text.startswith("<0x") and text != "<0x0A>")]
@@ -129,7 +129,7 @@ def test_sentencepiece_without_its_bytes_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fatal(tmp_path_factory) -> Path:
-    """A GGUF of the kind that this program wrote once: llama.cpp ends the process over most texts."""
+    """A GGUF like those this program once wrote: llama.cpp aborts the process on most texts."""
     folder = tmp_path_factory.mktemp("fatal")
     model = make_model(folder / "model", "gemma3_text", kind="gemma", template=GEMMA)
     without_bytes(model)
@@ -139,7 +139,7 @@ def fatal(tmp_path_factory) -> Path:
     return folder / "out.gguf"
 
 
-def test_a_library_that_ends_the_process_is_one_sentence(fatal: Path, tmp_path: Path) -> None:
+def test_an_abort_of_the_library_gives_one_clear_error(fatal: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"instruction": "Ünïcödé 你好"}\n')
     words = ["generate", str(fatal), str(tmp_path / "asked.jsonl"), "-o", str(tmp_path / "out.jsonl")]
     found = CliRunner().invoke(cli.cli, words)
@@ -149,7 +149,7 @@ def test_a_library_that_ends_the_process_is_one_sentence(fatal: Path, tmp_path: 
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_gate_names_the_gguf_over_which_its_process_ended(fatal: Path, tmp_path: Path) -> None:
+def test_the_gate_names_the_gguf_that_aborted_its_process(fatal: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [])
     job = GateJob(fatal.parent / "model", fatal, tmp_path / "rows.jsonl", tmp_path / "gate.json")
     with pytest.raises(TapirError, match=r"the GGUF cannot be used: .*SIGABRT") as caught:
@@ -158,7 +158,7 @@ def test_the_gate_names_the_gguf_over_which_its_process_ended(fatal: Path, tmp_p
     assert not (tmp_path / "gate.json").exists()
 
 
-def test_a_sound_vocabulary_is_tried_once_and_a_missing_file_is_left_to_others(llama, tmp_path: Path) -> None:
+def test_a_valid_vocabulary_is_checked_once_and_a_missing_file_is_ignored(llama, tmp_path: Path) -> None:
     for _ in range(2):
         check_vocabulary(llama.gguf, PROMPT_FILE_ADVICE)
     check_vocabulary(tmp_path / "none.gguf", PROMPT_FILE_ADVICE)
@@ -170,7 +170,7 @@ def test_a_sound_vocabulary_is_tried_once_and_a_missing_file_is_left_to_others(l
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
-def test_texts_are_brought_into_the_form_that_the_tokenizer_makes(tmp_path: Path, form: str) -> None:
+def test_texts_are_normalized_as_the_tokenizer_does(tmp_path: Path, form: str) -> None:
     model = make_model(tmp_path / "model")
     edit(model / "tokenizer.json", lambda c: c.update(normalizer={"type": form}))
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
@@ -188,27 +188,27 @@ def test_texts_are_brought_into_the_form_that_the_tokenizer_makes(tmp_path: Path
 
 
 @pytest.mark.parametrize(("family", "form"), [("qwen2", "NFC"), ("llama", None)])
-def test_the_form_is_the_one_of_the_tokenizer_as_transformers_loads_it(
+def test_the_normalization_is_that_of_the_tokenizer_in_transformers(
     tmp_path: Path, family: str, form: str | None
 ) -> None:
-    """Both are cut as Qwen's, and neither file names a normalizer; for qwen2 transformers takes its own class."""
+    """Both split text like Qwen, and neither file names a normalizer; for qwen2, transformers uses its own class."""
     model = make_model(tmp_path / "model", family, kind="qwen2")
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert opened.form == form
 
 
-def test_a_gguf_of_others_is_composed_by_the_name_of_its_pre_tokenizer(tmp_path: Path, monkeypatch) -> None:
+def test_a_foreign_gguf_is_normalized_by_the_name_of_its_pre_tokenizer(tmp_path: Path, monkeypatch) -> None:
     model = make_model(tmp_path / "model", "qwen2", kind="qwen2")
-    monkeypatch.setattr(tokenizer, "NORMALIZER_KEY", "general.comment")
+    monkeypatch.setattr(tokenizer, "FORM_KEY", "general.comment")
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert opened.form == "NFC"
         assert encode(opened, "cafe\u0301") == encode(opened, "café")
 
 
-def test_spare_rows_have_names_of_their_own(tmp_path: Path) -> None:
-    """llama.cpp ends the process where two tokens have the same text."""
+def test_spare_rows_have_unique_names(tmp_path: Path) -> None:
+    """llama.cpp aborts the process if two tokens have the same text."""
     tokenizer = make_tokenizer(tmp_path)
     spare = len(tokenizer) + 1
     tokenizer.add_tokens([f"[PAD{spare}]"])

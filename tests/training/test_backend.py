@@ -1,4 +1,4 @@
-"""What trains and where: Unsloth where it works, else plain TRL; one GPU of several; the CPU with a remark."""
+"""Which library and device train: Unsloth if it works, else TRL; one of several GPUs; the CPU with a warning."""
 
 import json
 import os
@@ -27,7 +27,7 @@ case "$*" in
     echo 'NVIDIA C, 4096, 24576' ;;
 esac
 """
-# What becomes of an `import unsloth`, in a process of its own: the backend, or the error, and what was said.
+# Runs `import unsloth` in its own process: prints the backend or the error, and the remarks.
 IMPORT = """
 import json, sys
 from tapir_local.errors import TapirError
@@ -35,7 +35,7 @@ from tapir_local.training.model import choose_backend
 from tapir_local.recipe.schema import Train
 said = []
 try:
-    found = library(Train(backend=sys.argv[1]), "bf16", 1, said.append)
+    found = choose_backend(Train(backend=sys.argv[1]), "bf16", 1, said.append)
 except TapirError as error:
     found = str(error)
 print(json.dumps([found, said, sorted(name for name in sys.modules if name.startswith("unsloth"))]))
@@ -52,7 +52,7 @@ ERRORS = {
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts an nvidia-smi on the PATH."""
+    """Put an nvidia-smi on the PATH."""
 
     def put(script: str) -> None:
         tool = tmp_path / "bin" / "nvidia-smi"
@@ -66,7 +66,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
 
 
 def imported(place: Path, body: str, backend: str) -> tuple[str, list[str], list[str]]:
-    """What library() makes of an `unsloth` with that body, which imports a part of its own first."""
+    """What choose_backend() returns for an `unsloth` with this body, which first imports a submodule of its own."""
     (place / "unsloth").mkdir(exist_ok=True)
     (place / "unsloth" / "part.py").write_text("")
     (place / "unsloth" / "__init__.py").write_text(f"import unsloth.part\n{body}\n")
@@ -82,10 +82,10 @@ def imported(place: Path, body: str, backend: str) -> tuple[str, list[str], list
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_an_unsloth_that_cannot_be_imported_is_left_out_and_told(tmp_path: Path, error: str) -> None:
+def test_an_unsloth_that_cannot_be_imported_is_not_used_and_reported(tmp_path: Path, error: str) -> None:
     found, said, modules = imported(tmp_path, f"raise {error}", "auto")
     assert (found, modules) == ("trl", [])
-    remark = "Training with plain TRL and PEFT, not with Unsloth: it cannot be imported"
+    remark = "Training with TRL and PEFT instead of Unsloth: it cannot be imported"
     assert said == [f"{remark} ({ERRORS[error]})."]
     found, said, _ = imported(tmp_path, f"raise {error}", "unsloth")
     assert found.startswith(f"train.backend: Unsloth cannot be used: it cannot be imported ({ERRORS[error]})")
@@ -97,7 +97,7 @@ def test_an_unsloth_that_can_be_imported_is_used(tmp_path: Path) -> None:
         assert imported(tmp_path, "", backend) == ("unsloth", [], ["unsloth", "unsloth.part"])
 
 
-# A GPU in the first child alone, and an Unsloth that loads no model on it.
+# Only the first child process sees a GPU; its Unsloth cannot load a model.
 FIRST_CHILD = """
 import sys
 from pathlib import Path
@@ -122,7 +122,7 @@ class FastLanguageModel:
 
 
 @pytest.mark.parametrize("backend", ["auto", "unsloth"])
-def test_an_unsloth_that_cannot_load_the_model_gives_way_to_trl(
+def test_trl_replaces_an_unsloth_that_cannot_load_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     (tmp_path / "path").mkdir()
@@ -138,7 +138,7 @@ def test_an_unsloth_that_cannot_load_the_model_gives_way_to_trl(
         assert not job.out.exists()
         return
     run_training(job, tmp_path / "train", None, said.append)
-    assert f"Training with plain TRL and PEFT, not with Unsloth: {why}." in said
+    assert f"Training with TRL and PEFT instead of Unsloth: {why}." in said
     assert resolved(job.out)["backend"] == "trl"
     assert (job.out / WEIGHTS).exists()
 
@@ -149,7 +149,7 @@ def test_an_unsloth_that_cannot_load_the_model_gives_way_to_trl(
 def test_a_training_sees_the_one_gpu_with_the_most_free_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Callable[[str], None]
 ) -> None:
-    """The variables are those of the child, which writes them down as it ends."""
+    """The variables are those of the child process, which writes them to a file when it ends."""
     driver(DRIVER)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(
@@ -199,7 +199,7 @@ def test_a_launchers_processes_keep_all_gpus(monkeypatch: pytest.MonkeyPatch, dr
     assert one_gpu() == {}
 
 
-def test_a_gpu_that_torch_cannot_use_is_told(tmp_path: Path, driver: Callable[[str], None]) -> None:
+def test_a_gpu_that_torch_cannot_use_is_reported(tmp_path: Path, driver: Callable[[str], None]) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -213,12 +213,12 @@ def test_a_gpu_that_torch_cannot_use_is_told(tmp_path: Path, driver: Callable[[s
     assert resolved(job.out)["device"] == "cpu"
 
 
-def test_a_student_is_not_trained_beyond_what_it_was_made_for(tmp_path: Path) -> None:
+def test_rows_longer_than_the_student_supports_are_left_out(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
     said: list[str] = []
     train_student(replace(job, max_length=4096), lambda done, total, note: said.append(note) if not total else None)
-    assert said == ["The student was made for 40 tokens: longer rows are left out (student.max_length is 4,096)."]
+    assert said == ["The student supports 40 tokens: longer rows are left out (student.max_length is 4,096)."]
     assert resolved(job.out)["sft"]["max_length"] == 40
     assert resolved(job.out)["rows"] == {"trained": 25, "dropped": 7}

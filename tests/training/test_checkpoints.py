@@ -1,4 +1,4 @@
-"""A training that is cut, killed or out of memory goes on, and ends as one that was not."""
+"""A training that is interrupted, killed or out of memory resumes and ends like an uninterrupted one."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ from tapir_local.training.model import Hardware
 from tapir_local.training.train import run_training, train_student, with_smaller_batch
 
 EACH_STEP = 1e-9  # minutes
-# A GPU that holds four rows at once, in the child's own torch.
+# A GPU with memory for four rows, simulated in the child's torch.
 SMALL_GPU = """
 import torch
 
@@ -46,7 +46,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uncut(place) -> Path:
-    """What an uncut training, dropout and all, ends with."""
+    """The result of an uninterrupted training with dropout."""
     job = replace(make_job(place, lora_dropout=0.1, checkpoint_minutes=0), out=place / "uncut")
     train_student(job, folder=place / "no-checkpoints")
     return job.out
@@ -58,7 +58,7 @@ def job(place, tmp_path) -> TrainJob:
 
 
 def cut_at(job: TrainJob, folder: Path, step: int) -> None:
-    """Train in this process until a step's report, which comes before its checkpoint."""
+    """Train in this process until a step is reported, which happens before its checkpoint is saved."""
 
     def stop(done: int, total: int, note: str) -> None:
         if done == step:
@@ -73,8 +73,8 @@ def steps(adapter: Path) -> list[tuple[int, float, int]]:
 
 
 @pytest.mark.parametrize("step", [3, 5, 7])
-def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) -> None:
-    """Cut within the first epoch, at its end, and within the second, whose order of rows is drawn anew."""
+def test_an_interrupted_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) -> None:
+    """Interrupted within the first epoch, at its end, and within the second, which has its own order of rows."""
     cut_at(job, tmp_path / "train", step)
     assert [path.name for path in (tmp_path / "train").iterdir()] == [f"checkpoint-{step - 1}"]
     seen: list[int] = []
@@ -86,8 +86,10 @@ def test_a_cut_training_ends_in_the_same_bytes(job, uncut, tmp_path, step: int) 
 
 
 @pytest.mark.parametrize("cuts", [(5, 7), (5, 6), (4, 7), (3, 5, 6, 8)])
-def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_path, cuts: tuple[int, ...]) -> None:
-    """After step 4 the epoch ends: that checkpoint is of the first epoch, and what follows it of the second."""
+def test_a_training_interrupted_several_times_ends_in_the_same_bytes(
+    job, uncut, tmp_path, cuts: tuple[int, ...]
+) -> None:
+    """The epoch ends after step 4: that checkpoint belongs to the first epoch, the following step to the second."""
     for step in cuts:
         cut_at(job, tmp_path / "train", step)
     train_student(job, folder=tmp_path / "train")
@@ -95,8 +97,8 @@ def test_a_training_cut_again_and_again_ends_in_the_same_bytes(job, uncut, tmp_p
     assert steps(job.out) == steps(uncut)
 
 
-def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(place, tmp_path) -> None:
-    """32 rows in steps of 10, two rows at once, for two and a half epochs."""
+def test_interruptions_with_uneven_steps_and_epochs_end_in_the_same_bytes(place, tmp_path) -> None:
+    """32 rows in steps of 10 with a micro-batch of two, for two and a half epochs."""
     made = make_job(
         place, lora_dropout=0.1, batch_size=10, micro_batch_size=4, epochs=2.5, checkpoint_minutes=EACH_STEP
     )
@@ -109,8 +111,8 @@ def test_cuts_where_steps_and_epochs_do_not_come_out_even_end_in_the_same_bytes(
     assert steps(cut.out) == steps(whole.out)
 
 
-def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
-    """With tied embeddings, whose weights a checkpoint holds once."""
+def test_an_interrupted_full_training_ends_in_the_same_bytes(tmp_path) -> None:
+    """With tied embeddings, which a checkpoint saves once."""
     make_model(tmp_path / "base", "qwen2", kind="qwen2")
     write_rows(tmp_path / "rows.jsonl", examples(32))
     job = make_job(tmp_path, method="full", learning_rate=1e-3, checkpoint_minutes=EACH_STEP)
@@ -122,7 +124,7 @@ def test_a_cut_full_training_ends_in_the_same_bytes_too(tmp_path) -> None:
     assert (job.out / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
 
 
-def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
+def test_seconds_continue_after_an_interruption(job, tmp_path) -> None:
     cut_at(job, tmp_path / "train", 4)
     train_student(job, folder=tmp_path / "train")
     seconds = [entry["seconds"] for entry in log(job.out)]
@@ -130,7 +132,7 @@ def test_seconds_go_on_counting_after_a_cut(job, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 4e-3}, {"lora_dropout": 0.2}, {"random_seed": 8}, {"rows": 31}])
-def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: dict) -> None:
+def test_another_jobs_checkpoint_is_deleted(job, tmp_path, change: dict) -> None:
     cut_at(job, tmp_path / "train", 3)
     if "rows" in change:
         (tmp_path / "rows.jsonl").write_text("".join(job.rows.read_text().splitlines(keepends=True)[:31]))
@@ -144,7 +146,7 @@ def test_another_jobs_checkpoint_is_not_used_but_deleted(job, tmp_path, change: 
     assert seen[0] == (1, [])
 
 
-def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
+def test_an_incomplete_checkpoint_is_not_used(tmp_path) -> None:
     for step, job in ((2, "a"), (4, "a"), (6, "b")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         write_json(tmp_path / f"checkpoint-{step}" / checkpoints.COMPLETE_MARKER, {"job": job})
@@ -155,7 +157,7 @@ def test_a_checkpoint_cut_in_the_writing_is_not_used(tmp_path) -> None:
     assert checkpoints.latest_checkpoint(tmp_path, "c") is None
 
 
-def test_how_many_rows_are_held_at_once_makes_no_other_job(job) -> None:
+def test_the_micro_batch_size_does_not_change_the_job(job) -> None:
     tokens, hardware = TokenRows([{"input_ids": [1], "labels": [1]}]), Hardware("cpu", "trl", "f32", 1 << 30)
 
     def digest(**arguments: object) -> str:
@@ -165,31 +167,31 @@ def test_how_many_rows_are_held_at_once_makes_no_other_job(job) -> None:
     assert digest(learning_rate=2) != digest()
 
 
-def test_a_checkpoint_is_due_by_the_clock(tmp_path) -> None:
-    course = TrainingState("job", tmp_path, minutes=10)
-    checkpoints.start_clock(course)
-    assert not checkpoints.is_checkpoint_due(course, 1)
-    course.saved -= 601
-    assert checkpoints.is_checkpoint_due(course, 1)
-    assert not checkpoints.is_checkpoint_due(replace(course, minutes=0), 1)
-    assert not checkpoints.is_checkpoint_due(replace(course, folder=None), 1)
+def test_a_checkpoint_is_due_after_an_interval(tmp_path) -> None:
+    training = TrainingState("job", tmp_path, minutes=10)
+    checkpoints.start_clock(training)
+    assert not checkpoints.is_checkpoint_due(training, 1)
+    training.saved -= 601
+    assert checkpoints.is_checkpoint_due(training, 1)
+    assert not checkpoints.is_checkpoint_due(replace(training, minutes=0), 1)
+    assert not checkpoints.is_checkpoint_due(replace(training, folder=None), 1)
 
 
 # Killed
 
 
 def of_folder(folder: Path) -> list[int]:
-    """The processes that work on a folder."""
+    """The process ids of the trainings that work on a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # one that has ended meanwhile
+        with suppress(OSError):  # it has ended meanwhile
             words = (process / "cmdline").read_bytes().split(b"\0")
             if str(folder).encode() in words and b"tapir_local.training.train" in words:
                 found.append(int(process.name))
     return found
 
 
-def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job, uncut, tmp_path) -> None:
+def test_a_killed_process_is_restarted_with_a_smaller_micro_batch(job, uncut, tmp_path) -> None:
     said: list[str] = []
 
     def kill(done: int, total: int, note: str) -> None:
@@ -200,7 +202,7 @@ def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job
     run_training(job, tmp_path / "train", kill, said.append)
     assert len(said) == 1
     assert "signal 9" in said[0]
-    assert "2 rows at once" in said[0]
+    assert "a micro-batch of 2" in said[0]
     entries = log(job.out)
     assert [entry["micro_batch_size"] for entry in entries][::7] == [4, 2]
     assert [entry["step"] for entry in entries] == list(range(1, 9))
@@ -208,7 +210,7 @@ def test_a_killed_process_is_begun_again_with_fewer_rows_at_once_and_says_so(job
     assert resolved(job.out)["micro_batch_size"] == {"asked": 4, "used": 2}
 
 
-def test_one_that_is_killed_again_is_given_up(job, tmp_path) -> None:
+def test_a_process_that_is_killed_twice_is_not_restarted(job, tmp_path) -> None:
     def kill(done: int, total: int, note: str) -> None:
         for pid in of_folder(tmp_path / "train"):
             os.kill(pid, signal.SIGKILL)
@@ -220,14 +222,14 @@ def test_one_that_is_killed_again_is_given_up(job, tmp_path) -> None:
     assert not job.out.exists()
 
 
-def test_after_kill_9_of_all_the_same_call_goes_on_to_the_same_bytes(job, uncut, tmp_path) -> None:
-    """The parent is killed, its child ends with it, and another parent does the rest."""
+def test_after_kill_9_the_same_call_resumes_to_the_same_bytes(job, uncut, tmp_path) -> None:
+    """The parent is killed, its child ends with it, and another parent finishes the training."""
     (tmp_path / "job.json").write_text(to_json(job))
     code = (
         "import sys; from pathlib import Path; from tapir_local.records import from_json\n"
-        "from tapir_local.training.job import TrainJob; from tapir_local.training.train import train\n"
+        "from tapir_local.training.job import TrainJob; from tapir_local.training.train import run_training\n"
         "here = Path(sys.argv[1]); job = from_json(TrainJob, (here / 'job.json').read_bytes())\n"
-        "train(job, here / 'train', lambda done, *_: print(done, flush=True))"
+        "run_training(job, here / 'train', lambda done, *_: print(done, flush=True))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}) as one:
@@ -249,8 +251,9 @@ def test_after_kill_9_of_all_the_same_call_goes_on_to_the_same_bytes(job, uncut,
 # Out of memory
 
 
-def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place, tmp_path, monkeypatch) -> None:
-    """The child's torch raises its own error above four rows: 8 at once become 4, and 8 make a step."""
+def test_out_of_memory_resumes_with_a_smaller_micro_batch(place, tmp_path, monkeypatch) -> None:
+    """torch in the child process raises its own error above four rows: the micro-batch of 8 becomes 4, a step keeps 8
+    rows."""
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
     large = replace(make_job(place, micro_batch_size=8), out=tmp_path / "large")
     train_student(large)
@@ -259,7 +262,8 @@ def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place
     small = replace(large, out=tmp_path / "small")
     run_training(small, tmp_path / "train", None, said.append)
     assert said == [
-        "the memory ran out with 8 rows at once; it goes on with 4 rows at once, and as many to a step as before."
+        "memory ran out with a micro-batch of 8; training resumes with a micro-batch of 4, "
+        "the batch size per step stays the same."
     ]
     sft = resolved(small.out)["sft"]
     assert (sft["per_device_train_batch_size"], sft["gradient_accumulation_steps"]) == (4, 2)
@@ -267,7 +271,7 @@ def test_out_of_memory_goes_on_with_fewer_rows_at_once_and_learns_the_same(place
     assert losses(small.out) == pytest.approx(losses(large.out), abs=1e-4)
 
 
-def test_where_one_row_is_too_much_there_is_no_less(job) -> None:
+def test_a_micro_batch_of_one_cannot_be_halved(job) -> None:
     assert with_smaller_batch(replace(job, micro=2)).micro == 1  # type: ignore[union-attr]
     assert with_smaller_batch(replace(job, micro=1)) is None
 
@@ -276,9 +280,9 @@ def test_out_of_memory_with_one_row_says_what_to_do(job, tmp_path, monkeypatch) 
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPU.replace("> 4", "> 0"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     one = replace(job, settings=job.settings.model_copy(update={"micro_batch_size": 1}))
-    with pytest.raises(OutOfMemory, match="the memory ran out with 1 rows at once") as caught:
+    with pytest.raises(OutOfMemory, match="memory ran out with a micro-batch of 1") as caught:
         run_training(one, tmp_path / "train")
-    assert "train.method: qlora" in caught.value.fix
+    assert "train.method to qlora" in caught.value.fix
 
 
 # Several processes
@@ -292,7 +296,7 @@ def test_two_processes_learn_what_one_does(place, tmp_path) -> None:
     train_student(one)
     seen: list[int] = []
     run_training(two, tmp_path / "train", lambda done, total, note: seen.append(done))
-    assert seen == [*range(1, 9), 8]  # the first process alone reports
+    assert seen == [*range(1, 9), 8]  # only the first process reports
     assert resolved(two.out)["processes"] == 2
     assert losses(two.out) == pytest.approx(losses(one.out), abs=1e-4)
     assert [entry["tokens"] for entry in log(two.out)] == [entry["tokens"] for entry in log(one.out)]

@@ -1,4 +1,4 @@
-"""The task classifier on made-up families of instructions: what it learns, measures, writes and refuses."""
+"""The task classifier on synthetic instructions: what it learns, measures, writes and refuses."""
 
 import json
 import random
@@ -46,7 +46,7 @@ SETTINGS = Classifier(model="small", held_out=0.15, epochs=4, learning_rate=1e-3
 
 
 def instructions(number: int, seed: str) -> list[Example]:
-    """Rows of every family in turn."""
+    """Rows of each family in turn."""
     chance = random.Random(seed)
     rows = []
     for n in range(number):
@@ -59,7 +59,7 @@ def instructions(number: int, seed: str) -> list[Example]:
 
 @pytest.fixture
 def job(tmp_path) -> ClassifyJob:
-    """Few rows and one pass: enough for all but the quality."""
+    """Few rows and one epoch: enough for everything but the accuracy."""
     write_rows(tmp_path / "labelled.jsonl", instructions(40, "learn"))
     write_rows(tmp_path / "rows.jsonl", [replace(row, task="") for row in instructions(30, "read")])
     settings = SETTINGS.model_copy(update={"epochs": 1})
@@ -70,7 +70,7 @@ def job(tmp_path) -> ClassifyJob:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Path:
-    """A classifier of 600 rows, from a process of its own, and its labels for 2,000 others."""
+    """A classifier trained on 600 rows in its own process, and its labels for 2,000 others."""
     folder = tmp_path_factory.mktemp("classifier")
     write_rows(folder / "labelled.jsonl", instructions(600, "learn"))
     write_rows(folder / "rows.jsonl", [replace(row, task="") for row in instructions(2000, "read")])
@@ -154,7 +154,7 @@ def test_labels_that_are_not_the_recipes_are_not_learned(job):
     ("model", "complaint"),
     [("/nowhere/deberta", "no such folder"), ("microsoft/deberta-v3-none", "cannot be loaded"), (".", "config.json")],
 )
-def test_a_model_that_cannot_be_had_is_refused(job, monkeypatch, tmp_path, model, complaint):
+def test_a_model_that_cannot_be_loaded_is_refused(job, monkeypatch, tmp_path, model, complaint):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TapirError, match=complaint) as caught:
@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_had_is_refused(job, monkeypatch, tmp_path, model
 
 
 def test_a_single_class_is_not_learned(job):
-    with pytest.raises(TapirError, match="every labelled row is Math: there is nothing to tell apart"):
+    with pytest.raises(TapirError, match="every labelled row is Math: at least two labels"):
         train_classifier(replace(job, labels=("Math", "Law")))
 
 
@@ -177,11 +177,11 @@ def test_a_class_with_a_single_row_is_learned_and_not_measured(job):
     assert found["rows"] + found["trained"] == len(rows)
 
 
-def test_agreement_has_its_interval_in_all_and_by_label():
+def test_agreement_has_an_interval_in_total_and_per_label():
     held = [Example(str(n), (Message("user", "x"),), task="A" if n < 8 else "B") for n in range(10)]
     found = measure_agreement(held, [Prediction(row.id, "A", 0.9) for row in held])
     assert (found["agreement"], found["agree"], found["rows"]) == (0.8, 8, 10)
-    assert found["interval"] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson's, of 8 in 10
+    assert found["interval"] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson's interval of 8 in 10
     assert found["by_label"]["B"] == {"rows": 2, "agree": 0, "interval": pytest.approx((0, 0.657620), abs=1e-6)}
     assert found["confusion"] == {"A": {"A": 8}, "B": {"A": 2}}
 
@@ -192,14 +192,14 @@ def test_a_row_that_is_labelled_is_not_predicted(job):
     assert [row["id"] for row in read(job.out / "predictions.jsonl")] == ["read-0", "read-1", "read-2"]
 
 
-def test_rows_of_like_length_are_read_together_within_the_limit():
+def test_rows_of_similar_length_share_a_batch_within_the_limit():
     lengths = [5, 300, 7, 6, 40, 38, 5]
     found = list(batches_by_length(lengths, 80))
     assert found == [[1], [4, 5], [2, 3, 0, 6]]
 
 
 def test_a_batch_changes_no_label(job):
-    """A row's label and probability do not depend on its neighbours."""
+    """A row's label and probability do not depend on the other rows of its batch."""
     rows = read_rows(Example, job.rows)
     seed_torch(1)
     model, tokenizer = load_classifier(job, [classifier_text(row, job) for row in rows])
@@ -209,7 +209,7 @@ def test_a_batch_changes_no_label(job):
     assert [row.confidence for row in together[:8]] == pytest.approx([row.confidence for row in alone], abs=1e-4)
 
 
-def test_the_head_of_a_long_row_is_its_last_turn_first(job):
+def test_the_text_of_a_long_row_starts_with_its_last_turn(job):
     turns = (Message("system", "s" * 5000), Message("user", "old"), Message("user", "Translate this."))
     text = classifier_text(Example("a", turns), job)
     assert text.startswith("Translate this.\n\nsystem: sss")
@@ -217,7 +217,7 @@ def test_the_head_of_a_long_row_is_its_last_turn_first(job):
     assert classifier_text(Example("a", turns[-1:]), job) == "Translate this."
 
 
-def test_a_book_in_a_row_is_read_from_its_beginning(job):
+def test_a_very_long_row_is_read_from_its_start(job):
     book = Example("book", (Message("user", "What is 3 plus 4? " + "river stone " * 50_000),))
     write_rows(job.rows, [book])
     train_classifier(job)
@@ -250,13 +250,13 @@ def emptied(folder: Path) -> None:
     ("damage", "complaint"),
     [
         (garbage, "cannot be loaded"),
-        (without_tokenizer, "no tokenizer that knows a word"),
-        (of_other_sizes, "not of the sizes that config.json says"),
+        (without_tokenizer, "its tokenizer has no vocabulary"),
+        (of_other_sizes, "do not have the sizes in config.json"),
         (of_another_kind, "cannot be loaded"),
         (emptied, "model_type"),
     ],
 )
-def test_a_damaged_model_is_refused_and_not_replaced_by_chance(taught, job, tmp_path, damage, complaint):
+def test_a_damaged_model_is_refused_and_not_initialized_at_random(taught, job, tmp_path, damage, complaint):
     shutil.copytree(taught, tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(TapirError, match=complaint) as caught:

@@ -1,4 +1,5 @@
-"""What a training will take is reckoned from headers, and said in numbers where it does not fit."""
+"""The memory of a training is estimated from file headers, and a training that does not fit is refused with the
+figures."""
 
 import json
 import shutil
@@ -59,7 +60,7 @@ def test_full_takes_sixteen_bytes_a_weight_and_qlora_the_least(base) -> None:
     assert full
     assert lora
     assert four
-    assert full.certain == 16 * full.parameters
+    assert full.fixed == 16 * full.parameters
     assert four.weights < lora.weights < full.weights
 
 
@@ -71,12 +72,12 @@ def test_shards_are_counted_as_one(base, shards) -> None:
 def test_missing_shards_are_named(shards) -> None:
     gone = sorted(shards.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(TapirError, match=rf"1 of the model's \d files of weights are missing: {gone.name}"):
+    with pytest.raises(TapirError, match=rf"1 of the model's \d weight files are missing: {gone.name}"):
         estimate_memory(str(shards), SETTINGS, GPU, 512)
 
 
 @pytest.mark.parametrize(
-    ("bytes_kept", "said"), [(-100, "ends too early"), (4, "no safetensors"), (0, "no safetensors")]
+    ("bytes_kept", "said"), [(-100, "ends before tensor"), (4, "cannot be read"), (0, "cannot be read")]
 )
 def test_a_damaged_file_of_weights_is_named(base, tmp_path, bytes_kept: int, said: str) -> None:
     shutil.copytree(base, tmp_path / "m")
@@ -87,7 +88,7 @@ def test_a_damaged_file_of_weights_is_named(base, tmp_path, bytes_kept: int, sai
     assert caught.value.where == str(file)
 
 
-def test_a_name_on_the_hub_is_not_reckoned_nor_a_model_without_safetensors(tmp_path) -> None:
+def test_there_is_no_estimate_for_a_hub_name_or_without_safetensors(tmp_path) -> None:
     assert estimate_memory("someone/model", SETTINGS, GPU, 512) is None
     assert estimate_memory(str(tmp_path), SETTINGS, GPU, 512) is None
 
@@ -101,9 +102,9 @@ def room(base: Path, free: int, settings: Train = SETTINGS, device: str = "cpu")
     return said
 
 
-def test_what_does_not_fit_is_refused_with_its_numbers(base) -> None:
+def test_a_training_that_does_not_fit_is_refused_with_figures(base) -> None:
     with pytest.raises(
-        TapirError, match=r"the weights take 0\.\d MB, .* optimiser 0\.\d MB, .*; 0\.1 MB of main memory"
+        TapirError, match=r"the weights take 0\.\d MB, .* optimizer 0\.\d MB, .*; 0\.1 MB of main memory"
     ):
         room(base, 100_000)
     with pytest.raises(TapirError) as caught:
@@ -111,18 +112,18 @@ def test_what_does_not_fit_is_refused_with_its_numbers(base) -> None:
     assert "train.method: lora" in caught.value.fix
 
 
-def test_what_may_not_fit_is_said(base) -> None:
-    assert room(base, 1_000_000)[0].startswith("Memory will be short: the weights take 0.")
+def test_a_training_that_may_not_fit_is_reported(base) -> None:
+    assert room(base, 1_000_000)[0].startswith("Memory may run out: the weights take 0.")
 
 
-def test_what_fits_is_said_of_a_gpu_alone(base) -> None:
+def test_the_estimate_is_always_reported_on_a_gpu(base) -> None:
     assert room(base, 1 << 34) == []
     assert "17.2 GB of the GPU's 25.8 GB are free" in room(base, 1 << 34, device="cuda")[0]
 
 
-def test_gradient_checkpointing_is_as_asked_or_by_the_room(base) -> None:
+def test_gradient_checkpointing_follows_the_setting_or_the_free_memory(base) -> None:
     needs = estimate_memory(str(base), SETTINGS, GPU, 512)
-    tight = Hardware("cuda", "trl", "bf16", needs.certain + needs.activations if needs else 0)
+    tight = Hardware("cuda", "trl", "bf16", needs.fixed + needs.activations if needs else 0)
     assert use_gradient_checkpointing(SETTINGS, tight, needs)
     assert not use_gradient_checkpointing(SETTINGS, GPU, needs)
     for asked in (True, False):

@@ -1,11 +1,11 @@
-"""The order of an epoch's rows, and a training whose loss, gradient or weights are no numbers."""
+"""The order of an epoch's rows, and trainings whose loss, gradient or weights are not finite."""
 
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import World, fake_backends
+from fakes import World, tools
 from hypothesis import given
 from hypothesis import strategies as st
 from training_rows import WEIGHTS, log, make_job
@@ -29,7 +29,7 @@ LENGTHS = st.lists(st.integers(1, 2048), max_size=300)
 def test_an_epoch_goes_through_every_row_once_in_an_order_of_seed_and_epoch(
     lengths: list[int], batch: int, seed: int, epoch: int
 ) -> None:
-    random.seed(epoch)  # nothing is taken from the module's generator
+    random.seed(epoch)  # the module's generator must not be used
     order = list(RowOrder(lengths, batch, seed, epoch))
     assert sorted(order) == list(range(len(lengths)))
     random.seed(epoch + 1)
@@ -37,25 +37,25 @@ def test_an_epoch_goes_through_every_row_once_in_an_order_of_seed_and_epoch(
     assert not order or lengths[order[0]] == max(lengths)
 
 
-def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+def test_every_seed_and_epoch_has_its_own_order() -> None:
     lengths = list(range(100))
     orders = {tuple(RowOrder(lengths, 4, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
-def test_rows_of_a_step_are_of_about_one_length() -> None:
+def test_rows_of_a_step_have_similar_lengths() -> None:
     chance = random.Random("lengths")
     lengths = [chance.randint(60, 120) for _ in range(4000)]
     order = epoch_order(lengths, 16, random.Random("order"))
     steps = [[lengths[row] for row in order[at : at + 16]] for at in range(0, len(order), 16)]
     assert sum(max(step) - min(step) for step in steps) / len(steps) < 60 / SORTED_STEPS * 4
     longest = [max(step) for step in steps]
-    assert longest != sorted(longest, reverse=True)  # but the steps are not in the order of their lengths
+    assert longest != sorted(longest, reverse=True)  # but the steps themselves are not sorted by length
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_nothing_saved(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     job = make_job(tmp_path, learning_rate=1e30, warmup=0.0, checkpoint_minutes=1e-9)
-    with pytest.raises(TapirError, match=r"(loss|gradient) is no longer a number at step [2-8]") as caught:
+    with pytest.raises(TapirError, match=r"(loss|gradient) is not a finite number at step [2-8]") as caught:
         run_training(job, tmp_path / "train")
     assert "train.learning_rate (1e+30 now; try 1e+29)" in caught.value.fix
     assert "--name" in caught.value.fix
@@ -64,7 +64,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_nothing_saved(tmp_path:
 
 
 def break_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let the model say no numbers once it was asked as many times as there are steps."""
+    """Let the model return NaN after as many forward passes as there are steps."""
     import torch
 
     seen, forward = [0], torch.nn.Embedding.forward
@@ -76,10 +76,12 @@ def break_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(torch.nn.Embedding, "forward", broken)
 
 
-def test_the_checkpoint_before_a_dead_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checkpoint_before_a_step_that_is_not_finite_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_job(tmp_path, micro_batch_size=8, checkpoint_minutes=1e-9)
     break_after(monkeypatch, 5)
-    with pytest.raises(TapirError, match="the loss is no longer a number at step 6"):
+    with pytest.raises(TapirError, match="the loss is not a finite number at step 6"):
         train_student(job, folder=tmp_path / "train")
     assert not job.out.exists()
     (kept,) = (tmp_path / "train").glob("checkpoint-*")
@@ -101,17 +103,17 @@ def test_the_checkpoint_before_a_dead_step_is_kept(tmp_path: Path, monkeypatch: 
         ({"loss": 1.0}, "f32", ""),
     ],
 )
-def test_what_is_a_dead_step(tmp_path: Path, logs: dict[str, float], precision: str, said: str) -> None:
+def test_which_steps_are_not_finite(tmp_path: Path, logs: dict[str, float], precision: str, said: str) -> None:
     job = make_job(tmp_path)
     if not said:
         refuse_nonfinite_step(3, logs, job, precision)
         return
-    with pytest.raises(TapirError, match=f"{said} is no longer a number at step 3") as caught:
+    with pytest.raises(TapirError, match=f"{said} is not a finite number at step 3") as caught:
         refuse_nonfinite_step(3, logs, job, precision)
     assert ("train.precision" in caught.value.fix) == (precision != "f32")
 
 
-def test_an_adapter_with_a_weight_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+def test_an_adapter_with_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     import torch
 
     model = torch.nn.Linear(3, 2)
@@ -119,14 +121,16 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_not_saved(tmp_path: Path)
     refuse_nonfinite_weights(model, job, "f32")
     with torch.no_grad():
         model.bias[1] = float("inf")
-    with pytest.raises(TapirError, match=r"1 of the trained weights' tensors .* bias the first"):
+    with pytest.raises(TapirError, match=r"1 of the trained tensors .* the first is bias"):
         refuse_nonfinite_weights(model, job, "f32")
     model.bias.requires_grad = False
     refuse_nonfinite_weights(model, job, "f32")
 
 
-def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last step's update overflows: its loss was a number, and no step follows that would show it."""
+def test_a_training_that_ends_with_nonfinite_weights_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step's update overflows: its loss was finite, and no later step shows the overflow."""
     import torch
 
     job = make_job(tmp_path, epochs=1.0)
@@ -141,16 +145,14 @@ def test_a_training_that_ends_in_dead_weights_saves_nothing(tmp_path: Path, monk
         return done
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(TapirError, match="trained weights' tensors hold values that are no numbers"):
+    with pytest.raises(TapirError, match="trained tensors contain values that are not finite"):
         train_student(job, folder=tmp_path / "train")
     assert not job.out.exists()
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.0])
-def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_much(
-    tmp_path: Path, limit: float
-) -> None:
-    """One row of 32, by the real trainer in its own process."""
+def test_the_stage_records_rows_left_out_even_if_they_are_too_many(tmp_path: Path, limit: float) -> None:
+    """One row of 32, with the real trainer in its own process."""
     base = make_job(tmp_path)
     lines = base.rows.read_text().splitlines()
     long = lines[3].replace('"completion":"', '"completion":"' + "one more number and " * 40)
@@ -161,7 +163,7 @@ def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_m
         "r",
     )
     write_text(run.round(0) / "train.jsonl", "\n".join([*lines[:3], long, *lines[4:]]) + "\n")
-    work = Work(recipe, run, replace(fake_backends(World()), train=train_backend(recipe, run)), 0, "round-00/train")
+    work = Work(recipe, run, replace(tools(World()), train=train_backend(recipe, run)), 0, "round-00/train")
     out = run.round(0) / "adapter"
     if limit < 1 / 32:
         with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used"):
@@ -174,7 +176,7 @@ def test_the_stage_that_trains_records_what_it_left_out_also_where_that_is_too_m
     assert (row.step, row.id, row.kind) == ("round-00/train", "3", "longer than student.max_length")
 
 
-def test_what_is_left_out_in_training_is_recorded_and_too_much_of_it_stops_it(tmp_path: Path) -> None:
+def test_rows_left_out_in_training_are_recorded_and_limited(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     lines = job.rows.read_text().splitlines()
     long = lines[3].replace('"completion":"', '"completion":"' + "one more number and " * 40)

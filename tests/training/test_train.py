@@ -1,33 +1,26 @@
-"""Fine-tuning a tiny random Llama: what is learned from, what is learned, what is stored, and what is refused."""
+"""Fine-tuning a tiny random Llama: which rows are used, what is learned, what is saved, and what is refused."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from models import CHATML, make_model, make_tokenizer
-from training_rows import SETTINGS, examples, log, losses
+from models import make_model, make_tokenizer
+from training_rows import SETTINGS, UNSLOTH_CHANGES, examples, log, losses
 from training_rows import resolved as settled
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.backends import export_backend, gate_backend
 from tapir_local.process import run_module
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.records import Example, Message, from_json, to_json
+from tapir_local.records import Message, from_json, to_json
 from tapir_local.rundir import RunDir, write_rows
-from tapir_local.training.job import IGNORED_LABEL, TrainJob, pack_rows, sft_arguments, split_batch, token_rows
-from tapir_local.training.model import Hardware, choose_backend, linear_layer_names
+from tapir_local.training.job import TrainJob
+from tapir_local.training.model import choose_backend, linear_layer_names
 from tapir_local.training.train import run_training, train_student
 
-# What unsloth 2026.10.9 changes of SFTConfig's defaults (trl 1.15), found by importing both side by side.
-UNSLOTH_CHANGES = {
-    "optim", "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "learning_rate", "warmup_steps", "weight_decay", "seed", "logging_steps", "padding_free", "bf16",
-    "logging_nan_inf_filter", "torch_empty_cache_steps",
-}  # fmt: skip
 FULL = SETTINGS.model_copy(update={"method": "full", "learning_rate": 1e-3})
-CPU = Hardware("cpu", "trl", "f32", 8 << 30)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +42,7 @@ def job(base, rows, tmp_path) -> TrainJob:
 
 @pytest.fixture(scope="module")
 def trained(base, rows, tmp_path_factory) -> Path:
-    """An adapter from a process of its own."""
+    """An adapter trained in its own process."""
     folder = tmp_path_factory.mktemp("trained")
     job = TrainJob(str(base), rows, folder / "adapter", SETTINGS, 128, 7)
     seen: list[tuple[int, int, str]] = []
@@ -61,74 +54,6 @@ def trained(base, rows, tmp_path_factory) -> Path:
 
 def test_a_job_survives_its_file(job):
     assert from_json(TrainJob, to_json(job)) == job
-
-
-def test_exactly_the_prompt_is_masked_and_the_end_of_turn_is_learned(tmp_path):
-    tokenizer = make_tokenizer(tmp_path)
-    rows = examples(5)
-    for row, tokens in zip(rows, token_rows(rows, tokenizer, 128).rows, strict=True):
-        turns = [asdict(turn) for turn in row.prompt]
-        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        learned = [label for label in tokens["labels"] if label != IGNORED_LABEL]
-        masked = tokens["input_ids"][: -len(learned)]
-        assert tokens["labels"] == [IGNORED_LABEL] * len(masked) + learned
-        assert tokens["input_ids"] == masked + learned
-        assert tokenizer.decode(masked) == asked
-        assert tokenizer.decode(learned) == f"{row.completion}<|im_end|>\n"
-        assert masked == tokenizer(asked, add_special_tokens=False)["input_ids"]
-
-
-LONG = "1 2 3 4 5 6 7 8 9 " * 20
-
-
-def test_a_row_that_does_not_fit_is_left_out_whole_and_told(tmp_path):
-    tokenizer = make_tokenizer(tmp_path)
-    short, other = examples(2)
-    answer, question = Example("a", short.prompt, LONG), Example("b", (Message("user", LONG),), "No.")
-    tokens = token_rows([short, answer, question, other], tokenizer, 64)
-    assert tokens.rows == token_rows([short, other], tokenizer, 64).rows
-    assert [(row.id, row.kind) for row in tokens.left_out] == [(id, "longer than student.max_length") for id in "ab"]
-    assert "tokens of prompt and" in tokens.left_out[0].detail
-    assert tokens.counts == {"trained": 2, "dropped": 2}
-    assert str(tokens) == "2 rows trained, 2 rows dropped"
-
-
-def test_every_row_that_is_trained_on_has_its_end_whatever_the_room(tmp_path):
-    """At the length of a row it is trained on whole, at one token less it is left out."""
-    tokenizer = make_tokenizer(tmp_path)
-    rows = examples(6)
-    lengths = [len(row["input_ids"]) for row in token_rows(rows, tokenizer, 128).rows]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for room in range(min(lengths) - 1, max(lengths) + 1):
-        found = token_rows(rows, tokenizer, room)
-        assert len(found.rows) == sum(length <= room for length in lengths)
-        assert {row.id for row in found.left_out} == {str(n) for n, length in enumerate(lengths) if length > room}
-        assert all(end in row["labels"] for row in found.rows)
-
-
-PICKY = """{% if 'Be brief' in messages[0]['content'] %}{{ raise_exception('not these words') }}{% endif %}""" + CHATML
-
-
-def test_a_row_that_the_template_refuses_is_left_out_and_told(tmp_path):
-    tokenizer = make_tokenizer(tmp_path, template=PICKY)
-    first, second, third = examples(3)
-    refused = replace(second, prompt=(Message("user", "Be brief."),))
-    tokens = token_rows([first, refused, third], tokenizer, 128)
-    assert tokens.rows == token_rows([first, third], tokenizer, 128).rows
-    (left,) = tokens.left_out
-    assert (left.id, left.kind) == ("1", "refused by the student's chat template")
-    assert "not these words" in left.detail
-
-
-def test_a_token_across_the_boundary_leaves_the_prompt_as_it_is_asked(tmp_path):
-    template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
-    )
-    tokenizer = make_tokenizer(tmp_path, template=template)
-    (tokens,) = token_rows([Example("a", (Message("user", "The qui"),), "ck")], tokenizer, 64).rows
-    learned = [label for label in tokens["labels"] if label != IGNORED_LABEL]
-    assert tokenizer.decode(learned) == "ck<|im_end|>"
-    assert len(tokenizer("The quick")["input_ids"]) < len(tokens["input_ids"]) - 1
 
 
 def test_the_loss_falls_and_the_log_says_how(trained):
@@ -165,14 +90,17 @@ def test_another_seed_gives_another_adapter(trained, base, rows, tmp_path):
     assert (tmp_path / "adapter" / name).read_bytes() != (trained / name).read_bytes()
 
 
-def test_going_on_from_an_adapter_begins_where_that_ended(trained, base, rows, tmp_path):
+def test_continuing_from_an_adapter_starts_where_it_ended(trained, base, rows, tmp_path):
     train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
     assert losses(tmp_path / "adapter")[0] < losses(trained)[0] - 0.5
 
 
 @pytest.mark.parametrize(
     ("changed", "complaint"),
-    [({"lora_rank": 8}, "r 4, this training 8"), ({"lora_alpha": 16}, "lora_alpha 8, this training 16")],
+    [
+        ({"lora_rank": 8}, "r 4, but this training has 8"),
+        ({"lora_alpha": 16}, "lora_alpha 8, but this training has 16"),
+    ],
 )
 def test_an_adapter_of_another_shape_is_refused(trained, base, rows, tmp_path, changed, complaint):
     settings = SETTINGS.model_copy(update=changed)
@@ -184,41 +112,13 @@ def test_an_adapter_of_another_shape_is_refused(trained, base, rows, tmp_path, c
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}])
 def test_an_adapter_of_another_model_is_refused(trained, rows, tmp_path, change):
     other = make_model(tmp_path / "other", **change)
-    with pytest.raises(TapirError, match="of another model"):
+    with pytest.raises(TapirError, match="belongs to another model"):
         train_student(TrainJob(str(other), rows, tmp_path / "adapter", SETTINGS, 128, 7, trained))
 
 
 def test_a_folder_without_an_adapter_is_refused(base, rows, tmp_path):
-    with pytest.raises(TapirError, match="holds no adapter"):
+    with pytest.raises(TapirError, match="contains no adapter"):
         train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 128, 7, tmp_path))
-
-
-def test_all_that_unsloth_changes_is_written_out(job):
-    for hardware in (CPU, Hardware("cuda", "unsloth", "bf16", 80 << 30)):
-        assert sft_arguments(job, hardware, 100).keys() >= UNSLOTH_CHANGES
-
-
-def test_the_arguments_are_those_of_the_library(job, tmp_path):
-    from trl import SFTConfig
-
-    config = SFTConfig(output_dir=str(tmp_path), **sft_arguments(job, CPU, 32))
-    assert (config.bf16, config.use_cpu, config.seed, config.optim) == (False, True, 7, "adamw_torch_fused")
-    assert config.get_warmup_steps(8) == 1
-
-
-def test_a_gpu_trains_in_its_best_precision(job):
-    gpus = (Hardware("cuda", "trl", precision, 80 << 30) for precision in ("bf16", "f16"))
-    bf16, f16 = (sft_arguments(job, gpu, 32) for gpu in gpus)
-    assert (bf16["bf16"], bf16["fp16"], bf16["use_cpu"]) == (True, False, False)
-    assert (f16["bf16"], f16["fp16"]) == (False, True)
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "expected"),
-    [(16, 4, (4, 4)), (16, 16, (16, 1)), (16, 32, (16, 1)), (10, 4, (2, 5)), (7, 4, (1, 7))],
-)
-def test_a_batch_is_split_without_changing_its_size(batch, micro, expected):
-    assert split_batch(batch, micro) == expected
 
 
 def test_lora_is_on_every_linear_layer_but_the_head(base):
@@ -228,7 +128,7 @@ def test_lora_is_on_every_linear_layer_but_the_head(base):
 
 
 def refusals(tmp_path: Path) -> dict[str, Path]:
-    """Folders that are no student."""
+    """Folders that contain no student."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "weightless").mkdir()
     make_tokenizer(tmp_path / "weightless")
@@ -239,7 +139,7 @@ def refusals(tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("nowhere", "empty", "weightless", "mute", "plain")}
 
 
-def test_what_is_no_student_is_refused_with_its_reason(rows, tmp_path):
+def test_a_folder_without_a_student_is_refused_with_the_reason(rows, tmp_path):
     complaints = {
         "nowhere": "no such folder",
         "empty": "config.json is missing",
@@ -261,7 +161,7 @@ def test_rows_that_cannot_be_learned_from_are_refused(base, rows, tmp_path):
         train_student(TrainJob(str(base), rows, tmp_path / "adapter", SETTINGS, 8, 7))
 
 
-def test_what_needs_a_gpu_is_refused_without_one(job):
+def test_settings_that_need_a_gpu_are_refused_without_one(job):
     import torch
 
     if torch.cuda.is_available():
@@ -274,7 +174,7 @@ def test_what_needs_a_gpu_is_refused_without_one(job):
         train_student(replace(job, settings=SETTINGS.model_copy(update={"backend": "unsloth"})))
 
 
-def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):
+def test_an_error_in_the_process_reaches_the_caller_unchanged(tmp_path, base):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(TapirError, match="no rows to train on") as caught:
         run_training(
@@ -283,8 +183,8 @@ def test_a_refusal_in_the_process_arrives_as_it_is(tmp_path, base):
     assert caught.value.where == str(tmp_path / "none.jsonl")
 
 
-def test_rows_packed_into_one_do_not_see_each_other(base, rows, tmp_path):
-    """The first step's loss over all rows is that of the rows apart, and the packs hold them all."""
+def test_packed_rows_do_not_attend_to_each_other(base, rows, tmp_path):
+    """The first step's loss over packed rows equals that of the separate rows, and the packs contain all of them."""
     first = {}
     for packing in (False, True):
         settings = SETTINGS.model_copy(
@@ -298,21 +198,11 @@ def test_rows_packed_into_one_do_not_see_each_other(base, rows, tmp_path):
     assert first[True]["tokens"] == first[False]["tokens"]
 
 
-def test_packs_are_fewer_and_no_longer_than_a_row_may_be(tmp_path):
-    rows = token_rows(examples(32), make_tokenizer(tmp_path), 128).rows
-    packs = pack_rows(rows, 128)
-    assert len(packs) < len(rows) / 2
-    assert max(len(ids) for ids in packs["input_ids"]) <= 128
-    assert sorted(length for pack_rows in packs["seq_lengths"] for length in pack_rows) == sorted(
-        len(row["input_ids"]) for row in rows
-    )
-
-
-@pytest.mark.parametrize("twice", [True, False])
-def test_checkpointed_gradients_are_the_same_gradients(trained, base, rows, tmp_path, twice):
-    settings = SETTINGS.model_copy(update={"gradient_checkpointing": twice})
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradient_checkpointing_does_not_change_the_gradients(trained, base, rows, tmp_path, recompute):
+    settings = SETTINGS.model_copy(update={"gradient_checkpointing": recompute})
     train_student(TrainJob(str(base), rows, tmp_path / "adapter", settings, 128, 7))
-    assert settled(tmp_path / "adapter")["sft"]["gradient_checkpointing"] is twice
+    assert settled(tmp_path / "adapter")["sft"]["gradient_checkpointing"] is recompute
     assert losses(tmp_path / "adapter") == pytest.approx(losses(trained), abs=1e-4)
 
 
@@ -325,13 +215,13 @@ def test_bf16_on_a_cpu_learns_too(trained, base, rows, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(base, rows, tmp_path_factory) -> Path:
-    """All weights trained: a model's folder."""
+    """A model's folder with all weights trained."""
     out = tmp_path_factory.mktemp("whole") / "adapter"
     train_student(TrainJob(str(base), rows, out, FULL, 128, 7))
     return out
 
 
-def test_full_fine_tuning_leaves_a_whole_model(whole, base):
+def test_full_fine_tuning_saves_a_complete_model(whole, base):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -343,21 +233,19 @@ def test_full_fine_tuning_leaves_a_whole_model(whole, base):
     assert AutoTokenizer.from_pretrained(whole).chat_template == AutoTokenizer.from_pretrained(base).chat_template
 
 
-def test_a_wholly_trained_model_goes_through_export_and_gate_as_it_is(whole, base, rows, tmp_path):
-    """As a run does it: what the trainer left in adapter/ is the model, and there is no adapter."""
+def test_a_fully_trained_model_passes_export_and_gate(whole, base, rows, tmp_path):
+    """As in a run: adapter/ contains the trained model, and there is no adapter."""
     recipe = parse_recipe(
         f"teacher: pocket\nstudent: {{path: {base}}}\ntrain: {{method: full}}\nexport: {{quant: f16}}", "r"
     )
     run, gguf = RunDir(tmp_path, "run"), tmp_path / "student.gguf"
-    export_backend(recipe, run)(adapter=whole, out=gguf, progress=lambda done, total, note: None)
-    gate_backend(recipe, run)(
-        adapter=whole, gguf=gguf, rows=rows, out=tmp_path / "gate.json", progress=lambda done, total, note: None
-    )
+    export_backend(recipe, run)(whole, gguf, lambda done, total, note: None)
+    gate_backend(recipe, run)(whole, gguf, rows, tmp_path / "gate.json", lambda done, total, note: None)
     found = json.loads((tmp_path / "gate.json").read_text())
     assert (found["failed"], found["figures"]["kl_base"]) == ([], None)
 
 
-def test_full_fine_tuning_goes_on_from_the_last_rounds_weights(whole, base, rows, tmp_path):
+def test_full_fine_tuning_continues_from_the_last_rounds_weights(whole, base, rows, tmp_path):
     train_student(TrainJob(str(base), rows, tmp_path / "adapter", FULL, 128, 7, whole))
     assert losses(tmp_path / "adapter")[0] < losses(whole)[0] - 0.5
 
@@ -365,51 +253,38 @@ def test_full_fine_tuning_goes_on_from_the_last_rounds_weights(whole, base, rows
 def test_an_earlier_training_of_another_kind_is_refused(whole, trained, base, rows, tmp_path):
     other = make_model(tmp_path / "other", num_hidden_layers=3)
     for student, settings, earlier, complaint in (
-        (base, FULL, trained, "left an adapter, not a whole model"),
-        (base, SETTINGS, whole, "holds no adapter"),
-        (other, FULL, whole, "num_hidden_layers 2, the student 3"),
+        (base, FULL, trained, "left an adapter, not a complete model"),
+        (base, SETTINGS, whole, "contains no adapter"),
+        (other, FULL, whole, "num_hidden_layers 2, but the student has 3"),
     ):
         with pytest.raises(TapirError, match=complaint):
             train_student(TrainJob(str(student), rows, tmp_path / "adapter", settings, 128, 7, earlier))
 
 
 @pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
-def test_a_gpu_without_unsloth_says_so_and_goes_on():
+def test_a_gpu_without_unsloth_is_reported_and_used():
     said: list[str] = []
     assert choose_backend(SETTINGS, "bf16", 1, said.append) == "trl"
     assert said == [
-        "Training with plain TRL and PEFT, not with Unsloth: it is not installed (pip install 'tapir-local[gpu]')."
+        "Training with TRL and PEFT instead of Unsloth: it is not installed (pip install 'tapir-local[gpu]')."
     ]
     with pytest.raises(TapirError, match="Unsloth cannot be used: it is not installed"):
         choose_backend(SETTINGS.model_copy(update={"backend": "unsloth"}), "bf16", 1, said.append)
 
 
-def test_no_gguf_is_open_once_its_answers_are_there(llama):
-    """llama.cpp maps the file it has open: a training that comes next has the memory, and the GPU, to itself."""
-    from tapir_local.inference.config import GenerationConfig
-    from tapir_local.inference.generate import Callbacks, generate
+def test_the_gguf_is_closed_after_generation(llama):
+    """llama.cpp maps the file that it has open: the next training must have all the memory, and the GPU."""
+    from tapir_local.inference.generate import generate
     from tapir_local.inference.score import score_completions
 
     def is_open(*_: object) -> bool:
         return llama.gguf.name in Path("/proc/self/maps").read_text()
 
     prompt, seen = (Message("user", "Add 1 and 2."),), []
-    generate(
-        llama.gguf,
-        [prompt],
-        GenerationConfig(max_tokens=4, context=128),
-        callbacks=Callbacks(progress=lambda *_: seen.append(is_open())),
-    )
+    generate(llama.gguf, [prompt], max_tokens=4, context=128, progress=lambda *_: seen.append(is_open()))
     score_completions(llama.gguf, [(prompt, "3")], context=128)
     assert any(seen)
     assert not is_open()
-
-
-def test_a_batch_is_shared_by_processes_or_refused(job):
-    two = sft_arguments(job, replace(CPU, processes=2), 32)
-    assert (two["per_device_train_batch_size"], two["gradient_accumulation_steps"]) == (4, 1)
-    with pytest.raises(TapirError, match="8 rows cannot be shared by 3 processes"):
-        sft_arguments(job, replace(CPU, processes=3), 32)
 
 
 def test_a_damaged_job_is_named(tmp_path):
