@@ -70,7 +70,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 }
 SEEDS = (1, 2, 3, 4, 5)
 BASE = "base"
-HEAVY = ("classifier", "train", "export", "gate")
+HEAVY = ("training.classifier", "training.train", "export.export", "export.gate")
 
 
 def recipe_of(arm: str, seed: int) -> Any:
@@ -82,13 +82,13 @@ def recipe_of(arm: str, seed: int) -> Any:
     return overridden(parse_recipe(text, "quickstart.yaml"), changes)
 
 
-def here(module: str, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
+def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
     """What process.in_own_process does, in this process."""
     from tapir_local.rundir import write_record
 
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
-    importlib.import_module(module).run_folder(folder, progress or (lambda done, total, note: None))
+    work(folder, progress or (lambda done, total, note: None))
 
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:

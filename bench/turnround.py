@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         runs = {way: begun(asked, way, Path(scratch)) for way in WAYS}
         with timed() as base:
-            run_base_gguf(*runs["adapter"], anew=True)
+            run_base_gguf(*runs["adapter"], renew=True)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for number in range(asked.repeat):
             for way in WAYS:
@@ -92,6 +92,7 @@ def make_adapter(model: Path, out: Path, rank: int) -> None:
 
     import torch
     from safetensors.torch import save_file
+
     from tapir_local.training.model_files import read_model_tensors
 
     torch.manual_seed(1)

@@ -124,14 +124,18 @@ def beside_python(name: str) -> str:
 
 
 def in_own_process(
-    module: str,
+    work: Callable[[Path, Progress], None],
     job: Any,
     folder: Path,
     progress: Progress | None = None,
     say: Callable[[str], None] = say_on_stderr,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Run a module on a job, a record that it finds as job.json in `folder`; its log is left there too."""
+    """Run the module that defines `work` as a process of its own; its `__main__` block must call `child_main(work)`.
+
+    The job is a record, written to job.json in `folder`, where `work` reads it; the log is left there too.
+    """
+    module = work.__module__
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)

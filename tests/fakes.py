@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +176,10 @@ def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Backe
     return replace(fake_backends(world), teacher=ask, judge=ask)
 
 
-def here(module: str, job: Any, folder: Path, progress: Progress | None = None, *_: Any) -> None:
+def here(
+    work: Callable[[Path, Progress], None], job: Any, folder: Path, progress: Progress | None = None, *_: Any
+) -> None:
     """Do in this process what a stage's own process does; importing torch there would take most of the tests' time."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
-    import_module(module).run_folder(folder, progress or QUIET.progress)
+    work(folder, progress or QUIET.progress)

@@ -162,10 +162,10 @@ def let_a_runtime_add_bos(monkeypatch: Any) -> None:
     """Exports say from now on that a runtime is to add BOS, which the template writes already."""
     from tapir_local.export import export
 
-    write = export.write_vocab
+    write = export.write_vocabulary
 
     def with_bos(writer: Any, vocab: Any) -> None:
         write(writer, vocab)
         writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
 
-    monkeypatch.setattr(export, "write_vocab", with_bos)
+    monkeypatch.setattr(export, "write_vocabulary", with_bos)

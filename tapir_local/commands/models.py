@@ -171,23 +171,16 @@ def export_command(
         raise click.UsageError(
             "--modelfile needs a whole model; for an adapter, add an ADAPTER line to the Modelfile of its base"
         )
-    from tapir_local.export.gated_export import export_with_gate, model_with_template
+    from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.rundir import sha256
 
     show = line_progress("tensors")
     with model_with_template(model, chat_template) as folder:
-        report = export_with_gate(
-            folder,
-            out,
-            adapter=adapter,
-            quant=quant or ("f32" if adapter_only else "q8_0"),
-            check=not no_gate,
-            base=base,
-            adapter_only=adapter_only,
-            converter=converter,
-            progress=lambda done, total, _: show(done, total),
+        config = ExportConfig(
+            quant or ("f32" if adapter_only else "q8_0"), adapter, adapter_only, base, converter, check=not no_gate
         )
+        report = export_with_gate(folder, out, config, lambda done, total, _: show(done, total))
     if modelfile:
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     echo(export_summary(out, report), err=True)

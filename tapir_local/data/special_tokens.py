@@ -220,3 +220,11 @@ def fill_vocabulary_gaps(model: dict[str, Any], sign: str) -> None:
     if isinstance(vocabulary, dict) and vocabulary:
         free = set(range(max(vocabulary.values()))) - set(vocabulary.values())
         vocabulary.update({f"{sign}{number}": number for number in free})
+
+
+def ids_after(prompt: Sequence[int], whole: Sequence[int]) -> list[int] | None:
+    """The token ids of a whole text that follow its prompt's ids; None if a token spans the boundary.
+
+    The completion's ids are then those of the completion tokenized by itself.
+    """
+    return list(whole[len(prompt) :]) if list(whole[: len(prompt)]) == list(prompt) else None

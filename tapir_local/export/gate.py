@@ -16,6 +16,7 @@ from tapir_local.export.reference import ReferenceModel, load_reference, referen
 from tapir_local.export.tokenizer import end_of_turn_id, read_tokenizer_json, special_token_texts
 from tapir_local.export.weights import FloatArray
 from tapir_local.inference.batch import compute_logits
+from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
@@ -152,7 +153,7 @@ def verify_gguf(
             "template": llama.template == tokenizer.get_chat_template(),
         }
         reference = load_reference(model_dir, adapter, reserved=gate_memory(llama), free=limits.free)
-        with open_context(llama, cells=GATE_CONTEXT * 4, sequences=5, exact=True) as engine:
+        with open_context(llama, ContextConfig(GATE_CONTEXT * 4, 5, exact=True)) as engine:
             found = compare_answers(engine, reference, sample_prompts(rows))
     wanted = MIN_AGREEMENT[quant] if limits.min_agreement is None else limits.min_agreement
     checks["logits"] = found.kl <= MAX_KL[quant]
@@ -215,9 +216,8 @@ def compare_answers(engine: Engine, trained: ReferenceModel, prompts: Sequence[P
 def greedy_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
     """Token ids of prompt and greedy answer, and the position that predicts the answer's first token."""
     tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
-    answers = answer_tokens(
-        engine, tokens, max_tokens=GATE_ANSWER_TOKENS, context=GATE_CONTEXT, temperature=0.0, seeds=[0] * len(tokens)
-    )
+    config = GenerationConfig(GATE_ANSWER_TOKENS, GATE_CONTEXT)
+    answers = answer_tokens(engine, tokens, config, [0] * len(tokens))
     texts = [
         (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
     ]

@@ -136,7 +136,7 @@ def normalization_form(tokenizer: Mapping[str, Any], pre_tokenizer: str, model_d
         raise TapirError(
             f"llama.cpp does not support its normalizer: {', '.join(kinds)}",
             where=str(model_dir / "tokenizer.json"),
-            fix=f"Supported normalizers, one step each: {', '.join(FORMS)}.",
+            fix=f"Supported normalizers, one step each: {', '.join(UNICODE_FORMS)}.",
         )
     return kinds[0] if kinds else ""
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tapir_local.data.special_tokens import ids_after
 from tapir_local.errors import TapirError
 from tapir_local.inference.batch import Array, Batch, decode_batch, last_logits, make_batch
 from tapir_local.inference.config import UBATCH
@@ -102,7 +103,8 @@ def text_to_score(model: Model, number: int, prompt: Prompt, completion: str) ->
     head = encode_prompt(model, prompt)
     asked, answer = chat_format(model).answered(prompt, completion)
     joined = encode(model, asked + answer)
-    tail = joined[len(head) :] if joined[: len(head)] == head else encode(model, answer)
+    after = ids_after(head, joined)
+    tail = encode(model, answer) if after is None else after
     return ScoredText(number, head + tail, len(head))
 
 

@@ -184,7 +184,8 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
     """Fine-tunes the recipe's student."""
 
     def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
-        from tapir_local.training.train import TrainJob, run_training
+        from tapir_local.training.job import TrainJob
+        from tapir_local.training.train import run_training
 
         job = TrainJob(
             str(student_folder(recipe, run)),
@@ -228,7 +229,7 @@ def export_backend(recipe: Recipe, run: RunDir) -> ExportBackend:
         model, lora = trained_model(recipe, run, adapter)
         quant, alone = recipe.export.quant, recipe.export.rounds == "adapter"
         if alone:
-            run_base_gguf(recipe, run, progress, anew=out.parent == run.round(0))
+            run_base_gguf(recipe, run, progress, renew=out.parent == run.round(0))
             check_base_unchanged(recipe, run)
             quant = "f32"
         job = ExportJob(model, out, quant, lora, alone, converter_path(recipe))

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import Student
 from models import largest_difference, make_adapter, make_model
 
-import cli
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
@@ -122,13 +122,13 @@ def test_an_adapter_without_one_of_its_files(llama: Student, tmp_path: Path, nam
 
 
 def run(*words: object) -> str:
-    return CliRunner().invoke(cli.cli, ["export", *map(str, words)], catch_exceptions=False).stderr
+    return CliRunner().invoke(cli, ["export", *map(str, words)], catch_exceptions=False).stderr
 
 
 def test_the_command_verifies_it_on_the_base(llama: Student, bases, tmp_path: Path) -> None:
     out = tmp_path / "lora.gguf"
     said = run(llama.model, out, "--adapter", llama.adapter, "--adapter-only", "--base", bases["llama"])
-    assert "texts tokenised alike" in said
+    assert "texts have the same token ids" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.gguf", "lora.gguf.gate.json"]
 
 

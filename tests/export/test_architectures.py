@@ -13,6 +13,7 @@ from spm import GEMMA
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
@@ -108,7 +109,7 @@ def test_merged(made, tmp_path: Path, name: str) -> None:
     report = gate_report(student, gguf)
     assert report.passed, report
     assert report.probes == 632
-    found = generate(gguf, [row.prompt for row in ROWS], max_tokens=12, context=256, parallel=8)
+    found = generate(gguf, [row.prompt for row in ROWS], GenerationConfig(max_tokens=12, context=256, parallel=8))
     assert len(found) == len(ROWS)
     assert any(completion.text for completion in found)
 
@@ -123,7 +124,9 @@ def test_adapter_alone(made, tmp_path: Path, name: str) -> None:
         report = gate_report(student, tmp_path / quant, lora)
         assert report.passed, report
     assert lora.stat().st_size < (tmp_path / "f32").stat().st_size / 2
-    found = generate(tmp_path / "q8_0", [row.prompt for row in ROWS], max_tokens=12, context=256, adapter=lora)
+    found = generate(
+        tmp_path / "q8_0", [row.prompt for row in ROWS], GenerationConfig(max_tokens=12, context=256), adapter=lora
+    )
     assert len(found) == len(ROWS)
 
 

@@ -24,6 +24,7 @@ from tapir_local.export.base import (
     student_files,
 )
 from tapir_local.export.gate import GateReport
+from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import export_backend, gate_backend, real_backends, ship_backend
@@ -73,19 +74,25 @@ def begun(llama, run: RunDir) -> RunDir:
 
 def exported(recipe: Recipe, run: RunDir, progress: Progress = QUIET.progress) -> Path:
     out = run.round(0) / "student.gguf"
-    export_backend(recipe, run)(run.round(0) / "adapter", out, progress)
+    export_backend(recipe, run)(adapter=run.round(0) / "adapter", out=out, progress=progress)
     return out
 
 
 def gated(recipe: Recipe, run: RunDir) -> GateReport:
     folder, out = run.round(0), run.round(0) / "gate.json"
-    gate_backend(recipe, run)(folder / "adapter", folder / "student.gguf", folder / "train.jsonl", out, QUIET.progress)
+    gate_backend(recipe, run)(
+        adapter=folder / "adapter",
+        gguf=folder / "student.gguf",
+        rows=folder / "train.jsonl",
+        out=out,
+        progress=QUIET.progress,
+    )
     return read_record(GateReport, out)
 
 
 def answers(recipe: Recipe, run: RunDir) -> list[str]:
     opened = student_files(recipe, run, run.round(0) / "student.gguf")
-    found = generate(opened.gguf, PROMPTS, adapter=opened.adapter, max_tokens=16, context=256)
+    found = generate(opened.gguf, PROMPTS, GenerationConfig(max_tokens=16, context=256), adapter=opened.adapter)
     return [row.text for row in found]
 
 
@@ -101,10 +108,10 @@ def test_an_adapter_answers_as_the_merged_student_does(llama, recipe: Recipe, ru
 def test_the_shipped_gguf_is_merged_and_verified(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     exported(recipe, run)
     (tmp_path / "out").mkdir()
-    ship_backend(recipe, run)(run.round(0), tmp_path / "out", QUIET.progress)
+    ship_backend(recipe, run)(student=run.round(0), out=tmp_path / "out", progress=QUIET.progress)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "gate.json", "student.gguf"]
     assert read_record(GateReport, tmp_path / "out" / "gate.json").passed
-    shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, max_tokens=16, context=256)
+    shipped = generate(tmp_path / "out" / "student.gguf", PROMPTS, GenerationConfig(max_tokens=16, context=256))
     assert [row.text for row in shipped] == answers(recipe, run)
     assert not (run.path / "ship").exists()
 
@@ -204,8 +211,9 @@ def test_a_student_whose_weights_changed_during_the_run_is_refused(recipe: Recip
     weights[-3] ^= 64
     (model / "model.safetensors").write_bytes(weights)
     shutil.copytree(run.round(0) / "adapter", run.round(1) / "adapter")
+    folder = run.round(1)
     with pytest.raises(TapirError, match=r"have changed since run 'r' began(.|\n)*redo r --round 0 --from train"):
-        export_backend(recipe, run)(run.round(1) / "adapter", run.round(1) / "student.gguf", QUIET.progress)
+        export_backend(recipe, run)(adapter=folder / "adapter", out=folder / "student.gguf", progress=QUIET.progress)
     exported(recipe, run)  # round 0, when started again, uses the student as it is now
     assert gated(recipe, run).passed
 
@@ -226,7 +234,7 @@ def test_two_types_of_weights_are_two_files_of_one_base(tmp_path: Path) -> None:
 
 def test_an_adapter_is_not_a_model(recipe: Recipe, run: RunDir) -> None:
     with pytest.raises(TapirError, match="LoRA adapter, not a model"):
-        generate(exported(recipe, run), PROMPTS[:1], max_tokens=4, context=64)
+        generate(exported(recipe, run), PROMPTS[:1], GenerationConfig(max_tokens=4, context=64))
 
 
 @pytest.mark.parametrize(
@@ -261,8 +269,8 @@ def test_a_run_gives_the_same_answers_merged_and_as_adapter(tmp_path: Path) -> N
     for way in ("merged", "adapter"):
         changes = {**SETTINGS, **small, **named, "export.rounds": way, "name": way, "train.start": "previous"}
         recipe, run = overridden(shipped, changes), RunDir(tmp_path / "cache", way)
-        with real_backends(recipe, run, print) as tools:
-            distill(recipe, run, tools, QUIET)
+        with real_backends(recipe, run, print) as backends:
+            distill(recipe, run, backends, QUIET)
         found[way] = [row.text for row in read_rows(Completion, run.round(1) / "holdout-answers.jsonl")]
         assert is_adapter(run.round(1) / "student.gguf") == (way == "adapter")
         assert not is_adapter(run.path / "model" / "student.gguf")
@@ -274,6 +282,6 @@ def test_a_run_gives_the_same_answers_merged_and_as_adapter(tmp_path: Path) -> N
     assert json.loads((run.path / "base.json").read_bytes())["base"] == model_digest(model)
     before = {path.name: path.read_bytes() for path in (run.path / "model").iterdir()}
     redo(run, 1, "export")
-    with real_backends(recipe, run, print) as tools:
-        distill(recipe, run, tools, QUIET)
+    with real_backends(recipe, run, print) as backends:
+        distill(recipe, run, backends, QUIET)
     assert {path.name: path.read_bytes() for path in (run.path / "model").iterdir()} == before

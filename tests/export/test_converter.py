@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import Student
 from pydantic import ValidationError
 
-import cli
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export import converter as converting
 from tapir_local.export.converter import Converter
@@ -91,7 +91,7 @@ def test_a_merged_and_converted_model_passes_the_gate(
 
 def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
     words = ["export", str(falcon), str(tmp_path / "base.gguf"), "--converter", str(script)]
-    assert "texts tokenised alike" in CliRunner().invoke(cli.cli, words, catch_exceptions=False).stderr
+    assert "texts have the same token ids" in CliRunner().invoke(cli, words, catch_exceptions=False).stderr
 
 
 def test_an_error_has_its_last_line_and_its_log(llama: Student, script: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import cli
 from tapir_local.assets import chat_template
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.gated_export import ExportConfig, adapter_training_rows, export_with_gate
 from tapir_local.export.probes import PROBE_COUNT
@@ -21,7 +21,7 @@ from tapir_local.rundir import write_rows
 def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -> None:
     out = tmp_path / "student.gguf"
     words = ["export", str(llama.model), str(out), "--adapter", str(llama.adapter), "--quant", "f16"]
-    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    found = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert "texts tokenised alike" in found.stderr
     assert json.loads((tmp_path / "student.gguf.gate.json").read_text())["failed"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.gguf", "student.gguf.gate.json"]
@@ -30,11 +30,11 @@ def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -
 
 def test_a_modelfile_is_written_on_request(llama, tmp_path: Path) -> None:
     words = ["export", str(llama.model), str(tmp_path / "base.gguf"), "--modelfile", "--no-gate"]
-    CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    CliRunner().invoke(cli, words, catch_exceptions=False)
     text = (tmp_path / "base.gguf.Modelfile").read_text()
     assert text.startswith("FROM ./base.gguf\nTEMPLATE")
     assert "num_ctx" not in text  # how it was trained is unknown
-    assert CliRunner().invoke(cli.cli, [*words, "--adapter-only"]).exit_code == 2
+    assert CliRunner().invoke(cli, [*words, "--adapter-only"]).exit_code == 2
 
 
 def test_without_the_gate_there_is_no_report(llama, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_an_option_that_would_be_ignored_is_refused(llama, tmp_path: Path, words
     (tmp_path / "base.gguf").write_bytes(llama.gguf.read_bytes())
     given = [str(tmp_path / word) if word == "base.gguf" else word for word in words]
     given = [str(llama.adapter) if word == "lora" else word for word in given]
-    found = CliRunner().invoke(cli.cli, ["export", str(llama.model), str(tmp_path / "out.gguf"), *given])
+    found = CliRunner().invoke(cli, ["export", str(llama.model), str(tmp_path / "out.gguf"), *given])
     assert f"{option}: the option has no effect here" in str(found.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
 
@@ -120,11 +120,11 @@ def test_a_base_without_a_template_is_exported_with_a_given_one(llama, tmp_path:
     before = sorted(path.name for path in model.iterdir())
     words = ["export", str(model), str(tmp_path / "base.gguf"), "--no-gate"]
     with pytest.raises(TapirError, match="chat template") as caught:
-        CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+        CliRunner().invoke(cli, words, catch_exceptions=False)
     assert "of `tapir-local export` it is --chat-template" in str(caught.value)
-    found = CliRunner().invoke(cli.cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
+    found = CliRunner().invoke(cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
     assert found.exit_code == 0
     assert read_gguf_template(tmp_path / "base.gguf")[0] == chat_template("alpaca")
     assert sorted(path.name for path in model.iterdir()) == before
     with pytest.raises(TapirError, match="no such chat template"):
-        CliRunner().invoke(cli.cli, [*words, "--chat-template", "none.jinja"], catch_exceptions=False)
+        CliRunner().invoke(cli, [*words, "--chat-template", "none.jinja"], catch_exceptions=False)

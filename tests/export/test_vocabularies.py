@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from models import CHATML, make_model, make_tokenizer
 from spm import GEMMA, make_gemma_tokenizer
 
-import cli
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export import tokenizer
 from tapir_local.export.export import check_exportable, export_gguf
@@ -142,7 +142,7 @@ def fatal(tmp_path_factory) -> Path:
 def test_an_abort_of_the_library_gives_one_clear_error(fatal: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"instruction": "Ünïcödé 你好"}\n')
     words = ["generate", str(fatal), str(tmp_path / "asked.jsonl"), "-o", str(tmp_path / "out.jsonl")]
-    found = CliRunner().invoke(cli.cli, words)
+    found = CliRunner().invoke(cli, words)
     assert isinstance(found.exception, TapirError)
     assert "llama.cpp ends the process over its vocabulary: SIGABRT" in found.exception.what
     assert found.exception.where == str(fatal)
@@ -200,7 +200,7 @@ def test_the_normalization_is_that_of_the_tokenizer_in_transformers(
 
 def test_a_foreign_gguf_is_normalized_by_the_name_of_its_pre_tokenizer(tmp_path: Path, monkeypatch) -> None:
     model = make_model(tmp_path / "model", "qwen2", kind="qwen2")
-    monkeypatch.setattr(tokenizer, "FORM_KEY", "general.comment")
+    monkeypatch.setattr(tokenizer, "NORMALIZER_KEY", "general.comment")
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
         assert opened.form == "NFC"

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from models import CHATML, make_model
 
-from tapir_local.commands import main as cli
+from tapir_local.commands.main import cli
 from tapir_local.commands.output import time_left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
@@ -32,7 +32,7 @@ def written(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def run(*words: object) -> list[dict[str, object]]:
-    found = CliRunner().invoke(cli.cli, ["generate", *map(str, words)], catch_exceptions=False)
+    found = CliRunner().invoke(cli, ["generate", *map(str, words)], catch_exceptions=False)
     return [json.loads(line) for line in found.stdout.splitlines()]
 
 
@@ -48,7 +48,7 @@ def test_answers_come_in_the_prompts_order_as_generate_gives_them(llama, tmp_pat
 def test_the_file_is_whole_and_the_summary_counts_prompts_that_do_not_fit(llama, tmp_path: Path) -> None:
     asked = written(tmp_path / "asked.jsonl", [{"instruction": "Hi"}, {"instruction": "word " * 300}])
     words = ["generate", str(llama.gguf), str(asked), "-o", str(tmp_path / "out.jsonl"), "--context", "64"]
-    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    found = CliRunner().invoke(cli, words, catch_exceptions=False)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["finish"] == "too_long" for row in rows] == [False, True]
     assert "1 longer than the context" in found.stderr
@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_asked_are_named(rows: list[dict[str, object]], said
 
 def test_a_row_without_a_prompt_costs_that_row(llama, tmp_path: Path) -> None:
     asked = written(tmp_path / "asked.jsonl", [{"prompt": "a"}, {"prompt": True}, {"prompt": "b"}, {"instruction": ""}])
-    found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(asked), "--max-tokens", "4"])
+    found = CliRunner().invoke(cli, ["generate", str(llama.gguf), str(asked), "--max-tokens", "4"])
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["finish"] == "refused" for row in rows] == [False, True, False, True]
     assert "2 of 4 rows cannot be asked; the first:" in found.stderr
@@ -95,7 +95,7 @@ def test_a_missing_file_is_an_error_and_nothing_is_written(missing: str, llama, 
     more = {"adapter": ["--adapter", str(tmp_path / "none")], "schema": ["--json-schema", str(tmp_path / "none")]}
     with pytest.raises(TapirError, match="none"):
         CliRunner().invoke(
-            cli.cli,
+            cli,
             ["generate", words["model"], words["prompts"], "-o", str(tmp_path / "out"), *more.get(missing, [])],
             catch_exceptions=False,
         )
@@ -119,14 +119,14 @@ def asked(folder: Path, count: int = 30) -> Path:
 def test_a_killed_run_resumes_where_it_stopped(llama, tmp_path: Path) -> None:
     """Killed after some answers, with an incomplete last line: the same command keeps the complete ones."""
     words = ["generate", str(llama.gguf), str(asked(tmp_path)), "--context", "128", "--max-tokens", "8", "--exact"]
-    uncut = CliRunner().invoke(cli.cli, [*words, "-o", str(tmp_path / "uncut.jsonl")], catch_exceptions=False)
+    uncut = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / "uncut.jsonl")], catch_exceptions=False)
     cut = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
         interrupted(llama.gguf, words, cut, after=12)
     partial = tmp_path / "cut.jsonl.partial"
     kept = partial.read_text().splitlines()
     partial.write_text("\n".join(kept) + '\n{"id":"torn')
-    found = CliRunner().invoke(cli.cli, [*words, "-o", str(cut)], catch_exceptions=False)
+    found = CliRunner().invoke(cli, [*words, "-o", str(cut)], catch_exceptions=False)
     assert f"{len(kept)} answers are there already" in found.stderr
     assert cut.read_text() == (tmp_path / "uncut.jsonl").read_text()
     assert "31 answers" in uncut.stderr
@@ -162,7 +162,7 @@ def test_an_interrupted_run_of_another_task_is_not_resumed(llama, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         interrupted(llama.gguf, words, tmp_path / "out.jsonl", after=20)
     again = [*words, "-o", str(tmp_path / "out.jsonl"), "--context", "128", "--max-tokens", "4"]
-    found = CliRunner().invoke(cli.cli, again, catch_exceptions=False)
+    found = CliRunner().invoke(cli, again, catch_exceptions=False)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert "already" not in found.stderr
     assert max(row["tokens"] for row in rows) == 4
@@ -170,7 +170,7 @@ def test_an_interrupted_run_of_another_task_is_not_resumed(llama, tmp_path: Path
 
 def test_the_last_line_has_the_context_plan(llama, tmp_path: Path) -> None:
     words = ["generate", str(llama.gguf), str(asked(tmp_path, 9)), "--parallel", "3", "--max-tokens", "2"]
-    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    found = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert re.search(r"; 3 at once in a context of 1,536 tokens \([\d.]+ MB of [\d.]+ GB free\)\n$", found.stderr)
 
 
@@ -184,7 +184,7 @@ def test_answers_end_before_a_stop_string(llama, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--parallel", "0"], ["--parallel", "many"], ["--stop", ""]])
 def test_invalid_options_are_refused(llama, words: list[str], tmp_path: Path) -> None:
-    found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(asked(tmp_path)), *words])
+    found = CliRunner().invoke(cli, ["generate", str(llama.gguf), str(asked(tmp_path)), *words])
     assert found.exit_code == 2
     assert words[0] in found.stderr
 
@@ -194,14 +194,14 @@ def test_a_prompt_that_the_template_refuses_costs_its_row_and_exits_with_1(tmp_p
     export_gguf(make_model(tmp_path / "m", template=strict), tmp_path / "m.gguf", adapter=None, quant="f32")
     rows = [{"prompt": [{"role": "user", "content": "Hi"}] * (3 if n == 1 else 1)} for n in range(3)]
     words = ["generate", str(tmp_path / "m.gguf"), str(written(tmp_path / "asked.jsonl", rows)), "--max-tokens", "4"]
-    found = CliRunner().invoke(cli.cli, words, catch_exceptions=False)
+    found = CliRunner().invoke(cli, words, catch_exceptions=False)
     answers = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["finish"] == "refused" for row in answers] == [False, True, False]
     assert answers[0]["text"] == answers[2]["text"]
     assert found.exit_code == 1
     assert "1 refused by the chat template" in found.stderr
     assert "too many turns" in found.stderr
-    again = CliRunner().invoke(cli.cli, [*words[:2], str(written(tmp_path / "good.jsonl", rows[:1]))])
+    again = CliRunner().invoke(cli, [*words[:2], str(written(tmp_path / "good.jsonl", rows[:1]))])
     assert again.exit_code == 0
 
 

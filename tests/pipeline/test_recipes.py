@@ -13,7 +13,6 @@ import pytest
 from fakes import QUIET, here
 from models import make_model
 from server import Server, send
-from tapir_local.export.run_export import export_gguf
 
 from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
 from tapir_local.commands.distill import distill_command as command
@@ -22,6 +21,7 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
 from tapir_local.export.base import base_gguf
+from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
 from tapir_local.inference.model import read_gguf_template
 from tapir_local.pipeline.backends import real_backends

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import World, tools
+from fakes import World, fake_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from training_rows import WEIGHTS, log, make_job
@@ -163,7 +163,7 @@ def test_the_stage_records_rows_left_out_even_if_they_are_too_many(tmp_path: Pat
         "r",
     )
     write_text(run.round(0) / "train.jsonl", "\n".join([*lines[:3], long, *lines[4:]]) + "\n")
-    work = Work(recipe, run, replace(tools(World()), train=train_backend(recipe, run)), 0, "round-00/train")
+    work = Work(recipe, run, replace(fake_backends(World()), train=train_backend(recipe, run)), 0, "round-00/train")
     out = run.round(0) / "adapter"
     if limit < 1 / 32:
         with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used"):

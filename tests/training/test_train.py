@@ -239,8 +239,10 @@ def test_a_fully_trained_model_passes_export_and_gate(whole, base, rows, tmp_pat
         f"teacher: pocket\nstudent: {{path: {base}}}\ntrain: {{method: full}}\nexport: {{quant: f16}}", "r"
     )
     run, gguf = RunDir(tmp_path, "run"), tmp_path / "student.gguf"
-    export_backend(recipe, run)(whole, gguf, lambda done, total, note: None)
-    gate_backend(recipe, run)(whole, gguf, rows, tmp_path / "gate.json", lambda done, total, note: None)
+    export_backend(recipe, run)(adapter=whole, out=gguf, progress=lambda done, total, note: None)
+    gate_backend(recipe, run)(
+        adapter=whole, gguf=gguf, rows=rows, out=tmp_path / "gate.json", progress=lambda done, total, note: None
+    )
     found = json.loads((tmp_path / "gate.json").read_text())
     assert (found["failed"], found["figures"]["kl_base"]) == ([], None)
 
@@ -274,14 +276,20 @@ def test_a_gpu_without_unsloth_is_reported_and_used():
 
 def test_the_gguf_is_closed_after_generation(llama):
     """llama.cpp maps the file that it has open: the next training must have all the memory, and the GPU."""
-    from tapir_local.inference.generate import generate
+    from tapir_local.inference.config import GenerationConfig
+    from tapir_local.inference.generate import Callbacks, generate
     from tapir_local.inference.score import score_completions
 
     def is_open(*_: object) -> bool:
         return llama.gguf.name in Path("/proc/self/maps").read_text()
 
     prompt, seen = (Message("user", "Add 1 and 2."),), []
-    generate(llama.gguf, [prompt], max_tokens=4, context=128, progress=lambda *_: seen.append(is_open()))
+    generate(
+        llama.gguf,
+        [prompt],
+        GenerationConfig(max_tokens=4, context=128),
+        callbacks=Callbacks(progress=lambda *_: seen.append(is_open())),
+    )
     score_completions(llama.gguf, [(prompt, "3")], context=128)
     assert any(seen)
     assert not is_open()
