@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from tapir_local.assets import seeds_path
 from tapir_local.data.dataset import read_seeds
 from tapir_local.data.files import read_path
 from tapir_local.recipe.schema import Classifier
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Message
+from tapir_local.resources import seeds_path
 from tapir_local.training.classifier import (
     ClassifyJob,
     Prediction,

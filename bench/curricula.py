@@ -84,7 +84,7 @@ def recipe_of(arm: str, seed: int) -> Any:
 
 def here(module: str, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
     """What process.in_own_process does, in this process."""
-    from tapir_local.rundir import write_record
+    from tapir_local.files import write_record
 
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
@@ -95,7 +95,7 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
     from tapir_local.pipeline.backends import real_tools
     from tapir_local.pipeline.loop import Watch, distill
-    from tapir_local.rundir import RunDir
+    from tapir_local.run_dir import RunDir
 
     for name in HEAVY:
         vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here
@@ -108,8 +108,8 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
         (copy / "recipe.yaml").unlink()
         copy.rename(place.path)
     if not (place.path / "recipe.yaml").exists() and arm != BASE:
+        from tapir_local.files import write_text
         from tapir_local.recipe.text import to_yaml
-        from tapir_local.rundir import write_text
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
     quiet = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
@@ -132,7 +132,7 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
 def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
     """By arm and seed, the runs that are done, as sides of a comparison."""
     from tapir_local.report.run_results import read_sides
-    from tapir_local.rundir import RunDir
+    from tapir_local.run_dir import RunDir
 
     found: dict[str, dict[int, Any]] = {}
     for arm in arms:

@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import POCKET_STUDENT
 from tapir_local.export.base import base_of
+from tapir_local.files import remove, write_rows
 from tapir_local.memory import size
 from tapir_local.pipeline.backends import exporter, gatekeeper, generator, shipper
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, remove, write_rows
+from tapir_local.resources import POCKET_STUDENT
+from tapir_local.run_dir import RunDir
 
 WAYS = ("merged", "adapter")
 TURN = ("export", "gate", "first answer")

@@ -15,12 +15,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
-from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
+from tapir_local.files import private_file, write_record
 from tapir_local.memory import cpus
 from tapir_local.printable import printable
-from tapir_local.private import private_file
-from tapir_local.rundir import write_record
+from tapir_local.resources import CHECKOUT
 
 Progress = Callable[[int, int, str], None]
 OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line

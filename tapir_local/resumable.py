@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
 
 from tapir_local.errors import TapirError
+from tapir_local.files import remove, sync, write_json
 from tapir_local.printable import safe_json
 from tapir_local.records import from_json, to_json
-from tapir_local.rundir import remove, sync, write_json
 
 
 class Row(Protocol):

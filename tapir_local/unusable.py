@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tapir_local.errors import TapirError
-from tapir_local.rundir import RunDir, read_rows, write_rows
+from tapir_local.files import read_rows, write_rows
+from tapir_local.run_dir import RunDir
 
 NAME = "unusable.jsonl"
 FEW = 5  # rows that an error names

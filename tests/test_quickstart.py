@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.pipeline.loop import sequence
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / ".ci" / "small.yaml"

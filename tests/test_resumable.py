@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.records import Scored, to_json
 from tapir_local.resumable import InOrder, forget_partial, going_on, write_line
-from tapir_local.rundir import read_rows
 
 ROWS = [Scored(str(n), -float(n), n) for n in range(10)]
 TASK = {"task": 1, "path": Path("x")}

@@ -6,7 +6,7 @@ import pytest
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import trimmed
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
 
 

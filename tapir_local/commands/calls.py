@@ -181,7 +181,7 @@ def used_keys(cache: Path | None, run: str) -> list[str]:
 def locked_keys(cache: Path | None, run: str) -> list[str]:
     """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
     from tapir_local.pipeline.lockfile import keys_of, locked
-    from tapir_local.rundir import named_run
+    from tapir_local.run_dir import named_run
 
     folder = named_run(store_path(cache).parent, run)
     return keys_of(locked(folder)) if folder else []
@@ -196,7 +196,7 @@ def export_calls(file: Path, run: str | None, cache: Path | None) -> None:
 
     Elsewhere it is `teacher.db` of a cache, for `distill --replay`, or is taken in by `calls import`.
     """
-    from tapir_local.outputs import check_output
+    from tapir_local.files import check_output
     from tapir_local.store.transfer import export
 
     store = store_path(cache)
@@ -257,8 +257,8 @@ def import_store_file(file: Path, cache: Path | None) -> None:
 
 def import_rows(file: Path, named: str | None, requests: Path | None, cache: Path | None) -> None:
     """Answers from elsewhere."""
-    from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
+    from tapir_local.resources import find_recipe, text_of_recipe
     from tapir_local.teacher.external import read_answers, reasons, take
 
     if not named:

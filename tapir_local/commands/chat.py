@@ -14,7 +14,7 @@ from tapir_local.inference.generate import chat_stream
 from tapir_local.inference.model import open_engine
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.records import Message
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 
 Say = Callable[[str], None]
 

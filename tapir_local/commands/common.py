@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
-from tapir_local.paths import at_home
+from tapir_local.files import at_home
 from tapir_local.printable import printable, safe_json
 
 if TYPE_CHECKING:
-    from tapir_local.rundir import RunDir
+    from tapir_local.run_dir import RunDir
 
 SIGN_OF_LIFE = 2.0  # seconds between two lines
 
@@ -58,15 +58,15 @@ def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
 
 def store_path(cache: Path | None) -> Path:
     """The store of a cache."""
-    from tapir_local.assets import default_cache
+    from tapir_local.resources import default_cache
 
     return (cache or default_cache()) / "teacher.db"
 
 
 def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
     """A run by name; without one the run that was worked on last."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import existing, runs_of
+    from tapir_local.resources import default_cache
+    from tapir_local.run_dir import existing, runs_of
 
     place = cache or default_cache()
     if name is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tapir_local.commands.trust import Risk
     from tapir_local.pipeline.loop import Step, Watch
     from tapir_local.recipe.schema import Recipe
-    from tapir_local.rundir import RunDir
+    from tapir_local.run_dir import RunDir
     from tapir_local.store.store import Mode
 
 
@@ -117,9 +117,9 @@ def changes_of(
 
 def settled(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
     """A named recipe with the changes, its file, and what the user should know of it before it runs."""
-    from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.checks import notices, unnamed
     from tapir_local.recipe.text import overridden, parse_recipe, replaced
+    from tapir_local.resources import find_recipe, text_of_recipe
 
     path = find_recipe(named)
     # A change may mend what the file alone would be refused for.
@@ -190,8 +190,8 @@ def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
 
 def run_dir(cache: Path | None, name: str) -> "RunDir":
     """The folder of a run that may not be there yet."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import RunDir
+    from tapir_local.resources import default_cache
+    from tapir_local.run_dir import RunDir
 
     return RunDir(cache or default_cache(), name)
 

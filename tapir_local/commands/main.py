@@ -170,7 +170,7 @@ def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
     A recipe from elsewhere can run commands (train.launcher, export.converter) and send a key other than
     OPENAI_API_KEY to a host that it names. Read it first; `distill` then wants your answer, or --trust, once.
     """
-    from tapir_local.assets import find_recipe, text_of_recipe
+    from tapir_local.resources import find_recipe, text_of_recipe
 
     if list_settings:
         print_settings(as_json)
@@ -182,9 +182,9 @@ def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
 
 def print_recipes(as_json: bool) -> None:
     """A row a recipe."""
-    from tapir_local.assets import recipe_files, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
     from tapir_local.report.terminal import plain_table
+    from tapir_local.resources import recipe_files, text_of_recipe
 
     rows = []
     for path in recipe_files():
@@ -224,9 +224,9 @@ def doctor(cache: Path | None, as_json: bool) -> None:
     """Is this machine ready? Exits with 1 where something that is needed is missing."""
     from dataclasses import asdict
 
-    from tapir_local.assets import default_cache
     from tapir_local.report.doctor import examine
     from tapir_local.report.terminal import plain_table
+    from tapir_local.resources import default_cache
 
     checks = examine(cache or default_cache())
     if as_json:

@@ -73,8 +73,8 @@ def generate(
     with -o goes on where it stopped. A prompt that the chat template refuses, or that is longer than the context, has
     an empty text and says so as its `finish`; the command then exits with 1.
     """
+    from tapir_local.files import check_output
     from tapir_local.inference.prompt_file import Manner, answer_file, opened, read_schema, task_of
-    from tapir_local.outputs import check_output
 
     if "" in stop:
         raise click.BadParameter("it is empty", param_hint="--stop")
@@ -145,7 +145,7 @@ def export(
         raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.export.verified import export_checked, with_template
-    from tapir_local.rundir import sha256
+    from tapir_local.files import sha256
 
     show = slowly("tensors")
     with with_template(model, chat_template) as folder:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tapir_local.assets import recipes_folder
 from tapir_local.errors import TapirError
+from tapir_local.files import write_json
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.rundir import write_json
+from tapir_local.resources import recipes_folder
 from tapir_local.teacher.endpoint import is_loopback
 
 USUAL_KEY = "OPENAI_API_KEY"

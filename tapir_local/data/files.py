@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import seeds_path
 from tapir_local.data.formats import Table
 from tapir_local.data.rows import (
     NULLS,
@@ -22,6 +21,7 @@ from tapir_local.data.rows import (
 )
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
+from tapir_local.resources import seeds_path
 
 PARQUET = b"PAR1"
 

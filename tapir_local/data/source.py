@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import seeds_path
 from tapir_local.data.files import read_table
 from tapir_local.errors import TapirError
+from tapir_local.files import sha256, write_json
 from tapir_local.recipe.schema import Recipe, Seeds
-from tapir_local.rundir import RunDir, sha256, write_json
+from tapir_local.resources import seeds_path
+from tapir_local.run_dir import RunDir
 
 Source = Mapping[str, Any]  # path, bytes, sha256; of a folder the files too, of the Hub the revision
 

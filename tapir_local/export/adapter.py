@@ -9,8 +9,8 @@ from tapir_local.export.architectures import Config, Family, read_config, row_or
 from tapir_local.export.tokenizer import read_json
 from tapir_local.export.weights import Delta, load, read_adapter, read_model
 from tapir_local.export.writer import Planned, write_tensors
+from tapir_local.files import whole
 from tapir_local.process import Progress
-from tapir_local.rundir import whole
 
 TYPES = {"f32": "F32", "f16": "F16"}
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.export.verified import export_checked
 from tapir_local.export.weights import read_model
+from tapir_local.files import remove, write_json
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import free_memory, size
 from tapir_local.process import Progress, withheld
 from tapir_local.recipe.schema import Recipe
-from tapir_local.rundir import RunDir, remove, write_json
+from tapir_local.run_dir import RunDir
 from tapir_local.training.student import student_folder
 
 FORM = "1"  # to be raised when the same model would be written as another base GGUF

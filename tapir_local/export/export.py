@@ -37,10 +37,10 @@ from tapir_local.export.tokenizer import (
 )
 from tapir_local.export.weights import Delta, Source, load, read_adapter, read_model
 from tapir_local.export.writer import Planned, file_type, size_of, type_of, write_tensors
+from tapir_local.files import read_record, whole
 from tapir_local.inference.model import quantise
 from tapir_local.memory import check_disk, check_memory
 from tapir_local.process import Progress, child_main, in_own_process
-from tapir_local.rundir import read_record, whole
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 

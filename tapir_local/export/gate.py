@@ -14,6 +14,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export.probes import QUESTIONS, rendered, sample, texts_of
 from tapir_local.export.reference import Trained, load_trained, trained_logits
 from tapir_local.export.tokenizer import end_of_turn, read_tokenizer, special_texts
+from tapir_local.files import read_record, read_rows, write_record
 from tapir_local.inference.batch import logits
 from tapir_local.inference.generate import answer, encode_prompt
 from tapir_local.inference.lib import library
@@ -21,7 +22,6 @@ from tapir_local.inference.model import Engine, Model, metadata, open_context, o
 from tapir_local.inference.tokens import encode, is_end
 from tapir_local.process import Crashed, Progress, child_main, in_own_process
 from tapir_local.records import Example, Message, Prompt
-from tapir_local.rundir import read_record, read_rows, write_record
 
 Array = Any  # numpy.ndarray; numpy is imported where it is used
 

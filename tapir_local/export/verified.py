@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tapir_local.assets import chat_template, model_folder
 from tapir_local.errors import TapirError
 from tapir_local.export.export import ExportJob, export
 from tapir_local.export.gate import GateJob, GateReport, pass_gate
+from tapir_local.files import check_output, read_record, write_rows
 from tapir_local.inference.model import check_gguf
-from tapir_local.outputs import check_output
 from tapir_local.process import Progress
-from tapir_local.rundir import read_record, write_rows
+from tapir_local.resources import chat_template, model_folder
 from tapir_local.training.student import view_with_template
 
 # What may be written beside the GGUF: while it is made, by the gate, and for Ollama.

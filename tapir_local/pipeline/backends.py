@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tapir_local.export.base import base_of, check_base, converter_of, memory_words, student_of
 from tapir_local.export.ollama import write_modelfile
+from tapir_local.files import link_or_copy, remove
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.method.metrics import Checker
@@ -16,7 +17,7 @@ from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import RunDir, link_or_copy, remove
+from tapir_local.run_dir import RunDir
 from tapir_local.store.schema import spent
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.account import check_bounds

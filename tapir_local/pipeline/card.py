@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 
 from tapir_local.export.gate import GateReport
+from tapir_local.files import read_record
 from tapir_local.method.metrics import is_likeness
 from tapir_local.pipeline.published import on_the_hub, public_name, public_url
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Metrics
-from tapir_local.rundir import RunDir, read_record
+from tapir_local.run_dir import RunDir
 
 UNSTATED = "not stated"
 QUOTED = (

@@ -11,7 +11,7 @@ from tapir_local.pipeline.student_text import StudentText, sift, unfit_answers, 
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import without_thoughts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 

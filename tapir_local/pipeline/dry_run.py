@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import chat_template, model_folder
+from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge
 from tapir_local.pipeline.backends import judge_of
@@ -23,7 +23,8 @@ from tapir_local.pipeline.student_text import StudentText, any_student, read_stu
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
-from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
+from tapir_local.resources import chat_template, model_folder
+from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.schema import tokens_by_stage
 from tapir_local.store.store import Store

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tapir_local.data.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
 from tapir_local.method.parents import Parents
@@ -18,7 +19,6 @@ from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instr
 from tapir_local.pipeline.rows import all_known, child_of, holdout_index, pool, seeds, with_room
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
-from tapir_local.rundir import read_record, read_rows, write_rows
 from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from tapir_local.rundir import RunDir, read_rows, write_rows
+from tapir_local.files import read_rows, write_rows
+from tapir_local.run_dir import RunDir
 
 NAME = "tapir.lock"
 

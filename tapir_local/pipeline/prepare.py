@@ -9,6 +9,7 @@ from tapir_local.data.dataset import count_tasks, sorted_seeds, split_holdout, w
 from tapir_local.data.files import read_table
 from tapir_local.data.source import digest, keep_source
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows, whole, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.pipeline.context import Stage, Work, answered, askable, trainable
 from tapir_local.pipeline.reading import drawn, leave_out, many_alike, not_read, unreadable
@@ -16,7 +17,6 @@ from tapir_local.pipeline.student_text import fold_rows
 from tapir_local.recipe.own_tasks import odd_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example, instruction_of
-from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.training.classifier import Prediction
 from tapir_local.unusable import BRIEF, Unusable, left_out
 

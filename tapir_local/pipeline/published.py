@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from tapir_local.assets import HUB_NAME
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import lasting, path_settings
 from tapir_local.recipe.yaml import write_yaml
+from tapir_local.resources import HUB_NAME
 
 SHOWN = ("rounds", "about", "card")  # settings that may change in mid-run and that a model's card shows
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.data.dataset import Draft, Index, screen
+from tapir_local.files import read_rows, remove, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.method.ifd import ifd
 from tapir_local.method.screening import fault_of, own_sentences
@@ -18,7 +19,6 @@ from tapir_local.pipeline.context import Work, answered
 from tapir_local.pipeline.rows import after, child_of, holdout_index, seeds, student_task, with_room
 from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
 from tapir_local.resumable import going_on, write_line
-from tapir_local.rundir import read_rows, remove, write_rows
 
 NOTHING = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
 Text = tuple[Prompt, str]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tapir_local.files import read_record, read_rows, write_record, write_rows
 from tapir_local.memory import size
 from tapir_local.method import metrics
 from tapir_local.method.curriculum import CURRICULA, Situation
@@ -15,7 +16,6 @@ from tapir_local.pipeline.rows import after, pool, seeds, student_task
 from tapir_local.recipe.schema import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import InOrder, going_on
-from tapir_local.rundir import read_record, read_rows, write_record, write_rows
 from tapir_local.training.job import LEFT_OUT
 from tapir_local.unusable import Unusable, left_out, record_unusable
 

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from tapir_local.files import sha256, whole
 from tapir_local.memory import size
 from tapir_local.pipeline.card import card
 from tapir_local.pipeline.context import Stage, Work
 from tapir_local.pipeline.published import published, shown
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.rundir import RunDir, sha256, whole
+from tapir_local.run_dir import RunDir
 
 SUMS = "SHA256SUMS"
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from tapir_local.errors import TapirError
-from tapir_local.paths import at_home
+from tapir_local.files import at_home
 from tapir_local.recipe.checks import ROLES, USED_BY, faults, unused_by
 from tapir_local.recipe.own_tasks import OwnTask
 from tapir_local.recipe.schema import Recipe

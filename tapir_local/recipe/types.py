@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from tapir_local.paths import at_home
+from tapir_local.files import at_home
 
 
 class Settings(BaseModel):

@@ -11,7 +11,7 @@ from tapir_local.method.metrics import mean_interval, proportion_interval
 from tapir_local.method.stats import Difference, Rows, corrected, difference
 from tapir_local.recipe.text import flat, lasting
 from tapir_local.report.run_results import BY_HOLDOUT, Cost, Evaluated, Side, read_sides
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 
 At = Literal["rows", "tokens", "calls"]
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from tapir_local.files import read_rows
 from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.records import Example
-from tapir_local.rundir import RunDir, named_run, read_rows
+from tapir_local.run_dir import RunDir, named_run
 from tapir_local.store.queries import opened
 from tapir_local.store.schema import has_estimates
 

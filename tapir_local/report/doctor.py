@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.memory import total_memory, visible_gpus
 from tapir_local.pipeline.loop import installed
 from tapir_local.report.llama_check import fault_of_build
+from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 
 NEEDED = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
 DISK_GB = 5.0

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.pipeline.loop import kept_recipe
 from tapir_local.recipe.tasks import Task
 from tapir_local.records import Example
 from tapir_local.report.status import agreement_of, warnings_of
 from tapir_local.report.terminal import interval, percent, plain_table, shown
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.tables import PlainTable
 
 

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tapir_local.assets import POCKET_STUDENT
 from tapir_local.process import environment
 from tapir_local.records import Message
+from tapir_local.resources import POCKET_STUDENT
 
 QUANTS = ("q8_0", "q4_k_m")  # the blocks of 8 and of 4 bits, whose products are written for each kind of processor
 LONGEST = 120.0  # seconds; it takes about 4

@@ -10,6 +10,7 @@ from typing import TypeVar
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.method.judging import share_alike
 from tapir_local.method.metrics import Checker, win
 from tapir_local.method.stats import Rows
@@ -19,7 +20,7 @@ from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import metrics_of
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.run_dir import RunDir
 
 Row = TypeVar("Row", Completion, Judgement)
 BY_HOLDOUT = {"growth"}  # curricula that plan a round by the last one's metrics

@@ -7,11 +7,12 @@ from typing import Any
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows
 from tapir_local.method.judge_quality import quality
 from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.pipeline.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.store.schema import usage
 from tapir_local.unusable import read_unusable
 

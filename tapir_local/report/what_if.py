@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, remove, write_record, write_rows
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
@@ -15,7 +16,7 @@ from tapir_local.pipeline.rounds import situation
 from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
 from tapir_local.recipe.text import overridden, read_changes
 from tapir_local.records import RoundPlan
-from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.store.schema import tokens_by_stage
 from tapir_local.store.store import Store
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows
 from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import costs
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import read_unusable
 
 NAMED = 5  # rows named where several have the words

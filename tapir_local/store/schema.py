@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.private import FILE, private_file, tighten
+from tapir_local.files import FILE, private_file, tighten
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.reply_limits import note_limits

@@ -14,7 +14,7 @@ import orjson
 from filelock import FileLock
 
 from tapir_local.errors import TapirError
-from tapir_local.private import FILE, private_file
+from tapir_local.files import FILE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.queries import STORED, Progress, StoredCall, opened, quiet, readable, text_of

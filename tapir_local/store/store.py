@@ -14,7 +14,7 @@ from typing import Literal, Self
 from filelock import FileLock
 
 from tapir_local.errors import TapirError
-from tapir_local.private import FILE, private_file
+from tapir_local.files import FILE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.inserting import Inserter, Row

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from tapir_local.rundir import remove, sync, write_json
+from tapir_local.files import remove, sync, write_json
 from tapir_local.training.job import TokenRows, TrainJob
 from tapir_local.training.model import Hardware
 

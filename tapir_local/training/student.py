@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from tapir_local.assets import chat_template, from_hub, model_folder
+from tapir_local.files import remove, whole, write_json
 from tapir_local.recipe.schema import Recipe
-from tapir_local.rundir import RunDir, remove, whole, write_json
+from tapir_local.resources import chat_template, from_hub, model_folder
+from tapir_local.run_dir import RunDir
 
 
 def original(recipe: Recipe, run: RunDir) -> Path:

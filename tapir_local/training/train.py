@@ -18,8 +18,8 @@ from typing import Any
 
 import orjson
 
-from tapir_local.assets import model_folder
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows, remove, whole, write_json, write_rows
 from tapir_local.memory import check_disk, one_gpu
 from tapir_local.process import (
     Killed,
@@ -32,7 +32,7 @@ from tapir_local.process import (
     say_on_stderr,
 )
 from tapir_local.records import Example
-from tapir_local.rundir import read_record, read_rows, remove, whole, write_json, write_rows
+from tapir_local.resources import model_folder
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import Course
 from tapir_local.training.job import (

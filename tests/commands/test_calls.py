@@ -12,7 +12,7 @@ from tapir_local.pipeline.lockfile import Locked, lock
 from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 from tapir_local.store.queries import ASKING
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask

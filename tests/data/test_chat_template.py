@@ -6,10 +6,10 @@ import pytest
 from models import CHATML, WITH_BOS, make_tokenizer
 from templates import GEMMA, GRANITE, LLAMA2, LLAMA3, MARKED, QWEN25
 
-from tapir_local.assets import chat_template
 from tapir_local.data.chat_template import render, training_text
 from tapir_local.errors import TapirError
 from tapir_local.records import Message
+from tapir_local.resources import chat_template
 
 ZEPHYR = """{% for message in messages %}
 {% if message['role'] == 'user' %}

@@ -18,13 +18,14 @@ from tapir_local.data.dataset import (
 )
 from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Example, Message
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import Unusable
 
 
@@ -171,8 +172,8 @@ def test_a_task_that_the_recipe_does_not_have_costs_the_row() -> None:
 
 
 def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
-    from tapir_local.assets import find_recipe
     from tapir_local.recipe.text import parse_recipe
+    from tapir_local.resources import find_recipe
 
     said, run = read_stage(parse_recipe(find_recipe("quickstart").read_text(), "quickstart"), tmp_path)
     assert said == "2,626 rows"

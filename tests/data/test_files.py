@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import zstandard
 
-from tapir_local.assets import POCKET_SEEDS, seeds_path
 from tapir_local.data.dataset import read_seeds
 from tapir_local.data.files import read_hub, read_path, read_table
 from tapir_local.data.formats import Table, read_row
@@ -19,6 +18,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Message
+from tapir_local.resources import POCKET_SEEDS, seeds_path
 
 DATA = Path(__file__).parents[3] / "shared/data"
 ALPACA = [

@@ -6,11 +6,12 @@ import pytest
 from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.errors import TapirError
+from tapir_local.files import sha256
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
-from tapir_local.rundir import RunDir, sha256
+from tapir_local.run_dir import RunDir
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 from fakes import QUIET, here
 from models import make_adapter, make_model
 
-from tapir_local.assets import POCKET_SEEDS, find_recipe
 from tapir_local.commands.chat import once, students
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.base import base_gguf, base_path, digest, print_of, printed, student_of
 from tapir_local.export.gate import GateReport
+from tapir_local.files import read_record, read_rows, write_json, write_rows
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import exporter, gatekeeper, real_tools, shipper
@@ -25,7 +25,8 @@ from tapir_local.process import Progress
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, read_record, read_rows, write_json, write_rows
+from tapir_local.resources import POCKET_SEEDS, find_recipe
+from tapir_local.run_dir import RunDir
 from tapir_local.training import train
 
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(12)]

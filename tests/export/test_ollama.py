@@ -12,12 +12,12 @@ import pytest
 from models import CHATML, WITH_BOS
 from templates import LLAMA2, LLAMA3, QWEN25
 
-from tapir_local.assets import POCKET_STUDENT, chat_template
 from tapir_local.data.chat_template import render
 from tapir_local.export.ollama import Parts, assemble, go_template, literal, modelfile, parts_of
 from tapir_local.export.tokenizer import read_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
+from tapir_local.resources import POCKET_STUDENT, chat_template
 
 # Go's own engine on Ollama's data: `Messages` as it hands them over, `json` the only function that it adds.
 GO = """package main

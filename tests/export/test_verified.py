@@ -9,13 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from tapir_local.assets import chat_template
 from tapir_local.errors import TapirError
 from tapir_local.export.probes import PROBES
 from tapir_local.export.verified import export_checked, trained_rows
+from tapir_local.files import write_rows
 from tapir_local.inference.model import template_of
 from tapir_local.records import Example, Message
-from tapir_local.rundir import write_rows
+from tapir_local.resources import chat_template
 
 
 def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.dry_run import expected_calls
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Example, RoundPlan, Scored
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.run_dir import RunDir
 
 NAMES = sorted(CURRICULA)
 

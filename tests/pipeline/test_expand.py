@@ -11,6 +11,7 @@ from fakes import QUIET, World, inner, make_recipe, tools
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
 from tapir_local.pipeline.context import Progress, Tools
 from tapir_local.pipeline.dry_run import forecast
@@ -19,7 +20,7 @@ from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import read_unusable
 
 Reply = Callable[[Request], str | None]

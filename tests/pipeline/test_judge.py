@@ -12,6 +12,7 @@ from fakes import QUIET, World, generate, inner, make_recipe, reply, tools
 from server import completion
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.method import prompts
 from tapir_local.method.judging import mfd
 from tapir_local.method.metrics import evaluate
@@ -42,7 +43,7 @@ from tapir_local.records import (
 )
 from tapir_local.report.costs import costs
 from tapir_local.report.status import round_of
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 

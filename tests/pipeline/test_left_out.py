@@ -16,6 +16,7 @@ from templates import GEMMA, LLAMA2, THOUGHTS
 from cli import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.pipeline.context import Tools
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill, redo
@@ -25,7 +26,7 @@ from tapir_local.recipe.text import overridden
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
 from tapir_local.report.status import round_of, status_of, unusable_of
 from tapir_local.report.why import why
-from tapir_local.rundir import RunDir, read_rows
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import Unusable, read_unusable
 
 LONG = "very " * 3000
@@ -427,7 +428,7 @@ from pathlib import Path
 from dataclasses import replace
 from fakes import QUIET, World, generate, make_recipe, tools
 from tapir_local.pipeline.loop import distill
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 made = 0
 def dying(gguf, wanted, ids, progress, each):
     def one(row):

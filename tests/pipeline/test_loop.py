@@ -7,6 +7,7 @@ import pytest
 from fakes import QUIET, World, make_recipe, outputs, tools, with_ask
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows, remove, write_rows
 from tapir_local.pipeline.lockfile import keys_of, locked
 from tapir_local.pipeline.loop import distill, kept_recipe, pending, redo, sequence
 from tapir_local.recipe.schema import Recipe
@@ -14,7 +15,7 @@ from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report.status import round_of, status_of
 from tapir_local.report.terminal import round_tables, rounds_table
-from tapir_local.rundir import RunDir, held, read_record, read_rows, remove, write_rows
+from tapir_local.run_dir import RunDir, held
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from models import make_model
 from server import Server, send
 
 from cli import distill as command
-from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
 from tapir_local.data.chat_template import training_text
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
@@ -23,6 +22,7 @@ from tapir_local.export import export, gate
 from tapir_local.export.base import base_gguf
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
+from tapir_local.files import read_record, read_rows
 from tapir_local.inference.model import template_of
 from tapir_local.pipeline.backends import real_tools
 from tapir_local.pipeline.dry_run import expected_calls
@@ -32,7 +32,8 @@ from tapir_local.pocket import teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.resources import POCKET_SEEDS, chat_template, find_recipe, recipe_files
+from tapir_local.run_dir import RunDir
 from tapir_local.training import classifier, train
 from tapir_local.training.student import settle_student, student_folder
 

@@ -7,7 +7,6 @@ import pytest
 from models import CHATML, make_model
 from templates import GEMMA, GRANITE, LLAMA2, MARKED, QWEN25, THOUGHTS
 
-from tapir_local.assets import POCKET_STUDENT
 from tapir_local.data.chat_template import asked_text, folded, takes_system, training_text
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.student_text import (
@@ -20,6 +19,7 @@ from tapir_local.pipeline.student_text import (
     unfit_prompts,
 )
 from tapir_local.records import Example, Message, Prompt
+from tapir_local.resources import POCKET_STUDENT
 from tapir_local.training.job import token_rows
 
 SYSTEM, USER, REPLY = Message("system", "Be brief."), Message("user", "What is 2 + 2?"), Message("assistant", "4")

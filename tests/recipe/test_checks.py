@@ -6,7 +6,6 @@ from typing import Any, get_args
 import pytest
 from server import Server, send
 
-from tapir_local.assets import find_recipe
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.pipeline.backends import judge_of
@@ -16,6 +15,7 @@ from tapir_local.recipe.checks import USED_BY, notices, unnamed
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.text import differing, lasting, overridden, parse_recipe, replaced, settings, to_yaml, validated
 from tapir_local.records import Message, Request
+from tapir_local.resources import find_recipe
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tapir_local.assets import recipe_files
 from tapir_local.errors import TapirError
 from tapir_local.method.judging import parse_label
 from tapir_local.recipe.endpoints import Price
@@ -13,6 +12,7 @@ from tapir_local.recipe.own_tasks import odd_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS, Task
 from tapir_local.recipe.text import differing, overridden, parse_recipe, read_change, settings, to_yaml
+from tapir_local.resources import recipe_files
 
 
 def refused(text: str) -> str:

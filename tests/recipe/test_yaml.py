@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tapir_local.assets import text_of_recipe
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import (
@@ -21,6 +20,7 @@ from tapir_local.recipe.text import (
     to_yaml,
 )
 from tapir_local.recipe.yaml import kind_at, wanted
+from tapir_local.resources import text_of_recipe
 
 PATHS = [
     path for path, *_ in settings() if "LABEL" not in path and path not in ("tasks", "teacher.extra", "judge.extra")

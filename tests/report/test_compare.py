@@ -13,6 +13,7 @@ from rich.console import Console
 
 import cli
 from tapir_local.errors import TapirError
+from tapir_local.files import remove, write_record, write_rows, write_text
 from tapir_local.method.metrics import evaluate
 from tapir_local.pipeline.lockfile import Locked, lock
 from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
@@ -20,7 +21,7 @@ from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.run_results import read_sides
-from tapir_local.rundir import RunDir, remove, write_record, write_rows, write_text
+from tapir_local.run_dir import RunDir
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8

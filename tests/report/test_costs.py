@@ -6,11 +6,11 @@ import pytest
 from server import Server, says, teacher
 
 from tapir_local.errors import TapirError
+from tapir_local.files import write_rows
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Price
 from tapir_local.records import Example, Message, Request
 from tapir_local.report.costs import costs
-from tapir_local.rundir import write_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 

@@ -12,6 +12,7 @@ from fakes import QUIET, World, classify, make_recipe, tools
 
 import cli
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows, write_json
 from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill
@@ -21,7 +22,7 @@ from tapir_local.records import Answer, Example, Request
 from tapir_local.report.labels import label_tables, labels_of
 from tapir_local.report.status import status_of
 from tapir_local.report.terminal import stages_table
-from tapir_local.rundir import RunDir, read_rows, write_json
+from tapir_local.run_dir import RunDir
 
 START = {"rounds": 0}
 

@@ -9,12 +9,13 @@ from fakes import QUIET, World, make_recipe, tools
 
 from cli import cli
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import overridden
 from tapir_local.records import Example, Judgement, RoundPlan
 from tapir_local.report.what_if import what_if
 from tapir_local.report.why import why
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.run_dir import RunDir
 
 
 def ran(folder: Path, **changes: object) -> RunDir:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from tapir_local.errors import TapirError
 from tapir_local.report.costs import costs
-from tapir_local.rundir import RunDir, held
+from tapir_local.run_dir import RunDir, held
 from tapir_local.store import keys
 from tapir_local.store.compression import LARGEST, pack, unpack
 from tapir_local.store.locks import Claims

@@ -16,7 +16,7 @@ from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import answer_seeds
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Recipe
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 from tapir_local.store.queries import listed, shown, stats, verify
 from tapir_local.store.store import Store
 from tapir_local.teacher.external import Given, Taken, read_answers, reasons, take

@@ -25,7 +25,7 @@ from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.schema import Budget, Recipe
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
-from tapir_local.rundir import RunDir
+from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.rows import Call
 from tapir_local.store.store import Store

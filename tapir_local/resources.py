@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.paths import at_home
+from tapir_local.files import at_home
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows, whole, write_rows, write_text
 from tapir_local.records import Completion
-from tapir_local.rundir import RunDir, existing, held, read_rows, whole, write_rows, write_text
+from tapir_local.run_dir import RunDir, existing, held
 
 
 def test_a_file_written_in_part_does_not_exist(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, resource, signal\n"
         "from pathlib import Path\n"
-        "from tapir_local.rundir import write_text\n"
+        "from tapir_local.files import write_text\n"
         "from tapir_local.errors import TapirError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -132,7 +133,7 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
     run = RunDir(tmp_path, "mine")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tapir_local.rundir import RunDir, held\n"
+        "import sys\nfrom pathlib import Path\nfrom tapir_local.run_dir import RunDir, held\n"
         "from tapir_local.errors import TapirError\n"
         "try:\n    with held(RunDir(Path(sys.argv[1]), 'mine')): print('held')\n"
         "except TapirError as error:\n    print(error)\n"

@@ -1,81 +1,34 @@
-"""A run's folder: where each file is, how it is written whole or not at all, and who may write."""
+"""Files: written whole or not at all, readable by their owner only, hashed; records as JSON and JSON lines."""
 
 import errno
 import hashlib
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.memory import check_disk
-from tapir_local.private import private_folder
-from tapir_local.records import from_json, to_json
+from tapir_local.records import T, from_json, to_json
 
-T = TypeVar("T")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # errors of write(2) and close(2)
+FILE, FOLDER = 0o600, 0o700
+ELSEWHERE = "Name another, or delete it first."
 
 
-@dataclass(frozen=True)
-class RunDir:
-    """The folder cache/runs/<name>."""
-
-    cache: Path
-    name: str
-
-    def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise TapirError(
-                f"{self.name!r} is not a run's name",
-                fix="A name has letters, digits, dots, dashes and underscores; --cache says where runs are.",
-            )
-
-    @property
-    def path(self) -> Path:
-        return self.cache / "runs" / self.name
-
-    def round(self, number: int) -> Path:
-        """The folder of a round; 0 is the baseline."""
-        return self.path / f"round-{number:02d}"
-
-    @property
-    def exists(self) -> bool:
-        return (self.path / "recipe.yaml").exists()
-
-    def record(self) -> dict[str, Any]:
-        """run.json: versions, times and what each finished stage took; {} before the first."""
-        path = self.path / "run.json"
-        return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
-
-
-def named_run(cache: Path, name: str) -> RunDir | None:
-    """The folder of a run that the store names; None for what has none, such as `import:FILE`."""
-    return RunDir(cache, name) if NAME.fullmatch(name) else None
-
-
-def runs_of(cache: Path) -> list[RunDir]:
-    """Every run in a cache, by name."""
-    return [RunDir(cache, path.parent.name) for path in sorted((cache / "runs").glob("*/recipe.yaml"))]
-
-
-def existing(cache: Path, name: str) -> RunDir:
-    """A run that is there; TapirError naming those that are, otherwise."""
-    run = RunDir(cache, name)
-    if not run.exists:
-        known = ", ".join(other.name for other in runs_of(cache)) or "none"
-        raise TapirError(
-            f"there is no run {name!r}",
-            where=str(cache),
-            fix=f"Runs in this cache: {known}. `tapir-local distill` makes one; --cache names another folder.",
-        )
-    return run
+def at_home(path: str | None) -> str | None:
+    """A path with its `~` expanded; relative ones are left as they are: from the current folder."""
+    if path is None or not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # ~nobody: then it is a file of that name
+        return path
 
 
 @contextmanager
@@ -197,26 +150,60 @@ def read_rows(kind: type[T], path: Path) -> list[T]:
         return [from_json(kind, line, f"{path}, line {number}") for number, line in enumerate(file, 1)]
 
 
-@contextmanager
-def held(run: RunDir) -> Iterator[None]:
-    """Hold the run for this process; TapirError naming the holder when another has it.
+def private_file(path: Path) -> None:
+    """Create an empty file that only its owner can read, or take the others' access to one away.
 
-    The operating system drops the lock with its process, so a killed one leaves nothing to clean up.
+    A file that is there is not opened: closing it would drop the locks that SQLite holds on it in this process.
     """
-    from filelock import FileLock, Timeout
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE))
+    tighten(path, FILE)
 
-    private_folder(run.path)
-    lock, owner = FileLock(run.path / ".lock"), run.path / ".lock-holder"
+
+def private_folder(path: Path) -> None:
+    """Create a folder, with those above it, that only its owner can enter, or take the others' access away."""
+    path.mkdir(mode=FOLDER, parents=True, exist_ok=True)
+    tighten(path, FOLDER)
+
+
+def tighten(path: Path, mode: int) -> None:
+    """Give a file or folder of ours this mode, where others have access or the umask took ours; else leave it."""
+    with suppress(PermissionError, FileNotFoundError):
+        found = path.stat()
+        if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
+            path.chmod(mode)
+
+
+def check_output(
+    out: Path,
+    reads: Iterable[Path | None],
+    *,
+    beside: Sequence[str] = (),
+    force: bool = False,
+    fix: str = ELSEWHERE,
+) -> None:
+    """TapirError where the command would write over what it `reads`, or where `out` is there already, unless `force`.
+
+    `beside` are the ends of the names of files that it writes beside `out`. Links and other spellings are seen through.
+    """
+    sources = [path for path in reads if path is not None]
+    for path in (out, *(out.with_name(out.name + end) for end in beside)):
+        found = next((source for source in sources if is_same(path, source)), None)
+        if found is not None:
+            words = "the output" if path == out else f"{path}, which is written beside the output,"
+            raise TapirError(
+                f"{words} is a file that the command reads ({found})", where=str(out), fix="Name another output."
+            )
+    if os.path.lexists(out) and not force:
+        raise TapirError("the file is there already", where=str(out), fix=fix)
+
+
+def is_same(path: Path, source: Path) -> bool:
+    """Whether a path is a file or folder that is read, or a folder that holds it."""
     try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise TapirError(
-            f"run {run.name!r} is being worked on by {holder}", fix="Wait for it, or use another --name."
-        ) from error
-    try:
-        owner.write_text(f"process {os.getpid()}", encoding="utf-8")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+        if path.samefile(source):
+            return True
+    except OSError:  # one of them is not there
+        pass
+    target, whole = path.resolve(), source.resolve()
+    return target == whole or target in whole.parents
