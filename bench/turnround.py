@@ -26,7 +26,7 @@ from tapir_local.memory import size
 from tapir_local.pipeline.backends import exporter, gatekeeper, generator, shipper
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
-from tapir_local.records import Completion, Example, Message
+from tapir_local.records import Completion, Example, Message, noop
 from tapir_local.resources import POCKET_STUDENT
 from tapir_local.run_dir import RunDir
 
@@ -127,14 +127,14 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
     remove(gguf)
     found = {
-        "export": seconds(lambda: exporter(recipe, run)(adapter, gguf, quiet)),
-        "gate": seconds(lambda: gatekeeper(recipe, run)(adapter, gguf, rows, report, quiet)),
+        "export": seconds(lambda: exporter(recipe, run)(adapter, gguf, noop)),
+        "gate": seconds(lambda: gatekeeper(recipe, run)(adapter, gguf, rows, report, noop)),
     }
     write = generator(recipe, run)
     prompts = [(Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts)]
-    found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], quiet, unkept))
+    found["first answer"] = seconds(lambda: write(gguf, prompts[:1], ["0"], noop, unkept))
     with timed() as taken:
-        answers = write(gguf, prompts, [str(n) for n in range(len(prompts))], quiet, unkept)
+        answers = write(gguf, prompts, [str(n) for n in range(len(prompts))], noop, unkept)
     return {**found, "all": sum(found.values()), "tokens/s": sum(row.tokens for row in answers) / taken[0]}
 
 
@@ -142,7 +142,7 @@ def ship(recipe: Recipe, run: RunDir) -> float:
     """Seconds until the last round's student is whole, gated again where it was merged for it."""
     out = run.path / "out"
     out.mkdir()
-    return seconds(lambda: shipper(recipe, run)(run.round(1), out, quiet))
+    return seconds(lambda: shipper(recipe, run)(run.round(1), out, noop))
 
 
 @contextmanager
@@ -158,10 +158,6 @@ def seconds(work: Callable[[], Any]) -> float:
     with timed() as taken:
         work()
     return taken[0]
-
-
-def quiet(done: int, total: int, said: str) -> None:
-    """Nobody looks on."""
 
 
 def told(found: dict[str, float]) -> str:

@@ -215,10 +215,15 @@ def take_gpu(wanted: int, what: str, say: Callable[[str], None]) -> None:
     say(f"{best.name}: {size(best.free)} of {size(best.total)} free{short}")
 
 
+def free_disk(path: Path) -> int:
+    """Free bytes on the disk on which `path` is or will be."""
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
+
+
 def check_disk(path: Path, wanted: int, what: str) -> None:
     """TapirError unless the disk on which `path` is or will be has `wanted` bytes free for `what`."""
-    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = free_disk(path)
     if wanted > free:
         raise TapirError(
             f"no room for {what}: it takes {size(wanted)}, and {size(free)} are free",

@@ -19,9 +19,9 @@ from tapir_local.errors import TapirError
 from tapir_local.files import private_file, write_record
 from tapir_local.memory import cpus
 from tapir_local.printable import printable
+from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
 
-Progress = Callable[[int, int, str], None]
 OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
 MARK = "TAPIR_LOCAL_MARK"  # in a child: the word before each of its reports, drawn anew, so that no other line has it
 # Threads that wait for each other sleep after a moment instead of spinning on: on two cores shared with other jobs a

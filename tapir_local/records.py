@@ -1,6 +1,6 @@
 """The values that travel between stages: frozen dataclasses, JSON in and out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +9,12 @@ from pydantic import TypeAdapter, ValidationError
 from tapir_local.errors import TapirError
 
 T = TypeVar("T")
+Array = Any  # numpy.ndarray, as an annotation where numpy is imported inside functions
+Progress = Callable[[int, int, str], None]  # called with (done, total, note); 0 of 0 is a remark
+
+
+def noop(*_: object) -> None:
+    """Do nothing: the default of every callback."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
-from tapir_local.files import at_home
 from tapir_local.printable import printable, safe_json
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ class HomePath(click.Path):
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from tapir_local.files import at_home
+
         return super().convert((at_home(value) or "") if isinstance(value, str) else value, param, ctx)
 
 

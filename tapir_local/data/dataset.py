@@ -14,7 +14,7 @@ from tapir_local.data.text import Broken, RowFault
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import shares
 from tapir_local.method.prompts import TAG
-from tapir_local.records import Example, instruction_of
+from tapir_local.records import Example, instruction_of, noop
 
 __all__ = [
     "Draft",
@@ -139,7 +139,7 @@ def shown(row: Any) -> str:
 
 
 def without_near(
-    examples: Sequence[Example], max_rouge: float | None, progress: Callable[[int], None] = lambda done: None
+    examples: Sequence[Example], max_rouge: float | None, progress: Callable[[int], None] = noop
 ) -> tuple[list[Example], list[Draft]]:
     """The examples that resemble no earlier one, and those that do; None: all of them.
 

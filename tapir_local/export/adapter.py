@@ -10,7 +10,7 @@ from tapir_local.export.tokenizer import read_json
 from tapir_local.export.weights import Delta, load, read_adapter, read_model
 from tapir_local.export.writer import Planned, write_tensors
 from tapir_local.files import whole
-from tapir_local.process import Progress
+from tapir_local.records import Progress, noop
 
 TYPES = {"f32": "F32", "f16": "F16"}
 
@@ -21,7 +21,7 @@ def export_adapter(
     out: Path,
     *,
     quant: str = "f32",
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = noop,
 ) -> None:
     """Write the PEFT LoRA in the folder `adapter` as `out`, whole or not at all, for the base in `model_dir`.
 

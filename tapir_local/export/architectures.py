@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_json
 from tapir_local.export.weights import Source
+from tapir_local.records import Array
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 Config = Mapping[str, Any]
 
 

@@ -14,8 +14,9 @@ from tapir_local.export.weights import read_model
 from tapir_local.files import remove, write_json
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import free_memory, size
-from tapir_local.process import Progress, withheld
+from tapir_local.process import withheld
 from tapir_local.recipe.schema import Recipe
+from tapir_local.records import Progress
 from tapir_local.run_dir import RunDir
 from tapir_local.training.student import student_folder
 

@@ -13,7 +13,7 @@ from tapir_local.export.weights import adapter_settings, read_model
 from tapir_local.files import private_file, remove
 from tapir_local.inference.model import check_gguf
 from tapir_local.memory import check_disk, check_memory, free_memory
-from tapir_local.process import Progress
+from tapir_local.records import Progress
 
 SCRIPT = "convert_hf_to_gguf.py"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pth")

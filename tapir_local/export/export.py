@@ -40,9 +40,8 @@ from tapir_local.export.writer import Planned, file_type, size_of, type_of, writ
 from tapir_local.files import read_record, whole
 from tapir_local.inference.model import quantise
 from tapir_local.memory import check_disk, check_memory
-from tapir_local.process import Progress, child_main, in_own_process
-
-Array = Any  # numpy.ndarray; numpy is imported where it is used
+from tapir_local.process import child_main, in_own_process
+from tapir_local.records import Array, Progress, noop
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def export_gguf(
     quant: str,
     converter: Path | None = None,
     log: Path | None = None,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = noop,
 ) -> None:
     """Write `out`, whole or not at all. Peak memory is some blocks of a tensor's rows, not the model.
 

@@ -20,10 +20,8 @@ from tapir_local.inference.generate import answer, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
 from tapir_local.inference.tokens import encode, is_end
-from tapir_local.process import Crashed, Progress, child_main, in_own_process
-from tapir_local.records import Example, Message, Prompt
-
-Array = Any  # numpy.ndarray; numpy is imported where it is used
+from tapir_local.process import Crashed, child_main, in_own_process
+from tapir_local.records import Array, Example, Message, Progress, Prompt
 
 # The mean KL divergence, in nats per token, that a type of weights may cost. Llama-3-8B's own, published with llama.cpp
 # (tools/perplexity/README.md), are 0.0014 for q8_0, 0.0055 for q6_k, 0.011 for q5_k_m and 0.031 for q4_k_m; students of

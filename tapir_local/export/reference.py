@@ -10,8 +10,8 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.export.weights import PEFT_PREFIX, Source, load, read_header, read_model
 from tapir_local.memory import free_memory, size
+from tapir_local.records import Array
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 AT_ONCE = 4  # texts that go through a streamed model together: each passage reads every weight again
 
 

@@ -11,7 +11,7 @@ from tapir_local.export.export import ExportJob, export
 from tapir_local.export.gate import GateJob, GateReport, pass_gate
 from tapir_local.files import check_output, read_record, write_rows
 from tapir_local.inference.model import check_gguf
-from tapir_local.process import Progress
+from tapir_local.records import Progress
 from tapir_local.resources import chat_template, model_folder
 from tapir_local.training.student import view_with_template
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_json
+from tapir_local.records import Array
 from tapir_local.training.model import check_adapter
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 PEFT_PREFIX = "base_model.model."
 ALPHA = ("alpha_pattern", "lora_alpha")

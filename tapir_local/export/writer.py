@@ -8,9 +8,8 @@ from math import prod
 from typing import IO, Any
 
 from tapir_local.inference.lib import cores
-from tapir_local.process import Progress
+from tapir_local.records import Array, Progress
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 # Weights of a block, 1 MB in float32, which a core's cache holds: two threads made 436 million weights of q8_0 a second
 # of them, 275 of blocks of a quarter, 387 of blocks four times as large.
 BLOCK = 1 << 18

@@ -7,8 +7,8 @@ from typing import Any
 
 from tapir_local.inference.lib import failure, library
 from tapir_local.inference.model import UBATCH, Engine
+from tapir_local.records import Array
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 NO_ROOM = 1  # llama.h: llama_decode found no cells for the batch, and has changed nothing
 
 

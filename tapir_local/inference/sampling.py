@@ -17,8 +17,8 @@ from tapir_local.errors import TapirError
 from tapir_local.inference.lib import LOG, failure, library
 from tapir_local.inference.model import Model
 from tapir_local.inference.tokens import is_end
+from tapir_local.records import Array
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 BLOCK = 512  # tokens summed together before a drawn one is sought among them
 NO_SCHEMA = "Give a JSON schema of objects, arrays, strings, numbers and enums, without references to elsewhere."
 # llama-cpp-python 0.3.36 lets a string have bare line ends and the like, which JSON does not.

@@ -11,18 +11,17 @@ from tapir_local.files import link_or_copy, remove
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import take_gpu
 from tapir_local.method.metrics import Checker
-from tapir_local.pipeline.context import Ask, Progress, Tools
+from tapir_local.pipeline.context import Ask, Tools
 from tapir_local.pipeline.student_text import StudentText, read_student_text
 from tapir_local.process import withheld
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of
+from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
 from tapir_local.store.schema import spent
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.account import check_bounds
 from tapir_local.teacher.budget import Cost, Purse
-from tapir_local.teacher.session import unheard
 from tapir_local.training.student import settle_student, student_folder
 
 CLASSIFIER = 6 << 30  # bytes: 184 million weights of deberta-v3-base with gradients and Adam's moments, and a batch
@@ -92,7 +91,7 @@ def spent_by(run: RunDir, *, estimated: bool = False) -> Cost:
 
 
 def asker(
-    endpoint: Endpoint, store: Store, run: str, purse: Purse | None = None, say: Callable[[str], None] = unheard
+    endpoint: Endpoint, store: Store, run: str, purse: Purse | None = None, say: Callable[[str], None] = noop
 ) -> Ask:
     """Requests to an endpoint through the store, within the budget."""
 
@@ -163,7 +162,7 @@ def scorer(
 
 
 def trainer(
-    recipe: Recipe, run: RunDir, say: Callable[[str], None] = unheard
+    recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
 ) -> Callable[[Path, Path | None, int, Path, Progress], None]:
     """Fine-tuning of the recipe's student."""
 
@@ -190,9 +189,7 @@ def trained(recipe: Recipe, run: RunDir, adapter: Path) -> tuple[Path, Path | No
     return (adapter, None) if recipe.train.method == "full" else (student_folder(recipe, run), adapter)
 
 
-def classifier(
-    recipe: Recipe, say: Callable[[str], None] = unheard
-) -> Callable[[Path, Path, int, Path, Progress], None]:
+def classifier(recipe: Recipe, say: Callable[[str], None] = noop) -> Callable[[Path, Path, int, Path, Progress], None]:
     """The task classifier, trained and applied."""
 
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:

@@ -10,17 +10,12 @@ from tapir_local.pipeline.lockfile import Locked, lock
 from tapir_local.pipeline.student_text import StudentText, sift, unfit_answers, unfit_prompts
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
+from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import without_thoughts
 from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
 
-Progress = Callable[[int, int, str], None]
 Ask = Callable[[Sequence[Request], Progress], list[Answer]]
-
-
-def nothing() -> None:
-    """What tools do at a run's beginning that need not do anything."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Tools:
     score: Callable[[Path, Sequence[tuple[Prompt, str]], Progress, Callable[[Scored], None]], list[Scored]]
     ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
     student_text: Callable[[], StudentText]  # the student's chat template and tokens
-    begin: Callable[[], None] = nothing  # called once the run is held, before its first step
+    begin: Callable[[], None] = noop  # called once the run is held, before its first step
     check: Checker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 
@@ -55,7 +50,7 @@ class Work:
     tools: Tools
     number: int = 0
     step: str = ""
-    progress: Progress = lambda done, total, text: None
+    progress: Progress = noop
     tally: dict[str, int] = field(default_factory=lambda: {"paid": 0, "hits": 0})
     calls: list[Locked] = field(default_factory=list)
 

@@ -11,10 +11,10 @@ from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.method.judge_quality import percent, quality
-from tapir_local.pipeline.context import Ask, Progress, Work
+from tapir_local.pipeline.context import Ask, Work
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request, instruction_of
+from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, Request, instruction_of
 from tapir_local.unusable import BRIEF as CHARACTERS
 from tapir_local.unusable import Unusable, record_unusable
 

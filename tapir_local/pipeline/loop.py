@@ -16,13 +16,14 @@ from tapir_local import __version__
 from tapir_local.data.source import same_seeds
 from tapir_local.errors import TapirError
 from tapir_local.files import remove, write_json, write_text
-from tapir_local.pipeline.context import Progress, Stage, Tools, Work
+from tapir_local.pipeline.context import Stage, Tools, Work
 from tapir_local.pipeline.lockfile import unlock
 from tapir_local.pipeline.rounds import BASELINE, PREPARE, ROUND
 from tapir_local.pipeline.ship import SHIP, stale
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import differing, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
+from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
 from tapir_local.resumable import forget_partial
 from tapir_local.run_dir import RunDir, held

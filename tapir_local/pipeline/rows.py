@@ -10,9 +10,9 @@ from tapir_local import __version__
 from tapir_local.data.dataset import Draft
 from tapir_local.data.dedup import Index
 from tapir_local.files import read_rows
-from tapir_local.pipeline.context import Progress, Work
+from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.student_text import StudentText, Unfit, unfit_answers, unfit_prompts
-from tapir_local.records import Example, to_json
+from tapir_local.records import Example, Progress, to_json
 
 
 def seeds(work: Work) -> list[Example]:

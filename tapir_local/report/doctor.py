@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.memory import total_memory, visible_gpus
+from tapir_local.memory import free_disk, total_memory, visible_gpus
 from tapir_local.pipeline.loop import installed
 from tapir_local.report.llama_check import fault_of_build
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
@@ -128,8 +128,7 @@ def writable(cache: Path) -> Check:
 
 def disk(cache: Path) -> Check:
     """Room for a small run; a 7B student wants some 40 GB."""
-    place = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free / 1e9
+    free = free_disk(cache) / 1e9
     return Check(
         "disk",
         free > DISK_GB,

@@ -3,8 +3,9 @@
 import sqlite3
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from tapir_local.records import T
 from tapir_local.store import keys
 from tapir_local.store.compression import WINDOW, pack, unpack
 from tapir_local.store.reply_limits import ADD_LIMIT, limit_of
@@ -22,7 +23,6 @@ from tapir_local.store.rows import (
     Use,
 )
 
-T = TypeVar("T")
 Row = Call | Use | Attempt | InFlight | Landed
 
 

@@ -30,11 +30,7 @@ STORED = (
 )
 
 
-Progress = Callable[[int, int], None]  # told (done, all)
-
-
-def quiet(done: int, total: int) -> None:
-    """No progress shown."""
+CountProgress = Callable[[int, int], None]  # called with (done, total)
 
 
 @dataclass(frozen=True)

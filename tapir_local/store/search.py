@@ -15,9 +15,10 @@ from filelock import FileLock
 
 from tapir_local.errors import TapirError
 from tapir_local.files import FILE, private_file
+from tapir_local.records import noop
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
-from tapir_local.store.queries import STORED, Progress, StoredCall, opened, quiet, readable, text_of
+from tapir_local.store.queries import STORED, CountProgress, StoredCall, opened, readable, text_of
 from tapir_local.store.reply import text_of as words_of
 from tapir_local.store.schema import DAMAGED, numbered, samples_of, transaction
 from tapir_local.store.store import explained
@@ -43,7 +44,7 @@ def search(
     run: str | None = None,
     stage: str | None = None,
     limit: int = 20,
-    progress: Progress = quiet,
+    progress: CountProgress = noop,
 ) -> list[dict[str, Any]]:
     """The calls that have all the phrases in prompt and answer together, the best first; of this run, this stage.
 
@@ -82,7 +83,7 @@ def apart(text: str) -> str:
     return text if text.isascii() else UNSPACED.sub(r" \1 ", text)
 
 
-def matches(path: Path, store: sqlite3.Connection, query: str, progress: Progress) -> list[tuple[int, bytes]]:
+def matches(path: Path, store: sqlite3.Connection, query: str, progress: CountProgress) -> list[tuple[int, bytes]]:
     """(id, key) of the calls with the words, the best first; an index that cannot be used is made anew."""
     place = path.with_name(f"{path.name}.search")
     with explained(place):
@@ -97,7 +98,7 @@ def matches(path: Path, store: sqlite3.Connection, query: str, progress: Progres
         return looked_up(place, store, query, progress)
 
 
-def looked_up(place: Path, store: sqlite3.Connection, query: str, progress: Progress) -> list[tuple[int, bytes]]:
+def looked_up(place: Path, store: sqlite3.Connection, query: str, progress: CountProgress) -> list[tuple[int, bytes]]:
     """The same from the index as it is, once the calls that it lacks are in it."""
     with closing(index_at(place, store)) as index:
         add_missing(index, store, progress)
@@ -158,7 +159,7 @@ def remove(place: Path) -> None:
         place.with_name(place.name + ending).unlink(missing_ok=True)
 
 
-def add_missing(index: sqlite3.Connection, store: sqlite3.Connection, progress: Progress) -> None:
+def add_missing(index: sqlite3.Connection, store: sqlite3.Connection, progress: CountProgress) -> None:
     """Index the calls that came since; one that cannot be read is passed over for good, as its answer gets a new id."""
     last = newest_of(index, "indexed")
     total, done = store.execute("select count(*) from calls where id > ?", (last,)).fetchone()[0], 0

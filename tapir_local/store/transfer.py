@@ -9,13 +9,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from tapir_local import files
 from tapir_local.errors import TapirError
+from tapir_local.records import T, noop
 from tapir_local.store import keys, schema
 from tapir_local.store.compression import unpack
-from tapir_local.store.queries import Progress, opened, quiet
+from tapir_local.store.queries import CountProgress, opened
 from tapir_local.store.reply import read_reply
 from tapir_local.store.reply_limits import note_limits
 from tapir_local.store.rows import Attempt, Call, Use
@@ -31,7 +32,6 @@ KINDS: Mapping[str, Any] = {  # of columns that hold no text
     **dict.fromkeys(("tokens_in", "tokens_out", "estimated", "round", "paid"), int),
     **dict.fromkeys(("seconds", "price", "created"), NUMBER),
 }
-T = TypeVar("T")
 ATTEMPT = ("key", "run", "round", "stage", "row", "why", "created")  # what makes two attempts the same one
 
 
@@ -130,7 +130,7 @@ def is_database(file: Path) -> bool:
         raise TapirError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
 
 
-def import_store(store: Store, file: Path, progress: Progress = quiet) -> Imported:
+def import_store(store: Store, file: Path, progress: CountProgress = noop) -> Imported:
     """Take another store's calls, with their uses and attempts; what is in `store` already stays.
 
     Every call must prove itself: its key is the hash of its request, and its answer is whole. It is packed anew, since

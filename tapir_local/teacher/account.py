@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Budget
-from tapir_local.records import Request
+from tapir_local.records import Request, noop
 from tapir_local.store.reply import Reply
 from tapir_local.teacher.budget import NOTHING, Cost, Purse, money_of, most_tokens, price_of, reply_bound
 from tapir_local.teacher.endpoint import body_of, identity_of, role_of
@@ -114,5 +114,5 @@ def check_bounds(budget: Budget, *endpoints: Endpoint) -> None:
     """TapirError, before anything is asked, where an endpoint's replies have no bound that the budget needs."""
     for endpoint in endpoints:
         if getattr(endpoint, "kind", "openai") == "openai":
-            account = Account(endpoint, Purse(budget), lambda text: None)
+            account = Account(endpoint, Purse(budget), noop)
             account.refuse_unbounded(body_of(Request((), "", "", max_tokens=endpoint.max_tokens), endpoint))

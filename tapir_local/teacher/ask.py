@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.records import Answer, Request
+from tapir_local.records import Answer, Request, noop
 from tapir_local.store.store import Store
 from tapir_local.teacher.batch import Tell, send_batches, untold
 from tapir_local.teacher.batch_api import BOUNDS, Bounds
@@ -18,7 +18,7 @@ from tapir_local.teacher.endpoint import kind_of
 from tapir_local.teacher.gguf import answer_here
 from tapir_local.teacher.http import Online
 from tapir_local.teacher.pending import Away, left_away
-from tapir_local.teacher.session import Asking, Job, Progress, quiet, unheard
+from tapir_local.teacher.session import Asking, CallProgress, Job
 
 if TYPE_CHECKING:
     import httpx2
@@ -32,9 +32,9 @@ def ask(
     store: Store,
     *,
     run: str,
-    progress: Progress = quiet,
+    progress: CallProgress = noop,
     purse: Purse | None = None,
-    warn: Callable[[str], None] = unheard,
+    warn: Callable[[str], None] = noop,
     transport: httpx2.AsyncBaseTransport | None = None,
     patience: float = PATIENCE,
     bounds: Bounds = BOUNDS,

@@ -7,10 +7,11 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
+from tapir_local.records import T
 from tapir_local.teacher.batch_lines import URL, id_of
 from tapir_local.teacher.endpoint import hidden
 from tapir_local.teacher.pending import Away, Sent
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import openai
     from openai.types import Batch
 
-T = TypeVar("T")
 
 TAG = "tapir_local"  # the field of a batch's metadata that holds our tag
 DAY = 86_400.0

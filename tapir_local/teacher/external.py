@@ -14,9 +14,9 @@ from tapir_local.data.rows import rows_of
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.records import Prompt, Request
+from tapir_local.records import Prompt, Request, noop
 from tapir_local.store import keys
-from tapir_local.store.queries import Progress, quiet
+from tapir_local.store.queries import CountProgress
 from tapir_local.store.reply import read_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.account import Bill
@@ -169,7 +169,7 @@ def checked(given: Given) -> Given | str:
 
 
 def take(
-    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: Progress = quiet
+    store: Store, teacher: Endpoint, given: Sequence[Given], file: Path, found: Taken, progress: CountProgress = noop
 ) -> None:
     """Make calls of rows: of those that `teacher` would be sent when it answers these prompts as seeds.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Budget
-from tapir_local.records import Answer, Request
+from tapir_local.records import Answer, Request, noop
 from tapir_local.store import keys
 from tapir_local.store.compression import LARGEST
 from tapir_local.store.reply import Reading, Reply, read_reply
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOOKED_UP = 1000  # requests, until progress is told
 LIMITS_TRIED = 16  # values of max_tokens under which an answer is looked for
 
-Progress = Callable[[int, int, int], None]
+CallProgress = Callable[[int, int, int], None]  # called with (done, total, hits)
 
 
 @dataclass(slots=True)
@@ -49,14 +49,6 @@ class Job:
     sent: Attempt | None = None
 
 
-def quiet(done: int, total: int, hits: int) -> None:
-    """No progress shown."""
-
-
-def unheard(text: str) -> None:
-    """No warning shown."""
-
-
 class Asking:
     """The requests of one call of `ask`, the answers known so far, and the way of a reply into the store."""
 
@@ -66,9 +58,9 @@ class Asking:
         endpoint: Endpoint,
         store: Store,
         run: str,
-        progress: Progress = quiet,
+        progress: CallProgress = noop,
         purse: Purse | None = None,
-        warn: Callable[[str], None] = unheard,
+        warn: Callable[[str], None] = noop,
     ) -> None:
         self.requests, self.endpoint, self.store, self.run = requests, endpoint, store, run
         self.progress, self.warn = progress, warn

@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, whole, write_json, write_rows
 from tapir_local.memory import one_gpu
 from tapir_local.method.metrics import proportion_interval
-from tapir_local.process import Progress, child_main, in_own_process
+from tapir_local.process import child_main, in_own_process
 from tapir_local.recipe.schema import Classifier
-from tapir_local.records import Example, instruction_of
+from tapir_local.records import Example, Progress, T, instruction_of
 from tapir_local.training.model import check_folder, unloadable
 
-T = TypeVar("T")
 SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",

@@ -21,17 +21,8 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, remove, whole, write_json, write_rows
 from tapir_local.memory import check_disk, one_gpu
-from tapir_local.process import (
-    Killed,
-    OutOfMemory,
-    Progress,
-    Unsupported,
-    child_main,
-    in_own_process,
-    remark,
-    say_on_stderr,
-)
-from tapir_local.records import Example
+from tapir_local.process import Killed, OutOfMemory, Unsupported, child_main, in_own_process, remark, say_on_stderr
+from tapir_local.records import Example, Progress, noop
 from tapir_local.resources import model_folder
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import Course
@@ -143,7 +134,7 @@ def environment(model: str) -> dict[str, str]:
     return quiet | offline
 
 
-def run_job(job: TrainJob, progress: Progress = lambda done, total, note: None, folder: Path | None = None) -> None:
+def run_job(job: TrainJob, progress: Progress = noop, folder: Path | None = None) -> None:
     """Train and write what was trained; TapirError when model, template, rows or earlier adapter do not serve.
 
     Checkpoints are made in `folder`, where one is named, and gone on from. Of several processes that a launcher has

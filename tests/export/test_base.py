@@ -21,10 +21,9 @@ from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import exporter, gatekeeper, real_tools, shipper
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.process import Progress
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
-from tapir_local.records import Completion, Example, Message
+from tapir_local.records import Completion, Example, Message, Progress
 from tapir_local.resources import POCKET_SEEDS, find_recipe
 from tapir_local.run_dir import RunDir
 from tapir_local.training import train

@@ -13,13 +13,13 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Progress, Tools
+from tapir_local.pipeline.context import Tools
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.expand import few_rows, hopeless, told
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
-from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan
+from tapir_local.records import Answer, Example, Judgement, Progress, Request, RoundPlan
 from tapir_local.run_dir import RunDir
 from tapir_local.unusable import read_unusable
 

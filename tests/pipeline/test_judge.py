@@ -16,7 +16,7 @@ from tapir_local.files import read_rows
 from tapir_local.method import prompts
 from tapir_local.method.judging import mfd
 from tapir_local.method.metrics import evaluate
-from tapir_local.pipeline.context import Progress, Work
+from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.judge import (
     Speed,
     ask_judge,
@@ -37,6 +37,7 @@ from tapir_local.records import (
     Judgement,
     Message,
     Metrics,
+    Progress,
     Prompt,
     Request,
     from_json,

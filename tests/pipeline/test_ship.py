@@ -12,11 +12,11 @@ from fakes import QUIET, World, make_recipe, tools
 from tapir_local.errors import TapirError
 from tapir_local.files import remove
 from tapir_local.pipeline.card import UNSTATED, asked, cell, front_matter
-from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.loop import distill, redo, sequence
 from tapir_local.pipeline.published import published
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe, validated
+from tapir_local.records import Progress
 from tapir_local.report.status import status_of
 from tapir_local.run_dir import RunDir
 

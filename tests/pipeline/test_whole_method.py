@@ -9,11 +9,10 @@ from fakes import QUIET, World, make_recipe, tools
 from tapir_local.data.dataset import Draft
 from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import overridden
-from tapir_local.records import Example, Message, RoundPlan
+from tapir_local.records import Example, Message, Progress, RoundPlan
 from tapir_local.run_dir import RunDir
 
 HALF = {"Math", "Reasoning", "Code Generation", "Code Debug"}

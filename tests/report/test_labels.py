@@ -13,12 +13,11 @@ from fakes import QUIET, World, classify, make_recipe, tools
 import cli
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows, write_json
-from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden
-from tapir_local.records import Answer, Example, Request
+from tapir_local.records import Answer, Example, Progress, Request
 from tapir_local.report.labels import label_tables, labels_of
 from tapir_local.report.status import status_of
 from tapir_local.report.terminal import stages_table

@@ -20,7 +20,7 @@ from server import attempts, completion, questions, raises
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Price, Teacher
 from tapir_local.recipe.schema import Budget
-from tapir_local.records import Answer
+from tapir_local.records import Answer, noop
 from tapir_local.store.schema import FIRST_TABLES, MIGRATIONS, PAGE, spent
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
@@ -28,7 +28,7 @@ from tapir_local.teacher.batch_api import BOUNDS, Bounds
 from tapir_local.teacher.batch_lines import divided, has_ended, line_of, read_lines
 from tapir_local.teacher.budget import Purse
 from tapir_local.teacher.endpoint import body_of
-from tapir_local.teacher.session import Asking, quiet
+from tapir_local.teacher.session import Asking
 
 FAST = Bounds(first_wait=0.02, longest_wait=0.05, settle=0.3)
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_too_many_requests_for_a_file_become_several_batches(server, store):
 
 
 def test_parts_are_as_large_as_may_be(server, store):
-    jobs = Asking(questions(*words(7)), teacher(server), store, "r", quiet).look_up()
+    jobs = Asking(questions(*words(7)), teacher(server), store, "r", noop).look_up()
     length = len(line_of(jobs[0]))
     assert [len(part) for part in divided(jobs, 100, 3 * length)] == [3, 3, 1]
     assert [len(part) for part in divided(jobs, 100, 3 * length - 1)] == [2, 2, 2, 1]
@@ -348,7 +348,7 @@ def test_two_threads_and_another_process_wait_for_the_same_batch(server, store):
 
 def test_a_request_that_is_asked_live_just_now_is_not_submitted(server, store):
     """Someone has the key of `b`; when he lets go of it without an answer, it goes into a batch of its own."""
-    asking = Asking(questions("a", "b"), teacher(server), store, "r", quiet)
+    asking = Asking(questions("a", "b"), teacher(server), store, "r", noop)
     key = asking.look_up()[1].key
     assert store.claim(key)
     threading.Timer(0.5, lambda: store.release(key)).start()

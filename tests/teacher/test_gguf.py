@@ -24,7 +24,7 @@ from tapir_local.pipeline.judge import ask_judge, judge_name
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.schema import Budget, Recipe
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.records import Answer, Example, Message, Request
+from tapir_local.records import Answer, Example, Message, Request, noop
 from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.rows import Call
@@ -33,7 +33,7 @@ from tapir_local.teacher.ask import ask
 from tapir_local.teacher.budget import Purse
 from tapir_local.teacher.endpoint import body_of, identity_of
 from tapir_local.teacher.gguf import answer_here
-from tapir_local.teacher.session import Asking, quiet
+from tapir_local.teacher.session import Asking
 
 WORDS = [f"What is {number} times {number + 7}?" for number in range(12)]
 
@@ -399,7 +399,7 @@ def test_a_template_without_a_system_turn_is_given_its_words_all_the_same(tmp_pa
 
 
 def test_a_file_that_is_changed_before_it_is_opened_answers_nothing(gguf, store, llama) -> None:
-    asking = Asking(questions("a"), teacher(gguf), store, "r", quiet)
+    asking = Asking(questions("a"), teacher(gguf), store, "r", noop)
     jobs = asking.look_up()
     shutil.copy(llama.gguf, gguf)
     with pytest.raises(TapirError, match="changed meanwhile"):
