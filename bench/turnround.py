@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.export.base import base_of
-from tapir_local.files import remove, write_rows
-from tapir_local.memory import size
+from tapir_local.files import remove_path, write_rows
+from tapir_local.memory import format_bytes
 from tapir_local.pipeline.backends import exporter, gatekeeper, generator, shipper
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
@@ -125,7 +125,7 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     """Seconds of one turn, by part, and the tokens a second that its student then writes."""
     folder = run.round(1)
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
-    remove(gguf)
+    remove_path(gguf)
     found = {
         "export": seconds(lambda: exporter(recipe, run)(adapter, gguf, noop)),
         "gate": seconds(lambda: gatekeeper(recipe, run)(adapter, gguf, rows, report, noop)),
@@ -178,7 +178,7 @@ def print_table(found: dict[str, list[dict[str, float]]], kept: dict[str, int], 
             else name
         )
         print(f"| {shown} | " + " | ".join(f"{middle[way]:,.2f}" for way in WAYS) + " |")
-    print("| kept by a round | " + " | ".join(size(kept[way]) for way in WAYS) + " |")
+    print("| kept by a round | " + " | ".join(format_bytes(kept[way]) for way in WAYS) + " |")
     print("| shipping, at the end | " + " | ".join(f"{shipped[way]:,.2f}" for way in WAYS) + " |")
 
 

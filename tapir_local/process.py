@@ -1,4 +1,4 @@
-"""A heavy stage in its own process: its parent shows its progress and its errors, and takes it along when it dies."""
+"""Run a heavy stage in its own process, which reports progress and errors and ends when its parent dies."""
 
 import json
 import os
@@ -17,54 +17,53 @@ from typing import IO, Any
 
 from tapir_local.errors import TapirError
 from tapir_local.files import private_file, write_record
-from tapir_local.memory import cpus
+from tapir_local.memory import count_cpus
 from tapir_local.printable import printable
 from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
 
-OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
-MARK = "TAPIR_LOCAL_MARK"  # in a child: the word before each of its reports, drawn anew, so that no other line has it
-# Threads that wait for each other sleep after a moment instead of spinning on: on two cores shared with other jobs a
-# training did 200 to 400 tokens/s with torch's default and over 1,000 so.
-PATIENT = {"GOMP_SPINCOUNT": "1000"}
-# As python's -P, which does not reach a launcher's processes: a datasets.py in the user's folder is not ours.
-LAUNCHED = {"PYTHONSAFEPATH": "1"}
-KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher tells of one of its processes
-# Names of variables that hold a key, a token or a password.
-SECRET = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
-NAMED: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # further such names, of a recipe
-DOWNLOADS = {
-    "tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
-}  # its encoder comes from the Hub
-GRACE = 5.0  # seconds between asking a child to stop and killing it
+OWNED_VARIABLE = "TAPIR_LOCAL_OWNED"  # set in a child that ends when its standard input closes
+MARK_VARIABLE = "TAPIR_LOCAL_MARK"  # the random prefix of a child's reports
+# Waiting OpenMP threads sleep early instead of spinning: on two cores shared with other jobs, training ran at over
+# 1,000 tokens/s with this and at 200 to 400 with torch's default.
+THREAD_VARIABLES = {"GOMP_SPINCOUNT": "1000"}
+# Like python -P, which a launcher does not pass on: a datasets.py in the current folder must not shadow the package.
+LAUNCHER_VARIABLES = {"PYTHONSAFEPATH": "1"}
+LAUNCHER_KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher reports a killed process
+# Names of environment variables that hold a key, a token or a password.
+SECRET_NAME = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
+WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # more such names, from a recipe
+# Secrets that a module needs: the classifier downloads its encoder from the Hub.
+ALLOWED_SECRETS = {"tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}
+STOP_SECONDS = 5.0  # seconds between asking a child to stop and killing it
 
 
 class OutOfMemory(TapirError):
-    """Memory ran out, main or the GPU's, or probably did: less at once may fit."""
+    """Main or GPU memory ran out, or probably did: a smaller batch may fit."""
 
 
 class Unsupported(TapirError):
-    """What was tried first does not work here, and another way may."""
+    """This method does not work here; another may."""
 
 
 class Crashed(TapirError):
-    """A library ended the process, by SIGABRT or SIGSEGV as a rule."""
+    """A library crashed the process, usually by SIGABRT or SIGSEGV."""
 
 
 class Killed(OutOfMemory):
-    """A process ended by SIGKILL, which is how the kernel takes memory back."""
+    """A process ended by SIGKILL, which the kernel sends when memory runs out."""
 
 
-KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
+ERROR_KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
 
 
 def say_on_stderr(text: str) -> None:
-    """A remark for people, where nobody has said how to show one."""
+    """Print a remark on stderr: the default where the caller passes no function to show it."""
     print(printable(text), file=sys.stderr)
 
 
-def remark(progress: Progress, text: str) -> None:
-    """A line that the user of a heavy stage is to read: a report of 0 of 0, which is no progress."""
+def send_remark(progress: Progress, text: str) -> None:
+    """Send a line for the user through `progress`, as a report of 0 of 0."""
     progress(0, 0, text)
 
 
@@ -76,32 +75,32 @@ def run_module(
     say: Callable[[str], None] = say_on_stderr,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Run `python -m module folder` and wait for it; what it writes to stderr goes to `log`.
+    """Run `python -m module folder` and wait for it; its stderr goes to `log`.
 
-    `progress` gets (done, total, note), `say` its remarks. A `launcher` is a command that starts several processes of
-    the module (`accelerate launch …`), of which the first reports. TapirError: the child's own, or one that names the
-    log and its last line. The child is stopped when this is interrupted, and ends by itself when this process dies.
+    `progress` is called with (done, total, note), `say` with remarks. A `launcher` is a command that starts several
+    processes of the module (`accelerate launch …`); the first of them reports. Raises the child's own TapirError, or
+    one that names the log and its last line. The child is stopped on an interrupt, and ends when this process dies.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     private_file(log)
-    start = [beside_python(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
+    start = [find_command(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
     mark = secrets.token_hex(8)
-    variables = {**environment(module), **(LAUNCHED if launcher else {}), MARK: mark}
-    with log.open("wb", buffering=0) as errors:  # the child writes at the same place
-        child = popen([*start, "-m", module, str(folder)], errors, variables, log)
+    variables = {**child_environment(module), **(LAUNCHER_VARIABLES if launcher else {}), MARK_VARIABLE: mark}
+    with log.open("wb", buffering=0) as errors:  # unbuffered: the child writes to the same file
+        child = start_child([*start, "-m", module, str(folder)], errors, variables, log)
         try:
-            failure = follow(reports(child.stdout or [], mark.encode(), errors), progress, say)
+            failure = relay_reports(read_reports(child.stdout or [], mark.encode(), errors), progress, say)
             code = child.wait()
         finally:
-            stop(child)
+            stop_child(child)
     if failure or code:
-        raise failure or death(module, code, log)
+        raise failure or exit_error(module, code, log)
 
 
-def popen(
+def start_child(
     command: Sequence[str], errors: IO[bytes], variables: Mapping[str, str], log: Path
 ) -> "subprocess.Popen[bytes]":
-    """The child, in a session of its own: Ctrl-C reaches the parent alone, which stops the whole group."""
+    """Start the child in its own session: Ctrl-C then reaches only the parent, which stops the child's group."""
     try:
         return subprocess.Popen(
             command,
@@ -116,13 +115,13 @@ def popen(
         raise TapirError(what, where=str(log), fix="Correct train.launcher.") from error
 
 
-def beside_python(name: str) -> str:
-    """A command of the environment that we run in, which need not be on the PATH; else the name as it is."""
-    here = Path(sys.executable).parent / name  # a path from the root stays what it is
+def find_command(name: str) -> str:
+    """The path of a command next to this Python, which need not be on the PATH; otherwise the name itself."""
+    here = Path(sys.executable).parent / name  # an absolute path stays as it is
     return str(here) if here.is_file() else name
 
 
-def in_own_process(
+def run_in_process(
     module: str,
     job: Any,
     folder: Path,
@@ -130,65 +129,65 @@ def in_own_process(
     say: Callable[[str], None] = say_on_stderr,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Run a module on a job, a record that it finds as job.json in `folder`; its log is left there too."""
+    """Run a module on a job, a record written to job.json in `folder`; the log is written there too."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)
 
 
-def environment(module: str = "") -> dict[str, str]:
-    """The child's: patient threads, as many as there are processors for, the life line, our own modules where they are
-    not installed; no keys, which a child has no use for."""
-    fewer = {"OMP_NUM_THREADS": str(cpus())} if cpus() < len(os.sched_getaffinity(0)) else {}
+def child_environment(module: str = "") -> dict[str, str]:
+    """The environment of a child that runs `module`: thread settings, the path of our modules, and no API keys."""
+    fewer = {"OMP_NUM_THREADS": str(count_cpus())} if count_cpus() < len(os.sched_getaffinity(0)) else {}
     kept = {name: value for name, value in os.environ.items() if not is_secret(name, module)}
-    return {**PATIENT, **fewer, **kept, OWNED: "1", **ours()}
+    return {**THREAD_VARIABLES, **fewer, **kept, OWNED_VARIABLE: "1", **python_path_variable()}
 
 
 def is_secret(name: str, module: str = "") -> bool:
-    """Whether a variable is withheld from a child that runs `module`: a key, a token or a password by its name."""
-    return (SECRET.fullmatch(name) is not None or name in NAMED.get()) and name not in DOWNLOADS.get(module, ())
+    """Whether the name of a variable says that it is a secret, which a child running `module` does not get."""
+    secret = SECRET_NAME.fullmatch(name) is not None or name in WITHHELD_NAMES.get()
+    return secret and name not in ALLOWED_SECRETS.get(module, ())
 
 
 @contextmanager
-def withheld(names: Iterable[str]) -> Iterator[None]:
-    """Withhold some more variables, such as a recipe's api_key_env, from the children that are started meanwhile."""
-    token = NAMED.set(NAMED.get() | frozenset(names))
+def withhold_variables(names: Iterable[str]) -> Iterator[None]:
+    """Withhold more variables, such as a recipe's api_key_env, from children started within the block."""
+    token = WITHHELD_NAMES.set(WITHHELD_NAMES.get() | frozenset(names))
     try:
         yield
     finally:
-        NAMED.reset(token)
+        WITHHELD_NAMES.reset(token)
 
 
-def reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The child's reports: what follows the mark in a line. All else is a launcher's own, and goes to the log."""
+def read_reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """The child's reports, which follow the mark in a line. All other output goes to the log."""
     for line in lines:
         before, marked, after = line.partition(mark)
         log.write(before)
         if marked:
             try:
                 text = after.decode("utf-8", "replace")
-                report, end = json.JSONDecoder().raw_decode(text, 1)  # another process may write into the same line
+                report, end = json.JSONDecoder().raw_decode(text, 1)  # another process may write to the same line
                 log.write(text[end:].strip("\n").encode())
                 yield report
             except ValueError:
                 log.write(after)
 
 
-def ours() -> dict[str, str]:
-    """What lets a child find our own modules where they are not installed."""
+def python_path_variable() -> dict[str, str]:
+    """PYTHONPATH for a child, so that it finds our modules in a checkout that is not installed."""
     places = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
     path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path} if path else {}
 
 
-def follow(
-    said: Iterable[Mapping[str, Any]], progress: Progress | None, say: Callable[[str], None]
+def relay_reports(
+    received: Iterable[Mapping[str, Any]], progress: Progress | None, say: Callable[[str], None]
 ) -> TapirError | None:
-    """Pass the child's progress and remarks on until it closes its output; the error that it reported, if it did."""
+    """Pass on the child's progress and remarks until it closes its output; return its error, if it reported one."""
     failure = None
-    for report in said:
+    for report in received:
         if "error" in report:
-            failure = KINDS.get(report["kind"], TapirError)(**report["error"])
+            failure = ERROR_KINDS.get(report["kind"], TapirError)(**report["error"])
         elif not report["total"]:
             say(report["note"])
         elif progress:
@@ -196,12 +195,12 @@ def follow(
     return failure
 
 
-def stop(child: "subprocess.Popen[bytes]") -> None:
-    """End the child and all that it started, if it is still there, and close its pipes."""
+def stop_child(child: "subprocess.Popen[bytes]") -> None:
+    """Stop the child and its process group if they still run, and close its pipes."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGTERM)
         try:
-            child.wait(GRACE)
+            child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
@@ -210,34 +209,34 @@ def stop(child: "subprocess.Popen[bytes]") -> None:
             pipe.close()
 
 
-def death(module: str, code: int, log: Path) -> TapirError:
-    """What to say of a child that ended with `code` (negative: by that signal) and reported no error of its own."""
+def exit_error(module: str, code: int, log: Path) -> TapirError:
+    """The error for a child that ended with `code` (negative: that signal) without reporting one."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code == -signal.SIGKILL or any(KILLED in line for line in lines[-40:]):
+    if code == -signal.SIGKILL or any(LAUNCHER_KILLED in line for line in lines[-40:]):
         return Killed(
-            f"{module} was killed (signal 9), probably because the memory ran out",
+            f"{module} was killed (signal 9), probably because memory ran out",
             where=str(log),
-            fix="Lower the batch size or max_length, or close other programs; the same command goes on from here.",
+            fix="Lower the batch size or max_length, or close other programs, and run the same command again.",
         )
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
     last = f": {lines[-1]}" if lines else ""
     return (Crashed if code < 0 else TapirError)(
         f"{module} {how}{last}",
         where=str(log),
-        fix="The whole message is in that file; the same command goes on from here.",
+        fix="The whole message is in that file. The same command resumes from here.",
     )
 
 
 def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str, str] | None = None) -> int:
-    """The child's side: do `work` on the folder named in the arguments and report to the parent; the exit code.
+    """Run `work` on the folder in the arguments, in the child, and report to the parent; return the exit code.
 
-    Standard output carries only the reports; whatever libraries print goes to standard error. Of several processes
-    that a launcher has started, the first alone reports progress, and any its error.
+    Standard output carries only reports; what libraries print goes to standard error. If a launcher has started
+    several processes, only the first reports progress, and each reports its own error.
     """
     os.environ.update(environment or {})
-    if os.environ.get(OWNED):
+    if os.environ.get(OWNED_VARIABLE):
         threading.Thread(target=end_with_parent, daemon=True).start()
-    report = reporter()
+    report = open_report_channel()
     try:
         work(Path(sys.argv[1]), lambda done, total, note: report({"done": done, "total": total, "note": note}))
     except TapirError as error:
@@ -248,11 +247,11 @@ def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str,
     return 0
 
 
-def reporter() -> Callable[[Mapping[str, Any]], None]:
-    """A function that writes one line, the mark and JSON, to what was standard output, from now on standard error."""
+def open_report_channel() -> Callable[[Mapping[str, Any]], None]:
+    """Redirect standard output to standard error; return a function that writes a report to the original one."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    mark = os.environ.get(MARK, "report")
+    mark = os.environ.get(MARK_VARIABLE, "report")
     first = os.environ.get("RANK", "0") == "0"
 
     def report(value: Mapping[str, Any]) -> None:
@@ -263,7 +262,7 @@ def reporter() -> Callable[[Mapping[str, Any]], None]:
 
 
 def end_with_parent() -> None:
-    """Wait for the end of the life line, which the parent's death closes, then end this process and all it started."""
+    """Wait until standard input closes, which the parent's death causes; then kill this process group."""
     while os.read(0, 1):
         pass
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A run's folder: where each of its files is, and the lock that lets one process work on it."""
+"""The folder of a run, and the lock that lets only one process work on it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.files import private_folder
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class RunDir:
     name: str
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
+        if not RUN_NAME.fullmatch(self.name):
             raise TapirError(
-                f"{self.name!r} is not a run's name",
-                fix="A name has letters, digits, dots, dashes and underscores; --cache says where runs are.",
+                f"{self.name!r} is not a valid run name",
+                fix="Use letters, digits, dots, dashes and underscores; --cache sets the folder that holds the runs.",
             )
 
     @property
@@ -35,7 +35,7 @@ class RunDir:
         return self.cache / "runs" / self.name
 
     def round(self, number: int) -> Path:
-        """The folder of a round; 0 is the baseline."""
+        """The folder of a round; round 0 is the baseline."""
         return self.path / f"round-{number:02d}"
 
     @property
@@ -43,39 +43,39 @@ class RunDir:
         return (self.path / "recipe.yaml").exists()
 
     def record(self) -> dict[str, Any]:
-        """run.json: versions, times and what each finished stage took; {} before the first."""
+        """The contents of run.json: versions, times and the duration of each finished stage; {} before the first."""
         path = self.path / "run.json"
         return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
 
 
-def named_run(cache: Path, name: str) -> RunDir | None:
-    """The folder of a run that the store names; None for what has none, such as `import:FILE`."""
-    return RunDir(cache, name) if NAME.fullmatch(name) else None
+def run_of_name(cache: Path, name: str) -> RunDir | None:
+    """The folder of a run that the store names; None for names without a folder, such as `import:FILE`."""
+    return RunDir(cache, name) if RUN_NAME.fullmatch(name) else None
 
 
-def runs_of(cache: Path) -> list[RunDir]:
-    """Every run in a cache, by name."""
+def list_runs(cache: Path) -> list[RunDir]:
+    """Every run in a cache, sorted by name."""
     return [RunDir(cache, path.parent.name) for path in sorted((cache / "runs").glob("*/recipe.yaml"))]
 
 
-def existing(cache: Path, name: str) -> RunDir:
-    """A run that is there; TapirError naming those that are, otherwise."""
+def find_run(cache: Path, name: str) -> RunDir:
+    """The run of this name; if there is none, a TapirError that lists the existing runs."""
     run = RunDir(cache, name)
     if not run.exists:
-        known = ", ".join(other.name for other in runs_of(cache)) or "none"
+        known = ", ".join(other.name for other in list_runs(cache)) or "none"
         raise TapirError(
             f"there is no run {name!r}",
             where=str(cache),
-            fix=f"Runs in this cache: {known}. `tapir-local distill` makes one; --cache names another folder.",
+            fix=f"Runs in this cache: {known}. `tapir-local distill` creates one; --cache selects another folder.",
         )
     return run
 
 
 @contextmanager
-def held(run: RunDir) -> Iterator[None]:
-    """Hold the run for this process; TapirError naming the holder when another has it.
+def lock_run(run: RunDir) -> Iterator[None]:
+    """Lock the run for this process; raise TapirError with the process id if another process holds the lock.
 
-    The operating system drops the lock with its process, so a killed one leaves nothing to clean up.
+    The operating system releases the lock when its process ends, so a killed process leaves nothing to clean up.
     """
     from filelock import FileLock, Timeout
 
@@ -86,7 +86,7 @@ def held(run: RunDir) -> Iterator[None]:
     except Timeout as error:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise TapirError(
-            f"run {run.name!r} is being worked on by {holder}", fix="Wait for it, or use another --name."
+            f"run {run.name!r} is in use by {holder}", fix="Wait until it ends, or use another --name."
         ) from error
     try:
         owner.write_text(f"process {os.getpid()}", encoding="utf-8")

@@ -77,7 +77,7 @@ def test_answers_that_are_there_are_kept_unless_force_is_given(llama, prompts: P
     words = ["generate", str(llama.gguf), str(prompts), "-o", str(out), "--max-tokens", "2"]
     out.write_text("mine")
     found = CliRunner().invoke(cli.cli, words)
-    assert "there already" in str(found.exception)
+    assert "exists already" in str(found.exception)
     assert "--force" in str(found.exception)
     assert out.read_text() == "mine"
     CliRunner().invoke(cli.cli, [*words, "--force"], catch_exceptions=False)
@@ -107,7 +107,7 @@ def test_calls_export_writes_over_no_file_of_the_store(tmp_path: Path, end: str)
 
 def test_a_link_to_nothing_is_there(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
-    with pytest.raises(TapirError, match="there already"):
+    with pytest.raises(TapirError, match="exists already"):
         check_output(tmp_path / "out", [])
     with pytest.raises(TapirError, match="reads"):
         check_output(tmp_path / "out", [tmp_path / "gone"])

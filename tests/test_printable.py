@@ -31,7 +31,7 @@ from tapir_local.report.terminal import (
     unusable_tables,
     watched,
 )
-from tapir_local.tables import joined, plain
+from tapir_local.tables import join_styled, plain_text
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
 SEEN = "␛]0;owned␇"
@@ -94,7 +94,7 @@ TABLES = {
     "why": lambda: why_tables(WHY),
     "labels": lambda: label_tables(LABELS),
     "compare": lambda: comparison_tables(COMPARED),
-    "line": lambda: [plain(HOSTILE), joined(HOSTILE, (HOSTILE, "bold"))],
+    "line": lambda: [plain_text(HOSTILE), join_styled(HOSTILE, (HOSTILE, "bold"))],
 }
 
 

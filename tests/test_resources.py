@@ -17,7 +17,7 @@ from tapir_local.files import write_json
 from tapir_local.pipeline.backends import real_tools
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.run_dir import RunDir, held
+from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.training.student import settle_student, student_folder
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -105,7 +105,7 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path, path: str) -> None:
     named = str(tmp_path / "student") if path == "FOLDER" else path
     recipe = parse_recipe(f"teacher: pocket\nstudent: {{path: {named}, revision: main}}", "r")
     for folder_of in (student_folder, settle_student):
-        with pytest.raises(TapirError, match=r"student.revision \(main\) is for a model on the Hub"):
+        with pytest.raises(TapirError, match=r"student.revision \(main\) applies to models on the Hub"):
             folder_of(recipe, RunDir(tmp_path, "r"))
 
 
@@ -128,11 +128,11 @@ def test_a_refused_second_process_writes_nothing_in_the_run(tmp_path: Path, temp
         return f"name: r\nteacher: pocket\nstudent: {student}\nseeds: {{path: pocket, holdout: 10}}"
 
     first, second = (parse_recipe(recipe_of(named), "r") for named in ("alpaca", template))
-    with held(run):
+    with lock_run(run):
         write_json(run.path / "run.json", {"stages": {}})
         settle_student(first, run)
         before = files(run.path)
-        with pytest.raises(TapirError, match="is being worked on"), real_tools(second, run, print) as tools:
+        with pytest.raises(TapirError, match="is in use"), real_tools(second, run, print) as tools:
             distill(second, run, tools, QUIET)
         student_folder(second, run)
         assert files(run.path) == before

@@ -181,9 +181,9 @@ def used_keys(cache: Path | None, run: str) -> list[str]:
 def locked_keys(cache: Path | None, run: str) -> list[str]:
     """The keys in a run's tapir.lock, [] where there is none, as of what was imported."""
     from tapir_local.pipeline.lockfile import keys_of, locked
-    from tapir_local.run_dir import named_run
+    from tapir_local.run_dir import run_of_name
 
-    folder = named_run(store_path(cache).parent, run)
+    folder = run_of_name(store_path(cache).parent, run)
     return keys_of(locked(folder)) if folder else []
 
 
@@ -258,14 +258,14 @@ def import_store_file(file: Path, cache: Path | None) -> None:
 def import_rows(file: Path, named: str | None, requests: Path | None, cache: Path | None) -> None:
     """Answers from elsewhere."""
     from tapir_local.recipe.text import parse_recipe
-    from tapir_local.resources import find_recipe, text_of_recipe
+    from tapir_local.resources import find_recipe, read_recipe_text
     from tapir_local.teacher.external import read_answers, reasons, take
 
     if not named:
         fix = "Name a recipe with that teacher: --recipe RECIPE"
         raise TapirError("no store, and it does not say which teacher gave these answers", where=str(file), fix=fix)
     place = find_recipe(named)
-    teacher = parse_recipe(text_of_recipe(place), str(place)).teacher
+    teacher = parse_recipe(read_recipe_text(place), str(place)).teacher
     rows, found = read_answers(file, teacher, requests)
     with written_store(cache) as store:
         take(store, teacher, rows, file, found, slowly("answers imported"))

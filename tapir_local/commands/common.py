@@ -39,9 +39,9 @@ class HomePath(click.Path):
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from tapir_local.files import at_home
+        from tapir_local.files import expand_home
 
-        return super().convert((at_home(value) or "") if isinstance(value, str) else value, param, ctx)
+        return super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
 
 
 cache_option = click.option(
@@ -67,12 +67,12 @@ def store_path(cache: Path | None) -> Path:
 def chosen_run(cache: Path | None, name: str | None) -> "RunDir":
     """A run by name; without one the run that was worked on last."""
     from tapir_local.resources import default_cache
-    from tapir_local.run_dir import existing, runs_of
+    from tapir_local.run_dir import find_run, list_runs
 
     place = cache or default_cache()
     if name is not None:
-        return existing(place, name)
-    runs = runs_of(place)
+        return find_run(place, name)
+    runs = list_runs(place)
     if not runs:
         raise TapirError(
             "there is no run yet", where=str(place), fix="tapir-local distill makes one; --cache names another folder."
@@ -108,7 +108,7 @@ def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], Non
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tapir_local.report.terminal import Rate
-    from tapir_local.tables import plain
+    from tapir_local.tables import plain_text
 
     console = Console(stderr=True)
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
@@ -123,7 +123,7 @@ def shown(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], Non
                 said, rate = now, (done - before) / (now - started)
                 echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left(total - done, rate)} left", err=True)
 
-        yield show, lambda words: console.print(plain(words), soft_wrap=True)
+        yield show, lambda words: console.print(plain_text(words), soft_wrap=True)
 
 
 def left(items: int, rate: float) -> str:

@@ -119,11 +119,11 @@ def settled(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, lis
     """A named recipe with the changes, its file, and what the user should know of it before it runs."""
     from tapir_local.recipe.checks import notices, unnamed
     from tapir_local.recipe.text import overridden, parse_recipe, replaced
-    from tapir_local.resources import find_recipe, text_of_recipe
+    from tapir_local.resources import find_recipe, read_recipe_text
 
     path = find_recipe(named)
     # A change may mend what the file alone would be refused for.
-    written = recipe = parse_recipe(text_of_recipe(path), str(path), kept=bool(changes))
+    written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=bool(changes))
     if changes:
         recipe = overridden(written, changes, where=f"{path} with the command line's settings")
     if missing := unnamed(recipe):
@@ -159,14 +159,14 @@ def carry_out(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     from tapir_local.pipeline.loop import distill as loop
     from tapir_local.pipeline.loop import sequence
     from tapir_local.report.terminal import watched
-    from tapir_local.tables import plain
+    from tapir_local.tables import plain_text
 
     console, steps = Console(stderr=True), sequence(run, recipe.rounds)
     done = sum(step.done for step in steps)
     mode: Mode = "replay" if replay else "on"
 
     def say(text: str) -> None:
-        console.print(plain(text), soft_wrap=True)
+        console.print(plain_text(text), soft_wrap=True)
 
     with real_tools(recipe, run, say, mode) as tools, watched(console, done, len(steps)) as watch:
         return loop(recipe, run, tools, watch if replay else with_receipts(watch, run, console))

@@ -170,12 +170,12 @@ def recipes(name: str | None, list_settings: bool, as_json: bool) -> None:
     A recipe from elsewhere can run commands (train.launcher, export.converter) and send a key other than
     OPENAI_API_KEY to a host that it names. Read it first; `distill` then wants your answer, or --trust, once.
     """
-    from tapir_local.resources import find_recipe, text_of_recipe
+    from tapir_local.resources import find_recipe, read_recipe_text
 
     if list_settings:
         print_settings(as_json)
     elif name:
-        echo(text_of_recipe(find_recipe(name)), nl=False)
+        echo(read_recipe_text(find_recipe(name)), nl=False)
     else:
         print_recipes(as_json)
 
@@ -184,11 +184,11 @@ def print_recipes(as_json: bool) -> None:
     """A row a recipe."""
     from tapir_local.recipe.text import parse_recipe
     from tapir_local.report.terminal import plain_table
-    from tapir_local.resources import recipe_files, text_of_recipe
+    from tapir_local.resources import read_recipe_text, recipe_files
 
     rows = []
     for path in recipe_files():
-        text = text_of_recipe(path)
+        text = read_recipe_text(path)
         rows.append(
             {
                 "name": path.stem,

@@ -145,7 +145,7 @@ def export(
         raise click.UsageError("--modelfile is of a whole model; an adapter alone is named in its base's, by ADAPTER")
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.export.verified import export_checked, with_template
-    from tapir_local.files import sha256
+    from tapir_local.files import file_sha256
 
     show = slowly("tensors")
     with with_template(model, chat_template) as folder:
@@ -168,4 +168,4 @@ def export(
     if modelfile:
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     echo(said, err=True)
-    echo(f"{sha256(out)}  {out}")
+    echo(f"{file_sha256(out)}  {out}")

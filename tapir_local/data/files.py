@@ -21,7 +21,7 @@ from tapir_local.data.rows import (
 )
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
-from tapir_local.resources import seeds_path
+from tapir_local.resources import find_seeds
 
 PARQUET = b"PAR1"
 
@@ -31,7 +31,7 @@ def read_table(seeds: Seeds) -> Table:
 
     TapirError where there are none, or they cannot be read.
     """
-    path = seeds_path(seeds.path)
+    path = find_seeds(seeds.path)
     if path is None:
         return renamed(read_hub(seeds.path, seeds.subset, seeds.split), own_names(seeds))
     if seeds.subset is not None:

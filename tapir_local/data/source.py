@@ -7,9 +7,9 @@ from typing import Any
 
 from tapir_local.data.files import read_table
 from tapir_local.errors import TapirError
-from tapir_local.files import sha256, write_json
+from tapir_local.files import file_sha256, write_json
 from tapir_local.recipe.schema import Recipe, Seeds
-from tapir_local.resources import seeds_path
+from tapir_local.resources import find_seeds
 from tapir_local.run_dir import RunDir
 
 Source = Mapping[str, Any]  # path, bytes, sha256; of a folder the files too, of the Hub the revision
@@ -17,7 +17,7 @@ Source = Mapping[str, Any]  # path, bytes, sha256; of a folder the files too, of
 
 def digest(seeds: Seeds) -> Source:
     """What identifies the seeds: a file's size and SHA-256, a folder's of every file, a Hub dataset's revision."""
-    path = seeds_path(seeds.path)
+    path = find_seeds(seeds.path)
     if path is None:
         return {"path": seeds.path, "revision": hub_revision(seeds.path)}
     try:
@@ -29,7 +29,7 @@ def digest(seeds: Seeds) -> Source:
 def digest_at(path: Path, named: str) -> Source:
     """What identifies a file or a folder."""
     if path.is_file():
-        return {"path": named, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"path": named, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     files = {str(file.relative_to(path)): digest_of(file) for file in sorted(path.rglob("*")) if is_data(file, path)}
     whole = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     return {"path": named, "bytes": sum(size for size, _ in files.values()), "sha256": whole, "files": files}
@@ -43,7 +43,7 @@ def is_data(file: Path, folder: Path) -> bool:
 
 def digest_of(file: Path) -> list[Any]:
     """A file's size and SHA-256."""
-    return [file.stat().st_size, sha256(file)]
+    return [file.stat().st_size, file_sha256(file)]
 
 
 def hub_revision(name: str) -> str:
@@ -83,7 +83,7 @@ def same_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
 def is_there(seeds: Seeds) -> bool:
     """Whether the seeds lie on this machine."""
     try:
-        return seeds_path(seeds.path) is not None
+        return find_seeds(seeds.path) is not None
     except TapirError:
         return False
 

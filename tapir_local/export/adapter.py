@@ -9,7 +9,7 @@ from tapir_local.export.architectures import Config, Family, read_config, row_or
 from tapir_local.export.tokenizer import read_json
 from tapir_local.export.weights import Delta, load, read_adapter, read_model
 from tapir_local.export.writer import Planned, write_tensors
-from tapir_local.files import whole
+from tapir_local.files import atomic_write
 from tapir_local.records import Progress, noop
 
 TYPES = {"f32": "F32", "f16": "F16"}
@@ -35,7 +35,7 @@ def export_adapter(
         raise TapirError(f"an adapter cannot be {quant}", where="quant", fix=f"One of {', '.join(TYPES)}.")
     config, family = read_config(model_dir)
     tensors = plan(model_dir, adapter, config, family, gguf.GGMLQuantizationType[TYPES[quant]])
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

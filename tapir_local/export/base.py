@@ -11,10 +11,10 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.export.verified import export_checked
 from tapir_local.export.weights import read_model
-from tapir_local.files import remove, write_json
+from tapir_local.files import remove_path, write_json
 from tapir_local.inference.model import is_adapter
-from tapir_local.memory import free_memory, size
-from tapir_local.process import withheld
+from tapir_local.memory import format_bytes, free_memory
+from tapir_local.process import withhold_variables
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Progress
 from tapir_local.run_dir import RunDir
@@ -113,9 +113,9 @@ def make_base(model: Path, path: Path, recipe: Recipe, progress: Progress | None
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"), withheld(recipe.key_variables):
+    with FileLock(path.parent / ".lock"), withhold_variables(recipe.key_variables):
         if not made(path):
-            remove(path)
+            remove_path(path)
             least = recipe.export.min_agreement
             export_checked(
                 str(model),
@@ -174,7 +174,8 @@ def print_of(files: Iterable[Path]) -> str:
 
 def memory_words(model: Path) -> str:
     """What the gate will take of main memory, and what there is."""
-    return f"the model in 32 bits takes {size(4 * weights_of(model))} of memory, {size(free_memory())} are free"
+    needed, free = format_bytes(4 * weights_of(model)), format_bytes(free_memory())
+    return f"the model in 32 bits takes {needed} of memory, {free} are free"
 
 
 def weights_of(model: Path) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_json
 from tapir_local.export.weights import adapter_settings, read_model
-from tapir_local.files import private_file, remove
+from tapir_local.files import private_file, remove_path
 from tapir_local.inference.model import check_gguf
-from tapir_local.memory import check_disk, check_memory, free_memory
+from tapir_local.memory import check_disk_space, check_memory, free_memory
 from tapir_local.records import Progress
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -40,7 +40,7 @@ def convert(
     where the disk or the memory is too small, or that ends with the converter's last line.
     """
     scratch = out.with_name(out.name + ".model")
-    remove(scratch)
+    remove_path(scratch)
     try:
         progress(0, 2, "the model as the converter reads it")
         lay_out(model_dir, scratch, with_weights=adapter is None)
@@ -50,10 +50,10 @@ def convert(
         run_script(script, scratch, out, kind, log)
         progress(2, 2, "converted")
     except BaseException:
-        remove(out)
+        remove_path(out)
         raise
     finally:
-        remove(scratch)
+        remove_path(scratch)
 
 
 def lay_out(model_dir: Path, scratch: Path, *, with_weights: bool) -> None:
@@ -93,9 +93,9 @@ def merge_type(model_dir: Path, scratch: Path) -> str:
     sources = read_model(model_dir).values()
     elements = sum(prod(source.shape) for source in sources)
     saved = sum(prod(source.shape) * (4 if source.dtype in ("F32", "F64") else 2) for source in sources)
-    check_disk(scratch, saved, "the model with its adapter merged")
+    check_disk_space(scratch, saved, "the model with its adapter merged")
     try:
-        check_disk(scratch, 2 * 4 * elements, "the merged model in 32 bits, and the GGUF")
+        check_disk_space(scratch, 2 * 4 * elements, "the merged model in 32 bits, and the GGUF")
         if 1.2 * 4 * elements < free_memory():
             return "float32"
     except TapirError:

@@ -37,10 +37,10 @@ from tapir_local.export.tokenizer import (
 )
 from tapir_local.export.weights import Delta, Source, load, read_adapter, read_model
 from tapir_local.export.writer import Planned, file_type, size_of, type_of, write_tensors
-from tapir_local.files import read_record, whole
+from tapir_local.files import atomic_write, read_record
 from tapir_local.inference.model import quantise
-from tapir_local.memory import check_disk, check_memory
-from tapir_local.process import child_main, in_own_process
+from tapir_local.memory import check_disk_space, check_memory
+from tapir_local.process import child_main, run_in_process
 from tapir_local.records import Array, Progress, noop
 
 
@@ -94,7 +94,7 @@ def export_gguf(
         else:
             write_gguf(model_dir, path, adapter, NATIVE[kind], progress, BITS.get(quant, 0))
 
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         if quant in NATIVE:
             write(partial)
             return
@@ -148,7 +148,7 @@ def check_room(path: Path, tensors: Sequence[Planned], vocab: Vocab, more: float
     file = sum(size_of(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
     weights = sum(prod(tensor.shape) for tensor in tensors)
     what = "the GGUF, and the one of 16 bits that it is made from" if more else "the GGUF"
-    check_disk(path, file + round(weights * more / 8), what)
+    check_disk_space(path, file + round(weights * more / 8), what)
 
 
 def plan(model_dir: Path, config: Config, family: Family, adapter: Path | None, quant: Any) -> tuple[Planned, ...]:
@@ -213,7 +213,7 @@ def export(job: ExportJob, folder: Path, progress: Progress | None = None) -> No
 
     `progress` gets (tensors written, tensors in all, name). TapirError as from `export_gguf`, or when the process died.
     """
-    in_own_process("tapir_local.export.export", job, folder, progress)
+    run_in_process("tapir_local.export.export", job, folder, progress)
 
 
 def run_folder(folder: Path, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from tapir_local.inference.generate import answer, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
 from tapir_local.inference.tokens import encode, is_end
-from tapir_local.process import Crashed, child_main, in_own_process
+from tapir_local.process import Crashed, child_main, run_in_process
 from tapir_local.records import Array, Example, Message, Progress, Prompt
 
 # The mean KL divergence, in nats per token, that a type of weights may cost. Llama-3-8B's own, published with llama.cpp
@@ -267,7 +267,7 @@ def pass_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> N
     llama.cpp ended the process over it.
     """
     try:
-        in_own_process("tapir_local.export.gate", job, folder, progress)
+        run_in_process("tapir_local.export.gate", job, folder, progress)
     except Crashed as error:
         fix = f"{error.where} has the whole message. Take the tokenizer that the model was published with."
         raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error

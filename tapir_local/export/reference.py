@@ -9,7 +9,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.export.weights import PEFT_PREFIX, Source, load, read_header, read_model
-from tapir_local.memory import free_memory, size
+from tapir_local.memory import format_bytes, free_memory
 from tapir_local.records import Array
 
 AT_ONCE = 4  # texts that go through a streamed model together: each passage reads every weight again
@@ -34,11 +34,11 @@ def load_trained(model_dir: Path, adapter: Path | None, *, beside: int = 0, free
     room = (free_memory() if free is None else free) - beside
     if sum(sizes) <= room:
         return Trained(load_whole(model_dir, adapter), False, adapter is not None)
-    said = f"{model_dir} takes {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"
+    said = f"{model_dir} takes {format_bytes(sum(sizes))} in 32 bits, and {format_bytes(max(room, 0))} are free"
     largest = 3 * max(sizes)  # as it is read, as torch computes with it, and the one that is going
     if largest > room:
         raise TapirError(
-            f"no memory for the comparison: {said}; layer by layer it takes {size(largest)}",
+            f"no memory for the comparison: {said}; layer by layer it takes {format_bytes(largest)}",
             where=str(model_dir),
             fix="Close other programs, or compare on a larger machine.",
         )

@@ -12,7 +12,7 @@ from tapir_local.export.gate import GateJob, GateReport, pass_gate
 from tapir_local.files import check_output, read_record, write_rows
 from tapir_local.inference.model import check_gguf
 from tapir_local.records import Progress
-from tapir_local.resources import chat_template, model_folder
+from tapir_local.resources import find_model_folder, read_chat_template
 from tapir_local.training.student import view_with_template
 
 # What may be written beside the GGUF: while it is made, by the gate, and for Ollama.
@@ -45,7 +45,7 @@ def export_checked(
         refuse_unused({"--converter": converter}, "a whole model is converted, not an adapter alone")
     else:
         refuse_unused({"--base": base}, "a whole model is checked itself, not over a base")
-    folder, work = model_folder(model), out.with_name(out.name + ".work")
+    folder, work = find_model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
     try:
         export(ExportJob(folder, written, quant, adapter, adapter_only, converter), work, progress)
@@ -73,7 +73,7 @@ def with_template(model: str, template: str | None) -> Iterator[str]:
     if template is None:
         yield model
         return
-    text, folder = chat_template(template), model_folder(model)
+    text, folder = read_chat_template(template), find_model_folder(model)
     with tempfile.TemporaryDirectory() as place:
         view = Path(place) / (folder.resolve().name or "model")
         view_with_template(folder, text, view)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import LOG, gpu_memory, library
 from tapir_local.inference.model import BATCH, UBATCH, Engine, Model, NoContext, number_of, open_context, unsaid
+from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
-from tapir_local.memory import size as bytes_of
 
 MOST = 255  # answers at once: llama.cpp knows 256 sequences, and one may hold what all prompts begin with
 ON_CPU, ON_GPU = 32, 128  # answers at once where nobody says: two cores write hardly more with 64, a GPU does

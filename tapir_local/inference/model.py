@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import LOG, cores, failure, gpu_memory, library
+from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
-from tapir_local.memory import size as bytes_of
 
 LONGEST = 1 << 16  # bytes read of a text in a GGUF, whose length may be damaged
 REMAKE = "Delete it and run again, so that it is made anew."

@@ -16,7 +16,7 @@ from tapir_local.inference.generate import generate
 from tapir_local.inference.model import Advice, unsaid
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.records import Completion, Prompt
-from tapir_local.resumable import InOrder, going_on
+from tapir_local.resumable import OrderedWriter, resume_writing
 
 ADVICE = Advice(
     unusable="Name a whole GGUF of a kind that this llama.cpp knows.",
@@ -75,7 +75,7 @@ def answer_file(
     rows, plans = read_prompts(prompts, tell), list[Plan]()
     check_vocabulary(gguf, ADVICE)
     left = rows[len(done) :]
-    ordered = InOrder[Completion](out, [id for id, _ in left])
+    ordered = OrderedWriter[Completion](out, [id for id, _ in left])
     unasked = [Completion(id, "", "refused", 0) for id, prompt in left if not prompt]
     for completion in unasked:
         ordered.add(completion)
@@ -149,7 +149,7 @@ def opened(path: Path | None, stdout: IO[str], task: Mapping[str, Any]) -> Itera
     if path is None:
         yield stdout, []
         return
-    with going_on(path, task, Completion) as kept:
+    with resume_writing(path, task, Completion) as kept:
         yield kept
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import Advice, open_model
 from tapir_local.inference.tokens import tokenized
-from tapir_local.process import environment
+from tapir_local.process import child_environment
 
 STEP = 37  # of the letters up to U+FFFF: every byte that UTF-8 uses is among them
 
@@ -34,7 +34,7 @@ def check_vocabulary(gguf: Path, advice: Advice) -> None:
 def last_words(gguf: Path, size: int, changed: int) -> str:
     """The signal that ended the trial and its last line, "" where none did; tried once for each state of a file."""
     command = [sys.executable, "-P", "-m", "tapir_local.inference.vocab_check", str(gguf)]
-    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
+    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=child_environment())
     if tried.returncode >= 0:
         return ""
     lines = [line.strip() for line in tried.stderr.decode("utf-8", "replace").splitlines() if line.strip()]

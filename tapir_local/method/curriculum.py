@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tapir_local.method.judging import mfd
 from tapir_local.recipe.schema import Curriculum
-from tapir_local.records import Example, Expansion, Judgement, Manner, RoundPlan, Styled
+from tapir_local.records import Example, Expansion, ExpansionManner, Judgement, RoundPlan, Styled
 
 LION_THRESHOLD = 1.0  # Lion (arXiv 2305.12870): hard where the teacher scores at least this much more
 
@@ -368,7 +368,7 @@ def lion(known: Situation) -> RoundPlan:
     )
 
 
-def grown(rows: Sequence[Example], wanted: int, manner: Manner, known: Situation) -> list[Expansion]:
+def grown(rows: Sequence[Example], wanted: int, manner: ExpansionManner, known: Situation) -> list[Expansion]:
     """`wanted` new rows from parents drawn at random, each once before any is taken again, and none too often."""
     if not rows or wanted <= 0:
         return []

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tapir_local.recipe.tasks import Task
-from tapir_local.records import Manner, Message, Prompt, instruction_of
+from tapir_local.records import ExpansionManner, Message, Prompt, instruction_of
 
 CLASSIFY = "You sort instructions by the kind of task that they set."
 JUDGE = "You compare two answers to the same instruction and score each fairly, whichever comes first."
@@ -121,7 +121,7 @@ NEW = {
 }
 
 
-def expand(prompt: Prompt, task: Task, manner: Manner = "alike") -> Prompt:
+def expand(prompt: Prompt, task: Task, manner: ExpansionManner = "alike") -> Prompt:
     """Ask for one new instruction grown from another; read by judging.parse_instruction."""
     return (
         Message("system", EXPAND if manner == "alike" else RARER),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tapir_local.export.base import base_of, check_base, converter_of, memory_words, student_of
 from tapir_local.export.ollama import write_modelfile
-from tapir_local.files import link_or_copy, remove
+from tapir_local.files import link_or_copy, remove_path
 from tapir_local.inference.model import is_adapter
-from tapir_local.memory import take_gpu
+from tapir_local.memory import report_free_gpu_memory
 from tapir_local.method.metrics import Checker
 from tapir_local.pipeline.context import Ask, Tools
 from tapir_local.pipeline.student_text import StudentText, read_student_text
-from tapir_local.process import withheld
+from tapir_local.process import withhold_variables
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
@@ -43,7 +43,7 @@ def real_tools(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mo
     could not be exported once it is trained. The processes that train get no key of the recipe's endpoints.
     """
     check_bounds(recipe.budget, recipe.teacher, judge_of(recipe))
-    with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
+    with Store(run.cache / "teacher.db", mode) as store, withhold_variables(recipe.key_variables):
         for notice in store.notices:
             say(notice)
         purse = Purse(recipe.budget, spent_by(run), spent_by(run, estimated=True))
@@ -195,7 +195,7 @@ def classifier(recipe: Recipe, say: Callable[[str], None] = noop) -> Callable[[P
     def sort(labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.training.classifier import ClassifyJob, classify
 
-        take_gpu(CLASSIFIER, "the classifier", say)
+        report_free_gpu_memory(CLASSIFIER, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         classify(job, out.parent / "classify", progress)
 
@@ -256,7 +256,7 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
         progress(0, 0, memory_words(model))
         least, rows = recipe.export.min_agreement, student / "train.jsonl"
         pass_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
-        remove(work)
+        remove_path(work)
 
     return pack
 

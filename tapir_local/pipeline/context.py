@@ -13,7 +13,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import without_thoughts
-from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 Ask = Callable[[Sequence[Request], Progress], list[Answer]]
 
@@ -182,7 +182,7 @@ def unanswered(work: Work, row: Example, reply: Answer) -> Unusable:
     }
     kind = kinds.get(reply.finish, "empty reply" if not reply.text.strip() else "reply not whole")
     more = more_room(work) if reply.finish == "length" else ""
-    return Unusable(work.step, row.id, kind, reply.why or more, instruction_of(row.prompt)[:BRIEF])
+    return Unusable(work.step, row.id, kind, reply.why or more, instruction_of(row.prompt)[:MAX_TEXT_KEPT])
 
 
 def more_room(work: Work) -> str:

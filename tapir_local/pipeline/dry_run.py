@@ -23,7 +23,7 @@ from tapir_local.pipeline.student_text import StudentText, any_student, read_stu
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
-from tapir_local.resources import chat_template, model_folder
+from tapir_local.resources import find_model_folder, read_chat_template
 from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.schema import tokens_by_stage
@@ -111,8 +111,8 @@ def student_text(recipe: Recipe) -> StudentText:
     settings = recipe.student
     if settings.path != "pocket" and not Path(settings.path).is_dir():
         return any_student(settings.max_length)
-    template = chat_template(settings.chat_template) if settings.chat_template else None
-    return read_student_text(model_folder(settings.path), settings.max_length, template)
+    template = read_chat_template(settings.chat_template) if settings.chat_template else None
+    return read_student_text(find_model_folder(settings.path), settings.max_length, template)
 
 
 def forecast(recipe: Recipe, run: RunDir) -> list[Foreseen]:

@@ -18,8 +18,8 @@ from tapir_local.pipeline.judge import score_answers
 from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instructions
 from tapir_local.pipeline.rows import all_known, child_of, holdout_index, pool, seeds, with_room
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan, instruction_of
-from tapir_local.unusable import BRIEF, COMMON, Unusable, left_out
+from tapir_local.records import Answer, Example, Expansion, ExpansionManner, Judgement, RoundPlan, instruction_of
+from tapir_local.unusable import MAX_REASONS_NAMED, MAX_TEXT_KEPT, Unusable, format_left_out
 
 # A seed is expanded again in a later round: its draws must not repeat those of the rounds before.
 DRAWS_PER_ROUND = 1000
@@ -144,7 +144,7 @@ def hopeless(found: Sequence[Draft]) -> str:
 def told(drafts: Sequence[Draft], short: int, stopped: str = "", unchecked: int = 0) -> str:
     """What became of the drafts, in a phrase, with the commonest reasons why they were rejected."""
     rejected = Counter(draft.reason.partition(":")[0] for draft in drafts if draft.reason)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(COMMON))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(MAX_REASONS_NAMED))
     said = f"{len(drafts) - rejected.total():,} new instructions, {rejected.total():,} drafts rejected"
     said += f" ({reasons})" if reasons else ""
     said += f", {short:,} short" if short else ""
@@ -152,7 +152,7 @@ def told(drafts: Sequence[Draft], short: int, stopped: str = "", unchecked: int 
     return said + (f"; {stopped}" if stopped else "")
 
 
-def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Sequence[Draft]) -> list[Draft]:
+def ask_drafts(work: Work, parents: Sequence[tuple[Example, ExpansionManner]], before: Sequence[Draft]) -> list[Draft]:
     """One draft for each parent; the n-th draft asked of the same parent in a round has the n-th draw."""
     tasks = work.recipe.task_table()
     asked = Counter(draft.example.parent for draft in before)
@@ -253,7 +253,7 @@ def hard_and_easy(work: Work, planned: RoundPlan) -> tuple[list[Example], str]:
     work.leave_out(unusable, asked, poor)
     hard, easy = (without(group, poor) for group in (hard, easy))
     share = len(hard) / max(1, len(hard) + len(easy))
-    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + left_out([*unusable, *poor])
+    return hard + easy, f"{share:.0%} hard (asked {planned.alpha:.0%})" + format_left_out([*unusable, *poor])
 
 
 def poor_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
@@ -266,7 +266,9 @@ def poor_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
     scores, floor = score_answers(work, "refine", rows), work.recipe.curriculum.teacher_floor
     kind = "new answer below curriculum.teacher_floor"
     return [
-        Unusable(work.step, row.id, kind, f"{scores[row.id]:g} of {floor:g}", instruction_of(row.prompt)[:BRIEF])
+        Unusable(
+            work.step, row.id, kind, f"{scores[row.id]:g} of {floor:g}", instruction_of(row.prompt)[:MAX_TEXT_KEPT]
+        )
         for row in rows
         if scores.get(row.id, floor) < floor
     ]

@@ -15,7 +15,7 @@ from tapir_local.pipeline.context import Ask, Work
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, Request, instruction_of
-from tapir_local.unusable import BRIEF as CHARACTERS
+from tapir_local.unusable import MAX_TEXT_KEPT as CHARACTERS
 from tapir_local.unusable import Unusable, record_unusable
 
 S = TypeVar("S")

@@ -15,7 +15,7 @@ from typing import Any
 from tapir_local import __version__
 from tapir_local.data.source import same_seeds
 from tapir_local.errors import TapirError
-from tapir_local.files import remove, write_json, write_text
+from tapir_local.files import remove_path, write_json, write_text
 from tapir_local.pipeline.context import Stage, Tools, Work
 from tapir_local.pipeline.lockfile import unlock
 from tapir_local.pipeline.rounds import BASELINE, PREPARE, ROUND
@@ -25,9 +25,9 @@ from tapir_local.recipe.text import differing, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
 from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
-from tapir_local.resumable import forget_partial
-from tapir_local.run_dir import RunDir, held
-from tapir_local.unusable import forget_unusable
+from tapir_local.resumable import remove_partial
+from tapir_local.run_dir import RunDir, lock_run
+from tapir_local.unusable import remove_unusable
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
 
@@ -150,7 +150,7 @@ def kept_recipe(run: RunDir) -> Recipe:
 
 def distill(recipe: Recipe, run: RunDir, tools: Tools, watch: Watch) -> int:
     """Do every pending step in order; how many there were. Cut anywhere, the same call goes on."""
-    with held(run):
+    with lock_run(run):
         start(recipe, run)
         with counted(run, "before the first step"):
             tools.begin()
@@ -168,7 +168,7 @@ def to_do(recipe: Recipe, run: RunDir) -> list[Step]:
     left = pending(steps, run.name)
     if not left and not stale(run, recipe):
         return []
-    remove(steps[-1].output)
+    remove_path(steps[-1].output)
     return left or steps[-1:]
 
 
@@ -176,7 +176,7 @@ def do(step: Step, work: Work, watch: Watch) -> None:
     """One step, timed and counted; what it cost is recorded even when it fails."""
     began = time.monotonic()
     if step.stage.resumes != step.stage.output:
-        remove(step.output.with_name(step.output.name + ".partial"))
+        remove_path(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
     with counted(work.run, f"in {step.name}", began), named_files(work.run, step):
@@ -239,7 +239,7 @@ def note(run: RunDir, *, status: str = "running", step: str = "", taken: Mapping
 
 def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
     """Delete the outputs of a stage and of all that follow, from the last backwards; their names."""
-    with held(run):
+    with lock_run(run):
         steps = sequence(run, rounds_begun(run))
         names = [step.stage.name for step in steps if step.number == number]
         if not names:
@@ -258,13 +258,13 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
         first = next(at for at, step in enumerate(steps) if step.number == number and step.stage.name == stage)
         gone = [step for step in reversed(steps[first:]) if step.done]
         for step in gone:
-            remove(step.output)
+            remove_path(step.output)
         for step in steps[first:]:
             if step.stage.resumes:
-                forget_partial(step.output.with_name(step.stage.resumes))
+                remove_partial(step.output.with_name(step.stage.resumes))
         names_gone = {step.name for step in steps[first:]}
         unlock(run, names_gone)
-        forget_unusable(run, names_gone)
+        remove_unusable(run, names_gone)
         return [step.name for step in gone]
 
 

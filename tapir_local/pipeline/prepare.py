@@ -9,7 +9,7 @@ from tapir_local.data.dataset import count_tasks, sorted_seeds, split_holdout, w
 from tapir_local.data.files import read_table
 from tapir_local.data.source import digest, keep_source
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, read_rows, whole, write_rows
+from tapir_local.files import atomic_write, read_record, read_rows, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.pipeline.context import Stage, Work, answered, askable, trainable
 from tapir_local.pipeline.reading import drawn, leave_out, many_alike, not_read, unreadable
@@ -18,7 +18,7 @@ from tapir_local.recipe.own_tasks import odd_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example, instruction_of
 from tapir_local.training.classifier import Prediction
-from tapir_local.unusable import BRIEF, Unusable, left_out
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, format_left_out
 
 
 def read(work: Work, out: Path) -> str:
@@ -42,7 +42,7 @@ def read(work: Work, out: Path) -> str:
     examples, alike = without_near(
         examples, recipe.seeds.max_rouge, lambda done: work.progress(done, compared, "compared")
     )
-    said = repeated(len(found.duplicates), len(alike)) + turned(folds) + left_out(unusable)
+    said = repeated(len(found.duplicates), len(alike)) + turned(folds) + format_left_out(unusable)
     told = [*table.notes, not_read(found.unread), many_alike(len(alike), compared)]
     examples = drawn(work, examples, table.where)
     # First these: with rows.jsonl the stage is done.
@@ -75,7 +75,7 @@ def turned(folds: int) -> str:
 
 def no_answer(work: Work, row: Example) -> Unusable:
     """The record of a row that the seed file does not answer."""
-    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:BRIEF])
+    return Unusable(work.step, row.id, "no answer in the seed file", "", instruction_of(row.prompt)[:MAX_TEXT_KEPT])
 
 
 def answered_by_file(recipe: Recipe) -> bool:
@@ -198,7 +198,7 @@ def all_alike(known: Sequence[Example], everything: Sequence[Example], out: Path
     """
     task, seen = known[0].task, {row.id for row in known}
     sure = round((len(known) + 1) / (len(known) + 2), 6)
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.mkdir()
         found = [Prediction(row.id, task, sure) for row in everything if row.id not in seen]
         write_rows(partial / "predictions.jsonl", found)
@@ -301,7 +301,7 @@ def holdout(work: Work, out: Path) -> str:
     answered, unusable = answer_seeds(work, held, "holdout")
     work.leave_out(unusable, len(held))
     write_rows(out, answered)
-    return f"{len(answered):,} rows of {len(count_tasks(answered))} tasks" + left_out(unusable)
+    return f"{len(answered):,} rows of {len(count_tasks(answered))} tasks" + format_left_out(unusable)
 
 
 def seeds(work: Work, out: Path) -> str:
@@ -310,7 +310,7 @@ def seeds(work: Work, out: Path) -> str:
     answered, unusable = answer_seeds(work, rest, "seeds")
     work.leave_out(unusable, len(rest))
     write_rows(out, answered)
-    return f"{len(answered):,} rows" + left_out(unusable)
+    return f"{len(answered):,} rows" + format_left_out(unusable)
 
 
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:

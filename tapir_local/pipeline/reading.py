@@ -8,7 +8,7 @@ from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.context import Work
 from tapir_local.records import Example
-from tapir_local.unusable import BRIEF, Unusable
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable
 
 MANY, SOME = 0.2, 3  # near-duplicates, as a share of the rows and in number, from which the stage warns
 
@@ -43,7 +43,7 @@ def unreadable(work: Work, table: Table, row: Faulty) -> Unusable:
     fault = row.fault
     detail = "" if fault.said == fault.kind else fault.said
     place = f"{Path(table.where).name}, {table.unit} {row.number}"
-    return Unusable(work.step, place, fault.kind, detail, row.text[:BRIEF])
+    return Unusable(work.step, place, fault.kind, detail, row.text[:MAX_TEXT_KEPT])
 
 
 def not_read(unread: Mapping[str, int], most: int = 5) -> str:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.data.dataset import Draft, Index, screen
-from tapir_local.files import read_rows, remove, write_rows
+from tapir_local.files import read_rows, remove_path, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.method.ifd import ifd
 from tapir_local.method.screening import fault_of, own_sentences
 from tapir_local.pipeline.context import Work, answered
 from tapir_local.pipeline.rows import after, child_of, holdout_index, seeds, student_task, with_room
 from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
-from tapir_local.resumable import going_on, write_line
+from tapir_local.resumable import append_row, resume_writing
 
 NOTHING = (Message("user", ""),)  # the turn without an instruction, against which a perplexity is compared
 Text = tuple[Prompt, str]
@@ -124,18 +124,18 @@ def score(work: Work, texts: Sequence[Text]) -> list[Scored]:
     path = work.folder / f"{work.step.rpartition('/')[2]}-scores.jsonl"
     if not texts:
         return []
-    with going_on(path, student_task(work, student, texts), Scored) as (file, done):
+    with resume_writing(path, student_task(work, student, texts), Scored) as (file, done):
         known = {row.id for row in done}
         left = [number for number in range(len(texts)) if str(number) not in known]
 
         def keep(found: Scored) -> None:
-            write_line(file, replace(found, id=str(left[int(found.id)])))
+            append_row(file, replace(found, id=str(left[int(found.id)])))
             file.flush()
 
         if left:
             work.tools.score(student, [texts[number] for number in left], after(work, len(done), len(texts)), keep)
     scored = {row.id: row for row in read_rows(Scored, path)}
-    remove(path)
+    remove_path(path)
     return [scored[str(number)] for number in range(len(texts))]
 
 

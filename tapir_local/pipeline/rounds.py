@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tapir_local.files import read_record, read_rows, write_record, write_rows
-from tapir_local.memory import size
+from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
 from tapir_local.method.curriculum import CURRICULA, Situation
 from tapir_local.pipeline.context import Stage, Work
@@ -15,9 +15,9 @@ from tapir_local.pipeline.prepare import PREPARE
 from tapir_local.pipeline.rows import after, pool, seeds, student_task
 from tapir_local.recipe.schema import FROM_POOL, is_judged
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
-from tapir_local.resumable import InOrder, going_on
+from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.training.job import LEFT_OUT
-from tapir_local.unusable import Unusable, left_out, record_unusable
+from tapir_local.unusable import Unusable, format_left_out, record_unusable
 
 __all__ = ["BASELINE", "PREPARE", "ROUND"]
 
@@ -45,9 +45,9 @@ def student_answers(work: Work, rows: Sequence[Example], student: Path, out: Pat
     The others are then batched otherwise, so at near ties they may differ from an uncut attempt's (see generate.py).
     """
     gguf = student / "student.gguf"
-    with going_on(out, student_task(work, gguf, rows), Completion) as (file, done):
+    with resume_writing(out, student_task(work, gguf, rows), Completion) as (file, done):
         left, found = rows[len(done) :], list[Completion]()
-        ordered = InOrder[Completion](file, [row.id for row in left])
+        ordered = OrderedWriter[Completion](file, [row.id for row in left])
         if left:
             prompts, ids = [row.prompt for row in left], [row.id for row in left]
             found = work.tools.generate(gguf, prompts, ids, after(work, len(done), len(rows)), ordered.add)
@@ -117,7 +117,7 @@ def train(work: Work, out: Path) -> str:
         left = untrained(work)
         record_unusable(work.run, work.step, left)
     base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
-    return f"from {base}{left_out(left)}"
+    return f"from {base}{format_left_out(left)}"
 
 
 def untrained(work: Work) -> list[Unusable]:
@@ -130,7 +130,7 @@ def export(work: Work, out: Path) -> str:
     """The student as GGUF."""
     work.tools.export(work.folder / "adapter", out, work.progress)
     alone, quant = work.recipe.export.rounds == "adapter", work.recipe.export.quant
-    return f"{size(out.stat().st_size)}, " + (f"an adapter over the base's {quant}" if alone else quant)
+    return f"{format_bytes(out.stat().st_size)}, " + (f"an adapter over the base's {quant}" if alone else quant)
 
 
 def gate(work: Work, out: Path) -> str:

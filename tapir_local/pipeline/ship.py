@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tapir_local.files import sha256, whole
-from tapir_local.memory import size
+from tapir_local.files import atomic_write, file_sha256
+from tapir_local.memory import format_bytes
 from tapir_local.pipeline.card import card
 from tapir_local.pipeline.context import Stage, Work
 from tapir_local.pipeline.published import published, shown
@@ -16,18 +16,18 @@ SUMS = "SHA256SUMS"
 
 def ship(work: Work, out: Path) -> str:
     """The last round's student with all that goes along with it, whole or absent."""
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.mkdir()
         work.tools.ship(work.run.round(work.recipe.rounds), partial, work.progress)
         (partial / "recipe.yaml").write_text(published(work.recipe), encoding="utf-8")
         (partial / "README.md").write_text(card(work.run, work.recipe, partial), encoding="utf-8")
         (partial / SUMS).write_text(sums(sorted(partial.iterdir())), encoding="utf-8")
-    return f"{out}: student.gguf, {size((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
+    return f"{out}: student.gguf, {format_bytes((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
 
 
 def sums(files: list[Path]) -> str:
     """Lines for `sha256sum -c`."""
-    return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
 
 
 def stale(run: RunDir, recipe: Recipe) -> bool:

@@ -10,7 +10,7 @@ from tapir_local.data.chat_template import folded, training_text
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_json, read_template, read_tokenizer, special_texts
 from tapir_local.records import Example, Prompt, instruction_of
-from tapir_local.unusable import BRIEF, Unusable
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable
 
 ROOM = 16  # tokens that a prompt must leave for its answer, or a quarter of all where these are fewer
 PROBE = "so be it"  # an answer of no importance
@@ -202,6 +202,6 @@ def sift(
             if unfit is None:
                 kept.append(row)
             else:
-                text = instruction_of(row.prompt)[:BRIEF]
+                text = instruction_of(row.prompt)[:MAX_TEXT_KEPT]
                 unusable.append(Unusable(step, row.id, unfit.kind, unfit.detail, text))
     return kept, unusable

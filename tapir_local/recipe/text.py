@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from tapir_local.errors import TapirError
-from tapir_local.files import at_home
+from tapir_local.files import expand_home
 from tapir_local.recipe.checks import ROLES, USED_BY, faults, unused_by
 from tapir_local.recipe.own_tasks import OwnTask
 from tapir_local.recipe.schema import Recipe
@@ -127,7 +127,7 @@ def path_settings() -> Iterator[tuple[str, str]]:
     for section, field in Recipe.model_fields.items():
         kind = next((part for part in (field.annotation, *get_args(field.annotation)) if is_section(part)), None)
         for name, inner in kind.model_fields.items() if kind else ():
-            if any(getattr(mark, "func", None) is at_home for mark in inner.metadata):
+            if any(getattr(mark, "func", None) is expand_home for mark in inner.metadata):
                 yield section, name
 
 

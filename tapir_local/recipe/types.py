@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from tapir_local.files import at_home
+from tapir_local.files import expand_home
 
 
 class Settings(BaseModel):
@@ -54,8 +54,10 @@ def finite(value: Any) -> bool:
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-FilePath = Annotated[str, AfterValidator(at_home)]  # every setting that names a file or folder has one of these types
-OptionalPath = Annotated[str | None, AfterValidator(at_home)]
+FilePath = Annotated[
+    str, AfterValidator(expand_home)
+]  # every setting that names a file or folder has one of these types
+OptionalPath = Annotated[str | None, AfterValidator(expand_home)]
 KIND_BY = {"gguf": "gguf", "base_url": "openai", "model": "openai"}  # settings that say who is asked
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tapir_local.files import read_rows
 from tapir_local.pipeline.rounds import PREPARE, ROUND
 from tapir_local.records import Example
-from tapir_local.run_dir import RunDir, named_run
+from tapir_local.run_dir import RunDir, run_of_name
 from tapir_local.store.queries import opened
 from tapir_local.store.schema import has_estimates
 
@@ -87,7 +87,7 @@ def value_of(by: By, cache: Path, tasks: dict[str, dict[str, str]], run: str, nu
     if by != "task":
         return {"run": run, "round": str(number), "stage": stage}[by]
     if run not in tasks:
-        folder = named_run(cache, run)
+        folder = run_of_name(cache, run)
         tasks[run] = tasks_of(folder) if folder else {}
     return tasks[run].get(row.partition("#")[0], "unknown")
 

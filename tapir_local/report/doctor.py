@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.memory import free_disk, total_memory, visible_gpus
+from tapir_local.memory import free_disk_space, list_visible_gpus, total_memory
 from tapir_local.pipeline.loop import installed
 from tapir_local.report.llama_check import fault_of_build
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
@@ -128,7 +128,7 @@ def writable(cache: Path) -> Check:
 
 def disk(cache: Path) -> Check:
     """Room for a small run; a 7B student wants some 40 GB."""
-    free = free_disk(cache) / 1e9
+    free = free_disk_space(cache) / 1e9
     return Check(
         "disk",
         free > DISK_GB,
@@ -150,7 +150,7 @@ def gpu() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        cards = [card.name for card in visible_gpus()]
+        cards = [card.name for card in list_visible_gpus()]
         unused = (
             f"the driver lists {', '.join(cards)}, but torch {torch.__version__} cannot use it" if cards else "none"
         )

@@ -10,12 +10,12 @@ from tapir_local.method.curriculum import new_rows
 from tapir_local.records import RoundPlan
 from tapir_local.report.terminal import cost_table, forecast_table, percent, plain_table, scores_phrase
 from tapir_local.report.what_if import WhatIf
-from tapir_local.tables import PlainTable, plain
+from tapir_local.tables import PlainTable, plain_text
 
 
 def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
     """A row's story: what it is, each round, what grew from it, what it cost."""
-    head = plain(
+    head = plain_text(
         f"{found['id']} of run {found['run']}: {found['place']}\n"
         f"task {found['task'] or 'not known yet'}, labelled by {found['labelled_by'] or 'nobody yet'}\n"
         f"{found['instruction']}\n-> {found['answer']}\n"

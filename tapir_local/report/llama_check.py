@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tapir_local.process import environment
+from tapir_local.process import child_environment
 from tapir_local.records import Message
 from tapir_local.resources import POCKET_STUDENT
 
@@ -23,7 +23,12 @@ def fault_of_build() -> str:
     command = [sys.executable, "-P", "-m", "tapir_local.report.llama_check"]
     try:
         tried = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=LONGEST, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=child_environment(),
+            timeout=LONGEST,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {LONGEST:.0f} s"

@@ -15,7 +15,7 @@ from tapir_local.pipeline.dry_run import Foreseen
 from tapir_local.pipeline.loop import Step, Watch
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import FROM_POOL
-from tapir_local.tables import PlainTable, joined, plain
+from tapir_local.tables import PlainTable, join_styled, plain_text
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
 LOG_EVERY = 30.0
@@ -66,7 +66,7 @@ class Shown:
         self.bars.update(self.bar, completed=done, total=total or None, said=printable(said))
         if not self.console.is_terminal and time.monotonic() - self.logged > LOG_EVERY:
             self.logged = time.monotonic()
-            self.console.print(plain(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
+            self.console.print(plain_text(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
         """The closing line: what came out, calls, seconds."""
@@ -74,7 +74,7 @@ class Shown:
         self.bars.update(self.bar, visible=False)
         place, seconds = f"{self.count:>{len(str(self.total))}}/{self.total}", f"  {taken['seconds']:.1f} s"
         said = f"  {taken['note']}{calls_phrase(taken)}"
-        line = joined((place, "dim"), " ", (step.name, "bold"), said, (seconds, "dim"))
+        line = join_styled((place, "dim"), " ", (step.name, "bold"), said, (seconds, "dim"))
         self.console.print(line, soft_wrap=True)
 
 
@@ -392,4 +392,4 @@ def receipt(
         return ()
     dearest = sorted(tasks, key=lambda row: -row["paid"])
     told = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in dearest)
-    return cost_table(title, stages, "stage"), plain(f"By task: {'; '.join(told)}.")
+    return cost_table(title, stages, "stage"), plain_text(f"By task: {'; '.join(told)}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, remove, write_record, write_rows
+from tapir_local.files import read_record, remove_path, write_record, write_rows
 from tapir_local.method.curriculum import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
@@ -114,7 +114,7 @@ def calls_for(
     by_name = {step.stage.name: step for step in steps}
     plan, expand, refine = by_name["plan"], by_name["expand"], by_name["refine"]
     for step in steps[steps.index(plan) :]:
-        remove(step.output)
+        remove_path(step.output)
     write_record(plan.output, then)
     calls = [foresee(expand, recipe, copy, store, known)]
     written_before = expand.done

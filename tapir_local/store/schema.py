@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.files import FILE, private_file, tighten
+from tapir_local.files import FILE_MODE, private_file, restrict_access
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.reply_limits import note_limits
@@ -88,7 +88,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     if write:
         private_file(path)  # SQLite gives a new log the file's own mode
         for ending in ("-wal", "-shm"):
-            tighten(path.with_name(path.name + ending), FILE)
+            restrict_access(path.with_name(path.name + ending), FILE_MODE)
     conn = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, check_same_thread=False, isolation_level=None
     )

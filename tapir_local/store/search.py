@@ -14,7 +14,7 @@ import orjson
 from filelock import FileLock
 
 from tapir_local.errors import TapirError
-from tapir_local.files import FILE, private_file
+from tapir_local.files import FILE_MODE, private_file
 from tapir_local.records import noop
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
@@ -88,7 +88,7 @@ def matches(path: Path, store: sqlite3.Connection, query: str, progress: CountPr
     place = path.with_name(f"{path.name}.search")
     with explained(place):
         private_file(Path(f"{place}.lock"))
-    with explained(place), FileLock(f"{place}.lock", mode=FILE):
+    with explained(place), FileLock(f"{place}.lock", mode=FILE_MODE):
         try:
             return looked_up(place, store, query, progress)
         except sqlite3.DatabaseError as error:

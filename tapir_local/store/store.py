@@ -14,7 +14,7 @@ from typing import Literal, Self
 from filelock import FileLock
 
 from tapir_local.errors import TapirError
-from tapir_local.files import FILE, private_file
+from tapir_local.files import FILE_MODE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import unpack
 from tapir_local.store.inserting import Inserter, Row
@@ -192,7 +192,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.notices = tuple(filter(None, [warning_of(self.path.parent)]))
         private_file(Path(f"{self.path}.lock"))
-        with FileLock(f"{self.path}.lock", mode=FILE):
+        with FileLock(f"{self.path}.lock", mode=FILE_MODE):
             fault = fault_of(self.path) if self.path.exists() else ""
             if fault:
                 self.notices += (rescue(self.path, fault),)

@@ -67,7 +67,7 @@ def export(path: Path, out: Path, run: str | None = None, locked: Collection[byt
     with opened(path) as old:
         old.row_factory = sqlite3.Row
         wanted = None if run is None else keys_of(old, path, run, locked)
-        with explained(out), files.whole(out) as partial, removed_on_failure(partial):
+        with explained(out), files.atomic_write(out) as partial, removed_on_failure(partial):
             schema.bring_up_to_date(partial)
             with closing(connect(partial, write=True)) as new:
                 with transaction(new):

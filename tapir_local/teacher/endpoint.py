@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from tapir_local.errors import TapirError
-from tapir_local.files import sha256
+from tapir_local.files import file_sha256
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import Request
 from tapir_local.store import keys
@@ -112,7 +112,7 @@ def digest_of(endpoint: Endpoint) -> str:
 @cache
 def sha256_of(path: Path, size: int, changed: int) -> str:
     """A file's digest, taken once for every size and time of change: a gigabyte takes a second."""
-    return sha256(path)
+    return file_sha256(path)
 
 
 def kind_of(endpoint: Endpoint) -> str:

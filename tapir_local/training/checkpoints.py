@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from tapir_local.files import remove, sync, write_json
+from tapir_local.files import remove_path, sync_to_disk, write_json
 from tapir_local.training.job import TokenRows, TrainJob
 from tapir_local.training.model import Hardware
 
@@ -87,7 +87,7 @@ def clear(folder: Path, but: Path | None = None) -> None:
     """Delete the checkpoints in a folder, but one."""
     for path in folder.glob("checkpoint-*"):
         if path != but:
-            remove(path)
+            remove_path(path)
 
 
 def go_on(course: Course, checkpoint: Path) -> None:
@@ -104,7 +104,7 @@ def start_clock(course: Course) -> None:
 def keep(course: Course, checkpoint: Path) -> None:
     """Mark a checkpoint as whole, and delete those before it."""
     for file in checkpoint.iterdir():
-        sync(file)
+        sync_to_disk(file)
     write_json(checkpoint / MARK, {"job": course.job, "log": course.log})
     clear(checkpoint.parent, but=checkpoint)
     (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty form of a card

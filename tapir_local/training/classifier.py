@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, read_rows, whole, write_json, write_rows
-from tapir_local.memory import one_gpu
+from tapir_local.files import atomic_write, read_record, read_rows, write_json, write_rows
+from tapir_local.memory import single_gpu_variables
 from tapir_local.method.metrics import proportion_interval
-from tapir_local.process import child_main, in_own_process
+from tapir_local.process import child_main, run_in_process
 from tapir_local.recipe.schema import Classifier
 from tapir_local.records import Example, Progress, T, instruction_of
 from tapir_local.training.model import check_folder, unloadable
@@ -76,7 +76,7 @@ def classify(job: ClassifyJob, folder: Path, progress: Progress | None = None) -
 
     `progress` gets (steps done, steps in all, loss). TapirError as from `run_job`, or when the process died.
     """
-    in_own_process("tapir_local.training.classifier", job, folder, progress)
+    run_in_process("tapir_local.training.classifier", job, folder, progress)
 
 
 def run_folder(folder: Path, progress: Progress) -> None:
@@ -104,7 +104,7 @@ def run_job(job: ClassifyJob, progress: Progress = untold) -> None:
     fit(model, tokenizer, learned, job, progress)
     agreement = compare(held, predict(model, tokenizer, held, job))
     found = predict(model, tokenizer, rows, job, progress)
-    with whole(job.out) as partial:
+    with atomic_write(job.out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "agreement.json", {**agreement, "trained": len(learned)})
@@ -351,4 +351,4 @@ def share_of(agree: int, rows: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(run_folder, one_gpu()))
+    sys.exit(child_main(run_folder, single_gpu_variables()))

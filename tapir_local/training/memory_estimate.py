@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import size
+from tapir_local.memory import format_bytes
 from tapir_local.recipe.schema import Train
 from tapir_local.training.model import Hardware
 
@@ -119,10 +119,10 @@ def check_room(needs: Footprint, settings: Train, hardware: Hardware, twice: boo
     """
     batch = needs.checkpointed if twice else needs.activations
     wanted, free = needs.certain + batch, hardware.free
-    where = f"the GPU's {size(hardware.total)}" if hardware.device == "cuda" else "main memory"
+    where = f"the GPU's {format_bytes(hardware.total)}" if hardware.device == "cuda" else "main memory"
     numbers = (
-        f"the weights take {size(needs.weights)}, gradients and optimiser {size(needs.state)}, a batch about "
-        f"{size(batch)}; {size(free)} of {where} are free"
+        f"the weights take {format_bytes(needs.weights)}, gradients and optimiser {format_bytes(needs.state)}, "
+        f"a batch about {format_bytes(batch)}; {format_bytes(free)} of {where} are free"
     )
     if needs.certain > free:
         smaller = "" if settings.method == "qlora" else ", write train.method: qlora"

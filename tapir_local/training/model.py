@@ -13,7 +13,7 @@ import orjson
 
 from tapir_local.data.chat_template import NO_TEMPLATE
 from tapir_local.errors import TapirError
-from tapir_local.memory import free_memory, size, visible_gpus
+from tapir_local.memory import format_bytes, free_memory, list_visible_gpus
 from tapir_local.process import Unsupported
 from tapir_local.recipe.schema import Train
 
@@ -87,7 +87,7 @@ def refuse_without_gpu(settings: Train) -> None:
 
 def tell_of_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
     """Say of GPUs that their driver lists and torch cannot use that the CPU trains instead."""
-    for card in visible_gpus()[:1]:
+    for card in list_visible_gpus()[:1]:
         say(
             f"The driver lists {card.name}, but torch {torch_version} cannot use it: the CPU trains, far more slowly. "
             "Install a CUDA build of torch for this driver and GPU; `tapir-local doctor` shows what torch finds."
@@ -198,7 +198,7 @@ def load_model(
         return load_plain(model, hardware, method)
     except Exception as error:
         if ran_out(error):
-            what = f"the model does not fit into the {size(hardware.free)} of memory that were free"
+            what = f"the model does not fit into the {format_bytes(hardware.free)} of memory that were free"
             fix = "End what else is on the GPU, or write train.method: qlora."
             raise TapirError(what, where=model, fix=fix) from error
         if hardware.backend == "unsloth":

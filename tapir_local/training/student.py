@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tapir_local.files import remove, whole, write_json
+from tapir_local.files import atomic_write, remove_path, write_json
 from tapir_local.recipe.schema import Recipe
-from tapir_local.resources import chat_template, from_hub, model_folder
+from tapir_local.resources import download_model, find_model_folder, read_chat_template
 from tapir_local.run_dir import RunDir
 
 
@@ -12,8 +12,8 @@ def original(recipe: Recipe, run: RunDir) -> Path:
     """The student's own folder; one from the Hub at the commit that the run noted in run.json when it began."""
     noted = run.record().get("student", {})
     if noted.get("path") == recipe.student.path:
-        return from_hub(recipe.student.path, noted["revision"], complete=True)
-    return model_folder(recipe.student.path, recipe.student.revision)
+        return download_model(recipe.student.path, noted["revision"], complete=True)
+    return find_model_folder(recipe.student.path, recipe.student.revision)
 
 
 def settle_student(recipe: Recipe, run: RunDir) -> Path:
@@ -26,7 +26,7 @@ def settle_student(recipe: Recipe, run: RunDir) -> Path:
     if named != "pocket" and not Path(named).is_dir() and run.record().get("student", {}).get("path") != named:
         write_json(run.path / "run.json", {**run.record(), "student": {"path": named, "revision": model.name}})
     if recipe.student.chat_template is not None and not (run.round(0) / "adapter").is_dir():
-        view_with_template(model, chat_template(recipe.student.chat_template), view_of(recipe, run))
+        view_with_template(model, read_chat_template(recipe.student.chat_template), view_of(recipe, run))
     return student_folder(recipe, run)
 
 
@@ -40,7 +40,7 @@ def student_folder(recipe: Recipe, run: RunDir) -> Path:
         return original(recipe, run)
     view = view_of(recipe, run)
     if not view.is_dir():
-        view_with_template(original(recipe, run), chat_template(recipe.student.chat_template), view)
+        view_with_template(original(recipe, run), read_chat_template(recipe.student.chat_template), view)
     return view
 
 
@@ -51,8 +51,8 @@ def view_of(recipe: Recipe, run: RunDir) -> Path:
 
 def view_with_template(model: Path, template: str, view: Path) -> None:
     """Make `view` a folder of links to a model's files, with another chat template."""
-    remove(view)
-    with whole(view) as folder:
+    remove_path(view)
+    with atomic_write(view) as folder:
         folder.mkdir()
         for file in model.iterdir():
             if file.is_file() and file.name != "chat_template.jinja":

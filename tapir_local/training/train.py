@@ -19,11 +19,11 @@ from typing import Any
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, read_rows, remove, whole, write_json, write_rows
-from tapir_local.memory import check_disk, one_gpu
-from tapir_local.process import Killed, OutOfMemory, Unsupported, child_main, in_own_process, remark, say_on_stderr
+from tapir_local.files import atomic_write, read_record, read_rows, remove_path, write_json, write_rows
+from tapir_local.memory import check_disk_space, single_gpu_variables
+from tapir_local.process import Killed, OutOfMemory, Unsupported, child_main, run_in_process, say_on_stderr, send_remark
 from tapir_local.records import Example, Progress, noop
-from tapir_local.resources import model_folder
+from tapir_local.resources import find_model_folder
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import Course
 from tapir_local.training.job import (
@@ -52,7 +52,7 @@ from tapir_local.training.model import (
     without,
 )
 from tapir_local.training.steps import is_first, peak_memory, refuse_dead_weights, watcher
-from tapir_local.unusable import commonest, refuse_too_many
+from tapir_local.unusable import format_common_reasons, refuse_too_many
 
 __all__ = ["TrainJob", "train"]
 
@@ -97,7 +97,7 @@ def train(
     launcher, killed = shlex.split(job.settings.launcher or ""), False
     while True:
         try:
-            in_own_process("tapir_local.training.train", job, folder, progress, say, launcher)
+            run_in_process("tapir_local.training.train", job, folder, progress, say, launcher)
         except OutOfMemory as error:
             smaller = with_less(job)
             if smaller is None or (killed and isinstance(error, Killed)):
@@ -123,7 +123,7 @@ def with_less(job: TrainJob) -> TrainJob | None:
 def run_folder(folder: Path, progress: Progress) -> None:
     """The child's side of `train`: the environment first, since the libraries read it when they are imported."""
     job = read_record(TrainJob, folder / "job.json")
-    os.environ.update({**environment(job.model), **one_gpu()})
+    os.environ.update({**environment(job.model), **single_gpu_variables()})
     run_job(job, progress, folder)
 
 
@@ -146,11 +146,11 @@ def run_job(job: TrainJob, progress: Progress = noop, folder: Path | None = None
     check_folder(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # else generated code lands in the current folder
-        hardware = look(job.settings, partial(remark, progress))
+        hardware = look(job.settings, partial(send_remark, progress))
         tokenizer = load_tokenizer(job.model)
-        job = within(job, partial(remark, progress))
+        job = within(job, partial(send_remark, progress))
         tokens = learnable(token_rows(examples, tokenizer, job.max_length), job, folder)
-        setup = set_up(job, hardware, tokens, partial(remark, progress))
+        setup = set_up(job, hardware, tokens, partial(send_remark, progress))
         course = under_way(setup, tokens, folder)
         model, shape = load(setup)
         fit(model, tokenizer, setup, course, Path(scratch), progress)
@@ -177,13 +177,14 @@ def within(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
 def learnable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
     """The rows; those left out are recorded in `folder`. TapirError where none is left, or too few."""
     if folder and is_first():
-        remove(folder / LEFT_OUT)
+        remove_path(folder / LEFT_OUT)
         if tokens.left_out:
             write_rows(folder / LEFT_OUT, tokens.left_out)
     if not tokens.rows:
         first = tokens.left_out[0]
         raise TapirError(
-            f"no row is left to train on: {commonest(tokens.left_out)}. The first: {first.id} ({first.reason})",
+            f"no row is left to train on: {format_common_reasons(tokens.left_out)}. "
+            f"The first: {first.id} ({first.reason})",
             where=str(job.rows),
             fix=f"Raise student.max_length ({job.max_length} now) for rows that are too long; for refused ones, set "
             "student.chat_template to a template that takes them.",
@@ -206,7 +207,7 @@ def set_up(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: Callable[[
         check_room(needs, job.settings, hardware, twice, say)
         kept = 2 * needs.state if job.settings.checkpoint_minutes else 0  # the one before is deleted after the next
         trained = needs.weights if job.settings.method == "full" else needs.state
-        check_disk(job.out, kept + trained, "what is trained and its checkpoints")
+        check_disk_space(job.out, kept + trained, "what is trained and its checkpoints")
     return Setup(job, hardware, dataset, arguments)
 
 
@@ -232,7 +233,7 @@ def load(setup: Setup) -> tuple[Any, dict[str, Any]]:
     settings, twice = job.settings, setup.arguments["gradient_checkpointing"]
     full = settings.method == "full"
     if full and job.adapter_from:
-        check_same_model(job.adapter_from, model_folder(job.model))
+        check_same_model(job.adapter_from, find_model_folder(job.model))
     model = load_model(
         str(job.adapter_from) if full and job.adapter_from else job.model,
         hardware,
@@ -312,10 +313,10 @@ def resolved(setup: Setup, shape: Mapping[str, Any], tokens: TokenRows) -> dict[
 def write_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
     """The folder of what was trained: the adapter, or the whole model with its tokenizer; beside it resolved.json and
     train_log.jsonl."""
-    with whole(job.out) as partial:
+    with atomic_write(job.out) as partial:
         model.save_pretrained(partial)
         if job.settings.method == "full":
-            copy_beside(model_folder(job.model), partial)
+            copy_beside(find_model_folder(job.model), partial)
         else:
             config = orjson.loads((partial / "adapter_config.json").read_bytes())
             config["target_modules"] = settled["lora"]["target_modules"]  # PEFT writes a set, Unsloth a regex

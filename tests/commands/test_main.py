@@ -200,7 +200,7 @@ def test_an_option_is_stronger_than_the_same_setting() -> None:
         (
             "my.yaml/recipe.yaml",
             b"teacher: pocket",
-            "this is a folder, not a recipe\n  Name the recipe in it: my.yaml/rec",
+            "this is a folder, not a recipe\n  Give the recipe in it: my.yaml/rec",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Message
-from tapir_local.resources import POCKET_SEEDS, seeds_path
+from tapir_local.resources import POCKET_SEEDS, find_seeds
 
 DATA = Path(__file__).parents[3] / "shared/data"
 ALPACA = [
@@ -287,12 +287,12 @@ def test_out_of_reach_a_copy_on_this_machine_is_read(tmp_path: Path, monkeypatch
 
 
 def test_what_seeds_path_may_name(tmp_path: Path) -> None:
-    assert seeds_path("pocket") == POCKET_SEEDS
-    assert seeds_path(str(tmp_path)) == tmp_path
-    assert seeds_path("tatsu-lab/alpaca") is None
+    assert find_seeds("pocket") == POCKET_SEEDS
+    assert find_seeds(str(tmp_path)) == tmp_path
+    assert find_seeds("tatsu-lab/alpaca") is None
     for name in ("seeds.json", "data/seeds.jsonl", "./data/seeds", "/no/such", "a/b/c"):
         with pytest.raises(TapirError, match="no such file of seeds"):
-            seeds_path(name)
+            find_seeds(name)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real data here")

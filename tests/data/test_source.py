@@ -6,7 +6,7 @@ import pytest
 from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.errors import TapirError
-from tapir_local.files import sha256
+from tapir_local.files import file_sha256
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
@@ -27,7 +27,7 @@ def begun(tmp_path: Path) -> tuple[Recipe, RunDir]:
 def test_the_digest_of_the_seeds_is_kept(begun: tuple[Recipe, RunDir]) -> None:
     recipe, run = begun
     path = Path(recipe.seeds.path)
-    kept = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path), "rows": 60}
+    kept = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path), "rows": 60}
     assert run.record()["seeds"] == kept
 
 

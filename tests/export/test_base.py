@@ -233,7 +233,7 @@ def test_what_is_no_gguf_is_no_adapter(tmp_path: Path, content: bytes) -> None:
 
 def test_no_room_for_the_base_is_said_before(recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(TapirError, match="no room for"):
+    with pytest.raises(TapirError, match="not enough disk space for"):
         exported(recipe, run)
     assert not (run.cache / "base" / digest(Path(recipe.student.path)) / "f32.gguf").exists()
     assert not (run.round(0) / "student.gguf").exists()

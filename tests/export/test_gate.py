@@ -194,7 +194,7 @@ def test_no_room_on_the_disk(gemma: Student, tmp_path: Path, monkeypatch) -> Non
     """Before anything is written."""
     usage = memory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(TapirError, match="no room for the GGUF, and the one of 16 bits"):
+    with pytest.raises(TapirError, match="not enough disk space for the GGUF, and the one of 16 bits"):
         export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q4_k_m")
     assert not list(tmp_path.iterdir())
 
@@ -208,6 +208,6 @@ def test_the_room_asked_for_is_the_files_size(gemma: Student, tmp_path: Path, mo
 
 def test_no_memory(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    with pytest.raises(TapirError, match="no memory for the export"):
+    with pytest.raises(TapirError, match="not enough memory for the export"):
         export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
     assert not list(tmp_path.iterdir())

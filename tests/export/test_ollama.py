@@ -17,7 +17,7 @@ from tapir_local.export.ollama import Parts, assemble, go_template, literal, mod
 from tapir_local.export.tokenizer import read_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
-from tapir_local.resources import POCKET_STUDENT, chat_template
+from tapir_local.resources import POCKET_STUDENT, read_chat_template
 
 # Go's own engine on Ollama's data: `Messages` as it hands them over, `json` the only function that it adds.
 GO = """package main
@@ -49,8 +49,8 @@ def shipped_with_trl(name: str) -> str:
 
 KNOWN = {
     "pocket": read_template(POCKET_STUDENT),
-    "alpaca": chat_template("alpaca"),
-    "chatml": chat_template("chatml"),
+    "alpaca": read_chat_template("alpaca"),
+    "chatml": read_chat_template("chatml"),
     "a BOS": WITH_BOS,
     "a system turn of its own": QWEN25.replace("\\n", "\n"),
     "qwen2.5": shipped_with_trl("qwen2_5"),

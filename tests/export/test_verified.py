@@ -15,7 +15,7 @@ from tapir_local.export.verified import export_checked, trained_rows
 from tapir_local.files import write_rows
 from tapir_local.inference.model import template_of
 from tapir_local.records import Example, Message
-from tapir_local.resources import chat_template
+from tapir_local.resources import read_chat_template
 
 
 def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_would_be_ignored_is_refused(llama, tmp_path: Path, words: list[str
 
 def test_a_file_that_is_there_is_not_overwritten(llama, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").write_text("mine")
-    with pytest.raises(TapirError, match="there already"):
+    with pytest.raises(TapirError, match="exists already"):
         export_checked(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f16", check=True)
     assert (tmp_path / "out.gguf").read_text() == "mine"
 
@@ -125,7 +125,7 @@ def test_a_base_without_a_template_is_exported_with_one_that_is_named(llama, tmp
     assert "of `tapir-local export` it is --chat-template" in str(caught.value)
     found = CliRunner().invoke(cli.cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
     assert found.exit_code == 0
-    assert template_of(tmp_path / "base.gguf")[0] == chat_template("alpaca")
+    assert template_of(tmp_path / "base.gguf")[0] == read_chat_template("alpaca")
     assert sorted(path.name for path in model.iterdir()) == before
     with pytest.raises(TapirError, match="no such chat template"):
         CliRunner().invoke(cli.cli, [*words, "--chat-template", "none.jinja"], catch_exceptions=False)

@@ -14,7 +14,7 @@ from tapir_local.commands.common import left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.generate import generate
-from tapir_local.inference.prompt_file import InOrder, Manner, answer_file, opened, read_prompts, task_of
+from tapir_local.inference.prompt_file import Manner, OrderedWriter, answer_file, opened, read_prompts, task_of
 from tapir_local.records import Completion
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_not_there_is_said_and_nothing_is_written(missing: str, l
 
 def test_what_is_done_early_waits_for_its_turn() -> None:
     out = io.StringIO()
-    ordered = InOrder(out, ["a", "b", "c"])
+    ordered = OrderedWriter(out, ["a", "b", "c"])
     for id, lines in (("c", 0), ("a", 1), ("b", 3)):
         ordered.add(Completion(id, "x", "stop", 1))
         assert out.getvalue().count("\n") == lines

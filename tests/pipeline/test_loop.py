@@ -7,7 +7,7 @@ import pytest
 from fakes import QUIET, World, make_recipe, outputs, tools, with_ask
 
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, read_rows, remove, write_rows
+from tapir_local.files import read_record, read_rows, remove_path, write_rows
 from tapir_local.pipeline.lockfile import keys_of, locked
 from tapir_local.pipeline.loop import distill, kept_recipe, pending, redo, sequence
 from tapir_local.recipe.schema import Recipe
@@ -15,7 +15,7 @@ from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report.status import round_of, status_of
 from tapir_local.report.terminal import round_tables, rounds_table
-from tapir_local.run_dir import RunDir, held
+from tapir_local.run_dir import RunDir, lock_run
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_changed_recipe_is_refused_with_what_changed(recipe: Recipe, tmp_path:
 def test_a_hole_is_refused_and_names_redo(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, tools(World()), QUIET)
-    remove(run.round(1) / "plan.json")
+    remove_path(run.round(1) / "plan.json")
     with pytest.raises(TapirError, match="round-01/plan is missing") as error:
         distill(recipe, run, tools(World()), QUIET)
     assert "tapir-local redo fake --round 1 --from plan" in str(error.value)
@@ -128,7 +128,7 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        remove(path)
+        remove_path(path)
 
     monkeypatch.setattr("tapir_local.pipeline.loop.remove", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -146,7 +146,7 @@ def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, 
 
 def test_a_run_held_elsewhere_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    with held(run), pytest.raises(TapirError, match="being worked on"):
+    with lock_run(run), pytest.raises(TapirError, match="in use by"):
         distill(recipe, run, tools(World()), QUIET)
 
 

@@ -32,7 +32,7 @@ from tapir_local.pocket import teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import overridden, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.resources import POCKET_SEEDS, chat_template, find_recipe, recipe_files
+from tapir_local.resources import POCKET_SEEDS, find_recipe, read_chat_template, recipe_files
 from tapir_local.run_dir import RunDir
 from tapir_local.training import classifier, train
 from tapir_local.training.student import settle_student, student_folder
@@ -198,7 +198,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
     recipe = small(name, server, STUDENTS[name](tmp_path / "student"))
     run, own = ran(recipe, tmp_path), Path(recipe.student.path) / "chat_template.jinja"
     named = recipe.student.chat_template
-    wanted = chat_template(named) if named else own.read_text()
+    wanted = read_chat_template(named) if named else own.read_text()
     for number in (0, 1):
         assert read_record(GateReport, run.round(number) / "gate.json").passed
         assert read_rows(Example, run.round(number) / "train.jsonl")
@@ -276,6 +276,6 @@ def test_a_template_stays_as_it_was_at_the_first_training(tmp_path: Path) -> Non
 def test_qwen3s_own_template_makes_a_student_write_an_empty_thought(tmp_path: Path) -> None:
     """Why qwen3-4b.yaml names another: what a student writes is what is judged."""
     folder = Path(qwen(tmp_path, "qwen3", "qwen3")["student.path"])
-    texts = [(folder / "chat_template.jinja").read_text(), chat_template("chatml")]
+    texts = [(folder / "chat_template.jinja").read_text(), read_chat_template("chatml")]
     written = [training_text(text, (Message("user", "Hi"),), "Yes.")[1] for text in texts]
     assert written == ["<think>\n\n</think>\n\nYes.<|im_end|>\n", "Yes.<|im_end|>\n"]

@@ -10,7 +10,7 @@ import yaml
 from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.errors import TapirError
-from tapir_local.files import remove
+from tapir_local.files import remove_path
 from tapir_local.pipeline.card import UNSTATED, asked, cell, front_matter
 from tapir_local.pipeline.loop import distill, redo, sequence
 from tapir_local.pipeline.published import published
@@ -60,14 +60,14 @@ def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
 def test_status_tells_of_it(run: RunDir) -> None:
     (stage,) = status_of(run)["end"]
     assert (stage["name"], stage["done"]) == ("ship", True)
-    remove(run.path / "model")
+    remove_path(run.path / "model")
     assert status_of(run)["state"] != "unknown"
     assert not status_of(run)["end"][0]["done"]
 
 
 def test_it_comes_back_the_same(recipe: Recipe, run: RunDir) -> None:
     before = contents(run)
-    remove(run.path / "model")
+    remove_path(run.path / "model")
     assert distill(recipe, run, tools(World()), QUIET) == 1
     assert contents(run) == before
 

@@ -20,7 +20,7 @@ from tapir_local.recipe.text import (
     to_yaml,
 )
 from tapir_local.recipe.yaml import kind_at, wanted
-from tapir_local.resources import text_of_recipe
+from tapir_local.resources import read_recipe_text
 
 PATHS = [
     path for path, *_ in settings() if "LABEL" not in path and path not in ("tasks", "teacher.extra", "judge.extra")
@@ -217,13 +217,13 @@ def test_a_change_given_twice_is_refused(sets: list[str], said: str) -> None:
 def test_a_recipe_that_is_not_utf8_is_refused_with_its_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_bytes(data)
     with pytest.raises(TapirError, match="not UTF-8") as caught:
-        text_of_recipe(tmp_path / "my.yaml")
+        read_recipe_text(tmp_path / "my.yaml")
     assert "line 1" in str(caught.value)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_bytes(b"\xef\xbb\xbfteacher: pocket\n")
-    assert parse_recipe(text_of_recipe(tmp_path / "my.yaml"), "r").teacher.kind == "pocket"
+    assert parse_recipe(read_recipe_text(tmp_path / "my.yaml"), "r").teacher.kind == "pocket"
 
 
 def test_home_is_expanded_in_every_path_setting(monkeypatch: pytest.MonkeyPatch) -> None:

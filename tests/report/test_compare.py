@@ -13,7 +13,7 @@ from rich.console import Console
 
 import cli
 from tapir_local.errors import TapirError
-from tapir_local.files import remove, write_record, write_rows, write_text
+from tapir_local.files import remove_path, write_record, write_rows, write_text
 from tapir_local.method.metrics import evaluate
 from tapir_local.pipeline.lockfile import Locked, lock
 from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
@@ -245,13 +245,13 @@ def test_a_missing_or_foreign_file_names_the_stage_to_do_again(tmp_path: Path) -
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
     write_rows(two.round(0) / "holdout-judgements.jsonl", [Judgement("seed-0", 8.0, 2.0)])
     assert "tapir-local redo two --round 0 --from holdout-judge" in fault(one, two)
-    remove(two.round(0) / "holdout-answers.jsonl")
+    remove_path(two.round(0) / "holdout-answers.jsonl")
     assert "tapir-local redo two --round 0 --from holdout-answer" in fault(one, two)
 
 
 def test_without_a_log_of_training_there_are_no_tokens_to_compare_at(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
-    remove(two.round(0) / "adapter")
+    remove_path(two.round(0) / "adapter")
     assert compare([one, two])["rounds"][1]["tokens"] is None
     assert "run 'two' has no count of its training tokens" in fault(one, two, at="tokens")
     write_text(one.round(0) / "adapter" / "train_log.jsonl", "{")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from tapir_local.errors import TapirError
 from tapir_local.report.costs import costs
-from tapir_local.run_dir import RunDir, held
+from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.store import keys
 from tapir_local.store.compression import LARGEST, pack, unpack
 from tapir_local.store.locks import Claims
@@ -551,7 +551,7 @@ def test_only_the_owner_can_read_what_was_paid_for(tmp_path, mask):
             search(folder / "teacher.db", ["4"])
         export(folder / "teacher.db", folder / "out.db")
         run = RunDir(folder, "mine")
-        with held(run):
+        with lock_run(run):
             pass
     finally:
         os.umask(before)
@@ -569,7 +569,7 @@ def test_files_that_others_can_read_are_closed_to_them(tmp_path):
         path.chmod(0o644)
     run = RunDir(tmp_path, "mine")
     run.path.mkdir(parents=True, mode=0o755)
-    with Store(tmp_path / "teacher.db"), held(run):
+    with Store(tmp_path / "teacher.db"), lock_run(run):
         assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir() if path.is_file()} == {0o600}
         assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
 
