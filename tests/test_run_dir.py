@@ -122,7 +122,7 @@ def test_rows_come_back_and_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b"])
 def test_a_runs_name_is_no_path(tmp_path: Path, name: str) -> None:
-    with pytest.raises(TapirError, match="not a run's name"):
+    with pytest.raises(TapirError, match="not a valid run name"):
         RunDir(tmp_path, name)
 
 
