@@ -75,11 +75,11 @@ HEAVY = ("classifier", "train", "export", "gate")
 
 def recipe_of(arm: str, seed: int) -> Any:
     """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
-    from tapir_local.recipe.text import overridden, parse_recipe
+    from tapir_local.recipe.text import override, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
-    return overridden(parse_recipe(text, "quickstart.yaml"), changes)
+    return override(parse_recipe(text, "quickstart.yaml"), changes)
 
 
 def here(module: str, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
@@ -147,7 +147,7 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
     """Markdown: each arm at its end, against tapir, its cost; accuracy round by round; accuracy by task."""
     from statistics import fmean
 
-    from tapir_local.method.stats import corrected, difference, pooled
+    from tapir_local.method.stats import correct_p_values, estimate_difference, estimate_mean
 
     sides = read(folder, arms, seeds)
     whole = {arm: runs for arm, runs in sides.items() if set(runs) == set(seeds)}
@@ -156,11 +156,13 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
         known = {
             arm: {seed: dict(getattr(side.last, values)) for seed, side in runs.items()} for arm, runs in whole.items()
         }
-        gaps = corrected({arm: difference(rows, known["tapir"]) for arm, rows in known.items() if arm != "tapir"})
+        gaps = correct_p_values(
+            {arm: estimate_difference(rows, known["tapir"]) for arm, rows in known.items() if arm != "tapir"}
+        )
         print(f"\n| curriculum | {name} | 95 % over seeds | less tapir | 95 % over seeds | p, Holm | by seed |")
         print("|---" * 7 + "|")
-        for arm in sorted(known, key=lambda arm: -pooled(known[arm]).mean):
-            mean, gap = pooled(known[arm]), gaps.get(arm)
+        for arm in sorted(known, key=lambda arm: -estimate_mean(known[arm]).mean):
+            mean, gap = estimate_mean(known[arm]), gaps.get(arm)
             told = (
                 [f"{100 * gap.mean:+.1f}", spread(gap.over_seeds, "+.1f"), f"{gap.p_holm:.3f}"] if gap else ["", "", ""]
             )

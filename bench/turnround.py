@@ -25,7 +25,7 @@ from tapir_local.files import remove_path, write_rows
 from tapir_local.memory import format_bytes
 from tapir_local.pipeline.backends import exporter, gatekeeper, generator, shipper
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message, noop
 from tapir_local.resources import POCKET_STUDENT
 from tapir_local.run_dir import RunDir
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 def begun(asked: argparse.Namespace, way: str, scratch: Path) -> tuple[Recipe, RunDir]:
     """A run with a trained adapter in round 1, as far as an export and the gate look."""
-    recipe = overridden(
+    recipe = override(
         parse_recipe("teacher: pocket", "bench"),
         {
             "name": way,

@@ -104,7 +104,7 @@ def changes_of(
     sets: Sequence[str], *, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None
 ) -> dict[str, Any]:
     """What the command line says of settings; an option of its own is stronger than --set."""
-    from tapir_local.recipe.text import read_changes
+    from tapir_local.recipe.text import parse_changes
 
     options = {
         "rounds": rounds,
@@ -112,23 +112,23 @@ def changes_of(
         "random_seed": random_seed,
         "seeds.path": seeds and str(seeds.absolute()),
     }
-    return read_changes(sets) | {key: value for key, value in options.items() if value is not None}
+    return parse_changes(sets) | {key: value for key, value in options.items() if value is not None}
 
 
 def settled(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
     """A named recipe with the changes, its file, and what the user should know of it before it runs."""
-    from tapir_local.recipe.checks import notices, unnamed
-    from tapir_local.recipe.text import overridden, parse_recipe, replaced
+    from tapir_local.recipe.checks import find_notices, find_unnamed
+    from tapir_local.recipe.text import describe_replaced_kinds, override, parse_recipe
     from tapir_local.resources import find_recipe, read_recipe_text
 
     path = find_recipe(named)
     # A change may mend what the file alone would be refused for.
     written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=bool(changes))
     if changes:
-        recipe = overridden(written, changes, where=f"{path} with the command line's settings")
-    if missing := unnamed(recipe):
+        recipe = override(written, changes, where=f"{path} with the command line's settings")
+    if missing := find_unnamed(recipe):
         raise TapirError("; ".join(missing), where=str(path), fix="Write it into the recipe, or add it with --set.")
-    return recipe, path, [*replaced(written, recipe), *notices(recipe)]
+    return recipe, path, [*describe_replaced_kinds(written, recipe), *find_notices(recipe)]
 
 
 def agreed(risks: "Sequence[Risk]", trust: bool) -> bool:

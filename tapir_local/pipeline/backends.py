@@ -10,7 +10,7 @@ from tapir_local.export.ollama import write_modelfile
 from tapir_local.files import link_or_copy, remove_path
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import report_free_gpu_memory
-from tapir_local.method.metrics import Checker
+from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.context import Ask, Tools
 from tapir_local.pipeline.student_text import StudentText, read_student_text
 from tapir_local.process import withhold_variables
@@ -261,7 +261,7 @@ def shipper(recipe: Recipe, run: RunDir) -> Callable[[Path, Path, Progress], Non
     return pack
 
 
-def checker(recipe: Recipe) -> Checker | None:
+def checker(recipe: Recipe) -> AnswerChecker | None:
     """What tells right answers from wrong ones, where the recipe names it."""
     if recipe.checker is None:
         return None
@@ -272,7 +272,7 @@ def checker(recipe: Recipe) -> Checker | None:
     return lambda row, answer: check(instruction_of(row.prompt), answer)
 
 
-def by_task(recipe: Recipe) -> Checker:
+def by_task(recipe: Recipe) -> AnswerChecker:
     """Each task's own checker; None for a task that has none."""
     from tapir_local.method.checkers import CHECKERS
 

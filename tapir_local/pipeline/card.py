@@ -9,7 +9,7 @@ import yaml
 
 from tapir_local.export.gate import GateReport
 from tapir_local.files import read_record
-from tapir_local.method.metrics import is_likeness
+from tapir_local.method.metrics import is_rouge_only
 from tapir_local.pipeline.published import on_the_hub, public_name, public_url
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
@@ -140,7 +140,7 @@ def results(run: RunDir, recipe: Recipe) -> str:
         if recipe.export.rounds == "merged"
         else (" Answers were written with the round's adapter over the base's GGUF; the file here is both merged.")
     )
-    alike = is_likeness(found[-1].win_rate, found[-1].student_score)
+    alike = is_rouge_only(found[-1].win_rate, found[-1].student_score)
     measured = (
         f"There is no win rate: scores are {found[-1].judge}, 1 to 10, and the teacher's own answer counts 10"
         if alike

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tapir_local.method.metrics import Checker
+from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.lockfile import Locked, lock
 from tapir_local.pipeline.student_text import StudentText, sift, unfit_answers, unfit_prompts
 from tapir_local.recipe.endpoints import Endpoint
@@ -37,7 +37,7 @@ class Tools:
     ship: Callable[[Path, Path, Progress], None]  # round's folder; folder for its GGUF, gate.json and Modelfile
     student_text: Callable[[], StudentText]  # the student's chat template and tokens
     begin: Callable[[], None] = noop  # called once the run is held, before its first step
-    check: Checker | None = None
+    check: AnswerChecker | None = None
     replay: bool = False  # every answer is from the store, nobody is asked
 
 

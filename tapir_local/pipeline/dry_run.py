@@ -15,13 +15,13 @@ from typing import Any
 
 from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import prompts
-from tapir_local.method.curriculum import challenge
+from tapir_local.method.curriculum import challenge_of_round
 from tapir_local.pipeline.backends import judge_of
 from tapir_local.pipeline.context import Tools, Work
 from tapir_local.pipeline.loop import Step, missing_file, refuse_changed, sequence
 from tapir_local.pipeline.student_text import StudentText, any_student, read_student_text
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
+from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
 from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
 from tapir_local.resources import find_model_folder, read_chat_template
 from tapir_local.run_dir import RunDir
@@ -220,7 +220,9 @@ def unsure(step: Step, recipe: Recipe, rows: Sequence[Example], known: Mapping[s
     calls = min(settings.ask_at_most, max(0, len(unlabelled) - settings.labelled))
     if not settings.ask_below or not recipe.can_expand:
         calls = 0
-    requests = [Request(prompts.classify(row.prompt, recipe.task_table()), row.id, "label") for row in unlabelled[:100]]
+    requests = [
+        Request(prompts.classify_prompt(row.prompt, recipe.task_table()), row.id, "label") for row in unlabelled[:100]
+    ]
     sizes = [sizes_of(request, known) for request in requests] or [(0.0, 0.0)]
     size_in, size_out = (statistics.fmean(size[side] for size in sizes) for side in (0, 1))
     return priced(step, calls, None, calls * size_in, calls * size_out, recipe.teacher)
@@ -245,7 +247,7 @@ def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
     new, refined = written(plan, number) if number and recipe.can_expand else (0, 0)
     again = 1.0 if plan.name == "reflection" else DRAFTS  # of a rewriting there is one draft
     asked = {
-        "judge": (drawn + (new_answers(recipe, number, pool, drawn) if alone else drawn)) * judged * is_judged(plan),
+        "judge": (drawn + (new_answers(recipe, number, pool, drawn) if alone else drawn)) * judged * judges_pool(plan),
         "holdout-judge": (1 if alone and number else 2) * held * judged,
         "expand": round(new * (again + plan.check_drafts)),
         "refine": refined + refined * plan.check_answers,
@@ -271,7 +273,7 @@ def written(plan: Curriculum, number: int) -> tuple[int, int]:
         return plan.rows, plan.rows
     if plan.name != "tapir":
         return 0, 0
-    hard = challenge(plan, number) * plan.rows
+    hard = challenge_of_round(plan, number) * plan.rows
     new = round(hard * plan.expand_share)
     return new, {"hard": round(hard), "all": plan.rows, "off": new}[plan.refine]
 

@@ -10,9 +10,16 @@ from tapir_local.data.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import judging, prompts
-from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
-from tapir_local.method.parents import Parents
-from tapir_local.method.screening import fault_of, most_openings, opening, own_sentences
+from tapir_local.method.curriculum import (
+    BELOW_THRESHOLD,
+    NOT_JUDGED,
+    NOT_TAKEN,
+    POOR_TEACHER,
+    count_new_rows,
+    count_not_hard,
+)
+from tapir_local.method.parents import ParentQueue
+from tapir_local.method.screening import max_shared_openings, opening_words, prompt_sentences, screen_instruction
 from tapir_local.pipeline.context import Work, answered
 from tapir_local.pipeline.judge import score_answers
 from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instructions
@@ -29,11 +36,12 @@ FEW_STEPS = 10  # steps of training below which a round is said to have few
 SAME_OPENING = "begins as too many others do"
 # What to do where no row can be trained on, by the commonest reason.
 ADVICE: Mapping[str, str] = {
-    UNREAD: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
-    POOR: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
+    NOT_JUDGED: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
+    POOR_TEACHER: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
     "curriculum.teacher_floor lower.",
-    NEAR: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more hard rows.",
-    NO_REASON: "See what became of the drafts in expanded.jsonl of the round's folder.",
+    BELOW_THRESHOLD: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more "
+    "hard rows.",
+    NOT_TAKEN: "See what became of the drafts in expanded.jsonl of the round's folder.",
 }
 
 
@@ -42,7 +50,7 @@ class Group:
     """One expansion of the plan at work: its parents, and how many new rows are still missing."""
 
     expansion: Expansion
-    parents: Parents
+    parents: ParentQueue
     missing: int
 
 
@@ -52,7 +60,7 @@ def expand(work: Work, out: Path) -> str:
     if planned.reflected:
         return reflect_on_instructions(work, planned, out)
     settings, rows = work.recipe.curriculum, {row.id: row for row in pool(work)}
-    groups = [Group(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
+    groups = [Group(e, ParentQueue(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
     screen, drafts, stopped = Screen(work, planned), list[Draft](), ""
     for _ in range(settings.drafts):
         wanted = [(group, rows[id]) for group in groups for id in group.parents.take(group.missing)]
@@ -88,9 +96,11 @@ class Screen:
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
         self.near, self.held = indices(work) if planned.expansions else (Index(1.0), Index(1.0))
-        self.ours = own_sentences(work.recipe.task_table())
+        self.ours = prompt_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
-        self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
+        self.most = {
+            task: max_shared_openings(share, rows) for task, rows in count_new_rows(planned.expansions).items()
+        }
         self.openings: Counter[tuple[str, str]] = Counter()
         self.unchecked = 0
 
@@ -99,17 +109,17 @@ class Screen:
         if draft.reason:
             return draft
         text, task = draft.example.prompt[-1].content, draft.example.task
-        reason = fault_of(text, parent.prompt[-1].content, self.ours)
-        if not reason and self.openings[task, opening(text)] >= self.most[task]:
-            reason = f"{SAME_OPENING}: {opening(text)!r}"
+        reason = screen_instruction(text, parent.prompt[-1].content, self.ours)
+        if not reason and self.openings[task, opening_words(text)] >= self.most[task]:
+            reason = f"{SAME_OPENING}: {opening_words(text)!r}"
         found = replace(draft, reason=reason) if reason else screen([draft.example], self.near, self.held)[0]
-        self.openings[task, opening(text)] += not found.reason
+        self.openings[task, opening_words(text)] += not found.reason
         return found
 
     def check(self, work: Work, drafts: Sequence[Draft]) -> list[Draft]:
         """The drafts as the teacher finds them; where its reply cannot be read a draft is kept, and counted."""
         tasks, left = work.recipe.task_table(), [draft for draft in drafts if not draft.reason]
-        asked = [prompts.check_draft(draft.example.prompt, tasks[draft.example.task]) for draft in left]
+        asked = [prompts.check_draft_prompt(draft.example.prompt, tasks[draft.example.task]) for draft in left]
         requests = [
             work.request("expand", f"{draft.example.id}#check", messages, temperature=0.0)
             for draft, messages in zip(left, asked, strict=True)
@@ -119,7 +129,7 @@ class Screen:
 
     def checked(self, draft: Draft, reply: Answer) -> Draft:
         """A draft with what the teacher finds wrong with it."""
-        fault = judging.parse_check(reply.text) if reply.complete else None
+        fault = judging.parse_draft_check(reply.text) if reply.complete else None
         self.unchecked += fault is None
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
@@ -160,7 +170,7 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, ExpansionManner]], b
     for parent, manner in parents:
         draw = DRAWS_PER_ROUND * work.number + asked[parent.id]
         asked[parent.id] += 1
-        messages = prompts.expand(parent.prompt, tasks[parent.task], manner)
+        messages = prompts.expand_prompt(parent.prompt, tasks[parent.task], manner)
         requests.append(work.request("expand", parent.id, messages, draw=draw))
     answers = work.ask(work.tools.teacher, requests)
     drafts = [
@@ -201,9 +211,9 @@ def refine(work: Work, out: Path) -> str:
 def nothing_to_train_on(work: Work, planned: RoundPlan) -> TapirError:
     """The error of a round without a row: why none was taken, with what would change that."""
     judgements = read_rows(Judgement, work.folder / "judgements.jsonl")
-    reasons = Counter[str]() if planned.to_write else untaken(judgements, work.recipe.curriculum)
+    reasons = Counter[str]() if planned.to_write else count_not_hard(judgements, work.recipe.curriculum)
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-    commonest = reasons.most_common(1)[0][0] if reasons else NO_REASON
+    commonest = reasons.most_common(1)[0][0] if reasons else NOT_TAKEN
     why = (
         f"of {len(judgements):,} judged rows {counted}"
         if counted
@@ -300,9 +310,11 @@ def before_styling(work: Work, rows: Sequence[Example]) -> list[Example]:
 def ask_styled(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """Rows with the teacher's answer in their task's style, and those without a whole one."""
     tasks = work.recipe.task_table()
-    return answered(work, "refine", rows, [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows])
+    return answered(
+        work, "refine", rows, [prompts.refine_prompt(row.prompt, tasks[row.task], row.completion) for row in rows]
+    )
 
 
 def ask_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """Rows with the teacher's plain answer, and those without a whole one."""
-    return answered(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])
+    return answered(work, "refine", rows, [prompts.answer_prompt(row.prompt) for row in rows])

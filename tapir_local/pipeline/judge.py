@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, prompts
-from tapir_local.method.judge_quality import percent, quality
+from tapir_local.method.judge_quality import format_percent, measure_judge
 from tapir_local.pipeline.context import Ask, Work
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
@@ -93,7 +93,7 @@ def write_judgements(
     unasked = {completion.id: completion.finish for completion in completions if not completion.asked}
     asked = [row for row in rows if row.id not in unasked]
     if work.recipe.judge.kind == "reference":
-        judged = [judging.likeness(row.id, row.completion, texts[row.id]) for row in asked]
+        judged = [judging.judge_by_rouge(row.id, row.completion, texts[row.id]) for row in asked]
     else:
         timed = replace(work, tools=replace(work.tools, judge=speed.measured(work.tools.judge)))
         judged = ask_judge(timed, stage, asked, texts)
@@ -136,9 +136,9 @@ def kind_of(reason: str) -> str:
 
 def told(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
     """How many rows were judged and by whom, how many were not, whether the orders agree, and warnings."""
-    found, rows = quality(judgements), len(judgements)
-    share = f" ({percent(found.unjudged / rows)})" if found.unjudged else ""
-    agree = "" if found.agreement is None else f", the orders agree on {percent(found.agreement)}"
+    found, rows = measure_judge(judgements), len(judgements)
+    share = f" ({format_percent(found.unjudged / rows)})" if found.unjudged else ""
+    agree = "" if found.agreement is None else f", the orders agree on {format_percent(found.agreement)}"
     said = f"{rows:,} rows judged by {judge}, {found.unjudged:,} unreadable{share}{agree}"
     return "; ".join([said, *speed, *found.notes])
 
@@ -153,11 +153,11 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     """Both answers in one request, in both orders: two calls a row."""
     asked: dict[str, Asked] = {}
     for row in rows:
-        asked[f"{row.id}#0"] = partial(prompts.judge, row.prompt, row.completion, texts[row.id])
-        asked[f"{row.id}#1"] = partial(prompts.judge, row.prompt, texts[row.id], row.completion)
+        asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
+        asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
     read, why = ask_twice(work, stage, asked, judging.parse_scores, prompts.JUDGEMENT)
     return [
-        judging.combine(row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), reason(row.id, SHOWN, why))
+        judging.combine_orders(row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), reason(row.id, SHOWN, why))
         for row in rows
     ]
 
@@ -166,8 +166,8 @@ def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     """Each answer in a request of its own; that of the teacher's is the same in every round, and paid for once."""
     asked: dict[str, Asked] = {}
     for row in rows:
-        asked[f"{row.id}#teacher"] = partial(prompts.judge_single, row.prompt, row.completion)
-        asked[f"{row.id}#student"] = partial(prompts.judge_single, row.prompt, texts[row.id])
+        asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
+        asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
     read, why = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
@@ -209,7 +209,7 @@ def ask_twice(
 def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, float]:
     """The judge's score of each row's own answer, by id; a row is not there where the reply could not be read."""
     asked: dict[str, Asked] = {
-        f"{row.id}#teacher": partial(prompts.judge_single, row.prompt, row.completion) for row in rows
+        f"{row.id}#teacher": partial(prompts.judge_single_prompt, row.prompt, row.completion) for row in rows
     }
     read, _ = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
     return {name.removesuffix("#teacher"): score for name, score in read.items()}
@@ -252,8 +252,8 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
     if len(unjudged) > work.recipe.judge.max_unjudged * rows:
         first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:FEW])
         raise TapirError(
-            f"{len(unjudged):,} of {rows:,} judgements ({percent(len(unjudged) / rows)}) could not be read; "
-            f"judge.max_unjudged allows {percent(work.recipe.judge.max_unjudged)}. The first: {first}",
+            f"{len(unjudged):,} of {rows:,} judgements ({format_percent(len(unjudged) / rows)}) could not be read; "
+            f"judge.max_unjudged allows {format_percent(work.recipe.judge.max_unjudged)}. The first: {first}",
             where=str(work.folder / "judgements.jsonl"),
             fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Name a judge that "
             "keeps to JSON (or give it more judge.max_tokens, where replies were cut) and start a new run with "

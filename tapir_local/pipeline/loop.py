@@ -21,7 +21,7 @@ from tapir_local.pipeline.lockfile import unlock
 from tapir_local.pipeline.rounds import BASELINE, PREPARE, ROUND
 from tapir_local.pipeline.ship import SHIP, stale
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import differing, parse_recipe, to_yaml
+from tapir_local.recipe.text import diff_recipes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
 from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
@@ -134,7 +134,7 @@ def refuse_changed(recipe: Recipe, run: RunDir) -> None:
         return
     old, path = kept_recipe(run), run.path / "recipe.yaml"
     written = read_yaml(path.read_text(encoding="utf-8"), Recipe, str(path))
-    if changed := differing(old, same_seeds(old, recipe, run), written):
+    if changed := diff_recipes(old, same_seeds(old, recipe, run), written):
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
             where=str(path),

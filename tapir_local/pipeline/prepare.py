@@ -14,7 +14,7 @@ from tapir_local.method import judging, prompts
 from tapir_local.pipeline.context import Stage, Work, answered, askable, trainable
 from tapir_local.pipeline.reading import drawn, leave_out, many_alike, not_read, unreadable
 from tapir_local.pipeline.student_text import fold_rows
-from tapir_local.recipe.own_tasks import odd_sum
+from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example, instruction_of
 from tapir_local.training.classifier import Prediction
@@ -118,7 +118,7 @@ def label(work: Work, out: Path) -> str:
     others = unreadable if len(sample) == len(unknown) and "Others" in work.recipe.task_table() else []
     write_rows(out, known + labelled + others)
     counts = f"{len(labelled):,} labelled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
-    total = odd_sum(work.recipe.tasks)
+    total = unnormalized_sum(work.recipe.tasks)
     odd = f"; the shares of `tasks` sum to {total:g}, so each counts as its part of that" if total else ""
     return counts + (" and so Others" if others else "") + odd + many_unreadable(work, len(unreadable), len(sample))
 
@@ -155,7 +155,7 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
     for draw in range(2):
         missing = [example for example in examples if example.id not in labels.keys() | refused]
         requests = [
-            work.request(stage, row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
+            work.request(stage, row.id, prompts.classify_prompt(row.prompt, tasks), draw=draw, temperature=0.0)
             for row in missing
         ]
         for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
@@ -319,7 +319,7 @@ def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[
         without = [no_answer(work, row) for row in rows if not row.completion]
         return [row for row in rows if row.completion], without
     # The holdout is never trained on: an answer that the template would change can be compared with all the same.
-    return answered(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")
+    return answered(work, stage, rows, [prompts.answer_prompt(row.prompt) for row in rows], trained=stage != "holdout")
 
 
 PREPARE = (

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import lasting, path_settings
+from tapir_local.recipe.text import fixed_settings, path_settings
 from tapir_local.recipe.yaml import write_yaml
 from tapir_local.resources import HUB_NAME
 
@@ -62,7 +62,7 @@ def published(recipe: Recipe) -> str:
 
 def shown(recipe: Recipe) -> dict[str, Any]:
     """What a model/ is made of or says: it is to be made again only where this differs. Paths count by their names."""
-    value = lasting(recipe) | {name: recipe.model_dump(mode="json")[name] for name in SHOWN}
+    value = fixed_settings(recipe) | {name: recipe.model_dump(mode="json")[name] for name in SHOWN}
     for section, name in path_settings():
         if value[section].get(name):
             value[section][name] = last_part(value[section][name])

@@ -14,7 +14,7 @@ from tapir_local.data.dataset import Draft, Index, screen
 from tapir_local.files import read_rows, remove_path, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.method.ifd import ifd
-from tapir_local.method.screening import fault_of, own_sentences
+from tapir_local.method.screening import prompt_sentences, screen_instruction
 from tapir_local.pipeline.context import Work, answered
 from tapir_local.pipeline.rows import after, child_of, holdout_index, seeds, student_task, with_room
 from tapir_local.records import Example, Message, Prompt, RoundPlan, Scored
@@ -37,7 +37,7 @@ def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
     """The rewritten instructions with their answers; those with a reason were not kept."""
     rows = reflected(work, planned)
     requests = [
-        work.request("expand", row.id, prompts.reflect_on_instruction(row.prompt, row.completion)) for row in rows
+        work.request("expand", row.id, prompts.reflect_instruction_prompt(row.prompt, row.completion)) for row in rows
     ]
     replies = work.ask(work.tools.teacher, requests)
     drafts = [
@@ -72,8 +72,8 @@ def screened(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
 
     A rewriting may resemble what it rewrites, so it is not compared with the rows that are known.
     """
-    held, ours = holdout_index(work), own_sentences(work.recipe.task_table())
-    faults = [draft.reason or fault_of(draft.example.prompt[-1].content, "", ours) for draft in drafts]
+    held, ours = holdout_index(work), prompt_sentences(work.recipe.task_table())
+    faults = [draft.reason or screen_instruction(draft.example.prompt[-1].content, "", ours) for draft in drafts]
     return [
         replace(draft, reason=fault) if fault else screen([draft.example], Index(1.0), held)[0]
         for draft, fault in zip(drafts, faults, strict=True)
@@ -97,7 +97,7 @@ def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], s
     drafts = read_rows(Draft, work.folder / "expanded.jsonl")
     kept = {draft.example.parent: draft.example for draft in drafts if not draft.reason}
     rows = [kept.get(row.id, row) for row in reflected(work, planned)]
-    asked = [prompts.reflect_on_answer(row.prompt, row.completion) for row in rows]
+    asked = [prompts.reflect_answer_prompt(row.prompt, row.completion) for row in rows]
     rewritten_ones = {row.id: row for row in answered(work, "refine", rows, asked)[0]}
     pairs = [Pair(row, rewritten_ones[row.id]) for row in rows if row.id in rewritten_ones]
     better = {
@@ -147,4 +147,4 @@ def forwards(row: Example) -> tuple[Text, Text]:
 def backwards(row: Example) -> tuple[Text, Text]:
     """The instruction given the answer, and given none."""
     asked = row.prompt[-1].content
-    return (prompts.guess(row.completion), asked), (NOTHING, asked)
+    return (prompts.guess_instruction_prompt(row.completion), asked), (NOTHING, asked)

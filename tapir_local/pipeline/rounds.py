@@ -7,13 +7,13 @@ from pathlib import Path
 from tapir_local.files import read_record, read_rows, write_record, write_rows
 from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
-from tapir_local.method.curriculum import CURRICULA, Situation
+from tapir_local.method.curriculum import CURRICULA, PlanInput
 from tapir_local.pipeline.context import Stage, Work
 from tapir_local.pipeline.expand import expand, few_steps, refine
 from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements
 from tapir_local.pipeline.prepare import PREPARE
 from tapir_local.pipeline.rows import after, pool, seeds, student_task
-from tapir_local.recipe.schema import FROM_POOL, is_judged
+from tapir_local.recipe.schema import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.training.job import LEFT_OUT
@@ -33,7 +33,7 @@ def mix(work: Work, out: Path) -> str:
 
 def answer(work: Work, out: Path) -> str:
     """The last round's student answers the pool, where the curriculum asks how hard its rows are."""
-    if not is_judged(work.recipe.curriculum):
+    if not judges_pool(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: the curriculum does not ask how hard a row is"
     return student_answers(work, pool(work), work.run.round(work.number - 1), out)
@@ -66,7 +66,7 @@ def told(answers: Sequence[Completion], kept: int) -> str:
 def judge(work: Work, out: Path) -> str:
     """The pool's rows judged: the teacher's answer and the student's, as the recipe's judge.mode says."""
     completions = read_rows(Completion, work.folder / "answers.jsonl")
-    if not is_judged(work.recipe.curriculum):
+    if not judges_pool(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: there are no answers"
     return write_judgements(work, "judge", pool(work), completions, out)
@@ -81,11 +81,11 @@ def plan(work: Work, out: Path) -> str:
     return "; ".join([summary(planned), *planned.notes])
 
 
-def situation(work: Work) -> Situation:
+def situation(work: Work) -> PlanInput:
     """What is known when this round is planned."""
     held = read_rows(Example, work.run.path / "holdout.jsonl")
     before = read_rows(Judgement, work.run.round(work.number - 1) / "holdout-judgements.jsonl")
-    return Situation(
+    return PlanInput(
         pool=pool(work),
         seeds=seeds(work),
         judgements=read_rows(Judgement, work.folder / "judgements.jsonl"),
@@ -94,13 +94,13 @@ def situation(work: Work) -> Situation:
         number=work.number,
         can_expand=work.recipe.can_expand,
         rng=work.chance("plan"),
-        gaps=metrics.gaps(held, before),
+        gaps=metrics.gaps_by_task(held, before),
     )
 
 
 def summary(planned: RoundPlan) -> str:
     """The plan in a phrase."""
-    if planned.curriculum not in FROM_POOL:
+    if planned.curriculum not in POOL_CURRICULA:
         return f"{len(planned.drawn) + len(planned.reflected):,} of {planned.pool:,} seeds taken"
     counts = f"{len(planned.hard):,} of them chosen, {planned.to_write:,} to write"
     return f"{planned.pool_hard:,} of {planned.pool:,} rows hard; {counts}, {len(planned.replay):,} easy ones replayed"
@@ -159,11 +159,11 @@ def evaluate(work: Work, out: Path) -> str:
     rows = read_rows(Example, work.run.path / "holdout.jsonl")
     completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
     judgements = read_rows(Judgement, work.folder / "holdout-judgements.jsonl")
-    found = metrics.evaluate(
+    found = metrics.compute_metrics(
         work.number, rows, completions, judgements, checked(work, rows, completions), judge_name(work.recipe)
     )
     if work.recipe.judge.kind == "reference":
-        found = metrics.likeness_only(found, rows, judgements)
+        found = metrics.without_win_rate(found, rows, judgements)
     write_record(out, found)
     return headline(found, metrics_before(work))
 
@@ -182,14 +182,14 @@ def checked(work: Work, rows: Iterable[Example], completions: Iterable[Completio
 def headline(found: Metrics, before: Metrics | None = None) -> str:
     """Win rate, or likeness and its change, and accuracy in a phrase, and whether the holdout is large enough."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
-    if found.student_score is not None and metrics.is_likeness(found.win_rate, found.student_score):
+    if found.student_score is not None and metrics.is_rouge_only(found.win_rate, found.student_score):
         win_rate = f"likeness {found.student_score:.2f} of 10"
         if before and before.student_score is not None:
             win_rate += f" ({found.student_score - before.student_score:+.2f} on round {before.round})"
     some = f" of the {found.checked:,} rows that a checker can tell of" if found.checked != found.rows else ""
     said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}{some}"
     unjudged = f"{found.unjudged:,} unjudged rows left out of the win rate" if found.unjudged else ""
-    return "; ".join(part for part in (said, unjudged, metrics.too_small(found)) if part)
+    return "; ".join(part for part in (said, unjudged, metrics.warn_small_holdout(found)) if part)
 
 
 STUDENT = (

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from tapir_local.errors import TapirError
-from tapir_local.method.metrics import mean_interval, proportion_interval
-from tapir_local.method.stats import Difference, Rows, corrected, difference
-from tapir_local.recipe.text import flat, lasting
+from tapir_local.method.metrics import bootstrap_interval, wilson_interval
+from tapir_local.method.stats import Difference, RowValues, correct_p_values, estimate_difference
+from tapir_local.recipe.text import fixed_settings, flatten
 from tapir_local.report.run_results import BY_HOLDOUT, Cost, Evaluated, Side, read_sides
 from tapir_local.run_dir import RunDir
 
@@ -93,14 +93,14 @@ def settings_apart(
 
 def all_settings(side: Side) -> dict[str, Any]:
     """A run's lasting settings, each by its path."""
-    return flat(lasting(side.recipe))
+    return flatten(fixed_settings(side.recipe))
 
 
 def judging_settings(side: Side) -> dict[str, Any]:
     """What decides how an answer is judged. Where the judge is reached, and what a round puts up with, is left out."""
     unlike = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
-    kept = {name: value for name, value in lasting(side.recipe)["judge"].items() if name not in unlike}
-    return {"judge": side.judge, **flat(kept, "judge.")}
+    kept = {name: value for name, value in fixed_settings(side.recipe)["judge"].items() if name not in unlike}
+    return {"judge": side.judge, **flatten(kept, "judge.")}
 
 
 def compared(sides: Sequence[Side], number: int | None, at: At | None, by_task: bool) -> dict[str, Any]:
@@ -172,18 +172,18 @@ def round_row(side: Side, found: Evaluated, chosen: bool) -> dict[str, Any]:
     return {"run": side.name, "round": found.number, **asdict(found.cost), **rates, "chosen": chosen}
 
 
-def values(found: Evaluated, metric: str) -> Rows:
+def values(found: Evaluated, metric: str) -> RowValues:
     """A round's values by row id."""
     return {"accuracy": found.right, "win_rate": found.wins, "likeness": found.likeness}[metric]
 
 
-def rate(metric: str, rows: Rows) -> dict[str, Any] | None:
+def rate(metric: str, rows: RowValues) -> dict[str, Any] | None:
     """{mean, interval, rows}, the interval 95 % and as `status` has it; None where no row has a value."""
     if not rows:
         return None
     numbers = list(rows.values())
     interval = (
-        proportion_interval([value == 1 for value in numbers]) if metric == "accuracy" else mean_interval(numbers)
+        wilson_interval([value == 1 for value in numbers]) if metric == "accuracy" else bootstrap_interval(numbers)
     )
     return {"mean": fmean(numbers), "interval": interval, "rows": len(numbers)}
 
@@ -200,7 +200,7 @@ def against_first(
         places = [(group, at) for group in groups for at in range(len(sides))]
         picked = {(group, at): only(values(chosen[at], metric), groups[group]) for group, at in places}
         apart = {(group, at): gap(picked[group, at], picked[group, 0]) for group, at in places if at}
-        gaps = corrected({place: found for place, found in apart.items() if found})
+        gaps = correct_p_values({place: found for place, found in apart.items() if found})
         rows += [
             {
                 "metric": metric,
@@ -216,14 +216,14 @@ def against_first(
     return rows
 
 
-def only(rows: Rows, ids: set[str]) -> Rows:
+def only(rows: RowValues, ids: set[str]) -> RowValues:
     """The values of some rows."""
     return {id: value for id, value in rows.items() if id in ids}
 
 
-def gap(one: Rows, other: Rows) -> Difference | None:
+def gap(one: RowValues, other: RowValues) -> Difference | None:
     """One run less the other on the rows that both have a value for; None where there is none."""
-    return difference({0: one}, {0: other}) if one.keys() & other.keys() else None
+    return estimate_difference({0: one}, {0: other}) if one.keys() & other.keys() else None
 
 
 def notes(sides: Sequence[Side], chosen: Sequence[Evaluated], at: At | None, budget: int | None) -> list[str]:

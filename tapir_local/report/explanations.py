@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from tapir_local.method.curriculum import new_rows
+from tapir_local.method.curriculum import count_new_rows
 from tapir_local.records import RoundPlan
 from tapir_local.report.terminal import cost_table, forecast_table, percent, plain_table, scores_phrase
 from tapir_local.report.what_if import WhatIf
@@ -51,7 +51,7 @@ def what_if_tables(found: WhatIf) -> list[PlainTable]:
     table.add_column("task")
     for name in ("share now", "share then", "to write now", "to write then"):
         table.add_column(name, justify="right")
-    new = [new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
+    new = [count_new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
     for task in sorted({*then.got, *(now.got if now else ())}):
         shares = [percent(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
         table.add_row(task, *shares, *(str(counts[task]) for counts in new))

@@ -11,9 +11,9 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows
-from tapir_local.method.judging import share_alike
-from tapir_local.method.metrics import Checker, win
-from tapir_local.method.stats import Rows
+from tapir_local.method.judging import rouge_of_score
+from tapir_local.method.metrics import AnswerChecker, win_value
+from tapir_local.method.stats import RowValues
 from tapir_local.pipeline.backends import checker
 from tapir_local.pipeline.lockfile import locked
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
@@ -68,12 +68,12 @@ class Evaluated:
 
     number: int
     cost: Cost
-    right: Rows
-    wins: Rows
-    likeness: Rows = field(default_factory=dict)
+    right: RowValues
+    wins: RowValues
+    likeness: RowValues = field(default_factory=dict)
 
     @property
-    def judged(self) -> Rows:
+    def judged(self) -> RowValues:
         """The values that rest on scores."""
         return self.wins or self.likeness
 
@@ -105,7 +105,7 @@ def read_sides(runs: Sequence[RunDir]) -> list[Side]:
     return [first, *(read_side(run, check, tasks) for run in runs[1:])]
 
 
-def one_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
+def one_checker(recipes: Mapping[str, Recipe]) -> AnswerChecker | None:
     """The checker of those recipes that name one, to be used on all alike; None where none does."""
     naming = {recipe.checker: (name, recipe) for name, recipe in recipes.items() if recipe.checker}
     if len(naming) > 1:
@@ -117,7 +117,7 @@ def one_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
     return next((checker(recipe) for _, recipe in naming.values()), None)
 
 
-def read_side(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> Side:
+def read_side(run: RunDir, check: AnswerChecker | None, tasks: Mapping[str, str]) -> Side:
     """One run as a side, its holdout's rows of the tasks given by id; TapirError where no round is evaluated yet."""
     metrics = {n: found for n in range(rounds_begun(run) + 1) if (found := metrics_of(run, n))}
     if not metrics:
@@ -136,14 +136,14 @@ def read_side(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> S
 
 
 def values_of(
-    run: RunDir, number: int, holdout: Sequence[Example], check: Checker | None, alike: bool
-) -> tuple[Rows, Rows, Rows]:
+    run: RunDir, number: int, holdout: Sequence[Example], check: AnswerChecker | None, alike: bool
+) -> tuple[RowValues, RowValues, RowValues]:
     """(right or not, win value, likeness) by row id, of a round's answers; `alike`: scores are likeness, none wins."""
     texts = by_id(run, number, Completion, "holdout-answer", "holdout-answers.jsonl", holdout)
     judged = by_id(run, number, Judgement, "holdout-judge", "holdout-judgements.jsonl", holdout)
     right = {row.id: check(row, texts[row.id].text) if check else None for row in holdout}
-    wins = {row.id: None if alike else win(judged[row.id]) for row in holdout}
-    scores = {row.id: share_alike(judged[row.id].student) if alike else None for row in holdout}
+    wins = {row.id: None if alike else win_value(judged[row.id]) for row in holdout}
+    scores = {row.id: rouge_of_score(judged[row.id].student) if alike else None for row in holdout}
     return known(right), known(wins), known(scores)
 
 

@@ -8,7 +8,7 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
-from tapir_local.method.judge_quality import quality
+from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.pipeline.prepare import too_low
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
@@ -127,7 +127,7 @@ def judge_of(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
     found = {name: read_rows(Judgement, path) for name, path in paths.items()}
-    return {name: asdict(quality(rows)) for name, rows in found.items() if rows}
+    return {name: asdict(measure_judge(rows)) for name, rows in found.items() if rows}
 
 
 def answers_of(run: RunDir, number: int) -> list[dict[str, Any]]:

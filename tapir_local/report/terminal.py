@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tapir_local.method.metrics import is_likeness
+from tapir_local.method.metrics import is_rouge_only
 from tapir_local.pipeline.dry_run import Foreseen
 from tapir_local.pipeline.loop import Step, Watch
 from tapir_local.printable import printable
-from tapir_local.recipe.schema import FROM_POOL
+from tapir_local.recipe.schema import POOL_CURRICULA
 from tapir_local.tables import PlainTable, join_styled, plain_text
 
 # Without a terminal there is no bar: a line so often (seconds) is the sign of life in a log.
@@ -122,7 +122,7 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
 def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """Mean scores, `3.5 : 10.0`; of likeness the student's and its change on the round before, `3.50 (+0.25)`."""
     score, last = found.get("student_score"), before.get("student_score")
-    if score is None or not is_likeness(found.get("win_rate"), score):
+    if score is None or not is_rouge_only(found.get("win_rate"), score):
         return scores_phrase([score, found.get("teacher_score")])
     return f"{score:.2f}" + ("" if last is None else f" ({score - last:+.2f})")
 
@@ -138,7 +138,7 @@ def caption(status: Mapping[str, Any]) -> str:
     """What the numbers mean and what was paid."""
     calls, judge = status["calls"], next((row["metrics"]["judge"] for row in status["rounds"] if row["metrics"]), "")
     metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
-    if metrics and is_likeness(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
+    if metrics and is_rouge_only(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
         scored = f"Score: {judge}, 1 to 10 where the words are the same, and its change on the round before. "
         return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
     scored = (
@@ -233,7 +233,7 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
     tables += [judge_table(title, found["judge"])] if found["judge"] else []
     if found["metrics"]:
-        alike = is_likeness(found["metrics"]["win_rate"], found["metrics"]["student_score"])
+        alike = is_rouge_only(found["metrics"]["win_rate"], found["metrics"]["student_score"])
         columns = {
             "rows": "count",
             **({"student_score": "score"} if alike else {"win_rate": "rate"}),
@@ -271,7 +271,7 @@ def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
 
 def plan_phrase(plan: Mapping[str, Any]) -> str:
     """What a plan takes."""
-    if plan["curriculum"] not in FROM_POOL:
+    if plan["curriculum"] not in POOL_CURRICULA:
         return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds taken"
     hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows hard"
     alpha = f"alpha asked {plan['alpha']:.0%}, got {plan['alpha_got']:.0%}"

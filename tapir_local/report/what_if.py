@@ -13,8 +13,8 @@ from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
 from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence
 from tapir_local.pipeline.rounds import situation
-from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
-from tapir_local.recipe.text import overridden, read_changes
+from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
+from tapir_local.recipe.text import override, parse_changes
 from tapir_local.records import RoundPlan
 from tapir_local.run_dir import RunDir
 from tapir_local.store.schema import tokens_by_stage
@@ -69,7 +69,7 @@ def what_if(run: RunDir, number: int | None, changes: Sequence[str]) -> WhatIf:
 
 def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """The recipe with the changes; TapirError for one that a plan does not depend on."""
-    pairs = read_changes(changes)
+    pairs = parse_changes(changes)
     for path in pairs:
         if not path.startswith(PLANNING):
             raise TapirError(
@@ -77,7 +77,7 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
                 where="--set",
                 fix=f"Settings that can be tried: {', '.join(PLANNING)}. For all else start a new run with --name.",
             )
-    return overridden(recipe, pairs, kept=True)
+    return override(recipe, pairs, kept=True)
 
 
 def last_judged(run: RunDir) -> int:
@@ -89,9 +89,9 @@ def last_judged(run: RunDir) -> int:
 def replan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """The plan by this recipe, and how many rows of its pool are without a judgement."""
     known = situation(Work(recipe, copy, Scout(recipe, None).tools(), number, f"round-{number:02d}/plan"))
-    judging = is_judged(recipe.curriculum)
+    judging = judges_pool(recipe.curriculum)
     if judging and not known.judgements:
-        others = sorted(CURRICULA.keys() - FROM_POOL)
+        others = sorted(CURRICULA.keys() - POOL_CURRICULA)
         raise TapirError(
             f"round {number} of run {copy.name!r} was not judged: its curriculum does not ask how hard a row is",
             where="--set curriculum.name",

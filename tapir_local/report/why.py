@@ -8,10 +8,10 @@ from typing import Any
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
-from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, teachable
+from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, is_teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
-from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
+from tapir_local.recipe.schema import POOL_CURRICULA, Curriculum, judges_pool
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import costs
 from tapir_local.run_dir import RunDir
@@ -200,10 +200,10 @@ def in_round(
         return line(number, judgement, "", "the round is not planned yet", trained)
     plan = read_record(RoundPlan, path)
     use = use_of(plan, row.id)
-    if plan.curriculum not in FROM_POOL:
+    if plan.curriculum not in POOL_CURRICULA:
         taken = len(plan.drawn) + len(plan.reflected)
         said = f"{plan.curriculum}: {'taken' if use else 'not drawn'}, {taken:,} of {plan.pool:,} were"
-    elif judgement is None and is_judged(settings):
+    elif judgement is None and judges_pool(settings):
         said = "not in this round's pool, which is drawn at random"
     elif judgement is None:
         said = "difficulty is off: " + ("drawn at random" if use else "not drawn")
@@ -225,7 +225,7 @@ def verdict_of(judgement: Judgement, settings: Curriculum) -> str:
         return f"unjudged: {judgement.reason}"
     if settings.name == "lion":
         return f"{'hard' if difficulty >= LION_THRESHOLD else 'easy'}: MFD {difficulty:g}, hard from {LION_THRESHOLD:g}"
-    if not teachable(judgement, settings):
+    if not is_teachable(judgement, settings):
         return f"the teacher's own score {judgement.teacher:g} is below teacher_floor {settings.teacher_floor:g}"
     hard = is_hard(judgement, settings)
     return f"{'hard' if hard else 'easy'}: MFD {difficulty:g} {'>' if hard else '<='} {settings.mfd_threshold:g}"
@@ -242,7 +242,7 @@ def fate(
     use = use_of(plan, judgement.id)
     if plan.curriculum == "lion":
         return "Lion trains on new rows alone"
-    if not teachable(judgement, settings):
+    if not is_teachable(judgement, settings):
         return "neither trained on nor replayed"
     if not is_hard(judgement, settings):
         easy = sum(is_easy(other, settings) for other in judged)

@@ -191,7 +191,7 @@ def take(
 
 def request_of(row: Given, teacher: Endpoint) -> Request:
     """What a run asks of its teacher for a seed with this prompt."""
-    asked = prompts.answer(row.prompt)
+    asked = prompts.answer_prompt(row.prompt)
     return Request(asked, row.name, STAGE, temperature=teacher.temperature, max_tokens=teacher.max_tokens)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, write_json, write_rows
 from tapir_local.memory import single_gpu_variables
-from tapir_local.method.metrics import proportion_interval
+from tapir_local.method.metrics import wilson_interval
 from tapir_local.process import child_main, run_in_process
 from tapir_local.recipe.schema import Classifier
 from tapir_local.records import Example, Progress, T, instruction_of
@@ -347,7 +347,7 @@ def compare(held: Sequence[Example], predictions: Sequence[Prediction]) -> dict[
 
 def share_of(agree: int, rows: int) -> dict[str, Any]:
     """So many of so many rows, and the interval of their share."""
-    return {"rows": rows, "agree": agree, "interval": proportion_interval([n < agree for n in range(rows)])}
+    return {"rows": rows, "agree": agree, "interval": wilson_interval([n < agree for n in range(rows)])}
 
 
 if __name__ == "__main__":

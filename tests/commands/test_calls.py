@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Path:
     """A folder with a cache of two calls, a recipe and a file of rows."""
     with Store(tmp_path / "cache" / "teacher.db") as store:
         for text in ("What is 2 + 3?", "What is 4 + 5?"):
-            request = Request(prompts.answer((Message("user", text),)), f"row-{text}", "seeds")
+            request = Request(prompts.answer_prompt((Message("user", text),)), f"row-{text}", "seeds")
             ask([request], Teacher(kind="pocket"), store, run="one")
     (tmp_path / "my.yaml").write_text(RECIPE)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))

@@ -23,7 +23,7 @@ from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Example, Message
 from tapir_local.run_dir import RunDir
 from tapir_local.unusable import Unusable
@@ -94,7 +94,7 @@ LIKE = (
 
 def test_the_read_stage_counts_and_keeps_what_it_leaves_out(tmp_path: Path) -> None:
     (tmp_path / "seeds.jsonl").write_text(LIKE)
-    recipe = overridden(
+    recipe = override(
         make_recipe(tmp_path), {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1, "seeds.max_rouge": 0.9}
     )
     said, run = read_stage(recipe, tmp_path)
@@ -111,7 +111,7 @@ def read_rows_of(tmp_path: Path, rows: list[str], **changes: object) -> tuple[st
     """What the read stage says of a file of these lines."""
     (tmp_path / "seeds.jsonl").write_text("\n".join(rows))
     settings = {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1}
-    return read_stage(overridden(make_recipe(tmp_path), settings | changes), tmp_path)
+    return read_stage(override(make_recipe(tmp_path), settings | changes), tmp_path)
 
 
 FIFTY = [f'{{"instruction": "Question {n}: what is {n} times 3?"}}' for n in range(50)]
@@ -181,7 +181,7 @@ def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
 
 
 def test_a_file_without_answers_cannot_answer(tmp_path: Path) -> None:
-    recipe = overridden(make_recipe(tmp_path), {"seeds.answers": "file"})
+    recipe = override(make_recipe(tmp_path), {"seeds.answers": "file"})
     with pytest.raises(TapirError, match=r"no row has an answer(.|\n)*seeds.answers: teacher"):
         read_stage(recipe, tmp_path)
     assert not (tmp_path / "runs" / "run").exists()

@@ -10,7 +10,7 @@ from tapir_local.files import file_sha256
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.run_dir import RunDir
 
 
@@ -47,7 +47,7 @@ def test_edited_seeds_are_refused_with_what_changed(begun: tuple[Recipe, RunDir]
 def test_the_same_seeds_in_another_place_are_taken(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
     recipe, run = begun
     moved = Path(recipe.seeds.path).rename(tmp_path / "moved.json")
-    recipe = overridden(recipe, {"seeds.path": str(moved)})
+    recipe = override(recipe, {"seeds.path": str(moved)})
     assert distill(recipe, run, tools(World()), QUIET)
     moved.unlink()  # what a run has read it needs no more
     assert not distill(recipe, run, tools(World()), QUIET)
@@ -57,14 +57,14 @@ def test_other_seeds_are_another_recipe(begun: tuple[Recipe, RunDir], tmp_path: 
     recipe, run = begun
     (tmp_path / "other.json").write_text('[{"instruction": "paint it"}]')
     with pytest.raises(TapirError, match=r"another recipe: seeds.path: .*other.json"):
-        distill(overridden(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, tools(World()), QUIET)
+        distill(override(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, tools(World()), QUIET)
 
 
 def test_of_a_folder_the_files_that_changed_are_named(tmp_path: Path) -> None:
     recipe, run = make_recipe(tmp_path), RunDir(tmp_path, "fake")
     (tmp_path / "data").mkdir()
     file = Path(recipe.seeds.path).rename(tmp_path / "data" / "train.json")
-    recipe = overridden(recipe, {"seeds.path": str(tmp_path / "data")})
+    recipe = override(recipe, {"seeds.path": str(tmp_path / "data")})
     distill(recipe, run, tools(World()), QUIET)
     file.write_bytes(file.read_bytes() + b"\n")
     (tmp_path / "data" / "more.json").write_text("[]")

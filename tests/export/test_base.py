@@ -22,7 +22,7 @@ from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import exporter, gatekeeper, real_tools, shipper
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message, Progress
 from tapir_local.resources import POCKET_SEEDS, find_recipe
 from tapir_local.run_dir import RunDir
@@ -49,7 +49,7 @@ def model(llama, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(model: Path) -> Recipe:
-    return overridden(parse_recipe("teacher: pocket", "r"), {"student.path": str(model), **SETTINGS})
+    return override(parse_recipe("teacher: pocket", "r"), {"student.path": str(model), **SETTINGS})
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def answers(recipe: Recipe, run: RunDir) -> list[str]:
 def test_an_adapter_answers_as_the_merged_student_does(llama, recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     exported(recipe, run)
     assert gated(recipe, run).passed
-    whole, merged = begun(llama, RunDir(tmp_path / "other", "r")), overridden(recipe, {"export.rounds": "merged"})
+    whole, merged = begun(llama, RunDir(tmp_path / "other", "r")), override(recipe, {"export.rounds": "merged"})
     assert not is_adapter(exported(merged, whole))
     assert answers(recipe, run) == answers(merged, whole)
     assert gated(merged, whole).figures.agreement == gated(recipe, run).figures.agreement
@@ -251,7 +251,7 @@ def test_a_run_goes_through_in_both_ways_with_the_same_answers(tmp_path: Path) -
     found = {}
     for way in ("merged", "adapter"):
         changes = {**SETTINGS, **small, **named, "export.rounds": way, "name": way, "train.start": "previous"}
-        recipe, run = overridden(shipped, changes), RunDir(tmp_path / "cache", way)
+        recipe, run = override(shipped, changes), RunDir(tmp_path / "cache", way)
         with real_tools(recipe, run, print) as tools:
             distill(recipe, run, tools, QUIET)
         found[way] = [row.text for row in read_rows(Completion, run.round(1) / "holdout-answers.jsonl")]

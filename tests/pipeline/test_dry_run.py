@@ -11,7 +11,7 @@ from tapir_local.method import prompts
 from tapir_local.pipeline.dry_run import Foreseen, forecast
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Example, Request, RoundPlan
 from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
@@ -24,7 +24,7 @@ PRICED = {
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    return overridden(make_recipe(tmp_path), {"classifier.labelled": 30})
+    return override(make_recipe(tmp_path), {"classifier.labelled": 30})
 
 
 def by_step(found: list[Foreseen]) -> dict[str, Foreseen]:
@@ -50,11 +50,11 @@ def test_a_new_run_is_counted_up_to_the_first_student_and_estimated_beyond(recip
 
 def test_what_the_store_has_is_not_counted_as_to_be_paid(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(overridden(recipe, {"rounds": 0}), RunDir(tmp_path / "other", "fake"), tools(World()), QUIET)
+    distill(override(recipe, {"rounds": 0}), RunDir(tmp_path / "other", "fake"), tools(World()), QUIET)
     rows = read_rows(Example, tmp_path / "other" / "runs" / "fake" / "rows.jsonl")
     teacher = recipe.teacher
     wanted = [
-        Request(prompts.answer(row.prompt), row.id, "seeds", 0, 0, teacher.temperature, teacher.max_tokens)
+        Request(prompts.answer_prompt(row.prompt), row.id, "seeds", 0, 0, teacher.temperature, teacher.max_tokens)
         for row in rows[:25]
     ]
     with Store(run.cache / "teacher.db") as store:
@@ -82,7 +82,7 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
 
 
 def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: Recipe, tmp_path: Path) -> None:
-    alone = overridden(recipe, {"judge.mode": "single"})
+    alone = override(recipe, {"judge.mode": "single"})
     found = by_step(forecast(alone, RunDir(tmp_path / "cache", "fake")))
     calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
     assert calls == {
@@ -92,24 +92,24 @@ def test_a_judge_of_answers_alone_is_not_asked_about_the_teachers_again(recipe: 
         "round-02/judge": 53 + 6,  # three rows more in the pool, six answers that round 1 wrote or rewrote
         "round-02/holdout-judge": 10,
     }
-    few = by_step(forecast(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
+    few = by_step(forecast(override(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
     assert few["round-02/judge"].calls == 10 + 9  # a fifth of them was drawn before, another few are new
 
 
 def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    priced = by_step(forecast(overridden(recipe, PRICED), run))["prepare/label"]
+    priced = by_step(forecast(override(recipe, PRICED), run))["prepare/label"]
     assert priced.money == pytest.approx((priced.tokens_in + 2 * priced.tokens_out) / 1e6)
-    unpriced = by_step(forecast(overridden(recipe, {**PRICED, "teacher": {**PRICED["teacher"], "price": None}}), run))
+    unpriced = by_step(forecast(override(recipe, {**PRICED, "teacher": {**PRICED["teacher"], "price": None}}), run))
     assert unpriced["prepare/label"].money is None
     assert by_step(forecast(recipe, run))["prepare/label"].money == 0  # the pocket teacher costs nothing
 
 
 def test_another_recipe_than_the_run_began_with_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(overridden(recipe, {"rounds": 0}), run, tools(World()), QUIET)
+    distill(override(recipe, {"rounds": 0}), run, tools(World()), QUIET)
     with pytest.raises(TapirError, match="another recipe"):
-        forecast(overridden(recipe, {"curriculum.rows": 7}), run)
+        forecast(override(recipe, {"curriculum.rows": 7}), run)
 
 
 def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.expand import few_rows, hopeless, told
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Progress, Request, RoundPlan
 from tapir_local.run_dir import RunDir
 from tapir_local.unusable import read_unusable
@@ -43,7 +43,7 @@ def run_of(folder: Path, reply: Reply, world: World | None = None, **changes: ob
     """A run of one round after the baseline."""
     folder.mkdir(exist_ok=True)
     changed = {f"curriculum.{key}": value for key, value in changes.items()}
-    recipe = overridden(make_recipe(folder), {"rounds": 1, **changed})
+    recipe = override(make_recipe(folder), {"rounds": 1, **changed})
     run = RunDir(folder, "fake")
     distill(recipe, run, saying(world or World(), reply), QUIET)
     return run
@@ -111,7 +111,7 @@ def test_a_forecast_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: Pa
             return super().ask(requests, progress)
 
     changes = {"rounds": 1, "curriculum.rows": 200, "curriculum.alpha": 0.8, "curriculum.children": 9}
-    recipe, run = overridden(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
+    recipe, run = override(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, tools(Stopped()), QUIET)
     found = next(row for row in forecast(recipe, run) if row.step == "round-01/expand")
@@ -240,5 +240,5 @@ def test_a_round_of_few_rows_or_few_steps_is_warned_of() -> None:
         "12 rows make 2 steps of train.batch_size (16), too few to learn much: set it lower, or train.epochs higher",
     ]
     assert len(few_rows(recipe, 20)) == 1
-    assert few_rows(overridden(recipe, {"train.batch_size": 4}), 20) == []
-    assert few_rows(overridden(recipe, {"train.packing": True}), 20) == []
+    assert few_rows(override(recipe, {"train.batch_size": 4}), 20) == []
+    assert few_rows(override(recipe, {"train.packing": True}), 20) == []

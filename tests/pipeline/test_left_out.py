@@ -22,7 +22,7 @@ from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.pipeline.student_text import StudentText
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
 from tapir_local.report.status import round_of, status_of, unusable_of
 from tapir_local.report.why import why
@@ -41,7 +41,7 @@ def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **chang
     """The recipe's sixty seeds as conversations, and these."""
     seeds = [{"messages": [user(row["instruction"])]} for row in json.loads((folder / "seeds.json").read_text())]
     (folder / "more.json").write_text(json.dumps(seeds + [{"messages": row} for row in rows]))
-    return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
+    return override(recipe, {"seeds.path": str(folder / "more.json"), **changes})
 
 
 def student(world: World, template: str, **changes: object) -> Tools:
@@ -116,7 +116,7 @@ def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: 
         "seeds.holdout": 5,
         "rounds": 1,
     }
-    chosen = overridden(make_recipe(tmp_path), {"seeds.path": str(tmp_path / "own.json"), **own})
+    chosen = override(make_recipe(tmp_path), {"seeds.path": str(tmp_path / "own.json"), **own})
     distill(chosen, run, student(World(), THOUGHTS), QUIET)
     assert {row.id: row.kind for row in left(run, "prepare/read")} == {
         "seed-00008": "the chat template changes the assistant's words",
@@ -125,7 +125,7 @@ def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: 
     }
     with pytest.raises(TapirError, match=r"3 of 40 rows \(8%\) cannot be used"):
         distill(
-            overridden(chosen, {"limits.unusable": 0.05}),
+            override(chosen, {"limits.unusable": 0.05}),
             RunDir(tmp_path / "b", "x"),
             student(World(), THOUGHTS),
             QUIET,
@@ -204,7 +204,7 @@ def test_a_rewritten_answer_that_the_template_changes_is_rejected(recipe: Recipe
     change = spoiled(lambda request: request.stage == "expand", text)
     base = student(World(), THOUGHTS)
     made = replace(with_ask(World(), change), student_text=base.student_text)
-    distill(overridden(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
+    distill(override(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
     drafts = read_rows(Draft, run.round(1) / "expanded.jsonl")
     assert {draft.reason for draft in drafts} == {"the chat template changes the assistant's words"}
 
@@ -249,7 +249,7 @@ def test_a_row_that_the_student_could_not_be_asked_is_not_paid_a_judge(
 
         return [changed(row) for row in generate(gguf, wanted, ids, progress, lambda row: each(changed(row)))]
 
-    tolerant = overridden(recipe, {"judge.max_unjudged": 0.2})
+    tolerant = override(recipe, {"judge.max_unjudged": 0.2})
     distill(tolerant, run, replace(tools(world), generate=unable), QUIET)
     [first, *_] = read_rows(Completion, run.round(0) / "holdout-answers.jsonl")
     assert not any(request.row.startswith(first.id) for request in world.asked if request.stage == "holdout-judge")
@@ -382,7 +382,7 @@ def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recip
 
 
 def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
-    chosen = overridden(recipe, {"curriculum.name": "reflection"})
+    chosen = override(recipe, {"curriculum.name": "reflection"})
     whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
     distill(chosen, whole, tools(World()), QUIET)
     sizes = list[int]()

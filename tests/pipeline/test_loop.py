@@ -11,7 +11,7 @@ from tapir_local.files import read_record, read_rows, remove_path, write_rows
 from tapir_local.pipeline.lockfile import keys_of, locked
 from tapir_local.pipeline.loop import distill, kept_recipe, pending, redo, sequence
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report.status import round_of, status_of
 from tapir_local.report.terminal import round_tables, rounds_table
@@ -183,7 +183,7 @@ def test_cut_answers_are_left_out_not_trained_on(recipe: Recipe, tmp_path: Path)
             Answer("half of it", "length", False) if request.stage == "refine" and request.row.endswith("3") else answer
         )
 
-    tolerant = overridden(recipe, {"limits.unusable": 0.5})
+    tolerant = override(recipe, {"limits.unusable": 0.5})
     distill(tolerant, run, with_ask(World(), cut), QUIET)
     rows = [row for number in (1, 2) for row in read_rows(Example, run.round(number) / "train.jsonl")]
     assert all(row.completion != "half of it" for row in rows)

@@ -30,7 +30,7 @@ from tapir_local.pipeline.loop import distill, sequence
 from tapir_local.pipeline.rounds import ROUND
 from tapir_local.pocket import teacher
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.resources import POCKET_SEEDS, find_recipe, read_chat_template, recipe_files
 from tapir_local.run_dir import RunDir
@@ -67,7 +67,7 @@ def test_the_first_line_is_a_command_that_runs_this_recipe(path: Path) -> None:
     assert find_recipe(given["recipe"]).resolve() == path.resolve()
     changes = {"rounds": given["rounds"], "seeds.path": given["seeds"] and str(given["seeds"])}
     settled = {key: value for key, value in changes.items() if value is not None}
-    assert overridden(shipped(path.stem), settled) == shipped(path.stem)
+    assert override(shipped(path.stem), settled) == shipped(path.stem)
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
@@ -185,7 +185,7 @@ def small(name: str, server: Server, changes: dict[str, Any]) -> Recipe:
     recipe = shipped(name)
     if recipe.teacher.kind == "openai":
         changes = {"teacher.base_url": server.url, "seeds.path": "pocket", "classifier.model": "small", **changes}
-    return overridden(recipe, {**SMALL, "classifier.labelled": 30, **changes})
+    return override(recipe, {**SMALL, "classifier.labelled": 30, **changes})
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
@@ -213,7 +213,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
 def test_reflection_scores_with_the_very_gguf(tmp_path: Path, one_process: None) -> None:
     small_run = parse_recipe((ROOT / ".ci" / "small.yaml").read_text(), "small.yaml")
     changes = {"curriculum.name": "reflection", "seeds.limit": 60, "seeds.holdout": 12, "curriculum.rows": 24}
-    run = ran(overridden(small_run, {**changes, "classifier.labelled": 100}), tmp_path)
+    run = ran(override(small_run, {**changes, "classifier.labelled": 100}), tmp_path)
     drafts, rows = (
         read_rows(Draft, run.round(1) / "expanded.jsonl"),
         read_rows(Example, run.round(1) / "train.jsonl"),

@@ -15,7 +15,7 @@ from tapir_local.pipeline.card import UNSTATED, asked, cell, front_matter
 from tapir_local.pipeline.loop import distill, redo, sequence
 from tapir_local.pipeline.published import published
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe, validated
+from tapir_local.recipe.text import override, parse_recipe, validate_recipe
 from tapir_local.records import Progress
 from tapir_local.report.status import status_of
 from tapir_local.run_dir import RunDir
@@ -73,10 +73,10 @@ def test_it_comes_back_the_same(recipe: Recipe, run: RunDir) -> None:
 
 
 def test_more_rounds_make_it_anew_and_fewer_too(recipe: Recipe, run: RunDir) -> None:
-    done(overridden(recipe, {"rounds": 3}), run)
+    done(override(recipe, {"rounds": 3}), run)
     assert contents(run)["student.gguf"] == (run.round(3) / "student.gguf").read_bytes()
     assert b"| 3 |" in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"rounds": 1}), run, tools(World()), QUIET) == 1
+    assert distill(override(recipe, {"rounds": 1}), run, tools(World()), QUIET) == 1
     assert contents(run)["student.gguf"] == (run.round(1) / "student.gguf").read_bytes()
 
 
@@ -84,7 +84,7 @@ def test_while_more_rounds_are_under_way_there_is_none(recipe: Recipe, run: RunD
     world = World()
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
-        distill(overridden(recipe, {"rounds": 3}), run, tools(world), QUIET)
+        distill(override(recipe, {"rounds": 3}), run, tools(world), QUIET)
     assert not (run.path / "model").exists()
 
 
@@ -100,7 +100,7 @@ def test_it_alone_can_be_redone(recipe: Recipe, run: RunDir) -> None:
 
 def test_another_card_is_no_other_recipe_and_makes_it_anew(recipe: Recipe, run: RunDir) -> None:
     assert b"CC BY 4.0" not in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, tools(World()), QUIET) == 1
+    assert distill(override(recipe, {"card.data_licence": "CC BY 4.0"}), run, tools(World()), QUIET) == 1
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
 
 
@@ -113,12 +113,12 @@ CHANGED = {
 @pytest.mark.parametrize("path", CHANGED)
 def test_what_a_model_does_not_depend_on_leaves_it_as_it_is(path: str, recipe: Recipe, run: RunDir) -> None:
     before = (run.path / "model").stat().st_ino, contents(run)
-    assert distill(overridden(recipe, {path: CHANGED[path]}), run, tools(World()), QUIET) == 0
+    assert distill(override(recipe, {path: CHANGED[path]}), run, tools(World()), QUIET) == 0
     assert ((run.path / "model").stat().st_ino, contents(run)) == before
 
 
 def test_other_words_about_it_make_it_anew(recipe: Recipe, run: RunDir) -> None:
-    assert distill(overridden(recipe, {"about": "Better words."}), run, tools(World()), QUIET) == 1
+    assert distill(override(recipe, {"about": "Better words."}), run, tools(World()), QUIET) == 1
     assert b"Better words." in contents(run)["README.md"]
 
 
@@ -129,7 +129,7 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
         **{"student.chat_template": str(tmp_path / "t.jinja"), "export.converter": str(tmp_path / "convert.py")},
         **{"train.launcher": f"{tmp_path}/bin/accelerate launch", "judge.gguf": str(tmp_path / "judge.gguf")},
     }
-    run = done(overridden(recipe, changes), RunDir(tmp_path, "fake"))
+    run = done(override(recipe, changes), RunDir(tmp_path, "fake"))
     for name, data in contents(run).items():
         assert str(tmp_path).encode() not in data, name
     told = contents(run)["README.md"].decode()
@@ -138,12 +138,12 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
     assert "the GGUF judge.gguf" in told
     published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
     assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
-    assert distill(overridden(recipe, changes), run, tools(World()), QUIET) == 0
+    assert distill(override(recipe, changes), run, tools(World()), QUIET) == 0
 
 
 def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> None:
     endpoint = {"kind": "openai", "model": "m", "base_url": "https://me:secret@host:8000/v1?key=hidden"}
-    kept = validated({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
+    kept = validate_recipe({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
     assert "https://host:8000/v1\n" in published(kept)
     assert asked(kept.teacher) == "m at https://host:8000/v1"
     assert not {"secret", "hidden"} & set(re.findall(r"\w+", published(kept)))
@@ -176,7 +176,7 @@ def test_the_card_says_what_is_not_known(run: RunDir) -> None:
 
 def test_the_card_repeats_what_the_recipe_states_and_no_more(recipe: Recipe, tmp_path: Path) -> None:
     stated = {"licence": "apache-2.0", "base_licence": "llama2", "terms": "none | known", "language": "en"}
-    whole = overridden(recipe, {f"card.{name}": text for name, text in stated.items()})
+    whole = override(recipe, {f"card.{name}": text for name, text in stated.items()})
     text = contents(done(whole, RunDir(tmp_path, "fake")))["README.md"].decode()
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "| the base | llama2 |" in text
@@ -196,8 +196,8 @@ def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> 
 
 
 def test_a_base_on_the_hub_is_named_for_it_and_a_folder_is_not(recipe: Recipe) -> None:
-    assert "base_model: Qwen/Qwen3-4B" in front_matter(overridden(recipe, {"student.path": "Qwen/Qwen3-4B"}))
-    assert "base_model" not in front_matter(overridden(recipe, {"student.path": "/models/qwen"}))
+    assert "base_model: Qwen/Qwen3-4B" in front_matter(override(recipe, {"student.path": "Qwen/Qwen3-4B"}))
+    assert "base_model" not in front_matter(override(recipe, {"student.path": "/models/qwen"}))
 
 
 def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
@@ -205,7 +205,7 @@ def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
 ) -> None:
     (tmp_path / "models" / "qwen").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in front_matter(overridden(recipe, {"student.path": "models/qwen"}))
+    assert "base_model" not in front_matter(override(recipe, {"student.path": "models/qwen"}))
 
 
 def test_a_cell_stays_one() -> None:

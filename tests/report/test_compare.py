@@ -14,9 +14,9 @@ from rich.console import Console
 import cli
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, write_record, write_rows, write_text
-from tapir_local.method.metrics import evaluate
+from tapir_local.method.metrics import compute_metrics
 from tapir_local.pipeline.lockfile import Locked, lock
-from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
+from tapir_local.recipe.text import override, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare
 from tapir_local.report.compare_tables import comparison_tables
@@ -47,7 +47,7 @@ def made(
     teacher and the judge `size` times."""
     run = RunDir(cache, name)
     changed = {"name": name, "judge.kind": judge_kind, **changes}
-    write_text(run.path / "recipe.yaml", to_yaml(overridden(parse_recipe(RECIPE, "r"), changed)))
+    write_text(run.path / "recipe.yaml", to_yaml(override(parse_recipe(RECIPE, "r"), changed)))
     write_rows(run.path / "holdout.jsonl", holdout)
     for number, answers in enumerate(rounds):
         add_round(run, number, answers.ljust(len(holdout), "0"), holdout, size, judge)
@@ -69,7 +69,7 @@ def add_round(run: RunDir, number: int, answers: str, holdout: list[Example], si
         step = f"round-{number:02d}/{stage}"
         lock(run, step, [Locked(step, f"r{n}", "0" * 64) for n in range(count)])
     right = {row.id: it in "1=" for row, it in told}
-    write_record(folder / "metrics.json", evaluate(number, holdout, texts, judged, right, judge))
+    write_record(folder / "metrics.json", compute_metrics(number, holdout, texts, judged, right, judge))
 
 
 def told(found: dict, run: str, metric: str = "accuracy") -> dict:

@@ -18,7 +18,7 @@ PRICE = Price(input=1_000_000, output=1_000_000)  # a token costs 1
 
 
 def wanted(stage: str, *ids: str, number: int = 0) -> list[Request]:
-    return [Request(prompts.answer((Message("user", f"{stage} {id}"),)), id, stage, number) for id in ids]
+    return [Request(prompts.answer_prompt((Message("user", f"{stage} {id}"),)), id, stage, number) for id in ids]
 
 
 @pytest.fixture

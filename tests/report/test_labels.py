@@ -16,7 +16,7 @@ from tapir_local.files import read_rows, write_json
 from tapir_local.pipeline.dry_run import forecast
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Example, Progress, Request
 from tapir_local.report.labels import label_tables, labels_of
 from tapir_local.report.status import status_of
@@ -29,7 +29,7 @@ START = {"rounds": 0}
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """Sixty seeds, of which the teacher labels thirty: two of three are Math, the others Art."""
-    return overridden(make_recipe(tmp_path), START)
+    return override(make_recipe(tmp_path), START)
 
 
 def doubting(sure: Callable[[int], float], agreement: float = 0.9) -> Callable[..., None]:
@@ -82,7 +82,7 @@ def test_the_teacher_is_asked_where_the_classifier_is_unsure(recipe: Recipe, tmp
 
 
 def test_the_least_sure_are_asked_and_no_more_than_allowed(recipe: Recipe, tmp_path: Path) -> None:
-    world, few = World(), overridden(recipe, {"classifier.ask_at_most": 5})
+    world, few = World(), override(recipe, {"classifier.ask_at_most": 5})
     run = ran(few, tmp_path, world, classify=doubting(lambda place: 0.01 * place))
     lines = (run.path / "classifier" / "predictions.jsonl").read_text().splitlines()
     least = {json.loads(line)["id"] for line in lines[:5]}
@@ -92,7 +92,7 @@ def test_the_least_sure_are_asked_and_no_more_than_allowed(recipe: Recipe, tmp_p
 
 def test_nobody_is_asked_where_that_is_turned_off(recipe: Recipe, tmp_path: Path) -> None:
     world = World()
-    run = ran(overridden(recipe, {"classifier.ask_below": 0}), tmp_path, world, classify=doubting(lambda place: 0.0))
+    run = ran(override(recipe, {"classifier.ask_below": 0}), tmp_path, world, classify=doubting(lambda place: 0.0))
     assert not [request for request in world.asked if request.stage == "tasks"]
     assert sources(run)[("Art", "classifier")] == 30
 
@@ -127,7 +127,7 @@ def test_an_unreadable_label_is_no_label(recipe: Recipe, tmp_path: Path) -> None
     def mumble(request: Request) -> Answer | None:
         return theory(request) if "<instruction>\npaint" in request.messages[-1].content else None
 
-    with_few = overridden(recipe, {"classifier.labelled": 60})
+    with_few = override(recipe, {"classifier.labelled": 60})
     run = ran(with_few, tmp_path, teacher=mumbling(World(), mumble))
     assert sources(run) == {("Math", "teacher"): 40, ("Others", ""): 20}
     assert said(run, "label").startswith(
@@ -174,13 +174,13 @@ def test_tasks_without_a_row_are_named_and_the_rest_counted(recipe: Recipe, tmp_
     assert "no row of Reasoning, Code Generation, Code Debug, Writing, Computer Science and 25 more: " in said(
         run, "tasks"
     )
-    own = overridden(recipe, {"tasks": {"Math": 0.5, "Art": 0.3, "Law": 0.2, "Music": 0}})
+    own = override(recipe, {"tasks": {"Math": 0.5, "Art": 0.3, "Law": 0.2, "Music": 0}})
     named = ran(own, tmp_path / "own")
     assert said(named, "tasks").endswith("; no row of Law: the other tasks have their shares")
 
 
 def test_an_odd_sum_of_shares_is_said_once(recipe: Recipe, tmp_path: Path) -> None:
-    run = ran(overridden(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
+    run = ran(override(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
     assert said(run, "label").endswith("; the shares of `tasks` sum to 3, so each counts as its part of that")
     assert str(run.record()).count("sum to 3") == 1
     assert "sum to" not in str(ran(recipe, tmp_path / "even").record())
@@ -247,7 +247,7 @@ def test_labels_that_are_not_there_yet(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_forecast_has_the_most_that_may_be_asked(
     recipe: Recipe, tmp_path: Path, changes: dict[str, Any], most: int | None
 ) -> None:
-    found = {row.step: row for row in forecast(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
+    found = {row.step: row for row in forecast(override(recipe, changes), RunDir(tmp_path / "none", "fake"))}
     row = found.get("prepare/tasks")
     assert (row.calls if row else None) == most
     if row:
@@ -272,7 +272,7 @@ def test_a_recipe_with_tasks_of_its_own_goes_through(recipe: Recipe, tmp_path: P
         math = '"Math"' in str(world.ask([request], lambda *_: None)[0].text)
         return Answer('{"task": "adding up"}', "stop", False) if request.stage == "label" and math else None
 
-    run = ran(overridden(recipe, {"tasks": own, "rounds": 1}), tmp_path, teacher=mumbling(world, adding))
+    run = ran(override(recipe, {"tasks": own, "rounds": 1}), tmp_path, teacher=mumbling(world, adding))
     assert sources(run)[("Adding up", "teacher")] > 0
     labelling, refining = (
         next(request for request in world.asked if request.stage == stage) for stage in ("label", "refine")

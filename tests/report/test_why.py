@@ -11,7 +11,7 @@ from cli import cli
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
 from tapir_local.pipeline.loop import distill
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Example, Judgement, RoundPlan
 from tapir_local.report.what_if import what_if
 from tapir_local.report.why import why
@@ -20,7 +20,7 @@ from tapir_local.run_dir import RunDir
 
 def ran(folder: Path, **changes: object) -> RunDir:
     run = RunDir(folder, "fake")
-    distill(overridden(make_recipe(folder), changes), run, tools(World()), QUIET)
+    distill(override(make_recipe(folder), changes), run, tools(World()), QUIET)
     return run
 
 

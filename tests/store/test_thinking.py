@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tapir_local.files import read_rows
 from tapir_local.pipeline.loop import distill
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Example, Request
 from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import without_thoughts
@@ -121,7 +121,7 @@ def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]
     def think(requests: list[Request], progress: fakes.Progress) -> list[Answer]:
         return [replace(answer, text=thought + answer.text) for answer in world.ask(requests, progress)]
 
-    recipe = overridden(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
+    recipe = override(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
     run = RunDir(folder, "fake")
     distill(recipe, run, replace(fakes.tools(fakes.World()), teacher=think, judge=think), fakes.QUIET)
     return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]
