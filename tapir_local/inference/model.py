@@ -36,7 +36,7 @@ class Advice:
     """What the user can do about a GGUF that will not serve; these words are for a student that this program made."""
 
     unusable: str = REMAKE
-    too_large: str = "Set student.parallel or student.max_length lower."
+    too_large: str = "Set student.concurrency or student.max_length lower."
     no_template: str = "Export the student again, from a folder with a chat_template.jinja."
     too_heavy: str = "Stop what else holds memory, take a smaller export.quant, or a smaller student."
     other_base: str = "Make it anew for this base, or give the base it was made for."

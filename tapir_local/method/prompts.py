@@ -1,7 +1,7 @@
-"""Every word sent to a teacher or a judge: functions that return messages.
+"""Every text sent to a teacher or judge: functions that return prompts.
 
-Each request names its job in the system message and puts what it is about between tags, so that the text of an
-instruction or an answer cannot be taken for the request itself: `fenced` takes the tags' own spelling out of it.
+Each request states its job in the system message and puts the data between tags, so that the text of an instruction or
+an answer is not mistaken for the request: `fence_text` replaces our tags within it.
 """
 
 import re
@@ -35,18 +35,18 @@ PROMPT_TAG = re.compile(r"<(/?)(" + "|".join(PROMPT_TAGS) + r")>", re.IGNORECASE
 
 
 def fence_text(tag: str, text: str) -> str:
-    """`text` between <tag> and </tag>; any of our own tags inside it are spelled with brackets instead."""
+    """`text` between <tag> and </tag>; any of our tags within it are written with square brackets instead."""
     harmless = PROMPT_TAG.sub(r"[\1\2]", text)
     return f"<{tag}>\n{harmless}\n</{tag}>"
 
 
 def answer_prompt(prompt: Prompt) -> Prompt:
-    """The instruction as the student will see it: the teacher's plain answer is what it is compared with."""
+    """The instruction as the student will see it, so that the plain answers of teacher and student can be compared."""
     return prompt
 
 
 def classify_prompt(prompt: Prompt, tasks: Mapping[str, Task]) -> Prompt:
-    """Ask for the task of an instruction, as {"task": LABEL}; read by judging.parse_label."""
+    """Ask for the task of an instruction, as {"task": LABEL}; parsed by judging.parse_label."""
     known = "\n".join(f"{task.label}: {task.description}" for task in tasks.values())
     return (
         Message("system", CLASSIFY),
@@ -58,7 +58,7 @@ def classify_prompt(prompt: Prompt, tasks: Mapping[str, Task]) -> Prompt:
     )
 
 
-# What `judge` asks for, for a judge that can be held to it. Whole numbers by name: llama.cpp's grammar knows no limits.
+# JSON schemas of what the judge prompts ask for. Integers are listed, since llama.cpp's grammar supports no limits.
 SCORE = {"enum": list(range(1, 11))}
 JUDGEMENT = {
     "type": "object",
@@ -75,10 +75,10 @@ SINGLE_JUDGEMENT = {
 
 
 def judge_prompt(prompt: Prompt, first: str, second: str, previous: str = "") -> Prompt:
-    """Ask for two scores of 1 to 10, as {"answer_1": x, "answer_2": y}; read by judging.parse_scores.
+    """Ask for two scores of 1 to 10, as {"answer_1": x, "answer_2": y}; parsed by judging.parse_scores.
 
     The criteria are the paper's: helpfulness, relevance, accuracy, level of detail. `previous` is a reply that could
-    not be read; it is shown back with the error.
+    not be parsed; it is included, with the error.
     """
     ask = (
         Message("system", JUDGE),
@@ -97,10 +97,10 @@ def judge_prompt(prompt: Prompt, first: str, second: str, previous: str = "") ->
 
 
 def judge_single_prompt(prompt: Prompt, text: str, previous: str = "") -> Prompt:
-    """Ask for the score of one answer, 1 to 10, as {"score": x}; read by judging.parse_score.
+    """Ask for the score of one answer, 1 to 10, as {"score": x}; parsed by judging.parse_score.
 
-    The criteria are those of `judge`. Only the instruction and the answer are in it, so that the teacher's answer,
-    asked about in every round and in other runs, is one request, paid for once.
+    The criteria are those of `judge_prompt`. The prompt contains only the instruction and the answer, so that the
+    teacher's answer, which is scored in every round and in other runs, is one request and paid for once.
     """
     ask = (
         Message("system", JUDGE_SINGLE),
@@ -116,7 +116,7 @@ def judge_single_prompt(prompt: Prompt, text: str, previous: str = "") -> Prompt
 
 
 def with_correction(ask: Prompt, previous: str, wanted: str) -> Prompt:
-    """A request with the reply that could not be read shown back and what is wanted; as it is without such a reply."""
+    """The request, followed by the reply that could not be parsed and a correction; unchanged without such a reply."""
     if not previous:
         return ask
     correction = f"That could not be read. Reply with only {wanted}"
@@ -132,7 +132,7 @@ NEW = {
 
 
 def expand_prompt(prompt: Prompt, task: Task, manner: ExpansionManner = "alike") -> Prompt:
-    """Ask for one new instruction grown from another; read by judging.parse_instruction."""
+    """Ask for a new instruction derived from another; parsed by judging.parse_instruction."""
     return (
         Message("system", EXPAND if manner == "alike" else RARER),
         Message(
@@ -146,7 +146,7 @@ def expand_prompt(prompt: Prompt, task: Task, manner: ExpansionManner = "alike")
 
 
 def check_draft_prompt(prompt: Prompt, task: Task) -> Prompt:
-    """Ask whether a new instruction can be used, as {"complete": true, ...}; read by judging.parse_check."""
+    """Ask whether a new instruction can be used, as {"complete": true, ...}; parsed by judging.parse_draft_check."""
     return (
         Message("system", CHECK),
         Message(
@@ -161,7 +161,7 @@ def check_draft_prompt(prompt: Prompt, task: Task) -> Prompt:
 
 
 def reflect_instruction_prompt(prompt: Prompt, answer: str) -> Prompt:
-    """Ask for a better instruction and its answer; read by judging.parse_rewritten.
+    """Ask for a better instruction and its answer; parsed by judging.parse_rewritten.
 
     The criteria are the paper's (Reflection-Tuning, arXiv 2310.11716): complexity, detail, knowledge required,
     ambiguity, reasoning.
@@ -193,12 +193,12 @@ def reflect_answer_prompt(prompt: Prompt, answer: str) -> Prompt:
 
 
 def guess_instruction_prompt(answer: str) -> Prompt:
-    """Ask for the instruction that an answer belongs to: what a student's reversed IFD is measured with."""
+    """Ask for the instruction of an answer: used to measure a student's reversed IFD."""
     return (Message("user", f"{answer}\n\nWhich instruction is this the answer to?"),)
 
 
 def refine_prompt(prompt: Prompt, task: Task, draft: str = "") -> Prompt:
-    """Ask for the answer in the task's style: a rewriting of `draft`, or a new answer where there is none.
+    """Ask for the answer in the task's style: a rewritten `draft`, or a new answer without one.
 
     Response refinement only: the instruction is never changed.
     """

@@ -128,7 +128,7 @@ def generator(
             ids=ids,
             max_tokens=student.max_tokens,
             context=student.max_length,
-            parallel=None if student.parallel == "auto" else student.parallel,
+            parallel=None if student.concurrency == "auto" else student.concurrency,
             seed=recipe.random_seed,
             each=each,
             progress=lambda done, total: progress(done, total, ""),

@@ -51,7 +51,7 @@ def front_matter(recipe: Recipe) -> str:
     """What the Hub reads: only what is known."""
     known = {
         "language": recipe.card.language,
-        "license": recipe.card.licence,
+        "license": recipe.card.license,
         "base_model": recipe.student.path if on_the_hub(recipe.student.path) else None,
     }
     values = {key: value for key, value in known.items() if value} | {"tags": ["gguf", "tapir-local"]}
@@ -108,9 +108,9 @@ def licences(recipe: Recipe) -> list[tuple[str, str]]:
     """What the recipe's card section says, `not stated` where it says nothing."""
     said = recipe.card
     named = {
-        "this student": said.licence,
-        "the base": said.base_licence,
-        "the seeds": said.data_licence,
+        "this student": said.license,
+        "the base": said.base_license,
+        "the seeds": said.data_license,
         "the teacher's answers (terms)": said.terms,
         "language": said.language,
     }

@@ -36,9 +36,10 @@ FEW_STEPS = 10  # steps of training below which a round is said to have few
 SAME_OPENING = "begins as too many others do"
 # What to do where no row can be trained on, by the commonest reason.
 ADVICE: Mapping[str, str] = {
-    NOT_JUDGED: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to JSON.",
-    POOR_TEACHER: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or set "
-    "curriculum.teacher_floor lower.",
+    NOT_JUDGED: "Look at the judge's replies (`tapir-local calls list --stage judge`) and name a judge that keeps to "
+    "JSON.",
+    POOR_TEACHER: "The judge finds the teacher's answers poor: look at some of them; name another teacher or judge, or "
+    "set curriculum.teacher_floor lower.",
     BELOW_THRESHOLD: "The student answers nearly as well as the teacher: a lower curriculum.mfd_threshold finds more "
     "hard rows.",
     NOT_TAKEN: "See what became of the drafts in expanded.jsonl of the round's folder.",

@@ -6,7 +6,8 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import fixed_settings, path_settings
+from tapir_local.recipe.settings import path_settings
+from tapir_local.recipe.text import fixed_settings
 from tapir_local.recipe.yaml import write_yaml
 from tapir_local.resources import HUB_NAME
 

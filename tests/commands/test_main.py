@@ -219,8 +219,8 @@ def test_a_name_that_is_too_long_is_no_recipe() -> None:
 def test_a_student_that_nobody_named_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:9/v1'}\n")
     said = refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
-    assert "my.yaml: student.path: none is named; write `student: {path: …}`" in said
-    assert "seeds.path: none is named" in said
+    assert "my.yaml: student.path: not set; write `student: {path: …}`" in said
+    assert "seeds.path: not set" in said
     out = tapir("distill", "my.yaml", "--dry-run", "--set", "student=pocket", "--set", "seeds=pocket", cwd=tmp_path)
     assert out.returncode == 0
     assert out.stderr.startswith("WARNING: student.path is `pocket`")

@@ -196,8 +196,11 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
     ("text", "said"),
     [
         ("judge: reference\ncurriculum: {check_answers: true}", "needs a judge to score answers"),
-        ("curriculum: {name: uniform, check_drafts: true}", "`check_drafts` goes with `tapir` and `lion`"),
-        ("curriculum: {name: reflection, check_answers: true}", "`check_answers` goes with `tapir` and `lion`"),
+        ("curriculum: {name: uniform, check_drafts: true}", "`check_drafts` needs the curriculum `tapir` or `lion`"),
+        (
+            "curriculum: {name: reflection, check_answers: true}",
+            "`check_answers` needs the curriculum `tapir` or `lion`",
+        ),
     ],
 )
 def test_a_check_that_nobody_can_make_is_refused(text: str, said: str) -> None:

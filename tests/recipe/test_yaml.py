@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import (
-    override,
-    parse_change,
-    parse_changes,
-    parse_recipe,
-    path_settings,
-    settings,
-    to_yaml,
-)
+from tapir_local.recipe.settings import path_settings, settings
+from tapir_local.recipe.text import override, parse_change, parse_changes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import annotation_at, wanted_type
 from tapir_local.resources import read_recipe_text
 
@@ -165,9 +158,9 @@ def test_text_that_is_written_is_read_as_the_same(text: str) -> None:
         ("# nothing\n", "the recipe is empty"),
         ("- a\n- b", "a recipe is a mapping of settings"),
         ("pocket", "a recipe is a mapping of settings"),
-        ("train:\n\tepochs: 1", "line 2, column 1: a tab, where YAML takes only spaces"),
+        ("train:\n\tepochs: 1", "line 2, column 1: a tab, where YAML allows only spaces"),
         ("a: 1\n---\nb: 2", "not YAML"),
-        ("? [a]\n: 1", "a key is one word"),
+        ("? [a]\n: 1", "a key must be one word"),
         ("about: !!python/object:os.system x", "the tag"),
         ("rounds: !!timestamp tomorrow", "rounds: Input should be a valid integer"),
         ("a: &a [*a]", "20,000 values or 40 levels"),
@@ -199,8 +192,8 @@ def test_anchors_and_merges_are_read() -> None:
     ("sets", "said"),
     [
         (["train.epochs=1", "train.epochs=2"], "train.epochs is given twice"),
-        (["train.epochs=1", "train={epochs: 2}"], "one within the other"),
-        (["train={epochs: 2}", "train.batch_size=2"], "one within the other"),
+        (["train.epochs=1", "train={epochs: 2}"], "one of which contains the other"),
+        (["train={epochs: 2}", "train.batch_size=2"], "one of which contains the other"),
         (["train={epochs: 1, epochs: 2}"], "--set train: train.epochs: given twice, in line 1"),
         (["train.epochs=010"], "Write 10."),
     ],

@@ -127,7 +127,7 @@ def test_a_plan_of_another_curriculum_is_tried_on_the_same_judgements(run: RunDi
     [
         (1, "train.epochs=3", "does not depend on train.epochs"),
         (1, "curriculum.rowz=3", "did you mean rows"),
-        (1, "curriculum.rows", "not a change of a setting"),
+        (1, "curriculum.rows", "not of the form KEY=VALUE"),
         (7, "curriculum.rows=3", "round 7 .* is not judged yet"),
     ],
 )
