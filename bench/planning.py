@@ -31,7 +31,7 @@ from tapir_local.data.dedup import Index
 from tapir_local.data.files import read_path
 from tapir_local.data.likeness import literals
 from tapir_local.files import write_rows
-from tapir_local.method.curriculum import CURRICULA
+from tapir_local.method.baselines import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read
 from tapir_local.pipeline.rounds import plan

@@ -20,7 +20,7 @@ TextCheck = Callable[[str, str], bool | None]
 MAX_TEXT_LENGTH = 100_000  # characters of an instruction or an answer
 
 
-def guard(check: TextCheck) -> TextCheck:
+def tolerate_errors(check: TextCheck) -> TextCheck:
     """The check, returning None for texts that are too long, and if it raises: an answer may contain anything."""
 
     def checked(instruction: str, answer: str) -> bool | None:
@@ -333,9 +333,9 @@ def max_words(word: str, number: int) -> float:
 
 
 CHECKERS: Mapping[str, TextCheck] = {
-    "arithmetic": guard(check_arithmetic),
-    "python": guard(check_python),
-    "form": guard(check_form),
-    "script": guard(check_script),
-    "length": guard(check_length),
+    "arithmetic": tolerate_errors(check_arithmetic),
+    "python": tolerate_errors(check_python),
+    "form": tolerate_errors(check_form),
+    "script": tolerate_errors(check_script),
+    "length": tolerate_errors(check_length),
 }

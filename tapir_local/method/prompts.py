@@ -46,7 +46,7 @@ def answer_prompt(prompt: Prompt) -> Prompt:
 
 
 def classify_prompt(prompt: Prompt, tasks: Mapping[str, Task]) -> Prompt:
-    """Ask for the task of an instruction, as {"task": LABEL}; parsed by judging.parse_label."""
+    """Ask for the task of an instruction, as {"task": LABEL}; parsed by parsing.parse_label."""
     known = "\n".join(f"{task.label}: {task.description}" for task in tasks.values())
     return (
         Message("system", CLASSIFY),
@@ -75,7 +75,7 @@ SINGLE_JUDGEMENT = {
 
 
 def judge_prompt(prompt: Prompt, first: str, second: str, previous: str = "") -> Prompt:
-    """Ask for two scores of 1 to 10, as {"answer_1": x, "answer_2": y}; parsed by judging.parse_scores.
+    """Ask for two scores of 1 to 10, as {"answer_1": x, "answer_2": y}; parsed by parsing.parse_scores.
 
     The criteria are the paper's: helpfulness, relevance, accuracy, level of detail. `previous` is a reply that could
     not be parsed; it is included, with the error.
@@ -97,7 +97,7 @@ def judge_prompt(prompt: Prompt, first: str, second: str, previous: str = "") ->
 
 
 def judge_single_prompt(prompt: Prompt, text: str, previous: str = "") -> Prompt:
-    """Ask for the score of one answer, 1 to 10, as {"score": x}; parsed by judging.parse_score.
+    """Ask for the score of one answer, 1 to 10, as {"score": x}; parsed by parsing.parse_score.
 
     The criteria are those of `judge_prompt`. The prompt contains only the instruction and the answer, so that the
     teacher's answer, which is scored in every round and in other runs, is one request and paid for once.
@@ -132,7 +132,7 @@ NEW = {
 
 
 def expand_prompt(prompt: Prompt, task: Task, manner: ExpansionManner = "alike") -> Prompt:
-    """Ask for a new instruction derived from another; parsed by judging.parse_instruction."""
+    """Ask for a new instruction derived from another; parsed by parsing.parse_instruction."""
     return (
         Message("system", EXPAND if manner == "alike" else RARER),
         Message(
@@ -146,7 +146,7 @@ def expand_prompt(prompt: Prompt, task: Task, manner: ExpansionManner = "alike")
 
 
 def check_draft_prompt(prompt: Prompt, task: Task) -> Prompt:
-    """Ask whether a new instruction can be used, as {"complete": true, ...}; parsed by judging.parse_draft_check."""
+    """Ask whether a new instruction can be used, as {"complete": true, ...}; parsed by parsing.parse_draft_check."""
     return (
         Message("system", CHECK),
         Message(
@@ -161,7 +161,7 @@ def check_draft_prompt(prompt: Prompt, task: Task) -> Prompt:
 
 
 def reflect_instruction_prompt(prompt: Prompt, answer: str) -> Prompt:
-    """Ask for a better instruction and its answer; parsed by judging.parse_rewritten.
+    """Ask for a better instruction and its answer; parsed by parsing.parse_rewritten.
 
     The criteria are the paper's (Reflection-Tuning, arXiv 2310.11716): complexity, detail, knowledge required,
     ambiguity, reasoning.

@@ -9,7 +9,7 @@ from pathlib import Path
 from tapir_local.data.dataset import Draft, Index, screen
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import parsing, prompts
 from tapir_local.method.curriculum import (
     BELOW_THRESHOLD,
     NOT_JUDGED,
@@ -130,7 +130,7 @@ class Screen:
 
     def checked(self, draft: Draft, reply: Answer) -> Draft:
         """A draft with what the teacher finds wrong with it."""
-        fault = judging.parse_draft_check(reply.text) if reply.complete else None
+        fault = parsing.parse_draft_check(reply.text) if reply.complete else None
         self.unchecked += fault is None
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
@@ -183,7 +183,7 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, ExpansionManner]], b
 
 def read_draft(number: int, serial: int, parent: Example, reply: Answer) -> Draft:
     """The new instruction in a reply, or why there is none."""
-    text = judging.parse_instruction(reply.text) if reply.complete else None
+    text = parsing.parse_instruction(reply.text) if reply.complete else None
     reason = (
         ""
         if text

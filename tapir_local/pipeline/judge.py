@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import judging, parsing, prompts
 from tapir_local.method.judge_quality import format_percent, measure_judge
 from tapir_local.pipeline.context import Ask, Work
 from tapir_local.recipe.endpoints import Judge
@@ -155,7 +155,7 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     for row in rows:
         asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
         asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
-    read, why = ask_twice(work, stage, asked, judging.parse_scores, prompts.JUDGEMENT)
+    read, why = ask_twice(work, stage, asked, parsing.parse_scores, prompts.JUDGEMENT)
     return [
         judging.combine_orders(row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), reason(row.id, SHOWN, why))
         for row in rows
@@ -168,7 +168,7 @@ def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     for row in rows:
         asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
         asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
-    read, why = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
+    read, why = ask_twice(work, stage, asked, parsing.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
             row.id, read.get(f"{row.id}#teacher"), read.get(f"{row.id}#student"), reason(row.id, ALONE, why)
@@ -211,7 +211,7 @@ def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, 
     asked: dict[str, Asked] = {
         f"{row.id}#teacher": partial(prompts.judge_single_prompt, row.prompt, row.completion) for row in rows
     }
-    read, _ = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
+    read, _ = ask_twice(work, stage, asked, parsing.parse_score, prompts.SINGLE_JUDGEMENT)
     return {name.removesuffix("#teacher"): score for name, score in read.items()}
 
 

@@ -10,7 +10,7 @@ from tapir_local.data.files import read_table
 from tapir_local.data.source import digest, keep_source
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import parsing, prompts
 from tapir_local.pipeline.context import Stage, Work, answered, askable, trainable
 from tapir_local.pipeline.reading import drawn, leave_out, many_alike, not_read, unreadable
 from tapir_local.pipeline.student_text import fold_rows
@@ -159,7 +159,7 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
             for row in missing
         ]
         for row, answer in zip(missing, work.ask(work.tools.teacher, requests), strict=True):
-            if answer.complete and (found := judging.parse_label(answer.text, tasks)):
+            if answer.complete and (found := parsing.parse_label(answer.text, tasks)):
                 labels[row.id] = found
             elif answer.refused:
                 refused.add(row.id)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tapir_local.data.dataset import Draft, Index, screen
 from tapir_local.files import read_rows, remove_path, write_rows
-from tapir_local.method import judging, prompts
-from tapir_local.method.ifd import ifd
+from tapir_local.method import parsing, prompts
+from tapir_local.method.judging import ifd
 from tapir_local.method.screening import prompt_sentences, screen_instruction
 from tapir_local.pipeline.context import Work, answered
 from tapir_local.pipeline.rows import after, child_of, holdout_index, seeds, student_task, with_room
@@ -62,7 +62,7 @@ def reflected(work: Work, planned: RoundPlan) -> list[Example]:
 
 def rewritten(number: int, serial: int, row: Example, reply: str) -> Draft:
     """The new instruction and answer in a reply, or why there is none."""
-    found = judging.parse_rewritten(reply)
+    found = parsing.parse_rewritten(reply)
     example = child_of(row, number, serial, *(found or ("", "")))
     return Draft(example, "" if found else "no instruction and answer in the reply")
 

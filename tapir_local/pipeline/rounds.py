@@ -7,7 +7,8 @@ from pathlib import Path
 from tapir_local.files import read_record, read_rows, write_record, write_rows
 from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
-from tapir_local.method.curriculum import CURRICULA, PlanInput
+from tapir_local.method.baselines import CURRICULA
+from tapir_local.method.curriculum import PlanInput
 from tapir_local.pipeline.context import Stage, Work
 from tapir_local.pipeline.expand import expand, few_steps, refine
 from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements

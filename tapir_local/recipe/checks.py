@@ -62,7 +62,7 @@ def asks_no_endpoint(recipe: Recipe) -> bool:
     return recipe.teacher.kind == "recorded" and recipe.judge.kind == "reference"
 
 
-def is_free(recipe: Recipe) -> bool:
+def has_no_price(recipe: Recipe) -> bool:
     """Whether no endpoint with a price is asked."""
     return recipe.teacher.kind != "openai" and recipe.judge.kind != "openai"
 
@@ -135,7 +135,7 @@ INEFFECTIVE_RULES = (
         lambda recipe: not judges_pool(recipe.curriculum),
         "this curriculum judges no pool",
     ),
-    IneffectiveRule(("budget.money",), is_free, "no endpoint with a price is asked, so it is never reached"),
+    IneffectiveRule(("budget.money",), has_no_price, "no endpoint with a price is asked, so it is never reached"),
     IneffectiveRule(("budget",), asks_no_endpoint, "no endpoint is asked"),
 )
 

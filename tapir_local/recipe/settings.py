@@ -44,19 +44,19 @@ def setting_rows() -> list[SettingRow]:
 
 def section_meanings() -> dict[str, str]:
     """The first line of each section's description, by the section's path; "" is the top level."""
-    found = {"": first_line(Recipe)}
+    found = {"": first_doc_line(Recipe)}
     for name, field in Recipe.model_fields.items():
         if section := section_of(field.annotation):
-            found[name] = first_line(section)
+            found[name] = first_doc_line(section)
             found |= {
-                f"{name}.{inner}": first_line(part)
+                f"{name}.{inner}": first_doc_line(part)
                 for inner, item in section.model_fields.items()
                 if (part := section_of(item.annotation))
             }
-    return found | {"tasks.LABEL": first_line(OwnTask)}
+    return found | {"tasks.LABEL": first_doc_line(OwnTask)}
 
 
-def first_line(model: type[BaseModel]) -> str:
+def first_doc_line(model: type[BaseModel]) -> str:
     """The first line of a section's docstring."""
     return (model.__doc__ or "").strip().splitlines()[0]
 

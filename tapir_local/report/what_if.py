@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, remove_path, write_record, write_rows
-from tapir_local.method.curriculum import CURRICULA
+from tapir_local.method.baselines import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import ANSWER, FRAME, Foreseen, Scout, foresee, link, priced
 from tapir_local.pipeline.loop import Step, kept_recipe, rounds_begun, sequence

@@ -8,7 +8,8 @@ from typing import Any
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
-from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, is_teachable
+from tapir_local.method.baselines import LION_THRESHOLD
+from tapir_local.method.curriculum import is_easy, is_hard, is_teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, rounds_begun
 from tapir_local.recipe.schema import POOL_CURRICULA, Curriculum, judges_pool

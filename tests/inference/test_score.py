@@ -12,7 +12,7 @@ from tapir_local.export.export import export_gguf
 from tapir_local.inference.context_plan import open_first, planned_reading
 from tapir_local.inference.model import open_model
 from tapir_local.inference.score import score
-from tapir_local.method.ifd import ifd, perplexity
+from tapir_local.method.judging import ifd, perplexity
 from tapir_local.records import Message, Scored
 
 TEXTS = [

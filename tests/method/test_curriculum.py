@@ -6,15 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.method.curriculum import (
-    CURRICULA,
-    PlanInput,
-    allocate_capped,
-    allocate_rows,
-    challenge_of_round,
-    is_easy,
-    is_hard,
-)
+from tapir_local.method.baselines import CURRICULA, allocate_capped
+from tapir_local.method.curriculum import PlanInput, allocate_rows, challenge_of_round, is_easy, is_hard
 from tapir_local.recipe.schema import Curriculum, judges_pool
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message, RoundPlan

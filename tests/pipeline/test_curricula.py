@@ -11,7 +11,7 @@ from fakes import QUIET, World, make_recipe, tools
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
-from tapir_local.method.curriculum import CURRICULA
+from tapir_local.method.baselines import CURRICULA
 from tapir_local.pipeline.dry_run import expected_calls
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe

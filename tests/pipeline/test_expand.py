@@ -195,7 +195,7 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("judge: reference\ncurriculum: {check_answers: true}", "needs a judge to score answers"),
+        ("judge: reference\ncurriculum: {check_answers: true}", "needs a judge that scores answers"),
         ("curriculum: {name: uniform, check_drafts: true}", "`check_drafts` needs the curriculum `tapir` or `lion`"),
         (
             "curriculum: {name: reflection, check_answers: true}",

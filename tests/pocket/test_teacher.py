@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tapir_local.method import prompts
-from tapir_local.method.judging import parse_draft_check, parse_score
+from tapir_local.method.parsing import parse_draft_check, parse_score
 from tapir_local.pocket.teacher import IGNORANCE, PocketTransport, answer, respond
 from tapir_local.pocket.world import FAMILIES, Problem, generate, grade, parse
 from tapir_local.recipe.tasks import TASKS

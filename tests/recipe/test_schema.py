@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.method.judging import parse_label
+from tapir_local.method.parsing import parse_label
 from tapir_local.recipe.endpoints import Price
 from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe

@@ -17,7 +17,7 @@ from models import CHATML, make_model
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.method import prompts
-from tapir_local.method.judging import parse_scores
+from tapir_local.method.parsing import parse_scores
 from tapir_local.pipeline.backends import real_tools
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.judge import ask_judge, judge_name
