@@ -1,4 +1,4 @@
-"""A command never writes over what it reads, under whatever name, and asks before it writes over anything else."""
+"""Writes are atomic, and a command never overwrites its inputs, nor another file without --force."""
 
 import os
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def test_generate_writes_over_nothing_that_it_reads(
 
 
 def test_generate_does_not_take_its_input_for_the_rest_of_a_cut_run(llama, prompts: Path) -> None:
-    """The prompts lie where the answers of a cut run would."""
+    """The prompts are where the answers of an interrupted run would be."""
     odd = prompts.rename(prompts.with_name("out.jsonl.partial"))
     found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(odd), "-o", str(odd.with_name("out.jsonl"))])
     assert "written beside the output" in str(found.exception)
@@ -85,7 +85,7 @@ def test_answers_that_are_there_are_kept_unless_force_is_given(llama, prompts: P
 
 
 def test_export_writes_over_no_folder_that_it_reads(llama, tmp_path: Path) -> None:
-    """Its folder of logs would be the model's own, which is deleted at the end."""
+    """The folder for its logs would be the model's own folder, which is deleted at the end."""
     model = tmp_path / "out.gguf.work"
     model.symlink_to(llama.model)
     with pytest.raises(TapirError, match=r"out.gguf.work, which is written beside the output, is a file that"):

@@ -81,7 +81,7 @@ def test_a_gpu_without_memory_of_its_own_has_what_the_system_has(
 
 
 def machine(root: Path, **files: str) -> Path:
-    """A root with a kernel of 64 GB, 32 of them available, and some more files: `proc__self__cgroup` is /proc/self/…"""
+    """A root folder with 64 GB of memory, 32 available, and more files: `proc__self__cgroup` is /proc/self/cgroup."""
     meminfo = f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {32 << 20} kB\nHugePages_Total:  0\n"
     for name, text in {"proc__meminfo": meminfo, **files}.items():
         path = root.joinpath(*name.split("__"))

@@ -1,4 +1,4 @@
-"""Hostile text comes out as text: no escape, no reordering and no markup reaches a terminal, and no data changes."""
+"""Hostile text is shown literally: no escape sequence, reordering or markup reaches a terminal; data is unchanged."""
 
 import io
 import json
@@ -169,7 +169,7 @@ def test_errors_that_repeat_what_was_given(words: list[str], monkeypatch: pytest
 
 
 def wrapped(main: object) -> object:
-    """`main` as a command that the runner can call; it reads sys.argv itself."""
+    """`main` as a command for the test runner, since it reads sys.argv."""
     import click
 
     return click.Command("main", callback=main, context_settings={"ignore_unknown_options": True})
@@ -185,7 +185,7 @@ ONE_DOOR = {
 
 @pytest.mark.parametrize("pattern", ONE_DOOR)
 def test_there_is_one_door_for_each_kind_of_text(pattern: str) -> None:
-    """Whatever else prints would have to make text safe again, and one day one does not."""
+    """Any other function that prints could forget to make its text safe."""
     root = Path(__file__).parent.parent
     files = [*(root / "tapir_local").rglob("*.py"), root / "cli.py"]
     found = {file.name for file in files if re.search(pattern, file.read_text(encoding="utf-8"))}

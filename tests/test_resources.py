@@ -1,4 +1,4 @@
-"""The student's folder: from the Hub at one commit, and a run's view of it that a second process leaves alone."""
+"""The student's folder: from the Hub at one commit, and unchanged by a second process."""
 
 import json
 import os
@@ -24,7 +24,7 @@ OLD, NEW = "a" * 40, "b" * 40
 READ = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"}
 UNREAD = {"consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "onnx/config.json"}
 UNREAD |= {"pytorch_model.bin", "README.md", "model.gguf", "consolidated-00001-of-00002.safetensors"}
-# In a process of its own, since huggingface_hub reads its variables when it is imported.
+# In its own process, since huggingface_hub reads environment variables when it is imported.
 SETTLE = """
 import json, sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def hub() -> Iterator[Hub]:
 
 
 def settled(hub: Hub, place: Path, revision: str = "", **variables: str) -> tuple[str, list[str]]:
-    """The folder's name, or what was said, and the names in it."""
+    """The folder's name, or the error, and the names of its files."""
     recipe = f"teacher: pocket\nstudent: {{path: {MODEL}{revision and f', revision: {revision}'}}}"
     apart = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "hf"), "HF_HUB_DISABLE_XET": "1", **variables}
@@ -74,7 +74,7 @@ def test_what_is_read_of_a_student_on_the_hub_is_fetched_and_nothing_else(hub: H
 def test_a_run_keeps_the_commit_that_it_began_with(hub: Hub, tmp_path: Path) -> None:
     assert settled(hub, tmp_path)[0] == OLD
     assert RunDir(tmp_path, "r").record()["student"] == {"path": MODEL, "revision": OLD}
-    hub.branches["main"] = NEW  # its makers push
+    hub.branches["main"] = NEW  # a new commit is pushed
     asked = len(hub.asked)
     assert settled(hub, tmp_path)[0] == OLD
     assert len(hub.asked) == asked
@@ -85,7 +85,9 @@ def test_a_run_goes_on_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert settled(hub, tmp_path)[0] == OLD
     hub.url = "http://127.0.0.1:9"
     assert settled(hub, tmp_path) == (OLD, sorted(READ))
-    assert settled(hub, tmp_path / "new", HF_HOME=str(tmp_path / "hf"))[0] == OLD  # what main was when it was looked up
+    assert (
+        settled(hub, tmp_path / "new", HF_HOME=str(tmp_path / "hf"))[0] == OLD
+    )  # the commit of main in the Hub's cache
 
 
 @pytest.mark.parametrize("revision", ["v2", NEW])
@@ -109,7 +111,7 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path, path: str) -> None:
             folder_of(recipe, RunDir(tmp_path, "r"))
 
 
-# A run's view
+# The folder as a run sees it
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -149,7 +151,7 @@ def test_a_student_that_will_not_do_is_refused_before_the_first_step_and_the_run
 
 
 def test_a_run_that_is_done_needs_its_student_no_more(tmp_path: Path) -> None:
-    """The check of the student is for what is still to be trained."""
+    """The student is checked only if there is something left to train."""
     run = RunDir(tmp_path / "cache", "r")
     recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {tmp_path / 'gone'}}}", "r")
     (run.round(0) / "adapter").mkdir(parents=True)

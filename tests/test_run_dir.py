@@ -1,4 +1,4 @@
-"""Outputs are whole or absent; one process works on a run."""
+"""Outputs are complete or absent; only one process works on a run."""
 
 import os
 import resource
@@ -37,7 +37,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on the file's size stands for the full disk: both are an OSError from write."""
+    """A limit on the file size replaces a full disk: both cause an OSError in write."""
     code = (
         "import sys, resource, signal\n"
         "from pathlib import Path\n"
@@ -81,13 +81,13 @@ def test_an_error_of_the_network_or_a_library_is_not_said_to_be_of_writing(tmp_p
 
 
 def in_a_file(place: Path) -> Path:
-    """A folder that would lie within a file."""
+    """A path whose parent is a file."""
     (place / "file").write_text("")
     return place / "file" / "out.json"
 
 
 def over_a_folder(place: Path) -> Path:
-    """A place that a folder with something in it takes."""
+    """A path that is a folder with files."""
     (place / "out.json" / "more").mkdir(parents=True)
     return place / "out.json"
 
@@ -106,7 +106,7 @@ def test_a_folder_that_the_block_cannot_make_is_of_writing(tmp_path: Path) -> No
         pytest.raises(TapirError, match="cannot be written: No such file"),
         atomic_write(tmp_path / "adapter") as partial,
     ):
-        (partial / "weights").write_bytes(b"1")  # the folder itself was forgotten
+        (partial / "weights").write_bytes(b"1")  # the folder was not created
 
 
 def test_rows_come_back_and_a_damaged_line_is_named(tmp_path: Path) -> None:

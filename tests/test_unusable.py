@@ -1,4 +1,4 @@
-"""Rows that cannot be used: kept with their reason, counted, and refused where they are too many."""
+"""Unusable rows are kept with their reasons, counted, and refused if there are too many."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Parse the replies of judges, labellers, checkers and expanders."""
+"""Parse the replies of judges, labelers, checkers and expanders."""
 
 import json
 import re

@@ -211,7 +211,7 @@ def find_impossible(recipe: Recipe) -> Iterator[str]:
             "raise seeds.limit or lower seeds.holdout"
         )
     if recipe.classifier.held_out == 1:
-        yield "classifier.held_out: 1 holds out every labelled row; use a smaller share, such as 0.1"
+        yield "classifier.held_out: 1 holds out every labeled row; use a smaller share, such as 0.1"
     if seeds.path == "pocket" and (seeds.split or seeds.subset):
         name = "split" if seeds.split else "subset"
         yield f"seeds.{name}: the pocket seeds have none; remove it, or set seeds.path to a dataset"

@@ -19,7 +19,7 @@ class OwnTask(Settings):
         ge=0, allow_inf_nan=False, description="share in a balanced training set; shares are normalized to a sum of 1"
     )
     description: str | None = Field(
-        None, description="what the task is, for labelling; required for a label that is not one of the paper's"
+        None, description="what the task is, for labeling; required for a label that is not one of the paper's"
     )
     style: str | None = Field(
         None, description='completes "Write the answer ..."; required for a label that is not one of the paper\'s'

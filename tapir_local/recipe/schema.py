@@ -100,9 +100,9 @@ class Classifier(Settings):
         description="number of seeds that the teacher labels as training data; with fewer seeds, it labels all",
     )
     held_out: Share = Field(
-        0.1, description="share of the labelled rows held out to measure its agreement with the teacher"
+        0.1, description="share of the labeled rows held out to measure its agreement with the teacher"
     )
-    epochs: int = Field(3, ge=1, description="epochs over the labelled rows")
+    epochs: int = Field(3, ge=1, description="epochs over the labeled rows")
     learning_rate: float = Field(2e-5, gt=0, description="learning rate of its training")
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     max_length: int = Field(256, ge=16, description="maximum tokens of an instruction; the rest is cut off")
@@ -113,7 +113,7 @@ class Classifier(Settings):
     ask_at_most: int = Field(
         1000,
         ge=0,
-        description="maximum number of rows labelled by the teacher because of ask_below; the least certain come first",
+        description="maximum number of rows labeled by the teacher because of ask_below; the least certain come first",
     )
 
 

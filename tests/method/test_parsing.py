@@ -1,4 +1,4 @@
-"""Replies are read or refused, never guessed at."""
+"""Replies are parsed or rejected, never guessed."""
 
 import pytest
 from hypothesis import given
@@ -35,12 +35,12 @@ def test_scores_are_read(reply: str, scores: tuple[float, float]) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        # the shapes that judges were seen to wrap scores in
+        # wrappers that real judges have used
         '{"scores": {"answer_1": 8, "answer_2": 6}, "explanation": "The first is fuller."}',
         '{"answer_1": {"score": 8, "reason": "full"}, "answer_2": {"score": 6, "reason": "thin"}}',
         '{"answer_1": "8/10", "answer_2": "6/10"}',
         '{"answer_1_score": 8, "answer_2_score": 6}',
-        # and their siblings
+        # and similar ones
         '{"answer_1": "8 out of 10", "answer_2": "6 out of 10"}',
         '{"answer_1": "8.0/10", "answer_2": "6 / 10"}',
         '{"explanation": "The first.", "ratings": {"a": 8, "b": 6}}',
@@ -167,7 +167,7 @@ def test_anything_else_is_no_single_score(reply: str) -> None:
     assert parse_score(reply) is None
 
 
-# The neighbours' faults (PEER_BUGS): each in both ways of asking
+# Bugs of similar programs, each with both kinds of judge prompts
 
 
 def test_on_a_scale_of_1_to_10_an_8_is_not_1() -> None:

@@ -1,4 +1,4 @@
-"""Nothing is accepted and ignored: every kind with every field, and settings that others leave without effect."""
+"""No setting is silently ignored: every kind with every setting, and settings without effect."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -59,7 +59,7 @@ def test_every_kind_takes_the_fields_that_it_uses_and_refuses_the_others(
     default = section.model_fields[field].get_default(call_default_factory=True)
     given = VALUES[field] if value == "another" else default
     if given in (None, {}):
-        return  # a null gives nothing
+        return  # null counts as not given
     recipe = recipe_of(role, {"kind": kind, **NEEDED.get(kind, {}), field: given})
     if kind in KINDS_BY_SETTING[field]:
         assert getattr(getattr(validate_recipe(recipe, "r"), role), field) is not None
@@ -177,7 +177,7 @@ def test_another_host_than_the_vendors_is_told_the_key_of() -> None:
     assert find_notices(parse_recipe(text, "r")) == ["teacher: the key in OPENAI_API_KEY is sent to other.example"]
 
 
-# What --set says of who is asked
+# Changing teacher and judge with --set
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: P
     with Store(tmp_path / "teacher.db") as store:
         for endpoint in (changed.teacher, judge_of(changed)):
             ask([request], endpoint.model_copy(update={"api_key_env": "PATH"}), store, run="r")
-    assert [body["model"] for body in server.bodies] == ["theirs"]  # the judge's was in the store
+    assert [body["model"] for body in server.bodies] == ["theirs"]  # the judge's reply was in the store
 
 
 def test_a_kept_recipe_is_refused_only_what_changes_make_wrong() -> None:
@@ -253,7 +253,7 @@ def test_seeds_and_student_may_be_given_as_their_path() -> None:
     assert (kept.seeds.path, kept.seeds.holdout) == ("mine.jsonl", 7)
 
 
-# Runs that are under way
+# Unfinished runs
 
 
 @pytest.mark.parametrize("text", ["teacher: pocket", "teacher: {gguf: a}", "teacher: {model: m}\njudge: reference"])
@@ -262,7 +262,7 @@ def test_a_recipe_that_the_program_wrote_out_is_read_again(text: str) -> None:
     again = parse_recipe(to_yaml(recipe), "again")
     assert again == recipe
     assert again.teacher.model_fields_set <= recipe.teacher.model_fields_set | {"kind"}
-    assert find_unnamed(again) == []  # all is written there
+    assert find_unnamed(again) == []  # the kept recipe names every setting
 
 
 def test_a_kept_recipe_with_what_its_kind_did_not_use_goes_on_without_it() -> None:
@@ -316,7 +316,7 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
 
 
 def there(value: Any, path: list[str]) -> bool:
-    """Whether a path leads somewhere in nested mappings."""
+    """Whether nested mappings contain a path."""
     return not path or (isinstance(value, dict) and path[0] in value and there(value[path[0]], path[1:]))
 
 

@@ -1,4 +1,4 @@
-"""A recipe is read whole or refused with the path of what is wrong."""
+"""A recipe is read completely, or refused with the path of the wrong setting."""
 
 import ast
 from pathlib import Path
@@ -182,7 +182,7 @@ def test_what_may_change_in_mid_run_is_no_difference() -> None:
 
 
 def test_a_setting_that_a_runs_recipe_does_not_name_cannot_differ() -> None:
-    """A run of an older version has no `curriculum.max_opening`, and a newer recipe may set it."""
+    """The kept recipe of an older version lacks `curriculum.max_opening`, and a newer recipe may set it."""
     old = parse_recipe("teacher: pocket", "x")
     new = override(old, {"curriculum.max_opening": None, "train.epochs": 5})
     written = {"teacher": {"kind": "pocket"}, "train": {"epochs": 2.0}, "curriculum": {"rows": 1000}, "tasks": None}
@@ -208,7 +208,7 @@ def test_what_is_no_change(text: str) -> None:
 
 
 def test_every_setting_is_read_by_the_program() -> None:
-    """A switch that no code reads is a lie (a neighbour's deduplication was one)."""
+    """A setting that no code reads would mislead users."""
     package = Path(__file__).parents[2] / "tapir_local"
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

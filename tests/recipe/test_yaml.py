@@ -1,4 +1,4 @@
-"""YAML is read as its author meant it, or refused by path: property tests over every numeric and every text setting."""
+"""YAML is read without surprises, or refused by path: property tests over every numeric and every text setting."""
 
 import math
 from pathlib import Path
@@ -234,7 +234,7 @@ def test_home_is_expanded_in_every_path_setting(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_setting_whose_help_speaks_of_a_file_is_a_path_setting() -> None:
-    """A new setting that names a file must not be forgotten."""
+    """Every setting that names a file must be listed."""
     words = ("a file", "a folder", "a Jinja file", "convert_hf_to_gguf.py", "a GGUF file")
     named = {path for path, kind, _, text in settings() if "str" in kind and any(word in text for word in words)}
     assert named <= {".".join(pair) for pair in path_settings()}
