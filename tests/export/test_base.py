@@ -36,7 +36,7 @@ SETTINGS = {"export.rounds": "adapter", "export.quant": "f32", "export.min_agree
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(os.environ)
     for module in (train, export, gate):
-        monkeypatch.setattr(module, "in_own_process", here)
+        monkeypatch.setattr(module, "run_in_process", here)
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -130,7 +130,7 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
             raise KeyboardInterrupt
         remove_path(path)
 
-    monkeypatch.setattr("tapir_local.pipeline.loop.remove", interrupted)
+    monkeypatch.setattr("tapir_local.pipeline.loop.remove_path", interrupted)
     with pytest.raises(KeyboardInterrupt):
         redo(run, 1, "plan")
     assert len(pending(sequence(run, 2), "fake")) == 5

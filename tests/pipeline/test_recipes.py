@@ -100,7 +100,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(os.environ)
     os.environ["OPENAI_API_KEY"] = "a key"
     for module in (classifier, train, export, gate):
-        monkeypatch.setattr(module, "in_own_process", here)
+        monkeypatch.setattr(module, "run_in_process", here)
     yield
     os.environ.clear()
     os.environ.update(before)
