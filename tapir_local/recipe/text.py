@@ -149,20 +149,20 @@ def switch_kind(value: dict[str, Any], role: str, changes: Mapping[str, Any]) ->
     section = value.get(role)
     if kind is None or not isinstance(section, dict) or kind == section.get("kind", DEFAULT_KINDS[role]):
         return
-    stays = {name: item for name, item in section.items() if name in new or kind in KINDS_BY_SETTING.get(name, {kind})}
-    value[role] = stays | {"kind": kind}
+    kept = {name: item for name, item in section.items() if name in new or kind in KINDS_BY_SETTING.get(name, {kind})}
+    value[role] = kept | {"kind": kind}
 
 
 def describe_replaced_kinds(before: Recipe, after: Recipe) -> list[str]:
     """One sentence for each of teacher and judge whose kind the command line has replaced."""
-    said = list[str]()
+    sentences = list[str]()
     for role in ENDPOINT_ROLES:
         old, new = getattr(before, role), getattr(after, role)
         gone = sorted(old.model_fields_set - new.model_fields_set - {"kind"})
         if old.kind != new.kind:
             without = f"; it does not use {', '.join(f'{role}.{name}' for name in gone)}" if gone else ""
-            said.append(f"{role}: `kind: {new.kind}` from --set replaces the recipe's `kind: {old.kind}`{without}")
-    return said
+            sentences.append(f"{role}: `kind: {new.kind}` from --set replaces the recipe's `kind: {old.kind}`{without}")
+    return sentences
 
 
 # Settings that change when, from where and at what cost answers come, but not the answers: a run may change them.
@@ -176,10 +176,8 @@ CHANGEABLE_SETTINGS = (
     *("rounds", "about", "budget", "limits", "card", "student.concurrency"),
     *("judge.max_unjudged", "classifier.min_agreement", "export.min_agreement"),
 )
-RAISABLE_SETTINGS = (
-    "teacher.max_tokens",
-    "judge.max_tokens",
-)  # may grow during a run: a complete answer stays the same
+# Settings that may grow during a run: a complete answer stays the same.
+RAISABLE_SETTINGS = ("teacher.max_tokens", "judge.max_tokens")
 
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:
@@ -193,8 +191,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
         (value[section] if section else value).pop(name)
     for role in ENDPOINT_ROLES:
         endpoint = getattr(recipe, role)
-        away = {*CHANGEABLE_ENDPOINT_SETTINGS, *unused_settings(endpoint), *(["base_url"] if endpoint.alias else [])}
-        value[role] = {name: item for name, item in value[role].items() if name not in away}
+        removed = {*CHANGEABLE_ENDPOINT_SETTINGS, *unused_settings(endpoint), *(["base_url"] if endpoint.alias else [])}
+        value[role] = {name: item for name, item in value[role].items() if name not in removed}
     value["train"] = {name: item for name, item in value["train"].items() if name not in CHANGEABLE_TRAIN_SETTINGS}
     return value
 
