@@ -140,7 +140,7 @@ def test_with_refine_all_replayed_rows_are_styled_too_and_only_once(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["lion", "reflection"])
 def test_recorded_answers_cannot_be_asked_to_write(name: str) -> None:
-    with pytest.raises(TapirError, match=f"{name} needs a teacher to ask"):
+    with pytest.raises(TapirError, match=f"{name} needs a teacher that can be asked"):
         parse_recipe(f"teacher: recorded\njudge: reference\ncurriculum: {{name: {name}}}", "own.yaml")
 
 
