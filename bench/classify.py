@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from tapir_local.assets import seeds_path
 from tapir_local.data.dataset import require_seeds
 from tapir_local.data.files import read_path
 from tapir_local.recipe.schema import Classifier
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Message
+from tapir_local.resources import find_seeds
 from tapir_local.training.classifier import (
     ClassifyJob,
     Prediction,
@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
 def alpaca_like(number: int) -> list[Example]:
     """Rows of words in random order; lengths in words are lognormal, those with an input longer."""
     chance = random.Random(1)
-    seeds, _ = require_seeds(read_path(seeds_path("pocket")), TASKS)
+    seeds, _ = require_seeds(read_path(find_seeds("pocket")), TASKS)
     words = sorted({word for row in seeds for word in row.prompt[0].content.split()})
     rows = []
     for n in range(number):

@@ -75,16 +75,16 @@ HEAVY = ("training.classifier", "training.train", "export.export", "export.gate"
 
 def recipe_of(arm: str, seed: int) -> Any:
     """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
-    from tapir_local.recipe.text import overridden, parse_recipe
+    from tapir_local.recipe.text import override, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
-    return overridden(parse_recipe(text, "quickstart.yaml"), changes)
+    return override(parse_recipe(text, "quickstart.yaml"), changes)
 
 
 def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
     """What process.in_own_process does, in this process."""
-    from tapir_local.rundir import write_record
+    from tapir_local.files import write_record
 
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
@@ -93,9 +93,9 @@ def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> No
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
+    from tapir_local.files import RunDir
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import Watch, distill
-    from tapir_local.rundir import RunDir
 
     for name in HEAVY:
         vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here
@@ -108,8 +108,8 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
         (copy / "recipe.yaml").unlink()
         copy.rename(place.path)
     if not (place.path / "recipe.yaml").exists() and arm != BASE:
+        from tapir_local.files import write_text
         from tapir_local.recipe.text import to_yaml
-        from tapir_local.rundir import write_text
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
     quiet = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
@@ -131,8 +131,8 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
 
 def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
     """By arm and seed, the runs that are done, as sides of a comparison."""
+    from tapir_local.files import RunDir
     from tapir_local.report.run_results import read_run_results
-    from tapir_local.rundir import RunDir
 
     found: dict[str, dict[int, Any]] = {}
     for arm in arms:
@@ -147,7 +147,7 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
     """Markdown: each arm at its end, against tapir, its cost; accuracy round by round; accuracy by task."""
     from statistics import fmean
 
-    from tapir_local.method.stats import corrected, difference, pooled
+    from tapir_local.method.stats import correct_p_values, estimate_difference, estimate_mean
 
     sides = read(folder, arms, seeds)
     whole = {arm: runs for arm, runs in sides.items() if set(runs) == set(seeds)}
@@ -156,11 +156,13 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
         known = {
             arm: {seed: dict(getattr(side.last, values)) for seed, side in runs.items()} for arm, runs in whole.items()
         }
-        gaps = corrected({arm: difference(rows, known["tapir"]) for arm, rows in known.items() if arm != "tapir"})
+        gaps = correct_p_values(
+            {arm: estimate_difference(rows, known["tapir"]) for arm, rows in known.items() if arm != "tapir"}
+        )
         print(f"\n| curriculum | {name} | 95 % over seeds | less tapir | 95 % over seeds | p, Holm | by seed |")
         print("|---" * 7 + "|")
-        for arm in sorted(known, key=lambda arm: -pooled(known[arm]).mean):
-            mean, gap = pooled(known[arm]), gaps.get(arm)
+        for arm in sorted(known, key=lambda arm: -estimate_mean(known[arm]).mean):
+            mean, gap = estimate_mean(known[arm]), gaps.get(arm)
             told = (
                 [f"{100 * gap.mean:+.1f}", spread(gap.over_seeds, "+.1f"), f"{gap.p_holm:.3f}"] if gap else ["", "", ""]
             )

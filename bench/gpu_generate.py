@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.inference.lib import free_gpu_memory, library
-from tapir_local.memory import check_disk, gpus, size
+from tapir_local.memory import check_disk_space, format_bytes, list_gpus
 
 BENCH = Path(__file__).parent / "generate.py"
 VOCABULARY, HEAD, BLOCK = 32_000, 128, 34  # bytes of a q8_0 block of 32 numbers: a scale in f16, 32 numbers in int8
@@ -28,11 +28,11 @@ def main() -> None:
     library()
     if not free_gpu_memory() and not options.cpu:
         sys.exit("This llama.cpp knows no GPU: build llama-cpp-python with CMAKE_ARGS=-DGGML_CUDA=on.")
-    for gpu in gpus():
+    for gpu in list_gpus():
         print(f"{gpu.name}: {size(gpu.free)} of {size(gpu.total)} free")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         gguf = Path(folder) / f"llama-{options.layers}x{options.hidden}-q8_0.gguf"
-        check_disk(gguf, 9 * 10**9 if options.layers == 32 else 10**9, "the random model")
+        check_disk_space(gguf, 9 * 10**9 if options.layers == 32 else 10**9, "the random model")
         write_model(gguf, options.layers, options.hidden)
         print(f"{gguf.name}: {size(gguf.stat().st_size)}", flush=True)
         words = [sys.executable, str(BENCH), str(gguf), *([] if options.cpu else ["--gpu"]), *passed]

@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 
 from tapir_local.errors import TapirError
+from tapir_local.files import write_rows
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
-from tapir_local.rundir import write_rows
 from tapir_local.training.job import TrainJob
 from tapir_local.training.train import run_training
 

@@ -5,10 +5,10 @@
 
 from typing import Any
 
-from tapir_local.assets import find_recipe
 from tapir_local.inference.context_plan import PARALLEL_ON_CPU
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
+from tapir_local.resources import find_recipe
 
 SETTINGS = (
     *("vocab_size", "hidden_size", "intermediate_size"),

@@ -86,7 +86,7 @@ def make_student(folder: Path, model: str) -> None:
     """The pocket student, or a random Llama of a middling size with its tokenizer."""
     import shutil
 
-    from tapir_local.assets import POCKET_STUDENT
+    from tapir_local.resources import POCKET_STUDENT
 
     shutil.copytree(POCKET_STUDENT, folder)
     if model == "pocket":
@@ -102,9 +102,9 @@ def make_student(folder: Path, model: str) -> None:
 
 def make_rows(folder: Path, number: int) -> None:
     """Instructions of the pocket world, and answers that repeat the task, so that lengths differ as in a run."""
-    from tapir_local.assets import POCKET_SEEDS
+    from tapir_local.files import write_rows
     from tapir_local.records import Example, Message
-    from tapir_local.rundir import write_rows
+    from tapir_local.resources import POCKET_SEEDS
 
     seeds = json.loads(POCKET_SEEDS.read_text(encoding="utf-8"))[:number]
     texts = [(f"{seed['instruction']}\n{seed['input']}".strip(), seed["output"]) for seed in seeds]

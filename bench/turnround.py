@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import POCKET_STUDENT
 from tapir_local.export.base import run_base_gguf
-from tapir_local.memory import size
+from tapir_local.files import RunDir, remove_path, write_rows
+from tapir_local.memory import format_bytes
 from tapir_local.pipeline.backends import export_backend, gate_backend, generate_backend, ship_backend
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, remove, write_rows
+from tapir_local.resources import POCKET_STUDENT
 
 WAYS = ("merged", "adapter")
 TURN = ("export", "gate", "first answer")
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
 
 def begun(asked: argparse.Namespace, way: str, scratch: Path) -> tuple[Recipe, RunDir]:
     """A run with a trained adapter in round 1, as far as an export and the gate look."""
-    recipe = overridden(
+    recipe = override(
         parse_recipe("teacher: pocket", "bench"),
         {
             "name": way,
@@ -125,7 +125,7 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     """Seconds of one turn, by part, and the tokens a second that its student then writes."""
     folder = run.round(1)
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
-    remove(gguf)
+    remove_path(gguf)
     export = partial(export_backend(recipe, run), adapter=adapter, out=gguf, progress=quiet)
     gate = partial(gate_backend(recipe, run), adapter=adapter, gguf=gguf, rows=rows, out=report, progress=quiet)
     found = {"export": seconds(export), "gate": seconds(gate)}
@@ -181,7 +181,7 @@ def print_table(found: dict[str, list[dict[str, float]]], kept: dict[str, int], 
             else name
         )
         print(f"| {shown} | " + " | ".join(f"{middle[way]:,.2f}" for way in WAYS) + " |")
-    print("| kept by a round | " + " | ".join(size(kept[way]) for way in WAYS) + " |")
+    print("| kept by a round | " + " | ".join(format_bytes(kept[way]) for way in WAYS) + " |")
     print("| shipping, at the end | " + " | ".join(f"{shipped[way]:,.2f}" for way in WAYS) + " |")
 
 

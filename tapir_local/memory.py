@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 
-UNLIMITED = 1 << 60  # bytes: cgroup v1 writes a number near 2**63 where there is no limit
-LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))  # and what counts towards each
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+NO_CGROUP_LIMIT = 1 << 60  # bytes: cgroup v1 writes a number near 2**63 where there is no limit
+RLIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))  # and what counts towards each
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def total_memory(root: Path = Path("/")) -> int:
 
 def kernel_memory(root: Path) -> tuple[int, int]:
     """Bytes of main memory that are available, and all, as /proc/meminfo has them."""
-    found = fields(root / "proc/meminfo")
+    found = read_proc_sizes(root / "proc/meminfo")
     return found["MemAvailable"], found["MemTotal"]
 
 
-def fields(path: Path) -> dict[str, int]:
+def read_proc_sizes(path: Path) -> dict[str, int]:
     """Lines such as `VmSize:  1234 kB` of a file of /proc, in bytes; {} where there is no such file."""
     try:
         lines = path.read_text().splitlines()
@@ -67,9 +67,9 @@ def memory_cgroups(root: Path) -> Iterator[tuple[int, int, int]]:
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for kind, (most, current, cached) in (("", v2), ("memory", v1)):
         for folder in cgroups(root, kind):
-            limit = counted(folder / most)
-            if limit is not None and limit < UNLIMITED:
-                yield limit, counted(folder / current) or 0, statistic(folder / "memory.stat", cached)
+            limit = read_cgroup_number(folder / most)
+            if limit is not None and limit < NO_CGROUP_LIMIT:
+                yield limit, read_cgroup_number(folder / current) or 0, read_memory_stat(folder / "memory.stat", cached)
 
 
 def cgroups(root: Path, controller: str) -> list[Path]:
@@ -91,7 +91,7 @@ def cgroups(root: Path, controller: str) -> list[Path]:
     return [folder for folder in found if folder.is_dir()]
 
 
-def counted(path: Path) -> int | None:
+def read_cgroup_number(path: Path) -> int | None:
     """A file's number; None where it is missing or holds none, as memory.max does that says `max`."""
     try:
         text = path.read_text().strip()
@@ -100,7 +100,7 @@ def counted(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def statistic(path: Path, name: str) -> int:
+def read_memory_stat(path: Path, name: str) -> int:
     """A number of memory.stat by its name, 0 where it is not there."""
     try:
         lines = path.read_text().splitlines()
@@ -111,59 +111,63 @@ def statistic(path: Path, name: str) -> int:
 
 def process_memory(root: Path) -> Iterator[int]:
     """What each limit of this process (`ulimit -v`, `ulimit -d`) leaves."""
-    used = fields(root / "proc/self/status")
-    for limit, name in LIMITS:
+    used = read_proc_sizes(root / "proc/self/status")
+    for limit, name in RLIMITS:
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY:
             yield soft - used.get(name, 0)
 
 
-def cpus(root: Path = Path("/")) -> int:
+def count_cpus(root: Path = Path("/")) -> int:
     """Processors that this process may use: those it is bound to, or fewer where its container has a smaller quota."""
-    quotas = [quota for folder in cgroups(root, "") if (quota := processors(folder / "cpu.max"))]
+    quotas = [quota for folder in cgroups(root, "") if (quota := read_cpu_max(folder / "cpu.max"))]
     quotas += [
         quota
         for folder in cgroups(root, "cpu")
-        if (quota := share_of(counted(folder / "cpu.cfs_quota_us"), counted(folder / "cpu.cfs_period_us")))
+        if (
+            quota := quota_in_cpus(
+                read_cgroup_number(folder / "cpu.cfs_quota_us"), read_cgroup_number(folder / "cpu.cfs_period_us")
+            )
+        )
     ]
     return min([len(os.sched_getaffinity(0)), *quotas])
 
 
-def processors(path: Path) -> int | None:
+def read_cpu_max(path: Path) -> int | None:
     """Whole processors that a cpu.max of cgroup version 2 (`200000 100000`, or `max 100000`) allows, at least one."""
     try:
         words = path.read_text().split()
     except OSError:
         return None
     numbers = [int(word) if word.isdecimal() else None for word in words]
-    return share_of(*numbers) if len(numbers) == 2 else None
+    return quota_in_cpus(*numbers) if len(numbers) == 2 else None
 
 
-def share_of(quota: int | None, period: int | None) -> int | None:
+def quota_in_cpus(quota: int | None, period: int | None) -> int | None:
     """Whole processors that a quota of microseconds in a period is, at least one; None where there is no quota."""
     return max(1, -(-quota // period)) if quota and period else None
 
 
-def gpus() -> list[Gpu]:
+def list_gpus() -> list[Gpu]:
     """The NVIDIA GPUs as their driver sees them, without opening a context on any; none where there is no driver.
 
     A GPU that shares main memory (GB10, Jetson) has none of its own to tell of: `[N/A]`. It has what the system has.
     """
-    said = nvidia_smi("--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits")
+    said = run_nvidia_smi("--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits")
     rows = [line.rsplit(",", 2) for line in said.splitlines() if line.count(",") >= 2]
     return [
-        Gpu(name.strip(), mebibytes(free, free_memory), mebibytes(total, total_memory), number)
+        Gpu(name.strip(), parse_mebibytes(free, free_memory), parse_mebibytes(total, total_memory), number)
         for number, (name, free, total) in enumerate(rows)
     ]
 
 
-def mebibytes(text: str, unknown: Callable[[], int]) -> int:
+def parse_mebibytes(text: str, unknown: Callable[[], int]) -> int:
     """Bytes from nvidia-smi's MiB; `unknown` is asked where it says that it does not know ([N/A], [Not Supported])."""
     number = text.strip()
     return int(number) << 20 if number.isdecimal() else unknown()
 
 
-def nvidia_smi(*arguments: str) -> str:
+def run_nvidia_smi(*arguments: str) -> str:
     """What the driver's tool says; "" where there is none, or it fails."""
     try:
         return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
@@ -171,43 +175,43 @@ def nvidia_smi(*arguments: str) -> str:
         return ""
 
 
-def visible_gpus() -> list[Gpu]:
+def list_visible_gpus() -> list[Gpu]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves, by their numbers or UUIDs; all where it is not set."""
-    cards, named = gpus(), os.environ.get(VISIBLE)
+    cards, named = list_gpus(), os.environ.get(VISIBLE_DEVICES)
     if named is None or not cards:
         return cards
     known = {card.index: card for card in cards}
-    numbers = takewhile(known.__contains__, (number_of(word.strip()) for word in named.split(",")))  # as CUDA does
+    numbers = takewhile(known.__contains__, (find_gpu_index(word.strip()) for word in named.split(",")))  # as CUDA does
     return [known[number] for number in dict.fromkeys(numbers) if number is not None]
 
 
-def number_of(named: str) -> int | None:
+def find_gpu_index(named: str) -> int | None:
     """A GPU's place in nvidia-smi's list, from its number or the beginning of its UUID; None where there is no such."""
     if named.isdecimal():
         return int(named)
-    pairs = re.findall(r"^GPU (\d+): .*\(UUID: (\S+)\)$", nvidia_smi("-L") if named else "", re.MULTILINE)
+    pairs = re.findall(r"^GPU (\d+): .*\(UUID: (\S+)\)$", run_nvidia_smi("-L") if named else "", re.MULTILINE)
     return next((int(number) for number, uuid in pairs if uuid.startswith(named)), None)
 
 
-def one_gpu() -> dict[str, str]:
+def single_gpu_variables() -> dict[str, str]:
     """Variables that show a process the one visible GPU with the most free memory; {} where there is no choice.
 
     A training sees one GPU unless a launcher has started several processes: transformers would spread each batch over
     all it sees (DataParallel), and make it so many times larger.
     """
-    cards = visible_gpus()
+    cards = list_visible_gpus()
     if len(cards) < 2 or "LOCAL_RANK" in os.environ:
         return {}
     best = max(cards, key=lambda gpu: gpu.free)
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE: str(best.index)}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE_DEVICES: str(best.index)}
 
 
-def take_gpu(wanted: int, what: str, say: Callable[[str], None]) -> None:
+def report_free_gpu_memory(wanted: int, what: str, say: Callable[[str], None]) -> None:
     """Say how much of the GPU is free before a stage that takes about `wanted` bytes; nothing where there is none.
 
     Nothing of ours holds it meanwhile: every stage that loads a model ends with it. What is missing is another's.
     """
-    cards = visible_gpus()
+    cards = list_visible_gpus()
     if not cards:
         return
     best = max(cards, key=lambda gpu: gpu.free)
@@ -215,7 +219,7 @@ def take_gpu(wanted: int, what: str, say: Callable[[str], None]) -> None:
     say(f"{best.name}: {size(best.free)} of {size(best.total)} free{short}")
 
 
-def check_disk(path: Path, wanted: int, what: str) -> None:
+def check_disk_space(path: Path, wanted: int, what: str) -> None:
     """TapirError unless the disk on which `path` is or will be has `wanted` bytes free for `what`."""
     place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -237,6 +241,6 @@ def check_memory(wanted: int, what: str) -> None:
         )
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes for people, as disks are sold: 1.5 GB is 1,500,000,000."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

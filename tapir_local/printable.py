@@ -10,10 +10,10 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 
 def printable(text: str) -> str:
     """The text with a visible sign in place of each unsafe character: `␛` for escape, `<U+202E>` for an override."""
-    return UNSAFE.sub(visible, text.replace("\r\n", "\n"))
+    return UNSAFE.sub(visible_sign, text.replace("\r\n", "\n"))
 
 
-def visible(found: re.Match[str]) -> str:
+def visible_sign(found: re.Match[str]) -> str:
     """The sign for one unsafe character: Unicode's picture of it, or its number where there is none."""
     code = ord(found[0])
     if code < 0x20:

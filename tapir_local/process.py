@@ -15,29 +15,30 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
-from tapir_local.assets import CHECKOUT
 from tapir_local.errors import TapirError
-from tapir_local.memory import cpus
+from tapir_local.files import private_file, write_record
+from tapir_local.memory import count_cpus
 from tapir_local.printable import printable
-from tapir_local.private import private_file
-from tapir_local.rundir import write_record
+from tapir_local.resources import CHECKOUT
 
 Progress = Callable[[int, int, str], None]
-OWNED = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
-MARK = "TAPIR_LOCAL_MARK"  # in a child: the word before each of its reports, drawn anew, so that no other line has it
+OWNED_VARIABLE = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
+MARK_VARIABLE = (
+    "TAPIR_LOCAL_MARK"  # in a child: the word before each of its reports, drawn anew, so that no other line has it
+)
 # Threads that wait for each other sleep after a moment instead of spinning on: on two cores shared with other jobs a
 # training did 200 to 400 tokens/s with torch's default and over 1,000 so.
-PATIENT = {"GOMP_SPINCOUNT": "1000"}
+THREAD_VARIABLES = {"GOMP_SPINCOUNT": "1000"}
 # As python's -P, which does not reach a launcher's processes: a datasets.py in the user's folder is not ours.
-LAUNCHED = {"PYTHONSAFEPATH": "1"}
-KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher tells of one of its processes
+LAUNCHER_VARIABLES = {"PYTHONSAFEPATH": "1"}
+LAUNCHER_KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher tells of one of its processes
 # Names of variables that hold a key, a token or a password.
-SECRET = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
-NAMED: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # further such names, of a recipe
-DOWNLOADS = {
+SECRET_NAME = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
+WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # further such names, of a recipe
+ALLOWED_SECRETS = {
     "tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 }  # its encoder comes from the Hub
-GRACE = 5.0  # seconds between asking a child to stop and killing it
+STOP_SECONDS = 5.0  # seconds between asking a child to stop and killing it
 
 
 class OutOfMemory(TapirError):
@@ -56,7 +57,7 @@ class Killed(OutOfMemory):
     """A process ended by SIGKILL, which is how the kernel takes memory back."""
 
 
-KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
+ERROR_KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
 
 
 def say_on_stderr(text: str) -> None:
@@ -64,7 +65,7 @@ def say_on_stderr(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
-def remark(progress: Progress, text: str) -> None:
+def send_remark(progress: Progress, text: str) -> None:
     """A line that the user of a heavy stage is to read: a report of 0 of 0, which is no progress."""
     progress(0, 0, text)
 
@@ -85,21 +86,21 @@ def run_module(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     private_file(log)
-    start = [beside_python(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
+    start = [find_command(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
     mark = secrets.token_hex(8)
-    variables = {**environment(module), **(LAUNCHED if launcher else {}), MARK: mark}
+    variables = {**child_environment(module), **(LAUNCHER_VARIABLES if launcher else {}), MARK_VARIABLE: mark}
     with log.open("wb", buffering=0) as errors:  # the child writes at the same place
-        child = popen([*start, "-m", module, str(folder)], errors, variables, log)
+        child = start_child([*start, "-m", module, str(folder)], errors, variables, log)
         try:
-            failure = follow(reports(child.stdout or [], mark.encode(), errors), progress, say)
+            failure = relay_reports(read_reports(child.stdout or [], mark.encode(), errors), progress, say)
             code = child.wait()
         finally:
-            stop(child)
+            stop_child(child)
     if failure or code:
-        raise failure or death(module, code, log)
+        raise failure or exit_error(module, code, log)
 
 
-def popen(
+def start_child(
     command: Sequence[str], errors: IO[bytes], variables: Mapping[str, str], log: Path
 ) -> "subprocess.Popen[bytes]":
     """The child, in a session of its own: Ctrl-C reaches the parent alone, which stops the whole group."""
@@ -117,13 +118,13 @@ def popen(
         raise TapirError(what, where=str(log), fix="Correct train.launcher.") from error
 
 
-def beside_python(name: str) -> str:
+def find_command(name: str) -> str:
     """A command of the environment that we run in, which need not be on the PATH; else the name as it is."""
     here = Path(sys.executable).parent / name  # a path from the root stays what it is
     return str(here) if here.is_file() else name
 
 
-def in_own_process(
+def run_in_process(
     work: Callable[[Path, Progress], None],
     job: Any,
     folder: Path,
@@ -141,30 +142,32 @@ def in_own_process(
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)
 
 
-def environment(module: str = "") -> dict[str, str]:
+def child_environment(module: str = "") -> dict[str, str]:
     """The child's: patient threads, as many as there are processors for, the life line, our own modules where they are
     not installed; no keys, which a child has no use for."""
-    fewer = {"OMP_NUM_THREADS": str(cpus())} if cpus() < len(os.sched_getaffinity(0)) else {}
+    fewer = {"OMP_NUM_THREADS": str(count_cpus())} if count_cpus() < len(os.sched_getaffinity(0)) else {}
     kept = {name: value for name, value in os.environ.items() if not is_secret(name, module)}
-    return {**PATIENT, **fewer, **kept, OWNED: "1", **ours()}
+    return {**THREAD_VARIABLES, **fewer, **kept, OWNED_VARIABLE: "1", **python_path_variable()}
 
 
 def is_secret(name: str, module: str = "") -> bool:
     """Whether a variable is withheld from a child that runs `module`: a key, a token or a password by its name."""
-    return (SECRET.fullmatch(name) is not None or name in NAMED.get()) and name not in DOWNLOADS.get(module, ())
+    return (
+        SECRET_NAME.fullmatch(name) is not None or name in WITHHELD_NAMES.get()
+    ) and name not in ALLOWED_SECRETS.get(module, ())
 
 
 @contextmanager
-def withheld(names: Iterable[str]) -> Iterator[None]:
+def withhold_variables(names: Iterable[str]) -> Iterator[None]:
     """Withhold some more variables, such as a recipe's api_key_env, from the children that are started meanwhile."""
-    token = NAMED.set(NAMED.get() | frozenset(names))
+    token = WITHHELD_NAMES.set(WITHHELD_NAMES.get() | frozenset(names))
     try:
         yield
     finally:
-        NAMED.reset(token)
+        WITHHELD_NAMES.reset(token)
 
 
-def reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:
+def read_reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:
     """The child's reports: what follows the mark in a line. All else is a launcher's own, and goes to the log."""
     for line in lines:
         before, marked, after = line.partition(mark)
@@ -179,21 +182,21 @@ def reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dic
                 log.write(after)
 
 
-def ours() -> dict[str, str]:
+def python_path_variable() -> dict[str, str]:
     """What lets a child find our own modules where they are not installed."""
     places = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
     path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path} if path else {}
 
 
-def follow(
+def relay_reports(
     said: Iterable[Mapping[str, Any]], progress: Progress | None, say: Callable[[str], None]
 ) -> TapirError | None:
     """Pass the child's progress and remarks on until it closes its output; the error that it reported, if it did."""
     failure = None
     for report in said:
         if "error" in report:
-            failure = KINDS.get(report["kind"], TapirError)(**report["error"])
+            failure = ERROR_KINDS.get(report["kind"], TapirError)(**report["error"])
         elif not report["total"]:
             say(report["note"])
         elif progress:
@@ -201,12 +204,12 @@ def follow(
     return failure
 
 
-def stop(child: "subprocess.Popen[bytes]") -> None:
+def stop_child(child: "subprocess.Popen[bytes]") -> None:
     """End the child and all that it started, if it is still there, and close its pipes."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGTERM)
         try:
-            child.wait(GRACE)
+            child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
@@ -215,10 +218,10 @@ def stop(child: "subprocess.Popen[bytes]") -> None:
             pipe.close()
 
 
-def death(module: str, code: int, log: Path) -> TapirError:
+def exit_error(module: str, code: int, log: Path) -> TapirError:
     """What to say of a child that ended with `code` (negative: by that signal) and reported no error of its own."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code == -signal.SIGKILL or any(KILLED in line for line in lines[-40:]):
+    if code == -signal.SIGKILL or any(LAUNCHER_KILLED in line for line in lines[-40:]):
         return Killed(
             f"{module} was killed (signal 9), probably because the memory ran out",
             where=str(log),
@@ -239,16 +242,16 @@ def signal_and_last_line(code: int, errors: bytes) -> tuple[str, str]:
     return signal.Signals(-code).name if code < 0 else "", lines[-1] if lines else ""
 
 
-def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str, str] | None = None) -> int:
+def child_main(work: Callable[[Path, Progress], None], child_environment: Mapping[str, str] | None = None) -> int:
     """The child's side: do `work` on the folder named in the arguments and report to the parent; the exit code.
 
     Standard output carries only the reports; whatever libraries print goes to standard error. Of several processes
     that a launcher has started, the first alone reports progress, and any its error.
     """
-    os.environ.update(environment or {})
-    if os.environ.get(OWNED):
+    os.environ.update(child_environment or {})
+    if os.environ.get(OWNED_VARIABLE):
         threading.Thread(target=end_with_parent, daemon=True).start()
-    report = reporter()
+    report = open_report_channel()
     try:
         work(Path(sys.argv[1]), lambda done, total, note: report({"done": done, "total": total, "note": note}))
     except TapirError as error:
@@ -259,11 +262,11 @@ def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str,
     return 0
 
 
-def reporter() -> Callable[[Mapping[str, Any]], None]:
+def open_report_channel() -> Callable[[Mapping[str, Any]], None]:
     """A function that writes one line, the mark and JSON, to what was standard output, from now on standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    mark = os.environ.get(MARK, "report")
+    mark = os.environ.get(MARK_VARIABLE, "report")
     first = os.environ.get("RANK", "0") == "0"
 
     def report(value: Mapping[str, Any]) -> None:

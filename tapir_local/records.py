@@ -113,7 +113,7 @@ class Scored:
     tokens: int
 
 
-Manner = Literal["alike", "rarer"]
+ExpansionManner = Literal["alike", "rarer"]
 Styled = Literal["hard", "all", "none"]
 
 
@@ -128,7 +128,7 @@ class Expansion:
     task: str
     rows: int
     parents: tuple[str, ...]
-    manner: Manner = "alike"
+    manner: ExpansionManner = "alike"
     others: tuple[str, ...] = ()
 
 
@@ -242,7 +242,7 @@ class Answer:
 ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
-def adapter_of(kind: type[T]) -> TypeAdapter[T]:
+def type_adapter(kind: type[T]) -> TypeAdapter[T]:
     """The pydantic reader and writer of a record class, made once."""
     if kind not in ADAPTERS:
         ADAPTERS[kind] = TypeAdapter(kind)
@@ -251,13 +251,13 @@ def adapter_of(kind: type[T]) -> TypeAdapter[T]:
 
 def to_json(record: Any) -> str:
     """One line of JSON, keys in the order of the class."""
-    return adapter_of(type(record)).dump_json(record).decode()
+    return type_adapter(type(record)).dump_json(record).decode()
 
 
 def from_json(kind: type[T], text: str | bytes, where: str = "") -> T:
     """Read a record; TapirError naming `where` if the text is not one."""
     try:
-        return adapter_of(kind).validate_json(text)
+        return type_adapter(kind).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

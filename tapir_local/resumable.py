@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
 
 from tapir_local.errors import TapirError
+from tapir_local.files import remove_path, sync_to_disk, write_json
 from tapir_local.printable import safe_json
 from tapir_local.records import from_json, to_json
-from tapir_local.rundir import remove, sync, write_json
 
 
-class Row(Protocol):
+class HasId(Protocol):
     """A record with an id."""
 
     @property
     def id(self) -> str: ...
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=HasId)
 
 
-class InOrder(Generic[R]):
+class OrderedWriter(Generic[R]):
     """Writes rows as JSON lines in the order of their ids, holding back those whose turn has not come."""
 
     def __init__(self, out: IO[str], ids: Sequence[str]) -> None:
@@ -34,18 +34,18 @@ class InOrder(Generic[R]):
         """Take one, and write all whose turn it is."""
         self.waiting[row.id] = row
         while self.next < len(self.ids) and self.ids[self.next] in self.waiting:
-            write_line(self.out, self.waiting.pop(self.ids[self.next]))
+            append_row(self.out, self.waiting.pop(self.ids[self.next]))
             self.next += 1
         self.out.flush()
 
 
-def write_line(out: IO[str], row: Any) -> None:
+def append_row(out: IO[str], row: Any) -> None:
     """Append a row as a line of JSON that is safe to show on a terminal."""
     out.write(safe_json(to_json(row)) + "\n")
 
 
 @contextmanager
-def going_on(path: Path, task: Mapping[str, Any], kind: type[R]) -> Iterator[tuple[IO[str], list[R]]]:
+def resume_writing(path: Path, task: Mapping[str, Any], kind: type[R]) -> Iterator[tuple[IO[str], list[R]]]:
     """A file to append lines to, and the rows of it that an earlier, cut attempt at the same task has written.
 
     The block writes the missing rows; when it ends well, `<path>.partial` becomes `path`. When it is cut, by an
@@ -54,17 +54,17 @@ def going_on(path: Path, task: Mapping[str, Any], kind: type[R]) -> Iterator[tup
     """
     partial, note = (path.with_name(path.name + end) for end in (".partial", ".partial.json"))
     task = json.loads(json.dumps(task, default=str))
-    if not (partial.is_file() and read_note(note) == task):
-        forget_partial(path)
+    if not (partial.is_file() and read_task_note(note) == task):
+        remove_partial(path)
         write_json(note, task)
-    done = kept_rows(partial, kind)
+    done = read_complete_rows(partial, kind)
     try:
         with partial.open("a", encoding="utf-8") as file:
             yield file, done
-        sync(partial)
+        sync_to_disk(partial)
         partial.rename(path)
-        remove(note)
-        sync(path.parent)
+        remove_path(note)
+        sync_to_disk(path.parent)
     except OSError as error:
         if error.filename not in (None, str(partial)):  # not of this file: writing to an open one names none
             raise
@@ -72,13 +72,13 @@ def going_on(path: Path, task: Mapping[str, Any], kind: type[R]) -> Iterator[tup
         raise TapirError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
 
 
-def forget_partial(path: Path) -> None:
+def remove_partial(path: Path) -> None:
     """Delete what a cut attempt at a file has left."""
     for end in (".partial", ".partial.json"):
-        remove(path.with_name(path.name + end))
+        remove_path(path.with_name(path.name + end))
 
 
-def read_note(path: Path) -> Any:
+def read_task_note(path: Path) -> Any:
     """The task that a note names; None where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -86,14 +86,14 @@ def read_note(path: Path) -> Any:
         return None
 
 
-def kept_rows(partial: Path, kind: type[R]) -> list[R]:
+def read_complete_rows(partial: Path, kind: type[R]) -> list[R]:
     """The rows of a cut file up to the first line that is torn or damaged, which is taken off it with all after it."""
     if not partial.exists():
         return []
     rows, size = list[R](), 0
     with partial.open("rb") as file:
         for line in file:
-            row = read_line(kind, line)
+            row = parse_complete_row(kind, line)
             if row is None:
                 break
             rows.append(row)
@@ -102,7 +102,7 @@ def kept_rows(partial: Path, kind: type[R]) -> list[R]:
     return rows
 
 
-def read_line(kind: type[R], line: bytes) -> R | None:
+def parse_complete_row(kind: type[R], line: bytes) -> R | None:
     """A row, or None where the line does not hold one whole."""
     try:
         return from_json(kind, line) if line.endswith(b"\n") else None

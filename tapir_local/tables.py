@@ -10,12 +10,12 @@ from rich.text import Text
 from tapir_local.printable import printable
 
 
-def plain(text: str, style: str = "") -> Text:
+def plain_text(text: str, style: str = "") -> Text:
     """A text in one style."""
     return Text(printable(text), style=style)
 
 
-def joined(*parts: str | tuple[str, str]) -> Text:
+def join_styled(*parts: str | tuple[str, str]) -> Text:
     """Texts one after another, those in pairs (text, style) in their styles."""
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
     return Text.assemble(*((printable(text), style) for text, style in pairs))
@@ -36,23 +36,23 @@ class PlainTable(Table):
 
     def add_column(self, header: RenderableType = "", *rest: Any, **options: Any) -> None:
         """A column with this header."""
-        super().add_column(cell(header), *rest, **options)
+        super().add_column(plain_cell(header), *rest, **options)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         """A row of texts."""
-        super().add_row(*(cell(item) for item in cells if item is not None), **options)
+        super().add_row(*(plain_cell(item) for item in cells if item is not None), **options)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for name in ("title", "caption"):
             text = getattr(self, name)
             if isinstance(text, str):
-                setattr(self, name, plain(text, f"table.{name}"))
+                setattr(self, name, plain_text(text, f"table.{name}"))
         yield from super().__rich_console__(console, options.update(markup=False))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return super().__rich_measure__(console, options.update(markup=False))
 
 
-def cell(item: RenderableType) -> RenderableType:
+def plain_cell(item: RenderableType) -> RenderableType:
     """A string as a cell; anything else as it is."""
     return Cell(printable(item)) if isinstance(item, str) else item

@@ -13,10 +13,10 @@ from hub import MODEL, Hub, serving
 from models import make_model
 
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, held, write_json
 from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.rundir import RunDir, held, write_json
 from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -31,7 +31,7 @@ from tapir_local.training.student_folder import prepare_student_folder
 from tapir_local.training.student_folder import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.rundir import RunDir
+from tapir_local.files import RunDir
 run, recipe = RunDir(Path(sys.argv[1]), "r"), parse_recipe(sys.argv[2], "r")
 try:
     folder = prepare_student_folder(recipe, run)

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import Gpu, check_disk, cpus, free_memory, gpus, size, take_gpu, total_memory
+from tapir_local.memory import (
+    Gpu,
+    check_disk_space,
+    count_cpus,
+    format_bytes,
+    free_memory,
+    list_gpus,
+    report_free_gpu_memory,
+    total_memory,
+)
 
 
 def test_free_memory_is_some_of_what_the_machine_has() -> None:
@@ -17,12 +26,12 @@ def test_free_memory_is_some_of_what_the_machine_has() -> None:
 
 def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match=r"no room for the GGUF: it takes 1,000,000\.0 GB, and .* are free"):
-        check_disk(tmp_path / "not" / "yet" / "there.gguf", 10**15, "the GGUF")
+        check_disk_space(tmp_path / "not" / "yet" / "there.gguf", 10**15, "the GGUF")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_disk_large_enough_passes(tmp_path: Path) -> None:
-    check_disk(tmp_path / "out.gguf", 1, "the GGUF")
+    check_disk_space(tmp_path / "out.gguf", 1, "the GGUF")
 
 
 def test_gpus_are_read_from_what_their_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +39,7 @@ def test_gpus_are_read_from_what_their_driver_says(tmp_path: Path, monkeypatch: 
     driver.write_text("#!/bin/sh\necho 'NVIDIA H200, SXM, 1024, 143771'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert gpus() == [Gpu("NVIDIA H200, SXM", 1 << 30, 143771 << 20)]
+    assert list_gpus() == [Gpu("NVIDIA H200, SXM", 1 << 30, 143771 << 20)]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +54,7 @@ def test_what_is_free_of_a_gpu_is_said_before_it_is_taken(
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     said: list[str] = []
-    take_gpu(wanted, "the classifier", said.append)
+    report_free_gpu_memory(wanted, "the classifier", said.append)
     assert said == [f"NVIDIA B: 2.1 GB of 25.8 GB free{rest}"]
 
 
@@ -57,11 +66,11 @@ def test_a_gpu_without_memory_of_its_own_has_what_the_system_has(
     driver.write_text(f"#!/bin/sh\necho 'NVIDIA GB10, {said}, {said}'\necho 'No more devices'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    (card,) = gpus()
+    (card,) = list_gpus()
     assert (card.name, card.total) == ("NVIDIA GB10", total_memory())
     assert 0 < card.free <= card.total
     words: list[str] = []
-    take_gpu(1 << 20, "the classifier", words.append)
+    report_free_gpu_memory(1 << 20, "the classifier", words.append)
     assert words[0].startswith("NVIDIA GB10: ")
     assert words[0].endswith(f" of {size(card.total)} free")
 
@@ -187,14 +196,14 @@ def here() -> dict[str, str]:
     ],
 )
 def test_processors_are_those_of_the_container(tmp_path: Path, files: dict[str, str], most: int | None) -> None:
-    assert cpus(machine(tmp_path, **files)) == min(most or 10**6, len(os.sched_getaffinity(0)))
+    assert count_cpus(machine(tmp_path, **files)) == min(most or 10**6, len(os.sched_getaffinity(0)))
 
 
 def test_no_driver_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpus() == []
-    take_gpu(1 << 50, "anything", pytest.fail)
+    assert list_gpus() == []
+    report_free_gpu_memory(1 << 50, "anything", pytest.fail)
 
 
 def test_sizes_are_told_as_disks_are_sold() -> None:
-    assert (size(1_500_000_000), size(2_500_000)) == ("1.5 GB", "2.5 MB")
+    assert (format_bytes(1_500_000_000), format_bytes(2_500_000)) == ("1.5 GB", "2.5 MB")

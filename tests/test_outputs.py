@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.gated_export import ExportConfig, export_with_gate
-from tapir_local.outputs import check_output
+from tapir_local.files import check_output
 
 WAYS: dict[str, Callable[[Path, Path], Path]] = {
     "itself": lambda source, folder: source,

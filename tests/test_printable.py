@@ -23,7 +23,7 @@ from tapir_local.report.progress import ProgressDisplay, watch_run
 from tapir_local.report.status_tables import round_tables, rounds_table, stages_table, unusable_tables
 from tapir_local.report.tables import task_table, text_table
 from tapir_local.report.why import why_tables
-from tapir_local.tables import joined, plain
+from tapir_local.tables import join_styled, plain_text
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
 SEEN = "␛]0;owned␇"
@@ -86,7 +86,7 @@ TABLES = {
     "why": lambda: why_tables(WHY),
     "labels": lambda: label_tables(LABELS),
     "compare": lambda: comparison_tables(COMPARED),
-    "line": lambda: [plain(HOSTILE), joined(HOSTILE, (HOSTILE, "bold"))],
+    "line": lambda: [plain_text(HOSTILE), join_styled(HOSTILE, (HOSTILE, "bold"))],
 }
 
 

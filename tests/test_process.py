@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.process import Killed, OutOfMemory, environment, reports, run_module, withheld
+from tapir_local.process import Killed, OutOfMemory, child_environment, read_reports, run_module, withhold_variables
 
 HEAD = """
 import os, signal, sys, time
 from pathlib import Path
 from tapir_local.errors import TapirError
-from tapir_local.process import OutOfMemory, child_main, remark
+from tapir_local.process import OutOfMemory, child_main, send_remark
 """
 TAIL = """
 sys.exit(child_main(work))
@@ -193,7 +193,7 @@ def test_what_a_launcher_prints_is_no_report_whatever_it_looks_like(child, tmp_p
 def test_what_stands_beside_a_report_in_its_line_goes_to_the_log():
     lines = [b'a-mark {"done": 1}[rank1] noise\n', b"a-mark {half\n", b"\n"]
     log = io.BytesIO()
-    assert list(reports(lines, b"-mark", log)) == [{"done": 1}]
+    assert list(read_reports(lines, b"-mark", log)) == [{"done": 1}]
     assert log.getvalue() == b"a[rank1] noisea {half\n\n"
 
 
@@ -204,7 +204,7 @@ KEPT = ("HOME", "TOKENIZERS_PARALLELISM", "MONKEY", "KEYBOARD_LAYOUT", "CUDA_VIS
 def test_a_child_has_no_keys(child, tmp_path, monkeypatch):
     for name in (*KEYS, *KEPT):
         monkeypatch.setenv(name, "sk-0123456789")
-    with withheld(["MY_VENDOR"]):
+    with withhold_variables(["MY_VENDOR"]):
         child("import json; (folder / 'env').write_text(json.dumps(dict(os.environ)))")
     found = json.loads((tmp_path / "env").read_text())
     assert set(KEPT) <= set(found)
@@ -217,9 +217,9 @@ def test_a_child_has_no_keys(child, tmp_path, monkeypatch):
 def test_the_classifier_may_download_with_the_hubs_token_and_no_other_key(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
-    assert environment("tapir_local.training.classifier")["HF_TOKEN"] == "hf_0123456789"
-    assert "OPENAI_API_KEY" not in environment("tapir_local.training.classifier")
-    assert "HF_TOKEN" not in environment("tapir_local.training.train")
+    assert child_environment("tapir_local.training.classifier")["HF_TOKEN"] == "hf_0123456789"
+    assert "OPENAI_API_KEY" not in child_environment("tapir_local.training.classifier")
+    assert "HF_TOKEN" not in child_environment("tapir_local.training.train")
 
 
 def test_a_launcher_that_is_not_there_is_named(child):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows
 from tapir_local.records import Scored, to_json
-from tapir_local.resumable import InOrder, forget_partial, going_on, write_line
-from tapir_local.rundir import read_rows
+from tapir_local.resumable import OrderedWriter, append_row, remove_partial, resume_writing
 
 ROWS = [Scored(str(n), -float(n), n) for n in range(10)]
 TASK = {"task": 1, "path": Path("x")}
@@ -16,11 +16,11 @@ TASK = {"task": 1, "path": Path("x")}
 
 def write(path: Path, until: int | None = None, task: dict[str, object] = TASK) -> int:
     """Write the missing rows, cut before row `until`; how many were there."""
-    with going_on(path, task, Scored) as (file, done):
+    with resume_writing(path, task, Scored) as (file, done):
         for row in ROWS[len(done) :]:
             if row.id == str(until):
                 raise KeyboardInterrupt
-            write_line(file, row)
+            append_row(file, row)
             file.flush()
     return len(done)
 
@@ -63,22 +63,22 @@ def test_another_task_starts_from_nothing(tmp_path: Path) -> None:
 
 def test_what_is_forgotten_is_begun_again(tmp_path: Path) -> None:
     cut(tmp_path / "a", 6)
-    forget_partial(tmp_path / "a")
+    remove_partial(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
     assert write(tmp_path / "a") == 0
 
 
 def test_only_errors_of_the_file_itself_are_called_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), going_on(tmp_path / "a", TASK, Scored):
+    with pytest.raises(FileNotFoundError), resume_writing(tmp_path / "a", TASK, Scored):
         (tmp_path / "none").read_text()
     full = OSError(28, "No space left on device")
-    with pytest.raises(TapirError, match="No space left"), going_on(tmp_path / "a", TASK, Scored):
+    with pytest.raises(TapirError, match="No space left"), resume_writing(tmp_path / "a", TASK, Scored):
         raise full
 
 
 def test_rows_done_early_wait_for_their_turn() -> None:
     out = io.StringIO()
-    ordered = InOrder[Scored](out, ["a", "b", "c"])
+    ordered = OrderedWriter[Scored](out, ["a", "b", "c"])
     for id, lines in (("c", 0), ("a", 1), ("b", 3)):
         ordered.add(Scored(id, 0.0, 1))
         assert out.getvalue().count("\n") == lines

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, atomic_write, existing, held, read_rows, write_rows, write_text
 from tapir_local.records import Completion
-from tapir_local.rundir import RunDir, existing, held, read_rows, whole, write_rows, write_text
 
 
 def test_a_file_written_in_part_does_not_exist(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with whole(tmp_path / "a.json") as partial:
+        with atomic_write(tmp_path / "a.json") as partial:
             partial.write_text("half")
             raise KeyboardInterrupt
 
@@ -28,7 +28,7 @@ def test_a_file_written_in_part_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    with whole(tmp_path / "adapter") as partial:
+    with atomic_write(tmp_path / "adapter") as partial:
         partial.mkdir()
         (partial / "weights").write_bytes(b"1")
         assert not (tmp_path / "adapter").exists()
@@ -40,7 +40,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, resource, signal\n"
         "from pathlib import Path\n"
-        "from tapir_local.rundir import write_text\n"
+        "from tapir_local.files import write_text\n"
         "from tapir_local.errors import TapirError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def read_in_a_block(out: Path, other: Path) -> None:
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.write_text(other.read_text())
 
 
@@ -74,7 +74,7 @@ NOT_OF_WRITING = (ConnectionResetError("reset by peer"), TimeoutError("timed out
 
 @pytest.mark.parametrize("error", NOT_OF_WRITING)
 def test_an_error_of_the_network_or_a_library_is_not_said_to_be_of_writing(tmp_path: Path, error: OSError) -> None:
-    with pytest.raises(type(error)) as caught, whole(tmp_path / "out.json"):
+    with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "out.json"):
         raise error
     assert caught.value is error
 
@@ -101,7 +101,10 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, make: Ca
 
 
 def test_a_folder_that_the_block_cannot_make_is_of_writing(tmp_path: Path) -> None:
-    with pytest.raises(TapirError, match="cannot be written: No such file"), whole(tmp_path / "adapter") as partial:
+    with (
+        pytest.raises(TapirError, match="cannot be written: No such file"),
+        atomic_write(tmp_path / "adapter") as partial,
+    ):
         (partial / "weights").write_bytes(b"1")  # the folder itself was forgotten
 
 
@@ -132,7 +135,7 @@ def test_an_unknown_run_names_those_there_are(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
     run = RunDir(tmp_path, "mine")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tapir_local.rundir import RunDir, held\n"
+        "import sys\nfrom pathlib import Path\nfrom tapir_local.files import RunDir, held\n"
         "from tapir_local.errors import TapirError\n"
         "try:\n    with held(RunDir(Path(sys.argv[1]), 'mine')): print('held')\n"
         "except TapirError as error:\n    print(error)\n"

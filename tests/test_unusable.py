@@ -5,9 +5,16 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir
 from tapir_local.pipeline.run_rows import trim_reply
-from tapir_local.rundir import RunDir
-from tapir_local.unusable import Unusable, forget_unusable, left_out, read_unusable, record_unusable, refuse_too_many
+from tapir_local.unusable import (
+    Unusable,
+    format_left_out,
+    read_unusable,
+    record_unusable,
+    refuse_too_many,
+    remove_unusable,
+)
 
 
 def rows(count: int, kind: str = "refused by the server", step: str = "prepare/seeds") -> list[Unusable]:
@@ -20,7 +27,7 @@ def test_a_step_that_is_repeated_replaces_its_rows(tmp_path: Path) -> None:
     record_unusable(run, "prepare/seeds", rows(3))
     record_unusable(run, "prepare/seeds", rows(2))
     assert [row.step for row in read_unusable(run)] == ["prepare/read", "prepare/seeds", "prepare/seeds"]
-    forget_unusable(run, {"prepare/seeds"})
+    remove_unusable(run, {"prepare/seeds"})
     assert [row.step for row in read_unusable(run)] == ["prepare/read"]
 
 
@@ -48,8 +55,8 @@ def test_where_most_rows_are_unusable_nobody_is_told_to_allow_it() -> None:
 
 
 def test_a_closing_line_counts_them() -> None:
-    assert left_out([]) == ""
-    assert left_out(rows(2)) == ", 2 left out (2 refused by the server; unusable.jsonl)"
+    assert format_left_out([]) == ""
+    assert format_left_out(rows(2)) == ", 2 left out (2 refused by the server; unusable.jsonl)"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 
 from models import make_model
 
+from tapir_local.files import write_rows
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
-from tapir_local.rundir import write_rows
 from tapir_local.training.job import TrainJob
 
 SETTINGS = Train(learning_rate=5e-3, batch_size=8, micro_batch_size=4, lora_rank=4, lora_alpha=8, warmup=0.1)

@@ -26,7 +26,7 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
     On another machine, use FILE as `teacher.db` of a cache for `distill --replay`, or add its calls to a store with
     `calls import`.
     """
-    from tapir_local.outputs import check_output
+    from tapir_local.files import check_output
     from tapir_local.store.transfer import export_store
 
     store = store_path(cache)
@@ -43,8 +43,8 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
 
 def keys_in_lockfile(cache: Path | None, run: str) -> list[str]:
     """The keys in the tapir.lock of a run; [] if there is none, as for a run that was imported."""
+    from tapir_local.files import named_run
     from tapir_local.pipeline.context import read_lock, unique_call_keys
-    from tapir_local.rundir import named_run
 
     folder = named_run(store_path(cache).parent, run)
     return unique_call_keys(read_lock(folder)) if folder else []
@@ -99,8 +99,8 @@ def import_store_calls(file: Path, cache: Path | None) -> None:
 
 def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | None, cache: Path | None) -> None:
     """Add answers that were paid for elsewhere, as answers of the recipe's teacher."""
-    from tapir_local.assets import find_recipe, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
+    from tapir_local.resources import find_recipe, read_recipe_text
     from tapir_local.teacher.external import format_refused_rows, import_answers, read_answers
 
     if not recipe_name:
@@ -108,7 +108,7 @@ def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | No
         what = "this is not a store, and it does not say which teacher gave the answers"
         raise TapirError(what, where=str(file), fix=fix)
     place = find_recipe(recipe_name)
-    teacher = parse_recipe(text_of_recipe(place), str(place)).teacher
+    teacher = parse_recipe(read_recipe_text(place), str(place)).teacher
     rows, found = read_answers(file, teacher, requests)
     with open_writable_store(cache) as store:
         import_answers(store, teacher, rows, file, found, line_progress("answers imported"))

@@ -14,9 +14,9 @@ from tapir_local.errors import TapirError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tapir_local.files import RunDir
     from tapir_local.pipeline.loop import Step, Watch
     from tapir_local.recipe.schema import Recipe
-    from tapir_local.rundir import RunDir
     from tapir_local.store.store import Mode
 
 
@@ -55,9 +55,9 @@ def distill_command(
     other than OPENAI_API_KEY to a host that it names, needs your permission once: --trust, or an answer in the
     terminal.
     """
-    from tapir_local.assets import default_cache
     from tapir_local.commands.trust import ask_permission, require_trust
-    from tapir_local.rundir import RunDir
+    from tapir_local.files import RunDir
+    from tapir_local.resources import default_cache
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     chosen, path, messages = resolve_recipe(recipe, given)
@@ -91,7 +91,7 @@ def recipe_changes(
     sets: Sequence[str], *, rounds: int | None, name: str | None, seeds: Path | None, random_seed: int | None
 ) -> dict[str, Any]:
     """The settings that the command line changes, by path; an option such as --rounds overrides --set."""
-    from tapir_local.recipe.text import read_changes
+    from tapir_local.recipe.text import parse_changes
 
     options = {
         "rounds": rounds,
@@ -99,23 +99,23 @@ def recipe_changes(
         "random_seed": random_seed,
         "seeds.path": seeds and str(seeds.absolute()),
     }
-    return read_changes(sets) | {key: value for key, value in options.items() if value is not None}
+    return parse_changes(sets) | {key: value for key, value in options.items() if value is not None}
 
 
 def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
     """(recipe with the changes, its file, messages that the user should read before it runs)."""
-    from tapir_local.assets import find_recipe, text_of_recipe
-    from tapir_local.recipe.checks import notices, unnamed
-    from tapir_local.recipe.text import overridden, parse_recipe, replaced
+    from tapir_local.recipe.checks import find_notices, find_unnamed
+    from tapir_local.recipe.text import describe_replaced_kinds, override, parse_recipe
+    from tapir_local.resources import find_recipe, read_recipe_text
 
     path = find_recipe(named)
     # The file alone may have an error that a change fixes.
-    written = recipe = parse_recipe(text_of_recipe(path), str(path), kept=bool(changes))
+    written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=bool(changes))
     if changes:
-        recipe = overridden(written, changes, where=f"{path} with the command line's settings")
-    if missing := unnamed(recipe):
+        recipe = override(written, changes, where=f"{path} with the command line's settings")
+    if missing := find_unnamed(recipe):
         raise TapirError("; ".join(missing), where=str(path), fix="Write it into the recipe, or add it with --set.")
-    return recipe, path, [*replaced(written, recipe), *notices(recipe)]
+    return recipe, path, [*describe_replaced_kinds(written, recipe), *find_notices(recipe)]
 
 
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
@@ -136,14 +136,14 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import distill, list_steps
     from tapir_local.report.progress import watch_run
-    from tapir_local.tables import plain
+    from tapir_local.tables import plain_text
 
     console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
     done = sum(step.done for step in steps)
     mode: Mode = "replay" if replay else "on"
 
     def say(text: str) -> None:
-        console.print(plain(text), soft_wrap=True)
+        console.print(plain_text(text), soft_wrap=True)
 
     with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
         return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))

@@ -87,6 +87,7 @@ def generate_command(
     template refuses, or that is longer than the context, gets an empty text and a `finish` that names the reason; the
     command then exits with 1.
     """
+    from tapir_local.files import check_output
     from tapir_local.inference.config import GenerationConfig
     from tapir_local.inference.prompt_file import (
         PromptFileJob,
@@ -95,7 +96,6 @@ def generate_command(
         open_answers,
         read_json_schema,
     )
-    from tapir_local.outputs import check_output
 
     if "" in stop:
         raise click.BadParameter("the text is empty", param_hint="--stop")
@@ -173,7 +173,7 @@ def export_command(
         )
     from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
-    from tapir_local.rundir import sha256
+    from tapir_local.files import file_sha256
 
     show = line_progress("tensors")
     with model_with_template(model, chat_template) as folder:

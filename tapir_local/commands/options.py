@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
-from tapir_local.paths import at_home
+from tapir_local.files import expand_home
 
 if TYPE_CHECKING:
-    from tapir_local.rundir import RunDir
+    from tapir_local.files import RunDir
 
 
 def help_examples(*commands: str) -> str:
@@ -24,7 +24,7 @@ class HomePath(click.Path):
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert((at_home(value) or "") if isinstance(value, str) else value, param, ctx)
+        return super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
 
 
 cache_option = click.option(
@@ -37,15 +37,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 def store_path(cache: Path | None) -> Path:
     """The path of the store in a cache folder."""
-    from tapir_local.assets import default_cache
+    from tapir_local.resources import default_cache
 
     return (cache or default_cache()) / "teacher.db"
 
 
 def select_run(cache: Path | None, name: str | None) -> "RunDir":
     """The run with this name or, without a name, the run that was worked on last; TapirError if there is none."""
-    from tapir_local.assets import default_cache
-    from tapir_local.rundir import existing, runs_of
+    from tapir_local.files import existing, runs_of
+    from tapir_local.resources import default_cache
 
     place = cache or default_cache()
     if name is not None:

@@ -44,7 +44,7 @@ def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, in
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tapir_local.report.progress import RateColumn
-    from tapir_local.tables import plain
+    from tapir_local.tables import plain_text
 
     console = Console(stderr=True)
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
@@ -60,7 +60,7 @@ def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, in
                 left = time_left(total - done, rate)
                 echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left", err=True)
 
-        yield show, lambda message: console.print(plain(message), soft_wrap=True)
+        yield show, lambda message: console.print(plain_text(message), soft_wrap=True)
 
 
 def time_left(items: int, rate: float) -> str:

@@ -25,25 +25,25 @@ def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> Non
     OPENAI_API_KEY to a host that it names. Read it before you use it; `distill` asks you once to allow this, or takes
     --trust.
     """
-    from tapir_local.assets import find_recipe, text_of_recipe
+    from tapir_local.resources import find_recipe, read_recipe_text
 
     if list_settings:
         print_settings(as_json)
     elif name:
-        echo(text_of_recipe(find_recipe(name)), nl=False)
+        echo(read_recipe_text(find_recipe(name)), nl=False)
     else:
         print_recipes(as_json)
 
 
 def print_recipes(as_json: bool) -> None:
     """Print a row for each recipe."""
-    from tapir_local.assets import recipe_files, text_of_recipe
     from tapir_local.recipe.text import parse_recipe
     from tapir_local.report.tables import text_table
+    from tapir_local.resources import read_recipe_text, recipe_files
 
     rows = []
     for path in recipe_files():
-        text = text_of_recipe(path)
+        text = read_recipe_text(path)
         rows.append(
             {
                 "name": path.stem,
@@ -59,7 +59,7 @@ def print_recipes(as_json: bool) -> None:
 
 def print_settings(as_json: bool) -> None:
     """Print a row for each setting."""
-    from tapir_local.recipe.text import settings
+    from tapir_local.recipe.settings import settings
     from tapir_local.report.tables import text_table
 
     rows = [
@@ -79,9 +79,9 @@ def doctor_command(cache: Path | None, as_json: bool) -> None:
     """Check whether this machine is ready. Exits with 1 if something that is needed is missing."""
     from dataclasses import asdict
 
-    from tapir_local.assets import default_cache
     from tapir_local.report.doctor import check_machine
     from tapir_local.report.tables import text_table
+    from tapir_local.resources import default_cache
 
     checks = check_machine(cache or default_cache())
     if as_json:

@@ -12,8 +12,8 @@ from tapir_local.data.dedup import DedupIndex
 from tapir_local.data.formats import KNOWN_FORMATS, Table, parse_row
 from tapir_local.data.similarity import extract_literals
 from tapir_local.errors import TapirError
-from tapir_local.method.curriculum import shares
-from tapir_local.method.prompts import TAG
+from tapir_local.method.curriculum import allocate_rows
+from tapir_local.method.prompts import PROMPT_TAG
 from tapir_local.records import Example, instruction_of
 
 NO_INSTRUCTION = "no instruction"
@@ -155,7 +155,7 @@ def split_holdout(examples: Sequence[Example], size: int, rng: random.Random) ->
     for example in examples:
         by_task[example.task].append(example)
     counts = {task: len(rows) for task, rows in sorted(by_task.items())}
-    wanted = shares(counts, {task: float(count) for task, count in counts.items()}, size)
+    wanted = allocate_rows(counts, {task: float(count) for task, count in counts.items()}, size)
     held = {
         example.id for task in counts for example in rng.sample(by_task[task], min(wanted.get(task, 0), counts[task]))
     }
@@ -169,7 +169,7 @@ def screen_drafts(drafts: Iterable[Example], pool: DedupIndex, holdout: DedupInd
 
 def screen_draft(draft: Example, pool: DedupIndex, holdout: DedupIndex) -> Draft:
     """Reject a draft that contains tags of the prompt, is similar to the holdout, or is a near-duplicate."""
-    if TAG.search(instruction_of(draft.prompt)):
+    if PROMPT_TAG.search(instruction_of(draft.prompt)):
         return Draft(draft, "carries the prompt's own marks")
     if found := holdout.nearest(draft, anywhere=True):  # a leak even if the turns before the question differ
         return Draft(draft, f"near the holdout: ROUGE-L {found[1]:.2f}", found[0])

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import seeds_path
 from tapir_local.data.formats import Table
 from tapir_local.data.parsing import (
     NULL_CELLS,
@@ -22,6 +21,7 @@ from tapir_local.data.parsing import (
 )
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
+from tapir_local.resources import find_seeds
 
 PARQUET_MAGIC = b"PAR1"
 
@@ -31,7 +31,7 @@ def read_table(seeds: Seeds) -> Table:
 
     TapirError if there are none, or they cannot be read.
     """
-    path = seeds_path(seeds.path)
+    path = find_seeds(seeds.path)
     if path is None:
         return rename_columns(read_hub(seeds.path, seeds.subset, seeds.split), column_mapping(seeds))
     if seeds.subset is not None:

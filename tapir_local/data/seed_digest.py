@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import seeds_path
 from tapir_local.data.files import read_table
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, file_sha256, write_json
 from tapir_local.recipe.schema import Recipe, Seeds
-from tapir_local.rundir import RunDir, sha256, write_json
+from tapir_local.resources import find_seeds
 
 SeedDigest = Mapping[str, Any]  # path, bytes, sha256; for a folder also files; for the Hub path and revision
 
 
 def digest_seeds(seeds: Seeds) -> SeedDigest:
     """The digest of the seeds: size and SHA-256 of a file or of each file of a folder, or the revision on the Hub."""
-    path = seeds_path(seeds.path)
+    path = find_seeds(seeds.path)
     if path is None:
         return {"path": seeds.path, "revision": hub_revision(seeds.path)}
     try:
@@ -28,7 +28,7 @@ def digest_seeds(seeds: Seeds) -> SeedDigest:
 def digest_path(path: Path, named: str) -> SeedDigest:
     """The digest of a file or a folder; `named` is the path as the recipe writes it."""
     if path.is_file():
-        return {"path": named, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"path": named, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     files = {
         str(file.relative_to(path)): size_and_digest(file)
         for file in sorted(path.rglob("*"))
@@ -46,7 +46,7 @@ def is_data_file(file: Path, folder: Path) -> bool:
 
 def size_and_digest(file: Path) -> list[Any]:
     """[size in bytes, SHA-256] of a file."""
-    return [file.stat().st_size, sha256(file)]
+    return [file.stat().st_size, file_sha256(file)]
 
 
 def hub_revision(name: str) -> str:
@@ -86,7 +86,7 @@ def accept_moved_seeds(old: Recipe, new: Recipe, run: RunDir) -> Recipe:
 def seeds_exist(seeds: Seeds) -> bool:
     """Whether the seeds exist on this machine."""
     try:
-        return seeds_path(seeds.path) is not None
+        return find_seeds(seeds.path) is not None
     except TapirError:
         return False
 

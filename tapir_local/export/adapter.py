@@ -16,8 +16,8 @@ from tapir_local.export.architectures import (
 )
 from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
 from tapir_local.export.writer import PlannedTensor, write_tensors
-from tapir_local.process import Progress
-from tapir_local.rundir import whole
+from tapir_local.files import atomic_write
+from tapir_local.records import Progress
 from tapir_local.training.model_files import StoredTensor, read_model_json
 
 ADAPTER_TYPES = {"f32": "F32", "f16": "F16"}
@@ -44,7 +44,7 @@ def export_adapter(
     config, arch = read_model_config(model_dir)
     base = exported_tensors(model_weights(model_dir), config)
     tensors = plan_adapter(adapter, base, tensor_mapping(config, arch), gguf.GGMLQuantizationType[ADAPTER_TYPES[quant]])
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         writer = gguf.GGUFWriter(partial, arch.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -11,11 +11,12 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.export.gated_export import ExportConfig, export_with_gate
 from tapir_local.export.weights import model_weights
+from tapir_local.files import RunDir, remove_path, write_json
 from tapir_local.inference.model import is_adapter
-from tapir_local.memory import free_memory, size
-from tapir_local.process import Progress, withheld
+from tapir_local.memory import format_bytes, free_memory
+from tapir_local.process import withhold_variables
 from tapir_local.recipe.schema import Recipe
-from tapir_local.rundir import RunDir, remove, write_json
+from tapir_local.records import Progress
 from tapir_local.training.student_folder import student_folder
 
 BASE_FORMAT = "1"  # increase it if the same model would be exported to a different base GGUF
@@ -111,9 +112,9 @@ def make_base_gguf(model: Path, path: Path, recipe: Recipe, progress: Progress |
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"), withheld(recipe.key_variables):
+    with FileLock(path.parent / ".lock"), withhold_variables(recipe.key_variables):
         if not is_base_ready(path):
-            remove(path)
+            remove_path(path)
             config = ExportConfig(
                 recipe.export.quant, converter=converter_path(recipe), min_agreement=recipe.export.min_agreement
             )
@@ -154,11 +155,11 @@ def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 of names, sizes and evenly spaced pieces of some files, including the first and the last piece."""
     found = hashlib.sha256()
     for path in files:
-        size = path.stat().st_size
+        format_bytes = path.stat().st_size
         found.update(f"\0{path.name} {size}\0".encode())
         with path.open("rb") as file:
             for number in range(FINGERPRINT_PIECES):
-                file.seek(max(0, size - PIECE_BYTES) * number // (FINGERPRINT_PIECES - 1))
+                file.seek(max(0, format_bytes - PIECE_BYTES) * number // (FINGERPRINT_PIECES - 1))
                 found.update(file.read(PIECE_BYTES))
     return found.hexdigest()
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 from tapir_local.export.weights import model_weights, read_adapter_config
+from tapir_local.files import private_file, remove_path
 from tapir_local.inference.model import check_gguf
-from tapir_local.memory import check_disk, check_memory, free_memory
-from tapir_local.private import private_file
-from tapir_local.process import Progress
-from tapir_local.rundir import remove
+from tapir_local.memory import check_disk_space, check_memory, free_memory
+from tapir_local.records import Progress
 from tapir_local.training.model_files import read_model_json
 
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
@@ -50,7 +49,7 @@ def convert_with_llama_cpp(
     small, or with the last line of the converter's log if it fails.
     """
     scratch = out.with_name(out.name + ".model")
-    remove(scratch)
+    remove_path(scratch)
     try:
         progress(0, 2, "preparing the model")
         link_model_files(model_dir, scratch, with_weights=adapter is None)
@@ -60,10 +59,10 @@ def convert_with_llama_cpp(
         run_converter(find_converter(converter.path), scratch, out, kind, converter.log)
         progress(2, 2, "converted")
     except BaseException:
-        remove(out)
+        remove_path(out)
         raise
     finally:
-        remove(scratch)
+        remove_path(scratch)
 
 
 def link_model_files(model_dir: Path, scratch: Path, *, with_weights: bool) -> None:
@@ -103,9 +102,9 @@ def merge_dtype(model_dir: Path, scratch: Path) -> str:
     sources = model_weights(model_dir).values()
     elements = sum(prod(source.shape) for source in sources)
     saved = sum(prod(source.shape) * (4 if source.dtype in ("F32", "F64") else 2) for source in sources)
-    check_disk(scratch, saved, "the model with its adapter merged")
+    check_disk_space(scratch, saved, "the model with its adapter merged")
     try:
-        check_disk(scratch, 2 * 4 * elements, "the merged model in 32 bits, and the GGUF")
+        check_disk_space(scratch, 2 * 4 * elements, "the merged model in 32 bits, and the GGUF")
         if 1.2 * 4 * elements < free_memory():
             return "float32"
     except TapirError:

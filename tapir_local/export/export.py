@@ -36,10 +36,11 @@ from tapir_local.export.tokenizer import (
 )
 from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
 from tapir_local.export.writer import PlannedTensor, file_type_number, tensor_bytes, tensor_type, write_tensors
+from tapir_local.files import atomic_write, read_record
 from tapir_local.inference.model import quantize_gguf
-from tapir_local.memory import check_disk, check_memory
-from tapir_local.process import Progress, child_main, in_own_process
-from tapir_local.rundir import read_record, whole
+from tapir_local.memory import check_disk_space, check_memory
+from tapir_local.process import child_main, run_in_process
+from tapir_local.records import Progress
 from tapir_local.training.model_files import StoredTensor
 
 
@@ -98,7 +99,7 @@ def export_gguf(
         else:
             write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, K_QUANT_BITS.get(quant, 0))
 
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         if quant in NATIVE_TYPES:
             write(partial)
             return
@@ -152,7 +153,7 @@ def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Voca
     file = sum(tensor_bytes(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
     weights = sum(prod(tensor.shape) for tensor in tensors)
     what = "the GGUF and the 16-bit GGUF that it is made from" if more else "the GGUF"
-    check_disk(path, file + round(weights * more / 8), what)
+    check_disk_space(path, file + round(weights * more / 8), what)
 
 
 def plan_model(model_dir: Path, adapter: Path | None, mapping: TensorMapping, quant: Any) -> tuple[PlannedTensor, ...]:
@@ -217,7 +218,7 @@ def run_export(job: ExportJob, folder: Path, progress: Progress | None = None) -
     `progress` receives (tensors written, total tensors, name). Raises TapirError as `export_gguf` does, or if the
     process died.
     """
-    in_own_process(export_main, job, folder, progress)
+    run_in_process(export_main, job, folder, progress)
 
 
 def export_main(folder: Path, progress: Progress) -> None:

@@ -15,15 +15,15 @@ from tapir_local.export.probes import FALLBACK_PROMPTS, gate_texts, render_promp
 from tapir_local.export.reference import ReferenceModel, load_reference, reference_logits
 from tapir_local.export.tokenizer import end_of_turn_id, read_tokenizer_json, special_token_texts
 from tapir_local.export.weights import FloatArray
+from tapir_local.files import read_record, read_rows, write_record
 from tapir_local.inference.batch import compute_logits
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
 from tapir_local.inference.tokens import encode, is_end_token
-from tapir_local.process import Crashed, Progress, child_main, in_own_process
-from tapir_local.records import Example, Message, Prompt
-from tapir_local.rundir import read_record, read_rows, write_record
+from tapir_local.process import Crashed, child_main, run_in_process
+from tapir_local.records import Example, Message, Progress, Prompt
 from tapir_local.training.model import load_tokenizer
 
 # The largest mean KL divergence, in nats per token, allowed per type of weights. llama.cpp's figures for Llama-3-8B
@@ -276,7 +276,7 @@ def run_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> No
     llama.cpp aborted the process.
     """
     try:
-        in_own_process(gate_main, job, folder, progress)
+        run_in_process(gate_main, job, folder, progress)
     except Crashed as error:
         fix = f"{error.where} has the full message. Use the tokenizer that the model was published with."
         raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error

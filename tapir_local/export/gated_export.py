@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.assets import chat_template, model_folder
 from tapir_local.errors import TapirError
 from tapir_local.export.export import ExportJob, run_export
 from tapir_local.export.gate import GateJob, GateReport, run_gate
+from tapir_local.files import check_output, read_record, write_rows
 from tapir_local.inference.model import check_gguf
-from tapir_local.outputs import check_output
-from tapir_local.process import Progress
-from tapir_local.rundir import read_record, write_rows
+from tapir_local.records import Progress
+from tapir_local.resources import find_model_folder, read_chat_template
 from tapir_local.training.student_folder import make_template_view
 
 # Files that may be written beside the GGUF: during the export, by the gate, and for Ollama.
@@ -54,7 +53,7 @@ def export_with_gate(
         refuse_unused({"--converter": config.converter}, "the converter makes a whole model, not an adapter alone")
     else:
         refuse_unused({"--base": base}, "a whole model is verified by itself, not on a base")
-    folder, work = model_folder(model), out.with_name(out.name + ".work")
+    folder, work = find_model_folder(model), out.with_name(out.name + ".work")
     written = out.with_name(out.name + ".unchecked")
     try:
         job = ExportJob(folder, written, config.quant, adapter, config.adapter_only, config.converter)
@@ -83,7 +82,7 @@ def model_with_template(model: str, template: str | None) -> Iterator[str]:
     if template is None:
         yield model
         return
-    text, folder = chat_template(template), model_folder(model)
+    text, folder = read_chat_template(template), find_model_folder(model)
     with tempfile.TemporaryDirectory() as place:
         view = Path(place) / (folder.resolve().name or "model")
         make_template_view(folder, text, view)

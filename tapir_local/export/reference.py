@@ -9,7 +9,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.export.weights import PEFT_PREFIX, FloatArray, adapter_weights, load_tensor, model_weights
-from tapir_local.memory import free_memory, size
+from tapir_local.memory import format_bytes, free_memory
 from tapir_local.training.model_files import StoredTensor
 
 STREAMED_TEXTS = 4  # texts per forward pass of a streamed model: each pass reads every weight again

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from tapir_local.export.weights import FloatArray
 from tapir_local.inference.lib import thread_count
-from tapir_local.process import Progress
+from tapir_local.records import Progress
 
 # Weights per block: 1 MB in float32, which fits a core's cache. With two threads, q8_0 ran at 436 million weights per
 # second; with blocks of a quarter of the size at 275 million, with blocks four times as large at 387 million.

@@ -15,8 +15,8 @@ from tapir_local.inference.model import (
     metadata_number,
     open_context,
 )
+from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
-from tapir_local.memory import size as bytes_of
 
 MAX_PARALLEL = 255  # answers at once: llama.cpp has 256 sequences, and one may hold the prompts' common prefix
 PARALLEL_ON_CPU, PARALLEL_ON_GPU = 32, 128  # the defaults: two cores write hardly more with 64, a GPU does

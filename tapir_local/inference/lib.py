@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import cpus, gpus
+from tapir_local.memory import count_cpus, list_gpus
 
 LLAMA_LOG: deque[str] = deque(maxlen=8)
 WARNING, CONTINUED = 3, 5  # ggml.h: GGML_LOG_LEVEL_WARN (errors are 4), GGML_LOG_LEVEL_CONT
@@ -66,7 +66,7 @@ def llama_error(what: str, where: Path, fix: str) -> TapirError:
 
 def thread_count() -> int:
     """The number of threads to use: OMP_NUM_THREADS if it is set, otherwise every core that this process may use."""
-    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or cpus())
+    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or count_cpus())
 
 
 def free_gpu_memory() -> int:
@@ -76,7 +76,7 @@ def free_gpu_memory() -> int:
     try:
         devices = ggml_library()
     except (ImportError, AttributeError):  # a llama-cpp-python with ggml in another place
-        return sum(gpu.free for gpu in gpus())
+        return sum(gpu.free for gpu in list_gpus())
     numbers = range(devices.ggml_backend_dev_count())
     return sum(free_device_memory(devices, devices.ggml_backend_dev_get(number)) for number in numbers)
 

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Literal, get_args
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH, ContextConfig
 from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library, llama_error, thread_count
+from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
-from tapir_local.memory import size as bytes_of
 
 MAX_TEXT_BYTES = 1 << 16  # bytes read of a text in a GGUF, whose stated length may be damaged
 REMAKE_ADVICE = "Delete it and run again; it is then made again."

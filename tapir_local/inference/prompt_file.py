@@ -17,7 +17,7 @@ from tapir_local.inference.generate import Callbacks, complete_prompts
 from tapir_local.inference.model import Advice, ignore_message, open_model
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.records import Completion, Prompt
-from tapir_local.resumable import InOrder, going_on
+from tapir_local.resumable import OrderedWriter, resume_writing
 
 PROMPT_FILE_ADVICE = Advice(
     unusable="Name a whole GGUF of a kind that this llama.cpp supports.",
@@ -69,7 +69,7 @@ def answer_file(
     rows = read_prompts(job.prompts, warn)
     check_vocabulary(job.gguf, PROMPT_FILE_ADVICE)
     left = rows[len(done) :]
-    ordered = InOrder[Completion](out, [id for id, _ in left])
+    ordered = OrderedWriter[Completion](out, [id for id, _ in left])
     unasked = [Completion(id, "", "refused", 0) for id, prompt in left if not prompt]
     for completion in unasked:
         ordered.add(completion)
@@ -152,7 +152,7 @@ def open_answers(
     if path is None:
         yield stdout, []
         return
-    with going_on(path, task, Completion) as kept:
+    with resume_writing(path, task, Completion) as kept:
         yield kept
 
 

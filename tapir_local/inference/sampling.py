@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.inference.batch import Array
 from tapir_local.inference.lib import LLAMA_LOG, library, llama_error
 from tapir_local.inference.model import Model
 from tapir_local.inference.tokens import is_end_token
+from tapir_local.records import Array
 
 SUM_BLOCK = 512  # tokens whose weights are summed before a drawn token is searched among them
 SCHEMA_ADVICE = "Give a JSON schema of objects, arrays, strings, numbers and enums, without external references."

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tapir_local.data.special_tokens import ids_after
 from tapir_local.errors import TapirError
-from tapir_local.inference.batch import Array, Batch, decode_batch, last_logits, make_batch
+from tapir_local.inference.batch import Batch, decode_batch, last_logits, make_batch
 from tapir_local.inference.config import UBATCH
 from tapir_local.inference.context_plan import open_first_fitting_context, plan_scoring_context
 from tapir_local.inference.generate import Callbacks, encode_prompt
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model, open_model, require_template
 from tapir_local.inference.tokens import chat_format, encode
-from tapir_local.records import Prompt, Scored
+from tapir_local.records import Array, Prompt, Scored
 
 MAX_TEXTS = 64  # texts in the context at once
 USUAL_CELLS = 2048  # tokens in the context, unless a text is longer

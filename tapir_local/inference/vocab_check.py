@@ -11,7 +11,7 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.inference.model import Advice, open_model
 from tapir_local.inference.tokens import tokenize_text
-from tapir_local.process import environment, signal_and_last_line
+from tapir_local.process import child_environment, signal_and_last_line
 
 LETTER_STEP = 37  # every 37th letter up to U+FFFF: together they have every byte that UTF-8 uses
 
@@ -33,7 +33,7 @@ def check_vocabulary(gguf: Path, advice: Advice) -> None:
 def crash_message(gguf: Path, size: int, changed: int) -> str:
     """The signal that ended the child process and its last line; "" if none did. Run once per version of a file."""
     command = [sys.executable, "-P", "-m", "tapir_local.inference.vocab_check", str(gguf)]
-    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
+    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=child_environment())
     ended_by, last_line = signal_and_last_line(tried.returncode, tried.stderr)
     return ": ".join(filter(None, [ended_by, last_line])) if ended_by else ""
 

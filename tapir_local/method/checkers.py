@@ -13,18 +13,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from tapir_local.method.form_check import code_blocks, form
+from tapir_local.method.form_check import check_form, code_blocks
 
-Check = Callable[[str, str], bool | None]
+TextCheck = Callable[[str, str], bool | None]
 
-LONGEST = 100_000  # letters of an instruction or an answer that is looked at
+MAX_TEXT_LENGTH = 100_000  # letters of an instruction or an answer that is looked at
 
 
-def careful(check: Check) -> Check:
+def tolerate_errors(check: TextCheck) -> TextCheck:
     """The check, which says None of texts too long to look at, and where it raises: an answer may hold anything."""
 
     def checked(instruction: str, answer: str) -> bool | None:
-        if max(len(instruction), len(answer)) > LONGEST:
+        if max(len(instruction), len(answer)) > MAX_TEXT_LENGTH:
             return None
         try:
             return check(instruction, answer)
@@ -36,16 +36,18 @@ def careful(check: Check) -> Check:
 
 # --- Math: plain arithmetic
 
-SUM = re.compile(
+ARITHMETIC_QUESTION = re.compile(
     r"(?:(?:please )?(?:what is|what's|calculate|compute|evaluate|work out|solve|how much is|find)"
     r"(?: the (?:value|result|answer) (?:of|to))? ?:? )?([\d.,()+\-*/^% of]+?)[=?.! ]*",
     re.IGNORECASE,
 )
 # As typeset. NFKC, which takes letters of other widths for the same ones, turns 1/2 in one sign into 1\u20442.
-SIGNS = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u00b7": "*", "\u2212": "-", "\u2013": "-", "\u2044": "/"})
+TYPESET_SIGNS = str.maketrans(
+    {"\u00d7": "*", "\u00f7": "/", "\u00b7": "*", "\u2212": "-", "\u2013": "-", "\u2044": "/"}
+)
 CURRENCY = re.compile(r"[$\u20ac\u00a3\u00a5] ?")
-NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-WORDED = re.compile(
+STATED_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+NUMBER_WORDS = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|billion|dozen|half|halves|thirds?|quarters?|"
     r"fifths?|minus|negative)\b",
@@ -53,7 +55,7 @@ WORDED = re.compile(
 )
 # Ways to state a number that `fits` does not read: a mixed number, a remainder, a power of ten, blanks or stops between
 # thousands, a percentage, digits after which dots stand for more.
-OTHERWISE = re.compile(
+OTHER_NUMBER_FORM = re.compile(
     r"\d \d+/\d|\d ?r(?:em(?:ainder)?)? ?\.?\d|remainder|\b10 ?(?:\^|\*\*)|\d[eE][-+]?\d|"
     r"\d[ '\u00a0\u202f_]\d{3}(?!\d)|"
     r"\d\.\d{3}\.\d{3}|\d,\d{1,2}(?!\d)|\d ?%\D*\Z|"
@@ -62,70 +64,78 @@ OTHERWISE = re.compile(
 )
 REFUSAL = re.compile(r"\b(?:not|cannot|unable|sorry|no idea|unsure)\b|n't\b", re.IGNORECASE)
 # What looks like a sum and may be none: a date, a telephone number, a range of years, a name such as 24/7.
-NO_SUM = re.compile(
+NOT_ARITHMETIC = re.compile(
     r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}|\(?\d{3}\)?[ -]\d{3}-\d{4}|\+?\d{1,3}(?:-\d{2,5}){2,}|\d{3}-\d{4}|"
     r"(?:1\d|20)\d\d-(?:(?:1\d|20)\d\d|\d\d)|24/7|9/11|7/11|4/20|50/50|20/20"
 )
-CHAINED = re.compile(r"\^[^-+*/^()]*\^|\*\*[^-+*/()]*\*\*|(?:^|[(+*/-])\s*-\s*[\d.]+\s*(?:\^|\*\*)")  # read in two ways
-ABOUT_SO = re.compile(r"\b(?:about|approximately|approx|around|roughly|nearly|almost)\b|[~\u2248]", re.IGNORECASE)
+AMBIGUOUS_POWER = re.compile(
+    r"\^[^-+*/^()]*\^|\*\*[^-+*/()]*\*\*|(?:^|[(+*/-])\s*-\s*[\d.]+\s*(?:\^|\*\*)"
+)  # read in two ways
+APPROXIMATELY = re.compile(r"\b(?:about|approximately|approx|around|roughly|nearly|almost)\b|[~\u2248]", re.IGNORECASE)
 LONGEST_SUM, MOST_BITS = 200, 4096  # letters; of a power
 
 
-def arithmetic(instruction: str, answer: str) -> bool | None:
+def check_arithmetic(instruction: str, answer: str) -> bool | None:
     """Whether the value of a plain sum is the last number that the answer states, rounded at most.
 
     True or False only of an instruction that is nothing but an expression in numbers; False where its value is nowhere
     in the answer. None where it is there but another number comes last, where the answer states a number in words or in
     a form that is not read, and where the instruction may be a date, a telephone number or the like.
     """
-    value = value_asked(instruction)
+    value = parse_arithmetic_question(instruction)
     if value is None:
         return None
-    text = CURRENCY.sub("", unicodedata.normalize("NFKC", answer).translate(SIGNS))
-    numbers = NUMBER.findall(text)
-    told = [fits(number, value) for number in numbers]
+    text = CURRENCY.sub("", unicodedata.normalize("NFKC", answer).translate(TYPESET_SIGNS))
+    numbers = STATED_NUMBER.findall(text)
+    told = [states_value(number, value) for number in numbers]
     if told and told[-1]:
         return True
-    near = bool(numbers) and cut_short(numbers[-1], value, bool(ABOUT_SO.search(text)))
-    unsure = any(told) or near or WORDED.search(answer) or OTHERWISE.search(text) or OTHERWISE.search(answer)
+    near = bool(numbers) and may_be_truncated(numbers[-1], value, bool(APPROXIMATELY.search(text)))
+    unsure = (
+        any(told)
+        or near
+        or NUMBER_WORDS.search(answer)
+        or OTHER_NUMBER_FORM.search(text)
+        or OTHER_NUMBER_FORM.search(answer)
+    )
     in_words = answer.strip() and not told and not REFUSAL.search(answer)
     return None if unsure or in_words else False
 
 
-def value_asked(instruction: str) -> Fraction | None:
+def parse_arithmetic_question(instruction: str) -> Fraction | None:
     """The value of the sum that an instruction is; None where it is, or may be, anything else."""
     if len(instruction) > 2 * LONGEST_SUM:
         return None
-    found = SUM.fullmatch(" ".join(instruction.translate(SIGNS).split()))
-    if not found or NO_SUM.fullmatch(found[1].strip()) or CHAINED.search(found[1]):
+    found = ARITHMETIC_QUESTION.fullmatch(" ".join(instruction.translate(TYPESET_SIGNS).split()))
+    if not found or NOT_ARITHMETIC.fullmatch(found[1].strip()) or AMBIGUOUS_POWER.search(found[1]):
         return None
-    bare = found[1].strip() == " ".join(instruction.translate(SIGNS).split()).strip("=?.! ")
+    bare = found[1].strip() == " ".join(instruction.translate(TYPESET_SIGNS).split()).strip("=?.! ")
     if bare and re.fullmatch(r"\d+([-/]\d+)+", found[1].strip()) and "=" not in instruction:
         return None
-    return value_of(found[1])
+    return parse_expression(found[1])
 
 
-def value_of(text: str) -> Fraction | None:
+def parse_expression(text: str) -> Fraction | None:
     """The value of an expression of at least one sign, such as `3 * (4 - 1)` or `15% of 80`; None of anything else."""
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     plain = re.sub(r"%\s*of\b", "/100*", plain, flags=re.IGNORECASE).replace("^", "**").strip()
     if len(plain) > LONGEST_SUM or not re.search(r"\d\s*\)*\s*[-+*/]", plain):
         return None
     try:
-        return worked_out(ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), mode="eval").body)
+        return evaluate_expression(ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
-def worked_out(node: ast.expr) -> Fraction:
+def evaluate_expression(node: ast.expr) -> Fraction:
     """The value of a tree of sums; ValueError where anything else is in it."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -worked_out(node.operand)
+        return -evaluate_expression(node.operand)
     if not isinstance(node, ast.BinOp):
         raise ValueError("no sum")
-    left, right = worked_out(node.left), worked_out(node.right)
+    left, right = evaluate_expression(node.left), evaluate_expression(node.right)
     match node.op:
         case ast.Add():
             return left + right
@@ -135,33 +145,33 @@ def worked_out(node: ast.expr) -> Fraction:
             return left * right
         case ast.Div():
             return left / right
-        case ast.Pow() if right.denominator == 1 and abs(right) * bits(left) <= MOST_BITS:
+        case ast.Pow() if right.denominator == 1 and abs(right) * count_bits(left) <= MOST_BITS:
             return left ** int(right)
     raise ValueError("no sum")
 
 
-def bits(number: Fraction) -> int:
+def count_bits(number: Fraction) -> int:
     """The size of a fraction."""
     return number.numerator.bit_length() + number.denominator.bit_length()
 
 
-def fits(text: str, value: Fraction) -> bool:
+def states_value(text: str, value: Fraction) -> bool:
     """Whether a number as it is written is the value, or it rounded to the places that are written; 6/4 is not 3/2."""
     if "/" in text:
         return text.replace(",", "") == f"{value.numerator}/{value.denominator}"
-    number, places = read_number(text)
+    number, places = parse_written_number(text)
     if number is None:
         return False
     return number == value or (places > 0 and abs(number - value) <= Fraction(1, 2 * 10**places))
 
 
-def cut_short(text: str, value: Fraction, roughly: bool) -> bool:
+def may_be_truncated(text: str, value: Fraction, roughly: bool) -> bool:
     """Whether a number may be the value with further digits left off; a whole one only where it is said `roughly`."""
-    number, places = read_number(text)
+    number, places = parse_written_number(text)
     return number is not None and (places > 0 or roughly) and abs(number - value) < Fraction(1, 10**places)
 
 
-def read_number(text: str) -> tuple[Fraction | None, int]:
+def parse_written_number(text: str) -> tuple[Fraction | None, int]:
     """(the number, how many places are written); None where there are more digits than Python reads, or a bar."""
     plain = text.replace(",", "")
     try:
@@ -173,27 +183,27 @@ def read_number(text: str) -> tuple[Fraction | None, int]:
 # --- Code Generation, Code Debug: Python that compiles
 
 PYTHON_TAGS = ("python", "py", "python3")
-PYTHON = re.compile(r"\bpython\b(?!\s*2)", re.IGNORECASE)
-OTHER_PYTHON = re.compile(
+NAMES_PYTHON = re.compile(r"\bpython\b(?!\s*2)", re.IGNORECASE)
+NOT_PLAIN_PYTHON = re.compile(
     r"^[ \t]*(?:>>>|\.\.\.\s|[!%$] ?\w|pip3?\s|python3?\s|conda\s|print\s+[\"'\w]|exec\s+[\"'\w]|"
     r"raise\s+\w+\s*,|Traceback \(most)|\bpython\s*2|\bexcept\s+\w+\s*,\s*\w+\s*:",
     re.IGNORECASE | re.MULTILINE,
 )
-LONGEST_CODE = 20_000  # letters of a block that is parsed: Python's parser needs memory and stack by its length
+MAX_CODE_LENGTH = 20_000  # letters of a block that is parsed: Python's parser needs memory and stack by its length
 
 
-def python(instruction: str, answer: str) -> bool | None:
+def check_python(instruction: str, answer: str) -> bool | None:
     """Whether the Python of an answer compiles: all of its blocks True, none of them False, some of them None.
 
     A block counts when it is marked as Python, or unmarked where the instruction names Python. A prompt (>>>), a
     command of a notebook or a shell, a traceback or Python 2 is None. That it compiles does not say that it does what
     was asked.
     """
-    if OTHER_PYTHON.search(answer) or OTHER_PYTHON.search(instruction):
+    if NOT_PLAIN_PYTHON.search(answer) or NOT_PLAIN_PYTHON.search(instruction):
         return None
-    asked = bool(PYTHON.search(instruction))
+    asked = bool(NAMES_PYTHON.search(instruction))
     blocks = [code for tag, code in code_blocks(answer) if tag.lower() in PYTHON_TAGS or (asked and not tag)]
-    if any(len(code) > LONGEST_CODE for code in blocks):
+    if any(len(code) > MAX_CODE_LENGTH for code in blocks):
         return None
     compiled = {compiles(code) for code in blocks if code.strip()}
     return compiled.pop() if len(compiled) == 1 else None
@@ -234,27 +244,29 @@ SCRIPTS: Mapping[str, Sequence[str]] = {
     "armenian": ("ARMENIAN",),
 }
 # `in Japanese` ends its clause or one of these words follows; before others it is about a thing: Greek mythology.
-TARGET = re.compile(
+TARGET_LANGUAGE = re.compile(
     rf"\b(?:into|in|to)\s+(?:\w+\s+)?({'|'.join(SCRIPTS)})\b(?=\s*(?:$|[.,;:!?)\"'\u201d\n]|(?:the|this|that|these|and|or|"
     r"please|using|with|script|characters|letters|language|following|for|about)\b))",
     re.IGNORECASE,
 )
-INTO = re.compile(r"\b(?:translate|write|answer|respond|reply|render|convert|compose|rewrite|say it)\b", re.IGNORECASE)
-LATIN = re.compile(
+TRANSLATION_REQUEST = re.compile(
+    r"\b(?:translate|write|answer|respond|reply|render|convert|compose|rewrite|say it)\b", re.IGNORECASE
+)
+LATIN_REQUEST = re.compile(
     r"\b(?:how (?:do|would|can|to)|pronounc\w*|romaji|pinyin|romani[sz]\w*|translit\w*|phonetic\w*|latin|roman|"
     r"meanings?)\b",
     re.IGNORECASE,
 )
 
 
-def script(instruction: str, answer: str) -> bool | None:
+def check_script(instruction: str, answer: str) -> bool | None:
     """Whether an answer asked for in a language with a script of its own is in that script.
 
     True when most of its letters are; False when none is, where the instruction says to translate or to write and
     nothing of another script. Else None, and so where no such language is asked for or more than one is, or the answer
     has no letters. That the script is right does not say that the translation is.
     """
-    asked = {word.lower() for word in TARGET.findall(instruction)}
+    asked = {word.lower() for word in TARGET_LANGUAGE.findall(instruction)}
     if len(asked) != 1:
         return None
     letters = [letter for letter in answer if letter.isalpha()]
@@ -263,60 +275,68 @@ def script(instruction: str, answer: str) -> bool | None:
     if count:
         return True if 2 * count > len(letters) else None
     quoted = answer.strip() and answer.strip(" .\"'").casefold() in instruction.casefold()  # a name, left as it is
-    known = INTO.search(instruction) and not LATIN.search(instruction) and not quoted
+    known = TRANSLATION_REQUEST.search(instruction) and not LATIN_REQUEST.search(instruction) and not quoted
     return False if known and (letters or not answer.strip()) else None
 
 
 # --- Writing, Paraphrase: the number of words
 
-BOUND = re.compile(
+WORD_LIMIT = re.compile(
     r"\b(exactly|at most|no more than|not more than|up to|at least|no fewer than|no less than|fewer than|less than|"
     r"under|more than|over)\s+(\d{1,5})\s+words\b",
     re.IGNORECASE,
 )
 # The limit may be one of a part, of certain words, or of a text that is quoted.
-OF_A_PART = re.compile(
+PARTIAL_LIMIT = re.compile(
     r"\b(?:each|every|per|titles?|headlines?|headings?|subject|captions?|sentences|lines|paragraphs|bullets?|points|"
     r"stanzas|verses|sections|first|last)\b|\bwords\s+(?:from|that|which|start|begin|end|contain|long|short|with|in|of|or)",
     re.IGNORECASE,
 )
-QUOTED = re.compile(r"\"[^\"]*\"|'[^'\n]*\d[^'\n]*'|\u201c[^\u201d]*\u201d")
-UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f]")
-MOST = ("at most", "no more than", "not more than", "up to", "exactly")
-LEAST = ("at least", "no fewer than", "no less than", "exactly")
-ABOVE = ("more than", "over")
+QUOTED_TEXT = re.compile(r"\"[^\"]*\"|'[^'\n]*\d[^'\n]*'|\u201c[^\u201d]*\u201d")
+UNSPACED_SCRIPT = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f]")
+UPPER_LIMITS = ("at most", "no more than", "not more than", "up to", "exactly")
+LOWER_LIMITS = ("at least", "no fewer than", "no less than", "exactly")
+STRICT_LOWER_LIMITS = ("more than", "over")
 
 
-def length(instruction: str, answer: str) -> bool | None:
+def check_length(instruction: str, answer: str) -> bool | None:
     """Whether the answer has as many words as each limit that the instruction sets.
 
     None without a limit, where it may be one of a part of the answer, where words are not parted by spaces, and where
     it depends on what counts as a word (`well-known`, a dash). A number without `exactly`, `at most` or the like is no
     limit. The rest of the instruction is not verified.
     """
-    asked = QUOTED.sub("", instruction)
-    limits = [(word.lower(), int(number)) for word, number in BOUND.findall(asked)]
-    if not limits or OF_A_PART.search(asked) or UNSPACED.search(answer):
+    asked = QUOTED_TEXT.sub("", instruction)
+    limits = [(word.lower(), int(number)) for word, number in WORD_LIMIT.findall(asked)]
+    if not limits or PARTIAL_LIMIT.search(asked) or UNSPACED_SCRIPT.search(answer):
         return None
     counts = {len(answer.split()), len(re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", answer))}
-    kept = {bool(words) and all(lowest(*limit) <= words <= highest(*limit) for limit in limits) for words in counts}
+    kept = {
+        bool(words) and all(min_words(*limit) <= words <= max_words(*limit) for limit in limits) for words in counts
+    }
     return kept.pop() if len(kept) == 1 else None
 
 
-def lowest(word: str, number: int) -> float:
+def min_words(word: str, number: int) -> float:
     """The fewest words that a limit allows."""
-    return number if word in LEAST else number + 1 if word in ABOVE else 0
+    return number if word in LOWER_LIMITS else number + 1 if word in STRICT_LOWER_LIMITS else 0
 
 
-def highest(word: str, number: int) -> float:
+def max_words(word: str, number: int) -> float:
     """The most words that a limit allows."""
-    return number if word in MOST else math.inf if word in LEAST or word in ABOVE else number - 1
+    return (
+        number
+        if word in UPPER_LIMITS
+        else math.inf
+        if word in LOWER_LIMITS or word in STRICT_LOWER_LIMITS
+        else number - 1
+    )
 
 
-CHECKERS: Mapping[str, Check] = {
-    "arithmetic": careful(arithmetic),
-    "python": careful(python),
-    "form": careful(form),
-    "script": careful(script),
-    "length": careful(length),
+CHECKERS: Mapping[str, TextCheck] = {
+    "arithmetic": tolerate_errors(check_arithmetic),
+    "python": tolerate_errors(check_python),
+    "form": tolerate_errors(check_form),
+    "script": tolerate_errors(check_script),
+    "length": tolerate_errors(check_length),
 }

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-FENCE = re.compile(r"[ \t]*```[ \t]*([\w+#.-]*)")
+CODE_FENCE = re.compile(r"[ \t]*```[ \t]*([\w+#.-]*)")
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
@@ -13,7 +13,7 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
     found, tag, inside = list[tuple[str, str]](), "", list[str]()
     is_open = False
     for line in text.splitlines(keepends=True):
-        fence = FENCE.match(line)
+        fence = CODE_FENCE.match(line)
         if fence and is_open:
             found.append((tag, "".join(inside)))
             is_open = False
@@ -24,15 +24,19 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
     return found
 
 
-ASKS = (
+ASKS_FOR = (
     r"\b(?:as|in|into|to|return|output|produce|generate|create|make|write|provide|give|format|use|using|valid|with)\s"
 )
-WORDS = r"(?:(?:a|an|the|me|only|valid|pure|raw|single|simple|nested|well-formed|markdown|form of a|form of)\s+){0,4}"
-FORMS = {name: re.compile(rf"{ASKS}+{WORDS}{name}\b", re.IGNORECASE) for name in ("json", "yaml", "csv", "table")}
-NAMED = re.compile(r"\b(json|yaml|csv|table|xml|html|latex|sql)\b", re.IGNORECASE)
-ABOUT = re.compile(r"\s*(?:what|how|why|when|who|which|explain|describe|compare|is|are|does|do)\b", re.IGNORECASE)
+FORM_ADJECTIVES = (
+    r"(?:(?:a|an|the|me|only|valid|pure|raw|single|simple|nested|well-formed|markdown|form of a|form of)\s+){0,4}"
+)
+FORM_REQUESTS = {
+    name: re.compile(rf"{ASKS}+{WORDS}{name}\b", re.IGNORECASE) for name in ("json", "yaml", "csv", "table")
+}
+NAMED_FORM = re.compile(r"\b(json|yaml|csv|table|xml|html|latex|sql)\b", re.IGNORECASE)
+ASKS_ABOUT = re.compile(r"\s*(?:what|how|why|when|who|which|explain|describe|compare|is|are|does|do)\b", re.IGNORECASE)
 # What reads or writes a form, or is another of its name: the answer may be a program, or of any form.
-PROGRAM = re.compile(
+PROGRAM_REQUEST = re.compile(
     r"\b(?:function|script|code|program|class|method|regex|query|command|api|python|javascript|java|bash|parser?|parses?|"
     r"parsing|librar(?:y|ies)|database|schema|jsonl|json[ -]?lines|ndjson|json5|jsonp|"
     r"json (?:string|number|value|boolean)|essay|story|poem|letter|paragraph|speech|song)\b",
@@ -45,45 +49,45 @@ OTHER_TABLE = re.compile(
     r"excel|hash|lookup|pivot|database)[ -]table\b|\breserv|\bbook\b",
     re.IGNORECASE,
 )
-DRAWN = re.compile(r"<table|\\begin\{tabular|[\u2500-\u257f]|^[ \t]*\+[-=+]{3,}|\t", re.IGNORECASE | re.MULTILINE)
-RULE = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?")
+DRAWN_TABLE = re.compile(r"<table|\\begin\{tabular|[\u2500-\u257f]|^[ \t]*\+[-=+]{3,}|\t", re.IGNORECASE | re.MULTILINE)
+TABLE_RULE = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?")
 DEEPEST, LONGEST_YAML = 50, 20_000  # brackets within brackets, letters: PyYAML's time grows with their square
 
 
-def form(instruction: str, answer: str) -> bool | None:
+def check_form(instruction: str, answer: str) -> bool | None:
     """Whether the answer is the JSON, YAML, CSV or Markdown table that the instruction asks for.
 
     None where it asks for none of these, names more than one form, asks about one or for a program, and where a `table`
     may be another thing. A code block around the whole is allowed, and so are words around a table; of words around a
     block that has the form it is not known whether they may be there. What is in the form is not verified.
     """
-    if ABOUT.match(instruction) or PROGRAM.search(instruction):
+    if ASKS_ABOUT.match(instruction) or PROGRAM_REQUEST.search(instruction):
         return None
-    named = {word.lower() for word in NAMED.findall(instruction)}
-    asked = [name for name, pattern in FORMS.items() if pattern.search(instruction)]
+    named = {word.lower() for word in NAMED_FORM.findall(instruction)}
+    asked = [name for name, pattern in FORM_REQUESTS.items() if pattern.search(instruction)]
     if len(named) != 1 or not asked or (asked[0] == "table" and OTHER_TABLE.search(instruction)):
         return None
-    read, blocks = READERS[asked[0]], code_blocks(answer)
-    if len(blocks) != 1 or whole_block(answer):
+    read, blocks = FORM_CHECKS[asked[0]], code_blocks(answer)
+    if len(blocks) != 1 or is_one_block(answer):
         return read(blocks[0][1] if len(blocks) == 1 else answer)
     return None if read(blocks[0][1]) is not False else read(answer)
 
 
-def whole_block(answer: str) -> bool:
+def is_one_block(answer: str) -> bool:
     """Whether an answer is one code block and nothing else."""
     lines = answer.strip().splitlines()
-    return len(lines) > 1 and bool(FENCE.match(lines[0])) and lines[-1].strip() == "```"
+    return len(lines) > 1 and bool(CODE_FENCE.match(lines[0])) and lines[-1].strip() == "```"
 
 
 def is_json(text: str) -> bool:
     """An object or an array, and nothing else."""
     try:
-        return isinstance(json.loads(text, parse_constant=no_constant), dict | list)
+        return isinstance(json.loads(text, parse_constant=refuse_constant), dict | list)
     except (ValueError, RecursionError):
         return False
 
 
-def no_constant(word: str) -> None:
+def refuse_constant(word: str) -> None:
     """ValueError: NaN and Infinity are Python's, not JSON's."""
     raise ValueError(f"{word} is no JSON")
 
@@ -95,7 +99,7 @@ def is_yaml(text: str) -> bool | None:
     """
     import yaml
 
-    if len(text) > LONGEST_YAML or depth(text) > DEEPEST:
+    if len(text) > LONGEST_YAML or nesting_depth(text) > DEEPEST:
         return None
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -106,7 +110,7 @@ def is_yaml(text: str) -> bool | None:
     return bool(nodes) and all(isinstance(node, yaml.CollectionNode) for node in nodes)
 
 
-def depth(text: str) -> int:
+def nesting_depth(text: str) -> int:
     """How deep brackets stand within brackets, or lines and their dashes within one another."""
     now = most = 0
     for letter in text:
@@ -127,12 +131,12 @@ def is_csv(text: str) -> bool | None:
     widths = {len(row) for row in rows}
     if len(rows) > 1 and len(widths) == 1 and max(widths) > 1:
         return True
-    if (len(rows) == 1 and max(widths) > 1) or (len(rows) > 1 and widths == {1} and bare_lines(lines)):
+    if (len(rows) == 1 and max(widths) > 1) or (len(rows) > 1 and widths == {1} and has_no_sentences(lines)):
         return None
     return False
 
 
-def bare_lines(lines: Sequence[str]) -> bool:
+def has_no_sentences(lines: Sequence[str]) -> bool:
     """Whether no line ends as a sentence does: they may be a column of values, or fields between other separators."""
     return not any(line.rstrip().endswith((".", "!", "?", ":")) for line in lines)
 
@@ -141,12 +145,12 @@ def is_table(text: str) -> bool | None:
     """A head, a rule of dashes and a row, all of as many cells; None of a table that is drawn in another way."""
     lines = [line.strip() for line in text.splitlines() if "|" in line]
     widths = {len(re.split(r"(?<!\\)\|", line.strip("|"))) for line in lines}
-    if len(lines) > 2 and RULE.fullmatch(lines[1]) and len(widths) == 1:
+    if len(lines) > 2 and TABLE_RULE.fullmatch(lines[1]) and len(widths) == 1:
         return True
-    return None if DRAWN.search(text) else False
+    return None if DRAWN_TABLE.search(text) else False
 
 
-READERS: Mapping[str, Callable[[str], bool | None]] = {
+FORM_CHECKS: Mapping[str, Callable[[str], bool | None]] = {
     "json": is_json,
     "yaml": is_yaml,
     "csv": is_csv,

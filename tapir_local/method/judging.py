@@ -7,28 +7,35 @@ from typing import Any
 
 from rapidfuzz.distance import Indel
 
-from tapir_local.recipe.tasks import compared
+from tapir_local.recipe.tasks import normalize_label
 from tapir_local.records import Judgement
 
 LOWEST, HIGHEST = 1.0, 10.0
-PREFIX = re.compile(r"^(?:the\s+)?(?:task|label|category|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
+LABEL_PREFIX = re.compile(r"^(?:the\s+)?(?:task|label|category|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
 FIRST_KEY = re.compile(r"(?:^|[_ ])(?:a|one|first)$|(?<!\d)1$")
 SECOND_KEY = re.compile(r"(?:^|[_ ])(?:b|two|second)$|(?<!\d)2$")
 SCORE_KEY = re.compile(r"(?:^|[_ ])(?:score|rating)$")
-KIND = re.compile(r"[_ -]?(?:score|rating|answer|response)$")  # what may follow the name of an answer: answer_1_score
-REMARK = re.compile(r"reason|explanation|rationale|justification|comment|feedback|note")  # a key that holds words
-WRAPPER = re.compile(r"(?:^|[_ ])(?:scores?|ratings?|judge?ments?|evaluations?|results?|answers?)$")
-NAMED = ("answer", "id", "name", "candidate")  # the key by which an object in a list says which answer it scores
+ANSWER_SUFFIX = re.compile(
+    r"[_ -]?(?:score|rating|answer|response)$"
+)  # what may follow the name of an answer: answer_1_score
+REMARK_KEY = re.compile(r"reason|explanation|rationale|justification|comment|feedback|note")  # a key that holds words
+WRAPPER_KEY = re.compile(r"(?:^|[_ ])(?:scores?|ratings?|judge?ments?|evaluations?|results?|answers?)$")
+ANSWER_NAME_KEYS = (
+    "answer",
+    "id",
+    "name",
+    "candidate",
+)  # the key by which an object in a list says which answer it scores
 OF_TEN = re.compile(r"([0-9.]+)\s*(?:/|out\s+of)\s*10(?:\.0)?")
-TAGGED = re.compile(
+TAGGED_PAIR = re.compile(
     r"<(?:answer|score)_?([12])>\s*([0-9.]+(?:\s*(?:/|out\s+of)\s*10)?)\s*</(?:answer|score)_?\1>", re.IGNORECASE
 )
-TAGGED_ONE = re.compile(r"<score>\s*([0-9.]+)\s*</score>", re.IGNORECASE)
-FENCE = re.compile(r"```(?:json)?|\s")  # the marks of a code block around the object, and white space
+TAGGED_SCORE = re.compile(r"<score>\s*([0-9.]+)\s*</score>", re.IGNORECASE)
+FENCE_OR_SPACE = re.compile(r"```(?:json)?|\s")  # the marks of a code block around the object, and white space
 LEADING_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.IGNORECASE | re.DOTALL)
 THOUGHTS = re.compile(r"^.*</think>|<think>.*$", re.IGNORECASE | re.DOTALL)
-DEEPEST = 3  # wrappers around the scores
-WRAPPING = " \t\r\n`*_\"'.<>[]()"
+MAX_WRAPPERS = 3  # wrappers around the scores
+LABEL_WRAPPING = " \t\r\n`*_\"'.<>[]()"
 
 Scores = tuple[float, float]
 
@@ -41,13 +48,13 @@ def parse_scores(reply: str) -> Scores | None:
     one in mid-sentence may be a candidate's own text, quoted. Numbers in running text are never taken for scores, and a
     score outside the scale is refused, not clamped.
     """
-    reply = without_thought(reply)
-    if (bare := whole_list(reply)) is not None:
-        return listed_scores(bare)
-    found = list(json_objects(reply))
+    reply = remove_leading_thought(reply)
+    if (bare := parse_json_list(reply)) is not None:
+        return extract_listed_scores(bare)
+    found = list(find_json_objects(reply))
     if not found:
-        return tagged_scores(reply)
-    outer = {scores_of(value) for value, start, end in found if is_outer(reply, start, end)}
+        return parse_tagged_scores(reply)
+    outer = {extract_scores(value) for value, start, end in found if opens_or_closes(reply, start, end)}
     return outer.pop() if len(outer) == 1 else None
 
 
@@ -56,14 +63,14 @@ def parse_score(reply: str) -> float | None:
 
     As strict as parse_scores: a JSON object with one score, or <score>8</score>, that opens or closes the reply.
     """
-    reply = without_thought(reply)
-    found = [(score_of(value), start, end) for value, start, end in json_objects(reply)]
-    found = found or [(on_scale(match[1]), match.start(), match.end()) for match in TAGGED_ONE.finditer(reply)]
-    outer = {score for score, start, end in found if is_outer(reply, start, end)}
+    reply = remove_leading_thought(reply)
+    found = [(extract_score(value), start, end) for value, start, end in find_json_objects(reply)]
+    found = found or [(parse_on_scale(match[1]), match.start(), match.end()) for match in TAGGED_SCORE.finditer(reply)]
+    outer = {score for score, start, end in found if opens_or_closes(reply, start, end)}
     return outer.pop() if len(outer) == 1 else None
 
 
-def without_thought(reply: str) -> str:
+def remove_leading_thought(reply: str) -> str:
     """A reply without the thought that opens it.
 
     It ends at the first `</think>`: a later one may be a candidate's own text, quoted beside a planted score.
@@ -71,33 +78,33 @@ def without_thought(reply: str) -> str:
     return LEADING_THOUGHT.sub("", reply, count=1)
 
 
-def whole_list(reply: str) -> list[Any] | None:
+def parse_json_list(reply: str) -> list[Any] | None:
     """The JSON list that a reply is, code block aside; None where it is anything else."""
     text = re.sub(r"```(?:json)?", "", reply).strip()
     if not text.startswith("["):
         return None
     try:
-        value = json.loads(text, object_pairs_hook=unambiguous)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, list) else None
 
 
-def is_outer(reply: str, start: int, end: int) -> bool:
+def opens_or_closes(reply: str, start: int, end: int) -> bool:
     """Whether reply[start:end] opens or closes the reply, but for the marks of a code block."""
-    return not (FENCE.sub("", reply[:start]) and FENCE.sub("", reply[end:]))
+    return not (FENCE_OR_SPACE.sub("", reply[:start]) and FENCE_OR_SPACE.sub("", reply[end:]))
 
 
-def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's members; ValueError where a key is there twice, since neither value is the one meant."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key is there twice")
     return found
 
 
-def json_objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
+def find_json_objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Every outermost JSON object in a text, with the offsets of its start and end."""
-    decoder, start = json.JSONDecoder(object_pairs_hook=unambiguous), text.find("{")
+    decoder, start = json.JSONDecoder(object_pairs_hook=unique_keys), text.find("{")
     while start >= 0:
         try:
             value, end = decoder.raw_decode(text, start)
@@ -108,87 +115,89 @@ def json_objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
         start = text.find("{", end)
 
 
-def scores_of(value: dict[str, Any], depth: int = 0) -> Scores | None:
+def extract_scores(value: dict[str, Any], depth: int = 0) -> Scores | None:
     """Two scores from an object: a key for each answer, or both under one key, with words beside them.
 
     {"answer_1": 8, "answer_2": 6} (or first/second, a/b, 1/2, answer_1_score), {"scores": {...}, "explanation": ...},
     {"scores": [8, 6]}, {"answer_1": {"score": 8, "reason": ...}, ...}. None where two places say different scores.
     """
-    keyed = keyed_scores(value)
+    keyed = extract_keyed_scores(value)
     found = [keyed] if keyed else []
-    if depth < DEEPEST:
-        found += [pair for inner in wrapped(value) if (pair := inner_scores(inner, depth + 1))]
+    if depth < MAX_WRAPPERS:
+        found += [pair for inner in wrapped_values(value) if (pair := extract_wrapped_scores(inner, depth + 1))]
     return found[0] if len(set(found)) == 1 else None
 
 
-def keyed_scores(value: dict[str, Any]) -> Scores | None:
+def extract_keyed_scores(value: dict[str, Any]) -> Scores | None:
     """The two values whose keys name the answers; None unless there is one of each."""
-    names = {KIND.sub("", key.lower()): item for key, item in value.items() if not REMARK.search(key.lower())}
-    said = [key for key in value if not REMARK.search(key.lower())]
+    names = {
+        ANSWER_SUFFIX.sub("", key.lower()): item for key, item in value.items() if not REMARK_KEY.search(key.lower())
+    }
+    said = [key for key in value if not REMARK_KEY.search(key.lower())]
     first = [item for key, item in names.items() if FIRST_KEY.search(key)]
     second = [item for key, item in names.items() if SECOND_KEY.search(key)]
-    return in_range([*first, *second]) if len(first) == len(second) == 1 and len(names) == len(said) else None
+    return parse_pair([*first, *second]) if len(first) == len(second) == 1 and len(names) == len(said) else None
 
 
-def wrapped(value: dict[str, Any]) -> list[Any]:
+def wrapped_values(value: dict[str, Any]) -> list[Any]:
     """The objects and lists in which an object holds its scores: by their key's name, or its only member."""
     held = {key: item for key, item in value.items() if isinstance(item, list | dict)}
-    return [item for key, item in held.items() if len(value) == 1 or WRAPPER.search(key.lower())]
+    return [item for key, item in held.items() if len(value) == 1 or WRAPPER_KEY.search(key.lower())]
 
 
-def inner_scores(inner: Any, depth: int) -> Scores | None:
+def extract_wrapped_scores(inner: Any, depth: int) -> Scores | None:
     """The scores in a wrapper."""
-    return scores_of(inner, depth) if isinstance(inner, dict) else listed_scores(inner)
+    return extract_scores(inner, depth) if isinstance(inner, dict) else extract_listed_scores(inner)
 
 
-def listed_scores(items: list[Any]) -> Scores | None:
+def extract_listed_scores(items: list[Any]) -> Scores | None:
     """The scores in a list of two: numbers in the order of the answers, or objects that name theirs."""
     if len(items) != 2:
         return None
-    names = [name_of(item) for item in items]
+    names = [answer_name(item) for item in items]
     if None not in names:
-        return keyed_scores(dict(zip(map(str, names), items, strict=True)))
-    return None if any(isinstance(item, dict) for item in items) else in_range(items)
+        return extract_keyed_scores(dict(zip(map(str, names), items, strict=True)))
+    return None if any(isinstance(item, dict) for item in items) else parse_pair(items)
 
 
-def name_of(item: Any) -> str | None:
+def answer_name(item: Any) -> str | None:
     """The answer that an object in a list names: {"answer": 1, "score": 8}."""
-    named = [str(item[key]).lower() for key in NAMED if key in item] if isinstance(item, dict) else []
+    named = [str(item[key]).lower() for key in ANSWER_NAME_KEYS if key in item] if isinstance(item, dict) else []
     return named[0] if len(named) == 1 else None
 
 
-def score_of(value: dict[str, Any]) -> float | None:
+def extract_score(value: dict[str, Any]) -> float | None:
     """One score from an object with one key for it, or with one object that has one, and words beside it.
 
     {"score": 8}, {"score": "8/10"}, {"reason": "...", "overall_score": 8}, {"answer": {"score": 8, "reason": "..."}}.
     """
     scores = [item for key, item in value.items() if SCORE_KEY.search(key.lower()) and not isinstance(item, dict)]
-    inner = [item for key, item in value.items() if isinstance(item, dict) and WRAPPER.search(key.lower())]
+    inner = [item for key, item in value.items() if isinstance(item, dict) and WRAPPER_KEY.search(key.lower())]
     if len(scores) + len(inner) != 1:
         return None
-    score = scores[0] if scores else inner_value(inner[0])
-    return on_scale(part_of_ten(score) or score)
+    score = scores[0] if scores else unwrap_score(inner[0])
+    return parse_on_scale(parse_tenths(score) or score)
 
 
-def part_of_ten(value: Any) -> str | None:
+def parse_tenths(value: Any) -> str | None:
     """The `8` of `8/10` or `8 out of 10`; None of anything else."""
     match = OF_TEN.fullmatch(value.strip()) if isinstance(value, str) else None
     return match[1] if match else None
 
 
-def in_range(pair: list[Any]) -> Scores | None:
+def parse_pair(pair: list[Any]) -> Scores | None:
     """Two scores, both written in the same way: as numbers, or both as parts of ten; None of anything else.
 
     An object stands for the one score in it.
     """
-    plain = [inner_value(item) for item in pair]
-    tenths = [part_of_ten(item) for item in plain]
+    plain = [unwrap_score(item) for item in pair]
+    tenths = [parse_tenths(item) for item in plain]
     read = plain if not any(tenths) else tenths
-    numbers = [number for item in read if (number := on_scale(item)) is not None]
+    numbers = [number for item in read if (number := parse_on_scale(item)) is not None]
     return (numbers[0], numbers[1]) if len(pair) == len(numbers) == 2 else None
 
 
-def inner_value(item: Any) -> Any:
+def unwrap_score(item: Any) -> Any:
     """The value of the one key for a score in an object; what is no object as it is."""
     if not isinstance(item, dict):
         return item
@@ -196,7 +205,7 @@ def inner_value(item: Any) -> Any:
     return scores[0] if len(scores) == 1 else None
 
 
-def on_scale(item: Any) -> float | None:
+def parse_on_scale(item: Any) -> float | None:
     """A number of the scale, also when it is spelled as a string of nothing but a number; or None."""
     if isinstance(item, bool) or not isinstance(item, int | float | str):
         return None
@@ -207,13 +216,13 @@ def on_scale(item: Any) -> float | None:
     return number if LOWEST <= number <= HIGHEST else None
 
 
-def tagged_scores(reply: str) -> Scores | None:
+def parse_tagged_scores(reply: str) -> Scores | None:
     """The tagged fallback; None unless each answer has exactly one value, side by side at an end of the reply."""
-    tags = list(TAGGED.finditer(reply))
+    tags = list(TAGGED_PAIR.finditer(reply))
     if sorted(tag[1] for tag in tags) != ["1", "2"] or reply[tags[0].end() : tags[1].start()].strip(" \t\r\n,;"):
         return None
     values = {tag[1]: tag[2] for tag in tags}
-    return in_range([values["1"], values["2"]]) if is_outer(reply, tags[0].start(), tags[1].end()) else None
+    return parse_pair([values["1"], values["2"]]) if opens_or_closes(reply, tags[0].start(), tags[1].end()) else None
 
 
 def parse_label(reply: str, labels: Iterable[str]) -> str | None:
@@ -222,23 +231,23 @@ def parse_label(reply: str, labels: Iterable[str]) -> str | None:
     A label mentioned within a sentence is not an answer: "about Music theory, not Math" is None. What a model thought
     before `</think>` is no part of its reply.
     """
-    known = {compared(label): label for label in labels}
+    known = {normalize_label(label): label for label in labels}
     reply = THOUGHTS.sub("", reply)
-    objects = [value for value, _, _ in json_objects(reply)]
+    objects = [value for value, _, _ in find_json_objects(reply)]
     if objects:
         said = {
-            compared(str(item).strip(WRAPPING))
+            normalize_label(str(item).strip(LABEL_WRAPPING))
             for value in objects
             for key, item in value.items()
             if key.lower() in ("task", "label", "category")
         }
         return known.get(said.pop()) if len(said) == 1 else None
-    bare = reply.strip(WRAPPING)
-    bare = PREFIX.sub("", bare).strip(WRAPPING)
-    return known.get(compared(bare))
+    bare = reply.strip(LABEL_WRAPPING)
+    bare = LABEL_PREFIX.sub("", bare).strip(LABEL_WRAPPING)
+    return known.get(normalize_label(bare))
 
 
-INSTRUCTION = re.compile(r"<new_instruction>(.*?)</new_instruction>", re.IGNORECASE | re.DOTALL)
+NEW_INSTRUCTION = re.compile(r"<new_instruction>(.*?)</new_instruction>", re.IGNORECASE | re.DOTALL)
 
 
 def parse_instruction(reply: str) -> str | None:
@@ -246,11 +255,11 @@ def parse_instruction(reply: str) -> str | None:
 
     What a model thought before `</think>` is no part of its reply.
     """
-    found = INSTRUCTION.findall(after_thoughts(reply, "<new_instruction>"))
+    found = NEW_INSTRUCTION.findall(remove_thoughts(reply, "<new_instruction>"))
     return (found[0].strip() or None) if len(found) == 1 else None
 
 
-def after_thoughts(reply: str, tag: str) -> str:
+def remove_thoughts(reply: str, tag: str) -> str:
     """What follows the thoughts of a reply.
 
     Where no `<think>` opens the reply, a `</think>` after the last `tag` ends no thought: an answer may quote it.
@@ -259,32 +268,36 @@ def after_thoughts(reply: str, tag: str) -> str:
     return rest if tag in rest.lower() or reply.lstrip().lower().startswith("<think>") else reply
 
 
-CHECKED = {"complete": "complete", "answerable": "answerable", "of_task": "of its task"}  # a check's keys, in words
+DRAFT_CHECKS = {
+    "complete": "complete",
+    "answerable": "answerable",
+    "of_task": "of its task",
+}  # a check's keys, in words
 
 
-def parse_check(reply: str) -> str | None:
+def parse_draft_check(reply: str) -> str | None:
     """What a teacher finds wrong with a new instruction, "" where nothing; None where the reply does not say it.
 
     Reads the JSON object that prompts.check_draft asks for, which must open or close the reply.
     """
-    reply = without_thought(reply)
-    outer = [value for value, start, end in json_objects(reply) if is_outer(reply, start, end)]
-    if len(outer) != 1 or not all(isinstance(outer[0].get(key), bool) for key in CHECKED):
+    reply = remove_leading_thought(reply)
+    outer = [value for value, start, end in find_json_objects(reply) if opens_or_closes(reply, start, end)]
+    if len(outer) != 1 or not all(isinstance(outer[0].get(key), bool) for key in DRAFT_CHECKS):
         return None
-    return ", ".join(f"not {words}" for key, words in CHECKED.items() if not outer[0][key])
+    return ", ".join(f"not {words}" for key, words in DRAFT_CHECKS.items() if not outer[0][key])
 
 
-ANSWER = re.compile(r"<new_answer>(.*?)</new_answer>", re.IGNORECASE | re.DOTALL)
+NEW_ANSWER = re.compile(r"<new_answer>(.*?)</new_answer>", re.IGNORECASE | re.DOTALL)
 
 
 def parse_rewritten(reply: str) -> tuple[str, str] | None:
     """(instruction, answer) between the tags that prompts.reflect_on_instruction asks for; None without one of each."""
-    instruction, answers = parse_instruction(reply), ANSWER.findall(after_thoughts(reply, "<new_answer>"))
+    instruction, answers = parse_instruction(reply), NEW_ANSWER.findall(remove_thoughts(reply, "<new_answer>"))
     answer = answers[0].strip() if len(answers) == 1 else ""
     return (instruction, answer) if instruction and answer else None
 
 
-def combine(id: str, teacher_first: Scores | None, student_first: Scores | None, reason: str = "") -> Judgement:
+def combine_orders(id: str, teacher_first: Scores | None, student_first: Scores | None, reason: str = "") -> Judgement:
     """One judgement from the replies in both orders, each as (score of the answer shown first, score of the other).
 
     Judged only if both orders were read: an average over one order would carry the judge's bias for a position.
@@ -314,12 +327,12 @@ def mfd(judgement: Judgement) -> float | None:
     return judgement.teacher - judgement.student
 
 
-def share_alike(score: float | None) -> float | None:
+def rouge_of_score(score: float | None) -> float | None:
     """The ROUGE-L, 0 to 1, of which `likeness` made a score."""
     return None if score is None else (score - LOWEST) / (HIGHEST - LOWEST)
 
 
-def likeness(id: str, teacher_answer: str, student_answer: str) -> Judgement:
+def judge_by_rouge(id: str, teacher_answer: str, student_answer: str) -> Judgement:
     """`judge: reference`: the student's answer scored by its ROUGE-L to the teacher's, which counts 10.
 
     1 + 9 * F1 over lower-cased words, F1 = 2*LCS/(m+n), the normalised Indel similarity. Rough: it rewards the same

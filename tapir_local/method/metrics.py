@@ -6,24 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from tapir_local.method.judge_quality import mean, quality
+from tapir_local.method.judge_quality import measure_judge, rounded_mean
 from tapir_local.method.judging import mfd
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
-Checker = Callable[[Example, str], bool | None]  # a row and an answer to it
+AnswerChecker = Callable[[Example, str], bool | None]  # a row and an answer to it
 Interval = tuple[float, float]
 
 WIDE, WANTED = 0.10, 0.05  # half the width of an interval that is said to be wide, and of one to aim at
 
 
-def win(judgement: Judgement) -> float | None:
+def win_value(judgement: Judgement) -> float | None:
     """1 where the student's answer scores above the teacher's, 0.5 where they tie, 0 below; None when unjudged."""
     if judgement.teacher is None or judgement.student is None:
         return None
     return 0.5 + 0.5 * ((judgement.student > judgement.teacher) - (judgement.student < judgement.teacher))
 
 
-def evaluate(
+def compute_metrics(
     number: int,
     holdout: Sequence[Example],
     completions: Sequence[Completion],
@@ -32,7 +32,7 @@ def evaluate(
     judge: str,
 ) -> Metrics:
     """Metrics of round `number`. `right` tells by id whether an answer is right; None where no checker knows."""
-    wins = {judgement.id: win(judgement) for judgement in judgements}
+    wins = {judgement.id: win_value(judgement) for judgement in judgements}
     known_wins = [value for value in wins.values() if value is not None]
     known_right = [value for value in right.values() if value is not None]
     judged = [judgement for judgement in judgements if judgement.teacher is not None]
@@ -41,21 +41,21 @@ def evaluate(
         rows=len(holdout),
         judged=len(judged),
         unjudged=len(judgements) - len(judged),
-        win_rate=mean(known_wins),
-        win_rate_interval=mean_interval(known_wins),
-        accuracy=mean(known_right),
-        accuracy_interval=proportion_interval(known_right),
-        student_score=mean([judgement.student for judgement in judged if judgement.student is not None]),
-        teacher_score=mean([judgement.teacher for judgement in judged if judgement.teacher is not None]),
-        by_task=by_task(holdout, wins, right),
+        win_rate=rounded_mean(known_wins),
+        win_rate_interval=bootstrap_interval(known_wins),
+        accuracy=rounded_mean(known_right),
+        accuracy_interval=wilson_interval(known_right),
+        student_score=rounded_mean([judgement.student for judgement in judged if judgement.student is not None]),
+        teacher_score=rounded_mean([judgement.teacher for judgement in judged if judgement.teacher is not None]),
+        by_task=metrics_by_task(holdout, wins, right),
         cut=sum(completion.finish != "stop" for completion in completions),
         judge=judge,
-        judge_quality=quality(judgements),
+        judge_quality=measure_judge(judgements),
         checked=len(known_right),
     )
 
 
-def likeness_only(found: Metrics, holdout: Sequence[Example], judgements: Sequence[Judgement]) -> Metrics:
+def without_win_rate(found: Metrics, holdout: Sequence[Example], judgements: Sequence[Judgement]) -> Metrics:
     """Metrics where the scores are likeness to the teacher's answer, which no other answer can exceed: no win rate."""
     scores = {row.id: row.student for row in judgements if row.student is not None}
     tasks = {
@@ -63,24 +63,24 @@ def likeness_only(found: Metrics, holdout: Sequence[Example], judgements: Sequen
             "rows": values["rows"],
             "win_rate": None,
             "accuracy": values["accuracy"],
-            "student_score": mean([scores[row.id] for row in holdout if row.task == task and row.id in scores]),
+            "student_score": rounded_mean([scores[row.id] for row in holdout if row.task == task and row.id in scores]),
         }
         for task, values in found.by_task.items()
     }
     return replace(found, win_rate=None, win_rate_interval=None, by_task=tasks)
 
 
-def is_likeness(win_rate: float | None, student_score: float | None) -> bool:
+def is_rouge_only(win_rate: float | None, student_score: float | None) -> bool:
     """Whether metrics with these values are of likeness: rows were scored, and there is no win rate."""
     return win_rate is None and student_score is not None
 
 
-def rows_for(half: float) -> int:
+def rows_for_interval(half: float) -> int:
     """Rows for a 95 % interval of at most +-`half` around any rate: p(1 - p) is 0.25 at the most, 1.96 its quantile."""
     return math.ceil(0.25 * (1.96 / half) ** 2)
 
 
-def too_small(found: Metrics) -> str:
+def warn_small_holdout(found: Metrics) -> str:
     """What to say of a holdout whose intervals are wide; "" where they are not."""
     halves = [(high - low) / 2 for low, high in filter(None, (found.win_rate_interval, found.accuracy_interval))]
     if max(halves, default=0.0) <= WIDE:
@@ -92,7 +92,7 @@ def too_small(found: Metrics) -> str:
     )
 
 
-def by_task(
+def metrics_by_task(
     holdout: Sequence[Example], wins: Mapping[str, float | None], right: Mapping[str, bool | None]
 ) -> dict[str, dict[str, float | None]]:
     """Rows, win rate and accuracy of each task, tasks by name."""
@@ -102,14 +102,14 @@ def by_task(
     return {
         task: {
             "rows": len(ids[task]),
-            "win_rate": mean([value for id in ids[task] if (value := wins.get(id)) is not None]),
-            "accuracy": mean([value for id in ids[task] if (value := right.get(id)) is not None]),
+            "win_rate": rounded_mean([value for id in ids[task] if (value := wins.get(id)) is not None]),
+            "accuracy": rounded_mean([value for id in ids[task] if (value := right.get(id)) is not None]),
         }
         for task in sorted(ids)
     }
 
 
-def gaps(holdout: Sequence[Example], judgements: Sequence[Judgement]) -> dict[str, float]:
+def gaps_by_task(holdout: Sequence[Example], judgements: Sequence[Judgement]) -> dict[str, float]:
     """By task, the mean of teacher's less student's score over the holdout's judged rows."""
     tasks = {row.id: row.task for row in holdout}
     found: dict[str, list[float]] = defaultdict(list)
@@ -119,7 +119,7 @@ def gaps(holdout: Sequence[Example], judgements: Sequence[Judgement]) -> dict[st
     return {task: fmean(values) for task, values in sorted(found.items())}
 
 
-def proportion_interval(values: Sequence[bool]) -> Interval | None:
+def wilson_interval(values: Sequence[bool]) -> Interval | None:
     """Wilson's 95 % interval of a proportion."""
     from scipy.stats import binomtest
 
@@ -129,7 +129,7 @@ def proportion_interval(values: Sequence[bool]) -> Interval | None:
     return round(float(interval.low), 6), round(float(interval.high), 6)
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
+def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     """The 95 % percentile bootstrap interval of a mean, its seed fixed; the mean itself where all values are equal."""
     import numpy
     from scipy.stats import bootstrap

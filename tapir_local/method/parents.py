@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 
-class Parents:
+class ParentQueue:
     """The parents of one expansion in a round, and what has become of them.
 
     Each of `first` gives up to `children` drafts in turn, then each of `others`, then they begin again. A parent with

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tapir_local.recipe.tasks import Task
-from tapir_local.records import Manner, Message, Prompt, instruction_of
+from tapir_local.records import ExpansionManner, Message, Prompt, instruction_of
 
 CLASSIFY = "You sort instructions by the kind of task that they set."
 JUDGE = "You compare two answers to the same instruction and score each fairly, whichever comes first."
@@ -20,22 +20,32 @@ REFLECT_ANSWER = "You criticise the answer to an instruction, and write a better
 REFINE = "You write model answers that teach a language model by their style as well as by their content."
 CHECK = "You check new instructions that are meant to train a language model."
 
-TAGS = ("instruction", "answer", "answer_1", "answer_2", "tasks", "task", "new_instruction", "new_answer", "scores")
-TAG = re.compile(r"<(/?)(" + "|".join(TAGS) + r")>", re.IGNORECASE)
+PROMPT_TAGS = (
+    "instruction",
+    "answer",
+    "answer_1",
+    "answer_2",
+    "tasks",
+    "task",
+    "new_instruction",
+    "new_answer",
+    "scores",
+)
+PROMPT_TAG = re.compile(r"<(/?)(" + "|".join(PROMPT_TAGS) + r")>", re.IGNORECASE)
 
 
-def fenced(tag: str, text: str) -> str:
+def fence_text(tag: str, text: str) -> str:
     """`text` between <tag> and </tag>; any of our own tags inside it are spelled with brackets instead."""
-    harmless = TAG.sub(r"[\1\2]", text)
+    harmless = PROMPT_TAG.sub(r"[\1\2]", text)
     return f"<{tag}>\n{harmless}\n</{tag}>"
 
 
-def answer(prompt: Prompt) -> Prompt:
+def answer_prompt(prompt: Prompt) -> Prompt:
     """The instruction as the student will see it: the teacher's plain answer is what it is compared with."""
     return prompt
 
 
-def classify(prompt: Prompt, tasks: Mapping[str, Task]) -> Prompt:
+def classify_prompt(prompt: Prompt, tasks: Mapping[str, Task]) -> Prompt:
     """Ask for the task of an instruction, as {"task": LABEL}; read by judging.parse_label."""
     known = "\n".join(f"{task.label}: {task.description}" for task in tasks.values())
     return (
@@ -64,7 +74,7 @@ SINGLE_JUDGEMENT = {
 }
 
 
-def judge(prompt: Prompt, first: str, second: str, previous: str = "") -> Prompt:
+def judge_prompt(prompt: Prompt, first: str, second: str, previous: str = "") -> Prompt:
     """Ask for two scores of 1 to 10, as {"answer_1": x, "answer_2": y}; read by judging.parse_scores.
 
     The criteria are the paper's: helpfulness, relevance, accuracy, level of detail. `previous` is a reply that could
@@ -83,10 +93,10 @@ def judge(prompt: Prompt, first: str, second: str, previous: str = "") -> Prompt
         ),
     )
     wanted = 'a JSON object of two numbers from 1 to 10: {"answer_1": <score>, "answer_2": <score>}'
-    return corrected(ask, previous, wanted)
+    return with_correction(ask, previous, wanted)
 
 
-def judge_single(prompt: Prompt, text: str, previous: str = "") -> Prompt:
+def judge_single_prompt(prompt: Prompt, text: str, previous: str = "") -> Prompt:
     """Ask for the score of one answer, 1 to 10, as {"score": x}; read by judging.parse_score.
 
     The criteria are those of `judge`. Only the instruction and the answer are in it, so that the teacher's answer,
@@ -102,10 +112,10 @@ def judge_single(prompt: Prompt, text: str, previous: str = "") -> Prompt:
             'Reply with a JSON object and nothing else: {"score": <score>}',
         ),
     )
-    return corrected(ask, previous, 'a JSON object of one number from 1 to 10: {"score": <score>}')
+    return with_correction(ask, previous, 'a JSON object of one number from 1 to 10: {"score": <score>}')
 
 
-def corrected(ask: Prompt, previous: str, wanted: str) -> Prompt:
+def with_correction(ask: Prompt, previous: str, wanted: str) -> Prompt:
     """A request with the reply that could not be read shown back and what is wanted; as it is without such a reply."""
     if not previous:
         return ask
@@ -121,7 +131,7 @@ NEW = {
 }
 
 
-def expand(prompt: Prompt, task: Task, manner: Manner = "alike") -> Prompt:
+def expand_prompt(prompt: Prompt, task: Task, manner: Manner = "alike") -> Prompt:
     """Ask for one new instruction grown from another; read by judging.parse_instruction."""
     return (
         Message("system", EXPAND if manner == "alike" else RARER),
@@ -135,7 +145,7 @@ def expand(prompt: Prompt, task: Task, manner: Manner = "alike") -> Prompt:
     )
 
 
-def check_draft(prompt: Prompt, task: Task) -> Prompt:
+def check_draft_prompt(prompt: Prompt, task: Task) -> Prompt:
     """Ask whether a new instruction can be used, as {"complete": true, ...}; read by judging.parse_check."""
     return (
         Message("system", CHECK),
@@ -150,7 +160,7 @@ def check_draft(prompt: Prompt, task: Task) -> Prompt:
     )
 
 
-def reflect_on_instruction(prompt: Prompt, answer: str) -> Prompt:
+def reflect_instruction_prompt(prompt: Prompt, answer_prompt: str) -> Prompt:
     """Ask for a better instruction and its answer; read by judging.parse_rewritten.
 
     The criteria are the paper's (Reflection-Tuning, arXiv 2310.11716): complexity, detail, knowledge required,
@@ -169,7 +179,7 @@ def reflect_on_instruction(prompt: Prompt, answer: str) -> Prompt:
     )
 
 
-def reflect_on_answer(prompt: Prompt, answer: str) -> Prompt:
+def reflect_answer_prompt(prompt: Prompt, answer_prompt: str) -> Prompt:
     """Ask for a better answer to the same instruction, by the criteria of the judge; the reply is the answer."""
     return (
         Message("system", REFLECT_ANSWER),
@@ -182,12 +192,12 @@ def reflect_on_answer(prompt: Prompt, answer: str) -> Prompt:
     )
 
 
-def guess(answer: str) -> Prompt:
+def guess_instruction_prompt(answer_prompt: str) -> Prompt:
     """Ask for the instruction that an answer belongs to: what a student's reversed IFD is measured with."""
     return (Message("user", f"{answer}\n\nWhich instruction is this the answer to?"),)
 
 
-def refine(prompt: Prompt, task: Task, draft: str = "") -> Prompt:
+def refine_prompt(prompt: Prompt, task: Task, draft: str = "") -> Prompt:
     """Ask for the answer in the task's style: a rewriting of `draft`, or a new answer where there is none.
 
     Response refinement only: the instruction is never changed.
@@ -205,6 +215,6 @@ def refine(prompt: Prompt, task: Task, draft: str = "") -> Prompt:
     )
 
 
-def transcript(messages: Sequence[Message]) -> str:
+def format_transcript(messages: Sequence[Message]) -> str:
     """Messages as one readable text, for people."""
     return "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in messages)

@@ -9,76 +9,86 @@ from tapir_local.method import prompts
 from tapir_local.recipe.tasks import Task
 from tapir_local.records import Message
 
-ECHO = "repeats words of the request"
-PARENT = "repeats its parent"
-MISSING = "the text to work on is missing"
-STATEMENT = "sets no task"
+ECHO_REASON = "repeats words of the request"
+PARENT_REASON = "repeats its parent"
+MISSING_REASON = "the text to work on is missing"
+STATEMENT_REASON = "sets no task"
 
-LIKE = (
+MIN_ECHO_SIMILARITY = (
     0.8  # ROUGE-L from which an instruction is one of our sentences; of Alpaca's and self-instruct's none is above 0.6
 )
-FEW = 4  # words of ours from which a whole sentence in an instruction is none by chance
-RUN = 8  # words of ours in a row, of whatever sentence, that no instruction has by chance
-LONG = 300  # words of an instruction that are compared with ours
-OPENING = 4  # words
-AT_LEAST = 3  # new rows that may share an opening whatever the share: two or three are no pattern
-LONG_STATEMENT = 60  # words; a longer text has material, and its task may stand anywhere in it
+MIN_SENTENCE_WORDS = 4  # words of ours from which a whole sentence in an instruction is none by chance
+ECHO_RUN_WORDS = 8  # words of ours in a row, of whatever sentence, that no instruction has by chance
+MAX_COMPARED_WORDS = 300  # words of an instruction that are compared with ours
+OPENING_WORDS = 4  # words
+MIN_SHARED_OPENINGS = 3  # new rows that may share an opening whatever the share: two or three are no pattern
+MAX_STATEMENT_WORDS = 60  # words; a longer text has material, and its task may stand anywhere in it
 
-WORD = re.compile(r"\w+")
+SCREENED_WORD = re.compile(r"\w+")
 SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
 ANY_TAG = re.compile(r"</?\w+>")
 # Words with which a model hands over an instruction.
-HANDED = frozenset({"new", "instruction", "task", "question", "please", "kindly", "here", "is", "the", "following"})
+HANDOVER_WORDS = frozenset(
+    {"new", "instruction", "task", "question", "please", "kindly", "here", "is", "the", "following"}
+)
 
 
-def words_of(text: str) -> list[str]:
+def casefolded_words(text: str) -> list[str]:
     """The words of a text as texts are compared here."""
-    return WORD.findall(text.casefold())
+    return SCREENED_WORD.findall(text.casefold())
 
 
 # --- echoes
 
 
-def own_sentences(tasks: Mapping[str, Task]) -> list[list[str]]:
+def prompt_sentences(tasks: Mapping[str, Task]) -> list[list[str]]:
     """Every sentence of ours that a teacher reads, as words: each request without what it is about, and the tasks."""
     nothing = (Message("user", ""),)
-    asked = [prompts.classify(nothing, tasks), prompts.judge(nothing, "", ""), prompts.judge_single(nothing, "")]
+    asked = [
+        prompts.classify_prompt(nothing, tasks),
+        prompts.judge_prompt(nothing, "", ""),
+        prompts.judge_single_prompt(nothing, ""),
+    ]
     for task in tasks.values():
-        asked += [prompts.expand(nothing, task), prompts.expand(nothing, task, "rarer"), prompts.refine(nothing, task)]
+        asked += [
+            prompts.expand_prompt(nothing, task),
+            prompts.expand_prompt(nothing, task, "rarer"),
+            prompts.refine_prompt(nothing, task),
+        ]
     lines = [ANY_TAG.sub(" ", turn.content) for messages in asked for turn in messages]
     lines += [text for task in tasks.values() for text in (task.description, task.style)]
     parts = [part for text in lines for line in text.split("\n") for part in (line, *SENTENCE.split(line))]
-    found = {tuple(words_of(part)) for part in parts}
+    found = {tuple(casefolded_words(part)) for part in parts}
     return [list(words) for words in sorted(found) if len(words) > 1]
 
 
 def is_echo(words: Sequence[str], ours: Sequence[Sequence[str]]) -> bool:
     """Whether an instruction is a part of one of our sentences, holds a whole one or a long part, or nearly is one."""
-    words = words[:LONG]
-    runs = [words[place : place + RUN] for place in range(len(words) - RUN + 1)]
+    words = words[:MAX_COMPARED_WORDS]
+    runs = [words[place : place + ECHO_RUN_WORDS] for place in range(len(words) - ECHO_RUN_WORDS + 1)]
     return any(
-        within(words, sentence)
-        or any(within(run, sentence) for run in runs)
-        or (len(sentence) >= FEW and within(sentence, words))
-        or (len(sentence) >= FEW and Indel.normalized_similarity(words, sentence) >= LIKE)
+        contains_run(words, sentence)
+        or any(contains_run(run, sentence) for run in runs)
+        or (len(sentence) >= MIN_SENTENCE_WORDS and contains_run(sentence, words))
+        or (len(sentence) >= MIN_SENTENCE_WORDS and Indel.normalized_similarity(words, sentence) >= MIN_ECHO_SIMILARITY)
         for sentence in ours
     )
 
 
-def within(part: Sequence[str], whole: Sequence[str]) -> bool:
+def contains_run(part: Sequence[str], whole: Sequence[str]) -> bool:
     """Whether words stand in others one after another."""
     return f" {' '.join(part)} " in f" {' '.join(whole)} "
 
 
 def repeats_parent(words: Sequence[str], parent: Sequence[str]) -> bool:
     """Whether two instructions are the same words but for those with which one is handed over."""
-    one, other = ([word for word in text if word not in HANDED] for text in (words, parent))
+    one, other = ([word for word in text if word not in HANDOVER_WORDS] for text in (words, parent))
     return one == other
 
 
 # --- what an instruction lacks
 
-KINDS = (
+MATERIAL_KINDS = (
     r"(?:text|article|passage|paragraph|sentence|sentences|story|e-?mail|letter|document|poem|essay|report|table|data|"
     r"list|code|snippet|program|function|dialogue|conversation|review|abstract|excerpt|quote|speech|content|information|"
     r"words|numbers|statement|statements|question|questions|problem|equation|expression|options|items|input)"
@@ -97,23 +107,25 @@ WORKED_ON = re.compile(
     rf"(?:[\w-]+\s+){{0,2}}?{KINDS}(?=\s*(?:[.!,;]|$)|\s+(?:in|into|to|using|so|by|for|and|from)\b)",
     re.IGNORECASE,
 )
-ABOVE = re.compile(rf"\b(?:the|this)\s+above\b|\b(?:the\s+)?{KINDS}\s+above\b|\babove[- ]mentioned\b", re.IGNORECASE)
-MATERIAL = re.compile(
+ABOVE_MENTION = re.compile(
+    rf"\b(?:the|this)\s+above\b|\b(?:the\s+)?{KINDS}\s+above\b|\babove[- ]mentioned\b", re.IGNORECASE
+)
+MATERIAL_SIGN = re.compile(
     r"\n\s*\S|[:\u2014]\s*\S|\s-\s+\S|\w,\s+[A-Z]|[\"\u201c\u00ab'\u2018][^\"\u201d\u00bb]{6,}|```|\[[^\]]*,[^\]]*\]|\{|\d+\s*[-+*/=]\s*\d|https?://"
 )
 DANGLING = re.compile(r"[:\u2014]\s*[\"\u201c']?\s*\Z")
-BLANK = re.compile(r"[\[<](?:insert|paste|text|article|add)\b[^\]>]*[\]>]", re.IGNORECASE)
+BLANK_SLOT = re.compile(r"[\[<](?:insert|paste|text|article|add)\b[^\]>]*[\]>]", re.IGNORECASE)
 
 
 def lacks_text(text: str) -> bool:
     """Whether an instruction speaks of a text that it should hold and does not."""
     plain = text.strip()
-    if BLANK.search(plain) or ("\n" not in plain and DANGLING.search(plain)):
+    if BLANK_SLOT.search(plain) or ("\n" not in plain and DANGLING.search(plain)):
         return True
     if MENTION.search(plain) or WORKED_ON.match(plain):
-        return not MATERIAL.search(plain)
-    found = ABOVE.search(plain)
-    return found is not None and len(words_of(plain[: found.start()])) < 2 * FEW
+        return not MATERIAL_SIGN.search(plain)
+    found = ABOVE_MENTION.search(plain)
+    return found is not None and len(casefolded_words(plain[: found.start()])) < 2 * MIN_SENTENCE_WORDS
 
 
 # A sentence that states something: a pronoun and what it does, or another subject and somewhere a finite verb.
@@ -140,13 +152,13 @@ REQUEST = re.compile(
 )
 
 
-def only_states(text: str) -> bool:
+def is_only_statements(text: str) -> bool:
     """Whether a text is statements alone: nothing is asked, told to be done, or left open.
 
     Only short texts of one paragraph, of whole sentences that begin with a subject: a bare phrase may be a request.
     """
     plain = text.strip()
-    if "\n" in plain or ":" in plain or len(words_of(plain)) > LONG_STATEMENT or REQUEST.search(plain):
+    if "\n" in plain or ":" in plain or len(casefolded_words(plain)) > MAX_STATEMENT_WORDS or REQUEST.search(plain):
         return False
     sentences = SENTENCE.split(plain)
     stated = (PRONOUN.match(part) or (SUBJECT.match(part) and FINITE.search(part)) for part in sentences)
@@ -156,23 +168,23 @@ def only_states(text: str) -> bool:
 # --- together
 
 
-def fault_of(text: str, parent: str, ours: Sequence[Sequence[str]]) -> str:
+def screen_instruction(text: str, parent: str, ours: Sequence[Sequence[str]]) -> str:
     """Why an instruction cannot be used, "" where it can; `ours` are own_sentences, `parent` what it grew from."""
-    words = words_of(text)
+    words = casefolded_words(text)
     if is_echo(words, ours):
-        return ECHO
-    if repeats_parent(words, words_of(parent)):
-        return PARENT
+        return ECHO_REASON
+    if repeats_parent(words, casefolded_words(parent)):
+        return PARENT_REASON
     if lacks_text(text):
-        return MISSING
-    return STATEMENT if only_states(text) else ""
+        return MISSING_REASON
+    return STATEMENT_REASON if is_only_statements(text) else ""
 
 
-def opening(text: str) -> str:
+def opening_words(text: str) -> str:
     """The first words of an instruction."""
-    return " ".join(words_of(text)[:OPENING])
+    return " ".join(casefolded_words(text)[:OPENING_WORDS])
 
 
-def most_openings(share: float | None, rows: int) -> int:
+def max_shared_openings(share: float | None, rows: int) -> int:
     """How many of a task's `rows` new rows may share an opening."""
-    return rows if share is None else max(AT_LEAST, round(share * rows))
+    return rows if share is None else max(MIN_SHARED_OPENINGS, round(share * rows))

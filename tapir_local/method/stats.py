@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-Key = TypeVar("Key")
-RESAMPLES = 10_000
-FLIPS = 100_000
+ComparisonKey = TypeVar("Key")
+BOOTSTRAP_RESAMPLES = 10_000
+PERMUTATIONS = 100_000
 
-Rows = Mapping[str, float]  # a value by row id, 0 to 1: whether an answer is right, or its win value
-Arm = Mapping[int, Rows]  # by random seed, the values on that seed's holdout
+RowValues = Mapping[str, float]  # a value by row id, 0 to 1: whether an answer is right, or its win value
+RunValues = Mapping[int, RowValues]  # by random seed, the values on that seed's holdout
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Estimate:
     mean: float
     low: float
     high: float
-    over_seeds: tuple[float, float] | None
+    seed_t_test: tuple[float, float] | None
     rows: int
     seeds: int
 
@@ -49,36 +49,36 @@ class Difference(Estimate):
     test: str
 
 
-def pooled(arm: Arm) -> Estimate:
+def estimate_mean(arm: RunValues) -> Estimate:
     """The mean of an arm over its seeds, each counting alike, with a two-level bootstrap interval (see resampled).
 
     TapirError where a seed has no value, or there is no seed.
     """
     if not arm or not all(arm.values()):
         raise TapirError(f"no value to take the mean of, seeds: {sorted(arm)}", fix="Leave out what was not evaluated.")
-    means, (low, high) = means_of(arm), interval(arm)
-    return Estimate(fmean(means), low, high, student(means), sum(map(len, arm.values())), len(arm))
+    means, (low, high) = seed_means(arm), percentile_interval(arm)
+    return Estimate(fmean(means), low, high, student_interval(means), sum(map(len, arm.values())), len(arm))
 
 
-def difference(one: Arm, other: Arm) -> Difference:
+def estimate_difference(one: RunValues, other: RunValues) -> Difference:
     """One arm less another, paired by seed and row: {seed: {row id: value}} of each, on the same seeds.
 
     Each row's difference is taken first and the differences are resampled, which is to resample both arms alike. A row
     that only one arm has a value for is left out. TapirError where the seeds differ or have no row in common.
     """
-    gaps = {seed: shared(one[seed], other[seed], seed) for seed in same_seeds(one, other)}
-    means, (low, high), (p, test) = means_of(gaps), interval(gaps), p_value(gaps)
+    gaps = {seed: shared_differences(one[seed], other[seed], seed) for seed in check_same_seeds(one, other)}
+    means, (low, high), (p, test) = seed_means(gaps), percentile_interval(gaps), p_value(gaps)
     flat = [gap for rows in gaps.values() for gap in rows.values()]
     better, worse = sum(gap > 0 for gap in flat), sum(gap < 0 for gap in flat)
-    return Difference(fmean(means), low, high, student(means), len(flat), len(gaps), better, worse, p, p, test)
+    return Difference(fmean(means), low, high, student_interval(means), len(flat), len(gaps), better, worse, p, p, test)
 
 
-def means_of(arm: Arm) -> list[float]:
+def seed_means(arm: RunValues) -> list[float]:
     """Each seed's mean, to 12 places: equal means may differ in the digits beyond."""
     return [round(fmean(rows.values()), 12) for rows in arm.values()]
 
 
-def student(means: Sequence[float]) -> tuple[float, float] | None:
+def student_interval(means: Sequence[float]) -> tuple[float, float] | None:
     """Student's 95 % interval of the mean of several seeds' means; None of one seed."""
     from scipy.stats import ttest_1samp
 
@@ -90,7 +90,7 @@ def student(means: Sequence[float]) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
-def same_seeds(one: Arm, other: Arm) -> list[int]:
+def check_same_seeds(one: RunValues, other: RunValues) -> list[int]:
     """The seeds that both arms have; TapirError where one has a seed that the other lacks, or there is none."""
     if set(one) != set(other) or not one:
         raise TapirError(
@@ -100,7 +100,7 @@ def same_seeds(one: Arm, other: Arm) -> list[int]:
     return sorted(one)
 
 
-def shared(one: Rows, other: Rows, seed: int) -> Rows:
+def shared_differences(one: RowValues, other: RowValues, seed: int) -> RowValues:
     """The differences of the rows that both have."""
     found = {id: one[id] - other[id] for id in one if id in other}
     if not found:
@@ -108,15 +108,15 @@ def shared(one: Rows, other: Rows, seed: int) -> Rows:
     return found
 
 
-def interval(arm: Arm) -> tuple[float, float]:
+def percentile_interval(arm: RunValues) -> tuple[float, float]:
     """The 95 % percentile interval of the resampled means."""
     import numpy
 
-    low, high = numpy.quantile(resampled(arm), (0.025, 0.975))
+    low, high = numpy.quantile(bootstrap_means(arm), (0.025, 0.975))
     return float(low), float(high)
 
 
-def resampled(arm: Arm) -> "NDArray[numpy.float64]":
+def bootstrap_means(arm: RunValues) -> "NDArray[numpy.float64]":
     """RESAMPLES bootstrap means of an arm: seeds drawn with replacement, then rows within each drawn seed.
 
     Its own seed is fixed. Rows of equal value are drawn together, as a multinomial: the same distribution, and the
@@ -127,8 +127,8 @@ def resampled(arm: Arm) -> "NDArray[numpy.float64]":
     """
     import numpy
 
-    rng, sums = numpy.random.default_rng(0), numpy.zeros(RESAMPLES)
-    picks = rng.integers(len(arm), size=(RESAMPLES, len(arm)))
+    rng, sums = numpy.random.default_rng(0), numpy.zeros(BOOTSTRAP_RESAMPLES)
+    picks = rng.integers(len(arm), size=(BOOTSTRAP_RESAMPLES, len(arm)))
     for at, seed in enumerate(sorted(arm)):
         kinds, counts = numpy.unique(numpy.array(list(arm[seed].values()), dtype=float), return_counts=True)
         drawn_by, _ = numpy.nonzero(picks == at)
@@ -137,19 +137,19 @@ def resampled(arm: Arm) -> "NDArray[numpy.float64]":
     return sums / len(arm)
 
 
-def p_value(gaps: Arm) -> tuple[float, str]:
+def p_value(gaps: RunValues) -> tuple[float, str]:
     """(two-sided p, its test) that the mean difference is 0; 1 where no row differs.
 
     Of one seed, over its rows: McNemar's exact test where each row is right or wrong, else by exchanging signs. Of
     several seeds, over the seeds' mean differences: students trained anew differ by more than their rows do.
     """
     if len(gaps) > 1:
-        return over_seeds(means_of(gaps))
+        return seed_t_test(seed_means(gaps))
     (values,) = (list(rows.values()) for rows in gaps.values())
-    return mcnemar(values) if {abs(value) for value in values} <= {0.0, 1.0} else sign_flips(values)
+    return mcnemar_test(values) if {abs(value) for value in values} <= {0.0, 1.0} else permutation_test(values)
 
 
-def mcnemar(gaps: Sequence[float]) -> tuple[float, str]:
+def mcnemar_test(gaps: Sequence[float]) -> tuple[float, str]:
     """McNemar's exact test: of the rows that only one gets right, how many are the first's, against a fair coin."""
     from scipy.stats import binomtest
 
@@ -157,7 +157,7 @@ def mcnemar(gaps: Sequence[float]) -> tuple[float, str]:
     return (float(binomtest(better, better + worse).pvalue) if better + worse else 1.0), "McNemar, exact"
 
 
-def sign_flips(gaps: Sequence[float]) -> tuple[float, str]:
+def permutation_test(gaps: Sequence[float]) -> tuple[float, str]:
     """The paired permutation test of the mean difference: each row's two values exchanged or not, FLIPS times.
 
     Of rows that differ by as much, how many are exchanged is binomial. p is (1 + as extreme) / (1 + FLIPS).
@@ -165,12 +165,12 @@ def sign_flips(gaps: Sequence[float]) -> tuple[float, str]:
     import numpy
 
     kinds, counts = numpy.unique(numpy.abs([gap for gap in gaps if gap]), return_counts=True)
-    kept = numpy.random.default_rng(0).binomial(counts, 0.5, size=(FLIPS, len(kinds)))
+    kept = numpy.random.default_rng(0).binomial(counts, 0.5, size=(PERMUTATIONS, len(kinds)))
     extreme = numpy.abs((2 * kept - counts) @ kinds) >= abs(sum(gaps)) - 1e-9
-    return float((1 + extreme.sum()) / (1 + FLIPS)), "permutation"
+    return float((1 + extreme.sum()) / (1 + PERMUTATIONS)), "permutation"
 
 
-def over_seeds(means: Sequence[float]) -> tuple[float, str]:
+def seed_t_test(means: Sequence[float]) -> tuple[float, str]:
     """Student's paired t-test of the seeds' mean differences."""
     from scipy.stats import ttest_1samp
 
@@ -179,22 +179,24 @@ def over_seeds(means: Sequence[float]) -> tuple[float, str]:
     return float(ttest_1samp(means, 0.0).pvalue), "t over seeds"
 
 
-def against(arms: Mapping[str, Arm], first: str) -> dict[str, Difference]:
+def compare_with_first(arms: Mapping[str, RunValues], first: str) -> dict[str, Difference]:
     """Every other arm less the first, p corrected for their number."""
-    return corrected({name: difference(arm, arms[first]) for name, arm in arms.items() if name != first})
+    return correct_p_values(
+        {name: estimate_difference(arm, arms[first]) for name, arm in arms.items() if name != first}
+    )
 
 
-def corrected(gaps: Mapping[Key, Difference]) -> dict[Key, Difference]:
+def correct_p_values(gaps: Mapping[ComparisonKey, Difference]) -> dict[ComparisonKey, Difference]:
     """Differences with p corrected for their number."""
-    ps = holm([gap.p for gap in gaps.values()])
+    ps = holm_correction([gap.p for gap in gaps.values()])
     return {key: replace(gap, p_holm=p) for (key, gap), p in zip(gaps.items(), ps, strict=True)}
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm_correction(ps: Sequence[float]) -> list[float]:
     """p values corrected for their number by Holm's step-down (1979), in the order given."""
     order = sorted(range(len(ps)), key=lambda at: ps[at])
-    corrected, highest = [0.0] * len(ps), 0.0
+    correct_p_values, highest = [0.0] * len(ps), 0.0
     for rank, at in enumerate(order):
         highest = max(highest, min(1.0, ps[at] * (len(ps) - rank)))
-        corrected[at] = highest
-    return corrected
+        correct_p_values[at] = highest
+    return correct_p_values

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tapir_local.export.base import check_base_unchanged, converter_path, gate_memory_text, run_base_gguf, student_files
 from tapir_local.export.ollama import write_modelfile
+from tapir_local.files import RunDir, link_or_copy, remove_path
 from tapir_local.inference.model import is_adapter
-from tapir_local.memory import take_gpu
-from tapir_local.method.metrics import Checker
+from tapir_local.memory import report_free_gpu_memory
+from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.context import (
     AskBackend,
     Backends,
@@ -17,17 +18,15 @@ from tapir_local.pipeline.context import (
     ExportBackend,
     GateBackend,
     GenerateBackend,
-    Progress,
     ScoreBackend,
     ShipBackend,
     TrainBackend,
 )
 from tapir_local.pipeline.row_check import PromptAndAnswer, StudentFormat, read_student_format
-from tapir_local.process import withheld
+from tapir_local.process import withhold_variables
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Prompt, Request, Scored, instruction_of, noop
-from tapir_local.rundir import RunDir, link_or_copy, remove
+from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
@@ -47,7 +46,7 @@ def real_backends(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode:
     """
     judge = judge_endpoint(recipe)
     check_reply_limits(recipe.budget, recipe.teacher, judge)
-    with Store(run.cache / "teacher.db", mode) as store, withheld(recipe.key_variables):
+    with Store(run.cache / "teacher.db", mode) as store, withhold_variables(recipe.key_variables):
         for notice in store.notices:
             say(notice)
         budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
@@ -213,7 +212,7 @@ def classify_backend(recipe: Recipe, say: Callable[[str], None] = noop) -> Class
     def classify_rows(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.training.classifier import ClassifyJob, run_classifier
 
-        take_gpu(CLASSIFIER_GPU_BYTES, "the classifier", say)
+        report_free_gpu_memory(CLASSIFIER_GPU_BYTES, "the classifier", say)
         job = ClassifyJob(labelled, rows, tuple(recipe.task_table()), recipe.classifier, seed, out)
         run_classifier(job, out.parent / "classify", progress)
 
@@ -278,10 +277,10 @@ def merge_adapter(recipe: Recipe, run: RunDir, student: Path, out: Path, progres
     progress(0, 0, gate_memory_text(model))
     least, rows = recipe.export.min_agreement, student / "train.jsonl"
     run_gate(GateJob(model, gguf, rows, out / "gate.json", least, student / "adapter"), work, progress)
-    remove(work)
+    remove_path(work)
 
 
-def recipe_checker(recipe: Recipe) -> Checker | None:
+def recipe_checker(recipe: Recipe) -> AnswerChecker | None:
     """The recipe's checker, which tells right answers from wrong ones; None if it names none."""
     if recipe.checker is None:
         return None
@@ -292,7 +291,7 @@ def recipe_checker(recipe: Recipe) -> Checker | None:
     return lambda row, answer: check_answer(instruction_of(row.prompt), answer)
 
 
-def task_checker(recipe: Recipe) -> Checker:
+def task_checker(recipe: Recipe) -> AnswerChecker:
     """A checker that uses each task's own one; its answer is None for a task without one."""
     from tapir_local.method.checkers import CHECKERS
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from tapir_local.method.metrics import Checker
+from tapir_local.files import RunDir, read_rows, write_rows
+from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
-from tapir_local.rundir import RunDir, read_rows, write_rows
 from tapir_local.store.thinking import strip_thoughts
-from tapir_local.unusable import BRIEF, Unusable, record_unusable, refuse_too_many
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
 
@@ -112,7 +112,7 @@ class Backends:
     ship: ShipBackend
     student_format: Callable[[], StudentFormat]
     begin: Callable[[], None] = nothing
-    check: Checker | None = None
+    check: AnswerChecker | None = None
     replay: bool = False
 
 
@@ -184,7 +184,7 @@ class Work:
 
     def unusable(self, row: Example, kind: str, detail: str = "") -> Unusable:
         """The record that this step leaves a row out; `kind` is the same for all rows with this fault."""
-        return Unusable(self.step, row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
+        return Unusable(self.step, row.id, kind, detail, instruction_of(row.prompt)[:MAX_TEXT_KEPT])
 
     def request(
         self, stage: str, row: str, messages: Prompt, *, draw: int = 0, temperature: float | None = None

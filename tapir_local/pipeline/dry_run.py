@@ -14,17 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.assets import chat_template, model_folder
+from tapir_local.files import RunDir, read_record, read_rows, write_rows
 from tapir_local.method import prompts
-from tapir_local.method.curriculum import challenge
+from tapir_local.method.curriculum import challenge_of_round
 from tapir_local.pipeline.backends import judge_endpoint
-from tapir_local.pipeline.context import AskBackend, Backends, Progress, Work
+from tapir_local.pipeline.context import AskBackend, Backends, Work
 from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
 from tapir_local.pipeline.row_check import CHARACTERS_PER_TOKEN, StudentFormat, placeholder_format, read_student_format
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.recipe.schema import Curriculum, Recipe, is_judged
-from tapir_local.records import Answer, Example, Request, RoundPlan, instruction_of
-from tapir_local.rundir import RunDir, read_record, read_rows, write_rows
+from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
+from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
+from tapir_local.resources import find_model_folder, read_chat_template
 from tapir_local.store import keys
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
@@ -119,8 +119,8 @@ def dry_run_format(recipe: Recipe) -> StudentFormat:
     settings = recipe.student
     if settings.path != "pocket" and not Path(settings.path).is_dir():
         return placeholder_format(settings.max_length)
-    template = chat_template(settings.chat_template) if settings.chat_template else None
-    return read_student_format(model_folder(settings.path), settings.max_length, template)
+    template = read_chat_template(settings.chat_template) if settings.chat_template else None
+    return read_student_format(find_model_folder(settings.path), settings.max_length, template)
 
 
 def estimate_costs(recipe: Recipe, run: RunDir) -> list[CostEstimate]:
@@ -234,7 +234,7 @@ def estimate_unsure_labels(step: Step, recipe: Recipe, rows: Sequence[Example], 
     if not settings.ask_below or not recipe.can_expand:
         calls = 0
     sample = unlabeled[:LABELS_SAMPLED]
-    requests = [Request(prompts.classify(row.prompt, recipe.task_table()), row.id, "label") for row in sample]
+    requests = [Request(prompts.classify_prompt(row.prompt, recipe.task_table()), row.id, "label") for row in sample]
     sizes = [request_tokens(request, tokens) for request in requests] or [(0.0, 0.0)]
     size_in, size_out = (statistics.fmean(size[side] for size in sizes) for side in (0, 1))
     return make_estimate(step, recipe.teacher, (calls, None), (calls * size_in, calls * size_out))
@@ -259,7 +259,7 @@ def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
     drafts = 1.0 if plan.name == "reflection" else DRAFTS_PER_ROW  # a rewriting has one draft
     again = unscored_answers(recipe, number, pool, drawn) if alone else drawn
     calls = {
-        "judge": (drawn + again) * judged * is_judged(plan),
+        "judge": (drawn + again) * judged * judges_pool(plan),
         "holdout-judge": (1 if alone and number else 2) * held * judged,
         "expand": round(new * (drafts + plan.check_drafts)),
         "refine": refined + refined * plan.check_answers,
@@ -285,7 +285,7 @@ def rows_to_write(plan: Curriculum, number: int) -> tuple[int, int]:
         return plan.rows, plan.rows
     if plan.name != "tapir":
         return 0, 0
-    hard = challenge(plan, number) * plan.rows
+    hard = challenge_of_round(plan, number) * plan.rows
     new = round(hard * plan.expand_share)
     return new, {"hard": round(hard), "all": plan.rows, "off": new}[plan.refine]
 

@@ -9,10 +9,18 @@ from pathlib import Path
 from tapir_local.data.dataset import Draft, screen_drafts
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.errors import TapirError
+from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import judging, prompts
-from tapir_local.method.curriculum import NEAR, NO_REASON, POOR, UNREAD, new_rows, untaken
-from tapir_local.method.parents import Parents
-from tapir_local.method.screening import fault_of, most_openings, opening, own_sentences
+from tapir_local.method.curriculum import (
+    BELOW_THRESHOLD,
+    NOT_JUDGED,
+    NOT_TAKEN,
+    POOR_TEACHER,
+    count_new_rows,
+    count_not_hard,
+)
+from tapir_local.method.parents import ParentQueue
+from tapir_local.method.screening import max_shared_openings, opening_words, prompt_sentences, screen_instruction
 from tapir_local.pipeline.context import Work, format_count
 from tapir_local.pipeline.judge import score_answers
 from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instructions
@@ -26,9 +34,8 @@ from tapir_local.pipeline.run_rows import (
     reject_unfit,
 )
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Example, Expansion, Judgement, Manner, RoundPlan
-from tapir_local.rundir import read_record, read_rows, write_rows
-from tapir_local.unusable import COMMON, Unusable, left_out
+from tapir_local.records import Answer, Example, Expansion, ExpansionManner, Judgement, RoundPlan
+from tapir_local.unusable import MAX_REASONS_NAMED, Unusable, format_left_out
 
 # A row can be expanded again in a later round; its draw numbers must differ from those of earlier rounds.
 DRAWS_PER_ROUND = 1000
@@ -39,11 +46,11 @@ MIN_TRAINING_STEPS = 10  # with fewer training steps, warn that the student lear
 SAME_OPENING = "begins as too many others do"  # a reason in expanded.jsonl; existing files have it
 # What to do if no row can be trained on, by the most frequent reason.
 EMPTY_ROUND_ADVICE: Mapping[str, str] = {
-    UNREAD: "See the judge's replies (`tapir-local calls list --stage judge`) and use a judge that keeps to JSON.",
-    POOR: "The judge gives the teacher's answers low scores: read some of them; use another teacher or judge, or lower "
+    NOT_JUDGED: "See the judge's replies (`tapir-local calls list --stage judge`) and use a judge that keeps to JSON.",
+    POOR_TEACHER: "The judge gives the teacher's answers low scores: read some of them; use another teacher or judge, or lower "
     "curriculum.teacher_floor.",
-    NEAR: "The student answers nearly as well as the teacher: lower curriculum.mfd_threshold to get more hard rows.",
-    NO_REASON: "The reasons are in expanded.jsonl in the round's folder.",
+    BELOW_THRESHOLD: "The student answers nearly as well as the teacher: lower curriculum.mfd_threshold to get more hard rows.",
+    NOT_TAKEN: "The reasons are in expanded.jsonl in the round's folder.",
 }
 
 
@@ -52,7 +59,7 @@ class OpenExpansion:
     """An expansion of the plan in progress: its parents, and how many new rows are still missing."""
 
     expansion: Expansion
-    parents: Parents
+    parents: ParentQueue
     missing: int
 
 
@@ -62,7 +69,9 @@ def expand_stage(work: Work, out: Path) -> str:
     if planned.reflected:
         return reflect_on_instructions(work, planned, out)
     settings, rows = work.recipe.curriculum, {row.id: row for row in read_pool(work)}
-    expansions = [OpenExpansion(e, Parents(e.parents, e.others, settings.children), e.rows) for e in planned.expansions]
+    expansions = [
+        OpenExpansion(e, ParentQueue(e.parents, e.others, settings.children), e.rows) for e in planned.expansions
+    ]
     drafts_screen, drafts, stopped = DraftScreen(work, planned), list[Draft](), ""
     for _ in range(settings.drafts):
         wanted = [(group, rows[id]) for group in expansions for id in group.parents.take(group.missing)]
@@ -101,9 +110,11 @@ class DraftScreen:
 
     def __init__(self, work: Work, planned: RoundPlan) -> None:
         self.known, self.holdout = dedup_indexes(work) if planned.expansions else (DedupIndex(1.0), DedupIndex(1.0))
-        self.own_words = own_sentences(work.recipe.task_table())
+        self.own_words = prompt_sentences(work.recipe.task_table())
         share = work.recipe.curriculum.max_opening
-        self.most = {task: most_openings(share, rows) for task, rows in new_rows(planned.expansions).items()}
+        self.most = {
+            task: max_shared_openings(share, rows) for task, rows in count_new_rows(planned.expansions).items()
+        }
         self.openings: Counter[tuple[str, str]] = Counter()
         self.unchecked = 0
 
@@ -112,17 +123,17 @@ class DraftScreen:
         if draft.reason:
             return draft
         text, task = draft.example.prompt[-1].content, draft.example.task
-        reason = fault_of(text, parent.prompt[-1].content, self.own_words)
-        if not reason and self.openings[task, opening(text)] >= self.most[task]:
+        reason = screen_instruction(text, parent.prompt[-1].content, self.own_words)
+        if not reason and self.openings[task, opening_words(text)] >= self.most[task]:
             reason = f"{SAME_OPENING}: {opening(text)!r}"
         found = replace(draft, reason=reason) if reason else screen_drafts([draft.example], self.known, self.holdout)[0]
-        self.openings[task, opening(text)] += not found.reason
+        self.openings[task, opening_words(text)] += not found.reason
         return found
 
     def check(self, work: Work, drafts: Sequence[Draft]) -> list[Draft]:
         """The drafts after a check by the teacher; a draft with an unreadable check is kept and counted."""
         tasks, left = work.recipe.task_table(), [draft for draft in drafts if not draft.reason]
-        asked = [prompts.check_draft(draft.example.prompt, tasks[draft.example.task]) for draft in left]
+        asked = [prompts.check_draft_prompt(draft.example.prompt, tasks[draft.example.task]) for draft in left]
         requests = [
             work.request("expand", f"{draft.example.id}#check", messages, temperature=0.0)
             for draft, messages in zip(left, asked, strict=True)
@@ -132,7 +143,7 @@ class DraftScreen:
 
     def checked(self, draft: Draft, reply: Answer) -> Draft:
         """A draft, rejected if the teacher's reply names a fault."""
-        fault = judging.parse_check(reply.text) if reply.complete else None
+        fault = judging.parse_draft_check(reply.text) if reply.complete else None
         self.unchecked += fault is None
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
@@ -157,7 +168,7 @@ def stop_reason(found: Sequence[Draft]) -> str:
 def summarize_drafts(drafts: Sequence[Draft], missing: int, stopped: str = "", unchecked: int = 0) -> str:
     """How many drafts were kept and rejected, with the most frequent reasons."""
     rejected = Counter(draft.reason.partition(":")[0] for draft in drafts if draft.reason)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(COMMON))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(MAX_REASONS_NAMED))
     kept = format_count(len(drafts) - rejected.total(), "new instruction")
     said = f"{kept}, {format_count(rejected.total(), 'draft')} rejected"
     said += f" ({reasons})" if reasons else ""
@@ -166,7 +177,7 @@ def summarize_drafts(drafts: Sequence[Draft], missing: int, stopped: str = "", u
     return said + (f"; {stopped}" if stopped else "")
 
 
-def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Sequence[Draft]) -> list[Draft]:
+def ask_drafts(work: Work, parents: Sequence[tuple[Example, ExpansionManner]], before: Sequence[Draft]) -> list[Draft]:
     """One draft for each parent; the n-th draft of the same parent in a round has the n-th draw number."""
     tasks = work.recipe.task_table()
     asked = Counter(draft.example.parent for draft in before)
@@ -174,7 +185,7 @@ def ask_drafts(work: Work, parents: Sequence[tuple[Example, Manner]], before: Se
     for parent, manner in parents:
         draw = DRAWS_PER_ROUND * work.number + asked[parent.id]
         asked[parent.id] += 1
-        messages = prompts.expand(parent.prompt, tasks[parent.task], manner)
+        messages = prompts.expand_prompt(parent.prompt, tasks[parent.task], manner)
         requests.append(work.request("expand", parent.id, messages, draw=draw))
     answers = work.ask(work.backends.teacher, requests)
     drafts = [
@@ -212,9 +223,9 @@ def refine_stage(work: Work, out: Path) -> str:
 def empty_round_error(work: Work, planned: RoundPlan) -> TapirError:
     """The error of a round without a row to train on: why no row was taken, and what would change that."""
     judgements = read_rows(Judgement, work.folder / "judgements.jsonl")
-    reasons = Counter[str]() if planned.to_write else untaken(judgements, work.recipe.curriculum)
+    reasons = Counter[str]() if planned.to_write else count_not_hard(judgements, work.recipe.curriculum)
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-    commonest = reasons.most_common(1)[0][0] if reasons else NO_REASON
+    commonest = reasons.most_common(1)[0][0] if reasons else NOT_TAKEN
     why = (
         f"of {format_count(len(judgements), 'judged row')} {counted}"
         if counted
@@ -266,7 +277,7 @@ def hard_and_easy_rows(work: Work, planned: RoundPlan) -> tuple[list[Example], s
     work.leave_out(unusable, asked, poor)
     hard, easy = (drop_rows(group, poor) for group in (hard, easy))
     share = len(hard) / max(1, len(hard) + len(easy))
-    return hard + easy, f"{share:.0%} hard (target {planned.alpha:.0%})" + left_out([*unusable, *poor])
+    return hard + easy, f"{share:.0%} hard (target {planned.alpha:.0%})" + format_left_out([*unusable, *poor])
 
 
 def low_scored_answers(work: Work, rows: Sequence[Example]) -> list[Unusable]:
@@ -311,10 +322,10 @@ def before_refinement(work: Work, rows: Sequence[Example]) -> list[Example]:
 def ask_refined(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """(rows with the teacher's answer in the style of their task, records of rows without a complete one)."""
     tasks = work.recipe.task_table()
-    asked = [prompts.refine(row.prompt, tasks[row.task], row.completion) for row in rows]
+    asked = [prompts.refine_prompt(row.prompt, tasks[row.task], row.completion) for row in rows]
     return answer_rows(work, "refine", rows, asked)
 
 
 def ask_plain(work: Work, rows: Sequence[Example]) -> tuple[list[Example], list[Unusable]]:
     """(rows with the teacher's plain answer, records of rows without a complete one)."""
-    return answer_rows(work, "refine", rows, [prompts.answer(row.prompt) for row in rows])
+    return answer_rows(work, "refine", rows, [prompts.answer_prompt(row.prompt) for row in rows])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tapir_local.errors import TapirError
+from tapir_local.files import write_rows
 from tapir_local.method import judging, prompts
-from tapir_local.method.judge_quality import percent, quality
-from tapir_local.pipeline.context import AskBackend, Progress, Work, format_count
+from tapir_local.method.judge_quality import format_percent, measure_judge
+from tapir_local.pipeline.context import AskBackend, Work, format_count
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Prompt, Request
-from tapir_local.rundir import write_rows
+from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, Request
 from tapir_local.unusable import Unusable, record_unusable
 
 ScoreT = TypeVar("ScoreT")
@@ -97,7 +97,7 @@ def write_judgements(
     unasked = {completion.id: completion.finish for completion in completions if not completion.asked}
     asked = [row for row in rows if row.id not in unasked]
     if work.recipe.judge.kind == "reference":
-        judged = [judging.likeness(row.id, row.completion, texts[row.id]) for row in asked]
+        judged = [judging.judge_by_rouge(row.id, row.completion, texts[row.id]) for row in asked]
     else:
         timed = replace(work, backends=replace(work.backends, judge=speed.measured(work.backends.judge)))
         judged = ask_judge(timed, stage, asked, texts)
@@ -141,7 +141,7 @@ def unreadable_kind(reason: str) -> str:
 
 def summarize_judgements(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
     """How many rows were judged, by whom, how many could not be, how far the orders agree, and warnings."""
-    found = quality(judgements)
+    found = measure_judge(judgements)
     share = f" ({percent(found.unjudged / len(judgements))})" if found.unjudged else ""
     agree = "" if found.agreement is None else f", the orders agree on {percent(found.agreement)}"
     rows = format_count(len(judgements), "row")
@@ -159,11 +159,11 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     """Both answers in one request, in both orders: two calls per row."""
     asked: dict[str, BuildPrompt] = {}
     for row in rows:
-        asked[f"{row.id}#0"] = partial(prompts.judge, row.prompt, row.completion, texts[row.id])
-        asked[f"{row.id}#1"] = partial(prompts.judge, row.prompt, texts[row.id], row.completion)
+        asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
+        asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
     read, why = ask_twice(work, stage, asked, judging.parse_scores, prompts.JUDGEMENT)
     return [
-        judging.combine(
+        judging.combine_orders(
             row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), judgement_reason(row.id, PAIR_ORDERS, why)
         )
         for row in rows
@@ -174,8 +174,8 @@ def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     """Each answer in its own request; the one about the teacher's answer is the same in every round: paid for once."""
     asked: dict[str, BuildPrompt] = {}
     for row in rows:
-        asked[f"{row.id}#teacher"] = partial(prompts.judge_single, row.prompt, row.completion)
-        asked[f"{row.id}#student"] = partial(prompts.judge_single, row.prompt, texts[row.id])
+        asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
+        asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
     read, why = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
@@ -227,7 +227,7 @@ def ask_twice(
 def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, float]:
     """The judge's score of each row's own answer, by row id, without rows whose reply could not be read."""
     asked: dict[str, BuildPrompt] = {
-        f"{row.id}#teacher": partial(prompts.judge_single, row.prompt, row.completion) for row in rows
+        f"{row.id}#teacher": partial(prompts.judge_single_prompt, row.prompt, row.completion) for row in rows
     }
     read, _ = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
     return {name.removesuffix("#teacher"): score for name, score in read.items()}

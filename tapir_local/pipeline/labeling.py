@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tapir_local.data.dataset import count_tasks
 from tapir_local.errors import TapirError
+from tapir_local.files import atomic_write, read_record, read_rows, write_rows
 from tapir_local.method import judging, prompts
 from tapir_local.pipeline.context import Work, format_count
-from tapir_local.recipe.own_tasks import odd_sum
+from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
-from tapir_local.rundir import read_record, read_rows, whole, write_rows
 from tapir_local.training.classifier import Prediction
 
 
@@ -61,7 +61,7 @@ def rows_to_label(work: Work, unknown: Sequence[Example]) -> Sequence[Example]:
 
 def describe_shares(recipe: Recipe) -> str:
     """A note that the recipe's own shares were normalized; "" if their sum is 1."""
-    total = odd_sum(recipe.tasks)
+    total = unnormalized_sum(recipe.tasks)
     return f"; the shares of `tasks` add up to {total:g} and were normalized to 100 %" if total else ""
 
 
@@ -97,7 +97,7 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
     for draw in range(2):
         missing = [example for example in examples if example.id not in labels.keys() | refused]
         requests = [
-            work.request(stage, row.id, prompts.classify(row.prompt, tasks), draw=draw, temperature=0.0)
+            work.request(stage, row.id, prompts.classify_prompt(row.prompt, tasks), draw=draw, temperature=0.0)
             for row in missing
         ]
         for row, answer in zip(missing, work.ask(work.backends.teacher, requests), strict=True):
@@ -132,7 +132,7 @@ def label_all_alike(known: Sequence[Example], everything: Sequence[Example], out
     """
     task, seen = known[0].task, {row.id for row in known}
     confidence = round((len(known) + 1) / (len(known) + 2), 6)
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.mkdir()
         found = [Prediction(row.id, task, confidence) for row in everything if row.id not in seen]
         write_rows(partial / "predictions.jsonl", found)

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local import __version__
-from tapir_local.assets import CHECKOUT
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import Backends, Progress, Stage, Work, unlock_steps
+from tapir_local.files import RunDir, held, remove_path, write_json, write_text
+from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
 from tapir_local.pipeline.ship import SHIP_STAGE, is_model_stale
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import differing, parse_recipe, to_yaml
+from tapir_local.recipe.text import diff_recipes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
-from tapir_local.resumable import forget_partial
-from tapir_local.rundir import RunDir, held, remove, write_json, write_text
-from tapir_local.unusable import forget_unusable
+from tapir_local.records import Progress
+from tapir_local.resources import CHECKOUT
+from tapir_local.resumable import remove_partial
+from tapir_local.unusable import remove_unusable
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
 
@@ -133,7 +134,7 @@ def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
         return
     old, path = kept_recipe(run), run.path / "recipe.yaml"
     written = read_yaml(path.read_text(encoding="utf-8"), Recipe, str(path))
-    if changed := differing(old, accept_moved_seeds(old, recipe, run), written):
+    if changed := diff_recipes(old, accept_moved_seeds(old, recipe, run), written):
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
             where=str(path),
@@ -167,7 +168,7 @@ def steps_to_run(recipe: Recipe, run: RunDir) -> list[Step]:
     left = pending_steps(steps, run.name)
     if not left and not is_model_stale(run, recipe):
         return []
-    remove(steps[-1].output)
+    remove_path(steps[-1].output)
     return left or steps[-1:]
 
 
@@ -175,7 +176,7 @@ def run_step(step: Step, work: Work, watch: Watch) -> None:
     """Run one step, with its time and calls recorded in run.json."""
     began = time.monotonic()
     if step.stage.resumes != step.stage.output:
-        remove(step.output.with_name(step.output.name + ".partial"))
+        remove_path(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
     with record_interruption(work.run, f"in {step.name}", began), explain_file_errors(work.run, step):
@@ -245,13 +246,13 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
         first = find_step(run, steps, number, stage)
         done = [step for step in reversed(steps[first:]) if step.done]
         for step in done:
-            remove(step.output)
+            remove_path(step.output)
         for step in steps[first:]:
             if step.stage.resumes:
-                forget_partial(step.output.with_name(step.stage.resumes))
+                remove_partial(step.output.with_name(step.stage.resumes))
         names = {step.name for step in steps[first:]}
         unlock_steps(run, names)
-        forget_unusable(run, names)
+        remove_unusable(run, names)
         return [step.name for step in done]
 
 

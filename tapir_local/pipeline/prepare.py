@@ -15,6 +15,7 @@ from tapir_local.data.files import read_table
 from tapir_local.data.formats import Table
 from tapir_local.data.seed_digest import digest_seeds, record_seed_digest
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows, write_rows
 from tapir_local.method import prompts
 from tapir_local.pipeline.context import Stage, Work, format_count
 from tapir_local.pipeline.labeling import classify_stage, label_stage, tasks_stage
@@ -22,8 +23,7 @@ from tapir_local.pipeline.row_check import fold_system_turns
 from tapir_local.pipeline.run_rows import answer_rows, split_askable, split_trainable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
-from tapir_local.rundir import read_rows, write_rows
-from tapir_local.unusable import BRIEF, Unusable, left_out
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, format_left_out
 
 SEED_WITHOUT_ANSWER = "no answer in the seed file"  # a reason in unusable.jsonl; existing files have it
 WARN_SHARE, WARN_ROWS = 0.2, 3  # near-duplicates, as a share of the rows and in number, above which to warn
@@ -44,7 +44,7 @@ def read_stage(work: Work, out: Path) -> str:
     examples, alike = remove_near_duplicates(
         examples, recipe.seeds.max_rouge, lambda done: work.progress(done, total, "compared")
     )
-    left = describe_duplicates(len(found.duplicates), len(alike)) + describe_folds(folds) + left_out(unusable)
+    left = describe_duplicates(len(found.duplicates), len(alike)) + describe_folds(folds) + format_left_out(unusable)
     notes = [*table.notes, describe_unread_columns(found.unread), warn_near_duplicates(len(alike), total)]
     examples = sample_seeds(work, examples, table.where)
     # These files come first: once rows.jsonl exists, the stage is done.
@@ -80,7 +80,7 @@ def unreadable_seed(work: Work, table: Table, row: FaultyRow) -> Unusable:
     fault = row.fault
     detail = "" if fault.said == fault.kind else fault.said
     place = f"{Path(table.where).name}, {table.unit} {row.number}"
-    return Unusable(work.step, place, fault.kind, detail, row.text[:BRIEF])
+    return Unusable(work.step, place, fault.kind, detail, row.text[:MAX_TEXT_KEPT])
 
 
 def leave_out_seeds(work: Work, found: ParsedSeeds, unusable: Sequence[Unusable]) -> None:
@@ -164,7 +164,7 @@ def holdout_stage(work: Work, out: Path) -> str:
     work.leave_out(unusable, len(held))
     write_rows(out, kept)
     tasks = format_count(len(count_tasks(kept)), "task")
-    return f"{format_count(len(kept), 'row')} of {tasks}" + left_out(unusable)
+    return f"{format_count(len(kept), 'row')} of {tasks}" + format_left_out(unusable)
 
 
 def seeds_stage(work: Work, out: Path) -> str:
@@ -173,7 +173,7 @@ def seeds_stage(work: Work, out: Path) -> str:
     kept, unusable = answer_seeds(work, rest, "seeds")
     work.leave_out(unusable, len(rest))
     write_rows(out, kept)
-    return format_count(len(kept), "row") + left_out(unusable)
+    return format_count(len(kept), "row") + format_left_out(unusable)
 
 
 def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[Example], list[Unusable]]:
@@ -182,7 +182,9 @@ def answer_seeds(work: Work, rows: Sequence[Example], stage: str) -> tuple[list[
         unanswered = [work.unusable(row, SEED_WITHOUT_ANSWER) for row in rows if not row.completion]
         return [row for row in rows if row.completion], unanswered
     # The holdout is never trained on, so its answers need not pass the chat template unchanged.
-    return answer_rows(work, stage, rows, [prompts.answer(row.prompt) for row in rows], trained=stage != "holdout")
+    return answer_rows(
+        work, stage, rows, [prompts.answer_prompt(row.prompt) for row in rows], trained=stage != "holdout"
+    )
 
 
 PREPARE_STAGES = (

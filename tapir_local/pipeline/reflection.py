@@ -12,9 +12,10 @@ from pathlib import Path
 
 from tapir_local.data.dataset import Draft, screen_drafts
 from tapir_local.data.dedup import DedupIndex
+from tapir_local.files import read_rows, remove_path, write_rows
 from tapir_local.method import judging, prompts
-from tapir_local.method.ifd import ifd
-from tapir_local.method.screening import fault_of, own_sentences
+from tapir_local.method.judging import ifd
+from tapir_local.method.screening import prompt_sentences, screen_instruction
 from tapir_local.pipeline.context import Work, format_count
 from tapir_local.pipeline.row_check import PromptAndAnswer
 from tapir_local.pipeline.run_rows import (
@@ -27,8 +28,7 @@ from tapir_local.pipeline.run_rows import (
     resumable_task,
 )
 from tapir_local.records import Example, Message, RoundPlan, Scored
-from tapir_local.resumable import going_on, write_line
-from tapir_local.rundir import read_rows, remove, write_rows
+from tapir_local.resumable import append_row, resume_writing
 
 EMPTY_PROMPT = (Message("user", ""),)  # no instruction: the perplexity that IFD compares with
 ScoredPair = Callable[[Example], tuple[PromptAndAnswer, PromptAndAnswer]]  # what is scored: with and without context
@@ -46,7 +46,7 @@ def reflect_on_instructions(work: Work, planned: RoundPlan, out: Path) -> str:
     """Write the rewritten instructions with their answers; a draft with a reason was not kept."""
     rows = planned_seeds(work, planned)
     requests = [
-        work.request("expand", row.id, prompts.reflect_on_instruction(row.prompt, row.completion)) for row in rows
+        work.request("expand", row.id, prompts.reflect_instruction_prompt(row.prompt, row.completion)) for row in rows
     ]
     replies = work.ask(work.backends.teacher, requests)
     drafts = [
@@ -81,8 +81,8 @@ def screen_rewrites(work: Work, drafts: Sequence[Draft]) -> list[Draft]:
 
     A rewriting may resemble what it rewrites, so it is not compared with the known rows.
     """
-    held, own_words = holdout_index(work), own_sentences(work.recipe.task_table())
-    faults = [draft.reason or fault_of(draft.example.prompt[-1].content, "", own_words) for draft in drafts]
+    held, own_words = holdout_index(work), prompt_sentences(work.recipe.task_table())
+    faults = [draft.reason or screen_instruction(draft.example.prompt[-1].content, "", own_words) for draft in drafts]
     return [
         replace(draft, reason=fault) if fault else screen_drafts([draft.example], DedupIndex(1.0), held)[0]
         for draft, fault in zip(drafts, faults, strict=True)
@@ -106,7 +106,7 @@ def reflect_on_answers(work: Work, planned: RoundPlan) -> tuple[list[Example], s
     drafts = read_rows(Draft, work.folder / "expanded.jsonl")
     kept = {draft.example.parent: draft.example for draft in drafts if not draft.reason}
     rows = [kept.get(row.id, row) for row in planned_seeds(work, planned)]
-    asked = [prompts.reflect_on_answer(row.prompt, row.completion) for row in rows]
+    asked = [prompts.reflect_answer_prompt(row.prompt, row.completion) for row in rows]
     rewritten = {row.id: row for row in answer_rows(work, "refine", rows, asked)[0]}
     pairs = [Rewrite(row, rewritten[row.id]) for row in rows if row.id in rewritten]
     better = {
@@ -133,12 +133,12 @@ def score_by_last_student(work: Work, texts: Sequence[PromptAndAnswer]) -> list[
     path = work.folder / f"{work.stage}-scores.jsonl"
     if not texts:
         return []
-    with going_on(path, resumable_task(work, student, texts), Scored) as (file, done):
+    with resume_writing(path, resumable_task(work, student, texts), Scored) as (file, done):
         known = {row.id for row in done}
         left = [number for number in range(len(texts)) if str(number) not in known]
 
         def keep(found: Scored) -> None:
-            write_line(file, replace(found, id=str(left[int(found.id)])))
+            append_row(file, replace(found, id=str(left[int(found.id)])))
             file.flush()
 
         if left:
@@ -149,7 +149,7 @@ def score_by_last_student(work: Work, texts: Sequence[PromptAndAnswer]) -> list[
                 on_result=keep,
             )
     scored = {row.id: row for row in read_rows(Scored, path)}
-    remove(path)
+    remove_path(path)
     return [scored[str(number)] for number in range(len(texts))]
 
 
@@ -161,4 +161,4 @@ def answer_given_instruction(row: Example) -> tuple[PromptAndAnswer, PromptAndAn
 def instruction_given_answer(row: Example) -> tuple[PromptAndAnswer, PromptAndAnswer]:
     """The instruction after its answer, and after none."""
     asked = row.prompt[-1].content
-    return (prompts.guess(row.completion), asked), (EMPTY_PROMPT, asked)
+    return (prompts.guess_instruction_prompt(row.completion), asked), (EMPTY_PROMPT, asked)

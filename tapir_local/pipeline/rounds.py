@@ -4,19 +4,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tapir_local.memory import size
+from tapir_local.files import read_record, read_rows, write_record, write_rows
+from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
-from tapir_local.method.curriculum import CURRICULA, Situation
+from tapir_local.method.baselines import CURRICULA
+from tapir_local.method.curriculum import PlanInput
 from tapir_local.pipeline.context import Stage, Work, format_count
 from tapir_local.pipeline.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements
 from tapir_local.pipeline.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
-from tapir_local.recipe.schema import FROM_POOL, is_judged
+from tapir_local.recipe.schema import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
-from tapir_local.resumable import InOrder, going_on
-from tapir_local.rundir import read_record, read_rows, write_record, write_rows
+from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.training.job import LEFT_OUT_FILE
-from tapir_local.unusable import Unusable, left_out, record_unusable
+from tapir_local.unusable import Unusable, format_left_out, record_unusable
 
 
 def mix_stage(work: Work, out: Path) -> str:
@@ -30,7 +31,7 @@ def mix_stage(work: Work, out: Path) -> str:
 
 def answer_stage(work: Work, out: Path) -> str:
     """The last round's student answers the pool, if the curriculum measures difficulty."""
-    if not is_judged(work.recipe.curriculum):
+    if not judges_pool(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: the curriculum does not measure difficulty"
     return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out)
@@ -42,9 +43,9 @@ def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Pa
     The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py).
     """
     gguf = student / "student.gguf"
-    with going_on(out, resumable_task(work, gguf, rows), Completion) as (file, done):
+    with resume_writing(out, resumable_task(work, gguf, rows), Completion) as (file, done):
         left, found = rows[len(done) :], list[Completion]()
-        ordered = InOrder[Completion](file, [row.id for row in left])
+        ordered = OrderedWriter[Completion](file, [row.id for row in left])
         if left:
             found = work.backends.generate(
                 gguf=gguf,
@@ -69,7 +70,7 @@ def summarize_answers(answers: Sequence[Completion], kept: int) -> str:
 def judge_stage(work: Work, out: Path) -> str:
     """Judgements of the teacher's and the student's answers to the pool, as judge.mode says."""
     completions = read_rows(Completion, work.folder / "answers.jsonl")
-    if not is_judged(work.recipe.curriculum):
+    if not judges_pool(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: there are no answers"
     return write_judgements(work, "judge", read_pool(work), completions, out)
@@ -84,11 +85,11 @@ def plan_stage(work: Work, out: Path) -> str:
     return "; ".join([summarize_plan(planned), *planned.notes])
 
 
-def read_situation(work: Work) -> Situation:
+def read_situation(work: Work) -> PlanInput:
     """What a curriculum needs to plan this round."""
     held = read_rows(Example, work.run.path / "holdout.jsonl")
     before = read_rows(Judgement, work.run.round(work.number - 1) / "holdout-judgements.jsonl")
-    return Situation(
+    return PlanInput(
         pool=read_pool(work),
         seeds=read_answered_seeds(work),
         judgements=read_rows(Judgement, work.folder / "judgements.jsonl"),
@@ -97,13 +98,13 @@ def read_situation(work: Work) -> Situation:
         number=work.number,
         can_expand=work.recipe.can_expand,
         rng=work.rng("plan"),
-        gaps=metrics.gaps(held, before),
+        gaps=metrics.gaps_by_task(held, before),
     )
 
 
 def summarize_plan(planned: RoundPlan) -> str:
     """The plan in a phrase."""
-    if planned.curriculum not in FROM_POOL:
+    if planned.curriculum not in POOL_CURRICULA:
         return f"{len(planned.drawn) + len(planned.reflected):,} of {format_count(planned.pool, 'seed')} taken"
     hard = f"{planned.pool_hard:,} of {format_count(planned.pool, 'row')} hard"
     taken = f"{len(planned.hard):,} hard, {planned.to_write:,} to write, {len(planned.replay):,} easy (replay)"
@@ -165,11 +166,11 @@ def evaluate_stage(work: Work, out: Path) -> str:
     rows = read_holdout(work)
     completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
     judgements = read_rows(Judgement, work.folder / "holdout-judgements.jsonl")
-    found = metrics.evaluate(
+    found = metrics.compute_metrics(
         work.number, rows, completions, judgements, check_answers(work, rows, completions), judge_name(work.recipe)
     )
     if work.recipe.judge.kind == "reference":
-        found = metrics.likeness_only(found, rows, judgements)
+        found = metrics.without_win_rate(found, rows, judgements)
     write_record(out, found)
     return summarize_metrics(found, previous_metrics(work))
 
@@ -193,7 +194,7 @@ def check_answers(work: Work, rows: Iterable[Example], completions: Iterable[Com
 def summarize_metrics(found: Metrics, before: Metrics | None = None) -> str:
     """Win rate (or likeness with its change) and accuracy, and a note if the holdout is too small."""
     win_rate = "win rate unknown" if found.win_rate is None else f"win rate {found.win_rate:.1%}"
-    if found.student_score is not None and metrics.is_likeness(found.win_rate, found.student_score):
+    if found.student_score is not None and metrics.is_rouge_only(found.win_rate, found.student_score):
         win_rate = f"likeness {found.student_score:.2f} of 10"
         if before and before.student_score is not None:
             win_rate += f" ({found.student_score - before.student_score:+.2f} on round {before.round})"
@@ -202,7 +203,7 @@ def summarize_metrics(found: Metrics, before: Metrics | None = None) -> str:
         some = f" of the {format_count(found.checked, 'row')} that the checker can decide"
     said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}{some}"
     unjudged = f"{format_count(found.unjudged, 'unjudged row')} left out of the win rate" if found.unjudged else ""
-    return "; ".join(part for part in (said, unjudged, metrics.too_small(found)) if part)
+    return "; ".join(part for part in (said, unjudged, metrics.warn_small_holdout(found)) if part)
 
 
 STUDENT_STAGES = (

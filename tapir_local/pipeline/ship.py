@@ -12,17 +12,18 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from tapir_local.assets import HUB_NAME
 from tapir_local.export.gate import GateReport
-from tapir_local.memory import size
-from tapir_local.method.metrics import is_likeness
+from tapir_local.files import RunDir, atomic_write, file_sha256, read_record
+from tapir_local.memory import format_bytes
+from tapir_local.method.metrics import is_rouge_only
 from tapir_local.pipeline.context import Stage, Work
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import lasting, parse_recipe, path_settings
+from tapir_local.recipe.settings import path_settings
+from tapir_local.recipe.text import fixed_settings, parse_recipe
 from tapir_local.recipe.yaml import write_yaml
 from tapir_local.records import Metrics
-from tapir_local.rundir import RunDir, read_record, sha256, whole
+from tapir_local.resources import HUB_NAME
 
 CHECKSUMS_FILE = "SHA256SUMS"
 CARD_SETTINGS = ("rounds", "about", "card")  # settings that may change during a run and that the card shows
@@ -36,7 +37,7 @@ SPECIAL_TOKENS_NOTE = (
 
 def ship_stage(work: Work, out: Path) -> str:
     """The last round's student with its card, recipe and checksums; complete or absent."""
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.mkdir()
         work.backends.ship(student=work.run.round(work.recipe.rounds), out=partial, progress=work.progress)
         (partial / "recipe.yaml").write_text(published_recipe(work.recipe), encoding="utf-8")
@@ -67,7 +68,7 @@ def is_model_stale(run: RunDir, recipe: Recipe) -> bool:
 
 def model_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that model/ depends on or shows, with paths reduced to their last part."""
-    value = lasting(recipe) | {name: recipe.model_dump(mode="json")[name] for name in CARD_SETTINGS}
+    value = fixed_settings(recipe) | {name: recipe.model_dump(mode="json")[name] for name in CARD_SETTINGS}
     for section, name in path_settings():
         if value[section].get(name):
             value[section][name] = last_part(value[section][name])
@@ -234,7 +235,7 @@ def results_section(run: RunDir, recipe: Recipe) -> str:
     )
     measured = (
         f"There is no win rate: scores are {found[-1].judge}, 1 to 10, and the teacher's own answer counts 10"
-        if is_likeness(found[-1].win_rate, found[-1].student_score)
+        if is_rouge_only(found[-1].win_rate, found[-1].student_score)
         else f"Win rate is against the teacher's own answers, a tie counts as half a win, judged by {found[-1].judge}"
     )
     about = f"Greedy answers to the held-out rows. {measured}; the last row is this student.{adapter}"

@@ -5,46 +5,46 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tapir_local.recipe.endpoints import Endpoint, Teacher
-from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
-from tapir_local.recipe.types import KIND_BY, Settings
+from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
+from tapir_local.recipe.types import KIND_BY_SETTING, Settings
 
-ROLES = ("teacher", "judge")
-LOCAL = frozenset({"pocket", "gguf"})
-ASKED = LOCAL | {"openai"}
-JUDGING = frozenset({"teacher", "openai", "gguf"})  # kinds of judges that write a reply
+ENDPOINT_ROLES = ("teacher", "judge")
+LOCAL_KINDS = frozenset({"pocket", "gguf"})
+ASKED_KINDS = LOCAL_KINDS | {"openai"}
+JUDGE_KINDS = frozenset({"teacher", "openai", "gguf"})  # kinds of judges that write a reply
 # Which kinds use a setting of `teacher` or `judge`; `recorded` and `reference` ask nobody and use none.
-USED_BY: Mapping[str, frozenset[str]] = {
+KINDS_BY_SETTING: Mapping[str, frozenset[str]] = {
     "gguf": frozenset({"gguf"}),
     "context": frozenset({"gguf"}),
     "base_url": frozenset({"openai"}),
     "model": frozenset({"openai"}),
-    "alias": ASKED,
+    "alias": ASKED_KINDS,
     "api_key_env": frozenset({"openai"}),
     "api_key_file": frozenset({"openai"}),
-    "temperature": ASKED | {"teacher"},
-    "max_tokens": ASKED | {"teacher"},
+    "temperature": ASKED_KINDS | {"teacher"},
+    "max_tokens": ASKED_KINDS | {"teacher"},
     "extra": frozenset({"openai"}),
     "send_seed": frozenset({"openai", "pocket"}),
-    "concurrency": ASKED,
+    "concurrency": ASKED_KINDS,
     "timeout": frozenset({"openai", "pocket"}),
     "attempts": frozenset({"openai", "pocket"}),
     "batch": frozenset({"openai"}),
     "price": frozenset({"openai"}),
     "stream": frozenset({"openai"}),
     "thinking": frozenset({"openai", "gguf"}),
-    "mode": JUDGING,
-    "max_unjudged": JUDGING,
+    "mode": JUDGE_KINDS,
+    "max_unjudged": JUDGE_KINDS,
 }
-LEAST_PROMPT = 16  # tokens: what a chat template alone takes
+MIN_PROMPT_TOKENS = 16  # tokens: what a chat template alone takes
 
-TAPIR_ALONE = (
+TAPIR_ONLY = (
     *("difficulty", "balance", "refine", "alpha", "alpha_step"),
     *("mfd_threshold", "teacher_floor", "expand_share"),
 )
 
 
 @dataclass(frozen=True)
-class Idle:
+class IneffectiveRule:
     """Settings that do nothing in a recipe of which `when` is true; `why` ends `train.lora_rank: …`."""
 
     paths: tuple[str, ...]
@@ -52,152 +52,158 @@ class Idle:
     why: str
 
 
-def named(section: str, *names: str) -> tuple[str, ...]:
+def setting_paths(section: str, *names: str) -> tuple[str, ...]:
     """Paths of a section's settings."""
     return tuple(f"{section}.{name}" for name in names)
 
 
-def nobody_asked(recipe: Recipe) -> bool:
+def asks_no_endpoint(recipe: Recipe) -> bool:
     """Whether neither teacher nor judge is asked anything."""
     return recipe.teacher.kind == "recorded" and recipe.judge.kind == "reference"
 
 
-def costs_nothing(recipe: Recipe) -> bool:
+def has_no_price(recipe: Recipe) -> bool:
     """Whether nothing that is asked has a price."""
     return recipe.teacher.kind != "openai" and recipe.judge.kind != "openai"
 
 
-IDLE = (
-    Idle(
-        named("train", "lora_rank", "lora_alpha", "lora_dropout"),
+INEFFECTIVE_RULES = (
+    IneffectiveRule(
+        setting_paths("train", "lora_rank", "lora_alpha", "lora_dropout"),
         lambda recipe: recipe.train.method == "full",
         "`train.method: full` trains all weights and has no LoRA",
     ),
-    Idle(
-        named("curriculum", *TAPIR_ALONE),
+    IneffectiveRule(
+        setting_paths("curriculum", *TAPIR_ONLY),
         lambda recipe: recipe.curriculum.name != "tapir",
         "only `curriculum.name: tapir` uses it",
     ),
-    Idle(
-        named("curriculum", "mfd_threshold", "teacher_floor"),
+    IneffectiveRule(
+        setting_paths("curriculum", "mfd_threshold", "teacher_floor"),
         lambda recipe: recipe.curriculum.name == "tapir" and not recipe.curriculum.difficulty,
         "nothing is judged where `curriculum.difficulty` is off",
     ),
-    Idle(
-        named("curriculum", "teacher_floor"),
+    IneffectiveRule(
+        setting_paths("curriculum", "teacher_floor"),
         lambda recipe: recipe.judge.kind == "reference",
         "`judge: reference` gives every answer of the teacher 10",
     ),
-    Idle(
-        named("curriculum", "drafts", "children", "max_opening"),
+    IneffectiveRule(
+        setting_paths("curriculum", "drafts", "children", "max_opening"),
         lambda recipe: recipe.curriculum.name not in ("tapir", "lion"),
         "this curriculum grows no new instructions from others",
     ),
-    Idle(
-        named("curriculum", "max_rouge"),
+    IneffectiveRule(
+        setting_paths("curriculum", "max_rouge"),
         lambda recipe: recipe.curriculum.name not in ("tapir", "lion", "reflection"),
         "this curriculum writes no instructions",
     ),
-    Idle(
-        named("curriculum", "pool"),
-        lambda recipe: recipe.curriculum.name not in FROM_POOL,
+    IneffectiveRule(
+        setting_paths("curriculum", "pool"),
+        lambda recipe: recipe.curriculum.name not in POOL_CURRICULA,
         "this curriculum takes seeds and looks at no pool",
     ),
-    Idle(
-        named("curriculum", "rows"),
+    IneffectiveRule(
+        setting_paths("curriculum", "rows"),
         lambda recipe: recipe.curriculum.name == "all",
         "`curriculum.name: all` takes every seed",
     ),
-    Idle(
-        named("curriculum", "refine", "balance", "expand_share", "drafts", "children", "max_opening", "max_rouge"),
+    IneffectiveRule(
+        setting_paths(
+            "curriculum", "refine", "balance", "expand_share", "drafts", "children", "max_opening", "max_rouge"
+        ),
         lambda recipe: recipe.teacher.kind == "recorded" and recipe.curriculum.name == "tapir",
         "recorded answers can neither be expanded nor refined nor balanced",
     ),
-    Idle(
+    IneffectiveRule(
         ("classifier",),
         lambda recipe: recipe.teacher.kind == "recorded",
         "no classifier is trained where the teacher's answers are recorded",
     ),
-    Idle(
-        named("classifier", "ask_at_most"),
+    IneffectiveRule(
+        setting_paths("classifier", "ask_at_most"),
         lambda recipe: recipe.classifier.ask_below == 0,
         "`classifier.ask_below: 0` asks for no row",
     ),
-    Idle(
-        named("classifier", "ask_below"),
+    IneffectiveRule(
+        setting_paths("classifier", "ask_below"),
         lambda recipe: recipe.classifier.ask_at_most == 0,
         "`classifier.ask_at_most: 0` asks for no row",
     ),
-    Idle(
-        named("judge", "max_unjudged"),
-        lambda recipe: not is_judged(recipe.curriculum),
+    IneffectiveRule(
+        setting_paths("judge", "max_unjudged"),
+        lambda recipe: not judges_pool(recipe.curriculum),
         "this curriculum judges no pool",
     ),
-    Idle(("budget.money",), costs_nothing, "no endpoint with a price is asked, so it is never reached"),
-    Idle(("budget",), nobody_asked, "nobody is asked"),
+    IneffectiveRule(("budget.money",), has_no_price, "no endpoint with a price is asked, so it is never reached"),
+    IneffectiveRule(("budget",), asks_no_endpoint, "nobody is asked"),
 )
 
 
-def faults(recipe: Recipe) -> list[str]:
+def find_faults(recipe: Recipe) -> list[str]:
     """`path: what is wrong`, for each setting that the recipe's own choices make useless or impossible."""
-    return [*unused(recipe), *impossible(recipe)]
+    return [*find_unused(recipe), *find_impossible(recipe)]
 
 
-def notices(recipe: Recipe) -> list[str]:
+def find_notices(recipe: Recipe) -> list[str]:
     """What a run's first lines say of settings that have no effect and of pocket parts beside a real teacher."""
-    return [*idle(recipe), *pocket_parts(recipe), *keys_abroad(recipe)]
+    return [*find_ineffective(recipe), *find_pocket_parts(recipe), *find_key_recipients(recipe)]
 
 
-def unused(recipe: Recipe) -> Iterator[str]:
+def find_unused(recipe: Recipe) -> Iterator[str]:
     """The settings of teacher and judge that their kinds do not use."""
-    for role in ROLES:
+    for role in ENDPOINT_ROLES:
         endpoint: Endpoint = getattr(recipe, role)
-        kind = kind_of(endpoint)
-        for name in unused_by(endpoint):
+        kind = endpoint_kind(endpoint)
+        for name in unused_settings(endpoint):
             yield f"{role}.{name}: `kind: {kind}` does not use it; {advice(role, kind, name)}"
         if {"api_key_env", "api_key_file"} <= endpoint.model_fields_set and endpoint.api_key_file:
             yield f"{role}.api_key_env: `{role}.api_key_file` is used instead; leave one of them out"
 
 
-def kind_of(endpoint: Endpoint) -> str:
+def endpoint_kind(endpoint: Endpoint) -> str:
     return str(getattr(endpoint, "kind", "openai"))
 
 
-def unused_by(endpoint: Endpoint) -> list[str]:
+def unused_settings(endpoint: Endpoint) -> list[str]:
     """The names of settings that were given to a teacher or judge and that its kind does not use."""
-    kind = kind_of(endpoint)
-    given = [name for name in type(endpoint).model_fields if name in endpoint.model_fields_set and name != "kind"]
-    return [name for name in given if kind not in USED_BY.get(name, ASKED | JUDGING) and not empty(endpoint, name)]
+    kind = endpoint_kind(endpoint)
+    is_given = [name for name in type(endpoint).model_fields if name in endpoint.model_fields_set and name != "kind"]
+    return [
+        name
+        for name in is_given
+        if kind not in KINDS_BY_SETTING.get(name, ASKED_KINDS | JUDGE_KINDS) and not is_blank(endpoint, name)
+    ]
 
 
-def empty(endpoint: Endpoint, name: str) -> bool:
+def is_blank(endpoint: Endpoint, name: str) -> bool:
     """Whether a setting is given as what says nothing: null, or an empty mapping."""
     value = getattr(endpoint, name)
     return value is None or value == {}
 
 
-def advice(role: str, kind: str, name: str) -> str:
+def format_advice(role: str, kind: str, name: str) -> str:
     """What to do about a setting that the kind does not use."""
     if (role, kind) == ("judge", "teacher"):
-        if name in KIND_BY:
+        if name in KIND_BY_SETTING:
             return f"the teacher judges; leave `kind` out to ask another judge by judge.{name}"
         same = f", or set teacher.{name}" if name in Teacher.model_fields else ""
         return f"the teacher judges; name another judge by judge.model or judge.gguf{same}, or leave it out"
-    if name in KIND_BY:
+    if name in KIND_BY_SETTING:
         return f"leave it out, or leave out what says `kind: {kind}`"
-    users = sorted(USED_BY[name] & (ASKED | {"teacher"}) - {kind})
+    users = sorted(KINDS_BY_SETTING[name] & (ASKED_KINDS | {"teacher"}) - {kind})
     return f"leave it out ({' and '.join(f'`{user}`' for user in users)} would use it)"
 
 
-def impossible(recipe: Recipe) -> Iterator[str]:
+def find_impossible(recipe: Recipe) -> Iterator[str]:
     """Settings that leave nothing for others."""
     student, seeds = recipe.student, recipe.seeds
     for role, endpoint in (("teacher", recipe.teacher), ("judge", recipe.judge)):
         if endpoint.stream and endpoint.batch:
             yield f"{role}.stream: a batch sends no streams; leave `stream` or `batch` out"
-    if no_room(student.max_tokens, student.max_length):
-        yield too_long("student.max_tokens", student.max_tokens, "student.max_length", student.max_length)
-    yield from replies_too_long(recipe)
+    if leaves_no_prompt(student.max_tokens, student.max_length):
+        yield format_reply_too_long("student.max_tokens", student.max_tokens, "student.max_length", student.max_length)
+    yield from find_long_replies(recipe)
     if seeds.limit is not None and seeds.limit <= seeds.holdout:
         yield (
             f"seeds.limit: {seeds.limit:,} rows leave nothing to train on beside seeds.holdout ({seeds.holdout:,}); "
@@ -210,15 +216,15 @@ def impossible(recipe: Recipe) -> Iterator[str]:
         yield f"seeds.{name}: the pocket seeds have none; leave it out, or name a dataset in seeds.path"
     if recipe.teacher.kind == "recorded" and seeds.answers == "teacher" and "answers" in seeds.model_fields_set:
         yield "seeds.answers: a recorded teacher's answers are the file's; write `seeds.answers: file` or leave it out"
-    yield from wrong_urls(recipe)
+    yield from find_wrong_urls(recipe)
 
 
-def no_room(reply: int, whole: int) -> bool:
+def leaves_no_prompt(reply: int, whole: int) -> bool:
     """Whether a reply of so many tokens leaves no room for a prompt."""
-    return reply > whole - LEAST_PROMPT
+    return reply > whole - MIN_PROMPT_TOKENS
 
 
-def too_long(reply: str, tokens: int, whole: str, room: int) -> str:
+def format_reply_too_long(reply: str, tokens: int, whole: str, room: int) -> str:
     """The sentence about a reply that leaves no room for its prompt."""
     most = max(1, room // 2)
     return (
@@ -227,19 +233,19 @@ def too_long(reply: str, tokens: int, whole: str, room: int) -> str:
     )
 
 
-def replies_too_long(recipe: Recipe) -> Iterator[str]:
+def find_long_replies(recipe: Recipe) -> Iterator[str]:
     """Replies of a GGUF that leave no room in its context."""
-    for role in ROLES:
+    for role in ENDPOINT_ROLES:
         endpoint: Endpoint = getattr(recipe, role)
-        by_teacher = role == "judge" and kind_of(endpoint) == "teacher"
+        by_teacher = role == "judge" and endpoint_kind(endpoint) == "teacher"
         writer, name = (recipe.teacher, "teacher") if by_teacher else (endpoint, role)
-        if kind_of(writer) == "gguf" and no_room(endpoint.max_tokens, writer.context):
-            yield too_long(f"{role}.max_tokens", endpoint.max_tokens, f"{name}.context", writer.context)
+        if endpoint_kind(writer) == "gguf" and leaves_no_prompt(endpoint.max_tokens, writer.context):
+            yield format_reply_too_long(f"{role}.max_tokens", endpoint.max_tokens, f"{name}.context", writer.context)
 
 
-def wrong_urls(recipe: Recipe) -> Iterator[str]:
+def find_wrong_urls(recipe: Recipe) -> Iterator[str]:
     """Addresses that are none, and those with a login, which no request would send and a published recipe would."""
-    for role in ROLES:
+    for role in ENDPOINT_ROLES:
         if (url := getattr(recipe, role).base_url) is None:
             continue
         try:
@@ -256,20 +262,20 @@ def wrong_urls(recipe: Recipe) -> Iterator[str]:
             )
 
 
-def idle(recipe: Recipe) -> Iterator[str]:
+def find_ineffective(recipe: Recipe) -> Iterator[str]:
     """The settings that were given and do nothing, with the reason, each once."""
     told = set[str]()
-    for rule in IDLE:
+    for rule in INEFFECTIVE_RULES:
         if rule.when(recipe):
-            paths = [path for path in rule.paths if path not in told and given(recipe, path)]
+            paths = [path for path in rule.paths if path not in told and is_given(recipe, path)]
             told |= set(paths)
             if paths:
                 verb = "has" if len(paths) == 1 else "have"
                 yield f"{', '.join(paths)} {verb} no effect: {rule.why}"
-    yield from idle_checkers(recipe)
+    yield from find_ineffective_checkers(recipe)
 
 
-def given(recipe: Recipe, path: str) -> bool:
+def is_given(recipe: Recipe, path: str) -> bool:
     """Whether a recipe names a setting or, of a section, any setting of it."""
     section, _, name = path.partition(".")
     found: Settings = getattr(recipe, section)
@@ -278,7 +284,7 @@ def given(recipe: Recipe, path: str) -> bool:
     )
 
 
-def idle_checkers(recipe: Recipe) -> Iterator[str]:
+def find_ineffective_checkers(recipe: Recipe) -> Iterator[str]:
     """What `checker` and the tasks' checkers do not do together."""
     own = [label for label, task in (recipe.tasks or {}).items() if task.checker]
     if own and recipe.checker != "tasks":
@@ -287,7 +293,7 @@ def idle_checkers(recipe: Recipe) -> Iterator[str]:
         yield "checker has no effect: none of the recipe's tasks has a checker"
 
 
-def pocket_parts(recipe: Recipe) -> Iterator[str]:
+def find_pocket_parts(recipe: Recipe) -> Iterator[str]:
     """What a real teacher has little use for."""
     if recipe.teacher.kind == "pocket":
         return
@@ -302,11 +308,11 @@ def pocket_parts(recipe: Recipe) -> Iterator[str]:
         yield "WARNING: `checker: pocket` knows the pocket seeds alone; of other seeds its accuracy means nothing"
 
 
-def keys_abroad(recipe: Recipe) -> Iterator[str]:
+def find_key_recipients(recipe: Recipe) -> Iterator[str]:
     """Which key goes to which host, where that is not the vendor's own."""
-    for role in ROLES:
+    for role in ENDPOINT_ROLES:
         endpoint: Endpoint = getattr(recipe, role)
-        if kind_of(endpoint) != "openai" or not endpoint.base_url:
+        if endpoint_kind(endpoint) != "openai" or not endpoint.base_url:
             continue
         host = urlsplit(endpoint.base_url).hostname or endpoint.base_url
         if host not in ("localhost", "127.0.0.1", "::1", "api.openai.com"):
@@ -314,7 +320,7 @@ def keys_abroad(recipe: Recipe) -> Iterator[str]:
             yield f"{role}: the key in {place} is sent to {host}"
 
 
-def unnamed(recipe: Recipe) -> list[str]:
+def find_unnamed(recipe: Recipe) -> list[str]:
     """`path: what to write`, for a student or seeds that nobody has named beside a teacher that is not the pocket one.
 
     The pocket ones stand in a recipe that names no others, so that `teacher: pocket` alone is a whole recipe; a real
@@ -326,4 +332,6 @@ def unnamed(recipe: Recipe) -> list[str]:
         "student": "write `student: {path: …}`, a model's folder or Hub name, or `student: pocket` for the toy",
         "seeds": "write `seeds: {path: …}`, a file or a dataset (or add --seeds FILE), or `seeds: pocket` for the toy",
     }
-    return [f"{name}.path: none is named; {line}" for name, line in lines.items() if not given(recipe, f"{name}.path")]
+    return [
+        f"{name}.path: none is named; {line}" for name, line in lines.items() if not is_given(recipe, f"{name}.path")
+    ]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tapir_local.recipe.types import OptionalPath, Settings, Share, inferred_kind
+from tapir_local.recipe.types import OptionalPath, Settings, Share, infer_kind
 
 
 class Price(Settings):
@@ -56,7 +56,7 @@ class Endpoint(Settings):
         """`{model: gpt-4o}` is an endpoint and `{gguf: x.gguf}` a file; a `kind` that is written is kept."""
         if not isinstance(value, dict) or value.get("kind") is not None:
             return value
-        kind = inferred_kind(value)
+        kind = infer_kind(value)
         return {**value, "kind": kind} if kind else {name: item for name, item in value.items() if name != "kind"}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tapir_local.recipe.tasks import TASKS, Checker, Task, compared
+from tapir_local.recipe.tasks import TASKS, CheckerName, Task, normalize_label
 from tapir_local.recipe.types import Settings
 
 
@@ -24,32 +24,32 @@ class OwnTask(Settings):
     style: str | None = Field(
         None, description='what follows "Write the answer ..."; a label that is not known needs one'
     )
-    checker: Checker | None = Field(None, description="a check of some of its answers, for `checker: tasks`")
+    checker: CheckerName | None = Field(None, description="a check of some of its answers, for `checker: tasks`")
 
 
-def share_alone(value: Any) -> Any:
+def expand_share_shorthand(value: Any) -> Any:
     """`Math: 0.5` means `Math: {share: 0.5}`."""
     return value if isinstance(value, dict | OwnTask) else {"share": value}
 
 
-Tasks = Mapping[str, Annotated[OwnTask, BeforeValidator(share_alone)]]
+Tasks = Mapping[str, Annotated[OwnTask, BeforeValidator(expand_share_shorthand)]]
 # Quotes, brackets and stars at its ends would be taken for a reply's wrapping; a dot parts the path of a setting.
-LABEL = re.compile(r"""(?![\s`*_"'(\[])[^\n:<>.]+(?<![\s`*_"')\]])""")
+LABEL_PATTERN = re.compile(r"""(?![\s`*_"'(\[])[^\n:<>.]+(?<![\s`*_"')\]])""")
 
 
-def table_of(tasks: Tasks) -> dict[str, Task]:
+def build_task_table(tasks: Tasks) -> dict[str, Task]:
     """A recipe's tasks by label, shares as parts of their sum."""
     total = math.fsum(own.share for own in tasks.values())
-    return {label: task_of(label, own, own.share / total) for label, own in tasks.items()}
+    return {label: build_task(label, own, own.share / total) for label, own in tasks.items()}
 
 
-def odd_sum(tasks: Tasks | None) -> float | None:
+def unnormalized_sum(tasks: Tasks | None) -> float | None:
     """What a recipe's own shares sum to where that is not 1; within 0.001 it is a matter of rounding."""
     total = math.fsum(own.share for own in (tasks or {}).values())
     return total if tasks and abs(total - 1) > 0.001 else None
 
 
-def task_of(label: str, own: OwnTask, share: float) -> Task:
+def build_task(label: str, own: OwnTask, share: float) -> Task:
     """A recipe's task; what it leaves out is the known task's."""
     known = TASKS.get(label)
     return Task(
@@ -61,12 +61,12 @@ def task_of(label: str, own: OwnTask, share: float) -> Task:
     )
 
 
-def refuse_tasks(tasks: Tasks) -> None:
+def validate_tasks(tasks: Tasks) -> None:
     """ValueError where tasks cannot be told apart, described or balanced."""
     if not tasks:
         raise ValueError("tasks: there is none; leave the key out for the paper's 32, or name at least one")
     for label, own in tasks.items():
-        if not LABEL.fullmatch(label):
+        if not LABEL_PATTERN.fullmatch(label):
             raise ValueError(
                 f"tasks: {label!r} is no label: it is one line without `:`, `.`, `<` or `>`, and at its ends without a "
                 "space, quote, bracket, star or underscore"
@@ -78,7 +78,7 @@ def refuse_tasks(tasks: Tasks) -> None:
                 f"tasks: no task {label!r} is known{meant}; one of your own needs a share, a description and a style. "
                 f"Known are {', '.join(TASKS)}"
             )
-    if len({compared(label) for label in tasks}) < len(tasks):
+    if len({normalize_label(label) for label in tasks}) < len(tasks):
         raise ValueError("tasks: two labels differ only in capitals, spaces, dashes or underscores")
     if not any(own.share for own in tasks.values()):
         raise ValueError("tasks: every share is 0; give at least one task a share above it")

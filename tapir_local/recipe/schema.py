@@ -6,21 +6,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tapir_local.recipe.endpoints import Judge, Teacher
-from tapir_local.recipe.own_tasks import Tasks, refuse_tasks, table_of
+from tapir_local.recipe.own_tasks import Tasks, build_task_table, validate_tasks
 from tapir_local.recipe.tasks import TASKS, Task
 from tapir_local.recipe.types import (
     FilePath,
     OptionalPath,
     Settings,
     Share,
-    as_command,
-    at_path,
-    named,
-    switched,
+    expand_kind_shorthand,
+    expand_path_shorthand,
+    expand_switch,
+    join_command,
 )
 
-AtOnce = Annotated[int, Field(ge=1, le=256)]
-FROM_POOL = frozenset({"tapir", "lion"})  # curricula of the pool; the others take seeds, whatever was expanded
+ConcurrentAnswers = Annotated[int, Field(ge=1, le=256)]
+POOL_CURRICULA = frozenset({"tapir", "lion"})  # curricula of the pool; the others take seeds, whatever was expanded
 
 
 Column = Literal["instruction", "input", "context", "output", "response", "system", "history", "messages",
@@ -73,7 +73,7 @@ class Student(Settings):
     )
     max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
-    parallel: AtOnce | Literal["auto"] = Field(
+    parallel: ConcurrentAnswers | Literal["auto"] = Field(
         32,
         description="answers written at once by llama.cpp at the most; `auto` is 32, or 128 on a GPU; fewer where "
         "memory is short",
@@ -121,7 +121,7 @@ class Curriculum(Settings):
         True, description="tapir: off takes rows at random instead of hard ones, nothing is judged"
     )
     balance: bool = Field(True, description="tapir: off takes tasks as they come among the hard rows, not by shares")
-    refine: Annotated[Literal["hard", "all", "off"], BeforeValidator(switched)] = Field(
+    refine: Annotated[Literal["hard", "all", "off"], BeforeValidator(expand_switch)] = Field(
         "hard",
         description="tapir: whose answers the teacher rewrites in the task's style: those of hard and new rows, of "
         "replayed rows too (`all`), or nobody's (`off`)",
@@ -170,7 +170,7 @@ class Curriculum(Settings):
     max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
 
 
-def is_judged(settings: Curriculum) -> bool:
+def judges_pool(settings: Curriculum) -> bool:
     """Whether the curriculum asks for the student's answers to the pool and for a judge."""
     return settings.name == "lion" or (settings.name == "tapir" and settings.difficulty)
 
@@ -217,7 +217,7 @@ class Train(Settings):
     checkpoint_minutes: float = Field(
         10.0, ge=0, description="minutes of training between checkpoints, from which a cut round goes on; 0: none"
     )
-    launcher: Annotated[str | None, BeforeValidator(as_command)] = Field(
+    launcher: Annotated[str | None, BeforeValidator(join_command)] = Field(
         None,
         description="a command that starts the training's processes on several GPUs, such as `accelerate launch "
         "--multi_gpu --num_processes 2`; batch_size is that of all together",
@@ -295,10 +295,10 @@ class Recipe(Settings):
     about: str = Field("", description="a sentence for people")
     random_seed: int = Field(1, ge=0, description="every draw of chance derives from it")
     rounds: int = Field(3, ge=0, description="rounds after the baseline, round 0")
-    seeds: Annotated[Seeds, BeforeValidator(at_path)] = Seeds()
-    student: Annotated[Student, BeforeValidator(at_path)] = Student()
-    teacher: Annotated[Teacher, BeforeValidator(named)] = Teacher()
-    judge: Annotated[Judge, BeforeValidator(named)] = Judge()
+    seeds: Annotated[Seeds, BeforeValidator(expand_path_shorthand)] = Seeds()
+    student: Annotated[Student, BeforeValidator(expand_path_shorthand)] = Student()
+    teacher: Annotated[Teacher, BeforeValidator(expand_kind_shorthand)] = Teacher()
+    judge: Annotated[Judge, BeforeValidator(expand_kind_shorthand)] = Judge()
     classifier: Classifier = Classifier()
     curriculum: Curriculum = Curriculum()
     train: Train = Train()
@@ -319,13 +319,13 @@ class Recipe(Settings):
 
     def task_table(self) -> Mapping[str, Task]:
         """The tasks that this recipe sorts by; its own shares, where it names them, as parts of their sum."""
-        return TASKS if self.tasks is None else table_of(self.tasks)
+        return TASKS if self.tasks is None else build_task_table(self.tasks)
 
     @model_validator(mode="after")
     def consistent(self) -> "Recipe":
         """Settings that exclude each other."""
         if self.tasks is not None:
-            refuse_tasks(self.tasks)
+            validate_tasks(self.tasks)
         if self.teacher.kind == "openai" and not self.teacher.model:
             raise ValueError(
                 "teacher: model is missing; name it as the server knows it (teacher.model), or name a GGUF"

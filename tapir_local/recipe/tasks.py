@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Checker = Literal["arithmetic", "python", "form", "script", "length"]
-CHECKER_NAMES: tuple[Checker, ...] = get_args(Checker)
+CheckerName = Literal["arithmetic", "python", "form", "script", "length"]
+CHECKER_NAMES: tuple[CheckerName, ...] = get_args(CheckerName)
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,21 @@ class Task:
     share: float
     description: str
     style: str
-    checker: Checker | None = None
+    checker: CheckerName | None = None
 
 
-def compared(label: str) -> str:
+def normalize_label(label: str) -> str:
     """A label as labels are compared: `common sense` names Common-Sense."""
     return " ".join(re.split(r"[\s_-]+", label.casefold().strip()))
 
 
-PLAIN = "in clear, direct prose that answers exactly what was asked, with the main point first"
-STEPS = (
+PLAIN_STYLE = "in clear, direct prose that answers exactly what was asked, with the main point first"
+STEPS_STYLE = (
     "as numbered or line-by-line worked steps, each doing one small thing, and end with a line that states the result"
 )
-FACTS = "with the fact asked for first, then the reason or context that makes it understandable, and no speculation"
+FACTS_STYLE = (
+    "with the fact asked for first, then the reason or context that makes it understandable, and no speculation"
+)
 
 # Labels and shares: modelscope/easydistill, task_resampling, there attributed to the TAPIR paper. Descriptions and
 # styles are ours; the paper says only that the teacher's answers are rewritten in a style that depends on the task.
@@ -43,10 +45,10 @@ TASKS: Mapping[str, Task] = {
             "Math",
             0.167,
             "arithmetic, algebra, geometry, statistics and word problems with numbers",
-            STEPS,
+            STEPS_STYLE,
             "arithmetic",
         ),
-        Task("Reasoning", 0.167, "logic, deduction, ordering, comparing, puzzles and patterns", STEPS),
+        Task("Reasoning", 0.167, "logic, deduction, ordering, comparing, puzzles and patterns", STEPS_STYLE),
         Task(
             "Code Generation",
             0.083,
@@ -69,7 +71,10 @@ TASKS: Mapping[str, Task] = {
             "length",
         ),
         Task(
-            "Computer Science", 0.017, "algorithms, data structures, networks and systems, without writing code", FACTS
+            "Computer Science",
+            0.017,
+            "algorithms, data structures, networks and systems, without writing code",
+            FACTS_STYLE,
         ),
         Task(
             "Complex Format",
@@ -78,7 +83,7 @@ TASKS: Mapping[str, Task] = {
             "in exactly the form asked for and nothing outside it",
             "form",
         ),
-        Task("Common-Sense", 0.017, "everyday knowledge about things, people and the world", FACTS),
+        Task("Common-Sense", 0.017, "everyday knowledge about things, people and the world", FACTS_STYLE),
         Task(
             "Counterfactual",
             0.017,
@@ -98,34 +103,34 @@ TASKS: Mapping[str, Task] = {
             "speaking as a given character or profession",
             "in the character's own voice from the first word to the last",
         ),
-        Task("Biology", 0.017, "living things, cells, genetics and evolution", FACTS),
-        Task("Technology", 0.017, "devices, engineering, the internet and how things are made", FACTS),
+        Task("Biology", 0.017, "living things, cells, genetics and evolution", FACTS_STYLE),
+        Task("Technology", 0.017, "devices, engineering, the internet and how things are made", FACTS_STYLE),
         Task(
             "Ethics",
             0.017,
             "right and wrong, fairness and dilemmas",
             "by weighing the sides fairly before drawing a careful conclusion",
         ),
-        Task("Sport", 0.017, "games, athletes, rules and training", FACTS),
-        Task("Law", 0.017, "legal rules, rights and procedures", FACTS),
-        Task("Medicine", 0.017, "diseases, drugs and treatment", FACTS),
-        Task("Literature", 0.017, "books, poems, authors and their interpretation", PLAIN),
-        Task("Entertainment", 0.017, "films, television, celebrities and games for fun", PLAIN),
-        Task("Art", 0.017, "painting, sculpture, design and architecture", PLAIN),
-        Task("Music", 0.017, "songs, composers, instruments and theory of music", PLAIN),
+        Task("Sport", 0.017, "games, athletes, rules and training", FACTS_STYLE),
+        Task("Law", 0.017, "legal rules, rights and procedures", FACTS_STYLE),
+        Task("Medicine", 0.017, "diseases, drugs and treatment", FACTS_STYLE),
+        Task("Literature", 0.017, "books, poems, authors and their interpretation", PLAIN_STYLE),
+        Task("Entertainment", 0.017, "films, television, celebrities and games for fun", PLAIN_STYLE),
+        Task("Art", 0.017, "painting, sculpture, design and architecture", PLAIN_STYLE),
+        Task("Music", 0.017, "songs, composers, instruments and theory of music", PLAIN_STYLE),
         Task(
             "Toxicity",
             0.017,
             "requests that are harmful, hateful or unsafe",
             "by declining what would do harm, kindly and briefly, and offering what help is safe",
         ),
-        Task("Economy", 0.017, "money, markets, business and finance", FACTS),
-        Task("Physics", 0.017, "forces, energy, matter, light and space", FACTS),
-        Task("History", 0.017, "past events, people and dates", FACTS),
-        Task("Chemistry", 0.017, "elements, compounds and reactions", FACTS),
-        Task("Philosophy", 0.017, "ideas, arguments and thinkers", PLAIN),
-        Task("Health", 0.017, "well-being, food, exercise and habits", FACTS),
-        Task("Ecology", 0.017, "environment, climate, species and conservation", FACTS),
+        Task("Economy", 0.017, "money, markets, business and finance", FACTS_STYLE),
+        Task("Physics", 0.017, "forces, energy, matter, light and space", FACTS_STYLE),
+        Task("History", 0.017, "past events, people and dates", FACTS_STYLE),
+        Task("Chemistry", 0.017, "elements, compounds and reactions", FACTS_STYLE),
+        Task("Philosophy", 0.017, "ideas, arguments and thinkers", PLAIN_STYLE),
+        Task("Health", 0.017, "well-being, food, exercise and habits", FACTS_STYLE),
+        Task("Ecology", 0.017, "environment, climate, species and conservation", FACTS_STYLE),
         Task(
             "Grammar",
             0.017,
@@ -139,6 +144,6 @@ TASKS: Mapping[str, Task] = {
             "as the new text alone, with the meaning kept",
             "length",
         ),
-        Task("Others", 0.041, "anything that fits no other task", PLAIN),
+        Task("Others", 0.041, "anything that fits no other task", PLAIN_STYLE),
     )
 }

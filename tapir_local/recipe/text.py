@@ -8,19 +8,23 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from tapir_local.errors import TapirError
-from tapir_local.paths import at_home
-from tapir_local.recipe.checks import ROLES, USED_BY, faults, unused_by
+from tapir_local.files import expand_home
+from tapir_local.recipe.checks import ENDPOINT_ROLES, KINDS_BY_SETTING, find_faults, unused_settings
 from tapir_local.recipe.own_tasks import OwnTask
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
-from tapir_local.recipe.types import Settings, inferred_kind
-from tapir_local.recipe.yaml import kind_at, read_yaml, write_yaml
+from tapir_local.recipe.types import Settings, infer_kind
+from tapir_local.recipe.yaml import annotation_at, read_yaml, write_yaml
 
 # A teacher's section that names all of these is the program's own writing: nobody writes out every default.
-WRITTEN_OUT = frozenset({"base_url", "model", "alias", "api_key_env", "temperature", "extra", "timeout", "attempts"})
-KINDS = {role: Recipe.model_fields[role].default.kind for role in ROLES}
-UNION = re.compile(r"constrained-\w+|literal\[.*\]|bool|int|float|str|\[key\]")  # pydantic's names of a setting's types
-LOGIN = re.compile(r"(?<=://)[^/@\s'\"]+@")
+WRITTEN_BY_PROGRAM = frozenset(
+    {"base_url", "model", "alias", "api_key_env", "temperature", "extra", "timeout", "attempts"}
+)
+DEFAULT_KINDS = {role: Recipe.model_fields[role].default.kind for role in ENDPOINT_ROLES}
+PYDANTIC_TYPE_NAME = re.compile(
+    r"constrained-\w+|literal\[.*\]|bool|int|float|str|\[key\]"
+)  # pydantic's names of a setting's types
+URL_LOGIN = re.compile(r"(?<=://)[^/@\s'\"]+@")
 
 
 def parse_recipe(text: str, where: str, *, kept: bool = False) -> Recipe:
@@ -34,10 +38,10 @@ def parse_recipe(text: str, where: str, *, kept: bool = False) -> Recipe:
         raise TapirError("the recipe is empty", where=where, fix="`tapir-local recipes quickstart` prints a whole one.")
     if not isinstance(value, dict):
         raise TapirError("a recipe is a mapping of settings, such as `rounds: 3`", where=where)
-    return validated(without_defaults(value) if written_out(value) else value, where, kept=kept)
+    return validate_recipe(remove_defaults(value) if is_written_by_program(value) else value, where, kept=kept)
 
 
-def validated(
+def validate_recipe(
     value: Mapping[str, Any], where: str, *, kept: bool = False, known: Sequence[str] | None = None
 ) -> Recipe:
     """A recipe from its settings; TapirError with the path of every faulty one.
@@ -48,21 +52,21 @@ def validated(
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        found = "; ".join(dict.fromkeys(fault(item) for item in error.errors()))
-        raise TapirError(masked(found), where=where, fix=fix) from error
-    wrong = [] if kept and known is None else [text for text in faults(recipe) if text not in (known or ())]
+        found = "; ".join(dict.fromkeys(format_fault(item) for item in error.errors()))
+        raise TapirError(mask_logins(found), where=where, fix=fix) from error
+    wrong = [] if kept and known is None else [text for text in find_faults(recipe) if text not in (known or ())]
     if wrong:
-        raise TapirError(masked("; ".join(wrong)), where=where, fix=fix)
+        raise TapirError(mask_logins("; ".join(wrong)), where=where, fix=fix)
     return recipe
 
 
-def written_out(value: Mapping[str, Any]) -> bool:
+def is_written_by_program(value: Mapping[str, Any]) -> bool:
     """Whether settings are those of a recipe that the program wrote out, with all defaults."""
     teacher = value.get("teacher")
-    return isinstance(teacher, dict) and teacher.keys() >= WRITTEN_OUT
+    return isinstance(teacher, dict) and teacher.keys() >= WRITTEN_BY_PROGRAM
 
 
-def without_defaults(value: Mapping[str, Any]) -> dict[str, Any]:
+def remove_defaults(value: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not their defaults, paths and kinds kept: these are named even where they are the usual."""
     usual = {path: default for path, _, default, _ in settings()}
     kept = {"path", "kind"}
@@ -80,16 +84,16 @@ def without_defaults(value: Mapping[str, Any]) -> dict[str, Any]:
     return less(value, "")
 
 
-def masked(text: str) -> str:
+def mask_logins(text: str) -> str:
     """The text without names and passwords in its URLs."""
-    return LOGIN.sub("***@", text)
+    return URL_LOGIN.sub("***@", text)
 
 
-def fault(item: Any) -> str:
+def format_fault(item: Any) -> str:
     """One validation error as `path: what is wrong`."""
-    path = ".".join(str(part) for part in item["loc"] if not UNION.fullmatch(str(part)))
+    path = ".".join(str(part) for part in item["loc"] if not PYDANTIC_TYPE_NAME.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), siblings(path), 1)
+        near = difflib.get_close_matches(str(item["loc"][-1]), sibling_settings(path), 1)
         return f"{path}: unknown setting" + (f" (did you mean {near[0]}?)" if near else "")
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
@@ -98,7 +102,7 @@ def fault(item: Any) -> str:
     return f"{path}: {message}{given}" if path else message
 
 
-def siblings(path: str) -> list[str]:
+def sibling_settings(path: str) -> list[str]:
     """The keys that a recipe may have at the place of `path`."""
     path = re.sub(r"^tasks\..*\.", "tasks.LABEL.", path)
     prefix = path[: path.rfind(".") + 1]
@@ -127,7 +131,7 @@ def path_settings() -> Iterator[tuple[str, str]]:
     for section, field in Recipe.model_fields.items():
         kind = next((part for part in (field.annotation, *get_args(field.annotation)) if is_section(part)), None)
         for name, inner in kind.model_fields.items() if kind else ():
-            if any(getattr(mark, "func", None) is at_home for mark in inner.metadata):
+            if any(getattr(mark, "func", None) is expand_home for mark in inner.metadata):
                 yield section, name
 
 
@@ -145,7 +149,7 @@ def type_name(kind: Any) -> str:
     return f"{words.removeprefix('Optional ')} | None" if words.startswith("Optional ") else words
 
 
-def overridden(
+def override(
     recipe: Recipe, changes: Mapping[str, Any], *, kept: bool = False, where: str = "on the command line"
 ) -> Recipe:
     """The recipe with some settings changed, each named by its path; checked as a whole again.
@@ -168,26 +172,26 @@ def overridden(
             if not isinstance(place, dict):
                 raise TapirError(f"{section} has no settings of its own", where=path)
         place[name] = new
-    for role in ROLES:
-        other_kind(value, role, changes)
-    return validated(value, where, kept=kept, known=faults(recipe) if kept else ())
+    for role in ENDPOINT_ROLES:
+        switch_kind(value, role, changes)
+    return validate_recipe(value, where, kept=kept, known=find_faults(recipe) if kept else ())
 
 
-def other_kind(value: dict[str, Any], role: str, changes: Mapping[str, Any]) -> None:
+def switch_kind(value: dict[str, Any], role: str, changes: Mapping[str, Any]) -> None:
     """Give a teacher or judge the kind that the changes ask for, and drop what the recipe said of another kind."""
     new = {path.removeprefix(f"{role}."): item for path, item in changes.items() if path.startswith(f"{role}.")}
-    kind = new.get("kind") or inferred_kind(new)
+    kind = new.get("kind") or infer_kind(new)
     section = value.get(role)
-    if kind is None or not isinstance(section, dict) or kind == section.get("kind", KINDS[role]):
+    if kind is None or not isinstance(section, dict) or kind == section.get("kind", DEFAULT_KINDS[role]):
         return
-    stays = {name: item for name, item in section.items() if name in new or kind in USED_BY.get(name, {kind})}
+    stays = {name: item for name, item in section.items() if name in new or kind in KINDS_BY_SETTING.get(name, {kind})}
     value[role] = stays | {"kind": kind}
 
 
-def replaced(before: Recipe, after: Recipe) -> list[str]:
+def describe_replaced_kinds(before: Recipe, after: Recipe) -> list[str]:
     """What the command line put in the place of the recipe's own teacher or judge, in sentences."""
     said = list[str]()
-    for role in ROLES:
+    for role in ENDPOINT_ROLES:
         old, new = getattr(before, role), getattr(after, role)
         gone = sorted(old.model_fields_set - new.model_fields_set - {"kind"})
         if old.kind != new.kind:
@@ -197,41 +201,44 @@ def replaced(before: Recipe, after: Recipe) -> list[str]:
 
 
 # What decides when, from whom and at what cost answers come, but not which: free to change while a run is under way.
-FREE = frozenset(
+CHANGEABLE_ENDPOINT_SETTINGS = frozenset(
     {"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price", "context", "stream"}
 )
 # What decides how a batch goes through the hardware, but not what is learned from it, up to rounding.
-CARRIED = frozenset({"micro_batch_size", "gradient_checkpointing", "checkpoint_minutes", "launcher"})
+CHANGEABLE_TRAIN_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointing", "checkpoint_minutes", "launcher"})
 # Other settings that decide no row: words, how many answers at once, and how much may go wrong.
-UNDECIDING = (
+CHANGEABLE_SETTINGS = (
     *("rounds", "about", "budget", "limits", "card", "student.parallel"),
     *("judge.max_unjudged", "classifier.min_agreement", "export.min_agreement"),
 )
-RAISED = ("teacher.max_tokens", "judge.max_tokens")  # may grow in mid-run: a whole answer stays whole with more room
+RAISABLE_SETTINGS = (
+    "teacher.max_tokens",
+    "judge.max_tokens",
+)  # may grow in mid-run: a whole answer stays whole with more room
 
 
-def lasting(recipe: Recipe) -> dict[str, Any]:
+def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     """What a run keeps from its start to its end: all but UNDECIDING, FREE, CARRIED and what the kinds do not use.
 
     Where `alias` names an endpoint for the store, its address may change too.
     """
     value = recipe.model_dump(mode="json")
-    for path in UNDECIDING:
+    for path in CHANGEABLE_SETTINGS:
         section, _, name = path.rpartition(".")
         (value[section] if section else value).pop(name)
-    for role in ROLES:
+    for role in ENDPOINT_ROLES:
         endpoint = getattr(recipe, role)
-        away = {*FREE, *unused_by(endpoint), *(["base_url"] if endpoint.alias else [])}
+        away = {*CHANGEABLE_ENDPOINT_SETTINGS, *unused_settings(endpoint), *(["base_url"] if endpoint.alias else [])}
         value[role] = {name: item for name, item in value[role].items() if name not in away}
-    value["train"] = {name: item for name, item in value["train"].items() if name not in CARRIED}
+    value["train"] = {name: item for name, item in value["train"].items() if name not in CHANGEABLE_TRAIN_SETTINGS}
     return value
 
 
-def read_changes(texts: Sequence[str]) -> dict[str, Any]:
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     """Every `KEY=VALUE` of a command line; TapirError for a setting that is given twice, alone or in its section."""
     changes = dict[str, Any]()
     for text in texts:
-        path, value = read_change(text)
+        path, value = parse_change(text)
         if other := next(
             (old for old in changes if f"{old}.".startswith(f"{path}.") or f"{path}.".startswith(f"{old}.")), ""
         ):
@@ -241,31 +248,31 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def read_change(text: str) -> tuple[str, Any]:
+def parse_change(text: str) -> tuple[str, Any]:
     """`train.epochs=1` as a setting's path and its new value, spelled as in a recipe."""
     path, equals, value = text.partition("=")
     path = path.strip()
     if not equals or not path:
         raise TapirError(f"not a change of a setting: {text!r}", fix="Write it as --set train.epochs=1")
-    return path, read_yaml(value, kind_at(Recipe, path), f"--set {path}", path)
+    return path, read_yaml(value, annotation_at(Recipe, path), f"--set {path}", path)
 
 
-def differing(old: Recipe, new: Recipe, written: Mapping[str, Any] | None = None) -> list[str]:
+def diff_recipes(old: Recipe, new: Recipe, written: Mapping[str, Any] | None = None) -> list[str]:
     """`train.epochs: 2.0 -> 3.0` for every lasting setting in which two recipes differ.
 
     `written` is the old recipe as its run has kept it. A setting that it does not name came with a newer version of the
     program, so the run cannot have been started with another value of it.
     """
-    before, after = flat(lasting(old)), flat(lasting(new))
+    before, after = flatten(fixed_settings(old)), flatten(fixed_settings(new))
     return [
-        masked(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+        mask_logins(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
         for key in sorted(before | after)
-        if before.get(key) != after.get(key) and not (key in RAISED and before[key] < after[key])
-        if written is None or is_named(written, key)
+        if before.get(key) != after.get(key) and not (key in RAISABLE_SETTINGS and before[key] < after[key])
+        if written is None or names_setting(written, key)
     ]
 
 
-def is_named(written: Mapping[str, Any], path: str) -> bool:
+def names_setting(written: Mapping[str, Any], path: str) -> bool:
     """Whether a kept recipe, in which every setting is written out, names this one; tasks count as one setting."""
     section, _, name = path.partition(".")
     settings = written.get(section)
@@ -274,11 +281,11 @@ def is_named(written: Mapping[str, Any], path: str) -> bool:
     return name.partition(".")[0] in settings
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots."""
     out: dict[str, Any] = {}
     for key, item in value.items():
-        out |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        out |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from tapir_local.paths import at_home
+from tapir_local.files import expand_home
 
 
 class Settings(BaseModel):
@@ -21,64 +21,66 @@ class Settings(BaseModel):
     def true_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic would take `true` for 1, and does not look into a mapping of anything such as `extra`."""
         kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and is_number(kind):
+        if isinstance(value, bool) and wants_number(kind):
             raise ValueError("a number is wanted")
-        if Mapping[str, Any] in choices(kind) and not finite(value):
+        if Mapping[str, Any] in allowed_types(kind) and not is_finite(value):
             raise ValueError("every number in it must be finite")
         return value
 
 
-def choices(kind: Any) -> list[Any]:
+def allowed_types(kind: Any) -> list[Any]:
     """The types that a setting's annotation allows: `int | None` is [int, NoneType]."""
     origin = get_origin(kind)
     if origin is Annotated:
-        return choices(get_args(kind)[0])
+        return allowed_types(get_args(kind)[0])
     if origin in (Union, UnionType):
-        return [choice for part in get_args(kind) for choice in choices(part)]
+        return [choice for part in get_args(kind) for choice in allowed_types(part)]
     return [kind]
 
 
-def is_number(kind: Any) -> bool:
+def wants_number(kind: Any) -> bool:
     """Whether a setting's annotation wants a number, and no truth value."""
-    found = choices(kind)
+    found = allowed_types(kind)
     return bool({int, float} & set(found)) and bool not in found
 
 
-def finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether no number in nested mappings and lists is infinite or NaN."""
     if isinstance(value, Mapping):
-        return all(map(finite, value.values()))
+        return all(map(is_finite, value.values()))
     if isinstance(value, list):
-        return all(map(finite, value))
+        return all(map(is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-FilePath = Annotated[str, AfterValidator(at_home)]  # every setting that names a file or folder has one of these types
-OptionalPath = Annotated[str | None, AfterValidator(at_home)]
-KIND_BY = {"gguf": "gguf", "base_url": "openai", "model": "openai"}  # settings that say who is asked
+FilePath = Annotated[
+    str, AfterValidator(expand_home)
+]  # every setting that names a file or folder has one of these types
+OptionalPath = Annotated[str | None, AfterValidator(expand_home)]
+KIND_BY_SETTING = {"gguf": "gguf", "base_url": "openai", "model": "openai"}  # settings that say who is asked
 
 
-def named(word: Any) -> Any:
+def expand_kind_shorthand(word: Any) -> Any:
     """`teacher: pocket` means `teacher: {kind: pocket}`."""
     return {"kind": word} if isinstance(word, str) else word
 
 
-def at_path(word: Any) -> Any:
+def expand_path_shorthand(word: Any) -> Any:
     """`seeds: mine.jsonl` means `seeds: {path: mine.jsonl}`."""
     return {"path": word} if isinstance(word, str) else word
 
 
-def inferred_kind(given: Mapping[str, Any]) -> str | None:
+def infer_kind(given: Mapping[str, Any]) -> str | None:
     """The kind of a teacher or judge of whom these settings are given, None where they do not say."""
-    return next((kind for name, kind in KIND_BY.items() if given.get(name)), None)
+    return next((kind for name, kind in KIND_BY_SETTING.items() if given.get(name)), None)
 
 
-def switched(word: Any) -> Any:
+def expand_switch(word: Any) -> Any:
     """YAML reads a bare `off` as false and `on` as true."""
     return {False: "off", True: "hard"}.get(word, word) if isinstance(word, bool) else word
 
 
-def as_command(word: Any) -> Any:
+def join_command(word: Any) -> Any:
     """A command as a list of words means the same words in a line."""
     return shlex.join(word) if isinstance(word, list | tuple) and all(isinstance(part, str) for part in word) else word

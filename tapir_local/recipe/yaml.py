@@ -9,19 +9,21 @@ import yaml
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.own_tasks import OwnTask
-from tapir_local.recipe.types import Settings, choices
+from tapir_local.recipe.types import Settings, allowed_types
 
-LONGEST = 1_000_000  # characters of a recipe
-LONGEST_NUMBER = 400  # characters; Python itself refuses whole numbers of 4,300 digits
+MAX_RECIPE_LENGTH = 1_000_000  # characters of a recipe
+MAX_NUMBER_LENGTH = 400  # characters; Python itself refuses whole numbers of 4,300 digits
 MOST, DEEPEST = 20_000, 40  # values with those that aliases repeat, and sections within each other
-TAG = "tag:yaml.org,2002:"
-PLAIN_TAGS = frozenset(TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"))
+YAML_TAG = "tag:yaml.org,2002:"
+PLAIN_TAGS = frozenset(
+    YAML_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+)
 TRUE, FALSE = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
-WHOLE = re.compile(r"[-+]?\d+")
-BASED = re.compile(r"[-+]?0[xob][0-9a-f]+", re.IGNORECASE)
-DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-NUMERIC = re.compile(r"[-+]?\.?\d[\w.:+-]*")  # what looks like a number
-ENDLESS = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
+WHOLE_NUMBER = re.compile(r"[-+]?\d+")
+BASED_NUMBER = re.compile(r"[-+]?0[xob][0-9a-f]+", re.IGNORECASE)
+DECIMAL_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+NUMBER_LIKE = re.compile(r"[-+]?\.?\d[\w.:+-]*")  # what looks like a number
+NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 
 
 def read_yaml(text: str, kind: Any, where: str, path: str = "") -> Any:
@@ -31,7 +33,7 @@ def read_yaml(text: str, kind: Any, where: str, path: str = "") -> Any:
     and `yes` or `1:30` is left as text, which the setting then refuses. TapirError for what is not YAML, a key that is
     given twice, a number with a leading zero, and a text that would take the memory of the machine.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_RECIPE_LENGTH:
         raise TapirError(f"longer than {LONGEST:,} characters, so no recipe", where=where)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -39,29 +41,29 @@ def read_yaml(text: str, kind: Any, where: str, path: str = "") -> Any:
         raise TapirError(f"not YAML: {told(error)}", where=where, fix="Correct that line.") from error
     except RecursionError as error:
         raise TapirError("not a recipe: its brackets are nested too deeply", where=where) from error
-    return None if node is None else Reader(where).value(node, kind, tuple(filter(None, path.split("."))))
+    return None if node is None else YamlReader(where).value(node, kind, tuple(filter(None, path.split("."))))
 
 
 def write_yaml(value: Mapping[str, Any]) -> str:
     """Settings as YAML that `read_yaml` reads as the same ones, text that looks like a number in quotes."""
-    text: str = yaml.dump(value, Dumper=Quoting, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(value, Dumper=QuotingDumper, sort_keys=False, allow_unicode=True)
     return text
 
 
-class Quoting(yaml.SafeDumper):
+class QuotingDumper(yaml.SafeDumper):
     """PyYAML leaves `1e5` without quotes, which is text in YAML 1.1 alone."""
 
 
-def quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     """Text as a node, in quotes where it could be a number."""
-    style = "'" if NUMERIC.fullmatch(text) else None
+    style = "'" if NUMBER_LIKE.fullmatch(text) else None
     return dumper.represent_scalar(f"{TAG}str", text, style=style)
 
 
-Quoting.add_representer(str, quoted)
+QuotingDumper.add_representer(str, represent_text)
 
 
-def told(error: yaml.YAMLError) -> str:
+def format_yaml_error(error: yaml.YAMLError) -> str:
     """What is wrong and in which line, in one sentence."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
@@ -72,7 +74,7 @@ def told(error: yaml.YAMLError) -> str:
 
 
 @dataclass
-class Reader:
+class YamlReader:
     """Turns the nodes of one text into values, counting them."""
 
     where: str
@@ -90,7 +92,7 @@ class Reader:
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, kind, path)
         if isinstance(node, yaml.SequenceNode):
-            inner = str if wanted(kind) == "text" else Any  # words of a command
+            inner = str if wanted_type(kind) == "text" else Any  # words of a command
             return [self.value(item, inner, (*path, str(place))) for place, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode)  # YAML has no other kind
         return self.scalar(node, kind, path)
@@ -107,7 +109,7 @@ class Reader:
             if key in lines:
                 self.refuse_twice(place, lines[key], line)
             lines[key] = line
-            own[key] = self.value(item, kind_within(kind, key), place)
+            own[key] = self.value(item, annotation_within(kind, key), place)
         return merged | own
 
     def merged(self, node: yaml.Node, kind: Any, path: tuple[str, ...]) -> dict[Any, Any]:
@@ -124,7 +126,7 @@ class Reader:
         if not isinstance(node, yaml.ScalarNode):
             what = f"{'.'.join(path) or 'the recipe'}: a key is one word, not a list or a mapping"
             raise TapirError(what, where=f"{self.where}, line {node.start_mark.line + 1}")
-        return int(node.value) if node.tag == f"{TAG}int" and WHOLE.fullmatch(node.value) else node.value
+        return int(node.value) if node.tag == f"{TAG}int" and WHOLE_NUMBER.fullmatch(node.value) else node.value
 
     def refuse_twice(self, path: tuple[str, ...], first: int, second: int) -> None:
         """TapirError for a key that is given twice."""
@@ -146,12 +148,12 @@ class Reader:
             return text
         if node.tag == f"{TAG}null":
             return None
-        return plain_value(text, wanted(kind), f"{self.where}: {'.'.join(path)}" if path else self.where)
+        return parse_plain_word(text, wanted_type(kind), f"{self.where}: {'.'.join(path)}" if path else self.where)
 
 
-def kind_within(kind: Any, key: Any) -> Any:
+def annotation_within(kind: Any, key: Any) -> Any:
     """What a section, or a mapping of labels, wants under a key; Any where it does not say."""
-    for part in choices(kind):
+    for part in allowed_types(kind):
         if isinstance(part, type) and issubclass(part, Settings):
             return part.model_fields[key].annotation if key in part.model_fields else Any
         if get_origin(part) is Mapping and get_args(part):
@@ -159,16 +161,16 @@ def kind_within(kind: Any, key: Any) -> Any:
     return Any
 
 
-def kind_at(kind: Any, path: str) -> Any:
+def annotation_at(kind: Any, path: str) -> Any:
     """What the setting at a path such as `train.epochs` wants."""
     for key in path.split("."):
-        kind = kind_within(kind, key)
+        kind = annotation_within(kind, key)
     return kind
 
 
-def wanted(kind: Any) -> str:
+def wanted_type(kind: Any) -> str:
     """How a plain word is read: as `text`, `number`, `truth`, a `choice` of words, or by YAML's own rules (`any`)."""
-    found = choices(kind)
+    found = allowed_types(kind)
     if bool in found:
         return "truth"
     if {int, float} & set(found) or OwnTask in found:
@@ -178,24 +180,24 @@ def wanted(kind: Any) -> str:
     return "any"
 
 
-def plain_value(text: str, want: str, where: str) -> Any:
+def parse_plain_word(text: str, want: str, where: str) -> Any:
     """The value of a word without quotes."""
     if want == "text":
         return text
     if want != "number" and text.lower() in TRUE | FALSE:
         return text.lower() in TRUE
-    number = number_of(text, where)
+    number = parse_number(text, where)
     return text if number is None else number
 
 
-def number_of(text: str, where: str) -> int | float | None:
+def parse_number(text: str, where: str) -> int | float | None:
     """The number that a word is, None where it is none; TapirError where it may be two: 010 is 8 in old YAML."""
-    if ENDLESS.fullmatch(text):
+    if NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
-    if len(text) > LONGEST_NUMBER or not NUMERIC.fullmatch(text):
+    if len(text) > MAX_NUMBER_LENGTH or not NUMBER_LIKE.fullmatch(text):
         return None
     word = text.replace("_", "")
-    if BASED.fullmatch(word):
+    if BASED_NUMBER.fullmatch(word):
         try:
             return int(word, 0)
         except ValueError:  # 0b12
@@ -203,9 +205,9 @@ def number_of(text: str, where: str) -> int | float | None:
     if re.fullmatch(r"[-+]?0\d+", word):
         value = int(word)
         raise TapirError(f"{text} may mean {value} or an octal number", where=where, fix=f"Write {value}.")
-    if WHOLE.fullmatch(word):
+    if WHOLE_NUMBER.fullmatch(word):
         return int(word)
-    if DECIMAL.fullmatch(word):
+    if DECIMAL_NUMBER.fullmatch(word):
         number = float(word)
         return int(number) if "e" in word.lower() and number.is_integer() and abs(number) < 2**53 else number
     return None

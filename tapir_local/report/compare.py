@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 from tapir_local.errors import TapirError
-from tapir_local.method.metrics import mean_interval, proportion_interval
-from tapir_local.method.stats import Difference, Rows, corrected, difference
-from tapir_local.recipe.text import flat, lasting
+from tapir_local.files import RunDir
+from tapir_local.method.metrics import bootstrap_interval, wilson_interval
+from tapir_local.method.stats import Difference, RowValues, correct_p_values, estimate_difference
+from tapir_local.recipe.text import fixed_settings, flatten
 from tapir_local.report.run_results import HOLDOUT_CURRICULA, EvaluatedRound, RunCost, RunResults, read_run_results
-from tapir_local.rundir import RunDir
 
 CostUnit = Literal["rows", "tokens", "calls"]
 
@@ -103,14 +103,14 @@ def setting_differences(
 
 def run_settings(results: RunResults) -> dict[str, Any]:
     """The settings of a run that cannot change while it runs, by path."""
-    return flat(lasting(results.recipe))
+    return flatten(fixed_settings(results.recipe))
 
 
 def comparable_judge_settings(results: RunResults) -> dict[str, Any]:
     """The settings that decide how an answer is judged, without the judge's address and the limit of unjudged rows."""
     ignored = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
-    kept = {name: value for name, value in lasting(results.recipe)["judge"].items() if name not in ignored}
-    return {"judge": results.judge, **flat(kept, "judge.")}
+    kept = {name: value for name, value in fixed_settings(results.recipe)["judge"].items() if name not in ignored}
+    return {"judge": results.judge, **flatten(kept, "judge.")}
 
 
 def build_comparison(
@@ -186,18 +186,18 @@ def round_record(run: RunResults, found: EvaluatedRound, chosen: bool) -> dict[s
     return {"run": run.name, "round": found.number, **asdict(found.cost), **rates, "chosen": chosen}
 
 
-def metric_values(found: EvaluatedRound, metric: str) -> Rows:
+def metric_values(found: EvaluatedRound, metric: str) -> RowValues:
     """The values of a metric in a round, by row id."""
     return {"accuracy": found.right, "win_rate": found.wins, "likeness": found.likeness}[metric]
 
 
-def rate_with_interval(metric: str, rows: Rows) -> dict[str, Any] | None:
+def rate_with_interval(metric: str, rows: RowValues) -> dict[str, Any] | None:
     """{mean, interval, rows}, with the same 95 % interval as `status`; None if no row has a value."""
     if not rows:
         return None
     numbers = list(rows.values())
     interval = (
-        proportion_interval([value == 1 for value in numbers]) if metric == "accuracy" else mean_interval(numbers)
+        wilson_interval([value == 1 for value in numbers]) if metric == "accuracy" else bootstrap_interval(numbers)
     )
     return {"mean": fmean(numbers), "interval": interval, "rows": len(numbers)}
 
@@ -214,7 +214,7 @@ def compare_groups_with_first(
         places = [(group, at) for group in groups for at in range(len(results))]
         values = {(group, at): select_rows(metric_values(chosen[at], metric), groups[group]) for group, at in places}
         pairs = {(group, at): paired_difference(values[group, at], values[group, 0]) for group, at in places if at}
-        differences = corrected({place: found for place, found in pairs.items() if found})
+        differences = correct_p_values({place: found for place, found in pairs.items() if found})
         rows += [
             {
                 "metric": metric,
@@ -230,14 +230,14 @@ def compare_groups_with_first(
     return rows
 
 
-def select_rows(rows: Rows, ids: set[str]) -> Rows:
+def select_rows(rows: RowValues, ids: set[str]) -> RowValues:
     """The values of the rows with these ids."""
     return {id: value for id, value in rows.items() if id in ids}
 
 
-def paired_difference(one: Rows, other: Rows) -> Difference | None:
+def paired_difference(one: RowValues, other: RowValues) -> Difference | None:
     """One run minus the other, on the rows for which both have a value; None if there are none."""
-    return difference({0: one}, {0: other}) if one.keys() & other.keys() else None
+    return estimate_difference({0: one}, {0: other}) if one.keys() & other.keys() else None
 
 
 def comparison_notes(

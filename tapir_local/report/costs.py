@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from rich.text import Text
 
+from tapir_local.files import RunDir, named_run, read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
-from tapir_local.rundir import RunDir, named_run, read_rows
 from tapir_local.store.queries import has_estimates, open_store
-from tapir_local.tables import PlainTable, plain
+from tapir_local.tables import PlainTable, plain_text
 
 CostGrouping = Literal["run", "round", "stage", "task"]
 
@@ -196,4 +196,4 @@ def round_receipt(
         return ()
     most_paid_first = sorted(tasks, key=lambda row: -row["paid"])
     counts = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in most_paid_first)
-    return cost_table(title, stages, "stage"), plain(f"By task: {'; '.join(counts)}.")
+    return cost_table(title, stages, "stage"), plain_text(f"By task: {'; '.join(counts)}.")

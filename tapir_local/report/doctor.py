@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.assets import POCKET_SEEDS, POCKET_STUDENT, recipe_files
-from tapir_local.memory import total_memory, visible_gpus
+from tapir_local.memory import list_visible_gpus, total_memory
 from tapir_local.pipeline.loop import installed_version
 from tapir_local.report.llama_check import llama_build_fault
+from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 
 REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
 MIN_DISK_GB = 5.0
@@ -156,7 +156,7 @@ def check_gpu() -> MachineCheck:
     import torch
 
     if not torch.cuda.is_available():
-        cards = ", ".join(card.name for card in visible_gpus())
+        cards = ", ".join(card.name for card in list_visible_gpus())
         unused = f"the driver lists {cards}, but torch {torch.__version__} cannot use it" if cards else "none"
         return MachineCheck(
             "GPU",

@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tapir_local.assets import POCKET_STUDENT
-from tapir_local.process import environment, signal_and_last_line
+from tapir_local.process import child_environment, signal_and_last_line
 from tapir_local.records import Message
+from tapir_local.resources import POCKET_STUDENT
 
 CHECKED_QUANTS = ("q8_0", "q4_k_m")  # 8-bit and 4-bit blocks: their kernels differ between kinds of processor
 MAX_SECONDS = 120.0  # seconds; the check takes about 4
@@ -25,7 +25,7 @@ def llama_build_fault() -> str:
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=environment(),
+            env=child_environment(),
             timeout=MAX_SECONDS,
             check=False,
         )

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tapir_local.pipeline.loop import Step, Watch
 from tapir_local.printable import printable
-from tapir_local.tables import joined, plain
+from tapir_local.tables import join_styled, plain_text
 
 LOG_INTERVAL = 30.0  # seconds between two lines of progress where there is no terminal to show a bar
 
@@ -64,7 +64,7 @@ class ProgressDisplay:
         self.bars.update(self.bar, completed=done, total=total or None, said=printable(said))
         if not self.console.is_terminal and time.monotonic() - self.logged > LOG_INTERVAL:
             self.logged = time.monotonic()
-            self.console.print(plain(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
+            self.console.print(plain_text(f"  {self.step}: {done:,} of {total:,} {said}"), soft_wrap=True)
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> None:
         """Print the closing line of a step: result, calls, seconds."""
@@ -72,7 +72,7 @@ class ProgressDisplay:
         self.bars.update(self.bar, visible=False)
         place, seconds = f"{self.count:>{len(str(self.total))}}/{self.total}", f"  {taken['seconds']:.1f} s"
         said = f"  {taken['note']}{calls_phrase(taken)}"
-        line = joined((place, "dim"), " ", (step.name, "bold"), said, (seconds, "dim"))
+        line = join_styled((place, "dim"), " ", (step.name, "bold"), said, (seconds, "dim"))
         self.console.print(line, soft_wrap=True)
 
 

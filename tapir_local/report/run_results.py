@@ -10,16 +10,16 @@ from typing import TypeVar
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.method.judging import share_alike
-from tapir_local.method.metrics import Checker, win
-from tapir_local.method.stats import Rows
+from tapir_local.files import RunDir, read_rows
+from tapir_local.method.judging import rouge_of_score
+from tapir_local.method.metrics import AnswerChecker, win_value
+from tapir_local.method.stats import RowValues
 from tapir_local.pipeline.backends import recipe_checker
 from tapir_local.pipeline.context import read_lock
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import read_metrics
-from tapir_local.rundir import RunDir, read_rows
 
 HoldoutRecord = TypeVar("HoldoutRecord", Completion, Judgement)
 HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the metrics of the round before
@@ -67,12 +67,12 @@ class EvaluatedRound:
 
     number: int
     cost: RunCost
-    right: Rows
-    wins: Rows
-    likeness: Rows = field(default_factory=dict)
+    right: RowValues
+    wins: RowValues
+    likeness: RowValues = field(default_factory=dict)
 
     @property
-    def judged(self) -> Rows:
+    def judged(self) -> RowValues:
         """The values that come from scores."""
         return self.wins or self.likeness
 
@@ -104,7 +104,7 @@ def read_run_results(runs: Sequence[RunDir]) -> list[RunResults]:
     return [first, *(read_one_run(run, check, tasks) for run in runs[1:])]
 
 
-def shared_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
+def shared_checker(recipes: Mapping[str, Recipe]) -> AnswerChecker | None:
     """The checker that the recipes name; None if none names one. TapirError if they name different ones."""
     naming = {recipe.checker: (name, recipe) for name, recipe in recipes.items() if recipe.checker}
     if len(naming) > 1:
@@ -116,7 +116,7 @@ def shared_checker(recipes: Mapping[str, Recipe]) -> Checker | None:
     return next((recipe_checker(recipe) for _, recipe in naming.values()), None)
 
 
-def read_one_run(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -> RunResults:
+def read_one_run(run: RunDir, check: AnswerChecker | None, tasks: Mapping[str, str]) -> RunResults:
     """The results of one run, with `tasks` by row id in its holdout; TapirError if no round is evaluated yet."""
     metrics = {n: found for n in range(last_round(run) + 1) if (found := read_metrics(run, n))}
     if not metrics:
@@ -135,8 +135,8 @@ def read_one_run(run: RunDir, check: Checker | None, tasks: Mapping[str, str]) -
 
 
 def holdout_values(
-    run: RunDir, number: int, holdout: Sequence[Example], check: Checker | None, alike: bool
-) -> tuple[Rows, Rows, Rows]:
+    run: RunDir, number: int, holdout: Sequence[Example], check: AnswerChecker | None, alike: bool
+) -> tuple[RowValues, RowValues, RowValues]:
     """(right or not, win value, likeness) of the answers of a round, by row id.
 
     With `alike`, the scores measure likeness and there are no win values.
@@ -144,8 +144,8 @@ def holdout_values(
     texts = read_holdout_records(run, number, Completion, "holdout-answer", "holdout-answers.jsonl", holdout)
     judged = read_holdout_records(run, number, Judgement, "holdout-judge", "holdout-judgements.jsonl", holdout)
     right = {row.id: check(row, texts[row.id].text) if check else None for row in holdout}
-    wins = {row.id: None if alike else win(judged[row.id]) for row in holdout}
-    scores = {row.id: share_alike(judged[row.id].student) if alike else None for row in holdout}
+    wins = {row.id: None if alike else win_value(judged[row.id]) for row in holdout}
+    scores = {row.id: rouge_of_score(judged[row.id].student) if alike else None for row in holdout}
     return without_missing(right), without_missing(wins), without_missing(scores)
 
 

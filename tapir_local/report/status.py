@@ -7,11 +7,11 @@ from typing import Any
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.method.judge_quality import quality
+from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.labeling import warn_low_agreement
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -126,7 +126,7 @@ def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
     found = {name: read_rows(Judgement, path) for name, path in paths.items()}
-    return {name: asdict(quality(rows)) for name, rows in found.items() if rows}
+    return {name: asdict(measure_judge(rows)) for name, rows in found.items() if rows}
 
 
 def sample_answers(run: RunDir, number: int) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from tapir_local.method.metrics import is_likeness
-from tapir_local.recipe.schema import FROM_POOL
+from tapir_local.method.metrics import is_rouge_only
+from tapir_local.recipe.schema import POOL_CURRICULA
 from tapir_local.report.tables import (
     number_cell,
     percent_cell,
@@ -55,7 +55,7 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
 def score_cell(found: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """Mean scores, `3.5 : 10.0`; for likeness the student's score and its change from the round before."""
     score, last = found.get("student_score"), before.get("student_score")
-    if score is None or not is_likeness(found.get("win_rate"), score):
+    if score is None or not is_rouge_only(found.get("win_rate"), score):
         return score_pair_cell([score, found.get("teacher_score")])
     return f"{score:.2f}" + ("" if last is None else f" ({score - last:+.2f})")
 
@@ -71,7 +71,7 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
     """What the numbers mean, what was paid, and the state of the run."""
     metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
     judge = metrics[0]["judge"] if metrics else ""
-    if metrics and is_likeness(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
+    if metrics and is_rouge_only(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
         scored = f"Score: {judge}, 1 to 10 (10: the same words), and its change from the round before. "
     elif judge:
         scored = (
@@ -134,7 +134,7 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
     tables += [judge_table(title, found["judge"])] if found["judge"] else []
     if found["metrics"]:
-        alike = is_likeness(found["metrics"]["win_rate"], found["metrics"]["student_score"])
+        alike = is_rouge_only(found["metrics"]["win_rate"], found["metrics"]["student_score"])
         columns = {
             "rows": "count",
             **({"student_score": "score"} if alike else {"win_rate": "rate"}),
@@ -172,7 +172,7 @@ def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
 
 def plan_phrase(plan: Mapping[str, Any]) -> str:
     """What a plan selects."""
-    if plan["curriculum"] not in FROM_POOL:
+    if plan["curriculum"] not in POOL_CURRICULA:
         return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds selected"
     hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows are hard"
     alpha = f"hard share (alpha) {plan['alpha_got']:.0%}, target {plan['alpha']:.0%}"

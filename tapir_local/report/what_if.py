@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.method.curriculum import CURRICULA, new_rows
+from tapir_local.files import RunDir, read_record, remove_path, write_record, write_rows
+from tapir_local.method.baselines import CURRICULA
+from tapir_local.method.curriculum import count_new_rows
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import (
     EXPECTED_ANSWER_TOKENS,
@@ -21,12 +23,11 @@ from tapir_local.pipeline.dry_run import (
 )
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
 from tapir_local.pipeline.rounds import read_situation
-from tapir_local.recipe.schema import FROM_POOL, Recipe, is_judged
-from tapir_local.recipe.text import overridden, read_changes
+from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
+from tapir_local.recipe.text import override, parse_changes
 from tapir_local.records import RoundPlan
 from tapir_local.report.costs import cost_estimate_table
 from tapir_local.report.tables import percent_cell
-from tapir_local.rundir import RunDir, read_record, remove, write_record, write_rows
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
 from tapir_local.tables import PlainTable
@@ -80,7 +81,7 @@ def plan_with_changes(run: RunDir, number: int | None, changes: Sequence[str]) -
 
 def apply_plan_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """The recipe with the changes; TapirError for a setting that affects nothing of a plan, or more than the plan."""
-    pairs = read_changes(changes)
+    pairs = parse_changes(changes)
     for path in pairs:
         if not path.startswith(PLAN_SETTINGS):
             raise TapirError(
@@ -88,7 +89,7 @@ def apply_plan_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
                 where="--set",
                 fix=f"Settings to try here: {', '.join(PLAN_SETTINGS)}. For others start a new run with --name.",
             )
-    return overridden(recipe, pairs, kept=True)
+    return override(recipe, pairs, kept=True)
 
 
 def last_judged_round(run: RunDir) -> int:
@@ -100,9 +101,9 @@ def last_judged_round(run: RunDir) -> int:
 def make_plan(recipe: Recipe, copy: RunDir, number: int) -> tuple[RoundPlan, int]:
     """(plan by this recipe, rows of its pool that are not judged)."""
     known = read_situation(Work(recipe, copy, DryRun(recipe, None).backends(), number, f"round-{number:02d}/plan"))
-    judging = is_judged(recipe.curriculum)
+    judging = judges_pool(recipe.curriculum)
     if judging and not known.judgements:
-        others = sorted(CURRICULA.keys() - FROM_POOL)
+        others = sorted(CURRICULA.keys() - POOL_CURRICULA)
         raise TapirError(
             f"round {number} of run {copy.name!r} was not judged: its curriculum does not use difficulty",
             where="--set curriculum.name",
@@ -125,7 +126,7 @@ def estimate_calls(
     by_name = {step.stage.name: step for step in steps}
     plan, expand, refine = by_name["plan"], by_name["expand"], by_name["refine"]
     for step in steps[steps.index(plan) :]:
-        remove(step.output)
+        remove_path(step.output)
     write_record(plan.output, then)
     calls = [estimate_step(expand, recipe, copy, store, known)]
     written_before = expand.done
@@ -155,7 +156,7 @@ def what_if_tables(found: WhatIf) -> list[PlainTable]:
     table.add_column("task")
     for name in ("share now", "share then", "to write now", "to write then"):
         table.add_column(name, justify="right")
-    new = [new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
+    new = [count_new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
     for task in sorted({*then.got, *(now.got if now else ())}):
         shares = [percent_cell(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]
         table.add_row(task, *shares, *(str(counts[task]) for counts in new))

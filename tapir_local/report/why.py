@@ -9,15 +9,16 @@ from rich.text import Text
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.method.curriculum import LION_THRESHOLD, is_easy, is_hard, teachable
+from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.method.baselines import LION_THRESHOLD
+from tapir_local.method.curriculum import is_easy, is_hard, is_teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, last_round
-from tapir_local.recipe.schema import FROM_POOL, Curriculum, is_judged
+from tapir_local.recipe.schema import POOL_CURRICULA, Curriculum, judges_pool
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import cost_table, summarize_costs
 from tapir_local.report.tables import score_pair_cell, text_table
-from tapir_local.rundir import RunDir, read_record, read_rows
-from tapir_local.tables import PlainTable, plain
+from tapir_local.tables import PlainTable, plain_text
 from tapir_local.unusable import read_unusable
 
 MAX_IDS_NAMED = 5  # ids in the error if several rows match
@@ -203,10 +204,10 @@ def pool_row_in_round(
         return row_in_round(number, judgement, "", "the round is not planned yet", trained)
     plan = read_record(RoundPlan, path)
     use = plan_use(plan, row.id)
-    if plan.curriculum not in FROM_POOL:
+    if plan.curriculum not in POOL_CURRICULA:
         count = len(plan.drawn) + len(plan.reflected)
         reason = f"{plan.curriculum}: {'drawn' if use else 'not drawn'}; {count:,} of {plan.pool:,} rows were drawn"
-    elif judgement is None and is_judged(settings):
+    elif judgement is None and judges_pool(settings):
         reason = "not in this round's pool, which is drawn at random"
     elif judgement is None:
         reason = "difficulty is off: " + ("drawn at random" if use else "not drawn")
@@ -231,7 +232,7 @@ def difficulty_verdict(judgement: Judgement, settings: Curriculum) -> str:
     if settings.name == "lion":
         verdict = "hard" if difficulty >= LION_THRESHOLD else "easy"
         return f"{verdict}: MFD {difficulty:g}, hard from {LION_THRESHOLD:g}"
-    if not teachable(judgement, settings):
+    if not is_teachable(judgement, settings):
         return f"the teacher's own score {judgement.teacher:g} is below teacher_floor {settings.teacher_floor:g}"
     hard = is_hard(judgement, settings)
     return f"{'hard' if hard else 'easy'}: MFD {difficulty:g} {'>' if hard else '<='} {settings.mfd_threshold:g}"
@@ -248,7 +249,7 @@ def plan_reason(
     use = plan_use(plan, judgement.id)
     if plan.curriculum == "lion":
         return "Lion trains only on new rows"
-    if not teachable(judgement, settings):
+    if not is_teachable(judgement, settings):
         return "neither trained on nor replayed"
     if not is_hard(judgement, settings):
         easy = sum(is_easy(other, settings) for other in judged)
@@ -265,7 +266,7 @@ def plan_reason(
 
 def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
     """What happened to a row: what it is, each round, the rows that were written from it, its cost."""
-    head = plain(
+    head = plain_text(
         f"{found['id']} of run {found['run']}: {found['place']}\n"
         f"task {found['task'] or 'not known yet'}, labeled by {found['labelled_by'] or 'nobody yet'}\n"
         f"{found['instruction']}\n-> {found['answer']}\n"

@@ -12,7 +12,7 @@ import struct
 import threading
 from pathlib import Path
 
-from tapir_local.private import private_file
+from tapir_local.files import private_file
 
 FLOCK_FORMAT = "hhqqi4x"  # struct flock on 64-bit Linux: type, origin, start, length, pid
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.private import FILE, private_file, tighten
+from tapir_local.files import FILE_MODE, private_file, restrict_access
 from tapir_local.store.rows import record_max_tokens
 
 PAGE_BYTES = 16_384  # with pages of 4 KB, a row of 2 KB would leave half of a page empty
@@ -89,7 +89,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     if write:
         private_file(path)  # SQLite creates the log with the mode of the file
         for ending in ("-wal", "-shm"):
-            tighten(path.with_name(path.name + ending), FILE)
+            restrict_access(path.with_name(path.name + ending), FILE_MODE)
     conn = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, check_same_thread=False, isolation_level=None
     )

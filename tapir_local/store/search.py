@@ -18,7 +18,7 @@ import orjson
 from filelock import FileLock
 
 from tapir_local.errors import TapirError
-from tapir_local.private import FILE, private_file
+from tapir_local.files import FILE_MODE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.queries import (
@@ -101,7 +101,7 @@ def find_matches(path: Path, store: sqlite3.Connection, query: str, progress: Co
     place = path.with_name(f"{path.name}.search")
     with explain_store_errors(place):
         private_file(Path(f"{place}.lock"))
-    with explain_store_errors(place), FileLock(f"{place}.lock", mode=FILE):
+    with explain_store_errors(place), FileLock(f"{place}.lock", mode=FILE_MODE):
         try:
             return query_index(place, store, query, progress)
         except sqlite3.DatabaseError as error:

@@ -14,7 +14,7 @@ from typing import Literal, Self
 from filelock import FileLock
 
 from tapir_local.errors import TapirError
-from tapir_local.private import FILE, private_file
+from tapir_local.files import FILE_MODE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.locks import Claims
@@ -183,7 +183,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.notices = tuple(filter(None, [network_disk_warning(self.path.parent)]))
         private_file(Path(f"{self.path}.lock"))
-        with FileLock(f"{self.path}.lock", mode=FILE):
+        with FileLock(f"{self.path}.lock", mode=FILE_MODE):
             fault = find_damage(self.path) if self.path.exists() else ""
             if fault:
                 self.notices += (rescue_store(self.path, fault),)

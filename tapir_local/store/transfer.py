@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tapir_local import rundir
+from tapir_local import files
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
@@ -74,7 +74,7 @@ def export_store(path: Path, out: Path, run: str | None = None, locked: Collecti
     with open_store(path) as old:
         old.row_factory = sqlite3.Row
         wanted = None if run is None else keys_used_by_run(old, path, run, locked)
-        with explain_store_errors(out), rundir.whole(out) as partial, remove_on_failure(partial):
+        with explain_store_errors(out), files.atomic_write(out) as partial, remove_on_failure(partial):
             create_or_migrate(partial)
             with closing(connect(partial, write=True)) as new:
                 with transaction(new):

@@ -196,7 +196,7 @@ def import_answers(
 
 def seed_request(row: ImportedRow, teacher: Endpoint) -> Request:
     """What a run asks its teacher for a seed with this prompt."""
-    messages = prompts.answer(row.prompt)
+    messages = prompts.answer_prompt(row.prompt)
     return Request(messages, row.name, IMPORT_STAGE, temperature=teacher.temperature, max_tokens=teacher.max_tokens)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from tapir_local.rundir import remove, sync, write_json
+from tapir_local.files import remove_path, sync_to_disk, write_json
 from tapir_local.training.job import TokenRows, TrainJob
 from tapir_local.training.model import Hardware
 
@@ -90,7 +90,7 @@ def delete_checkpoints(folder: Path, but: Path | None = None) -> None:
     """Delete all checkpoints in a folder except one."""
     for path in folder.glob("checkpoint-*"):
         if path != but:
-            remove(path)
+            remove_path(path)
 
 
 def restore_state(training: TrainingState, checkpoint: Path) -> None:
@@ -107,7 +107,7 @@ def start_clock(training: TrainingState) -> None:
 def complete_checkpoint(training: TrainingState, checkpoint: Path) -> None:
     """Mark a checkpoint as complete and delete the older ones."""
     for file in checkpoint.iterdir():
-        sync(file)
+        sync_to_disk(file)
     write_json(checkpoint / COMPLETE_MARKER, {"job": training.job, "log": training.log})
     delete_checkpoints(checkpoint.parent, but=checkpoint)
     (checkpoint.parent / "README.md").unlink(missing_ok=True)  # TRL's empty model card

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import one_gpu
-from tapir_local.method.metrics import proportion_interval
-from tapir_local.process import Progress, child_main, in_own_process
+from tapir_local.files import atomic_write, read_record, read_rows, write_json, write_rows
+from tapir_local.memory import single_gpu_variables
+from tapir_local.method.metrics import wilson_interval
+from tapir_local.process import child_main, run_in_process
 from tapir_local.recipe.schema import Classifier
-from tapir_local.records import Example, instruction_of
-from tapir_local.rundir import read_record, read_rows, whole, write_json, write_rows
+from tapir_local.records import Example, Progress, instruction_of
 from tapir_local.training.model import check_model_path, load_error
 
 SPECIAL_TOKENS = {
@@ -77,7 +77,7 @@ def run_classifier(job: ClassifyJob, folder: Path, progress: Progress | None = N
     `progress` receives (steps done, total steps, loss). Raises TapirError as `train_classifier` does, or if the process
     died.
     """
-    in_own_process(classifier_main, job, folder, progress)
+    run_in_process(classifier_main, job, folder, progress)
 
 
 def classifier_main(folder: Path, progress: Progress) -> None:
@@ -105,7 +105,7 @@ def train_classifier(job: ClassifyJob, progress: Progress = lambda done, total, 
     fit_classifier(model, tokenizer, learned, job, progress)
     agreement = measure_agreement(held, predict_tasks(model, tokenizer, held, job))
     found = predict_tasks(model, tokenizer, rows, job, progress)
-    with whole(job.out) as partial:
+    with atomic_write(job.out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "agreement.json", {**agreement, "trained": len(learned)})
@@ -360,8 +360,8 @@ def measure_agreement(held: Sequence[Example], predictions: Sequence[Prediction]
 
 def agreement_share(agree: int, rows: int) -> dict[str, Any]:
     """The number of rows, how many of them agree, and the interval of that share."""
-    return {"rows": rows, "agree": agree, "interval": proportion_interval([n < agree for n in range(rows)])}
+    return {"rows": rows, "agree": agree, "interval": wilson_interval([n < agree for n in range(rows)])}
 
 
 if __name__ == "__main__":
-    sys.exit(child_main(classifier_main, one_gpu()))
+    sys.exit(child_main(classifier_main, single_gpu_variables()))

@@ -12,7 +12,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, instruction_of
 from tapir_local.training.model import Hardware
-from tapir_local.unusable import BRIEF, Unusable
+from tapir_local.unusable import MAX_TEXT_KEPT, Unusable
 
 LEFT_OUT_FILE = "left_out.jsonl"  # in the training's folder: the rows that were left out, as Unusable
 SORTED_STEPS = 50  # steps whose rows are sorted by length together
@@ -106,7 +106,7 @@ def training_texts(examples: Sequence[Example], tokenizer: Any) -> tuple[list[tu
 
 def unusable_row(row: Example, kind: str, detail: str) -> Unusable:
     """The record of a row that is not trained on; the pipeline stage adds its own name."""
-    return Unusable("train", row.id, kind, detail, instruction_of(row.prompt)[:BRIEF])
+    return Unusable("train", row.id, kind, detail, instruction_of(row.prompt)[:MAX_TEXT_KEPT])
 
 
 @dataclass

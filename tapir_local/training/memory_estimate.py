@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import size
+from tapir_local.memory import format_bytes
 from tapir_local.recipe.schema import Train
 from tapir_local.training.model import Hardware
 from tapir_local.training.model_files import has_safetensors, read_model_json, read_model_tensors

@@ -13,7 +13,7 @@ import orjson
 
 from tapir_local.data.chat_template import NO_TEMPLATE
 from tapir_local.errors import TapirError
-from tapir_local.memory import free_memory, size, visible_gpus
+from tapir_local.memory import format_bytes, free_memory, list_visible_gpus
 from tapir_local.process import Unsupported
 from tapir_local.recipe.schema import Train
 
@@ -98,7 +98,7 @@ def refuse_gpu_settings(settings: Train) -> None:
 
 def report_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
     """Report GPUs that the driver lists but torch cannot use: training then runs on the CPU."""
-    for card in visible_gpus()[:1]:
+    for card in list_visible_gpus()[:1]:
         say(
             f"The driver lists {card.name}, but torch {torch_version} cannot use it. Training runs on the "
             "CPU, which is much slower. Install a CUDA build of torch for this driver and GPU; `tapir-local doctor` "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.process import Progress
+from tapir_local.records import Progress
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import RowOrder, TrainJob

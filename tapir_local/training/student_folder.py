@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from tapir_local.assets import chat_template, from_hub, model_folder
+from tapir_local.files import RunDir, atomic_write, remove_path, write_json
 from tapir_local.recipe.schema import Recipe
-from tapir_local.rundir import RunDir, remove, whole, write_json
+from tapir_local.resources import download_model, find_model_folder, read_chat_template
 
 
 def original_folder(recipe: Recipe, run: RunDir) -> Path:
     """The student's own folder; for one from the Hub, at the commit recorded in run.json when the run started."""
     noted = run.record().get("student", {})
     if noted.get("path") == recipe.student.path:
-        return from_hub(recipe.student.path, noted["revision"], complete=True)
-    return model_folder(recipe.student.path, recipe.student.revision)
+        return download_model(recipe.student.path, noted["revision"], complete=True)
+    return find_model_folder(recipe.student.path, recipe.student.revision)
 
 
 def prepare_student_folder(recipe: Recipe, run: RunDir) -> Path:
@@ -25,7 +25,7 @@ def prepare_student_folder(recipe: Recipe, run: RunDir) -> Path:
     if named != "pocket" and not Path(named).is_dir() and run.record().get("student", {}).get("path") != named:
         write_json(run.path / "run.json", {**run.record(), "student": {"path": named, "revision": model.name}})
     if recipe.student.chat_template is not None and not (run.round(0) / "adapter").is_dir():
-        make_template_view(model, chat_template(recipe.student.chat_template), student_view_path(recipe, run))
+        make_template_view(model, read_chat_template(recipe.student.chat_template), student_view_path(recipe, run))
     return student_folder(recipe, run)
 
 
@@ -40,7 +40,7 @@ def student_folder(recipe: Recipe, run: RunDir) -> Path:
         return original_folder(recipe, run)
     view = student_view_path(recipe, run)
     if not view.is_dir():
-        make_template_view(original_folder(recipe, run), chat_template(recipe.student.chat_template), view)
+        make_template_view(original_folder(recipe, run), read_chat_template(recipe.student.chat_template), view)
     return view
 
 
@@ -51,8 +51,8 @@ def student_view_path(recipe: Recipe, run: RunDir) -> Path:
 
 def make_template_view(model: Path, template: str, view: Path) -> None:
     """Make `view` a folder of links to a model's files, with another chat template."""
-    remove(view)
-    with whole(view) as folder:
+    remove_path(view)
+    with atomic_write(view) as folder:
         folder.mkdir()
         for file in model.iterdir():
             if file.is_file() and file.name != "chat_template.jinja":

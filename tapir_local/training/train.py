@@ -18,21 +18,12 @@ from typing import Any
 
 import orjson
 
-from tapir_local.assets import model_folder
 from tapir_local.errors import TapirError
-from tapir_local.memory import check_disk, one_gpu
-from tapir_local.process import (
-    Killed,
-    OutOfMemory,
-    Progress,
-    Unsupported,
-    child_main,
-    in_own_process,
-    remark,
-    say_on_stderr,
-)
-from tapir_local.records import Example
-from tapir_local.rundir import read_record, read_rows, remove, whole, write_json, write_rows
+from tapir_local.files import atomic_write, read_record, read_rows, remove_path, write_json, write_rows
+from tapir_local.memory import check_disk_space, single_gpu_variables
+from tapir_local.process import Killed, OutOfMemory, Unsupported, child_main, run_in_process, say_on_stderr, send_remark
+from tapir_local.records import Example, Progress
+from tapir_local.resources import find_model_folder
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import (
@@ -61,7 +52,7 @@ from tapir_local.training.model import (
     unsloth_error,
 )
 from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
-from tapir_local.unusable import commonest, refuse_too_many
+from tapir_local.unusable import format_common_reasons, refuse_too_many
 
 VERSIONED_LIBRARIES = (
     "torch",
@@ -110,7 +101,7 @@ def run_training(
     launcher, killed = shlex.split(job.settings.launcher or ""), False
     while True:
         try:
-            in_own_process(training_main, job, folder, progress, say, launcher)
+            run_in_process(training_main, job, folder, progress, say, launcher)
         except OutOfMemory as error:
             smaller = with_smaller_batch(job)
             if smaller is None or (killed and isinstance(error, Killed)):
@@ -137,7 +128,9 @@ def with_smaller_batch(job: TrainJob) -> TrainJob | None:
 def training_main(folder: Path, progress: Progress) -> None:
     """Run the job in `folder`: the entry point of the training process."""
     job = read_record(TrainJob, folder / "job.json")
-    os.environ.update({**training_environment(job.model), **one_gpu()})  # before the libraries are imported
+    os.environ.update(
+        {**training_environment(job.model), **single_gpu_variables()}
+    )  # before the libraries are imported
     train_student(job, progress, folder)
 
 
@@ -162,11 +155,11 @@ def train_student(
     check_model_path(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
         os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # otherwise generated code is written to the current folder
-        hardware = detect_hardware(job.settings, partial(remark, progress))
+        hardware = detect_hardware(job.settings, partial(send_remark, progress))
         tokenizer = load_tokenizer(job.model)
-        job = limit_row_length(job, partial(remark, progress))
+        job = limit_row_length(job, partial(send_remark, progress))
         tokens = check_trainable(token_rows(examples, tokenizer, job.max_length), job, folder)
-        setup = set_up_training(job, hardware, tokens, partial(remark, progress))
+        setup = set_up_training(job, hardware, tokens, partial(send_remark, progress))
         training = start_or_resume(setup, tokens, folder)
         model, shape = load_student(setup)
         fit_student(model, tokenizer, setup, training, Path(scratch), progress)
@@ -193,7 +186,7 @@ def limit_row_length(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
 def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
     """The rows; those left out are recorded in `folder`. Raises TapirError if none or too few are left."""
     if folder and is_main_process():
-        remove(folder / LEFT_OUT_FILE)
+        remove_path(folder / LEFT_OUT_FILE)
         if tokens.left_out:
             write_rows(folder / LEFT_OUT_FILE, tokens.left_out)
     if not tokens.rows:
@@ -224,7 +217,7 @@ def set_up_training(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: C
             2 * needs.state if job.settings.checkpoint_minutes else 0
         )  # a checkpoint is deleted after the next one is saved
         trained = needs.weights if job.settings.method == "full" else needs.state
-        check_disk(job.out, kept + trained, "the trained weights and their checkpoints")
+        check_disk_space(job.out, kept + trained, "the trained weights and their checkpoints")
     return TrainingSetup(job, hardware, dataset, arguments)
 
 
@@ -250,7 +243,7 @@ def load_student(setup: TrainingSetup) -> tuple[Any, dict[str, Any]]:
     settings, recompute = job.settings, setup.arguments["gradient_checkpointing"]
     full = settings.method == "full"
     if full and job.adapter_from:
-        check_same_shape(job.adapter_from, model_folder(job.model))
+        check_same_shape(job.adapter_from, find_model_folder(job.model))
     model = load_model(
         str(job.adapter_from) if full and job.adapter_from else job.model,
         hardware,
@@ -334,10 +327,10 @@ def resolved_settings(setup: TrainingSetup, shape: Mapping[str, Any], tokens: To
 
 def save_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
     """Write the adapter, or the whole model with its tokenizer, together with resolved.json and train_log.jsonl."""
-    with whole(job.out) as partial:
+    with atomic_write(job.out) as partial:
         model.save_pretrained(partial)
         if job.settings.method == "full":
-            copy_tokenizer_files(model_folder(job.model), partial)
+            copy_tokenizer_files(find_model_folder(job.model), partial)
         else:
             config = orjson.loads((partial / "adapter_config.json").read_bytes())
             config["target_modules"] = settled["lora"][

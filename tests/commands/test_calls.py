@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from command_line import refused, tapir
 
+from tapir_local.files import RunDir
 from tapir_local.method import prompts
 from tapir_local.pipeline.context import LockedCall, lock_calls
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
-from tapir_local.rundir import RunDir
 from tapir_local.store.queries import ASKING_STAGES
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
@@ -27,7 +27,7 @@ def place(tmp_path: Path) -> Path:
     """A folder with a cache of two calls, a recipe, and a file of rows."""
     with Store(tmp_path / "cache" / "teacher.db") as store:
         for text in ("What is 2 + 3?", "What is 4 + 5?"):
-            request = Request(prompts.answer((Message("user", text),)), f"row-{text}", "seeds")
+            request = Request(prompts.answer_prompt((Message("user", text),)), f"row-{text}", "seeds")
             ask([request], Teacher(kind="pocket"), store, run="one")
     (tmp_path / "my.yaml").write_text(RECIPE)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))

@@ -6,10 +6,10 @@ import pytest
 from models import CHATML, WITH_BOS, make_tokenizer
 from templates import GEMMA, GRANITE, LLAMA2, LLAMA3, MARKED, QWEN25
 
-from tapir_local.assets import chat_template
 from tapir_local.data.chat_template import render, render_training_text
 from tapir_local.errors import TapirError
 from tapir_local.records import Message
+from tapir_local.resources import read_chat_template
 
 ZEPHYR = """{% for message in messages %}
 {% if message['role'] == 'user' %}
@@ -24,7 +24,7 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 TEMPLATES = {
-    "our alpaca": chat_template("alpaca"), "our chatml": chat_template("chatml"),
+    "our alpaca": read_chat_template("alpaca"), "our chatml": read_chat_template("chatml"),
     "chatml": CHATML, "chatml-bos": WITH_BOS, "llama2": LLAMA2, "llama3": LLAMA3, "qwen2.5": QWEN25, "zephyr": ZEPHYR,
     "gemma": GEMMA, "granite": GRANITE, "marked": MARKED,
 }  # fmt: skip

@@ -18,13 +18,13 @@ from tapir_local.data.dataset import (
 )
 from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, read_rows
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read_stage
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Example, Message
-from tapir_local.rundir import RunDir, read_rows
 from tapir_local.unusable import Unusable
 
 
@@ -93,7 +93,7 @@ LIKE = (
 
 def test_the_read_stage_counts_and_saves_rejected_rows(tmp_path: Path) -> None:
     (tmp_path / "seeds.jsonl").write_text(LIKE)
-    recipe = overridden(
+    recipe = override(
         make_recipe(tmp_path), {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1, "seeds.max_rouge": 0.9}
     )
     said, run = run_read_stage(recipe, tmp_path)
@@ -110,7 +110,7 @@ def read_rows_of(tmp_path: Path, rows: list[str], **changes: object) -> tuple[st
     """The message of the read stage for a file with these lines, and the folder of its run."""
     (tmp_path / "seeds.jsonl").write_text("\n".join(rows))
     settings = {"seeds.path": str(tmp_path / "seeds.jsonl"), "seeds.holdout": 1}
-    return run_read_stage(overridden(make_recipe(tmp_path), settings | changes), tmp_path)
+    return run_read_stage(override(make_recipe(tmp_path), settings | changes), tmp_path)
 
 
 FIFTY = [f'{{"instruction": "Question {n}: what is {n} times 3?"}}' for n in range(50)]
@@ -171,8 +171,8 @@ def test_a_row_with_an_unknown_task_is_left_out() -> None:
 
 
 def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
-    from tapir_local.assets import find_recipe
     from tapir_local.recipe.text import parse_recipe
+    from tapir_local.resources import find_recipe
 
     said, run = run_read_stage(parse_recipe(find_recipe("quickstart").read_text(), "quickstart"), tmp_path)
     assert said == "2,626 rows"
@@ -180,7 +180,7 @@ def test_the_pocket_seeds_all_stay_in_the_quickstart(tmp_path: Path) -> None:
 
 
 def test_a_file_without_answers_cannot_answer(tmp_path: Path) -> None:
-    recipe = overridden(make_recipe(tmp_path), {"seeds.answers": "file"})
+    recipe = override(make_recipe(tmp_path), {"seeds.answers": "file"})
     with pytest.raises(TapirError, match=r"no row has an answer(.|\n)*seeds.answers: teacher"):
         run_read_stage(recipe, tmp_path)
     assert not (tmp_path / "runs" / "run").exists()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import zstandard
 
-from tapir_local.assets import POCKET_SEEDS, seeds_path
 from tapir_local.data.dataset import require_seeds
 from tapir_local.data.files import read_hub, read_path, read_table
 from tapir_local.data.formats import Table, require_row
@@ -19,6 +18,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Message
+from tapir_local.resources import POCKET_SEEDS, find_seeds
 
 DATA = Path(__file__).parents[3] / "shared/data"
 ALPACA = [
@@ -291,12 +291,12 @@ def test_a_local_copy_is_read_if_the_hub_is_unreachable(tmp_path: Path, monkeypa
 
 
 def test_kinds_of_seeds_path(tmp_path: Path) -> None:
-    assert seeds_path("pocket") == POCKET_SEEDS
-    assert seeds_path(str(tmp_path)) == tmp_path
-    assert seeds_path("tatsu-lab/alpaca") is None
+    assert find_seeds("pocket") == POCKET_SEEDS
+    assert find_seeds(str(tmp_path)) == tmp_path
+    assert find_seeds("tatsu-lab/alpaca") is None
     for name in ("seeds.json", "data/seeds.jsonl", "./data/seeds", "/no/such", "a/b/c"):
         with pytest.raises(TapirError, match="no such file of seeds"):
-            seeds_path(name)
+            find_seeds(name)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real data here")

@@ -6,11 +6,11 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, file_sha256
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
-from tapir_local.rundir import RunDir, sha256
+from tapir_local.recipe.text import override
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def begun(tmp_path: Path) -> tuple[Recipe, RunDir]:
 def test_the_digest_of_the_seeds_is_recorded(begun: tuple[Recipe, RunDir]) -> None:
     recipe, run = begun
     path = Path(recipe.seeds.path)
-    kept = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path), "rows": 60}
+    kept = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path), "rows": 60}
     assert run.record()["seeds"] == kept
 
 
@@ -46,7 +46,7 @@ def test_edited_seeds_are_refused_with_what_changed(begun: tuple[Recipe, RunDir]
 def test_moved_seeds_are_accepted(begun: tuple[Recipe, RunDir], tmp_path: Path) -> None:
     recipe, run = begun
     moved = Path(recipe.seeds.path).rename(tmp_path / "moved.json")
-    recipe = overridden(recipe, {"seeds.path": str(moved)})
+    recipe = override(recipe, {"seeds.path": str(moved)})
     assert distill(recipe, run, fake_backends(World()), QUIET)
     moved.unlink()  # the run has read its seeds already
     assert not distill(recipe, run, fake_backends(World()), QUIET)
@@ -56,14 +56,14 @@ def test_different_seeds_are_a_different_recipe(begun: tuple[Recipe, RunDir], tm
     recipe, run = begun
     (tmp_path / "other.json").write_text('[{"instruction": "paint it"}]')
     with pytest.raises(TapirError, match=r"another recipe: seeds.path: .*other.json"):
-        distill(overridden(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, fake_backends(World()), QUIET)
+        distill(override(recipe, {"seeds.path": str(tmp_path / "other.json")}), run, fake_backends(World()), QUIET)
 
 
 def test_changed_files_of_a_folder_are_named(tmp_path: Path) -> None:
     recipe, run = make_recipe(tmp_path), RunDir(tmp_path, "fake")
     (tmp_path / "data").mkdir()
     file = Path(recipe.seeds.path).rename(tmp_path / "data" / "train.json")
-    recipe = overridden(recipe, {"seeds.path": str(tmp_path / "data")})
+    recipe = override(recipe, {"seeds.path": str(tmp_path / "data")})
     distill(recipe, run, fake_backends(World()), QUIET)
     file.write_bytes(file.read_bytes() + b"\n")
     (tmp_path / "data" / "more.json").write_text("[]")

@@ -13,11 +13,11 @@ from spm import GEMMA
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
+from tapir_local.files import write_rows
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, Message
-from tapir_local.rundir import write_rows
 from tapir_local.training.job import TrainJob
 from tapir_local.training.model import Hardware, load_model
 from tapir_local.training.train import train_student

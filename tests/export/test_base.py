@@ -10,7 +10,6 @@ import pytest
 from fakes import QUIET, here
 from models import make_adapter, make_model
 
-from tapir_local.assets import POCKET_SEEDS, find_recipe
 from tapir_local.commands.chat import answer_once, open_students
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
@@ -24,16 +23,16 @@ from tapir_local.export.base import (
     student_files,
 )
 from tapir_local.export.gate import GateReport
+from tapir_local.files import RunDir, read_record, read_rows, write_json, write_rows
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
 from tapir_local.pipeline.backends import export_backend, gate_backend, real_backends, ship_backend
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.process import Progress
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
-from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, read_record, read_rows, write_json, write_rows
+from tapir_local.recipe.text import override, parse_recipe
+from tapir_local.records import Completion, Example, Message, Progress
+from tapir_local.resources import POCKET_SEEDS, find_recipe
 from tapir_local.training import train
 
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(12)]
@@ -57,7 +56,7 @@ def model(llama, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(model: Path) -> Recipe:
-    return overridden(parse_recipe("teacher: pocket", "r"), {"student.path": str(model), **SETTINGS})
+    return override(parse_recipe("teacher: pocket", "r"), {"student.path": str(model), **SETTINGS})
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def answers(recipe: Recipe, run: RunDir) -> list[str]:
 def test_an_adapter_answers_as_the_merged_student_does(llama, recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
     exported(recipe, run)
     assert gated(recipe, run).passed
-    whole, merged = begun(llama, RunDir(tmp_path / "other", "r")), overridden(recipe, {"export.rounds": "merged"})
+    whole, merged = begun(llama, RunDir(tmp_path / "other", "r")), override(recipe, {"export.rounds": "merged"})
     assert not is_adapter(exported(merged, whole))
     assert answers(recipe, run) == answers(merged, whole)
     assert gated(merged, whole).figures.agreement == gated(recipe, run).figures.agreement
@@ -268,7 +267,7 @@ def test_a_run_gives_the_same_answers_merged_and_as_adapter(tmp_path: Path) -> N
     found = {}
     for way in ("merged", "adapter"):
         changes = {**SETTINGS, **small, **named, "export.rounds": way, "name": way, "train.start": "previous"}
-        recipe, run = overridden(shipped, changes), RunDir(tmp_path / "cache", way)
+        recipe, run = override(shipped, changes), RunDir(tmp_path / "cache", way)
         with real_backends(recipe, run, print) as backends:
             distill(recipe, run, backends, QUIET)
         found[way] = [row.text for row in read_rows(Completion, run.round(1) / "holdout-answers.jsonl")]

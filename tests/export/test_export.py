@@ -14,9 +14,9 @@ from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
 from tapir_local.export.export import ExportJob, export_gguf
 from tapir_local.export.gate import GateJob, GateLimits, GateReport, gate_main, run_gate, verify_gguf
+from tapir_local.files import write_record, write_rows
 from tapir_local.inference.model import metadata, open_model
 from tapir_local.records import Example, Message, from_json, to_json
-from tapir_local.rundir import write_record, write_rows
 
 ROWS = [
     Example(str(n), (Message("user", f"What is {n} times {n % 7}?"),), f"It is {n * (n % 7)}, naïve 你好 🙂.")

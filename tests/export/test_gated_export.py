@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tapir_local.assets import chat_template
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.gated_export import ExportConfig, adapter_training_rows, export_with_gate
 from tapir_local.export.probes import PROBE_COUNT
+from tapir_local.files import write_rows
 from tapir_local.inference.model import read_gguf_template
 from tapir_local.records import Example, Message
-from tapir_local.rundir import write_rows
+from tapir_local.resources import read_chat_template
 
 
 def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_base_without_a_template_is_exported_with_a_given_one(llama, tmp_path:
     assert "of `tapir-local export` it is --chat-template" in str(caught.value)
     found = CliRunner().invoke(cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
     assert found.exit_code == 0
-    assert read_gguf_template(tmp_path / "base.gguf")[0] == chat_template("alpaca")
+    assert read_gguf_template(tmp_path / "base.gguf")[0] == read_chat_template("alpaca")
     assert sorted(path.name for path in model.iterdir()) == before
     with pytest.raises(TapirError, match="no such chat template"):
         CliRunner().invoke(cli, [*words, "--chat-template", "none.jinja"], catch_exceptions=False)

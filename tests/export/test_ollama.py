@@ -12,12 +12,12 @@ import pytest
 from models import CHATML, WITH_BOS
 from templates import LLAMA2, LLAMA3, QWEN25
 
-from tapir_local.assets import POCKET_STUDENT, chat_template
 from tapir_local.data.chat_template import render
 from tapir_local.export.ollama import TemplateParts, derive_parts, go_literal, go_template, modelfile_text, render_parts
 from tapir_local.export.tokenizer import read_model_template
 from tapir_local.inference.model import open_model
 from tapir_local.records import Message
+from tapir_local.resources import POCKET_STUDENT, read_chat_template
 
 # Go's own template engine on Ollama's data: `Messages`, and `json`, the only function that Ollama adds.
 GO = """package main
@@ -49,8 +49,8 @@ def shipped_with_trl(name: str) -> str:
 
 KNOWN = {
     "pocket": read_model_template(POCKET_STUDENT),
-    "alpaca": chat_template("alpaca"),
-    "chatml": chat_template("chatml"),
+    "alpaca": read_chat_template("alpaca"),
+    "chatml": read_chat_template("chatml"),
     "a BOS": WITH_BOS,
     "a system turn of its own": QWEN25.replace("\\n", "\n"),
     "qwen2.5": shipped_with_trl("qwen2_5"),

@@ -17,11 +17,11 @@ from tapir_local.export.export import check_exportable, export_gguf
 from tapir_local.export.gate import GateJob, find_mismatches, load_tokenizer, run_gate
 from tapir_local.export.probes import gate_texts
 from tapir_local.export.tokenizer import read_model_vocabulary
+from tapir_local.files import write_rows
 from tapir_local.inference.model import open_model
 from tapir_local.inference.prompt_file import PROMPT_FILE_ADVICE
 from tapir_local.inference.tokens import encode
 from tapir_local.inference.vocab_check import check_vocabulary
-from tapir_local.rundir import write_rows
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

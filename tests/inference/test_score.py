@@ -13,7 +13,7 @@ from tapir_local.inference.context_plan import open_first_fitting_context, plan_
 from tapir_local.inference.generate import Callbacks
 from tapir_local.inference.model import open_model
 from tapir_local.inference.score import score_completions
-from tapir_local.method.ifd import ifd, perplexity
+from tapir_local.method.judging import ifd, perplexity
 from tapir_local.records import Message, Scored
 
 TEXTS = [

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.method.checkers import CHECKERS, LONGEST, arithmetic, careful, form, length, python, script
+from tapir_local.method.checkers import (
+    CHECKERS,
+    MAX_TEXT_LENGTH,
+    check_arithmetic,
+    check_length,
+    check_python,
+    check_script,
+    form,
+    tolerate_errors,
+)
 from tapir_local.pipeline.backends import recipe_checker
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import parse_recipe
@@ -81,7 +90,7 @@ GOOD, BAD = "```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x)\
     ],
 )
 def test_a_plain_sum_is_right_where_its_value_comes_last(instruction: str, answer: str, right: bool | None) -> None:
-    assert arithmetic(instruction, answer) is right
+    assert check_arithmetic(instruction, answer) is right
 
 
 @pytest.mark.parametrize(
@@ -111,7 +120,7 @@ def test_a_plain_sum_is_right_where_its_value_comes_last(instruction: str, answe
     ],
 )
 def test_python_compiles_or_not_or_there_is_none(instruction: str, answer: str, right: bool | None) -> None:
-    assert python(instruction, answer) is right
+    assert check_python(instruction, answer) is right
 
 
 @pytest.mark.parametrize(
@@ -200,7 +209,7 @@ def test_the_form_asked_for_is_there_or_not(instruction: str, answer: str, right
     ],
 )
 def test_a_script_of_its_own_is_seen(instruction: str, answer: str, right: bool | None) -> None:
-    assert script(instruction, answer) is right
+    assert check_script(instruction, answer) is right
 
 
 @pytest.mark.parametrize(
@@ -224,7 +233,7 @@ def test_a_script_of_its_own_is_seen(instruction: str, answer: str, right: bool 
     ],
 )
 def test_words_are_counted_where_a_limit_is_set(instruction: str, words: int, right: bool | None) -> None:
-    assert length(instruction, "word " * words) is right
+    assert check_length(instruction, "word " * words) is right
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def test_words_are_counted_where_a_limit_is_set(instruction: str, words: int, ri
     ],
 )
 def test_where_it_depends_on_what_a_word_is_nothing_is_known(answer: str, right: bool | None) -> None:
-    assert length("Write exactly 5 words.", answer) is right
+    assert check_length("Write exactly 5 words.", answer) is right
 
 
 MARKS = ["[", "{", "- ", "? ", ": ", "|", "&a ", "!!x ", '"', "%", ",", "9,", "1/", "\0", "a."]
@@ -270,9 +279,9 @@ def test_a_checker_that_raises_or_is_given_too_much_does_not_know() -> None:
     def broken(instruction: str, answer: str) -> bool:
         raise AttributeError(answer)
 
-    assert careful(broken)("a", "b") is None
-    assert careful(lambda instruction, answer: True)("a", "b" * (LONGEST + 1)) is None
-    assert careful(lambda instruction, answer: True)("a", "b") is True
+    assert tolerate_errors(broken)("a", "b") is None
+    assert tolerate_errors(lambda instruction, answer: True)("a", "b" * (MAX_TEXT_LENGTH + 1)) is None
+    assert tolerate_errors(lambda instruction, answer: True)("a", "b") is True
 
 
 def test_every_checker_that_a_task_names_is_there() -> None:

@@ -5,9 +5,10 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tapir_local.method.baselines import CURRICULA, allocate_capped
 
-from tapir_local.method.curriculum import CURRICULA, Situation, capped, challenge, is_easy, is_hard, shares
-from tapir_local.recipe.schema import Curriculum, is_judged
+from tapir_local.method.curriculum import PlanInput, allocate_rows, challenge_of_round, is_easy, is_hard
+from tapir_local.recipe.schema import Curriculum, judges_pool
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message, RoundPlan
 
@@ -16,33 +17,33 @@ TARGETS = {label: task.share for label, task in TASKS.items()}
 
 
 def test_a_thousand_rows_of_one_task_stay_a_thousand() -> None:
-    assert shares({"Math": 1000}, TARGETS, 1000) == {"Math": 1000}
+    assert allocate_rows({"Math": 1000}, TARGETS, 1000) == {"Math": 1000}
 
 
 def test_three_tasks_share_all_the_rows() -> None:
-    assert sum(shares({"Math": 400, "Music": 300, "Art": 300}, TARGETS, 1000).values()) == 1000
+    assert sum(allocate_rows({"Math": 400, "Music": 300, "Art": 300}, TARGETS, 1000).values()) == 1000
 
 
 def test_tasks_without_a_row_get_none() -> None:
-    assert "Music" not in shares({"Math": 5, "Music": 0}, TARGETS, 10)
+    assert "Music" not in allocate_rows({"Math": 5, "Music": 0}, TARGETS, 10)
 
 
 @given(st.dictionaries(st.sampled_from(sorted(TASKS)), st.integers(0, 50)), st.integers(0, 500))
 def test_shares_are_exact_and_within_one_row(counts: dict[str, int], size: int) -> None:
     present = [task for task, count in counts.items() if count]
-    rows = shares(counts, TARGETS, size)
+    rows = allocate_rows(counts, TARGETS, size)
     assert sum(rows.values()) == (size if present else 0)
     total = sum(TARGETS[task] for task in present)
     assert all(abs(rows[task] - size * TARGETS[task] / total) < 1 for task in present)
 
 
 def test_shares_of_unnamed_tasks_are_equal() -> None:
-    assert shares({"a": 1, "b": 1}, {}, 4) == {"a": 2, "b": 2}
+    assert allocate_rows({"a": 1, "b": 1}, {}, 4) == {"a": 2, "b": 2}
 
 
 def test_the_challenge_rises_to_one() -> None:
     settings = Curriculum(alpha=0.3, alpha_step=0.2)
-    assert [round(challenge(settings, number), 2) for number in (1, 2, 3, 9)] == [0.3, 0.5, 0.7, 1.0]
+    assert [round(challenge_of_round(settings, number), 2) for number in (1, 2, 3, 9)] == [0.3, 0.5, 0.7, 1.0]
 
 
 def test_hard_is_above_the_threshold_where_the_teacher_is_good_enough() -> None:
@@ -69,7 +70,7 @@ def rows_and_judgements(hard: dict[str, int], easy: dict[str, int]) -> tuple[lis
 
 def planned(hard: dict[str, int], easy: dict[str, int], *, can_expand: bool = True, **settings: float) -> RoundPlan:
     rows, judgements = rows_and_judgements(hard, easy)
-    known = Situation(rows, rows, judgements, TARGETS, Curriculum(**settings), 2, can_expand, random.Random(0), GAPS)  # type: ignore[arg-type]
+    known = PlanInput(rows, rows, judgements, TARGETS, Curriculum(**settings), 2, can_expand, random.Random(0), GAPS)  # type: ignore[arg-type]
     return CURRICULA[known.settings.name](known)
 
 
@@ -183,14 +184,14 @@ def test_a_plan_is_the_same_each_time() -> None:
 def test_capped_shares_fill_up_and_never_ask_for_more_than_there_is(
     counts: dict[str, int], size: int, rng: random.Random
 ) -> None:
-    rows = capped(counts, {task: rng.random() for task in counts}, size)
+    rows = allocate_capped(counts, {task: rng.random() for task in counts}, size)
     assert sum(rows.values()) == min(size, sum(counts.values()))
     assert all(rows[task] <= counts[task] for task in counts)
 
 
 def test_without_difficulty_rows_are_taken_at_random_and_none_is_judged() -> None:
     plan = planned({"Math": 100}, {"Math": 100}, rows=100, difficulty=False)
-    assert not is_judged(Curriculum(difficulty=False))
+    assert not judges_pool(Curriculum(difficulty=False))
     assert {id.partition("-")[0] for id in plan.hard} == {"hard", "easy"}
     assert not {*plan.hard} & {*plan.replay}
     assert len(plan.hard) + plan.to_write + len(plan.replay) == 100
@@ -232,7 +233,7 @@ def test_a_task_too_small_for_its_gap_leaves_the_rest_to_the_others() -> None:
 def test_without_a_gap_growth_draws_as_the_seeds_are() -> None:
     rows, _ = rows_and_judgements({"Math": 30, "Art": 10}, {})
     settings = Curriculum(name="growth", rows=20)
-    plan = CURRICULA["growth"](Situation(rows, rows, [], TARGETS, settings, 1, True, random.Random(0)))
+    plan = CURRICULA["growth"](PlanInput(rows, rows, [], TARGETS, settings, 1, True, random.Random(0)))
     assert plan.got == {"Art": 0.25, "Math": 0.75}
 
 
@@ -249,7 +250,7 @@ def test_lion_calls_a_row_hard_at_one_point_and_not_below() -> None:
     rows = [Example(id, (Message("user", id),), "x", "Math") for id in ("at", "below")]
     judgements = [Judgement("at", 9.0, 8.0), Judgement("below", 9.0, 8.1)]
     settings = Curriculum(name="lion", rows=2)
-    plan = CURRICULA["lion"](Situation(rows, rows, judgements, TARGETS, settings, 1, True, random.Random(0)))
+    plan = CURRICULA["lion"](PlanInput(rows, rows, judgements, TARGETS, settings, 1, True, random.Random(0)))
     assert [(e.manner, e.parents) for e in plan.expansions] == [("alike", ("at",)), ("rarer", ("below",))]
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.method.judge_quality import quality
-from tapir_local.method.judging import combine, combine_single, likeness, mfd
+from tapir_local.method.judge_quality import measure_judge
+from tapir_local.method.judging import combine_orders, combine_single, judge_by_rouge, mfd
 from tapir_local.records import Judgement
 from tapir_local.report.status_tables import judge_table
 
@@ -15,12 +15,12 @@ ANSWERS = st.lists(st.tuples(SCORE, SCORE), min_size=1, max_size=30)
 
 def test_figures_of_two_orders_by_hand() -> None:
     rows = [
-        combine("a", (8, 4), (6, 9)),  # teacher 8 and 9, student 4 and 6: the teacher twice
-        combine("b", (7, 5), (8, 6)),  # whoever comes first wins by 2: teacher 7 and 6, student 5 and 8
-        combine("c", (5, 5), (5, 5)),  # a tie twice
-        combine("d", None, (5, 5)),
+        combine_orders("a", (8, 4), (6, 9)),  # teacher 8 and 9, student 4 and 6: the teacher twice
+        combine_orders("b", (7, 5), (8, 6)),  # whoever comes first wins by 2: teacher 7 and 6, student 5 and 8
+        combine_orders("c", (5, 5), (5, 5)),  # a tie twice
+        combine_orders("d", None, (5, 5)),
     ]
-    found = quality(rows)
+    found = measure_judge(rows)
     assert (found.rows, found.unjudged) == (3, 1)
     assert found.agreement == pytest.approx(2 / 3, abs=1e-6)
     assert found.order_difference == pytest.approx((1 + 2 + 1 + 3 + 0 + 0) / 6, abs=1e-6)
@@ -30,9 +30,11 @@ def test_figures_of_two_orders_by_hand() -> None:
 
 @given(ANSWERS)
 def test_a_judge_to_whom_order_means_nothing_gives_the_mfd_of_either_order(pairs: list[tuple[float, float]]) -> None:
-    rows = [combine(f"{n}", (teacher, student), (student, teacher)) for n, (teacher, student) in enumerate(pairs)]
+    rows = [
+        combine_orders(f"{n}", (teacher, student), (student, teacher)) for n, (teacher, student) in enumerate(pairs)
+    ]
     assert [mfd(row) for row in rows] == pytest.approx([teacher - student for teacher, student in pairs])
-    found = quality(rows)
+    found = measure_judge(rows)
     assert (found.agreement, found.order_difference, found.position_bias) == (1.0, 0.0, pytest.approx(0.0))
 
 
@@ -40,13 +42,13 @@ def test_a_judge_to_whom_order_means_nothing_gives_the_mfd_of_either_order(pairs
 def test_whatever_the_judge_exchanging_the_answers_turns_the_mfd_round(
     one: tuple[float, float], two: tuple[float, float]
 ) -> None:
-    assert mfd(combine("a", one, two)) == pytest.approx(-(mfd(combine("a", two, one)) or 0.0))
+    assert mfd(combine_orders("a", one, two)) == pytest.approx(-(mfd(combine_orders("a", two, one)) or 0.0))
 
 
 @given(SCORE, SCORE, st.floats(-4, 4))
 def test_a_bias_for_a_place_is_measured_and_leaves_the_mfd_alone(teacher: float, student: float, bias: float) -> None:
-    row = combine("a", (teacher + bias, student), (student + bias, teacher))
-    assert quality([row]).position_bias == pytest.approx(bias, abs=1e-5)
+    row = combine_orders("a", (teacher + bias, student), (student + bias, teacher))
+    assert measure_judge([row]).position_bias == pytest.approx(bias, abs=1e-5)
     assert mfd(row) == pytest.approx(teacher - student)
 
 
@@ -55,8 +57,8 @@ def of_length(n: int, student: float, length: int) -> Judgement:
 
 
 def test_a_judge_that_loves_length_has_a_length_bias_of_one() -> None:
-    assert quality([of_length(n, 1 + n / 4, 50 + n**2) for n in range(12)]).length_bias == 1.0
-    assert quality([of_length(n, 9 - n / 4, 50 + n**2) for n in range(12)]).length_bias == -1.0
+    assert measure_judge([of_length(n, 1 + n / 4, 50 + n**2) for n in range(12)]).length_bias == 1.0
+    assert measure_judge([of_length(n, 9 - n / 4, 50 + n**2) for n in range(12)]).length_bias == -1.0
 
 
 @pytest.mark.parametrize(
@@ -69,34 +71,34 @@ def test_a_judge_that_loves_length_has_a_length_bias_of_one() -> None:
     ],
 )
 def test_where_length_and_score_cannot_be_compared_there_is_no_figure(rows: list[Judgement]) -> None:
-    assert quality(rows).length_bias is None
+    assert measure_judge(rows).length_bias is None
 
 
-@pytest.mark.parametrize("rows", [[combine_single("a", 8, 4)], [likeness("a", "the cat", "a cat")]])
+@pytest.mark.parametrize("rows", [[combine_single("a", 8, 4)], [judge_by_rouge("a", "the cat", "a cat")]])
 def test_where_nothing_was_asked_in_two_orders_nothing_is_said_of_them(rows: list[Judgement]) -> None:
-    found = quality(rows)
+    found = measure_judge(rows)
     assert (found.rows, found.ties) == (1, 0.0)
     assert (found.agreement, found.order_difference, found.position_bias) == (None, None, None)
 
 
 def test_a_judge_who_gives_every_answer_the_same_score_is_named() -> None:
     alone = [combine_single(f"{n}", 10, 10) for n in range(10)]
-    pairs = [combine(f"{n}", (10, 10), (10, 10)) for n in range(10)]
+    pairs = [combine_orders(f"{n}", (10, 10), (10, 10)) for n in range(10)]
     for rows in (alone, pairs):
-        assert quality(rows).notes == ("the judge gives every answer 10: MFD says nothing",)
-    assert quality([*alone, combine_single("x", 10, 9)]).notes == ()
+        assert measure_judge(rows).notes == ("the judge gives every answer 10: MFD says nothing",)
+    assert measure_judge([*alone, combine_single("x", 10, 9)]).notes == ()
 
 
 def test_a_judge_who_likes_the_first_answer_is_named_though_the_means_are_all_the_same() -> None:
-    found = quality([combine(f"{n}", (8, 6), (8, 6)) for n in range(10)])
+    found = measure_judge([combine_orders(f"{n}", (8, 6), (8, 6)) for n in range(10)])
     assert (found.agreement, found.position_bias, found.ties) == (0.0, 2.0, 1.0)
     assert found.notes == ("the judge's two orders disagree on 100% of the rows: its scores are noise there",)
 
 
 def test_a_quarter_of_the_orders_may_disagree() -> None:
-    agree, differ = [combine("a", (8, 4), (4, 8))] * 9, [combine("b", (8, 6), (8, 6))] * 3
-    assert quality([*agree, *differ]).notes == ()
-    assert len(quality([*agree, *differ, differ[0]]).notes) == 1
+    agree, differ = [combine_orders("a", (8, 4), (4, 8))] * 9, [combine_orders("b", (8, 6), (8, 6))] * 3
+    assert measure_judge([*agree, *differ]).notes == ()
+    assert len(measure_judge([*agree, *differ, differ[0]]).notes) == 1
 
 
 def of_lengths(rows: int, slope: float) -> list[Judgement]:
@@ -106,7 +108,7 @@ def of_lengths(rows: int, slope: float) -> list[Judgement]:
 
 @pytest.mark.parametrize(("slope", "which"), [(0.1, "longer"), (-0.1, "shorter")])
 def test_a_judge_whose_scores_go_with_length_is_named(slope: float, which: str) -> None:
-    found = quality(of_lengths(40, slope))
+    found = measure_judge(of_lengths(40, slope))
     assert 0.7 <= abs(found.length_bias or 0) < 1
     assert len(found.notes) == 1
     assert (
@@ -115,17 +117,17 @@ def test_a_judge_whose_scores_go_with_length_is_named(slope: float, which: str) 
 
 
 def test_of_few_rows_or_a_weak_correlation_nothing_is_said() -> None:
-    assert quality(of_lengths(40, 0.1)[:19]).notes == ()
+    assert measure_judge(of_lengths(40, 0.1)[:19]).notes == ()
     weak = [of_length(n, 5 + 0.1 * (n * 17 % 40 + n / 2), 50 + n) for n in range(40)]
-    assert 0 < (quality(weak).length_bias or 0) < 0.7
-    assert quality(weak).notes == ()
+    assert 0 < (measure_judge(weak).length_bias or 0) < 0.7
+    assert measure_judge(weak).notes == ()
 
 
 def test_the_table_has_a_column_for_pool_and_holdout_and_a_dash_for_what_has_no_meaning() -> None:
     from dataclasses import asdict
 
-    sets = {"pool": [combine(f"{n}", (8, 6), (8, 6)) for n in range(10)], "holdout": [combine_single("a", 8, 4)]}
-    table = judge_table("run r, round 1", {name: asdict(quality(rows)) for name, rows in sets.items()})
+    sets = {"pool": [combine_orders(f"{n}", (8, 6), (8, 6)) for n in range(10)], "holdout": [combine_single("a", 8, 4)]}
+    table = judge_table("run r, round 1", {name: asdict(measure_judge(rows)) for name, rows in sets.items()})
     cells = [list(column.cells) for column in table.columns]
     assert cells[1][:5] == ["10", "0", "0.0%", "2.00", "+2.00"]
     assert cells[2][:5] == ["1", "0", "-", "-", "-"]

@@ -3,19 +3,16 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tapir_local.method.judging import (
-    combine,
-    combine_single,
-    likeness,
-    mfd,
-    parse_check,
+from tapir_local.method.parsing import (
+    parse_draft_check,
     parse_instruction,
     parse_label,
     parse_rewritten,
     parse_score,
     parse_scores,
 )
+
+from tapir_local.method.judging import combine_orders, combine_single, judge_by_rouge, mfd
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Judgement
 
@@ -304,7 +301,7 @@ def test_a_new_instruction_is_what_lies_between_the_tags() -> None:
     ],
 )
 def test_a_check_of_an_instruction_is_read_or_not(reply: str, fault: str | None) -> None:
-    assert parse_check(reply) == fault
+    assert parse_draft_check(reply) == fault
 
 
 def test_what_was_thought_is_no_new_instruction() -> None:
@@ -317,13 +314,13 @@ def test_what_was_thought_is_no_new_instruction() -> None:
 
 
 def test_a_judgement_averages_both_orders() -> None:
-    judgement = combine("a", (8, 4), (6, 9))  # the teacher's first: 8 to 4; then the student's first: 6 to 9
+    judgement = combine_orders("a", (8, 4), (6, 9))  # the teacher's first: 8 to 4; then the student's first: 6 to 9
     assert (judgement.teacher, judgement.student) == (8.5, 5.0)
     assert mfd(judgement) == 3.5
 
 
 def test_one_unread_order_is_unjudged_not_zero() -> None:
-    judgement = combine("a", (8, 4), None)
+    judgement = combine_orders("a", (8, 4), None)
     assert (judgement.teacher, judgement.student, mfd(judgement)) == (None, None, None)
     assert judgement.reason
 
@@ -333,6 +330,6 @@ def test_difficulty_is_what_the_teacher_scores_above_the_student() -> None:
 
 
 def test_likeness_counts_the_same_words_as_ten_and_none_as_one() -> None:
-    assert likeness("a", "The cat sat", "the cat sat").student == 10
-    assert likeness("a", "the cat sat", "").student == 1
-    assert likeness("a", "one two three four", "one two five six").student == pytest.approx(1 + 9 * 0.5)
+    assert judge_by_rouge("a", "The cat sat", "the cat sat").student == 10
+    assert judge_by_rouge("a", "the cat sat", "").student == 1
+    assert judge_by_rouge("a", "one two three four", "one two five six").student == pytest.approx(1 + 9 * 0.5)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from tapir_local.method.metrics import (
-    evaluate,
-    is_likeness,
-    likeness_only,
-    mean_interval,
-    proportion_interval,
-    rows_for,
-    too_small,
-    win,
+    bootstrap_interval,
+    compute_metrics,
+    is_rouge_only,
+    rows_for_interval,
+    warn_small_holdout,
+    wilson_interval,
+    win_value,
+    without_win_rate,
 )
 from tapir_local.pipeline.rounds import summarize_metrics
 from tapir_local.records import Completion, Example, Judgement, Message, Metrics
@@ -26,11 +26,11 @@ TEXTS = [Completion(id, "", "length" if id == "d" else "stop", 1) for id in "abc
 
 
 def test_a_tie_is_half_a_win_and_an_unjudged_row_is_neither() -> None:
-    assert [win(judgement) for judgement in JUDGED] == [1, 0.5, 0, None]
+    assert [win_value(judgement) for judgement in JUDGED] == [1, 0.5, 0, None]
 
 
 def test_rates_counts_and_tasks() -> None:
-    found = evaluate(1, ROWS, TEXTS, JUDGED, {"a": True, "b": False, "c": True, "d": None}, "somebody")
+    found = compute_metrics(1, ROWS, TEXTS, JUDGED, {"a": True, "b": False, "c": True, "d": None}, "somebody")
     assert (found.rows, found.judged, found.unjudged, found.cut) == (4, 3, 1, 1)
     assert found.win_rate == 0.5
     assert found.accuracy == pytest.approx(2 / 3, abs=1e-6)
@@ -40,25 +40,25 @@ def test_rates_counts_and_tasks() -> None:
 
 
 def test_without_a_checker_there_is_no_accuracy_rather_than_zero() -> None:
-    found = evaluate(1, ROWS, TEXTS, JUDGED, dict.fromkeys("abcd"), "somebody")
+    found = compute_metrics(1, ROWS, TEXTS, JUDGED, dict.fromkeys("abcd"), "somebody")
     assert (found.accuracy, found.accuracy_interval) == (None, None)
 
 
 def test_wilsons_interval_as_in_the_textbook() -> None:
     """Of 10 successes in 20 trials: 0.299 to 0.701 (Wilson 1927)."""
-    assert proportion_interval([True, False] * 10) == (pytest.approx(0.299, abs=1e-3), pytest.approx(0.701, abs=1e-3))
+    assert wilson_interval([True, False] * 10) == (pytest.approx(0.299, abs=1e-3), pytest.approx(0.701, abs=1e-3))
 
 
 def test_an_interval_of_equal_values_is_the_value() -> None:
-    assert mean_interval([0.5, 0.5]) == (0.5, 0.5)
-    assert mean_interval([]) is None
+    assert bootstrap_interval([0.5, 0.5]) == (0.5, 0.5)
+    assert bootstrap_interval([]) is None
 
 
 def test_the_bootstrap_surrounds_the_mean_and_repeats() -> None:
     values = [0.0, 1.0] * 50
-    low, high = mean_interval(values) or (1, 0)
+    low, high = bootstrap_interval(values) or (1, 0)
     assert low < 0.5 < high
-    assert mean_interval(values) == (low, high)
+    assert bootstrap_interval(values) == (low, high)
 
 
 def scored(rows: int) -> Metrics:
@@ -66,24 +66,24 @@ def scored(rows: int) -> Metrics:
     examples = [Example(f"{n}", (Message("user", "x"),), "y", "Math") for n in range(rows)]
     judged = [Judgement(f"{n}", 8, 10 if n % 2 else 2) for n in range(rows)]
     right = {f"{n}": bool(n % 2) for n in range(rows)}
-    return evaluate(1, examples, [Completion(f"{n}", "", "stop", 1) for n in range(rows)], judged, right, "J")
+    return compute_metrics(1, examples, [Completion(f"{n}", "", "stop", 1) for n in range(rows)], judged, right, "J")
 
 
 def test_a_holdout_too_small_for_its_interval_says_how_many_rows_it_takes() -> None:
-    assert too_small(scored(40)) == (
+    assert warn_small_holdout(scored(40)) == (
         "with 40 holdout rows the 95 % interval is +-15 points; about 385 rows (seeds.holdout) would give +-5"
     )
-    assert too_small(scored(200)) == ""
+    assert warn_small_holdout(scored(200)) == ""
 
 
 def test_the_rows_that_it_takes_give_that_interval() -> None:
-    low, high = scored(rows_for(0.05)).accuracy_interval or (0, 1)
+    low, high = scored(rows_for_interval(0.05)).accuracy_interval or (0, 1)
     assert (high - low) / 2 == pytest.approx(0.05, abs=5e-4)
 
 
 def test_without_a_judge_there_is_likeness_and_its_change_and_no_win_rate() -> None:
     rows = [Judgement("a", 10, 4.0), Judgement("b", 10, 6.0), Judgement("c", 10, 10), Judgement("d", 10, 2.0)]
-    found = likeness_only(evaluate(1, ROWS, TEXTS, rows, dict.fromkeys("abcd"), "likeness"), ROWS, rows)
+    found = without_win_rate(compute_metrics(1, ROWS, TEXTS, rows, dict.fromkeys("abcd"), "likeness"), ROWS, rows)
     assert (found.win_rate, found.win_rate_interval, found.student_score) == (None, None, 5.5)
     assert found.by_task["Math"] == {"rows": 2, "win_rate": None, "accuracy": None, "student_score": 5.0}
     assert (
@@ -91,11 +91,11 @@ def test_without_a_judge_there_is_likeness_and_its_change_and_no_win_rate() -> N
         == "likeness 5.50 of 10 (-0.25 on round 0)"
     )
     assert summarize_metrics(found) == "likeness 5.50 of 10"
-    assert is_likeness(found.win_rate, found.student_score)
-    assert not is_likeness(0.0, 5.5)
+    assert is_rouge_only(found.win_rate, found.student_score)
+    assert not is_rouge_only(0.0, 5.5)
 
 
 def test_metrics_say_how_far_the_judge_can_be_trusted() -> None:
-    found = evaluate(1, ROWS, TEXTS, JUDGED, {}, "somebody").judge_quality
+    found = compute_metrics(1, ROWS, TEXTS, JUDGED, {}, "somebody").judge_quality
     assert found is not None
     assert (found.rows, found.unjudged, found.ties) == (3, 1, pytest.approx(1 / 3, abs=1e-6))

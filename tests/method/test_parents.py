@@ -5,13 +5,13 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.method.parents import Parents
+from tapir_local.method.parents import ParentQueue
 
 IDS = [f"p{n}" for n in range(30)]
 
 
 def test_a_second_attempt_begins_where_the_first_has_not_been() -> None:
-    parents = Parents(IDS, (), 3)
+    parents = ParentQueue(IDS, (), 3)
     first, second = parents.take(10), parents.take(4)
     assert first == IDS[:10]
     assert second == IDS[10:14]
@@ -19,13 +19,13 @@ def test_a_second_attempt_begins_where_the_first_has_not_been() -> None:
 
 
 def test_others_come_after_the_first_have_given_their_share_of_drafts() -> None:
-    parents = Parents(["a", "b"], ["x", "y"], 2)
+    parents = ParentQueue(["a", "b"], ["x", "y"], 2)
     assert parents.take(7) == ["a", "b", "a", "b", "x", "y", "x"]
     assert parents.take(3) == ["y", "a", "b"]  # nothing was kept: they begin again
 
 
 def test_a_parent_with_enough_new_rows_is_asked_no_more() -> None:
-    parents = Parents(["a"], ["x"], 2)
+    parents = ParentQueue(["a"], ["x"], 2)
     for id in parents.take(3):
         parents.keep(id)
     assert parents.take(9) == ["x"]
@@ -35,7 +35,7 @@ def test_a_parent_with_enough_new_rows_is_asked_no_more() -> None:
 
 @given(st.integers(0, 8), st.integers(0, 8), st.integers(1, 4), st.lists(st.integers(0, 12), max_size=4), st.randoms())
 def test_whatever_is_kept_no_parent_has_too_many_and_asking_is_even(first, others, children, counts, rng) -> None:
-    parents, kept = Parents(IDS[:first], IDS[first : first + others], children), Counter[str]()
+    parents, kept = ParentQueue(IDS[:first], IDS[first : first + others], children), Counter[str]()
     for count in counts:
         taken = parents.take(count)
         room = sum(children - kept[id] for id in parents.ids)

@@ -7,32 +7,32 @@ import pytest
 
 from tapir_local.method import prompts
 from tapir_local.method.screening import (
-    ECHO,
-    MISSING,
-    PARENT,
-    STATEMENT,
-    fault_of,
+    ECHO_REASON,
+    MISSING_REASON,
+    PARENT_REASON,
+    STATEMENT_REASON,
+    is_only_statements,
     lacks_text,
-    most_openings,
-    only_states,
-    opening,
-    own_sentences,
+    max_shared_openings,
+    opening_words,
+    prompt_sentences,
+    screen_instruction,
 )
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Message
 
-OURS = own_sentences(TASKS)
+OURS = prompt_sentences(TASKS)
 PARENT_TEXT = "Write a short poem about a cat that lives by the sea."
 
 
 def fault(text: str, parent: str = PARENT_TEXT) -> str:
-    return fault_of(text, parent, OURS)
+    return screen_instruction(text, parent, OURS)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.label)
 def test_a_tasks_line_is_no_instruction(task) -> None:
     for text in (task.description, f"{task.label}: {task.description}", f"{task.description.capitalize()}."):
-        assert fault(text) == ECHO
+        assert fault(text) == ECHO_REASON
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_tasks_line_is_no_instruction(task) -> None:
     [
         *(
             line
-            for turn in prompts.expand((Message("user", ""),), TASKS["Art"])
+            for turn in prompts.expand_prompt((Message("user", ""),), TASKS["Art"])
             for line in turn.content.split(". ")[1:]
         ),
         *prompts.NEW.values(),
@@ -53,7 +53,7 @@ def test_a_tasks_line_is_no_instruction(task) -> None:
     ],
 )
 def test_words_of_the_request_are_no_instruction(text: str) -> None:
-    assert fault(text) == ECHO
+    assert fault(text) == ECHO_REASON
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_words_of_the_request_are_no_instruction(text: str) -> None:
     ],
 )
 def test_the_parent_itself_is_no_new_instruction(text: str) -> None:
-    assert fault(text) == PARENT
+    assert fault(text) == PARENT_REASON
 
 
 def test_another_number_or_name_makes_another_instruction() -> None:
@@ -95,7 +95,7 @@ def test_another_number_or_name_makes_another_instruction() -> None:
     ],
 )
 def test_a_text_that_is_spoken_of_and_not_there_is_missed(text: str) -> None:
-    assert fault(text) == MISSING
+    assert fault(text) == MISSING_REASON
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_text_that_is_there_is_not_missed(text: str) -> None:
     ],
 )
 def test_statements_alone_set_no_task(text: str) -> None:
-    assert fault(text) == STATEMENT
+    assert fault(text) == STATEMENT_REASON
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_statements_alone_set_no_task(text: str) -> None:
     ],
 )
 def test_what_asks_for_something_is_no_mere_statement(text: str) -> None:
-    assert not only_states(text)
+    assert not is_only_statements(text)
 
 
 def test_no_instruction_of_the_pocket_world_is_rejected() -> None:
@@ -160,6 +160,6 @@ def test_no_instruction_of_the_pocket_world_is_rejected() -> None:
 
 
 def test_openings_are_four_words_and_three_may_always_share_one() -> None:
-    assert opening("Write a Short, story about it") == "write a short story"
-    assert [most_openings(0.2, rows) for rows in (1, 10, 15, 40)] == [3, 3, 3, 8]
-    assert most_openings(None, 40) == 40
+    assert opening_words("Write a Short, story about it") == "write a short story"
+    assert [max_shared_openings(0.2, rows) for rows in (1, 10, 15, 40)] == [3, 3, 3, 8]
+    assert max_shared_openings(None, 40) == 40

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
+from tapir_local.method.baselines import CURRICULA
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.method.curriculum import CURRICULA
+from tapir_local.files import RunDir, read_record, read_rows
 from tapir_local.pipeline.dry_run import expected_calls
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Example, RoundPlan, Scored
-from tapir_local.rundir import RunDir, read_record, read_rows
 
 NAMES = sorted(CURRICULA)
 
 
 def ran(folder: Path, world: World, **changes: object) -> tuple[RunDir, Recipe]:
     """A run of the small world with some settings of its curriculum changed."""
-    recipe = overridden(make_recipe(folder), {f"curriculum.{key}": value for key, value in changes.items()})
+    recipe = override(make_recipe(folder), {f"curriculum.{key}": value for key, value in changes.items()})
     run = RunDir(folder, "fake")
     distill(recipe, run, fake_backends(world), QUIET)
     return run, recipe
@@ -102,7 +102,7 @@ def test_a_rewritten_instruction_is_kept_where_ifd_rises(given: float, kept: boo
         for found in (Scored(str(n), given if rewritten else -2.0, 1) for n, rewritten in enumerate(new)):
             on_result(found)
 
-    recipe, run = overridden(make_recipe(tmp_path), {"curriculum.name": "reflection"}), RunDir(tmp_path, "fake")
+    recipe, run = override(make_recipe(tmp_path), {"curriculum.name": "reflection"}), RunDir(tmp_path, "fake")
     distill(recipe, run, replace(fake_backends(World()), score=score), QUIET)
     assert all(row.prompt[0].content.endswith("better") is kept for row in trained(run))
 
@@ -148,7 +148,7 @@ def test_recorded_answers_serve_the_curricula_that_ask_nobody(name: str, tmp_pat
     rows = [{"instruction": f"do {n} {n * n} things", "output": f"{n} and {n * n}"} for n in range(40)]
     (tmp_path / "own.json").write_text(json.dumps(rows))
     text = f"name: own\nrounds: 1\nteacher: recorded\njudge: reference\ncurriculum: {{name: {name}, rows: 10}}"
-    recipe = overridden(parse_recipe(text, "own"), {"seeds.path": str(tmp_path / "own.json"), "seeds.holdout": 5})
+    recipe = override(parse_recipe(text, "own"), {"seeds.path": str(tmp_path / "own.json"), "seeds.holdout": 5})
     world, run = World(), RunDir(tmp_path, "own")
     distill(recipe, run, fake_backends(world), QUIET)
     assert world.asked == []
@@ -168,7 +168,7 @@ def test_the_estimate_of_a_round_is_close_to_its_calls(name: str, tmp_path: Path
 @pytest.mark.parametrize("refine", ["hard", "all"])
 def test_a_row_that_is_hard_again_is_refined_by_the_same_request(refine: str, tmp_path: Path) -> None:
     """With a student that never learns the same rows are hard in every round; their refined answers are paid once."""
-    world, recipe = World(), overridden(make_recipe(tmp_path), {"rounds": 4, "curriculum.refine": refine})
+    world, recipe = World(), override(make_recipe(tmp_path), {"rounds": 4, "curriculum.refine": refine})
     lazy = replace(fake_backends(world), train=learn_nothing)
     distill(recipe, RunDir(tmp_path, "fake"), lazy, QUIET)
     refined = {(request.row, request.messages) for request in world.asked if request.stage == "refine"}

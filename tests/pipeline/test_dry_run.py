@@ -6,13 +6,13 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, read_record, read_rows
 from tapir_local.method import prompts
 from tapir_local.pipeline.dry_run import CostEstimate, estimate_costs
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Example, Request, RoundPlan
-from tapir_local.rundir import RunDir, read_record, read_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 
@@ -23,7 +23,7 @@ PRICED = {
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    return overridden(make_recipe(tmp_path), {"classifier.labelled": 30})
+    return override(make_recipe(tmp_path), {"classifier.labelled": 30})
 
 
 def by_step(found: list[CostEstimate]) -> dict[str, CostEstimate]:
@@ -49,11 +49,11 @@ def test_a_new_run_is_counted_up_to_the_first_student_and_estimated_beyond(recip
 
 def test_what_the_store_has_is_not_counted_as_to_be_paid(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(overridden(recipe, {"rounds": 0}), RunDir(tmp_path / "other", "fake"), fake_backends(World()), QUIET)
+    distill(override(recipe, {"rounds": 0}), RunDir(tmp_path / "other", "fake"), fake_backends(World()), QUIET)
     rows = read_rows(Example, tmp_path / "other" / "runs" / "fake" / "rows.jsonl")
     teacher = recipe.teacher
     wanted = [
-        Request(prompts.answer(row.prompt), row.id, "seeds", 0, 0, teacher.temperature, teacher.max_tokens)
+        Request(prompts.answer_prompt(row.prompt), row.id, "seeds", 0, 0, teacher.temperature, teacher.max_tokens)
         for row in rows[:25]
     ]
     with Store(run.cache / "teacher.db") as store:
@@ -81,7 +81,7 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
 
 
 def test_a_judge_in_single_mode_is_not_asked_about_the_teachers_answers_again(recipe: Recipe, tmp_path: Path) -> None:
-    alone = overridden(recipe, {"judge.mode": "single"})
+    alone = override(recipe, {"judge.mode": "single"})
     found = by_step(estimate_costs(alone, RunDir(tmp_path / "cache", "fake")))
     calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
     assert calls == {
@@ -91,16 +91,16 @@ def test_a_judge_in_single_mode_is_not_asked_about_the_teachers_answers_again(re
         "round-02/judge": 53 + 6,  # three new rows in the pool, six answers that round 1 wrote or rewrote
         "round-02/holdout-judge": 10,
     }
-    few = by_step(estimate_costs(overridden(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
+    few = by_step(estimate_costs(override(alone, {"curriculum.pool": 10}), RunDir(tmp_path / "cache", "fake")))
     assert few["round-02/judge"].calls == 10 + 9  # a fifth of the pool was drawn before, and some rows are new
 
 
 def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    priced = by_step(estimate_costs(overridden(recipe, PRICED), run))["prepare/label"]
+    priced = by_step(estimate_costs(override(recipe, PRICED), run))["prepare/label"]
     assert priced.money == pytest.approx((priced.tokens_in + 2 * priced.tokens_out) / 1e6)
     unpriced = by_step(
-        estimate_costs(overridden(recipe, {**PRICED, "teacher": {**PRICED["teacher"], "price": None}}), run)
+        estimate_costs(override(recipe, {**PRICED, "teacher": {**PRICED["teacher"], "price": None}}), run)
     )
     assert unpriced["prepare/label"].money is None
     assert by_step(estimate_costs(recipe, run))["prepare/label"].money == 0  # the pocket teacher costs nothing
@@ -108,9 +108,9 @@ def test_money_is_known_where_the_price_is(recipe: Recipe, tmp_path: Path) -> No
 
 def test_another_recipe_than_the_run_began_with_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cache", "fake")
-    distill(overridden(recipe, {"rounds": 0}), run, fake_backends(World()), QUIET)
+    distill(override(recipe, {"rounds": 0}), run, fake_backends(World()), QUIET)
     with pytest.raises(TapirError, match="another recipe"):
-        estimate_costs(overridden(recipe, {"curriculum.rows": 7}), run)
+        estimate_costs(override(recipe, {"curriculum.rows": 7}), run)
 
 
 def test_a_classifier_without_its_predictions_is_named(recipe: Recipe, tmp_path: Path) -> None:

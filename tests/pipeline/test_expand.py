@@ -11,15 +11,15 @@ from fakes import QUIET, World, fake_backends, inner, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, read_record, read_rows
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Backends, Progress
+from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.expand import stop_reason, summarize_drafts, warn_few_rows
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
-from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.recipe.text import override, parse_recipe
+from tapir_local.records import Answer, Example, Judgement, Progress, Request, RoundPlan
 from tapir_local.unusable import read_unusable
 
 Reply = Callable[[Request], str | None]
@@ -42,7 +42,7 @@ def run_of(folder: Path, reply: Reply, world: World | None = None, **changes: ob
     """A run of one round after the baseline."""
     folder.mkdir(exist_ok=True)
     changed = {f"curriculum.{key}": value for key, value in changes.items()}
-    recipe = overridden(make_recipe(folder), {"rounds": 1, **changed})
+    recipe = override(make_recipe(folder), {"rounds": 1, **changed})
     run = RunDir(folder, "fake")
     distill(recipe, run, saying(world or World(), reply), QUIET)
     return run
@@ -110,7 +110,7 @@ def test_an_estimate_counts_all_drafts_and_not_the_first_fifty_alone(tmp_path: P
             return super().ask(requests, progress)
 
     changes = {"rounds": 1, "curriculum.rows": 200, "curriculum.alpha": 0.8, "curriculum.children": 9}
-    recipe, run = overridden(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
+    recipe, run = override(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, fake_backends(Stopped()), QUIET)
     found = next(row for row in estimate_costs(recipe, run) if row.step == "round-01/expand")
@@ -242,5 +242,5 @@ def test_a_round_of_few_rows_or_few_steps_is_warned_of() -> None:
         "lower it, or raise train.epochs",
     ]
     assert len(warn_few_rows(recipe, 20)) == 1
-    assert warn_few_rows(overridden(recipe, {"train.batch_size": 4}), 20) == []
-    assert warn_few_rows(overridden(recipe, {"train.packing": True}), 20) == []
+    assert warn_few_rows(override(recipe, {"train.batch_size": 4}), 20) == []
+    assert warn_few_rows(override(recipe, {"train.packing": True}), 20) == []

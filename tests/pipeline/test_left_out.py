@@ -16,16 +16,16 @@ from templates import GEMMA, LLAMA2, THOUGHTS
 from tapir_local.commands.main import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, read_rows
 from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
 from tapir_local.report.status import round_report, run_status, unusable_report
 from tapir_local.report.why import explain_row
-from tapir_local.rundir import RunDir, read_rows
 from tapir_local.unusable import Unusable, read_unusable
 
 LONG = "very " * 3000
@@ -40,7 +40,7 @@ def with_rows(recipe: Recipe, folder: Path, *rows: list[dict[str, str]], **chang
     """The recipe with its sixty seeds as conversations, and with these rows."""
     seeds = [{"messages": [user(row["instruction"])]} for row in json.loads((folder / "seeds.json").read_text())]
     (folder / "more.json").write_text(json.dumps(seeds + [{"messages": row} for row in rows]))
-    return overridden(recipe, {"seeds.path": str(folder / "more.json"), **changes})
+    return override(recipe, {"seeds.path": str(folder / "more.json"), **changes})
 
 
 def student(world: World, template: str, **changes: object) -> Backends:
@@ -115,7 +115,7 @@ def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: 
         "seeds.holdout": 5,
         "rounds": 1,
     }
-    chosen = overridden(make_recipe(tmp_path), {"seeds.path": str(tmp_path / "own.json"), **own})
+    chosen = override(make_recipe(tmp_path), {"seeds.path": str(tmp_path / "own.json"), **own})
     distill(chosen, run, student(World(), THOUGHTS), QUIET)
     assert {row.id: row.kind for row in left(run, "prepare/read")} == {
         "seed-00008": "the chat template changes the assistant's words",
@@ -124,7 +124,7 @@ def test_answers_of_the_file_are_checked_when_it_is_read(run: RunDir, tmp_path: 
     }
     with pytest.raises(TapirError, match=r"3 of 40 rows \(8%\) cannot be used"):
         distill(
-            overridden(chosen, {"limits.unusable": 0.05}),
+            override(chosen, {"limits.unusable": 0.05}),
             RunDir(tmp_path / "b", "x"),
             student(World(), THOUGHTS),
             QUIET,
@@ -203,7 +203,7 @@ def test_a_rewritten_answer_that_the_template_changes_is_rejected(recipe: Recipe
     change = spoiled(lambda request: request.stage == "expand", text)
     base = student(World(), THOUGHTS)
     made = replace(with_ask(World(), change), student_format=base.student_format)
-    distill(overridden(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
+    distill(override(recipe, {"curriculum.name": "reflection"}), run, made, QUIET)
     drafts = read_rows(Draft, run.round(1) / "expanded.jsonl")
     assert {draft.reason for draft in drafts} == {"the chat template changes the assistant's words"}
 
@@ -248,7 +248,7 @@ def test_the_judge_is_not_asked_about_a_row_that_the_student_could_not_be_asked(
 
         return [changed(row) for row in generate(ids=ids, on_result=lambda row: on_result(changed(row)), **rest)]
 
-    tolerant = overridden(recipe, {"judge.max_unjudged": 0.2})
+    tolerant = override(recipe, {"judge.max_unjudged": 0.2})
     distill(tolerant, run, replace(fake_backends(world), generate=unable), QUIET)
     [first, *_] = read_rows(Completion, run.round(0) / "holdout-answers.jsonl")
     assert not any(request.row.startswith(first.id) for request in world.asked if request.stage == "holdout-judge")
@@ -382,7 +382,7 @@ def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recip
 
 
 def test_scores_of_a_cut_stage_are_kept(recipe: Recipe, tmp_path: Path) -> None:
-    chosen = overridden(recipe, {"curriculum.name": "reflection"})
+    chosen = override(recipe, {"curriculum.name": "reflection"})
     whole, run, world = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), World()
     distill(chosen, whole, fake_backends(World()), QUIET)
     sizes = list[int]()
@@ -428,7 +428,7 @@ from pathlib import Path
 from dataclasses import replace
 from fakes import QUIET, World, generate, make_recipe, fake_backends
 from tapir_local.pipeline.loop import distill
-from tapir_local.rundir import RunDir
+from tapir_local.files import RunDir
 made = 0
 def dying(*, on_result, **rest):
     def one(row):

@@ -7,14 +7,14 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe, outputs, with_ask
 
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, held, read_record, read_rows, remove_path, write_rows
 from tapir_local.pipeline.context import read_lock, unique_call_keys
 from tapir_local.pipeline.loop import distill, kept_recipe, list_steps, pending_steps, redo
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report.status import round_report, run_status
 from tapir_local.report.status_tables import round_tables, rounds_table
-from tapir_local.rundir import RunDir, held, read_record, read_rows, remove, write_rows
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_changed_recipe_is_refused_with_what_changed(recipe: Recipe, tmp_path:
 def test_a_hole_is_refused_and_names_redo(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
-    remove(run.round(1) / "plan.json")
+    remove_path(run.round(1) / "plan.json")
     with pytest.raises(TapirError, match="round-01/plan is missing") as error:
         distill(recipe, run, fake_backends(World()), QUIET)
     assert "tapir-local redo fake --round 1 --from plan" in str(error.value)
@@ -127,7 +127,7 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        remove(path)
+        remove_path(path)
 
     monkeypatch.setattr("tapir_local.pipeline.loop.remove", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -182,7 +182,7 @@ def test_cut_answers_are_left_out_not_trained_on(recipe: Recipe, tmp_path: Path)
             Answer("half of it", "length", False) if request.stage == "refine" and request.row.endswith("3") else answer
         )
 
-    tolerant = overridden(recipe, {"limits.unusable": 0.5})
+    tolerant = override(recipe, {"limits.unusable": 0.5})
     distill(tolerant, run, with_ask(World(), cut), QUIET)
     rows = [row for number in (1, 2) for row in read_rows(Example, run.round(number) / "train.jsonl")]
     assert all(row.completion != "half of it" for row in rows)

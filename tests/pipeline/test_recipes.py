@@ -14,7 +14,6 @@ from fakes import QUIET, here
 from models import make_model
 from server import Server, send
 
-from tapir_local.assets import POCKET_SEEDS, chat_template, find_recipe, recipe_files
 from tapir_local.commands.distill import distill_command as command
 from tapir_local.data.chat_template import render_training_text
 from tapir_local.data.dataset import Draft
@@ -23,6 +22,7 @@ from tapir_local.export import export, gate
 from tapir_local.export.base import base_gguf
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
+from tapir_local.files import RunDir, read_record, read_rows
 from tapir_local.inference.model import read_gguf_template
 from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.dry_run import expected_calls
@@ -30,9 +30,9 @@ from tapir_local.pipeline.loop import distill, list_steps
 from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.pocket import teacher
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.resources import POCKET_SEEDS, find_recipe, read_chat_template, recipe_files
 from tapir_local.training import classifier, train
 from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
@@ -66,7 +66,7 @@ def test_the_first_line_is_a_command_that_runs_this_recipe(path: Path) -> None:
     assert find_recipe(given["recipe"]).resolve() == path.resolve()
     changes = {"rounds": given["rounds"], "seeds.path": given["seeds"] and str(given["seeds"])}
     settled = {key: value for key, value in changes.items() if value is not None}
-    assert overridden(shipped(path.stem), settled) == shipped(path.stem)
+    assert override(shipped(path.stem), settled) == shipped(path.stem)
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
@@ -186,7 +186,7 @@ def small(name: str, server: Server, changes: dict[str, Any]) -> Recipe:
     recipe = shipped(name)
     if recipe.teacher.kind == "openai":
         changes = {"teacher.base_url": server.url, "seeds.path": "pocket", "classifier.model": "small", **changes}
-    return overridden(recipe, {**SMALL, "classifier.labelled": 30, **changes})
+    return override(recipe, {**SMALL, "classifier.labelled": 30, **changes})
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
@@ -202,7 +202,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
     recipe = small(name, server, STUDENTS[name](tmp_path / "student"))
     run, own = ran(recipe, tmp_path), Path(recipe.student.path) / "chat_template.jinja"
     named = recipe.student.chat_template
-    wanted = chat_template(named) if named else own.read_text()
+    wanted = read_chat_template(named) if named else own.read_text()
     for number in (0, 1):
         assert read_record(GateReport, run.round(number) / "gate.json").passed
         assert read_rows(Example, run.round(number) / "train.jsonl")
@@ -217,7 +217,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, server: Server, one_process: N
 def test_reflection_scores_with_the_students_gguf(tmp_path: Path, one_process: None) -> None:
     small_run = parse_recipe((ROOT / ".ci" / "small.yaml").read_text(), "small.yaml")
     changes = {"curriculum.name": "reflection", "seeds.limit": 60, "seeds.holdout": 12, "curriculum.rows": 24}
-    run = ran(overridden(small_run, {**changes, "classifier.labelled": 100}), tmp_path)
+    run = ran(override(small_run, {**changes, "classifier.labelled": 100}), tmp_path)
     drafts, rows = (
         read_rows(Draft, run.round(1) / "expanded.jsonl"),
         read_rows(Example, run.round(1) / "train.jsonl"),
@@ -280,6 +280,6 @@ def test_a_template_stays_as_it_was_at_the_first_training(tmp_path: Path) -> Non
 def test_qwen3s_own_template_makes_a_student_write_an_empty_thought(tmp_path: Path) -> None:
     """The reason why qwen3-4b.yaml names another template: the judge sees everything that a student writes."""
     folder = Path(qwen(tmp_path, "qwen3", "qwen3")["student.path"])
-    texts = [(folder / "chat_template.jinja").read_text(), chat_template("chatml")]
+    texts = [(folder / "chat_template.jinja").read_text(), read_chat_template("chatml")]
     written = [render_training_text(text, (Message("user", "Hi"),), "Yes.")[1] for text in texts]
     assert written == ["<think>\n\n</think>\n\nYes.<|im_end|>\n", "Yes.<|im_end|>\n"]

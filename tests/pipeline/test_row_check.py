@@ -7,7 +7,6 @@ import pytest
 from models import CHATML, make_model
 from templates import GEMMA, GRANITE, LLAMA2, MARKED, QWEN25, THOUGHTS
 
-from tapir_local.assets import POCKET_STUDENT
 from tapir_local.data.chat_template import (
     merge_system_turns,
     render_student_prompt,
@@ -25,6 +24,7 @@ from tapir_local.pipeline.row_check import (
     unfit_prompts,
 )
 from tapir_local.records import Example, Message, Prompt
+from tapir_local.resources import POCKET_STUDENT
 from tapir_local.training.job import token_rows
 
 SYSTEM, USER, REPLY = Message("system", "Be brief."), Message("user", "What is 2 + 2?"), Message("assistant", "4")

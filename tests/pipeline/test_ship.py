@@ -10,13 +10,13 @@ import yaml
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import Progress
+from tapir_local.files import RunDir, remove_path
 from tapir_local.pipeline.loop import distill, list_steps, redo
 from tapir_local.pipeline.ship import NOT_STATED, describe_endpoint, escape_cell, front_matter, published_recipe
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden, parse_recipe, validated
+from tapir_local.recipe.text import override, parse_recipe, validate_recipe
+from tapir_local.records import Progress
 from tapir_local.report.status import run_status
-from tapir_local.rundir import RunDir, remove
 
 FILES = ["Modelfile", "README.md", "SHA256SUMS", "gate.json", "recipe.yaml", "student.gguf"]
 
@@ -58,23 +58,23 @@ def test_sha256sum_finds_every_file_as_it_was(run: RunDir) -> None:
 def test_status_shows_the_stage(run: RunDir) -> None:
     (stage,) = run_status(run)["end"]
     assert (stage["name"], stage["done"]) == ("ship", True)
-    remove(run.path / "model")
+    remove_path(run.path / "model")
     assert run_status(run)["state"] != "unknown"
     assert not run_status(run)["end"][0]["done"]
 
 
 def test_a_deleted_model_is_made_again_with_the_same_bytes(recipe: Recipe, run: RunDir) -> None:
     before = contents(run)
-    remove(run.path / "model")
+    remove_path(run.path / "model")
     assert distill(recipe, run, fake_backends(World()), QUIET) == 1
     assert contents(run) == before
 
 
 def test_another_number_of_rounds_makes_it_again(recipe: Recipe, run: RunDir) -> None:
-    done(overridden(recipe, {"rounds": 3}), run)
+    done(override(recipe, {"rounds": 3}), run)
     assert contents(run)["student.gguf"] == (run.round(3) / "student.gguf").read_bytes()
     assert b"| 3 |" in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"rounds": 1}), run, fake_backends(World()), QUIET) == 1
+    assert distill(override(recipe, {"rounds": 1}), run, fake_backends(World()), QUIET) == 1
     assert contents(run)["student.gguf"] == (run.round(1) / "student.gguf").read_bytes()
 
 
@@ -82,7 +82,7 @@ def test_there_is_no_model_while_more_rounds_run(recipe: Recipe, run: RunDir) ->
     world = World()
     world.fail_at = 30
     with pytest.raises(KeyboardInterrupt):
-        distill(overridden(recipe, {"rounds": 3}), run, fake_backends(world), QUIET)
+        distill(override(recipe, {"rounds": 3}), run, fake_backends(world), QUIET)
     assert not (run.path / "model").exists()
 
 
@@ -98,7 +98,7 @@ def test_it_alone_can_be_redone(recipe: Recipe, run: RunDir) -> None:
 
 def test_another_card_is_accepted_and_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     assert b"CC BY 4.0" not in contents(run)["README.md"]
-    assert distill(overridden(recipe, {"card.data_licence": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
+    assert distill(override(recipe, {"card.data_licence": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
 
 
@@ -111,12 +111,12 @@ CHANGED = {
 @pytest.mark.parametrize("path", CHANGED)
 def test_what_a_model_does_not_depend_on_leaves_it_as_it_is(path: str, recipe: Recipe, run: RunDir) -> None:
     before = (run.path / "model").stat().st_ino, contents(run)
-    assert distill(overridden(recipe, {path: CHANGED[path]}), run, fake_backends(World()), QUIET) == 0
+    assert distill(override(recipe, {path: CHANGED[path]}), run, fake_backends(World()), QUIET) == 0
     assert ((run.path / "model").stat().st_ino, contents(run)) == before
 
 
 def test_another_description_makes_it_again(recipe: Recipe, run: RunDir) -> None:
-    assert distill(overridden(recipe, {"about": "Better words."}), run, fake_backends(World()), QUIET) == 1
+    assert distill(override(recipe, {"about": "Better words."}), run, fake_backends(World()), QUIET) == 1
     assert b"Better words." in contents(run)["README.md"]
 
 
@@ -127,7 +127,7 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
         **{"student.chat_template": str(tmp_path / "t.jinja"), "export.converter": str(tmp_path / "convert.py")},
         **{"train.launcher": f"{tmp_path}/bin/accelerate launch", "judge.gguf": str(tmp_path / "judge.gguf")},
     }
-    run = done(overridden(recipe, changes), RunDir(tmp_path, "fake"))
+    run = done(override(recipe, changes), RunDir(tmp_path, "fake"))
     for name, data in contents(run).items():
         assert str(tmp_path).encode() not in data, name
     output = contents(run)["README.md"].decode()
@@ -136,12 +136,12 @@ def test_what_is_published_names_no_folder_of_the_makers_machine(recipe: Recipe,
     assert "the GGUF judge.gguf" in output
     published = parse_recipe(contents(run)["recipe.yaml"].decode(), "published")
     assert (published.train.launcher, published.student.chat_template) == ("accelerate launch", "t.jinja")
-    assert distill(overridden(recipe, changes), run, fake_backends(World()), QUIET) == 0
+    assert distill(override(recipe, changes), run, fake_backends(World()), QUIET) == 0
 
 
 def test_what_is_published_holds_no_password_and_no_query(recipe: Recipe) -> None:
     endpoint = {"kind": "openai", "model": "m", "base_url": "https://me:secret@host:8000/v1?key=hidden"}
-    kept = validated({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
+    kept = validate_recipe({"teacher": endpoint}, "kept", kept=True)  # newer recipes are refused
     assert "https://host:8000/v1\n" in published_recipe(kept)
     assert describe_endpoint(kept.teacher) == "m at https://host:8000/v1"
     assert not {"secret", "hidden"} & set(re.findall(r"\w+", published_recipe(kept)))
@@ -174,7 +174,7 @@ def test_the_card_says_what_is_not_known(run: RunDir) -> None:
 
 def test_the_card_repeats_what_the_recipe_states_and_no_more(recipe: Recipe, tmp_path: Path) -> None:
     stated = {"licence": "apache-2.0", "base_licence": "llama2", "terms": "none | known", "language": "en"}
-    whole = overridden(recipe, {f"card.{name}": text for name, text in stated.items()})
+    whole = override(recipe, {f"card.{name}": text for name, text in stated.items()})
     text = contents(done(whole, RunDir(tmp_path, "fake")))["README.md"].decode()
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert "| the base | llama2 |" in text
@@ -194,8 +194,8 @@ def test_the_card_has_every_rounds_metrics_with_their_intervals(run: RunDir) -> 
 
 
 def test_a_base_on_the_hub_is_named_for_it_and_a_folder_is_not(recipe: Recipe) -> None:
-    assert "base_model: Qwen/Qwen3-4B" in front_matter(overridden(recipe, {"student.path": "Qwen/Qwen3-4B"}))
-    assert "base_model" not in front_matter(overridden(recipe, {"student.path": "/models/qwen"}))
+    assert "base_model: Qwen/Qwen3-4B" in front_matter(override(recipe, {"student.path": "Qwen/Qwen3-4B"}))
+    assert "base_model" not in front_matter(override(recipe, {"student.path": "/models/qwen"}))
 
 
 def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
@@ -203,7 +203,7 @@ def test_a_folder_with_a_name_like_the_hubs_is_a_folder(
 ) -> None:
     (tmp_path / "models" / "qwen").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in front_matter(overridden(recipe, {"student.path": "models/qwen"}))
+    assert "base_model" not in front_matter(override(recipe, {"student.path": "models/qwen"}))
 
 
 def test_a_cell_stays_one_cell() -> None:

@@ -7,20 +7,19 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import Draft
+from tapir_local.files import RunDir, read_record, read_rows
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Progress
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.tasks import TASKS
-from tapir_local.recipe.text import overridden
-from tapir_local.records import Example, Message, RoundPlan
-from tapir_local.rundir import RunDir, read_record, read_rows
+from tapir_local.recipe.text import override
+from tapir_local.records import Example, Message, Progress, RoundPlan
 
 HALF = {"Math", "Reasoning", "Code Generation", "Code Debug"}
 
 
 def ran(folder: Path, world: World, **changes: object) -> RunDir:
     run = RunDir(folder, "fake")
-    distill(overridden(make_recipe(folder), changes), run, fake_backends(world), QUIET)
+    distill(override(make_recipe(folder), changes), run, fake_backends(world), QUIET)
     return run
 
 
@@ -30,7 +29,7 @@ def rows(run: RunDir, name: str) -> list[Example]:
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.label)
 def test_every_task_is_refined_in_its_own_style_and_the_instruction_stays(task) -> None:
-    asked = prompts.refine((Message("user", "Do this."),), task, "A draft.")[1].content
+    asked = prompts.refine_prompt((Message("user", "Do this."),), task, "A draft.")[1].content
     assert f"write it {task.style}." in asked
     assert "<instruction>\nDo this.\n</instruction>" in asked
     assert "<answer>\nA draft.\n</answer>" in asked
@@ -64,7 +63,7 @@ def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
     plain = fake_backends(World())
     made = {name: getattr(plain, name) for name in plain.__dataclass_fields__} | {"train": train}
     distill(
-        overridden(make_recipe(tmp_path), {"train.start": start}), RunDir(tmp_path, "fake"), type(plain)(**made), QUIET
+        override(make_recipe(tmp_path), {"train.start": start}), RunDir(tmp_path, "fake"), type(plain)(**made), QUIET
     )
     assert went_on == begins
 

@@ -5,17 +5,26 @@ from typing import Any, get_args
 
 import pytest
 from server import Server, send
+from tapir_local.recipe.settings import settings
 
-from tapir_local.assets import find_recipe
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
 from tapir_local.pipeline.backends import judge_endpoint
 from tapir_local.pipeline.judge import judge_name
 from tapir_local.pocket import teacher
-from tapir_local.recipe.checks import USED_BY, notices, unnamed
+from tapir_local.recipe.checks import KINDS_BY_SETTING, find_notices, find_unnamed
 from tapir_local.recipe.endpoints import Judge, Teacher
-from tapir_local.recipe.text import differing, lasting, overridden, parse_recipe, replaced, settings, to_yaml, validated
+from tapir_local.recipe.text import (
+    describe_replaced_kinds,
+    diff_recipes,
+    fixed_settings,
+    override,
+    parse_recipe,
+    to_yaml,
+    validate_recipe,
+)
 from tapir_local.records import Message, Request
+from tapir_local.resources import find_recipe
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 
@@ -52,17 +61,17 @@ def test_every_kind_takes_the_fields_that_it_uses_and_refuses_the_others(
     if given in (None, {}):
         return  # a null gives nothing
     recipe = recipe_of(role, {"kind": kind, **NEEDED.get(kind, {}), field: given})
-    if kind in USED_BY[field]:
-        assert getattr(getattr(validated(recipe, "r"), role), field) is not None
+    if kind in KINDS_BY_SETTING[field]:
+        assert getattr(getattr(validate_recipe(recipe, "r"), role), field) is not None
         return
     with pytest.raises(TapirError) as caught:
-        validated(recipe, "r")
+        validate_recipe(recipe, "r")
     assert role in str(caught.value)
     assert field in str(caught.value)
 
 
 def test_the_table_names_every_field() -> None:
-    assert {*Teacher.model_fields, *Judge.model_fields} - {"kind"} <= set(USED_BY)
+    assert {*Teacher.model_fields, *Judge.model_fields} - {"kind"} <= set(KINDS_BY_SETTING)
 
 
 @pytest.mark.parametrize("role", ["teacher", "judge"])
@@ -77,7 +86,7 @@ def test_the_table_names_every_field() -> None:
     ],
 )
 def test_the_kind_is_told_from_what_is_given(role: str, given: dict[str, Any], kind: str) -> None:
-    found = validated(recipe_of(role, given), "r")
+    found = validate_recipe(recipe_of(role, given), "r")
     assert getattr(found, role).kind == kind
     assert {"teacher": Teacher, "judge": Judge}[role](**given).kind == kind  # type: ignore[attr-defined]
 
@@ -145,24 +154,24 @@ def test_what_cannot_serve_is_refused_by_its_path(text: str, said: str) -> None:
     ],
 )
 def test_what_has_no_effect_is_told(text: str, told: str) -> None:
-    assert told in "\n".join(notices(parse_recipe(f"teacher: pocket\n{text}", "r")))
+    assert told in "\n".join(find_notices(parse_recipe(f"teacher: pocket\n{text}", "r")))
 
 
 def test_a_recorded_teachers_idle_settings_are_told_once() -> None:
     text = "teacher: recorded\njudge: reference\nclassifier: {epochs: 2}\ncurriculum: {drafts: 2}\nbudget: {calls: 1}"
-    told = "\n".join(notices(parse_recipe(text, "r")))
+    told = "\n".join(find_notices(parse_recipe(text, "r")))
     assert [told.count(path) for path in ("classifier has", "curriculum.drafts has", "budget has")] == [1, 1, 1]
 
 
 def test_a_usual_recipe_is_told_nothing() -> None:
-    assert notices(parse_recipe("teacher: pocket", "r")) == []
+    assert find_notices(parse_recipe("teacher: pocket", "r")) == []
     text = "teacher: {model: m}\nstudent: my/model\nseeds: my.json\ntrain: {lora_rank: 8}\ncurriculum: {alpha: 0.4}"
-    assert notices(parse_recipe(text, "r")) == []
+    assert find_notices(parse_recipe(text, "r")) == []
 
 
 def test_another_host_than_the_vendors_is_told_the_key_of() -> None:
     text = "teacher: {model: m, base_url: 'https://other.example/v1'}\nstudent: a/b\nseeds: c.json"
-    assert notices(parse_recipe(text, "r")) == ["teacher: the key in OPENAI_API_KEY is sent to other.example"]
+    assert find_notices(parse_recipe(text, "r")) == ["teacher: the key in OPENAI_API_KEY is sent to other.example"]
 
 
 # What --set says of who is asked
@@ -179,22 +188,24 @@ def test_another_host_than_the_vendors_is_told_the_key_of() -> None:
     ],
 )
 def test_a_kind_in_the_recipe_yields_to_what_set_gives(changes: dict[str, Any], kinds: tuple[str, str]) -> None:
-    before = validated(QUICK, "r")
-    after = overridden(before, changes)
+    before = validate_recipe(QUICK, "r")
+    after = override(before, changes)
     assert (after.teacher.kind, after.judge.kind) == kinds
-    assert len(replaced(before, after)) == sum(a != b for a, b in zip(("pocket", "teacher"), kinds, strict=True))
+    assert len(describe_replaced_kinds(before, after)) == sum(
+        a != b for a, b in zip(("pocket", "teacher"), kinds, strict=True)
+    )
 
 
 def test_what_only_the_old_kind_used_yields_with_it_and_is_told() -> None:
-    before = validated({"teacher": {"gguf": "a.gguf", "context": 8192, "concurrency": 4}}, "r")
-    after = overridden(before, {"teacher.model": "m"})
+    before = validate_recipe({"teacher": {"gguf": "a.gguf", "context": 8192, "concurrency": 4}}, "r")
+    after = override(before, {"teacher.model": "m"})
     assert (after.teacher.kind, after.teacher.gguf, after.teacher.concurrency) == ("openai", None, 4)
-    assert "teacher.context, teacher.gguf no longer applies" in replaced(before, after)[0]
+    assert "teacher.context, teacher.gguf no longer applies" in describe_replaced_kinds(before, after)[0]
 
 
 def test_a_base_url_alone_says_what_else_to_set() -> None:
     with pytest.raises(TapirError, match=r"teacher: model is missing; name it .*teacher\.model"):
-        overridden(validated(QUICK, "r"), {"teacher.base_url": "http://127.0.0.1/v1"})
+        override(validate_recipe(QUICK, "r"), {"teacher.base_url": "http://127.0.0.1/v1"})
 
 
 def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: Path) -> None:
@@ -202,8 +213,8 @@ def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: P
         handler, 200, {**teacher.chat_completion_object(body), "model": body["model"]}
     )
     recipe = parse_recipe(find_recipe("quickstart").read_text(encoding="utf-8"), "quickstart")
-    changed = overridden(recipe, {"teacher.base_url": server.url, "teacher.model": "theirs"})
-    request = Request(prompts.answer((Message("user", "What is 2 + 3?"),)), "row", "seeds")
+    changed = override(recipe, {"teacher.base_url": server.url, "teacher.model": "theirs"})
+    request = Request(prompts.answer_prompt((Message("user", "What is 2 + 3?"),)), "row", "seeds")
     with Store(tmp_path / "teacher.db") as store:
         for endpoint in (changed.teacher, judge_endpoint(changed)):
             ask([request], endpoint.model_copy(update={"api_key_env": "PATH"}), store, run="r")
@@ -211,30 +222,33 @@ def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: P
 
 
 def test_a_kept_recipe_is_refused_only_what_changes_make_wrong() -> None:
-    kept = validated({"teacher": {"kind": "pocket", "model": "m"}}, "r", kept=True)
-    assert overridden(kept, {"curriculum.rows": 7}, kept=True).curriculum.rows == 7
+    kept = validate_recipe({"teacher": {"kind": "pocket", "model": "m"}}, "r", kept=True)
+    assert override(kept, {"curriculum.rows": 7}, kept=True).curriculum.rows == 7
     with pytest.raises(TapirError, match=r"teacher\.price"):
-        overridden(kept, {"teacher.price": {"input": 1, "output": 1}}, kept=True)
+        override(kept, {"teacher.price": {"input": 1, "output": 1}}, kept=True)
 
 
 def test_a_change_that_the_kind_cannot_use_is_refused() -> None:
     with pytest.raises(TapirError, match=r"teacher\.price: `kind: pocket` does not use it"):
-        overridden(validated(QUICK, "r"), {"teacher.price": {"input": 1, "output": 1}})
+        override(validate_recipe(QUICK, "r"), {"teacher.price": {"input": 1, "output": 1}})
 
 
 def test_a_pocket_student_is_not_taken_in_silence_beside_a_real_teacher() -> None:
     alone = parse_recipe("teacher: {model: m}", "r")
-    assert [line.partition(":")[0] for line in unnamed(alone)] == ["student.path", "seeds.path"]
-    assert "`student: pocket`" in unnamed(alone)[0]
+    assert [line.partition(":")[0] for line in find_unnamed(alone)] == ["student.path", "seeds.path"]
+    assert "`student: pocket`" in find_unnamed(alone)[0]
     named = parse_recipe("teacher: {model: m}\nstudent: pocket\nseeds: pocket", "r")
-    assert unnamed(named) == unnamed(parse_recipe("teacher: pocket", "r")) == []
-    assert [line.split()[:2] for line in notices(named)] == [["WARNING:", "student.path"], ["WARNING:", "seeds.path"]]
+    assert find_unnamed(named) == find_unnamed(parse_recipe("teacher: pocket", "r")) == []
+    assert [line.split()[:2] for line in find_notices(named)] == [
+        ["WARNING:", "student.path"],
+        ["WARNING:", "seeds.path"],
+    ]
 
 
 def test_seeds_and_student_may_be_given_as_their_path() -> None:
     recipe = parse_recipe("teacher: pocket\nseeds: mine.jsonl\nstudent: models/x", "r")
     assert (recipe.seeds.path, recipe.student.path) == ("mine.jsonl", "models/x")
-    kept = overridden(parse_recipe("teacher: pocket\nseeds: {holdout: 7}", "r"), {"seeds": "mine.jsonl"})
+    kept = override(parse_recipe("teacher: pocket\nseeds: {holdout: 7}", "r"), {"seeds": "mine.jsonl"})
     assert (kept.seeds.path, kept.seeds.holdout) == ("mine.jsonl", 7)
 
 
@@ -247,7 +261,7 @@ def test_a_recipe_that_the_program_wrote_out_is_read_again(text: str) -> None:
     again = parse_recipe(to_yaml(recipe), "again")
     assert again == recipe
     assert again.teacher.model_fields_set <= recipe.teacher.model_fields_set | {"kind"}
-    assert unnamed(again) == []  # all is written there
+    assert find_unnamed(again) == []  # all is written there
 
 
 def test_a_kept_recipe_with_what_its_kind_did_not_use_goes_on_without_it() -> None:
@@ -256,26 +270,26 @@ def test_a_kept_recipe_with_what_its_kind_did_not_use_goes_on_without_it() -> No
         parse_recipe(kept, "r")
     old = parse_recipe(kept, "r", kept=True)
     assert (old.teacher.kind, old.teacher.model, old.judge.kind) == ("pocket", "gpt-4o", "teacher")
-    assert differing(old, parse_recipe("teacher: pocket", "r")) == []
+    assert diff_recipes(old, parse_recipe("teacher: pocket", "r")) == []
 
 
 def test_a_reply_may_be_given_more_room_in_mid_run_and_not_less() -> None:
     old = parse_recipe("teacher: {model: m}", "r")
-    more = overridden(old, {"teacher.max_tokens": 2048, "judge.max_tokens": 4096})
-    assert differing(old, more) == []
-    assert differing(more, old) == ["judge.max_tokens: 4096 -> 1024", "teacher.max_tokens: 2048 -> 1024"]
+    more = override(old, {"teacher.max_tokens": 2048, "judge.max_tokens": 4096})
+    assert diff_recipes(old, more) == []
+    assert diff_recipes(more, old) == ["judge.max_tokens: 4096 -> 1024", "teacher.max_tokens: 2048 -> 1024"]
 
 
 def test_an_endpoint_with_an_alias_may_move_in_mid_run() -> None:
     old = parse_recipe("teacher: {model: m, base_url: 'http://127.0.0.1:1/v1', alias: a}", "r")
     new = {"teacher.base_url": "http://127.0.0.1:2/v1"}
-    assert differing(old, overridden(old, new)) == []
-    assert len(differing(old, overridden(old, {**new, "teacher.alias": None}))) == 2
+    assert diff_recipes(old, override(old, new)) == []
+    assert len(diff_recipes(old, override(old, {**new, "teacher.alias": None}))) == 2
 
 
 def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
     recipe = parse_recipe("teacher: {model: m, alias: null}\njudge: {model: j}", "r")
-    kept = lasting(recipe)
+    kept = fixed_settings(recipe)
     free = {path for path, *_ in settings() if "LABEL" not in path and not there(kept, path.split("."))}
     assert free == {
         *("rounds", "about", "student.parallel", "judge.max_unjudged", "classifier.min_agreement"),
@@ -306,5 +320,5 @@ def there(value: Any, path: list[str]) -> bool:
 
 
 def test_a_password_in_a_kept_recipe_is_not_shown() -> None:
-    old = validated({"teacher": {"model": "m", "base_url": "http://me:secret@host/v1"}}, "r", kept=True)
-    assert "secret" not in "".join(differing(old, parse_recipe("teacher: {model: m}", "r")))
+    old = validate_recipe({"teacher": {"model": "m", "base_url": "http://me:secret@host/v1"}}, "r", kept=True)
+    assert "secret" not in "".join(diff_recipes(old, parse_recipe("teacher: {model: m}", "r")))

@@ -4,15 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
+from tapir_local.method.parsing import parse_label
+from tapir_local.recipe.settings import settings
 
-from tapir_local.assets import recipe_files
 from tapir_local.errors import TapirError
-from tapir_local.method.judging import parse_label
 from tapir_local.recipe.endpoints import Price
-from tapir_local.recipe.own_tasks import odd_sum
+from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS, Task
-from tapir_local.recipe.text import differing, overridden, parse_recipe, read_change, settings, to_yaml
+from tapir_local.recipe.text import diff_recipes, override, parse_change, parse_recipe, to_yaml
+from tapir_local.resources import recipe_files
 
 
 def refused(text: str) -> str:
@@ -82,31 +83,31 @@ def test_what_is_wrong_is_named_by_its_path(text: str, said: str) -> None:
 
 def test_a_setting_on_the_command_line_is_checked_like_one_in_the_file() -> None:
     recipe = parse_recipe("teacher: pocket", "r")
-    assert overridden(recipe, {"train.epochs": 5}).train.epochs == 5
+    assert override(recipe, {"train.epochs": 5}).train.epochs == 5
     with pytest.raises(TapirError, match="name"):
-        overridden(recipe, {"name": "a/b"})
+        override(recipe, {"name": "a/b"})
 
 
 def test_how_a_gguf_is_asked_may_change_in_mid_run_but_not_which() -> None:
     recipe = parse_recipe("teacher: {gguf: a.gguf}", "r")
-    assert differing(recipe, overridden(recipe, {"teacher.context": 8192, "teacher.concurrency": 2})) == []
-    assert differing(recipe, overridden(recipe, {"teacher.gguf": "b.gguf"})) == ["teacher.gguf: 'a.gguf' -> 'b.gguf'"]
+    assert diff_recipes(recipe, override(recipe, {"teacher.context": 8192, "teacher.concurrency": 2})) == []
+    assert diff_recipes(recipe, override(recipe, {"teacher.gguf": "b.gguf"})) == ["teacher.gguf: 'a.gguf' -> 'b.gguf'"]
     assert "`kind: gguf` goes with `gguf: PATH`" in refused("teacher: {kind: gguf}")
     assert "teacher.context" in refused("teacher: {gguf: a.gguf, context: 4}")
 
 
 def test_thinking_lasts_for_a_run_and_streaming_may_change() -> None:
     recipe = parse_recipe("teacher: {model: m}", "r")
-    assert differing(recipe, overridden(recipe, {"teacher.stream": True})) == []
-    assert differing(recipe, overridden(recipe, {"teacher.thinking": "keep"})) == [
+    assert diff_recipes(recipe, override(recipe, {"teacher.stream": True})) == []
+    assert diff_recipes(recipe, override(recipe, {"teacher.thinking": "keep"})) == [
         "teacher.thinking: 'strip' -> 'keep'"
     ]
 
 
 def test_two_recipes_differ_by_the_path_of_their_settings() -> None:
     recipe = parse_recipe("teacher: pocket", "r")
-    assert differing(recipe, overridden(recipe, {"train.epochs": 5})) == ["train.epochs: 2.0 -> 5.0"]
-    assert differing(recipe, recipe) == []
+    assert diff_recipes(recipe, override(recipe, {"train.epochs": 5})) == ["train.epochs: 2.0 -> 5.0"]
+    assert diff_recipes(recipe, recipe) == []
 
 
 OWN = """
@@ -130,17 +131,17 @@ def test_a_recipe_has_tasks_of_its_own_and_its_own_words_for_known_ones() -> Non
 
 
 def test_shares_are_parts_of_their_sum_and_an_odd_sum_is_known() -> None:
-    assert odd_sum(parse_recipe(OWN, "r").tasks) == 6
-    assert odd_sum(parse_recipe("teacher: pocket\ntasks: {Math: 0.6667, Art: 0.3333}", "r").tasks) is None
-    assert odd_sum(None) is None
+    assert unnormalized_sum(parse_recipe(OWN, "r").tasks) == 6
+    assert unnormalized_sum(parse_recipe("teacher: pocket\ntasks: {Math: 0.6667, Art: 0.3333}", "r").tasks) is None
+    assert unnormalized_sum(None) is None
     assert sum(task.share for task in TASKS.values()) == pytest.approx(1)
 
 
 def test_own_tasks_survive_their_file_and_a_changed_one_is_named() -> None:
     recipe = parse_recipe(OWN, "r")
     assert parse_recipe(to_yaml(recipe), "again") == recipe
-    changed = overridden(recipe, {"tasks.Math": 2})
-    assert differing(recipe, changed) == ["tasks.Math.share: 3.0 -> 2.0"]
+    changed = override(recipe, {"tasks.Math": 2})
+    assert diff_recipes(recipe, changed) == ["tasks.Math.share: 3.0 -> 2.0"]
 
 
 def test_a_label_may_have_signs_but_no_wrapping() -> None:
@@ -162,7 +163,7 @@ def test_a_recipe_cannot_be_changed_once_made() -> None:
 
 def test_what_may_change_in_mid_run_is_no_difference() -> None:
     old = parse_recipe("teacher: {model: m}", "a.yaml")
-    new = overridden(
+    new = override(
         old,
         {
             "rounds": 7,
@@ -177,19 +178,19 @@ def test_what_may_change_in_mid_run_is_no_difference() -> None:
         },
     )
     assert (new.teacher.price, new.budget.calls) == (Price(input=1, output=2), 10)
-    assert differing(old, new) == []
+    assert diff_recipes(old, new) == []
 
 
 def test_a_setting_that_a_runs_recipe_does_not_name_cannot_differ() -> None:
     """A run of an older version has no `curriculum.max_opening`, and a newer recipe may set it."""
     old = parse_recipe("teacher: pocket", "x")
-    new = overridden(old, {"curriculum.max_opening": None, "train.epochs": 5})
+    new = override(old, {"curriculum.max_opening": None, "train.epochs": 5})
     written = {"teacher": {"kind": "pocket"}, "train": {"epochs": 2.0}, "curriculum": {"rows": 1000}, "tasks": None}
-    assert differing(old, new, written) == ["train.epochs: 2.0 -> 5.0"]
-    assert any("max_opening" in line for line in differing(old, new))
-    tasks = overridden(old, {"tasks": {"Math": 1, "Art": 1}})
-    assert any(line.startswith("tasks.Art.share") for line in differing(old, tasks, written))
-    assert differing(old, overridden(old, {"teacher.temperature": 0})) == ["teacher.temperature: 0.7 -> 0.0"]
+    assert diff_recipes(old, new, written) == ["train.epochs: 2.0 -> 5.0"]
+    assert any("max_opening" in line for line in diff_recipes(old, new))
+    tasks = override(old, {"tasks": {"Math": 1, "Art": 1}})
+    assert any(line.startswith("tasks.Art.share") for line in diff_recipes(old, tasks, written))
+    assert diff_recipes(old, override(old, {"teacher.temperature": 0})) == ["teacher.temperature: 0.7 -> 0.0"]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +198,13 @@ def test_a_setting_that_a_runs_recipe_does_not_name_cannot_differ() -> None:
     [("train.epochs=1", ("train.epochs", 1)), ("name = x", ("name", "x")), ("seeds.limit=", ("seeds.limit", None))],
 )
 def test_a_change_on_the_command_line(text: str, change: tuple[str, object]) -> None:
-    assert read_change(text) == change
+    assert parse_change(text) == change
 
 
 @pytest.mark.parametrize("text", ["train.epochs", "=1", "a={"])
 def test_what_is_no_change(text: str) -> None:
     with pytest.raises(TapirError):
-        read_change(text)
+        parse_change(text)
 
 
 def test_every_setting_is_read_by_the_program() -> None:
@@ -251,5 +252,5 @@ def test_rounds_as_adapters_need_an_adapter_of_a_family_that_is_mapped(other: st
 def test_how_a_batch_goes_through_the_hardware_may_change_in_mid_run() -> None:
     old = parse_recipe("teacher: pocket", "r")
     free = {"micro_batch_size": 1, "gradient_checkpointing": True, "checkpoint_minutes": 0, "launcher": "torchrun"}
-    assert differing(old, overridden(old, {f"train.{name}": value for name, value in free.items()})) == []
-    assert differing(old, overridden(old, {"train.method": "full"})) == ["train.method: 'lora' -> 'full'"]
+    assert diff_recipes(old, override(old, {f"train.{name}": value for name, value in free.items()})) == []
+    assert diff_recipes(old, override(old, {"train.method": "full"})) == ["train.method: 'lora' -> 'full'"]

@@ -7,26 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from tapir_local.recipe.settings import path_settings, settings
 
-from tapir_local.assets import text_of_recipe
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import (
-    overridden,
-    parse_recipe,
-    path_settings,
-    read_change,
-    read_changes,
-    settings,
-    to_yaml,
-)
-from tapir_local.recipe.yaml import kind_at, wanted
+from tapir_local.recipe.text import override, parse_change, parse_changes, parse_recipe, to_yaml
+from tapir_local.recipe.yaml import annotation_at, wanted_type
+from tapir_local.resources import read_recipe_text
 
 PATHS = [
     path for path, *_ in settings() if "LABEL" not in path and path not in ("tasks", "teacher.extra", "judge.extra")
 ]
-NUMBERS = [path for path in PATHS if wanted(kind_at(Recipe, path)) == "number"]
-TEXTS = [path for path in PATHS if wanted(kind_at(Recipe, path)) == "text"]
+NUMBERS = [path for path in PATHS if wanted_type(annotation_at(Recipe, path)) == "number"]
+TEXTS = [path for path in PATHS if wanted_type(annotation_at(Recipe, path)) == "text"]
 NO_NUMBERS = ["yes", "no", "on", "off", "true", "false", "y", ".inf", "-.inf", ".nan", "inf", "nan", "1e999", "-1e999"]
 NO_NUMBERS += ["1:30", "1:30:00", "010", "2026-11-27", "1,000", "5%", "'yes'", "[1]", "{a: 1}", "0b2", "9" * 5000]
 
@@ -59,10 +52,10 @@ def test_no_numeric_setting_takes_what_is_no_finite_number(path: str) -> None:
     for text in NO_NUMBERS:
         assert path.split(".")[-1] in refused(nested(path, text)), text
         with pytest.raises(TapirError):
-            overridden(recipe, dict([read_change(f"{path}={text}")]))
+            override(recipe, dict([parse_change(f"{path}={text}")]))
     for value in (True, False, math.inf, -math.inf, math.nan):
         with pytest.raises(TapirError):
-            overridden(recipe, {path: value})
+            override(recipe, {path: value})
 
 
 @examples(deadline=None)
@@ -71,7 +64,7 @@ def test_every_spelling_of_a_number_is_that_number(number: float, spelling: str)
     text = spelling.format(number)
     rate = parse_recipe(f"teacher: pocket\ntrain: {{learning_rate: {text}}}", "r").train.learning_rate
     assert rate == float(text)
-    assert read_change(f"train.learning_rate={text}")[1] == float(text)
+    assert parse_change(f"train.learning_rate={text}")[1] == float(text)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +88,7 @@ def test_a_word_where_text_is_wanted_stays_as_it_is_written(text: str) -> None:
     for path in ("card.language", "teacher.alias", "about", "card.terms"):
         teacher = "\n  kind: pocket" if path.startswith("teacher") else "\nteacher: pocket"
         assert value_of(parse_recipe(nested(path, text) + teacher, "r"), path) == text
-        changed = overridden(parse_recipe("teacher: pocket", "r"), dict([read_change(f"{path}={text}")]))
+        changed = override(parse_recipe("teacher: pocket", "r"), dict([parse_change(f"{path}={text}")]))
         assert value_of(changed, path) == text
 
 
@@ -139,7 +132,7 @@ JSON = st.recursive(
 @examples(deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,6}", fullmatch=True), JSON, max_size=4))
 def test_a_recipe_that_is_written_is_read_as_the_same(extra: dict[str, object]) -> None:
-    recipe = overridden(parse_recipe("teacher: {model: m}", "r"), {"teacher.extra": extra})
+    recipe = override(parse_recipe("teacher: {model: m}", "r"), {"teacher.extra": extra})
     assert parse_recipe(to_yaml(recipe), "again").teacher.extra == extra
 
 
@@ -148,9 +141,7 @@ def test_a_recipe_that_is_written_is_read_as_the_same(extra: dict[str, object]) 
     st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20) | st.sampled_from(["1e5", "0o7", "010", "no"])
 )
 def test_text_that_is_written_is_read_as_the_same(text: str) -> None:
-    recipe = overridden(
-        parse_recipe("teacher: pocket", "r"), {"about": text, "card.terms": text, "teacher.alias": text}
-    )
+    recipe = override(parse_recipe("teacher: pocket", "r"), {"about": text, "card.terms": text, "teacher.alias": text})
     assert parse_recipe(to_yaml(recipe), "again") == recipe
 
 
@@ -209,7 +200,7 @@ def test_anchors_and_merges_are_read() -> None:
 )
 def test_a_change_given_twice_is_refused(sets: list[str], said: str) -> None:
     with pytest.raises(TapirError) as caught:
-        read_changes(sets)
+        parse_changes(sets)
     assert said in str(caught.value)
 
 
@@ -217,13 +208,13 @@ def test_a_change_given_twice_is_refused(sets: list[str], said: str) -> None:
 def test_a_recipe_that_is_not_utf8_is_refused_with_its_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_bytes(data)
     with pytest.raises(TapirError, match="not UTF-8") as caught:
-        text_of_recipe(tmp_path / "my.yaml")
+        read_recipe_text(tmp_path / "my.yaml")
     assert "line 1" in str(caught.value)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_bytes(b"\xef\xbb\xbfteacher: pocket\n")
-    assert parse_recipe(text_of_recipe(tmp_path / "my.yaml"), "r").teacher.kind == "pocket"
+    assert parse_recipe(read_recipe_text(tmp_path / "my.yaml"), "r").teacher.kind == "pocket"
 
 
 def test_home_is_expanded_in_every_path_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
-from tapir_local.method.metrics import evaluate
+from tapir_local.files import RunDir, remove_path, write_record, write_rows, write_text
+from tapir_local.method.metrics import compute_metrics
 from tapir_local.pipeline.context import LockedCall, lock_calls
-from tapir_local.recipe.text import overridden, parse_recipe, to_yaml
+from tapir_local.recipe.text import override, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare_runs
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.run_results import read_run_results
-from tapir_local.rundir import RunDir, remove, write_record, write_rows, write_text
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8
@@ -46,7 +46,7 @@ def made(
     teacher and the judge `size` times."""
     run = RunDir(cache, name)
     changed = {"name": name, "judge.kind": judge_kind, **changes}
-    write_text(run.path / "recipe.yaml", to_yaml(overridden(parse_recipe(RECIPE, "r"), changed)))
+    write_text(run.path / "recipe.yaml", to_yaml(override(parse_recipe(RECIPE, "r"), changed)))
     write_rows(run.path / "holdout.jsonl", holdout)
     for number, answers in enumerate(rounds):
         add_round(run, number, answers.ljust(len(holdout), "0"), holdout, size, judge)
@@ -68,7 +68,7 @@ def add_round(run: RunDir, number: int, answers: str, holdout: list[Example], si
         step = f"round-{number:02d}/{stage}"
         lock_calls(run, step, [LockedCall(step, f"r{n}", "0" * 64) for n in range(count)])
     right = {row.id: it in "1=" for row, it in told}
-    write_record(folder / "metrics.json", evaluate(number, holdout, texts, judged, right, judge))
+    write_record(folder / "metrics.json", compute_metrics(number, holdout, texts, judged, right, judge))
 
 
 def told(found: dict, run: str, metric: str = "accuracy") -> dict:
@@ -244,13 +244,13 @@ def test_a_missing_or_wrong_file_names_the_stage_to_redo(tmp_path: Path) -> None
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
     write_rows(two.round(0) / "holdout-judgements.jsonl", [Judgement("seed-0", 8.0, 2.0)])
     assert "tapir-local redo two --round 0 --from holdout-judge" in fault(one, two)
-    remove(two.round(0) / "holdout-answers.jsonl")
+    remove_path(two.round(0) / "holdout-answers.jsonl")
     assert "tapir-local redo two --round 0 --from holdout-answer" in fault(one, two)
 
 
 def test_without_a_training_log_runs_cannot_be_compared_at_equal_tokens(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1")
-    remove(two.round(0) / "adapter")
+    remove_path(two.round(0) / "adapter")
     assert compare_runs([one, two])["rounds"][1]["tokens"] is None
     assert "run 'two' has no count of its training tokens" in fault(one, two, at="tokens")
     write_text(one.round(0) / "adapter" / "train_log.jsonl", "{")

@@ -6,11 +6,11 @@ import pytest
 from server import Server, says, teacher
 
 from tapir_local.errors import TapirError
+from tapir_local.files import write_rows
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Price
 from tapir_local.records import Example, Message, Request
 from tapir_local.report.costs import summarize_costs
-from tapir_local.rundir import write_rows
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 
@@ -18,7 +18,7 @@ PRICE = Price(input=1_000_000, output=1_000_000)  # a token costs 1
 
 
 def wanted(stage: str, *ids: str, number: int = 0) -> list[Request]:
-    return [Request(prompts.answer((Message("user", f"{stage} {id}"),)), id, stage, number) for id in ids]
+    return [Request(prompts.answer_prompt((Message("user", f"{stage} {id}"),)), id, stage, number) for id in ids]
 
 
 @pytest.fixture

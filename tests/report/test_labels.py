@@ -12,16 +12,15 @@ from fakes import QUIET, World, classify, fake_backends, make_recipe
 
 from tapir_local.commands.runs import show_command
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.context import Progress
+from tapir_local.files import RunDir, read_rows, write_json
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
-from tapir_local.recipe.text import overridden
-from tapir_local.records import Answer, Example, Request
+from tapir_local.recipe.text import override
+from tapir_local.records import Answer, Example, Progress, Request
 from tapir_local.report.labels import label_report, label_tables
 from tapir_local.report.status import run_status
 from tapir_local.report.status_tables import stages_table
-from tapir_local.rundir import RunDir, read_rows, write_json
 
 START = {"rounds": 0}
 
@@ -29,7 +28,7 @@ START = {"rounds": 0}
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """Sixty seeds, of which the teacher labels thirty: two of three are Math, the rest Art."""
-    return overridden(make_recipe(tmp_path), START)
+    return override(make_recipe(tmp_path), START)
 
 
 def doubting(sure: Callable[[int], float], agreement: float = 0.9) -> Callable[..., None]:
@@ -82,7 +81,7 @@ def test_the_teacher_is_asked_where_the_classifier_is_unsure(recipe: Recipe, tmp
 
 
 def test_the_least_sure_are_asked_and_no_more_than_allowed(recipe: Recipe, tmp_path: Path) -> None:
-    world, few = World(), overridden(recipe, {"classifier.ask_at_most": 5})
+    world, few = World(), override(recipe, {"classifier.ask_at_most": 5})
     run = ran(few, tmp_path, world, classify=doubting(lambda place: 0.01 * place))
     lines = (run.path / "classifier" / "predictions.jsonl").read_text().splitlines()
     least = {json.loads(line)["id"] for line in lines[:5]}
@@ -92,7 +91,7 @@ def test_the_least_sure_are_asked_and_no_more_than_allowed(recipe: Recipe, tmp_p
 
 def test_the_teacher_is_not_asked_if_that_is_turned_off(recipe: Recipe, tmp_path: Path) -> None:
     world = World()
-    run = ran(overridden(recipe, {"classifier.ask_below": 0}), tmp_path, world, classify=doubting(lambda place: 0.0))
+    run = ran(override(recipe, {"classifier.ask_below": 0}), tmp_path, world, classify=doubting(lambda place: 0.0))
     assert not [request for request in world.asked if request.stage == "tasks"]
     assert sources(run)[("Art", "classifier")] == 30
 
@@ -127,7 +126,7 @@ def test_an_unreadable_label_is_no_label(recipe: Recipe, tmp_path: Path) -> None
     def mumble(request: Request) -> Answer | None:
         return theory(request) if "<instruction>\npaint" in request.messages[-1].content else None
 
-    with_few = overridden(recipe, {"classifier.labelled": 60})
+    with_few = override(recipe, {"classifier.labelled": 60})
     run = ran(with_few, tmp_path, teacher=mumbling(World(), mumble))
     assert sources(run) == {("Math", "teacher"): 40, ("Others", ""): 20}
     assert said(run, "label").startswith(
@@ -174,13 +173,13 @@ def test_tasks_without_a_row_are_named_and_the_rest_counted(recipe: Recipe, tmp_
     assert "no row of Reasoning, Code Generation, Code Debug, Writing, Computer Science and 25 more: " in said(
         run, "tasks"
     )
-    own = overridden(recipe, {"tasks": {"Math": 0.5, "Art": 0.3, "Law": 0.2, "Music": 0}})
+    own = override(recipe, {"tasks": {"Math": 0.5, "Art": 0.3, "Law": 0.2, "Music": 0}})
     named = ran(own, tmp_path / "own")
     assert said(named, "tasks").endswith("; no row of Law: their shares go to the other tasks")
 
 
 def test_shares_that_do_not_sum_to_1_are_reported_once(recipe: Recipe, tmp_path: Path) -> None:
-    run = ran(overridden(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
+    run = ran(override(recipe, {"tasks": {"Math": 2, "Art": 1}}), tmp_path)
     assert said(run, "label").endswith("; the shares of `tasks` add up to 3 and were normalized to 100 %")
     assert str(run.record()).count("add up to 3") == 1
     assert "sum to" not in str(ran(recipe, tmp_path / "even").record())
@@ -247,7 +246,7 @@ def test_labels_that_do_not_exist_yet(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_cost_estimate_has_the_largest_possible_number_of_labels(
     recipe: Recipe, tmp_path: Path, changes: dict[str, Any], most: int | None
 ) -> None:
-    found = {row.step: row for row in estimate_costs(overridden(recipe, changes), RunDir(tmp_path / "none", "fake"))}
+    found = {row.step: row for row in estimate_costs(override(recipe, changes), RunDir(tmp_path / "none", "fake"))}
     row = found.get("prepare/tasks")
     assert (row.calls if row else None) == most
     if row:
@@ -272,7 +271,7 @@ def test_a_recipe_with_its_own_tasks_runs(recipe: Recipe, tmp_path: Path) -> Non
         math = '"Math"' in str(world.ask([request], lambda *_: None)[0].text)
         return Answer('{"task": "adding up"}', "stop", False) if request.stage == "label" and math else None
 
-    run = ran(overridden(recipe, {"tasks": own, "rounds": 1}), tmp_path, teacher=mumbling(world, adding))
+    run = ran(override(recipe, {"tasks": own, "rounds": 1}), tmp_path, teacher=mumbling(world, adding))
     assert sources(run)[("Adding up", "teacher")] > 0
     labelling, refining = (
         next(request for request in world.asked if request.stage == stage) for stage in ("label", "refine")

@@ -9,17 +9,17 @@ from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
+from tapir_local.files import RunDir, read_record, read_rows
 from tapir_local.pipeline.loop import distill
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Example, Judgement, RoundPlan
 from tapir_local.report.what_if import plan_with_changes
 from tapir_local.report.why import explain_row
-from tapir_local.rundir import RunDir, read_record, read_rows
 
 
 def ran(folder: Path, **changes: object) -> RunDir:
     run = RunDir(folder, "fake")
-    distill(overridden(make_recipe(folder), changes), run, fake_backends(World()), QUIET)
+    distill(override(make_recipe(folder), changes), run, fake_backends(World()), QUIET)
     return run
 
 

@@ -26,7 +26,7 @@ POCKET = Teacher(kind="pocket", model=None)
 
 def wanted(*texts: str, stage: str = "seeds", temperature: float = 0.0) -> list[Request]:
     return [
-        Request(prompts.answer((Message("user", text),)), f"row-{text}", stage, temperature=temperature)
+        Request(prompts.answer_prompt((Message("user", text),)), f"row-{text}", stage, temperature=temperature)
         for text in texts
     ]
 

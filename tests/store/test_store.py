@@ -17,7 +17,7 @@ import pytest
 from calls import BODY, asked, call, key
 
 from tapir_local.errors import TapirError
-from tapir_local.rundir import RunDir, held
+from tapir_local.files import RunDir, held
 from tapir_local.store import keys
 from tapir_local.store.rows import Attempt, Call, Use
 from tapir_local.store.schema import BUSY_TIMEOUT_MS, connect

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tapir_local.files import RunDir, read_rows
 from tapir_local.pipeline.loop import distill
-from tapir_local.recipe.text import overridden
+from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Example, Request
-from tapir_local.rundir import RunDir, read_rows
 from tapir_local.store.thinking import strip_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>"
@@ -120,7 +120,7 @@ def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]
     def think(requests: list[Request], progress: fakes.Progress) -> list[Answer]:
         return [replace(answer, text=thought + answer.text) for answer in world.ask(requests, progress)]
 
-    recipe = overridden(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
+    recipe = override(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
     run = RunDir(folder, "fake")
     distill(recipe, run, replace(fakes.fake_backends(fakes.World()), teacher=think, judge=think), fakes.QUIET)
     return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]

@@ -20,13 +20,21 @@ def digest_of_replies() -> str:
     digest = hashlib.sha256()
     for seed in json.loads(SEEDS.read_text(encoding="utf-8"))[::40]:
         prompt, answer, task = (Message("user", seed["instruction"]),), seed["output"], TASKS["Math"]
-        forms = [prompts.answer(prompt), prompts.classify(prompt, TASKS), prompts.judge(prompt, answer, "No idea.")]
-        forms += [
-            prompts.judge_single(prompt, answer),
-            prompts.expand(prompt, task),
-            prompts.expand(prompt, task, "rarer"),
+        forms = [
+            prompts.answer_prompt(prompt),
+            prompts.classify_prompt(prompt, TASKS),
+            prompts.judge_prompt(prompt, answer, "No idea."),
         ]
-        forms += [prompts.check_draft(prompt, task), prompts.refine(prompt, task), prompts.refine(prompt, task, answer)]
+        forms += [
+            prompts.judge_single_prompt(prompt, answer),
+            prompts.expand_prompt(prompt, task),
+            prompts.expand_prompt(prompt, task, "rarer"),
+        ]
+        forms += [
+            prompts.check_draft_prompt(prompt, task),
+            prompts.refine_prompt(prompt, task),
+            prompts.refine_prompt(prompt, task, answer),
+        ]
         for number, messages in enumerate(forms):
             body = {"messages": [{"role": turn.role, "content": turn.content} for turn in messages], "seed": number}
             digest.update(respond("POST", "/v1/chat/completions", json.dumps(body).encode()).content)

@@ -12,7 +12,7 @@ import pytest
 from training_rows import WEIGHTS, make_job, resolved
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import one_gpu, visible_gpus
+from tapir_local.memory import list_visible_gpus, single_gpu_variables
 from tapir_local.training.train import run_training, train_student
 
 DRIVER = """#!/bin/sh
@@ -188,15 +188,15 @@ def test_a_gpu_is_chosen_among_those_that_the_user_left_visible(
     driver(DRIVER)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert "".join(gpu.name[-1] for gpu in visible_gpus()) == visible
+    assert "".join(gpu.name[-1] for gpu in list_visible_gpus()) == visible
     expected = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": chosen} if chosen else {}
-    assert one_gpu() == expected
+    assert single_gpu_variables() == expected
 
 
 def test_a_launchers_processes_keep_all_gpus(monkeypatch: pytest.MonkeyPatch, driver: Callable[[str], None]) -> None:
     driver(DRIVER)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert one_gpu() == {}
+    assert single_gpu_variables() == {}
 
 
 def test_a_gpu_that_torch_cannot_use_is_reported(tmp_path: Path, driver: Callable[[str], None]) -> None:

@@ -14,9 +14,9 @@ from models import make_model
 from training_rows import WEIGHTS, examples, log, losses, make_job, resolved
 
 from tapir_local.errors import TapirError
+from tapir_local.files import write_json, write_rows
 from tapir_local.process import OutOfMemory
 from tapir_local.records import to_json
-from tapir_local.rundir import write_json, write_rows
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import TokenRows, TrainJob

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows, write_rows
 from tapir_local.recipe.schema import Classifier
 from tapir_local.records import Example, Message, from_json, to_json
-from tapir_local.rundir import read_rows, write_rows
 from tapir_local.training.classifier import (
     ClassifyJob,
     Prediction,

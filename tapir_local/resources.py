@@ -8,24 +8,26 @@ from functools import partial
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.paths import at_home
+from tapir_local.files import expand_home
 
-HERE = Path(__file__).parent
-CHECKOUT = HERE.parent
-POCKET_STUDENT = HERE / "assets" / "pocket_student"
-CHAT_TEMPLATES = HERE / "assets" / "chat_templates"
-POCKET_SEEDS = HERE / "assets" / "pocket_seeds.json"
+PACKAGE = Path(__file__).parent
+CHECKOUT = PACKAGE.parent
+POCKET_STUDENT = PACKAGE / "assets" / "pocket_student"
+CHAT_TEMPLATES = PACKAGE / "assets" / "chat_templates"
+POCKET_SEEDS = PACKAGE / "assets" / "pocket_seeds.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Of a model on the Hub: weights, config, tokenizer and template as transformers reads them. Folders, such as original/
 # and onnx/, and Mistral's consolidated.safetensors hold the same weights again.
-WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
-UNWANTED = ["*/*", "consolidated*"]
-SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"})
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+HUB_FILES_IGNORED = ["*/*", "consolidated*"]
+SEED_FILE_SUFFIXES = frozenset(
+    {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"}
+)
 
 
 def recipes_folder() -> Path:
     """Beside the package in a checkout, within it in an installed wheel."""
-    installed = HERE / "recipes"
+    installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else CHECKOUT / "recipes"
 
 
@@ -39,7 +41,7 @@ def find_recipe(name: str) -> Path:
 
     TapirError where there is none, with files of a like name, and those that come with the program.
     """
-    given = Path(at_home(name) or "")
+    given = Path(expand_home(name) or "")
     with suppress(OSError, ValueError):  # a name that is too long, or holds a NUL
         if given.exists() and not given.is_dir():
             return given
@@ -51,7 +53,7 @@ def find_recipe(name: str) -> Path:
         fix = f"Name the recipe in it: {kept}" if kept.is_file() else "Name a YAML file."
         raise TapirError("this is a folder, not a recipe", where=name, fix=fix)
     known = ", ".join(path.stem for path in recipe_files())
-    like = neighbors(given)
+    like = similar_recipes(given)
     meant = f"Did you mean {' or '.join(like)}? " if like else ""
     raise TapirError(
         "there is no such recipe",
@@ -68,7 +70,7 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def neighbors(missing: Path) -> list[str]:
+def similar_recipes(missing: Path) -> list[str]:
     """YAML files beside a path that is not there, and recipes that come with the program, with names like it."""
     try:
         beside = [path for path in missing.parent.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file()]
@@ -79,7 +81,7 @@ def neighbors(missing: Path) -> list[str]:
     return sorted(same) or [named[name] for name in difflib.get_close_matches(missing.name, named, 2)]
 
 
-def text_of_recipe(path: Path) -> str:
+def read_recipe_text(path: Path) -> str:
     """A recipe's text; TapirError where it cannot be read, or is not UTF-8."""
     try:
         data = path.read_bytes()
@@ -100,25 +102,25 @@ def default_cache() -> Path:
     """TAPIR_LOCAL_CACHE; else `cache` in the checkout that the program runs from; else in the current folder."""
     named = os.environ.get("TAPIR_LOCAL_CACHE")
     if named:
-        return Path(at_home(named) or "")
+        return Path(expand_home(named) or "")
     return (CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "cache"
 
 
-def model_folder(named: str, revision: str | None = None) -> Path:
+def find_model_folder(named: str, revision: str | None = None) -> Path:
     """A recipe's student.path as a folder: `pocket`, a folder, or a Hub name, looked up in its cache or downloaded.
 
     `revision` is a branch, tag or commit of a Hub name. TapirError where it is none of these, or the Hub cannot be
     reached.
     """
     if named != "pocket" and not Path(named).is_dir():
-        return from_hub(named, revision)
+        return download_model(named, revision)
     if revision is not None:
         what = f"student.revision ({revision}) is for a model on the Hub, and this one is a folder"
         raise TapirError(what, where=named, fix="Leave student.revision out.")
     return POCKET_STUDENT if named == "pocket" else Path(named)
 
 
-def from_hub(named: str, revision: str | None, *, complete: bool = False) -> Path:
+def download_model(named: str, revision: str | None, *, complete: bool = False) -> Path:
     """The folder of a model in the Hub's cache, named by its commit; what is missing is downloaded.
 
     `complete` says that an earlier call has downloaded this revision, so that nobody is asked while it is there.
@@ -126,7 +128,9 @@ def from_hub(named: str, revision: str | None, *, complete: bool = False) -> Pat
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    download = partial(snapshot_download, named, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    download = partial(
+        snapshot_download, named, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_IGNORED
+    )
     if complete:
         with suppress(LocalEntryNotFoundError):
             return Path(download(local_files_only=True))
@@ -141,10 +145,10 @@ def from_hub(named: str, revision: str | None, *, complete: bool = False) -> Pat
         ) from error
 
 
-def chat_template(named: str) -> str:
+def read_chat_template(named: str) -> str:
     """The text of a recipe's student.chat_template; TapirError where there is no such file."""
     known = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
-    path = CHAT_TEMPLATES / f"{named}.jinja" if named in known else Path(at_home(named) or "")
+    path = CHAT_TEMPLATES / f"{named}.jinja" if named in known else Path(expand_home(named) or "")
     if not path.is_file():
         raise TapirError(
             "there is no such chat template",
@@ -154,7 +158,7 @@ def chat_template(named: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def seeds_path(named: str) -> Path | None:
+def find_seeds(named: str) -> Path | None:
     """A recipe's seeds.path as a file or a folder, `pocket` resolved; None where it can only be a name on the Hub.
 
     TapirError where it is none of these.
@@ -162,7 +166,7 @@ def seeds_path(named: str) -> Path | None:
     path = POCKET_SEEDS if named == "pocket" else Path(named)
     if path.exists():
         return path
-    if HUB_NAME.fullmatch(named) and path.suffix.lower() not in SUFFIXES:
+    if HUB_NAME.fullmatch(named) and path.suffix.lower() not in SEED_FILE_SUFFIXES:
         return None
     raise TapirError(
         "there is no such file of seeds",

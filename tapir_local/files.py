@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 
-ELSEWHERE = "Name another, or delete it first."
+NAME_ANOTHER_FILE = "Name another, or delete it first."
 
 
 def check_output(
@@ -15,7 +15,7 @@ def check_output(
     *,
     beside: Sequence[str] = (),
     force: bool = False,
-    fix: str = ELSEWHERE,
+    fix: str = NAME_ANOTHER_FILE,
 ) -> None:
     """TapirError where the command would write over what it `reads`, or where `out` is there already, unless `force`.
 
@@ -23,7 +23,7 @@ def check_output(
     """
     sources = [path for path in reads if path is not None]
     for path in (out, *(out.with_name(out.name + end) for end in beside)):
-        found = next((source for source in sources if is_same(path, source)), None)
+        found = next((source for source in sources if would_overwrite(path, source)), None)
         if found is not None:
             words = "the output" if path == out else f"{path}, which is written beside the output,"
             raise TapirError(
@@ -33,7 +33,7 @@ def check_output(
         raise TapirError("the file is there already", where=str(out), fix=fix)
 
 
-def is_same(path: Path, source: Path) -> bool:
+def would_overwrite(path: Path, source: Path) -> bool:
     """Whether a path is a file or folder that is read, or a folder that holds it."""
     try:
         if path.samefile(source):
