@@ -1,10 +1,10 @@
-"""The one error that a user can put right."""
+"""The error that a user can fix."""
 
 
 class TapirError(Exception):
-    """What is wrong, where, and what to do about it; printed without a traceback.
+    """What is wrong, where, and how to fix it; shown without a traceback.
 
-    `what` is one sentence, `where` a file, line, key or row, `fix` an instruction to the reader.
+    `what` is one sentence, `where` a file, line, setting or row, `fix` an instruction to the user.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:

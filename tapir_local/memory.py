@@ -1,4 +1,4 @@
-"""How much room there is, in main memory, on the GPU and on a disk, and one clear error where it is too little."""
+"""Free memory, GPU memory, disk space and processors, within the limits of containers; errors when they run short."""
 
 import os
 import re
@@ -12,15 +12,17 @@ from pathlib import Path
 
 from tapir_local.errors import TapirError
 
-NO_CGROUP_LIMIT = 1 << 60  # bytes: cgroup v1 writes a number near 2**63 where there is no limit
-RLIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))  # and what counts towards each
+NO_CGROUP_LIMIT = 1 << 60  # bytes: cgroup v1 reports a number near 2**63 for no limit
+RLIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))  # and the memory that counts towards it
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's name and its bytes of memory, those that nobody holds and all; `index` is its place in nvidia-smi's list,
-    which is that of CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    """A GPU: name, free and total memory in bytes, and its index in nvidia-smi's list.
+
+    CUDA uses the same index with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
 
     name: str
     free: int
@@ -29,24 +31,27 @@ class Gpu:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this process can get without swapping: the least of what the kernel has available,
-    what the container (cgroup) leaves, and what the process's own limits leave. `root` is where /proc and /sys are."""
+    """Bytes of main memory that this process can allocate without swapping.
+
+    The minimum of the kernel's available memory, what the container's (cgroup) limit leaves, and what the process's
+    own limits leave. `root` contains /proc and /sys.
+    """
     return max(0, min([kernel_memory(root)[0], *container_memory(root), *process_memory(root)]))
 
 
 def total_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory of the machine, or of the container (cgroup) where that has less."""
+    """Bytes of main memory of the machine, or of the container (cgroup) if it has less."""
     return min([kernel_memory(root)[1], *(limit for limit, _, _ in memory_cgroups(root))])
 
 
 def kernel_memory(root: Path) -> tuple[int, int]:
-    """Bytes of main memory that are available, and all, as /proc/meminfo has them."""
+    """Available and total main memory in bytes, from /proc/meminfo."""
     found = read_proc_sizes(root / "proc/meminfo")
     return found["MemAvailable"], found["MemTotal"]
 
 
 def read_proc_sizes(path: Path) -> dict[str, int]:
-    """Lines such as `VmSize:  1234 kB` of a file of /proc, in bytes; {} where there is no such file."""
+    """Sizes in bytes by name from a file in /proc with lines such as `VmSize:  1234 kB`; {} without the file."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -56,13 +61,13 @@ def read_proc_sizes(path: Path) -> dict[str, int]:
 
 
 def container_memory(root: Path) -> Iterator[int]:
-    """What each cgroup of this process leaves: its limit less what it holds, apart from cached files."""
+    """Bytes that each cgroup of this process leaves: its limit minus its use, not counting cached files."""
     for limit, used, cached in memory_cgroups(root):
         yield limit - max(0, used - cached)
 
 
 def memory_cgroups(root: Path) -> Iterator[tuple[int, int, int]]:
-    """Limit, use and inactive cached files, in bytes, of each cgroup with a limit that this process is in."""
+    """(limit, use, inactive cached files) in bytes of every cgroup of this process that has a limit."""
     v2 = ("memory.max", "memory.current", "inactive_file")
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for kind, (most, current, cached) in (("", v2), ("memory", v1)):
@@ -73,10 +78,10 @@ def memory_cgroups(root: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def cgroups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's cgroup and of those above it; `controller` is one of version 1, "" for version 2.
+    """The folders of this process's cgroup and its parents; `controller` is one of version 1, or "" for version 2.
 
-    A container without a cgroup namespace sees the host's name of its cgroup and only its own files, so that folders
-    of the name may be missing: the top folder then is the container's.
+    A container without a cgroup namespace sees the host's name of its cgroup but only its own files. Folders of that
+    name may then be missing, and the top folder is the container's.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -92,7 +97,7 @@ def cgroups(root: Path, controller: str) -> list[Path]:
 
 
 def read_cgroup_number(path: Path) -> int | None:
-    """A file's number; None where it is missing or holds none, as memory.max does that says `max`."""
+    """The number in a cgroup file; None if the file is missing or holds a word, such as `max`."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -101,7 +106,7 @@ def read_cgroup_number(path: Path) -> int | None:
 
 
 def read_memory_stat(path: Path, name: str) -> int:
-    """A number of memory.stat by its name, 0 where it is not there."""
+    """A number in memory.stat by its name; 0 if it is missing."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -110,7 +115,7 @@ def read_memory_stat(path: Path, name: str) -> int:
 
 
 def process_memory(root: Path) -> Iterator[int]:
-    """What each limit of this process (`ulimit -v`, `ulimit -d`) leaves."""
+    """Bytes that each limit of this process (`ulimit -v`, `ulimit -d`) leaves."""
     used = read_proc_sizes(root / "proc/self/status")
     for limit, name in RLIMITS:
         soft = resource.getrlimit(limit)[0]
@@ -119,22 +124,21 @@ def process_memory(root: Path) -> Iterator[int]:
 
 
 def count_cpus(root: Path = Path("/")) -> int:
-    """Processors that this process may use: those it is bound to, or fewer where its container has a smaller quota."""
+    """Processors that this process may use: its CPU affinity, or fewer if its container has a smaller quota."""
     quotas = [quota for folder in cgroups(root, "") if (quota := read_cpu_max(folder / "cpu.max"))]
-    quotas += [
-        quota
-        for folder in cgroups(root, "cpu")
-        if (
-            quota := quota_in_cpus(
-                read_cgroup_number(folder / "cpu.cfs_quota_us"), read_cgroup_number(folder / "cpu.cfs_period_us")
-            )
-        )
-    ]
+    quotas += [quota for folder in cgroups(root, "cpu") if (quota := read_cfs_quota(folder))]
     return min([len(os.sched_getaffinity(0)), *quotas])
 
 
+def read_cfs_quota(folder: Path) -> int | None:
+    """Processors that the CPU quota of a version-1 cgroup allows; None without a quota."""
+    return quota_in_cpus(
+        read_cgroup_number(folder / "cpu.cfs_quota_us"), read_cgroup_number(folder / "cpu.cfs_period_us")
+    )
+
+
 def read_cpu_max(path: Path) -> int | None:
-    """Whole processors that a cpu.max of cgroup version 2 (`200000 100000`, or `max 100000`) allows, at least one."""
+    """Processors that cpu.max of a version-2 cgroup (`200000 100000`, or `max 100000`) allows; None without a limit."""
     try:
         words = path.read_text().split()
     except OSError:
@@ -144,17 +148,17 @@ def read_cpu_max(path: Path) -> int | None:
 
 
 def quota_in_cpus(quota: int | None, period: int | None) -> int | None:
-    """Whole processors that a quota of microseconds in a period is, at least one; None where there is no quota."""
+    """A CPU quota in microseconds per period as whole processors, at least one; None without a quota."""
     return max(1, -(-quota // period)) if quota and period else None
 
 
 def list_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs as their driver sees them, without opening a context on any; none where there is no driver.
+    """The NVIDIA GPUs that the driver reports; no CUDA context is opened. [] without a driver.
 
-    A GPU that shares main memory (GB10, Jetson) has none of its own to tell of: `[N/A]`. It has what the system has.
+    A GPU that shares main memory (GB10, Jetson) reports `[N/A]`; it counts as having the system's memory.
     """
-    said = run_nvidia_smi("--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits")
-    rows = [line.rsplit(",", 2) for line in said.splitlines() if line.count(",") >= 2]
+    table = run_nvidia_smi("--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits")
+    rows = [line.rsplit(",", 2) for line in table.splitlines() if line.count(",") >= 2]
     return [
         Gpu(name.strip(), parse_mebibytes(free, free_memory), parse_mebibytes(total, total_memory), number)
         for number, (name, free, total) in enumerate(rows)
@@ -162,13 +166,13 @@ def list_gpus() -> list[Gpu]:
 
 
 def parse_mebibytes(text: str, unknown: Callable[[], int]) -> int:
-    """Bytes from nvidia-smi's MiB; `unknown` is asked where it says that it does not know ([N/A], [Not Supported])."""
+    """Bytes from a number of MiB; `unknown()` if nvidia-smi reports none ([N/A], [Not Supported])."""
     number = text.strip()
     return int(number) << 20 if number.isdecimal() else unknown()
 
 
 def run_nvidia_smi(*arguments: str) -> str:
-    """What the driver's tool says; "" where there is none, or it fails."""
+    """The output of nvidia-smi; "" if it is not installed or fails."""
     try:
         return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -176,17 +180,19 @@ def run_nvidia_smi(*arguments: str) -> str:
 
 
 def list_visible_gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, by their numbers or UUIDs; all where it is not set."""
+    """The GPUs that CUDA_VISIBLE_DEVICES lists by index or UUID; all GPUs if it is not set."""
     cards, named = list_gpus(), os.environ.get(VISIBLE_DEVICES)
     if named is None or not cards:
         return cards
     known = {card.index: card for card in cards}
-    numbers = takewhile(known.__contains__, (find_gpu_index(word.strip()) for word in named.split(",")))  # as CUDA does
+    numbers = takewhile(
+        known.__contains__, (find_gpu_index(word.strip()) for word in named.split(","))
+    )  # CUDA stops at the first unknown one too
     return [known[number] for number in dict.fromkeys(numbers) if number is not None]
 
 
 def find_gpu_index(named: str) -> int | None:
-    """A GPU's place in nvidia-smi's list, from its number or the beginning of its UUID; None where there is no such."""
+    """A GPU's index in nvidia-smi's list, from its index or the beginning of its UUID; None if there is no such GPU."""
     if named.isdecimal():
         return int(named)
     pairs = re.findall(r"^GPU (\d+): .*\(UUID: (\S+)\)$", run_nvidia_smi("-L") if named else "", re.MULTILINE)
@@ -194,10 +200,10 @@ def find_gpu_index(named: str) -> int | None:
 
 
 def single_gpu_variables() -> dict[str, str]:
-    """Variables that show a process the one visible GPU with the most free memory; {} where there is no choice.
+    """Environment variables that restrict a process to the visible GPU with the most free memory.
 
-    A training sees one GPU unless a launcher has started several processes: transformers would spread each batch over
-    all it sees (DataParallel), and make it so many times larger.
+    {} with fewer than two GPUs, or if a launcher has started several processes. Without this, transformers would use
+    DataParallel on all visible GPUs, which multiplies the batch size.
     """
     cards = list_visible_gpus()
     if len(cards) < 2 or "LOCAL_RANK" in os.environ:
@@ -207,40 +213,46 @@ def single_gpu_variables() -> dict[str, str]:
 
 
 def report_free_gpu_memory(wanted: int, what: str, say: Callable[[str], None]) -> None:
-    """Say how much of the GPU is free before a stage that takes about `wanted` bytes; nothing where there is none.
+    """Report the GPU's free memory before a stage that needs about `wanted` bytes; nothing without a GPU.
 
-    Nothing of ours holds it meanwhile: every stage that loads a model ends with it. What is missing is another's.
+    Each of our own stages frees the GPU when it ends, so missing memory is used by another process.
     """
     cards = list_visible_gpus()
     if not cards:
         return
     best = max(cards, key=lambda gpu: gpu.free)
-    short = "" if best.free >= wanted else f"; {what} takes about {size(wanted)}: another process holds what is missing"
-    say(f"{best.name}: {size(best.free)} of {size(best.total)} free{short}")
+    needs = f"; {what} needs about {format_bytes(wanted)}: another process uses the rest"
+    short = "" if best.free >= wanted else needs
+    say(f"{best.name}: {format_bytes(best.free)} of {format_bytes(best.total)} free{short}")
+
+
+def free_disk_space(path: Path) -> int:
+    """Free bytes on the disk of `path`, which need not exist yet."""
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
 
 
 def check_disk_space(path: Path, wanted: int, what: str) -> None:
-    """TapirError unless the disk on which `path` is or will be has `wanted` bytes free for `what`."""
-    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    """Raise TapirError unless the disk of `path` has `wanted` bytes free for `what`."""
+    free = free_disk_space(path)
     if wanted > free:
         raise TapirError(
-            f"no room for {what}: it takes {size(wanted)}, and {size(free)} are free",
+            f"not enough disk space for {what}: it needs {format_bytes(wanted)}, and {format_bytes(free)} are free",
             where=str(path),
-            fix="Make room there, or name a place on another disk.",
+            fix="Free some disk space, or choose a folder on another disk.",
         )
 
 
 def check_memory(wanted: int, what: str) -> None:
-    """TapirError unless `wanted` bytes of main memory are free for `what`."""
+    """Raise TapirError unless `wanted` bytes of main memory are free for `what`."""
     free = free_memory()
     if wanted > free:
         raise TapirError(
-            f"no memory for {what}: it takes {size(wanted)}, and {size(free)} are free",
-            fix="Close other programs, or take a larger machine.",
+            f"not enough memory for {what}: it needs {format_bytes(wanted)}, and {format_bytes(free)} are free",
+            fix="Close other programs, or use a machine with more memory.",
         )
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people, as disks are sold: 1.5 GB is 1,500,000,000."""
+    """A number of bytes in MB or GB, decimal: 1.5 GB is 1,500,000,000 bytes."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

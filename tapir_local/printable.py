@@ -1,20 +1,20 @@
-"""Text from models, teachers, seed files and servers, made safe to show on a terminal."""
+"""Make text from models, teachers, seed files and servers safe to show on a terminal."""
 
 import re
 
-# All of C0 except tab and line feed, DEL and C1 (which start the escape sequences of a terminal), the marks that
-# reorder the characters around them (bidirectional embeddings, overrides and isolates), and halves of surrogate pairs,
-# which cannot be encoded.
+# Control characters (C0 except tab and line feed, DEL, and C1), which start the escape sequences of a terminal;
+# bidirectional embeddings, overrides and isolates, which reorder the text around them; and lone surrogates, which
+# cannot be encoded.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with a visible sign in place of each unsafe character: `␛` for escape, `<U+202E>` for an override."""
+    """The text with each unsafe character replaced by a visible one: `␛` for escape, `<U+202E>` for an override."""
     return UNSAFE.sub(visible_sign, text.replace("\r\n", "\n"))
 
 
 def visible_sign(found: re.Match[str]) -> str:
-    """The sign for one unsafe character: Unicode's picture of it, or its number where there is none."""
+    """The replacement for one unsafe character: its control picture in Unicode, or else its code point."""
     code = ord(found[0])
     if code < 0x20:
         return chr(0x2400 + code)
@@ -22,5 +22,5 @@ def visible_sign(found: re.Match[str]) -> str:
 
 
 def safe_json(text: str) -> str:
-    r"""JSON in which each unsafe character is written as `\u....`: the same value, safe to show."""
+    r"""The same JSON value with each unsafe character written as `\u....`."""
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

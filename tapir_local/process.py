@@ -1,4 +1,4 @@
-"""A heavy stage in its own process: its parent shows its progress and its errors, and takes it along when it dies."""
+"""Run a heavy stage in its own process, which reports progress and errors and ends when its parent dies."""
 
 import json
 import os
@@ -19,54 +19,51 @@ from tapir_local.errors import TapirError
 from tapir_local.files import private_file, write_record
 from tapir_local.memory import count_cpus
 from tapir_local.printable import printable
+from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
 
-Progress = Callable[[int, int, str], None]
-OWNED_VARIABLE = "TAPIR_LOCAL_OWNED"  # set in a child whose standard input is its parent's life line
-MARK_VARIABLE = (
-    "TAPIR_LOCAL_MARK"  # in a child: the word before each of its reports, drawn anew, so that no other line has it
-)
-# Threads that wait for each other sleep after a moment instead of spinning on: on two cores shared with other jobs a
-# training did 200 to 400 tokens/s with torch's default and over 1,000 so.
+OWNED_VARIABLE = "TAPIR_LOCAL_OWNED"  # set in a child that ends when its standard input closes
+MARK_VARIABLE = "TAPIR_LOCAL_MARK"  # the random prefix of a child's reports
+# Waiting OpenMP threads sleep early instead of spinning: on two cores shared with other jobs, training ran at over
+# 1,000 tokens/s with this and at 200 to 400 with torch's default.
 THREAD_VARIABLES = {"GOMP_SPINCOUNT": "1000"}
-# As python's -P, which does not reach a launcher's processes: a datasets.py in the user's folder is not ours.
+# Like python -P, which a launcher does not pass on: a datasets.py in the current folder must not shadow the package.
 LAUNCHER_VARIABLES = {"PYTHONSAFEPATH": "1"}
-LAUNCHER_KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher tells of one of its processes
-# Names of variables that hold a key, a token or a password.
+LAUNCHER_KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher reports a killed process
+# Names of environment variables that hold a key, a token or a password.
 SECRET_NAME = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
-WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # further such names, of a recipe
-ALLOWED_SECRETS = {
-    "tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
-}  # its encoder comes from the Hub
+WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # more such names, from a recipe
+# Secrets that a module needs: the classifier downloads its encoder from the Hub.
+ALLOWED_SECRETS = {"tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}
 STOP_SECONDS = 5.0  # seconds between asking a child to stop and killing it
 
 
 class OutOfMemory(TapirError):
-    """Memory ran out, main or the GPU's, or probably did: less at once may fit."""
+    """Main or GPU memory ran out, or probably did: a smaller batch may fit."""
 
 
 class Unsupported(TapirError):
-    """What was tried first does not work here, and another way may."""
+    """This method does not work here; another may."""
 
 
 class Crashed(TapirError):
-    """A library ended the process, by SIGABRT or SIGSEGV as a rule."""
+    """A library crashed the process, usually by SIGABRT or SIGSEGV."""
 
 
 class Killed(OutOfMemory):
-    """A process ended by SIGKILL, which is how the kernel takes memory back."""
+    """A process ended by SIGKILL, which the kernel sends when memory runs out."""
 
 
 ERROR_KINDS: Mapping[str, type[TapirError]] = {kind.__name__: kind for kind in (OutOfMemory, Unsupported)}
 
 
 def say_on_stderr(text: str) -> None:
-    """A remark for people, where nobody has said how to show one."""
+    """Print a remark on stderr: the default where the caller passes no function to show it."""
     print(printable(text), file=sys.stderr)
 
 
 def send_remark(progress: Progress, text: str) -> None:
-    """A line that the user of a heavy stage is to read: a report of 0 of 0, which is no progress."""
+    """Send a line for the user through `progress`, as a report of 0 of 0."""
     progress(0, 0, text)
 
 
@@ -78,18 +75,18 @@ def run_module(
     say: Callable[[str], None] = say_on_stderr,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Run `python -m module folder` and wait for it; what it writes to stderr goes to `log`.
+    """Run `python -m module folder` and wait for it; its stderr goes to `log`.
 
-    `progress` gets (done, total, note), `say` its remarks. A `launcher` is a command that starts several processes of
-    the module (`accelerate launch …`), of which the first reports. TapirError: the child's own, or one that names the
-    log and its last line. The child is stopped when this is interrupted, and ends by itself when this process dies.
+    `progress` is called with (done, total, note), `say` with remarks. A `launcher` is a command that starts several
+    processes of the module (`accelerate launch …`); the first of them reports. Raises the child's own TapirError, or
+    one that names the log and its last line. The child is stopped on an interrupt, and ends when this process dies.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     private_file(log)
     start = [find_command(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
     mark = secrets.token_hex(8)
     variables = {**child_environment(module), **(LAUNCHER_VARIABLES if launcher else {}), MARK_VARIABLE: mark}
-    with log.open("wb", buffering=0) as errors:  # the child writes at the same place
+    with log.open("wb", buffering=0) as errors:  # unbuffered: the child writes to the same file
         child = start_child([*start, "-m", module, str(folder)], errors, variables, log)
         try:
             failure = relay_reports(read_reports(child.stdout or [], mark.encode(), errors), progress, say)
@@ -103,7 +100,7 @@ def run_module(
 def start_child(
     command: Sequence[str], errors: IO[bytes], variables: Mapping[str, str], log: Path
 ) -> "subprocess.Popen[bytes]":
-    """The child, in a session of its own: Ctrl-C reaches the parent alone, which stops the whole group."""
+    """Start the child in its own session: Ctrl-C then reaches only the parent, which stops the child's group."""
     try:
         return subprocess.Popen(
             command,
@@ -119,47 +116,41 @@ def start_child(
 
 
 def find_command(name: str) -> str:
-    """A command of the environment that we run in, which need not be on the PATH; else the name as it is."""
-    here = Path(sys.executable).parent / name  # a path from the root stays what it is
+    """The path of a command next to this Python, which need not be on the PATH; otherwise the name itself."""
+    here = Path(sys.executable).parent / name  # an absolute path stays as it is
     return str(here) if here.is_file() else name
 
 
 def run_in_process(
-    work: Callable[[Path, Progress], None],
+    module: str,
     job: Any,
     folder: Path,
     progress: Progress | None = None,
     say: Callable[[str], None] = say_on_stderr,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Run the module that defines `work` as a process of its own; its `__main__` block must call `child_main(work)`.
-
-    The job is a record, written to job.json in `folder`, where `work` reads it; the log is left there too.
-    """
-    module = work.__module__
+    """Run a module on a job, a record written to job.json in `folder`; the log is written there too."""
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)
 
 
 def child_environment(module: str = "") -> dict[str, str]:
-    """The child's: patient threads, as many as there are processors for, the life line, our own modules where they are
-    not installed; no keys, which a child has no use for."""
+    """The environment of a child that runs `module`: thread settings, the path of our modules, and no API keys."""
     fewer = {"OMP_NUM_THREADS": str(count_cpus())} if count_cpus() < len(os.sched_getaffinity(0)) else {}
     kept = {name: value for name, value in os.environ.items() if not is_secret(name, module)}
     return {**THREAD_VARIABLES, **fewer, **kept, OWNED_VARIABLE: "1", **python_path_variable()}
 
 
 def is_secret(name: str, module: str = "") -> bool:
-    """Whether a variable is withheld from a child that runs `module`: a key, a token or a password by its name."""
-    return (
-        SECRET_NAME.fullmatch(name) is not None or name in WITHHELD_NAMES.get()
-    ) and name not in ALLOWED_SECRETS.get(module, ())
+    """Whether the name of a variable says that it is a secret, which a child running `module` does not get."""
+    secret = SECRET_NAME.fullmatch(name) is not None or name in WITHHELD_NAMES.get()
+    return secret and name not in ALLOWED_SECRETS.get(module, ())
 
 
 @contextmanager
 def withhold_variables(names: Iterable[str]) -> Iterator[None]:
-    """Withhold some more variables, such as a recipe's api_key_env, from the children that are started meanwhile."""
+    """Withhold more variables, such as a recipe's api_key_env, from children started within the block."""
     token = WITHHELD_NAMES.set(WITHHELD_NAMES.get() | frozenset(names))
     try:
         yield
@@ -168,14 +159,14 @@ def withhold_variables(names: Iterable[str]) -> Iterator[None]:
 
 
 def read_reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The child's reports: what follows the mark in a line. All else is a launcher's own, and goes to the log."""
+    """The child's reports, which follow the mark in a line. All other output goes to the log."""
     for line in lines:
         before, marked, after = line.partition(mark)
         log.write(before)
         if marked:
             try:
                 text = after.decode("utf-8", "replace")
-                report, end = json.JSONDecoder().raw_decode(text, 1)  # another process may write into the same line
+                report, end = json.JSONDecoder().raw_decode(text, 1)  # another process may write to the same line
                 log.write(text[end:].strip("\n").encode())
                 yield report
             except ValueError:
@@ -183,18 +174,18 @@ def read_reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterato
 
 
 def python_path_variable() -> dict[str, str]:
-    """What lets a child find our own modules where they are not installed."""
+    """PYTHONPATH for a child, so that it finds our modules in a checkout that is not installed."""
     places = [str(CHECKOUT)] if (CHECKOUT / "pyproject.toml").is_file() else []
     path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path} if path else {}
 
 
 def relay_reports(
-    said: Iterable[Mapping[str, Any]], progress: Progress | None, say: Callable[[str], None]
+    received: Iterable[Mapping[str, Any]], progress: Progress | None, say: Callable[[str], None]
 ) -> TapirError | None:
-    """Pass the child's progress and remarks on until it closes its output; the error that it reported, if it did."""
+    """Pass on the child's progress and remarks until it closes its output; return its error, if it reported one."""
     failure = None
-    for report in said:
+    for report in received:
         if "error" in report:
             failure = ERROR_KINDS.get(report["kind"], TapirError)(**report["error"])
         elif not report["total"]:
@@ -205,7 +196,7 @@ def relay_reports(
 
 
 def stop_child(child: "subprocess.Popen[bytes]") -> None:
-    """End the child and all that it started, if it is still there, and close its pipes."""
+    """Stop the child and its process group if they still run, and close its pipes."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGTERM)
         try:
@@ -219,36 +210,30 @@ def stop_child(child: "subprocess.Popen[bytes]") -> None:
 
 
 def exit_error(module: str, code: int, log: Path) -> TapirError:
-    """What to say of a child that ended with `code` (negative: by that signal) and reported no error of its own."""
+    """The error for a child that ended with `code` (negative: that signal) without reporting one."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if code == -signal.SIGKILL or any(LAUNCHER_KILLED in line for line in lines[-40:]):
         return Killed(
-            f"{module} was killed (signal 9), probably because the memory ran out",
+            f"{module} was killed (signal 9), probably because memory ran out",
             where=str(log),
-            fix="Lower the batch size or max_length, or close other programs; the same command goes on from here.",
+            fix="Lower the batch size or max_length, or close other programs, and run the same command again.",
         )
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
     last = f": {lines[-1]}" if lines else ""
     return (Crashed if code < 0 else TapirError)(
         f"{module} {how}{last}",
         where=str(log),
-        fix="The whole message is in that file; the same command goes on from here.",
+        fix="The whole message is in that file. The same command resumes from here.",
     )
 
 
-def signal_and_last_line(code: int, errors: bytes) -> tuple[str, str]:
-    """How a child process ended: the name of the signal, "" if none, and the last line of its standard error."""
-    lines = [line.strip() for line in errors.decode("utf-8", "replace").split("\n") if line.strip()]
-    return signal.Signals(-code).name if code < 0 else "", lines[-1] if lines else ""
+def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str, str] | None = None) -> int:
+    """Run `work` on the folder in the arguments, in the child, and report to the parent; return the exit code.
 
-
-def child_main(work: Callable[[Path, Progress], None], child_environment: Mapping[str, str] | None = None) -> int:
-    """The child's side: do `work` on the folder named in the arguments and report to the parent; the exit code.
-
-    Standard output carries only the reports; whatever libraries print goes to standard error. Of several processes
-    that a launcher has started, the first alone reports progress, and any its error.
+    Standard output carries only reports; what libraries print goes to standard error. If a launcher has started
+    several processes, only the first reports progress, and each reports its own error.
     """
-    os.environ.update(child_environment or {})
+    os.environ.update(environment or {})
     if os.environ.get(OWNED_VARIABLE):
         threading.Thread(target=end_with_parent, daemon=True).start()
     report = open_report_channel()
@@ -263,7 +248,7 @@ def child_main(work: Callable[[Path, Progress], None], child_environment: Mappin
 
 
 def open_report_channel() -> Callable[[Mapping[str, Any]], None]:
-    """A function that writes one line, the mark and JSON, to what was standard output, from now on standard error."""
+    """Redirect standard output to standard error; return a function that writes a report to the original one."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     mark = os.environ.get(MARK_VARIABLE, "report")
@@ -277,7 +262,7 @@ def open_report_channel() -> Callable[[Mapping[str, Any]], None]:
 
 
 def end_with_parent() -> None:
-    """Wait for the end of the life line, which the parent's death closes, then end this process and all it started."""
+    """Wait until standard input closes, which the parent's death causes; then kill this process group."""
     while os.read(0, 1):
         pass
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The values that travel between stages: frozen dataclasses, JSON in and out."""
+"""The records that stages exchange, as frozen dataclasses, and how they are read from and written to JSON."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ def noop(*_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; role is `system`, `user` or `assistant`."""
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
 
     role: str
     content: str
@@ -32,8 +32,8 @@ Prompt = tuple[Message, ...]
 class Example:
     """An instruction and its answer.
 
-    `prompt` ends with a user's turn. `origin` is where the row came from: the seed file, or the
-    teacher's expansion of the example named by `parent` in round `round`.
+    `prompt` ends with a user turn. `origin` says where the row came from: the seed file, or the teacher's expansion of
+    the example `parent` in round `round`.
     """
 
     id: str
@@ -48,10 +48,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a student wrote.
+    """An answer of the student.
 
-    `finish`: `stop`, `length` (cut at max_tokens), or without a text `too_long` (the prompt fills the context) and
-    `refused` (the chat template cannot render the prompt).
+    `finish`: `stop`, `length` (cut at max_tokens), or, with an empty text, `too_long` (the prompt fills the context)
+    or `refused` (the chat template cannot render the prompt).
     """
 
     id: str
@@ -61,17 +61,17 @@ class Completion:
 
     @property
     def asked(self) -> bool:
-        """False where the prompt could not be given to the student."""
+        """False if the student could not be given the prompt."""
         return self.finish not in ("too_long", "refused")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judge's scores, 1 to 10, of a teacher's and a student's answer, averaged over both orders of showing them.
+    """A judge's scores, 1 to 10, of the teacher's and the student's answer, averaged over both orders of showing them.
 
-    Both are None when any reply could not be read; `reason` then says which and why. `orders` holds what was read:
-    (teacher, student) with the teacher's answer shown first, then the same with the student's shown first; None where
-    answers are not shown in pairs. Lengths are of the answers, in characters; 0 in files of older versions.
+    Both are None if any reply could not be parsed; `reason` then says which and why. `orders` holds the parsed scores
+    as (teacher, student): first with the teacher's answer shown first, then with the student's shown first; None if
+    answers are not shown in pairs. Lengths are in characters; 0 in files of older versions.
     """
 
     id: str
@@ -85,13 +85,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class JudgeQuality:
-    """How far a judge's scores can be trusted, by the scores alone. None: undefined, or too few rows to say.
+    """How reliable a judge's scores are, estimated from the scores. None: undefined, or too few rows.
 
-    `rows` were judged and `unjudged` not. Of judgements in both orders: `agreement` is the share of rows whose orders
-    name the same winner or both tie, `order_difference` the mean absolute difference of an answer's two scores, and
-    `position_bias` the mean score of the answer shown first less that of the second. `ties` is the share of rows on
-    which both answers score the same. `length_bias` is the rank correlation, -1 to 1, of the student's answer's length
-    less the teacher's with its score less the teacher's. `notes` are warnings for people.
+    `rows` were judged, `unjudged` were not. For judgements in both orders: `agreement` is the share of rows whose two
+    orders have the same winner or both tie, `order_difference` the mean absolute difference between the two scores of
+    an answer, and `position_bias` the mean score of the answer shown first minus that of the second. `ties` is the
+    share of rows on which both answers have the same score. `length_bias` is the rank correlation, -1 to 1, between
+    the difference of the answers' lengths and the difference of their scores, each student minus teacher. `notes` are
+    warnings for people.
     """
 
     rows: int
@@ -106,7 +107,7 @@ class JudgeQuality:
 
 @dataclass(frozen=True)
 class Scored:
-    """Log-probability (nats) of a given completion's `tokens` tokens; 0 tokens where it does not fit the context."""
+    """Log-probability (nats) of a given completion's `tokens` tokens; 0 tokens if it does not fit the context."""
 
     id: str
     logprob: float
@@ -119,10 +120,10 @@ Styled = Literal["hard", "all", "none"]
 
 @dataclass(frozen=True)
 class Expansion:
-    """`rows` new instructions wanted of a task, grown in turn from the pool rows `parents`, then from `others`.
+    """A request for `rows` new instructions of a task, written from the pool rows `parents` in turn, then `others`.
 
-    `others` are less hard rows of the task, for where the parents have as many new rows as curriculum.children allows.
-    `alike`: of the same task, domain and difficulty as the parent; `rarer`: of the same domain, and rarer (Lion's).
+    `others` are less hard rows of the task; they are used once every parent has curriculum.children new rows. `manner`:
+    `alike` asks for the same task, domain and difficulty as the parent; `rarer` for a rarer one of the domain (Lion).
     """
 
     task: str
@@ -134,13 +135,14 @@ class Expansion:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round will train on. Ids refer to the pool or the seeds; counts are rows.
+    """What a round trains on. Ids refer to the pool or the seeds; counts are numbers of rows.
 
-    `hard` are hard rows, `expansions` the new rows wanted, `drawn` rows taken as they are, whatever their difficulty,
-    `replay` the easy rows kept in, `reflected` rows that the teacher criticises and rewrites. `styled` says whose
-    answers are rewritten in the task's style: the hard and new rows', all rows', or none's. `asked` and `got` are the
-    tasks' shares of the hard and new, or of the drawn rows; `short` the rows of a task that nothing can fill; `notes`
-    what the reader ought to know. alpha is the challenge, the share of hard and new rows, asked and got.
+    `hard` are hard rows, `expansions` the new rows to write, `drawn` rows taken unchanged whatever their difficulty,
+    `replay` the easy rows kept in, `reflected` rows that the teacher criticizes and rewrites. `styled` says which
+    answers the teacher rewrites in the task's style: those of hard and new rows, of all rows, or of none. `asked` and
+    `got` are the tasks' requested and actual shares of the hard and new (or drawn) rows; `short` the missing rows by
+    task; `notes` remarks for people. `alpha` is the challenge, the requested share of hard and new rows; `alpha_got`
+    the actual share.
     """
 
     round: int
@@ -163,7 +165,7 @@ class RoundPlan:
 
     @property
     def to_write(self) -> int:
-        """New rows wanted."""
+        """The number of new rows to write."""
         return sum(expansion.rows for expansion in self.expansions)
 
 
@@ -171,11 +173,11 @@ class RoundPlan:
 class Metrics:
     """A student on the holdout. Rates are 0 to 1; intervals are 95 %.
 
-    `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5. Where
-    no judge is asked (`judge: reference`) there is no win rate, and `student_score` is the likeness, 1 to 10, of the
-    student's answers to the teacher's; `by_task` then has it too. `accuracy` is the share of answers a checker finds
-    right, of the `checked` that it can tell of; None where the recipe has no checker. `judge_quality` and `checked` are
-    None in files of older versions.
+    `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5. With
+    `judge: reference` there is no win rate, and `student_score` is the similarity, 1 to 10, of the student's answers to
+    the teacher's; `by_task` then has it too. `accuracy` is the share of correct answers among the `checked` ones, those
+    that a checker can verify; None if the recipe has no checker. `judge_quality` and `checked` are None in files of
+    older versions.
     """
 
     round: int
@@ -197,9 +199,9 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a teacher or judge. `draw` tells apart several answers wanted to the same body.
+    """One request to a teacher or judge. `draw` numbers the answers to requests with the same body.
 
-    `schema` is the JSON schema of the reply, for those who can be held to one: a GGUF on this machine.
+    `schema` is the JSON schema of the reply, for endpoints that can enforce one: a GGUF on this machine.
     """
 
     messages: Prompt
@@ -209,15 +211,15 @@ class Request:
     draw: int = 0
     temperature: float = 0.0
     max_tokens: int = 1024
-    schema: Mapping[str, Any] | None = field(default=None, hash=False)  # a mapping has no hash
+    schema: Mapping[str, Any] | None = field(default=None, hash=False)  # a mapping is not hashable
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `finish` is the API's finish reason; `hit` says that it came from the store, unpaid.
+    """The answer to a request. `finish` is the API's finish reason; `hit` is True if it came from the store, unpaid.
 
-    `key` is the call's, 64 hexadecimal digits. `why` says why there is no usable text, in the server's own words where
-    it gave any; "" where there is one.
+    `key` is the call's key, 64 hexadecimal digits. `why` says why there is no usable text, with the server's message if
+    it sent one; "" if there is a text.
     """
 
     text: str
@@ -230,12 +232,12 @@ class Answer:
 
     @property
     def complete(self) -> bool:
-        """True when the text is whole: neither cut, nor filtered, nor empty."""
+        """True if the text is complete: not cut off, filtered or empty."""
         return self.finish == "stop" and bool(self.text.strip())
 
     @property
     def refused(self) -> bool:
-        """True when the server will not answer the request for what it says: asked again, it would refuse again."""
+        """True if the server refuses the content of the request, so that a repetition would be refused too."""
         return self.finish in ("refused", "content_filter")
 
 
@@ -243,19 +245,19 @@ ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 def type_adapter(kind: type[T]) -> TypeAdapter[T]:
-    """The pydantic reader and writer of a record class, made once."""
+    """The pydantic reader and writer of a record class, cached."""
     if kind not in ADAPTERS:
         ADAPTERS[kind] = TypeAdapter(kind)
     return ADAPTERS[kind]
 
 
 def to_json(record: Any) -> str:
-    """One line of JSON, keys in the order of the class."""
+    """The record as one line of JSON, with keys in the order of the class."""
     return type_adapter(type(record)).dump_json(record).decode()
 
 
 def from_json(kind: type[T], text: str | bytes, where: str = "") -> T:
-    """Read a record; TapirError naming `where` if the text is not one."""
+    """The record in a text of JSON; TapirError with `where` if it is not one."""
     try:
         return type_adapter(kind).validate_json(text)
     except ValidationError as error:
@@ -264,12 +266,12 @@ def from_json(kind: type[T], text: str | bytes, where: str = "") -> T:
         raise TapirError(
             f"not a {kind.__name__}: {key} {first['msg']}".strip(),
             where=where,
-            fix="It is damaged, or of another version of the program; `tapir-local redo` makes it again.",
+            fix="It is damaged or of another version of the program; `tapir-local redo` writes it again.",
         ) from error
 
 
 def instruction_of(prompt: Prompt) -> str:
-    """The prompt as plain text: the one user turn itself, or a transcript where there are several turns."""
+    """The prompt as plain text: the user turn itself, or a transcript if there are several turns."""
     if len(prompt) == 1:
         return prompt[0].content
     return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)

@@ -1,4 +1,4 @@
-"""Where the files are that come with the program: recipes, and the pocket student and seeds."""
+"""Find files by the names that recipes and commands use: recipes, models, chat templates, seeds, the cache."""
 
 import difflib
 import os
@@ -16,8 +16,8 @@ POCKET_STUDENT = PACKAGE / "assets" / "pocket_student"
 CHAT_TEMPLATES = PACKAGE / "assets" / "chat_templates"
 POCKET_SEEDS = PACKAGE / "assets" / "pocket_seeds.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Of a model on the Hub: weights, config, tokenizer and template as transformers reads them. Folders, such as original/
-# and onnx/, and Mistral's consolidated.safetensors hold the same weights again.
+# Files of a model on the Hub that transformers reads: weights, config, tokenizer and template. Subfolders, such as
+# original/ and onnx/, and Mistral's consolidated.safetensors hold copies of the same weights.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 HUB_FILES_IGNORED = ["*/*", "consolidated*"]
 SEED_FILE_SUFFIXES = frozenset(
@@ -26,23 +26,23 @@ SEED_FILE_SUFFIXES = frozenset(
 
 
 def recipes_folder() -> Path:
-    """Beside the package in a checkout, within it in an installed wheel."""
+    """The folder of the included recipes: next to the package in a checkout, inside it in an installed wheel."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else CHECKOUT / "recipes"
 
 
 def recipe_files() -> list[Path]:
-    """The recipes that come with the program."""
+    """The recipes included with the program."""
     return sorted(recipes_folder().glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
-    """A file as given, or one that comes with the program by its path, its file's name or its stem.
+    """The recipe at a path, or an included one by its path, file name or stem.
 
-    TapirError where there is none, with files of a like name, and those that come with the program.
+    If there is none, a TapirError suggests files with similar names and lists the included recipes.
     """
     given = Path(expand_home(name) or "")
-    with suppress(OSError, ValueError):  # a name that is too long, or holds a NUL
+    with suppress(OSError, ValueError):  # the name is too long or contains a NUL
         if given.exists() and not given.is_dir():
             return given
     for path in recipe_files():
@@ -50,7 +50,7 @@ def find_recipe(name: str) -> Path:
             return path
     if name and is_folder(given):
         kept = given / "recipe.yaml"
-        fix = f"Name the recipe in it: {kept}" if kept.is_file() else "Name a YAML file."
+        fix = f"Give the recipe in it: {kept}" if kept.is_file() else "Give a YAML file."
         raise TapirError("this is a folder, not a recipe", where=name, fix=fix)
     known = ", ".join(path.stem for path in recipe_files())
     like = similar_recipes(given)
@@ -58,12 +58,12 @@ def find_recipe(name: str) -> Path:
     raise TapirError(
         "there is no such recipe",
         where=name,
-        fix=f"{meant}Name a YAML file, or one of those that come with the program: {known}.",
+        fix=f"{meant}Give a YAML file or the name of an included recipe: {known}.",
     )
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; a name that is too long is none."""
+    """Whether the path is a folder; a name that is too long is not."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def is_folder(path: Path) -> bool:
 
 
 def similar_recipes(missing: Path) -> list[str]:
-    """YAML files beside a path that is not there, and recipes that come with the program, with names like it."""
+    """YAML files next to a missing path, and included recipes, with similar names."""
     try:
         beside = [path for path in missing.parent.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file()]
     except OSError:
@@ -82,7 +82,7 @@ def similar_recipes(missing: Path) -> list[str]:
 
 
 def read_recipe_text(path: Path) -> str:
-    """A recipe's text; TapirError where it cannot be read, or is not UTF-8."""
+    """The text of a recipe; TapirError if it cannot be read or is not UTF-8."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -99,7 +99,7 @@ def read_recipe_text(path: Path) -> str:
 
 
 def default_cache() -> Path:
-    """TAPIR_LOCAL_CACHE; else `cache` in the checkout that the program runs from; else in the current folder."""
+    """TAPIR_LOCAL_CACHE if set; else `cache` in the checkout that the program runs from, or in the current folder."""
     named = os.environ.get("TAPIR_LOCAL_CACHE")
     if named:
         return Path(expand_home(named) or "")
@@ -107,23 +107,23 @@ def default_cache() -> Path:
 
 
 def find_model_folder(named: str, revision: str | None = None) -> Path:
-    """A recipe's student.path as a folder: `pocket`, a folder, or a Hub name, looked up in its cache or downloaded.
+    """The folder of a recipe's student.path: `pocket`, a folder, or a model on the Hub, downloaded unless cached.
 
-    `revision` is a branch, tag or commit of a Hub name. TapirError where it is none of these, or the Hub cannot be
-    reached.
+    `revision` is a branch, tag or commit of a model on the Hub. TapirError if there is no such model or the Hub cannot
+    be reached.
     """
     if named != "pocket" and not Path(named).is_dir():
         return download_model(named, revision)
     if revision is not None:
-        what = f"student.revision ({revision}) is for a model on the Hub, and this one is a folder"
-        raise TapirError(what, where=named, fix="Leave student.revision out.")
+        what = f"student.revision ({revision}) applies to models on the Hub only, and this one is a folder"
+        raise TapirError(what, where=named, fix="Remove student.revision.")
     return POCKET_STUDENT if named == "pocket" else Path(named)
 
 
 def download_model(named: str, revision: str | None, *, complete: bool = False) -> Path:
-    """The folder of a model in the Hub's cache, named by its commit; what is missing is downloaded.
+    """The folder of a model in the Hub's cache, named by its commit; missing files are downloaded.
 
-    `complete` says that an earlier call has downloaded this revision, so that nobody is asked while it is there.
+    `complete` means that an earlier call has downloaded this revision: then the Hub is not asked if the cache has it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -141,27 +141,27 @@ def download_model(named: str, revision: str | None, *, complete: bool = False) 
         raise TapirError(
             f"there is no such folder, and the Hub has no such model{at} or cannot be reached",
             where=named,
-            fix="Download the model where there is a network and name its folder in student.path.",
+            fix="Check the name; or download the model on a machine with a network and set student.path to its folder.",
         ) from error
 
 
 def read_chat_template(named: str) -> str:
-    """The text of a recipe's student.chat_template; TapirError where there is no such file."""
+    """The text of a recipe's student.chat_template; TapirError if there is no such file."""
     known = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
     path = CHAT_TEMPLATES / f"{named}.jinja" if named in known else Path(expand_home(named) or "")
     if not path.is_file():
         raise TapirError(
             "there is no such chat template",
             where=named,
-            fix=f"Name a Jinja file in student.chat_template, or one that comes with the program: {', '.join(known)}.",
+            fix=f"Set student.chat_template to a Jinja file or to an included template: {', '.join(known)}.",
         )
     return path.read_text(encoding="utf-8")
 
 
 def find_seeds(named: str) -> Path | None:
-    """A recipe's seeds.path as a file or a folder, `pocket` resolved; None where it can only be a name on the Hub.
+    """The file or folder of a recipe's seeds.path; None if it can only be the name of a dataset on the Hub.
 
-    TapirError where it is none of these.
+    TapirError if it is none of these.
     """
     path = POCKET_SEEDS if named == "pocket" else Path(named)
     if path.exists():
@@ -171,5 +171,5 @@ def find_seeds(named: str) -> Path | None:
     raise TapirError(
         "there is no such file of seeds",
         where=str(path),
-        fix="Name a file or a dataset's folder with --seeds; a dataset on the Hub with --set seeds.path=OWNER/NAME.",
+        fix="Give a file or a dataset's folder with --seeds, or a dataset on the Hub with --set seeds.path=OWNER/NAME.",
     )

@@ -1,4 +1,4 @@
-"""Files that take hours to write: rows are appended to `<path>.partial` as they are done, and a cut one goes on."""
+"""Write a file row by row over hours, so that an interrupted write resumes from `<path>.partial`."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
 
 from tapir_local.errors import TapirError
-from tapir_local.files import remove_path, sync_to_disk, write_json
+from tapir_local.files import remove_path, sync_to_disk, write_error, write_json
 from tapir_local.printable import safe_json
 from tapir_local.records import from_json, to_json
 
 
 class HasId(Protocol):
-    """A record with an id."""
+    """A record that has an id."""
 
     @property
     def id(self) -> str: ...
@@ -24,14 +24,14 @@ R = TypeVar("R", bound=HasId)
 
 
 class OrderedWriter(Generic[R]):
-    """Writes rows as JSON lines in the order of their ids, holding back those whose turn has not come."""
+    """Write rows as JSON lines in a given order of ids; rows that finish early wait in memory."""
 
     def __init__(self, out: IO[str], ids: Sequence[str]) -> None:
         self.out, self.ids, self.next = out, ids, 0
         self.waiting: dict[str, R] = {}
 
     def add(self, row: R) -> None:
-        """Take one, and write all whose turn it is."""
+        """Add a row, and write every row that is next in order."""
         self.waiting[row.id] = row
         while self.next < len(self.ids) and self.ids[self.next] in self.waiting:
             append_row(self.out, self.waiting.pop(self.ids[self.next]))
@@ -40,17 +40,17 @@ class OrderedWriter(Generic[R]):
 
 
 def append_row(out: IO[str], row: Any) -> None:
-    """Append a row as a line of JSON that is safe to show on a terminal."""
+    """Append a row as one line of JSON, with characters that are unsafe on a terminal escaped."""
     out.write(safe_json(to_json(row)) + "\n")
 
 
 @contextmanager
 def resume_writing(path: Path, task: Mapping[str, Any], kind: type[R]) -> Iterator[tuple[IO[str], list[R]]]:
-    """A file to append lines to, and the rows of it that an earlier, cut attempt at the same task has written.
+    """Yield a file to append lines to, and the rows that an interrupted attempt at the same task has written.
 
-    The block writes the missing rows; when it ends well, `<path>.partial` becomes `path`. When it is cut, by an
-    exception or with the process, the partial file stays, beside `<path>.partial.json` with its task; another task
-    starts from nothing. TapirError where the disk does not take the rows.
+    The block writes the missing rows; when it succeeds, `<path>.partial` is renamed to `path`. If it is interrupted,
+    the partial file stays, next to `<path>.partial.json`, which describes the task; a different task starts from the
+    beginning. Raises TapirError if the file cannot be written.
     """
     partial, note = (path.with_name(path.name + end) for end in (".partial", ".partial.json"))
     task = json.loads(json.dumps(task, default=str))
@@ -66,20 +66,19 @@ def resume_writing(path: Path, task: Mapping[str, Any], kind: type[R]) -> Iterat
         remove_path(note)
         sync_to_disk(path.parent)
     except OSError as error:
-        if error.filename not in (None, str(partial)):  # not of this file: writing to an open one names none
+        if error.filename not in (None, str(partial)):  # an error of another file; writing to an open file names none
             raise
-        fix = "Make room or mend the folder; the same command goes on from here."
-        raise TapirError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
+        raise write_error(path, error) from error
 
 
 def remove_partial(path: Path) -> None:
-    """Delete what a cut attempt at a file has left."""
+    """Delete the partial file and its task, if they exist."""
     for end in (".partial", ".partial.json"):
         remove_path(path.with_name(path.name + end))
 
 
 def read_task_note(path: Path) -> Any:
-    """The task that a note names; None where it cannot be read."""
+    """The task in `<path>.partial.json`; None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -87,7 +86,7 @@ def read_task_note(path: Path) -> Any:
 
 
 def read_complete_rows(partial: Path, kind: type[R]) -> list[R]:
-    """The rows of a cut file up to the first line that is torn or damaged, which is taken off it with all after it."""
+    """The rows of a partial file up to the first incomplete or damaged line; the file is truncated there."""
     if not partial.exists():
         return []
     rows, size = list[R](), 0
@@ -103,7 +102,7 @@ def read_complete_rows(partial: Path, kind: type[R]) -> list[R]:
 
 
 def parse_complete_row(kind: type[R], line: bytes) -> R | None:
-    """A row, or None where the line does not hold one whole."""
+    """The row of a line; None if the line is incomplete or damaged."""
     try:
         return from_json(kind, line) if line.endswith(b"\n") else None
     except TapirError:

@@ -1,4 +1,4 @@
-"""The rooms of the house stand in one order, imports point one way, and heavy packages wait inside functions."""
+"""The order of the rooms: imports point only upward, without cycles; heavy packages are imported inside functions."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tapir_local"
-# A module imports only from its own room and those above it; "" are the files that all rooms share.
+# A module imports only from its own room and the rooms above it; "" stands for the shared files.
 ROOMS = (
     "",
     "recipe",
@@ -32,7 +32,7 @@ HEAVY |= {"pandas", "pyarrow", "zstandard"}
 
 
 def name_of(path: Path) -> str:
-    """`tapir_local.store.keys` of that file."""
+    """The dotted name of a file: `tapir_local.store.keys`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -41,13 +41,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 
 def room_of(module: str) -> str:
-    """`store` of `tapir_local.store.keys`; "" of a shared file."""
+    """The room of a module: `store` for `tapir_local.store.keys`, "" for a shared file."""
     inside = MODULES[module].relative_to(PACKAGE).parts
     return inside[0] if len(inside) > 1 else ""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module of ours that a file imports, wherever in the file."""
+    """Every module of this package that a file imports, at any place."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tapir_local":
             names = {f"{node.module}.{alias.name}" for alias in node.names}

@@ -1,4 +1,4 @@
-"""Room: what there is, and what is said where it is too little."""
+"""Free memory, disk space, GPUs and processors, and the errors when they run short."""
 
 import os
 import subprocess
@@ -25,7 +25,9 @@ def test_free_memory_is_some_of_what_the_machine_has() -> None:
 
 
 def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(TapirError, match=r"no room for the GGUF: it takes 1,000,000\.0 GB, and .* are free"):
+    with pytest.raises(
+        TapirError, match=r"not enough disk space for the GGUF: it needs 1,000,000\.0 GB, and .* are free"
+    ):
         check_disk_space(tmp_path / "not" / "yet" / "there.gguf", 10**15, "the GGUF")
     assert not any(tmp_path.iterdir())
 
@@ -44,7 +46,7 @@ def test_gpus_are_read_from_what_their_driver_says(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("wanted", "rest"),
-    [(1 << 30, ""), (3 << 30, "; the classifier takes about 3.2 GB: another process holds what is missing")],
+    [(1 << 30, ""), (3 << 30, "; the classifier needs about 3.2 GB: another process uses the rest")],
 )
 def test_what_is_free_of_a_gpu_is_said_before_it_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int, rest: str
@@ -72,14 +74,14 @@ def test_a_gpu_without_memory_of_its_own_has_what_the_system_has(
     words: list[str] = []
     report_free_gpu_memory(1 << 20, "the classifier", words.append)
     assert words[0].startswith("NVIDIA GB10: ")
-    assert words[0].endswith(f" of {size(card.total)} free")
+    assert words[0].endswith(f" of {format_bytes(card.total)} free")
 
 
 # Containers
 
 
 def machine(root: Path, **files: str) -> Path:
-    """A root with a kernel of 64 GB, 32 of them available, and some more files: `proc__self__cgroup` is /proc/self/…"""
+    """A root folder with 64 GB of memory, 32 available, and more files: `proc__self__cgroup` is /proc/self/cgroup."""
     meminfo = f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {32 << 20} kB\nHugePages_Total:  0\n"
     for name, text in {"proc__meminfo": meminfo, **files}.items():
         path = root.joinpath(*name.split("__"))

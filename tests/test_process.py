@@ -1,4 +1,4 @@
-"""A child's progress, errors and deaths as its parent sees them, and a parent's death as its child does."""
+"""How a parent sees its child's progress, errors and death, and how a child notices its parent's death."""
 
 import io
 import json
@@ -27,7 +27,7 @@ sys.exit(child_main(work))
 
 @pytest.fixture
 def child(tmp_path, monkeypatch):
-    """Runs the body of a `work(folder, progress)` as a module of its own; the log file is tmp_path/log."""
+    """Run the body of a `work(folder, progress)` as a module; the log file is tmp_path/log."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
     def run(body: str, progress=None, *more) -> None:
@@ -38,7 +38,7 @@ def child(tmp_path, monkeypatch):
 
 
 def alive(pid: int) -> bool:
-    """True while the process runs; a dead one that nobody waited for does not count."""
+    """Whether the process runs; a zombie does not count."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
@@ -133,12 +133,14 @@ def test_files_in_the_users_folder_do_not_take_the_place_of_packages(child, tmp_
 
 def test_a_remark_is_said_and_is_no_progress(child):
     seen, said = [], []
-    child("remark(progress, 'without Unsloth'); progress(1, 1, 'loss')", lambda *step: seen.append(step), said.append)
+    child(
+        "send_remark(progress, 'without Unsloth'); progress(1, 1, 'loss')", lambda *step: seen.append(step), said.append
+    )
     assert (seen, said) == ([(1, 1, "loss")], ["without Unsloth"])
 
 
 def test_a_remark_that_nobody_asks_for_is_on_stderr(child, capfd):
-    child("remark(progress, 'without Unsloth')")
+    child("send_remark(progress, 'without Unsloth')")
     assert capfd.readouterr().err == "without Unsloth\n"
 
 
@@ -209,7 +211,7 @@ def test_a_child_has_no_keys(child, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "env").read_text())
     assert set(KEPT) <= set(found)
     assert not set(KEYS) & set(found)
-    assert os.environ["OPENAI_API_KEY"]  # the parent asks with it
+    assert os.environ["OPENAI_API_KEY"]  # the parent needs it
     child("import json; (folder / 'env').write_text(json.dumps(dict(os.environ)))")
     assert "MY_VENDOR" in json.loads((tmp_path / "env").read_text())
 

@@ -1,4 +1,4 @@
-"""Files that are appended to as rows are done: whole or absent, and a cut one goes on from its last whole line."""
+"""Files written row by row: complete or absent, and an interrupted one resumes from its last complete line."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ TASK = {"task": 1, "path": Path("x")}
 
 
 def write(path: Path, until: int | None = None, task: dict[str, object] = TASK) -> int:
-    """Write the missing rows, cut before row `until`; how many were there."""
+    """Write the missing rows, interrupted before row `until`; return how many rows existed."""
     with resume_writing(path, task, Scored) as (file, done):
         for row in ROWS[len(done) :]:
             if row.id == str(until):

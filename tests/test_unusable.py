@@ -1,12 +1,12 @@
-"""Rows that cannot be used: kept with their reason, counted, and refused where they are too many."""
+"""Unusable rows are kept with their reasons, counted, and refused if there are too many."""
 
 from pathlib import Path
 
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir
 from tapir_local.pipeline.run_rows import trim_reply
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import (
     Unusable,
     format_left_out,

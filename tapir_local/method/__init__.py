@@ -1,1 +1,1 @@
-"""TAPIR itself: pure functions without files, network or unseeded chance."""
+"""The TAPIR method: pure functions without files, network or unseeded random numbers."""

@@ -1,7 +1,7 @@
-"""Checks of an answer that need no LLM: pure functions that say True, False, or None where they cannot tell.
+"""Check answers without an LLM: pure functions that return True, False, or None if they cannot tell.
 
-Each looks first whether the instruction asks for the very thing it can verify, and says None of any other. Only
-`arithmetic` knows what is right; the others verify a form that a right answer must have.
+Each returns None unless the instruction asks for the very thing that it can verify. Only `arithmetic` checks that an
+answer is correct; the others verify a form that a correct answer must have.
 """
 
 import ast
@@ -17,18 +17,18 @@ from tapir_local.method.form_check import check_form, code_blocks
 
 TextCheck = Callable[[str, str], bool | None]
 
-MAX_TEXT_LENGTH = 100_000  # letters of an instruction or an answer that is looked at
+MAX_TEXT_LENGTH = 100_000  # characters of an instruction or an answer
 
 
 def tolerate_errors(check: TextCheck) -> TextCheck:
-    """The check, which says None of texts too long to look at, and where it raises: an answer may hold anything."""
+    """The check, returning None for texts that are too long, and if it raises: an answer may contain anything."""
 
     def checked(instruction: str, answer: str) -> bool | None:
         if max(len(instruction), len(answer)) > MAX_TEXT_LENGTH:
             return None
         try:
             return check(instruction, answer)
-        except Exception:  # noqa: BLE001 - a checker that fails does not know
+        except Exception:  # noqa: BLE001 - a checker that fails cannot tell
             return None
 
     return checked
@@ -41,7 +41,7 @@ ARITHMETIC_QUESTION = re.compile(
     r"(?: the (?:value|result|answer) (?:of|to))? ?:? )?([\d.,()+\-*/^% of]+?)[=?.! ]*",
     re.IGNORECASE,
 )
-# As typeset. NFKC, which takes letters of other widths for the same ones, turns 1/2 in one sign into 1\u20442.
+# Typeset signs. NFKC, which unifies letters of different widths, turns the single character for 1/2 into 1\u20442.
 TYPESET_SIGNS = str.maketrans(
     {"\u00d7": "*", "\u00f7": "/", "\u00b7": "*", "\u2212": "-", "\u2013": "-", "\u2044": "/"}
 )
@@ -63,48 +63,48 @@ OTHER_NUMBER_FORM = re.compile(
     re.IGNORECASE,
 )
 REFUSAL = re.compile(r"\b(?:not|cannot|unable|sorry|no idea|unsure)\b|n't\b", re.IGNORECASE)
-# What looks like a sum and may be none: a date, a telephone number, a range of years, a name such as 24/7.
+# What looks like arithmetic and may be a date, a telephone number, a range of years, or a name such as 24/7.
 NOT_ARITHMETIC = re.compile(
     r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}|\(?\d{3}\)?[ -]\d{3}-\d{4}|\+?\d{1,3}(?:-\d{2,5}){2,}|\d{3}-\d{4}|"
     r"(?:1\d|20)\d\d-(?:(?:1\d|20)\d\d|\d\d)|24/7|9/11|7/11|4/20|50/50|20/20"
 )
 AMBIGUOUS_POWER = re.compile(
     r"\^[^-+*/^()]*\^|\*\*[^-+*/()]*\*\*|(?:^|[(+*/-])\s*-\s*[\d.]+\s*(?:\^|\*\*)"
-)  # read in two ways
+)  # ambiguous
 APPROXIMATELY = re.compile(r"\b(?:about|approximately|approx|around|roughly|nearly|almost)\b|[~\u2248]", re.IGNORECASE)
-LONGEST_SUM, MOST_BITS = 200, 4096  # letters; of a power
+MAX_EXPRESSION_LENGTH, MAX_POWER_BITS = 200, 4096  # characters; bits of a power
 
 
 def check_arithmetic(instruction: str, answer: str) -> bool | None:
-    """Whether the value of a plain sum is the last number that the answer states, rounded at most.
+    """Whether the last number in the answer is the value of the expression in the instruction, possibly rounded.
 
-    True or False only of an instruction that is nothing but an expression in numbers; False where its value is nowhere
-    in the answer. None where it is there but another number comes last, where the answer states a number in words or in
-    a form that is not read, and where the instruction may be a date, a telephone number or the like.
+    True or False only if the instruction is nothing but an arithmetic expression; False if the answer does not contain
+    its value. None if it does but another number comes last, if the answer has numbers in words or in a form that is
+    not parsed, and if the instruction may be a date, a telephone number or the like.
     """
     value = parse_arithmetic_question(instruction)
     if value is None:
         return None
     text = CURRENCY.sub("", unicodedata.normalize("NFKC", answer).translate(TYPESET_SIGNS))
     numbers = STATED_NUMBER.findall(text)
-    told = [states_value(number, value) for number in numbers]
-    if told and told[-1]:
+    stated = [states_value(number, value) for number in numbers]
+    if stated and stated[-1]:
         return True
     near = bool(numbers) and may_be_truncated(numbers[-1], value, bool(APPROXIMATELY.search(text)))
     unsure = (
-        any(told)
+        any(stated)
         or near
         or NUMBER_WORDS.search(answer)
         or OTHER_NUMBER_FORM.search(text)
         or OTHER_NUMBER_FORM.search(answer)
     )
-    in_words = answer.strip() and not told and not REFUSAL.search(answer)
+    in_words = answer.strip() and not stated and not REFUSAL.search(answer)
     return None if unsure or in_words else False
 
 
 def parse_arithmetic_question(instruction: str) -> Fraction | None:
-    """The value of the sum that an instruction is; None where it is, or may be, anything else."""
-    if len(instruction) > 2 * LONGEST_SUM:
+    """The value of an instruction that is an arithmetic expression; None if it is, or may be, anything else."""
+    if len(instruction) > 2 * MAX_EXPRESSION_LENGTH:
         return None
     found = ARITHMETIC_QUESTION.fullmatch(" ".join(instruction.translate(TYPESET_SIGNS).split()))
     if not found or NOT_ARITHMETIC.fullmatch(found[1].strip()) or AMBIGUOUS_POWER.search(found[1]):
@@ -116,10 +116,10 @@ def parse_arithmetic_question(instruction: str) -> Fraction | None:
 
 
 def parse_expression(text: str) -> Fraction | None:
-    """The value of an expression of at least one sign, such as `3 * (4 - 1)` or `15% of 80`; None of anything else."""
+    """The value of an expression with at least one operator, such as `3 * (4 - 1)` or `15% of 80`; else None."""
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     plain = re.sub(r"%\s*of\b", "/100*", plain, flags=re.IGNORECASE).replace("^", "**").strip()
-    if len(plain) > LONGEST_SUM or not re.search(r"\d\s*\)*\s*[-+*/]", plain):
+    if len(plain) > MAX_EXPRESSION_LENGTH or not re.search(r"\d\s*\)*\s*[-+*/]", plain):
         return None
     try:
         return evaluate_expression(ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), mode="eval").body)
@@ -128,13 +128,13 @@ def parse_expression(text: str) -> Fraction | None:
 
 
 def evaluate_expression(node: ast.expr) -> Fraction:
-    """The value of a tree of sums; ValueError where anything else is in it."""
+    """The value of a syntax tree of numbers and operators; ValueError for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -evaluate_expression(node.operand)
     if not isinstance(node, ast.BinOp):
-        raise ValueError("no sum")
+        raise ValueError("not arithmetic")
     left, right = evaluate_expression(node.left), evaluate_expression(node.right)
     match node.op:
         case ast.Add():
@@ -145,18 +145,18 @@ def evaluate_expression(node: ast.expr) -> Fraction:
             return left * right
         case ast.Div():
             return left / right
-        case ast.Pow() if right.denominator == 1 and abs(right) * count_bits(left) <= MOST_BITS:
+        case ast.Pow() if right.denominator == 1 and abs(right) * count_bits(left) <= MAX_POWER_BITS:
             return left ** int(right)
-    raise ValueError("no sum")
+    raise ValueError("not arithmetic")
 
 
 def count_bits(number: Fraction) -> int:
-    """The size of a fraction."""
+    """The number of bits in numerator and denominator."""
     return number.numerator.bit_length() + number.denominator.bit_length()
 
 
 def states_value(text: str, value: Fraction) -> bool:
-    """Whether a number as it is written is the value, or it rounded to the places that are written; 6/4 is not 3/2."""
+    """Whether a written number is the value, or the value rounded to the written places; 6/4 does not count as 3/2."""
     if "/" in text:
         return text.replace(",", "") == f"{value.numerator}/{value.denominator}"
     number, places = parse_written_number(text)
@@ -166,13 +166,13 @@ def states_value(text: str, value: Fraction) -> bool:
 
 
 def may_be_truncated(text: str, value: Fraction, roughly: bool) -> bool:
-    """Whether a number may be the value with further digits left off; a whole one only where it is said `roughly`."""
+    """Whether a number may be the truncated value; for an integer only if the answer says `roughly`."""
     number, places = parse_written_number(text)
     return number is not None and (places > 0 or roughly) and abs(number - value) < Fraction(1, 10**places)
 
 
 def parse_written_number(text: str) -> tuple[Fraction | None, int]:
-    """(the number, how many places are written); None where there are more digits than Python reads, or a bar."""
+    """(the number, its decimal places); None for more digits than Python reads, or a fraction."""
     plain = text.replace(",", "")
     try:
         return (None if "/" in plain else Fraction(plain)), len(plain.partition(".")[2])
@@ -189,15 +189,14 @@ NOT_PLAIN_PYTHON = re.compile(
     r"raise\s+\w+\s*,|Traceback \(most)|\bpython\s*2|\bexcept\s+\w+\s*,\s*\w+\s*:",
     re.IGNORECASE | re.MULTILINE,
 )
-MAX_CODE_LENGTH = 20_000  # letters of a block that is parsed: Python's parser needs memory and stack by its length
+MAX_CODE_LENGTH = 20_000  # characters of a block: Python's parser needs memory and stack in proportion
 
 
 def check_python(instruction: str, answer: str) -> bool | None:
-    """Whether the Python of an answer compiles: all of its blocks True, none of them False, some of them None.
+    """Whether the Python blocks of an answer compile: True for all, False for none, None for some.
 
-    A block counts when it is marked as Python, or unmarked where the instruction names Python. A prompt (>>>), a
-    command of a notebook or a shell, a traceback or Python 2 is None. That it compiles does not say that it does what
-    was asked.
+    A block counts if it is marked as Python, or unmarked while the instruction mentions Python. None for prompts (>>>),
+    commands of notebooks or shells, tracebacks, and Python 2. Code that compiles need not do what was asked.
     """
     if NOT_PLAIN_PYTHON.search(answer) or NOT_PLAIN_PYTHON.search(instruction):
         return None
@@ -210,10 +209,10 @@ def check_python(instruction: str, answer: str) -> bool | None:
 
 
 def compiles(code: str) -> bool:
-    """Whether Python's parser takes it, an indentation common to all lines aside."""
+    """Whether Python parses the code, ignoring an indentation common to all lines."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd escape in a string is no fault
+            warnings.simplefilter("ignore")  # invalid escapes in strings are only warnings
             ast.parse(textwrap.dedent(code))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -243,7 +242,7 @@ SCRIPTS: Mapping[str, Sequence[str]] = {
     "georgian": ("GEORGIAN",),
     "armenian": ("ARMENIAN",),
 }
-# `in Japanese` ends its clause or one of these words follows; before others it is about a thing: Greek mythology.
+# `in Japanese` ends its clause or precedes one of these words; before others it describes a thing: Greek mythology.
 TARGET_LANGUAGE = re.compile(
     rf"\b(?:into|in|to)\s+(?:\w+\s+)?({'|'.join(SCRIPTS)})\b(?=\s*(?:$|[.,;:!?)\"'\u201d\n]|(?:the|this|that|these|and|or|"
     r"please|using|with|script|characters|letters|language|following|for|about)\b))",
@@ -260,11 +259,11 @@ LATIN_REQUEST = re.compile(
 
 
 def check_script(instruction: str, answer: str) -> bool | None:
-    """Whether an answer asked for in a language with a script of its own is in that script.
+    """Whether an answer is in the script of the language that the instruction asks for.
 
-    True when most of its letters are; False when none is, where the instruction says to translate or to write and
-    nothing of another script. Else None, and so where no such language is asked for or more than one is, or the answer
-    has no letters. That the script is right does not say that the translation is.
+    True if most of its letters are. False if none is, and the instruction asks to translate or write and mentions no
+    transliteration. Otherwise None, also if the instruction asks for no language with its own script, or for several,
+    or if the answer has no letters. The right script does not imply a right translation.
     """
     asked = {word.lower() for word in TARGET_LANGUAGE.findall(instruction)}
     if len(asked) != 1:
@@ -274,7 +273,7 @@ def check_script(instruction: str, answer: str) -> bool | None:
     count = sum(unicodedata.name(letter, "").startswith(tuple(kinds)) for letter in letters)
     if count:
         return True if 2 * count > len(letters) else None
-    quoted = answer.strip() and answer.strip(" .\"'").casefold() in instruction.casefold()  # a name, left as it is
+    quoted = answer.strip() and answer.strip(" .\"'").casefold() in instruction.casefold()  # a name, unchanged
     known = TRANSLATION_REQUEST.search(instruction) and not LATIN_REQUEST.search(instruction) and not quoted
     return False if known and (letters or not answer.strip()) else None
 
@@ -286,7 +285,7 @@ WORD_LIMIT = re.compile(
     r"under|more than|over)\s+(\d{1,5})\s+words\b",
     re.IGNORECASE,
 )
-# The limit may be one of a part, of certain words, or of a text that is quoted.
+# The limit may apply to a part, to certain words, or to a quoted text.
 PARTIAL_LIMIT = re.compile(
     r"\b(?:each|every|per|titles?|headlines?|headings?|subject|captions?|sentences|lines|paragraphs|bullets?|points|"
     r"stanzas|verses|sections|first|last)\b|\bwords\s+(?:from|that|which|start|begin|end|contain|long|short|with|in|of|or)",
@@ -300,11 +299,11 @@ STRICT_LOWER_LIMITS = ("more than", "over")
 
 
 def check_length(instruction: str, answer: str) -> bool | None:
-    """Whether the answer has as many words as each limit that the instruction sets.
+    """Whether the number of words in the answer satisfies every limit in the instruction.
 
-    None without a limit, where it may be one of a part of the answer, where words are not parted by spaces, and where
-    it depends on what counts as a word (`well-known`, a dash). A number without `exactly`, `at most` or the like is no
-    limit. The rest of the instruction is not verified.
+    None without a limit, if the limit may apply to a part of the answer, if words are not separated by spaces, and if
+    the result depends on what counts as a word (`well-known`, a dash). A number without `exactly`, `at most` or the
+    like is not a limit. The rest of the instruction is not verified.
     """
     asked = QUOTED_TEXT.sub("", instruction)
     limits = [(word.lower(), int(number)) for word, number in WORD_LIMIT.findall(asked)]
@@ -318,12 +317,12 @@ def check_length(instruction: str, answer: str) -> bool | None:
 
 
 def min_words(word: str, number: int) -> float:
-    """The fewest words that a limit allows."""
+    """The minimum number of words that a limit allows."""
     return number if word in LOWER_LIMITS else number + 1 if word in STRICT_LOWER_LIMITS else 0
 
 
 def max_words(word: str, number: int) -> float:
-    """The most words that a limit allows."""
+    """The maximum number of words that a limit allows."""
     return (
         number
         if word in UPPER_LIMITS

@@ -1,4 +1,4 @@
-"""Whether an answer has the form that its instruction asks for: JSON, YAML, CSV or a Markdown table."""
+"""Check that an answer has the format that its instruction asks for: JSON, YAML, CSV or a Markdown table."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ CODE_FENCE = re.compile(r"[ \t]*```[ \t]*([\w+#.-]*)")
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
-    """(tag, content) of every code block that is closed, line by line, which takes time in proportion to the text."""
+    """(tag, content) of every closed code block, read line by line in linear time."""
     found, tag, inside = list[tuple[str, str]](), "", list[str]()
     is_open = False
     for line in text.splitlines(keepends=True):
@@ -31,18 +31,19 @@ FORM_ADJECTIVES = (
     r"(?:(?:a|an|the|me|only|valid|pure|raw|single|simple|nested|well-formed|markdown|form of a|form of)\s+){0,4}"
 )
 FORM_REQUESTS = {
-    name: re.compile(rf"{ASKS}+{WORDS}{name}\b", re.IGNORECASE) for name in ("json", "yaml", "csv", "table")
+    name: re.compile(rf"{ASKS_FOR}+{FORM_ADJECTIVES}{name}\b", re.IGNORECASE)
+    for name in ("json", "yaml", "csv", "table")
 }
 NAMED_FORM = re.compile(r"\b(json|yaml|csv|table|xml|html|latex|sql)\b", re.IGNORECASE)
 ASKS_ABOUT = re.compile(r"\s*(?:what|how|why|when|who|which|explain|describe|compare|is|are|does|do)\b", re.IGNORECASE)
-# What reads or writes a form, or is another of its name: the answer may be a program, or of any form.
+# What reads or writes a format, or has a similar name: the answer may be a program, or have any format.
 PROGRAM_REQUEST = re.compile(
     r"\b(?:function|script|code|program|class|method|regex|query|command|api|python|javascript|java|bash|parser?|parses?|"
     r"parsing|librar(?:y|ies)|database|schema|jsonl|json[ -]?lines|ndjson|json5|jsonp|"
     r"json (?:string|number|value|boolean)|essay|story|poem|letter|paragraph|speech|song)\b",
     re.IGNORECASE,
 )
-# A table to sit at, to book or to learn by heart; another table than Markdown's.
+# Furniture, reservations, multiplication tables, and tables in formats other than Markdown.
 OTHER_TABLE = re.compile(
     r"\btable\s+(?:for|at|of\s+contents?|tennis|lamp|cloth|setting|top|manners|salt|talk|leg|with\s+\w+\s+chairs)\b|"
     r"\b(?:times|multiplication|periodic|water|round|dinner|dining|kitchen|coffee|wooden|truth|pool|ascii|html|latex|"
@@ -51,15 +52,15 @@ OTHER_TABLE = re.compile(
 )
 DRAWN_TABLE = re.compile(r"<table|\\begin\{tabular|[\u2500-\u257f]|^[ \t]*\+[-=+]{3,}|\t", re.IGNORECASE | re.MULTILINE)
 TABLE_RULE = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?")
-DEEPEST, LONGEST_YAML = 50, 20_000  # brackets within brackets, letters: PyYAML's time grows with their square
+MAX_DEPTH, MAX_YAML_LENGTH = 50, 20_000  # levels of brackets, characters: PyYAML's time grows with their square
 
 
 def check_form(instruction: str, answer: str) -> bool | None:
     """Whether the answer is the JSON, YAML, CSV or Markdown table that the instruction asks for.
 
-    None where it asks for none of these, names more than one form, asks about one or for a program, and where a `table`
-    may be another thing. A code block around the whole is allowed, and so are words around a table; of words around a
-    block that has the form it is not known whether they may be there. What is in the form is not verified.
+    None if it asks for none of these, names several formats, asks about a format or for a program, or if `table` may
+    mean something else. A code block around the whole answer is allowed, and text around a table. None if there is text
+    around a code block that has the format. The content is not verified.
     """
     if ASKS_ABOUT.match(instruction) or PROGRAM_REQUEST.search(instruction):
         return None
@@ -74,13 +75,13 @@ def check_form(instruction: str, answer: str) -> bool | None:
 
 
 def is_one_block(answer: str) -> bool:
-    """Whether an answer is one code block and nothing else."""
+    """Whether an answer is a single code block and nothing else."""
     lines = answer.strip().splitlines()
     return len(lines) > 1 and bool(CODE_FENCE.match(lines[0])) and lines[-1].strip() == "```"
 
 
 def is_json(text: str) -> bool:
-    """An object or an array, and nothing else."""
+    """Whether the text is a JSON object or array, and nothing else."""
     try:
         return isinstance(json.loads(text, parse_constant=refuse_constant), dict | list)
     except (ValueError, RecursionError):
@@ -88,18 +89,18 @@ def is_json(text: str) -> bool:
 
 
 def refuse_constant(word: str) -> None:
-    """ValueError: NaN and Infinity are Python's, not JSON's."""
-    raise ValueError(f"{word} is no JSON")
+    """Raise ValueError: NaN and Infinity are not JSON."""
+    raise ValueError(f"{word} is not JSON")
 
 
 def is_yaml(text: str) -> bool | None:
-    """Mappings or sequences: nearly any text is a scalar. Aliases are refused, which can grow without end.
+    """Whether the text is YAML mappings or sequences (nearly any text is a YAML scalar); aliases are refused.
 
-    Values are not made of it: a tag may ask for anything. None where it is too long or too deep to be read in time.
+    Only nodes are built, no values, since tags may construct anything. None if it is too long or too deep to parse.
     """
     import yaml
 
-    if len(text) > LONGEST_YAML or nesting_depth(text) > DEEPEST:
+    if len(text) > MAX_YAML_LENGTH or nesting_depth(text) > MAX_DEPTH:
         return None
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -111,7 +112,7 @@ def is_yaml(text: str) -> bool | None:
 
 
 def nesting_depth(text: str) -> int:
-    """How deep brackets stand within brackets, or lines and their dashes within one another."""
+    """The depth of nested brackets, of `- ` on one line, or of indentation levels, whichever is largest."""
     now = most = 0
     for letter in text:
         now += (letter in "[{") - (letter in "]}" and now > 0)
@@ -122,7 +123,7 @@ def nesting_depth(text: str) -> int:
 
 
 def is_csv(text: str) -> bool | None:
-    """At least two rows of the same number of fields, two or more; None of one row, one column or another separator."""
+    """Whether the text has two or more rows of equally many (two or more) fields; None for one row or one column."""
     lines = text.strip().splitlines()
     try:
         rows = [row for row in csv.reader(lines, strict=True) if row]
@@ -137,12 +138,12 @@ def is_csv(text: str) -> bool | None:
 
 
 def has_no_sentences(lines: Sequence[str]) -> bool:
-    """Whether no line ends as a sentence does: they may be a column of values, or fields between other separators."""
+    """Whether no line ends like a sentence, so that the lines may be a column, or have another separator."""
     return not any(line.rstrip().endswith((".", "!", "?", ":")) for line in lines)
 
 
 def is_table(text: str) -> bool | None:
-    """A head, a rule of dashes and a row, all of as many cells; None of a table that is drawn in another way."""
+    """Whether the text has a header, a rule of dashes and rows, all with equally many cells; None for other tables."""
     lines = [line.strip() for line in text.splitlines() if "|" in line]
     widths = {len(re.split(r"(?<!\\)\|", line.strip("|"))) for line in lines}
     if len(lines) > 2 and TABLE_RULE.fullmatch(lines[1]) and len(widths) == 1:

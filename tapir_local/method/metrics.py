@@ -1,4 +1,4 @@
-"""A student on the holdout: win rate against the teacher, accuracy, by task, with intervals."""
+"""Metrics of a student on the holdout: win rate against the teacher and accuracy, in total and by task."""
 
 import math
 from collections import defaultdict
@@ -10,14 +10,17 @@ from tapir_local.method.judge_quality import measure_judge, rounded_mean
 from tapir_local.method.judging import mfd
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
-AnswerChecker = Callable[[Example, str], bool | None]  # a row and an answer to it
+AnswerChecker = Callable[[Example, str], bool | None]  # called with a row and an answer to it
 Interval = tuple[float, float]
 
-WIDE, WANTED = 0.10, 0.05  # half the width of an interval that is said to be wide, and of one to aim at
+WIDE_INTERVAL, WANTED_INTERVAL = (
+    0.10,
+    0.05,
+)  # half-widths: of an interval that causes a warning, and of the one advised
 
 
 def win_value(judgement: Judgement) -> float | None:
-    """1 where the student's answer scores above the teacher's, 0.5 where they tie, 0 below; None when unjudged."""
+    """1 if the student's answer scores higher than the teacher's, 0.5 for a tie, else 0; None if unjudged."""
     if judgement.teacher is None or judgement.student is None:
         return None
     return 0.5 + 0.5 * ((judgement.student > judgement.teacher) - (judgement.student < judgement.teacher))
@@ -31,7 +34,7 @@ def compute_metrics(
     right: Mapping[str, bool | None],
     judge: str,
 ) -> Metrics:
-    """Metrics of round `number`. `right` tells by id whether an answer is right; None where no checker knows."""
+    """The metrics of round `number`. `right` says by id whether an answer is correct; None if no checker can tell."""
     wins = {judgement.id: win_value(judgement) for judgement in judgements}
     known_wins = [value for value in wins.values() if value is not None]
     known_right = [value for value in right.values() if value is not None]
@@ -56,7 +59,7 @@ def compute_metrics(
 
 
 def without_win_rate(found: Metrics, holdout: Sequence[Example], judgements: Sequence[Judgement]) -> Metrics:
-    """Metrics where the scores are likeness to the teacher's answer, which no other answer can exceed: no win rate."""
+    """The metrics without win rate, for scores by ROUGE-L with the teacher's answer, which no answer can exceed."""
     scores = {row.id: row.student for row in judgements if row.student is not None}
     tasks = {
         task: {
@@ -71,31 +74,31 @@ def without_win_rate(found: Metrics, holdout: Sequence[Example], judgements: Seq
 
 
 def is_rouge_only(win_rate: float | None, student_score: float | None) -> bool:
-    """Whether metrics with these values are of likeness: rows were scored, and there is no win rate."""
+    """Whether metrics with these values come from ROUGE-L scores: rows were scored, and there is no win rate."""
     return win_rate is None and student_score is not None
 
 
 def rows_for_interval(half: float) -> int:
-    """Rows for a 95 % interval of at most +-`half` around any rate: p(1 - p) is 0.25 at the most, 1.96 its quantile."""
+    """Rows for a 95 % interval of at most +-`half` around any rate: p(1 - p) <= 0.25, and 1.96 is the quantile."""
     return math.ceil(0.25 * (1.96 / half) ** 2)
 
 
 def warn_small_holdout(found: Metrics) -> str:
-    """What to say of a holdout whose intervals are wide; "" where they are not."""
+    """A warning if the holdout is so small that intervals are wide; else ""."""
     halves = [(high - low) / 2 for low, high in filter(None, (found.win_rate_interval, found.accuracy_interval))]
-    if max(halves, default=0.0) <= WIDE:
+    if max(halves, default=0.0) <= WIDE_INTERVAL:
         return ""
-    wide, wanted = f"{100 * max(halves):.0f}", f"{100 * WANTED:.0f}"
+    wide, wanted = f"{100 * max(halves):.0f}", f"{100 * WANTED_INTERVAL:.0f}"
     return (
-        f"with {found.rows:,} holdout rows the 95 % interval is +-{wide} points; about {rows_for(WANTED):,} rows "
-        f"(seeds.holdout) would give +-{wanted}"
+        f"with {found.rows:,} holdout rows the 95 % interval is +-{wide} points; "
+        f"about {rows_for_interval(WANTED_INTERVAL):,} rows (seeds.holdout) would give +-{wanted}"
     )
 
 
 def metrics_by_task(
     holdout: Sequence[Example], wins: Mapping[str, float | None], right: Mapping[str, bool | None]
 ) -> dict[str, dict[str, float | None]]:
-    """Rows, win rate and accuracy of each task, tasks by name."""
+    """Rows, win rate and accuracy by task, sorted by name."""
     ids: dict[str, list[str]] = defaultdict(list)
     for example in holdout:
         ids[example.task].append(example.id)
@@ -110,7 +113,7 @@ def metrics_by_task(
 
 
 def gaps_by_task(holdout: Sequence[Example], judgements: Sequence[Judgement]) -> dict[str, float]:
-    """By task, the mean of teacher's less student's score over the holdout's judged rows."""
+    """By task, the mean of the teacher's minus the student's score over the judged rows of the holdout."""
     tasks = {row.id: row.task for row in holdout}
     found: dict[str, list[float]] = defaultdict(list)
     for judgement in judgements:
@@ -130,7 +133,7 @@ def wilson_interval(values: Sequence[bool]) -> Interval | None:
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval | None:
-    """The 95 % percentile bootstrap interval of a mean, its seed fixed; the mean itself where all values are equal."""
+    """The 95 % percentile bootstrap interval of a mean, with a fixed seed; the mean itself if all values are equal."""
     import numpy
     from scipy.stats import bootstrap
 

@@ -1,4 +1,4 @@
-"""Which row of the pool the next new instruction grows from: the one least asked, and none too often."""
+"""Choose the parent of each new instruction: the row used least so far, within a limit per parent."""
 
 import heapq
 from collections import Counter
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class ParentQueue:
-    """The parents of one expansion in a round, and what has become of them.
+    """The parents of one expansion in a round, with the drafts asked for and kept from each.
 
-    Each of `first` gives up to `children` drafts in turn, then each of `others`, then they begin again. A parent with
-    `children` new rows is asked no more.
+    Each of `first` is used for up to `children` drafts in turn, then each of `others`, then again from the start. A
+    parent with `children` kept rows is not used again.
     """
 
     def __init__(self, first: Sequence[str], others: Sequence[str], children: int) -> None:
@@ -19,12 +19,12 @@ class ParentQueue:
         self.kept: Counter[str] = Counter()
 
     def turn(self, place: int) -> tuple[int, bool, int, int]:
-        """When a parent is asked next: the lower, the sooner."""
+        """The priority of a parent: the lowest is used next."""
         asked = self.asked[self.ids[place]]
         return asked // self.children, place >= self.first, asked, place
 
     def take(self, count: int) -> list[str]:
-        """The parents of the next `count` drafts; fewer where no more can be kept."""
+        """The parents of the next `count` drafts; fewer if no more drafts can be kept."""
         waiting, chosen, taken = [self.turn(place) for place in range(len(self.ids))], list[str](), Counter[str]()
         heapq.heapify(waiting)
         while waiting and len(chosen) < count:
@@ -38,5 +38,5 @@ class ParentQueue:
         return chosen
 
     def keep(self, id: str) -> None:
-        """A draft of a parent was kept."""
+        """Record that a draft of a parent was kept."""
         self.kept[id] += 1

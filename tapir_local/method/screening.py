@@ -1,4 +1,4 @@
-"""Why a new instruction that a teacher wrote cannot be used: an echo, no task, a text that is missing."""
+"""Screen new instructions written by a teacher: echoes of the request, copies, missing texts, and statements."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,27 +14,25 @@ PARENT_REASON = "repeats its parent"
 MISSING_REASON = "the text to work on is missing"
 STATEMENT_REASON = "sets no task"
 
-MIN_ECHO_SIMILARITY = (
-    0.8  # ROUGE-L from which an instruction is one of our sentences; of Alpaca's and self-instruct's none is above 0.6
-)
-MIN_SENTENCE_WORDS = 4  # words of ours from which a whole sentence in an instruction is none by chance
-ECHO_RUN_WORDS = 8  # words of ours in a row, of whatever sentence, that no instruction has by chance
-MAX_COMPARED_WORDS = 300  # words of an instruction that are compared with ours
+MIN_ECHO_SIMILARITY = 0.8  # ROUGE-L with one of our sentences; no row of Alpaca and self-instruct exceeds 0.6
+MIN_SENTENCE_WORDS = 4  # words of a sentence of ours that no instruction contains by chance
+ECHO_RUN_WORDS = 8  # consecutive words of ours that an instruction does not contain by chance
+MAX_COMPARED_WORDS = 300  # words of an instruction that are compared
 OPENING_WORDS = 4  # words
-MIN_SHARED_OPENINGS = 3  # new rows that may share an opening whatever the share: two or three are no pattern
-MAX_STATEMENT_WORDS = 60  # words; a longer text has material, and its task may stand anywhere in it
+MIN_SHARED_OPENINGS = 3  # new rows that may share an opening whatever the limit: two or three are not a pattern
+MAX_STATEMENT_WORDS = 60  # words; a longer text may have its task anywhere
 
 SCREENED_WORD = re.compile(r"\w+")
 SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
 ANY_TAG = re.compile(r"</?\w+>")
-# Words with which a model hands over an instruction.
+# Words with which a model introduces an instruction.
 HANDOVER_WORDS = frozenset(
     {"new", "instruction", "task", "question", "please", "kindly", "here", "is", "the", "following"}
 )
 
 
 def casefolded_words(text: str) -> list[str]:
-    """The words of a text as texts are compared here."""
+    """The words of a text, case-folded, for comparisons."""
     return SCREENED_WORD.findall(text.casefold())
 
 
@@ -42,7 +40,7 @@ def casefolded_words(text: str) -> list[str]:
 
 
 def prompt_sentences(tasks: Mapping[str, Task]) -> list[list[str]]:
-    """Every sentence of ours that a teacher reads, as words: each request without what it is about, and the tasks."""
+    """Every sentence of our prompts, as words: all prompts with empty contents, and the descriptions of tasks."""
     nothing = (Message("user", ""),)
     asked = [
         prompts.classify_prompt(nothing, tasks),
@@ -63,7 +61,7 @@ def prompt_sentences(tasks: Mapping[str, Task]) -> list[list[str]]:
 
 
 def is_echo(words: Sequence[str], ours: Sequence[Sequence[str]]) -> bool:
-    """Whether an instruction is a part of one of our sentences, holds a whole one or a long part, or nearly is one."""
+    """Whether an instruction is part of a sentence of ours, contains one or a long part of it, or nearly equals it."""
     words = words[:MAX_COMPARED_WORDS]
     runs = [words[place : place + ECHO_RUN_WORDS] for place in range(len(words) - ECHO_RUN_WORDS + 1)]
     return any(
@@ -76,17 +74,17 @@ def is_echo(words: Sequence[str], ours: Sequence[Sequence[str]]) -> bool:
 
 
 def contains_run(part: Sequence[str], whole: Sequence[str]) -> bool:
-    """Whether words stand in others one after another."""
+    """Whether `whole` contains `part` as consecutive words."""
     return f" {' '.join(part)} " in f" {' '.join(whole)} "
 
 
 def repeats_parent(words: Sequence[str], parent: Sequence[str]) -> bool:
-    """Whether two instructions are the same words but for those with which one is handed over."""
+    """Whether two instructions have the same words, apart from those that introduce an instruction."""
     one, other = ([word for word in text if word not in HANDOVER_WORDS] for text in (words, parent))
     return one == other
 
 
-# --- what an instruction lacks
+# --- missing texts
 
 MATERIAL_KINDS = (
     r"(?:text|article|passage|paragraph|sentence|sentences|story|e-?mail|letter|document|poem|essay|report|table|data|"
@@ -95,20 +93,20 @@ MATERIAL_KINDS = (
 )
 MENTION = re.compile(
     rf"(?<!\ball )\b(?:the|this|these|that|each)\s+(?:following|given|provided|attached|enclosed)\s+\w+|"
-    rf"\b(?:following|attached|enclosed)\s+(?:[\w-]+\s+){{0,2}}?{KINDS}\b|"
-    rf"\b{KINDS}\s+(?:[\w-]+\s+)?(?:below|provided|attached|given below|that follows|in the attachment)\b|"
-    rf"\b(?:below|attached)\s+is\b|\bprovided\s+{KINDS}\b",
+    rf"\b(?:following|attached|enclosed)\s+(?:[\w-]+\s+){{0,2}}?{MATERIAL_KINDS}\b|"
+    rf"\b{MATERIAL_KINDS}\s+(?:[\w-]+\s+)?(?:below|provided|attached|given below|that follows|in the attachment)\b|"
+    rf"\b(?:below|attached)\s+is\b|\bprovided\s+{MATERIAL_KINDS}\b",
     re.IGNORECASE,
 )
-# To work on `the article`, of which nothing more is said.
+# A request to work on `the article` and nothing more.
 WORKED_ON = re.compile(
     r"\W*(?:please\s+)?(?:summari[sz]e|rewrite|re-?phrase|paraphrase|translate|proofread|edit|correct|shorten|simplify|"
     r"condense|punctuate|capitali[sz]e|reword|expand on|continue|complete)\s+(?:the|this|these)\s+"
-    rf"(?:[\w-]+\s+){{0,2}}?{KINDS}(?=\s*(?:[.!,;]|$)|\s+(?:in|into|to|using|so|by|for|and|from)\b)",
+    rf"(?:[\w-]+\s+){{0,2}}?{MATERIAL_KINDS}(?=\s*(?:[.!,;]|$)|\s+(?:in|into|to|using|so|by|for|and|from)\b)",
     re.IGNORECASE,
 )
 ABOVE_MENTION = re.compile(
-    rf"\b(?:the|this)\s+above\b|\b(?:the\s+)?{KINDS}\s+above\b|\babove[- ]mentioned\b", re.IGNORECASE
+    rf"\b(?:the|this)\s+above\b|\b(?:the\s+)?{MATERIAL_KINDS}\s+above\b|\babove[- ]mentioned\b", re.IGNORECASE
 )
 MATERIAL_SIGN = re.compile(
     r"\n\s*\S|[:\u2014]\s*\S|\s-\s+\S|\w,\s+[A-Z]|[\"\u201c\u00ab'\u2018][^\"\u201d\u00bb]{6,}|```|\[[^\]]*,[^\]]*\]|\{|\d+\s*[-+*/=]\s*\d|https?://"
@@ -118,7 +116,7 @@ BLANK_SLOT = re.compile(r"[\[<](?:insert|paste|text|article|add)\b[^\]>]*[\]>]",
 
 
 def lacks_text(text: str) -> bool:
-    """Whether an instruction speaks of a text that it should hold and does not."""
+    """Whether an instruction refers to a text that it does not contain."""
     plain = text.strip()
     if BLANK_SLOT.search(plain) or ("\n" not in plain and DANGLING.search(plain)):
         return True
@@ -128,7 +126,7 @@ def lacks_text(text: str) -> bool:
     return found is not None and len(casefolded_words(plain[: found.start()])) < 2 * MIN_SENTENCE_WORDS
 
 
-# A sentence that states something: a pronoun and what it does, or another subject and somewhere a finite verb.
+# A statement: a pronoun and another word, or another subject and a finite verb.
 PRONOUN = re.compile(r"(?:you|i|we|they|he|she|it)\s+\w+", re.IGNORECASE)
 SUBJECT = re.compile(
     r"(?:(?:but|and|so|then|now|yesterday|today|also|however),?\s+)?(?:you|i|we|they|he|she|it|there|the|a|an|some|one|two|"
@@ -140,7 +138,7 @@ FINITE = re.compile(
     r"took|[a-z]{2,}ed)\b|'(?:s|re|ve|m|d|ll)\b",
     re.IGNORECASE,
 )
-# Words with which a statement asks for something all the same.
+# Words that make a statement a request.
 REQUEST = re.compile(
     r"\?|\b(?:what|why|how|which|who|whom|whose|when|where|whether|please|need|needs|want|wants|like to|wish|help|"
     r"should|must|have to|has to|asked|asks|ask|task|job|goal|role|question|answer|instruction|write|explain|describe|"
@@ -153,9 +151,10 @@ REQUEST = re.compile(
 
 
 def is_only_statements(text: str) -> bool:
-    """Whether a text is statements alone: nothing is asked, told to be done, or left open.
+    """Whether a text consists of statements: no question, request or gap.
 
-    Only short texts of one paragraph, of whole sentences that begin with a subject: a bare phrase may be a request.
+    True only for short texts of one paragraph, of complete sentences that begin with a subject: a phrase may be a
+    request.
     """
     plain = text.strip()
     if "\n" in plain or ":" in plain or len(casefolded_words(plain)) > MAX_STATEMENT_WORDS or REQUEST.search(plain):
@@ -165,11 +164,11 @@ def is_only_statements(text: str) -> bool:
     return plain.endswith((".", "!")) and all(stated)
 
 
-# --- together
+# --- all checks
 
 
 def screen_instruction(text: str, parent: str, ours: Sequence[Sequence[str]]) -> str:
-    """Why an instruction cannot be used, "" where it can; `ours` are own_sentences, `parent` what it grew from."""
+    """Why an instruction cannot be used; "" if it can. `ours` are prompt_sentences(), `parent` its parent's text."""
     words = casefolded_words(text)
     if is_echo(words, ours):
         return ECHO_REASON
@@ -186,5 +185,5 @@ def opening_words(text: str) -> str:
 
 
 def max_shared_openings(share: float | None, rows: int) -> int:
-    """How many of a task's `rows` new rows may share an opening."""
+    """How many of the `rows` new rows of a task may share an opening."""
     return rows if share is None else max(MIN_SHARED_OPENINGS, round(share * rows))

@@ -1,1 +1,1 @@
-"""Every setting of a distillation: its name, type, default and help; read, checked and compared."""
+"""The settings of a distillation: schema, parsing, validation and comparison."""

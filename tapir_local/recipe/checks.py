@@ -1,4 +1,4 @@
-"""Settings that a recipe's other choices leave without effect or cannot serve: refused by path, or told as a notice."""
+"""Find settings that contradict other settings of a recipe (errors) or have no effect because of them (notices)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from tapir_local.recipe.types import KIND_BY_SETTING, Settings
 ENDPOINT_ROLES = ("teacher", "judge")
 LOCAL_KINDS = frozenset({"pocket", "gguf"})
 ASKED_KINDS = LOCAL_KINDS | {"openai"}
-JUDGE_KINDS = frozenset({"teacher", "openai", "gguf"})  # kinds of judges that write a reply
-# Which kinds use a setting of `teacher` or `judge`; `recorded` and `reference` ask nobody and use none.
+JUDGE_KINDS = frozenset({"teacher", "openai", "gguf"})  # kinds of judges that reply in text
+# The kinds of `teacher` and `judge` that use each setting; `recorded` and `reference` send no requests and use none.
 KINDS_BY_SETTING: Mapping[str, frozenset[str]] = {
     "gguf": frozenset({"gguf"}),
     "context": frozenset({"gguf"}),
@@ -35,7 +35,7 @@ KINDS_BY_SETTING: Mapping[str, frozenset[str]] = {
     "mode": JUDGE_KINDS,
     "max_unjudged": JUDGE_KINDS,
 }
-MIN_PROMPT_TOKENS = 16  # tokens: what a chat template alone takes
+MIN_PROMPT_TOKENS = 16  # about what a chat template alone takes
 
 TAPIR_ONLY = (
     *("difficulty", "balance", "refine", "alpha", "alpha_step"),
@@ -45,7 +45,7 @@ TAPIR_ONLY = (
 
 @dataclass(frozen=True)
 class IneffectiveRule:
-    """Settings that do nothing in a recipe of which `when` is true; `why` ends `train.lora_rank: …`."""
+    """Settings that have no effect in a recipe for which `when` is true; `why` is the reason, for the notice."""
 
     paths: tuple[str, ...]
     when: Callable[[Recipe], bool]
@@ -53,17 +53,17 @@ class IneffectiveRule:
 
 
 def setting_paths(section: str, *names: str) -> tuple[str, ...]:
-    """Paths of a section's settings."""
+    """The paths of some settings of a section."""
     return tuple(f"{section}.{name}" for name in names)
 
 
 def asks_no_endpoint(recipe: Recipe) -> bool:
-    """Whether neither teacher nor judge is asked anything."""
+    """Whether neither teacher nor judge is sent requests."""
     return recipe.teacher.kind == "recorded" and recipe.judge.kind == "reference"
 
 
 def has_no_price(recipe: Recipe) -> bool:
-    """Whether nothing that is asked has a price."""
+    """Whether no endpoint with a price is asked."""
     return recipe.teacher.kind != "openai" and recipe.judge.kind != "openai"
 
 
@@ -71,7 +71,7 @@ INEFFECTIVE_RULES = (
     IneffectiveRule(
         setting_paths("train", "lora_rank", "lora_alpha", "lora_dropout"),
         lambda recipe: recipe.train.method == "full",
-        "`train.method: full` trains all weights and has no LoRA",
+        "`train.method: full` trains all weights, without LoRA",
     ),
     IneffectiveRule(
         setting_paths("curriculum", *TAPIR_ONLY),
@@ -81,17 +81,17 @@ INEFFECTIVE_RULES = (
     IneffectiveRule(
         setting_paths("curriculum", "mfd_threshold", "teacher_floor"),
         lambda recipe: recipe.curriculum.name == "tapir" and not recipe.curriculum.difficulty,
-        "nothing is judged where `curriculum.difficulty` is off",
+        "nothing is judged if `curriculum.difficulty` is false",
     ),
     IneffectiveRule(
         setting_paths("curriculum", "teacher_floor"),
         lambda recipe: recipe.judge.kind == "reference",
-        "`judge: reference` gives every answer of the teacher 10",
+        "`judge: reference` scores every answer of the teacher 10",
     ),
     IneffectiveRule(
         setting_paths("curriculum", "drafts", "children", "max_opening"),
         lambda recipe: recipe.curriculum.name not in ("tapir", "lion"),
-        "this curriculum grows no new instructions from others",
+        "this curriculum derives no new instructions from others",
     ),
     IneffectiveRule(
         setting_paths("curriculum", "max_rouge"),
@@ -101,34 +101,34 @@ INEFFECTIVE_RULES = (
     IneffectiveRule(
         setting_paths("curriculum", "pool"),
         lambda recipe: recipe.curriculum.name not in POOL_CURRICULA,
-        "this curriculum takes seeds and looks at no pool",
+        "this curriculum chooses from the seeds and has no pool",
     ),
     IneffectiveRule(
         setting_paths("curriculum", "rows"),
         lambda recipe: recipe.curriculum.name == "all",
-        "`curriculum.name: all` takes every seed",
+        "`curriculum.name: all` uses every seed",
     ),
     IneffectiveRule(
         setting_paths(
             "curriculum", "refine", "balance", "expand_share", "drafts", "children", "max_opening", "max_rouge"
         ),
         lambda recipe: recipe.teacher.kind == "recorded" and recipe.curriculum.name == "tapir",
-        "recorded answers can neither be expanded nor refined nor balanced",
+        "recorded answers cannot be expanded, refined or balanced",
     ),
     IneffectiveRule(
         ("classifier",),
         lambda recipe: recipe.teacher.kind == "recorded",
-        "no classifier is trained where the teacher's answers are recorded",
+        "no classifier is trained with recorded answers",
     ),
     IneffectiveRule(
         setting_paths("classifier", "ask_at_most"),
         lambda recipe: recipe.classifier.ask_below == 0,
-        "`classifier.ask_below: 0` asks for no row",
+        "`classifier.ask_below: 0` asks for no labels",
     ),
     IneffectiveRule(
         setting_paths("classifier", "ask_below"),
         lambda recipe: recipe.classifier.ask_at_most == 0,
-        "`classifier.ask_at_most: 0` asks for no row",
+        "`classifier.ask_at_most: 0` asks for no labels",
     ),
     IneffectiveRule(
         setting_paths("judge", "max_unjudged"),
@@ -136,105 +136,106 @@ INEFFECTIVE_RULES = (
         "this curriculum judges no pool",
     ),
     IneffectiveRule(("budget.money",), has_no_price, "no endpoint with a price is asked, so it is never reached"),
-    IneffectiveRule(("budget",), asks_no_endpoint, "nobody is asked"),
+    IneffectiveRule(("budget",), asks_no_endpoint, "no endpoint is asked"),
 )
 
 
 def find_faults(recipe: Recipe) -> list[str]:
-    """`path: what is wrong`, for each setting that the recipe's own choices make useless or impossible."""
+    """`path: what is wrong` for each setting that contradicts another one."""
     return [*find_unused(recipe), *find_impossible(recipe)]
 
 
 def find_notices(recipe: Recipe) -> list[str]:
-    """What a run's first lines say of settings that have no effect and of pocket parts beside a real teacher."""
+    """Notices for a run's first lines: settings without effect, pocket parts with a real teacher, hosts."""
     return [*find_ineffective(recipe), *find_pocket_parts(recipe), *find_key_recipients(recipe)]
 
 
 def find_unused(recipe: Recipe) -> Iterator[str]:
-    """The settings of teacher and judge that their kinds do not use."""
+    """Faults: settings of teacher and judge that their kinds do not use."""
     for role in ENDPOINT_ROLES:
         endpoint: Endpoint = getattr(recipe, role)
         kind = endpoint_kind(endpoint)
         for name in unused_settings(endpoint):
-            yield f"{role}.{name}: `kind: {kind}` does not use it; {advice(role, kind, name)}"
+            yield f"{role}.{name}: `kind: {kind}` does not use it; {format_advice(role, kind, name)}"
         if {"api_key_env", "api_key_file"} <= endpoint.model_fields_set and endpoint.api_key_file:
-            yield f"{role}.api_key_env: `{role}.api_key_file` is used instead; leave one of them out"
+            yield f"{role}.api_key_env: `{role}.api_key_file` takes precedence; remove one of them"
 
 
 def endpoint_kind(endpoint: Endpoint) -> str:
+    """The kind of a teacher or judge."""
     return str(getattr(endpoint, "kind", "openai"))
 
 
 def unused_settings(endpoint: Endpoint) -> list[str]:
-    """The names of settings that were given to a teacher or judge and that its kind does not use."""
+    """The settings given to a teacher or judge that its kind does not use."""
     kind = endpoint_kind(endpoint)
-    is_given = [name for name in type(endpoint).model_fields if name in endpoint.model_fields_set and name != "kind"]
+    given = [name for name in type(endpoint).model_fields if name in endpoint.model_fields_set and name != "kind"]
     return [
         name
-        for name in is_given
+        for name in given
         if kind not in KINDS_BY_SETTING.get(name, ASKED_KINDS | JUDGE_KINDS) and not is_blank(endpoint, name)
     ]
 
 
 def is_blank(endpoint: Endpoint, name: str) -> bool:
-    """Whether a setting is given as what says nothing: null, or an empty mapping."""
+    """Whether a setting is given as null or as an empty mapping."""
     value = getattr(endpoint, name)
     return value is None or value == {}
 
 
 def format_advice(role: str, kind: str, name: str) -> str:
-    """What to do about a setting that the kind does not use."""
+    """How to fix a setting that the kind does not use."""
     if (role, kind) == ("judge", "teacher"):
         if name in KIND_BY_SETTING:
-            return f"the teacher judges; leave `kind` out to ask another judge by judge.{name}"
+            return f"the teacher judges; remove `kind` to use another judge with judge.{name}"
         same = f", or set teacher.{name}" if name in Teacher.model_fields else ""
-        return f"the teacher judges; name another judge by judge.model or judge.gguf{same}, or leave it out"
+        return f"the teacher judges; set another judge with judge.model or judge.gguf{same}, or remove it"
     if name in KIND_BY_SETTING:
-        return f"leave it out, or leave out what says `kind: {kind}`"
+        return f"remove it, or remove `kind: {kind}`"
     users = sorted(KINDS_BY_SETTING[name] & (ASKED_KINDS | {"teacher"}) - {kind})
-    return f"leave it out ({' and '.join(f'`{user}`' for user in users)} would use it)"
+    return f"remove it (used by {' and '.join(f'`{user}`' for user in users)})"
 
 
 def find_impossible(recipe: Recipe) -> Iterator[str]:
-    """Settings that leave nothing for others."""
+    """Faults: settings that make others impossible."""
     student, seeds = recipe.student, recipe.seeds
     for role, endpoint in (("teacher", recipe.teacher), ("judge", recipe.judge)):
         if endpoint.stream and endpoint.batch:
-            yield f"{role}.stream: a batch sends no streams; leave `stream` or `batch` out"
+            yield f"{role}.stream: a batch cannot stream; remove `stream` or `batch`"
     if leaves_no_prompt(student.max_tokens, student.max_length):
         yield format_reply_too_long("student.max_tokens", student.max_tokens, "student.max_length", student.max_length)
     yield from find_long_replies(recipe)
     if seeds.limit is not None and seeds.limit <= seeds.holdout:
         yield (
-            f"seeds.limit: {seeds.limit:,} rows leave nothing to train on beside seeds.holdout ({seeds.holdout:,}); "
-            "raise the one or lower the other"
+            f"seeds.limit: {seeds.limit:,} rows leave nothing to train on after seeds.holdout ({seeds.holdout:,}); "
+            "raise seeds.limit or lower seeds.holdout"
         )
     if recipe.classifier.held_out == 1:
-        yield "classifier.held_out: 1 holds out every labelled row; write a smaller share, such as 0.1"
+        yield "classifier.held_out: 1 holds out every labeled row; use a smaller share, such as 0.1"
     if seeds.path == "pocket" and (seeds.split or seeds.subset):
         name = "split" if seeds.split else "subset"
-        yield f"seeds.{name}: the pocket seeds have none; leave it out, or name a dataset in seeds.path"
+        yield f"seeds.{name}: the pocket seeds have none; remove it, or set seeds.path to a dataset"
     if recipe.teacher.kind == "recorded" and seeds.answers == "teacher" and "answers" in seeds.model_fields_set:
-        yield "seeds.answers: a recorded teacher's answers are the file's; write `seeds.answers: file` or leave it out"
+        yield "seeds.answers: a recorded teacher's answers come from the file; write `seeds.answers: file` or remove it"
     yield from find_wrong_urls(recipe)
 
 
 def leaves_no_prompt(reply: int, whole: int) -> bool:
-    """Whether a reply of so many tokens leaves no room for a prompt."""
+    """Whether a reply of `reply` tokens leaves no space for a prompt in a context of `whole`."""
     return reply > whole - MIN_PROMPT_TOKENS
 
 
 def format_reply_too_long(reply: str, tokens: int, whole: str, room: int) -> str:
-    """The sentence about a reply that leaves no room for its prompt."""
+    """The fault of a reply length that leaves no space for the prompt."""
     most = max(1, room // 2)
     return (
-        f"{reply}: {tokens:,} tokens of a reply leave no room for a prompt within {whole} ({room:,}); "
-        f"set {reply} to {most:,}, say, or raise {whole}"
+        f"{reply}: {tokens:,} tokens leave no space for a prompt within {whole} ({room:,}); "
+        f"set {reply} to {most:,}, for example, or raise {whole}"
     )
 
 
 def find_long_replies(recipe: Recipe) -> Iterator[str]:
-    """Replies of a GGUF that leave no room in its context."""
+    """Faults: replies of a GGUF that leave no space for the prompt in its context."""
     for role in ENDPOINT_ROLES:
         endpoint: Endpoint = getattr(recipe, role)
         by_teacher = role == "judge" and endpoint_kind(endpoint) == "teacher"
@@ -244,7 +245,7 @@ def find_long_replies(recipe: Recipe) -> Iterator[str]:
 
 
 def find_wrong_urls(recipe: Recipe) -> Iterator[str]:
-    """Addresses that are none, and those with a login, which no request would send and a published recipe would."""
+    """Faults: invalid URLs, and URLs with a login, which a published recipe would show."""
     for role in ENDPOINT_ROLES:
         if (url := getattr(recipe, role).base_url) is None:
             continue
@@ -254,21 +255,21 @@ def find_wrong_urls(recipe: Recipe) -> Iterator[str]:
         except ValueError:
             server = None
         if not server:
-            yield f"{role}.base_url: it is not the address of a server; write it as http://host:port/v1"
+            yield f"{role}.base_url: not the URL of a server; write it as http://host:port/v1"
         elif "@" in parts.netloc:
             yield (
-                f"{role}.base_url: it holds a user name or a password; leave them out and put the key into the "
-                f"variable that {role}.api_key_env names"
+                f"{role}.base_url: the URL contains a user name or password; remove them and put the key into "
+                f"the variable that {role}.api_key_env names"
             )
 
 
 def find_ineffective(recipe: Recipe) -> Iterator[str]:
-    """The settings that were given and do nothing, with the reason, each once."""
-    told = set[str]()
+    """Notices for given settings that have no effect, with the reason; each setting once."""
+    seen = set[str]()
     for rule in INEFFECTIVE_RULES:
         if rule.when(recipe):
-            paths = [path for path in rule.paths if path not in told and is_given(recipe, path)]
-            told |= set(paths)
+            paths = [path for path in rule.paths if path not in seen and is_given(recipe, path)]
+            seen |= set(paths)
             if paths:
                 verb = "has" if len(paths) == 1 else "have"
                 yield f"{', '.join(paths)} {verb} no effect: {rule.why}"
@@ -276,7 +277,7 @@ def find_ineffective(recipe: Recipe) -> Iterator[str]:
 
 
 def is_given(recipe: Recipe, path: str) -> bool:
-    """Whether a recipe names a setting or, of a section, any setting of it."""
+    """Whether a recipe sets a setting, or any setting of a section."""
     section, _, name = path.partition(".")
     found: Settings = getattr(recipe, section)
     return (
@@ -285,31 +286,31 @@ def is_given(recipe: Recipe, path: str) -> bool:
 
 
 def find_ineffective_checkers(recipe: Recipe) -> Iterator[str]:
-    """What `checker` and the tasks' checkers do not do together."""
+    """Notices where `checker` and the tasks' checkers have no effect without each other."""
     own = [label for label, task in (recipe.tasks or {}).items() if task.checker]
     if own and recipe.checker != "tasks":
-        yield f"tasks.{own[0]}.checker has no effect: `checker: tasks` alone uses the tasks' checkers"
+        yield f"tasks.{own[0]}.checker has no effect: only `checker: tasks` uses the tasks' checkers"
     if recipe.checker == "tasks" and not any(task.checker for task in recipe.task_table().values()):
         yield "checker has no effect: none of the recipe's tasks has a checker"
 
 
 def find_pocket_parts(recipe: Recipe) -> Iterator[str]:
-    """What a real teacher has little use for."""
+    """Warnings for the pocket student or seeds with a real teacher."""
     if recipe.teacher.kind == "pocket":
         return
     if recipe.student.path == "pocket":
         yield (
             "WARNING: student.path is `pocket`, a toy of a few million weights for a small artificial world; for a "
-            "useful student name a model's folder or its name on the Hub: --set student.path=…"
+            "useful student, set a model's folder or its name on the Hub: --set student.path=…"
         )
     if recipe.seeds.path == "pocket":
-        yield "WARNING: seeds.path is `pocket`, tasks of a small artificial world; for your own: --seeds FILE"
+        yield "WARNING: seeds.path is `pocket`, tasks of a small artificial world; for your own seeds: --seeds FILE"
     elif recipe.checker == "pocket":
-        yield "WARNING: `checker: pocket` knows the pocket seeds alone; of other seeds its accuracy means nothing"
+        yield "WARNING: `checker: pocket` checks the pocket seeds only; its accuracy means nothing for other seeds"
 
 
 def find_key_recipients(recipe: Recipe) -> Iterator[str]:
-    """Which key goes to which host, where that is not the vendor's own."""
+    """Notices that say which key is sent to which host, other than OpenAI's and this machine."""
     for role in ENDPOINT_ROLES:
         endpoint: Endpoint = getattr(recipe, role)
         if endpoint_kind(endpoint) != "openai" or not endpoint.base_url:
@@ -321,10 +322,10 @@ def find_key_recipients(recipe: Recipe) -> Iterator[str]:
 
 
 def find_unnamed(recipe: Recipe) -> list[str]:
-    """`path: what to write`, for a student or seeds that nobody has named beside a teacher that is not the pocket one.
+    """`path: what to write` for a student or seeds that are not set, with a teacher other than the pocket one.
 
-    The pocket ones stand in a recipe that names no others, so that `teacher: pocket` alone is a whole recipe; a real
-    teacher would be paid to teach a toy.
+    They default to the pocket ones, so that `teacher: pocket` is a complete recipe; a real teacher would be paid to
+    teach a toy.
     """
     if recipe.teacher.kind == "pocket":
         return []
@@ -332,6 +333,4 @@ def find_unnamed(recipe: Recipe) -> list[str]:
         "student": "write `student: {path: …}`, a model's folder or Hub name, or `student: pocket` for the toy",
         "seeds": "write `seeds: {path: …}`, a file or a dataset (or add --seeds FILE), or `seeds: pocket` for the toy",
     }
-    return [
-        f"{name}.path: none is named; {line}" for name, line in lines.items() if not is_given(recipe, f"{name}.path")
-    ]
+    return [f"{name}.path: not set; {line}" for name, line in lines.items() if not is_given(recipe, f"{name}.path")]

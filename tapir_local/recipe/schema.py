@@ -1,4 +1,4 @@
-"""Recipe: every setting of a distillation, in the one place where it has its name, type, default and help."""
+"""The schema of a recipe: every setting with its name, type, default and help."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from tapir_local.recipe.types import (
 )
 
 ConcurrentAnswers = Annotated[int, Field(ge=1, le=256)]
-POOL_CURRICULA = frozenset({"tapir", "lion"})  # curricula of the pool; the others take seeds, whatever was expanded
+POOL_CURRICULA = frozenset({"tapir", "lion"})  # curricula that choose from the pool; the others choose from the seeds
 
 
 Column = Literal["instruction", "input", "context", "output", "response", "system", "history", "messages",
@@ -28,208 +28,223 @@ Column = Literal["instruction", "input", "context", "output", "response", "syste
 
 
 class Seeds(Settings):
-    """The instructions to start from."""
+    """The instructions to start from, and their answers if the file has them."""
 
     path: FilePath = Field(
         "pocket",
-        description="a file, a dataset's folder or its name on the Hub, or `pocket` for what comes with the program",
+        description="a file, the folder of a dataset, its name on the Hub, or `pocket` for the included seeds",
     )
-    split: str | None = Field(None, description="of a dataset; the only one, or `train`, if left out")
-    subset: str | None = Field(None, description="of a dataset on the Hub that has several")
+    split: str | None = Field(None, description="split of the dataset; if null, its only split, or `train`")
+    subset: str | None = Field(None, description="subset (configuration) of a dataset on the Hub that has several")
     columns: Mapping[Column, str] = Field(
-        default_factory=dict, description="names of the file's columns, as in {instruction: frage, output: antwort}"
+        default_factory=dict,
+        description="names of the file's columns, for example {instruction: frage, output: antwort}",
     )
     unusable: Literal["skip", "refuse"] = Field(
-        "skip", description="leave out rows that cannot be read (see limits.unusable), or refuse the first"
+        "skip",
+        description="`skip`: leave out rows that cannot be read (see limits.unusable); `refuse`: stop at the first one",
     )
-    # Near-duplicates that straddle holdout and training would flatter the student. At 0.9 one exchanged word makes
-    # two instructions different where they have up to ten; of Alpaca's and self-instruct's rows at hand none is lost.
+    # Near-duplicates in both the holdout and the training set would make the student look better than it is. At 0.9,
+    # instructions of up to ten words that differ in one word count as different; no row of the Alpaca and self-instruct
+    # sets that were tried is lost.
     max_rouge: Share | None = Field(
-        0.9, description="ROUGE-L above which a seed is a near-duplicate of an earlier one; null: none is"
+        0.9, description="ROUGE-L above which a seed is dropped as a near-duplicate of an earlier one; null keeps all"
     )
-    limit: int | None = Field(None, ge=1, description="read only so many rows, drawn at random")
-    holdout: int = Field(200, ge=1, description="rows set apart for evaluation, never trained on nor expanded")
+    limit: int | None = Field(None, ge=1, description="number of rows to use, drawn at random; null uses all")
+    holdout: int = Field(
+        200, ge=1, description="number of rows held out for evaluation; they are never trained on or expanded"
+    )
     answers: Literal["teacher", "file"] = Field(
-        "teacher", description="who answers the seeds: the teacher, or the file's own answers are trusted"
+        "teacher", description="source of the seeds' answers: the teacher, or the file's own answers"
     )
 
 
 class Student(Settings):
-    """The model to be trained."""
+    """The model to train."""
 
     path: FilePath = Field(
         "pocket",
-        description="a folder or Hub name of a causal language model, or `pocket`: the one that comes with the program",
+        description="a causal language model: a folder, a name on the Hub, or `pocket` for the included one",
     )
     revision: str | None = Field(
         None,
-        description="a branch, tag or commit of a student on the Hub, its main branch if left out; a run keeps the "
-        "commit that it began with",
+        description="branch, tag or commit of a student on the Hub; null is its main branch; a run keeps the commit "
+        "that it started with",
     )
     chat_template: OptionalPath = Field(
         None,
-        description="a Jinja file, or one that comes with the program: `alpaca`, for bases without chat tokens such as "
-        "LLaMA-2, or `chatml`, for Qwen's; the student's own if left out",
+        description="a Jinja file, or an included template: `alpaca` for base models without chat tokens such as "
+        "LLaMA-2, `chatml` for Qwen; null is the student's own",
     )
-    max_length: int = Field(2048, ge=32, description="tokens of a training row and of the context when answering")
-    max_tokens: int = Field(512, ge=1, description="tokens of an answer at the most")
-    parallel: ConcurrentAnswers | Literal["auto"] = Field(
+    max_length: int = Field(
+        2048, ge=32, description="maximum tokens of a training row, and of the context when the student answers"
+    )
+    max_tokens: int = Field(512, ge=1, description="maximum tokens of an answer")
+    concurrency: ConcurrentAnswers | Literal["auto"] = Field(
         32,
-        description="answers written at once by llama.cpp at the most; `auto` is 32, or 128 on a GPU; fewer where "
-        "memory is short",
+        description="maximum number of answers that llama.cpp generates in parallel; `auto` is 32, or 128 on a GPU; "
+        "reduced if memory is short",
     )
 
 
 class Classifier(Settings):
-    """The task classifier."""
+    """The task classifier, trained on the teacher's labels."""
 
     model: FilePath = Field(
         "microsoft/deberta-v3-base",
-        description="a folder or Hub name of an encoder, or `small` for one made from a config",
+        description="an encoder: a folder, a name on the Hub, or `small` for one with random initial weights",
     )
     labelled: int = Field(
         2000,
         ge=1,
-        description="seeds that the teacher labels to train it; with fewer seeds than this the teacher labels all",
+        description="number of seeds that the teacher labels as training data; with fewer seeds, it labels all",
     )
     held_out: Share = Field(
-        0.1, description="share of the labelled rows on which its agreement with the teacher is measured"
+        0.1, description="share of the labeled rows held out to measure its agreement with the teacher"
     )
-    epochs: int = Field(3, ge=1, description="passes over the labelled rows")
-    learning_rate: float = Field(2e-5, gt=0, description="of its training")
-    batch_size: int = Field(16, ge=1, description="rows of a step")
-    max_length: int = Field(256, ge=16, description="tokens of an instruction that it reads, from its beginning")
-    min_agreement: Share = Field(
-        0.6, description="agreement with the teacher below which the run warns; it goes on all the same"
-    )
+    epochs: int = Field(3, ge=1, description="epochs over the labeled rows")
+    learning_rate: float = Field(2e-5, gt=0, description="learning rate of its training")
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
+    max_length: int = Field(256, ge=16, description="maximum tokens of an instruction; the rest is cut off")
+    min_agreement: Share = Field(0.6, description="agreement with the teacher below which the run warns (it continues)")
     ask_below: Share = Field(
-        0.5, description="probability of its label below which the teacher is asked for the row's; 0 asks for none"
+        0.5, description="probability below which a row's label is asked from the teacher instead; 0 asks for none"
     )
-    ask_at_most: int = Field(1000, ge=0, description="rows so asked for at the most, those that it is least sure of")
+    ask_at_most: int = Field(
+        1000,
+        ge=0,
+        description="maximum number of rows labeled by the teacher because of ask_below; the least certain come first",
+    )
 
 
 class Curriculum(Settings):
-    """Which rows a round trains on."""
+    """The choice of the rows that a round trains on."""
 
     name: Literal["tapir", "uniform", "all", "lion", "reflection", "growth"] = Field(
         "tapir",
-        description="`tapir`; `uniform`: seeds drawn at random; `all`: all seeds each round; `lion`: new instructions "
-        "in the image of hard and easy rows; `reflection`: seeds that the teacher rewrites and the student selects; "
-        "`growth`: seeds, a task's share by its gap on the holdout",
+        description="method: `tapir`; `uniform`: random seeds; `all`: all seeds in each round; `lion`: "
+        "new instructions modeled on hard and easy rows; `reflection`: seeds that the teacher rewrites and the student "
+        "selects; `growth`: seeds, with each task's share set by its gap on the holdout",
     )
     difficulty: bool = Field(
-        True, description="tapir: off takes rows at random instead of hard ones, nothing is judged"
+        True, description="tapir: choose hard rows; if false, rows are chosen at random and nothing is judged"
     )
-    balance: bool = Field(True, description="tapir: off takes tasks as they come among the hard rows, not by shares")
+    balance: bool = Field(
+        True, description="tapir: balance tasks by their shares; if false, tasks occur as often as among the hard rows"
+    )
     refine: Annotated[Literal["hard", "all", "off"], BeforeValidator(expand_switch)] = Field(
         "hard",
-        description="tapir: whose answers the teacher rewrites in the task's style: those of hard and new rows, of "
-        "replayed rows too (`all`), or nobody's (`off`)",
+        description="tapir: answers that the teacher rewrites in the task's style: `hard`: those of hard and new rows; "
+        "`all`: also those of replayed rows; `off`: none",
     )
-    rows: int = Field(1000, ge=1, description="training rows of a round")
+    rows: int = Field(1000, ge=1, description="training rows per round")
     first_rows: int | None = Field(
-        None, ge=1, description="training rows of round 0, drawn from the seeds; all of them if left out"
+        None, ge=1, description="training rows of round 0, drawn from the seeds; null takes all seeds"
     )
-    pool: int | None = Field(None, ge=1, description="rows judged in a round, drawn at random; all of them if left out")
-    alpha: Share = Field(0.3, description="challenge: the share of hard rows in round 1")
-    alpha_step: Share = Field(0.2, description="what the challenge grows by each round, up to 1")
+    pool: int | None = Field(None, ge=1, description="rows judged per round, drawn at random; null judges all")
+    alpha: Share = Field(0.3, description="challenge: share of hard rows in round 1")
+    alpha_step: Share = Field(0.2, description="increase of the challenge per round, up to 1")
     mfd_threshold: float = Field(
         2.0,
         ge=0,
         le=9,
-        description="delta: a row is hard when the teacher's score exceeds the student's by more than this",
+        description="a row is hard if the teacher's score exceeds the student's by more than this (delta in the paper)",
     )
     teacher_floor: float = Field(
-        6.0, ge=1, le=10, description="a row on which the teacher scores less teaches nothing and is never hard"
+        6.0, ge=1, le=10, description="minimum score of the teacher; a row below it is neither hard nor replayed"
     )
     expand_share: Share = Field(
-        0.5, description="share of the hard rows that the teacher writes anew; the rest are hard rows of the pool"
+        0.5, description="share of the hard rows that are new rows written by the teacher; the rest come from the pool"
     )
-    drafts: int = Field(3, ge=1, description="drafts asked for every expansion still missing, at the most")
+    drafts: int = Field(3, ge=1, description="maximum number of drafts per missing expansion")
     children: int = Field(
         3,
         ge=1,
-        description="new rows of a round that may grow from one parent; then less hard rows of the task are parents, "
-        "and what they cannot fill is left out",
+        description="maximum number of new rows per parent and round; beyond it, less hard rows of the task become "
+        "parents, and rows that these cannot supply are missing",
     )
     max_opening: Share | None = Field(
         0.2,
-        description="share of a task's new rows in a round that may begin with the same four words (three rows may in "
-        "any case); null: no limit",
+        description="maximum share of a task's new rows in a round that begin with the same four words (three rows are "
+        "always allowed); null: no limit",
     )
     check_drafts: bool = Field(
         False,
-        description="ask the teacher of every new instruction whether it is complete, answerable and of its task: one "
-        "call more for each",
+        description="ask the teacher whether each new instruction is complete, answerable and of its task; costs one "
+        "more call per instruction",
     )
     check_answers: bool = Field(
         False,
-        description="have the judge score the answers written in a round and leave out those below teacher_floor: one "
-        "call more for each",
+        description="let the judge score the answers written in a round and drop those below teacher_floor; costs one "
+        "more call per answer",
     )
-    max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is a near-duplicate")
+    max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is dropped as a near-duplicate")
 
 
 def judges_pool(settings: Curriculum) -> bool:
-    """Whether the curriculum asks for the student's answers to the pool and for a judge."""
+    """Whether the curriculum needs the student's answers to the pool and a judge."""
     return settings.name == "lion" or (settings.name == "tapir" and settings.difficulty)
 
 
 class Train(Settings):
-    """Fine-tuning."""
+    """The fine-tuning of a round."""
 
     method: Literal["lora", "qlora", "full"] = Field(
         "lora",
-        description="`lora`: small matrices beside the base's weights; `qlora`: the same over a base in 4 bits (a GPU "
-        "is needed); `full`: all weights, and a round's adapter/ is then the whole model",
+        description="`lora`: train LoRA matrices; `qlora`: LoRA on a base in 4 bits (needs a GPU); `full`: train all "
+        "weights (a round's adapter/ is then the whole model)",
     )
     backend: Literal["auto", "unsloth", "trl"] = Field(
-        "auto", description="`auto`: Unsloth where a GPU and the package are there, else plain TRL and PEFT"
+        "auto",
+        description="training library: `auto` uses Unsloth if it is installed and a GPU is present, else TRL and PEFT",
     )
     precision: Literal["auto", "bf16", "f16", "f32"] = Field(
-        "auto", description="what is computed in; `auto`: bf16 where the GPU knows it, else f16; f32 on a CPU"
+        "auto",
+        description="number format of the computation; `auto`: bf16 if the GPU supports it, else f16; f32 on a CPU",
     )
     start: Literal["previous", "base"] = Field(
-        "previous", description="a round goes on from what the last round trained, or begins at the base"
+        "previous", description="start of a round's training: the model of the previous round, or the base model"
     )
-    epochs: float = Field(2.0, gt=0, description="passes over a round's rows")
-    learning_rate: float = Field(2e-4, gt=0, description="peak, after the warm-up")
+    epochs: float = Field(2.0, gt=0, description="epochs over a round's rows")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate, after the warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="of the learning rate within a round"
+        "cosine", description="schedule of the learning rate within a round"
     )
-    warmup: Share = Field(0.03, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to it")
-    batch_size: int = Field(16, ge=1, description="rows of an optimiser step")
+    warmup: Share = Field(0.03, description="share of the steps used for the warm-up of the learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="maximum norm to which gradients are clipped")
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     micro_batch_size: int = Field(
-        4, ge=1, description="rows that are in memory at once; fewer are tried where the memory runs out"
+        4, ge=1, description="rows processed at once; reduced automatically if memory runs out"
     )
     packing: bool = Field(
         False,
-        description="several rows one after another in one of student.max_length tokens, blind to each other; batch "
-        "sizes then count such rows",
+        description="pack several rows into one sequence of student.max_length tokens, without attention between them; "
+        "batch sizes then count sequences",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
-        description="compute activations twice instead of keeping them: about a third slower, far less memory; `auto`: "
-        "where they would fill more than half of what is left beside the weights",
+        description="recompute activations instead of storing them: about a third slower, far less memory; `auto`: if "
+        "they would fill more than half of the memory that the weights leave",
     )
     checkpoint_minutes: float = Field(
-        10.0, ge=0, description="minutes of training between checkpoints, from which a cut round goes on; 0: none"
+        10.0,
+        ge=0,
+        description="minutes between checkpoints, from which an interrupted round resumes; 0: no checkpoints",
     )
     launcher: Annotated[str | None, BeforeValidator(join_command)] = Field(
         None,
-        description="a command that starts the training's processes on several GPUs, such as `accelerate launch "
-        "--multi_gpu --num_processes 2`; batch_size is that of all together",
+        description="command that starts training processes on several GPUs, such as `accelerate launch --multi_gpu "
+        "--num_processes 2`; batch_size is the total of all processes",
     )
-    lora_rank: int = Field(16, ge=1, description="r of LoRA, on all linear layers but the head")
-    lora_alpha: int = Field(32, ge=1, description="LoRA's scale is alpha / r")
-    lora_dropout: Share = Field(0.0, description="dropout of LoRA's input")
+    lora_rank: int = Field(16, ge=1, description="rank r of LoRA, on all linear layers except the output head")
+    lora_alpha: int = Field(32, ge=1, description="LoRA alpha; LoRA is scaled by alpha / r")
+    lora_dropout: Share = Field(0.0, description="dropout on the input of LoRA")
 
     @model_validator(mode="before")
     @classmethod
     def renamed(cls, value: Any) -> Any:
-        """Recipes that runs have kept may still say `load_in_4bit`, which is now a method."""
+        """Read the former setting `load_in_4bit`, which recipes kept by old runs contain, as `method: qlora`."""
         if not isinstance(value, dict) or "load_in_4bit" not in value:
             return value
         four = {"method": "qlora"} if value["load_in_4bit"] else {}
@@ -237,64 +252,66 @@ class Train(Settings):
 
 
 class Export(Settings):
-    """The GGUF."""
+    """The export to GGUF."""
 
     rounds: Literal["adapter", "merged"] = Field(
         "merged",
-        description="what a round keeps as its student.gguf: `merged`, the whole model, or `adapter`, a LoRA GGUF of "
-        "megabytes over the base's, which is made once in cache/base; a run's model/ is whole either way",
+        description="a round's student.gguf: `merged`: the whole model; `adapter`: a small LoRA GGUF, loaded on top of "
+        "the base GGUF in cache/base, which is converted once; a run's model/ is always merged",
     )
     quant: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = Field(
-        "q8_0", description="type of the GGUF's weights"
+        "q8_0", description="quantization of the GGUF's weights"
     )
     converter: OptionalPath = Field(
         None,
-        description="convert_hf_to_gguf.py in a checkout of llama.cpp, or its folder, for a student of a family that "
-        "is not mapped; our own export if left out",
+        description="llama.cpp's convert_hf_to_gguf.py, or the checkout that contains it, for model families that the "
+        "included exporter does not support; null is the included exporter",
     )
     min_agreement: Share | None = Field(
         None,
-        description="share of greedy tokens in which the GGUF and the trained model must agree; if left out it goes by "
-        "the quant, from 0.99 for f32 over 0.9 for q8_0 to 0.8 for q4_k_m",
+        description="minimum share of greedy tokens in which the GGUF agrees with the trained model; null depends on "
+        "the quantization: from 0.99 for f32 through 0.9 for q8_0 to 0.8 for q4_k_m",
     )
 
 
 class Budget(Settings):
-    """What a run may spend; a limit that is reached stops it at a row, and a higher one lets it go on."""
+    """What a run may spend. A run stops before it exceeds a limit, and resumes with a higher one."""
 
-    money: float | None = Field(None, ge=0, description="in the money of the prices")
-    tokens: int | None = Field(None, ge=0, description="of prompts and replies together")
-    calls: int | None = Field(None, ge=0, description="requests that were answered, or may have been billed")
+    money: float | None = Field(None, ge=0, description="maximum cost, in the currency of the prices; null: no limit")
+    tokens: int | None = Field(None, ge=0, description="maximum tokens of prompts and replies together; null: no limit")
+    calls: int | None = Field(
+        None, ge=0, description="maximum number of requests that were answered or may have been billed; null: no limit"
+    )
 
 
 class Limits(Settings):
-    """How much may go wrong before a run stops."""
+    """How many failures a run tolerates before it stops."""
 
     unusable: Share = Field(
         0.05,
-        description="share of a stage's rows that may be left out because they cannot be used (refused by the server, "
-        "cut, not taken by the chat template); a stage with more of them stops (over a single row only "
-        "at 0). They are listed in unusable.jsonl",
+        description="maximum share of a stage's rows that are left out as unusable (refused by the server, cut off, "
+        "rejected by the chat template); with more, the stage stops (a single row stops it only at 0); "
+        "unusable.jsonl lists them",
     )
 
 
 class Card(Settings):
-    """What a model card says and the program cannot know; left out, it says `not stated`."""
+    """Facts for the model card that the program cannot know; the card says `not stated` for null."""
 
-    licence: str | None = Field(None, description="of the student that comes out")
-    base_licence: str | None = Field(None, description="of the model that is trained")
-    data_licence: str | None = Field(None, description="of the seeds")
-    terms: str | None = Field(None, description="the teacher's terms for what may be made of its answers")
-    language: str | None = Field(None, description="of the data, such as `en`")
+    license: str | None = Field(None, description="license of the trained student")
+    base_license: str | None = Field(None, description="license of the base model")
+    data_license: str | None = Field(None, description="license of the seeds")
+    terms: str | None = Field(None, description="the teacher's terms for the use of its answers")
+    language: str | None = Field(None, description="language of the data, such as `en`")
 
 
 class Recipe(Settings):
-    """One distillation. Defaults are meant for a student of LLaMA-2's class on one GPU."""
+    """One distillation. The defaults suit a student of the size of LLaMA-2 on one GPU."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and its folder")
-    about: str = Field("", description="a sentence for people")
-    random_seed: int = Field(1, ge=0, description="every draw of chance derives from it")
-    rounds: int = Field(3, ge=0, description="rounds after the baseline, round 0")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and its folder")
+    about: str = Field("", description="one sentence that describes the recipe")
+    random_seed: int = Field(1, ge=0, description="seed of all random choices")
+    rounds: int = Field(3, ge=0, description="number of rounds after the baseline, which is round 0")
     seeds: Annotated[Seeds, BeforeValidator(expand_path_shorthand)] = Seeds()
     student: Annotated[Student, BeforeValidator(expand_path_shorthand)] = Student()
     teacher: Annotated[Teacher, BeforeValidator(expand_kind_shorthand)] = Teacher()
@@ -308,55 +325,59 @@ class Recipe(Settings):
     card: Card = Card()
     checker: Literal["pocket", "tasks"] | None = Field(
         None,
-        description="a programme that tells right answers from wrong ones, for `accuracy`: `pocket` knows its own "
-        "world; `tasks` verifies by each task's checker what needs no LLM (a plain sum's value; that Python compiles; "
-        "that JSON, YAML, CSV or a table is one; a language's script; a limit of words), and accuracy then covers only "
-        "the rows of which a checker can tell",
+        description="program that checks answers, for `accuracy`: `pocket`: for the pocket seeds; `tasks`: each task's "
+        "own checker (arithmetic, Python syntax, JSON/YAML/CSV/table format, script of a language, number of words); "
+        "accuracy then covers only the rows that a checker can verify",
     )
     tasks: Tasks | None = Field(
-        None, description="share by label, or share, description, style and checker; the paper's 32 if left out"
+        None,
+        description="tasks by label: a share, or share, description, style and checker; null: the paper's 32 tasks",
     )
 
     def task_table(self) -> Mapping[str, Task]:
-        """The tasks that this recipe sorts by; its own shares, where it names them, as parts of their sum."""
+        """The tasks of this recipe by label; shares are normalized to a sum of 1."""
         return TASKS if self.tasks is None else build_task_table(self.tasks)
 
     @model_validator(mode="after")
     def consistent(self) -> "Recipe":
-        """Settings that exclude each other."""
+        """Refuse settings that exclude each other."""
         if self.tasks is not None:
             validate_tasks(self.tasks)
         if self.teacher.kind == "openai" and not self.teacher.model:
             raise ValueError(
-                "teacher: model is missing; name it as the server knows it (teacher.model), or name a GGUF"
+                "teacher: model is missing; set teacher.model to the server's name for it, or set teacher.gguf"
             )
         for name, endpoint in (("teacher", self.teacher), ("judge", self.judge)):
             if (endpoint.kind == "gguf") != bool(endpoint.gguf):
-                raise ValueError(f"{name}: `kind: gguf` goes with `gguf: PATH`")
+                raise ValueError(f"{name}: `kind: gguf` and `gguf: PATH` need each other")
             if self.budget.money is not None and endpoint.kind == "openai" and endpoint.price is None:
-                raise ValueError(f"budget: money needs {name}.price (input and output, for a million tokens)")
+                raise ValueError(f"budget: money needs {name}.price (input and output, per million tokens)")
         if self.teacher.kind == "recorded" and self.judge.kind == "teacher":
-            raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or name an endpoint")
+            raise ValueError("judge: a recorded teacher cannot judge; write `judge: reference` or set an endpoint")
         if self.teacher.kind == "recorded" and self.curriculum.name in ("lion", "reflection"):
             raise ValueError(
-                f"curriculum: {self.curriculum.name} needs a teacher to ask; recorded answers cannot write"
+                f"curriculum: {self.curriculum.name} needs a teacher that can be asked; recorded answers cannot"
             )
         if self.judge.kind == "openai" and not self.judge.model:
-            raise ValueError("judge: model is missing; name it as the server knows it (judge.model)")
+            raise ValueError("judge: model is missing; set judge.model to the server's name for it")
         if self.train.backend == "unsloth" and (self.train.launcher or self.train.packing):
-            raise ValueError("train: `launcher` and `packing` go with plain TRL, not with `backend: unsloth`")
+            raise ValueError("train: `launcher` and `packing` work with TRL only, not with `backend: unsloth`")
         if self.export.rounds == "adapter" and (self.train.method == "full" or self.export.converter):
-            raise ValueError("export: `rounds: adapter` goes neither with `train.method: full` nor with a `converter`")
+            raise ValueError("export: `rounds: adapter` works neither with `train.method: full` nor with a `converter`")
         return self
 
     @model_validator(mode="after")
     def checked(self) -> "Recipe":
-        """Checks of what a round writes need somebody who writes, and answers a judge."""
+        """Refuse check_drafts and check_answers where no teacher writes or no judge scores."""
         if self.curriculum.check_answers and self.judge.kind == "reference":
-            raise ValueError("curriculum: `check_answers` needs a judge to score answers; `judge: reference` has none")
+            raise ValueError(
+                "curriculum: `check_answers` needs a judge that scores answers; `judge: reference` has none"
+            )
         for name in ("check_drafts", "check_answers"):
             if getattr(self.curriculum, name) and not (self.can_expand and self.curriculum.name in ("tapir", "lion")):
-                raise ValueError(f"curriculum: `{name}` goes with `tapir` and `lion` and a teacher that can be asked")
+                raise ValueError(
+                    f"curriculum: `{name}` needs the curriculum `tapir` or `lion` and a teacher that can be asked"
+                )
         return self
 
     @property
@@ -366,5 +387,5 @@ class Recipe(Settings):
 
     @property
     def can_expand(self) -> bool:
-        """Whether the teacher can be asked: recorded answers can be neither expanded nor refined."""
+        """Whether the teacher can be asked to expand and refine; recorded answers cannot."""
         return self.teacher.kind != "recorded"

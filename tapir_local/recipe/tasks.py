@@ -1,4 +1,4 @@
-"""The tasks that instructions are sorted into: label, target share, description, style of answers, and a checker."""
+"""The paper's 32 tasks: label, target share, description, style of answers, and checker."""
 
 import re
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ CHECKER_NAMES: tuple[CheckerName, ...] = get_args(CheckerName)
 
 @dataclass(frozen=True)
 class Task:
-    """`share` is of a balanced training set; `style` completes the sentence "Write the answer ...".
+    """A kind of instruction.
 
-    `checker` names the function of checkers.py that can tell of some of its answers without an LLM.
+    `share` is its target share in a balanced training set; `style` completes the sentence "Write the answer ...";
+    `checker` names the function in checkers.py that verifies some of its answers without an LLM.
     """
 
     label: str
@@ -24,7 +25,7 @@ class Task:
 
 
 def normalize_label(label: str) -> str:
-    """A label as labels are compared: `common sense` names Common-Sense."""
+    """A label in the form used for comparison: `common sense` matches Common-Sense."""
     return " ".join(re.split(r"[\s_-]+", label.casefold().strip()))
 
 
@@ -36,8 +37,8 @@ FACTS_STYLE = (
     "with the fact asked for first, then the reason or context that makes it understandable, and no speculation"
 )
 
-# Labels and shares: modelscope/easydistill, task_resampling, there attributed to the TAPIR paper. Descriptions and
-# styles are ours; the paper says only that the teacher's answers are rewritten in a style that depends on the task.
+# Labels and shares are from task_resampling in modelscope/easydistill, which attributes them to the TAPIR paper. The
+# descriptions and styles are ours: the paper only says that answers are rewritten in a task-dependent style.
 TASKS: Mapping[str, Task] = {
     task.label: task
     for task in (

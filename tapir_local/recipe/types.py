@@ -1,4 +1,4 @@
-"""What the sections of a recipe share: no unknown key, numbers that are numbers, paths from `~`, and short forms."""
+"""Base class, types and shorthands that the sections of a recipe share."""
 
 import math
 import shlex
@@ -12,24 +12,24 @@ from tapir_local.files import expand_home
 
 
 class Settings(BaseModel):
-    """Frozen; a key that it does not know is an error, and so is a number that is true, false, infinite or NaN."""
+    """A frozen section of settings; unknown keys, booleans as numbers, infinity and NaN are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def true_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would take `true` for 1, and does not look into a mapping of anything such as `extra`."""
+        """Refuse `true` as a number, which pydantic reads as 1, and numbers in `extra` that are not finite."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and wants_number(kind):
-            raise ValueError("a number is wanted")
+            raise ValueError("must be a number")
         if Mapping[str, Any] in allowed_types(kind) and not is_finite(value):
-            raise ValueError("every number in it must be finite")
+            raise ValueError("must contain only finite numbers")
         return value
 
 
 def allowed_types(kind: Any) -> list[Any]:
-    """The types that a setting's annotation allows: `int | None` is [int, NoneType]."""
+    """The types that an annotation allows: `int | None` gives [int, NoneType]."""
     origin = get_origin(kind)
     if origin is Annotated:
         return allowed_types(get_args(kind)[0])
@@ -39,13 +39,13 @@ def allowed_types(kind: Any) -> list[Any]:
 
 
 def wants_number(kind: Any) -> bool:
-    """Whether a setting's annotation wants a number, and no truth value."""
+    """Whether an annotation allows a number and no boolean."""
     found = allowed_types(kind)
     return bool({int, float} & set(found)) and bool not in found
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no number in nested mappings and lists is infinite or NaN."""
+    """Whether nested mappings and lists contain only finite numbers."""
     if isinstance(value, Mapping):
         return all(map(is_finite, value.values()))
     if isinstance(value, list):
@@ -54,33 +54,31 @@ def is_finite(value: Any) -> bool:
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-FilePath = Annotated[
-    str, AfterValidator(expand_home)
-]  # every setting that names a file or folder has one of these types
+FilePath = Annotated[str, AfterValidator(expand_home)]  # the types of settings that name a file or folder
 OptionalPath = Annotated[str | None, AfterValidator(expand_home)]
-KIND_BY_SETTING = {"gguf": "gguf", "base_url": "openai", "model": "openai"}  # settings that say who is asked
+KIND_BY_SETTING = {"gguf": "gguf", "base_url": "openai", "model": "openai"}  # settings that imply a kind of endpoint
 
 
 def expand_kind_shorthand(word: Any) -> Any:
-    """`teacher: pocket` means `teacher: {kind: pocket}`."""
+    """Read `teacher: pocket` as `teacher: {kind: pocket}`."""
     return {"kind": word} if isinstance(word, str) else word
 
 
 def expand_path_shorthand(word: Any) -> Any:
-    """`seeds: mine.jsonl` means `seeds: {path: mine.jsonl}`."""
+    """Read `seeds: mine.jsonl` as `seeds: {path: mine.jsonl}`."""
     return {"path": word} if isinstance(word, str) else word
 
 
 def infer_kind(given: Mapping[str, Any]) -> str | None:
-    """The kind of a teacher or judge of whom these settings are given, None where they do not say."""
+    """The kind of a teacher or judge that the given settings imply; None if they imply none."""
     return next((kind for name, kind in KIND_BY_SETTING.items() if given.get(name)), None)
 
 
 def expand_switch(word: Any) -> Any:
-    """YAML reads a bare `off` as false and `on` as true."""
+    """Undo YAML's reading of `off` as false and `on` as true."""
     return {False: "off", True: "hard"}.get(word, word) if isinstance(word, bool) else word
 
 
 def join_command(word: Any) -> Any:
-    """A command as a list of words means the same words in a line."""
+    """Join a command given as a list of words into one line."""
     return shlex.join(word) if isinstance(word, list | tuple) and all(isinstance(part, str) for part in word) else word

@@ -1,4 +1,4 @@
-"""What a check can tell of an answer without an LLM, and that it says None of everything else."""
+"""What checkers can verify without an LLM, and that they return None for everything else."""
 
 from dataclasses import replace
 
@@ -10,10 +10,10 @@ from tapir_local.method.checkers import (
     CHECKERS,
     MAX_TEXT_LENGTH,
     check_arithmetic,
+    check_form,
     check_length,
     check_python,
     check_script,
-    form,
     tolerate_errors,
 )
 from tapir_local.pipeline.backends import recipe_checker
@@ -47,7 +47,7 @@ GOOD, BAD = "```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x)\
         ("What is 12?", "12", None),
         ("9" * 5000 + " + 1", "1", None),
         ("What is 1 + 1?", "9" * 5000, False),
-        # what may be no sum: dates, telephone numbers, years, names
+        # what may not be arithmetic: dates, telephone numbers, years, names
         ("12/12/2020", "A date.", None),
         ("What is 12/12/2020?", "A Saturday.", None),
         ("2020-12-24", "Christmas Eve", None),
@@ -58,10 +58,10 @@ GOOD, BAD = "```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x)\
         ("What is 1914-1918?", "The years of a war, 4 of them.", None),
         ("24-7", "17 hours", None),
         ("24-7=", "18", False),
-        # what may be read in two ways
+        # ambiguous expressions
         ("What is 2^3^2?", "64", None),
         ("What is -2^2?", "4", None),
-        # other ways to state the value, or a part of it
+        # other ways to write the value, or a part of it
         ("What is 1/3?", "0.33", True),
         ("What is 2/3?", "0.66", None),
         ("What is 2/3?", "0.65", False),
@@ -145,7 +145,7 @@ def test_python_compiles_or_not_or_there_is_none(instruction: str, answer: str, 
         ("Make a table of planets.", "| a | b |\n|---|---|\n| 1 | 2 | 3 |", False),
         ("Make a table of planets.", "Mars, Venus", False),
         ("List three fruits.", "fig, plum, pear", None),
-        # another table
+        # other kinds of tables
         ("Create a table for six, please.", "Booked.", None),
         ("Make a table reservation.", "Booked.", None),
         ("Write a table of contents.", "1 Begin\n2 End", None),
@@ -154,17 +154,17 @@ def test_python_compiles_or_not_or_there_is_none(instruction: str, answer: str, 
         ("Make a table of planets.", "<table><tr><td>Mars</td></tr></table>", None),
         ("Make a table of planets.", "+----+\n|Mars|\n+----+", None),
         ("Make a table of planets.", "Mars\t1", None),
-        # a program, or another form of the name
+        # a program, or another meaning of the name
         ("Write a function that can return JSON.", "def f(): ...", None),
         ("Write a Python script that can output CSV.", "import csv", None),
         ("Create JSON Lines of two fruits.", '{"a": 1}\n{"a": 2}', None),
         ("Return a JSON string.", '"a"', None),
-        # words around the one block that has the form
+        # text around the block that has the format
         ("Write a JSON.", "Sure! ```json\n{}\n```", False),
         ("Write a JSON.", "Sure!\n```json\n{}\n```", None),
         ("Write a JSON.", "Sure!\n```json\n{\n```", False),
         ("Write a JSON.", '{"a": NaN}', False),
-        # what YAML's values are is not asked: they may be anything
+        # the values in YAML may be anything
         ("Give me the data in YAML.", "due: !!timestamp tomorrow", True),
         ("Give me the data in YAML.", "due: 2024-13-45", True),
         ("Give me the data in YAML.", "a: !!int x\nb: !!bool maybe\nc: !!float", True),
@@ -174,7 +174,7 @@ def test_python_compiles_or_not_or_there_is_none(instruction: str, answer: str, 
         ("Give me the data in YAML.", "- " * 4000 + "a", None),
         ("Give me the data in YAML.", "{a: " * 60, None),
         ("Give me the data in YAML.", "a: 1\n" * 5000, None),
-        # a row, a column, another separator
+        # one row, one column, another separator
         ("Write the list in CSV.", "a,b,c", None),
         ("Write the list in CSV.", "a\nb\nc", None),
         ("Write the list in CSV.", "a;b\n1;2", None),
@@ -182,7 +182,7 @@ def test_python_compiles_or_not_or_there_is_none(instruction: str, answer: str, 
     ],
 )
 def test_the_form_asked_for_is_there_or_not(instruction: str, answer: str, right: bool | None) -> None:
-    assert form(instruction, answer) is right
+    assert check_form(instruction, answer) is right
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ ASKED = {
 
 @pytest.mark.parametrize("name", CHECKERS)
 def test_no_answer_however_long_and_odd_takes_a_checker_long(name: str) -> None:
-    """Each took minutes where an expression is tried at every blank; here they take a moment, or the suite stands."""
+    """Each took minutes with a pattern that was tried at every space; now they take a moment, or the suite hangs."""
     for instruction in ASKED[name]:
         for odd in ODD:
             for answer in (odd * (99_000 // len(odd)), f"```python\n{odd * (19_000 // len(odd))}\n```"):

@@ -1,12 +1,12 @@
-"""A plan has the shares it was asked for, or says why not."""
+"""A plan has the requested shares, or says why not."""
 
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tapir_local.method.baselines import CURRICULA, allocate_capped
 
+from tapir_local.method.baselines import CURRICULA, allocate_capped
 from tapir_local.method.curriculum import PlanInput, allocate_rows, challenge_of_round, is_easy, is_hard
 from tapir_local.recipe.schema import Curriculum, judges_pool
 from tapir_local.recipe.tasks import TASKS
@@ -50,14 +50,14 @@ def test_hard_is_above_the_threshold_where_the_teacher_is_good_enough() -> None:
     settings = Curriculum()
     assert is_hard(Judgement("a", 9, 6), settings)
     assert not is_hard(Judgement("a", 9, 7), settings)  # exactly delta
-    assert not is_hard(Judgement("a", 5, 1), settings)  # the teacher fails too
+    assert not is_hard(Judgement("a", 5, 1), settings)  # the teacher's score is too low
     assert not is_easy(Judgement("a", 5, 5), settings)
     assert not is_hard(Judgement("a", None, None), settings)
     assert not is_easy(Judgement("a", None, None), settings)
 
 
 def rows_and_judgements(hard: dict[str, int], easy: dict[str, int]) -> tuple[list[Example], list[Judgement]]:
-    """Rows of each task, so many hard and so many easy."""
+    """`hard` hard and `easy` easy rows of each task."""
     rows, judgements = [], []
     for kind, counts in (("hard", hard), ("easy", easy)):
         for task, count in counts.items():
@@ -143,7 +143,7 @@ def test_lion_keeps_to_the_limit_of_a_parent() -> None:
 
 def test_the_hardest_rows_come_first() -> None:
     plan = planned({"Math": 90}, {"Math": 90}, rows=60)
-    assert {int(id.rpartition("-")[2]) % 3 for id in plan.hard} == {0}  # those on which the student scored 1
+    assert {int(id.rpartition("-")[2]) % 3 for id in plan.hard} == {0}  # the rows on which the student scored 1
 
 
 def test_no_row_is_repeated() -> None:

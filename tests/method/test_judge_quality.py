@@ -1,4 +1,4 @@
-"""What a judge's scores say of the judge, against figures worked out by hand."""
+"""The quality of a judge from its scores, compared with figures computed by hand."""
 
 import pytest
 from hypothesis import given
@@ -15,9 +15,9 @@ ANSWERS = st.lists(st.tuples(SCORE, SCORE), min_size=1, max_size=30)
 
 def test_figures_of_two_orders_by_hand() -> None:
     rows = [
-        combine_orders("a", (8, 4), (6, 9)),  # teacher 8 and 9, student 4 and 6: the teacher twice
-        combine_orders("b", (7, 5), (8, 6)),  # whoever comes first wins by 2: teacher 7 and 6, student 5 and 8
-        combine_orders("c", (5, 5), (5, 5)),  # a tie twice
+        combine_orders("a", (8, 4), (6, 9)),  # teacher 8 and 9, student 4 and 6: the teacher wins twice
+        combine_orders("b", (7, 5), (8, 6)),  # the first wins by 2 in both orders: teacher 7 and 6, student 5 and 8
+        combine_orders("c", (5, 5), (5, 5)),  # two ties
         combine_orders("d", None, (5, 5)),
     ]
     found = measure_judge(rows)
@@ -102,7 +102,7 @@ def test_a_quarter_of_the_orders_may_disagree() -> None:
 
 
 def of_lengths(rows: int, slope: float) -> list[Judgement]:
-    """Rows whose scores follow their answers' lengths, every fifth less so."""
+    """Rows whose scores correlate with the lengths of their answers, every fifth less so."""
     return [of_length(n, 5 + slope * (n if n % 5 else 10 + n / 2), 50 + 10 * n) for n in range(rows)]
 
 

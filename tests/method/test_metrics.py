@@ -1,4 +1,4 @@
-"""Metrics against figures worked out by hand."""
+"""Metrics compared with figures computed by hand."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_rates_counts_and_tasks() -> None:
     assert found.win_rate == 0.5
     assert found.accuracy == pytest.approx(2 / 3, abs=1e-6)
     assert found.checked == 3
-    assert "accuracy 66.7% of the 3 rows that the checker can decide" in summarize_metrics(found)
+    assert "accuracy 66.7% of the 3 rows that a checker can tell of" in summarize_metrics(found)
     assert found.by_task["Art"] == {"rows": 2, "win_rate": 0.0, "accuracy": 1.0}
 
 
@@ -45,7 +45,7 @@ def test_without_a_checker_there_is_no_accuracy_rather_than_zero() -> None:
 
 
 def test_wilsons_interval_as_in_the_textbook() -> None:
-    """Of 10 successes in 20 trials: 0.299 to 0.701 (Wilson 1927)."""
+    """10 successes in 20 trials: 0.299 to 0.701 (Wilson 1927)."""
     assert wilson_interval([True, False] * 10) == (pytest.approx(0.299, abs=1e-3), pytest.approx(0.701, abs=1e-3))
 
 
@@ -62,7 +62,7 @@ def test_the_bootstrap_surrounds_the_mean_and_repeats() -> None:
 
 
 def scored(rows: int) -> Metrics:
-    """Of so many holdout rows, every other one a win and every other one right."""
+    """Metrics of holdout rows, half of which are wins and half correct."""
     examples = [Example(f"{n}", (Message("user", "x"),), "y", "Math") for n in range(rows)]
     judged = [Judgement(f"{n}", 8, 10 if n % 2 else 2) for n in range(rows)]
     right = {f"{n}": bool(n % 2) for n in range(rows)}

@@ -1,4 +1,4 @@
-"""Drafts grow from the parents least asked, and no parent has more new rows than it may."""
+"""Drafts come from the parents used least, and no parent exceeds its limit of new rows."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ def test_a_second_attempt_begins_where_the_first_has_not_been() -> None:
 def test_others_come_after_the_first_have_given_their_share_of_drafts() -> None:
     parents = ParentQueue(["a", "b"], ["x", "y"], 2)
     assert parents.take(7) == ["a", "b", "a", "b", "x", "y", "x"]
-    assert parents.take(3) == ["y", "a", "b"]  # nothing was kept: they begin again
+    assert parents.take(3) == ["y", "a", "b"]  # nothing was kept: start again
 
 
 def test_a_parent_with_enough_new_rows_is_asked_no_more() -> None:

@@ -1,4 +1,4 @@
-"""New instructions that cannot be used are told from those that can; real ones are not rejected."""
+"""Unusable new instructions are rejected, and real ones are not."""
 
 import json
 from pathlib import Path

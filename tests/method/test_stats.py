@@ -1,4 +1,4 @@
-"""Intervals, paired tests and Holm's correction, against figures worked out by hand and simulated truths."""
+"""Intervals, paired tests and Holm's correction, compared with figures computed by hand and with simulations."""
 
 import random
 from math import comb
@@ -45,7 +45,7 @@ def test_equal_arms_differ_by_nothing() -> None:
 
 
 def test_exchanged_signs_as_counted_by_hand() -> None:
-    """Of the 2**4 ways to sign 0.5, 1, 1, 1 the two whose sum is 3.5 or -3.5 are as extreme."""
+    """Of the 2**4 sign changes of 0.5, 1, 1, 1, two are as extreme: the sums 3.5 and -3.5."""
     assert permutation_test([0.5, 1, 1, 1, 0])[0] == pytest.approx(2 / 16, abs=0.005)
     assert permutation_test([0.5])[0] == 1
     assert permutation_test([0.0])[0] == 1
@@ -85,7 +85,7 @@ def test_seeds_count_alike_however_many_rows_they_have() -> None:
 
 
 def test_seeds_are_drawn_first_then_rows() -> None:
-    """Of two seeds that are all right and all wrong, a resample is 0, 1/2 or 1, in the proportion 1 : 2 : 1."""
+    """With one seed all correct and one all wrong, a resample is 0, 1/2 or 1, in the proportion 1 : 2 : 1."""
     means = list(bootstrap_means({1: rows("11"), 2: rows("000")}))
     assert set(means) == {0.0, 0.5, 1.0}
     assert means.count(0.5) / len(means) == pytest.approx(0.5, abs=0.02)
@@ -93,13 +93,13 @@ def test_seeds_are_drawn_first_then_rows() -> None:
 
 
 def test_students_interval_over_seeds_as_in_a_table_of_t() -> None:
-    """Means 0.5, 0.6, 0.7: standard deviation 0.1, t of 2 degrees of freedom 4.3027."""
+    """Means 0.5, 0.6, 0.7: standard deviation 0.1, t with 2 degrees of freedom 4.3027."""
     found = estimate_mean({n: rows("1" * right + "0" * (10 - right)) for n, right in enumerate((5, 6, 7))})
     assert found.over_seeds == pytest.approx((0.6 - 4.3027 * 0.1 / 3**0.5, 0.6 + 4.3027 * 0.1 / 3**0.5), abs=1e-4)
 
 
 def test_several_seeds_are_tested_by_their_means() -> None:
-    """Differences 0.1, 0.2, 0.3: t = 0.2 / (0.1 / sqrt 3) = 3.4641 of 2 degrees of freedom, p = 0.0742."""
+    """Differences 0.1, 0.2, 0.3: t = 0.2 / (0.1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742."""
     one = {n: rows("1" * (5 + n) + "0" * (5 - n)) for n in (1, 2, 3)}
     found = estimate_difference(one, dict.fromkeys((1, 2, 3), rows("1" * 5 + "0" * 5)))
     assert (found.test, found.seeds) == ("t over seeds", 3)
@@ -113,7 +113,7 @@ def test_seeds_that_all_differ_by_the_same_are_no_proof() -> None:
 
 
 def test_pairing_narrows_the_interval() -> None:
-    """Two arms that agree on all but 4 of 100 rows: their difference is known far better than either mean."""
+    """Two runs that agree on all but 4 of 100 rows: the difference has a much narrower interval than either mean."""
     one, other = rows("1" * 50 + "0" * 50), rows("1" * 46 + "0" * 54)
     found, alone = estimate_difference({0: one}, {0: other}), estimate_mean({0: one})
     assert 0 <= found.low < 0.04 < found.high < 0.09

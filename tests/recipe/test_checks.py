@@ -1,11 +1,10 @@
-"""Nothing is accepted and ignored: every kind with every field, and settings that others leave without effect."""
+"""No setting is silently ignored: every kind with every setting, and settings without effect."""
 
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from server import Server, send
-from tapir_local.recipe.settings import settings
 
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
@@ -14,6 +13,7 @@ from tapir_local.pipeline.judge import judge_name
 from tapir_local.pocket import teacher
 from tapir_local.recipe.checks import KINDS_BY_SETTING, find_notices, find_unnamed
 from tapir_local.recipe.endpoints import Judge, Teacher
+from tapir_local.recipe.settings import settings
 from tapir_local.recipe.text import (
     describe_replaced_kinds,
     diff_recipes,
@@ -59,7 +59,7 @@ def test_every_kind_takes_the_fields_that_it_uses_and_refuses_the_others(
     default = section.model_fields[field].get_default(call_default_factory=True)
     given = VALUES[field] if value == "another" else default
     if given in (None, {}):
-        return  # a null gives nothing
+        return  # null counts as not given
     recipe = recipe_of(role, {"kind": kind, **NEEDED.get(kind, {}), field: given})
     if kind in KINDS_BY_SETTING[field]:
         assert getattr(getattr(validate_recipe(recipe, "r"), role), field) is not None
@@ -106,25 +106,28 @@ def test_a_judge_with_a_model_is_asked_and_named() -> None:
         ("teacher: {model: m}\njudge: {price: {input: 1, output: 1}}", "judge.price: `kind: teacher` does not use it"),
         ("teacher: pocket\njudge: {base_url: 'http://127.0.0.1/v1'}", "judge: model is missing"),
         ("teacher: {gguf: a.gguf, base_url: 'http://127.0.0.1/v1'}", "teacher.base_url: `kind: gguf` does not use it"),
-        ("teacher: {model: m, api_key_env: A, api_key_file: b}", "teacher.api_key_env: `teacher.api_key_file` is used"),
+        (
+            "teacher: {model: m, api_key_env: A, api_key_file: b}",
+            "teacher.api_key_env: `teacher.api_key_file` takes precedence",
+        ),
         (
             "teacher: {model: m, base_url: 'https://me:secret@host/v1'}",
-            "teacher.base_url: it holds a user name or a pass",
+            "teacher.base_url: the URL contains a user name or p",
         ),
-        ("teacher: {model: m, base_url: 'http://[::1/v1'}", "teacher.base_url: it is not the address of a server"),
-        ("teacher: {model: m, base_url: 'localhost:8000'}", "teacher.base_url: it is not the address of a server"),
-        ("teacher: {model: m, base_url: 'http://h:99999/v1'}", "teacher.base_url: it is not the address of a server"),
-        ("teacher: pocket\nstudent: {parallel: 0}", "my.yaml: student.parallel: Input should be greater than or"),
-        ("teacher: pocket\nstudent: {max_tokens: 2048}", "student.max_tokens: 2,048 tokens of a reply leave no room"),
+        ("teacher: {model: m, base_url: 'http://[::1/v1'}", "teacher.base_url: not the URL of a server"),
+        ("teacher: {model: m, base_url: 'localhost:8000'}", "teacher.base_url: not the URL of a server"),
+        ("teacher: {model: m, base_url: 'http://h:99999/v1'}", "teacher.base_url: not the URL of a server"),
+        ("teacher: pocket\nstudent: {concurrency: 0}", "my.yaml: student.concurrency: Input should be greater than or"),
+        ("teacher: pocket\nstudent: {max_tokens: 2048}", "student.max_tokens: 2,048 tokens leave no space"),
         ("teacher: pocket\nstudent: {max_length: 128}", "set student.max_tokens to 64"),
-        ("teacher: {gguf: a, max_tokens: 4096}", "teacher.max_tokens: 4,096 tokens of a reply leave no room"),
+        ("teacher: {gguf: a, max_tokens: 4096}", "teacher.max_tokens: 4,096 tokens leave no space"),
         (
             "teacher: {gguf: a}\njudge: {max_tokens: 5000}",
-            "judge.max_tokens: 5,000 tokens of a reply leave no room for a",
+            "judge.max_tokens: 5,000 tokens leave no space for a",
         ),
         (
             "teacher: pocket\nseeds: {limit: 200}",
-            "seeds.limit: 200 rows leave nothing to train on beside seeds.holdout",
+            "seeds.limit: 200 rows leave nothing to train on after seeds.holdout",
         ),
         ("teacher: pocket\nclassifier: {held_out: 1}", "classifier.held_out"),
         ("teacher: pocket\nseeds: {split: train}", "seeds.split: the pocket seeds have none"),
@@ -174,7 +177,7 @@ def test_another_host_than_the_vendors_is_told_the_key_of() -> None:
     assert find_notices(parse_recipe(text, "r")) == ["teacher: the key in OPENAI_API_KEY is sent to other.example"]
 
 
-# What --set says of who is asked
+# Changing teacher and judge with --set
 
 
 @pytest.mark.parametrize(
@@ -200,11 +203,11 @@ def test_what_only_the_old_kind_used_yields_with_it_and_is_told() -> None:
     before = validate_recipe({"teacher": {"gguf": "a.gguf", "context": 8192, "concurrency": 4}}, "r")
     after = override(before, {"teacher.model": "m"})
     assert (after.teacher.kind, after.teacher.gguf, after.teacher.concurrency) == ("openai", None, 4)
-    assert "teacher.context, teacher.gguf no longer applies" in describe_replaced_kinds(before, after)[0]
+    assert "it does not use teacher.context, teacher.gguf" in describe_replaced_kinds(before, after)[0]
 
 
 def test_a_base_url_alone_says_what_else_to_set() -> None:
-    with pytest.raises(TapirError, match=r"teacher: model is missing; name it .*teacher\.model"):
+    with pytest.raises(TapirError, match=r"teacher: model is missing; set .*teacher\.model"):
         override(validate_recipe(QUICK, "r"), {"teacher.base_url": "http://127.0.0.1/v1"})
 
 
@@ -218,7 +221,7 @@ def test_the_quickstart_asks_a_server_that_set_names(server: Server, tmp_path: P
     with Store(tmp_path / "teacher.db") as store:
         for endpoint in (changed.teacher, judge_endpoint(changed)):
             ask([request], endpoint.model_copy(update={"api_key_env": "PATH"}), store, run="r")
-    assert [body["model"] for body in server.bodies] == ["theirs"]  # the judge's was in the store
+    assert [body["model"] for body in server.bodies] == ["theirs"]  # the judge's reply was in the store
 
 
 def test_a_kept_recipe_is_refused_only_what_changes_make_wrong() -> None:
@@ -252,7 +255,7 @@ def test_seeds_and_student_may_be_given_as_their_path() -> None:
     assert (kept.seeds.path, kept.seeds.holdout) == ("mine.jsonl", 7)
 
 
-# Runs that are under way
+# Unfinished runs
 
 
 @pytest.mark.parametrize("text", ["teacher: pocket", "teacher: {gguf: a}", "teacher: {model: m}\njudge: reference"])
@@ -261,7 +264,7 @@ def test_a_recipe_that_the_program_wrote_out_is_read_again(text: str) -> None:
     again = parse_recipe(to_yaml(recipe), "again")
     assert again == recipe
     assert again.teacher.model_fields_set <= recipe.teacher.model_fields_set | {"kind"}
-    assert find_unnamed(again) == []  # all is written there
+    assert find_unnamed(again) == []  # the kept recipe names every setting
 
 
 def test_a_kept_recipe_with_what_its_kind_did_not_use_goes_on_without_it() -> None:
@@ -292,10 +295,10 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
     kept = fixed_settings(recipe)
     free = {path for path, *_ in settings() if "LABEL" not in path and not there(kept, path.split("."))}
     assert free == {
-        *("rounds", "about", "student.parallel", "judge.max_unjudged", "classifier.min_agreement"),
+        *("rounds", "about", "student.concurrency", "judge.max_unjudged", "classifier.min_agreement"),
         *("export.min_agreement", "train.micro_batch_size", "train.gradient_checkpointing", "train.checkpoint_minutes"),
         *("train.launcher", "budget.money", "budget.tokens", "budget.calls", "limits.unusable"),
-        *("card.licence", "card.base_licence", "card.data_licence", "card.terms", "card.language"),
+        *("card.license", "card.base_license", "card.data_license", "card.terms", "card.language"),
         *(
             f"{role}.{name}"
             for role in ("teacher", "judge")
@@ -315,7 +318,7 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
 
 
 def there(value: Any, path: list[str]) -> bool:
-    """Whether a path leads somewhere in nested mappings."""
+    """Whether nested mappings contain a path."""
     return not path or (isinstance(value, dict) and path[0] in value and there(value[path[0]], path[1:]))
 
 

@@ -1,16 +1,16 @@
-"""A recipe is read whole or refused with the path of what is wrong."""
+"""A recipe is read completely, or refused with the path of the wrong setting."""
 
 import ast
 from pathlib import Path
 
 import pytest
-from tapir_local.method.parsing import parse_label
-from tapir_local.recipe.settings import settings
 
 from tapir_local.errors import TapirError
+from tapir_local.method.parsing import parse_label
 from tapir_local.recipe.endpoints import Price
 from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
+from tapir_local.recipe.settings import settings
 from tapir_local.recipe.tasks import TASKS, Task
 from tapir_local.recipe.text import diff_recipes, override, parse_change, parse_recipe, to_yaml
 from tapir_local.resources import recipe_files
@@ -46,30 +46,30 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("teacher: pocket\nrounds: -1", "rounds: Input should be greater than or equal to 0, not -1"),
         ("teacher: pocket\ntrain: {learning_rate: fast}", "train.learning_rate"),
         ("teacher: {model: m}\nbudget: {money: 5}", "budget: money needs teacher.price"),
-        ("teacher: {gguf: x, kind: openai, model: m}", "`kind: gguf` goes with"),
+        ("teacher: {gguf: x, kind: openai, model: m}", "`kind: gguf` and `gguf: PATH` need"),
         ("teacher: bob", "'recorded' or 'gguf', not 'bob'"),
         ("name: ../x\nteacher: pocket", "name"),
         ("teacher: {kind: openai}", "model is missing"),
         ("teacher: recorded", "cannot judge"),
         (
             "teacher: {kind: pocket, batch: true}",
-            "teacher.batch: `kind: pocket` does not use it; leave it out (`openai`",
+            "teacher.batch: `kind: pocket` does not use it; remove it (used by `openai`",
         ),
         ("teacher: pocket\njudge: {batch: true}", "judge.batch: `kind: teacher` does not use it; the teacher judges;"),
         ("teacher: {kind: pocket, stream: true}", "teacher.stream: `kind: pocket` does not use it"),
-        ("teacher: {model: m, stream: true, batch: true}", "teacher.stream: a batch sends no streams"),
+        ("teacher: {model: m, stream: true, batch: true}", "teacher.stream: a batch cannot stream"),
         ("teacher: {gguf: x.gguf, stream: true}", "teacher.stream: `kind: gguf` does not use it"),
         ("teacher: {model: m, thinking: off}", "teacher.thinking"),
-        ("tasks: {Cooking: 1}\nteacher: pocket", "no task 'Cooking' is known; one of your own needs a share, a desc"),
+        ("tasks: {Cooking: 1}\nteacher: pocket", "unknown task 'Cooking'; a task of your own needs a share, a desc"),
         ("tasks: {Mth: 1}\nteacher: pocket", "did you mean Math?"),
-        ("tasks: {Cooking: {share: 1, style: plainly}}\nteacher: pocket", "no task 'Cooking' is known"),
+        ("tasks: {Cooking: {share: 1, style: plainly}}\nteacher: pocket", "unknown task 'Cooking'"),
         ("tasks: {Math: -1}\nteacher: pocket", "tasks.Math.share: Input should be greater than or equal to 0, not -1"),
         ("tasks: {Math: .nan}\nteacher: pocket", "tasks.Math.share: Input should be a finite number"),
         ("tasks: {Math: 0, Art: 0}\nteacher: pocket", "tasks: every share is 0"),
-        ("tasks: {}\nteacher: pocket", "tasks: there is none"),
+        ("tasks: {}\nteacher: pocket", "tasks: empty"),
         ("tasks: {Math: {shar: 1}}\nteacher: pocket", "tasks.Math.shar: unknown setting (did you mean share?)"),
         ("tasks: {Math: {share: 1, checker: magic}}\nteacher: pocket", "tasks.Math.checker"),
-        ("tasks: {'a: b': 1}\nteacher: pocket", "'a: b' is no label"),
+        ("tasks: {'a: b': 1}\nteacher: pocket", "'a: b' is not a valid label"),
         ("tasks: {1: 1}\nteacher: pocket", "tasks.1: Input should be a valid string"),
         ("tasks: {Math: 1, math: {share: 1, description: d, style: s}}\nteacher: pocket", "differ only in capitals"),
         ("a: [", "not YAML"),
@@ -92,7 +92,7 @@ def test_how_a_gguf_is_asked_may_change_in_mid_run_but_not_which() -> None:
     recipe = parse_recipe("teacher: {gguf: a.gguf}", "r")
     assert diff_recipes(recipe, override(recipe, {"teacher.context": 8192, "teacher.concurrency": 2})) == []
     assert diff_recipes(recipe, override(recipe, {"teacher.gguf": "b.gguf"})) == ["teacher.gguf: 'a.gguf' -> 'b.gguf'"]
-    assert "`kind: gguf` goes with `gguf: PATH`" in refused("teacher: {kind: gguf}")
+    assert "`kind: gguf` and `gguf: PATH` need each other" in refused("teacher: {kind: gguf}")
     assert "teacher.context" in refused("teacher: {gguf: a.gguf, context: 4}")
 
 
@@ -149,7 +149,7 @@ def test_a_label_may_have_signs_but_no_wrapping() -> None:
     table = parse_recipe(f"teacher: pocket\ntasks: {{C++: {words}, 'R&D (new) x': {words}}}", "r").task_table()
     assert parse_label('{"task": "c++"}', table) == "C++"
     assert parse_label("r&d (new) x", table) == "R&D (new) x"
-    assert "is no label" in refused(f"teacher: pocket\ntasks: {{'D (old)': {words}}}")
+    assert "is not a valid label" in refused(f"teacher: pocket\ntasks: {{'D (old)': {words}}}")
 
 
 def test_every_setting_has_its_help() -> None:
@@ -174,7 +174,7 @@ def test_what_may_change_in_mid_run_is_no_difference() -> None:
             "teacher.timeout": 9,
             "judge.max_unjudged": 0.5,
             "about": "other words",
-            "student.parallel": 4,
+            "student.concurrency": 4,
         },
     )
     assert (new.teacher.price, new.budget.calls) == (Price(input=1, output=2), 10)
@@ -182,7 +182,7 @@ def test_what_may_change_in_mid_run_is_no_difference() -> None:
 
 
 def test_a_setting_that_a_runs_recipe_does_not_name_cannot_differ() -> None:
-    """A run of an older version has no `curriculum.max_opening`, and a newer recipe may set it."""
+    """The kept recipe of an older version lacks `curriculum.max_opening`, and a newer recipe may set it."""
     old = parse_recipe("teacher: pocket", "x")
     new = override(old, {"curriculum.max_opening": None, "train.epochs": 5})
     written = {"teacher": {"kind": "pocket"}, "train": {"epochs": 2.0}, "curriculum": {"rows": 1000}, "tasks": None}
@@ -208,7 +208,7 @@ def test_what_is_no_change(text: str) -> None:
 
 
 def test_every_setting_is_read_by_the_program() -> None:
-    """A switch that no code reads is a lie (a neighbour's deduplication was one)."""
+    """A setting that no code reads would mislead users."""
     package = Path(__file__).parents[2] / "tapir_local"
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -236,8 +236,8 @@ def test_a_launcher_is_a_line_or_a_list_of_words() -> None:
         ("{precision: fp8}", "train.precision"),
         ("{gradient_checkpointing: maybe}", "train.gradient_checkpointing"),
         ("{checkpoint_minutes: -1}", "greater than or equal to 0"),
-        ("{backend: unsloth, packing: true}", "go with plain TRL"),
-        ("{backend: unsloth, launcher: accelerate launch}", "go with plain TRL"),
+        ("{backend: unsloth, packing: true}", "work with TRL only"),
+        ("{backend: unsloth, launcher: accelerate launch}", "work with TRL only"),
     ],
 )
 def test_settings_of_training_that_will_not_do_are_refused(train: str, said: str) -> None:
@@ -246,7 +246,7 @@ def test_settings_of_training_that_will_not_do_are_refused(train: str, said: str
 
 @pytest.mark.parametrize("other", ["train: {method: full}\nexport: {", "export: {converter: x, "])
 def test_rounds_as_adapters_need_an_adapter_of_a_family_that_is_mapped(other: str) -> None:
-    assert "`rounds: adapter` goes neither with" in refused(f"teacher: pocket\n{other}rounds: adapter}}")
+    assert "`rounds: adapter` works neither with" in refused(f"teacher: pocket\n{other}rounds: adapter}}")
 
 
 def test_how_a_batch_goes_through_the_hardware_may_change_in_mid_run() -> None:

@@ -1,4 +1,4 @@
-"""YAML is read as its author meant it, or refused by path: property tests over every numeric and every text setting."""
+"""YAML is read without surprises, or refused by path: property tests over every numeric and every text setting."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from tapir_local.recipe.settings import path_settings, settings
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe
+from tapir_local.recipe.settings import path_settings, settings
 from tapir_local.recipe.text import override, parse_change, parse_changes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import annotation_at, wanted_type
 from tapir_local.resources import read_recipe_text
@@ -158,9 +158,9 @@ def test_text_that_is_written_is_read_as_the_same(text: str) -> None:
         ("# nothing\n", "the recipe is empty"),
         ("- a\n- b", "a recipe is a mapping of settings"),
         ("pocket", "a recipe is a mapping of settings"),
-        ("train:\n\tepochs: 1", "line 2, column 1: a tab, where YAML takes only spaces"),
+        ("train:\n\tepochs: 1", "line 2, column 1: a tab, where YAML allows only spaces"),
         ("a: 1\n---\nb: 2", "not YAML"),
-        ("? [a]\n: 1", "a key is one word"),
+        ("? [a]\n: 1", "a key must be one word"),
         ("about: !!python/object:os.system x", "the tag"),
         ("rounds: !!timestamp tomorrow", "rounds: Input should be a valid integer"),
         ("a: &a [*a]", "20,000 values or 40 levels"),
@@ -192,8 +192,8 @@ def test_anchors_and_merges_are_read() -> None:
     ("sets", "said"),
     [
         (["train.epochs=1", "train.epochs=2"], "train.epochs is given twice"),
-        (["train.epochs=1", "train={epochs: 2}"], "one within the other"),
-        (["train={epochs: 2}", "train.batch_size=2"], "one within the other"),
+        (["train.epochs=1", "train={epochs: 2}"], "one of which contains the other"),
+        (["train={epochs: 2}", "train.batch_size=2"], "one of which contains the other"),
         (["train={epochs: 1, epochs: 2}"], "--set train: train.epochs: given twice, in line 1"),
         (["train.epochs=010"], "Write 10."),
     ],
@@ -234,7 +234,7 @@ def test_home_is_expanded_in_every_path_setting(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_setting_whose_help_speaks_of_a_file_is_a_path_setting() -> None:
-    """A new setting that names a file must not be forgotten."""
+    """Every setting that names a file must be listed."""
     words = ("a file", "a folder", "a Jinja file", "convert_hf_to_gguf.py", "a GGUF file")
     named = {path for path, kind, _, text in settings() if "str" in kind and any(word in text for word in words)}
     assert named <= {".".join(pair) for pair in path_settings()}

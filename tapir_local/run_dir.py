@@ -1,0 +1,96 @@
+"""The folder of a run, and the lock that lets only one process work on it."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tapir_local.errors import TapirError
+from tapir_local.files import private_folder
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder cache/runs/<name>."""
+
+    cache: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        if not RUN_NAME.fullmatch(self.name):
+            raise TapirError(
+                f"{self.name!r} is not a valid run name",
+                fix="Use letters, digits, dots, dashes and underscores; --cache sets the folder that holds the runs.",
+            )
+
+    @property
+    def path(self) -> Path:
+        return self.cache / "runs" / self.name
+
+    def round(self, number: int) -> Path:
+        """The folder of a round; round 0 is the baseline."""
+        return self.path / f"round-{number:02d}"
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "recipe.yaml").exists()
+
+    def record(self) -> dict[str, Any]:
+        """The contents of run.json: versions, times and the duration of each finished stage; {} before the first."""
+        path = self.path / "run.json"
+        return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
+
+
+def run_of_name(cache: Path, name: str) -> RunDir | None:
+    """The folder of a run that the store names; None for names without a folder, such as `import:FILE`."""
+    return RunDir(cache, name) if RUN_NAME.fullmatch(name) else None
+
+
+def list_runs(cache: Path) -> list[RunDir]:
+    """Every run in a cache, sorted by name."""
+    return [RunDir(cache, path.parent.name) for path in sorted((cache / "runs").glob("*/recipe.yaml"))]
+
+
+def find_run(cache: Path, name: str) -> RunDir:
+    """The run of this name; if there is none, a TapirError that lists the existing runs."""
+    run = RunDir(cache, name)
+    if not run.exists:
+        known = ", ".join(other.name for other in list_runs(cache)) or "none"
+        raise TapirError(
+            f"there is no run {name!r}",
+            where=str(cache),
+            fix=f"Runs in this cache: {known}. `tapir-local distill` creates one; --cache selects another folder.",
+        )
+    return run
+
+
+@contextmanager
+def lock_run(run: RunDir) -> Iterator[None]:
+    """Lock the run for this process; raise TapirError with the process id if another process holds the lock.
+
+    The operating system releases the lock when its process ends, so a killed process leaves nothing to clean up.
+    """
+    from filelock import FileLock, Timeout
+
+    private_folder(run.path)
+    lock, owner = FileLock(run.path / ".lock"), run.path / ".lock-holder"
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise TapirError(
+            f"run {run.name!r} is in use by {holder}", fix="Wait until it ends, or use another --name."
+        ) from error
+    try:
+        owner.write_text(f"process {os.getpid()}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
