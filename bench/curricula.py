@@ -93,9 +93,9 @@ def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> No
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
-    from tapir_local.files import RunDir
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import Watch, distill
+    from tapir_local.run_dir import RunDir
 
     for name in HEAVY:
         vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here
@@ -131,8 +131,8 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
 
 def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
     """By arm and seed, the runs that are done, as sides of a comparison."""
-    from tapir_local.files import RunDir
     from tapir_local.report.run_results import read_run_results
+    from tapir_local.run_dir import RunDir
 
     found: dict[str, dict[int, Any]] = {}
     for arm in arms:

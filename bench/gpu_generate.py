@@ -29,12 +29,12 @@ def main() -> None:
     if not free_gpu_memory() and not options.cpu:
         sys.exit("This llama.cpp knows no GPU: build llama-cpp-python with CMAKE_ARGS=-DGGML_CUDA=on.")
     for gpu in list_gpus():
-        print(f"{gpu.name}: {size(gpu.free)} of {size(gpu.total)} free")
+        print(f"{gpu.name}: {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         gguf = Path(folder) / f"llama-{options.layers}x{options.hidden}-q8_0.gguf"
         check_disk_space(gguf, 9 * 10**9 if options.layers == 32 else 10**9, "the random model")
         write_model(gguf, options.layers, options.hidden)
-        print(f"{gguf.name}: {size(gguf.stat().st_size)}", flush=True)
+        print(f"{gguf.name}: {format_bytes(gguf.stat().st_size)}", flush=True)
         words = [sys.executable, str(BENCH), str(gguf), *([] if options.cpu else ["--gpu"]), *passed]
         sys.exit(subprocess.run(words).returncode)
 

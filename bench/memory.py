@@ -45,7 +45,7 @@ def needs(recipe: Recipe, family: str, shape: dict[str, Any]) -> dict[str, float
     weights, lora = counts(family, shape, recipe.train.lora_rank)
     layers, hidden, length = shape["num_hidden_layers"], shape["hidden_size"], recipe.student.max_length
     rows = recipe.train.micro_batch_size * length * hidden
-    at_once = PARALLEL_ON_CPU if recipe.student.parallel == "auto" else recipe.student.parallel
+    at_once = PARALLEL_ON_CPU if recipe.student.concurrency == "auto" else recipe.student.concurrency
     cache = 2 * 2 * layers * shape["num_key_value_heads"] * HEAD  # keys and values of a token in f16
     found = {
         "parameters": weights,

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
-from tapir_local.method.baselines import CURRICULA
 
 from tapir_local.data.dataset import require_seeds, screen_drafts
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.data.files import read_path
 from tapir_local.data.similarity import extract_literals
-from tapir_local.files import RunDir, write_rows
+from tapir_local.files import write_rows
+from tapir_local.method.baselines import CURRICULA
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.prepare import read_stage
 from tapir_local.pipeline.rounds import plan_stage
@@ -41,6 +41,7 @@ from tapir_local.recipe.schema import Curriculum, Recipe, Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message
 from tapir_local.resources import POCKET_STUDENT
+from tapir_local.run_dir import RunDir
 
 FILES = ("alpaca_cherry_5pct.json", "alpaca_eval/alpaca-7b.json", "self_instruct_seed_tasks.jsonl")
 PIECE = re.compile(r"\s*\S+")  # a word with the blanks before it

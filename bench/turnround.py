@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.export.base import run_base_gguf
-from tapir_local.files import RunDir, remove_path, write_rows
+from tapir_local.files import remove_path, write_rows
 from tapir_local.memory import format_bytes
 from tapir_local.pipeline.backends import export_backend, gate_backend, generate_backend, ship_backend
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
-from tapir_local.records import Completion, Example, Message
+from tapir_local.records import Completion, Example, Message, noop
 from tapir_local.resources import POCKET_STUDENT
+from tapir_local.run_dir import RunDir
 
 WAYS = ("merged", "adapter")
 TURN = ("export", "gate", "first answer")
@@ -126,10 +127,10 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
     folder = run.round(1)
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
     remove_path(gguf)
-    export = partial(export_backend(recipe, run), adapter=adapter, out=gguf, progress=quiet)
-    gate = partial(gate_backend(recipe, run), adapter=adapter, gguf=gguf, rows=rows, out=report, progress=quiet)
+    export = partial(export_backend(recipe, run), adapter=adapter, out=gguf, progress=noop)
+    gate = partial(gate_backend(recipe, run), adapter=adapter, gguf=gguf, rows=rows, out=report, progress=noop)
     found = {"export": seconds(export), "gate": seconds(gate)}
-    write = partial(generate_backend(recipe, run), gguf=gguf, progress=quiet, on_result=unkept)
+    write = partial(generate_backend(recipe, run), gguf=gguf, progress=noop, on_result=unkept)
     prompts = [(Message("user", f"What is {n} times {n * 7 % 13}? List the words."),) for n in range(asked.prompts)]
     found["first answer"] = seconds(lambda: write(prompts=prompts[:1], ids=["0"]))
     with timed() as taken:
@@ -141,7 +142,7 @@ def ship(recipe: Recipe, run: RunDir) -> float:
     """Seconds until the last round's student is whole, gated again where it was merged for it."""
     out = run.path / "out"
     out.mkdir()
-    return seconds(lambda: ship_backend(recipe, run)(student=run.round(1), out=out, progress=quiet))
+    return seconds(lambda: ship_backend(recipe, run)(student=run.round(1), out=out, progress=noop))
 
 
 @contextmanager
@@ -157,10 +158,6 @@ def seconds(work: Callable[[], Any]) -> float:
     with timed() as taken:
         work()
     return taken[0]
-
-
-def quiet(done: int, total: int, said: str) -> None:
-    """Nobody looks on."""
 
 
 def told(found: dict[str, float]) -> str:

@@ -122,14 +122,18 @@ def find_command(name: str) -> str:
 
 
 def run_in_process(
-    module: str,
+    work: Callable[[Path, Progress], None],
     job: Any,
     folder: Path,
     progress: Progress | None = None,
     say: Callable[[str], None] = say_on_stderr,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Run a module on a job, a record written to job.json in `folder`; the log is written there too."""
+    """Run the module that defines `work` in its own process; its `__main__` block must call `child_main(work)`.
+
+    The job is a record. It is written to job.json in `folder`, where `work` reads it; the log is written there too.
+    """
+    module = work.__module__
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)
@@ -225,6 +229,12 @@ def exit_error(module: str, code: int, log: Path) -> TapirError:
         where=str(log),
         fix="The whole message is in that file. The same command resumes from here.",
     )
+
+
+def signal_and_last_line(code: int, errors: bytes) -> tuple[str, str]:
+    """How a child process ended: the name of the signal, "" if none, and the last line of its standard error."""
+    lines = [line.strip() for line in errors.decode("utf-8", "replace").split("\n") if line.strip()]
+    return signal.Signals(-code).name if code < 0 else "", lines[-1] if lines else ""
 
 
 def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str, str] | None = None) -> int:

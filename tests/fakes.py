@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.export.gate import Figures, GateReport
-from tapir_local.files import RunDir, read_rows, write_json, write_record, write_text
+from tapir_local.files import read_rows, write_json, write_record, write_text
 from tapir_local.method import prompts
 from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.loop import Watch
@@ -16,6 +16,7 @@ from tapir_local.pipeline.row_check import placeholder_format
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of
+from tapir_local.run_dir import RunDir
 
 RECIPE = """
 name: fake

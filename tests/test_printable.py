@@ -10,18 +10,18 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tapir_local.commands.output import echo, print_json
-from tapir_local.report.progress import ProgressDisplay, watch_run
-from tapir_local.report.tables import task_table, text_table
 
+from tapir_local.commands.output import echo, print_json
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
-from tapir_local.pipeline.rounds import PREPARE
+from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.printable import UNSAFE, printable, safe_json
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.costs import cost_table, round_receipt
 from tapir_local.report.labels import label_tables
+from tapir_local.report.progress import ProgressDisplay, watch_run
 from tapir_local.report.status_tables import round_tables, rounds_table, stages_table, unusable_tables
+from tapir_local.report.tables import task_table, text_table
 from tapir_local.report.why import why_tables
 from tapir_local.tables import join_styled, plain_text
 
@@ -124,11 +124,11 @@ def test_no_table_lets_a_control_through_or_reads_markup(name: str, colored: boo
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tapir_local.report.status_tables.LOG_INTERVAL", -1.0)
+    monkeypatch.setattr("tapir_local.report.progress.LOG_INTERVAL", -1.0)
     out = io.StringIO()
     console = Console(file=out, width=300, force_terminal=terminal)
     with watch_run(console, 0, 2) as watch:
-        step = Step(None, PREPARE[0], None)  # type: ignore[arg-type]
+        step = Step(None, PREPARE_STAGES[0], None)  # type: ignore[arg-type]
         watch.begins(step)
         watch.progress(1, 2, HOSTILE)
         watch.ends(step, {"note": HOSTILE, "paid": 1, "hits": 0, "seconds": 1.0})
@@ -151,7 +151,7 @@ def test_what_is_said_is_printable_and_json_keeps_its_value(capsys: pytest.Captu
     "words", [["status", HOSTILE], ["show", "--cache", HOSTILE], [HOSTILE], ["status", "--" + HOSTILE]]
 )
 def test_errors_that_repeat_what_was_given(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import cli
+    from tapir_local.commands import main as cli
 
     monkeypatch.setattr("sys.argv", ["tapir-local", *words])
     found = CliRunner().invoke(wrapped(cli.main))
@@ -168,7 +168,7 @@ def wrapped(main: object) -> object:
 
 
 ONE_DOOR = {
-    r"click\.s?echo\((?!\"error: \")": {"console.py"},
+    r"click\.s?echo\((?!\"error: \")": {"output.py"},
     r"from rich\.table|rich\.table import": {"tables.py"},
     r"from rich\.markup|rich\.markup import|from_markup": set(),
     r"\.print\((f?\"|str)": set(),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tapir_local.files import RunDir
 from tapir_local.pipeline.loop import list_steps
+from tapir_local.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / ".ci" / "small.yaml"

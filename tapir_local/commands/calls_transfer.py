@@ -43,10 +43,10 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
 
 def keys_in_lockfile(cache: Path | None, run: str) -> list[str]:
     """The keys in the tapir.lock of a run; [] if there is none, as for a run that was imported."""
-    from tapir_local.files import named_run
     from tapir_local.pipeline.context import read_lock, unique_call_keys
+    from tapir_local.run_dir import run_of_name
 
-    folder = named_run(store_path(cache).parent, run)
+    folder = run_of_name(store_path(cache).parent, run)
     return unique_call_keys(read_lock(folder)) if folder else []
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.export.base import StudentFiles, base_gguf, student_files
-from tapir_local.files import RunDir
 from tapir_local.inference.generate import chat_stream
 from tapir_local.inference.model import open_engine
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.records import Message
+from tapir_local.run_dir import RunDir
 
 Write = Callable[[str], None]
 

@@ -14,9 +14,9 @@ from tapir_local.errors import TapirError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tapir_local.files import RunDir
     from tapir_local.pipeline.loop import Step, Watch
     from tapir_local.recipe.schema import Recipe
+    from tapir_local.run_dir import RunDir
     from tapir_local.store.store import Mode
 
 
@@ -56,8 +56,8 @@ def distill_command(
     terminal.
     """
     from tapir_local.commands.trust import ask_permission, require_trust
-    from tapir_local.files import RunDir
     from tapir_local.resources import default_cache
+    from tapir_local.run_dir import RunDir
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     chosen, path, messages = resolve_recipe(recipe, given)

@@ -184,7 +184,7 @@ def export_command(
     if modelfile:
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     echo(export_summary(out, report), err=True)
-    echo(f"{sha256(out)}  {out}")
+    echo(f"{file_sha256(out)}  {out}")
 
 
 def export_summary(out: Path, report: "GateReport | None") -> str:

@@ -9,7 +9,7 @@ from tapir_local.errors import TapirError
 from tapir_local.files import expand_home
 
 if TYPE_CHECKING:
-    from tapir_local.files import RunDir
+    from tapir_local.run_dir import RunDir
 
 
 def help_examples(*commands: str) -> str:
@@ -44,13 +44,13 @@ def store_path(cache: Path | None) -> Path:
 
 def select_run(cache: Path | None, name: str | None) -> "RunDir":
     """The run with this name or, without a name, the run that was worked on last; TapirError if there is none."""
-    from tapir_local.files import existing, runs_of
     from tapir_local.resources import default_cache
+    from tapir_local.run_dir import find_run, list_runs
 
     place = cache or default_cache()
     if name is not None:
-        return existing(place, name)
-    runs = runs_of(place)
+        return find_run(place, name)
+    runs = list_runs(place)
     if not runs:
         fix = "Start one with `tapir-local distill`, or name the folder with its runs with --cache."
         raise TapirError("there is no run yet", where=str(place), fix=fix)

@@ -7,9 +7,10 @@ from typing import Any
 
 from tapir_local.data.files import read_table
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, file_sha256, write_json
+from tapir_local.files import file_sha256, write_json
 from tapir_local.recipe.schema import Recipe, Seeds
 from tapir_local.resources import find_seeds
+from tapir_local.run_dir import RunDir
 
 SeedDigest = Mapping[str, Any]  # path, bytes, sha256; for a folder also files; for the Hub path and revision
 

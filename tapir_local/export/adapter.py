@@ -17,7 +17,7 @@ from tapir_local.export.architectures import (
 from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
 from tapir_local.export.writer import PlannedTensor, write_tensors
 from tapir_local.files import atomic_write
-from tapir_local.records import Progress
+from tapir_local.records import Progress, noop
 from tapir_local.training.model_files import StoredTensor, read_model_json
 
 ADAPTER_TYPES = {"f32": "F32", "f16": "F16"}
@@ -29,7 +29,7 @@ def export_adapter(
     out: Path,
     *,
     quant: str = "f32",
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = noop,
 ) -> None:
     """Write the PEFT LoRA in the folder `adapter` to `out`, completely or not at all, for the base in `model_dir`.
 

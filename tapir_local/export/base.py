@@ -11,12 +11,13 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.export.gated_export import ExportConfig, export_with_gate
 from tapir_local.export.weights import model_weights
-from tapir_local.files import RunDir, remove_path, write_json
+from tapir_local.files import remove_path, write_json
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import format_bytes, free_memory
 from tapir_local.process import withhold_variables
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Progress
+from tapir_local.run_dir import RunDir
 from tapir_local.training.student_folder import student_folder
 
 BASE_FORMAT = "1"  # increase it if the same model would be exported to a different base GGUF
@@ -155,18 +156,19 @@ def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 of names, sizes and evenly spaced pieces of some files, including the first and the last piece."""
     found = hashlib.sha256()
     for path in files:
-        format_bytes = path.stat().st_size
+        size = path.stat().st_size
         found.update(f"\0{path.name} {size}\0".encode())
         with path.open("rb") as file:
             for number in range(FINGERPRINT_PIECES):
-                file.seek(max(0, format_bytes - PIECE_BYTES) * number // (FINGERPRINT_PIECES - 1))
+                file.seek(max(0, size - PIECE_BYTES) * number // (FINGERPRINT_PIECES - 1))
                 found.update(file.read(PIECE_BYTES))
     return found.hexdigest()
 
 
 def gate_memory_text(model: Path) -> str:
     """The main memory that the gate needs, and the free memory."""
-    return f"the model in 32 bits needs {size(4 * count_weights(model))} of memory, {size(free_memory())} are free"
+    needed, free = format_bytes(4 * count_weights(model)), format_bytes(free_memory())
+    return f"the model in 32 bits needs {needed} of memory, {free} are free"
 
 
 def count_weights(model: Path) -> int:

@@ -36,11 +36,11 @@ def load_reference(
     room = (free_memory() if free is None else free) - reserved
     if sum(sizes) <= room:
         return ReferenceModel(load_in_memory(model_dir, adapter), False, adapter is not None)
-    said = f"{model_dir} needs {size(sum(sizes))} in 32 bits, and {size(max(room, 0))} are free"
+    said = f"{model_dir} needs {format_bytes(sum(sizes))} in 32 bits, and {format_bytes(max(room, 0))} are free"
     largest = 3 * max(sizes)  # as read, as torch computes with it, and the previous one
     if largest > room:
         raise TapirError(
-            f"not enough memory for the comparison: {said}; layer by layer it needs {size(largest)}",
+            f"not enough memory for the comparison: {said}; layer by layer it needs {format_bytes(largest)}",
             where=str(model_dir),
             fix="Close other programs, or compare on a larger machine.",
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapir_local.export.base import check_base_unchanged, converter_path, gate_memory_text, run_base_gguf, student_files
 from tapir_local.export.ollama import write_modelfile
-from tapir_local.files import RunDir, link_or_copy, remove_path
+from tapir_local.files import link_or_copy, remove_path
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import report_free_gpu_memory
 from tapir_local.method.metrics import AnswerChecker
@@ -27,6 +27,7 @@ from tapir_local.process import withhold_variables
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.run_dir import RunDir
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
@@ -139,7 +140,7 @@ def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
             GenerationConfig(
                 max_tokens=student.max_tokens,
                 context=student.max_length,
-                parallel=None if student.parallel == "auto" else student.parallel,
+                parallel=None if student.concurrency == "auto" else student.concurrency,
                 seed=recipe.random_seed,
             ),
             adapter=opened.adapter,

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from tapir_local.files import RunDir, read_rows, write_rows
+from tapir_local.files import read_rows, write_rows
 from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of
+from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import strip_thoughts
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
@@ -134,7 +135,7 @@ class Work:
     backends: Backends
     number: int = 0
     step: str = ""
-    progress: Progress = lambda done, total, text: None
+    progress: Progress = noop
     tally: dict[str, int] = field(default_factory=lambda: {"paid": 0, "hits": 0})
     calls: list[LockedCall] = field(default_factory=list)
 

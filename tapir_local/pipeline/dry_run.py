@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.files import RunDir, read_record, read_rows, write_rows
+from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge_of_round
 from tapir_local.pipeline.backends import judge_endpoint
@@ -25,6 +25,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
 from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
 from tapir_local.resources import find_model_folder, read_chat_template
+from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store

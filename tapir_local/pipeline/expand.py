@@ -10,7 +10,7 @@ from tapir_local.data.dataset import Draft, screen_drafts
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import parsing, prompts
 from tapir_local.method.curriculum import (
     BELOW_THRESHOLD,
     NOT_JUDGED,
@@ -47,9 +47,10 @@ SAME_OPENING = "begins as too many others do"  # a reason in expanded.jsonl; exi
 # What to do if no row can be trained on, by the most frequent reason.
 EMPTY_ROUND_ADVICE: Mapping[str, str] = {
     NOT_JUDGED: "See the judge's replies (`tapir-local calls list --stage judge`) and use a judge that keeps to JSON.",
-    POOR_TEACHER: "The judge gives the teacher's answers low scores: read some of them; use another teacher or judge, or lower "
-    "curriculum.teacher_floor.",
-    BELOW_THRESHOLD: "The student answers nearly as well as the teacher: lower curriculum.mfd_threshold to get more hard rows.",
+    POOR_TEACHER: "The judge gives the teacher's answers low scores: read some of them; use another teacher or judge, "
+    "or lower curriculum.teacher_floor.",
+    BELOW_THRESHOLD: "The student answers nearly as well as the teacher: lower curriculum.mfd_threshold to get more "
+    "hard rows.",
     NOT_TAKEN: "The reasons are in expanded.jsonl in the round's folder.",
 }
 
@@ -125,7 +126,7 @@ class DraftScreen:
         text, task = draft.example.prompt[-1].content, draft.example.task
         reason = screen_instruction(text, parent.prompt[-1].content, self.own_words)
         if not reason and self.openings[task, opening_words(text)] >= self.most[task]:
-            reason = f"{SAME_OPENING}: {opening(text)!r}"
+            reason = f"{SAME_OPENING}: {opening_words(text)!r}"
         found = replace(draft, reason=reason) if reason else screen_drafts([draft.example], self.known, self.holdout)[0]
         self.openings[task, opening_words(text)] += not found.reason
         return found
@@ -143,7 +144,7 @@ class DraftScreen:
 
     def checked(self, draft: Draft, reply: Answer) -> Draft:
         """A draft, rejected if the teacher's reply names a fault."""
-        fault = judging.parse_draft_check(reply.text) if reply.complete else None
+        fault = parsing.parse_draft_check(reply.text) if reply.complete else None
         self.unchecked += fault is None
         return replace(draft, reason=f"the teacher finds it {fault}") if fault else draft
 
@@ -199,7 +200,7 @@ def parse_draft(number: int, serial: int, parent: Example, reply: Answer) -> Dra
     """The new instruction in a reply, or why there is none."""
     if not reply.complete:
         return Draft(make_child(parent, number, serial, ""), f"the reply is not whole ({reply.finish})")
-    text = judging.parse_instruction(reply.text)
+    text = parsing.parse_instruction(reply.text)
     return Draft(make_child(parent, number, serial, text or ""), "" if text else "no new instruction in the reply")
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import judging, parsing, prompts
 from tapir_local.method.judge_quality import format_percent, measure_judge
 from tapir_local.pipeline.context import AskBackend, Work, format_count
 from tapir_local.recipe.endpoints import Judge
@@ -142,8 +142,8 @@ def unreadable_kind(reason: str) -> str:
 def summarize_judgements(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
     """How many rows were judged, by whom, how many could not be, how far the orders agree, and warnings."""
     found = measure_judge(judgements)
-    share = f" ({percent(found.unjudged / len(judgements))})" if found.unjudged else ""
-    agree = "" if found.agreement is None else f", the orders agree on {percent(found.agreement)}"
+    share = f" ({format_percent(found.unjudged / len(judgements))})" if found.unjudged else ""
+    agree = "" if found.agreement is None else f", the orders agree on {format_percent(found.agreement)}"
     rows = format_count(len(judgements), "row")
     said = f"{rows} judged by {judge}, {found.unjudged:,} unreadable{share}{agree}"
     return "; ".join([said, *speed, *found.notes])
@@ -161,7 +161,7 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     for row in rows:
         asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
         asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
-    read, why = ask_twice(work, stage, asked, judging.parse_scores, prompts.JUDGEMENT)
+    read, why = ask_twice(work, stage, asked, parsing.parse_scores, prompts.JUDGEMENT)
     return [
         judging.combine_orders(
             row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), judgement_reason(row.id, PAIR_ORDERS, why)
@@ -176,7 +176,7 @@ def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
     for row in rows:
         asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
         asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
-    read, why = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
+    read, why = ask_twice(work, stage, asked, parsing.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
             row.id,
@@ -229,7 +229,7 @@ def score_answers(work: Work, stage: str, rows: Sequence[Example]) -> dict[str, 
     asked: dict[str, BuildPrompt] = {
         f"{row.id}#teacher": partial(prompts.judge_single_prompt, row.prompt, row.completion) for row in rows
     }
-    read, _ = ask_twice(work, stage, asked, judging.parse_score, prompts.SINGLE_JUDGEMENT)
+    read, _ = ask_twice(work, stage, asked, parsing.parse_score, prompts.SINGLE_JUDGEMENT)
     return {name.removesuffix("#teacher"): score for name, score in read.items()}
 
 
@@ -271,8 +271,8 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
         return
     first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:ROWS_NAMED])
     raise TapirError(
-        f"{len(unjudged):,} of {rows:,} judgements ({percent(len(unjudged) / rows)}) could not be read; "
-        f"judge.max_unjudged allows {percent(work.recipe.judge.max_unjudged)}. The first: {first}",
+        f"{len(unjudged):,} of {rows:,} judgements ({format_percent(len(unjudged) / rows)}) could not be read; "
+        f"judge.max_unjudged allows {format_percent(work.recipe.judge.max_unjudged)}. The first: {first}",
         where=str(work.folder / "judgements.jsonl"),
         fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that keeps "
         "to JSON, or raise judge.max_tokens if replies were cut, and start a new run with --name: calls in the store "

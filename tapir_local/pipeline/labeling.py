@@ -8,7 +8,7 @@ from pathlib import Path
 from tapir_local.data.dataset import count_tasks
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import parsing, prompts
 from tapir_local.pipeline.context import Work, format_count
 from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
@@ -101,7 +101,7 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
             for row in missing
         ]
         for row, answer in zip(missing, work.ask(work.backends.teacher, requests), strict=True):
-            if answer.complete and (found := judging.parse_label(answer.text, tasks)):
+            if answer.complete and (found := parsing.parse_label(answer.text, tasks)):
                 labels[row.id] = found
             elif answer.refused:
                 refused.add(row.id)

@@ -15,7 +15,7 @@ from typing import Any
 from tapir_local import __version__
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, held, remove_path, write_json, write_text
+from tapir_local.files import remove_path, write_json, write_text
 from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
@@ -26,6 +26,7 @@ from tapir_local.recipe.yaml import read_yaml
 from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT
 from tapir_local.resumable import remove_partial
+from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.unusable import remove_unusable
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
@@ -150,7 +151,7 @@ def kept_recipe(run: RunDir) -> Recipe:
 
 def distill(recipe: Recipe, run: RunDir, backends: Backends, watch: Watch) -> int:
     """Run every pending step in order and return their number; after an interruption the same call resumes."""
-    with held(run):
+    with lock_run(run):
         start_run(recipe, run)
         with record_interruption(run, "before the first step"):
             backends.begin()
@@ -241,7 +242,7 @@ def update_run_record(
 
 def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
     """Delete the outputs of a stage and of all later ones, from the last backwards; the names of their steps."""
-    with held(run):
+    with lock_run(run):
         steps = list_steps(run, last_round(run))
         first = find_step(run, steps, number, stage)
         done = [step for step in reversed(steps[first:]) if step.done]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tapir_local.data.dataset import Draft, screen_drafts
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.files import read_rows, remove_path, write_rows
-from tapir_local.method import judging, prompts
+from tapir_local.method import parsing, prompts
 from tapir_local.method.judging import ifd
 from tapir_local.method.screening import prompt_sentences, screen_instruction
 from tapir_local.pipeline.context import Work, format_count
@@ -71,7 +71,7 @@ def planned_seeds(work: Work, planned: RoundPlan) -> list[Example]:
 
 def parse_rewrite(number: int, serial: int, row: Example, reply: str) -> Draft:
     """The new instruction and answer in a reply, or why there are none."""
-    found = judging.parse_rewritten(reply)
+    found = parsing.parse_rewritten(reply)
     example = make_child(row, number, serial, *(found or ("", "")))
     return Draft(example, "" if found else "no instruction and answer in the reply")
 

@@ -122,7 +122,7 @@ def train_stage(work: Work, out: Path) -> str:
         left = rows_left_out_of_training(work)
         record_unusable(work.run, work.step, left)
     base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
-    return f"from {base}{left_out(left)}"
+    return f"from {base}{format_left_out(left)}"
 
 
 def rows_left_out_of_training(work: Work) -> list[Unusable]:
@@ -135,7 +135,7 @@ def export_stage(work: Work, out: Path) -> str:
     """The student as GGUF."""
     work.backends.export(adapter=work.folder / "adapter", out=out, progress=work.progress)
     alone, quant = work.recipe.export.rounds == "adapter", work.recipe.export.quant
-    return f"{size(out.stat().st_size)}, " + (f"an adapter for the base in {quant}" if alone else quant)
+    return f"{format_bytes(out.stat().st_size)}, " + (f"an adapter for the base in {quant}" if alone else quant)
 
 
 def gate_stage(work: Work, out: Path) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 
 from tapir_local.export.gate import GateReport
-from tapir_local.files import RunDir, atomic_write, file_sha256, read_record
+from tapir_local.files import atomic_write, file_sha256, read_record
 from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
 from tapir_local.pipeline.context import Stage, Work
@@ -24,6 +24,7 @@ from tapir_local.recipe.text import fixed_settings, parse_recipe
 from tapir_local.recipe.yaml import write_yaml
 from tapir_local.records import Metrics
 from tapir_local.resources import HUB_NAME
+from tapir_local.run_dir import RunDir
 
 CHECKSUMS_FILE = "SHA256SUMS"
 CARD_SETTINGS = ("rounds", "about", "card")  # settings that may change during a run and that the card shows
@@ -43,7 +44,7 @@ def ship_stage(work: Work, out: Path) -> str:
         (partial / "recipe.yaml").write_text(published_recipe(work.recipe), encoding="utf-8")
         (partial / "README.md").write_text(model_card(work.run, work.recipe, partial), encoding="utf-8")
         (partial / CHECKSUMS_FILE).write_text(checksum_lines(sorted(partial.iterdir())), encoding="utf-8")
-    return f"{out}: student.gguf, {size((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
+    return f"{out}: student.gguf, {format_bytes((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
 
 
 SHIP_STAGE = Stage("ship", "model", ship_stage)
@@ -51,7 +52,7 @@ SHIP_STAGE = Stage("ship", "model", ship_stage)
 
 def checksum_lines(files: Sequence[Path]) -> str:
     """Lines for `sha256sum -c`."""
-    return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
 
 
 def is_model_stale(run: RunDir, recipe: Recipe) -> bool:
@@ -157,7 +158,7 @@ def front_matter(recipe: Recipe) -> str:
     """The metadata that the Hub reads; only what is known."""
     known = {
         "language": recipe.card.language,
-        "license": recipe.card.licence,
+        "license": recipe.card.license,
         "base_model": recipe.student.path if is_hub_name(recipe.student.path) else None,
     }
     values = {key: value for key, value in known.items() if value} | {"tags": ["gguf", "tapir-local"]}
@@ -214,9 +215,9 @@ def license_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The recipe's `card` section, `not stated` for what it leaves out."""
     card = recipe.card
     known = {
-        "this student": card.licence,
-        "the base": card.base_licence,
-        "the seeds": card.data_licence,
+        "this student": card.license,
+        "the base": card.base_license,
+        "the seeds": card.data_license,
         "the teacher's answers (terms)": card.terms,
         "language": card.language,
     }

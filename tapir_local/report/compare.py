@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir
 from tapir_local.method.metrics import bootstrap_interval, wilson_interval
 from tapir_local.method.stats import Difference, RowValues, correct_p_values, estimate_difference
 from tapir_local.recipe.text import fixed_settings, flatten
 from tapir_local.report.run_results import HOLDOUT_CURRICULA, EvaluatedRound, RunCost, RunResults, read_run_results
+from tapir_local.run_dir import RunDir
 
 CostUnit = Literal["rows", "tokens", "calls"]
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from rich.text import Text
 
-from tapir_local.files import RunDir, named_run, read_rows
+from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
+from tapir_local.run_dir import RunDir, run_of_name
 from tapir_local.store.queries import has_estimates, open_store
 from tapir_local.tables import PlainTable, plain_text
 
@@ -77,7 +78,7 @@ class CostGroups:
         if self.by != "task":
             return {"run": run, "round": str(number), "stage": stage}[self.by]
         if run not in self.tasks:
-            folder = named_run(self.cache, run)
+            folder = run_of_name(self.cache, run)
             self.tasks[run] = row_tasks(folder) if folder else {}
         return self.tasks[run].get(row.partition("#")[0], "unknown")
 

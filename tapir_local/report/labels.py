@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_rows
+from tapir_local.files import read_rows
 from tapir_local.pipeline.loop import kept_recipe
 from tapir_local.recipe.tasks import Task
 from tapir_local.records import Example
 from tapir_local.report.status import read_agreement, run_warnings
 from tapir_local.report.tables import number_cell, percent_cell, percent_interval_cell, text_table
+from tapir_local.run_dir import RunDir
 from tapir_local.tables import PlainTable
 
 

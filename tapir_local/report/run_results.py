@@ -10,7 +10,7 @@ from typing import TypeVar
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_rows
+from tapir_local.files import read_rows
 from tapir_local.method.judging import rouge_of_score
 from tapir_local.method.metrics import AnswerChecker, win_value
 from tapir_local.method.stats import RowValues
@@ -20,6 +20,7 @@ from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import read_metrics
+from tapir_local.run_dir import RunDir
 
 HoldoutRecord = TypeVar("HoldoutRecord", Completion, Judgement)
 HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the metrics of the round before

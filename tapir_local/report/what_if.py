@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_record, remove_path, write_record, write_rows
+from tapir_local.files import read_record, remove_path, write_record, write_rows
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import count_new_rows
 from tapir_local.pipeline.context import Work
@@ -28,6 +28,7 @@ from tapir_local.recipe.text import override, parse_changes
 from tapir_local.records import RoundPlan
 from tapir_local.report.costs import cost_estimate_table
 from tapir_local.report.tables import percent_cell
+from tapir_local.run_dir import RunDir
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
 from tapir_local.tables import PlainTable

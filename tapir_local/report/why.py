@@ -9,7 +9,7 @@ from rich.text import Text
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
 from tapir_local.method.baselines import LION_THRESHOLD
 from tapir_local.method.curriculum import is_easy, is_hard, is_teachable
 from tapir_local.method.judging import mfd
@@ -18,6 +18,7 @@ from tapir_local.recipe.schema import POOL_CURRICULA, Curriculum, judges_pool
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import cost_table, summarize_costs
 from tapir_local.report.tables import score_pair_cell, text_table
+from tapir_local.run_dir import RunDir
 from tapir_local.tables import PlainTable, plain_text
 from tapir_local.unusable import read_unusable
 

@@ -9,10 +9,11 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from tapir_local import files
 from tapir_local.errors import TapirError
+from tapir_local.records import T
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.queries import CountProgress, no_progress, open_store
@@ -30,7 +31,6 @@ COLUMN_TYPES: Mapping[str, Any] = {  # of columns that hold no text
     **dict.fromkeys(("tokens_in", "tokens_out", "estimated", "round", "paid"), int),
     **dict.fromkeys(("seconds", "price", "created"), NUMERIC_TYPES),
 }
-RecordT = TypeVar("RecordT")
 ATTEMPT_IDENTITY = (
     "key",
     "run",
@@ -233,7 +233,7 @@ def import_attempts(store: Store, old: sqlite3.Connection) -> None:
     store.flush()
 
 
-def parse_records(rows: Iterator[sqlite3.Row], kind: type[RecordT]) -> Iterator[RecordT]:
+def parse_records(rows: Iterator[sqlite3.Row], kind: type[T]) -> Iterator[T]:
     """Yield rows of another store as records; invalid ones are skipped."""
     for row in rows:
         with suppress(IndexError, TypeError, ValueError):

@@ -89,10 +89,10 @@ def check_training_memory(
     """
     batch = needs.checkpointed if recompute else needs.activations
     wanted, free = needs.fixed + batch, hardware.free
-    where = f"the GPU's {size(hardware.total)}" if hardware.device == "cuda" else "main memory"
+    where = f"the GPU's {format_bytes(hardware.total)}" if hardware.device == "cuda" else "main memory"
     numbers = (
-        f"the weights take {size(needs.weights)}, gradients and optimizer {size(needs.state)}, a batch about "
-        f"{size(batch)}; {size(free)} of {where} are free"
+        f"the weights take {format_bytes(needs.weights)}, gradients and optimizer {format_bytes(needs.state)}, "
+        f"a batch about {format_bytes(batch)}; {format_bytes(free)} of {where} are free"
     )
     if needs.fixed > free:
         smaller = "" if settings.method == "qlora" else ", write train.method: qlora"

@@ -215,7 +215,7 @@ def load_model(
         return load_with_transformers(model, hardware, method)
     except Exception as error:
         if is_out_of_memory(error):
-            what = f"the model does not fit into the {size(hardware.free)} of free memory"
+            what = f"the model does not fit into the {format_bytes(hardware.free)} of free memory"
             fix = "Stop other programs that use the GPU, or set train.method to qlora."
             raise TapirError(what, where=model, fix=fix) from error
         if hardware.backend == "unsloth":

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from tapir_local.files import RunDir, atomic_write, remove_path, write_json
+from tapir_local.files import atomic_write, remove_path, write_json
 from tapir_local.recipe.schema import Recipe
 from tapir_local.resources import download_model, find_model_folder, read_chat_template
+from tapir_local.run_dir import RunDir
 
 
 def original_folder(recipe: Recipe, run: RunDir) -> Path:

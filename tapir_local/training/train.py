@@ -192,7 +192,8 @@ def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> To
     if not tokens.rows:
         first = tokens.left_out[0]
         raise TapirError(
-            f"no row is left to train on: {commonest(tokens.left_out)}. The first: {first.id} ({first.reason})",
+            f"no row is left to train on: {format_common_reasons(tokens.left_out)}. "
+            f"The first: {first.id} ({first.reason})",
             where=str(job.rows),
             fix=f"Raise student.max_length ({job.max_length} now) if rows are too long; if rows are refused, set "
             "student.chat_template to a template that accepts them.",

@@ -202,7 +202,7 @@ def test_an_option_overrides_the_same_setting() -> None:
         (
             "my.yaml/recipe.yaml",
             b"teacher: pocket",
-            "this is a folder, not a recipe\n  Name the recipe in it: my.yaml/rec",
+            "this is a folder, not a recipe\n  Give the recipe in it: my.yaml/rec",
         ),
     ],
 )
@@ -221,8 +221,8 @@ def test_a_name_that_is_too_long_for_a_file_is_an_unknown_recipe() -> None:
 def test_a_recipe_without_a_student_is_refused(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:9/v1'}\n")
     said = refused("distill", "my.yaml", "--dry-run", cwd=tmp_path)
-    assert "my.yaml: student.path: none is named; write `student: {path: …}`" in said
-    assert "seeds.path: none is named" in said
+    assert "my.yaml: student.path: not set; write `student: {path: …}`" in said
+    assert "seeds.path: not set" in said
     out = tapir("distill", "my.yaml", "--dry-run", "--set", "student=pocket", "--set", "seeds=pocket", cwd=tmp_path)
     assert out.returncode == 0
     assert out.stderr.startswith("WARNING: student.path is `pocket`")

@@ -6,11 +6,12 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, file_sha256
+from tapir_local.files import file_sha256
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
+from tapir_local.run_dir import RunDir
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tapir_local.export.base import (
     student_files,
 )
 from tapir_local.export.gate import GateReport
-from tapir_local.files import RunDir, read_record, read_rows, write_json, write_rows
+from tapir_local.files import read_record, read_rows, write_json, write_rows
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
@@ -33,6 +33,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message, Progress
 from tapir_local.resources import POCKET_SEEDS, find_recipe
+from tapir_local.run_dir import RunDir
 from tapir_local.training import train
 
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(12)]
@@ -43,7 +44,7 @@ SETTINGS = {"export.rounds": "adapter", "export.quant": "f32", "export.min_agree
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(os.environ)
     for module in (train, export, gate):
-        monkeypatch.setattr(module, "in_own_process", here)
+        monkeypatch.setattr(module, "run_in_process", here)
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -249,7 +250,7 @@ def test_too_little_disk_space_for_the_base_is_an_error_before_the_export(
     recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(TapirError, match="no room for"):
+    with pytest.raises(TapirError, match="not enough disk space for"):
         exported(recipe, run)
     assert not (run.cache / "base" / model_digest(Path(recipe.student.path)) / "f32.gguf").exists()
     assert not (run.round(0) / "student.gguf").exists()

@@ -204,13 +204,13 @@ def test_no_room_on_the_disk(gemma: Student, tmp_path: Path, monkeypatch) -> Non
 
 def test_the_required_disk_space_is_the_files_size(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(export, "check_disk", lambda path, wanted, what: asked.append(wanted))
+    monkeypatch.setattr(export, "check_disk_space", lambda path, wanted, what: asked.append(wanted))
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
     assert asked[0] == pytest.approx((tmp_path / "out.gguf").stat().st_size, rel=0.03)
 
 
 def test_no_memory(gemma: Student, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    with pytest.raises(TapirError, match="no memory for the export"):
+    with pytest.raises(TapirError, match="not enough memory for the export"):
         export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q8_0")
     assert not list(tmp_path.iterdir())

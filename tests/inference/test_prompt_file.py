@@ -16,7 +16,6 @@ from tapir_local.export.export import export_gguf
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.prompt_file import (
-    InOrder,
     PromptFileJob,
     answer_file,
     generation_task,
@@ -24,6 +23,7 @@ from tapir_local.inference.prompt_file import (
     read_prompts,
 )
 from tapir_local.records import Completion
+from tapir_local.resumable import OrderedWriter
 
 
 def written(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -104,7 +104,7 @@ def test_a_missing_file_is_an_error_and_nothing_is_written(missing: str, llama, 
 
 def test_an_early_answer_waits_for_its_turn() -> None:
     out = io.StringIO()
-    ordered = InOrder(out, ["a", "b", "c"])
+    ordered = OrderedWriter(out, ["a", "b", "c"])
     for id, lines in (("c", 0), ("a", 1), ("b", 3)):
         ordered.add(Completion(id, "x", "stop", 1))
         assert out.getvalue().count("\n") == lines

@@ -35,7 +35,7 @@ def test_rates_counts_and_tasks() -> None:
     assert found.win_rate == 0.5
     assert found.accuracy == pytest.approx(2 / 3, abs=1e-6)
     assert found.checked == 3
-    assert "accuracy 66.7% of the 3 rows that a checker can tell of" in summarize_metrics(found)
+    assert "accuracy 66.7% of the 3 rows that the checker can decide" in summarize_metrics(found)
     assert found.by_task["Art"] == {"rows": 2, "win_rate": 0.0, "accuracy": 1.0}
 
 

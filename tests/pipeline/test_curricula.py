@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
-from tapir_local.method.baselines import CURRICULA
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
+from tapir_local.method.baselines import CURRICULA
 from tapir_local.pipeline.dry_run import expected_calls
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Example, RoundPlan, Scored
+from tapir_local.run_dir import RunDir
 
 NAMES = sorted(CURRICULA)
 
@@ -139,7 +140,7 @@ def test_with_refine_all_replayed_rows_are_styled_too_and_only_once(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["lion", "reflection"])
 def test_recorded_answers_cannot_be_asked_to_write(name: str) -> None:
-    with pytest.raises(TapirError, match=f"{name} needs a teacher to ask"):
+    with pytest.raises(TapirError, match=f"{name} needs a teacher that can be asked"):
         parse_recipe(f"teacher: recorded\njudge: reference\ncurriculum: {{name: {name}}}", "own.yaml")
 
 

@@ -6,13 +6,14 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
 from tapir_local.pipeline.dry_run import CostEstimate, estimate_costs
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
 from tapir_local.records import Example, Request, RoundPlan
+from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 

@@ -11,7 +11,7 @@ from fakes import QUIET, World, fake_backends, inner, make_recipe
 
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
 from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.dry_run import estimate_costs
@@ -20,6 +20,7 @@ from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Progress, Request, RoundPlan
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import read_unusable
 
 Reply = Callable[[Request], str | None]
@@ -194,9 +195,12 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("judge: reference\ncurriculum: {check_answers: true}", "needs a judge to score answers"),
-        ("curriculum: {name: uniform, check_drafts: true}", "`check_drafts` goes with `tapir` and `lion`"),
-        ("curriculum: {name: reflection, check_answers: true}", "`check_answers` goes with `tapir` and `lion`"),
+        ("judge: reference\ncurriculum: {check_answers: true}", "needs a judge that scores answers"),
+        ("curriculum: {name: uniform, check_drafts: true}", "`check_drafts` needs the curriculum `tapir` or `lion`"),
+        (
+            "curriculum: {name: reflection, check_answers: true}",
+            "`check_answers` needs the curriculum `tapir` or `lion`",
+        ),
     ],
 )
 def test_a_check_without_a_judge_or_new_rows_is_refused(text: str, said: str) -> None:

@@ -12,7 +12,7 @@ from fakes import QUIET, World, fake_backends, generate, inner, make_recipe, rep
 from server import completion
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_rows
+from tapir_local.files import read_rows
 from tapir_local.method import prompts
 from tapir_local.method.judging import mfd
 from tapir_local.method.metrics import compute_metrics
@@ -44,6 +44,7 @@ from tapir_local.records import (
 )
 from tapir_local.report.costs import summarize_costs
 from tapir_local.report.status import round_report
+from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.session import AskOptions

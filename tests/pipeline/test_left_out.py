@@ -16,7 +16,7 @@ from templates import GEMMA, LLAMA2, THOUGHTS
 from tapir_local.commands.main import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_rows
+from tapir_local.files import read_rows
 from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill, redo
@@ -26,6 +26,7 @@ from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, Scored, instruction_of
 from tapir_local.report.status import round_report, run_status, unusable_report
 from tapir_local.report.why import explain_row
+from tapir_local.run_dir import RunDir
 from tapir_local.unusable import Unusable, read_unusable
 
 LONG = "very " * 3000
@@ -428,7 +429,7 @@ from pathlib import Path
 from dataclasses import replace
 from fakes import QUIET, World, generate, make_recipe, fake_backends
 from tapir_local.pipeline.loop import distill
-from tapir_local.files import RunDir
+from tapir_local.run_dir import RunDir
 made = 0
 def dying(*, on_result, **rest):
     def one(row):

@@ -7,7 +7,7 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe, outputs, with_ask
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, held, read_record, read_rows, remove_path, write_rows
+from tapir_local.files import read_record, read_rows, remove_path, write_rows
 from tapir_local.pipeline.context import read_lock, unique_call_keys
 from tapir_local.pipeline.loop import distill, kept_recipe, list_steps, pending_steps, redo
 from tapir_local.recipe.schema import Recipe
@@ -15,6 +15,7 @@ from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, instruction_of
 from tapir_local.report.status import round_report, run_status
 from tapir_local.report.status_tables import round_tables, rounds_table
+from tapir_local.run_dir import RunDir, lock_run
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
             raise KeyboardInterrupt
         remove_path(path)
 
-    monkeypatch.setattr("tapir_local.pipeline.loop.remove", interrupted)
+    monkeypatch.setattr("tapir_local.pipeline.loop.remove_path", interrupted)
     with pytest.raises(KeyboardInterrupt):
         redo(run, 1, "plan")
     assert len(pending_steps(list_steps(run, 2), "fake")) == 5
@@ -145,7 +146,7 @@ def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, 
 
 def test_a_run_held_elsewhere_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    with held(run), pytest.raises(TapirError, match="being worked on"):
+    with lock_run(run), pytest.raises(TapirError, match="being worked on"):
         distill(recipe, run, fake_backends(World()), QUIET)
 
 

@@ -22,7 +22,7 @@ from tapir_local.export import export, gate
 from tapir_local.export.base import base_gguf
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
 from tapir_local.inference.model import read_gguf_template
 from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.dry_run import expected_calls
@@ -33,6 +33,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.resources import POCKET_SEEDS, find_recipe, read_chat_template, recipe_files
+from tapir_local.run_dir import RunDir
 from tapir_local.training import classifier, train
 from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
@@ -99,7 +100,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(os.environ)
     os.environ["OPENAI_API_KEY"] = "a key"
     for module in (classifier, train, export, gate):
-        monkeypatch.setattr(module, "in_own_process", here)
+        monkeypatch.setattr(module, "run_in_process", here)
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -10,13 +10,14 @@ import yaml
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, remove_path
+from tapir_local.files import remove_path
 from tapir_local.pipeline.loop import distill, list_steps, redo
 from tapir_local.pipeline.ship import NOT_STATED, describe_endpoint, escape_cell, front_matter, published_recipe
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe, validate_recipe
 from tapir_local.records import Progress
 from tapir_local.report.status import run_status
+from tapir_local.run_dir import RunDir
 
 FILES = ["Modelfile", "README.md", "SHA256SUMS", "gate.json", "recipe.yaml", "student.gguf"]
 
@@ -98,13 +99,13 @@ def test_it_alone_can_be_redone(recipe: Recipe, run: RunDir) -> None:
 
 def test_another_card_is_accepted_and_makes_it_again(recipe: Recipe, run: RunDir) -> None:
     assert b"CC BY 4.0" not in contents(run)["README.md"]
-    assert distill(override(recipe, {"card.data_licence": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
+    assert distill(override(recipe, {"card.data_license": "CC BY 4.0"}), run, fake_backends(World()), QUIET) == 1
     assert b"| the seeds | CC BY 4.0 |" in contents(run)["README.md"]
 
 
 CHANGED = {
     **{"budget.calls": 10**6, "limits.unusable": 0.5, "judge.max_unjudged": 0.5, "train.micro_batch_size": 2},
-    **{"teacher.concurrency": 3, "teacher.timeout": 9, "student.parallel": 2, "train.checkpoint_minutes": 0},
+    **{"teacher.concurrency": 3, "teacher.timeout": 9, "student.concurrency": 2, "train.checkpoint_minutes": 0},
 }
 
 
@@ -173,7 +174,7 @@ def test_the_card_says_what_is_not_known(run: RunDir) -> None:
 
 
 def test_the_card_repeats_what_the_recipe_states_and_no_more(recipe: Recipe, tmp_path: Path) -> None:
-    stated = {"licence": "apache-2.0", "base_licence": "llama2", "terms": "none | known", "language": "en"}
+    stated = {"license": "apache-2.0", "base_license": "llama2", "terms": "none | known", "language": "en"}
     whole = override(recipe, {f"card.{name}": text for name, text in stated.items()})
     text = contents(done(whole, RunDir(tmp_path, "fake")))["README.md"].decode()
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"

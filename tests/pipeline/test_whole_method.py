@@ -7,12 +7,13 @@ import pytest
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.data.dataset import Draft
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import override
 from tapir_local.records import Example, Message, Progress, RoundPlan
+from tapir_local.run_dir import RunDir
 
 HALF = {"Math", "Reasoning", "Code Generation", "Code Debug"}
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from tapir_local.method.parsing import parse_draft_check, parse_score
 
 from tapir_local.method import prompts
+from tapir_local.method.parsing import parse_draft_check, parse_score
 from tapir_local.pocket.teacher import OUTSIDE_WORLD_REPLY, PocketTransport, reply_to_request, respond
 from tapir_local.pocket.world import POCKET_FAMILIES, Problem, draw_problem, grade_answer, parse_problem
 from tapir_local.recipe.tasks import TASKS

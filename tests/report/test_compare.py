@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, remove_path, write_record, write_rows, write_text
+from tapir_local.files import remove_path, write_record, write_rows, write_text
 from tapir_local.method.metrics import compute_metrics
 from tapir_local.pipeline.context import LockedCall, lock_calls
 from tapir_local.recipe.text import override, parse_recipe, to_yaml
@@ -21,6 +21,7 @@ from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare_runs
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.run_results import read_run_results
+from tapir_local.run_dir import RunDir
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8

@@ -12,7 +12,7 @@ from fakes import QUIET, World, classify, fake_backends, make_recipe
 
 from tapir_local.commands.runs import show_command
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_rows, write_json
+from tapir_local.files import read_rows, write_json
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
@@ -21,6 +21,7 @@ from tapir_local.records import Answer, Example, Progress, Request
 from tapir_local.report.labels import label_report, label_tables
 from tapir_local.report.status import run_status
 from tapir_local.report.status_tables import stages_table
+from tapir_local.run_dir import RunDir
 
 START = {"rounds": 0}
 

@@ -9,12 +9,13 @@ from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, read_record, read_rows
+from tapir_local.files import read_record, read_rows
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import override
 from tapir_local.records import Example, Judgement, RoundPlan
 from tapir_local.report.what_if import plan_with_changes
 from tapir_local.report.why import explain_row
+from tapir_local.run_dir import RunDir
 
 
 def ran(folder: Path, **changes: object) -> RunDir:
@@ -126,7 +127,7 @@ def test_a_plan_of_another_curriculum_is_tried_on_the_same_judgements(run: RunDi
     [
         (1, "train.epochs=3", "does not depend on train.epochs"),
         (1, "curriculum.rowz=3", "did you mean rows"),
-        (1, "curriculum.rows", "not a change of a setting"),
+        (1, "curriculum.rows", "not of the form KEY=VALUE"),
         (7, "curriculum.rows=3", "round 7 .* is not judged yet"),
     ],
 )

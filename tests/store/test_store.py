@@ -17,7 +17,7 @@ import pytest
 from calls import BODY, asked, call, key
 
 from tapir_local.errors import TapirError
-from tapir_local.files import RunDir, held
+from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.store import keys
 from tapir_local.store.rows import Attempt, Call, Use
 from tapir_local.store.schema import BUSY_TIMEOUT_MS, connect
@@ -262,7 +262,7 @@ def test_only_the_owner_can_read_the_store(tmp_path, mask):
             search_calls(folder / "teacher.db", ["4"])
         export_store(folder / "teacher.db", folder / "out.db")
         run = RunDir(folder, "mine")
-        with held(run):
+        with lock_run(run):
             pass
     finally:
         os.umask(before)
@@ -280,6 +280,6 @@ def test_files_that_others_can_read_are_made_private(tmp_path):
         path.chmod(0o644)
     run = RunDir(tmp_path, "mine")
     run.path.mkdir(parents=True, mode=0o755)
-    with Store(tmp_path / "teacher.db"), held(run):
+    with Store(tmp_path / "teacher.db"), lock_run(run):
         assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir() if path.is_file()} == {0o600}
         assert stat.S_IMODE(run.path.stat().st_mode) == 0o700

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.files import RunDir, read_rows
+from tapir_local.files import read_rows
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Example, Request
+from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import strip_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>"

@@ -12,7 +12,7 @@ import time
 import pytest
 from server import attempts, completion, dropped, malformed, questions, raises, says, send, slow, status, teacher
 
-from tapir_local.method import judging
+from tapir_local.method import parsing
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.store.reply import parse_reply
 from tapir_local.store.store import Store
@@ -271,7 +271,7 @@ def test_a_reply_that_the_caller_cannot_parse_is_paid_once(server, store):
     """The store keeps raw replies, so that a better parser costs no new calls."""
     server.faults["a"] = [says("an 8, on a scale of 1 to 10")]
     first, second = (ask(questions("a"), teacher(server), store, run="r")[0] for _ in range(2))
-    assert judging.parse_scores(first.text) is None
+    assert parsing.parse_scores(first.text) is None
     assert (first.text, first.hit, second.hit) == (second.text, False, True)
     assert len(server.bodies) == 1
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 from models import CHATML, make_model
-from tapir_local.method.parsing import parse_scores
 
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
-from tapir_local.files import RunDir
 from tapir_local.method import prompts
+from tapir_local.method.parsing import parse_scores
 from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.judge import ask_judge, judge_name
@@ -26,6 +25,7 @@ from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.schema import Budget, Recipe
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Answer, Example, Message, Request
+from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.rows import Call
 from tapir_local.store.store import Store
