@@ -1,17 +1,19 @@
-"""The order of the rooms: imports point only upward, without cycles; heavy packages are imported inside functions."""
+"""The rooms of the house stand in one order, imports point one way, and heavy packages wait inside functions."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tapir_local"
-# A module imports only from its own room and the rooms above it; "" stands for the shared files.
+# A module imports only from its own room and those above it; "" are the files that all rooms share.
 ROOMS = (
     "",
     "recipe",
@@ -32,7 +34,7 @@ HEAVY |= {"pandas", "pyarrow", "zstandard"}
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a file: `tapir_local.store.keys`."""
+    """`tapir_local.store.keys` of that file."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -41,13 +43,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 
 def room_of(module: str) -> str:
-    """The room of a module: `store` for `tapir_local.store.keys`, "" for a shared file."""
+    """`store` of `tapir_local.store.keys`; "" of a shared file."""
     inside = MODULES[module].relative_to(PACKAGE).parts
     return inside[0] if len(inside) > 1 else ""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module of this package that a file imports, at any place."""
+    """Every module of ours that a file imports, wherever in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tapir_local":
             names = {f"{node.module}.{alias.name}" for alias in node.names}
@@ -68,6 +70,56 @@ def test_imports_point_one_way(module: str) -> None:
 
 def test_no_imports_go_round_in_a_circle() -> None:
     TopologicalSorter({name: set(imported(tree)) - {"tapir_local"} for name, tree in TREES.items()}).prepare()
+
+
+def defined(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that statements at the top of a module define."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.If | ast.Try):
+            yield from defined(node.body)
+
+
+def test_a_public_name_is_defined_once() -> None:
+    places = defaultdict(set)
+    for module, tree in TREES.items():
+        for name in defined(tree.body):
+            if not name.startswith("_"):
+                places[name].add(module)
+    assert {name: sorted(modules) for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_rooms_files_and_functions_are_small() -> None:
+    rooms = Counter(path.parent.name for path in MODULES.values() if path.name != "__init__.py")
+    lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in MODULES.items()}
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {room: count for room, count in rooms.items() if count > 14} == {}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
+    assert median((node.end_lineno or 0) - node.lineno + 1 for node in functions) <= 10
+
+
+def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Click calls the function: its parameters are a command's options."""
+    return any("command(" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def test_functions_take_at_most_six_parameters() -> None:
+    many = {}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_command(node):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([argument for argument in taken if argument.arg not in ("self", "cls")])
+                if count > 6:
+                    many[f"{module}.{node.name}"] = count
+    assert many == {}
 
 
 @pytest.mark.parametrize("module", [*MODULES, "cli"])

@@ -59,16 +59,16 @@ def print_recipes(as_json: bool) -> None:
 
 def print_settings(as_json: bool) -> None:
     """Print a row for each setting."""
-    from tapir_local.recipe.settings import settings
+    from tapir_local.recipe.settings import setting_rows
     from tapir_local.report.tables import text_table
 
-    rows = [
-        {"setting": path, "type": kind, "default": default, "meaning": text} for path, kind, default, text in settings()
-    ]
+    rows = setting_rows()
     if as_json:
-        print_json(rows)
+        print_json(
+            [{"setting": row.setting, "type": row.type, "default": row.default, "meaning": row.meaning} for row in rows]
+        )
     else:
-        cells = [[row["setting"], row["type"], str(row["default"]), row["meaning"]] for row in rows]
+        cells = [[row.setting, row.type, row.default_text, row.meaning] for row in rows]
         print_table(text_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
 
 

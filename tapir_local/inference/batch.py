@@ -9,8 +9,8 @@ from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH
 from tapir_local.inference.lib import library, llama_error
 from tapir_local.inference.model import Engine
+from tapir_local.records import Array
 
-Array = Any  # numpy.ndarray; numpy is imported where it is used
 NO_FREE_CELLS = 1  # llama.h: llama_decode found no cells for the batch, and has changed nothing
 
 

@@ -291,7 +291,7 @@ PARTIAL_LIMIT = re.compile(
     r"stanzas|verses|sections|first|last)\b|\bwords\s+(?:from|that|which|start|begin|end|contain|long|short|with|in|of|or)",
     re.IGNORECASE,
 )
-QUOTED_TEXT = re.compile(r"\"[^\"]*\"|'[^'\n]*\d[^'\n]*'|\u201c[^\u201d]*\u201d")
+QUOTED_PATTERN = re.compile(r"\"[^\"]*\"|'[^'\n]*\d[^'\n]*'|\u201c[^\u201d]*\u201d")
 UNSPACED_SCRIPT = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff\u1000-\u109f]")
 UPPER_LIMITS = ("at most", "no more than", "not more than", "up to", "exactly")
 LOWER_LIMITS = ("at least", "no fewer than", "no less than", "exactly")
@@ -305,7 +305,7 @@ def check_length(instruction: str, answer: str) -> bool | None:
     the result depends on what counts as a word (`well-known`, a dash). A number without `exactly`, `at most` or the
     like is not a limit. The rest of the instruction is not verified.
     """
-    asked = QUOTED_TEXT.sub("", instruction)
+    asked = QUOTED_PATTERN.sub("", instruction)
     limits = [(word.lower(), int(number)) for word, number in WORD_LIMIT.findall(asked)]
     if not limits or PARTIAL_LIMIT.search(asked) or UNSPACED_SCRIPT.search(answer):
         return None

@@ -11,14 +11,12 @@ from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import strip_thoughts
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
-
-Progress = Callable[[int, int, str], None]
 
 
 class AskBackend(Protocol):

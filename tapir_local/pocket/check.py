@@ -8,7 +8,7 @@ from tapir_local.pocket.code import function_results
 from tapir_local.pocket.family import Solution
 
 NUMBER_PATTERN = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
-NUMBER_WORDS = dict(
+POCKET_NUMBER_WORDS = dict(
     zip(
         ["zero", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
         (0, *range(2, 13)),
@@ -34,7 +34,7 @@ def nonempty_lines(text: str) -> list[str]:
 def find_numbers(line: str) -> list[float]:
     """The numbers in a line; `1,234` and `seven` are one number each."""
     joined = re.sub(r"(?<=\d),(?=\d{3}\b)", "", line)
-    worded = re.sub(r"[A-Za-z]+", lambda word: str(NUMBER_WORDS.get(word[0].lower(), word[0])), joined)
+    worded = re.sub(r"[A-Za-z]+", lambda word: str(POCKET_NUMBER_WORDS.get(word[0].lower(), word[0])), joined)
     return [float(found) for found in NUMBER_PATTERN.findall(worded)]
 
 

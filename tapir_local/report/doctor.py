@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.memory import list_visible_gpus, total_memory
+from tapir_local.memory import free_disk_space, list_visible_gpus, total_memory
 from tapir_local.pipeline.loop import installed_version
 from tapir_local.report.llama_check import llama_build_fault
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
@@ -128,7 +128,7 @@ def check_cache_folder(cache: Path) -> MachineCheck:
 
 def check_free_disk(cache: Path) -> MachineCheck:
     """Free space for a small run; a 7B student needs about 40 GB."""
-    free = shutil.disk_usage(nearest_existing(cache)).free / 1e9
+    free = free_disk_space(cache) / 1e9
     return MachineCheck(
         "disk",
         free > MIN_DISK_GB,
