@@ -3,7 +3,7 @@
 Input is what `tapir-local status RUN --json` prints. Needs matplotlib: pip install -e '.[bench]'.
 
     tapir-local status quickstart --json > status.json
-    python bench/rounds_figure.py status.json --run cache/runs/quickstart --title "Pocket world, random_seed 1, 2026-11-27"
+    python bench/rounds_figure.py status.json --run cache/runs/quickstart --title "Pocket world, random_seed 1"
 
 With --run the untrained student is measured too: its base GGUF (`cache/base`, made if it is missing) answers the run's
 holdout with the settings that the run used for its own students, and the run's checker counts the right answers. The

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+Row = tuple[str, str, str, str]  # a setting's path, type, default, meaning
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -54,7 +55,9 @@ def command_text(name: str, command: click.Command) -> str:
     options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
     rows = [row for option in options if (row := option.get_help_record(context))]
     if rows:
-        parts.append("\n".join(["| option | meaning |", "|---|---|", *(f"| `{cell(a)}` | {cell(b)} |" for a, b in rows)]))
+        parts.append(
+            "\n".join(["| option | meaning |", "|---|---|", *(f"| `{cell(a)}` | {cell(b)} |" for a, b in rows)])
+        )
     example = (command.epilog or "").partition("Example:\n")[2]
     if example:
         parts.append(f"```\n{inspect.cleandoc(example)}\n```")
@@ -71,8 +74,8 @@ def commands_page(group: click.Group) -> str:
     return "\n".join([COMMANDS, *(command_text(*item) + "\n" for item in commands(group))])
 
 
-def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
-    """(name, what it is, rows) of a recipe's own settings and of each section; a row is path, type, default, meaning."""
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, list[Row]]]:
+    """(name, what it is, settings) of the recipe itself and of each section."""
     inner: list[tuple[str, type[BaseModel]]] = []
     rows = []
     for name, field in model.model_fields.items():
@@ -97,8 +100,7 @@ def section_of(kind: Any) -> type[BaseModel] | None:
 
 def is_mapping(kind: Any) -> bool:
     """Whether a setting's type is a mapping, perhaps with null as its other choice."""
-    return any(get_origin(part) in (Mapping, dict) or inspect.isclass(get_origin(part))
-               and issubclass(get_origin(part), Mapping) for part in (kind, *get_args(kind)))  # fmt: skip
+    return any(get_origin(part) in (Mapping, dict) for part in (kind, *get_args(kind)))
 
 
 def kind_of(field: FieldInfo) -> str:
