@@ -1,14 +1,15 @@
-"""Tokens per second of tapir_local's batching beside its rivals, on one GGUF, in one run.
+"""Tokens per second of tapir_local's batching compared with other programs, on one GGUF.
 
     python bench/generate.py STUDENT.gguf [--prompt-tokens 16] [--max-tokens 64] [--parallel 32] [--waves 2]
         [--threads 2] [--repeats 3] [--batched-bench PATH] [--xllamacpp PYTHON]
 
-Rivals: llama-cpp-python's high-level class in a loop; llama.cpp's own llama-batched-bench, which chooses no tokens
-(build it from llama-cpp-python's sdist with the same flags); xllamacpp's server in-process, with as many in flight, run
-by the interpreter of an environment that has it. All read prompts of random tokens of the same length and write answers
-of the same length, whatever ends a turn. They take turns, and medians are told, for the machine may have other work.
-`generation` counts only steps that read no prompt, as llama-batched-bench does, `all` prompts' and answers' tokens over
-all the time; loading is in neither. Without a GGUF a random Llama of 3M parameters is made.
+Rivals: llama-cpp-python's high-level class in a loop; llama.cpp's own llama-batched-bench, which does not sample tokens
+(build it from llama-cpp-python's sdist with the same flags); xllamacpp's server in-process, with the same number in
+flight, run by the interpreter of an environment that has it. All read prompts of random tokens of the same length and
+write answers of the same length; end-of-turn tokens are ignored. They take turns and medians are printed, because the
+machine may be busy. `generation` counts only steps that read no prompt, as llama-batched-bench does; `all` counts the
+tokens of prompts and answers over the whole time. Loading is in neither. Without a GGUF a random Llama of 3M parameters
+is made.
 """
 
 import argparse
@@ -61,9 +62,9 @@ os._exit(0)
 
 @dataclass
 class Clock:
-    """Seconds of a run of ours: in steps that read no prompt (and the tokens of these), and in all.
+    """Seconds of one of our runs: in steps that read no prompt (and their tokens), and in total.
 
-    `decoding` and `choosing` are of this thread's own time, as is `thread`, all of it: what else runs is not in them.
+    `decoding`, `choosing` and `thread` (the total) are CPU time of this thread, so other work is not included.
     """
 
     generating: float = 0.0
@@ -78,15 +79,15 @@ class Clock:
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second: written in steps that read no prompt (nan if not told), and read or written in all the time."""
+    """Tokens per second: written in steps that read no prompt (nan if unknown), and read or written in total."""
 
     generation: float
     all: float
-    python: float = float("nan")  # microseconds of our own code for a token written
+    python: float = float("nan")  # microseconds of our own code per written token
 
 
 def main() -> None:
-    """Let all take turns, and print a table."""
+    """Let all take turns and print a table."""
     options = arguments()
     library()  # loaded before the clock starts, and before torch
     with tempfile.TemporaryDirectory() as folder:
@@ -110,14 +111,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--parallel", type=int, default=32)
-    parser.add_argument("--waves", type=int, default=2, help="prompts for every place in flight")
+    parser.add_argument("--waves", type=int, default=2, help="prompts per sequence in flight")
     parser.add_argument("--loop-prompts", type=int, default=8, help="prompts for the loop; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
-    parser.add_argument("--verbose", action="store_true", help="every measurement, as it is made")
-    parser.add_argument("--gpu", action="store_true", help="all layers on the GPU, for the rivals too")
+    parser.add_argument("--verbose", action="store_true", help="print every measurement")
+    parser.add_argument("--gpu", action="store_true", help="put all layers on the GPU, for the rivals too")
     return parser.parse_args()
 
 
@@ -134,7 +135,7 @@ def random_student(folder: Path) -> Path:
 
 
 def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argparse.Namespace, Path], Rates]]:
-    """Ours, and those that are asked for."""
+    """Ours, and the rivals that the options name."""
     found = {"tapir-local": ours}
     if options.loop_prompts:
         found["llama-cpp-python, a loop"] = loop
@@ -146,7 +147,7 @@ def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argp
 
 
 def random_prompts(width: int, count: int, length: int) -> list[list[int]]:
-    """Prompts that have no beginning in common."""
+    """Prompts without a common prefix."""
     chance = random.Random(0)
     return [[chance.randrange(width) for _ in range(length)] for _ in range(count)]
 
@@ -214,7 +215,7 @@ PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose": "choosing
 
 
 def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose time is added to a part of the clock."""
+    """Wrap a function so that its time is added to a part of the clock."""
 
     def run(*arguments: Any) -> Any:
         started = time.thread_time()
@@ -236,13 +237,13 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
         str(gguf), n_ctx=padded(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
     )
     library.cache_clear()
-    library()  # Llama sets a log of its own
+    library()  # Llama sets its own log
     ends, high_level.llama_cpp.llama_vocab_is_eog = high_level.llama_cpp.llama_vocab_is_eog, lambda *_: False
     try:
         prompts = random_prompts(model.n_vocab(), options.loop_prompts + 1, options.prompt_tokens)
         started, written = 0.0, 0
         for number, prompt in enumerate(prompts):
-            if number == 1:  # the first warms up
+            if number == 1:  # the first is a warm-up
                 started, written = time.perf_counter(), 0
             answer = model.create_completion(prompt, max_tokens=options.max_tokens, temperature=0)
             written += answer["usage"]["completion_tokens"]
@@ -254,12 +255,12 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 
 
 def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
-    """llama.cpp's own, with the same number of sequences and the same lengths."""
+    """llama.cpp's own bench, with the same number of sequences and the same lengths."""
     cells = padded(options.prompt_tokens + options.max_tokens) * options.parallel
     lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
     size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
     words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
-    for _ in range(3):  # its log is written by a thread, and a line may be lost as the program ends
+    for _ in range(3):  # a thread writes its log, and a line may be lost when the program ends
         said = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
         if lines := [line for line in said.stdout.splitlines() if line.startswith('{"n_kv_max"')]:
             break
@@ -270,7 +271,7 @@ def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rate
 
 
 def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
-    """xllamacpp's, asked by as many threads as it has places."""
+    """xllamacpp's server, asked by one thread per slot."""
     length, count = options.prompt_tokens + options.max_tokens, options.parallel * options.waves
     with open_model(gguf, vocab_only=True) as model:
         prompts = prompts_for(model, options, count)
@@ -294,14 +295,14 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 
 
 def median(rates: list[Rates]) -> Rates:
-    """Each figure's own median."""
+    """The median of each figure."""
     return Rates(
         *(statistics.median(getattr(rate, name) for rate in rates) for name in ("generation", "all", "python"))
     )
 
 
 def table(found: dict[str, Rates]) -> str:
-    """Rates, and ours over each rival's."""
+    """Rates, and the ratio of ours to each rival's."""
     own = found["tapir-local"]
     lines = [f"{'':26} {'generation':>12} {'all':>12} {'ours, generation':>18} {'ours, all':>10}"]
     for name, rates in found.items():
@@ -315,7 +316,7 @@ def table(found: dict[str, Rates]) -> str:
 
 
 def versions(options: argparse.Namespace) -> str:
-    """What was compared."""
+    """Versions of the compared packages."""
     import llama_cpp
 
     found = [f"llama-cpp-python {llama_cpp.__version__}"]
