@@ -159,6 +159,13 @@ def settings_page(model: type[BaseModel]) -> str:
     return "\n".join(parts)
 
 
+def setting_paths() -> set[str]:
+    """Every setting and every section of a recipe."""
+    from tapir_local.recipe.schema import Recipe
+
+    return {path for name, _, rows in sections(Recipe) for path in (name, *(row[0] for row in rows))}
+
+
 def pages() -> dict[Path, str]:
     """Every generated page with its text."""
     from cli import cli

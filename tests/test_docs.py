@@ -16,7 +16,6 @@ from fakes import QUIET, World, make_recipe, tools
 
 from cli import cli
 from tapir_local.pipeline.loop import distill
-from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.rundir import RunDir
 
@@ -134,14 +133,8 @@ def bench_options() -> set[str]:
 # Settings
 
 
-def setting_paths() -> set[str]:
-    """Every setting of a recipe, sections included."""
-    rows = [(name, [row[0] for row in rows]) for name, _, rows in generator().sections(Recipe)]
-    return {path for name, paths in rows for path in (name, *paths)}
-
-
 def test_settings_that_are_named_exist() -> None:
-    known = setting_paths()
+    known = generator().setting_paths()
     heads = "|".join(sorted({path.partition(".")[0] for path in known if "." in path}))
     named = {
         found
