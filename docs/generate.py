@@ -168,7 +168,7 @@ def setting_paths() -> set[str]:
 
 def pages() -> dict[Path, str]:
     """Every generated page with its text."""
-    from cli import cli
+    from tapir_local.commands.main import cli
     from tapir_local.recipe.schema import Recipe
 
     return {HERE / "commands.md": commands_page(cli), HERE / "settings.md": settings_page(Recipe)}

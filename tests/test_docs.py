@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from fakes import QUIET, World, make_recipe, tools
 
-from cli import cli
+from tapir_local.commands.main import cli
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.rundir import RunDir
