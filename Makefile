@@ -1,25 +1,28 @@
-# A fresh machine needs Python 3.11 or newer and a C++ compiler; everything else goes into .venv here.
+# Needs Python 3.11 or newer and a C++ compiler; everything else is installed into .venv in this folder.
 PYTHON ?= python3
 BIN := .venv/bin
 LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
-# llama.cpp's image and audio tools are never used: without them its build takes 7 minutes instead of 11.
-# Without __AMX_INT8__ it uses no AMX, which virtual machines list and then end a process for (SIGILL at tileloadd).
+# llama.cpp's image and audio tools are not used; without them the build takes 7 minutes instead of 11.
+# Without __AMX_INT8__ it does not use AMX: some virtual machines list AMX and then kill the process (SIGILL at tileloadd).
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__$(if $(GPU), -DGGML_CUDA=on)
 
-.PHONY: distill test check install llama clean
+.PHONY: distill test check docs install llama clean
 
-distill: .venv/installed       ## the quickstart: install, then three rounds with a pocket teacher and student
+distill: .venv/installed       ## install, then run the quickstart: three rounds with the pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
 
-test: .venv/installed          ## every test
-	$(BIN)/pytest -n auto --dist worksteal
+test: .venv/installed          ## run every test
+	$(BIN)/pytest
 
-check: .venv/installed         ## style and types
+check: .venv/installed         ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: .venv/installed       ## only the environment
+docs: .venv/installed          ## write docs/commands.md and docs/settings.md from the code
+	$(BIN)/python docs/generate.py
+
+install: .venv/installed       ## make the environment only
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux")' || { echo "error: tapir-local runs on Linux only" >&2; exit 1; }
@@ -27,14 +30,14 @@ install: .venv/installed       ## only the environment
 	@command -v c++ g++ clang++ >/dev/null || { echo "error: llama.cpp is built from source and there is no C++ compiler. Debian: apt-get install g++; Fedora: dnf install gcc-c++" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
-	@echo "installing; llama.cpp is compiled, which takes some 7 minutes on two cores"
+	@echo "installing; llama.cpp is compiled, which takes about 7 minutes on two cores"
 	$(BIN)/pip install -q -e '.[dev]'
-	@$(BIN)/python -P -m tapir_local.report.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip had kept a build for another one; compiling it again"; $(MAKE) llama; }
+	@$(BIN)/python -P -m tapir_local.report.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip reused a build for another one; compiling it again"; $(MAKE) llama; }
 	@touch $@
 
-llama:                         ## compile llama.cpp again, for this machine's processor; GPU=1: with CUDA
+llama:                         ## compile llama.cpp again for this machine's processor; GPU=1: with CUDA
 	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
 	$(BIN)/python -P -m tapir_local.report.llama_check
 
-clean:                         ## the environment, not the cache: what was paid for stays
+clean:                         ## delete the environment, not the cache: paid calls stay
 	rm -rf .venv build dist *.egg-info
