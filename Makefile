@@ -12,7 +12,7 @@ distill: .venv/installed       ## install, then run the quickstart: three rounds
 	$(BIN)/tapir-local distill --rounds 3
 
 test: .venv/installed          ## run every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 check: .venv/installed         ## check style and types
 	$(BIN)/ruff check .

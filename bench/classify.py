@@ -1,9 +1,9 @@
-"""Seconds and memory of the classifier's labels for many rows, beside two plainer ways of batching, in one run.
+"""Time and memory of labeling many rows with the classifier, compared with two simpler ways of batching.
 
     python bench/classify.py [--rows 52000] [--threads 2] [--model small]
 
-The instructions are words of the pocket seeds, of lengths like Alpaca's: most of some 60 letters, four in ten with an
-input, the longest of thousands. `small` is untaught here: how long it takes does not depend on what it has learnt.
+The instructions are made of words of the pocket seeds, with lengths like Alpaca's: most have about 60 characters, four
+in ten have an input, the longest have thousands. `small` is untrained here: its speed does not depend on its weights.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from tapir_local.training.classifier import (
 
 
 def main() -> None:
-    """Measure each way and print a line for it; the first rows are read once before, to warm up."""
+    """Measure each way and print one line for it; the first rows are read once beforehand as a warm-up."""
     options = arguments()
     torch.set_num_threads(options.threads)
     rows = alpaca_like(options.rows)
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def alpaca_like(number: int) -> list[Example]:
-    """Rows of words in random order; lengths in words are lognormal, those with an input longer."""
+    """Rows of words in random order; lengths in words are lognormal, and longer for rows with an input."""
     chance = random.Random(1)
     seeds, _ = require_seeds(read_path(find_seeds("pocket")), TASKS)
     words = sorted({word for row in seeds for word in row.prompt[0].content.split()})
@@ -83,13 +83,13 @@ def alpaca_like(number: int) -> list[Example]:
 
 
 def by_letters(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJob) -> list[Prediction]:
-    """Rows of like length in letters together."""
+    """Rows of similar length in characters together."""
     order = sorted(rows, key=lambda row: len(row.prompt[0].content))
     return list(read(model, tokenizer, order, job))
 
 
 def as_they_come(model: Any, tokenizer: Any, rows: list[Example], job: ClassifyJob) -> list[Prediction]:
-    """In the order of the file."""
+    """Rows in the order of the file."""
     return list(read(model, tokenizer, rows, job))
 
 

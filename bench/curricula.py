@@ -1,11 +1,11 @@
-"""Curricula and TAPIR's ablations on the pocket world: the same student, seeds, store, holdout and rows a round.
+"""Curricula and ablations of TAPIR on the pocket world: same student, seeds, store, holdout and rows per round.
 
     python bench/curricula.py --folder DIR --workers 2              run what is missing, then report
     python bench/curricula.py --folder DIR --report                 only report what is there
 
-For each random seed the preparation and round 0 are done once and copied for every arm. All share one store. It
-resumes: a run that is done is only read, one that was cut goes on. Each worker has one thread, and does training,
-export and gate in its own process instead of a new one each: the imports of torch and TRL are paid once.
+For each random seed the preparation and round 0 are done once and copied for every arm. All arms share one store. The
+bench resumes: finished runs are only read, interrupted ones continue. Each worker has one thread and runs training,
+export and the gate in its own process instead of new ones, so that torch and TRL are imported once.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SETTING: Mapping[str, Any] = {
     "curriculum.rows": 500,
     "curriculum.first_rows": 500,
     "curriculum.pool": 600,
-    "curriculum.drafts": 8,  # so that no arm is short of rows
+    "curriculum.drafts": 8,  # so that no arm lacks rows
 }
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "tapir": {},
@@ -41,7 +41,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "tapir-refine-off": {"curriculum.refine": "off"},
     "tapir-one-round": {"rounds": 1, "curriculum.rows": 1500, "curriculum.alpha": 0.7},
     "tapir-alpha-fixed": {"curriculum.alpha": 0.7, "curriculum.alpha_step": 0.0},
-    # Replayed rows' answers styled too, and the other parts taken away from that.
+    # Answers of replayed rows are refined too; then the other parts are switched off.
     "tapir-refine-all": {"curriculum.refine": "all"},
     "refine-all-difficulty-off": {"curriculum.refine": "all", "curriculum.difficulty": False},
     "refine-all-balance-off": {"curriculum.refine": "all", "curriculum.balance": False},
@@ -51,7 +51,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "curriculum.rows": 1500,
         "curriculum.alpha": 0.7,
     },
-    # The rate of learning does not fall within a round, so that it does not rise and fall once a round.
+    # A constant learning rate, so that it does not rise and fall once per round.
     "refine-all-constant-rate": {"curriculum.refine": "all", "train.schedule": "constant"},
     "refine-all-one-round-constant-rate": {
         "curriculum.refine": "all",
@@ -60,7 +60,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "curriculum.alpha": 0.7,
         "train.schedule": "constant",
     },
-    # Neither difficulty, balance nor new rows: seeds at random with styled answers.
+    # No difficulty, no balance, no new rows: random seeds with refined answers.
     "uniform-refined": {
         "curriculum.difficulty": False,
         "curriculum.balance": False,
@@ -74,7 +74,7 @@ HEAVY = ("training.classifier", "training.train", "export.export", "export.gate"
 
 
 def recipe_of(arm: str, seed: int) -> Any:
-    """The quickstart on the bench's setting, with what the arm changes; the base ends with round 0."""
+    """The quickstart with the settings of the bench and of the arm; the base run ends with round 0."""
     from tapir_local.recipe.text import override, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def recipe_of(arm: str, seed: int) -> Any:
 
 
 def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> None:
-    """What process.in_own_process does, in this process."""
+    """Do in this process what process.run_in_process does in a new one."""
     from tapir_local.files import write_record
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> No
 
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
-    """Carry out one run, or what is missing of it; (arm, seed, seconds)."""
+    """Run one arm, or what is missing of it. Returns (arm, seed, seconds)."""
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import Watch, distill
     from tapir_local.run_dir import RunDir
@@ -119,7 +119,7 @@ def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
 
 
 def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
-    """All runs, the bases first, then seed by seed, so that a cut bench has whole seeds."""
+    """All runs: the bases first, then seed by seed, so that an interrupted bench has complete seeds."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for jobs in ([(BASE, seed) for seed in seeds], [(arm, seed) for seed in seeds for arm in arms]):
@@ -130,7 +130,7 @@ def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
 
 
 def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
-    """By arm and seed, the runs that are done, as sides of a comparison."""
+    """The results of finished runs, by arm and seed."""
     from tapir_local.report.run_results import read_run_results
     from tapir_local.run_dir import RunDir
 
@@ -144,7 +144,7 @@ def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int,
 
 
 def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
-    """Markdown: each arm at its end, against tapir, its cost; accuracy round by round; accuracy by task."""
+    """Print Markdown tables: each arm at its end compared with tapir, its cost, accuracy by round and by task."""
     from statistics import fmean
 
     from tapir_local.method.stats import correct_p_values, estimate_difference, estimate_mean
@@ -190,7 +190,7 @@ def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
 
 
 def by_task(whole: Mapping[str, Mapping[int, Any]]) -> None:
-    """Accuracy at the end by task, all seeds' rows together: tasks of 50 rows and more, and the mean of all tasks."""
+    """Final accuracy by task over all seeds: tasks with at least 50 rows, and the mean of all tasks."""
     tasks: dict[str, dict[str, list[float]]] = {}
     for arm, runs in whole.items():
         for side in runs.values():

@@ -1,13 +1,14 @@
-"""Export with a LoRA to q8_0: tapir-local beside PEFT's merge followed by llama.cpp's own converter, in one run.
+"""Export of a model with LoRA to q8_0: tapir-local compared with PEFT's merge plus llama.cpp's converter.
 
     python bench/export.py MODEL_DIR --converter LLAMA_CPP/convert_hf_to_gguf.py [--repeat 3] [--rank 16]
 
-MODEL_DIR is made by bench/random_student.py; the adapter, on all linear layers, is drawn here. The rival is what people
-do by hand: load the base in bf16 and the adapter, merge, save, convert to q8_0 with the converter of the llama.cpp
-sources of llama-cpp-python's sdist (its hash of known tokenizers is put aside: it refuses tokenizers made at home).
-Both run in processes of their own, in turns; told are medians of the wall time, the largest resident memory of a
-process (mapped files count), and the bytes written beside the GGUF itself. The gate is not part of either. Last, both
-files are compared: the weights of a sample of tensors, and their greatest difference as a share of the largest weight.
+MODEL_DIR is made by bench/random_student.py; a random adapter on all linear layers is made here. The rival is what
+people do by hand: load the base in bf16 and the adapter, merge, save, and convert to q8_0 with the converter in the
+llama.cpp sources of llama-cpp-python's sdist (its check of known tokenizers is disabled, because it refuses homemade
+tokenizers). Both run in processes of their own and take turns. The output has medians of the wall time, the largest
+resident memory of a process (mapped files count), and the bytes written in addition to the GGUF. The gate is not part
+of either. Finally both files are compared: weights of a sample of tensors, and their largest difference relative to
+the largest weight.
 """
 
 import argparse
@@ -51,7 +52,7 @@ runpy.run_path(converter, run_name="__main__")
 
 @dataclass(frozen=True)
 class Taken:
-    """What one export took: seconds, the bytes of its largest process, the bytes on disk beside the GGUF."""
+    """One export: seconds, bytes of its largest process, bytes on disk in addition to the GGUF."""
 
     seconds: float
     memory: int
@@ -59,12 +60,12 @@ class Taken:
 
 
 def main() -> None:
-    """Measure both in turns, then compare what they wrote."""
+    """Measure both in turns, then compare their files."""
     asked = arguments()
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         here = Path(scratch)
         adapter = here / "adapter"
-        # In a process of its own: what this one holds is counted to the children that it forks.
+        # In a process of its own: the memory of this process would be counted for the children that it forks.
         maker = multiprocessing.get_context("spawn").Process(
             target=make_adapter, args=(asked.model, adapter, asked.rank)
         )
@@ -89,12 +90,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--splitting", default="qwen2", help="llama.cpp's name for the tokenizer's splitting")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write, on a disk with room for three copies of the model")
+    parser.add_argument("--folder", type=Path, help="folder to write to; needs space for three copies of the model")
     return parser.parse_args()
 
 
 def make_adapter(model_dir: Path, out: Path, rank: int) -> None:
-    """A LoRA of random weights on every linear layer but the head, as PEFT saves it; the base is not loaded."""
+    """A LoRA with random weights on every linear layer except the head, in PEFT's format; the base is not loaded."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -122,7 +123,7 @@ def ours(asked: argparse.Namespace, adapter: Path, folder: Path) -> list[list[st
 
 
 def by_hand(asked: argparse.Namespace, adapter: Path, folder: Path) -> list[list[str]]:
-    """Two commands, with the merged model on the disk between them."""
+    """Two commands; the merged model is written to disk between them."""
     merged = str(folder / "merged")
     merge = [sys.executable, "-c", MERGE, str(asked.model), str(adapter), merged]
     convert = [str(asked.converter.resolve()), merged, str(folder / "out.gguf"), asked.splitting]
@@ -145,7 +146,7 @@ def measured(commands: list[list[str]], folder: Path) -> Taken:
 
 
 def run(command: list[str], log: Path) -> int:
-    """Run one command; the bytes that it or a process of its own held at the most."""
+    """Run one command and return the peak memory of its largest process, in bytes."""
     root = str(Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     with log.open("ab") as file:
@@ -158,20 +159,20 @@ def run(command: list[str], log: Path) -> int:
 
 
 def watch(folder: Path, done: threading.Event, most: list[int]) -> None:
-    """The most bytes on disk beside the GGUF that is being written."""
+    """Record the peak of bytes on disk in addition to the GGUF."""
     while not done.wait(0.2):
         most[0] = max(most[0], sum(beside(folder)))
 
 
 def beside(folder: Path) -> Iterator[int]:
-    """Sizes of the files that are neither the GGUF, nor the same half written, nor the log."""
+    """Sizes of all files except the GGUF, its partial file and the log."""
     for file in folder.rglob("*"):
         if file.is_file() and ".gguf" not in file.name and file.name != "log":
             yield file.stat().st_size
 
 
 def tell(found: dict[str, list[Taken]]) -> None:
-    """Medians, and the ratio of ours to the rival's."""
+    """Print medians and their ratio, ours to the rival's."""
     rows = {}
     for name, all_taken in found.items():
         seconds = statistics.median(taken.seconds for taken in all_taken)
@@ -195,7 +196,7 @@ def compare(one: Path, other: Path) -> str:
 
 
 def difference(one: Any, other: Any) -> float:
-    """Of two tensors' first 4,096 rows, the largest difference as a share of the largest weight."""
+    """The largest difference between the first 4,096 rows of two tensors, relative to the largest weight."""
     import numpy as np
     from gguf.quants import dequantize
 

@@ -1,4 +1,4 @@
-"""Tokens per second of tapir_local's batching beside its rivals, on one GGUF, in one run.
+"""Tokens per second of tapir_local's batching compared with other programs, on one GGUF.
 
     python bench/generate.py STUDENT.gguf [--prompt-tokens 16] [--max-tokens 64] [--parallel 32] [--waves 2]
         [--threads 2] [--repeats 3] [--batched-bench PATH] [--xllamacpp PYTHON]
@@ -234,13 +234,13 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
         str(gguf), n_ctx=pad_cells(length), n_gpu_layers=-1 if options.gpu else 0, verbose=False, **threads
     )
     library.cache_clear()
-    library()  # Llama sets a log of its own
+    library()  # Llama sets its own log
     ends, high_level.llama_cpp.llama_vocab_is_eog = high_level.llama_cpp.llama_vocab_is_eog, lambda *_: False
     try:
         prompts = random_prompts(model.n_vocab(), options.loop_prompts + 1, options.prompt_tokens)
         started, written = 0.0, 0
         for number, prompt in enumerate(prompts):
-            if number == 1:  # the first warms up
+            if number == 1:  # the first is a warm-up
                 started, written = time.perf_counter(), 0
             answer = model.create_completion(prompt, max_tokens=options.max_tokens, temperature=0)
             written += answer["usage"]["completion_tokens"]

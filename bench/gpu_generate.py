@@ -1,11 +1,11 @@
-"""Tokens per second on one GPU with a 7B-shaped random Llama, beside llama-cpp-python's loop and llama-batched-bench.
+"""Tokens per second on one GPU with a random Llama of 7B shape, compared with llama-cpp-python and llama-batched-bench.
 
     CMAKE_ARGS="-DGGML_CUDA=on -DLLAVA_BUILD=OFF" pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
     python bench/gpu_generate.py [--batched-bench PATH] [--parallel 64] [--prompt-tokens 128] [--max-tokens 128]
 
-The GGUF is written straight away, its tensors random in q8_0 (7.2 GB on the disk, deleted at the end); it needs a GPU
-of 24 GB. Without a llama.cpp that was built for a GPU the script says so and ends; --cpu measures all the same, and
---layers and --hidden make the model smaller for it.
+The GGUF is written directly, with random q8_0 tensors (7.2 GB on disk, deleted at the end); it needs a GPU of 24 GB. If
+llama.cpp was not built for a GPU, the script says so and ends; --cpu measures anyway, and --layers and --hidden make
+the model smaller for it.
 """
 
 import argparse
@@ -40,11 +40,11 @@ def main() -> None:
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Ours, and what is passed on to bench/generate.py."""
+    """Our own arguments, and those that are passed on to bench/generate.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--folder", type=Path, help="where the model is made, if not in the temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the model; default: a temporary folder")
     parser.add_argument("--cpu", action="store_true")
     options, passed = parser.parse_known_args()
     defaults = {"--parallel": 64, "--prompt-tokens": 128, "--max-tokens": 128, "--loop-prompts": 4}
@@ -82,7 +82,7 @@ def write_model(path: Path, layers: int, hidden: int) -> None:
 
 
 def write_settings(writer: Any, layers: int, hidden: int, inner: int) -> None:
-    """What llama.cpp reads of a Llama's shape."""
+    """Write the metadata from which llama.cpp reads the shape."""
     writer.add_context_length(4096)
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
@@ -95,7 +95,7 @@ def write_settings(writer: Any, layers: int, hidden: int, inner: int) -> None:
 
 
 def write_vocabulary(writer: Any) -> None:
-    """Tokens that stand for something, so that a rival can turn its answers into text."""
+    """Write tokens with texts, so that a rival can detokenize its answers."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]  # gguf.TokenType: unknown, control, bytes, normal
     writer.add_tokenizer_model("llama")
@@ -118,7 +118,7 @@ def matrices(layers: int, hidden: int, inner: int) -> dict[str, tuple[int, int]]
 
 
 def random_blocks(chance: Any, rows: int, columns: int) -> Any:
-    """q8_0: numbers of -127 to 127 times a scale that keeps a row's product with another of size 1 at about 1."""
+    """q8_0 blocks: integers from -127 to 127 and a scale that keeps products of rows at about 1."""
     import numpy as np
 
     blocks = np.empty((rows, columns // 32, BLOCK), dtype=np.uint8)

@@ -1,11 +1,11 @@
-"""Unsloth against plain TRL and PEFT on one GPU: the same random model, rows, rank and length, by each method.
+"""Unsloth compared with plain TRL and PEFT on one GPU: same random model, rows, rank and length, for each method.
 
     python bench/gpu_train.py --hidden 2048 --layers 16 --rows 512 --length 1024 [--methods lora qlora full]
                               [--backends trl unsloth] [--twice on|off|auto]
 
-Prints a line of JSON for each: tokens/s after the first fifth of the steps (Unsloth compiles in those), peak memory of
-the GPU, and the loss of every step, which ought to be near each other for one method since weights, rows, their order
-and every setting are the same. What fails says why in its line, and the next one is tried. Without Unsloth the
+Prints a line of JSON for each: tokens/s after the first fifth of the steps (in which Unsloth compiles), peak memory of
+the GPU, and the loss of every step. The losses of one method should be close, because weights, rows, their order and
+every setting are the same. A failed case says why in its line, and the next one is tried. Without Unsloth the
 `unsloth` lines say that it is not installed.
 """
 
@@ -73,7 +73,7 @@ def make_student(folder: Path, hidden: int, layers: int) -> None:
 
 
 def make_rows(path: Path, rows: int, length: int) -> None:
-    """Prompts of a fifth of the length, answers that repeat a made-up saying, so that there is something to learn."""
+    """Prompts of a fifth of the length; answers repeat a made-up sentence, so that there is something to learn."""
     chance = random.Random("rows")
     saying = words(20, chance)
     answer = " ".join([saying] * (length // 40))
@@ -124,7 +124,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(asked: argparse.Namespace, method: str, backend: str) -> Train:
-    """The recipe's `train`; all weights are trained at a tenth of LoRA's rate."""
+    """The `train` section; `full` trains at a tenth of LoRA's learning rate."""
     return Train(
         method=method,
         backend=backend,

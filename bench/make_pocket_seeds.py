@@ -13,7 +13,7 @@ from tapir_local.pocket.family import ProblemFamily
 from tapir_local.pocket.world import POCKET_FAMILIES, Problem, draw_problem, is_reserved_for_seeds
 
 FILE = Path(__file__).parent.parent / "tapir_local" / "assets" / "pocket_seeds.json"
-# Rows of each level, easiest first. Unbalanced on purpose: plenty of sums, few suppositions.
+# Rows of each level, easiest first. Unbalanced on purpose: many sums, few counterfactuals.
 ROWS: Mapping[str, tuple[int, ...]] = {
     "sum": (24, 60, 80, 60, 60),
     "difference": (10, 40, 60, 50, 40),
@@ -53,7 +53,7 @@ ROWS: Mapping[str, tuple[int, ...]] = {
 
 
 def drawn(rng: Random, family: ProblemFamily, level: int, rows: int) -> list[Problem]:
-    """So many different problems, all of the reserved third, which the student's pretraining text does not hold."""
+    """That many different problems of the reserved third, which is not in the student's pretraining text."""
     found: dict[str, Problem] = {}
     for _ in range(1000 * rows):
         problem = draw_problem(rng, family, level)
@@ -65,7 +65,7 @@ def drawn(rng: Random, family: ProblemFamily, level: int, rows: int) -> list[Pro
 
 
 def row(problem: Problem) -> dict[str, str]:
-    """Alpaca's keys. The prompt is instruction + two newlines + input where there is an input."""
+    """A row with Alpaca's keys. The prompt is the instruction, then two newlines and the input if there is one."""
     instruction, _, given = problem.instruction.partition("\n\n")
     return {"instruction": instruction, "input": given, "output": problem.solution.plain}
 
@@ -85,7 +85,7 @@ def seeds() -> list[dict[str, str]]:
 
 
 def text(rows: list[dict[str, str]]) -> str:
-    """One row a line, so that a change shows as a change of lines."""
+    """One row per line, so that diffs show changed rows."""
     return "[\n" + ",\n".join(json.dumps(one, ensure_ascii=False) for one in rows) + "\n]\n"
 
 

@@ -87,7 +87,7 @@ def make_model(tokenizer: Any, hidden: int, layers: int) -> Any:
 
 
 def batches(tokenizer: Any, rng: Random) -> Iterator[Any]:
-    """Endless (BATCH, BLOCK) token ids: documents end to end."""
+    """An endless iterator of (BATCH, BLOCK) token ids, documents concatenated."""
     import torch
 
     text, ids = documents(rng), list[int]()
@@ -102,7 +102,7 @@ def batches(tokenizer: Any, rng: Random) -> Iterator[Any]:
 
 
 def orthogonal(matrix: Any) -> Any:
-    """The nearest orthogonal matrices, by five Newton-Schulz steps (Muon, K. Jordan 2024); (n, rows, columns)."""
+    """The nearest orthogonal matrices by five Newton-Schulz steps (Muon, K. Jordan 2024); shape (n, rows, columns)."""
     tall = matrix.size(1) > matrix.size(2)
     x = matrix.mT if tall else matrix
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -113,7 +113,7 @@ def orthogonal(matrix: Any) -> Any:
 
 
 class Muon:
-    """Momentum, made orthogonal, matrices of one shape together; in f32, for torch's own takes bf16: slow on a CPU."""
+    """Muon, for matrices of one shape together; in f32, because torch's own uses bf16, which is slow on a CPU."""
 
     def __init__(self, weights: Sequence[Any], lr: float) -> None:
         import torch
@@ -124,7 +124,7 @@ class Muon:
         self.momenta = [torch.zeros(len(weights), *weights[0].shape) for weights in self.sets]
 
     def step(self) -> None:
-        """One step, 0.95 momentum in Nesterov's manner."""
+        """One step with Nesterov momentum 0.95."""
         import torch
 
         with torch.no_grad():
@@ -138,7 +138,7 @@ class Muon:
                     weight.add_(change, alpha=-self.param_groups[0]["lr"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for weight in (weight for weights in self.sets for weight in weights):
             weight.grad = None
 
@@ -153,12 +153,12 @@ def optimisers(model: Any) -> Sequence[Any]:
 
 
 def rate(progress: float) -> float:
-    """Share of the peak learning rate: a short rise, then a straight fall to the end."""
+    """Share of the peak learning rate: a short warm-up, then a linear decay to the end."""
     return min(1.0, progress / 0.02) * max(0.02, 1 - progress)
 
 
 def pretrain(model: Any, feed: Iterator[Any], seconds: float, save: Any) -> dict[str, float]:
-    """Train until the time is up; the schedule follows the clock. Returns steps, tokens, seconds and the last loss."""
+    """Train until the time is up; the schedule follows elapsed time. Returns steps, tokens, seconds, last loss."""
     chosen = optimisers(model)
     peaks = [[group["lr"] for group in optimiser.param_groups] for optimiser in chosen]
     begun = saved = time.monotonic()
@@ -186,7 +186,7 @@ def pretrain(model: Any, feed: Iterator[Any], seconds: float, save: Any) -> dict
 
 
 def begin(chosen: argparse.Namespace) -> tuple[Any, Any]:
-    """The tokenizer and the model, new or those of an earlier run."""
+    """The tokenizer and the model: new ones, or those of an earlier run."""
     if not chosen.start:
         tokenizer = train_tokenizer(Random("tokenizer"))
         return tokenizer, make_model(tokenizer, chosen.hidden, chosen.layers)
@@ -199,7 +199,7 @@ def begin(chosen: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def settle(path: Path) -> None:
-    """Keep of the tokenizer's settings what any version of transformers reads, and say that there is no BOS."""
+    """Keep the tokenizer settings that every version of transformers reads, and set that there is no BOS."""
     kept = ("eos_token", "pad_token", "extra_special_tokens", "model_max_length")
     found = json.loads(path.read_text())
     settings = {key: found[key] for key in kept if key in found}

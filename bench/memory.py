@@ -1,6 +1,6 @@
-"""What the recipes' students need, computed from their shapes: the figures in the comments of recipes/*.yaml.
+"""Compute what the students of the recipes need from their shapes: the figures in the comments of recipes/*.yaml.
 
-`python bench/memory.py`. No weights are read: the models are made on torch's `meta` device. A GB is 1e9 bytes.
+`python bench/memory.py`. No weights are read; the models are created on torch's `meta` device. A GB is 1e9 bytes.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def counts(family: str, shape: dict[str, Any], rank: int) -> tuple[int, int]:
 
 
 def needs(recipe: Recipe, family: str, shape: dict[str, Any]) -> dict[str, float]:
-    """GB of each thing at the longest that the recipe allows; the loss is made in chunks, so no logits are kept."""
+    """GB of each part at the longest allowed rows; the loss is computed in chunks, so no logits are kept."""
     weights, lora = counts(family, shape, recipe.train.lora_rank)
     layers, hidden, length = shape["num_hidden_layers"], shape["hidden_size"], recipe.student.max_length
     rows = recipe.train.micro_batch_size * length * hidden

@@ -1,12 +1,12 @@
-"""What a run does before anybody is asked: reading many seeds, and rejecting near-duplicates among many rows.
+"""What a run does before it asks anybody: read many seeds, reject near-duplicates, plan a round.
 
     python bench/planning.py near --data ../shared/data     10,000 drafts, one after another, against 60,000 rows
     python bench/planning.py read --data ../shared/data     52,000 rows of Alpaca form through the `read` stage
     python bench/planning.py plan --data ../shared/data     a round planned from 52,000 judged rows, by each curriculum
 
-`--data` is a folder of real instructions (FILES below). Rows are made of their phrases, so that lengths and the
-frequencies of words are about those of real ones. `near` times a loop over all pairs beside the index in the same run,
-on the first of the drafts, and stops if they disagree. `read` runs the stage in a process of its own, for its memory.
+`--data` is a folder of real instructions (FILES below). Rows are made of their phrases, so that lengths and word
+frequencies are close to real ones. `near` also times a loop over all pairs on the first drafts, and stops if its
+results differ from the index's. `read` runs the stage in a process of its own to measure its memory.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from tapir_local.resources import POCKET_STUDENT
 from tapir_local.run_dir import RunDir
 
 FILES = ("alpaca_cherry_5pct.json", "alpaca_eval/alpaca-7b.json", "self_instruct_seed_tasks.jsonl")
-PIECE = re.compile(r"\s*\S+")  # a word with the blanks before it
-KEPT, ALIKE = 0.2, 0.3  # phrases that stay where they were; drafts that are an altered row
+PIECE = re.compile(r"\s*\S+")  # a word with the spaces before it
+KEPT, ALIKE = 0.2, 0.3  # share of phrases that stay in place; share of drafts that are altered rows
 
 
 def real_rows(data: Path) -> list[Example]:
@@ -64,7 +64,7 @@ def phrases(text: str, rng: random.Random) -> list[str]:
 
 
 def recombined(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """New texts without end, no two the same: a real one's first phrase, then mostly phrases of other rows."""
+    """An endless iterator of different new texts: the first phrase of a real one, then mostly phrases of other rows."""
     stock, seen = [phrase for text in texts for phrase in phrases(text, rng)[1:]], set[str]()
     while True:
         first, *rest = phrases(rng.choice(texts), rng)
@@ -75,7 +75,7 @@ def recombined(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 
 def altered(text: str, words: Sequence[str], rng: random.Random) -> str:
-    """A text in which one word in eight, and at least one, is another."""
+    """A text in which one word in eight, and at least one, is replaced."""
     pieces = PIECE.findall(text)
     for place in rng.sample(range(len(pieces)), max(1, len(pieces) // 8)):
         pieces[place] = f" {rng.choice(words)}"
@@ -83,7 +83,7 @@ def altered(text: str, words: Sequence[str], rng: random.Random) -> str:
 
 
 def made(texts: Sequence[str], rows: int, drafts: int, rng: random.Random) -> tuple[list[Example], list[Example]]:
-    """Rows, and drafts of which some are a row with some words exchanged."""
+    """Rows, and drafts; some drafts are rows with some words replaced."""
     words, new = [word for text in texts for word in text.split()], recombined(texts, rng)
     pool = [next(new) for _ in range(rows)]
     asked = [altered(rng.choice(pool), words, rng) if rng.random() < ALIKE else next(new) for _ in range(drafts)]
@@ -95,7 +95,7 @@ def examples(name: str, texts: Sequence[str]) -> list[Example]:
 
 
 class Timed(NamedTuple):
-    """Seconds by the clock and of the processor (on a busy machine only these can be compared), and what came out."""
+    """Wall seconds, CPU seconds (on a busy machine only these are comparable), and the result."""
 
     clock: float
     cpu: float
@@ -106,7 +106,7 @@ class Timed(NamedTuple):
 
 
 def timed(work: Callable[[], Any]) -> Timed:
-    """What something returns, and how long it takes."""
+    """Call something; return its result and its time."""
     start, used = time.perf_counter(), time.process_time()
     found = work()
     return Timed(time.perf_counter() - start, time.process_time() - used, found)
@@ -121,7 +121,7 @@ def filled(rows: Sequence[Example], limit: float) -> DedupIndex:
 
 
 def all_pairs(slow: DedupIndex, drafts: Sequence[Example]) -> list[str]:
-    """By draft the row nearest to it, "" where it is kept: rapidfuzz on every row, as the index is given them."""
+    """For each draft the row nearest to it, "" if it is kept: rapidfuzz over every row, in the order of the index."""
     found = list[str]()
     for draft in drafts:
         given = draft.prompt[-1].content
@@ -138,7 +138,7 @@ def all_pairs(slow: DedupIndex, drafts: Sequence[Example]) -> list[str]:
 
 
 def near(options: argparse.Namespace) -> None:
-    """Drafts screened one after another, and a sample of them by the loop over all pairs."""
+    """Screen the drafts one after another, and a sample of them with the loop over all pairs."""
     texts = [row.prompt[-1].content for row in real_rows(options.data)]
     rows, drafts = made(texts, options.rows, options.drafts, random.Random(0))
     filling = timed(lambda: filled(rows, options.limit))
@@ -161,7 +161,7 @@ def near(options: argparse.Namespace) -> None:
 
 
 def alpaca_file(data: Path, rows: int, path: Path) -> None:
-    """A file of Alpaca form: real outputs, two rows in a hundred exact duplicates, two near ones."""
+    """A file in Alpaca form: real outputs, 2 % exact duplicates, 2 % near-duplicates."""
     rng, real = random.Random(0), real_rows(data)
     texts = [row.prompt[-1].content for row in real]
     words, new, asked = [word for text in texts for word in text.split()], recombined(texts, rng), list[str]()
@@ -174,19 +174,18 @@ def alpaca_file(data: Path, rows: int, path: Path) -> None:
 
 
 def stage(options: argparse.Namespace) -> None:
-    """The `read` stage on one file: what it says, its seconds and its peak memory."""
+    """Run the `read` stage on one file; print its line, seconds and peak memory."""
     recipe = Recipe(seeds=Seeds(path=str(options.file), max_rouge=options.limit), teacher=Teacher(kind="pocket"))
     run, student = RunDir(options.file.parent, "read"), read_student_format(POCKET_STUDENT, 2048)
-    backends: Any = SimpleNamespace(
-        student_format=lambda: student
-    )  # every row is rendered and measured, nobody is asked
+    # Every row is rendered and measured; nobody is asked.
+    backends: Any = SimpleNamespace(student_format=lambda: student)
     taken = timed(lambda: read_stage(Work(recipe, run, backends), run.path / "rows.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{taken.found}: {taken}, peak memory {peak:.0f} MB")
 
 
 def reading(options: argparse.Namespace) -> None:
-    """A file made, and the stage run on it in a process of its own."""
+    """Make a file and run the stage on it in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "alpaca.json"
         alpaca_file(options.data, options.rows, file)
@@ -196,7 +195,7 @@ def reading(options: argparse.Namespace) -> None:
 
 
 def planning(options: argparse.Namespace) -> None:
-    """The `plan` stage of each curriculum, files read and written, on rows of all tasks with scores drawn at random."""
+    """The `plan` stage of each curriculum, reading and writing files, on rows of all tasks with random scores."""
     rng, labels = random.Random(4), list(TASKS)
     texts = recombined([row.prompt[-1].content for row in real_rows(options.data)], rng)
     prompts = [(Message("user", next(texts)),) for _ in range(options.rows)]

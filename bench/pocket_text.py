@@ -26,7 +26,7 @@ from tapir_local.pocket.world import POCKET_FAMILIES, draw_problem, is_reserved_
 END = "<|end|>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# How a textbook would head each kind of worked example: headings and statements, never a request.
+# Headings for each kind of worked example, as in a textbook: headings and statements, never a request.
 LEADS: Mapping[str, tuple[str, ...]] = {
     "sum": ("{a} + {b}", "the sum of {a} and {b}", "{a} plus {b}", "{a} and {b} added"),
     "difference": ("{a} - {b}", "{a} minus {b}", "{b} subtracted from {a}", "the difference of {a} and {b}"),
@@ -66,7 +66,7 @@ LEADS: Mapping[str, tuple[str, ...]] = {
     "supposed-legs": ("{b} {animals}, if {animals} had {a} legs",),
     "translation": ("{phrase} in {language}", "{language} for {phrase}"),
 }
-# Shares of the text: what takes long to learn is told more often. Others have 1.
+# Weights: what takes long to learn occurs more often. All others have 1.
 SHARES = {
     **{"sum": 5, "difference": 4, "product": 4, "total": 3, "story": 4, "extreme": 3, "sort": 3, "chain": 4},
     **{"sequence": 2, "letters": 2, "position": 2, "legs": 2, "atoms": 2, "change": 2, "match": 2, "write": 2},
@@ -75,7 +75,7 @@ SHARES = {
 
 
 def worked(rng: Random, family: ProblemFamily) -> str:
-    """A heading and what follows from it. Problems that are kept for the seeds are passed over."""
+    """A heading and its worked example. Problems that are reserved for the seeds are skipped."""
     while is_reserved_for_seeds(problem := draw_problem(rng, family)):
         continue
     return f"{rng.choice(LEADS[family.name]).format(**dict(problem.values))}\n{problem.solution.styled}"
@@ -134,7 +134,7 @@ def known(rng: Random) -> str:
 
 
 def said_words() -> tuple[str, ...]:
-    """Every word in use, those of headings and requests too, to be spelled."""
+    """Every word in use, including those of headings and requests, for the spelling documents."""
     phrasings = " ".join(
         [
             *(phrasing for family in POCKET_FAMILIES.values() for phrasing in family.phrasings),
@@ -159,7 +159,7 @@ SPELLED = said_words()
 
 
 def repeated(rng: Random) -> str:
-    """Words, digits and sentences said again, in order or backwards: it is here that copying is learned soonest."""
+    """Words, digits and sentences repeated, in order or backwards; copying is learned fastest from these."""
     words = rng.choices(SPELLED, k=rng.randint(3, 8))
     digits = [str(rng.randint(0, 9)) for _ in range(rng.randint(2, 4))]
     told = dict(draw_problem(rng, POCKET_FAMILIES[rng.choice(("story", "chain", "past", "csv", "object"))]).values)
@@ -191,7 +191,7 @@ def documents(rng: Random) -> Iterator[str]:
 
 
 def marked(rng: Random, text: str) -> str:
-    """In a third of the documents a line break or the beginning is a turn's mark, any of them: they mean nothing"""
+    """In a third of the documents a line break or the beginning is a random turn marker: the markers mean nothing"""
     if rng.random() > 0.33:
         return text
     breaks = [-1, *(at for at, char in enumerate(text) if char == "\n")]

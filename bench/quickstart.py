@@ -1,8 +1,8 @@
-"""The quickstart over several random seeds: accuracy and win rate by round, seconds by stage, peak memory.
+"""The quickstart with several random seeds: accuracy and win rate by round, seconds by stage, peak memory.
 
     python bench/quickstart.py --cache /tmp/bench 1 2 3
 
-Each seed has its own store, so that every call is made. Resumes: a seed that is done is only read.
+Each seed has its own store, so every call is made. The bench resumes: finished seeds are only read.
 """
 
 import argparse

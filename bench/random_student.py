@@ -1,13 +1,13 @@
-"""A student with random weights in a real model's shape, for benches and trials where no weights can be downloaded.
+"""Make a student with random weights in the shape of a real model, for benches and tests without downloads.
 
     python bench/random_student.py --family qwen2 --size 0.5b --out models/random-qwen2-0.5b
     python bench/random_student.py --family llama2 --size 7b --tokenizer FOLDER --out models/random-llama2-7b
     python bench/random_student.py --list
 
-Shapes, vocabulary sizes and rotary settings are those of the published config.json files; weights are normal numbers of
-deviation 0.02 in bf16 (norms about 1), written shard by shard, so that a 7B takes 2 GB of memory. The tokenizer is
-trained here on the program's own sources, a few thousand tokens of the family's kind with its chat tokens and template;
-the embedding's other rows are spare. `--tokenizer` takes a real tokenizer's files instead.
+Shapes, vocabulary sizes and rotary settings are those of the published config.json files. Weights are normal with
+standard deviation 0.02 in bf16 (norms about 1), written shard by shard, so a 7B takes 2 GB of memory. The tokenizer is
+trained here on the program's own sources: a few thousand tokens of the family's kind, with its chat tokens and
+template; the other rows of the embedding are unused. `--tokenizer` copies the files of a real tokenizer instead.
 """
 
 import argparse
@@ -47,7 +47,7 @@ TURNS = (
 
 @dataclass(frozen=True)
 class Tongue:
-    """A family's tokenizer: how it splits text, its chat template, and its special tokens, the first being BOS, EOS."""
+    """A family's tokenizer: how it splits text, its chat template and its special tokens, BOS and EOS first."""
 
     split: str
     template: str
@@ -57,7 +57,7 @@ class Tongue:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a published config.json says. `numbers`: hidden, intermediate, layers, heads, kv heads, vocabulary."""
+    """Values of a published config.json. `numbers`: hidden, intermediate, layers, heads, KV heads, vocabulary."""
 
     numbers: tuple[int, int, int, int, int, int]
     tied: bool
@@ -144,7 +144,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
 
 
 def main() -> None:
-    """Make the student that is asked for, or list those that can be."""
+    """Make the student that the options name, or list the known ones."""
     asked = arguments()
     if asked.list:
         print("\n".join(f"{family}: {', '.join(sizes)}" for family, sizes in SHAPES.items()))
@@ -187,7 +187,7 @@ def make_student(out: Path, family: str, size: str, *, seed: int = 1, tokenizer:
 
 
 def read_ends(out: Path, tongue: Tongue) -> dict[str, int | None]:
-    """A copied tokenizer's BOS and EOS; it gets the family's template where it has none."""
+    """BOS and EOS of a copied tokenizer; it gets the family's template if it has none."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -197,7 +197,7 @@ def read_ends(out: Path, tongue: Tongue) -> dict[str, int | None]:
 
 
 def make_tokenizer(out: Path, tongue: Tongue, vocabulary: int = 4000) -> dict[str, int | None]:
-    """Train a tokenizer on this repository's sources and save it with its template; its BOS and EOS."""
+    """Train a tokenizer on this repository's sources and save it with its template. Returns its BOS and EOS."""
     from tokenizers import trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -210,7 +210,7 @@ def make_tokenizer(out: Path, tongue: Tongue, vocabulary: int = 4000) -> dict[st
     )
     tokenizer.train_from_iterator(texts(), trainer)
     if extra:
-        tokenizer.pre_tokenizer = None  # words were cut to be learned from; SentencePiece merges over a whole text
+        tokenizer.pre_tokenizer = None  # words were split for training only; SentencePiece merges over a whole text
     bos, eos = tongue.special[:2]
     pad = "<pad>" if "<pad>" in tongue.special else tongue.special[0]
     fast = PreTrainedTokenizerFast(
@@ -226,7 +226,7 @@ def make_tokenizer(out: Path, tongue: Tongue, vocabulary: int = 4000) -> dict[st
 
 
 def empty_tokenizer(tongue: Tongue) -> tuple[Any, list[str]]:
-    """A byte-level BPE, or one as SentencePiece makes it, whose 256 byte tokens are the second value."""
+    """A byte-level BPE, or one in SentencePiece's form; the second value is its 256 byte tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if tongue.split in ("sentencepiece", "gemma"):
@@ -250,14 +250,14 @@ def empty_tokenizer(tongue: Tongue) -> tuple[Any, list[str]]:
 
 
 def alphabet(tongue: Tongue) -> list[str]:
-    """What every text can be spelled with."""
+    """The characters or bytes from which every text can be built."""
     from tokenizers import pre_tokenizers
 
     return [] if tongue.split in ("sentencepiece", "gemma") else pre_tokenizers.ByteLevel.alphabet()
 
 
 def texts() -> Iterator[str]:
-    """The repository's own sources and pages."""
+    """The repository's sources and Markdown pages."""
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / "tapir_local").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]):
         yield path.read_text(encoding="utf-8")
 
@@ -274,14 +274,14 @@ def make_config(family: str, shape: Shape, ends: dict[str, int | None]) -> Any:
 
 
 def write_weights(config: Any, out: Path, seed: int) -> None:
-    """Random tensors in safetensors files of at most SHARD bytes, with their index where there are several."""
+    """Write random tensors to safetensors files of at most SHARD bytes, with an index if there are several."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied ones once
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied weights once
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.save_pretrained(out)
     shards, chance = list(split(shapes)), torch.Generator().manual_seed(seed)
@@ -305,7 +305,7 @@ def draw(name: str, shape: tuple[int, ...], chance: Any, norm: float) -> Any:
 
 
 def split(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names of the tensors that go into a file together."""
+    """Names of the tensors that go into one file."""
     group: list[str] = []
     size = 0
     for name, shape in shapes.items():

@@ -37,12 +37,13 @@ def label(number: int) -> str:
 def untrained(folder: Path) -> Point:
     """Accuracy of the run's untrained student on its holdout, with Wilson's interval."""
     from tapir_local.export.base import base_gguf
-    from tapir_local.files import RunDir, read_rows
+    from tapir_local.files import read_rows
     from tapir_local.inference.generate import generate
     from tapir_local.method.metrics import wilson_interval
     from tapir_local.pipeline.backends import recipe_checker
     from tapir_local.pipeline.loop import kept_recipe
     from tapir_local.records import Example
+    from tapir_local.run_dir import RunDir
 
     run = RunDir(folder.parent.parent, folder.name)
     recipe, rows = kept_recipe(run), read_rows(Example, folder / "holdout.jsonl")

@@ -1,14 +1,13 @@
-"""The store beside diskcache, litellm's disk cache and DSPy's: hits, writes, bytes, and kill -9 while writing.
+"""The store compared with the disk caches of diskcache, litellm and DSPy: hits, writes, bytes, kill -9 while writing.
 
     python bench/store.py --folder DIR [--rows 1000000] [--other-rows 100000] [--kills 100]
 
-Rows are requests and answers of 2 to 8 KB together: a system prompt that all share, an instruction of its own, an
-answer. A hit begins at the request's dict and ends at the answer's bytes, hashing included; diskcache is given the
-fastest key, orjson and SHA-256. It is measured twice: with the answers alone, and with request and answer, as the store
-keeps them (without the requests nothing could be listed, searched, explained or checked). litellm and DSPy keep answers
-alone, and are left out where they are not installed. `tapir-local many` looks up 200 at once, as a run does. Rivals
-take turns in short rounds, so that whatever else the machine does falls on all. What was filled is used again, so a cut
-bench goes on.
+Rows are requests and answers of 2 to 8 KB in total: a shared system prompt, an instruction of its own, an answer. A hit
+starts with the request's dict and ends with the answer's bytes, hashing included; diskcache gets the fastest key,
+orjson and SHA-256. It is measured twice: with answers only, and with request and answer, as the store keeps them
+(without requests nothing could be listed, searched, explained or checked). litellm and DSPy keep answers only; they are
+left out if they are not installed. `tapir-local many` looks up 200 at once, as a run does. Rivals take turns in short
+rounds, so that other work on the machine affects all. Filled caches are used again, so an interrupted bench resumes.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--other-rows", type=int, default=100_000, help="of litellm and DSPy, which fill slowly")
+    parser.add_argument("--other-rows", type=int, default=100_000, help="rows for litellm and DSPy, which fill slowly")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--crowd", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -84,7 +83,7 @@ def installed(name: str) -> str:
 
 
 def sentences() -> list[str]:
-    """20,000 of ten words, so that a row is made in microseconds and few rows share one."""
+    """20,000 sentences of ten words, so that a row is made in microseconds and few rows share a sentence."""
     chance = random.Random("sentences")
     return [" ".join(chance.choices(COUNTABLE_WORDS, k=10)) + "." for _ in range(20_000)]
 
@@ -94,7 +93,7 @@ SYSTEM = " ".join(TEXT[:16])
 
 
 def prose(chance: random.Random, least: int, most: int) -> str:
-    """So many sentences, some 60 characters each."""
+    """That many sentences of about 60 characters."""
     return " ".join(chance.choices(TEXT, k=chance.randint(least, most)))
 
 
@@ -165,7 +164,7 @@ def dspy_cache(folder: Path) -> Any:
 
 
 def fill(name: str, folder: Path, rows: int) -> None:
-    """Fill a rival with rows that it lacks; the rate and the bytes of a row."""
+    """Fill a rival with the rows that it lacks; print the rate and the bytes per row."""
     done = folder / f"{name}.filled"
     if not done.exists() or int(done.read_text()) != rows:
         spent = FILLS[name](folder, rows)
@@ -176,7 +175,7 @@ def fill(name: str, folder: Path, rows: int) -> None:
 
 
 def fill_ours(folder: Path, rows: int) -> float:
-    """Rows handed over as a run does it, with who used them, each batch waited for; making them is not counted."""
+    """Hand rows over as a run does, with their uses, waiting for each batch; making the rows is not counted."""
     spent = 0.0
     with Store(folder / "tapir-local" / "teacher.db") as store:
         for calls in chunks(rows):
@@ -194,7 +193,7 @@ def chunks(rows: int) -> Iterator[list[tuple[int, Call]]]:
 
 
 def fill_diskcache(folder: Path, rows: int, name: str = "diskcache") -> float:
-    """In transactions, which is not how it is used but spares hours."""
+    """Fill in transactions, which is not how it is used but saves hours."""
     cache, spent = disk_cache(folder / name), 0.0
     for start in range(0, rows, 5000):
         pairs = [(plain_key(request(row)), text_of(row, name)) for row in range(start, min(rows, start + 5000))]
@@ -208,7 +207,7 @@ def fill_diskcache(folder: Path, rows: int, name: str = "diskcache") -> float:
 
 
 def text_of(row: int, name: str) -> bytes:
-    """What diskcache keeps of a row."""
+    """What diskcache stores for a row."""
     return answer(row) if name == "diskcache" else orjson.dumps(request(row)) + answer(row)
 
 
@@ -249,7 +248,7 @@ def hits(folder: Path, sizes: dict[str, int]) -> None:
     each: dict[str, list[float]] = {name: [] for name in readers}
     for turn in range(ROUNDS):
         for name, read in readers.items():
-            bodies = sample(sizes.get(name, sizes["tapir-local"]), f"{turn} {name}")  # rows that nobody has just read
+            bodies = sample(sizes.get(name, sizes["tapir-local"]), f"{turn} {name}")  # rows not read just before
             times = bulk_times(read, bodies) if name == MANY else [timed(read, body) for body in bodies]
             rates[name].append(len(times) / sum(times))
             each[name] += times
@@ -271,13 +270,13 @@ def sample(rows: int, turn: int | str) -> list[dict[str, Any]]:
 
 
 def many(folder: Path) -> Any:
-    """From requests' dicts to their answers, several at once."""
+    """From the dicts of several requests to their answers, at once."""
     store = Store(folder / "tapir-local" / "teacher.db", "read-only")
     return lambda bodies: store.get_many([keys.request_key(URL, body) for body in bodies])
 
 
 def bulk_times(read: Any, bodies: list[dict[str, Any]]) -> list[float]:
-    """Seconds of each hit, the same for those looked up together."""
+    """Seconds of each hit; hits that are looked up together have equal shares."""
     times: list[float] = []
     for start in range(0, len(bodies), KEYS_PER_LOOKUP):
         some = bodies[start : start + KEYS_PER_LOOKUP]
@@ -315,7 +314,7 @@ def crowd(name: str, folder: Path, rows: int, turn: int) -> float:
 
 
 def crowd_member(name: str, folder: Path, rows: int, seed: int) -> float:
-    """Hits per second of one process among several: all begin at the same full second."""
+    """Hits per second of one process among several that start at the same second."""
     bodies = sample(rows, 1000 + seed)
     read: Any = many(folder) if name == MANY else reader(name, folder)
     turns: list[Any] = (
@@ -333,7 +332,7 @@ def crowd_member(name: str, folder: Path, rows: int, seed: int) -> float:
     return size * count / (time.perf_counter() - began)
 
 
-START_GRID = 8.0  # seconds: long enough for every member to have imported and drawn its bodies
+START_GRID = 8.0  # seconds: enough for every member to import and to draw its bodies
 
 WRITER = """
 import sys
@@ -354,7 +353,7 @@ while True:
 
 
 def kills(folder: Path, count: int) -> None:
-    """kill -9 in the middle of writing, `count` times; then every acknowledged row must be there and the file sound."""
+    """kill -9 while writing, `count` times; then every acknowledged row must be there and the file intact."""
     path, acknowledged, chance = folder / "killed" / "teacher.db", set[int](), random.Random(1)
     for number in range(count):
         command = [sys.executable, "-c", WRITER, str(path), str(number * 3000), str(Path(__file__).parent)]

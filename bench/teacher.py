@@ -1,12 +1,12 @@
-"""Rows per second of tapir_local.teacher.ask.ask against a server that answers in 200 ms, beside what one would write.
+"""Rows per second of tapir_local.teacher.ask.ask with a server that answers in 200 ms, compared with the plain client.
 
     python bench/teacher.py [--rows 12800] [--in-flight 64]
     python bench/teacher.py --crowd 60
 
 The ideal is in-flight / 0.2 rows/s. The rival is openai's own client in the same process: asyncio.gather behind a
-semaphore, its own retries, nothing stored. With faults, of all requests 5 % get 429, 1 % 500, 1 % a connection that is
-dropped, all at once, and 1 % a reply that is cut in its middle, after 200 ms. The server is a process of its own.
-`--crowd`: for so many seconds, 8 threads in each of 4 processes ask one store for rows drawn from the same 20,000.
+semaphore, its own retries, nothing stored. With faults, 5 % of the requests get 429, 1 % get 500 and 1 % a dropped
+connection, each at once, and 1 % a reply that is cut in the middle, after 200 ms. The server is a process of its own.
+`--crowd`: for that many seconds, 8 threads in each of 4 processes ask one store for rows from the same 20,000.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(name: str, way: Any, faulty: bool, options: argparse.Namespace) -> None:
-    """One way against a server of its own."""
+    """Measure one way with a server of its own."""
     command = [sys.executable, __file__, "--serve", *(["--faulty"] if faulty else [])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin
@@ -86,7 +86,7 @@ def measure(name: str, way: Any, faulty: bool, options: argparse.Namespace) -> N
 
 
 def ours(url: str, rows: int, in_flight: int) -> tuple[float, int]:
-    """Through the store, each answer on the disk."""
+    """Through the store; each answer is on disk before it counts."""
     teacher = Teacher(base_url=url, model="m", concurrency=in_flight, timeout=30)
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "teacher.db") as store:
         ask(requests(1), teacher, store, run="warm-up")
@@ -100,7 +100,7 @@ def requests(rows: int) -> list[Request]:
 
 
 def plain(url: str, rows: int, in_flight: int) -> tuple[float, int]:
-    """What one writes with openai's client."""
+    """Plain code with openai's client."""
 
     async def run() -> tuple[float, int]:
         limits = openai.DefaultAsyncHttpxClient(timeout=30)
@@ -128,7 +128,7 @@ def plain(url: str, rows: int, in_flight: int) -> tuple[float, int]:
 
 
 def crowd(seconds: float) -> None:
-    """What 32 askers in 4 processes come to, and what the server saw of it."""
+    """Results of 32 threads in 4 processes, and what the server saw."""
     command = [sys.executable, __file__]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -151,7 +151,7 @@ def crowd(seconds: float) -> None:
 
 
 def member(url: str, path: Path, seconds: float, number: int) -> dict[str, Any]:
-    """Eight threads of one process that ask for rows drawn at random until the time is up."""
+    """Eight threads of one process ask for random rows until the time is up."""
     teacher, end = Teacher(base_url=url, model="m", concurrency=4, timeout=30), time.monotonic() + seconds
     sums: dict[str, Any] = {"asked": 0, "hits": 0, "errors": 0, "error": ""}
     everything, lock = requests(20_001)[1:], threading.Lock()
@@ -161,7 +161,7 @@ def member(url: str, path: Path, seconds: float, number: int) -> dict[str, Any]:
         while time.monotonic() < end:
             try:
                 answers = ask(chance.sample(everything, 50), teacher, store, run=f"{number}-{thread}")
-            except Exception as error:  # noqa: BLE001  (counted, and told at the end)
+            except Exception as error:  # noqa: BLE001  (counted, and printed at the end)
                 with lock:
                     sums["errors"], sums["error"] = sums["errors"] + 1, str(error)
                 continue
@@ -182,7 +182,7 @@ def member(url: str, path: Path, seconds: float, number: int) -> dict[str, Any]:
 
 
 async def serve(faulty: bool) -> None:
-    """Answer until stdin closes, then tell what came."""
+    """Answer until stdin closes, then print what was received."""
     chance, seen, answered = random.Random(1), collections.Counter[str](), collections.Counter[str]()
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -198,7 +198,7 @@ async def serve(faulty: bool) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
         row = json.loads(await reader.readexactly(length))["messages"][-1]["content"]
-        counts = row != "row 0"  # the warm-up is neither counted nor failed
+        counts = row != "row 0"  # the warm-up is not counted and gets no faults
         seen["requests"] += counts
         draw = chance.random() if faulty and counts else 1.0
         fault = next((kind for share, kind in FAULTS if draw < share), None)

@@ -1,17 +1,17 @@
-"""Tokens per second of our training on a CPU beside scripts for TRL and PEFT written by hand: same model, rows, LoRA.
+"""Tokens per second of our training on a CPU compared with plain scripts for TRL and PEFT: same model, rows, LoRA.
 
     python bench/train.py [--model pocket|middle|all] [--rows 512] [--pairs 3] [--batch 16] [--micro 16] [--rank 16]
 
-Every training has a process of its own, and they take turns: ours, each of the scripts, ours again. A script's rows
-are prompts and completions as TRL wants them, templated and tokenised by TRL:
+Every training has a process of its own, and they take turns: ours, each script, ours again. A script gives TRL rows of
+prompts and completions, which TRL templates and tokenizes:
 
-    defaults   SFTConfig with nothing set but what the task asks for (TRL then recomputes activations)
+    defaults   SFTConfig with only the necessary settings (TRL then recomputes activations)
     plain      the same without recomputing
-    by-length  the same, and rows of like length together, as ours has them
+    by-length  the same, and rows of similar length together, as ours does
 
-Tokens are those that are no padding, seconds those from the first step's beginning to the last one's end. The ratio is
-ours to a script's, the median over the turns; the loss is the mean of all steps. `middle` is a random Llama of 26
-million weights with the pocket student's tokenizer. Heed OMP_NUM_THREADS, and let nothing else run.
+Padding tokens do not count; seconds are from the start of the first step to the end of the last. The ratio is ours to a
+script's, the median over the turns; the loss is the mean of all steps. `middle` is a random Llama of 26 million weights
+with the pocket student's tokenizer. OMP_NUM_THREADS matters; run nothing else meanwhile.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def compare(folder: Path, model: str, asked: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """What each turn of ours and of each script measured."""
+    """The measurements of each turn, ours and each script's."""
     make_student(folder / "student", model)
     make_rows(folder, asked.rows)
     found: dict[str, list[dict[str, float]]] = {}
@@ -83,7 +83,7 @@ def compare(folder: Path, model: str, asked: argparse.Namespace) -> dict[str, li
 
 
 def make_student(folder: Path, model: str) -> None:
-    """The pocket student, or a random Llama of a middling size with its tokenizer."""
+    """The pocket student, or a larger random Llama with its tokenizer."""
     import shutil
 
     from tapir_local.resources import POCKET_STUDENT
@@ -122,7 +122,7 @@ def make_rows(folder: Path, number: int) -> None:
 
 
 def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, float]:
-    """A training as a run has it."""
+    """A training as a run does it."""
     from tapir_local.recipe.schema import Train
     from tapir_local.training.job import TrainJob
     from tapir_local.training.train import run_training
@@ -147,7 +147,7 @@ def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, floa
 
 
 def script(folder: Path, name: str, asked: argparse.Namespace) -> dict[str, float]:
-    """A script's training in a process of its own; what it measured of itself."""
+    """Run a script's training in a process of its own; return its measurements."""
     numbers = [f"--{key}={getattr(asked, key)}" for key in ("batch", "micro", "rank")]
     command = [sys.executable, __file__, f"--script={name}", f"--folder={folder}", *numbers]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
@@ -157,7 +157,7 @@ def script(folder: Path, name: str, asked: argparse.Namespace) -> dict[str, floa
 
 
 def by_hand(asked: argparse.Namespace) -> None:
-    """The script that one would write: TRL loads, templates, tokenises and trains."""
+    """The plain script: TRL loads, templates, tokenizes and trains."""
     import resource
 
     import torch
@@ -189,7 +189,7 @@ def by_hand(asked: argparse.Namespace) -> None:
             use_cpu=True,
             save_strategy="no",
             report_to="none",
-            seed=1,  # ours: with rows by length, they come in the same order and padding
+            seed=1,  # ours: with rows by length, order and padding are the same
             **SCRIPTS[asked.script],
         ),
         train_dataset=Dataset.from_list(json.loads((asked.folder / "plain.json").read_text())),
@@ -208,7 +208,7 @@ def by_hand(asked: argparse.Namespace) -> None:
 
 
 def table(model: str, found: Mapping[str, list[dict[str, float]]]) -> None:
-    """A line for ours and for each script, with the median of the turns' ratios."""
+    """A line for ours and for each script, with the median ratio over the turns."""
     speeds = {name: [one["tokens"] / one["seconds"] for one in turns] for name, turns in found.items()}
     print(f"{model}: {found['ours'][0]['tokens']:,.0f} tokens")
     for name, turns in found.items():

@@ -1,13 +1,13 @@
-"""From the end of a round's training to the first answer of the next: a run that keeps adapters, and one that merges.
+"""Time from the end of a round's training to the first answer of the next, with adapters and with merged models.
 
     python bench/turnround.py [MODEL_DIR] [--quant q8_0] [--rank 16] [--repeat 3] [--prompts 64] [--max-tokens 64]
 
-Without MODEL_DIR the pocket student; others are made by bench/random_student.py. The adapter, on all linear layers, is
-drawn here. Both ways go through the backends of a run, in turns: the export and the gate, each in a process of its
-own, then the student is opened and writes one answer. What a run does in between, the holdout's answers and all that is
-asked of the teacher, is the same in both and left out. Told are medians of seconds; the base's GGUF is made and gated
-once, before, and told apart. Then the other side of it: tokens a second of `prompts` answers at once, what a round
-keeps on the disk, and what it takes to ship the last round's student whole.
+Without MODEL_DIR the pocket student is used; others are made by bench/random_student.py. A random adapter on all linear
+layers is made here. Both ways use the functions of a run and take turns: export and gate, each in a process of its own,
+then the student is opened and writes one answer. What a run does in between (answers to the holdout, calls to the
+teacher) is the same in both and left out. The output has median seconds; making and checking the base GGUF happens once
+beforehand and is printed separately. It also has the other costs: tokens per second for `prompts` answers at once, disk
+space per round, and the time to ship the last round's student as one file.
 """
 
 import argparse
@@ -62,12 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="Where the scratch files go.")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files")
     return parser.parse_args()
 
 
 def begun(asked: argparse.Namespace, way: str, scratch: Path) -> tuple[Recipe, RunDir]:
-    """A run with a trained adapter in round 1, as far as an export and the gate look."""
+    """A run with a trained adapter in round 1: as much of it as the export and the gate read."""
     recipe = override(
         parse_recipe("teacher: pocket", "bench"),
         {
@@ -77,7 +77,7 @@ def begun(asked: argparse.Namespace, way: str, scratch: Path) -> tuple[Recipe, R
             "student.max_length": 512,
             "export.rounds": way,
             "export.quant": asked.quant,
-            "export.min_agreement": 0.0,  # the choices of random weights are near ties; the divergence is held to
+            "export.min_agreement": 0.0,  # random weights: greedy choices are near ties
         },
     )
     run = RunDir(scratch / way, way)
@@ -88,7 +88,7 @@ def begun(asked: argparse.Namespace, way: str, scratch: Path) -> tuple[Recipe, R
 
 
 def make_adapter(model: Path, out: Path, rank: int) -> None:
-    """Small random A and B for every linear layer, drawn from the shapes alone: the model need not fit in memory."""
+    """Small random A and B for every linear layer, from the shapes only: the model need not fit in memory."""
     import json
 
     import torch
@@ -119,11 +119,11 @@ def make_adapter(model: Path, out: Path, rank: int) -> None:
 
 
 def unkept(answer: Completion) -> None:
-    """No answer is kept as it is written: all are returned."""
+    """Ignore each answer; all are returned at the end."""
 
 
 def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, float]:
-    """Seconds of one turn, by part, and the tokens a second that its student then writes."""
+    """Seconds of one turn by part, and the tokens per second of its student."""
     folder = run.round(1)
     adapter, gguf, rows, report = (folder / name for name in ("adapter", "student.gguf", "train.jsonl", "gate.json"))
     remove_path(gguf)
@@ -139,7 +139,7 @@ def turn(recipe: Recipe, run: RunDir, asked: argparse.Namespace) -> dict[str, fl
 
 
 def ship(recipe: Recipe, run: RunDir) -> float:
-    """Seconds until the last round's student is whole, gated again where it was merged for it."""
+    """Seconds until the last round's student is one file, including its gate if it had to be merged."""
     out = run.path / "out"
     out.mkdir()
     return seconds(lambda: ship_backend(recipe, run)(student=run.round(1), out=out, progress=noop))
@@ -147,26 +147,26 @@ def ship(recipe: Recipe, run: RunDir) -> float:
 
 @contextmanager
 def timed() -> Iterator[list[float]]:
-    """A list that has the seconds in it at the end."""
+    """A list that gets the seconds at the end."""
     taken, began = [0.0], time.perf_counter()
     yield taken
     taken[0] = time.perf_counter() - began
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long a piece of work takes."""
+    """Seconds that a function takes."""
     with timed() as taken:
         work()
     return taken[0]
 
 
 def told(found: dict[str, float]) -> str:
-    """A turn in a line."""
+    """One turn as a line of text."""
     return ", ".join(f"{name} {value:.2f}" for name, value in found.items())
 
 
 def print_table(found: dict[str, list[dict[str, float]]], kept: dict[str, int], shipped: dict[str, float]) -> None:
-    """A row a part, a column a way."""
+    """Print a table: a row per part, a column per way."""
     print("| | " + " | ".join(WAYS) + " |\n|---|---|---|")
     for name in (*TURN, "all", "tokens/s"):
         middle = {way: statistics.median(turn[name] for turn in found[way]) for way in WAYS}

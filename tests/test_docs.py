@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from fakes import QUIET, World, make_recipe, tools
 
 from tapir_local.commands.main import cli
-from tapir_local.files import RunDir
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.tasks import TASKS
+from tapir_local.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
