@@ -12,7 +12,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from fakes import QUIET, World, make_recipe, tools
+from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
 from tapir_local.pipeline.loop import distill
@@ -242,7 +242,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("json")
     recipe = make_recipe(folder)
     for name in ("fake", "other"):
-        distill(recipe.model_copy(update={"name": name}), RunDir(folder, name), tools(World()), QUIET)
+        distill(recipe.model_copy(update={"name": name}), RunDir(folder, name), fake_backends(World()), QUIET)
     return RunDir(folder, "fake")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import cli
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
-from tapir_local.export.gated_export import export_with_gate
+from tapir_local.export.gated_export import ExportConfig, export_with_gate
 from tapir_local.files import atomic_write, check_output, read_rows, write_rows, write_text
 from tapir_local.records import Completion
 
@@ -61,7 +61,7 @@ def test_generate_writes_over_nothing_that_it_reads(
             str(WAYS[way](source, folder)),
             *force,
         ]
-        found = CliRunner().invoke(cli.cli, ["generate", *words])
+        found = CliRunner().invoke(cli, ["generate", *words])
         assert isinstance(found.exception, TapirError)
         assert "is a file that the command reads" in found.exception.what
         assert source.read_bytes() == before
@@ -71,7 +71,7 @@ def test_generate_writes_over_nothing_that_it_reads(
 def test_generate_does_not_take_its_input_for_the_rest_of_a_cut_run(llama, prompts: Path) -> None:
     """The prompts are where the answers of an interrupted run would be."""
     odd = prompts.rename(prompts.with_name("out.jsonl.partial"))
-    found = CliRunner().invoke(cli.cli, ["generate", str(llama.gguf), str(odd), "-o", str(odd.with_name("out.jsonl"))])
+    found = CliRunner().invoke(cli, ["generate", str(llama.gguf), str(odd), "-o", str(odd.with_name("out.jsonl"))])
     assert "written beside the output" in str(found.exception)
     assert odd.read_text() == '{"instruction": "Hi"}\n'
 
@@ -80,11 +80,11 @@ def test_answers_that_are_there_are_kept_unless_force_is_given(llama, prompts: P
     out = tmp_path / "out.jsonl"
     words = ["generate", str(llama.gguf), str(prompts), "-o", str(out), "--max-tokens", "2"]
     out.write_text("mine")
-    found = CliRunner().invoke(cli.cli, words)
+    found = CliRunner().invoke(cli, words)
     assert "exists already" in str(found.exception)
     assert "--force" in str(found.exception)
     assert out.read_text() == "mine"
-    CliRunner().invoke(cli.cli, [*words, "--force"], catch_exceptions=False)
+    CliRunner().invoke(cli, [*words, "--force"], catch_exceptions=False)
     assert '"id"' in out.read_text()
 
 
@@ -93,9 +93,9 @@ def test_export_writes_over_no_folder_that_it_reads(llama, tmp_path: Path) -> No
     model = tmp_path / "out.gguf.work"
     model.symlink_to(llama.model)
     with pytest.raises(TapirError, match=r"out.gguf.work, which is written beside the output, is a file that"):
-        export_with_gate(str(llama.model), tmp_path / "out.gguf", adapter=None, quant="f32", check=False)
+        export_with_gate(str(llama.model), tmp_path / "out.gguf", ExportConfig("f32", check=False))
     with pytest.raises(TapirError, match="is a file that the command reads"):
-        export_with_gate(str(llama.model), llama.model, adapter=None, quant="f32", check=False)
+        export_with_gate(str(llama.model), llama.model, ExportConfig("f32", check=False))
     assert (llama.model / "config.json").exists()
 
 
@@ -105,7 +105,7 @@ def test_calls_export_writes_over_no_file_of_the_store(tmp_path: Path, end: str)
     store = tmp_path / "cache" / "teacher.db"
     store.write_bytes(b"")
     words = ["calls", "export", str(tmp_path / "cache" / f"teacher.db{end}"), "--cache", str(tmp_path / "cache")]
-    assert "is a file that the command reads" in str(CliRunner().invoke(cli.cli, words).exception)
+    assert "is a file that the command reads" in str(CliRunner().invoke(cli, words).exception)
     assert store.read_bytes() == b""
 
 

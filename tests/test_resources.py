@@ -35,7 +35,7 @@ from tapir_local.recipe.text import parse_recipe
 from tapir_local.run_dir import RunDir
 run, recipe = RunDir(Path(sys.argv[1]), "r"), parse_recipe(sys.argv[2], "r")
 try:
-    folder = settle_student(recipe, run)
+    folder = prepare_student_folder(recipe, run)
     assert student_folder(recipe, run) == folder
     print(json.dumps([folder.name, sorted(path.name for path in folder.iterdir())]))
 except TapirError as error:

@@ -11,7 +11,7 @@ from tapir_local.commands.output import bar_progress, echo, line_progress
 
 if TYPE_CHECKING:
     from tapir_local.export.gate import GateReport
-    from tapir_local.inference.prompt_file import AnsweredFile
+    from tapir_local.inference.prompt_file import AnsweredFile, PromptFileJob
 
 FILE_PATH = HomePath()
 
@@ -89,13 +89,7 @@ def generate_command(
     """
     from tapir_local.files import check_output
     from tapir_local.inference.config import GenerationConfig
-    from tapir_local.inference.prompt_file import (
-        PromptFileJob,
-        answer_file,
-        generation_task,
-        open_answers,
-        read_json_schema,
-    )
+    from tapir_local.inference.prompt_file import PromptFileJob, read_json_schema
 
     if "" in stop:
         raise click.BadParameter("the text is empty", param_hint="--stop")
@@ -106,17 +100,23 @@ def generate_command(
     config = GenerationConfig(
         max_tokens, context, temperature, random_seed, schema, stop, parallel=parallel, exact=exact
     )
-    job = PromptFileJob(model, prompts, config, adapter)
+    found = answer_with_progress(PromptFileJob(model, prompts, config, adapter), out)
+    echo(generation_summary(found), err=True)
+    if found.too_long or found.refused:
+        sys.exit(1)
+
+
+def answer_with_progress(job: "PromptFileJob", out: Path | None) -> "AnsweredFile":
+    """Answer a file of prompts with a progress bar; resume what is in `out` already."""
+    from tapir_local.inference.prompt_file import answer_file, generation_task, open_answers
+
     with (
         open_answers(out, sys.stdout, generation_task(job)) as (file, done),
         bar_progress("answers", len(done)) as (progress, tell),
     ):
         if done:
             tell(f"{len(done):,} answers are there already; resuming")
-        found = answer_file(job, file, progress, done, tell)
-    echo(generation_summary(found), err=True)
-    if found.too_long or found.refused:
-        sys.exit(1)
+        return answer_file(job, file, progress, done, tell)
 
 
 def generation_summary(found: "AnsweredFile") -> str:

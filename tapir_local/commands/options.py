@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
-from tapir_local.files import expand_home
 
 if TYPE_CHECKING:
     from tapir_local.run_dir import RunDir
@@ -24,6 +23,8 @@ class HomePath(click.Path):
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from tapir_local.files import expand_home
+
         return super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
 
 

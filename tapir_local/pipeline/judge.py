@@ -260,7 +260,7 @@ def judge_name(recipe: Recipe) -> str:
     if who.gguf:
         return Path(who.gguf).name + alone
     if who.kind == "pocket":
-        return f"the pocket teacher (a programme){alone}"
+        return f"the pocket teacher (a program){alone}"
     return str(recipe.judge.model or who.model) + alone
 
 

@@ -132,7 +132,8 @@ def read_one_run(run: RunDir, check: AnswerChecker | None, tasks: Mapping[str, s
     costs = cumulative_costs(run, last, recipe.curriculum.name in HOLDOUT_CURRICULA)
     alike = recipe.judge.kind == "reference"
     rounds = tuple(EvaluatedRound(n, costs[n], *holdout_values(run, n, holdout, check, alike)) for n in metrics)
-    return RunResults(run.name, recipe, str(metrics[last].get("judge", "")), holdout, rounds)
+    judge = str(metrics[last].get("judge", "")).replace("(a programme)", "(a program)")  # files of older versions
+    return RunResults(run.name, recipe, judge, holdout, rounds)
 
 
 def holdout_values(

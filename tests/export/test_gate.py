@@ -197,7 +197,7 @@ def test_no_room_on_the_disk(gemma: Student, tmp_path: Path, monkeypatch) -> Non
     """Raised before anything is written."""
     usage = memory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(TapirError, match="no room for the GGUF and the 16-bit GGUF"):
+    with pytest.raises(TapirError, match="not enough disk space for the GGUF and the 16-bit GGUF"):
         export_gguf(gemma.model, tmp_path / "out.gguf", adapter=None, quant="q4_k_m")
     assert not list(tmp_path.iterdir())
 

@@ -22,7 +22,7 @@ def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -
     out = tmp_path / "student.gguf"
     words = ["export", str(llama.model), str(out), "--adapter", str(llama.adapter), "--quant", "f16"]
     found = CliRunner().invoke(cli, words, catch_exceptions=False)
-    assert "texts tokenised alike" in found.stderr
+    assert "texts have the same token ids" in found.stderr
     assert json.loads((tmp_path / "student.gguf.gate.json").read_text())["failed"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.gguf", "student.gguf.gate.json"]
     assert found.stdout == f"{sha256(out.read_bytes()).hexdigest()}  {out}\n"
@@ -108,7 +108,7 @@ def test_an_option_that_would_be_ignored_is_refused(llama, tmp_path: Path, words
 
 def test_an_existing_file_is_not_overwritten(llama, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").write_text("mine")
-    with pytest.raises(TapirError, match="there already"):
+    with pytest.raises(TapirError, match="the file exists already"):
         export_with_gate(str(llama.model), tmp_path / "out.gguf", ExportConfig("f16"))
     assert (tmp_path / "out.gguf").read_text() == "mine"
 
@@ -121,7 +121,7 @@ def test_a_base_without_a_template_is_exported_with_a_given_one(llama, tmp_path:
     words = ["export", str(model), str(tmp_path / "base.gguf"), "--no-gate"]
     with pytest.raises(TapirError, match="chat template") as caught:
         CliRunner().invoke(cli, words, catch_exceptions=False)
-    assert "of `tapir-local export` it is --chat-template" in str(caught.value)
+    assert "of `tapir-local export` is --chat-template" in str(caught.value)
     found = CliRunner().invoke(cli, [*words, "--chat-template", "alpaca"], catch_exceptions=False)
     assert found.exit_code == 0
     assert read_gguf_template(tmp_path / "base.gguf")[0] == read_chat_template("alpaca")

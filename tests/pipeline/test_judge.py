@@ -245,7 +245,7 @@ def test_a_teachers_gguf_that_judges_is_a_local_judge_too() -> None:
 
 def test_single_mode_is_part_of_the_judges_name() -> None:
     recipe = Recipe.model_validate({"teacher": "pocket", "judge": {"kind": "teacher", "mode": "single"}})
-    assert judge_name(recipe) == "the pocket teacher (a programme), each answer alone"
+    assert judge_name(recipe) == "the pocket teacher (a program), each answer alone"
     assert "ROUGE" in judge_name(Recipe.model_validate({"teacher": "pocket", "judge": "reference"}))
 
 

@@ -146,7 +146,7 @@ def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, 
 
 def test_a_run_held_elsewhere_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
-    with lock_run(run), pytest.raises(TapirError, match="being worked on"):
+    with lock_run(run), pytest.raises(TapirError, match="is in use by process"):
         distill(recipe, run, fake_backends(World()), QUIET)
 
 

@@ -192,6 +192,12 @@ def test_different_holdouts_are_refused_with_the_differences(tmp_path: Path) -> 
     assert "the same random_seed" in said
 
 
+def test_the_pocket_teacher_is_one_judge_under_its_old_and_its_new_name(tmp_path: Path) -> None:
+    old = made(tmp_path, "old", "1", judge="the pocket teacher (a programme)")
+    new = made(tmp_path, "new", "1", judge="the pocket teacher (a program)")
+    assert compare_runs([old, new])["holdout"]["judge"] == "the pocket teacher (a program)"
+
+
 def test_different_judges_are_refused_by_name(tmp_path: Path) -> None:
     one, two = made(tmp_path, "one", "1"), made(tmp_path, "two", "1", judge="big-judge")
     said = fault(one, two)
