@@ -446,7 +446,7 @@ distill(make_recipe(folder), RunDir(folder / "b", "fake"), replace(fake_backends
 
 def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}/support"}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == -9
     whole, run, counts = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), list[int]()

@@ -196,7 +196,7 @@ def test_a_batch_has_ended_when_the_answers_it_counts_can_be_fetched():
 ASKING = """
 import sys, signal
 from pathlib import Path
-sys.path[:0] = [sys.argv[3], sys.argv[3] + "/teacher"]
+sys.path[:0] = [sys.argv[3] + "/support", sys.argv[3] + "/teacher"]
 from test_batch import FAST
 from server import questions
 from tapir_local.recipe.endpoints import Teacher

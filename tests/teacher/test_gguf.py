@@ -123,7 +123,7 @@ def alone(gguf: Path) -> list[tuple[str, int]]:
 
 AGAIN = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/teacher"]
+sys.path[:0] = [sys.argv[1] + "/support", sys.argv[1] + "/teacher"]
 from test_gguf import *
 with Store(Path(sys.argv[2])) as store:
     answers = ask(questions(*WORDS), teacher(Path(sys.argv[3])), store, run="s")
@@ -237,7 +237,7 @@ def test_a_run_cut_after_five_answers_keeps_five(gguf, store) -> None:
 
 KILLED = """
 import os, signal, sys, time
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/teacher"]
+sys.path[:0] = [sys.argv[1] + "/support", sys.argv[1] + "/teacher"]
 from test_gguf import *
 def kill(done, total, hits):
     if done == 5:
