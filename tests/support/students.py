@@ -1,4 +1,4 @@
-"""A tiny student: a base, an adapter and both as one GGUF."""
+"""A tiny student: a base, an adapter and both as one GGUF; and prompts to ask it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,6 +6,23 @@ from typing import NamedTuple
 from models import make_adapter, make_model
 
 from tapir_local.export.export import export_gguf
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.records import Message
+
+SUBJECTS = (
+    "7 times 8",
+    "the sum of 12 and 34",
+    "a fox",
+    "naïve café",
+    "你好",
+    "🙂",
+    "x",
+    "def add(a, b):",
+    "the lazy dog",
+    "9",
+)
+PROMPTS = [(Message("user", f"What is {subject}?" * (1 + number % 3)),) for number, subject in enumerate(SUBJECTS)]
+CONFIG = GenerationConfig(max_tokens=24, context=256)
 
 
 class Student(NamedTuple):
