@@ -3,31 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on a busy machine
 
 import pytest
 import server as servers
-from models import WITH_BOS, make_adapter, make_model
+from models import WITH_BOS
+from students import Student, make_student
 
-from tapir_local.export.export import export_gguf
 from tapir_local.store.store import Store
-
-
-class Student(NamedTuple):
-    """A base, an adapter on it, and the two merged as an f32 GGUF."""
-
-    model: Path
-    adapter: Path
-    gguf: Path
-
-
-def make_student(folder: Path, family: str, **changes: object) -> Student:
-    model = make_model(folder / family, family, **changes)
-    adapter = make_adapter(model, folder / f"{family}-lora")
-    export_gguf(model, folder / f"{family}.gguf", adapter=adapter, quant="f32")
-    return Student(model, adapter, folder / f"{family}.gguf")
 
 
 @pytest.fixture(scope="session")

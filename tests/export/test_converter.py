@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import Student
 from pydantic import ValidationError
+from students import Student
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Student
 from models import CHATML, largest_difference, let_a_runtime_add_bos, make_adapter, make_model
+from students import Student
 
 from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Student, make_student
 from models import CHATML, let_a_runtime_add_bos, make_adapter
 from spm import GEMMA
+from students import Student, make_student
 
 from tapir_local import memory
 from tapir_local.errors import TapirError

@@ -1,40 +1,21 @@
 """Batched answers of a GGUF are those of transformers, in order, and stop at the right place."""
 
-import json
-import random
 from codecs import getincrementaldecoder
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from models import make_adapter, make_model, merged_model
+from students import CONFIG, PROMPTS
 
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
 from tapir_local.export.export import export_gguf
-from tapir_local.inference.batch import compute_logits
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import Callbacks, answer_tokens, chat_stream, encode_prompt, generate
-from tapir_local.inference.model import Engine, Model, open_context, open_engine, open_model, read_gguf_template
-from tapir_local.inference.sampling import GREEDY, Sampler, draw_token, open_grammar, open_samplers, pick_token
-from tapir_local.inference.scheduler import Scheduler, Written, answer_each, common_prefix_length
+from tapir_local.inference.model import open_context, open_engine, open_model, read_gguf_template
 from tapir_local.inference.tokens import decode, encode, is_end_token, token_bytes, tokenize_texts
 from tapir_local.records import Completion, Message
-
-SUBJECTS = (
-    "7 times 8",
-    "the sum of 12 and 34",
-    "a fox",
-    "naïve café",
-    "你好",
-    "🙂",
-    "x",
-    "def add(a, b):",
-    "the lazy dog",
-    "9",
-)
-PROMPTS = [(Message("user", f"What is {subject}?" * (1 + number % 3)),) for number, subject in enumerate(SUBJECTS)]
-CONFIG = GenerationConfig(max_tokens=24, context=256)
 
 
 def regrets(model_dir: Path, adapter: Path, prompts: list, answers: list[list[int]]) -> list[float]:
@@ -143,15 +124,6 @@ def test_an_answer_stops_before_its_end_token(llama) -> None:
     assert not any("<|" in answer.text for answer in answers)
 
 
-def test_draws_differ_by_seed_and_id_but_not_by_batch(llama) -> None:
-    config = replace(CONFIG, temperature=1.5, exact=True)
-    drawn = generate(llama.gguf, PROMPTS, replace(config, seed=1, parallel=8))
-    assert generate(llama.gguf, PROMPTS, replace(config, seed=1, parallel=1)) == drawn
-    assert generate(llama.gguf, PROMPTS, replace(config, seed=2, parallel=8)) != drawn
-    twice = generate(llama.gguf, [PROMPTS[0]] * 4, replace(config, seed=1))
-    assert len({answer.text for answer in twice}) > 1
-
-
 def test_progress_counts_up_to_all(llama) -> None:
     seen: list[tuple[int, int]] = []
     generate(
@@ -179,24 +151,6 @@ def test_each_answer_is_handed_over_as_it_ends(llama) -> None:
     assert {answer.id for answer in seen} < {str(number) for number in range(6)}
 
 
-def test_a_prompt_can_be_refused_when_its_turn_comes(llama) -> None:
-    found: dict[int, list[int]] = {}
-    asked: list[tuple[int, int]] = []
-
-    def begin(number: int) -> bool:
-        asked.append((number, len(found)))
-        return number not in (0, 4, 9)
-
-    with open_model(llama.gguf) as model, open_context(model, ContextConfig(cells=1024, sequences=3)) as engine:
-        tokens = [encode_prompt(model, prompt) for prompt in PROMPTS]
-        config = GenerationConfig(24, 256)
-        answer_each(engine, tokens, lambda n, written: found.update({n: written.tokens}), config, [0] * 10, begin)
-        answer_each(engine, tokens, lambda *_: pytest.fail("none may be started"), config, [0] * 10, lambda _: False)
-    assert sorted(found) == [1, 2, 3, 5, 6, 7, 8]
-    assert [number for number, _ in asked] == list(range(10))
-    assert max(number - 2 - done for number, done in asked) <= 3, "asked late, not all at the start"
-
-
 # Stop strings
 
 
@@ -222,182 +176,7 @@ def test_the_first_of_several_stop_strings_ends_an_answer(llama) -> None:
     assert found.text == whole.text[: whole.text.index(early)]
 
 
-# Cells
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_shared_and_split_cells_give_the_same_answers(students, split: bool) -> None:
-    """Prompts with a common prefix, which is copied, and more prompts than sequences."""
-    head = "You are asked a question, and answer it in few words, or in one where one is enough. " * 2
-    asked = [(Message("system", head), *prompt) for prompt in PROMPTS]
-    for student in students.values():
-        alone = generate(student.gguf, asked, GenerationConfig(parallel=1, exact=True, max_tokens=12, context=512))
-        with open_model(student.gguf) as model:
-            tokens = [encode_prompt(model, prompt) for prompt in asked]
-            assert common_prefix_length(tokens) > 32
-            with open_context(model, ContextConfig(cells=4 * 512, sequences=4, exact=True, split=split)) as engine:
-                found = answer_tokens(
-                    engine, tokens, GenerationConfig(max_tokens=12, context=512, temperature=0), [0] * 10
-                )
-            assert [decode(model, ids) for ids, _ in found] == [one.text for one in alone]
-
-
-def test_gaps_left_by_ended_sequences_change_no_answer(llama) -> None:
-    """Twelve sequences, answers of 1 to 12 tokens in mixed order, and no more prompts: narrow and wide gaps."""
-    lengths = [3, 12, 1, 1, 9, 2, 2, 2, 2, 2, 11, 5]
-    with open_model(llama.gguf) as model:
-        tokens = [encode_prompt(model, PROMPTS[number % 10]) for number in range(12)]
-        ends = [answers_of(model, [ids], 1)[0][:length] for ids, length in zip(tokens, lengths, strict=True)]
-        found = dict[int, list[int]]()
-        with open_context(model, ContextConfig(cells=12 * 256, sequences=12, exact=True, split=True)) as engine:
-            cut_at(engine, tokens, lengths, found)
-    assert [found[number] for number in range(12)] == ends
-
-
-def answers_of(model: Model, tokens: list[list[int]], sequences: int) -> list[list[int]]:
-    """Twelve tokens for each prompt; end tokens are ignored."""
-    found = dict[int, list[int]]()
-    with open_context(
-        model, ContextConfig(cells=256 * sequences, sequences=sequences, exact=True, split=True)
-    ) as engine:
-        cut_at(engine, tokens, [12] * len(tokens), found)
-    return [found[number] for number in range(len(tokens))]
-
-
-def cut_at(engine: Engine, tokens: list[list[int]], lengths: list[int], found: dict[int, list[int]]) -> None:
-    """Answers of these lengths; end tokens are ignored."""
-    engine.model.ends.update(dict.fromkeys(range(500), False))
-    with open_samplers(engine.model, 0.0, [0] * len(tokens)) as samplers:
-        keep = lambda number, written: found.update({number: written.tokens})  # noqa: E731
-        scheduler = Scheduler(engine, tokens, GenerationConfig(12, 256), samplers, keep)
-        assert scheduler.shared == 0
-        while scheduler.unfinished:
-            scheduler.step()
-            for run in [run for run in scheduler.running if len(run.written) == lengths[run.number]]:
-                scheduler.finish(run, "length")
-
-
-def test_without_cells_for_all_the_last_answer_is_started_again(llama) -> None:
-    """The engine claims more cells than there are: llama.cpp finds none, and answers go back into the queue."""
-    asked = [(Message("user", "Count the words. " * 6 + subject),) for subject in SUBJECTS]
-    alone = generate(llama.gguf, asked, GenerationConfig(parallel=1, exact=True, max_tokens=40, context=250))
-    began: list[int] = []
-    found: dict[int, str] = {}
-    with (
-        open_model(llama.gguf) as model,
-        open_context(model, ContextConfig(cells=256, sequences=9, exact=True)) as engine,
-    ):
-        tokens = [encode_prompt(model, prompt) for prompt in asked]
-        assert sum(map(len, tokens[:8])) > 256
-
-        def begin(number: int) -> bool:
-            began.append(number)
-            return True
-
-        def keep(number: int, written: Written) -> None:
-            found[number] = written.text(model)
-
-        answer_each(replace(engine, cells=10_000), tokens, keep, GenerationConfig(40, 250), [0] * 10, begin)
-    assert [found[number] for number in range(10)] == [one.text for one in alone]
-    assert sorted(began) == list(range(10)), "`may_start` is called once per prompt"
-
-
-def test_a_context_without_cells_for_one_is_an_error(llama) -> None:
-    asked = (Message("user", "Count the words. " * 60),)
-    with open_model(llama.gguf) as model, open_context(model, ContextConfig(cells=256, sequences=2)) as engine:
-        tokens = [encode_prompt(model, asked)] * 2
-        with pytest.raises(TapirError, match="no room in the context"):
-            answer_each(replace(engine, cells=9999), tokens, print, GenerationConfig(5, 9999), [0, 0])
-
-
-# Schemas
-
-PERSON = {
-    "type": "object",
-    "properties": {
-        "age": {"enum": [1, 10, 100]},
-        "name": {"type": "string", "minLength": 1, "maxLength": 5},
-        "tall": {"type": "boolean"},
-    },
-    "required": ["age", "name", "tall"],
-}
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_every_answer_matches_the_schema(llama, temperature: float) -> None:
-    config = replace(CONFIG, max_tokens=80, temperature=temperature, parallel=4)
-    answers = generate(llama.gguf, PROMPTS, replace(config, schema=PERSON))
-    people = [json.loads(answer.text) for answer in answers]
-    assert {answer.finish for answer in answers} == {"stop"}
-    assert all(list(person) == ["age", "name", "tall"] for person in people)
-    assert {person["age"] for person in people} <= {1, 10, 100}
-    assert len({answer.text for answer in answers}) > 3
-    assert generate(llama.gguf, PROMPTS, replace(config, schema=PERSON)) == answers
-
-
-def test_a_grammar_does_not_change_the_odds_of_allowed_tokens(llama) -> None:
-    """Two letters are allowed: they are drawn with the odds that their logits give."""
-    with open_model(llama.gguf) as model, open_context(model, ContextConfig(cells=256, sequences=1)) as engine:
-        prompt = encode_prompt(model, PROMPTS[0])
-        row = compute_logits(engine, prompt)[-1]
-        [[a], [b]] = (encode(model, letter) for letter in "ab")
-        drawn = []
-        for seed in range(300):
-            with open_samplers(model, 1.0, [seed], {"enum": []}) as known:
-                known.grammar = "root ::= [ab]"
-                drawn.append(pick_token(model, known.start(0), row))
-    odds = 1 / (1 + 2.718281828 ** float(row[b] - row[a]))
-    assert set(drawn) == {a, b}
-    assert abs(drawn.count(a) / 300 - odds) < 0.1
-
-
-def test_tokens_are_drawn_by_the_softmax_at_a_temperature() -> None:
-    """Compared with the exact odds; the vocabulary ends within a block."""
-    import numpy as np
-
-    row = np.random.default_rng(1).normal(0, 3, 1300).astype(np.float32)
-    row[::7] = -np.inf  # as for tokens that a grammar refuses
-    odds = np.exp((row - row.max()) / 0.7) / np.exp((row - row.max()) / 0.7).sum()
-    drawn = [draw_token(Sampler(0.7, random.Random(seed)), row) for seed in range(4000)]
-    counts = np.bincount(drawn, minlength=1300)
-    likely = odds > 0.005
-    assert (counts[row == -np.inf] == 0).all()
-    assert (abs(counts - 4000 * odds)[likely] < 5 * np.sqrt(4000 * odds[likely])).all()
-    assert draw_token(GREEDY, row) == row.argmax()
-
-
-def test_a_schema_cut_at_max_tokens_is_no_json_and_says_so(llama) -> None:
-    (answer,) = generate(llama.gguf, PROMPTS[:1], GenerationConfig(max_tokens=3, context=256, schema=PERSON))
-    assert (answer.finish, answer.tokens) == ("length", 3)
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [{"type": "nosuch"}, {"enum": 5}, {"properties": 3}, {"$ref": "http://x/y"}, {"$ref": "#/a"}, {"enum": []}],
-    ids=str,
-)
-def test_an_invalid_schema_is_an_error_and_no_crash(llama, schema: dict) -> None:
-    with pytest.raises(TapirError, match="JSON schema") as caught:
-        generate(llama.gguf, PROMPTS, replace(CONFIG, schema=schema))
-    assert caught.value.fix
-
-
-def test_a_grammar_that_allows_nothing_more_ends_the_answer(llama) -> None:
-    """llama.cpp ends the process if its grammar has to accept a token that it refuses."""
-    with open_model(llama.gguf) as model, open_context(model, ContextConfig(cells=256, sequences=1)) as engine:
-        row = compute_logits(engine, encode(model, "a b"))[0]
-        for chance in (None, random.Random(1)):
-            assert pick_token(model, Sampler(1.0, chance, open_grammar(model, r'root ::= "\x00"')), row) is None
-        ended = pick_token(model, Sampler(0.0, None, open_grammar(model, 'root ::= ""')), row)
-        assert ended is not None
-        assert is_end_token(model, ended)
-
-
-def test_the_common_prefix_of_prompts() -> None:
-    assert common_prefix_length([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
-    assert common_prefix_length([[1, 2], [1, 2, 3]]) == 1
-    assert common_prefix_length([[1, 2], [1, 2]]) == 1
-    assert common_prefix_length([[1, 2, 3]]) == common_prefix_length([]) == 0
+# Model files, templates and chat
 
 
 def test_missing_or_broken_files_do_not_crash(llama, tmp_path: Path) -> None:

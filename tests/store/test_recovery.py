@@ -105,7 +105,7 @@ except TapirError as error:
 def test_a_full_disk_is_an_error_and_nothing_is_damaged(tmp_path):
     path = tmp_path / "teacher.db"
     ended = subprocess.run(
-        [sys.executable, "-c", FULL, str(path), str(Path(__file__).parents[1])],
+        [sys.executable, "-c", FULL, str(path), str(Path(__file__).parents[1] / "support")],
         capture_output=True,
         text=True,
         check=True,

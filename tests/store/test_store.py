@@ -175,7 +175,7 @@ def test_kill_9_loses_no_acknowledged_row(tmp_path):
     path, first, chance = tmp_path / "teacher.db", 0, random.Random(1)
     acknowledged: list[int] = []
     for _ in range(5):
-        command = [sys.executable, "-c", WRITER, str(path), str(Path(__file__).parents[1]), str(first)]
+        command = [sys.executable, "-c", WRITER, str(path), str(Path(__file__).parents[1] / "support"), str(first)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout
             started = writer.stdout.readline()
@@ -212,7 +212,7 @@ store.close()
 
 def test_four_processes_of_eight_threads_never_fail_on_locks(tmp_path):
     path = tmp_path / "teacher.db"
-    command = [sys.executable, "-W", "error", "-c", CROWD, str(path), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-W", "error", "-c", CROWD, str(path), str(Path(__file__).parents[1] / "support")]
     crowd = [subprocess.Popen([*command, f"run-{number}"], stderr=subprocess.PIPE) for number in range(4)]
     errors = [process.communicate()[1] for process in crowd]
     assert errors == [b""] * 4

@@ -115,7 +115,7 @@ def test_a_budget_is_kept_through_any_mix_of_faults_and_many_starts(
 ASKER = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/teacher"]
+sys.path[:0] = ["tests/support", "tests/teacher"]
 from test_billing import *
 from server import Server
 http.INTERRUPT_GRACE_SECONDS = 0.1

@@ -14,10 +14,11 @@ import pytest
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Teacher
-from tapir_local.records import Message, Request
+from tapir_local.records import Answer, Message, Request
 from tapir_local.store.store import Store
 
 Fault = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
+WORDS = [str(number) for number in range(8)]
 
 
 @dataclass
@@ -247,6 +248,10 @@ def questions(*words: str, **fields: Any) -> list[Request]:
         Request((Message("system", "Be brief."), Message("user", word)), f"row-{word}", "answers", **fields)
         for word in words
     ]
+
+
+def texts(answers: list[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
 
 
 def attempts(store: Store) -> list[tuple[str, str]]:

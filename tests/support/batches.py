@@ -1,6 +1,10 @@
-"""A small Batch API on loopback beside the live API: files, batches, paged lists, and faults."""
+"""A small Batch API on loopback beside the live API: files, batches, paged lists, faults, and runs that ask it."""
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,12 +12,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from server import completion
+from command_line import ROOT
+from server import completion, questions
+
+from tapir_local.recipe.endpoints import Teacher
+from tapir_local.records import Answer
+from tapir_local.store.store import Store
+from tapir_local.teacher.ask import ask
+from tapir_local.teacher.pending_batches import BatchLimits
+from tapir_local.teacher.session import AskOptions
 
 Line = dict[str, Any]
+FAST = BatchLimits(first_wait=0.02, longest_wait=0.05, settle=0.3)
 
 
 def replied(status: int, body: Any) -> Line:
@@ -227,3 +241,69 @@ def serving() -> Iterator[BatchApi]:
         http.shutdown()
         thread.join()
         http.server_close()
+
+
+def teacher(server: BatchApi, **settings: Any) -> Teacher:
+    return Teacher(**{"base_url": server.url, "model": "m", "timeout": 20, "batch": True, **settings})
+
+
+def by_batch(
+    words: list[str], endpoint: Teacher, store: Store, limits: BatchLimits = FAST, **more: Any
+) -> list[Answer]:
+    return ask(questions(*words), endpoint, store, run="r", options=AskOptions(batch_limits=limits, **more))
+
+
+def table(store: Store, sql: str) -> list[Any]:
+    store.flush()
+    with sqlite3.connect(store.path) as conn:
+        return conn.execute(sql).fetchall()
+
+
+def words(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+ASKING = """
+import sys, signal
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from batches import FAST
+from server import questions
+from tapir_local.recipe.endpoints import Teacher
+from tapir_local.store.store import Store
+from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskOptions
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
+with Store(Path(sys.argv[1])) as store:
+    told = lambda done, total, text: print(text, flush=True)
+    endpoint = Teacher(base_url=sys.argv[2], model="m", batch=True)
+    try:
+        options = AskOptions(batch_limits=FAST, tell=told)
+        answers = ask(questions(*sys.argv[4:]), endpoint, store, run="other", options=options)
+    except KeyboardInterrupt as stopped:
+        print(getattr(stopped, "__notes__", []), flush=True)
+        sys.exit(130)
+    print([answer.text for answer in answers], flush=True)
+"""
+
+
+def started(server: BatchApi, path: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ASKING, str(path), server.url, str(Path(__file__).parent), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdout
+    line = " "
+    while line and word not in line:
+        line = process.stdout.readline()
+    return line
+
+
+def leave_away(server: BatchApi, path: Path, *words: str) -> None:
+    """A run that submits a batch of these words and is killed while it is pending."""
+    server.held = True
+    with started(server, path, *words) as asking:
+        read_until(asking, "in_progress")
+        asking.kill()
+    server.held = False
