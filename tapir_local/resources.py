@@ -169,7 +169,7 @@ def find_seeds(named: str) -> Path | None:
     if HUB_NAME.fullmatch(named) and path.suffix.lower() not in SEED_FILE_SUFFIXES:
         return None
     raise TapirError(
-        "there is no such file of seeds",
+        "the seed file does not exist",
         where=str(path),
         fix="Give a file or a dataset's folder with --seeds, or a dataset on the Hub with --set seeds.path=OWNER/NAME.",
     )

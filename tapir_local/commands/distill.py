@@ -119,14 +119,17 @@ def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Pa
 
 
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
-    """Print a table of the calls that the rest of the run will make."""
+    """Print a table of the calls that the rest of the run will make, or that there are none."""
     from tapir_local.pipeline.backends import judge_endpoint
     from tapir_local.pipeline.dry_run import estimate_costs
-    from tapir_local.report.costs import cost_estimate_table
+    from tapir_local.report.costs import cost_estimate_table, no_calls_sentence
     from tapir_local.teacher.budget import check_reply_limits
 
     check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))
-    print_table(cost_estimate_table(estimate_costs(recipe, run), run.name))
+    if rows := estimate_costs(recipe, run):
+        print_table(cost_estimate_table(rows, run.name))
+    else:
+        echo(no_calls_sentence(recipe))
 
 
 def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:

@@ -33,7 +33,7 @@ Exit codes:
 @click.group(epilog=EXIT_CODES_HELP)
 @click.version_option(__version__, prog_name="tapir-local")
 def cli() -> None:
-    """Distill a teacher LLM into a small student by TAPIR, on this machine.
+    """Distill a teacher LLM into a small student with TAPIR, on this machine.
 
     Without a recipe, `distill` runs the quickstart. Its teacher is a small program, not an LLM, so it needs no API
     key, no GPU and no download.

@@ -1,4 +1,7 @@
-"""Export a LoRA adapter by itself as a GGUF of a few megabytes, which llama.cpp loads on top of the base GGUF."""
+"""Export a LoRA adapter by itself as a GGUF of a few megabytes, which llama.cpp loads on top of the base GGUF.
+
+This writes the adapter alone; merging it into the base's weights is `load_tensor` in export/weights.py.
+"""
 
 from collections.abc import Mapping
 from math import isclose

@@ -19,8 +19,8 @@ class Architecture:
 
     `interleaved`: llama.cpp rotates neighboring dimensions of a head where transformers rotates halves, so the rows of
     q and k must be reordered. `norm_offset` is added to every norm weight. `window` is the period of llama.cpp's
-    default pattern of sliding-window layers (None: no such layers). `large` is the number of layers at which llama.cpp
-    computes the attention scale from the embedding size. `defaults` are transformers' defaults, which a config.json may
+    default pattern of sliding-window layers (None: no such layers). `large`: a model with exactly this many layers
+    gets its attention scale from the embedding size. `defaults` are transformers' defaults, which a config.json may
     omit. `unsupported` are settings that llama.cpp would ignore.
     """
 
@@ -158,10 +158,10 @@ def head_dim(config: ModelConfig) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def write_architecture(writer: Any, config: ModelConfig, arch: Architecture, rows: int) -> None:
+def write_architecture(writer: Any, config: ModelConfig, arch: Architecture, vocab_size: int) -> None:
     """Write the architecture's hyperparameters from config.json."""
     heads = config["num_attention_heads"]
-    writer.add_vocab_size(rows)
+    writer.add_vocab_size(vocab_size)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(context_length(config, arch))
     writer.add_embedding_length(config["hidden_size"])

@@ -28,7 +28,7 @@ def tolerate_errors(check: TextCheck) -> TextCheck:
             return None
         try:
             return check(instruction, answer)
-        except Exception:  # noqa: BLE001 - a checker that fails cannot tell
+        except Exception:  # noqa: BLE001 - an error counts as undecided
             return None
 
     return checked
@@ -53,8 +53,8 @@ NUMBER_WORDS = re.compile(
     r"fifths?|minus|negative)\b",
     re.IGNORECASE,
 )
-# Ways to state a number that `fits` does not read: a mixed number, a remainder, a power of ten, blanks or stops between
-# thousands, a percentage, digits after which dots stand for more.
+# Ways to state a number that `states_value` does not read: a mixed number, a remainder, a power of ten, blanks or
+# stops between thousands, a percentage, digits after which dots stand for more.
 OTHER_NUMBER_FORM = re.compile(
     r"\d \d+/\d|\d ?r(?:em(?:ainder)?)? ?\.?\d|remainder|\b10 ?(?:\^|\*\*)|\d[eE][-+]?\d|"
     r"\d[ '\u00a0\u202f_]\d{3}(?!\d)|"
@@ -68,9 +68,7 @@ NOT_ARITHMETIC = re.compile(
     r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}|\(?\d{3}\)?[ -]\d{3}-\d{4}|\+?\d{1,3}(?:-\d{2,5}){2,}|\d{3}-\d{4}|"
     r"(?:1\d|20)\d\d-(?:(?:1\d|20)\d\d|\d\d)|24/7|9/11|7/11|4/20|50/50|20/20"
 )
-AMBIGUOUS_POWER = re.compile(
-    r"\^[^-+*/^()]*\^|\*\*[^-+*/()]*\*\*|(?:^|[(+*/-])\s*-\s*[\d.]+\s*(?:\^|\*\*)"
-)  # ambiguous
+AMBIGUOUS_POWER = re.compile(r"\^[^-+*/^()]*\^|\*\*[^-+*/()]*\*\*|(?:^|[(+*/-])\s*-\s*[\d.]+\s*(?:\^|\*\*)")
 APPROXIMATELY = re.compile(r"\b(?:about|approximately|approx|around|roughly|nearly|almost)\b|[~\u2248]", re.IGNORECASE)
 MAX_EXPRESSION_LENGTH, MAX_POWER_BITS = 200, 4096  # characters; bits of a power
 

@@ -1,4 +1,7 @@
-"""Plan a round of TAPIR: which rows it trains on, and which the teacher writes or rewrites; pure and seeded."""
+"""Plan a round of TAPIR: which rows it trains on, and which the teacher writes or rewrites; pure and seeded.
+
+The other curricula, and `CURRICULA`, the planner of each by its name, are in method/baselines.py.
+"""
 
 import random
 from collections import Counter, defaultdict

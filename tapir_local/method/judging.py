@@ -1,4 +1,7 @@
-"""Turn scores into judgements, and measure how difficult a row is for a student (MFD, IFD)."""
+"""Turn scores into judgements, and measure how difficult a row is for a student (MFD, IFD).
+
+Asking for judgements and reading the replies is in pipeline/judge.py.
+"""
 
 import math
 

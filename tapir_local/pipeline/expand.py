@@ -46,7 +46,8 @@ MIN_TRAINING_STEPS = 10  # with fewer training steps, warn that the student lear
 SAME_OPENING = "begins as too many others do"  # a reason in expanded.jsonl; existing files have it
 # What to do if no row can be trained on, by the most frequent reason.
 EMPTY_ROUND_ADVICE: Mapping[str, str] = {
-    NOT_JUDGED: "See the judge's replies (`tapir-local calls list --stage judge`) and use a judge that keeps to JSON.",
+    NOT_JUDGED: "See the judge's replies (`tapir-local calls list --stage judge`) and use a judge that "
+    "reliably replies in JSON.",
     POOR_TEACHER: "The judge gives the teacher's answers low scores: read some of them; use another teacher or judge, "
     "or lower curriculum.teacher_floor.",
     BELOW_THRESHOLD: "The student answers nearly as well as the teacher: lower curriculum.mfd_threshold to get more "

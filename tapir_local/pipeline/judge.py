@@ -274,7 +274,7 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
         f"{len(unjudged):,} of {rows:,} judgements ({format_percent(len(unjudged) / rows)}) could not be read; "
         f"judge.max_unjudged allows {format_percent(work.recipe.judge.max_unjudged)}. The first: {first}",
         where=str(work.folder / "judgements.jsonl"),
-        fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that keeps "
-        "to JSON, or raise judge.max_tokens if replies were cut, and start a new run with --name: calls in the store "
-        "are not paid again.",
+        fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that "
+        "reliably replies in JSON, or raise judge.max_tokens if replies were cut, and start a new run with --name: "
+        "calls in the store are not paid again.",
     )

@@ -72,7 +72,7 @@ def warn_unreadable_labels(work: Work, unreadable: int, asked: int) -> str:
     return (
         f"; WARNING: {unreadable / asked:.0%} of the teacher's labels cannot be read, so the balance of tasks is "
         f"unreliable. `tapir-local calls list --run {work.run.name} --stage label` shows the replies. Use a teacher "
-        "that keeps to JSON, or give the rows a `task` in the seed file"
+        "that reliably replies in JSON, or give the rows a `task` in the seed file"
     )
 
 

@@ -113,9 +113,9 @@ def sample_seeds(work: Work, examples: list[Example], where: str) -> list[Exampl
         examples = [example for number, example in enumerate(examples) if number in kept]
     if len(examples) <= held:
         raise TapirError(
-            f"too few rows ({len(examples):,}) for a holdout of {held:,} and rows to train on",
+            f"{len(examples):,} rows are too few: the holdout takes {held:,} and none are left for training",
             where=where,
-            fix="Add rows or set seeds.holdout lower.",
+            fix="Add rows or lower seeds.holdout.",
         )
     return examples
 

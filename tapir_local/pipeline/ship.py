@@ -204,7 +204,7 @@ def describe_endpoint(endpoint: Endpoint) -> str:
     words = {
         "pocket": "pocket: a program that solves its own world exactly, not an LLM",
         "recorded": "recorded: the seed file's answers",
-        "reference": "reference: likeness to the teacher's answer (ROUGE-L), not an LLM",
+        "reference": "reference: similarity to the teacher's answer (ROUGE-L), not an LLM",
         "gguf": f"the GGUF {Path(endpoint.gguf or '').name} on the same machine",
     }
     where = f" at {public_url(endpoint.base_url)}" if endpoint.base_url else ""

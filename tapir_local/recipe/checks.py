@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 from urllib.parse import urlsplit
 
-from tapir_local.recipe.endpoints import Endpoint, Teacher
+from tapir_local.recipe.endpoints import Endpoint, Judge, Teacher
 from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
 from tapir_local.recipe.types import KIND_BY_SETTING, Settings
 
@@ -35,6 +36,10 @@ KINDS_BY_SETTING: Mapping[str, frozenset[str]] = {
     "mode": JUDGE_KINDS,
     "max_unjudged": JUDGE_KINDS,
 }
+KINDS_BY_ROLE: Mapping[str, frozenset[str]] = {
+    role: frozenset(get_args(section.model_fields["kind"].annotation))
+    for role, section in (("teacher", Teacher), ("judge", Judge))
+}
 MIN_PROMPT_TOKENS = 16  # about what a chat template alone takes
 
 TAPIR_ONLY = (
@@ -45,7 +50,10 @@ TAPIR_ONLY = (
 
 @dataclass(frozen=True)
 class IneffectiveRule:
-    """Settings that have no effect in a recipe for which `when` is true; `why` is the reason, for the notice."""
+    """Settings that have no effect in a recipe for which `when` is true.
+
+    `why` is the reason, for the notice; `{them}` in it stands for the settings.
+    """
 
     paths: tuple[str, ...]
     when: Callable[[Recipe], bool]
@@ -76,7 +84,7 @@ INEFFECTIVE_RULES = (
     IneffectiveRule(
         setting_paths("curriculum", *TAPIR_ONLY),
         lambda recipe: recipe.curriculum.name != "tapir",
-        "only `curriculum.name: tapir` uses it",
+        "only `curriculum.name: tapir` uses {them}",
     ),
     IneffectiveRule(
         setting_paths("curriculum", "mfd_threshold", "teacher_floor"),
@@ -192,8 +200,9 @@ def format_advice(role: str, kind: str, name: str) -> str:
         return f"the teacher judges; set another judge with judge.model or judge.gguf{same}, or remove it"
     if name in KIND_BY_SETTING:
         return f"remove it, or remove `kind: {kind}`"
-    users = sorted(KINDS_BY_SETTING[name] & (ASKED_KINDS | {"teacher"}) - {kind})
-    return f"remove it (used by {' and '.join(f'`{user}`' for user in users)})"
+    *others, last = [f"`{user}`" for user in sorted(KINDS_BY_SETTING[name] & KINDS_BY_ROLE[role])]
+    users = f"{', '.join(others)} and {last}" if others else last
+    return f"remove it (used by {users})"
 
 
 def find_impossible(recipe: Recipe) -> Iterator[str]:
@@ -271,8 +280,8 @@ def find_ineffective(recipe: Recipe) -> Iterator[str]:
             paths = [path for path in rule.paths if path not in seen and is_given(recipe, path)]
             seen |= set(paths)
             if paths:
-                verb = "has" if len(paths) == 1 else "have"
-                yield f"{', '.join(paths)} {verb} no effect: {rule.why}"
+                verb, them = ("has", "this") if len(paths) == 1 else ("have", "them")
+                yield f"{', '.join(paths)} {verb} no effect: {rule.why.format(them=them)}"
     yield from find_ineffective_checkers(recipe)
 
 

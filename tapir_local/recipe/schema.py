@@ -123,8 +123,9 @@ class Curriculum(Settings):
     name: Literal["tapir", "uniform", "all", "lion", "reflection", "growth"] = Field(
         "tapir",
         description="method: `tapir`; `uniform`: random seeds; `all`: all seeds in each round; `lion`: "
-        "new instructions modeled on hard and easy rows; `reflection`: seeds that the teacher rewrites and the student "
-        "selects; `growth`: seeds, with each task's share set by its gap on the holdout",
+        "new instructions modeled on hard rows, and rarer ones from the domains of easy rows; `reflection`: seeds that "
+        "the teacher rewrites and the student selects; `growth`: seeds; the larger a task's gap on the holdout, the "
+        "more of its rows",
     )
     difficulty: bool = Field(
         True, description="tapir: choose hard rows; if false, rows are chosen at random and nothing is judged"

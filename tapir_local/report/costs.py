@@ -12,6 +12,8 @@ from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import ROUND_STAGES
+from tapir_local.recipe.checks import asks_no_endpoint
+from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.run_dir import RunDir, run_of_name
@@ -118,6 +120,12 @@ def read_examples(files: Iterable[Path]) -> Iterable[Example]:
     """The rows of several files."""
     for file in files:
         yield from read_rows(Example, file)
+
+
+def no_calls_sentence(recipe: Recipe) -> str:
+    """What a dry run prints instead of a table if no stage will make calls; earlier stages may have made some."""
+    subject = "This run" if asks_no_endpoint(recipe) else "The rest of this run"
+    return f"{subject} sends no requests, so it costs nothing."
 
 
 def cost_estimate_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:

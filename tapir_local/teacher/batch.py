@@ -138,7 +138,7 @@ class BatchSender:
             self.store.release(name)
 
     async def find_pending(self) -> list[SubmittedBatch]:
-        """The pending batches with unanswered jobs. One without the server's id was left by a run that was cut."""
+        """The pending batches with unanswered jobs. One without the server's id was left by an interrupted run."""
         batches = []
         for batch, batch_keys in self.pending.of_endpoint(self.session.identity):
             jobs = [self.unanswered[key] for key in batch_keys if key in self.unanswered]
@@ -151,7 +151,7 @@ class BatchSender:
         return batches
 
     async def recover_id(self, batch: PendingBatch) -> str:
-        """The server's id of a batch whose submission was cut; "" if it was never created, and it is removed."""
+        """The server's id of a batch whose submission was interrupted; "", and it is removed, if never created."""
         server = await self.client.find_batch(batch) if batch.file else ""
         if server:
             self.pending.set_server_id(batch.tag, server)
@@ -298,7 +298,7 @@ class BatchSender:
         return found
 
     def handle_result(self, job: RequestJob, line: Any, made: Batch) -> None:
-        """Store a job's result as a live reply is stored, then see whether it is an answer."""
+        """Store a job's result as a live reply is stored, then check whether it is an answer."""
         seconds = float(made.completed_at - made.created_at) if made.completed_at else 0.0
         raw = reply_body_of_line(line)
         if raw is None:

@@ -235,7 +235,9 @@ class AskSession:
         if name not in self.served_models:
             self.served_models[name] = self.store.served(f"{self.identity} {name} ") or [now]
         if now not in self.served_models[name]:
-            new, old = [" ".join(filter(None, pair)) or "nameless" for pair in (now, self.served_models[name][-1])]
+            new, old = [
+                " ".join(filter(None, pair)) or "an unnamed model" for pair in (now, self.served_models[name][-1])
+            ]
             self.served_models[name].append(now)
             self.warn(f"{self.identity}: {name!r} is now served by {new}; before it was {old}")
 

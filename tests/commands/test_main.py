@@ -115,7 +115,7 @@ def test_a_broken_recipe_names_the_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "no such file of seeds"),
+        (None, "the seed file does not exist"),
         ("", "no rows in it"),
         ("[1, 2", "not JSON"),
         ('{"instruction": "a"}\n{"output": "b"}\n', "line 2: a row of no known format; its keys: output"),
@@ -172,7 +172,7 @@ def test_a_wheel_carries_the_recipes_the_pocket_files_and_the_commands(tmp_path:
 @pytest.mark.parametrize("words", [["seeds.path=nowhere.json"], ["name=other", "seeds.path=nowhere.json"]])
 def test_settings_with_their_own_option_can_be_set_with_set_too(words: list[str], tmp_path: Path) -> None:
     changes = [word for text in words for word in ("--set", text)]
-    with pytest.raises(TapirError, match=r"nowhere\.json: there is no such file of seeds"):
+    with pytest.raises(TapirError, match=r"nowhere\.json: the seed file does not exist"):
         CliRunner().invoke(cli, ["distill", "--cache", str(tmp_path), *changes], catch_exceptions=False)
 
 
@@ -223,6 +223,13 @@ def test_a_recipe_without_a_student_is_refused(tmp_path: Path) -> None:
     assert "prepare/label" in out.stdout
 
 
+def test_a_dry_run_that_asks_nobody_says_so_instead_of_an_empty_table(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Name the number {n}.", "output": f"It is {n}."} for n in range(60)]
+    (tmp_path / "seeds.json").write_text(json.dumps(rows))
+    out = tapir("distill", "recorded", "--seeds", "seeds.json", "--cache", "c", "--dry-run", cwd=tmp_path)
+    assert (out.returncode, out.stdout) == (0, "This run sends no requests, so it costs nothing.\n")
+
+
 def test_a_setting_without_effect_is_reported_first(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("teacher: pocket\ntrain: {method: full, lora_rank: 4}\n")
     out = tapir("distill", "my.yaml", "--dry-run", cwd=tmp_path)
@@ -237,7 +244,7 @@ def test_a_change_may_fix_a_recipe(tmp_path: Path) -> None:
 
 def test_home_is_expanded_if_the_shell_did_not(tmp_path: Path) -> None:
     out = tapir("distill", "quickstart", "--seeds=~/none.json", "--cache=~/c", "--dry-run", HOME=str(tmp_path))
-    assert f"{tmp_path / 'none.json'}: there is no such file of seeds" in out.stderr
+    assert f"{tmp_path / 'none.json'}: the seed file does not exist" in out.stderr
     assert f"{tmp_path / 'c'}" in tapir("status", "--cache=~/c", HOME=str(tmp_path)).stderr
 
 
@@ -251,8 +258,8 @@ def test_a_recipe_that_runs_a_command_needs_permission_once(tmp_path: Path) -> N
     words = ("distill", "my.yaml", "--cache", "c")
     assert "my.yaml: this recipe runs the command: torchrun\n  If you wrote it" in refused(*words, cwd=tmp_path)
     assert not (tmp_path / "c").exists()
-    assert "no such file of seeds" in refused(*words, "--trust", cwd=tmp_path)
-    assert "no such file of seeds" in refused(*words, cwd=tmp_path)  # remembered
+    assert "the seed file does not exist" in refused(*words, "--trust", cwd=tmp_path)
+    assert "the seed file does not exist" in refused(*words, cwd=tmp_path)  # remembered
     (tmp_path / "my.yaml").write_text(LAUNCHED.replace("torchrun", "torchrun; rm"))
     assert "torchrun; rm" in refused(*words, cwd=tmp_path)
 
@@ -260,12 +267,14 @@ def test_a_recipe_that_runs_a_command_needs_permission_once(tmp_path: Path) -> N
 def test_settings_typed_by_the_user_need_no_permission_and_are_remembered(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED.replace("train: {launcher: torchrun}", ""))
     words = ("distill", "my.yaml", "--cache", "c")
-    assert "no such file of seeds" in refused(*words, "--set", "train.launcher=torchrun", cwd=tmp_path)
+    assert "the seed file does not exist" in refused(*words, "--set", "train.launcher=torchrun", cwd=tmp_path)
     (tmp_path / "my.yaml").write_text(LAUNCHED)
-    assert "no such file of seeds" in refused(*words, cwd=tmp_path)
+    assert "the seed file does not exist" in refused(*words, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(("answer", "said"), [("n", "this recipe runs the command"), ("y", "no such file of seeds")])
+@pytest.mark.parametrize(
+    ("answer", "said"), [("n", "this recipe runs the command"), ("y", "the seed file does not exist")]
+)
 def test_on_a_terminal_the_user_is_asked_for_permission(answer: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED)
     ours, theirs = pty.openpty()

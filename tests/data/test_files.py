@@ -295,7 +295,7 @@ def test_kinds_of_seeds_path(tmp_path: Path) -> None:
     assert find_seeds(str(tmp_path)) == tmp_path
     assert find_seeds("tatsu-lab/alpaca") is None
     for name in ("seeds.json", "data/seeds.jsonl", "./data/seeds", "/no/such", "a/b/c"):
-        with pytest.raises(TapirError, match="no such file of seeds"):
+        with pytest.raises(TapirError, match="the seed file does not exist"):
             find_seeds(name)
 
 

@@ -13,6 +13,7 @@ from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
 from tapir_local.records import Example, Request, RoundPlan
+from tapir_local.report.costs import no_calls_sentence
 from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
@@ -69,6 +70,7 @@ def test_a_finished_run_asks_nothing_and_an_undone_stage_is_counted(recipe: Reci
     run = RunDir(tmp_path / "cache", "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
     assert estimate_costs(recipe, run) == []
+    assert no_calls_sentence(recipe) == "The rest of this run sends no requests, so it costs nothing."
     redo(run, 2, "refine")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     plan = read_record(RoundPlan, run.round(2) / "plan.json")

@@ -146,6 +146,11 @@ def test_what_cannot_serve_is_refused_by_its_path(text: str, said: str) -> None:
     [
         ("train: {method: full, lora_rank: 8}", "train.lora_rank has no effect"),
         ("curriculum: {name: uniform, alpha: 0.5, refine: all}", "curriculum.refine, curriculum.alpha have no effect"),
+        ("curriculum: {name: all, refine: all, alpha: 0.5}", "no effect: only `curriculum.name: tapir` uses them"),
+        (
+            "curriculum: {name: all, alpha: 0.5}",
+            "has no effect: only `curriculum.name: tapir` uses this",
+        ),
         ("curriculum: {difficulty: off, mfd_threshold: 1}", "curriculum.mfd_threshold has no effect"),
         ("curriculum: {name: all, rows: 7, pool: 9}", "curriculum.rows has no effect: `curriculum.name: all`"),
         ("curriculum: {name: reflection, drafts: 2}", "curriculum.drafts has no effect"),
@@ -158,6 +163,22 @@ def test_what_cannot_serve_is_refused_by_its_path(text: str, said: str) -> None:
 )
 def test_what_has_no_effect_is_told(text: str, told: str) -> None:
     assert told in "\n".join(find_notices(parse_recipe(f"teacher: pocket\n{text}", "r")))
+
+
+@pytest.mark.parametrize(
+    ("text", "users"),
+    [
+        ("teacher: {kind: recorded, temperature: 0.3}\njudge: reference", "`gguf`, `openai` and `pocket`"),
+        ("teacher: {kind: recorded, thinking: keep}\njudge: reference", "`gguf` and `openai`"),
+        ("teacher: {kind: recorded, batch: true}\njudge: reference", "`openai`"),
+        ("teacher: pocket\njudge: {kind: reference, temperature: 0.3}", "`gguf`, `openai` and `teacher`"),
+        ("teacher: pocket\njudge: {kind: reference, send_seed: true}", "`openai`"),
+    ],
+)
+def test_the_advice_names_only_kinds_that_the_role_can_have(text: str, users: str) -> None:
+    with pytest.raises(TapirError) as caught:
+        parse_recipe(text, "r")
+    assert f"remove it (used by {users})" in str(caught.value)
 
 
 def test_a_recorded_teachers_idle_settings_are_told_once() -> None:
