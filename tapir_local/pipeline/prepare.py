@@ -113,7 +113,7 @@ def sample_seeds(work: Work, examples: list[Example], where: str) -> list[Exampl
         examples = [example for number, example in enumerate(examples) if number in kept]
     if len(examples) <= held:
         raise TapirError(
-            f"{len(examples):,} rows are too few: the holdout takes {held:,} and none are left for training",
+            f"not enough rows to train on: {len(examples):,} in all, and the holdout takes {held:,}",
             where=where,
             fix="Add rows or lower seeds.holdout.",
         )

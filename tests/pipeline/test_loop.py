@@ -234,7 +234,7 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
 
 def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
     short = recipe.model_copy(update={"seeds": recipe.seeds.model_copy(update={"holdout": 60})})
-    with pytest.raises(TapirError, match="60 rows are too few: the holdout takes 60 and none are left for training"):
+    with pytest.raises(TapirError, match="not enough rows to train on: 60 in all, and the holdout takes 60"):
         distill(short, RunDir(tmp_path, "fake"), fake_backends(World()), QUIET)
 
 
