@@ -99,6 +99,7 @@ def measure(job: TrainJob, folder: Path) -> dict[str, object]:
         "gradient_checkpointing": resolved["sft"]["gradient_checkpointing"],
         "tokens_per_second": round(speed),
         "peak_gib": round(end["peak_memory"] / 2**30, 2),
+        "reserved_gib": round(end.get("peak_reserved", 0) / 2**30, 2),
         "seconds": round(end["seconds"], 1),
         "losses": [round(step["loss"], 4) for step in steps],
         "versions": resolved["versions"],

@@ -15,6 +15,7 @@ from tapir_local.errors import TapirError
 NO_CGROUP_LIMIT = 1 << 60  # bytes: cgroup v1 reports a number near 2**63 for no limit
 RLIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))  # and the memory that counts towards it
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,39 @@ def single_gpu_variables() -> dict[str, str]:
         return {}
     best = max(cards, key=lambda gpu: gpu.free)
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE_DEVICES: str(best.index)}
+
+
+def gpu_driver_version() -> str:
+    """The version of the NVIDIA driver; "" without one."""
+    return run_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0].strip()
+
+
+def describe_unused_gpus(torch_version: str, cuda: str | None) -> str:
+    """A sentence about the GPUs that the driver lists, for a torch that cannot use them; "" if there are none.
+
+    `cuda` is the CUDA version that torch was built for, None for a CPU build.
+    """
+    cards = ", ".join(card.name for card in list_visible_gpus())
+    if not cards:
+        return ""
+    build = f"built for CUDA {cuda}" if cuda else "a CPU build"
+    driver = f"The driver {gpu_driver_version()}".strip()
+    return f"{driver} lists {cards}, but torch {torch_version} ({build}) cannot use it"
+
+
+def allocator_variables(root: Path = Path("/")) -> dict[str, str]:
+    """Environment variables that let torch's GPU memory grow in place, which fragments less. They must be set before
+    CUDA starts. `root` contains /proc and /etc.
+
+    {} if the user has configured the allocator, under WSL, and on Jetson boards: there such allocations fail
+    (unslothai/unsloth#3511 and #2401). torch 2.10 and newer read PYTORCH_ALLOC_CONF first; the other name is older.
+    """
+    release = root / "proc/sys/kernel/osrelease"
+    wsl = release.is_file() and "microsoft" in release.read_text().lower()
+    jetson = (root / "etc/nv_tegra_release").exists()
+    if wsl or jetson or not ALLOCATOR_VARIABLES.isdisjoint(os.environ):
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def report_free_gpu_memory(wanted: int, what: str, say: Callable[[str], None]) -> None:

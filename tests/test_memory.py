@@ -10,6 +10,7 @@ import pytest
 from tapir_local.errors import TapirError
 from tapir_local.memory import (
     Gpu,
+    allocator_variables,
     check_disk_space,
     count_cpus,
     format_bytes,
@@ -199,6 +200,28 @@ def here() -> dict[str, str]:
 )
 def test_processors_are_those_of_the_container(tmp_path: Path, files: dict[str, str], most: int | None) -> None:
     assert count_cpus(machine(tmp_path, **files)) == min(most or 10**6, len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    ("files", "user", "set_"),
+    [
+        ({"proc__sys__kernel__osrelease": "6.8.0-45-generic\n"}, {}, True),
+        ({"proc__sys__kernel__osrelease": "5.15.167.4-microsoft-standard-WSL2\n"}, {}, False),
+        ({"etc__nv_tegra_release": "# R36 (release), REVISION: 4.0\n"}, {}, False),
+        ({}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, False),
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, False),
+        ({}, {}, True),
+    ],
+)
+def test_gpu_memory_grows_in_place_where_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], user: dict[str, str], set_: bool
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if set_ else {}
+    assert allocator_variables(machine(tmp_path, **files)) == expected
 
 
 def test_no_driver_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.memory import free_disk_space, list_visible_gpus, total_memory
+from tapir_local.memory import describe_unused_gpus, free_disk_space, total_memory
 from tapir_local.pipeline.loop import installed_version
 from tapir_local.report.llama_check import llama_build_fault
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
+from tapir_local.training.model import old_gpu_fault
 
 REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
 MIN_DISK_GB = 5.0
@@ -156,8 +157,7 @@ def check_gpu() -> MachineCheck:
     import torch
 
     if not torch.cuda.is_available():
-        cards = ", ".join(card.name for card in list_visible_gpus())
-        unused = f"the driver lists {cards}, but torch {torch.__version__} cannot use it" if cards else "none"
+        unused = describe_unused_gpus(torch.__version__, torch.version.cuda) or "none"
         return MachineCheck(
             "GPU",
             None,
@@ -165,7 +165,9 @@ def check_gpu() -> MachineCheck:
             "A student with billions of parameters needs a CUDA GPU and a CUDA build of torch.",
         )
     properties = torch.cuda.get_device_properties(0)
-    return MachineCheck("GPU", True, f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB")
+    old = old_gpu_fault(torch.cuda.get_device_capability(0), torch.cuda.get_arch_list(), torch.__version__)
+    found = f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB{old and ', too old: ' + old}"
+    return MachineCheck("GPU", not old, found, "Install a build of torch for an older CUDA.")
 
 
 def check_unsloth() -> MachineCheck:

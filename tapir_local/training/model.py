@@ -1,8 +1,9 @@
 """Load the student for fine-tuning: hardware, tokenizer, weights, and the LoRA layers to train."""
 
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,20 +14,12 @@ import orjson
 
 from tapir_local.data.chat_template import NO_TEMPLATE
 from tapir_local.errors import TapirError
-from tapir_local.memory import format_bytes, free_memory, list_visible_gpus
+from tapir_local.memory import describe_unused_gpus, format_bytes, free_memory
 from tapir_local.process import Unsupported
 from tapir_local.recipe.schema import Train
 
-# Texts of out-of-memory errors: the CPU's allocator; CUDA and Triton; cuBLAS.
-OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-SHAPE_KEYS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+# Texts of out-of-memory errors, in lower case: the CPU's allocator; CUDA and Triton; CUDA's names; cuBLAS and cuDNN.
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "out_of_memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,13 @@ def detect_hardware(settings: Train, say: Callable[[str], None]) -> Hardware:
         say("train.launcher started only one process: `accelerate launch` starts several with --multi_gpu.")
     if not torch.cuda.is_available():
         refuse_gpu_settings(settings)
-        report_unused_gpus(torch.__version__, say)
+        report_unused_gpus(torch.__version__, torch.version.cuda, say)
         precision = "bf16" if settings.precision == "bf16" else "f32"
         return Hardware("cpu", "trl", precision, free_memory() // processes, processes)
+    capability = torch.cuda.get_device_capability(local_rank())
+    if old := old_gpu_fault(capability, torch.cuda.get_arch_list(), torch.__version__):
+        fix = "Install a build of torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (empty) the CPU is used."
+        raise TapirError(f"this GPU is too old: {old}", where="train", fix=fix)
     if settings.method == "qlora" and not find_spec("bitsandbytes"):
         fix = "Install it: pip install bitsandbytes, or pip install 'tapir-local[gpu]'."
         raise TapirError("train.method qlora needs bitsandbytes", where="train", fix=fix)
@@ -96,14 +93,25 @@ def refuse_gpu_settings(settings: Train) -> None:
             raise TapirError(f"{what} needs a GPU, but torch finds none", where="train", fix=fix)
 
 
-def report_unused_gpus(torch_version: str, say: Callable[[str], None]) -> None:
+def report_unused_gpus(torch_version: str, cuda: str | None, say: Callable[[str], None]) -> None:
     """Report GPUs that the driver lists but torch cannot use: training then runs on the CPU."""
-    for card in list_visible_gpus()[:1]:
+    if found := describe_unused_gpus(torch_version, cuda):
         say(
-            f"The driver lists {card.name}, but torch {torch_version} cannot use it. Training runs on the "
-            "CPU, which is much slower. Install a CUDA build of torch for this driver and GPU; `tapir-local doctor` "
-            "shows what torch finds."
+            f"{found}. Training runs on the CPU, which is much slower. Install a CUDA build of torch for this driver "
+            "and GPU; `tapir-local doctor` shows what torch finds."
         )
+
+
+def old_gpu_fault(capability: tuple[int, int], built: Sequence[str], torch_version: str) -> str:
+    """What is wrong with a GPU older than all that torch was built for, "" if it is not: torch lists such a GPU, but no
+    operation runs on it.
+
+    `built` is torch's list of architectures, such as sm_75; only names of NVIDIA's are compared.
+    """
+    known = [int(found[1]) for name in built if (found := re.fullmatch(r"sm_(\d+)[a-z]*", name))]
+    here = 10 * capability[0] + capability[1]
+    newer = known and here < min(known)
+    return f"it is sm_{here}, but torch {torch_version} needs sm_{min(known)} or newer" if newer else ""
 
 
 def choose_backend(settings: Train, precision: str, processes: int, say: Callable[[str], None]) -> str:
@@ -146,7 +154,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that GPU or main memory ran out."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_TEXTS)
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY_TEXTS)
 
 
 def unsloth_obstacle(settings: Train, precision: str, processes: int) -> str:
@@ -235,20 +244,22 @@ def load_with_transformers(model: str, hardware: Hardware, method: str) -> Any:
     """Load with transformers in the hardware's precision; in 32 bits if all weights are trained.
 
     A training step changes a weight by less than 16 bits can represent, so full fine-tuning computes in 16 bits but
-    keeps the weights in 32.
+    keeps the weights in 32. The weights are read into the GPU directly, unless a launcher decides where they go.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[hardware.precision]
     more = attention_options(model)
+    if hardware.device == "cuda" and (method == "qlora" or "LOCAL_RANK" not in os.environ):
+        more["device_map"] = {"": local_rank()}
     if method == "full":
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **more)
     if method == "qlora":
         four = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-        more |= {"quantization_config": four, "device_map": {"": local_rank()}}
+        more["quantization_config"] = four
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **more)
 
 
@@ -264,20 +275,26 @@ def attention_options(model: str) -> dict[str, Any]:
 def load_with_unsloth(
     model: str, hardware: Hardware, method: str, max_length: int, seed: int, checkpointing: bool
 ) -> Any:
-    """Load with Unsloth: exactly the named model, not the copy in Unsloth's own repository."""
+    """Load with Unsloth: exactly the named model, not the copy in Unsloth's own repository, and on one GPU.
+
+    Full fine-tuning reads the weights in 32 bits: from bf16, Unsloth would round the last round's weights and only
+    then widen them. f16 stays, because Unsloth then recognizes the models that overflow in it.
+    """
     import torch
     from unsloth import FastLanguageModel
 
+    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float16
     loaded, _ = FastLanguageModel.from_pretrained(
         model,
         max_seq_length=max_length,
-        dtype=torch.bfloat16 if hardware.precision == "bf16" else torch.float16,
+        dtype=torch.float32 if method == "full" and hardware.precision == "bf16" else dtype,
         load_in_4bit=method == "qlora",
         full_finetuning=method == "full",
         float32_mixed_precision=True
         if method == "full"
         else None,  # weights in 32 bits, as in `load_with_transformers`
         use_gradient_checkpointing="unsloth" if checkpointing else False,
+        device_map={"": local_rank()},  # otherwise it may spread the layers over all visible GPUs
         use_exact_model_name=True,
         random_state=seed,
     )
@@ -366,20 +383,3 @@ def check_adapter_shape(folder: Path, shape: Mapping[str, Any]) -> None:
             )
             what = f"the earlier adapter has {key} {before}, but this training has {now}"
             raise TapirError(what, where=str(folder), fix=fix)
-
-
-def check_same_shape(folder: Path, base: Path) -> None:
-    """Raise TapirError if `folder` contains no complete model, or one of another shape than the base."""
-    config = folder / "config.json"
-    if not config.exists():
-        what = "an adapter, not a complete model" if (folder / "adapter_config.json").exists() else "no model"
-        raise TapirError(
-            f"the earlier training left {what}",
-            where=str(folder),
-            fix="Keep train.method unchanged in a run, or set train.start to base.",
-        )
-    before, now = (orjson.loads(path.read_bytes()) for path in (config, base / "config.json"))
-    for key in SHAPE_KEYS:
-        if before.get(key) != now.get(key):
-            what = f"the earlier model has {key} {before.get(key)}, but the student has {now.get(key)}"
-            raise TapirError(what, where=str(folder), fix="Continue with the student that it was trained on.")

@@ -7,6 +7,14 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 
+SHAPE_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 COPY_AGAIN = "Download or copy the model again."
 
@@ -106,3 +114,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if short:
         raise TapirError(f"the file ends before tensor {short[0]} does", where=str(file), fix=COPY_AGAIN)
     return found
+
+
+def check_same_shape(folder: Path, base: Path) -> None:
+    """Raise TapirError if `folder` contains no complete model, or one of another shape than the base."""
+    config = folder / "config.json"
+    if not config.exists():
+        what = "an adapter, not a complete model" if (folder / "adapter_config.json").exists() else "no model"
+        raise TapirError(
+            f"the earlier training left {what}",
+            where=str(folder),
+            fix="Keep train.method unchanged in a run, or set train.start to base.",
+        )
+    before, now = (json.loads(path.read_bytes()) for path in (config, base / "config.json"))
+    for key in SHAPE_KEYS:
+        if before.get(key) != now.get(key):
+            what = f"the earlier model has {key} {before.get(key)}, but the student has {now.get(key)}"
+            raise TapirError(what, where=str(folder), fix="Continue with the student that it was trained on.")

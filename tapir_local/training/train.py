@@ -8,7 +8,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, remove_path, write_json, write_rows
-from tapir_local.memory import check_disk_space, single_gpu_variables
+from tapir_local.memory import allocator_variables, check_disk_space, single_gpu_variables
 from tapir_local.process import Killed, OutOfMemory, Unsupported, child_main, run_in_process, say_on_stderr, send_remark
 from tapir_local.records import Example, Progress
 from tapir_local.resources import find_model_folder
@@ -41,7 +42,6 @@ from tapir_local.training.model import (
     Hardware,
     add_lora,
     check_model_path,
-    check_same_shape,
     detect_hardware,
     is_out_of_memory,
     linear_layer_names,
@@ -51,6 +51,7 @@ from tapir_local.training.model import (
     max_positions,
     unsloth_error,
 )
+from tapir_local.training.model_files import check_same_shape
 from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
 from tapir_local.unusable import format_common_reasons, refuse_too_many
 
@@ -128,9 +129,8 @@ def with_smaller_batch(job: TrainJob) -> TrainJob | None:
 def training_main(folder: Path, progress: Progress) -> None:
     """Run the job in `folder`: the entry point of the training process."""
     job = read_record(TrainJob, folder / "job.json")
-    os.environ.update(
-        {**training_environment(job.model), **single_gpu_variables()}
-    )  # before the libraries are imported
+    variables = {**training_environment(job.model), **allocator_variables(), **single_gpu_variables()}
+    os.environ.update(variables)  # before the libraries are imported
     train_student(job, progress, folder)
 
 
@@ -281,7 +281,8 @@ def fit_student(
         arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise DataParallel multiplies the batch by the number of GPUs
         order = RowOrder([*map(len, setup.dataset["input_ids"])], job.settings.batch_size, job.random_seed)
         ordered = type("Trainer", (SFTTrainer,), {"_get_train_sampler": lambda self, rows=None: order})
-        trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
+        with keep_trained_precision(model) if setup.hardware.backend == "trl" else nullcontext():
+            trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(training_callback(training, job, setup.hardware, order, progress))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -294,6 +295,20 @@ def fit_student(
         if setup.hardware.backend == "unsloth" and not training.log:
             raise unsloth_error(error, job.model, "train") from error
         raise
+
+
+@contextmanager
+def keep_trained_precision(model: Any) -> Iterator[None]:
+    """Undo a change of the trained weights' precision within the block.
+
+    SFTTrainer casts the adapters of a quantized model to bf16 (trl 1.14), in which the small updates of a step round
+    away. The loss scaling of f16 cannot work on such gradients either. Unsloth removes that cast.
+    """
+    before = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    yield
+    for weight, value in before:
+        if weight.dtype != value.dtype:
+            weight.data = value.to(weight.device)
 
 
 def library_versions() -> dict[str, str]:

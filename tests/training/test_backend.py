@@ -12,7 +12,8 @@ import pytest
 from training_rows import WEIGHTS, make_job, resolved
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import list_visible_gpus, single_gpu_variables
+from tapir_local.memory import allocator_variables, list_visible_gpus, single_gpu_variables
+from tapir_local.report.doctor import check_gpu
 from tapir_local.training.train import run_training, train_student
 
 DRIVER = """#!/bin/sh
@@ -25,6 +26,12 @@ case "$*" in
     echo 'NVIDIA A, 2048, 24576'
     echo 'NVIDIA B, 20480, 24576'
     echo 'NVIDIA C, 4096, 24576' ;;
+esac
+"""
+OLD_DRIVER = """#!/bin/sh
+case "$*" in
+  *driver_version*) echo 550.54.14; echo 550.54.14 ;;
+  *) echo 'NVIDIA A, 20480, 24576' ;;
 esac
 """
 # Runs `import unsloth` in its own process: prints the backend or the error, and the remarks.
@@ -112,27 +119,58 @@ if "tapir_local.training.train" in sys.orig_argv and not mark.exists():
     torch.cuda.is_bf16_supported = lambda **_: True
     torch.cuda.mem_get_info = lambda *_: (8 << 30, 8 << 30)
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(is_integrated=False)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_arch_list = lambda: ["sm_75", "sm_90"]
 """
 UNSLOTH = """
+import peft, transformers, trl
+
+def fail(*_, **__):
+    raise {error}
+
 class FastLanguageModel:
     @staticmethod
-    def from_pretrained(*_, **__):
-        raise ImportError("Unsloth: please install bitsandbytes\\nand more")
+    def from_pretrained(model, **_):
+        return transformers.AutoModelForCausalLM.from_pretrained(model), None
+
+    @staticmethod
+    def get_peft_model(model, use_gradient_checkpointing, random_state, **shape):
+        return peft.get_peft_model(model, peft.LoraConfig(**shape))
+
+{where} = fail
 """
+LOAD, LORA, TRAIN = "FastLanguageModel.from_pretrained", "FastLanguageModel.get_peft_model", "trl.SFTConfig"
+FAILURES = {
+    "load the model (ImportError: Unsloth: please install bitsandbytes)": (
+        LOAD,
+        "ImportError('Unsloth: please install bitsandbytes\\nand more')",
+    ),
+    "load the model (RuntimeError: Unsloth: this tokenizer has no token to pad with)": (
+        LOAD,
+        "RuntimeError('Unsloth: this tokenizer has no token to pad with')",
+    ),
+    "add LoRA to the model (RuntimeError: no layers)": (LORA, "RuntimeError('no layers')"),
+    "train the model (ValueError: Unsloth: untrained tokens found)": (
+        TRAIN,
+        "ValueError('Unsloth: untrained tokens found')",
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", ["auto", "unsloth"])
-def test_trl_replaces_an_unsloth_that_cannot_load_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+@pytest.mark.parametrize("failure", FAILURES)
+def test_trl_replaces_an_unsloth_that_fails_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, backend: str
 ) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(FIRST_CHILD)
-    (tmp_path / "path" / "unsloth.py").write_text(UNSLOTH)
+    where, error = FAILURES[failure]
+    (tmp_path / "path" / "unsloth.py").write_text(UNSLOTH.format(where=where, error=error))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "path"), *sys.path]))
     job, said = make_job(tmp_path, backend=backend, epochs=1.0), list[str]()
-    why = "Unsloth cannot load the model (ImportError: Unsloth: please install bitsandbytes)"
+    why = f"Unsloth cannot {failure}"
     if backend == "unsloth":
-        with pytest.raises(TapirError, match="Unsloth cannot load the model") as caught:
+        with pytest.raises(TapirError, match="Unsloth cannot") as caught:
             run_training(job, tmp_path / "train", None, said.append)
         assert caught.value.what == why
         assert not job.out.exists()
@@ -151,6 +189,8 @@ def test_a_training_sees_the_one_gpu_with_the_most_free_memory(
 ) -> None:
     """The variables are those of the child process, which writes them to a file when it ends."""
     driver(DRIVER)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(
         "import atexit, json, os, sys\n"
@@ -163,6 +203,7 @@ def test_a_training_sees_the_one_gpu_with_the_most_free_memory(
         run_training(replace(job, model=str(tmp_path / "nowhere")), tmp_path / "train", None, lambda _: None)
     seen = json.loads((tmp_path / "seen").read_text())
     assert (seen["CUDA_DEVICE_ORDER"], seen["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "1")
+    assert seen.get("PYTORCH_ALLOC_CONF") == allocator_variables().get("PYTORCH_ALLOC_CONF")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
@@ -199,18 +240,25 @@ def test_a_launchers_processes_keep_all_gpus(monkeypatch: pytest.MonkeyPatch, dr
     assert single_gpu_variables() == {}
 
 
-def test_a_gpu_that_torch_cannot_use_is_reported(tmp_path: Path, driver: Callable[[str], None]) -> None:
+def test_a_gpu_that_torch_cannot_use_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Callable[[str], None]
+) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    driver("#!/bin/sh\necho 'NVIDIA A, 20480, 24576'\n")
+    driver(OLD_DRIVER)
     said: list[str] = []
     job = make_job(tmp_path, epochs=1.0)
     train_student(job, lambda done, total, note: said.append(note) if not total else None)
     (remark,) = said
-    assert f"The driver lists NVIDIA A, but torch {torch.__version__} cannot use it" in remark
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    found = f"The driver 550.54.14 lists NVIDIA A, but torch {torch.__version__} ({build}) cannot use it"
+    assert remark.startswith(f"{found}. Training runs on the CPU")
     assert resolved(job.out)["device"] == "cpu"
+    assert check_gpu().found == f"{found}: training and generation run on the CPU"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check_gpu().found == "none: training and generation run on the CPU"
 
 
 def test_rows_longer_than_the_student_supports_are_left_out(tmp_path: Path) -> None:
