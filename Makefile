@@ -1,14 +1,16 @@
 # Needs Python 3.11 or newer and a C++ compiler; everything else is installed into .venv in this folder.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
+READY := .venv/installed$(if $(GPU),-gpu)
 LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
 # llama.cpp's image and audio tools are not used; without them the build takes 7 minutes instead of 11.
 # Without __AMX_INT8__ it does not use AMX: some virtual machines list AMX and then kill the process (SIGILL at tileloadd).
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__$(if $(GPU), -DGGML_CUDA=on)
 
-.PHONY: distill test check docs install llama clean
+.PHONY: distill test check docs install llama clean nvcc
 
-distill: .venv/installed       ## install, then run the quickstart: three rounds with the pocket teacher and student
+distill: $(READY)              ## install, then run the quickstart: three rounds with the pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
 
 test: .venv/installed          ## run every test
@@ -22,7 +24,7 @@ check: .venv/installed         ## check style and types
 docs: .venv/installed          ## write docs/commands.md and docs/settings.md from the code
 	$(BIN)/python docs/generate.py
 
-install: .venv/installed       ## make the environment only
+install: $(READY)              ## make the environment only; GPU=1: with Unsloth, and llama.cpp with CUDA
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux")' || { echo "error: tapir-local runs on Linux only" >&2; exit 1; }
@@ -30,12 +32,23 @@ install: .venv/installed       ## make the environment only
 	@command -v c++ g++ clang++ >/dev/null || { echo "error: llama.cpp is built from source and there is no C++ compiler. Debian: apt-get install g++; Fedora: dnf install gcc-c++" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
-	@echo "installing; llama.cpp is compiled, which takes about 7 minutes on two cores"
+	@echo "installing; llama.cpp is compiled, which takes about 7 minutes on two cores$(if $(GPU),$(comma) with CUDA perhaps half an hour)"
 	$(BIN)/pip install -q -e '.[dev]'
 	@$(BIN)/python -P -m tapir_local.report.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip reused a build for another one; compiling it again"; $(MAKE) llama; }
 	@touch $@
 
-llama:                         ## compile llama.cpp again for this machine's processor; GPU=1: with CUDA
+# Without nvcc, the order-only prerequisite stops make before anything is installed. pip's cache does not know CMAKE_ARGS:
+# a llama.cpp without CUDA that it returns is compiled again.
+.venv/installed-gpu: pyproject.toml | nvcc
+	$(MAKE) .venv/installed
+	$(BIN)/pip install -q -e '.[dev,gpu]'
+	@ls .venv/lib/python*/site-packages/llama_cpp/lib/libggml-cuda.so >/dev/null 2>&1 || $(MAKE) llama
+	@touch $@
+
+nvcc:
+	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { echo "error: llama.cpp with CUDA is compiled by nvcc, which is not on the PATH. Install NVIDIA's cuda-toolkit (Debian: apt-get install nvidia-cuda-toolkit), or export PATH=/usr/local/cuda/bin:\$$PATH" >&2; exit 1; }
+
+llama: $(if $(GPU),nvcc)        ## compile llama.cpp again for this machine's processor; GPU=1: with CUDA
 	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
 	$(BIN)/python -P -m tapir_local.report.llama_check
 

@@ -24,7 +24,7 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {  # of config.json as publishe
 HEAD = 128
 Q8_0 = 34 / 32  # bytes of a weight: 32 of them in 34 bytes
 ADAPTER = 16  # bytes of a LoRA weight in training: itself, its gradient and Adam's two moments, each in 32 bits
-KEPT = 68  # bytes of a token's hidden unit that the layer being computed keeps (footprint.activation_bytes)
+KEPT = 68  # bytes of a token's hidden unit that the layer being computed keeps (training/memory_estimate.py)
 
 
 def counts(family: str, shape: dict[str, Any], rank: int) -> tuple[int, int]:

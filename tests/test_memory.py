@@ -56,6 +56,7 @@ def test_what_is_free_of_a_gpu_is_said_before_it_is_taken(
     driver.write_text("#!/bin/sh\necho 'NVIDIA A, 100, 24576'\necho 'NVIDIA B, 2048, 24576'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     said: list[str] = []
     report_free_gpu_memory(wanted, "the classifier", said.append)
     assert said == [f"NVIDIA B: 2.1 GB of 25.8 GB free{rest}"]
@@ -69,6 +70,7 @@ def test_a_gpu_without_memory_of_its_own_has_what_the_system_has(
     driver.write_text(f"#!/bin/sh\necho 'NVIDIA GB10, {said}, {said}'\necho 'No more devices'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (card,) = list_gpus()
     assert (card.name, card.total) == ("NVIDIA GB10", total_memory())
     assert 0 < card.free <= card.total

@@ -136,6 +136,7 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
+    from tapir_local.inference.lib import unused_gpu_remark
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import distill, list_steps
     from tapir_local.report.progress import watch_run
@@ -148,6 +149,8 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     def say(text: str) -> None:
         console.print(plain_text(text), soft_wrap=True)
 
+    if any(not step.done for step in steps) and (remark := unused_gpu_remark()):
+        say(remark)
     with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
         return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
 

@@ -89,6 +89,7 @@ def generate_command(
     """
     from tapir_local.files import check_output
     from tapir_local.inference.config import GenerationConfig
+    from tapir_local.inference.lib import unused_gpu_remark
     from tapir_local.inference.prompt_file import PromptFileJob, read_json_schema
 
     if "" in stop:
@@ -100,6 +101,8 @@ def generate_command(
     config = GenerationConfig(
         max_tokens, context, temperature, random_seed, schema, stop, parallel=parallel, exact=exact
     )
+    if remark := unused_gpu_remark():
+        echo(remark, err=True)
     found = answer_with_progress(PromptFileJob(model, prompts, config, adapter), out)
     echo(generation_summary(found), err=True)
     if found.too_long or found.refused:

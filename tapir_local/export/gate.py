@@ -137,10 +137,13 @@ def verify_gguf(
     """Compare a GGUF with the model it was made from: token ids of all `rows` and of many probe texts, and some
     answers.
 
-    An adapter that is not merged is loaded on top: `adapter_gguf`. The reference model is loaded in f32 on the CPU if
-    it fits in memory, otherwise read layer by layer. Raises TapirError if one of them cannot be loaded.
+    An adapter that is not merged is loaded on top: `adapter_gguf`. Both models run on the CPU, also if there is a GPU.
+    The reference model is loaded in f32 if it fits in memory, otherwise read layer by layer. Raises TapirError if one
+    of them cannot be loaded.
     """
-    with open_model(gguf, adapter=adapter_gguf) as llama:  # before torch is imported, for `patient_threads`
+    # Before torch is imported, for `patient_threads`. On the CPU, because a GPU rounds differently: cuBLAS multiplies
+    # f32 in TF32, with 10 bits of mantissa, and MAX_KL of an f32 GGUF is 1e-5.
+    with open_model(gguf, adapter=adapter_gguf, on_cpu=True) as llama:
         quant, tokenizer = read_quant(llama), load_tokenizer(model_dir)
         texts = gate_texts(tokenizer, rows)
         wrong = find_mismatches(tokenizer, llama, texts)

@@ -22,6 +22,7 @@ MAX_PARALLEL = 255  # answers at once: llama.cpp has 256 sequences, and one may 
 PARALLEL_ON_CPU, PARALLEL_ON_GPU = 32, 128  # the defaults: two cores write hardly more with 64, a GPU does
 CELL_PADDING = 256  # llama.cpp rounds the cells of a sequence up to a multiple of this
 MAX_SPLIT_SHARE, MAX_SHARE = 0.5, 0.9  # of free memory, for split cells (which are quicker) and for any
+NEXT_SHARE = 0.875  # of a plan's memory: llama.cpp found none for the plan, and a plan that takes more is not tried
 MIN_PREFIX_TO_COPY = 32  # tokens: as long as one answer's cells take to copy on the pocket student, on others much less
 
 
@@ -80,15 +81,20 @@ def open_first_fitting_context(
 ) -> Iterator[tuple[Engine, ContextPlan]]:
     """The first of the planned contexts that fits into memory, by its numbers and by llama.cpp's own check.
 
-    TapirError with the numbers of the last plan if none fits.
+    After a plan that fails by llama.cpp's check, the next one tried takes at most NEXT_SHARE of its memory: each try
+    takes time. TapirError with the numbers of the last plan if none fits.
     """
+    most = float("inf")  # bytes
     with ExitStack() as stack:
         for plan in filter(fits_memory, plans):
+            if plan.taken > most:
+                continue
             LLAMA_LOG.clear()
             config = ContextConfig(plan.cells, plan.sequences, plan.split, exact, threads, batch)
             try:
                 engine = stack.enter_context(open_context(model, config))
             except ContextError:
+                most = plan.taken * NEXT_SHARE
                 continue
             yield engine, plan
             return
@@ -101,14 +107,12 @@ def choose_parallel(model: Model, answers: int, parallel: int | None) -> int:
 
 
 def candidate_plans(model: Model, needs: Sequence[int], wanted: int, shared: int, exact: bool) -> Iterator[ContextPlan]:
-    """Contexts from the largest to the smallest; each size has half as many answers as the one before."""
-    longest = sorted(needs, reverse=True)
-    free, answers = free_context_memory(model), wanted
-    while answers:
+    """Contexts for `wanted` answers down to one, for each number first with split cells, then with shared ones."""
+    longest, free = sorted(needs, reverse=True), free_context_memory(model)
+    for answers in range(wanted, 0, -1):
         for split in (True, False):
             prefix = shared if is_worth_sharing(shared, split) else 0
             yield plan_context(model, longest[:answers], prefix, split, exact, free)
-        answers //= 2
 
 
 def is_worth_sharing(shared: int, split: bool) -> bool:

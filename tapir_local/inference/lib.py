@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.memory import count_cpus, list_gpus
+from tapir_local.memory import count_cpus, list_gpus, list_visible_gpus
 
 LLAMA_LOG: deque[str] = deque(maxlen=8)
 WARNING, CONTINUED = 3, 5  # ggml.h: GGML_LOG_LEVEL_WARN (errors are 4), GGML_LOG_LEVEL_CONT
@@ -67,6 +67,20 @@ def llama_error(what: str, where: Path, fix: str) -> TapirError:
 def thread_count() -> int:
     """The number of threads to use: OMP_NUM_THREADS if it is set, otherwise every core that this process may use."""
     return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or count_cpus())
+
+
+def unused_gpu_remark() -> str:
+    """The remark that a GPU is present but llama.cpp was built without CUDA; "" if there is nothing to report.
+
+    llama.cpp is loaded only if the driver lists a GPU that is not hidden by CUDA_VISIBLE_DEVICES.
+    """
+    cards = list_visible_gpus()
+    if not cards or library().llama_supports_gpu_offload():
+        return ""
+    return (
+        f"llama.cpp cannot use {cards[0].name}, so answers are generated on the CPU, which is much slower. Build it "
+        "with CUDA: `make llama GPU=1` in the checkout; `tapir-local doctor` shows what this needs."
+    )
 
 
 def free_gpu_memory() -> int:

@@ -130,13 +130,14 @@ def open_model(
     *,
     adapter: Path | None = None,
     vocab_only: bool = False,
+    on_cpu: bool = False,
     advice: Advice = STUDENT_ADVICE,
     warn: Callable[[str], None] = ignore_message,
 ) -> Iterator[Model]:
     """Load the weights, on the GPU if llama.cpp was built for one, and free them at the end.
 
-    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. TapirError with the
-    numbers if main memory is too small for the weights.
+    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. With `on_cpu`, no GPU
+    is used. TapirError with the numbers if main memory is too small for the weights.
     """
     check_gguf(gguf, "GGUF", advice.unusable)
     if is_adapter(gguf):
@@ -149,10 +150,13 @@ def open_model(
     params = llama.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
+    if on_cpu:  # without a device: otherwise a GPU computes large batches even if it holds no layer
+        params.split_mode, params.main_gpu = llama.LLAMA_SPLIT_MODE_NONE, -1
     free, on_gpu = free_memory(), 0.0
     weights = 0 if vocab_only else sum(file.stat().st_size for file in (gguf, adapter) if file)
     if not vocab_only:
-        params.n_gpu_layers, on_gpu = gpu_layers(gguf, weights, warn)
+        if not on_cpu:
+            params.n_gpu_layers, on_gpu = gpu_layers(gguf, weights, warn)
         check_weights(gguf, int(weights * (1 - on_gpu)), free, advice)
     handle = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not handle:

@@ -12,6 +12,14 @@ from pathlib import Path
 
 from tapir_local.memory import describe_unused_gpus, free_disk_space, total_memory
 from tapir_local.pipeline.loop import installed_version
+from tapir_local.report.gpu_check import (
+    find_nvcc,
+    llama_uses_gpu,
+    missing_for_triton,
+    nvcc_advice,
+    torch_build,
+    torch_build_advice,
+)
 from tapir_local.report.llama_check import llama_build_fault
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.training.model import old_gpu_fault
@@ -45,6 +53,7 @@ def check_machine(cache: Path) -> list[MachineCheck]:
         lambda: check_free_disk(cache),
         check_total_memory,
         check_gpu,
+        *([check_torch_build, check_llama_gpu, check_nvcc, check_triton_needs] if list_visible_gpus() else []),
         check_unsloth,
         check_api_key,
     ]
@@ -170,6 +179,40 @@ def check_gpu() -> MachineCheck:
     return MachineCheck("GPU", not old, found, "Install a build of torch for an older CUDA.")
 
 
+def check_torch_build() -> MachineCheck:
+    """A build of torch whose CUDA the driver and the GPU support."""
+    if not installed_version("torch"):
+        return MachineCheck("torch for the GPU", None, "torch is not installed")
+    found, advice = torch_build(), torch_build_advice()
+    return MachineCheck("torch for the GPU", None if advice else True, found, advice)
+
+
+def check_llama_gpu() -> MachineCheck:
+    """llama.cpp with CUDA: without it, answers are generated on the CPU."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return MachineCheck("llama.cpp on the GPU", None, "not installed")
+    used = llama_uses_gpu()
+    found = "uses it" if used else "does not use it: generation runs on the CPU"
+    return MachineCheck("llama.cpp on the GPU", used or None, found, "Run `make llama GPU=1` in the checkout.")
+
+
+def check_nvcc() -> MachineCheck:
+    """NVIDIA's compiler, which is needed to build llama.cpp with CUDA."""
+    advice = nvcc_advice()
+    return MachineCheck("CUDA compiler", None if advice else True, find_nvcc() or "no nvcc on the PATH", advice)
+
+
+def check_triton_needs() -> MachineCheck:
+    """A C compiler and Python.h: Unsloth's Triton compiles kernel launchers while it trains."""
+    missing = missing_for_triton()
+    return MachineCheck(
+        "Triton's needs",
+        None if missing else True,
+        f"missing: {', '.join(missing)}" if missing else "a C compiler and Python.h",
+        "Debian: apt-get install gcc python3-dev; Fedora: dnf install gcc python3-devel. Unsloth fails without them.",
+    )
+
+
 def check_unsloth() -> MachineCheck:
     """Unsloth, which is used if there is a GPU."""
     found = installed_version("unsloth")
@@ -177,7 +220,7 @@ def check_unsloth() -> MachineCheck:
         "unsloth",
         True if found else None,
         found or "not installed: training uses TRL and PEFT",
-        "If you have a GPU, run in the checkout: pip install -e '.[gpu]'",
+        "If you have a GPU, run in the checkout: make install GPU=1",
     )
 
 

@@ -14,6 +14,7 @@ from tapir_local.training.model_files import has_safetensors, read_model_json, r
 STATE_BYTES = 12  # per trained weight: its gradient and Adam's two moments, each in 32 bits
 WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16": 2}  # per weight
 NF4_BYTES = 0.53  # per weight in nf4 with double quantization: 4.127 bits (Dettmers et al. 2023, QLoRA)
+LOSS_CHUNK = 256  # tokens whose logits are in memory at once (see `activation_bytes`)
 LAYER_ACTIVATION_BYTES = 68  # per token and hidden unit, for the layer being computed (see `activation_bytes`)
 
 
@@ -67,9 +68,11 @@ def activation_bytes(layers: int, hidden: int, vocabulary: int, tokens: int) -> 
     """Approximate bytes that a forward pass keeps for the backward pass, in 32 bits.
 
     34 bytes per token, layer and hidden unit in 16 bits, without attention scores (Korthikanti et al. 2022, "Reducing
-    Activation Recomputation in Large Transformer Models", section 4), plus three copies of the logits.
+    Activation Recomputation in Large Transformer Models", section 4), plus three copies of the logits of one chunk of
+    the loss: TRL's `chunked_nll` takes 256 tokens at a time (sft_trainer.py), and Unsloth's fused cross entropy as many
+    as fit into half of the memory that is free at its first step, at most 4 GB (unsloth_zoo/fused_losses).
     """
-    return 2 * 34 * tokens * layers * hidden + 3 * 4 * tokens * vocabulary
+    return 2 * 34 * tokens * layers * hidden + 3 * 4 * min(tokens, LOSS_CHUNK) * vocabulary
 
 
 def use_gradient_checkpointing(settings: Train, hardware: Hardware, needs: MemoryEstimate | None) -> bool:

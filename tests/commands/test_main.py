@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -101,6 +102,58 @@ def test_make_reports_a_missing_compiler(tmp_path: Path) -> None:
     )
     assert out.returncode != 0
     assert "there is no C++ compiler" in out.stderr
+
+
+# In place of Python: makes an environment whose pip and python write down their arguments and CMAKE_ARGS.
+FAKE_PYTHON = """#!/bin/sh
+[ "$2" = venv ] || exit 0
+mkdir -p .venv/bin
+for tool in pip python; do
+  printf '#!/bin/sh\\necho "%s $* $CMAKE_ARGS" >>log\\n' $tool >.venv/bin/$tool
+  chmod +x .venv/bin/$tool
+done
+"""
+
+
+def make_for_gpu(folder: Path, *tools: str) -> subprocess.CompletedProcess[str]:
+    """Run `make install GPU=1` on the Makefile in a folder, with a fake Python and these other tools on the PATH."""
+    (folder / "Makefile").write_text((ROOT / "Makefile").read_text())
+    if not (folder / "pyproject.toml").exists():
+        (folder / "pyproject.toml").write_text('"llama-cpp-python==1.2.3",\n')
+    place = folder / "bin"
+    if not place.exists():
+        place.mkdir()
+        for name in ("make", "sh", "sed", "mkdir", "chmod", "touch", "ls"):
+            (place / name).symlink_to(shutil.which(name) or name)
+        for name in ("python3", *tools):
+            (place / name).write_text(FAKE_PYTHON)
+            (place / name).chmod(0o755)
+    command, env = ["make", "install", "GPU=1"], {"PATH": str(place)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, check=False)
+
+
+def test_make_for_a_gpu_reports_a_missing_nvcc_before_it_installs(tmp_path: Path) -> None:
+    out = make_for_gpu(tmp_path)
+    assert out.returncode != 0
+    (error,) = [line for line in out.stderr.splitlines() if line.startswith("error: ")]
+    assert "nvcc, which is not on the PATH" in error
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_for_a_gpu_installs_unsloth_and_compiles_llama_cpp_with_cuda(tmp_path: Path) -> None:
+    """A llama.cpp without CUDA, which pip may have in its cache, is compiled again; a second `make` does nothing."""
+    for _ in range(2):
+        out = make_for_gpu(tmp_path, "nvcc", "c++")
+        assert out.returncode == 0, out.stderr
+    calls = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("pip")]
+    assert [line.split(" -D")[0].split()[-1] for line in calls] == [
+        "torch>=2.11,<=2.13.0",
+        ".[dev]",
+        ".[dev,gpu]",
+        "llama-cpp-python==1.2.3",
+    ]
+    assert all("-DGGML_CUDA=on" in line for line in calls)
+    assert "--no-cache-dir" in calls[-1]
 
 
 def test_the_error_for_an_unknown_recipe_lists_the_known_ones() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import CHATML, let_a_runtime_add_bos, make_adapter
@@ -17,6 +18,8 @@ from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateLimits, GateReport, gate_memory, verify_gguf
 from tapir_local.export.probes import FRAGMENTS, PROBE_COUNT, gate_texts, probe_texts, sample_prompts
 from tapir_local.export.reference import load_reference, reference_logits
+from tapir_local.inference import model
+from tapir_local.inference.lib import library
 from tapir_local.inference.model import open_model
 from tapir_local.records import Example, Message
 from tapir_local.training.model import load_tokenizer
@@ -38,6 +41,26 @@ def test_a_correct_gemma_passes(gemma: Student) -> None:
     assert report.passed, report
     assert (report.bos_trained, report.bos_gguf, report.mismatches) == (1, 1, 0)
     assert report.figures.largest_difference < 0.05  # llama.cpp reads GELU from a 16-bit table
+
+
+def test_the_gguf_is_compared_on_the_cpu_even_if_llama_cpp_has_a_gpu(
+    gemma: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that claims to use a GPU with memory for every layer; the load's parameters are recorded."""
+    llama, loads = library(), list[tuple[int, int, int]]()
+    load = llama.llama_model_load_from_file
+
+    def load_and_record(path: bytes, params: Any) -> Any:
+        loads.append((params.n_gpu_layers, params.split_mode, params.main_gpu))
+        return load(path, params)
+
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(model, "free_gpu_memory", lambda: 24 << 30)
+    monkeypatch.setattr(llama, "llama_model_load_from_file", load_and_record)
+    with open_model(gemma.gguf) as opened:
+        assert (opened.on_gpu, loads.pop()[0]) == (1.0, -1)
+    assert gate_report(gemma, gemma.gguf).passed
+    assert set(loads) == {(0, llama.LLAMA_SPLIT_MODE_NONE, -1)}
 
 
 # --- wrong exports are caught

@@ -4,13 +4,17 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tapir_local.errors import TapirError
+from tapir_local.inference import context_plan
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.context_plan import (
+    MAX_SPLIT_SHARE,
     ContextPlan,
     candidate_plans,
     cell_bytes,
@@ -19,10 +23,19 @@ from tapir_local.inference.context_plan import (
     fits_memory,
     free_context_memory,
     no_memory_error,
+    open_first_fitting_context,
     open_planned_context,
     plan_context,
 )
-from tapir_local.inference.model import STUDENT_ADVICE, check_weights, open_context, open_model
+from tapir_local.inference.model import (
+    STUDENT_ADVICE,
+    ContextError,
+    Engine,
+    Model,
+    check_weights,
+    open_context,
+    open_model,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,9 +91,51 @@ def test_split_cells_if_memory_allows_and_shared_cells_if_it_is_short(llama) -> 
         first, second, third, *_ = candidate_plans(model, [1000] + [100] * 31, 32, 0, False)
     assert (first.answers, first.split, first.cells) == (32, True, 32 * 1024)
     assert (second.answers, second.split, second.cells) == (32, False, 4352)
-    assert (third.answers, third.split) == (16, True)
+    assert (third.answers, third.split) == (31, True)
     assert fits_memory(ContextPlan(1, 1, 256, False, 90, 100))
     assert not fits_memory(ContextPlan(1, 1, 256, True, 90, 100))
+
+
+def plans_with_memory_for(model: Model, answers: int, wanted: int) -> list[ContextPlan]:
+    """The candidates of `wanted` answers of 2,000 tokens, with memory for the split cells of `answers` only."""
+    taken = plan_context(model, [2000] * answers, 0, True, False, 0).taken
+    plans = candidate_plans(model, [2000] * wanted, wanted, 0, False)
+    return [replace(plan, free=int(taken / MAX_SPLIT_SHARE) + 1) for plan in plans]
+
+
+def test_26_answers_that_fit_are_26(llama) -> None:
+    """Split cells: shared cells of this model take too much for their attention mask to fit."""
+    with (
+        open_model(llama.gguf) as model,
+        open_first_fitting_context(model, plans_with_memory_for(model, 26, 32)) as (engine, plan),
+    ):
+        assert (plan.answers, plan.split, engine.sequences) == (26, True, 26)
+
+
+def test_32_answers_that_fit_are_the_first_plan(llama) -> None:
+    with (
+        open_model(llama.gguf) as model,
+        open_first_fitting_context(model, plans_with_memory_for(model, 32, 32)) as (_, plan),
+    ):
+        assert (plan.answers, plan.split) == (32, True)
+
+
+def test_after_a_plan_that_llama_cpp_refuses_a_clearly_smaller_one_is_tried(llama, monkeypatch) -> None:
+    """llama.cpp refuses more than 24 answers: a few numbers are tried, not each from 32 down."""
+    tried = list[int]()
+
+    def open_or_refuse(model: Model, config: ContextConfig) -> AbstractContextManager[Engine]:
+        tried.append(config.sequences)
+        if config.sequences > 24:
+            raise ContextError("no memory")
+        return open_context(model, config)
+
+    monkeypatch.setattr(context_plan, "open_context", open_or_refuse)
+    with open_model(llama.gguf) as model:
+        plans = [plan for plan in plans_with_memory_for(model, 32, 32) if plan.split]
+        with open_first_fitting_context(model, plans) as (_, plan):
+            assert plan.answers == tried[-1] <= 24
+    assert len(tried) <= 4
 
 
 def test_a_common_prefix_is_counted_once_in_shared_cells(llama) -> None:

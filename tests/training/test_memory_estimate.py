@@ -12,6 +12,7 @@ from training_rows import SETTINGS
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
 from tapir_local.training.memory_estimate import (
+    LOSS_CHUNK,
     activation_bytes,
     check_training_memory,
     estimate_memory,
@@ -136,6 +137,19 @@ def test_gradient_checkpointing_follows_the_setting_or_the_free_memory(base) -> 
 def test_activations_of_a_7b_student_need_checkpointing_on_24_gib_and_not_the_pocket_ones() -> None:
     assert activation_bytes(32, 4096, 32000, 4 * 2048) > 24 << 30
     assert activation_bytes(6, 224, 800, 16 * 128) < 1 << 30
+
+
+def test_logits_count_for_one_chunk_of_the_loss_only() -> None:
+    """Qwen2.5-1.5B with rows of 2,048 tokens: the second row takes what its layers keep."""
+    one, two = (activation_bytes(28, 1536, 151936, rows * 2048) for rows in (1, 2))
+    assert two - one == 68 * 2048 * 28 * 1536
+    assert one - 68 * 2048 * 28 * 1536 == 12 * 256 * 151936
+
+
+def test_trl_computes_the_loss_in_chunks_of_this_size() -> None:
+    from trl.trainer import sft_trainer
+
+    assert sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE == LOSS_CHUNK
 
 
 def test_a_text_model_within_another_is_read_too(base, tmp_path) -> None:
