@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.memory import describe_unused_gpus, free_disk_space, total_memory
+from tapir_local.memory import describe_unused_gpus, free_disk_space, list_visible_gpus, total_memory
 from tapir_local.pipeline.loop import installed_version
 from tapir_local.report.gpu_check import (
     find_nvcc,
