@@ -16,7 +16,7 @@ from tapir_local.process import child_environment
 MIN_DRIVERS: Mapping[int, int] = {11: 450, 12: 525, 13: 580}
 # The lowest compute capability of each major version of CUDA: 13 dropped Maxwell, Pascal and Volta.
 MIN_CAPABILITIES: Mapping[int, float] = {11: 3.5, 12: 5.0, 13: 7.5}
-WHEELS: Mapping[int, str] = {13: "cu130", 12: "cu126"}  # builds on download.pytorch.org, the preferred first
+WHEELS: Mapping[int, str] = {13: "cu130", 12: "cu126"}  # names of PyTorch's builds, the preferred first
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")  # where NVIDIA's packages put it, which is not on the PATH
 OFFLOAD_TEST = "import sys, llama_cpp; sys.exit(not llama_cpp.llama_supports_gpu_offload())"
 MAX_TEST_SECONDS = 60.0
@@ -53,7 +53,7 @@ def torch_build_advice() -> str:
         return f"Install a newer driver: the oldest build of torch needs {MIN_DRIVERS[min(WHEELS)]}."
     version = torch.__version__.split("+")[0]
     wanted = f"torch=={version}+{wheel} torchvision=={vision_version(version)}+{wheel}"
-    return f"pip install {wanted} --index-url https://download.pytorch.org/whl/{wheel}"
+    return f"pip install {wanted} --index-url INDEX, where INDEX is PyTorch's for {wheel} (see pytorch.org/get-started)"
 
 
 def vision_version(torch_version: str) -> str:

@@ -9,9 +9,9 @@ from tapir_local.report.doctor import check_llama_gpu, check_machine, check_nvcc
 from tapir_local.report.gpu_check import missing_for_triton, nvcc_advice
 
 GPU_ROWS = {"torch for the GPU", "llama.cpp on the GPU", "CUDA compiler", "Triton's needs"}
-INDEX = "--index-url https://download.pytorch.org/whl"
-CUDA_13 = f"pip install torch==2.13.0+cu130 torchvision==0.28.0+cu130 {INDEX}/cu130"
-CUDA_12 = f"pip install torch==2.13.0+cu126 torchvision==0.28.0+cu126 {INDEX}/cu126"
+INDEX = "--index-url INDEX, where INDEX is PyTorch's for"
+CUDA_13 = f"pip install torch==2.13.0+cu130 torchvision==0.28.0+cu130 {INDEX} cu130 (see pytorch.org/get-started)"
+CUDA_12 = f"pip install torch==2.13.0+cu126 torchvision==0.28.0+cu126 {INDEX} cu126 (see pytorch.org/get-started)"
 
 
 def torch_with(monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None) -> None:
@@ -70,7 +70,7 @@ def test_the_build_of_torch_is_compared_with_the_driver_and_the_gpu(
 def test_the_oldest_of_several_gpus_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_driver(tmp_path, monkeypatch, capability="9.0\n12.0\n6.1")
     torch_with(monkeypatch, "2.13.0+cu130", "13.0")
-    assert check_torch_build().fix.endswith("cu126")
+    assert check_torch_build().fix == CUDA_12
 
 
 def test_a_llama_cpp_without_cuda_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
