@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import key
-from filled_stores import call, table, took, use
+from calls import key, table
+from filled_stores import call, took, use
 
 from tapir_local.errors import TapirError
 from tapir_local.store.queries import billed_to_run, count_uses

@@ -5,28 +5,12 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from calls import call, key
+from calls import call, fill, key, table
 
-from tapir_local.store.rows import Use
 from tapir_local.store.schema import PAGE_BYTES
 from tapir_local.store.store import Store
-
-
-def fill(path: Path, rows: int) -> None:
-    with Store(path) as store:
-        for row in range(rows):
-            store.put(call(row), [Use("r", 1, "answers", f"row-{row}", key(row), 1)])
-
-
-def table(path: Path, sql: str) -> list[Any]:
-    conn = sqlite3.connect(path)
-    try:
-        return conn.execute(sql).fetchall()
-    finally:
-        conn.close()
 
 
 def test_a_damaged_file_is_renamed_and_its_calls_are_saved(tmp_path):
@@ -86,7 +70,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from calls import call, key
+from calls import call, fill, key, table
 from tapir_local.errors import TapirError
 from tapir_local.store.store import Store
 store = Store(Path(sys.argv[1]))

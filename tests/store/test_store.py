@@ -4,17 +4,15 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from calls import BODY, asked, call, key
+from calls import BODY, asked, call, fill, key, table
 
 from tapir_local.errors import TapirError
 from tapir_local.run_dir import RunDir, lock_run
@@ -24,21 +22,6 @@ from tapir_local.store.schema import BUSY_TIMEOUT_MS, connect
 from tapir_local.store.search import search_calls
 from tapir_local.store.store import Store
 from tapir_local.store.transfer import export_store
-
-
-def fill(path: Path, rows: int) -> None:
-    with Store(path) as store:
-        for row in range(rows):
-            store.put(call(row), [Use("r", 1, "answers", f"row-{row}", key(row), 1)])
-
-
-def table(path: Path, sql: str) -> list[Any]:
-    conn = sqlite3.connect(path)
-    try:
-        return conn.execute(sql).fetchall()
-    finally:
-        conn.close()
-
 
 # Reading and writing
 
@@ -156,7 +139,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from calls import call, key
+from calls import call, fill, key, table
 from tapir_local.store.store import Store
 store = Store(Path(sys.argv[1]))
 waiting = []
@@ -194,7 +177,7 @@ CROWD = """
 import sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from calls import call, key
+from calls import call, fill, key, table
 from tapir_local.store.store import Store
 from tapir_local.store.rows import Use
 store = Store(Path(sys.argv[1]))

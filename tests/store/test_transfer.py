@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import asked, key
-from filled_stores import call, put, table, took, use
+from calls import asked, key, table
+from filled_stores import call, put, took, use
 
 from tapir_local.errors import TapirError
 from tapir_local.store.queries import count_uses, list_uses, verify_calls

@@ -1,11 +1,13 @@
 """Calls to fill a store with; its own module, so that the writers that tests kill start fast."""
 
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tapir_local.store import keys
-from tapir_local.store.rows import Call
+from tapir_local.store.rows import Call, Use
 
 BODY: dict[str, Any] = {
     "model": "m",
@@ -26,3 +28,20 @@ def call(row: int, answer: str = "4", **fields: Any) -> Call:
 
 def key(row: int) -> bytes:
     return keys.hash_request(asked(row))
+
+
+def fill(path: Path, rows: int) -> None:
+    from tapir_local.store.store import Store
+
+    with Store(path) as store:
+        for row in range(rows):
+            store.put(call(row), [Use("r", 1, "answers", f"row-{row}", key(row), 1)])
+
+
+def table(path: Path, sql: str, *values: Any) -> list[Any]:
+    conn = sqlite3.connect(path)
+    try:
+        with conn:
+            return conn.execute(sql, values).fetchall()
+    finally:
+        conn.close()

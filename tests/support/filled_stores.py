@@ -1,6 +1,5 @@
 """Stores filled with calls to export and import, and their tables."""
 
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ def put(path: Path, rows: range, run: str = "one", **fields: Any) -> Path:
         for row in rows:
             store.put(call(row, **fields), [use(row, run)]).result()
     return path
-
-
-def table(path: Path, sql: str, *values: Any) -> list[Any]:
-    conn = sqlite3.connect(path)
-    try:
-        with conn:
-            return conn.execute(sql, values).fetchall()
-    finally:
-        conn.close()
 
 
 def took(target: Path, file: Path) -> Imported:
