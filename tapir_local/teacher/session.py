@@ -59,8 +59,9 @@ DEFAULT_ASK_OPTIONS = AskOptions()
 class RequestJob:
     """A request to be sent once, even if it occurs several times among the requests (`places`).
 
-    `rate_limited` counts its answers of 429. `reserved` is what was reserved for it in the budget, `sent` the attempt
-    that the store has recorded while it is in flight.
+    `rate_limited` counts its answers of 429. `live_before` is how many completions had come when this request was last
+    put back to be sent again; -1 if it was not. `reserved` is what was reserved for it in the budget, `sent` the
+    attempt that the store has recorded while it is in flight.
     """
 
     request: Request
@@ -70,6 +71,7 @@ class RequestJob:
     places: list[int]
     tries: int = 0
     rate_limited: int = 0
+    live_before: int = -1
     reserved: Bill | None = None
     sent: Attempt | None = None
 
@@ -264,7 +266,8 @@ class AskSession:
 
     def skip_row_or_error(self, job: RequestJob, failure: RequestFailure) -> TapirError | None:
         """Leave the job's row out if the failure concerns only this row; otherwise return the error that stops all."""
-        if not self.outcomes.may_skip_row(failure, job.tries + 1):
+        answered_since = self.outcomes.live - job.live_before
+        if not self.outcomes.may_skip_row(failure, job.tries + 1, answered_since):
             return self.row_error(job, failure.why, failure.fix)
         self.finish_job(job, Reply("", failure.finish, why=failure.why), paid=True)
         return None
