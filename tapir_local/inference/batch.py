@@ -19,7 +19,7 @@ class Batch:
     """A llama_batch over NumPy arrays: the tokens of a step are written by NumPy, not one by one through ctypes.
 
     `add` collects rows, one per token, and raises when the arrays are full. `write` copies the rows into the arrays
-    when they are decoded. The arrays hold `size` rows.
+    when they are decoded. The arrays hold `size` rows. `places` are the rows' places among the tokens of their `add`.
     """
 
     view: Any
@@ -31,6 +31,7 @@ class Batch:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
 
     @property
@@ -55,6 +56,21 @@ class Batch:
         self.tokens.extend(tokens)
         self.positions.extend(range(position, position + len(tokens)))
         self.slots.extend([slot] * len(tokens))
+        self.places.extend(range(len(tokens)))
+
+    def interleave(self) -> None:
+        """Reorder the rows: the first token of each call of `add`, then the second of each, and so on.
+
+        This is the order in which llama.cpp computes split sequences. In another order it swaps whole rows of logits to
+        give them back in the batch's order: 0.1 to 0.2 ms a swap with 152,000 tokens.
+        """
+        if not any(self.places):
+            return
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        for rows in (self.tokens, self.positions, self.slots, self.places):
+            rows[:] = [rows[place] for place in order]
+        wanted = set(self.wanted)
+        self.wanted[:] = [row for row, place in enumerate(order) if place in wanted]
 
     def write(self) -> int:
         """Write the rows into the arrays and remove them from the lists; the number of rows."""
@@ -62,7 +78,7 @@ class Batch:
         self.token[:count], self.pos[:count], self.seq[:count] = self.tokens, self.positions, self.slots
         self.logits[:count] = 0
         self.logits[self.wanted] = 1
-        for rows in (self.tokens, self.positions, self.slots, self.wanted):
+        for rows in (self.tokens, self.positions, self.slots, self.places, self.wanted):
             rows.clear()
         self.view.n_tokens = count
         return count

@@ -244,6 +244,9 @@ class Scheduler:
             self.batch.add(chunk, run.position, run.slot, (len(chunk) - 1,) if whole else ())
             if whole:
                 ready.append(run)
+        if self.engine.split:
+            self.batch.interleave()
+            ready.sort(key=lambda run: len(run.waiting))
         return ready
 
     def clear_idle_between(self, last: int, slot: int, spare: int) -> range:
