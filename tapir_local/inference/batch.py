@@ -2,11 +2,13 @@
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH
+from tapir_local.inference.device_choice import deferred_interrupts
 from tapir_local.inference.lib import library, llama_error
 from tapir_local.inference.model import Engine
 from tapir_local.records import Array
@@ -105,7 +107,8 @@ def try_batch(engine: Engine, batch: Batch) -> bool:
     The batch is empty afterwards. TapirError for llama.h's other codes.
     """
     batch.write()
-    code = library().llama_decode(engine.context, batch.view)
+    with deferred_interrupts() if engine.on_device else nullcontext():
+        code = library().llama_decode(engine.context, batch.view)
     if code not in (0, NO_FREE_CELLS):
         raise llama_error(f"llama_decode gave {code}", engine.model.gguf, engine.model.advice.too_large)
     return bool(code == 0)

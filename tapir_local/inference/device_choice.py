@@ -9,6 +9,8 @@ llama.cpp also reserves three more rows of main memory, which are not used.
 """
 
 import ctypes
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,7 +18,8 @@ from typing import Any
 
 from tapir_local.inference.lib import ggml_library, library
 
-OBJECT_BYTES = 32  # ggml.h: a tensor's header in its context
+OBJECT_BYTES = 32  # ggml.c: a tensor's header in its context
+TOKEN_BYTES = 4
 
 
 class Tensor(ctypes.Structure):
@@ -61,41 +64,53 @@ def graph_library() -> Any:
 class GreedySampler:
     """A llama.cpp sampler of the likeliest token, for all sequences of one context.
 
-    llama.cpp builds a graph by calling `reset`, and then `apply` for each sequence, with a view of its row of a padded
-    copy of the logits. The first call adds the likeliest token of all rows of the logits, and each returns its own.
+    llama.cpp builds a graph by calling `reset` of all sequences, of which the first has one, and then `apply` for each,
+    also for those that want no token: with a view of its row, or of row 0, of a padded copy of the logits. The first
+    call adds the likeliest token of all rows of the logits, and each returns its own. With 128 sequences, these calls
+    take about 1 ms a graph; llama.cpp uses a graph again while the same sequences write.
     """
 
     def __init__(self) -> None:
-        llama = library()
-        self.tokens: int | None = None  # the tensor with the likeliest token of each row, in the graph being built
-        self.interface = llama.llama_sampler_i(
-            backend_init=llama.llama_sampler_i_backend_init(lambda *_: True),
-            backend_apply=llama.llama_sampler_i_backend_apply(self.apply),
-            backend_reset=llama.llama_sampler_i_backend_reset(self.reset),
-        )
+        llama, ggml = library(), graph_library()
+        self.argmax, self.view = ggml.ggml_argmax, ggml.ggml_view_1d
+        self.tokens: int | None = None  # the tensor with each row's likeliest token; 0 if each row has its own
+        self.row_bytes = 0
+        self.views: dict[int, int] = {}  # a row's view of `tokens`, by the row's offset in the logits
+        functions = {
+            "backend_init": llama.llama_sampler_i_backend_init(lambda *_: True),
+            "backend_apply": llama.llama_sampler_i_backend_apply(self.apply),
+        }
+        reset = llama.llama_sampler_i_backend_reset(self.reset)
+        self.first = llama.llama_sampler_i(**functions, backend_reset=reset)
+        self.others = llama.llama_sampler_i(**functions)
 
     def reset(self, _: Any) -> None:
-        """Forget the tensor of the graph before."""
+        """Forget the tensors of the graph before."""
         self.tokens = None
+        self.views.clear()
 
     def apply(self, _: Any, context: int, graph: int, data: Any) -> None:
         """Replace the logits of a sequence by its likeliest token."""
-        ggml, given = graph_library(), data[0]
-        row = Tensor.from_address(given.logits)
-        logits = logits_of(row)
-        if logits is None:
-            given.sampled = ggml.ggml_argmax(context, given.logits)
+        given = data[0]
+        if self.tokens is None:
+            logits = logits_of(Tensor.from_address(given.logits))
+            self.tokens = 0 if logits is None else self.argmax(context, ctypes.addressof(logits))
+            self.row_bytes = 0 if logits is None else logits.nb[1]
+        if self.tokens:
+            offset = ctypes.c_size_t.from_address(given.logits + Tensor.view_offs.offset).value
+            if offset not in self.views:
+                self.views[offset] = self.view(context, self.tokens, 1, offset // self.row_bytes * TOKEN_BYTES)
+            given.sampled = self.views[offset]
         else:
-            self.tokens = self.tokens or ggml.ggml_argmax(context, ctypes.addressof(logits))
-            number = row.view_offs // row.view_src.contents.nb[1]
-            given.sampled = ggml.ggml_view_1d(context, self.tokens, 1, number * ctypes.sizeof(ctypes.c_int32))
+            given.sampled = self.argmax(context, given.logits)
         given.logits = None  # otherwise they are copied
 
-    def for_sequence(self) -> Any:
+    def for_sequence(self, slot: int) -> Any:
         """A chain with this sampler; each sequence needs its own."""
         llama = library()
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init(ctypes.byref(self.interface), None))
+        interface = self.others if slot else self.first
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init(ctypes.byref(interface), None))
         return chain
 
 
@@ -119,7 +134,7 @@ def greedy_samplers(sequences: int) -> Iterator[Any]:
     if not graph_library():
         sequences = 0
     sampler = GreedySampler() if sequences else None
-    chains = [sampler.for_sequence() for _ in range(sequences)] if sampler else []
+    chains = [sampler.for_sequence(slot) for slot in range(sequences)] if sampler else []
     config = library().llama_sampler_seq_config
     try:
         yield (config * len(chains))(
@@ -128,6 +143,23 @@ def greedy_samplers(sequences: int) -> Iterator[Any]:
     finally:
         for chain in chains:
             library().llama_sampler_free(chain)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends: in a function that llama.cpp calls, Python would lose the exception."""
+    own = signal.getsignal(signal.SIGINT)
+    if not callable(own) or threading.current_thread() is not threading.main_thread():  # which Ctrl-C does not reach
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, own)
+        if came:
+            own(*came[0])
 
 
 def tokens_from_device(context: Any, count: int) -> list[int]:

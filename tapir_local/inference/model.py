@@ -3,14 +3,14 @@
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH, ContextConfig
-from tapir_local.inference.device_choice import greedy_samplers
+from tapir_local.inference.device_choice import deferred_interrupts, greedy_samplers
 from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library, llama_error, thread_count
 from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
@@ -254,7 +254,8 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     with greedy_samplers(config.sequences if config.on_device else 0) as samplers:
         params.samplers, params.n_samplers = samplers, len(samplers)
-        context = llama.llama_init_from_model(model.handle, params)
+        with deferred_interrupts() if samplers else nullcontext():
+            context = llama.llama_init_from_model(model.handle, params)
         if not context:
             what = f"no context of {config.cells:,} tokens could be made"
             known = llama_error(what, model.gguf, model.advice.too_large)

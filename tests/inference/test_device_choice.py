@@ -1,6 +1,7 @@
 """Tokens that llama.cpp chooses where the logits are computed are those that NumPy chooses from the logits."""
 
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tapir_local.inference import device_choice
 from tapir_local.inference.batch import make_batch, try_batch
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.context_plan import chooses_on_device, open_planned_context
+from tapir_local.inference.device_choice import Tensor
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.model import Engine, Model, open_context, open_model
 from tapir_local.inference.sampling import GREEDY, Samplers, next_tokens, open_samplers
@@ -132,6 +134,26 @@ def test_a_row_without_a_token_is_an_error(model: Model) -> None:
         assert try_batch(engine, batch)
         with pytest.raises(TapirError, match="no token can be chosen"):
             next_tokens(engine, [GREEDY])
+
+
+def test_ctrl_c_while_a_graph_is_built_is_not_lost(model: Model, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    prompts, config = varied_prompts(model), GenerationConfig(8, 256)
+    own, built = device_choice.logits_of, [0]
+
+    def interrupt(row: Tensor) -> Tensor | None:
+        built[0] += 1
+        if built[0] == 9:
+            signal.raise_signal(signal.SIGINT)
+        return own(row)
+
+    with open_context(model, ContextConfig(256 * 3, 3, split=True, on_device=True)) as engine:
+        expected = answer_tokens(engine, prompts, config, [0] * len(prompts))
+        monkeypatch.setattr(device_choice, "logits_of", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            answer_tokens(engine, prompts, config, [0] * len(prompts))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert answer_tokens(engine, prompts, config, [0] * len(prompts)) == expected
+    assert capfd.readouterr().err == ""
 
 
 def test_every_family(students) -> None:
