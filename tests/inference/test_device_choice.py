@@ -105,7 +105,7 @@ def test_what_is_chosen_on_the_device(model: Model) -> None:
     """By default only a GPU's likeliest tokens; drawn tokens and those of a schema never."""
     greedy = GenerationConfig(4, 128)
     forced, on_gpu = replace(greedy, on_device=True), replace(model, on_gpu=1.0)
-    assert not chooses_on_device(model, greedy)
+    assert not chooses_on_device(replace(model, on_gpu=0.0), greedy)
     assert not chooses_on_device(replace(model, on_gpu=0.6), greedy)
     assert chooses_on_device(on_gpu, greedy)
     assert not chooses_on_device(on_gpu, replace(greedy, on_device=False))
