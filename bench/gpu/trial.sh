@@ -137,16 +137,16 @@ phase2() {
   if wait_built 60; then
     step generate-7b 80 30 "$PY" bench/generate.py $WORK/7b-q8_0.gguf $gpu $batched --parallel 64 --prompt-tokens 128 --max-tokens 128 --loop-prompts 3 --repeats 2 --threads 8
     show generate-7b
-    # 3. a vocabulary of 152,000: what choosing tokens costs
+    # 3. a vocabulary of 152,000: what choosing tokens costs, on the GPU and by NumPy
     step export-1.5b 40 25 "$PY" -c "from pathlib import Path; from tapir_local.export.export import export_gguf; export_gguf(Path('$M/$small'), Path('$WORK/small.gguf'), adapter=None, quant='q8_0')" \
-      && step generate-1.5b 60 25 "$PY" bench/generate.py $WORK/small.gguf $gpu $batched --parallel 128 --prompt-tokens 128 --max-tokens 64 --loop-prompts 0 --repeats 2 --threads 8 && show generate-1.5b
+      && step generate-1.5b 75 25 "$PY" bench/generate.py $WORK/small.gguf $gpu $batched --parallel 128 --prompt-tokens 128 --max-tokens 64 --loop-prompts 0 --repeats 2 --threads 8 --choose both && show generate-1.5b
     # 4. a whole run on the GPU with Unsloth: train, export, gate, answers, a second training from the first
     rm -rf $WORK/cache
     step quickstart 110 60 "$PY" cli.py distill --rounds 1 --cache $WORK/cache; tail -c 1200 $LOGS/quickstart.err; tail -c 1500 $LOGS/quickstart.out
     tar czf "$OUT/run.tgz" -C $WORK/cache --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' . 2>/dev/null
   fi
   step train-full 90 50 "$PY" $train $((DEADLINE - 40)) --plan "$M/$smaller:full:unsloth" "$M/$smaller:full:trl"; show train-full
-  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/inference/test_generate.py tests/inference/test_score.py; show tests 800
+  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/inference/test_device_choice.py tests/inference/test_generate.py tests/inference/test_score.py; show tests 800
   finish
 }
 
