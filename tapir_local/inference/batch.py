@@ -64,7 +64,8 @@ class Batch:
         """Reorder the rows: the first token of each call of `add`, then the second of each, and so on.
 
         This is the order in which llama.cpp computes split sequences. In another order it swaps whole rows of logits to
-        give them back in the batch's order: 0.1 to 0.2 ms a swap with 152,000 tokens.
+        give them back in the batch's order. With 152,000 tokens and 64 answers of different lengths, a token took
+        100 µs of choosing with these swaps and 69 µs without; on the device 159 µs and 10 µs.
         """
         if not any(self.places):
             return
