@@ -1,5 +1,6 @@
 """llama.cpp in a process of its own: the same answers, as they are made, and one clear error if the process ends."""
 
+import ctypes
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import children, kill_llama
@@ -32,7 +34,8 @@ from tapir_local.inference.llama_process import (
     run_reply_job,
     run_score_job,
 )
-from tapir_local.inference.model import STUDENT_ADVICE
+from tapir_local.inference.model import STUDENT_ADVICE, open_model
+from tapir_local.inference.tokens import encode
 from tapir_local.records import Completion, Message, Scored, noop
 
 HERE = LlamaPlace(apart=False)
@@ -191,6 +194,23 @@ def test_the_process_imports_neither_torch_nor_transformers(llama, tmp_path: Pat
         [sys.executable, "-c", IMPORTS, str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout
     assert done == f"{2 * len(PROMPTS) + 1} ['llama_cpp']\n"
+
+
+@pytest.mark.parametrize(("how", "opens"), [({}, True), ({"vocab_only": True}, False), ({"on_cpu": True}, False)])
+def test_a_vocabulary_and_a_model_on_the_processor_open_no_gpu(llama, monkeypatch, how, opens: bool) -> None:
+    """Without a list of devices, llama.cpp asks every GPU for its free memory; here there is none to ask."""
+    load, lists = library().llama_model_load_from_file, list[int | None]()
+
+    def loading(path: bytes, params: Any) -> Any:
+        lists.append(params.devices)
+        return load(path, params)
+
+    monkeypatch.setattr(library(), "llama_model_load_from_file", loading)
+    with open_model(llama.gguf, **how) as model:
+        assert encode(model, "a word")
+    assert [ctypes.c_void_p.from_address(found).value if found else "all" for found in lists] == [
+        "all" if opens else None
+    ]
 
 
 # Errors
