@@ -121,6 +121,8 @@ phase1() {
   tail -2 $LOGS/families-unsloth.err | cut -c1-300; [ -n "$TINY" ] || tail -1 $LOGS/build.out | cut -c1-100; finish
 }
 
+choose_by_numpy() { [ -n "$TINY" ] || sed -i 's/model.on_gpu == 1 if/False if/' tapir_local/inference/context_plan.py; }
+
 phase2() {
   begin 455; info 2>&1 | tee $LOGS/info.out | head -3; build_llama
   local small=qwen2-1.5b smaller=qwen2-0.5b large=qwen2-7b batched="--batched-bench $BUILD/bin/llama-batched-bench" gpu=--gpu rows=160 length=1024
@@ -135,18 +137,22 @@ phase2() {
   # 2. answering: ours, the loop, llama-batched-bench
   wait $gguf
   if wait_built 60; then
-    step generate-7b 80 30 "$PY" bench/generate.py $WORK/7b-q8_0.gguf $gpu $batched --parallel 64 --prompt-tokens 128 --max-tokens 128 --loop-prompts 3 --repeats 2 --threads 8
-    show generate-7b
-    # 3. a vocabulary of 152,000: what choosing tokens costs
+    # tokens chosen by NumPy first: a fault of the choice on the device then costs only the steps after
+    local seven="$WORK/7b-q8_0.gguf $gpu --parallel 64 --prompt-tokens 128 --max-tokens 128 --threads 8 --repeats 2"
+    local wide="$WORK/small.gguf $gpu --parallel 128 --prompt-tokens 128 --max-tokens 64 --threads 8 --repeats 2"
+    step generate-7b 80 30 "$PY" bench/generate.py $seven $batched --loop-prompts 3 --choose numpy; show generate-7b
+    step generate-7b-both 40 20 "$PY" bench/generate.py $seven --loop-prompts 0 --choose both || choose_by_numpy; show generate-7b-both
+    # 3. a vocabulary of 152,000: what choosing tokens costs, on the GPU and by NumPy
     step export-1.5b 40 25 "$PY" -c "from pathlib import Path; from tapir_local.export.export import export_gguf; export_gguf(Path('$M/$small'), Path('$WORK/small.gguf'), adapter=None, quant='q8_0')" \
-      && step generate-1.5b 60 25 "$PY" bench/generate.py $WORK/small.gguf $gpu $batched --parallel 128 --prompt-tokens 128 --max-tokens 64 --loop-prompts 0 --repeats 2 --threads 8 && show generate-1.5b
+      && step generate-1.5b 50 25 "$PY" bench/generate.py $wide $batched --loop-prompts 0 --choose numpy && show generate-1.5b \
+      && { step generate-1.5b-both 40 20 "$PY" bench/generate.py $wide --loop-prompts 0 --choose both || choose_by_numpy; show generate-1.5b-both; }
     # 4. a whole run on the GPU with Unsloth: train, export, gate, answers, a second training from the first
     rm -rf $WORK/cache
     step quickstart 110 60 "$PY" cli.py distill --rounds 1 --cache $WORK/cache; tail -c 1200 $LOGS/quickstart.err; tail -c 1500 $LOGS/quickstart.out
     tar czf "$OUT/run.tgz" -C $WORK/cache --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' . 2>/dev/null
   fi
   step train-full 90 50 "$PY" $train $((DEADLINE - 40)) --plan "$M/$smaller:full:unsloth" "$M/$smaller:full:trl"; show train-full
-  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/inference/test_generate.py tests/inference/test_score.py; show tests 800
+  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/inference/test_device_choice.py tests/inference/test_generate.py tests/inference/test_score.py; show tests 800
   finish
 }
 

@@ -3,13 +3,14 @@
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH, ContextConfig
+from tapir_local.inference.device_choice import deferred_interrupts, greedy_samplers
 from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library, llama_error, thread_count
 from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
@@ -76,7 +77,8 @@ class Model:
 class Engine:
     """A model and a context of `cells` tokens for `sequences` conversations, with at most `batch` tokens per call.
 
-    The conversations share the cells; with `split`, each has an equal part of them.
+    The conversations share the cells; with `split`, each has an equal part of them. With `on_device`, a decoding gives
+    the likeliest tokens instead of logits.
     """
 
     model: Model
@@ -86,6 +88,7 @@ class Engine:
     sequences: int
     batch: int
     split: bool = False
+    on_device: bool = False
 
 
 def check_gguf(path: Path, what: str, fix: str) -> None:
@@ -240,8 +243,8 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
     its part of the cells, and no conversation scans the others' cells: with 320 tokens each, the pocket student then
     wrote 1.4 times as fast with 32 answers in progress, and read prompts twice as fast. `exact` keeps keys and values
     in f32 and uses no flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and do not depend
-    on what else is in the batch; with 32 answers in progress it takes twice as long. ContextError if llama.cpp finds no
-    memory for it.
+    on what else is in the batch; with 32 answers in progress it takes twice as long. `on_device` is ignored if
+    llama.cpp cannot choose tokens. ContextError if llama.cpp finds no memory for the context.
     """
     llama = library()
     params = llama.llama_context_default_params()
@@ -252,18 +255,22 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
     if config.exact:
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = llama.llama_init_from_model(model.handle, params)
-    if not context:
-        known = llama_error(f"no context of {config.cells:,} tokens could be made", model.gguf, model.advice.too_large)
-        raise ContextError(known.what, where=known.where, fix=known.fix)
-    try:
-        if model.adapter is not None:
-            apply_adapter(model, context)
-        batch = llama.llama_n_batch(context)  # smaller in a small context; a larger batch ends the process
-        memory = llama.llama_get_memory(context)
-        yield Engine(model, context, memory, config.cells, config.sequences, batch, config.split)
-    finally:
-        llama.llama_free(context)
+    with greedy_samplers(config.sequences if config.on_device else 0) as samplers:
+        params.samplers, params.n_samplers = samplers, len(samplers)
+        with deferred_interrupts() if samplers else nullcontext():
+            context = llama.llama_init_from_model(model.handle, params)
+        if not context:
+            what = f"no context of {config.cells:,} tokens could be made"
+            known = llama_error(what, model.gguf, model.advice.too_large)
+            raise ContextError(known.what, where=known.where, fix=known.fix)
+        try:
+            if model.adapter is not None:
+                apply_adapter(model, context)
+            batch = llama.llama_n_batch(context)  # smaller in a small context; a larger batch ends the process
+            memory, on_device = llama.llama_get_memory(context), bool(samplers)
+            yield Engine(model, context, memory, config.cells, config.sequences, batch, config.split, on_device)
+        finally:
+            llama.llama_free(context)
 
 
 def apply_adapter(model: Model, context: Any) -> None:

@@ -28,6 +28,14 @@ def test_ours_and_the_loop_are_printed_with_their_ratio(llama) -> None:
     assert re.search(r"our Python: [\d.]+ microseconds per token", found.stdout)
 
 
+def test_both_ways_of_choosing_tokens_are_measured(llama) -> None:
+    found = measured("generate.py", llama.gguf, "--threads", "1", "--choose", "both")
+    assert found.returncode == 0, found.stderr
+    rate, ratio = re.search(r"tapir-local with NumPy +([\d,]+) +[\d,]+ +([\d.]+)x", found.stdout).groups()
+    assert float(rate.replace(",", "")) > 0
+    assert float(ratio) > 0
+
+
 def test_a_rival_that_fails_is_an_error(llama, tmp_path: Path) -> None:
     found = measured("generate.py", llama.gguf, "--xllamacpp", sys.executable)
     assert found.returncode == 1
