@@ -3,6 +3,8 @@ GGUF answers there. `TAPIR_TEST_GPU=1 pytest tests/test_gpu.py`; skipped without
 """
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,7 @@ from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.lib import free_gpu_memory
 from tapir_local.inference.model import open_model
+from tapir_local.process import python_path_variable
 from tapir_local.records import Message
 from tapir_local.training.job import TrainJob
 from tapir_local.training.train import run_training
@@ -135,3 +138,40 @@ def test_llama_cpp_answers_on_the_gpu_as_on_the_cpu(students, tmp_path: Path) ->
         here = complete_prompts(model, PROMPTS, config, prompt_ids(None, len(PROMPTS)))
     same = sum(a.text == b.text for a, b in zip(there, here, strict=True))
     assert same >= 10  # a near tie may be decided otherwise
+
+
+MAIN = """
+import ctypes, sys
+from pathlib import Path
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.inference.lib import free_gpu_memory, has_gpu
+from tapir_local.inference.llama_process import GenerateJob, LlamaPlace, run_generate_job
+from tapir_local.inference.tokens import tokenize_texts
+from tapir_local.records import Message
+cuda = ctypes.CDLL("libcuda.so.1")
+
+def has_context():
+    device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    assert cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+    assert cuda.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0
+    return bool(active.value)
+
+gguf, seen = Path(sys.argv[1]), [has_gpu(), has_context()]
+seen += [bool(tokenize_texts(gguf, ["a word"])), has_context()]
+job = GenerateJob(gguf, ((Message("user", "Add 1 and 2."),),), GenerationConfig(4, 64))
+seen += [len(run_generate_job(job)), has_context(), LlamaPlace().is_apart]
+seen += [free_gpu_memory() > 0, has_context()]
+print(*seen)
+"""
+
+
+def test_the_main_process_of_a_run_opens_no_gpu(students, tmp_path: Path) -> None:
+    """The last two show that the check can see a context."""
+    export_gguf(students["qwen2"], tmp_path / "student.gguf", adapter=None, quant="f16")
+    command = [sys.executable, "-c", MAIN, str(tmp_path / "student.gguf")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **python_path_variable()}
+    )
+    if done.stdout.startswith("False"):
+        pytest.skip("llama.cpp was built without CUDA")
+    assert done.stdout == "True False True False 1 False True True True\n"

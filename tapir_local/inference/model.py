@@ -22,6 +22,7 @@ UnicodeForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 UNICODE_FORMS: tuple[UnicodeForm, ...] = get_args(UnicodeForm)
 # of families that use NFC
 NFC_PRE_TOKENIZERS = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")
+NO_DEVICES = (ctypes.c_void_p * 1)()  # llama.h: a list of devices ends with NULL
 GPU_SHARE = 0.8  # the maximum share of a GPU's free memory for weights: the rest is for answers
 
 
@@ -38,7 +39,7 @@ class Advice:
     """What the user can do about a GGUF that cannot be used; the defaults are for a student that this program made."""
 
     unusable: str = REMAKE_ADVICE
-    too_large: str = "Set student.parallel or student.max_length lower."
+    too_large: str = "Set student.concurrency or student.max_length lower."
     no_template: str = "Export the student again, from a folder with a chat_template.jinja."
     too_heavy: str = "Close other programs, or choose a smaller export.quant or a smaller student."
     other_base: str = "Make it again for this base, or give the base that it was made for."
@@ -139,8 +140,8 @@ def open_model(
 ) -> Iterator[Model]:
     """Load the weights, on the GPU if llama.cpp was built for one, and free them at the end.
 
-    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. With `on_cpu`, no GPU
-    is used. TapirError with the numbers if main memory is too small for the weights.
+    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. With `on_cpu` or
+    `vocab_only`, no GPU is used or opened. TapirError with the numbers if main memory is too small for the weights.
     """
     check_gguf(gguf, "GGUF", advice.unusable)
     if is_adapter(gguf):
@@ -153,8 +154,10 @@ def open_model(
     params = llama.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
-    if on_cpu:  # without a device: otherwise a GPU computes large batches even if it holds no layer
-        params.split_mode, params.main_gpu = llama.LLAMA_SPLIT_MODE_NONE, -1
+    if on_cpu or vocab_only:
+        # Without a list, llama.cpp asks each GPU for its free memory, which opens a CUDA context for as long as the
+        # process lives, and computes large batches on a GPU even if it holds no layer.
+        params.devices = ctypes.addressof(NO_DEVICES)
     free, on_gpu = free_memory(), 0.0
     weights = 0 if vocab_only else sum(file.stat().st_size for file in (gguf, adapter) if file)
     if not vocab_only:
