@@ -152,7 +152,7 @@ phase2() {
     tar czf "$OUT/run.tgz" -C $WORK/cache --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' . 2>/dev/null
   fi
   step train-full 90 50 "$PY" $train $((DEADLINE - 40)) --plan "$M/$smaller:full:unsloth" "$M/$smaller:full:trl"; show train-full
-  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/inference/test_device_choice.py tests/inference/test_generate.py tests/inference/test_score.py; show tests 800
+  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process or cut' tests/inference/test_device_choice.py; show tests 800
   finish
 }
 
