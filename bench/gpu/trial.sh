@@ -148,11 +148,11 @@ phase2() {
       && { step generate-1.5b-both 40 20 "$PY" bench/generate.py $wide --loop-prompts 0 --choose both || choose_by_numpy; show generate-1.5b-both; }
     # 4. a whole run on the GPU with Unsloth: train, export, gate, answers, a second training from the first
     rm -rf $WORK/cache
-    step quickstart 110 60 "$PY" cli.py distill --rounds 1 --cache $WORK/cache; tail -c 1200 $LOGS/quickstart.err; tail -c 1500 $LOGS/quickstart.out
+    step quickstart 150 60 "$PY" cli.py distill --rounds 1 --cache $WORK/cache; tail -c 1200 $LOGS/quickstart.err; tail -c 1500 $LOGS/quickstart.out
     tar czf "$OUT/run.tgz" -C $WORK/cache --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' . 2>/dev/null
   fi
   step train-full 90 50 "$PY" $train $((DEADLINE - 40)) --plan "$M/$smaller:full:unsloth" "$M/$smaller:full:trl"; show train-full
-  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process or cut' tests/inference/test_device_choice.py; show tests 800
+  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process or cut or device_choice' tests/inference/test_device_choice.py; show tests 800
   finish
 }
 
