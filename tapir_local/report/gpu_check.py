@@ -9,7 +9,9 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from tapir_local.memory import run_nvidia_smi
+from tapir_local.errors import TapirError
+from tapir_local.inference.lib import unused_gpu_remark
+from tapir_local.memory import list_visible_gpus, run_nvidia_smi
 from tapir_local.process import child_environment
 
 # The oldest driver for each major version of CUDA (CUDA release notes, "Minimum Required Driver Version").
@@ -60,6 +62,26 @@ def vision_version(torch_version: str) -> str:
     """The torchvision that is built with this torch: 0.28.0 with 2.13.0. Unsloth refuses another one."""
     _, minor, patch = torch_version.split(".")[:3]
     return f"0.{int(minor) + 15}.{patch}"
+
+
+def idle_gpu_remarks() -> list[str]:
+    """One sentence for each library that would leave the GPU unused in a run; [] if all use it or there is none."""
+    cards = list_visible_gpus()
+    advice = torch_build_advice() if cards else ""
+    remarks = [unused_gpu_remark()]
+    if advice:
+        slow = f"cannot use {cards[0].name}, so training runs on the CPU, which is much slower"
+        remarks.append(f"{torch_build()}: torch {slow}. {advice}")
+    return [remark for remark in remarks if remark]
+
+
+def require_gpu() -> None:
+    """Raise TapirError unless the driver lists a GPU, and torch and llama.cpp can use it."""
+    if not list_visible_gpus():
+        fix = "`nvidia-smi` must list one that CUDA_VISIBLE_DEVICES does not hide. Without the option the CPU is used."
+        raise TapirError("there is no GPU", where="--require-gpu", fix=fix)
+    if remarks := idle_gpu_remarks():
+        raise TapirError(" ".join(remarks), where="--require-gpu", fix="Without the option the CPU is used.")
 
 
 def suits_gpu(major: int) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.llama_process import ANYWHERE, LlamaPlace
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Answer, Progress, Request, noop
@@ -40,7 +41,8 @@ class AskOptions:
     `budget` limits what may be spent. `progress` is called with (done, total, hits), `tell` with (done, total, status)
     while batches or a loading server are waited for, and `warn` with a text when, for example, another model answers
     than before. `transport` replaces the network. `patience` is the number of seconds after which a server that refuses
-    everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API.
+    everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API. `llama` is
+    where llama.cpp runs if a GGUF answers.
     """
 
     budget: BudgetTracker | None = None
@@ -50,6 +52,7 @@ class AskOptions:
     transport: httpx2.AsyncBaseTransport | None = None
     patience: float = DEFAULT_PATIENCE
     batch_limits: BatchLimits = DEFAULT_BATCH_LIMITS
+    llama: LlamaPlace = ANYWHERE
 
 
 DEFAULT_ASK_OPTIONS = AskOptions()

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from command_line import refused
 from gpus import put_driver
 
 from tapir_local.report.doctor import check_llama_gpu, check_machine, check_nvcc, check_torch_build, check_triton_needs
-from tapir_local.report.gpu_check import missing_for_triton, nvcc_advice
+from tapir_local.report.gpu_check import idle_gpu_remarks, missing_for_triton, nvcc_advice, require_gpu
 
 GPU_ROWS = {"torch for the GPU", "llama.cpp on the GPU", "CUDA compiler", "Triton's needs"}
 INDEX = "--index-url INDEX, where INDEX is PyTorch's for"
@@ -115,3 +116,29 @@ def test_what_triton_compiles_with_is_reported(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "gcc").write_text("#!/bin/sh\n")
     (tmp_path / "gcc").chmod(0o755)
     assert missing_for_triton(tmp_path) == []
+
+
+def test_a_run_says_which_libraries_would_leave_the_gpu_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert idle_gpu_remarks() == []
+    put_driver(tmp_path, monkeypatch)
+    torch_with(monkeypatch, "2.13.0+cpu", None)
+    llama, torch = idle_gpu_remarks()
+    assert llama.startswith("llama.cpp cannot use NVIDIA A, so answers are generated on the CPU")
+    assert torch.startswith(
+        "torch 2.13.0+cpu with no CUDA, driver 580.65.06: torch cannot use NVIDIA A, so training runs"
+    )
+    assert torch.endswith(CUDA_13)
+    torch_with(monkeypatch, "2.13.0+cu130", "13.0")
+    assert idle_gpu_remarks() == [llama]
+
+
+def test_a_gpu_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("distill", "--require-gpu", "--cache", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert refused(*command).startswith("error: --require-gpu: there is no GPU\n")
+    put_driver(tmp_path, monkeypatch)
+    assert refused(*command).startswith("error: --require-gpu: llama.cpp cannot use NVIDIA A")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("tapir_local.report.gpu_check.idle_gpu_remarks", list)
+    require_gpu()
