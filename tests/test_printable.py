@@ -48,7 +48,14 @@ PLAN = {
     "asked": {HOSTILE: 0.5}, "short": {}, "expansions": [{"task": HOSTILE, "rows": 2}],
 }  # fmt: skip
 QUALITY = {"rows": 1, "unjudged": 0, "notes": [HOSTILE]}
-ANSWER = {"task": HOSTILE, "instruction": HOSTILE, "teacher": HOSTILE, "student": HOSTILE, "scores": [1.0, 2.0]}
+ANSWER = {
+    "id": HOSTILE,
+    "task": HOSTILE,
+    "instruction": HOSTILE,
+    "teacher": HOSTILE,
+    "student": HOSTILE,
+    "scores": [1.0, 2.0],
+}
 ROUND = {
     "run": HOSTILE, "round": 1, "plan": PLAN, "judge": {HOSTILE: QUALITY}, "unusable": {HOSTILE: {HOSTILE: 1}},
     "metrics": {"win_rate": 0.5, "student_score": 5.0, "by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}},

@@ -131,10 +131,13 @@ def no_calls_sentence(recipe: Recipe) -> str:
 def cost_estimate_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:
     """A row for each stage that will make calls, and their sum."""
     table = PlainTable(f"run {run}: calls of the remaining stages")
-    table.add_column("stage")
-    for name in ("calls", "in the store", "to pay", "tokens in", "tokens out", "money"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("stage", no_wrap=True)
+    table.add_numbers("calls")
+    table.add_numbers("in the\nstore", rank=3)
+    table.add_numbers("to pay")
+    table.add_numbers("tokens\nin", "tokens\nout", rank=2)
+    table.add_numbers("money")
+    table.add_column("", no_wrap=True, rank=1)
     for row in rows:
         hits = "?" if row.hits is None else f"{row.hits:,}"
         numbers = (
@@ -163,10 +166,12 @@ def cost_estimate_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:
 def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainTable:
     """A row for each value of `by`, and their sum: calls, tokens, money, and what the store saved."""
     table = PlainTable(title)
-    table.add_column(by, min_width=13)
-    numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
-    for name in (*numbers, "money", "saved"):
-        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column(by, no_wrap=True)
+    failed = ("failed",) if any(row["failed"] for row in rows) else ()
+    numbers = ("paid", "from_store", *failed, "tokens_in", "tokens_out")
+    for name, rank in {**dict.fromkeys(numbers, 1), "paid": 0, "tokens_in": 3, "tokens_out": 2}.items():
+        table.add_numbers(name.replace("_", "\n"), rank=rank)
+    table.add_numbers("money", "saved")
     for row in rows:
         table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *money_cells([row]))
     table.add_section()
@@ -180,6 +185,8 @@ def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
     sentences = []
     if any(row["failed"] for row in rows):
         sentences.append("Failed: attempts without an answer. Tokens and money include those that may be billed.")
+    if count := sum(row["unpriced"] for row in rows):
+        sentences.append(f"{count:,} calls have no known price (teacher.price, judge.price), and are not in the sums.")
     if count := sum(row["estimated"] for row in rows):
         sentences.append(f"{count:,} calls and attempts have no token counts; the largest possible counts are used.")
     return " ".join(sentences) or None
@@ -189,10 +196,8 @@ def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """(paid, saved by the store); calls without a known price are counted apart, not as free."""
     unknown = sum(row["unpriced"] for row in rows)
     paid = sum(row["money"] for row in rows)
-    if unknown:
-        paid_cell = f"{money_cell(paid)} + {unknown:,} of unknown price" if paid else "unknown"
-    else:
-        paid_cell = money_cell(paid)
+    known = money_cell(paid)
+    paid_cell = known if not unknown else f"{known} + ?" if paid else "unknown"
     saved = sum(row["saved"] for row in rows)
     return paid_cell, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
 

@@ -27,12 +27,25 @@ JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
     "length_bias": ("rank correlation of length and score", "{:+.2f}"),
 }
 
+# The columns of the table of rounds, each with its rank (see PlainTable): 1 and above may be left out.
+ROUND_COLUMNS = (
+    ("round", 0),
+    ("win rate", 0),
+    ("95 %", 1),
+    ("accuracy", 0),
+    ("95 %", 1),
+    ("score", 2),
+    ("judged", 3),
+    ("unjudged", 4),
+    ("seconds", 5),
+)
+
 
 def rounds_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each round: win rate and accuracy on the holdout with their intervals, scores, seconds."""
     table = PlainTable(f"run {status['run']}: the holdout, round by round", rounds_caption(status))
-    for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
-        table.add_column(name, justify="right")
+    for name, rank in ROUND_COLUMNS:
+        table.add_numbers(name, rank=rank)
     before: Mapping[str, Any] = {}
     for row in status["rounds"]:
         found = row["metrics"] or {}
@@ -89,11 +102,11 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     table = PlainTable(f"run {status['run']}: stages")
     lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(lines) or None
-    for name in ("stage", "done"):
-        table.add_column(name)
-    for name in ("seconds", "paid", "hits"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("done", no_wrap=True)
+    table.add_numbers("seconds")
+    table.add_numbers("paid", "hits", rank=1)
+    table.add_column("result")
     rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
     for place, stages in [("prepare", status["prepare"]), *rounds, ("end", status["end"])]:
         for stage in stages:
@@ -119,11 +132,13 @@ def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable
     """The rows that were left out, counted by step and reason, and the first of them."""
     counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
     rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
-    table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
+    table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts, whole=["step", "rows"])
     if not rows:
         table.caption = "No row was left out."
         return [table]
-    first = text_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "details", "text"], rows)
+    columns = ["step", "row", "reason", "details", "text"]
+    title, ranks = f"run {found['run']}: the first rows", {"details": 1, "step": 2}
+    first = text_table(title, columns, rows, whole=["step", "row"], ranks=ranks)
     first.caption = f"unusable.jsonl in the run's folder has all {len(found['rows']):,}; --json prints them."
     return [table, first]
 
@@ -142,11 +157,18 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
         }
         tables.append(task_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
     cells = [
-        [row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
+        [row["id"], row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
         for row in found["answers"]
     ]
-    answers = text_table(f"{title}: sample answers", ["task", "instruction", "teacher", "student", "scores"], cells)
-    answers.caption = "\n".join(unusable_lines(found)) or None
+    answers = text_table(
+        f"{title}: sample answers",
+        ["row", "task", "instruction", "teacher", "student", "scores"],
+        cells,
+        whole=["row", "scores"],
+        ranks={"scores": 1, "task": 2},
+    )
+    explain = [f"`tapir-local why {found['run']} {row['id']}` explains a row." for row in found["answers"][:1]]
+    answers.caption = "\n".join([*explain, *unusable_lines(found)]) or None
     return [*tables, answers]
 
 
@@ -183,8 +205,7 @@ def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable
     """A row for each measure, a column each for the judgements of pool and holdout; a dash if there is no value."""
     table = PlainTable(f"{title}: the judge")
     table.add_column("")
-    for name in sets:
-        table.add_column(name, justify="right")
+    table.add_numbers(*sets)
     for key, (description, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
         table.add_row(description, *("-" if value is None else form.format(value) for value in values))

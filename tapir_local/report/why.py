@@ -283,13 +283,18 @@ def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
         ]
         for row in found["rounds"]
     ]
-    columns = ["round", "student : teacher", "MFD", "use", "why", "trained"]
-    tables: list[PlainTable | Text] = [head, text_table("round by round", columns, cells)]
+    columns = ["round", "scores", "MFD", "use", "why", "trained"]
+    tables: list[PlainTable | Text] = [
+        head,
+        text_table(
+            "round by round", columns, cells, whole=[name for name in columns if name != "why"], ranks={"trained": 1}
+        ),
+    ]
     if found["left_out"]:
         lost = [[row["step"], row["kind"], row["detail"]] for row in found["left_out"]]
-        tables.append(text_table("where it was left out", ["step", "reason", "details"], lost))
+        tables.append(text_table("where it was left out", ["step", "reason", "details"], lost, whole=["step"]))
     if found["grew"]:
         grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
         columns = ["round", "row", "kept, or why not", "instruction"]
-        tables.append(text_table("rows written from it", columns, grew))
+        tables.append(text_table("rows written from it", columns, grew, whole=["round", "row"]))
     return [*tables, cost_table("what it cost", found["cost"], "stage")] if found["cost"] else tables

@@ -151,5 +151,5 @@ def test_the_commands_print_tables_and_json(run: RunDir) -> None:
     words = ["plan", run.name, "--round", "1", "--set", "tasks.Art=0.3", *cache]
     assert json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["round"] == 1
     shown = CliRunner().invoke(cli, words, catch_exceptions=False).stdout
-    assert "share then" in shown
+    assert "to write" in shown
     assert "rows are added" in shown
