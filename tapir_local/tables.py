@@ -1,5 +1,6 @@
 """Tables and lines for a terminal: literal text (no markup, no control characters) that fits narrow terminals."""
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -96,6 +97,17 @@ class PlainTable(Table):
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return super().__rich_measure__(console, options.update(markup=False))
+
+
+def hanging_lines(rows: Sequence[tuple[RenderableType, RenderableType]]) -> PlainTable:
+    """Pairs of a short mark and a text; a long text is wrapped beside its mark."""
+    table = PlainTable()
+    table.show_header, table.box = False, None
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for mark, text in rows:
+        table.add_row(mark, text)
+    return table
 
 
 def least_width(columns: list[Column]) -> int:

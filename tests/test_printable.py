@@ -35,6 +35,9 @@ STAGE = {"name": HOSTILE, "done": True, "seconds": 1.0, "paid": 1, "hits": 0, "n
 STATUS = {
     "run": HOSTILE,
     "state": HOSTILE,
+    "folder": HOSTILE,
+    "stages_done": 1,
+    "stages": 2,
     "prepare": [STAGE],
     "rounds": [{"number": 0, "stages": [STAGE], "metrics": {"judge": HOSTILE, "rows": 3}}],
     "end": [STAGE],
@@ -89,7 +92,7 @@ TABLES = {
     "tasks": lambda: [task_table(HOSTILE, {HOSTILE: {"rows": 1}}, {"rows": "count"})],
     "plain": lambda: [text_table(HOSTILE, [HOSTILE], [[HOSTILE]])],
     "cost": lambda: [cost_table(HOSTILE, COST, "stage")],
-    "receipt": lambda: list(round_receipt(HOSTILE, COST, COST)),
+    "receipt": lambda: [round_receipt(HOSTILE, COST, "x")],
     "why": lambda: why_tables(WHY),
     "labels": lambda: label_tables(LABELS),
     "compare": lambda: comparison_tables(COMPARED),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tapir_local.commands.options import HomePath, cache_argument, cache_option, help_examples
+from tapir_local.commands.options import HomePath, cache_argument, cache_option, help_examples, program_name
 from tapir_local.commands.output import echo, print_table
 from tapir_local.errors import TapirError
 
@@ -73,22 +73,23 @@ def distill_command(
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
     if require_gpu:
         gpu_check.require_gpu()
-    count = run_recipe(chosen, run, replay)
+    count = run_recipe(chosen, run, replay, cache)
     if count:
         print_rounds(run)
-        echo(f"\n{count} stages done. {next_steps(run, cache)}", err=True)
     else:
-        done = f"Run {run.name!r} is done already: {chosen.rounds} rounds. `tapir-local status {run.name}` shows it."
-        echo(f"{done}\n{next_steps(run, cache)}", err=True)
+        echo(f"Run {run.name!r} is done already; `{program_name()} status {run.name}` shows it.", err=True)
+    echo(f"\n{next_steps(run, cache)}", err=True)
 
 
 def next_steps(run: "RunDir", cache: Path | None) -> str:
-    """Where the student is, and the commands to talk to it."""
+    """Where the student is, and the commands to talk to it and to look at it."""
     model, name = run.path / "model", run.name.lower()
+    program, place = program_name(), cache_argument(cache)
     return (
         f"The student is in {model}, with a Modelfile, a model card and checksums.\n"
-        f"Talk to it:  tapir-local chat {run.name}{cache_argument(cache)}\n"
-        f"In Ollama:   ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
+        f"Talk to it:     {program} chat {run.name} --vs base{place}\n"
+        f"Its answers:    {program} show {run.name}{place}\n"
+        f"In Ollama:      ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
     )
 
 
@@ -137,15 +138,15 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
         echo(no_calls_sentence(recipe))
 
 
-def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
+def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None) -> int:
     """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import distill, list_steps
     from tapir_local.report.gpu_check import idle_gpu_remarks
-    from tapir_local.report.progress import watch_run
-    from tapir_local.tables import plain_text
+    from tapir_local.report.progress import run_header, watch_run
+    from tapir_local.tables import hanging_lines, plain_text
 
     console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
     done = sum(step.done for step in steps)
@@ -154,14 +155,16 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     def say(text: str) -> None:
         console.print(plain_text(text), soft_wrap=True)
 
+    if done < len(steps):
+        console.print(hanging_lines(run_header(recipe, run, done, len(steps))))
     for remark in idle_gpu_remarks() if done < len(steps) else ():
         say(remark)
     with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
-        return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
+        return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console, cache))
 
 
-def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
-    """The same watch, which also prints after each round what it cost."""
+def with_receipts(watch: "Watch", run: "RunDir", console: "Console", cache: Path | None) -> "Watch":
+    """The same watch, which also prints a line after each round that says what it cost."""
     from dataclasses import replace
 
     from tapir_local.report.costs import round_receipt, summarize_costs
@@ -169,15 +172,21 @@ def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
     def ends(step: "Step", taken: Mapping[str, Any]) -> None:
         watch.ends(step, taken)
         if step.stage.name == "evaluate" and (run.cache / "teacher.db").exists():
-            found = [summarize_costs(run.cache / "teacher.db", by, run.name, step.number) for by in ("stage", "task")]
-            console.print(*round_receipt(f"round {step.number}: receipt", *found), sep="\n")
+            stages = summarize_costs(run.cache / "teacher.db", "stage", run.name, step.number)
+            title = f"round {step.number}" if step.number else "preparation and round 0"
+            command = f"{program_name()} calls cost --run {run.name} --round {step.number}"
+            if receipt := round_receipt(title, stages, command + cache_argument(cache)):
+                console.print(receipt)
 
     return replace(watch, ends=ends)
 
 
 def print_rounds(run: "RunDir") -> None:
-    """Print the table of rounds."""
-    from tapir_local.report.status import run_status
-    from tapir_local.report.status_tables import rounds_table
+    """Print the rounds with their changes, and what they achieved."""
+    from tapir_local.report.compare import compare_rounds, fallen_sentence, round_verdict
+    from tapir_local.report.compare_tables import rounds_of_run_table
+    from tapir_local.tables import plain_text
 
-    print_table(rounds_table(run_status(run)))
+    found = compare_rounds(run)
+    sentences = [text for text in (round_verdict(found), fallen_sentence(found)) if text]
+    print_table(rounds_of_run_table(found), *map(plain_text, sentences))

@@ -240,6 +240,12 @@ def update_run_record(
     write_json(run.path / "run.json", {**record, "status": status, "updated": utc_now(), "stages": stages})
 
 
+def steps_to_redo(run: RunDir, number: int | None, stage: str) -> list[Step]:
+    """The steps whose outputs `redo` deletes, in the order of the run; TapirError if there is no such stage."""
+    steps = list_steps(run, last_round(run))
+    return [step for step in steps[find_step(run, steps, number, stage) :] if step.done]
+
+
 def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
     """Delete the outputs of a stage and of all later ones, from the last backwards; the names of their steps."""
     with lock_run(run):

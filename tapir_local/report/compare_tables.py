@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tapir_local.report.compare import COST_UNIT_NAMES
+from tapir_local.report.compare import CHANCE, COST_UNIT_NAMES
 from tapir_local.report.tables import count_cell, percent_cell
 from tapir_local.tables import PlainTable
 
@@ -145,3 +145,26 @@ def percent_range(pair: Sequence[float], form: str) -> str:
 def p_value_cell(p: float) -> str:
     """`0.012`, or `<0.001`."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def rounds_of_run_table(found: Mapping[str, Any]) -> PlainTable:
+    """A row for each round of one run: its rates, and the change on the round before."""
+    metrics = shown_metrics(found["rounds"])
+    name = METRIC_NAMES[found["metric"]]
+    table = PlainTable(f"run {found['run']}: the holdout, round by round")
+    table.add_numbers("round")
+    for metric in metrics:
+        table.add_numbers(METRIC_NAMES[metric], rank=int(metric != found["metric"]))
+    table.add_numbers(f"change in\n{name}")
+    table.add_column("", no_wrap=True)
+    for row in found["rounds"]:
+        change, label = row["change"], f"{'*' if row['round'] == found['best'] else ''}{row['round']}"
+        chance = "may be chance" if change and change["p"] >= CHANCE else "" if row["round"] else "baseline"
+        rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
+        table.add_row(label, *rates, difference_cells(change)[0], chance)
+    table.caption = (
+        "*: the best round; model/ has the last one. Round 0 is plain fine-tuning on the teacher's answers. Change: on "
+        "the round before, in percentage points. In parentheses: 95 % intervals. `tapir-local status "
+        f"{found['run']}` has scores, calls and seconds."
+    )
+    return table

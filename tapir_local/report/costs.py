@@ -202,12 +202,12 @@ def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return paid_cell, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
 
 
-def round_receipt(
-    title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
-) -> tuple[PlainTable, Text] | tuple[()]:
-    """What a round cost by stage, and a line with the calls of each task; () if there were no calls."""
+def round_receipt(title: str, stages: Sequence[Mapping[str, Any]], command: str) -> Text | None:
+    """What a round cost, in a line with the command that shows it by stage; None if there were no calls."""
     if not stages:
-        return ()
-    most_paid_first = sorted(tasks, key=lambda row: -row["paid"])
-    counts = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in most_paid_first)
-    return cost_table(title, stages, "stage"), plain_text(f"By task: {'; '.join(counts)}.")
+        return None
+    paid, hits, failed = (sum(row[name] for row in stages) for name in ("paid", "from_store", "failed"))
+    money, saved = money_cells(stages)
+    missed = f", {failed:,} failed attempts" if failed else ""
+    said = f"{paid:,} calls paid, {hits:,} from the store{missed}; money {money}, saved {saved}"
+    return plain_text(f"{title}: {said}. By stage: {command}")

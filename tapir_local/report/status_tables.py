@@ -1,9 +1,10 @@
 """Tables of a run: its stages, its rounds, one round's plan, judge and answers, and the rows that were left out."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
 from tapir_local.recipe.schema import POOL_CURRICULA
 from tapir_local.report.tables import (
@@ -99,7 +100,10 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
 
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each stage: done or not, seconds, calls, its closing phrase."""
-    table = PlainTable(f"run {status['run']}: stages")
+    table = PlainTable(
+        f"run {status['run']}: {status['state']}; {status['stages_done']} of {status['stages']} stages are done\n"
+        f"{status['folder']}"
+    )
     lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(lines) or None
     table.add_column("stage", no_wrap=True)
@@ -108,13 +112,44 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     table.add_numbers("paid", "hits", rank=1)
     table.add_column("result")
     rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
-    for place, stages in [("prepare", status["prepare"]), *rounds, ("end", status["end"])]:
-        for stage in stages:
+    places = [("prepare", status["prepare"]), *rounds, ("end", status["end"])]
+    stages = [(f"{place} {stage['name']}", stage) for place, found in places for stage in found]
+    waiting = [name for name, stage in stages if not stage["done"]]
+    for name, stage in stages:
+        if stage["done"] or name == waiting[0]:
             numbers = (number_cell(stage.get(key)) for key in ("seconds", "paid", "hits"))
-            table.add_row(
-                f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, stage.get("note") or ""
-            )
+            said = (stage.get("note") or "").partition("; ")[0]
+            table.add_row(name, "yes" if stage["done"] else "next", *numbers, said)
+    if len(waiting) > 1:
+        table.add_row(f"{len(waiting) - 1} more", "no", "", "", "", f"up to {waiting[-1]}")
     return table
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]], cache: str) -> PlainTable:
+    """A row for each run: state, evaluated rounds, best round, calls, size, when it last changed."""
+    table = PlainTable(f"runs in {cache}", "Best: the highest accuracy or, without a checker, win rate or score.")
+    table.add_column("run", no_wrap=True)
+    table.add_column("state")
+    table.add_numbers("rounds", rank=2)
+    table.add_column("best", no_wrap=True)
+    table.add_numbers("calls", rank=4)
+    table.add_numbers("size", rank=3)
+    table.add_column("changed (UTC)", no_wrap=True, rank=1)
+    for row in rows:
+        rounds = row["rounds"] or {"done": None, "planned": "?"}
+        done = "-" if rounds["done"] is None else rounds["done"]
+        changed = str(row["updated"] or "")[:16].replace("T", " ")
+        cells = (f"{done} of {rounds['planned']}", best_cell(row["best"]), f"{row['calls']:,}")
+        table.add_row(row["run"], row["state"], *cells, format_bytes(row["bytes"]), changed)
+    return table
+
+
+def best_cell(best: Mapping[str, Any] | None) -> str:
+    """`59.6% in round 3`, or a dash before the first evaluation."""
+    if not best:
+        return "-"
+    value = f"{best['value']:.2f}" if best["metric"] == "student_score" else percent_cell(best["value"])
+    return f"{value} in round {best['round']}"
 
 
 def unusable_lines(found: Mapping[str, Any]) -> list[str]:
