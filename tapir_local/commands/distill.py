@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @click.command(
     name="distill",
-    epilog=help_examples("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json"),
+    epilog=help_examples(
+        "tapir-local distill --rounds 3",
+        "tapir-local distill recipes/recorded.yaml --seeds my.json",
+        "tapir-local distill my-run",
+    ),
 )
 @click.argument("recipe", default="quickstart")
 @click.option("--rounds", type=click.IntRange(min=0), help="Rounds after round 0 (overrides the recipe).")
@@ -52,10 +56,10 @@ def distill_command(
 ) -> None:
     """Run RECIPE, or resume its run if it was stopped.
 
-    RECIPE is a YAML file or the name of a recipe that comes with the program (see `tapir-local recipes`). Paths in it
-    are relative to the current folder. A recipe that runs a command (train.launcher, export.converter), or sends a key
-    other than OPENAI_API_KEY to a host that it names, needs your permission once: --trust, or an answer in the
-    terminal.
+    RECIPE is a YAML file, the name of a recipe that comes with the program (see `tapir-local recipes`), or the name of
+    a run, which resumes with the recipe that it began with. Paths in a recipe are relative to the current folder. A
+    recipe that runs a command (train.launcher, export.converter), or sends a key other than OPENAI_API_KEY to a host
+    that it names, needs your permission once: --trust, or an answer in the terminal.
     """
     from tapir_local.commands.trust import ask_permission, require_trust
     from tapir_local.report import gpu_check
@@ -63,7 +67,7 @@ def distill_command(
     from tapir_local.run_dir import RunDir
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    chosen, path, messages = resolve_recipe(recipe, given)
+    chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
     run = RunDir(cache or default_cache(), chosen.name)
     for message in messages:
         echo(message, err=True)
@@ -108,17 +112,36 @@ def recipe_changes(
     return parse_changes(sets) | {key: value for key, value in options.items() if value is not None}
 
 
-def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
-    """(recipe with the changes, its file, messages that the user should read before it runs)."""
+def find_recipe_or_run(named: str, cache: Path | None) -> tuple[Path, bool]:
+    """(file of a recipe, False) or, if there is no such recipe, (recipe that the run of this name began with, True)."""
+    from tapir_local.resources import find_recipe
+    from tapir_local.run_dir import run_of_name
+
+    try:
+        return find_recipe(named), False
+    except TapirError:
+        run = run_of_name(cache, named) if cache else None
+        if run is None or not run.exists:
+            raise
+        return run.path / "recipe.yaml", True
+
+
+def resolve_recipe(
+    named: str, changes: Mapping[str, Any], cache: Path | None = None
+) -> tuple["Recipe", Path, list[str]]:
+    """(recipe with the changes, its file, messages that the user should read before it runs).
+
+    `named` is a recipe, or a run in `cache`.
+    """
     from tapir_local.recipe.checks import find_notices, find_unnamed
     from tapir_local.recipe.text import describe_replaced_kinds, override, parse_recipe
-    from tapir_local.resources import find_recipe, read_recipe_text
+    from tapir_local.resources import read_recipe_text
 
-    path = find_recipe(named)
+    path, of_run = find_recipe_or_run(named, cache)
     # The file alone may have an error that a change fixes.
-    written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=bool(changes))
+    written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=of_run or bool(changes))
     if changes:
-        recipe = override(written, changes, where=f"{path} with the command line's settings")
+        recipe = override(written, changes, kept=of_run, where=f"{path} with the command line's settings")
     if missing := find_unnamed(recipe):
         raise TapirError("; ".join(missing), where=str(path), fix="Write it into the recipe, or add it with --set.")
     return recipe, path, [*describe_replaced_kinds(written, recipe), *find_notices(recipe)]

@@ -159,12 +159,13 @@ def rounds_of_run_table(found: Mapping[str, Any]) -> PlainTable:
     table.add_column("", no_wrap=True)
     for row in found["rounds"]:
         change, label = row["change"], f"{'*' if row['round'] == found['best'] else ''}{row['round']}"
-        chance = "may be chance" if change and change["p"] >= CHANCE else "" if row["round"] else "baseline"
+        chance = "chance?" if change and change["p"] >= CHANCE else "" if row["round"] else "baseline"
         rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
         table.add_row(label, *rates, difference_cells(change)[0], chance)
     table.caption = (
         "*: the best round; model/ has the last one. Round 0 is plain fine-tuning on the teacher's answers. Change: on "
-        "the round before, in percentage points. In parentheses: 95 % intervals. `tapir-local status "
+        "the round before, in percentage points; it may be chance where p is 0.05 or more. In parentheses: 95 % "
+        f"intervals. `tapir-local status "
         f"{found['run']}` has scores, calls and seconds."
     )
     return table
