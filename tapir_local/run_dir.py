@@ -15,6 +15,7 @@ from tapir_local.errors import TapirError
 from tapir_local.files import private_folder
 
 LOCK_SECONDS = 0.5  # to wait for a lock: lock_holder of another process holds it for an instant
+UNTRAINED_ROUND = -1  # the number of the untrained student among rounds
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -38,7 +39,7 @@ class RunDir:
 
     def round(self, number: int) -> Path:
         """The folder of a round; round 0 is the baseline."""
-        return self.path / f"round-{number:02d}"
+        return self.path / ("untrained" if number == UNTRAINED_ROUND else f"round-{number:02d}")
 
     @property
     def exists(self) -> bool:

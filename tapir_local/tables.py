@@ -99,6 +99,11 @@ class PlainTable(Table):
         return super().__rich_measure__(console, options.update(markup=False))
 
 
+def rest_of_line() -> Column:
+    """The column of a progress bar that takes what is left of the line; a longer text is cut."""
+    return Column(no_wrap=True, overflow="ellipsis", ratio=1)
+
+
 def hanging_lines(rows: Sequence[tuple[RenderableType, RenderableType]]) -> PlainTable:
     """Pairs of a short mark and a text; a long text is wrapped beside its mark."""
     table = PlainTable()

@@ -12,7 +12,7 @@ from tapir_local.method.metrics import bootstrap_interval, wilson_interval
 from tapir_local.method.stats import Difference, RowValues, correct_p_values, estimate_difference
 from tapir_local.recipe.text import fixed_settings, flatten
 from tapir_local.report.run_results import HOLDOUT_CURRICULA, EvaluatedRound, RunCost, RunResults, read_run_results
-from tapir_local.run_dir import RunDir
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
 
 CostUnit = Literal["rows", "tokens", "calls"]
 
@@ -262,14 +262,15 @@ def comparison_notes(
 
 
 def compare_rounds(run: RunDir) -> dict[str, Any]:
-    """The rounds of one run: rates, change on the round before, the best round, and tasks that fell since the first.
+    """The untrained student and the rounds of a run: rates, changes, the best one, and tasks that fell since the first.
 
     Changes are in `metric`: accuracy or, without a checker, win rate or likeness. p values of the tasks are corrected
     for their number. TapirError if no round is evaluated.
     """
     (results,) = read_run_results([run])
+    rounds = [*([results.untrained] if results.untrained else []), *results.rounds]
     metric = next((name for name in COMPARED_METRICS if metric_values(results.last, name)), "accuracy")
-    values = [metric_values(found, metric) for found in results.rounds]
+    values = [metric_values(found, metric) for found in rounds]
     means = [fmean(rows.values()) if rows else 0.0 for rows in values]
     changes = [None, *(paired_difference(now, before) for before, now in pairwise(values))]
     return {
@@ -277,12 +278,12 @@ def compare_rounds(run: RunDir) -> dict[str, Any]:
         "metric": metric,
         "rounds": [
             {**round_record(results, found, found is results.last), "change": change and asdict(change)}
-            for found, change in zip(results.rounds, changes, strict=True)
+            for found, change in zip(rounds, changes, strict=True)
         ],
-        "best": results.rounds[means.index(max(means))].number,
+        "best": rounds[means.index(max(means))].number,
         "gain": difference_record(values[-1], values[0]) if len(values) > 1 else None,
         "lag": difference_record(values[-1], values[means.index(max(means))]),
-        "fallen": fallen_tasks(results, metric) if len(values) > 1 else [],
+        "fallen": fallen_tasks(results, rounds[0], metric) if len(values) > 1 else [],
     }
 
 
@@ -292,9 +293,9 @@ def difference_record(one: RowValues, other: RowValues) -> dict[str, Any] | None
     return asdict(found) if found else None
 
 
-def fallen_tasks(results: RunResults, metric: str) -> list[dict[str, Any]]:
-    """The tasks on which the last round is below the first evaluated one, the largest loss of rows first."""
-    first, last = (metric_values(found, metric) for found in (results.rounds[0], results.last))
+def fallen_tasks(results: RunResults, start: EvaluatedRound, metric: str) -> list[dict[str, Any]]:
+    """The tasks on which the last round is below the first evaluation, the largest loss of rows first."""
+    first, last = (metric_values(found, metric) for found in (start, results.last))
     groups: dict[str, set[str]] = defaultdict(set)
     for row in results.holdout:
         groups[row.task].add(row.id)
@@ -314,15 +315,21 @@ def round_verdict(found: Mapping[str, Any]) -> str:
         low, high = rate["interval"]
         return f"Round {last['round']}: {name} {rate['mean']:.1%} (95 %: {low:.0%} to {high:.0%})."
     first = found["rounds"][0]["round"]
-    said = f"Round {last['round']} {direction(gain)} round {first} in {name}{certainty(gain)}."
+    said = f"Round {last['round']} {direction(gain)} {round_name(first)} in {name}{certainty(gain)}."
     if found["best"] == last["round"]:
         return f"{said} It is the best round."
     if found["best"] == first:
-        return f"{said} Round {first} is the best, but model/ has round {last['round']}."
+        best = round_name(first)
+        return f"{said} {best[0].upper()}{best[1:]} is the best, but model/ has round {last['round']}."
     return (
         f"{said} The best is round {found['best']}: round {last['round']}, which is in model/, "
         f"{direction(found['lag'])} it{certainty(found['lag'])}."
     )
+
+
+def round_name(number: int) -> str:
+    """`round 2`, or `the untrained student`."""
+    return "the untrained student" if number == UNTRAINED_ROUND else f"round {number}"
 
 
 def metric_name(metric: str) -> str:
@@ -361,7 +368,7 @@ def fallen_sentence(found: Mapping[str, Any], most: int = 4) -> str:
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
     sure = any(row["p_holm"] < CHANCE for row in rows)
     chance = "" if sure else "; each of these may be chance"
-    return f"Tasks that fell since round {found['rounds'][0]['round']}, in points: {named}{more}{chance}."
+    return f"Tasks that fell since {round_name(found['rounds'][0]['round'])}, in points: {named}{more}{chance}."
 
 
 def count_of_rows(rows: int) -> str:

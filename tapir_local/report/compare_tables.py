@@ -5,6 +5,7 @@ from typing import Any
 
 from tapir_local.report.compare import CHANCE, COST_UNIT_NAMES
 from tapir_local.report.tables import count_cell, percent_cell
+from tapir_local.run_dir import UNTRAINED_ROUND
 from tapir_local.tables import PlainTable
 
 METRIC_NAMES = {"accuracy": "accuracy", "win_rate": "win rate", "likeness": "likeness"}
@@ -158,12 +159,12 @@ def rounds_of_run_table(found: Mapping[str, Any]) -> PlainTable:
     table.add_numbers(f"change in\n{name}")
     table.add_column("", no_wrap=True)
     for row in found["rounds"]:
-        change, label = row["change"], f"{'*' if row['round'] == found['best'] else ''}{row['round']}"
-        chance = "chance?" if change and change["p"] >= CHANCE else "" if row["round"] else "baseline"
+        change, name = row["change"], "untrained" if row["round"] == UNTRAINED_ROUND else str(row["round"])
+        label, chance = f"{'*' * (row['round'] == found['best'])}{name}", change and change["p"] >= CHANCE
         rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
-        table.add_row(label, *rates, difference_cells(change)[0], chance)
+        table.add_row(label, *rates, difference_cells(change)[0], "chance?" if chance else "")
     table.caption = (
-        "*: the best round; model/ has the last one. Round 0 is plain fine-tuning on the teacher's answers. Change: on "
+        "*: the best; model/ has the last round. Round 0 is plain fine-tuning on the teacher's answers. Change: on "
         "the round before, in percentage points; it may be chance where p is 0.05 or more. In parentheses: 95 % "
         f"intervals. `tapir-local status "
         f"{found['run']}` has scores, calls and seconds."

@@ -12,6 +12,7 @@ from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import ROUND_STAGES
+from tapir_local.pipeline.untrained import UNTRAINED_STAGES
 from tapir_local.recipe.checks import asks_no_endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
@@ -22,7 +23,7 @@ from tapir_local.tables import PlainTable, plain_text
 
 CostGrouping = Literal["run", "round", "stage", "task"]
 
-STAGE_ORDER = [stage.name for stage in (*PREPARE_STAGES, *ROUND_STAGES)]
+STAGE_ORDER = [stage.name for stage in (*PREPARE_STAGES, *UNTRAINED_STAGES, *ROUND_STAGES)]
 
 # The requests of a judge carry the id of a row, then `#` and the number of the request.
 CALL_FILTER = """

@@ -14,7 +14,7 @@ from tapir_local.pipeline.ship import describe_endpoint
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir
-from tapir_local.tables import hanging_lines, join_styled, plain_text
+from tapir_local.tables import hanging_lines, join_styled, plain_text, rest_of_line
 
 LOG_INTERVAL = 30.0  # seconds between two lines of progress where there is no terminal to show a bar
 
@@ -24,7 +24,7 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f}/s" if speed else "", style="cyan")
+        return Text(f"{speed:,.{0 if speed >= 100 else 1}f}/s" if speed else "", style="cyan")
 
 
 class CountColumn(MofNCompleteColumn):
@@ -49,13 +49,13 @@ def watch_run(console: Console, done: int, total: int) -> Iterator[Watch]:
     """
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=20),
         CountColumn(),
         RateColumn(),
         TimeLeftColumn(),
-        TextColumn("{task.fields[said]}", markup=False),
+        TextColumn("{task.fields[said]}", markup=False, table_column=rest_of_line()),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bars:
         yield ProgressDisplay(console, bars, done, total).watch()
 
 
@@ -120,6 +120,7 @@ def run_header(recipe: Recipe, run: RunDir, done: int, total: int) -> list[tuple
     spent = {name: value for name, value in recipe.budget.model_dump().items() if value is not None}
     limits = ", ".join(f"{name} {value:,}" for name, value in spent.items())
     judge = "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)
+    later = f" to {recipe.rounds}, {recipe.curriculum.rows:,} rows each after round 0" if recipe.rounds else ""
     before = f", {done} of them done before" if done else ""
     return [
         ("run", f"{run.name} in {run.path}"),
@@ -127,7 +128,7 @@ def run_header(recipe: Recipe, run: RunDir, done: int, total: int) -> list[tuple
         ("teacher", describe_endpoint(recipe.teacher)),
         ("judge", judge),
         ("seeds", f"{recipe.seeds.path}, {recipe.seeds.holdout:,} of them held out"),
-        ("rounds", f"0 (plain fine-tuning) to {recipe.rounds}, {recipe.curriculum.rows:,} rows each after round 0"),
+        ("rounds", f"0 (plain fine-tuning){later}"),
         ("budget", limits or "no limit (budget.money, budget.tokens, budget.calls)"),
         ("stages", f"{total}{before}; Ctrl-C stops, the same command resumes"),
     ]

@@ -14,7 +14,7 @@ from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.labeling import warn_low_agreement
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.run_dir import RunDir, list_runs, lock_holder
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -40,6 +40,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "stages_done": sum(step.done for step in steps),
         "stages": len(steps),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
+        "untrained": read_metrics(run, UNTRAINED_ROUND),
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
         "calls": call_counts(run, taken),
@@ -141,7 +142,7 @@ def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
-    """The metrics of a round; None until they exist."""
+    """The metrics of a round, or of the untrained student; None until they exist."""
     path = run.round(number) / "metrics.json"
     return dict(orjson.loads(path.read_bytes())) if path.exists() else None
 

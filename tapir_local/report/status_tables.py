@@ -48,7 +48,8 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
     for name, rank in ROUND_COLUMNS:
         table.add_numbers(name, rank=rank)
     before: Mapping[str, Any] = {}
-    for row in status["rounds"]:
+    untrained: dict[str, Any] = {"number": "untrained", "metrics": status.get("untrained"), "stages": []}
+    for row in [*([untrained] if untrained["metrics"] else []), *status["rounds"]]:
         found = row["metrics"] or {}
         seconds = sum(stage["seconds"] or 0 for stage in row["stages"])
         table.add_row(

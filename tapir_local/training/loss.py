@@ -15,11 +15,11 @@ BARS = "▁▂▃▄▅▆▇█"
 def describe_loss(losses: Sequence[float]) -> str:
     """`loss 2.18 -> 1.09 ▇▆▅▃▃▂▂▁`: the mean of the first and of the last steps, and the curve between them.
 
-    A mean covers a fifth of the steps, 20 at most. With one step there is one number; without steps the text is empty.
+    A mean covers a third of the steps, 20 at most. With one step there is one number; without steps the text is empty.
     """
     if not losses:
         return ""
-    steps = max(1, min(MEAN_STEPS, len(losses) // 5))
+    steps = max(1, min(MEAN_STEPS, len(losses) // 3))
     first, last = fmean(losses[:steps]), fmean(losses[-steps:])
     if len(losses) < 2:
         return f"loss {last:.3g}"

@@ -357,5 +357,5 @@ def test_the_table_of_rounds_keeps_rates_changes_and_marks(tmp_path: Path, width
     (second,) = [line for line in lines if line.strip().startswith("*1  ")]
     assert "80.0% (58 to 92)" in second
     assert "+75.0 (+55.0 to +90.0)" in second
-    assert "chance?" in lines[5]
-    assert "*: the best round" in out.getvalue()
+    assert "chance?" in lines[6]
+    assert "*: the best; model/" in out.getvalue()

@@ -14,7 +14,7 @@ NOISY = [1.14, 2.33, 2.6, 2.4, 2.42, 2.1, 1.9, 1.7, 1.36, 1.5, 1.2, 1.3, 0.9, 1.
 def test_a_training_that_learned_does_not_look_as_if_it_had_not() -> None:
     first, _, last, curve = describe_loss(NOISY).removeprefix("loss ").split()
     assert NOISY[-1] > NOISY[0]
-    assert (float(first), float(last)) == pytest.approx((2.12, 1.04), abs=0.01)
+    assert (float(first), float(last)) == pytest.approx((2.17, 0.89), abs=0.01)
     assert BARS.index(curve[0]) > BARS.index(curve[-1])
 
 
