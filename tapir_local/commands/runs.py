@@ -102,7 +102,7 @@ def show_command(
 
 @click.command(
     name="why",
-    epilog=help_examples("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "What is 27 + 48?"'),
+    epilog=help_examples("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "Sam buys 8 stones"'),
 )
 @click.argument("run")
 @click.argument("row")

@@ -79,7 +79,10 @@ def test_a_row_is_found_by_words_that_only_its_instruction_has(run: RunDir) -> N
     assert explain_row(run, row.prompt[0].content.upper())["id"] == row.id
 
 
-@pytest.mark.parametrize(("named", "said"), [("seed-99999", "no row 'seed-99999'"), ("sum", "rows have 'sum'")])
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [("seed-99999", "no row 'seed-99999'"), ("seed-7", "Did you mean seed-00007?"), ("sum", "rows have 'sum'")],
+)
 def test_a_missing_or_ambiguous_row_is_an_error(run: RunDir, named: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
         explain_row(run, named)
