@@ -21,13 +21,15 @@ from tapir_local.commands.runs import (
 )
 from tapir_local.commands.start import doctor_command, recipes_command
 from tapir_local.errors import TapirError
+from tapir_local.interrupts import stop_exit_code, stop_on_signals
 
 EXIT_CODES_HELP = """\b
 Exit codes:
   0    done
   1    an error; the message says how to fix it
   2    no such command or option
-  130  stopped with Ctrl-C; run the same command again to resume"""
+  130  stopped with Ctrl-C; run the same command again to resume
+  143  stopped by SIGTERM, and 129 by SIGHUP; the same applies"""
 
 
 @click.group(epilog=EXIT_CODES_HELP)
@@ -69,6 +71,7 @@ def main() -> None:
     """Run the console script. An error that the user can fix is printed without a traceback."""
     try:
         check_system(sys.platform)
+        stop_on_signals()
         cli.main(standalone_mode=False)
     except TapirError as error:
         click.secho("error: ", err=True, nl=False, fg="red", bold=True)
@@ -80,7 +83,7 @@ def main() -> None:
         echo(message.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as stopped:
-        echo("\nstopped; run the same command again to resume. Nothing that was paid for is lost", err=True)
+        echo("\nstopped; run the same command again to resume. Every answer that arrived is kept", err=True)
         for note in getattr(stopped.__cause__ or stopped, "__notes__", ()):
             echo(note, err=True)
-        sys.exit(130)
+        sys.exit(stop_exit_code())

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,7 @@ from tapir_local import __version__
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, write_json, write_text
+from tapir_local.interrupts import stop_reason
 from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
@@ -30,8 +31,6 @@ from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.unusable import remove_unusable
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
-
-INTERRUPTIONS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
 
 
 @dataclass(frozen=True)
@@ -208,10 +207,17 @@ def record_interruption(run: RunDir, place: str, began: float | None = None) -> 
     try:
         yield
     except BaseException as error:
-        why = str(error) if isinstance(error, TapirError) else INTERRUPTIONS.get(type(error), type(error).__name__)
         after = "" if began is None else f" after {time.monotonic() - began:.0f} s"
-        update_run_record(run, status=f"stopped {place}{after}: {why}")
+        with suppress(TapirError):  # a full disk, for instance: the first error is the one to show
+            update_run_record(run, status=f"stopped {place}{after}: {name_cause(error)}")
         raise
+
+
+def name_cause(error: BaseException) -> str:
+    """What stopped a run: an error in the user's words, a signal, or the name of an exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return stop_reason()
+    return str(error) if isinstance(error, TapirError) else type(error).__name__
 
 
 @contextmanager

@@ -96,6 +96,7 @@ class AskSession:
         self.billing, self.identity = EndpointBilling(endpoint, self.budget, self.warn), endpoint_identity(endpoint)
         self.answers: list[Answer | None] = [None] * len(requests)
         self.finished = self.hits = 0
+        self.abandoned = 0  # requests that were in flight when the run was stopped
         self.served_models: dict[str, list[tuple[str, str]]] = {}
         self.outcomes = RequestOutcomes(self.count_complete_before, self.has_answered_before)
 
