@@ -34,6 +34,10 @@ class ChatModel:
 
         Each answer has its own sampling seed, so that the same question may get different answers.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TapirError("the question is not UTF-8", fix="Type it again, or change the encoding.") from error
         asked = [*self.history, Message("user", text)]
         seed, pieces = self.chance.getrandbits(31), []
         for piece in chat_stream(self.engine, asked, max_tokens=self.max_tokens, temperature=temperature, seed=seed):

@@ -1,7 +1,10 @@
 """The command group `tapir-local`, its exit codes, and how errors reach the user."""
 
+import errno
 import io
+import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -67,6 +70,22 @@ def check_system(system: str) -> None:
         raise TapirError(f"tapir-local runs on Linux only, and this is {system}", fix=fix)
 
 
+def show_os_error(error: OSError) -> None:
+    """Print what the system says of a file, or of the output if the error names none."""
+    silence_output()
+    if error.errno == errno.EPIPE:  # the reader of a pipe, such as `head`, has seen enough
+        return
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "output"
+    with suppress(OSError):
+        echo(f"error: {place}: {error.strerror or error}", err=True)
+
+
+def silence_output() -> None:
+    """Forget what could not be written to stdout: at exit Python would try again, and print a traceback."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Run the console script. An error that the user can fix is printed without a traceback."""
     try:
@@ -76,6 +95,9 @@ def main() -> None:
     except TapirError as error:
         click.secho("error: ", err=True, nl=False, fg="red", bold=True)
         echo(str(error), err=True)
+        sys.exit(1)
+    except OSError as error:  # of a file, a folder or the output; what is wrong with it is not in this program
+        show_os_error(error)
         sys.exit(1)
     except click.ClickException as error:
         message = io.StringIO()

@@ -1,5 +1,6 @@
 """Options that several commands share, and the runs and stores that they name."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,12 @@ class HomePath(click.Path):
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from tapir_local.files import expand_home
+        from tapir_local.files import check_path_text, expand_home
 
-        return super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
+        converted: Any = super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
+        path = Path(converted)
+        check_path_text(path)
+        return path
 
 
 cache_option = click.option(
@@ -60,4 +64,4 @@ def select_run(cache: Path | None, name: str | None) -> "RunDir":
 
 def cache_argument(cache: Path | None) -> str:
     """The option that a suggested command needs to use the same cache, or an empty string."""
-    return f" --cache {cache}" if cache else ""
+    return f" --cache {shlex.quote(str(cache))}" if cache else ""

@@ -77,7 +77,7 @@ def print_table(*tables: Any) -> None:
     """Print tables for people, as wide as the terminal, or 140 columns wide in a pipe."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 140)
     for table in tables:
         console.print(table)
 

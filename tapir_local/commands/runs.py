@@ -1,5 +1,6 @@
 """Commands on the files of runs: `status`, `show`, `why`, `plan`, `compare`, `chat` and `redo`."""
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,7 +206,9 @@ def chat_command(
 
 
 def read_prompt() -> str | None:
-    """A line from the terminal; None at the end of the input."""
+    """A line from the terminal; None at the end of the input. Bytes that are not UTF-8 become lone surrogates."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -1,18 +1,18 @@
 """Read the state of a run from its files: stages, calls, and a round's plan, metrics and answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, read_rows
+from tapir_local.files import read_json_object, read_record, read_rows
 from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.labeling import warn_low_agreement
-from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
+from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps, redo_command
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.run_dir import RunDir
+from tapir_local.run_dir import RunDir, is_locked
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -33,14 +33,36 @@ def run_status(run: RunDir) -> dict[str, Any]:
     ]
     return {
         "run": run.name,
-        "state": "done" if all(step.done for step in steps) else record.get("status", "unknown"),
+        "state": run_state(run, steps, str(record.get("status", ""))),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
         "calls": call_counts(run, taken),
         "unusable": unusable_counts(run),
-        "warnings": run_warnings(run),
+        "warnings": [*run_warnings(run), *changed_output_warnings(run, steps)],
     }
+
+
+def run_state(run: RunDir, steps: Sequence[Step], recorded: str) -> str:
+    """`done`, `running, in STEP`, or where and why the run stopped, as `recorded` in run.json.
+
+    A process that was killed has recorded nothing: whether a run is worked on is known from its lock.
+    """
+    left = next((step.name for step in steps if not step.done), "")
+    if not left:
+        return "done"
+    if is_locked(run):
+        return f"running, in {left}"
+    if recorded.startswith("stopped"):
+        return recorded
+    if recorded == "running":
+        return f"stopped in {left}: its process ended without an error, as by kill -9"
+    return f"stopped before {left}"
+
+
+def changed_output_warnings(run: RunDir, steps: Sequence[Step]) -> list[str]:
+    """A sentence for each output that is not what its stage wrote."""
+    return [f"the output of {step.name} was changed: {change}" for step, change in changed_outputs(run, steps[:-1])]
 
 
 def unusable_counts(run: RunDir) -> dict[str, dict[str, int]]:
@@ -80,8 +102,9 @@ def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
     """The metrics of a round; None until they exist."""
-    path = run.round(number) / "metrics.json"
-    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+    step = next(step for step in list_steps(run, number) if (step.number, step.stage.name) == (number, "evaluate"))
+    fix = f"Make it again: {redo_command(run.name, step)}"
+    return read_json_object(step.output, fix) if step.output.exists() else None
 
 
 def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
@@ -113,7 +136,8 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
 def read_agreement(run: RunDir) -> dict[str, Any] | None:
     """How far the classifier of a run agrees with the teacher; None if there is no classifier."""
     path = run.path / "classifier" / "agreement.json"
-    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+    fix = f"Make it again: tapir-local redo {run.name} --from classify"
+    return read_json_object(path, fix) if path.exists() else None
 
 
 def run_warnings(run: RunDir) -> list[str]:

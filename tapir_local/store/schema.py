@@ -1,5 +1,6 @@
 """The store file: its tables, its migrations, and connections to it."""
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     synchronous=FULL: a commit returns after its WAL frames are on the disk, so an acknowledged row survives kill -9 and
     a power failure. With NORMAL it would survive only the first.
     """
-    mode = "rwc" if write else "ro"
+    mode = "rwc" if write else "ro&immutable=1" if is_unchangeable(path) else "ro"
     if write:
         private_file(path)  # SQLite creates the log with the mode of the file
         for ending in ("-wal", "-shm"):
@@ -112,6 +113,15 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
         conn.close()
         raise
     return conn
+
+
+def is_unchangeable(path: Path) -> bool:
+    """Whether a closed store is in a folder that we cannot write: SQLite cannot make the index of its log there.
+
+    Without a log no process has the store open, so it can be read without one.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    return not os.access(path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
 
 
 @contextmanager
