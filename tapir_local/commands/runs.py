@@ -197,6 +197,7 @@ def chat_command(
     """
     from tapir_local.commands.chat import answer_once, chat_loop, open_students
 
+    accept_any_bytes()
     place = select_run(cache, run)
     with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as students:
         if prompt is not None:
@@ -205,10 +206,14 @@ def chat_command(
             chat_loop(students, temperature, read_prompt, lambda text: echo(text, nl=False))
 
 
-def read_prompt() -> str | None:
-    """A line from the terminal; None at the end of the input. Bytes that are not UTF-8 become lone surrogates."""
+def accept_any_bytes() -> None:
+    """From now on bytes on the standard input that are not UTF-8 become lone surrogates, and are no error."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def read_prompt() -> str | None:
+    """A line from the terminal; None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -10,12 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
-from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply
+from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply, parse_reply_json
 from tapir_local.store.schema import connect, is_damage_error
 
 DAMAGED_ANSWER = "(damaged)"
@@ -58,7 +56,15 @@ class StoredCall:
         asked = keys.request_fields(self.request)
         when = datetime.fromtimestamp(self.created, UTC).isoformat(timespec="seconds")
         numbers = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "seconds": round(self.seconds, 3)}
-        return {"key": self.key.hex(), "created": when, **asked, "answer": orjson.loads(self.answer), **numbers}
+        return {"key": self.key.hex(), "created": when, **asked, "answer": parse_stored_answer(self.answer), **numbers}
+
+
+def parse_stored_answer(answer: bytes) -> Any:
+    """The JSON of a raw reply, as tolerantly as it was read when it was paid for; its text if it is not JSON."""
+    try:
+        return parse_reply_json(answer)
+    except ValueError:
+        return answer.decode(errors="replace")
 
 
 @contextmanager
