@@ -31,6 +31,15 @@ def expand_home(path: str | None) -> str | None:
         return path
 
 
+def check_path_text(path: Path) -> None:
+    """TapirError for a path that is not UTF-8: no recipe or record could name it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        what = "the path is not UTF-8, so the files of a run cannot name it"
+        raise TapirError(what, where=repr(str(path)), fix="Use another folder, or rename it.") from error
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield `<path>.partial` to write to, as a file or a folder; rename it to `path` when the block succeeds.
@@ -136,6 +145,18 @@ def write_record(path: Path, record: Any) -> None:
 def read_record(kind: type[T], path: Path) -> T:
     """Read one record from a JSON file."""
     return from_json(kind, path.read_bytes(), str(path))
+
+
+def read_json_object(path: Path, fix: str = "") -> dict[str, Any]:
+    """The object in a JSON file; TapirError with `fix` if it holds anything else."""
+    try:
+        found = orjson.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        empty = not path.stat().st_size
+        raise TapirError("the file is empty" if empty else "the file is not a JSON object", where=str(path), fix=fix)
+    return found
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:

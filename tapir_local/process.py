@@ -1,5 +1,6 @@
 """Run a heavy stage in its own process, which reports progress and errors and ends when its parent dies."""
 
+import ctypes
 import json
 import os
 import re
@@ -37,6 +38,7 @@ SECRET_NAME = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CRED
 WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # more such names, from a recipe
 # Secrets that a module needs: the classifier downloads its encoder from the Hub.
 ALLOWED_SECRETS = {"tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SECONDS = 5.0  # seconds between asking a child to stop and killing it
 NO_VARIABLES: Mapping[str, str] = {}
 
@@ -333,6 +335,7 @@ def serve_parent(work: Callable[[Path, Parent], Any], environment: Mapping[str, 
     os.environ.update(environment or {})
     parent = Parent(open_report_channel())
     if os.environ.get(OWNED_VARIABLE):
+        wake_at_parents_death()
         threading.Thread(target=end_with_parent, args=(parent.replies.put,), daemon=True).start()
     try:
         found = work(Path(sys.argv[1]), parent)
@@ -344,6 +347,15 @@ def serve_parent(work: Callable[[Path, Parent], Any], environment: Mapping[str, 
         traceback.print_exc()
         return 1
     return 0
+
+
+def wake_at_parents_death() -> None:
+    """Have the kernel send SIGCONT when the parent dies: a process that was stopped (SIGSTOP) cannot end itself.
+
+    Not SIGKILL: `end_with_parent` then ends the processes that this one has started too.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 
 
 def open_report_channel() -> Callable[[Mapping[str, Any]], None]:

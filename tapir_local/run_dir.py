@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tapir_local.errors import TapirError
-from tapir_local.files import private_folder
+from tapir_local.files import check_path_text, private_folder, read_json_object, wrap_write_errors
 
 LOCK_SECONDS = 0.5  # to wait for a lock: lock_holder of another process holds it for an instant
 UNTRAINED_ROUND = -1  # the number of the untrained student among rounds
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MAX_NAME_LENGTH = 200  # bytes; file systems allow 255, and files next to the folder need endings
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,12 @@ class RunDir:
     name: str
 
     def __post_init__(self) -> None:
-        if not RUN_NAME.fullmatch(self.name):
+        check_path_text(self.cache)
+        if not RUN_NAME.fullmatch(self.name) or len(self.name) > MAX_NAME_LENGTH:
             raise TapirError(
                 f"{self.name!r} is not a valid run name",
-                fix="Use letters, digits, dots, dashes and underscores; --cache sets the folder that holds the runs.",
+                fix=f"Use up to {MAX_NAME_LENGTH} letters, digits, dots, dashes and underscores. "
+                "--cache sets the folder that holds the runs.",
             )
 
     @property
@@ -46,14 +47,15 @@ class RunDir:
         return (self.path / "recipe.yaml").exists()
 
     def record(self) -> dict[str, Any]:
-        """The contents of run.json: versions, times and the duration of each finished stage; {} before the first."""
+        """The contents of run.json: versions, times and what each finished stage did; {} before the first."""
         path = self.path / "run.json"
-        return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
+        fix = "Restore it, or delete it: it holds only versions, times and notes. The outputs of the stages are intact."
+        return read_json_object(path, fix) if path.exists() else {}
 
 
 def run_of_name(cache: Path, name: str) -> RunDir | None:
     """The folder of a run that the store names; None for names without a folder, such as `import:FILE`."""
-    return RunDir(cache, name) if RUN_NAME.fullmatch(name) else None
+    return RunDir(cache, name) if RUN_NAME.fullmatch(name) and len(name) <= MAX_NAME_LENGTH else None
 
 
 def list_runs(cache: Path) -> list[RunDir]:
@@ -92,7 +94,8 @@ def lock_run(run: RunDir) -> Iterator[None]:
             f"run {run.name!r} is in use by {holder}", fix="Wait until it ends, or use another --name."
         ) from error
     try:
-        owner.write_text(f"process {os.getpid()}", encoding="utf-8")
+        with wrap_write_errors(owner):
+            owner.write_text(f"process {os.getpid()}", encoding="utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -108,7 +108,8 @@ def test_an_interrupt_of_the_parent_stops_the_child(child, tmp_path):
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
-def test_the_child_ends_when_its_parent_is_killed(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_child_ends_when_its_parent_is_killed(tmp_path, stopped):
     (tmp_path / "heavy.py").write_text(
         HEAD
         + """
@@ -126,6 +127,8 @@ def work(folder, progress):
     parent = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     grandchild = tmp_path / "grandchild"
     assert wait_for(lambda: grandchild.exists() and grandchild.read_text().strip())
+    if stopped:  # SIGSTOP: it runs no code of its own
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGSTOP)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     for file in (tmp_path / "pid", grandchild):

@@ -32,11 +32,20 @@ class ChatModel:
     chance: random.Random
     history: list[Message] = field(default_factory=list)
 
+    @staticmethod
+    def check_text(text: str) -> None:
+        """TapirError for a question whose bytes were not UTF-8."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TapirError("the question is not UTF-8", fix="Type it again, or change the encoding.") from error
+
     def answer(self, text: str, temperature: float) -> Iterator[str]:
         """The answer in pieces; it is added to the conversation when it is complete.
 
         Each answer has its own sampling seed, so that the same question may get different answers.
         """
+        self.check_text(text)
         asked = [*self.history, Message("user", text)]
         seed, pieces = self.chance.getrandbits(31), []
         for piece in chat_stream(self.engine, asked, max_tokens=self.max_tokens, temperature=temperature, seed=seed):

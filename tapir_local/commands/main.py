@@ -1,7 +1,10 @@
 """The command group `tapir-local`, its exit codes, and how errors reach the user."""
 
+import errno
 import io
+import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -23,13 +26,15 @@ from tapir_local.commands.runs import (
 )
 from tapir_local.commands.start import doctor_command, recipes_command
 from tapir_local.errors import TapirError
+from tapir_local.interrupts import stop_exit_code, stop_on_signals
 
 EXIT_CODES_HELP = """\b
 Exit codes:
   0    done
   1    an error; the message says how to fix it
   2    no such command or option
-  130  stopped with Ctrl-C; run the same command again to resume"""
+  130  stopped with Ctrl-C; run the same command again to resume
+  143  stopped by SIGTERM, and 129 by SIGHUP; the same applies"""
 
 
 @click.group(cls=CommandGroup, epilog=EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,14 +74,34 @@ def check_system(system: str) -> None:
         raise TapirError(f"tapir-local runs on Linux only, and this is {system}", fix=fix)
 
 
+def show_os_error(error: OSError) -> None:
+    """Print what the system says of a file, or of the output if the error names none."""
+    silence_output()
+    if error.errno == errno.EPIPE:  # the reader of a pipe, such as `head`, has seen enough
+        return
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "output"
+    with suppress(OSError):
+        echo(f"error: {place}: {error.strerror or error}", err=True)
+
+
+def silence_output() -> None:
+    """Forget what could not be written to stdout: at exit Python would try again, and print a traceback."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Run the console script. An error that the user can fix is printed without a traceback."""
     try:
         check_system(sys.platform)
+        stop_on_signals()
         cli.main(standalone_mode=False)
     except TapirError as error:
         click.secho("error: ", err=True, nl=False, fg="red", bold=True)
         echo(str(error), err=True)
+        sys.exit(1)
+    except OSError as error:  # of a file, a folder or the output; what is wrong with it is not in this program
+        show_os_error(error)
         sys.exit(1)
     except click.ClickException as error:
         if isinstance(error, click.exceptions.NoSuchOption):
@@ -86,7 +111,7 @@ def main() -> None:
         echo(message.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as stopped:
-        echo("\nstopped; run the same command again to resume. Nothing that was paid for is lost", err=True)
+        echo("\nstopped; run the same command again to resume. Every answer that arrived is kept", err=True)
         for note in getattr(stopped.__cause__ or stopped, "__notes__", ()):
             echo(note, err=True)
-        sys.exit(130)
+        sys.exit(stop_exit_code())

@@ -26,9 +26,12 @@ class HomePath(click.Path):
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from tapir_local.files import expand_home
+        from tapir_local.files import check_path_text, expand_home
 
-        return super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
+        converted: Any = super().convert((expand_home(value) or "") if isinstance(value, str) else value, param, ctx)
+        path = Path(converted)
+        check_path_text(path)
+        return path
 
 
 cache_option = click.option(

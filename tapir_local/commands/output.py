@@ -81,7 +81,8 @@ def print_table(*tables: Any) -> None:
     """
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 140)
+    in_terminal = sys.stdout and sys.stdout.isatty()
+    console = Console(width=None if in_terminal or os.environ.get("COLUMNS") else 140)
     for number, table in enumerate(tables):
         if number:
             console.print()

@@ -1,5 +1,6 @@
 """Commands on the files of runs: `runs`, `status`, `show`, `why`, `plan`, `compare`, `chat` and `redo`."""
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -225,12 +226,19 @@ def chat_command(
     """
     from tapir_local.commands.chat import answer_once, chat_loop, open_students
 
+    accept_any_bytes()
     place = select_run(cache, run)
     with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as students:
         if prompt is not None:
             answer_once(students, prompt, temperature, lambda text: echo(text, nl=False))
         else:
             chat_loop(students, temperature, read_prompt, lambda text: echo(text, nl=False))
+
+
+def accept_any_bytes() -> None:
+    """From now on bytes on the standard input that are not UTF-8 become lone surrogates, and are no error."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def read_prompt() -> str | None:

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,8 @@ from tapir_local import __version__
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, write_json, write_text
+from tapir_local.interrupts import stop_reason
+from tapir_local.output_record import describe_change, describe_output
 from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
@@ -25,14 +27,12 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import diff_recipes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
 from tapir_local.records import Progress
-from tapir_local.resources import CHECKOUT
+from tapir_local.resources import CHECKOUT, read_recipe_text
 from tapir_local.resumable import remove_partial
 from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.unusable import remove_unusable
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")
-
-INTERRUPTIONS: Mapping[type[BaseException], str] = {KeyboardInterrupt: "Ctrl-C"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
     if not has_begun(run):
         return
     old, path = kept_recipe(run), run.path / "recipe.yaml"
-    written = read_yaml(path.read_text(encoding="utf-8"), Recipe, str(path))
+    written = read_yaml(read_recipe_text(path), Recipe, str(path))
     if changed := diff_recipes(old, accept_moved_seeds(old, recipe, run), written):
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
@@ -148,7 +148,7 @@ def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
 def kept_recipe(run: RunDir) -> Recipe:
     """The recipe that a run started with."""
     path = run.path / "recipe.yaml"
-    return parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)
+    return parse_recipe(read_recipe_text(path), str(path), kept=True)
 
 
 def distill(recipe: Recipe, run: RunDir, backends: Backends, watch: Watch) -> int:
@@ -169,10 +169,29 @@ def steps_to_run(recipe: Recipe, run: RunDir) -> list[Step]:
     """The pending steps; a model/ of other rounds, or with another card, is deleted."""
     steps = list_steps(run, recipe.rounds)
     left = pending_steps(steps, run.name)
+    refuse_changed_outputs(run, steps[:-1])
     if not left and not is_model_stale(run, recipe):
         return []
     remove_path(steps[-1].output)
     return left or steps[-1:]
+
+
+def refuse_changed_outputs(run: RunDir, steps: Sequence[Step]) -> None:
+    """TapirError if an output is not what its stage wrote: later stages would work with the rest of it."""
+    for step, change in changed_outputs(run, steps):
+        raise TapirError(
+            f"the output of {step.name} was changed: {change}",
+            where=str(step.output),
+            fix=f"Put the file back, or repeat everything from there: {redo_command(run.name, step)}",
+        )
+
+
+def changed_outputs(run: RunDir, steps: Sequence[Step]) -> Iterator[tuple[Step, str]]:
+    """The finished steps whose output is not what was written, each with the difference."""
+    taken = run.record().get("stages", {})
+    for step in steps:
+        if step.done and (change := describe_change(step.output, taken.get(step.name, {}).get("output", {}))):
+            yield step, change
 
 
 def run_step(step: Step, work: Work, watch: Watch) -> None:
@@ -183,8 +202,16 @@ def run_step(step: Step, work: Work, watch: Watch) -> None:
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
     with record_interruption(work.run, f"in {step.name}", began), explain_file_errors(work.run, step):
+        update_run_record(work.run, step=step.name)
         note = step.stage.run(work, step.output)
-    taken = {"seconds": round(time.monotonic() - began, 1), "note": note, "finished": utc_now(), **work.tally}
+        written = describe_output(step.output)
+    taken = {
+        "seconds": round(time.monotonic() - began, 1),
+        "note": note,
+        "finished": utc_now(),
+        **work.tally,
+        "output": written,
+    }
     taken |= {"replay": True} if work.backends.replay else {}
     update_run_record(work.run, step=step.name, taken=taken)
     watch.ends(step, taken)
@@ -210,10 +237,17 @@ def record_interruption(run: RunDir, place: str, began: float | None = None) -> 
     try:
         yield
     except BaseException as error:
-        why = str(error) if isinstance(error, TapirError) else INTERRUPTIONS.get(type(error), type(error).__name__)
         after = "" if began is None else f" after {time.monotonic() - began:.0f} s"
-        update_run_record(run, status=f"stopped {place}{after}: {why}")
+        with suppress(TapirError, OSError):  # a full disk, for instance: the first error is the one to show
+            update_run_record(run, status=f"stopped {place}{after}: {name_cause(error)}")
         raise
+
+
+def name_cause(error: BaseException) -> str:
+    """What stopped a run: an error in the user's words, a signal, or the name of an exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return stop_reason()
+    return str(error) if isinstance(error, TapirError) else type(error).__name__
 
 
 @contextmanager
@@ -236,9 +270,10 @@ def explain_file_errors(run: RunDir, step: Step) -> Iterator[None]:
 def update_run_record(
     run: RunDir, *, status: str = "running", step: str = "", taken: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the run's status, and what a finished step took, into run.json."""
+    """Write the run's status, and what a finished step took, into run.json; a step that begins has no record yet."""
     record = run.record()
-    stages = record.get("stages", {}) | ({step: dict(taken)} if taken else {})
+    stages = {name: found for name, found in record.get("stages", {}).items() if name != step or taken}
+    stages |= {step: dict(taken)} if taken else {}
     write_json(run.path / "run.json", {**record, "status": status, "updated": utc_now(), "stages": stages})
 
 
@@ -267,6 +302,8 @@ def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
         names = {step.name for step in steps}
         unlock_steps(run, names)
         remove_unusable(run, names)
+        if done:
+            update_run_record(run, status=f"stopped before {steps[0].name}: redo deleted it and all later outputs")
         return [step.name for step in done]
 
 

@@ -23,7 +23,7 @@ from tapir_local.recipe.settings import path_settings
 from tapir_local.recipe.text import fixed_settings, parse_recipe
 from tapir_local.recipe.yaml import write_yaml
 from tapir_local.records import Metrics
-from tapir_local.resources import HUB_NAME
+from tapir_local.resources import HUB_NAME, read_recipe_text
 from tapir_local.run_dir import RunDir
 
 CHECKSUMS_FILE = "SHA256SUMS"
@@ -63,7 +63,7 @@ def is_model_stale(run: RunDir, recipe: Recipe) -> bool:
     path = run.path / SHIP_STAGE.output / "recipe.yaml"
     if not path.exists():
         return False
-    shipped = parse_recipe(path.read_text(encoding="utf-8"), str(path), kept=True)
+    shipped = parse_recipe(read_recipe_text(path), str(path), kept=True)
     return model_settings(shipped) != model_settings(recipe)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import orjson
 
 from tapir_local.errors import TapirError
-from tapir_local.files import read_record, read_rows
+from tapir_local.files import read_json_object, read_record, read_rows
 from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.labeling import warn_low_agreement
-from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
+from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
 from tapir_local.store.queries import count_paid_and_hits
@@ -45,7 +45,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "end": [stage_status(steps[-1], taken)],
         "calls": call_counts(run, taken),
         "unusable": unusable_counts(run),
-        "warnings": run_warnings(run),
+        "warnings": [*run_warnings(run), *changed_output_warnings(run, steps)],
     }
 
 
@@ -57,6 +57,8 @@ def describe_state(run: RunDir, steps: Sequence[Step]) -> str:
     recorded = str(run.record().get("status", ""))
     if not left:
         return "done"
+    if recorded == "running":
+        return f"stopped in {left[0].name}: its process ended without an error, as by kill -9"
     return recorded if recorded.startswith("stopped") else f"not finished, {left[0].name} is next"
 
 
@@ -106,6 +108,11 @@ def disk_bytes(folder: Path) -> int:
     return sum(sizes.values())
 
 
+def changed_output_warnings(run: RunDir, steps: Sequence[Step]) -> list[str]:
+    """A sentence for each output that is not what its stage wrote."""
+    return [f"the output of {step.name} was changed: {change}" for step, change in changed_outputs(run, steps[:-1])]
+
+
 def unusable_counts(run: RunDir) -> dict[str, dict[str, int]]:
     """The number of rows that each step left out, by reason."""
     found: dict[str, dict[str, int]] = {}
@@ -143,8 +150,9 @@ def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
     """The metrics of a round, or of the untrained student; None until they exist."""
-    path = run.round(number) / "metrics.json"
-    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+    path, where = run.round(number) / "metrics.json", "" if number == UNTRAINED_ROUND else f" --round {number}"
+    fix = f"Make it again: tapir-local redo {run.name}{where} --from evaluate"
+    return read_json_object(path, fix) if path.exists() else None
 
 
 def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
@@ -176,7 +184,8 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
 def read_agreement(run: RunDir) -> dict[str, Any] | None:
     """How far the classifier of a run agrees with the teacher; None if there is no classifier."""
     path = run.path / "classifier" / "agreement.json"
-    return dict(orjson.loads(path.read_bytes())) if path.exists() else None
+    fix = f"Make it again: tapir-local redo {run.name} --from classify"
+    return read_json_object(path, fix) if path.exists() else None
 
 
 def run_warnings(run: RunDir) -> list[str]:

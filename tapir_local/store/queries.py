@@ -4,19 +4,17 @@ import difflib
 import sqlite3
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tapir_local.errors import TapirError
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
-from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply
-from tapir_local.store.schema import connect
+from tapir_local.store.reply import MAX_TOKEN_COUNT, parse_reply, parse_reply_json
+from tapir_local.store.schema import connect, is_damage_error
 
 DAMAGED_ANSWER = "(damaged)"
 KEY_BYTES = 32
@@ -58,7 +56,15 @@ class StoredCall:
         asked = keys.request_fields(self.request)
         when = datetime.fromtimestamp(self.created, UTC).isoformat(timespec="seconds")
         numbers = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "seconds": round(self.seconds, 3)}
-        return {"key": self.key.hex(), "created": when, **asked, "answer": orjson.loads(self.answer), **numbers}
+        return {"key": self.key.hex(), "created": when, **asked, "answer": parse_stored_answer(self.answer), **numbers}
+
+
+def parse_stored_answer(answer: bytes) -> Any:
+    """The JSON of a raw reply, as tolerantly as it was read when it was paid for; its text if it is not JSON."""
+    try:
+        return parse_reply_json(answer)
+    except ValueError:
+        return answer.decode(errors="replace")
 
 
 @contextmanager
@@ -75,7 +81,9 @@ def open_store(path: Path) -> Iterator[sqlite3.Connection]:
         finally:
             conn.close()
     except sqlite3.DatabaseError as error:
-        fix = "The next run moves a damaged store away and saves the calls that can be read."
+        fix = "Check that the file and its folder can be read."
+        if is_damage_error(error):
+            fix = "The next run moves a damaged store away and saves the calls that can be read."
         raise TapirError(f"the store cannot be read: {error}", where=str(path), fix=fix) from error
     except UnicodeEncodeError as error:
         raise TapirError("a name that is not valid text", where=repr(error.object)) from error
@@ -258,13 +266,12 @@ def count_paid_and_hits(path: Path, run: str) -> dict[str, int] | None:
     """{"paid", "hits"}: the numbers of calls that a run paid for and found; None if there is no readable store."""
     if not path.exists():
         return None
-    conn = connect(path, write=False)
     try:
-        used, paid = conn.execute("select count(*), coalesce(sum(paid), 0) from uses where run = ?", (run,)).fetchone()
+        with closing(connect(path, write=False)) as conn:
+            sql = "select count(*), coalesce(sum(paid), 0) from uses where run = ?"
+            used, paid = conn.execute(sql, (run,)).fetchone()
     except sqlite3.DatabaseError:  # damaged, or not a store: the next run repairs or creates it
         return None
-    finally:
-        conn.close()
     return {"paid": paid, "hits": used - paid}
 
 
@@ -299,8 +306,5 @@ def mean_tokens_by_stage(path: Path) -> dict[str, tuple[float, float]]:
         "select u.stage, avg(c.tokens_in), avg(c.tokens_out) from uses u join calls c on c.key = u.key"
         " group by u.stage having avg(c.tokens_out) > 0"
     )
-    conn = connect(path, write=False)
-    try:
+    with open_store(path) as conn:
         return {stage: (size_in, size_out) for stage, size_in, size_out in conn.execute(sql)}
-    finally:
-        conn.close()

@@ -1,5 +1,6 @@
 """The store file: its tables, its migrations, and connections to it."""
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from tapir_local.store.rows import record_max_tokens
 
 PAGE_BYTES = 16_384  # with pages of 4 KB, a row of 2 KB would leave half of a page empty
 MMAP_BYTES = 2**40  # bytes of the file that a reader may map into memory, which saves a system call per page
+# Pages in the log before they are moved into the file, 1 MiB: a copy of the file alone lacks at most these. SQLite's
+# default of 1000 is 16 MiB here, more than many stores.
+CHECKPOINT_PAGES = 64
 BUSY_TIMEOUT_MS = 60_000  # how long a statement waits for a lock of another process; a commit takes a few ms
 NETWORK_FILE_SYSTEMS = {
     "nfs",
@@ -85,7 +89,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     synchronous=FULL: a commit returns after its WAL frames are on the disk, so an acknowledged row survives kill -9 and
     a power failure. With NORMAL it would survive only the first.
     """
-    mode = "rwc" if write else "ro"
+    mode = "rwc" if write else "ro&immutable=1" if is_unchangeable(path) else "ro"
     if write:
         private_file(path)  # SQLite creates the log with the mode of the file
         for ending in ("-wal", "-shm"):
@@ -103,11 +107,21 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
                 "SQLite cannot use a write-ahead log here", where=str(path), fix="Put the cache on a local disk."
             )
         conn.execute("PRAGMA synchronous = FULL")
+        conn.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         conn.execute(f"PRAGMA mmap_size = {MMAP_BYTES if not write else 0}")
     except BaseException:
         conn.close()
         raise
     return conn
+
+
+def is_unchangeable(path: Path) -> bool:
+    """Whether a closed store is in a folder that we cannot write: SQLite cannot make the index of its log there.
+
+    Without a log no process has the store open, so it can be read without one.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    return not os.access(path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tapir_local.files import FILE_MODE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.locks import Claims
+from tapir_local.store.presence import OpenFile, describe_saved
 from tapir_local.store.recovery import find_damage, rescue_store
 from tapir_local.store.rows import Attempt, Call, InFlight, Inserter, Landed, StoreRow, Use, max_tokens_used
 from tapir_local.store.schema import connect, create_or_migrate, is_damage_error, network_disk_warning, transaction
@@ -175,8 +176,12 @@ class Store:
         self._readers.clear()
         if self._thread:
             self._thread = None
-            self._claims.close()
-            self._conn.close()  # last, because a reader cannot merge the log into the file
+            try:
+                self._save_if_taken()
+            finally:
+                self._claims.close()
+                self._conn.close()  # last, because a reader cannot merge the log into the file
+                self._broken = TapirError("the store is closed", where=str(self.path))
         self._broken = TapirError("the store is closed", where=str(self.path))
 
     def _open(self) -> None:
@@ -184,15 +189,38 @@ class Store:
         self.notices = tuple(filter(None, [network_disk_warning(self.path.parent)]))
         private_file(Path(f"{self.path}.lock"))
         with FileLock(f"{self.path}.lock", mode=FILE_MODE):
-            fault = find_damage(self.path) if self.path.exists() else ""
-            if fault:
-                self.notices += (rescue_store(self.path, fault),)
-            create_or_migrate(self.path)
+            self._claims = Claims(Path(f"{self.path}.asking"))
+            try:
+                self._repair()
+            except BaseException:
+                self._claims.close()
+                raise
         self._conn = connect(self.path, write=True)
+        self._file = OpenFile(self.path, self._conn)
         self._rows = Inserter(self._conn, self.mode == "refresh", self._unreadable)
-        self._claims = Claims(Path(f"{self.path}.asking"))
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
+
+    def _repair(self) -> None:
+        """Move a damaged file away and save its calls, unless another process uses it; create missing tables."""
+        fault = find_damage(self.path) if self.path.exists() else ""
+        if fault and not self._claims.lock_store_alone():
+            raise TapirError(
+                f"the store is damaged ({fault}), and another process is using it",
+                where=str(self.path),
+                fix="Stop the other runs, and run the same command again: it saves the calls that can be read.",
+            )
+        if fault:
+            self.notices += (rescue_store(self.path, fault),)
+        self._claims.share_store()
+        create_or_migrate(self.path)
+
+    def _save_if_taken(self) -> None:
+        """If the file was taken away, save its calls; the TapirError says where."""
+        if error := self._file.check():
+            with explain_store_errors(self.path):
+                error.fix = describe_saved(self.path, self._file.save())
+            raise error
 
     def _reader(self) -> sqlite3.Cursor:
         """The cursor of this thread's own connection."""
@@ -257,10 +285,11 @@ class Store:
     def _commit(self, jobs: Sequence[WriteJob]) -> None:
         failed: TapirError | None = self._broken or TapirError("the store's writer stopped", where=str(self.path))
         try:
-            if not self._broken:
+            taken = self._file.check()
+            if taken or not self._broken:  # what still arrives for a file that was taken away is saved at the end
                 with explain_store_errors(self.path), transaction(self._conn):
                     self._rows.insert([row for rows, _ in jobs for row in rows])
-                failed = None
+                failed = taken
         except TapirError as error:
             failed = error
         finally:

@@ -41,7 +41,7 @@ def ask(
         if missing and askable_kind(endpoint) == "gguf":
             answer_with_gguf(session, missing)
         elif missing:
-            with note_pending_on_interrupt(session, missing):
+            with add_notes_on_interrupt(session, missing):
                 asyncio.run(send_missing(session, missing))
             session.check_any_answered()
     finally:
@@ -50,11 +50,14 @@ def ask(
 
 
 @contextmanager
-def note_pending_on_interrupt(session: AskSession, jobs: Sequence[RequestJob]) -> Iterator[None]:
-    """Add a note about the pending batches to the KeyboardInterrupt that Ctrl-C raises."""
+def add_notes_on_interrupt(session: AskSession, jobs: Sequence[RequestJob]) -> Iterator[None]:
+    """Add notes about abandoned requests and pending batches to the KeyboardInterrupt that Ctrl-C raises."""
     try:
         yield
     except KeyboardInterrupt as stopped:
+        if session.abandoned:
+            requests = "1 request was" if session.abandoned == 1 else f"{session.abandoned} requests were"
+            stopped.add_note(f"{requests} in flight and abandoned: what was sent may be paid for a second time")
         with suppress(TapirError):
             keys = frozenset(job.key for job in jobs)
             if note := describe_pending_batches(session.store, session.identity, keys):

@@ -13,11 +13,12 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import T
+from tapir_local.store.reply import parse_reply_json
 from tapir_local.teacher.endpoint import mask_key
 from tapir_local.teacher.pending_batches import PendingBatch, PendingBatches
 from tapir_local.teacher.rate_limit import backoff_seconds, requested_wait
 from tapir_local.teacher.refusals import RETRIED_STATUSES, RequestFailure, classify_error_response
-from tapir_local.teacher.responses import describe_transport_error
+from tapir_local.teacher.responses import describe_transport_error, replace_half_surrogates
 from tapir_local.teacher.session import AskSession, RequestJob
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def parse_result_lines(raw: bytes) -> dict[bytes, Any]:
     found: dict[bytes, Any] = {}
     for text in raw.split(b"\n"):
         try:
-            line = orjson.loads(text)
+            line = parse_reply_json(text)
             found[bytes.fromhex(line["custom_id"])] = line
         except (ValueError, KeyError, TypeError):
             continue
@@ -193,7 +194,7 @@ def reply_body_of_line(line: Any) -> bytes | None:
     response = line.get("response") if line else None
     if not isinstance(response, dict) or response.get("status_code") != 200:
         return None
-    return orjson.dumps(response.get("body"))
+    return orjson.dumps(replace_half_surrogates(response.get("body")))
 
 
 def classify_result_line(line: Any, endpoint: Endpoint, default: str) -> RequestFailure:
@@ -203,11 +204,13 @@ def classify_result_line(line: Any, endpoint: Endpoint, default: str) -> Request
     response, error = (line.get("response"), line.get("error")) if line else (None, None)
     if isinstance(response, dict):
         status = response.get("status_code")
-        content = orjson.dumps(response.get("body"))
+        content = orjson.dumps(replace_half_surrogates(response.get("body")))
         refusal = httpx2.Response(status if isinstance(status, int) else 500, content=content)
         return classify_error_response(refusal, endpoint)
     if isinstance(error, dict):  # batch_expired, batch_cancelled, request_timeout
-        return RequestFailure("retry", f"{error.get('code')}: {error.get('message')}", orjson.dumps(error))
+        return RequestFailure(
+            "retry", f"{error.get('code')}: {error.get('message')}", orjson.dumps(replace_half_surrogates(error))
+        )
     return RequestFailure("retry", default)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import orjson
@@ -64,6 +65,7 @@ class LiveSender:
         self.wants_usage = True  # whether a stream is asked to end with the token counts
         self.in_batches: list[RequestJob] = []
         self.reached = False
+        self.in_flight = 0
         self.pacer = RequestPacer()
 
     async def send(self, jobs: list[RequestJob]) -> list[RequestJob]:
@@ -79,6 +81,7 @@ class LiveSender:
                 await asyncio.wait(workers)
             except asyncio.CancelledError as interrupted:
                 self.queue.stop(interrupted)
+                self.tell_of_requests_in_flight()
                 await asyncio.wait(workers, timeout=INTERRUPT_GRACE_SECONDS)
                 raise
             finally:
@@ -137,7 +140,8 @@ class LiveSender:
                 await asyncio.sleep(wait)
             await self.record_sent(job)
             sent = self.loop.time()
-            return await self.post(job, sent)
+            with self.count_in_flight():
+                return await self.post(job, sent)
         except asyncio.CancelledError:
             if job.sent:
                 seconds = self.loop.time() - sent
@@ -146,6 +150,18 @@ class LiveSender:
             raise
         finally:
             self.session.release(job)
+
+    @contextmanager
+    def count_in_flight(self) -> Iterator[None]:
+        """Count a request while its reply is waited for, and as abandoned if it is cancelled."""
+        self.in_flight += 1
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.session.abandoned += 1
+            raise
+        finally:
+            self.in_flight -= 1
 
     async def record_sent(self, job: RequestJob) -> None:
         """Record a job that is about to be sent; if a budget counts it, wait until the record is on disk."""
@@ -293,6 +309,13 @@ class LiveSender:
             self.queue.stop(error)
         else:
             self.queue.mark_done()
+
+    def tell_of_requests_in_flight(self) -> None:
+        """After Ctrl-C, say what is waited for."""
+        if self.in_flight:
+            requests = "1 request" if self.in_flight == 1 else f"{self.in_flight} requests"
+            seconds = f"at most {INTERRUPT_GRACE_SECONDS:g} s for {requests} in flight"
+            self.session.warn(f"stopping; waiting {seconds}. Another Ctrl-C abandons them")
 
     def warn_of_key(self) -> None:
         """Warn once that the key is sent unencrypted over a network."""

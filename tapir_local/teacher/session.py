@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import httpx2
 
 LOOKUP_SIZE = 1000  # requests looked up at once, before progress is reported
+MAX_ATTEMPT_BYTES = 1 << 20  # of a reply that cannot be used: enough to see why
 MAX_LIMITS_TRIED = 16  # values of max_tokens for which an answer is looked up
 DEFAULT_PATIENCE = 900.0  # seconds of nothing but 429 until the run stops with an error
 
@@ -96,6 +97,7 @@ class AskSession:
         self.billing, self.identity = EndpointBilling(endpoint, self.budget, self.warn), endpoint_identity(endpoint)
         self.answers: list[Answer | None] = [None] * len(requests)
         self.finished = self.hits = 0
+        self.abandoned = 0  # requests that were in flight when the run was stopped
         self.served_models: dict[str, list[tuple[str, str]]] = {}
         self.outcomes = RequestOutcomes(self.count_complete_before, self.has_answered_before)
 
@@ -220,7 +222,7 @@ class AskSession:
         self.outcomes.count_reply(reply)
         if not reply.keeps or len(raw) > MAX_DECOMPRESSED_BYTES:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
-            self.store_attempt(job, why, raw[:MAX_DECOMPRESSED_BYTES], seconds, bill)
+            self.store_attempt(job, why, raw, seconds, bill)
             return None
         self.budget.spend(bill.cost, bill.estimated)
         uses = [self.use_record(place, job.key, place == job.places[0]) for place in job.places]
@@ -251,7 +253,7 @@ class AskSession:
         if bill:
             self.budget.spend(bill.cost, bill.estimated)
         sent, job.sent = job.sent, None
-        self.store.note(self.attempt_record(job, why, raw, seconds, bill), sent)
+        self.store.note(self.attempt_record(job, why, raw[:MAX_ATTEMPT_BYTES], seconds, bill), sent)
 
     def attempt_record(
         self, job: RequestJob, why: str, raw: bytes = b"", seconds: float = 0.0, bill: Bill | None = None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import ssl
 import subprocess
 import threading
@@ -83,6 +84,14 @@ def test_a_port_without_an_http_server_is_named(server, store):
         ask(questions("a"), teacher(server), store, run="r")
     assert len(server.bodies) == 2
     assert "ssl" not in str(caught.value)
+
+
+def test_a_server_that_was_never_reached_is_given_up_after_two_tries(store):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with raises("nothing listens at"):
+        ask(questions("a"), Teacher(base_url=f"http://127.0.0.1:{port}/v1", model="m", attempts=6), store, run="r")
+    assert len(attempts(store)) == 2
 
 
 def test_connection_errors_do_not_mention_ssl(store):

@@ -20,7 +20,7 @@ from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Message
 from tapir_local.run_dir import RunDir
-from tapir_local.store.reply import ReplyOptions, parse_reply
+from tapir_local.store.reply import ReplyOptions, parse_reply, parse_usage
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.refusals import classify_error_response, classify_unreadable_reply
@@ -305,3 +305,8 @@ def test_every_server_behavior_ends_in_answers_or_an_error(server, tmp_path):
             one_by_one = teacher(server, send_seed=True, concurrency=1)  # an error in the first reply may end the stage
             answers = ask(questions(*WORDS, draw=1), one_by_one, store, run="r")
             assert sum(answer.complete for answer in answers) >= 7, name
+
+
+@pytest.mark.parametrize("count", [2**62, 1e300, float("nan"), float("inf"), -1, 1.5, True, "7"])
+def test_impossible_token_counts_are_no_counts(count):
+    assert parse_usage({"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 10}) == (0, 0)

@@ -9,8 +9,10 @@ from server import attempts, completion, questions, raises, texts
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Budget
 from tapir_local.store.queries import billed_to_run
+from tapir_local.store.reply import parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.batch_api import parse_result_lines, reply_body_of_line
 from tapir_local.teacher.budget import BudgetTracker
 from tapir_local.teacher.pending_batches import BatchLimits
 from tapir_local.teacher.session import AskOptions
@@ -232,3 +234,16 @@ def test_kinds_and_stores_that_cannot_be_asked_by_batch(server, store):
         ask(questions("a"), Teacher(kind="pocket", batch=True), store, run="r")
     with Store(store.path, "off") as off, raises("batches need a writable store"):
         by_batch(["a"], teacher(server), off)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [(b"A \\ud83d smile", "A \ufffd smile"), (b'A."}, "logprobs": NaN, "x": {"y": "', "A."), (b"caf\xe9", "caf\ufffd")],
+)
+def test_a_line_that_strict_readers_refuse_is_not_paid_again(text, read):
+    choice = b'{"message": {"content": "' + text + b'"}, "finish_reason": "stop"}'
+    body = b'{"status_code": 200, "body": {"choices": [' + choice + b"]}}"
+    found = parse_result_lines(b'{"custom_id": "' + b"ab" * 32 + b'", "response": ' + body + b"}\n")
+    raw = reply_body_of_line(found[b"\xab" * 32])
+    assert raw is not None
+    assert parse_reply(raw).text == read
