@@ -1,5 +1,6 @@
 """An output that was changed is noticed, and the state of a run is what its files and its lock say."""
 
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_state_says_what_runs_and_what_ended(recipe: Recipe, run: RunDir) ->
         distill(recipe, run, fake_backends(world), QUIET)
     assert run_status(run)["state"].startswith("stopped in prepare/label")
     distill(recipe, run, with_ask(World(), look), QUIET)
-    assert states[0] == "running, in prepare/label"
+    assert states[0] == f"running (process {os.getpid()}), in prepare/label"
     assert not [state for state in states if not state.startswith("running, in ")]
     redo(run, 2, "plan")
     assert run_status(run)["state"].startswith("stopped before round-02/plan")
