@@ -1,7 +1,7 @@
 """Tokens per second of tapir_local's batching compared with other programs, on one GGUF.
 
     python bench/generate.py STUDENT.gguf [--prompt-tokens 16] [--max-tokens 64] [--parallel 32] [--waves 2]
-        [--threads 2] [--repeats 3] [--batched-bench PATH] [--xllamacpp PYTHON]
+        [--threads 2] [--repeats 3] [--choose device|numpy|both] [--uneven] [--batched-bench PATH] [--xllamacpp PYTHON]
 
 Rivals: llama-cpp-python's high-level class in a loop; llama.cpp's own llama-batched-bench, which chooses no tokens
 (build it from llama-cpp-python's sdist with the same flags); xllamacpp's server in-process, with as many answers in
@@ -9,7 +9,9 @@ progress, run by the interpreter of an environment that has it. All read prompts
 write answers of the same length; end tokens are ignored. They take turns, and medians are printed, because the machine
 may have other work. `generation` counts only steps that read no prompt, as llama-batched-bench does; `all` is the
 tokens of prompts and answers over the whole time. Loading is in neither. Without a GGUF, a random Llama of 3M
-parameters is made.
+parameters is made. Our tokens are chosen as the program does it on this machine, or with `--choose` by llama.cpp where
+the logits are computed, by NumPy, or once by each, so that the two ways take turns. `--uneven` gives us, and no rival,
+prompts of 1 token to --prompt-tokens, and answers that fill the rest: most steps then read prompts and write.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from tapir_local.inference.lib import library, thread_count
 from tapir_local.inference.model import Model, open_model
 from tapir_local.inference.scheduler import Scheduler, Turn, answer_each, ignore_answer
 
+CHOICES = {"default": None, "device": True, "numpy": False, "both": True}  # whether the device chooses our tokens
 SERVER = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +69,8 @@ os._exit(0)
 class Clock:
     """Seconds of a run of ours: `generating` in steps that read no prompt (`written` tokens), and in `total`.
 
-    `decoding`, `choosing` and `thread` (the whole run) are this thread's own time: other processes do not count.
+    `decoding`, `choosing` (which waits for a GPU) and `thread` (the whole run) are this thread's own time: other
+    processes do not count.
     """
 
     generating: float = 0.0
@@ -85,6 +90,7 @@ class Rates:
     generation: float
     all: float
     python: float = float("nan")  # microseconds of our own code per token written
+    choosing: float = float("nan")  # microseconds of this thread for choosing it, on a GPU with the wait for its logits
 
 
 def main() -> None:
@@ -116,11 +122,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loop-prompts", type=int, default=8, help="prompts for the loop; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=thread_count())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--choose", choices=CHOICES, default="default", help="what chooses our tokens")
+    parser.add_argument("--uneven", action="store_true", help="answers of ours end at different times; without rivals")
     parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
     parser.add_argument("--verbose", action="store_true", help="print every measurement as it is made")
     parser.add_argument("--gpu", action="store_true", help="all layers on the GPU, for the rivals too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.uneven and (options.loop_prompts or options.batched_bench or options.xllamacpp):
+        parser.error("--uneven measures only ours: give --loop-prompts 0 and no rival")
+    return options
 
 
 def random_student(folder: Path) -> Path:
@@ -137,7 +148,9 @@ def random_student(folder: Path) -> Path:
 
 def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argparse.Namespace, Path], Rates]]:
     """Ours, and the rivals that the options name."""
-    found = {"tapir-local": ours}
+    found = {"tapir-local": partial(ours, on_device=CHOICES[options.choose])}
+    if options.choose == "both":
+        found["tapir-local with NumPy"] = partial(ours, on_device=False)
     if options.loop_prompts:
         found["llama-cpp-python, a loop"] = loop
     if options.batched_bench:
@@ -153,14 +166,16 @@ def random_prompts(width: int, count: int, length: int) -> list[list[int]]:
     return [[chance.randrange(width) for _ in range(length)] for _ in range(count)]
 
 
-def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
-    """Continuous batching of all prompts."""
+def ours(gguf: Path, options: argparse.Namespace, folder: Path, on_device: bool | None = None) -> Rates:
+    """Continuous batching of all prompts, with their tokens chosen on the device, by NumPy, or as the program does."""
     length = options.prompt_tokens + options.max_tokens
     with open_model(gguf) as model:
         prompts = prompts_for(model, options, options.parallel * options.waves)
         model.ends.update(dict.fromkeys(range(library().llama_vocab_n_tokens(model.vocab)), False))
-        config = GenerationConfig(options.max_tokens, length, parallel=options.parallel, threads=options.threads)
+        most = length if options.uneven else options.max_tokens  # otherwise the context ends the answers
+        config = GenerationConfig(most, length, parallel=options.parallel, threads=options.threads, on_device=on_device)
         with open_planned_context(model, [length] * len(prompts), config) as (engine, _), timed() as clock:
+            assert on_device in (None, engine.on_device), "this llama.cpp chooses no tokens"
             written: list[int] = []
             warm = prompts[: options.parallel]
             answer_each(engine, warm, ignore_answer, replace(config, max_tokens=2), [0] * len(warm))
@@ -168,14 +183,16 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
             started, own = time.perf_counter(), time.thread_time()
             answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), config, [0] * len(prompts))
             clock.total, clock.thread = time.perf_counter() - started, time.thread_time() - own
-    assert written == [options.max_tokens] * len(prompts)
+    assert sum(written) == len(prompts) * length - sum(map(len, prompts))
     python = (clock.thread - clock.decoding - clock.choosing) / sum(written) * 1e6
     rate = clock.written / clock.generating if clock.written else float("nan")
-    return Rates(rate, len(prompts) * length / clock.total, python)
+    return Rates(rate, len(prompts) * length / clock.total, python, clock.choosing / sum(written) * 1e6)
 
 
 def prompts_for(model: Model, options: argparse.Namespace, count: int) -> list[list[int]]:
-    return random_prompts(library().llama_vocab_n_tokens(model.vocab), count, options.prompt_tokens)
+    prompts = random_prompts(library().llama_vocab_n_tokens(model.vocab), count, options.prompt_tokens)
+    chance = random.Random(1)
+    return [prompt[: chance.randint(1, len(prompt))] for prompt in prompts] if options.uneven else prompts
 
 
 @contextmanager
@@ -207,8 +224,8 @@ def timed() -> Iterator[Clock]:
         Scheduler.step, Scheduler.next_turns = own_step, own_next_turns  # type: ignore[method-assign]
 
 
-# llama_decode may return before a GPU is done; last_logits waits for it
-PARTS = {"try_batch": "decoding", "last_logits": "decoding", "choose_tokens": "choosing"}
+# llama_decode may return before a GPU is done; next_tokens waits for it
+PARTS = {"try_batch": "decoding", "next_tokens": "choosing"}
 
 
 def adding(clock: Clock, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,7 +311,10 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
 def median(rates: list[Rates]) -> Rates:
     """The median of each figure."""
     return Rates(
-        *(statistics.median(getattr(rate, name) for rate in rates) for name in ("generation", "all", "python"))
+        *(
+            statistics.median(getattr(rate, name) for rate in rates)
+            for name in ("generation", "all", "python", "choosing")
+        )
     )
 
 
@@ -309,7 +329,11 @@ def table(found: dict[str, Rates]) -> str:
                 "nanx", "   -"
             ).replace("nan", "  -")
         )
-    return "\n".join([*lines, f"our Python: {own.python:.1f} microseconds per token"])
+    lines.append(f"our Python: {own.python:.1f} microseconds per token")
+    chosen = [(name, rates.choosing) for name, rates in found.items() if name.startswith("tapir-local")]
+    return "\n".join(
+        [*lines, *(f"{name}, choosing: {own_time:.1f} microseconds per token" for name, own_time in chosen)]
+    )
 
 
 def versions(options: argparse.Namespace) -> str:

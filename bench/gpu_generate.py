@@ -2,10 +2,11 @@
 
     CMAKE_ARGS="-DGGML_CUDA=on -DLLAVA_BUILD=OFF" pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
     python bench/gpu_generate.py [--batched-bench PATH] [--parallel 64] [--prompt-tokens 128] [--max-tokens 128]
+        [--vocabulary 32000] [--choose device|numpy|both]
 
 The GGUF is written directly, with random q8_0 tensors (7.2 GB on disk, deleted at the end); it needs a GPU of 24 GB. If
 llama.cpp was not built for a GPU, the script says so and ends; --cpu measures anyway, and --layers and --hidden make
-the model smaller for it.
+the model smaller for it. Other options are those of bench/generate.py.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         gguf = Path(folder) / f"llama-{options.layers}x{options.hidden}-q8_0.gguf"
         check_disk_space(gguf, 9 * 10**9 if options.layers == 32 else 10**9, "the random model")
-        write_model(gguf, options.layers, options.hidden)
+        write_model(gguf, options.layers, options.hidden, options.vocabulary)
         print(f"{gguf.name}: {format_bytes(gguf.stat().st_size)}", flush=True)
         words = [sys.executable, str(BENCH), str(gguf), *([] if options.cpu else ["--gpu"]), *passed]
         sys.exit(subprocess.run(words).returncode)
@@ -44,6 +45,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--folder", type=Path, help="folder for the model; default: a temporary folder")
     parser.add_argument("--cpu", action="store_true")
     options, passed = parser.parse_known_args()
@@ -52,7 +54,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     return options, [*passed, *(word for pair in missing for word in pair)]
 
 
-def write_model(path: Path, layers: int, hidden: int) -> None:
+def write_model(path: Path, layers: int, hidden: int, vocabulary: int = VOCABULARY) -> None:
     """A Llama 2 of this shape with random weights, tensor by tensor."""
     import gguf
     import numpy as np
@@ -60,8 +62,8 @@ def write_model(path: Path, layers: int, hidden: int) -> None:
     inner = 11_008 * hidden // 4096 // 32 * 32
     writer = gguf.GGUFWriter(path, "llama")
     write_settings(writer, layers, hidden, inner)
-    write_vocabulary(writer)
-    quantised = matrices(layers, hidden, inner)
+    write_vocabulary(writer, vocabulary)
+    quantised = matrices(layers, hidden, inner, vocabulary)
     norms = [f"blk.{layer}.{name}_norm.weight" for layer in range(layers) for name in ("attn", "ffn")]
     for name, (rows, columns) in quantised.items():
         bytes_of_row = columns // 32 * BLOCK
@@ -91,25 +93,25 @@ def write_settings(writer: Any, layers: int, hidden: int, inner: int) -> None:
     writer.add_head_count_kv(hidden // HEAD)
     writer.add_rope_dimension_count(HEAD)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
 
 
-def write_vocabulary(writer: Any) -> None:
+def write_vocabulary(writer: Any, size: int) -> None:
     """Write tokens with texts, so that a rival can detokenize its answers."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    kinds = [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]  # gguf.TokenType: unknown, control, bytes, normal
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (size - 259)]  # gguf.TokenType: unknown, control, bytes, normal
+    writer.add_vocab_size(size)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*tokens, *(f"▁w{number}" for number in range(VOCABULARY - 259))])
-    writer.add_token_scores([0.0] * VOCABULARY)
+    writer.add_token_list([*tokens, *(f"▁w{number}" for number in range(size - 259))])
+    writer.add_token_scores([0.0] * size)
     writer.add_token_types(kinds)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
 
-def matrices(layers: int, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+def matrices(layers: int, hidden: int, inner: int, vocabulary: int = VOCABULARY) -> dict[str, tuple[int, int]]:
     """(rows, columns) of every matrix, by llama.cpp's name."""
-    found = {"token_embd.weight": (VOCABULARY, hidden), "output.weight": (VOCABULARY, hidden)}
+    found = {"token_embd.weight": (vocabulary, hidden), "output.weight": (vocabulary, hidden)}
     for layer in range(layers):
         square = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (hidden, hidden))
         shapes = {**square, "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}

@@ -10,9 +10,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any
 
 from tapir_local.errors import TapirError
@@ -36,6 +38,7 @@ WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozens
 # Secrets that a module needs: the classifier downloads its encoder from the Hub.
 ALLOWED_SECRETS = {"tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}
 STOP_SECONDS = 5.0  # seconds between asking a child to stop and killing it
+NO_VARIABLES: Mapping[str, str] = {}
 
 
 class OutOfMemory(TapirError):
@@ -81,20 +84,29 @@ def run_module(
     processes of the module (`accelerate launch …`); the first of them reports. Raises the child's own TapirError, or
     one that names the log and its last line. The child is stopped on an interrupt, and ends when this process dies.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    private_file(log)
     start = [find_command(launcher[0]), *launcher[1:]] if launcher else [sys.executable, "-P"]
-    mark = secrets.token_hex(8)
-    variables = {**child_environment(module), **(LAUNCHER_VARIABLES if launcher else {}), MARK_VARIABLE: mark}
-    with log.open("wb", buffering=0) as errors:  # unbuffered: the child writes to the same file
-        child = start_child([*start, "-m", module, str(folder)], errors, variables, log)
-        try:
-            failure = relay_reports(read_reports(child.stdout or [], mark.encode(), errors), progress, say)
-            code = child.wait()
-        finally:
-            stop_child(child)
+    variables = {**child_environment(module), **(LAUNCHER_VARIABLES if launcher else {})}
+    with open_child([*start, "-m", module, str(folder)], variables, log) as (child, reports):
+        failure = relay_reports(reports, progress, say)
+        code = child.wait()
     if failure or code:
         raise failure or exit_error(module, code, log)
+
+
+@contextmanager
+def open_child(
+    command: Sequence[str], variables: Mapping[str, str], log: Path
+) -> Iterator[tuple["subprocess.Popen[bytes]", Iterator[dict[str, Any]]]]:
+    """Start a child whose stderr goes to `log`; yield it and its reports. It is stopped at the end of the block."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    private_file(log)
+    mark = secrets.token_hex(8)
+    with log.open("wb", buffering=0) as errors:  # unbuffered: the child writes to the same file
+        child = start_child(command, errors, {**variables, MARK_VARIABLE: mark}, log)
+        try:
+            yield child, read_reports(child.stdout or [], mark.encode(), errors)
+        finally:
+            stop_child(child)
 
 
 def start_child(
@@ -137,6 +149,50 @@ def run_in_process(
     folder.mkdir(parents=True, exist_ok=True)
     write_record(folder / "job.json", job)
     run_module(module, folder, folder / f"{module.rpartition('.')[2]}.log", progress, say, launcher)
+
+
+def call_in_process(
+    work: Callable[[Path, "Parent"], Any],
+    job: Any,
+    folder: Path,
+    hooks: Mapping[str, Callable[..., Any]],
+    variables: Mapping[str, str] = NO_VARIABLES,
+    explain: "Callable[[str, int, Path], TapirError] | None" = None,
+) -> Any:
+    """As `run_in_process`, for `work` that calls functions of this process while it runs; return what `work` returns.
+
+    The module's `__main__` block must call `serve_parent(work)`. `hooks` are the functions by name. They run in this
+    process, in the order of the calls, and an exception of theirs stops the child. Arguments and results are JSON
+    values; a dataclass arrives as an object. `variables` are added to the child's environment. `explain` makes the
+    error of a child that ends without reporting one, as `exit_error` does.
+    """
+    module = work.__module__
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder / "job.json", job)
+    log = folder / f"{module.rpartition('.')[2]}.log"
+    command = [sys.executable, "-P", "-m", module, str(folder)]
+    returned, failure = list[Any](), None
+    with open_child(command, {**child_environment(module), **variables}, log) as (child, reports):
+        for report in reports:
+            if "call" in report:
+                found = hooks[report["call"]](*report["values"])
+                if report["waits"]:
+                    send_reply(child, found)
+            elif "returned" in report:
+                returned.append(report["returned"])
+            elif "error" in report:
+                failure = reported_error(report)
+        code = child.wait()
+    if failure or code:
+        raise failure or (explain or exit_error)(module, code, log)
+    return returned[0] if returned else None
+
+
+def send_reply(child: "subprocess.Popen[bytes]", value: Any) -> None:
+    """Send a value to a child that waits for it; if the child has ended, its reports end too, and say so."""
+    if child.stdin:
+        with suppress(BrokenPipeError):
+            os.write(child.stdin.fileno(), json.dumps(value).encode() + b"\n")
 
 
 def child_environment(module: str = "") -> dict[str, str]:
@@ -191,12 +247,17 @@ def relay_reports(
     failure = None
     for report in received:
         if "error" in report:
-            failure = ERROR_KINDS.get(report["kind"], TapirError)(**report["error"])
+            failure = reported_error(report)
         elif not report["total"]:
             say(report["note"])
         elif progress:
             progress(report["done"], report["total"], report["note"])
     return failure
+
+
+def reported_error(report: Mapping[str, Any]) -> TapirError:
+    """The error that a child has reported."""
+    return ERROR_KINDS.get(report["kind"], TapirError)(**report["error"])
 
 
 def stop_child(child: "subprocess.Popen[bytes]") -> None:
@@ -237,21 +298,49 @@ def signal_and_last_line(code: int, errors: bytes) -> tuple[str, str]:
     return signal.Signals(-code).name if code < 0 else "", lines[-1] if lines else ""
 
 
+class Parent:
+    """The parent of a process, as the process that runs for it sees it."""
+
+    def __init__(self, report: Callable[[Mapping[str, Any]], None]) -> None:
+        self.report = report
+        self.replies: SimpleQueue[bytes] = SimpleQueue()
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        """Report progress; 0 of 0 is a remark."""
+        self.report({"done": done, "total": total, "note": note})
+
+    def tell(self, hook: str, *values: Any) -> None:
+        """Have the parent call one of its hooks; this does not wait for it."""
+        self.report({"call": hook, "values": values, "waits": False})
+
+    def ask(self, hook: str, *values: Any) -> Any:
+        """Have the parent call one of its hooks, and return what it returns."""
+        self.report({"call": hook, "values": values, "waits": True})
+        return json.loads(self.replies.get())
+
+
 def child_main(work: Callable[[Path, Progress], None], environment: Mapping[str, str] | None = None) -> int:
     """Run `work` on the folder in the arguments, in the child, and report to the parent; return the exit code.
 
     Standard output carries only reports; what libraries print goes to standard error. If a launcher has started
     several processes, only the first reports progress, and each reports its own error.
     """
+    return serve_parent(lambda folder, parent: work(folder, parent.progress), environment)
+
+
+def serve_parent(work: Callable[[Path, Parent], Any], environment: Mapping[str, str] | None = None) -> int:
+    """As `child_main`, for `work` that calls hooks of its parent and returns a value to it (see `call_in_process`)."""
     os.environ.update(environment or {})
+    parent = Parent(open_report_channel())
     if os.environ.get(OWNED_VARIABLE):
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    report = open_report_channel()
+        threading.Thread(target=end_with_parent, args=(parent.replies.put,), daemon=True).start()
     try:
-        work(Path(sys.argv[1]), lambda done, total, note: report({"done": done, "total": total, "note": note}))
+        found = work(Path(sys.argv[1]), parent)
+        if found is not None:
+            parent.report({"returned": found})
     except TapirError as error:
         shown = {"what": error.what, "where": error.where, "fix": error.fix}
-        report({"error": shown, "kind": type(error).__name__})
+        parent.report({"error": shown, "kind": type(error).__name__})
         traceback.print_exc()
         return 1
     return 0
@@ -266,13 +355,16 @@ def open_report_channel() -> Callable[[Mapping[str, Any]], None]:
 
     def report(value: Mapping[str, Any]) -> None:
         if first or "error" in value:
-            print(f"{mark} {json.dumps(value)}", file=out, flush=True)
+            print(f"{mark} {json.dumps(value, default=asdict)}", file=out, flush=True)
 
     return report
 
 
-def end_with_parent() -> None:
-    """Wait until standard input closes, which the parent's death causes; then kill this process group."""
-    while os.read(0, 1):
-        pass
+def end_with_parent(reply: Callable[[bytes], None]) -> None:
+    """Pass on each line of standard input until it closes, which the parent's death causes; then kill this group."""
+    pending = b""
+    while part := os.read(0, 4096):
+        *lines, pending = (pending + part).split(b"\n")
+        for line in lines:
+            reply(line)
     os.killpg(0, signal.SIGKILL)

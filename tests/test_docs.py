@@ -16,8 +16,10 @@ from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
 from tapir_local.pipeline.loop import distill
+from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.run_dir import RunDir
+from tapir_local.teacher.rate_limit import backoff_seconds
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -77,7 +79,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     for line in [line for block in blocks for line in block.splitlines()] + spans:
-        for part in re.split(r"&&|;| then: ", line):
+        for part in re.split(r"&&|;| then: ", line.removesuffix(" &")):  # in the background
             words = shlex.split(part, comments=True) if part.count("'") % 2 == 0 and part.count('"') % 2 == 0 else []
             words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word) or "--set" in words]
             if words and Path(words[0]).name == "tapir-local" and len(words) > 1:
@@ -118,7 +120,7 @@ def test_commands_are_parsed_by_the_program(name: str) -> None:
 def test_every_option_that_is_named_exists() -> None:
     known = {option for _, command in generator().commands(cli) for param in command.params for option in param.opts}
     known |= {"--help", "--version"}
-    others = {"--multi_gpu", "--num_processes", "--start"}  # of accelerate and of bench/
+    others = {"--multi_gpu", "--num_processes", "--nproc-per-node", "--start"}  # of accelerate, torchrun and bench/
     others |= {"--index-url", "--no-cache-dir", "--force-reinstall", "--no-deps"}  # of pip
     text = "\n".join(text for name, text in TEXTS.items() if name not in GENERATED)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) - others
@@ -154,6 +156,21 @@ def test_the_recipes_in_the_docs_are_recipes(tmp_path: Path) -> None:
     (text,) = re.findall(r"^```yaml\n(.*?)^```", TEXTS["README.md"], re.MULTILINE | re.DOTALL)
     recipe = parse_recipe(text, "README.md")
     assert recipe.name == "mine"
+    launcher, fleet = re.findall(r"^```yaml\n(.*?)^```", TEXTS["docs/scaling.md"], re.MULTILINE | re.DOTALL)
+    both = parse_recipe(fleet + launcher + "student: {path: student}\nseeds: {path: my.jsonl}\n", "scaling.md")
+    assert (both.teacher.kind, both.teacher.alias, both.train.launcher) == (
+        "openai",
+        "fleet",
+        "accelerate launch --multi_gpu --num_processes 2",
+    )
+
+
+def test_the_times_that_attempts_outlast_are_those_of_the_pauses() -> None:
+    rows = re.findall(r"^\| (\d+)(?: \(the default\))? \| (\d+) to (\d+) \|$", TEXTS["docs/scaling.md"], re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [Teacher().attempts, 10, 12, 15, 20]
+    for attempts, least, most in rows:
+        for chance, seconds in ((0.0, least), (1.0, most)):
+            assert round(sum(backoff_seconds(tries, chance) for tries in range(1, int(attempts)))) == int(seconds)
 
 
 # Messages

@@ -1,5 +1,6 @@
 """How a parent sees its child's progress, errors and death, and how a child notices its parent's death."""
 
+import importlib
 import io
 import json
 import os
@@ -12,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.process import Killed, OutOfMemory, child_environment, read_reports, run_module, withhold_variables
+from tapir_local.process import (
+    Killed,
+    OutOfMemory,
+    call_in_process,
+    child_environment,
+    read_reports,
+    run_module,
+    withhold_variables,
+)
+from tapir_local.records import Message
 
 HEAD = """
 import os, signal, sys, time
@@ -142,6 +152,61 @@ def test_a_remark_is_said_and_is_no_progress(child):
 def test_a_remark_that_nobody_asks_for_is_on_stderr(child, capfd):
     child("send_remark(progress, 'without Unsloth')")
     assert capfd.readouterr().err == "without Unsloth\n"
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Run the body of a `work(folder, parent)` as a module that calls hooks; the log file is tmp_path/serving.log."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "serving", raising=False)
+
+    def run(body: str, **hooks):
+        main = "if __name__ == '__main__':\n    sys.exit(serve_parent(work))\n"
+        head = HEAD.replace("child_main", "serve_parent")
+        (tmp_path / "serving.py").write_text(f"{head}\ndef work(folder, parent):\n    {body}\n{main}")
+        work = importlib.import_module("serving").work
+        return call_in_process(work, Message("user", "hi"), tmp_path, hooks, {"GREETING": "hello"})
+
+    return run
+
+
+def test_a_child_calls_hooks_of_its_parent_in_order_and_returns_a_value(serve):
+    seen = []
+    asks = "found = [parent.ask('double', n) for n in range(3)]; parent.tell('note', *found)"
+    job = "import json; job = json.loads((folder / 'job.json').read_text())"
+    found = serve(
+        f"{job}; {asks}; return [job['content'], os.environ['GREETING'], 0.1]",
+        double=lambda n: seen.append(n) or 2 * n,
+        note=lambda *values: seen.append(values),
+    )
+    assert seen == [0, 1, 2, (0, 2, 4)]
+    assert found == ["hi", "hello", 0.1]
+    assert serve("return None") is None
+
+
+def test_what_a_hook_raises_stops_the_child(serve, tmp_path):
+    def fail(pid):
+        assert alive(pid)
+        raise ValueError(pid)
+
+    for call in ("ask", "tell"):
+        with pytest.raises(ValueError, match=r"\d+") as caught:
+            serve(f"parent.{call}('fail', os.getpid()); time.sleep(60)", fail=fail)
+        assert not alive(caught.value.args[0])
+
+
+def test_a_child_that_ends_while_its_parent_replies_is_an_error(serve):
+    def slow(pid):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: not alive(pid))
+
+    with pytest.raises(Killed):
+        serve("parent.ask('slow', os.getpid())", slow=slow)
+    with pytest.raises(TapirError, match="no rows"):
+        serve("raise TapirError('no rows')")
+    with pytest.raises(TapirError, match="ZeroDivisionError"):
+        serve("1 / 0")
 
 
 def test_memory_that_ran_out_is_known_as_such(child):

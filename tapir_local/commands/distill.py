@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--replay", is_flag=True, help="Take every answer from the store; stop with an error if one is missing.")
 @click.option("--dry-run", is_flag=True, help="Show what the rest of the run will ask and cost, and ask nothing.")
+@click.option("--require-gpu", is_flag=True, help="Stop with an error if training or answering would run on the CPU.")
 @click.option("--trust", is_flag=True, help="Allow RECIPE to run the commands and send the keys that it names.")
 @cache_option
 def distill_command(
@@ -45,6 +46,7 @@ def distill_command(
     changes: tuple[str, ...],
     replay: bool,
     dry_run: bool,
+    require_gpu: bool,
     trust: bool,
     cache: Path | None,
 ) -> None:
@@ -56,6 +58,7 @@ def distill_command(
     terminal.
     """
     from tapir_local.commands.trust import ask_permission, require_trust
+    from tapir_local.report import gpu_check
     from tapir_local.resources import default_cache
     from tapir_local.run_dir import RunDir
 
@@ -68,6 +71,8 @@ def distill_command(
         print_cost_estimate(chosen, run)
         return
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
+    if require_gpu:
+        gpu_check.require_gpu()
     count = run_recipe(chosen, run, replay)
     if count:
         print_rounds(run)
@@ -136,9 +141,9 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
-    from tapir_local.inference.lib import unused_gpu_remark
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import distill, list_steps
+    from tapir_local.report.gpu_check import idle_gpu_remarks
     from tapir_local.report.progress import watch_run
     from tapir_local.tables import plain_text
 
@@ -149,7 +154,7 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     def say(text: str) -> None:
         console.print(plain_text(text), soft_wrap=True)
 
-    if any(not step.done for step in steps) and (remark := unused_gpu_remark()):
+    for remark in idle_gpu_remarks() if done < len(steps) else ():
         say(remark)
     with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
         return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))

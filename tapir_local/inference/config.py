@@ -17,6 +17,7 @@ class GenerationConfig:
 
     `parallel` is the maximum number of answers in progress at once; None chooses it (see context_plan). `threads` is
     None for all cores. `exact` makes answers independent of what else is in the batch; it takes about twice as long.
+    `on_device` is for tests and benches: whether the device chooses likeliest tokens, None if that is faster.
     """
 
     max_tokens: int
@@ -28,6 +29,12 @@ class GenerationConfig:
     parallel: int | None = None
     threads: int | None = None
     exact: bool = False
+    on_device: bool | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each answer takes the likeliest tokens, with no schema."""
+        return self.temperature <= 0 and self.schema is None
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class ContextConfig:
     """A llama.cpp context of `cells` tokens for `sequences` conversations; see `open_context`.
 
     With `split`, each sequence has its own part of the cells. `exact` keeps keys and values in 32 bits, without flash
-    attention. `threads` is None for all cores; `batch` is the maximum number of tokens per call.
+    attention. `threads` is None for all cores; `batch` is the maximum number of tokens per call. With `on_device`, only
+    the likeliest token of each sequence can be read, not its logits (see device_choice).
     """
 
     cells: int
@@ -44,3 +52,4 @@ class ContextConfig:
     exact: bool = False
     threads: int | None = None
     batch: int = BATCH
+    on_device: bool = False

@@ -64,10 +64,20 @@ def open_planned_context(
     """
     wanted = choose_parallel(model, len(needs), config.parallel)
     plans = list(candidate_plans(model, needs, wanted, shared, config.exact))
-    with open_first_fitting_context(model, plans, threads=config.threads, exact=config.exact) as (engine, plan):
+    on_device = chooses_on_device(model, config)
+    opened = open_first_fitting_context(model, plans, threads=config.threads, exact=config.exact, on_device=on_device)
+    with opened as (engine, plan):
         if plan.answers < wanted:
             warn(f"{plan.summary}, not {wanted}: memory is short")
         yield engine, plan
+
+
+def chooses_on_device(model: Model, config: GenerationConfig) -> bool:
+    """Whether the device that computes the logits also chooses the tokens: only likeliest tokens, and only on a GPU.
+
+    On two busy cores, a random model with 152,000 tokens wrote 0.85 times as fast so as with NumPy.
+    """
+    return config.greedy and (model.on_gpu == 1 if config.on_device is None else config.on_device)
 
 
 @contextmanager
@@ -78,6 +88,7 @@ def open_first_fitting_context(
     threads: int | None = None,
     exact: bool = False,
     batch: int = BATCH,
+    on_device: bool = False,
 ) -> Iterator[tuple[Engine, ContextPlan]]:
     """The first of the planned contexts that fits into memory, by its numbers and by llama.cpp's own check.
 
@@ -90,7 +101,7 @@ def open_first_fitting_context(
             if plan.taken > most:
                 continue
             LLAMA_LOG.clear()
-            config = ContextConfig(plan.cells, plan.sequences, plan.split, exact, threads, batch)
+            config = ContextConfig(plan.cells, plan.sequences, plan.split, exact, threads, batch, on_device)
             try:
                 engine = stack.enter_context(open_context(model, config))
             except ContextError:

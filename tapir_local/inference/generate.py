@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.context_plan import ContextPlan, open_planned_context
 from tapir_local.inference.model import (
+    STUDENT_ADVICE,
+    Advice,
     Engine,
     Model,
     ignore_message,
@@ -61,6 +63,43 @@ class Callbacks(Generic[ResultT]):
 
 
 SILENT = Callbacks[Completion]()
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """Prompts that are answered with the same settings; with a temperature, each is drawn with its own seed."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    config: GenerationConfig
+
+
+@dataclass(frozen=True)
+class PromptReply:
+    """An answer to a prompt, with the numbers of tokens of both.
+
+    `finish` is a Completion's. `refusal` says why the chat template cannot render the prompt; it is then `refused`.
+    """
+
+    text: str
+    finish: Literal["stop", "length", "too_long", "refused"]
+    tokens: int
+    prompt_tokens: int
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class ReplyHooks:
+    """Functions to call while groups of prompts are answered. Prompts are numbered across the groups.
+
+    `opened` is called with the length of the longest text that the model was trained for, `may_start` before a prompt
+    is begun, which it can refuse, and `reply` with each answer as it ends. An exception of any of them ends the work.
+    """
+
+    opened: Callable[[int], None]
+    may_start: Callable[[int], bool]
+    reply: Callable[[int, PromptReply], None]
+    warn: Callable[[str], None] = ignore_message
 
 
 def generate(
@@ -109,6 +148,49 @@ def complete_prompts(
             callbacks.plan(plan)
         answer_each(engine, tokens, collect, config, seeds)
     return [found[number] for number in range(len(prompts))]
+
+
+def reply_to_groups(
+    gguf: Path, groups: Sequence[PromptGroup], hooks: ReplyHooks, advice: Advice = STUDENT_ADVICE
+) -> None:
+    """Answer groups of prompts with a GGUF, which is opened once; the context is limited to the model's own.
+
+    TapirError as by `complete_prompts`, or if the GGUF has no chat template, or cannot be loaded.
+    """
+    with open_model(gguf, advice=advice, warn=hooks.warn) as model:
+        hooks.opened(trained_context(model))
+        require_template(model)
+        first = 0
+        for group in groups:
+            config = replace(group.config, context=min(group.config.context, trained_context(model)))
+            reply_to_group(model, replace(group, config=config), first, hooks)
+            first += len(group.prompts)
+
+
+def reply_to_group(model: Model, group: PromptGroup, first: int, hooks: ReplyHooks) -> None:
+    """Answer the prompts of a group, which are numbered from `first`."""
+    tokens = encode_prompts(model, group.prompts, hooks.warn)
+
+    def collect(number: int, written: Written) -> None:
+        refusal = "" if tokens[number] else template_refusal(model, group.prompts[number])
+        finish = "refused" if refusal else written.finish
+        counts = (len(written.tokens), len(tokens[number]))
+        hooks.reply(first + number, PromptReply(written.text(model), finish, *counts, refusal))
+
+    def may_start(number: int) -> bool:
+        return hooks.may_start(first + number)
+
+    with open_context_for(model, tokens, group.config, hooks.warn) as (engine, _):
+        answer_each(engine, tokens, collect, group.config, group.seeds, may_start)
+
+
+def template_refusal(model: Model, prompt: Prompt) -> str:
+    """Why the chat template refuses a prompt."""
+    try:
+        encode_prompt(model, prompt)
+    except TapirError as error:
+        return error.what
+    return "the chat template renders nothing"
 
 
 def prompt_ids(ids: Sequence[str] | None, prompts: int) -> list[str]:

@@ -3,13 +3,14 @@
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import UBATCH, ContextConfig
+from tapir_local.inference.device_choice import deferred_interrupts, greedy_samplers
 from tapir_local.inference.lib import LLAMA_LOG, free_gpu_memory, library, llama_error, thread_count
 from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
@@ -21,6 +22,7 @@ UnicodeForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 UNICODE_FORMS: tuple[UnicodeForm, ...] = get_args(UnicodeForm)
 # of families that use NFC
 NFC_PRE_TOKENIZERS = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")
+NO_DEVICES = (ctypes.c_void_p * 1)()  # llama.h: a list of devices ends with NULL
 GPU_SHARE = 0.8  # the maximum share of a GPU's free memory for weights: the rest is for answers
 
 
@@ -37,7 +39,7 @@ class Advice:
     """What the user can do about a GGUF that cannot be used; the defaults are for a student that this program made."""
 
     unusable: str = REMAKE_ADVICE
-    too_large: str = "Set student.parallel or student.max_length lower."
+    too_large: str = "Set student.concurrency or student.max_length lower."
     no_template: str = "Export the student again, from a folder with a chat_template.jinja."
     too_heavy: str = "Close other programs, or choose a smaller export.quant or a smaller student."
     other_base: str = "Make it again for this base, or give the base that it was made for."
@@ -75,7 +77,8 @@ class Model:
 class Engine:
     """A model and a context of `cells` tokens for `sequences` conversations, with at most `batch` tokens per call.
 
-    The conversations share the cells; with `split`, each has an equal part of them.
+    The conversations share the cells; with `split`, each has an equal part of them. With `on_device`, a decoding gives
+    the likeliest tokens instead of logits.
     """
 
     model: Model
@@ -85,6 +88,7 @@ class Engine:
     sequences: int
     batch: int
     split: bool = False
+    on_device: bool = False
 
 
 def check_gguf(path: Path, what: str, fix: str) -> None:
@@ -136,8 +140,8 @@ def open_model(
 ) -> Iterator[Model]:
     """Load the weights, on the GPU if llama.cpp was built for one, and free them at the end.
 
-    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. With `on_cpu`, no GPU
-    is used. TapirError with the numbers if main memory is too small for the weights.
+    If not all layers fit on the GPU, as many as fit are loaded there, and `warn` gets a message. With `on_cpu` or
+    `vocab_only`, no GPU is used or opened. TapirError with the numbers if main memory is too small for the weights.
     """
     check_gguf(gguf, "GGUF", advice.unusable)
     if is_adapter(gguf):
@@ -150,8 +154,10 @@ def open_model(
     params = llama.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
-    if on_cpu:  # without a device: otherwise a GPU computes large batches even if it holds no layer
-        params.split_mode, params.main_gpu = llama.LLAMA_SPLIT_MODE_NONE, -1
+    if on_cpu or vocab_only:
+        # Without a list, llama.cpp asks each GPU for its free memory, which opens a CUDA context for as long as the
+        # process lives, and computes large batches on a GPU even if it holds no layer.
+        params.devices = ctypes.addressof(NO_DEVICES)
     free, on_gpu = free_memory(), 0.0
     weights = 0 if vocab_only else sum(file.stat().st_size for file in (gguf, adapter) if file)
     if not vocab_only:
@@ -237,8 +243,8 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
     its part of the cells, and no conversation scans the others' cells: with 320 tokens each, the pocket student then
     wrote 1.4 times as fast with 32 answers in progress, and read prompts twice as fast. `exact` keeps keys and values
     in f32 and uses no flash attention: logits then differ from transformers' by 1e-5 instead of 5e-3, and do not depend
-    on what else is in the batch; with 32 answers in progress it takes twice as long. ContextError if llama.cpp finds no
-    memory for it.
+    on what else is in the batch; with 32 answers in progress it takes twice as long. `on_device` is ignored if
+    llama.cpp cannot choose tokens. ContextError if llama.cpp finds no memory for the context.
     """
     llama = library()
     params = llama.llama_context_default_params()
@@ -249,18 +255,22 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
     if config.exact:
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = llama.llama_init_from_model(model.handle, params)
-    if not context:
-        known = llama_error(f"no context of {config.cells:,} tokens could be made", model.gguf, model.advice.too_large)
-        raise ContextError(known.what, where=known.where, fix=known.fix)
-    try:
-        if model.adapter is not None:
-            apply_adapter(model, context)
-        batch = llama.llama_n_batch(context)  # smaller in a small context; a larger batch ends the process
-        memory = llama.llama_get_memory(context)
-        yield Engine(model, context, memory, config.cells, config.sequences, batch, config.split)
-    finally:
-        llama.llama_free(context)
+    with greedy_samplers(config.sequences if config.on_device else 0) as samplers:
+        params.samplers, params.n_samplers = samplers, len(samplers)
+        with deferred_interrupts() if samplers else nullcontext():
+            context = llama.llama_init_from_model(model.handle, params)
+        if not context:
+            what = f"no context of {config.cells:,} tokens could be made"
+            known = llama_error(what, model.gguf, model.advice.too_large)
+            raise ContextError(known.what, where=known.where, fix=known.fix)
+        try:
+            if model.adapter is not None:
+                apply_adapter(model, context)
+            batch = llama.llama_n_batch(context)  # smaller in a small context; a larger batch ends the process
+            memory, on_device = llama.llama_get_memory(context), bool(samplers)
+            yield Engine(model, context, memory, config.cells, config.sequences, batch, config.split, on_device)
+        finally:
+            llama.llama_free(context)
 
 
 def apply_adapter(model: Model, context: Any) -> None:

@@ -1,8 +1,8 @@
 """Choose the next token of an answer: the likeliest or a drawn one, and with a grammar only one that it allows.
 
-llama.cpp's own samplers are not used for the choice: each first copies the whole vocabulary into its own table. With
-152,000 tokens, the likeliest took them 160 µs per row and NumPy 10 µs, a drawn one 1,240 µs and 130 µs; a 0.5B model in
-q8_0 takes 6,400 µs for the row on two cores.
+llama.cpp's own samplers are not used for the choice: on a CPU, each first copies the whole vocabulary into its own
+table. With 152,000 tokens, the likeliest took them 160 µs per row and NumPy 10 µs, a drawn one 1,240 µs and 130 µs; a
+0.5B model in q8_0 takes 6,400 µs for the row on two cores. For a GPU, see device_choice.
 """
 
 import ctypes
@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.batch import last_logits
+from tapir_local.inference.device_choice import tokens_from_device
 from tapir_local.inference.lib import LLAMA_LOG, library, llama_error
-from tapir_local.inference.model import Model
+from tapir_local.inference.model import REMAKE_ADVICE, Engine, Model
 from tapir_local.inference.tokens import is_end_token
 from tapir_local.records import Array
 
@@ -108,6 +110,23 @@ def open_grammar(model: Model, text: str) -> Any:
     if not made:
         raise llama_error("llama.cpp cannot read the grammar of the JSON schema", model.gguf, SCHEMA_ADVICE)
     return made
+
+
+def next_tokens(engine: Engine, chosen_by: Sequence[Sampler]) -> list[int | None]:
+    """The token after each wanted token of the last decoding, in order, chosen by its sampler; see `pick_token`.
+
+    An engine that chooses on the device gives no logits, so all samplers must be greedy: ValueError. Drawn tokens are
+    never chosen on the device, because llama.cpp would draw other tokens for the same seed. TapirError if the device
+    found no likeliest token.
+    """
+    if not engine.on_device:
+        return choose_tokens(engine.model, chosen_by, last_logits(engine, len(chosen_by)))
+    if any(sampler is not GREEDY for sampler in chosen_by):
+        raise ValueError("this context gives only the likeliest tokens")
+    tokens = tokens_from_device(engine.context, len(chosen_by))
+    if min(tokens) < 0:
+        raise llama_error("no token can be chosen: the model gives no numbers", engine.model.gguf, REMAKE_ADVICE)
+    return list[int | None](tokens)
 
 
 def choose_tokens(model: Model, chosen_by: Sequence[Sampler], rows: Array) -> list[int | None]:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tapir_local.inference.batch import decode_batch, full_context_error, last_logits, make_batch, try_batch
+from tapir_local.inference.batch import decode_batch, full_context_error, make_batch, try_batch
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.context_plan import is_worth_sharing
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import Engine, Model
-from tapir_local.inference.sampling import Sampler, Samplers, choose_tokens, open_samplers
+from tapir_local.inference.sampling import Sampler, Samplers, next_tokens, open_samplers
 from tapir_local.inference.tokens import decode, is_end_token, token_bytes
 
 Finish = Literal["stop", "length", "too_long"]
@@ -179,8 +179,7 @@ class Scheduler:
             run.position += len(chunk)
             run.waiting = run.waiting[len(chunk) :]
         if ready:
-            logits = last_logits(self.engine, len(ready))
-            tokens = choose_tokens(self.engine.model, [run.sampler for run in ready], logits)
+            tokens = next_tokens(self.engine, [run.sampler for run in ready])
             for run, token in zip(ready, tokens, strict=True):
                 self.append_token(run, token)
 
@@ -244,6 +243,9 @@ class Scheduler:
             self.batch.add(chunk, run.position, run.slot, (len(chunk) - 1,) if whole else ())
             if whole:
                 ready.append(run)
+        if self.engine.split:
+            self.batch.interleave()
+            ready.sort(key=lambda run: len(run.waiting))
         return ready
 
     def clear_idle_between(self, last: int, slot: int, spare: int) -> range:

@@ -8,6 +8,16 @@ from pathlib import Path
 from tapir_local.export.base import check_base_unchanged, converter_path, gate_memory_text, run_base_gguf, student_files
 from tapir_local.export.ollama import write_modelfile
 from tapir_local.files import link_or_copy, remove_path
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.inference.generate import Callbacks
+from tapir_local.inference.llama_process import (
+    ANYWHERE,
+    GenerateJob,
+    LlamaPlace,
+    ScoreJob,
+    run_generate_job,
+    run_score_job,
+)
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import report_free_gpu_memory
 from tapir_local.method.metrics import AnswerChecker
@@ -38,28 +48,31 @@ CLASSIFIER_GPU_BYTES = 6 << 30
 
 
 @contextmanager
-def real_backends(recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on") -> Iterator[Backends]:
+def real_backends(
+    recipe: Recipe, run: RunDir, say: Callable[[str], None], mode: Mode = "on", apart: bool | None = None
+) -> Iterator[Backends]:
     """Backends that ask through the cache's store, generate with llama.cpp, and train in their own processes.
 
     `say` gets the notices of opening the store. In mode "replay" no endpoint is asked, and a missing answer is an
     error. Nothing is written in the run before it is locked; `begin` then raises TapirError, before anything is paid,
-    if the student cannot be exported. The processes that train do not get the keys of the recipe's endpoints.
+    if the student cannot be exported. The processes that train do not get the keys of the recipe's endpoints. `apart`
+    says whether llama.cpp answers in a process of its own; None: if it uses a GPU (see `LlamaPlace`).
     """
-    judge = judge_endpoint(recipe)
+    judge, llama = judge_endpoint(recipe), LlamaPlace(apart, run.path / "llama")
     check_reply_limits(recipe.budget, recipe.teacher, judge)
     with Store(run.cache / "teacher.db", mode) as store, withhold_variables(recipe.key_variables):
         for notice in store.notices:
             say(notice)
         budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
         yield Backends(
-            teacher=ask_backend(recipe.teacher, store, run.name, budget, say),
-            judge=ask_backend(judge, store, run.name, budget, say),
-            generate=generate_backend(recipe, run),
+            teacher=ask_backend(recipe.teacher, store, run.name, budget, say, llama),
+            judge=ask_backend(judge, store, run.name, budget, say, llama),
+            generate=generate_backend(recipe, run, llama),
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
             export=export_backend(recipe, run),
             gate=gate_backend(recipe, run),
-            score=score_backend(recipe, run),
+            score=score_backend(recipe, run, llama),
             ship=ship_backend(recipe, run),
             begin=begin_backend(recipe, run),
             student_format=format_backend(recipe, run),
@@ -102,9 +115,14 @@ def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
 
 
 def ask_backend(
-    endpoint: Endpoint, store: Store, run: str, budget: BudgetTracker | None = None, say: Callable[[str], None] = noop
+    endpoint: Endpoint,
+    store: Store,
+    run: str,
+    budget: BudgetTracker | None = None,
+    say: Callable[[str], None] = noop,
+    llama: LlamaPlace = ANYWHERE,
 ) -> AskBackend:
-    """Sends requests to an endpoint, through the store and within the budget."""
+    """Sends requests to an endpoint, through the store and within the budget; a GGUF answers in the place `llama`."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
@@ -113,14 +131,14 @@ def ask_backend(
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress)
+        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress, llama=llama)
         return send(requests, endpoint, store, run=run, options=options)
 
     return ask
 
 
-def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
-    """Generates greedy answers with a round's student."""
+def generate_backend(recipe: Recipe, run: RunDir, llama: LlamaPlace = ANYWHERE) -> GenerateBackend:
+    """Generates greedy answers with a round's student, in the place `llama`."""
 
     def generate_with_llama(
         *,
@@ -130,33 +148,26 @@ def generate_backend(recipe: Recipe, run: RunDir) -> GenerateBackend:
         progress: Progress,
         on_result: Callable[[Completion], None],
     ) -> list[Completion]:
-        from tapir_local.inference.config import GenerationConfig
-        from tapir_local.inference.generate import Callbacks, generate
-
         student, opened = recipe.student, student_files(recipe, run, gguf)
-        return generate(
-            opened.gguf,
-            prompts,
-            GenerationConfig(
-                max_tokens=student.max_tokens,
-                context=student.max_length,
-                parallel=None if student.concurrency == "auto" else student.concurrency,
-                seed=recipe.random_seed,
-            ),
-            adapter=opened.adapter,
-            ids=ids,
-            callbacks=Callbacks(
-                result=on_result,
-                progress=lambda done, total: progress(done, total, ""),
-                warn=lambda words: progress(0, len(prompts), words),
-            ),
+        config = GenerationConfig(
+            max_tokens=student.max_tokens,
+            context=student.max_length,
+            parallel=None if student.concurrency == "auto" else student.concurrency,
+            seed=recipe.random_seed,
         )
+        callbacks = Callbacks(
+            result=on_result,
+            progress=lambda done, total: progress(done, total, ""),
+            warn=lambda words: progress(0, len(prompts), words),
+        )
+        job = GenerateJob(opened.gguf, tuple(prompts), config, opened.adapter, tuple(ids))
+        return run_generate_job(job, callbacks, llama)
 
     return generate_with_llama
 
 
-def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
-    """Computes log-probabilities with a round's student."""
+def score_backend(recipe: Recipe, run: RunDir, llama: LlamaPlace = ANYWHERE) -> ScoreBackend:
+    """Computes log-probabilities with a round's student, in the place `llama`."""
 
     def score_with_llama(
         *,
@@ -165,17 +176,10 @@ def score_backend(recipe: Recipe, run: RunDir) -> ScoreBackend:
         progress: Progress,
         on_result: Callable[[Scored], None],
     ) -> list[Scored]:
-        from tapir_local.inference.generate import Callbacks
-        from tapir_local.inference.score import score_completions
-
         opened = student_files(recipe, run, gguf)
-        return score_completions(
-            opened.gguf,
-            texts,
-            adapter=opened.adapter,
-            context=recipe.student.max_length,
-            callbacks=Callbacks(result=on_result, progress=lambda done, total: progress(done, total, "")),
-        )
+        job = ScoreJob(opened.gguf, tuple(texts), recipe.student.max_length, adapter=opened.adapter)
+        callbacks = Callbacks(result=on_result, progress=lambda done, total: progress(done, total, ""))
+        return run_score_job(job, callbacks, llama)
 
     return score_with_llama
 

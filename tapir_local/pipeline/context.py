@@ -2,18 +2,16 @@
 
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from tapir_local.files import read_rows, write_rows
 from tapir_local.method.metrics import AnswerChecker
 from tapir_local.pipeline.row_check import StudentFormat
-from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
-from tapir_local.store.thinking import strip_thoughts
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
@@ -154,10 +152,6 @@ class Work:
     def ask(self, ask: AskBackend, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, counted as paid or hits, their calls recorded in tapir.lock."""
         answers = ask(requests, progress=self.progress) if requests else []
-        # Replies from the store have been stripped when they were read. Stripping again is not always without effect
-        # (`</think>` on a line of the answer itself), so leaving it out would change the rows of existing runs.
-        if self.endpoint_of(ask).thinking == "strip":
-            answers = [strip_answer(answer) for answer in answers]
         hits = sum(answer.hit for answer in answers)
         self.tally["hits"] += hits
         self.tally["paid"] += len(answers) - hits
@@ -166,11 +160,6 @@ class Work:
         if self.calls:
             lock_calls(self.run, self.step, self.calls)
         return answers
-
-    def endpoint_of(self, ask: AskBackend) -> Endpoint:
-        """The endpoint behind `ask`: the teacher's, or the judge's if it is another."""
-        judges = ask is self.backends.judge and ask is not self.backends.teacher
-        return self.recipe.judge if judges and self.recipe.judge.kind != "teacher" else self.recipe.teacher
 
     def leave_out(self, rows: Sequence[Unusable], total: int, by_choice: Sequence[Unusable] = ()) -> None:
         """Record the rows that this step leaves out; TapirError if limits.unusable allows fewer of `total` rows.
@@ -218,14 +207,6 @@ class Stage:
 def format_count(count: int, noun: str) -> str:
     """`1 row`, `1,200 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def strip_answer(answer: Answer) -> Answer:
-    """The answer without the reasoning that the model wrote before it."""
-    text = strip_thoughts(answer.text)
-    if text == answer.text:
-        return answer
-    return replace(answer, text=text, why=answer.why or ("" if text.strip() else "the reply is only a thought"))
 
 
 def read_lock(run: RunDir) -> list[LockedCall]:

@@ -1,7 +1,9 @@
 """Find out what is missing to use a GPU: torch's build against the driver, llama.cpp's build, nvcc, and Python.h."""
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,9 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from tapir_local.memory import run_nvidia_smi
+from tapir_local.errors import TapirError
+from tapir_local.inference.lib import unused_gpu_remark
+from tapir_local.memory import list_visible_gpus, run_nvidia_smi
 from tapir_local.process import child_environment
 
 # The oldest driver for each major version of CUDA (CUDA release notes, "Minimum Required Driver Version").
@@ -33,25 +37,35 @@ def lowest_version(versions: list[str]) -> float:
     return min((float(".".join(version.split(".")[:2])) for version in versions), default=0.0)
 
 
+def torch_version() -> tuple[str, str | None]:
+    """torch's version, and the CUDA that it was built for, None for a CPU build.
+
+    Read from its file: the main process of a run never imports torch, because it may load llama.cpp, and with CUDA the
+    two crash in one process (see export/gguf_side.py).
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "", None
+    found = runpy.run_path(str(Path(spec.origin).parent / "version.py"))
+    return str(found["__version__"]), found.get("cuda")
+
+
 def torch_build() -> str:
     """torch's version and CUDA, and the driver's version, in words."""
-    import torch
-
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    version, cuda = torch_version()
     driver = next(iter(query_gpus("driver_version")), "unknown")
-    return f"torch {torch.__version__} with {built}, driver {driver}"
+    return f"torch {version} with {f'CUDA {cuda}' if cuda else 'no CUDA'}, driver {driver}"
 
 
 def torch_build_advice() -> str:
     """The command that installs a build of torch for this driver and GPU; "" if the installed build suits them."""
-    import torch
-
-    if torch.version.cuda and suits_gpu(int(torch.version.cuda.split(".")[0])):
+    installed, cuda = torch_version()
+    if cuda and suits_gpu(int(cuda.split(".")[0])):
         return ""
     wheel = next((wheel for major, wheel in WHEELS.items() if suits_gpu(major)), "")
     if not wheel:
         return f"Install a newer driver: the oldest build of torch needs {MIN_DRIVERS[min(WHEELS)]}."
-    version = torch.__version__.split("+")[0]
+    version = installed.split("+")[0]
     wanted = f"torch=={version}+{wheel} torchvision=={vision_version(version)}+{wheel}"
     return f"pip install {wanted} --index-url INDEX, where INDEX is PyTorch's for {wheel} (see pytorch.org/get-started)"
 
@@ -60,6 +74,26 @@ def vision_version(torch_version: str) -> str:
     """The torchvision that is built with this torch: 0.28.0 with 2.13.0. Unsloth refuses another one."""
     _, minor, patch = torch_version.split(".")[:3]
     return f"0.{int(minor) + 15}.{patch}"
+
+
+def idle_gpu_remarks() -> list[str]:
+    """One sentence for each library that would leave the GPU unused in a run; [] if all use it or there is none."""
+    cards = list_visible_gpus()
+    advice = torch_build_advice() if cards else ""
+    remarks = [unused_gpu_remark()]
+    if advice:
+        slow = f"cannot use {cards[0].name}, so training runs on the CPU, which is much slower"
+        remarks.append(f"{torch_build()}: torch {slow}. {advice}")
+    return [remark for remark in remarks if remark]
+
+
+def require_gpu() -> None:
+    """Raise TapirError unless the driver lists a GPU, and torch and llama.cpp can use it."""
+    if not list_visible_gpus():
+        fix = "`nvidia-smi` must list one that CUDA_VISIBLE_DEVICES does not hide. Without the option the CPU is used."
+        raise TapirError("there is no GPU", where="--require-gpu", fix=fix)
+    if remarks := idle_gpu_remarks():
+        raise TapirError(" ".join(remarks), where="--require-gpu", fix="Without the option the CPU is used.")
 
 
 def suits_gpu(major: int) -> bool:

@@ -296,10 +296,14 @@ def open_openai_client(endpoint: Endpoint, http: httpx2.AsyncClient) -> openai.A
 
 
 def chat_url_and_headers(client: openai.AsyncOpenAI) -> tuple[httpx2.URL, dict[str, str]]:
-    """The URL and headers of chat requests, computed once: openai's client takes a millisecond for each request."""
+    """The URL and headers of chat requests, computed once: openai's client takes a millisecond for each request.
+
+    Names are in lower case, so that none is there twice: the HTTP client would join the values with a comma, and
+    FastAPI and vLLM refuse `application/json, application/json` as a type that is not JSON.
+    """
     url = client.base_url
     headers = {"content-type": "application/json", **client.default_headers, **client.auth_headers}
-    known = {name: value for name, value in headers.items() if isinstance(value, str)}
+    known = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     return url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions"), known
 
 

@@ -4,14 +4,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.config import GenerationConfig
-from tapir_local.inference.generate import encode_prompt, encode_prompts, open_context_for
-from tapir_local.inference.model import Advice, Model, open_model, require_template, trained_context
-from tapir_local.inference.scheduler import Written, answer_each
+from tapir_local.inference.generate import PromptGroup, PromptReply, ReplyHooks
+from tapir_local.inference.llama_process import ReplyJob, run_reply_job
+from tapir_local.inference.model import Advice
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.store import keys
 from tapir_local.store.reply import build_chat_completion
@@ -21,15 +22,14 @@ from tapir_local.teacher.session import AskSession, RequestJob
 GGUF_POLL_SECONDS = 0.5  # between checks of requests that another process is answering
 
 
-@dataclass(frozen=True)
+@dataclass
 class GgufJobs:
-    """Jobs answered with the same settings, their prompts as tokens, and the start time of each job in progress."""
+    """Jobs that a GGUF answers, the context of each answer in tokens, and the start time of each job in progress."""
 
     session: AskSession
-    model: Model
-    config: GenerationConfig
+    gguf: Path
     jobs: Sequence[RequestJob]
-    prompts: Sequence[list[int]]
+    context: int
     began: dict[int, float] = field(default_factory=dict)
 
 
@@ -72,19 +72,40 @@ def claim_job(session: AskSession, job: RequestJob) -> bool:
 
 
 def answer_free_jobs(session: AskSession, jobs: Sequence[RequestJob]) -> None:
-    """Open the GGUF, answer the jobs, those with the same settings together, and close it."""
-    path, role = gguf_path(session.endpoint), endpoint_role(session.endpoint)
-    check_vocabulary(path, gguf_advice(role))
-    with open_model(path, advice=gguf_advice(role), warn=session.warn) as model:
-        if endpoint_identity(session.endpoint) != session.identity:  # the answers would get another GGUF's keys
-            what = f"{path} was changed while this command was running"
-            raise TapirError(what, where=f"{role}.gguf", fix="Run the same command again.")
-        require_template(model)
-        context = min(session.endpoint.context, trained_context(model))
-        for alike in group_by_settings(jobs):
-            prompts = encode_prompts(model, [job.request.messages for job in alike], session.warn)
-            config = generation_settings(alike[0], context, session.endpoint.concurrency)
-            answer_gguf_jobs(GgufJobs(session, model, config, alike, prompts))
+    """Open the GGUF, answer the jobs, those with the same settings together, and close it; release all claims.
+
+    llama.cpp runs where `options.llama` says.
+    """
+    path, advice = gguf_path(session.endpoint), gguf_advice(endpoint_role(session.endpoint))
+    check_vocabulary(path, advice)
+    alike = group_by_settings(jobs)
+    group = GgufJobs(session, path, [job for some in alike for job in some], session.endpoint.context)
+    hooks = ReplyHooks(
+        partial(note_opened, group), partial(begin_job, group), partial(store_gguf_answer, group), session.warn
+    )
+    job = ReplyJob(path, tuple(prompt_group(session, some) for some in alike), advice)
+    try:
+        run_reply_job(job, hooks, session.options.llama)
+    finally:
+        for number in group.began:
+            session.store.release(group.jobs[number].key)
+            session.release(group.jobs[number])
+
+
+def prompt_group(session: AskSession, jobs: Sequence[RequestJob]) -> PromptGroup:
+    """The prompts of jobs with the same settings; each answer's seed is made of its key."""
+    seeds = tuple(int.from_bytes(job.key[:4]) >> 1 for job in jobs)  # llama.cpp takes 32 set bits as a random seed
+    config = generation_settings(jobs[0], session.endpoint.context, session.endpoint.concurrency)
+    return PromptGroup(tuple(job.request.messages for job in jobs), seeds, config)
+
+
+def note_opened(group: GgufJobs, trained: int) -> None:
+    """Limit the context to the model's own; TapirError if the file that was opened is not the one that was named."""
+    session = group.session
+    if endpoint_identity(session.endpoint) != session.identity:  # the answers would get another GGUF's keys
+        what = f"{group.gguf} was changed while this command was running"
+        raise TapirError(what, where=f"{endpoint_role(session.endpoint)}.gguf", fix="Run the same command again.")
+    group.context = min(group.context, trained)
 
 
 def gguf_advice(role: str) -> Advice:
@@ -113,28 +134,6 @@ def generation_settings(job: RequestJob, context: int, parallel: int) -> Generat
     return GenerationConfig(job.body["max_tokens"], context, job.body["temperature"], schema=schema, parallel=parallel)
 
 
-def template_refusal(model: Model, job: RequestJob) -> str:
-    """Why the chat template refuses a job's prompt."""
-    try:
-        encode_prompt(model, job.request.messages)
-    except TapirError as error:
-        return error.what
-    return "the chat template renders nothing"
-
-
-def answer_gguf_jobs(group: GgufJobs) -> None:
-    """Answer the group's jobs, `concurrency` of them at once; claims that are left over are released."""
-    seeds = [int.from_bytes(job.key[:4]) >> 1 for job in group.jobs]  # llama.cpp takes 32 set bits as a random seed
-    try:
-        on_answer, may_start = partial(store_gguf_answer, group), partial(begin_job, group)
-        with open_context_for(group.model, group.prompts, group.config, group.session.warn) as (engine, _):
-            answer_each(engine, group.prompts, on_answer, group.config, seeds, may_start)
-    finally:
-        for number in group.began:
-            group.session.store.release(group.jobs[number].key)
-            group.session.release(group.jobs[number])
-
-
 def begin_job(group: GgufJobs, number: int) -> bool:
     """Claim a job when its turn comes; False if another process has it, or it does not fit the budget now.
 
@@ -152,23 +151,21 @@ def begin_job(group: GgufJobs, number: int) -> bool:
     return True
 
 
-def store_gguf_answer(group: GgufJobs, number: int, written: Written) -> None:
+def store_gguf_answer(group: GgufJobs, number: int, found: PromptReply) -> None:
     """Store an answer, or record why it cannot be used again; then release the job's key and set its answer."""
     session, job = group.session, group.jobs[number]
-    counts = (len(group.prompts[number]), len(written.tokens))
     began = group.began.get(number)  # a prompt that is too long never begins, and is not claimed
     seconds = 0.0 if began is None else time.monotonic() - began
-    refused = not group.prompts[number]
-    finish = "refused" if refused else written.finish
-    raw = gguf_reply(group, number, written, finish)
-    reply, stored = session.read_raw(job.body, raw)._replace(finish=finish), None
-    if written.finish == "stop" or len(written.tokens) == group.config.max_tokens:
+    raw = gguf_reply(group, number, found)
+    reply, stored = session.read_raw(job.body, raw)._replace(finish=found.finish), None
+    if found.finish == "stop" or found.tokens == job.body["max_tokens"]:
         stored = session.store_reply(job, raw, reply, seconds)
     else:
-        why = f"finish {finish}: the prompt has {counts[0]:,} tokens, the context {group.config.context:,}"
-        why = template_refusal(group.model, job) if refused else why
+        why = f"finish {found.finish}: the prompt has {found.prompt_tokens:,} tokens, the context {group.context:,}"
+        why = found.refusal or why
         reply = reply._replace(why="" if reply.text.strip() else why)
-        session.store_attempt(job, why, raw, seconds, None if began is None else session.billing.bill_for(*counts))
+        bill = None if began is None else session.billing.bill_for(found.prompt_tokens, found.tokens)
+        session.store_attempt(job, why, raw, seconds, bill)
     if stored:
         stored.add_done_callback(lambda _: session.store.release(job.key))
     elif began is not None:
@@ -180,9 +177,8 @@ def store_gguf_answer(group: GgufJobs, number: int, written: Written) -> None:
         raise error
 
 
-def gguf_reply(group: GgufJobs, number: int, written: Written, finish: str) -> bytes:
+def gguf_reply(group: GgufJobs, number: int, found: PromptReply) -> bytes:
     """An answer as an OpenAI endpoint would send it."""
     made = (f"chatcmpl-{group.jobs[number].key.hex()[:24]}", int(time.time()))
-    usage = (len(group.prompts[number]), len(written.tokens))
-    text, name = written.text(group.model), group.model.gguf.name
-    return orjson.dumps(build_chat_completion(text, name, finish=finish, made=made, usage=usage))
+    usage = (found.prompt_tokens, found.tokens)
+    return orjson.dumps(build_chat_completion(found.text, group.gguf.name, finish=found.finish, made=made, usage=usage))

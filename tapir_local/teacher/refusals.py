@@ -16,6 +16,7 @@ from tapir_local.teacher.endpoint import OPENAI_URL, describe_key_source, endpoi
 
 RERUN_SENTENCE = "Run the same command again: nothing paid for is lost."
 RERUN_CLAUSE = "run the same command again: nothing paid for is lost."
+UNAVAILABLE_STATUSES = frozenset({502, 503})  # the server is away, as a gateway or load balancer before it says
 RETRIED_STATUSES = frozenset({408, 409, 425})  # besides 429 and 5xx: a timeout or a conflict in the server
 UNREADABLE_TRIES = 2  # of a request whose reply is not a chat completion: each one may have been billed
 MAX_FAILED_ROWS = 5  # refused before any row is answered, or failing in a row: then the rows are not the cause
@@ -77,7 +78,8 @@ class RequestFailure(NamedTuple):
     `action`: "retry" uses up an attempt; "wait" (for the rate limit) and "wait_for_model" (while the server loads it)
     do not; "skip_row" means that the server refuses this row, which then gets the finish reason `finish`; "stop" means
     that every row would fail. `names_cause` says that the server stated what is wrong with this row. `max_tries` is how
-    often the request is tried, 0 for the endpoint's `attempts`; `when_exhausted` is the action after the last try.
+    often the request is tried, 0 for the endpoint's `attempts`; `when_exhausted` is the action after the last try:
+    "skip_if_others_answered" skips the row if another was answered since the try before, and stops otherwise.
     `why` and `fix` are for a TapirError, `headers` are the reply's.
     """
 
@@ -89,7 +91,7 @@ class RequestFailure(NamedTuple):
     finish: Literal["refused", "content_filter", ""] = "refused"
     names_cause: bool = True
     max_tries: int = 0
-    when_exhausted: Literal["skip_row", "stop"] = "stop"
+    when_exhausted: Literal["skip_row", "skip_if_others_answered", "stop"] = "stop"
 
 
 class ServerError(NamedTuple):
@@ -239,6 +241,9 @@ def classify_error(error: ServerError, endpoint: Endpoint) -> RequestFailure:
         return RequestFailure("wait", why, body, headers=headers)
     if status >= 500 and LOADING_PATTERN.search(text) and not LOADING_FAILED_PATTERN.search(text):
         return RequestFailure("wait_for_model", why, body, headers=headers)
+    if status in UNAVAILABLE_STATUSES:
+        away: Literal["skip_if_others_answered"] = "skip_if_others_answered"
+        return RequestFailure("retry", why, body, headers=headers, names_cause=False, when_exhausted=away)
     if status >= 500 and status != 501:
         return RequestFailure("retry", why, body, headers=headers, names_cause=False, when_exhausted="skip_row")
     if status in RETRIED_STATUSES:
@@ -357,10 +362,16 @@ class RequestOutcomes:
         """Count a reply that may have been billed and is not a completion."""
         self.useless += 1
 
-    def may_skip_row(self, failure: RequestFailure, tries: int) -> bool:
-        """Whether a failure after `tries` attempts concerns only its row, so that the row is skipped."""
+    def may_skip_row(self, failure: RequestFailure, tries: int, answered_since: int) -> bool:
+        """Whether a failure after `tries` attempts concerns only its row, so that the row is skipped.
+
+        `answered_since` is how many completions came since the attempt before: with none, a server that is reported as
+        unavailable is so for all rows, however few are left.
+        """
         if failure.action == "stop":
             return failure.when_exhausted == "skip_row" and self.live > 0
+        if failure.when_exhausted == "skip_if_others_answered" and not answered_since:
+            return False
         refused_now = failure.action == "skip_row"
         min_tries = 1 if failure.max_tries else MIN_TRIES_TO_SKIP_ROW
         if not refused_now and (failure.when_exhausted == "stop" or tries < min_tries):

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.llama_process import ANYWHERE, LlamaPlace
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Answer, Progress, Request, noop
@@ -40,7 +41,8 @@ class AskOptions:
     `budget` limits what may be spent. `progress` is called with (done, total, hits), `tell` with (done, total, status)
     while batches or a loading server are waited for, and `warn` with a text when, for example, another model answers
     than before. `transport` replaces the network. `patience` is the number of seconds after which a server that refuses
-    everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API.
+    everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API. `llama` is
+    where llama.cpp runs if a GGUF answers.
     """
 
     budget: BudgetTracker | None = None
@@ -50,6 +52,7 @@ class AskOptions:
     transport: httpx2.AsyncBaseTransport | None = None
     patience: float = DEFAULT_PATIENCE
     batch_limits: BatchLimits = DEFAULT_BATCH_LIMITS
+    llama: LlamaPlace = ANYWHERE
 
 
 DEFAULT_ASK_OPTIONS = AskOptions()
@@ -59,8 +62,9 @@ DEFAULT_ASK_OPTIONS = AskOptions()
 class RequestJob:
     """A request to be sent once, even if it occurs several times among the requests (`places`).
 
-    `rate_limited` counts its answers of 429. `reserved` is what was reserved for it in the budget, `sent` the attempt
-    that the store has recorded while it is in flight.
+    `rate_limited` counts its answers of 429. `live_before` is how many completions had come when this request was last
+    put back to be sent again; -1 if it was not. `reserved` is what was reserved for it in the budget, `sent` the
+    attempt that the store has recorded while it is in flight.
     """
 
     request: Request
@@ -70,6 +74,7 @@ class RequestJob:
     places: list[int]
     tries: int = 0
     rate_limited: int = 0
+    live_before: int = -1
     reserved: Bill | None = None
     sent: Attempt | None = None
 
@@ -264,7 +269,8 @@ class AskSession:
 
     def skip_row_or_error(self, job: RequestJob, failure: RequestFailure) -> TapirError | None:
         """Leave the job's row out if the failure concerns only this row; otherwise return the error that stops all."""
-        if not self.outcomes.may_skip_row(failure, job.tries + 1):
+        answered_since = self.outcomes.live - job.live_before
+        if not self.outcomes.may_skip_row(failure, job.tries + 1, answered_since):
             return self.row_error(job, failure.why, failure.fix)
         self.finish_job(job, Reply("", failure.finish, why=failure.why), paid=True)
         return None

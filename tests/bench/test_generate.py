@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-SHORT = ["--repeats", "1", "--waves", "2", "--parallel", "4", "--max-tokens", "8", "--prompt-tokens", "6"]
+FEW = ["--loop-prompts", "2", "--repeats", "1", "--waves", "2"]
+SHORT = [*FEW, "--parallel", "4", "--max-tokens", "8", "--prompt-tokens", "6"]
 
 
 def measured(script: str, *words: object) -> subprocess.CompletedProcess[str]:
     """Run a bench as a person does."""
-    command = [sys.executable, str(BENCH / script), *map(str, words), *SHORT, "--loop-prompts", "2"]
+    command = [sys.executable, str(BENCH / script), *SHORT, *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(BENCH.parent)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -26,6 +27,15 @@ def test_ours_and_the_loop_are_printed_with_their_ratio(llama) -> None:
     assert float(rate.replace(",", "")) > 0
     assert float(ratio) > 0
     assert re.search(r"our Python: [\d.]+ microseconds per token", found.stdout)
+
+
+def test_both_ways_of_choosing_tokens_are_measured(llama) -> None:
+    found = measured("generate.py", llama.gguf, "--threads", "1", "--choose", "both", "--loop-prompts", "0", "--uneven")
+    assert found.returncode == 0, found.stderr
+    assert len(re.findall(r"tapir-local.*, choosing: [\d.]+ microseconds per token", found.stdout)) == 2
+    rate, ratio = re.search(r"tapir-local with NumPy +([\d,]+) +[\d,]+ +([\d.]+)x", found.stdout).groups()
+    assert float(rate.replace(",", "")) > 0
+    assert float(ratio) > 0
 
 
 def test_a_rival_that_fails_is_an_error(llama, tmp_path: Path) -> None:

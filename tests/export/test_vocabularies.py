@@ -18,10 +18,13 @@ from tapir_local.export.gate import GateJob, find_mismatches, load_tokenizer, ru
 from tapir_local.export.probes import gate_texts
 from tapir_local.export.tokenizer import read_model_vocabulary
 from tapir_local.files import write_rows
+from tapir_local.inference.config import GenerationConfig
+from tapir_local.inference.llama_process import GenerateJob, LlamaPlace, run_generate_job
 from tapir_local.inference.model import open_model
 from tapir_local.inference.prompt_file import PROMPT_FILE_ADVICE
 from tapir_local.inference.tokens import encode
 from tapir_local.inference.vocab_check import check_vocabulary
+from tapir_local.records import Message
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -104,7 +107,8 @@ def test_byte_fallback_does_not_make_a_byte_level_tokenizer_sentencepiece(tmp_pa
     export_gguf(model, tmp_path / "out.gguf", adapter=None, quant="f32")
     tokenizer = load_tokenizer(model)
     with open_model(tmp_path / "out.gguf", vocab_only=True) as opened:
-        assert find_mismatches(tokenizer, opened, gate_texts(tokenizer, [])) == []
+        texts = gate_texts(tokenizer, [])
+        assert find_mismatches(tokenizer, [encode(opened, text) for text in texts], texts) == []
 
 
 def without_bytes(model: Path) -> None:
@@ -147,6 +151,15 @@ def test_an_abort_of_the_library_gives_one_clear_error(fatal: Path, tmp_path: Pa
     assert "llama.cpp ends the process over its vocabulary: SIGABRT" in found.exception.what
     assert found.exception.where == str(fatal)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_abort_in_a_process_of_its_own_is_told_with_the_librarys_words(fatal: Path, tmp_path: Path) -> None:
+    """As an abort of CUDA ends a stage: here it is a real one of llama.cpp on the processor."""
+    job = GenerateJob(fatal, ((Message("user", "Ünïcödé 你好"),),), GenerationConfig(max_tokens=4, context=128))
+    with pytest.raises(TapirError, match=r"llama.cpp ended its process by SIGABRT: .*terminate called") as caught:
+        run_generate_job(job, place=LlamaPlace(apart=True, folder=tmp_path / "llama"))
+    assert "terminate called" in (tmp_path / "llama" / "llama_process.log").read_text()
+    assert caught.value.where == str(tmp_path / "llama" / "llama_process.log")
 
 
 def test_the_gate_names_the_gguf_that_aborted_its_process(fatal: Path, tmp_path: Path) -> None:

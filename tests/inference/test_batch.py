@@ -41,6 +41,19 @@ def test_a_full_batch_refuses_more_rows() -> None:
     assert batch.free_rows == 5
 
 
+def test_interleaved_rows_are_in_the_order_of_their_places() -> None:
+    batch = make_batch(9)
+    batch.add([1, 2, 3], 4, 0, [2])
+    batch.add([5], 7, 1, [0])
+    batch.add([6, 7], 0, 2, [1])
+    batch.interleave()
+    assert batch.write() == 6
+    assert batch.token[:6].tolist() == [1, 5, 6, 2, 7, 3]
+    assert batch.pos[:6].tolist() == [4, 7, 0, 5, 1, 6]
+    assert batch.seq[:6].tolist() == [0, 1, 2, 0, 2, 0]
+    assert batch.logits[:6].tolist() == [0, 1, 0, 0, 1, 1]
+
+
 def test_a_batch_is_empty_after_it_was_decoded(engine: Engine) -> None:
     """The same text twice, the second time in two parts, each with only its last row wanted."""
     ids = list(range(20, 50))

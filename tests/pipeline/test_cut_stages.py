@@ -1,20 +1,31 @@
 """What a stage has written before it was cut is kept, and the run goes on with the rest."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from command_line import kill_llama
 from fakes import QUIET, World, fake_backends, generate, outputs, score
+from students import PROMPTS
 
+from tapir_local.errors import TapirError
 from tapir_local.files import read_rows
+from tapir_local.inference.llama_process import LlamaPlace
+from tapir_local.pipeline.backends import generate_backend, score_backend
+from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill, redo
+from tapir_local.pipeline.reflection import score_by_last_student
+from tapir_local.pipeline.rounds import generate_answers
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
-from tapir_local.records import Completion, Scored
+from tapir_local.records import Completion, Example, Progress, Scored, noop
 from tapir_local.run_dir import RunDir
 
 
@@ -112,6 +123,60 @@ def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, 
     before = partial.read_bytes()
     estimate_costs(recipe, run)
     assert partial.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_answers_are_kept_if_llama_cpp_ends_and_the_stage_goes_on(
+    recipe: Recipe, run: RunDir, llama, tmp_path: Path, number: int
+) -> None:
+    """One answer at a time: in batches, near ties may depend on what else is in a batch."""
+    rows = [Example(f"row-{n}", prompt) for n, prompt in enumerate(PROMPTS * 6)]
+    student, out = run.round(0), tmp_path / "answers.jsonl"
+    student.mkdir(parents=True)
+    shutil.copy(llama.gguf, student / "student.gguf")
+    settings = override(recipe, {"student.max_tokens": 40, "student.max_length": 256, "student.concurrency": 1})
+
+    def answer(place: LlamaPlace, seen: Progress, path: Path) -> str:
+        backends = replace(fake_backends(World()), generate=generate_backend(settings, run, place))
+        return generate_answers(Work(settings, run, backends, progress=seen), rows, student, path)
+
+    apart, kill = LlamaPlace(apart=True, folder=tmp_path / "llama"), iter([partial(kill_llama, number)])
+    with pytest.raises(TapirError, match=signal.Signals(number).name):
+        answer(apart, lambda done, *_: next(kill)() if done == 10 else None, out)
+    kept = out.with_name("answers.jsonl.partial").read_text().splitlines()
+    assert 10 <= len(kept) < len(rows)
+    begun: list[int] = []
+    said = answer(apart, lambda done, *_: begun.append(done), out)
+    assert min(begun) > len(kept) - 1
+    assert f"{len(kept)} of them from an earlier attempt" in said
+    answer(LlamaPlace(apart=False), noop, tmp_path / "whole.jsonl")
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_scores_are_kept_if_llama_cpp_ends_and_the_stage_goes_on(
+    recipe: Recipe, run: RunDir, llama, tmp_path: Path
+) -> None:
+    texts = [(prompt, f"answer {n} " * 8) for n, prompt in enumerate(PROMPTS * 40)]
+    run.round(0).mkdir(parents=True)
+    shutil.copy(llama.gguf, run.round(0) / "student.gguf")
+    run.round(1).mkdir()
+    settings = override(recipe, {"student.max_tokens": 40, "student.max_length": 256})
+
+    def scored(place: LlamaPlace, seen: Progress = noop) -> list[Scored]:
+        backends = replace(fake_backends(World()), score=score_backend(settings, run, place))
+        return score_by_last_student(Work(settings, run, backends, 1, "round-01/refine", seen), texts)
+
+    apart, kill = LlamaPlace(apart=True, folder=tmp_path / "llama"), iter([kill_llama])
+    with pytest.raises(TapirError, match="SIGKILL"):
+        scored(apart, lambda done, *_: next(kill, noop)() if done else None)
+    (partial,) = run.round(1).glob("*.partial")
+    kept = read_rows(Scored, partial)
+    assert 0 < len(kept) < len(texts)
+    found, whole = scored(apart), scored(LlamaPlace(apart=False))
+    assert [one.id for one in found] == [one.id for one in whole] == [str(n) for n in range(len(texts))]
+    assert [one.tokens for one in found] == [one.tokens for one in whole]
+    # Other texts share the batches of a resumed scoring, and keys and values are in 16 bits.
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in whole], abs=0.05)
 
 
 KILLED = """

@@ -1,18 +1,9 @@
 """Thoughts are removed from answers, and an answer that quotes their marks is unchanged."""
 
-from dataclasses import replace
-from pathlib import Path
-
-import fakes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapir_local.files import read_rows
-from tapir_local.pipeline.loop import distill
-from tapir_local.recipe.text import override
-from tapir_local.records import Answer, Example, Request
-from tapir_local.run_dir import RunDir
 from tapir_local.store.thinking import strip_thoughts
 
 HARMONY = "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>"
@@ -111,26 +102,3 @@ def test_a_text_without_marks_is_unchanged(text: str) -> None:
 def test_only_the_answer_after_a_thought_is_kept(thought: str, answer: str) -> None:
     if "</" not in thought and "<" not in thought:
         assert strip_thoughts(f"<think>{thought}</think>\n{answer}").strip() == answer.strip()
-
-
-def trained_on(folder: Path, thought: str, thinking: str = "strip") -> list[str]:
-    """The completions that a run trains on, with a teacher that writes such thoughts."""
-    folder.mkdir()
-    world = fakes.World()
-
-    def think(requests: list[Request], progress: fakes.Progress) -> list[Answer]:
-        return [replace(answer, text=thought + answer.text) for answer in world.ask(requests, progress)]
-
-    recipe = override(fakes.make_recipe(folder), {"teacher.model": "m", "teacher.thinking": thinking})
-    run = RunDir(folder, "fake")
-    distill(recipe, run, replace(fakes.fake_backends(fakes.World()), teacher=think, judge=think), fakes.QUIET)
-    return [row.completion for row in read_rows(Example, run.round(1) / "train.jsonl")]
-
-
-def test_thoughts_of_teacher_and_judge_do_not_change_the_rows(tmp_path: Path) -> None:
-    aloud = trained_on(tmp_path / "aloud", "<think>They want <new_instruction>…</new_instruction>.</think>\n")
-    assert aloud == trained_on(tmp_path / "silent", "")
-
-
-def test_thoughts_are_kept_if_the_recipe_says_so(tmp_path: Path) -> None:
-    assert all(text.startswith("<think>") for text in trained_on(tmp_path / "kept", "<think>Hm.</think>", "keep"))

@@ -1,8 +1,10 @@
-"""The program in a process of its own."""
+"""The program in a process of its own, and the processes that a test has started."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,3 +24,41 @@ def refused(*words: str, cwd: Path | None = None, code: int = 1) -> str:
     assert "Traceback" not in out.stderr
     assert out.stdout == ""
     return out.stderr
+
+
+def children() -> list[int]:
+    """The processes that this one has started and that still run; a zombie does not count."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def kill_llama(number: int = signal.SIGKILL) -> None:
+    """Send a signal to the process in which llama.cpp answers."""
+    lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children()}
+    (child,) = [child for child, line in lines.items() if b"tapir_local.inference.llama_process" in line]
+    os.kill(child, number)
+
+
+def record_loaded_modules(folder: Path) -> dict[str, str]:
+    """The environment of a command whose processes write which of torch and llama_cpp they have imported.
+
+    Each writes a line into `folder`/loaded when it ends.
+    """
+    (folder / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "def say():\n"
+        "    found = [name for name in ('torch', 'llama_cpp') if name in sys.modules]\n"
+        f"    print(*found, file=open({str(folder / 'loaded')!r}, 'a'))\n"
+        "atexit.register(say)\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def loaded_modules(folder: Path) -> set[str]:
+    """The modules that each process has written, as one text a process, such as `torch llama_cpp`."""
+    return set((folder / "loaded").read_text().splitlines())

@@ -54,6 +54,8 @@ class Server:
             self.flying += 1
             self.most = max(self.most, self.flying)
             fault = self.faults[words].pop(0) if self.faults.get(words) else self.otherwise
+        if handler.headers["content-type"] != "application/json":
+            fault = status(415, f"a body of type {handler.headers['content-type']}")  # as vLLM does
         time.sleep(self.seconds)
         try:
             fault(handler, body) if fault else send(handler, 200, completion(f"re: {words}"), self.extra)

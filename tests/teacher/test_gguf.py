@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from command_line import children, kill_llama
 from gguf_teacher import WORDS, questions, refused, rows, teacher
 from server import texts
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.llama_process import ANYWHERE, LlamaPlace
 from tapir_local.method import prompts
 from tapir_local.method.parsing import parse_scores
 from tapir_local.pipeline.backends import real_backends
@@ -235,6 +238,72 @@ def test_jobs_of_another_process_are_left_to_it(gguf, store, answered: bool) -> 
         asking.join(60)
     assert [answer.hit for answer in got[0]] == [answered] + [False] * 11
     assert (got[0][0].text == "theirs") == answered
+
+
+# In a process of its own, as on a GPU
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> LlamaPlace:
+    return LlamaPlace(apart=True, folder=tmp_path / "llama")
+
+
+def test_a_process_of_its_own_gives_the_same_answers(gguf, store, tmp_path, apart) -> None:
+    wanted = [
+        *questions(*WORDS),
+        *questions(*WORDS[:3], temperature=1.5, draw=1),
+        *questions("a", max_tokens=40, schema=prompts.JUDGEMENT),
+        *questions("word " * 400),
+    ]
+    found = ask(wanted, teacher(gguf), store, run="r", options=AskOptions(llama=apart))
+    with Store(tmp_path / "here.db") as here:
+        assert ask(wanted, teacher(gguf), here, run="r") == found
+        columns = "select key, finish, tokens_in, tokens_out from calls order by key"
+        assert rows(store, columns) == rows(here, columns)
+        for (key,) in rows(store, "select key from calls"):
+            raws = [json.loads(one.get(key) or b"") for one in (store, here)]
+            assert {**raws[0], "created": 0} == {**raws[1], "created": 0}
+        assert rows(store, "select row, why from attempts") == rows(here, "select row, why from attempts")
+    assert all(answer.hit for answer in ask(wanted[:-1], teacher(gguf), store, run="s"))
+
+
+def test_the_budget_holds_in_a_process_of_its_own(gguf, store, apart) -> None:
+    limits = AskOptions(budget=BudgetTracker(Budget(calls=5)), llama=apart)
+    with pytest.raises(TapirError, match="calls 5 of 5"):
+        ask(questions(*WORDS), teacher(gguf), store, run="r", options=limits)
+    assert rows(store, "select count(*) from calls") == [(5,)]
+    assert children() == []
+    answers = ask(questions(*WORDS), teacher(gguf), store, run="r", options=AskOptions(llama=apart))
+    assert sum(answer.hit for answer in answers) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_answers_are_kept_if_the_process_of_llama_cpp_ends(gguf, store, apart, number: int) -> None:
+    def kill(done: int, *_: int) -> None:
+        if done == 5:
+            kill_llama(number)
+
+    wanted, slow = questions(*WORDS, max_tokens=100), teacher(gguf, concurrency=1)
+    with pytest.raises(TapirError, match=signal.Signals(number).name) as caught:
+        ask(wanted, slow, store, run="r", options=AskOptions(progress=kill, llama=apart))
+    assert "goes on from there" in caught.value.fix
+    ((kept,),) = rows(store, "select count(*) from calls")
+    assert 5 <= kept < len(wanted)
+    again = ask(wanted, slow, store, run="r", options=AskOptions(llama=apart))
+    assert sum(answer.hit for answer in again) == kept
+    with Store(store.path.with_name("whole.db")) as whole:
+        assert texts(ask(wanted, slow, whole, run="r")) == texts(again)
+
+
+def test_a_faulty_gguf_is_the_same_error_in_a_process_of_its_own(gguf, store, tmp_path, apart) -> None:
+    (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[:20_000])
+    said = []
+    for place in (apart, ANYWHERE):
+        with pytest.raises(TapirError) as caught:
+            ask(questions("a"), teacher(tmp_path / "cut.gguf"), store, run="r", options=AskOptions(llama=place))
+        said.append((caught.value.what, caught.value.where, caught.value.fix))
+    assert said[0] == said[1]
+    assert "Check that teacher.gguf names a complete GGUF" in said[0][2]
 
 
 # Modes

@@ -3,6 +3,8 @@
 import json
 import sqlite3
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import orjson
@@ -12,7 +14,12 @@ from hypothesis import strategies as st
 from server import ODD, WORDS, completion, questions, raises, teacher, with_usage
 
 from tapir_local.errors import TapirError
+from tapir_local.pipeline.backends import ask_backend
+from tapir_local.pipeline.context import Work
 from tapir_local.recipe.endpoints import Judge, Teacher
+from tapir_local.recipe.schema import Recipe
+from tapir_local.records import Message
+from tapir_local.run_dir import RunDir
 from tapir_local.store.reply import ReplyOptions, parse_reply
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
@@ -173,6 +180,16 @@ def test_thinking_is_left_out_of_the_text_and_stays_in_the_store(server, store, 
     assert kept["choices"][0]["message"]["content"] == raw
 
 
+def test_a_closing_mark_in_the_answer_itself_stays(server, store, tmp_path):
+    server.otherwise = with_usage("<think>a</think>\nEnd it with\n</think>\non a line.", "stop")
+    recipe = Recipe(teacher=teacher(server))
+    backend = ask_backend(recipe.teacher, store, "r")
+    backends: Any = SimpleNamespace(teacher=backend, judge=backend)
+    work = Work(recipe, RunDir(tmp_path, "r"), backends, step="prepare/seeds")
+    (answer,) = work.ask(backend, [work.request("seeds", "1", (Message("user", "How?"),))])
+    assert answer.text == "End it with\n</think>\non a line."
+
+
 def test_completeness_is_decided_on_the_text_without_thinking(server, store):
     server.otherwise = with_usage("<think>a</think> ", "stop")
     (answer,) = ask(questions("a"), teacher(server), store, run="r")
@@ -285,5 +302,6 @@ def test_every_server_behavior_ends_in_answers_or_an_error(server, tmp_path):
             if name in ("error in 200", "no money"):  # an empty account concerns no single row
                 continue
             server.otherwise, server.faults = None, {"3": [fault]}
-            answers = ask(questions(*WORDS, draw=1), teacher(server, send_seed=True), store, run="r")
+            one_by_one = teacher(server, send_seed=True, concurrency=1)  # an error in the first reply may end the stage
+            answers = ask(questions(*WORDS, draw=1), one_by_one, store, run="r")
             assert sum(answer.complete for answer in answers) >= 7, name

@@ -131,6 +131,23 @@ def test_a_row_at_which_the_server_fails_every_time_costs_that_row(server, store
     assert answers[3].why == "500: index out of range"
 
 
+def test_a_row_that_a_gateway_never_answers_while_it_answers_others_costs_that_row(server, store):
+    server.faults["0"] = [status(502, "bad gateway")] * 6
+    answers = ask(questions(*map(str, range(200))), teacher(server, concurrency=2), store, run="r")
+    assert [answer.complete for answer in answers] == [False, *[True] * 199]
+
+
+@pytest.mark.parametrize("code", [502, 503])
+def test_a_server_that_is_away_when_few_rows_are_left_costs_none(server, store, code):
+    for word in "67":
+        server.faults[word] = [status(code, "no server is up")] * 6
+    with raises("no server is up (tried 6 times)"):
+        ask(questions(*WORDS), teacher(server), store, run="r")
+    server.faults.clear()
+    answers = ask(questions(*WORDS), teacher(server), store, run="r")
+    assert [answer.text for answer in answers] == [f"re: {word}" for word in WORDS]
+
+
 def test_a_server_that_fails_at_everything_stops(server, store):
     ask(questions(*WORDS), teacher(server), store, run="r")
     server.otherwise = status(500, "the engine is dead")

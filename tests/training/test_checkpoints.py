@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from models import make_model
+from safetensors.torch import load_file
 from training_rows import WEIGHTS, examples, log, losses, make_job, resolved
 
 from tapir_local.errors import TapirError
@@ -289,10 +290,11 @@ def test_out_of_memory_with_one_row_says_what_to_do(job, tmp_path, monkeypatch) 
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(place, tmp_path) -> None:
+@pytest.mark.parametrize("launcher", ["accelerate launch --multi_gpu --num_processes 2", "torchrun --nproc-per-node 2"])
+def test_two_processes_learn_what_one_does(place, tmp_path, launcher: str) -> None:
+    """On a CPU the processes exchange gradients with gloo."""
     one = replace(make_job(place), out=tmp_path / "one")
-    two = replace(make_job(place, launcher=["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]))
-    two = replace(two, out=tmp_path / "two", settings=two.settings.model_copy(update={"checkpoint_minutes": EACH_STEP}))
+    two = replace(make_job(place, launcher=launcher, checkpoint_minutes=EACH_STEP), out=tmp_path / "two")
     train_student(one)
     seen: list[int] = []
     run_training(two, tmp_path / "train", lambda done, total, note: seen.append(done))
@@ -300,6 +302,10 @@ def test_two_processes_learn_what_one_does(place, tmp_path) -> None:
     assert resolved(two.out)["processes"] == 2
     assert losses(two.out) == pytest.approx(losses(one.out), abs=1e-4)
     assert [entry["tokens"] for entry in log(two.out)] == [entry["tokens"] for entry in log(one.out)]
+    weights, others = load_file(two.out / WEIGHTS), load_file(one.out / WEIGHTS)
+    assert weights.keys() == others.keys()
+    assert max(float((weights[name] - others[name]).abs().max()) for name in others) < 1e-4
+    assert max(float(tensor.abs().max()) for tensor in others.values()) > 0.1
 
 
 @pytest.mark.slow
