@@ -22,7 +22,7 @@ distill: $(READY)              ## install, then run the quickstart: three rounds
 test: .venv/installed          ## run every test
 	$(BIN)/pytest -n auto --dist worksteal
 
-test-unsloth: $(UNSLOTH)/installed  ## train tiny models with Unsloth's GPU code, on the CPU; see docs/architecture.md
+test-unsloth: $(UNSLOTH)/installed  ## train tiny models through Unsloth's GPU code, on the CPU
 	$(UNSLOTH)/bin/python -m pytest -m unsloth -n 2 --dist worksteal tests/unsloth
 
 check: .venv/installed         ## check style and types
