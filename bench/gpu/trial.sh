@@ -134,7 +134,13 @@ phase2() {
     rm -rf $WORK/cache
     step quickstart 150 60 "$PY" cli.py distill --rounds 1 --cache $WORK/cache; tail -c 1200 $LOGS/quickstart.err; tail -c 1500 $LOGS/quickstart.out
     tar czf "$OUT/run.tgz" -C $WORK/cache --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' . 2>/dev/null
-    step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process' tests/inference/test_device_choice.py; show tests 800
+    local gguf_path; gguf_path=$(find $WORK/cache -name student.gguf | head -1)
+    for first in torch llama; do
+      step together-$first 40 15 cuda-gdb -batch -ex run -ex 'bt 20' --args "$PY" bench/gpu/together.py $first "$gguf_path"; show together-$first 1500
+    done
+    step together-hidden 20 10 env CUDA_VISIBLE_DEVICES= "$PY" bench/gpu/together.py torch "$gguf_path"; show together-hidden 300
+    step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process'; show tests 800
+    step tests-hidden 60 30 "$PY" -m pytest -n0 -q -p no:cacheprovider tests/inference/test_generate.py tests/inference/test_device_choice.py; show tests-hidden 800
   fi
   # 2. Unsloth beside plain TRL and PEFT, real shapes, 16 rows a step, after llama.cpp has been built
   local train="bench/gpu_train.py --length $length --batch 16 --micro 4 --logs $LOGS --deadline"
