@@ -1,0 +1,179 @@
+"""A GGUF becomes a folder that transformers reads as the same model, or is refused in one sentence."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_files import REMOVED, copy_gguf, metadata_of, tensors_of
+from models import WITH_BOS, make_adapter, make_model
+from spm import GEMMA
+
+from tapir_local.errors import TapirError
+from tapir_local.export.adapter import export_adapter
+from tapir_local.export.base import gguf_student_folder
+from tapir_local.export.export import export_gguf
+from tapir_local.export.gate import verify_gguf
+from tapir_local.export.gguf_student import MAX_STUDENT_KL, check_student_folder, write_student
+from tapir_local.training.gguf_source import open_gguf_source
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 128}
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 12345.0},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "smollm2": {"family": "llama", "kind": "smollm", "tie_word_embeddings": True},
+    "llama3": {"family": "llama", "kind": "llama3", "template": WITH_BOS, "rope_parameters": LLAMA3_ROPE},
+    "llama with biases": {"family": "llama", "kind": "gpt2", "attention_bias": True, "rope_parameters": YARN},
+    "mistral": {"family": "mistral", "kind": "mistral", "template": WITH_BOS},
+    "qwen2": {"family": "qwen2", "kind": "qwen2"},
+    "qwen3": {"family": "qwen3", "kind": "qwen2", "tie_word_embeddings": False},
+    "gemma2": {"family": "gemma2", "kind": "gemma", "template": GEMMA},
+    "gemma3": {"family": "gemma3_text", "kind": "gemma", "template": GEMMA, "rope_parameters": GEMMA_ROPE},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_is_the_ggufs_model(tmp_path: Path, family: str) -> None:
+    """Exported again, every key and every tensor is the same, so nothing was lost on either way."""
+    first, again, folder = tmp_path / "first.gguf", tmp_path / "again.gguf", tmp_path / "made"
+    export_gguf(make_model(tmp_path / "m", **FAMILIES[family]), first, adapter=None, quant="f16")
+    source = open_gguf_source(first)
+    folder.mkdir()
+    write_student(source, folder)
+    made = check_student_folder(source, folder)
+    assert made.kl < 1e-4
+    assert made.texts == 1200
+    export_gguf(folder, again, adapter=None, quant="f16")
+    before, after = metadata_of(first), metadata_of(again)
+    own = {
+        "general.name",
+        "tokenizer.ggml.scores",
+    }  # scores count merges, and SentencePiece's have other ways to a piece
+    assert {key: before[key] for key in before.keys() - own} == {key: after[key] for key in after.keys() - own}
+    olds, news = tensors_of(first), tensors_of(again)
+    assert olds.keys() == news.keys()
+    for name, tensor in olds.items():
+        assert np.allclose(tensor.data, news[name].data, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize("quant", ["f32", "bf16", "q8_0", "q4_k_m"])
+def test_every_type_of_weights_is_dequantized(tmp_path: Path, quant: str) -> None:
+    """Also in a process of its own, once: a second call only finds the folder."""
+    model = make_model(tmp_path / "m", "qwen2", kind="qwen2", hidden_size=256, intermediate_size=256)
+    export_gguf(model, tmp_path / "student.gguf", adapter=None, quant=quant)
+    said: list[str] = []
+    folder = gguf_student_folder(tmp_path / "student.gguf", tmp_path / "cache", say=said.append)
+    assert folder.parent.parent == tmp_path / "cache" / "base"
+    assert sorted(path.name for path in folder.parent.iterdir() if path.name != ".lock") == ["student"]
+    assert "600" not in said[0]
+    assert "1,200 texts have the same token ids in both" in said[1]
+    assert "not from the original model's" in said[1]
+    assert gguf_student_folder(tmp_path / "student.gguf", tmp_path / "cache", say=said.append) == folder
+    assert len(said) == 2
+
+
+def test_the_gate_passes_a_folder_on_its_own_gguf(tmp_path: Path) -> None:
+    gguf = tmp_path / "student.gguf"
+    export_gguf(make_model(tmp_path / "m"), gguf, adapter=None, quant="q8_0")
+    report = verify_gguf(gguf_student_folder(gguf, tmp_path), None, gguf, [])
+    assert report.passed, report
+
+
+def test_weights_that_are_wrong_are_refused(tmp_path: Path) -> None:
+    """Rows of q that are not in llama.cpp's order: the shapes fit, the answers do not."""
+    gguf = tmp_path / "student.gguf"
+    export_gguf(make_model(tmp_path / "m"), gguf, adapter=None, quant="f32")
+    swapped = {"blk.0.attn_k.weight": "blk.0.attn_v.weight", "blk.0.attn_v.weight": "blk.0.attn_k.weight"}
+    other = copy_gguf(gguf, tmp_path / "other.gguf", rename=lambda name: swapped.get(name, name))
+    write_student(
+        open_gguf_source(gguf), made := tmp_path / "made" if (tmp_path / "made").mkdir() is None else tmp_path
+    )
+    with pytest.raises(TapirError, match=r"other answers with the GGUF's weights \(divergence"):
+        check_student_folder(open_gguf_source(other), made)
+    assert MAX_STUDENT_KL < 0.3  # what a wrong mapping gives
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    export_gguf(make_model(folder / "m"), folder / "plain.gguf", adapter=None, quant="f16")
+    return folder / "plain.gguf"
+
+
+CASES: dict[str, tuple[dict[str, Any], Callable[[str], str | None], str]] = {
+    "architecture": ({"general.architecture": "phi3"}, str, "a GGUF of the architecture phi3 cannot be a student"),
+    "split": ({"split.count": 3}, str, "one of 3 parts of a split file"),
+    "vision": ({"general.type": "mmproj"}, str, "the vision part of a model"),
+    "clip": ({"general.architecture": "clip"}, str, "the vision part of a model"),
+    "embedding": ({"general.architecture": "bert"}, str, r"an embedding model \(bert\)"),
+    "pooling": ({"llama.pooling_type": 1}, str, r"an embedding model \(llama\)"),
+    "experts": ({"llama.expert_count": 8}, str, "a mixture of 8 experts"),
+    "vocabulary": ({}, lambda name: None, "holds only a vocabulary"),
+    "tokenizer": ({"tokenizer.ggml.model": "t5"}, str, "tokenizer is of the type t5"),
+    "pre-tokenizer": ({"tokenizer.ggml.pre": "falcon"}, str, "pre-tokenizer is falcon, which cannot be rebuilt"),
+    "merges": ({"tokenizer.ggml.merges": REMOVED}, str, "tokenizer has no merges"),
+    "template": ({"tokenizer.chat_template": REMOVED}, str, "the GGUF has no chat template"),
+    "key": ({"llama.block_count": REMOVED}, str, "the GGUF has no llama.block_count"),
+    "scaling": ({"llama.rope.scaling.type": "longrope"}, str, "rotary scaling longrope is not supported"),
+    "heads": ({"llama.attention.head_count": [4, 2]}, str, "different widths or numbers of heads"),
+    "rotary": ({"llama.rope.dimension_count": 8}, str, "rope.dimension_count is 8, but a head has 16"),
+    "layers": ({"llama.block_count": 3}, str, "no tensor blk.2.attn_q.weight"),
+    "width": ({"llama.feed_forward_length": 95}, str, "has the shape .* but its metadata needs"),
+    "tensor": (
+        {},
+        lambda name: "blk.0.attn_sinks.weight" if name == "blk.0.attn_norm.weight" else name,
+        "no tensor blk.0.attn_norm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gguf_that_cannot_be_a_student_is_refused(plain: Path, tmp_path: Path, case: str) -> None:
+    changes, rename, said = CASES[case]
+    gguf = copy_gguf(plain, tmp_path / "odd.gguf", changes, rename)
+    with pytest.raises(TapirError, match=said) as caught:
+        gguf_student_folder(gguf, tmp_path / "cache")
+    assert caught.value.where == str(gguf)
+    assert caught.value.fix
+    assert list((tmp_path / "cache/base").glob("*/odd*")) == []
+
+
+def test_an_additional_tensor_is_refused(plain: Path, tmp_path: Path) -> None:
+    """A bias that transformers' class does not have would be lost."""
+    doubled = copy_gguf(plain, tmp_path / "odd.gguf", {"general.architecture": "qwen3"})
+    with pytest.raises(TapirError, match=r"no tensor blk\.0\.attn_(q|k)_norm"):
+        gguf_student_folder(doubled, tmp_path / "cache")
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    export_adapter(model, make_adapter(model, tmp_path / "lora"), tmp_path / "lora.gguf")
+    with pytest.raises(TapirError, match="a LoRA adapter, not a model"):
+        gguf_student_folder(tmp_path / "lora.gguf", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 20000, -1000])
+def test_a_damaged_gguf_is_refused(plain: Path, tmp_path: Path, size: int) -> None:
+    (tmp_path / "cut.gguf").write_bytes(plain.read_bytes()[:size])
+    with pytest.raises(TapirError, match=r"is not a GGUF|it is damaged or incomplete") as caught:
+        gguf_student_folder(tmp_path / "cut.gguf", tmp_path / "cache")
+    assert caught.value.where == str(tmp_path / "cut.gguf")
+
+
+def test_a_missing_gguf_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TapirError, match="the student is missing"):
+        gguf_student_folder(tmp_path / "none.gguf", tmp_path / "cache")
