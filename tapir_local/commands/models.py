@@ -201,6 +201,7 @@ def export_summary(out: Path, report: "GateReport | None") -> str:
     summary = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
     if not report:
         return summary
+    summary += f", {report.bits_per_weight:.1f} bits per weight"
     found = report.figures
     matches = f"{report.probes:,} texts have the same token ids, {found.agreement:.1%} of greedy tokens agree"
     return f"{summary}; {matches}, divergence {found.kl:.2g} nats"

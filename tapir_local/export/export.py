@@ -35,7 +35,7 @@ from tapir_local.export.tokenizer import (
     write_vocabulary,
 )
 from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
-from tapir_local.export.writer import PlannedTensor, file_type_number, tensor_bytes, tensor_type, write_tensors
+from tapir_local.export.writer import PlannedTensor, file_type_number, k_quant_bytes, tensor_bytes, tensor_type, write_tensors
 from tapir_local.files import atomic_write, read_record
 from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk_space, check_memory
@@ -63,11 +63,6 @@ class ExportJob:
 NATIVE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
 EXPORT_MEMORY = 64 << 20  # bytes besides the libraries: the vocabulary, and blocks of one megabyte each
-K_QUANT_BITS = {
-    "q4_k_m": 5.5,
-    "q5_k_m": 6.3,
-    "q6_k": 7.0,
-}  # per weight, also for small models, whose embedding has 6 bits
 
 
 def export_gguf(
@@ -97,7 +92,7 @@ def export_gguf(
         if converter:
             convert_with_llama_cpp(model_dir, adapter, path, kind, converter, progress)
         else:
-            write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, K_QUANT_BITS.get(quant, 0))
+            write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, quant)
 
     with atomic_write(out) as partial:
         if quant in NATIVE_TYPES:
@@ -121,16 +116,16 @@ def intermediate_type(model_dir: Path, adapter: Path | None) -> str:
 
 
 def write_model_gguf(
-    model_dir: Path, path: Path, adapter: Path | None, quant: str, progress: Progress, more: float = 0
+    model_dir: Path, path: Path, adapter: Path | None, quant: str, progress: Progress, then: str = ""
 ) -> None:
-    """Write the metadata, then every tensor. The disk must also hold a second file of `more` bits per weight."""
+    """Write the metadata, then every tensor. If a k-quant is made from it `then`, the disk must hold both files."""
     import gguf
 
     config, arch = read_model_config(model_dir)
     tensors = plan_model(model_dir, adapter, tensor_mapping(config, arch), gguf.GGMLQuantizationType[quant])
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     vocab = read_model_vocabulary(model_dir, rows)
-    check_export_space(path, tensors, vocab, more)
+    check_export_space(path, tensors, vocab, then if then in K_QUANTS else "")
     writer = gguf.GGUFWriter(path, arch.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(model_dir.name)
@@ -141,19 +136,18 @@ def write_model_gguf(
     write_tensors(writer, tensors, progress)
 
 
-def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Vocabulary, more: float) -> None:
-    """Raise TapirError if the disk has no room for the file, or for the k-quant of `more` bits per weight made from it.
+def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Vocabulary, then: str) -> None:
+    """Raise TapirError if the disk has no room for the file, and for the k-quant that is made from it `then`.
 
     Also if memory is too small for the export itself (see `EXPORT_MEMORY`) and for llama.cpp's quantization, which
     holds the largest tensor in float32 and quantized.
     """
     largest = max(prod(tensor.shape) for tensor in tensors)
-    check_memory(EXPORT_MEMORY + (8 * largest if more else 0), "the export")
+    check_memory(EXPORT_MEMORY + (8 * largest if then else 0), "the export")
     texts = sum(len(text.encode()) + 16 for text in (*(token.text for token in vocab.tokens), *vocab.merges))
     file = sum(tensor_bytes(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
-    weights = sum(prod(tensor.shape) for tensor in tensors)
-    what = "the GGUF and the 16-bit GGUF that it is made from" if more else "the GGUF"
-    check_disk_space(path, file + round(weights * more / 8), what)
+    what = "the GGUF and the 16-bit GGUF that it is made from" if then else "the GGUF"
+    check_disk_space(path, file + (sum(k_quant_bytes(tensor, then) for tensor in tensors) + texts if then else 0), what)
 
 
 def plan_model(model_dir: Path, adapter: Path | None, mapping: TensorMapping, quant: Any) -> tuple[PlannedTensor, ...]:

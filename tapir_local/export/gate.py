@@ -20,7 +20,7 @@ from tapir_local.inference.batch import compute_logits
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
-from tapir_local.inference.model import Engine, Model, metadata, open_context, open_model
+from tapir_local.inference.model import Engine, Model, bits_per_weight, metadata, open_context, open_model
 from tapir_local.inference.tokens import encode, is_end_token
 from tapir_local.process import Crashed, child_main, run_in_process
 from tapir_local.records import Example, Message, Progress, Prompt
@@ -105,7 +105,8 @@ class GateReport:
     """The result of the gate. `failed` names the failed checks; `describe_failures` explains them.
 
     `bos_trained` and `bos_gguf` count the BOS tokens of a prompt in training and with the GGUF. `streamed`: the
-    reference model did not fit in memory and was read layer by layer.
+    reference model did not fit in memory and was read layer by layer. `bits_per_weight` is the size of the GGUF's
+    tensors in bits over the number of its weights; 0 in reports of older versions.
     """
 
     failed: tuple[str, ...]
@@ -118,6 +119,7 @@ class GateReport:
     max_kl: float
     min_agreement: float
     streamed: bool = False
+    bits_per_weight: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -144,7 +146,7 @@ def verify_gguf(
     # Before torch is imported, for `patient_threads`. On the CPU, because a GPU rounds differently: cuBLAS multiplies
     # f32 in TF32, with 10 bits of mantissa, and MAX_KL of an f32 GGUF is 1e-5.
     with open_model(gguf, adapter=adapter_gguf, on_cpu=True) as llama:
-        quant, tokenizer = read_quant(llama), load_tokenizer(model_dir)
+        quant, bits, tokenizer = read_quant(llama), bits_per_weight(llama), load_tokenizer(model_dir)
         texts = gate_texts(tokenizer, rows)
         wrong = find_mismatches(tokenizer, llama, texts)
         prompt = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
@@ -164,7 +166,7 @@ def verify_gguf(
     checks["agreement"] = found.agreement >= wanted
     failed = tuple(name for name, fine in checks.items() if not fine)
     counts = (len(texts), len(wrong), tuple(wrong[:3]), bos_trained, bos_gguf)
-    return GateReport(failed, *counts, found, MAX_KL[quant], wanted, reference.streamed)
+    return GateReport(failed, *counts, found, MAX_KL[quant], wanted, reference.streamed, bits)
 
 
 def gate_memory(llama: Model) -> int:

@@ -29,7 +29,7 @@ from tapir_local.export.reference import load_reference, reference_logits
 from tapir_local.export.tokenizer import PRE_TOKENIZERS
 from tapir_local.export.weights import DTYPES, FloatArray
 from tapir_local.export.writer import row_spans
-from tapir_local.files import atomic_write, read_record, write_record
+from tapir_local.files import atomic_write, read_record, remove_path, write_record
 from tapir_local.inference.batch import compute_logits
 from tapir_local.inference.config import ContextConfig
 from tapir_local.inference.model import (
@@ -96,6 +96,7 @@ def make_gguf_student(gguf: Path, folder: Path, say: Callable[[str], None], *, t
     except TapirError as error:
         if str(work) not in str(error):  # the error does not refer to a log there
             shutil.rmtree(work, ignore_errors=True)
+        remove_path(folder.with_name(folder.name + ".partial"))
         raise
     shutil.rmtree(work)
     made = read_record(GgufStudentRecord, folder / STUDENT_RECORD)

@@ -295,6 +295,7 @@ def gate_section(report: GateReport) -> str:
         f"{found.largest_difference:.3g}\n"
         f"- the same greedy token at {found.agreement:.1%} of {found.positions:,} positions, "
         f"{report.min_agreement:.1%} required"
+        + (f"\n- {report.bits_per_weight:.1f} bits per weight in the file" if report.bits_per_weight else "")
     )
 
 

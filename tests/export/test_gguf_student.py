@@ -15,7 +15,15 @@ from tapir_local.export.adapter import export_adapter
 from tapir_local.export.base import gguf_student_folder
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import verify_gguf
-from tapir_local.export.gguf_student import MAX_STUDENT_KL, check_student_folder, write_student
+from tapir_local.export.gguf_student import (
+    MAX_STUDENT_KL,
+    GgufStudentJob,
+    check_student_folder,
+    gguf_student_main,
+    write_student,
+)
+from tapir_local.files import write_record
+from tapir_local.records import noop
 from tapir_local.training.gguf_source import open_gguf_source
 
 LLAMA3_ROPE = {
@@ -91,14 +99,14 @@ def test_the_gate_passes_a_folder_on_its_own_gguf(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_wrong_are_refused(tmp_path: Path) -> None:
-    """Rows of q that are not in llama.cpp's order: the shapes fit, the answers do not."""
+    """Keys in place of values: the shapes fit, the answers do not."""
     gguf = tmp_path / "student.gguf"
     export_gguf(make_model(tmp_path / "m"), gguf, adapter=None, quant="f32")
     swapped = {"blk.0.attn_k.weight": "blk.0.attn_v.weight", "blk.0.attn_v.weight": "blk.0.attn_k.weight"}
     other = copy_gguf(gguf, tmp_path / "other.gguf", rename=lambda name: swapped.get(name, name))
-    write_student(
-        open_gguf_source(gguf), made := tmp_path / "made" if (tmp_path / "made").mkdir() is None else tmp_path
-    )
+    made = tmp_path / "made"
+    made.mkdir()
+    write_student(open_gguf_source(gguf), made)
     with pytest.raises(TapirError, match=r"other answers with the GGUF's weights \(divergence"):
         check_student_folder(open_gguf_source(other), made)
     assert MAX_STUDENT_KL < 0.3  # what a wrong mapping gives
@@ -146,31 +154,46 @@ def test_a_gguf_that_cannot_be_a_student_is_refused(plain: Path, tmp_path: Path,
     changes, rename, said = CASES[case]
     gguf = copy_gguf(plain, tmp_path / "odd.gguf", changes, rename)
     with pytest.raises(TapirError, match=said) as caught:
-        gguf_student_folder(gguf, tmp_path / "cache")
+        make_here(gguf, tmp_path / "made")
     assert caught.value.where == str(gguf)
     assert caught.value.fix
-    assert list((tmp_path / "cache/base").glob("*/odd*")) == []
+    assert not (tmp_path / "made").exists()
+
+
+def make_here(gguf: Path, out: Path) -> None:
+    """What the process that makes a folder does, in this one."""
+    work = out.with_name("work")
+    work.mkdir()
+    write_record(work / "job.json", GgufStudentJob(gguf, out, template=True))
+    gguf_student_main(work, noop)
+
+
+def test_a_refusal_leaves_nothing_behind(plain: Path, tmp_path: Path) -> None:
+    gguf = copy_gguf(plain, tmp_path / "odd.gguf", {"tokenizer.ggml.pre": "falcon"})
+    with pytest.raises(TapirError, match="pre-tokenizer is falcon"):
+        gguf_student_folder(gguf, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache/base").glob("*/*") if path.name != ".lock"] == []
 
 
 def test_an_additional_tensor_is_refused(plain: Path, tmp_path: Path) -> None:
     """A bias that transformers' class does not have would be lost."""
     doubled = copy_gguf(plain, tmp_path / "odd.gguf", {"general.architecture": "qwen3"})
     with pytest.raises(TapirError, match=r"no tensor blk\.0\.attn_(q|k)_norm"):
-        gguf_student_folder(doubled, tmp_path / "cache")
+        make_here(doubled, tmp_path / "made")
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")
     export_adapter(model, make_adapter(model, tmp_path / "lora"), tmp_path / "lora.gguf")
     with pytest.raises(TapirError, match="a LoRA adapter, not a model"):
-        gguf_student_folder(tmp_path / "lora.gguf", tmp_path / "cache")
+        make_here(tmp_path / "lora.gguf", tmp_path / "made")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 20000, -1000])
 def test_a_damaged_gguf_is_refused(plain: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "cut.gguf").write_bytes(plain.read_bytes()[:size])
     with pytest.raises(TapirError, match=r"is not a GGUF|it is damaged or incomplete") as caught:
-        gguf_student_folder(tmp_path / "cut.gguf", tmp_path / "cache")
+        make_here(tmp_path / "cut.gguf", tmp_path / "made")
     assert caught.value.where == str(tmp_path / "cut.gguf")
 
 
