@@ -8,13 +8,17 @@ LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
 # Without __AMX_INT8__ it does not use AMX: some virtual machines list AMX and then kill the process (SIGILL at tileloadd).
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__$(if $(GPU), -DGGML_CUDA=on)
 
-.PHONY: distill test check docs install llama clean nvcc
+.PHONY: distill test test-real check docs install llama clean nvcc
 
 distill: $(READY)              ## install, then run the quickstart: three rounds with the pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
 
 test: .venv/installed          ## run every test
 	$(BIN)/pytest -n auto --dist worksteal
+
+test-real: .venv/installed     ## fetch published weights (0.8 GB, into cache/models) and run the tests that need them
+	PYTHON=$(BIN)/python tests/fetch_models cache/models
+	TAPIR_LOCAL_TEST_MODELS=cache/models $(BIN)/pytest -n0 -m real
 
 check: .venv/installed         ## check style and types
 	$(BIN)/ruff check .

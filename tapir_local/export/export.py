@@ -35,7 +35,14 @@ from tapir_local.export.tokenizer import (
     write_vocabulary,
 )
 from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
-from tapir_local.export.writer import PlannedTensor, file_type_number, k_quant_bytes, tensor_bytes, tensor_type, write_tensors
+from tapir_local.export.writer import (
+    PlannedTensor,
+    file_type_number,
+    k_quant_bytes,
+    tensor_bytes,
+    tensor_type,
+    write_tensors,
+)
 from tapir_local.files import atomic_write, read_record
 from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk_space, check_memory

@@ -9,7 +9,7 @@ from typing import Any
 from tapir_local.data.chat_template import NO_TEMPLATE, merge_system_turns, render_training_text
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_model_template, read_tokenizer_json, special_token_texts
-from tapir_local.inference.model import Advice, open_model, require_template, trained_context
+from tapir_local.inference.model import Advice, metadata_number, open_model, require_template
 from tapir_local.inference.tokens import special_marks, tokenize_texts
 from tapir_local.records import Example, Prompt
 from tapir_local.training.model_files import read_model_json
@@ -88,7 +88,7 @@ def read_gguf_format(gguf: Path, max_length: int, template: str | None = None) -
     advice = Advice("Correct student.path.", no_template=NO_TEMPLATE)
     with open_model(gguf, vocab_only=True, advice=advice) as model:
         jinja = require_template(model) if template is None else template
-        made_for, stops = trained_context(model), tuple(special_marks(model).ids)
+        made_for, stops = metadata_number(model, "context_length", 1 << 62), tuple(special_marks(model).ids)
         bos, eos = model.bos, model.eos
     length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODEL_LIMIT)
     return StudentFormat(jinja, bos, eos, stops, lambda texts: tokenize_texts(gguf, texts), length, limit)

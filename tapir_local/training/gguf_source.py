@@ -98,12 +98,12 @@ def check_gguf_source(source: GgufSource) -> None:
 
 
 def describe_types(source: GgufSource) -> str:
-    """The types of the matrices, the most frequent by weights first: `Q4_1 and Q8_0`."""
+    """The types of the matrices, the most frequent by weights first: `Q4_1, Q8_0`."""
     sizes: dict[str, int] = {}
     for tensor in source.tensors.values():
         if len(tensor.shape) > 1:
             sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
-    return " and ".join(sorted(sizes, key=lambda name: -sizes[name]))
+    return ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
 
 
 def dtype_names(source: GgufSource) -> tuple[str, str]:

