@@ -123,7 +123,7 @@ def find_model_folder(named: str, revision: str | None = None) -> Path:
     return POCKET_STUDENT if named == "pocket" else Path(named)
 
 
-def find_student_gguf(named: str) -> Path | None:
+def named_student_gguf(named: str) -> Path | None:
     """The GGUF that a recipe's student.path names: a file, a name that ends in .gguf, or `smollm2`; None for others.
 
     TapirError if the package with SmolLM2 is not installed.

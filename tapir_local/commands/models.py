@@ -179,10 +179,10 @@ def export_command(
     from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.files import file_sha256
-    from tapir_local.resources import default_cache, find_student_gguf
+    from tapir_local.resources import default_cache, named_student_gguf
 
     show = line_progress("tensors")
-    if gguf := find_student_gguf(model):
+    if gguf := named_student_gguf(model):
         tell = partial(echo, err=True)
         model = str(gguf_student_folder(gguf, default_cache(), say=tell, template=chat_template is None))
     with model_with_template(model, chat_template) as folder:

