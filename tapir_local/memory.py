@@ -193,11 +193,18 @@ def list_visible_gpus() -> list[Gpu]:
 
 
 def find_gpu_index(named: str) -> int | None:
-    """A GPU's index in nvidia-smi's list, from its index or the beginning of its UUID; None if there is no such GPU."""
+    """A GPU's index in nvidia-smi's list, from its index or the beginning of its UUID, or of the UUID of a part of it
+    (MIG); None if there is no such GPU."""
     if named.isdecimal():
         return int(named)
-    pairs = re.findall(r"^GPU (\d+): .*\(UUID: (\S+)\)$", run_nvidia_smi("-L") if named else "", re.MULTILINE)
-    return next((int(number) for number, uuid in pairs if uuid.startswith(named)), None)
+    index = None
+    for line in run_nvidia_smi("-L").splitlines() if named else ():
+        if gpu := re.match(r"GPU (\d+): ", line):
+            index = int(gpu[1])
+        uuid = re.search(r"\(UUID: (\S+)\)$", line)
+        if uuid and uuid[1].startswith(named):
+            return index
+    return None
 
 
 def single_gpu_variables() -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import loaded_modules, record_loaded_modules
 
 from tapir_local.pipeline.loop import list_steps
 from tapir_local.run_dir import RunDir
@@ -20,15 +21,15 @@ SMALL = ROOT / ".ci" / "small.yaml"
 COMMAND = [sys.executable, str(ROOT / "cli.py")]
 
 
-def tapir(*words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def tapir(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     out = subprocess.run([*COMMAND, *words], capture_output=True, text=True, env=env, check=False)
     assert out.returncode == 0, out.stderr
     return out
 
 
-def distilled(cache: Path, name: str = "small") -> RunDir:
-    tapir("distill", str(SMALL), "--cache", str(cache), "--name", name)
+def distilled(cache: Path, name: str = "small", **environment: str) -> RunDir:
+    tapir("distill", str(SMALL), "--cache", str(cache), "--name", name, **environment)
     return RunDir(cache, name)
 
 
@@ -47,7 +48,13 @@ def results(run: RunDir) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return distilled(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    return distilled(cache, **record_loaded_modules(cache))
+
+
+def test_torch_and_llama_cpp_are_never_in_one_process(run: RunDir) -> None:
+    """With CUDA they crash together. Without a GPU the main process answers, and the other stages are processes."""
+    assert loaded_modules(run.cache) == {"torch", "llama_cpp", ""}
 
 
 def test_status_has_what_others_rely_on(run: RunDir) -> None:

@@ -111,7 +111,7 @@ finish() {
 
 phase1() {
   begin 215; info 2>&1 | tee $LOGS/info.out; build_llama
-  local names="smollm2-135m qwen2-0.5b qwen3-0.6b gemma3-270m gemma2-tiny mistral-tiny" less=
+  local names="smollm2-135m qwen2-0.5b mistral-tiny gemma2-tiny qwen3-0.6b gemma3-270m" less=
   [ -n "$TINY" ] && names="llama3-tiny qwen2-tiny gemma2-tiny" less="--rows 24 --length 160"
   rm -f $LOGS/trl.jsonl $LOGS/unsloth.jsonl
   step students 40 10 "$PY" bench/gpu/students.py "$M" $names; show students 400
@@ -121,8 +121,6 @@ phase1() {
   tail -2 $LOGS/families-unsloth.err | cut -c1-300; [ -n "$TINY" ] || tail -1 $LOGS/build.out | cut -c1-100; finish
 }
 
-choose_by_numpy() { [ -n "$TINY" ] || sed -i 's/model.on_gpu == 1 if/False if/' tapir_local/inference/context_plan.py; }
-
 phase2() {
   begin 455; info 2>&1 | tee $LOGS/info.out | head -3; build_llama
   local small=qwen2-1.5b smaller=qwen2-0.5b large=qwen2-7b batched="--batched-bench $BUILD/bin/llama-batched-bench" gpu=--gpu rows=160 length=1024
@@ -130,29 +128,34 @@ phase2() {
   local layers=32 hidden=4096; [ -n "$TINY" ] && layers=1 hidden=256
   nice -n 10 "$PY" -c "import sys; sys.path[:0] = ['bench']; from pathlib import Path; from gpu_generate import write_model; write_model(Path('$WORK/7b-q8_0.gguf'), $layers, $hidden)" >$LOGS/gguf.out 2>&1 & local gguf=$!
   step students 70 20 "$PY" bench/gpu/students.py "$M" $small $smaller $large; show students 300
-  # 1. Unsloth beside plain TRL and PEFT, real shapes, 10 steps of 16 rows
-  local train="bench/gpu_train.py --rows $rows --length $length --batch 16 --micro 4 --logs $LOGS --deadline"
-  step train-1.5b 120 60 "$PY" $train $((DEADLINE - 40)) --plan "$M/$small:lora:unsloth" "$M/$small:lora:trl"; show train-1.5b
-  step train-7b 130 80 "$PY" $train $((DEADLINE - 40)) --plan "$M/$large:qlora:unsloth" "$M/$large:qlora:trl"; show train-7b
-  # 2. answering: ours, the loop, llama-batched-bench
   wait $gguf
   if wait_built 60; then
-    # tokens chosen by NumPy first: a fault of the choice on the device then costs only the steps after
-    local seven="$WORK/7b-q8_0.gguf $gpu --parallel 64 --prompt-tokens 128 --max-tokens 128 --threads 8 --repeats 2"
-    local wide="$WORK/small.gguf $gpu --parallel 128 --prompt-tokens 128 --max-tokens 64 --threads 8 --repeats 2"
-    step generate-7b 80 30 "$PY" bench/generate.py $seven $batched --loop-prompts 3 --choose numpy; show generate-7b
-    step generate-7b-both 40 20 "$PY" bench/generate.py $seven --loop-prompts 0 --choose both || choose_by_numpy; show generate-7b-both
-    # 3. a vocabulary of 152,000: what choosing tokens costs, on the GPU and by NumPy
-    step export-1.5b 40 25 "$PY" -c "from pathlib import Path; from tapir_local.export.export import export_gguf; export_gguf(Path('$M/$small'), Path('$WORK/small.gguf'), adapter=None, quant='q8_0')" \
-      && step generate-1.5b 50 25 "$PY" bench/generate.py $wide $batched --loop-prompts 0 --choose numpy && show generate-1.5b \
-      && { step generate-1.5b-both 40 20 "$PY" bench/generate.py $wide --loop-prompts 0 --choose both || choose_by_numpy; show generate-1.5b-both; }
-    # 4. a whole run on the GPU with Unsloth: train, export, gate, answers, a second training from the first
+    # 1. a whole run with Unsloth: train, export, gate, answers, a second training from the first
     rm -rf $WORK/cache
     step quickstart 150 60 "$PY" cli.py distill --rounds 1 --cache $WORK/cache; tail -c 1200 $LOGS/quickstart.err; tail -c 1500 $LOGS/quickstart.out
     tar czf "$OUT/run.tgz" -C $WORK/cache --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' . 2>/dev/null
+    local gguf_path; gguf_path=$(find $WORK/cache -name student.gguf | head -1)
+    for first in torch llama; do
+      step together-$first 40 15 cuda-gdb -batch -ex run -ex 'bt 20' --args "$PY" bench/gpu/together.py $first "$gguf_path"; show together-$first 1500
+    done
+    step together-hidden 20 10 env CUDA_VISIBLE_DEVICES= "$PY" bench/gpu/together.py torch "$gguf_path"; show together-hidden 300
+    step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process'; show tests 800
+    step tests-hidden 60 30 "$PY" -m pytest -n0 -q -p no:cacheprovider tests/inference/test_generate.py tests/inference/test_device_choice.py; show tests-hidden 800
   fi
-  step train-full 90 50 "$PY" $train $((DEADLINE - 40)) --plan "$M/$smaller:full:unsloth" "$M/$smaller:full:trl"; show train-full
-  built && step tests 60 30 env TAPIR_TEST_GPU=1 "$PY" -m pytest -n0 -q -x -p no:cacheprovider tests/test_gpu.py -k 'llama_cpp or main_process or cut or device_choice' tests/inference/test_device_choice.py; show tests 800
+  # 2. Unsloth beside plain TRL and PEFT, real shapes, 16 rows a step, after llama.cpp has been built
+  local train="bench/gpu_train.py --length $length --batch 16 --micro 4 --logs $LOGS --deadline"
+  step train-1.5b 120 60 "$PY" $train $((DEADLINE - 40)) --rows $((2 * rows)) --plan "$M/$small:lora:unsloth" "$M/$small:lora:trl"; show train-1.5b
+  step train-full 120 60 "$PY" $train $((DEADLINE - 40)) --rows $((2 * rows)) --plan "$M/$smaller:full:trl" "$M/$smaller:full:unsloth"; show train-full
+  # 3. answering: ours, the loop, llama-batched-bench. Tokens chosen by NumPy first: a fault of the choice on the device
+  # then costs only the steps after it. The second model has a vocabulary of 152,000.
+  if built; then
+    local seven="$WORK/7b-q8_0.gguf $gpu --parallel 64 --prompt-tokens 128 --max-tokens 128 --threads 8 --repeats 2"
+    local wide="$WORK/small.gguf $gpu --parallel 128 --prompt-tokens 128 --max-tokens 64 --threads 8 --repeats 2"
+    step generate-7b 80 30 "$PY" bench/generate.py $seven $batched --loop-prompts 3 --choose numpy; show generate-7b
+    step export-1.5b 40 25 "$PY" -c "from pathlib import Path; from tapir_local.export.export import export_gguf; export_gguf(Path('$M/$small'), Path('$WORK/small.gguf'), adapter=None, quant='q8_0')" \
+      && { step generate-1.5b 60 20 "$PY" bench/generate.py $wide $batched --loop-prompts 0 --choose both; show generate-1.5b; }
+  fi
+  step train-7b 130 80 "$PY" $train $((DEADLINE - 40)) --rows $rows --plan "$M/$large:qlora:unsloth" "$M/$large:qlora:trl"; show train-7b
   finish
 }
 

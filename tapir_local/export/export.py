@@ -1,17 +1,16 @@
-"""Export a base model, with or without a LoRA adapter, to one GGUF: merged and quantized tensor by tensor.
+"""Export a base model, with or without a LoRA adapter, to one GGUF, tensor by tensor; or the adapter alone.
 
 `python -m tapir_local.export.export FOLDER` runs the ExportJob in FOLDER/job.json in its own process.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isclose, prod
 from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
 from tapir_local.export.architectures import (
     TensorMapping,
     exported_tensors,
@@ -47,8 +46,8 @@ from tapir_local.files import atomic_write, read_record
 from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk_space, check_memory
 from tapir_local.process import child_main, run_in_process
-from tapir_local.records import Progress
-from tapir_local.training.model_files import StoredTensor
+from tapir_local.records import Progress, noop
+from tapir_local.training.model_files import StoredTensor, read_model_json
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class ExportJob:
 
 NATIVE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
+ADAPTER_TYPES = {"f32": "F32", "f16": "F16"}
 EXPORT_MEMORY = 64 << 20  # bytes besides the libraries: the vocabulary, and blocks of one megabyte each
 
 
@@ -211,6 +211,74 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
             fix="Set student.chat_template (of `tapir-local export`: --chat-template); `alpaca` ends answers with the "
             "tokenizer's own EOS.",
         )
+
+
+def export_adapter(
+    model_dir: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    quant: str = "f32",
+    progress: Progress = noop,
+) -> None:
+    """Write the PEFT LoRA in the folder `adapter` to `out`, completely or not at all, for the base in `model_dir`.
+
+    `quant` is f32 or f16. Only the config and the names and shapes of the base's tensors are read. `progress` receives
+    (tensors written, total tensors, name). Raises TapirError if the adapter belongs to another base or rank or is more
+    than plain LoRA, and if the base is not supported.
+    """
+    import gguf
+
+    if quant not in ADAPTER_TYPES:
+        raise TapirError(f"an adapter cannot be {quant}", where="quant", fix=f"Use one of {', '.join(ADAPTER_TYPES)}.")
+    config, arch = read_model_config(model_dir)
+    base = exported_tensors(model_weights(model_dir), config)
+    tensors = plan_adapter(adapter, base, tensor_mapping(config, arch), gguf.GGMLQuantizationType[ADAPTER_TYPES[quant]])
+    with atomic_write(out) as partial:
+        writer = gguf.GGUFWriter(partial, arch.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter_alpha(adapter))
+        writer.add_name(adapter.name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        write_tensors(writer, tensors, progress)
+
+
+def adapter_alpha(adapter: Path) -> float:
+    """The adapter's alpha; 1 instead of 0, because llama.cpp reads 0 as "no scaling"."""
+    return float(read_model_json(adapter / "adapter_config.json")["lora_alpha"] or 1)
+
+
+def plan_adapter(
+    adapter: Path, base: Mapping[str, StoredTensor], mapping: TensorMapping, quant: Any
+) -> tuple[PlannedTensor, ...]:
+    """A and B of every changed weight, in the order of the base's names."""
+    deltas = read_adapter_deltas(adapter, base)
+    alpha = adapter_alpha(adapter)
+    pairs = [plan_pair(name, delta, alpha, mapping, quant) for name, delta in sorted(deltas.items())]
+    return tuple(tensor for pair in pairs for tensor in pair)
+
+
+def plan_pair(
+    name: str, delta: LoraDelta, alpha: float, mapping: TensorMapping, quant: Any
+) -> tuple[PlannedTensor, PlannedTensor]:
+    """A and B of one weight. llama.cpp scales by `alpha` / rank; if the module's own scale differs, the factor goes
+    into B."""
+    target = gguf_name(mapping, name, delta.a)
+    factor = delta.scale * delta.a.shape[0] / alpha
+    order = row_order(mapping, name, delta.b.shape[0])
+
+    def read_a(start: int, stop: int) -> FloatArray:
+        return load_tensor(delta.a, rows=slice(start, stop))
+
+    def read_b(start: int, stop: int) -> FloatArray:
+        weight = load_tensor(delta.b, rows=slice(start, stop) if order is None else order[start:stop])
+        return weight if isclose(factor, 1.0) else weight * factor
+
+    return (
+        PlannedTensor(f"{target}.lora_a", quant, delta.a.shape, read_a),
+        PlannedTensor(f"{target}.lora_b", quant, delta.b.shape, read_b),
+    )
 
 
 def run_export(job: ExportJob, folder: Path, progress: Progress | None = None) -> None:

@@ -11,19 +11,14 @@ from typing import Any
 
 from tapir_local.data.special_tokens import tokenize_rendered, unguard_text
 from tapir_local.errors import TapirError
+from tapir_local.export.gguf_side import GATE_CONTEXT, GgufSide, GgufSideJob, run_gguf_side
 from tapir_local.export.probes import FALLBACK_PROMPTS, gate_texts, render_prompt, sample_prompts
 from tapir_local.export.reference import ReferenceModel, load_reference, reference_logits
 from tapir_local.export.tokenizer import end_of_turn_id, read_tokenizer_json, special_token_texts
 from tapir_local.export.weights import FloatArray
 from tapir_local.files import read_record, read_rows, write_record
-from tapir_local.inference.batch import compute_logits
-from tapir_local.inference.config import ContextConfig, GenerationConfig
-from tapir_local.inference.generate import answer_tokens, encode_prompt
-from tapir_local.inference.lib import library
-from tapir_local.inference.model import Engine, Model, bits_per_weight, metadata, open_context, open_model
-from tapir_local.inference.tokens import encode, is_end_token
-from tapir_local.process import Crashed, child_main, run_in_process
-from tapir_local.records import Example, Message, Progress, Prompt
+from tapir_local.process import child_main, run_in_process
+from tapir_local.records import Example, Message, Progress
 from tapir_local.training.model import load_tokenizer
 
 # The largest mean KL divergence, in nats per token, allowed per type of weights. llama.cpp's figures for Llama-3-8B
@@ -42,8 +37,6 @@ MIN_AGREEMENT = {
     "q4_k_m": 0.8,
 }
 QUANT_OF_FILE_TYPE = {"0": "f32", "1": "f16", "7": "q8_0", "15": "q4_k_m", "17": "q5_k_m", "18": "q6_k", "32": "bf16"}
-GATE_ANSWER_TOKENS = 48
-GATE_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -139,94 +132,70 @@ def verify_gguf(
     """Compare a GGUF with the model it was made from: token ids of all `rows` and of many probe texts, and some
     answers.
 
-    An adapter that is not merged is loaded on top: `adapter_gguf`. Both models run on the CPU, also if there is a GPU.
-    The reference model is loaded in f32 if it fits in memory, otherwise read layer by layer. Raises TapirError if one
-    of them cannot be loaded.
+    An adapter that is not merged is loaded on top: `adapter_gguf`. llama.cpp runs in a process of its own, and both
+    models on the CPU, also if there is a GPU. The reference model is loaded in f32 if it fits in memory, otherwise read
+    layer by layer. Raises TapirError if one of them cannot be loaded.
     """
-    # Before torch is imported, for `patient_threads`. On the CPU, because a GPU rounds differently: cuBLAS multiplies
-    # f32 in TF32, with 10 bits of mantissa, and MAX_KL of an f32 GGUF is 1e-5.
-    with open_model(gguf, adapter=adapter_gguf, on_cpu=True) as llama:
-        quant, bits, tokenizer = read_quant(llama), bits_per_weight(llama), load_tokenizer(model_dir)
-        texts = gate_texts(tokenizer, rows)
-        wrong = find_mismatches(tokenizer, llama, texts)
-        prompt = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
-        bos_trained, bos_gguf = count_bos(tokenizer, llama, prompt)
+    tokenizer = load_tokenizer(model_dir)
+    texts = gate_texts(tokenizer, rows)
+    prompt = render_prompt(tokenizer, (Message("user", FALLBACK_PROMPTS[0]),))
+    template = tokenizer.get_chat_template()
+    ends = end_of_turn_id(read_tokenizer_json(model_dir), template, special_token_texts(model_dir))
+    prompts = sample_prompts(rows)
+    job = GgufSideJob(gguf, adapter_gguf, tuple(texts), prompt, tuple(ends.values()), tuple(prompts))
+    with run_gguf_side(job) as found:
+        quant = named_quant(gguf, found.file_type)
+        wrong = find_mismatches(tokenizer, found.ids, texts)
+        bos_trained, bos_gguf = count_bos(tokenizer, prompt), found.bos_ids.count(tokenizer.bos_token_id)
         checks = {
             "tokens": not wrong,
             "bos": bos_trained == bos_gguf,
-            "eos": stops_as_trained(tokenizer, llama, model_dir),
-            "template": llama.template == tokenizer.get_chat_template(),
+            "eos": bool(ends) and found.eos == (tokenizer.eos_token or "") and all(found.stops),
+            "template": found.template == template,
         }
-        reference = load_reference(model_dir, adapter, reserved=gate_memory(llama), free=limits.free)
-        with open_context(llama, ContextConfig(GATE_CONTEXT * 4, 5, exact=True)) as engine:
-            found = compare_answers(engine, reference, sample_prompts(rows))
+        reference = load_reference(model_dir, adapter, reserved=gate_memory(found.vocabulary), free=limits.free)
+        figures = compare_answers(found, reference)
     wanted = MIN_AGREEMENT[quant] if limits.min_agreement is None else limits.min_agreement
-    checks["logits"] = found.kl <= MAX_KL[quant]
-    checks["adapter"] = found.kl_base is None or found.kl <= found.kl_base
-    checks["agreement"] = found.agreement >= wanted
+    checks["logits"] = figures.kl <= MAX_KL[quant]
+    checks["adapter"] = figures.kl_base is None or figures.kl <= figures.kl_base
+    checks["agreement"] = figures.agreement >= wanted
     failed = tuple(name for name, fine in checks.items() if not fine)
     counts = (len(texts), len(wrong), tuple(wrong[:3]), bos_trained, bos_gguf)
-    return GateReport(failed, *counts, found, MAX_KL[quant], wanted, reference.streamed, bits)
+    return GateReport(failed, *counts, figures, MAX_KL[quant], wanted, reference.streamed, found.bits_per_weight)
 
 
-def gate_memory(llama: Model) -> int:
-    """Bytes needed besides the reference model: the GGUF, and the logits of a whole context on both sides."""
-    words = int(library().llama_vocab_n_tokens(llama.vocab))
-    return llama.gguf.stat().st_size + 2 * 4 * GATE_CONTEXT * words
+def gate_memory(vocabulary: int) -> int:
+    """Bytes needed besides the reference model: the logits of a whole context on both sides."""
+    return 2 * 4 * GATE_CONTEXT * vocabulary
 
 
-def read_quant(llama: Model) -> str:
-    """The type of the weights according to the GGUF."""
-    number = metadata(llama, "general.file_type")
-    if number not in QUANT_OF_FILE_TYPE:
+def named_quant(gguf: Path, file_type: str) -> str:
+    """The type of the weights, from its number in the metadata of the GGUF."""
+    if file_type not in QUANT_OF_FILE_TYPE:
         fix = f"Export it as {', '.join(MAX_KL)}."
-        what = f"the gate has no threshold for its type of weights ({number})"
-        raise TapirError(what, where=str(llama.gguf), fix=fix)
-    return QUANT_OF_FILE_TYPE[number]
+        what = f"the gate has no threshold for its type of weights ({file_type})"
+        raise TapirError(what, where=str(gguf), fix=fix)
+    return QUANT_OF_FILE_TYPE[file_type]
 
 
-def find_mismatches(tokenizer: Any, llama: Model, texts: Sequence[str]) -> list[Mismatch]:
-    """The texts whose token ids differ between the two sides."""
-    pairs = zip(texts, tokenize_rendered(tokenizer, texts), (encode(llama, text) for text in texts), strict=True)
-    return [Mismatch(unguard_text(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != other]
+def find_mismatches(tokenizer: Any, found: Sequence[Sequence[int]], texts: Sequence[str]) -> list[Mismatch]:
+    """The texts whose token ids differ from those `found` by llama.cpp."""
+    pairs = zip(texts, tokenize_rendered(tokenizer, texts), found, strict=True)
+    return [Mismatch(unguard_text(text), tuple(ids), tuple(other)) for text, ids, other in pairs if ids != list(other)]
 
 
-def count_bos(tokenizer: Any, llama: Model, text: str) -> tuple[int, int]:
-    """BOS tokens in a prompt as trained, and with those that the GGUF's metadata tells a runtime to add."""
-    bos = tokenizer.bos_token_id
-    trained = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return trained.count(bos), encode(llama, text, add_special=True).count(bos)
+def count_bos(tokenizer: Any, text: str) -> int:
+    """BOS tokens in a prompt as trained."""
+    return int(tokenizer(text, add_special_tokens=False)["input_ids"].count(tokenizer.bos_token_id))
 
 
-def stops_as_trained(tokenizer: Any, llama: Model, model_dir: Path) -> bool:
-    """Whether EOS is the same and llama.cpp stops at the token that ended each turn in training."""
-    ends = end_of_turn_id(read_tokenizer_json(model_dir), tokenizer.get_chat_template(), special_token_texts(model_dir))
-    return (
-        bool(ends)
-        and llama.eos == (tokenizer.eos_token or "")
-        and all(is_end_token(llama, token) for token in ends.values())
-    )
-
-
-def compare_answers(engine: Engine, trained: ReferenceModel, prompts: Sequence[Prompt]) -> Figures:
+def compare_answers(found: GgufSide, trained: ReferenceModel) -> Figures:
     """Compare both models at every position of the GGUF's greedy answers."""
-    texts = greedy_answers(engine, prompts)
     parts = [
-        answer_figures(compute_logits(engine, ids)[start:], wanted, base)
-        for (ids, start), (wanted, base) in zip(texts, reference_logits(trained, texts), strict=True)
+        answer_figures(found.answer_logits(number), wanted, base)
+        for number, (wanted, base) in enumerate(reference_logits(trained, found.answers))
     ]
     return pool_figures(parts)
-
-
-def greedy_answers(engine: Engine, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
-    """Token ids of prompt and greedy answer, and the position that predicts the answer's first token."""
-    tokens = [encode_prompt(engine.model, prompt) for prompt in prompts]
-    config = GenerationConfig(GATE_ANSWER_TOKENS, GATE_CONTEXT)
-    answers = answer_tokens(engine, tokens, config, [0] * len(tokens))
-    texts = [
-        (prompt + written, len(prompt) - 1) for prompt, (written, _) in zip(tokens, answers, strict=True) if written
-    ]
-    return texts or [(tokens[-1], len(tokens[-1]) - 1)]
 
 
 def answer_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray | None) -> Figures:
@@ -278,13 +247,9 @@ def run_gate(job: GateJob, folder: Path, progress: Progress | None = None) -> No
     """Run the gate in a separate process, which leaves job.json, report.json and gate.log in `folder`.
 
     `job.out` is written only if the GGUF passes; otherwise TapirError names the failed checks. It names the GGUF if
-    llama.cpp aborted the process.
+    llama.cpp aborted its process.
     """
-    try:
-        run_in_process(gate_main, job, folder, progress)
-    except Crashed as error:
-        fix = f"{error.where} has the full message. Use the tokenizer that the model was published with."
-        raise TapirError(f"the GGUF cannot be used: {error.what}", where=str(job.gguf), fix=fix) from error
+    run_in_process(gate_main, job, folder, progress)
 
 
 def gate_main(folder: Path, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from tapir_local.records import Progress
 from tapir_local.resources import find_model_folder, read_chat_template
 
 # Files that may be written beside the GGUF: during the export, by the gate, and for Ollama.
-COMPANION_SUFFIXES = (".work", ".unchecked", ".unchecked.partial", ".gate.json", ".Modelfile")
+COMPANION_SUFFIXES = (".work", ".unchecked", ".unchecked.partial", ".unchecked.gate", ".gate.json", ".Modelfile")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from tapir_local.data.chat_template import NO_TEMPLATE
-from tapir_local.data.special_tokens import tokenize_rendered
 from tapir_local.errors import TapirError
 from tapir_local.export.architectures import (
     ARCHITECTURES,
@@ -23,24 +22,19 @@ from tapir_local.export.architectures import (
     row_order,
     tensor_mapping,
 )
-from tapir_local.export.gate import mean_divergence
+from tapir_local.export.gate import answer_figures, find_mismatches
+from tapir_local.export.gguf_side import GgufSideJob, run_gguf_side
 from tapir_local.export.probes import FALLBACK_PROMPTS, gate_texts, probe_texts
 from tapir_local.export.reference import load_reference, reference_logits
 from tapir_local.export.tokenizer import PRE_TOKENIZERS
 from tapir_local.export.weights import DTYPES, FloatArray
 from tapir_local.export.writer import row_spans
 from tapir_local.files import atomic_write, read_record, remove_path, write_record
-from tapir_local.inference.batch import compute_logits
-from tapir_local.inference.config import ContextConfig
 from tapir_local.inference.model import (
     NFC_PRE_TOKENIZERS,
     NORMALIZER_KEY,
     Advice,
-    Model,
-    open_context,
-    open_model,
 )
-from tapir_local.inference.tokens import encode
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.memory import check_disk_space, check_memory, format_bytes
 from tapir_local.process import child_main, run_in_process
@@ -52,7 +46,6 @@ STUDENT_RECORD = "gguf.json"  # in the made folder: what it was made from
 # Mean KL divergence in nats between the GGUF and the folder's weights, which are the same: llama.cpp multiplies
 # quantized weights by activations of 8 bits.
 MAX_STUDENT_KL = 0.05
-CHECK_TOKENS = 256
 IGNORE_MERGES = ("llama-bpe", "tekken")  # a word of the vocabulary is taken whole (llama.cpp, llama-vocab.cpp)
 CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6  # gguf.TokenType
 ADVICE = Advice(unusable="Download or copy the GGUF again.")
@@ -355,29 +348,22 @@ def check_student_folder(source: GgufSource, folder: Path) -> GgufStudentRecord:
     """
     from transformers import AutoTokenizer
 
-    with open_model(source.path, on_cpu=True, advice=ADVICE) as llama:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        texts = probe_texts(tokenizer) + (gate_texts(tokenizer, []) if llama.template else [])
-        check_same_tokens(tokenizer, llama, texts)
-        ids = encode(llama, llama.bos + " ".join(FALLBACK_PROMPTS + tuple(texts[:60])))[:CHECK_TOKENS]
-        with open_context(llama, ContextConfig(2 * CHECK_TOKENS, exact=True)) as engine:
-            found = compute_logits(engine, ids)
-    reference = load_reference(folder, None, reserved=found.nbytes)
-    wanted, _ = next(reference_logits(reference, [(ids, 0)]))
-    width = min(found.shape[1], wanted.shape[1])
-    kl = mean_divergence(wanted[:, :width], found[:, :width])
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    rendered = gate_texts(tokenizer, []) if source.meta.get("tokenizer.chat_template") else []
+    texts = probe_texts(tokenizer) + rendered
+    scored = " ".join([*FALLBACK_PROMPTS, *texts[:60]])
+    with run_gguf_side(GgufSideJob(source.path, None, tuple(texts), "", (), (), scored), folder) as found:
+        if wrong := find_mismatches(tokenizer, found.ids, texts):
+            what = f"its tokenizer cannot be rebuilt: {wrong[0].text[:40]!r} gets other token ids than in llama.cpp"
+            raise TapirError(what, where=str(source.path), fix=OWN_TOKENIZER)
+        ids, logits = found.answers[0][0], found.answer_logits(0)
+        reference = load_reference(folder, None, reserved=2 * logits.nbytes)
+        wanted, _ = next(reference_logits(reference, [(ids, 0)]))
+    kl = answer_figures(logits, wanted, None).kl
     if kl > MAX_STUDENT_KL:
         what = f"transformers computes other answers with the GGUF's weights (divergence {kl:.3g} nats)"
         raise TapirError(what, where=str(source.path), fix=OWN_TOKENIZER)
     return GgufStudentRecord(source.path.name, describe_types(source), len(texts), kl, len(ids))
-
-
-def check_same_tokens(tokenizer: Any, llama: Model, texts: list[str]) -> None:
-    """Raise TapirError for the first text that transformers' tokenizer and llama.cpp's read differently."""
-    for text, ids in zip(texts, tokenize_rendered(tokenizer, texts), strict=True):
-        if ids != encode(llama, text):
-            what = f"its tokenizer cannot be rebuilt: {text[:40]!r} gets other token ids than in llama.cpp"
-            raise TapirError(what, where=str(llama.gguf), fix=OWN_TOKENIZER)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Find out what is missing to use a GPU: torch's build against the driver, llama.cpp's build, nvcc, and Python.h."""
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,25 +37,35 @@ def lowest_version(versions: list[str]) -> float:
     return min((float(".".join(version.split(".")[:2])) for version in versions), default=0.0)
 
 
+def torch_version() -> tuple[str, str | None]:
+    """torch's version, and the CUDA that it was built for, None for a CPU build.
+
+    Read from its file: the main process of a run never imports torch, because it may load llama.cpp, and with CUDA the
+    two crash in one process (see export/gguf_side.py).
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "", None
+    found = runpy.run_path(str(Path(spec.origin).parent / "version.py"))
+    return str(found["__version__"]), found.get("cuda")
+
+
 def torch_build() -> str:
     """torch's version and CUDA, and the driver's version, in words."""
-    import torch
-
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    version, cuda = torch_version()
     driver = next(iter(query_gpus("driver_version")), "unknown")
-    return f"torch {torch.__version__} with {built}, driver {driver}"
+    return f"torch {version} with {f'CUDA {cuda}' if cuda else 'no CUDA'}, driver {driver}"
 
 
 def torch_build_advice() -> str:
     """The command that installs a build of torch for this driver and GPU; "" if the installed build suits them."""
-    import torch
-
-    if torch.version.cuda and suits_gpu(int(torch.version.cuda.split(".")[0])):
+    installed, cuda = torch_version()
+    if cuda and suits_gpu(int(cuda.split(".")[0])):
         return ""
     wheel = next((wheel for major, wheel in WHEELS.items() if suits_gpu(major)), "")
     if not wheel:
         return f"Install a newer driver: the oldest build of torch needs {MIN_DRIVERS[min(WHEELS)]}."
-    version = torch.__version__.split("+")[0]
+    version = installed.split("+")[0]
     wanted = f"torch=={version}+{wheel} torchvision=={vision_version(version)}+{wheel}"
     return f"pip install {wanted} --index-url INDEX, where INDEX is PyTorch's for {wheel} (see pytorch.org/get-started)"
 

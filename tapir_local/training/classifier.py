@@ -17,7 +17,7 @@ from tapir_local.method.metrics import wilson_interval
 from tapir_local.process import child_main, run_in_process
 from tapir_local.recipe.schema import Classifier
 from tapir_local.records import Example, Progress, instruction_of
-from tapir_local.training.model import check_model_path, load_error
+from tapir_local.training.model import check_model_path, load_error, refuse_old_gpu
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -161,14 +161,17 @@ def seed_torch(seed: int) -> None:
 
 def load_classifier(job: ClassifyJob, texts: Sequence[str]) -> tuple[Any, Any]:
     """Load the model, with a classification head for the job's labels, and its tokenizer. Raises TapirError if it
-    cannot be loaded."""
+    cannot be loaded, or if the GPU is too old for torch."""
     import torch
 
+    gpu = torch.cuda.is_available()
+    if gpu:
+        refuse_old_gpu("classifier")
     if job.settings.model == "small":
         model, tokenizer = make_small_classifier(job, texts)
     else:
         model, tokenizer = load_pretrained_classifier(job)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to("cuda" if gpu else "cpu"), tokenizer
 
 
 def label_config(job: ClassifyJob) -> dict[str, Any]:

@@ -54,10 +54,7 @@ def detect_hardware(settings: Train, say: Callable[[str], None]) -> Hardware:
         report_unused_gpus(torch.__version__, torch.version.cuda, say)
         precision = "bf16" if settings.precision == "bf16" else "f32"
         return Hardware("cpu", "trl", precision, free_memory() // processes, processes)
-    capability = torch.cuda.get_device_capability(local_rank())
-    if old := old_gpu_fault(capability, torch.cuda.get_arch_list(), torch.__version__):
-        fix = "Install a build of torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (empty) the CPU is used."
-        raise TapirError(f"this GPU is too old: {old}", where="train", fix=fix)
+    refuse_old_gpu("train")
     if settings.method == "qlora" and not find_spec("bitsandbytes"):
         fix = "Install it: pip install bitsandbytes, or pip install 'tapir-local[gpu]'."
         raise TapirError("train.method qlora needs bitsandbytes", where="train", fix=fix)
@@ -100,6 +97,16 @@ def report_unused_gpus(torch_version: str, cuda: str | None, say: Callable[[str]
             f"{found}. Training runs on the CPU, which is much slower. Install a CUDA build of torch for this driver "
             "and GPU; `tapir-local doctor` shows what torch finds."
         )
+
+
+def refuse_old_gpu(where: str) -> None:
+    """Raise TapirError if this process's GPU is older than all that torch was built for; `where` is the section."""
+    import torch
+
+    capability = torch.cuda.get_device_capability(local_rank())
+    if old := old_gpu_fault(capability, torch.cuda.get_arch_list(), torch.__version__):
+        fix = "Install a build of torch for an older CUDA; with CUDA_VISIBLE_DEVICES= (empty) the CPU is used."
+        raise TapirError(f"this GPU is too old: {old}", where=where, fix=fix)
 
 
 def old_gpu_fault(capability: tuple[int, int], built: Sequence[str], torch_version: str) -> str:

@@ -1,11 +1,16 @@
 """The gate on Gemma and SentencePiece: correct exports pass, wrong ones are caught, and memory may be small."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import loaded_modules, record_loaded_modules
 from models import CHATML, let_a_runtime_add_bos, make_adapter
 from spm import GEMMA
 from students import Student, make_student
@@ -15,12 +20,15 @@ from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
 from tapir_local.export import probes as probing
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateLimits, GateReport, gate_memory, verify_gguf
+from tapir_local.export.gate import GateJob, GateLimits, GateReport, gate_memory, verify_gguf
+from tapir_local.export.gguf_side import GgufSide, GgufSideJob, gguf_side_main
 from tapir_local.export.probes import FRAGMENTS, PROBE_COUNT, gate_texts, probe_texts, sample_prompts
 from tapir_local.export.reference import load_reference, reference_logits
+from tapir_local.files import read_record, write_record, write_rows
 from tapir_local.inference import model
 from tapir_local.inference.lib import library
 from tapir_local.inference.model import open_model
+from tapir_local.process import Parent
 from tapir_local.records import Example, Message
 from tapir_local.training.model import load_tokenizer
 
@@ -44,23 +52,38 @@ def test_a_correct_gemma_passes(gemma: Student) -> None:
 
 
 def test_the_gguf_is_compared_on_the_cpu_even_if_llama_cpp_has_a_gpu(
-    gemma: Student, monkeypatch: pytest.MonkeyPatch
+    gemma: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library that claims to use a GPU with memory for every layer; the load's parameters are recorded."""
-    llama, loads = library(), list[tuple[int, int, int]]()
+    llama, loads = library(), list[tuple[int, bool]]()
     load = llama.llama_model_load_from_file
 
     def load_and_record(path: bytes, params: Any) -> Any:
-        loads.append((params.n_gpu_layers, params.split_mode, params.main_gpu))
+        loads.append((params.n_gpu_layers, params.devices == ctypes.addressof(model.NO_DEVICES)))
         return load(path, params)
 
     monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(model, "free_gpu_memory", lambda: 24 << 30)
     monkeypatch.setattr(llama, "llama_model_load_from_file", load_and_record)
     with open_model(gemma.gguf) as opened:
-        assert (opened.on_gpu, loads.pop()[0]) == (1.0, -1)
-    assert gate_report(gemma, gemma.gguf).passed
-    assert set(loads) == {(0, llama.LLAMA_SPLIT_MODE_NONE, -1)}
+        assert (opened.on_gpu, loads.pop()) == (1.0, (-1, False))
+    job = GgufSideJob(gemma.gguf, None, ("Hello",), "Hello", (1,), (ROWS[0].prompt,))
+    write_record(tmp_path / "job.json", job)
+    gguf_side_main(tmp_path, Parent(lambda report: None))
+    assert loads == [(0, True)]
+    assert read_record(GgufSide, tmp_path / "found.json").ids[0]
+
+
+def test_torch_and_llama_cpp_are_never_in_one_process(gemma: Student, tmp_path: Path) -> None:
+    """With CUDA they crash together."""
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    job = GateJob(gemma.model, gemma.gguf, tmp_path / "rows.jsonl", tmp_path / "gate.json", 0.9, gemma.adapter)
+    write_record(tmp_path / "job.json", job)
+    command = [sys.executable, "-m", "tapir_local.export.gate", str(tmp_path)]
+    environment = os.environ | record_loaded_modules(tmp_path)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert loaded_modules(tmp_path) == {"torch", "llama_cpp"}
+    assert not list(gemma.gguf.parent.glob("*.gate"))
 
 
 # --- wrong exports are caught
@@ -203,8 +226,8 @@ def test_layer_by_layer_it_is_the_same(gemma: Student, adapted: bool) -> None:
 
 
 def test_the_gate_says_that_it_read_layer_by_layer(gemma: Student, capfd) -> None:
-    with open_model(gemma.gguf) as llama:
-        beside = gate_memory(llama)
+    with open_model(gemma.gguf, vocab_only=True) as opened:
+        beside = gate_memory(library().llama_vocab_n_tokens(opened.vocab))
     report = gate_report(gemma, gemma.gguf, free=beside + 400_000)
     assert report.streamed
     assert report.passed, report

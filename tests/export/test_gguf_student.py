@@ -17,10 +17,9 @@ from spm import GEMMA
 from tapir_local import resources
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
 from tapir_local.export.architectures import read_model_config, tensor_mapping
 from tapir_local.export.base import gguf_student_folder, prepare_student_folder, student_folder
-from tapir_local.export.export import export_gguf, plan_model
+from tapir_local.export.export import export_adapter, export_gguf, plan_model
 from tapir_local.export.gate import verify_gguf
 from tapir_local.export.gguf_student import (
     MAX_STUDENT_KL,

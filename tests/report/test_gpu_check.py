@@ -1,11 +1,14 @@
 """What `doctor` says of a machine with a GPU: torch's build and the driver, llama.cpp's build, nvcc, Python.h."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from command_line import refused
 from gpus import put_driver
 
+from tapir_local.report import gpu_check
 from tapir_local.report.doctor import check_llama_gpu, check_machine, check_nvcc, check_torch_build, check_triton_needs
 from tapir_local.report.gpu_check import idle_gpu_remarks, missing_for_triton, nvcc_advice, require_gpu
 
@@ -17,10 +20,7 @@ CUDA_12 = f"pip install torch==2.13.0+cu126 torchvision==0.28.0+cu126 {INDEX} cu
 
 def torch_with(monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None) -> None:
     """Make torch report this version and CUDA."""
-    import torch
-
-    monkeypatch.setattr(torch, "__version__", version)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(gpu_check, "torch_version", lambda: (version, cuda))
 
 
 def nvcc_of(folder: Path, release: str) -> Path:
@@ -131,6 +131,17 @@ def test_a_run_says_which_libraries_would_leave_the_gpu_unused(tmp_path: Path, m
     assert torch.endswith(CUDA_13)
     torch_with(monkeypatch, "2.13.0+cu130", "13.0")
     assert idle_gpu_remarks() == [llama]
+
+
+def test_the_version_of_torch_is_read_without_importing_it() -> None:
+    import torch
+
+    assert gpu_check.torch_version() == (torch.__version__, torch.version.cuda)
+    code = (
+        "import sys; from tapir_local.report.gpu_check import torch_build; torch_build(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_gpu_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

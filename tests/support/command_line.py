@@ -42,3 +42,23 @@ def kill_llama(number: int = signal.SIGKILL) -> None:
     lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children()}
     (child,) = [child for child, line in lines.items() if b"tapir_local.inference.llama_process" in line]
     os.kill(child, number)
+
+
+def record_loaded_modules(folder: Path) -> dict[str, str]:
+    """The environment of a command whose processes write which of torch and llama_cpp they have imported.
+
+    Each writes a line into `folder`/loaded when it ends.
+    """
+    (folder / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "def say():\n"
+        "    found = [name for name in ('torch', 'llama_cpp') if name in sys.modules]\n"
+        f"    print(*found, file=open({str(folder / 'loaded')!r}, 'a'))\n"
+        "atexit.register(say)\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def loaded_modules(folder: Path) -> set[str]:
+    """The modules that each process has written, as one text a process, such as `torch llama_cpp`."""
+    return set((folder / "loaded").read_text().splitlines())

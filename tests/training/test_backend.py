@@ -21,7 +21,8 @@ case "$*" in
   *-L*)
     echo 'GPU 0: NVIDIA A (UUID: GPU-aaaa-0)'
     echo 'GPU 1: NVIDIA B (UUID: GPU-bbbb-1)'
-    echo 'GPU 2: NVIDIA C (UUID: GPU-cccc-2)' ;;
+    echo 'GPU 2: NVIDIA C (UUID: GPU-cccc-2)'
+    echo '  MIG 1g.10gb     Device  0: (UUID: MIG-dddd-3)' ;;
   *)
     echo 'NVIDIA A, 2048, 24576'
     echo 'NVIDIA B, 20480, 24576'
@@ -221,6 +222,8 @@ def test_a_training_sees_the_one_gpu_with_the_most_free_memory(
         ("0,-1,1", "A", None),
         ("GPU-aaaa,GPU-cccc-2", "AC", "2"),
         ("GPU-bbbb", "B", None),
+        ("MIG-dddd-3", "C", None),
+        ("MIG-none", "", None),
     ],
 )
 def test_a_gpu_is_chosen_among_those_that_the_user_left_visible(

@@ -1,6 +1,7 @@
 """What differs in a training on a GPU, with fake answers of torch and Unsloth: what a machine without one can show."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from training_rows import WEIGHTS, examples, log, make_job
 
 from tapir_local.errors import TapirError
-from tapir_local.recipe.schema import Train
+from tapir_local.recipe.schema import Classifier, Train
 from tapir_local.report.doctor import check_gpu
 from tapir_local.training import train
+from tapir_local.training.classifier import ClassifyJob, load_classifier
 from tapir_local.training.job import token_rows
 from tapir_local.training.model import Hardware, detect_hardware, is_out_of_memory, load_model, load_tokenizer
 from tapir_local.training.steps import peak_memory
@@ -246,6 +248,9 @@ def test_a_gpu_older_than_torch_was_built_for_is_refused(
     with pytest.raises(TapirError) as caught:
         detect_hardware(settings, pytest.fail)
     assert caught.value.what == f"this GPU is too old: {fault}"
+    job = ClassifyJob(Path("labels"), Path("rows"), ("Math", "Code"), Classifier(), 1, Path("out"))
+    with pytest.raises(TapirError, match=re.escape(f"classifier: this GPU is too old: {fault}")):
+        load_classifier(job, [])
     assert (machine.ok, machine.found) == (False, f"NVIDIA A, 24 GB, too old: {fault}")
 
 
