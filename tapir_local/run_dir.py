@@ -1,5 +1,6 @@
 """The folder of a run, and the lock that lets only one process work on it."""
 
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.files import private_folder
 
+LOCK_SECONDS = 0.5  # to wait for a lock: lock_holder of another process holds it for an instant
+UNTRAINED_ROUND = -1  # the number of the untrained student among rounds
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -36,7 +39,7 @@ class RunDir:
 
     def round(self, number: int) -> Path:
         """The folder of a round; round 0 is the baseline."""
-        return self.path / f"round-{number:02d}"
+        return self.path / ("untrained" if number == UNTRAINED_ROUND else f"round-{number:02d}")
 
     @property
     def exists(self) -> bool:
@@ -82,7 +85,7 @@ def lock_run(run: RunDir) -> Iterator[None]:
     private_folder(run.path)
     lock, owner = FileLock(run.path / ".lock"), run.path / ".lock-holder"
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 10)
     except Timeout as error:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise TapirError(
@@ -94,3 +97,16 @@ def lock_run(run: RunDir) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def lock_holder(run: RunDir) -> str:
+    """`process 1234` while a process works on the run; "" if none does."""
+    path, owner = run.path / ".lock", run.path / ".lock-holder"
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
+    except FileNotFoundError:
+        return ""
+    except BlockingIOError:
+        return owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+    return ""

@@ -1,7 +1,9 @@
 """Read the state of a run from its files: stages, calls, and a round's plan, metrics and answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -12,7 +14,7 @@ from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.labeling import warn_low_agreement
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.run_dir import RunDir
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -21,8 +23,8 @@ SAMPLE_ANSWERS = 6
 
 def run_status(run: RunDir) -> dict[str, Any]:
     """What `tapir-local status --json` prints: the stages with their seconds, the metrics of each round, calls."""
-    record, steps = run.record(), list_steps(run, max(kept_recipe(run).rounds, last_round(run)))
-    taken = record.get("stages", {})
+    steps = list_steps(run, max(kept_recipe(run).rounds, last_round(run)))
+    taken = run.record().get("stages", {})
     rounds = [
         {
             "number": number,
@@ -33,14 +35,75 @@ def run_status(run: RunDir) -> dict[str, Any]:
     ]
     return {
         "run": run.name,
-        "state": "done" if all(step.done for step in steps) else record.get("status", "unknown"),
+        "folder": str(run.path),
+        "state": describe_state(run, steps),
+        "stages_done": sum(step.done for step in steps),
+        "stages": len(steps),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
+        "untrained": read_metrics(run, UNTRAINED_ROUND),
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
         "calls": call_counts(run, taken),
         "unusable": unusable_counts(run),
         "warnings": run_warnings(run),
     }
+
+
+def describe_state(run: RunDir, steps: Sequence[Step]) -> str:
+    """Whether a run is done, running or stopped, by its outputs and its lock: its record may be of an earlier state."""
+    left, holder = [step for step in steps if not step.done], lock_holder(run)
+    if holder:
+        return f"running ({holder})" + (f", in {left[0].name}" if left else "")
+    recorded = str(run.record().get("status", ""))
+    if not left:
+        return "done"
+    return recorded if recorded.startswith("stopped") else f"not finished, {left[0].name} is next"
+
+
+def list_run_states(cache: Path) -> list[dict[str, Any]]:
+    """What `tapir-local runs --json` prints: state, rounds and best round of each run, the newest first."""
+    return sorted((run_summary(run) for run in list_runs(cache)), key=lambda row: str(row["updated"]), reverse=True)
+
+
+def run_summary(run: RunDir) -> dict[str, Any]:
+    """State, rounds, best round, calls, size and time of a run; of an unreadable one the state says why."""
+    record = run.record()
+    found = {
+        "run": run.name,
+        "rounds": None,
+        "best": None,
+        "calls": sum(stage.get("paid", 0) for stage in record.get("stages", {}).values()),
+        "bytes": disk_bytes(run.path),
+        "updated": record.get("updated", record.get("started")),
+    }
+    try:
+        rounds = kept_recipe(run).rounds
+    except TapirError as error:
+        return {**found, "state": f"unreadable: {error.what}"}
+    steps = list_steps(run, max(rounds, last_round(run)))
+    metrics = [row for n in range(last_round(run) + 1) if (row := read_metrics(run, n))]
+    found |= {"rounds": {"done": max((row["round"] for row in metrics), default=None), "planned": rounds}}
+    return {**found, "state": describe_state(run, steps), "best": best_of_rounds(metrics)}
+
+
+def best_of_rounds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The round with the highest accuracy or, without a checker, win rate or score; None before the first metrics."""
+    for name in ("accuracy", "win_rate", "student_score"):
+        values = [(row[name], row["round"]) for row in metrics if row.get(name) is not None]
+        if values:
+            value, number = max(values, key=lambda pair: (pair[0], -pair[1]))
+            return {"round": number, "metric": name, "value": value}
+    return None
+
+
+def disk_bytes(folder: Path) -> int:
+    """The size of the files in a folder; files with several names, such as linked weights, count once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a running stage removes its partial files
+            found = path.lstat()
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def unusable_counts(run: RunDir) -> dict[str, dict[str, int]]:
@@ -79,7 +142,7 @@ def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
-    """The metrics of a round; None until they exist."""
+    """The metrics of a round, or of the untrained student; None until they exist."""
     path = run.round(number) / "metrics.json"
     return dict(orjson.loads(path.read_bytes())) if path.exists() else None
 
