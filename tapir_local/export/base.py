@@ -1,26 +1,28 @@
-"""The GGUF of a round's student, either merged or a LoRA GGUF on top of a base GGUF that is made once and cached."""
+"""A run's student as files: the folder that is trained, a round's GGUF, and the base GGUF under a LoRA GGUF."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
 from tapir_local.errors import TapirError
-from tapir_local.export.gated_export import ExportConfig, export_with_gate
+from tapir_local.export.gated_export import ExportConfig, export_with_gate, make_template_view
+from tapir_local.export.gguf_student import STUDENT_RECORD, GgufStudentRecord, make_gguf_student
 from tapir_local.export.weights import model_weights
-from tapir_local.files import remove_path, write_json
-from tapir_local.inference.model import is_adapter
+from tapir_local.files import read_record, remove_path, write_json
+from tapir_local.inference.model import check_gguf, is_adapter
 from tapir_local.memory import format_bytes, free_memory
 from tapir_local.process import withhold_variables
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Progress
+from tapir_local.records import Progress, noop
+from tapir_local.resources import download_model, find_model_folder, named_student_gguf, read_chat_template
 from tapir_local.run_dir import RunDir
-from tapir_local.training.student_folder import student_folder
 
 BASE_FORMAT = "1"  # increase it if the same model would be exported to a different base GGUF
+STUDENT_FORMAT = "1"  # increase it if the same GGUF would be made into another folder to train
 FINGERPRINT_PIECES, PIECE_BYTES = 64, 1 << 16
 HASHED_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
@@ -31,6 +33,100 @@ class StudentFiles:
 
     gguf: Path
     adapter: Path | None = None
+
+
+def original_folder(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop) -> Path:
+    """The student's own folder; for one from the Hub, at the commit recorded in run.json when the run started.
+
+    That of a GGUF is made if it is not in the cache. TapirError if the GGUF is not the one that run.json records.
+    """
+    named, revision = recipe.student.path, recipe.student.revision
+    noted = run.record().get("student", {})
+    noted = noted if noted.get("path") == named else {}
+    gguf = named_student_gguf(named)
+    if gguf is not None:
+        if revision is not None:
+            what = f"student.revision ({revision}) applies to models on the Hub only, and this one is a GGUF"
+            raise TapirError(what, where=named, fix="Remove student.revision.")
+        template = recipe.student.chat_template is None
+        return gguf_student_folder(gguf, run.cache, noted.get("gguf"), say, template=template)
+    if noted:
+        return download_model(named, noted["revision"], complete=True)
+    return find_model_folder(named, revision)
+
+
+def gguf_student_folder(
+    gguf: Path, cache: Path, key: str | None = None, say: Callable[[str], None] = noop, *, template: bool = True
+) -> Path:
+    """The folder of a GGUF in cache/base, made if it is not there; processes that need the same one wait.
+
+    `key` is the one that a run has recorded: the GGUF must still be that file, or be gone while its folder is there.
+    With `template`, a GGUF without a chat template is refused. `say` gets a line before and after the making.
+    """
+    from filelock import FileLock
+
+    if key is None or gguf.is_file():
+        now = gguf_student_key(gguf)
+        if key not in (None, now):
+            what = "the student's GGUF is another file than when the run began"
+            raise TapirError(what, where=str(gguf), fix="Restore it, or begin a new run with --name.")
+        key = now
+    folder = cache / "base" / str(key) / gguf.stem
+    if not folder.is_dir():
+        check_gguf(gguf, "student", "Correct student.path.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".lock"):
+            if not folder.is_dir():
+                make_gguf_student(gguf, folder, say, template=template)
+    return folder
+
+
+def gguf_student_key(gguf: Path) -> str:
+    """Sixteen hexadecimal digits that identify a GGUF by its name, its size and evenly spaced pieces of it."""
+    check_gguf(gguf, "student", "Correct student.path.")
+    return hashlib.sha256(f"{STUDENT_FORMAT} {fingerprint([gguf])}".encode()).hexdigest()[:16]
+
+
+def prepare_student_folder(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop) -> Path:
+    """Fix the student's folder for the run. The calling process must hold the run's lock.
+
+    The commit of a Hub model, or the key of a GGUF, is recorded in run.json. Until round 0 is trained, a view is made
+    again with the current chat template. `say` gets a line before and after a GGUF's folder is made.
+    """
+    model, named = original_folder(recipe, run, say), recipe.student.path
+    if named != "pocket" and not Path(named).is_dir() and run.record().get("student", {}).get("path") != named:
+        write_json(run.path / "run.json", {**run.record(), "student": {"path": named, **student_identity(model)}})
+    if recipe.student.chat_template is not None and not (run.round(0) / "adapter").is_dir():
+        make_template_view(model, read_chat_template(recipe.student.chat_template), student_view_path(recipe, run))
+    return student_folder(recipe, run)
+
+
+def student_identity(model: Path) -> dict[str, str]:
+    """What run.json records of a student that is no folder: a GGUF's key, file and weights, or a Hub model's commit."""
+    if not (model / STUDENT_RECORD).is_file():
+        return {"revision": model.name}
+    made = read_record(GgufStudentRecord, model / STUDENT_RECORD)
+    return {"gguf": model.parent.name, "file": made.gguf, "weights": made.weights}
+
+
+def student_folder(recipe: Recipe, run: RunDir) -> Path:
+    """The folder that is trained, exported and compared: the student's own or, with another chat template, the run's
+    view.
+
+    The view consists of links to the student's files and the template as it was at the run's first training. So neither
+    a student that other runs use nor a run in progress is changed.
+    """
+    if recipe.student.chat_template is None:
+        return original_folder(recipe, run)
+    view = student_view_path(recipe, run)
+    if not view.is_dir():
+        make_template_view(original_folder(recipe, run), read_chat_template(recipe.student.chat_template), view)
+    return view
+
+
+def student_view_path(recipe: Recipe, run: RunDir) -> Path:
+    """Path of a run's view of its student."""
+    return run.path / "student" / (Path(recipe.student.path).name.removesuffix(".gguf") or "student")
 
 
 def converter_path(recipe: Recipe) -> Path | None:

@@ -1,17 +1,16 @@
-"""Export a base model, with or without a LoRA adapter, to one GGUF: merged and quantized tensor by tensor.
+"""Export a base model, with or without a LoRA adapter, to one GGUF, tensor by tensor; or the adapter alone.
 
 `python -m tapir_local.export.export FOLDER` runs the ExportJob in FOLDER/job.json in its own process.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isclose, prod
 from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
 from tapir_local.export.architectures import (
     TensorMapping,
     exported_tensors,
@@ -35,13 +34,20 @@ from tapir_local.export.tokenizer import (
     write_vocabulary,
 )
 from tapir_local.export.weights import FloatArray, LoraDelta, load_tensor, model_weights, read_adapter_deltas
-from tapir_local.export.writer import PlannedTensor, file_type_number, tensor_bytes, tensor_type, write_tensors
+from tapir_local.export.writer import (
+    PlannedTensor,
+    file_type_number,
+    k_quant_bytes,
+    tensor_bytes,
+    tensor_type,
+    write_tensors,
+)
 from tapir_local.files import atomic_write, read_record
 from tapir_local.inference.model import quantize_gguf
 from tapir_local.memory import check_disk_space, check_memory
 from tapir_local.process import child_main, run_in_process
-from tapir_local.records import Progress
-from tapir_local.training.model_files import StoredTensor
+from tapir_local.records import Progress, noop
+from tapir_local.training.model_files import StoredTensor, read_model_json
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,8 @@ class ExportJob:
 
 NATIVE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 K_QUANTS = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
+ADAPTER_TYPES = {"f32": "F32", "f16": "F16"}
 EXPORT_MEMORY = 64 << 20  # bytes besides the libraries: the vocabulary, and blocks of one megabyte each
-K_QUANT_BITS = {
-    "q4_k_m": 5.5,
-    "q5_k_m": 6.3,
-    "q6_k": 7.0,
-}  # per weight, also for small models, whose embedding has 6 bits
 
 
 def export_gguf(
@@ -97,7 +99,7 @@ def export_gguf(
         if converter:
             convert_with_llama_cpp(model_dir, adapter, path, kind, converter, progress)
         else:
-            write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, K_QUANT_BITS.get(quant, 0))
+            write_model_gguf(model_dir, path, adapter, NATIVE_TYPES[kind], progress, quant)
 
     with atomic_write(out) as partial:
         if quant in NATIVE_TYPES:
@@ -121,16 +123,16 @@ def intermediate_type(model_dir: Path, adapter: Path | None) -> str:
 
 
 def write_model_gguf(
-    model_dir: Path, path: Path, adapter: Path | None, quant: str, progress: Progress, more: float = 0
+    model_dir: Path, path: Path, adapter: Path | None, quant: str, progress: Progress, then: str = ""
 ) -> None:
-    """Write the metadata, then every tensor. The disk must also hold a second file of `more` bits per weight."""
+    """Write the metadata, then every tensor. If a k-quant is made from it `then`, the disk must hold both files."""
     import gguf
 
     config, arch = read_model_config(model_dir)
     tensors = plan_model(model_dir, adapter, tensor_mapping(config, arch), gguf.GGMLQuantizationType[quant])
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     vocab = read_model_vocabulary(model_dir, rows)
-    check_export_space(path, tensors, vocab, more)
+    check_export_space(path, tensors, vocab, then if then in K_QUANTS else "")
     writer = gguf.GGUFWriter(path, arch.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(model_dir.name)
@@ -141,19 +143,18 @@ def write_model_gguf(
     write_tensors(writer, tensors, progress)
 
 
-def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Vocabulary, more: float) -> None:
-    """Raise TapirError if the disk has no room for the file, or for the k-quant of `more` bits per weight made from it.
+def check_export_space(path: Path, tensors: Sequence[PlannedTensor], vocab: Vocabulary, then: str) -> None:
+    """Raise TapirError if the disk has no room for the file, and for the k-quant that is made from it `then`.
 
     Also if memory is too small for the export itself (see `EXPORT_MEMORY`) and for llama.cpp's quantization, which
     holds the largest tensor in float32 and quantized.
     """
     largest = max(prod(tensor.shape) for tensor in tensors)
-    check_memory(EXPORT_MEMORY + (8 * largest if more else 0), "the export")
+    check_memory(EXPORT_MEMORY + (8 * largest if then else 0), "the export")
     texts = sum(len(text.encode()) + 16 for text in (*(token.text for token in vocab.tokens), *vocab.merges))
     file = sum(tensor_bytes(tensor) + 128 for tensor in tensors) + texts + len(vocab.chat_template)
-    weights = sum(prod(tensor.shape) for tensor in tensors)
-    what = "the GGUF and the 16-bit GGUF that it is made from" if more else "the GGUF"
-    check_disk_space(path, file + round(weights * more / 8), what)
+    what = "the GGUF and the 16-bit GGUF that it is made from" if then else "the GGUF"
+    check_disk_space(path, file + (sum(k_quant_bytes(tensor, then) for tensor in tensors) + texts if then else 0), what)
 
 
 def plan_model(model_dir: Path, adapter: Path | None, mapping: TensorMapping, quant: Any) -> tuple[PlannedTensor, ...]:
@@ -210,6 +211,74 @@ def check_exportable(model_dir: Path, converter: Path | None = None) -> None:
             fix="Set student.chat_template (of `tapir-local export`: --chat-template); `alpaca` ends answers with the "
             "tokenizer's own EOS.",
         )
+
+
+def export_adapter(
+    model_dir: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    quant: str = "f32",
+    progress: Progress = noop,
+) -> None:
+    """Write the PEFT LoRA in the folder `adapter` to `out`, completely or not at all, for the base in `model_dir`.
+
+    `quant` is f32 or f16. Only the config and the names and shapes of the base's tensors are read. `progress` receives
+    (tensors written, total tensors, name). Raises TapirError if the adapter belongs to another base or rank or is more
+    than plain LoRA, and if the base is not supported.
+    """
+    import gguf
+
+    if quant not in ADAPTER_TYPES:
+        raise TapirError(f"an adapter cannot be {quant}", where="quant", fix=f"Use one of {', '.join(ADAPTER_TYPES)}.")
+    config, arch = read_model_config(model_dir)
+    base = exported_tensors(model_weights(model_dir), config)
+    tensors = plan_adapter(adapter, base, tensor_mapping(config, arch), gguf.GGMLQuantizationType[ADAPTER_TYPES[quant]])
+    with atomic_write(out) as partial:
+        writer = gguf.GGUFWriter(partial, arch.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter_alpha(adapter))
+        writer.add_name(adapter.name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        write_tensors(writer, tensors, progress)
+
+
+def adapter_alpha(adapter: Path) -> float:
+    """The adapter's alpha; 1 instead of 0, because llama.cpp reads 0 as "no scaling"."""
+    return float(read_model_json(adapter / "adapter_config.json")["lora_alpha"] or 1)
+
+
+def plan_adapter(
+    adapter: Path, base: Mapping[str, StoredTensor], mapping: TensorMapping, quant: Any
+) -> tuple[PlannedTensor, ...]:
+    """A and B of every changed weight, in the order of the base's names."""
+    deltas = read_adapter_deltas(adapter, base)
+    alpha = adapter_alpha(adapter)
+    pairs = [plan_pair(name, delta, alpha, mapping, quant) for name, delta in sorted(deltas.items())]
+    return tuple(tensor for pair in pairs for tensor in pair)
+
+
+def plan_pair(
+    name: str, delta: LoraDelta, alpha: float, mapping: TensorMapping, quant: Any
+) -> tuple[PlannedTensor, PlannedTensor]:
+    """A and B of one weight. llama.cpp scales by `alpha` / rank; if the module's own scale differs, the factor goes
+    into B."""
+    target = gguf_name(mapping, name, delta.a)
+    factor = delta.scale * delta.a.shape[0] / alpha
+    order = row_order(mapping, name, delta.b.shape[0])
+
+    def read_a(start: int, stop: int) -> FloatArray:
+        return load_tensor(delta.a, rows=slice(start, stop))
+
+    def read_b(start: int, stop: int) -> FloatArray:
+        weight = load_tensor(delta.b, rows=slice(start, stop) if order is None else order[start:stop])
+        return weight if isclose(factor, 1.0) else weight * factor
+
+    return (
+        PlannedTensor(f"{target}.lora_a", quant, delta.a.shape, read_a),
+        PlannedTensor(f"{target}.lora_b", quant, delta.b.shape, read_b),
+    )
 
 
 def run_export(job: ExportJob, folder: Path, progress: Progress | None = None) -> None:

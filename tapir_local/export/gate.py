@@ -98,7 +98,8 @@ class GateReport:
     """The result of the gate. `failed` names the failed checks; `describe_failures` explains them.
 
     `bos_trained` and `bos_gguf` count the BOS tokens of a prompt in training and with the GGUF. `streamed`: the
-    reference model did not fit in memory and was read layer by layer.
+    reference model did not fit in memory and was read layer by layer. `bits_per_weight` is the size of the GGUF's
+    tensors in bits over the number of its weights; 0 in reports of older versions.
     """
 
     failed: tuple[str, ...]
@@ -111,6 +112,7 @@ class GateReport:
     max_kl: float
     min_agreement: float
     streamed: bool = False
+    bits_per_weight: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -159,7 +161,7 @@ def verify_gguf(
     checks["agreement"] = figures.agreement >= wanted
     failed = tuple(name for name, fine in checks.items() if not fine)
     counts = (len(texts), len(wrong), tuple(wrong[:3]), bos_trained, bos_gguf)
-    return GateReport(failed, *counts, figures, MAX_KL[quant], wanted, reference.streamed)
+    return GateReport(failed, *counts, figures, MAX_KL[quant], wanted, reference.streamed, found.bits_per_weight)
 
 
 def gate_memory(vocabulary: int) -> int:

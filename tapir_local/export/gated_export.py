@@ -10,11 +10,10 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.export.export import ExportJob, run_export
 from tapir_local.export.gate import GateJob, GateReport, run_gate
-from tapir_local.files import check_output, read_record, write_rows
+from tapir_local.files import atomic_write, check_output, read_record, remove_path, write_rows
 from tapir_local.inference.model import check_gguf
 from tapir_local.records import Progress
 from tapir_local.resources import find_model_folder, read_chat_template
-from tapir_local.training.student_folder import make_template_view
 
 # Files that may be written beside the GGUF: during the export, by the gate, and for Ollama.
 COMPANION_SUFFIXES = (".work", ".unchecked", ".unchecked.partial", ".unchecked.gate", ".gate.json", ".Modelfile")
@@ -87,6 +86,17 @@ def model_with_template(model: str, template: str | None) -> Iterator[str]:
         view = Path(place) / (folder.resolve().name or "model")
         make_template_view(folder, text, view)
         yield str(view)
+
+
+def make_template_view(model: Path, template: str, view: Path) -> None:
+    """Make `view` a folder of links to a model's files, with another chat template."""
+    remove_path(view)
+    with atomic_write(view) as folder:
+        folder.mkdir()
+        for file in model.iterdir():
+            if file.is_file() and file.name != "chat_template.jinja":
+                (folder / file.name).symlink_to(file.absolute())
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def adapter_training_rows(adapter: Path | None, work: Path) -> Path:

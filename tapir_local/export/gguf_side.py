@@ -20,13 +20,14 @@ from tapir_local.inference.batch import compute_logits
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import answer_tokens, encode_prompt
 from tapir_local.inference.lib import library
-from tapir_local.inference.model import Engine, metadata, open_context, open_model
+from tapir_local.inference.model import Engine, bits_per_weight, metadata, open_context, open_model
 from tapir_local.inference.tokens import encode, is_end_token
 from tapir_local.process import Crashed, Parent, call_in_process, exit_error, serve_parent
 from tapir_local.records import Prompt
 
 GATE_ANSWER_TOKENS = 48
 GATE_CONTEXT = 1024
+SCORED_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class GgufSideJob:
     """What is asked of a GGUF, with an adapter on top or without.
 
     `texts` are to be tokenized, `bos_text` once more with the tokens that the metadata tells a runtime to add, and
-    `prompts` answered; `ends` are the tokens at which it should stop.
+    `prompts` answered; `ends` are the tokens at which it should stop. The logits of the first SCORED_TOKENS of BOS and
+    `scored` follow those of the answers.
     """
 
     gguf: Path
@@ -43,6 +45,7 @@ class GgufSideJob:
     bos_text: str
     ends: tuple[int, ...]
     prompts: tuple[Prompt, ...]
+    scored: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class GgufSide:
     template: str
     eos: str
     vocabulary: int
+    bits_per_weight: float
     ids: tuple[tuple[int, ...], ...]
     bos_ids: tuple[int, ...]
     stops: tuple[bool, ...]
@@ -72,12 +76,13 @@ class GgufSide:
 
 
 @contextmanager
-def run_gguf_side(job: GgufSideJob) -> Iterator[GgufSide]:
-    """Do the job in a process of its own. Its files are beside the GGUF, or the adapter, until the block ends.
+def run_gguf_side(job: GgufSideJob, beside: Path | None = None) -> Iterator[GgufSide]:
+    """Do the job in a process of its own. Its files are `beside` that file until the block ends; by default beside the
+    adapter, or the GGUF.
 
     If the process ends by a signal, TapirError names the GGUF and the log, which is then kept.
     """
-    named = job.adapter or job.gguf
+    named = beside or job.adapter or job.gguf
     folder = named.with_name(named.name + ".gate")
     remove_path(folder)
     private_folder(folder)
@@ -112,7 +117,9 @@ def gguf_side_main(folder: Path, parent: Parent) -> None:
     job = read_record(GgufSideJob, folder / "job.json")
     with open_model(job.gguf, adapter=job.adapter, on_cpu=True) as llama:
         with open_context(llama, ContextConfig(GATE_CONTEXT * 4, 5, exact=True)) as engine:
-            answers = greedy_answers(engine, job.prompts)
+            answers = greedy_answers(engine, job.prompts) if job.prompts else []
+            if job.scored:
+                answers.append((tuple(encode(llama, llama.bos + job.scored)[:SCORED_TOKENS]), 0))
             save_logits(engine, answers, folder)
         found = GgufSide(
             folder,
@@ -120,6 +127,7 @@ def gguf_side_main(folder: Path, parent: Parent) -> None:
             llama.template,
             llama.eos,
             int(library().llama_vocab_n_tokens(llama.vocab)),
+            bits_per_weight(llama),
             tuple(tuple(encode(llama, text)) for text in job.texts),
             tuple(encode(llama, job.bos_text, add_special=True)),
             tuple(is_end_token(llama, token) for token in job.ends),

@@ -16,6 +16,11 @@ from tapir_local.records import Progress
 BLOCK_WEIGHTS = 1 << 18
 
 
+# Bits per weight by the number that a row's length must be a multiple of: Q4_K or Q5_0, Q5_K or Q5_1, Q6_K or Q8_0.
+K_QUANT_BITS = {"q4_k_m": {256: 4.5, 32: 5.5}, "q5_k_m": {256: 5.5, 32: 6.0}, "q6_k": {256: 6.5625, 32: 8.5}}
+Q6_K_TENSORS = ("token_embd.", "output.", "attn_v.", "ffn_down.")  # in q4_k_m and q5_k_m too; some layers have less
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the GGUF: its name, ggml type and shape, and a function that reads a range of its rows in float32."""
@@ -74,6 +79,18 @@ def byte_shape(tensor: PlannedTensor) -> tuple[int, ...]:
 def tensor_bytes(tensor: PlannedTensor) -> int:
     """The tensor's bytes in the file."""
     return int(prod(byte_shape(tensor))) * int(storage_dtype(tensor.quant).itemsize)
+
+
+def k_quant_bytes(tensor: PlannedTensor, quant: str) -> int:
+    """The most bytes that llama.cpp makes of a tensor in a k-quant (src/llama-quant.cpp).
+
+    A k-quant needs rows of a multiple of 256 weights. Other rows get a type with blocks of 32 and more bits.
+    """
+    if tensor_type(tensor.name, tensor.shape, tensor.quant).name == "F32":
+        return 4 * prod(tensor.shape)
+    kind = "q6_k" if any(part in tensor.name for part in Q6_K_TENSORS) else quant
+    bits = next((bits for size, bits in K_QUANT_BITS[kind].items() if tensor.shape[-1] % size == 0), 16)
+    return round(prod(tensor.shape) * bits / 8)
 
 
 def write_tensors(writer: Any, tensors: Sequence[PlannedTensor], progress: Progress) -> None:

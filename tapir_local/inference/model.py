@@ -329,6 +329,12 @@ def require_template(model: Model) -> str:
     return model.template
 
 
+def bits_per_weight(model: Model) -> float:
+    """The size of all tensors in bits over the number of weights; the weights must be loaded."""
+    llama = library()
+    return float(8 * llama.llama_model_size(model.handle) / max(1, llama.llama_model_n_params(model.handle)))
+
+
 def quantize_gguf(source: Path, out: Path, kind: str) -> None:
     """Write `out`, the GGUF `source` with its weights quantized to a llama.cpp type such as Q4_K_M."""
     llama = library()

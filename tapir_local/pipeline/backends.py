@@ -10,8 +10,10 @@ from tapir_local.export.base import (
     check_base_unchanged,
     converter_path,
     gate_memory_text,
+    prepare_student_folder,
     run_base_gguf,
     student_files,
+    student_folder,
 )
 from tapir_local.export.ollama import write_modelfile
 from tapir_local.files import link_or_copy, remove_path
@@ -49,7 +51,6 @@ from tapir_local.run_dir import RunDir
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
-from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 # 184 million weights of deberta-v3-base with gradients, Adam's moments and a batch.
 CLASSIFIER_GPU_BYTES = 6 << 30
@@ -83,19 +84,19 @@ def real_backends(
             gate=gate_backend(recipe, run),
             score=score_backend(recipe, run, llama),
             ship=ship_backend(recipe, run),
-            begin=begin_backend(recipe, run),
+            begin=begin_backend(recipe, run, say),
             student_format=format_backend(recipe, run),
             check=recipe_checker(recipe),
             replay=mode == "replay",
         )
 
 
-def begin_backend(recipe: Recipe, run: RunDir) -> Callable[[], None]:
+def begin_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop) -> Callable[[], None]:
     """Fixes the run's student and checks that it can be exported, before the first step."""
 
     def begin() -> None:
         if not (run.round(0) / "adapter").exists():
-            check_student(prepare_student_folder(recipe, run), converter_path(recipe))
+            check_student(prepare_student_folder(recipe, run, say), converter_path(recipe))
 
     return begin
 

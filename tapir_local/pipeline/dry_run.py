@@ -20,11 +20,17 @@ from tapir_local.method.curriculum import challenge_of_round
 from tapir_local.pipeline.backends import judge_endpoint
 from tapir_local.pipeline.context import AskBackend, Backends, Work
 from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
-from tapir_local.pipeline.row_check import CHARACTERS_PER_TOKEN, StudentFormat, placeholder_format, read_student_format
+from tapir_local.pipeline.row_check import (
+    CHARACTERS_PER_TOKEN,
+    StudentFormat,
+    placeholder_format,
+    read_gguf_format,
+    read_student_format,
+)
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
 from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
-from tapir_local.resources import find_model_folder, read_chat_template
+from tapir_local.resources import find_model_folder, named_student_gguf, read_chat_template
 from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.queries import mean_tokens_by_stage
@@ -126,9 +132,11 @@ class DryRun:
 def dry_run_format(recipe: Recipe) -> StudentFormat:
     """The student's format; a placeholder that accepts every row if the student would have to be downloaded first."""
     settings = recipe.student
+    template = read_chat_template(settings.chat_template) if settings.chat_template else None
+    if gguf := named_student_gguf(settings.path):
+        return read_gguf_format(gguf, settings.max_length, template)
     if settings.path != "pocket" and not Path(settings.path).is_dir():
         return placeholder_format(settings.max_length)
-    template = read_chat_template(settings.chat_template) if settings.chat_template else None
     return read_student_format(find_model_folder(settings.path), settings.max_length, template)
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tapir_local.data.chat_template import merge_system_turns, render_training_text
+from tapir_local.data.chat_template import NO_TEMPLATE, merge_system_turns, render_training_text
 from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_model_template, read_tokenizer_json, special_token_texts
+from tapir_local.inference.model import Advice, metadata_number, open_model, require_template
+from tapir_local.inference.tokens import special_marks, tokenize_texts
 from tapir_local.records import Example, Prompt
 from tapir_local.training.model_files import read_model_json
 
@@ -76,6 +78,20 @@ def read_student_format(model: Path, max_length: int, template: str | None = Non
     length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODEL_LIMIT)
     jinja = read_model_template(model) if template is None else template
     return StudentFormat(jinja, texts.get("bos", ""), texts.get("eos", ""), stops, encode, length, limit)
+
+
+def read_gguf_format(gguf: Path, max_length: int, template: str | None = None) -> StudentFormat:
+    """The format of a student that is a GGUF, by llama.cpp: for a dry run, which makes no folder from it.
+
+    TapirError if the file cannot be opened, or has no template and none is given.
+    """
+    advice = Advice("Correct student.path.", no_template=NO_TEMPLATE)
+    with open_model(gguf, vocab_only=True, advice=advice) as model:
+        jinja = require_template(model) if template is None else template
+        made_for, stops = metadata_number(model, "context_length", 1 << 62), tuple(special_marks(model).ids)
+        bos, eos = model.bos, model.eos
+    length, limit = (max_length, "student.max_length") if max_length <= made_for else (made_for, MODEL_LIMIT)
+    return StudentFormat(jinja, bos, eos, stops, lambda texts: tokenize_texts(gguf, texts), length, limit)
 
 
 def open_tokenizer(model: Path) -> Any:

@@ -99,7 +99,7 @@ def published_recipe(recipe: Recipe) -> str:
 
 def is_hub_name(path: str) -> bool:
     """Whether `path` is the name of a model or data set on the Hub, and no local file or folder."""
-    return bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
+    return bool(HUB_NAME.fullmatch(path)) and not Path(path).exists() and not path.lower().endswith(".gguf")
 
 
 def public_name(path: str) -> str:
@@ -182,7 +182,7 @@ def origin_rows(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
     plan, train = recipe.curriculum, recipe.train
     seeds, held = (count_lines(run.path / name) for name in ("seeds.jsonl", "holdout.jsonl"))
     return [
-        ("base", public_name(recipe.student.path)),
+        ("base", describe_base(run, recipe)),
         ("seeds", f"{public_name(recipe.seeds.path)}: {seeds:,} to train on, {held:,} held out and never trained on"),
         ("answers", "the file's own" if recipe.seeds.answers == "file" else "the teacher's"),
         ("teacher", describe_endpoint(recipe.teacher)),
@@ -197,6 +197,17 @@ def origin_rows(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
         ("context", f"{recipe.student.max_length:,} tokens in training and evaluation"),
         ("all settings", "recipe.yaml"),
     ]
+
+
+def describe_base(run: RunDir, recipe: Recipe) -> str:
+    """The student before training; of a GGUF also the types of weights that training began with."""
+    made = run.record().get("student", {})
+    if "gguf" not in made:
+        return public_name(recipe.student.path)
+    return (
+        f"{made['file']}, a GGUF with {made['weights']} weights: training started from these, dequantized, and not "
+        "from the original model's"
+    )
 
 
 def describe_endpoint(endpoint: Endpoint) -> str:
@@ -285,6 +296,7 @@ def gate_section(report: GateReport) -> str:
         f"{found.largest_difference:.3g}\n"
         f"- the same greedy token at {found.agreement:.1%} of {found.positions:,} positions, "
         f"{report.min_agreement:.1%} required"
+        + (f"\n- {report.bits_per_weight:.1f} bits per weight in the file" if report.bits_per_weight else "")
     )
 
 

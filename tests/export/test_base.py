@@ -13,7 +13,6 @@ from models import make_adapter, make_model
 from tapir_local.commands.chat import answer_once, open_students
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
-from tapir_local.export.adapter import export_adapter
 from tapir_local.export.base import (
     base_gguf,
     base_gguf_path,
@@ -22,6 +21,7 @@ from tapir_local.export.base import (
     model_digest,
     student_files,
 )
+from tapir_local.export.export import export_adapter
 from tapir_local.export.gate import GateReport
 from tapir_local.files import read_record, read_rows, write_json, write_rows
 from tapir_local.inference.config import GenerationConfig

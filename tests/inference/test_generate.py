@@ -9,8 +9,7 @@ from models import make_adapter, make_model, merged_model
 from students import CONFIG, PROMPTS
 
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
-from tapir_local.export.export import export_gguf
+from tapir_local.export.export import export_adapter, export_gguf
 from tapir_local.inference.config import ContextConfig, GenerationConfig
 from tapir_local.inference.generate import Callbacks, answer_tokens, chat_stream, encode_prompt, generate
 from tapir_local.inference.model import open_context, open_engine, open_model, read_gguf_template

@@ -18,8 +18,7 @@ from models import make_adapter
 from students import CONFIG, PROMPTS
 
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
-from tapir_local.export.export import export_gguf
+from tapir_local.export.export import export_adapter, export_gguf
 from tapir_local.files import write_record
 from tapir_local.inference.context_plan import ContextPlan
 from tapir_local.inference.generate import Callbacks, PromptGroup, PromptReply, ReplyHooks

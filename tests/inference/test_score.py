@@ -7,8 +7,7 @@ import pytest
 from models import CHATML, make_model, merged_model
 
 from tapir_local.errors import TapirError
-from tapir_local.export.adapter import export_adapter
-from tapir_local.export.export import export_gguf
+from tapir_local.export.export import export_adapter, export_gguf
 from tapir_local.inference.context_plan import open_first_fitting_context, plan_scoring_context
 from tapir_local.inference.generate import Callbacks
 from tapir_local.inference.model import open_model

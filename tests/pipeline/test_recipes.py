@@ -19,7 +19,7 @@ from tapir_local.data.chat_template import render_training_text
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
-from tapir_local.export.base import base_gguf
+from tapir_local.export.base import base_gguf, prepare_student_folder, student_folder
 from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
 from tapir_local.files import read_record, read_rows
@@ -35,7 +35,6 @@ from tapir_local.records import Completion, Example, Message
 from tapir_local.resources import POCKET_SEEDS, find_recipe, read_chat_template, recipe_files
 from tapir_local.run_dir import RunDir
 from tapir_local.training import classifier, train
-from tapir_local.training.student_folder import prepare_student_folder, student_folder
 
 ROOT = Path(__file__).parents[2]
 ALPACA = 52002  # rows of alpaca_data.json
@@ -168,6 +167,7 @@ STUDENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "qwen3-4b": lambda folder: qwen(folder, "qwen3", "qwen3"),
     "local-teacher": teacher_here,
     "recorded": recorded,
+    "smollm2": recorded,
 }
 
 
