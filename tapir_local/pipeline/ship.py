@@ -16,6 +16,7 @@ from tapir_local.export.gate import GateReport
 from tapir_local.files import atomic_write, file_sha256, read_record
 from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
+from tapir_local.output_record import count_lines
 from tapir_local.pipeline.context import Stage, Work
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
@@ -304,9 +305,3 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def escape_cell(text: str) -> str:
     """A cell's text on one line, with `|` escaped."""
     return re.sub(r"\s+", " ", text).replace("|", r"\|")
-
-
-def count_lines(path: Path) -> int:
-    """Lines of a file."""
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
