@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from tapir_local.errors import TapirError
 from tapir_local.files import check_path_text, private_folder, read_json_object, wrap_write_errors
 
+LOCK_SECONDS = 0.5  # to wait for a lock: lock_holder of another process holds it for an instant
+UNTRAINED_ROUND = -1  # the number of the untrained student among rounds
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MAX_NAME_LENGTH = 200  # bytes; file systems allow 255, and files next to the folder need endings
-LOCK_WAIT_SECONDS = 0.5  # is_locked holds the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RunDir:
 
     def round(self, number: int) -> Path:
         """The folder of a round; round 0 is the baseline."""
-        return self.path / f"round-{number:02d}"
+        return self.path / ("untrained" if number == UNTRAINED_ROUND else f"round-{number:02d}")
 
     @property
     def exists(self) -> bool:
@@ -86,7 +87,7 @@ def lock_run(run: RunDir) -> Iterator[None]:
     private_folder(run.path)
     lock, owner = FileLock(run.path / ".lock"), run.path / ".lock-holder"
     try:
-        lock.acquire(timeout=LOCK_WAIT_SECONDS)
+        lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 10)
     except Timeout as error:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise TapirError(
@@ -101,14 +102,14 @@ def lock_run(run: RunDir) -> Iterator[None]:
         lock.release()
 
 
-def is_locked(run: RunDir) -> bool:
-    """Whether a process works on the run."""
-    with suppress(OSError):
-        handle = os.open(run.path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-    return False
+def lock_holder(run: RunDir) -> str:
+    """`process 1234` while a process works on the run; "" if none does."""
+    path, owner = run.path / ".lock", run.path / ".lock-holder"
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
+    except FileNotFoundError:
+        return ""
+    except BlockingIOError:
+        return owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+    return ""

@@ -35,6 +35,9 @@ STAGE = {"name": HOSTILE, "done": True, "seconds": 1.0, "paid": 1, "hits": 0, "n
 STATUS = {
     "run": HOSTILE,
     "state": HOSTILE,
+    "folder": HOSTILE,
+    "stages_done": 1,
+    "stages": 2,
     "prepare": [STAGE],
     "rounds": [{"number": 0, "stages": [STAGE], "metrics": {"judge": HOSTILE, "rows": 3}}],
     "end": [STAGE],
@@ -48,7 +51,14 @@ PLAN = {
     "asked": {HOSTILE: 0.5}, "short": {}, "expansions": [{"task": HOSTILE, "rows": 2}],
 }  # fmt: skip
 QUALITY = {"rows": 1, "unjudged": 0, "notes": [HOSTILE]}
-ANSWER = {"task": HOSTILE, "instruction": HOSTILE, "teacher": HOSTILE, "student": HOSTILE, "scores": [1.0, 2.0]}
+ANSWER = {
+    "id": HOSTILE,
+    "task": HOSTILE,
+    "instruction": HOSTILE,
+    "teacher": HOSTILE,
+    "student": HOSTILE,
+    "scores": [1.0, 2.0],
+}
 ROUND = {
     "run": HOSTILE, "round": 1, "plan": PLAN, "judge": {HOSTILE: QUALITY}, "unusable": {HOSTILE: {HOSTILE: 1}},
     "metrics": {"win_rate": 0.5, "student_score": 5.0, "by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}},
@@ -82,7 +92,7 @@ TABLES = {
     "tasks": lambda: [task_table(HOSTILE, {HOSTILE: {"rows": 1}}, {"rows": "count"})],
     "plain": lambda: [text_table(HOSTILE, [HOSTILE], [[HOSTILE]])],
     "cost": lambda: [cost_table(HOSTILE, COST, "stage")],
-    "receipt": lambda: list(round_receipt(HOSTILE, COST, COST)),
+    "receipt": lambda: [round_receipt(HOSTILE, COST, "x")],
     "why": lambda: why_tables(WHY),
     "labels": lambda: label_tables(LABELS),
     "compare": lambda: comparison_tables(COMPARED),

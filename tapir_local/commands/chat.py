@@ -1,6 +1,7 @@
 """A conversation with the student of a run, alone or next to its untrained base model."""
 
 import random
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.records import Message
 from tapir_local.run_dir import RunDir
 
+CHAT_HELP = "Type /reset to start a new conversation, /exit to end the chat.\n"
+COMMAND_LINE = re.compile(r"/(\?|[a-z]+)")  # a line that is meant as a command, not a question such as `/usr/bin?`
 Write = Callable[[str], None]
 
 
@@ -105,13 +108,15 @@ def answer_once(models: Sequence[ChatModel], prompt: str, temperature: float, wr
 
 
 def chat_loop(models: Sequence[ChatModel], temperature: float, read: Callable[[], str | None], write: Write) -> None:
-    """Answer line after line until /exit or the end of the input."""
-    write("Type /reset to start a new conversation, /exit to end the chat.\n")
-    while (line := read()) is not None and line.strip() != "/exit":
+    """Answer line after line until /exit (or /bye, /quit) or the end of the input."""
+    write(CHAT_HELP)
+    while (line := read()) is not None and line.strip() not in ("/exit", "/bye", "/quit"):
         if line.strip() == "/reset":
             for model in models:
                 model.history = []
             write("started a new conversation\n")
+        elif COMMAND_LINE.fullmatch(line.strip()):
+            write(CHAT_HELP if line.strip() in ("/help", "/?") else f"no such command: {line.strip()}. {CHAT_HELP}")
         elif line.strip():
             answer_or_explain(models, line.strip(), temperature, write)
 

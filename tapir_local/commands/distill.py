@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tapir_local.commands.options import HomePath, cache_argument, cache_option, help_examples
+from tapir_local.commands.options import HomePath, cache_argument, cache_option, help_examples, program_name
 from tapir_local.commands.output import echo, print_table
 from tapir_local.errors import TapirError
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @click.command(
     name="distill",
-    epilog=help_examples("tapir-local distill --rounds 3", "tapir-local distill recipes/recorded.yaml --seeds my.json"),
+    epilog=help_examples(
+        "tapir-local distill --rounds 3",
+        "tapir-local distill recipes/recorded.yaml --seeds my.json",
+        "tapir-local distill my-run",
+    ),
 )
 @click.argument("recipe", default="quickstart")
 @click.option("--rounds", type=click.IntRange(min=0), help="Rounds after round 0 (overrides the recipe).")
@@ -52,10 +56,10 @@ def distill_command(
 ) -> None:
     """Run RECIPE, or resume its run if it was stopped.
 
-    RECIPE is a YAML file or the name of a recipe that comes with the program (see `tapir-local recipes`). Paths in it
-    are relative to the current folder. A recipe that runs a command (train.launcher, export.converter), or sends a key
-    other than OPENAI_API_KEY to a host that it names, needs your permission once: --trust, or an answer in the
-    terminal.
+    RECIPE is a YAML file, the name of a recipe that comes with the program (see `tapir-local recipes`), or the name of
+    a run, which resumes with the recipe that it began with. Paths in a recipe are relative to the current folder. A
+    recipe that runs a command (train.launcher, export.converter), or sends a key other than OPENAI_API_KEY to a host
+    that it names, needs your permission once: --trust, or an answer in the terminal.
     """
     from tapir_local.commands.trust import ask_permission, require_trust
     from tapir_local.report import gpu_check
@@ -63,7 +67,7 @@ def distill_command(
     from tapir_local.run_dir import RunDir
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    chosen, path, messages = resolve_recipe(recipe, given)
+    chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
     run = RunDir(cache or default_cache(), chosen.name)
     for message in messages:
         echo(message, err=True)
@@ -73,22 +77,23 @@ def distill_command(
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
     if require_gpu:
         gpu_check.require_gpu()
-    count = run_recipe(chosen, run, replay)
+    count = run_recipe(chosen, run, replay, cache)
     if count:
         print_rounds(run)
-        echo(f"\n{count} stages done. {next_steps(run, cache)}", err=True)
     else:
-        done = f"Run {run.name!r} is done already: {chosen.rounds} rounds. `tapir-local status {run.name}` shows it."
-        echo(f"{done}\n{next_steps(run, cache)}", err=True)
+        echo(f"Run {run.name!r} is done already; `{program_name()} status {run.name}` shows it.", err=True)
+    echo(f"\n{next_steps(run, cache)}", err=True)
 
 
 def next_steps(run: "RunDir", cache: Path | None) -> str:
-    """Where the student is, and the commands to talk to it."""
+    """Where the student is, and the commands to talk to it and to look at it."""
     model, name = run.path / "model", run.name.lower()
+    program, place = program_name(), cache_argument(cache)
     return (
         f"The student is in {model}, with a Modelfile, a model card and checksums.\n"
-        f"Talk to it:  tapir-local chat {run.name}{cache_argument(cache)}\n"
-        f"In Ollama:   ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
+        f"Talk to it:     {program} chat {run.name} --vs base{place}\n"
+        f"Its answers:    {program} show {run.name}{place}\n"
+        f"In Ollama:      ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
     )
 
 
@@ -107,17 +112,36 @@ def recipe_changes(
     return parse_changes(sets) | {key: value for key, value in options.items() if value is not None}
 
 
-def resolve_recipe(named: str, changes: Mapping[str, Any]) -> tuple["Recipe", Path, list[str]]:
-    """(recipe with the changes, its file, messages that the user should read before it runs)."""
+def find_recipe_or_run(named: str, cache: Path | None) -> tuple[Path, bool]:
+    """(file of a recipe, False) or, if there is no such recipe, (recipe that the run of this name began with, True)."""
+    from tapir_local.resources import find_recipe
+    from tapir_local.run_dir import run_of_name
+
+    try:
+        return find_recipe(named), False
+    except TapirError:
+        run = run_of_name(cache, named) if cache else None
+        if run is None or not run.exists:
+            raise
+        return run.path / "recipe.yaml", True
+
+
+def resolve_recipe(
+    named: str, changes: Mapping[str, Any], cache: Path | None = None
+) -> tuple["Recipe", Path, list[str]]:
+    """(recipe with the changes, its file, messages that the user should read before it runs).
+
+    `named` is a recipe, or a run in `cache`.
+    """
     from tapir_local.recipe.checks import find_notices, find_unnamed
     from tapir_local.recipe.text import describe_replaced_kinds, override, parse_recipe
-    from tapir_local.resources import find_recipe, read_recipe_text
+    from tapir_local.resources import read_recipe_text
 
-    path = find_recipe(named)
+    path, of_run = find_recipe_or_run(named, cache)
     # The file alone may have an error that a change fixes.
-    written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=bool(changes))
+    written = recipe = parse_recipe(read_recipe_text(path), str(path), kept=of_run or bool(changes))
     if changes:
-        recipe = override(written, changes, where=f"{path} with the command line's settings")
+        recipe = override(written, changes, kept=of_run, where=f"{path} with the command line's settings")
     if missing := find_unnamed(recipe):
         raise TapirError("; ".join(missing), where=str(path), fix="Write it into the recipe, or add it with --set.")
     return recipe, path, [*describe_replaced_kinds(written, recipe), *find_notices(recipe)]
@@ -137,15 +161,15 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
         echo(no_calls_sentence(recipe))
 
 
-def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
+def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None) -> int:
     """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
     from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import distill, list_steps
     from tapir_local.report.gpu_check import idle_gpu_remarks
-    from tapir_local.report.progress import watch_run
-    from tapir_local.tables import plain_text
+    from tapir_local.report.progress import run_header, watch_run
+    from tapir_local.tables import hanging_lines, plain_text
 
     console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
     done = sum(step.done for step in steps)
@@ -154,14 +178,16 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool) -> int:
     def say(text: str) -> None:
         console.print(plain_text(text), soft_wrap=True)
 
+    if done < len(steps):
+        console.print(hanging_lines(run_header(recipe, run, done, len(steps))))
     for remark in idle_gpu_remarks() if done < len(steps) else ():
         say(remark)
     with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
-        return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console))
+        return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console, cache))
 
 
-def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
-    """The same watch, which also prints after each round what it cost."""
+def with_receipts(watch: "Watch", run: "RunDir", console: "Console", cache: Path | None) -> "Watch":
+    """The same watch, which also prints a line after each round that says what it cost."""
     from dataclasses import replace
 
     from tapir_local.report.costs import round_receipt, summarize_costs
@@ -169,15 +195,21 @@ def with_receipts(watch: "Watch", run: "RunDir", console: "Console") -> "Watch":
     def ends(step: "Step", taken: Mapping[str, Any]) -> None:
         watch.ends(step, taken)
         if step.stage.name == "evaluate" and (run.cache / "teacher.db").exists():
-            found = [summarize_costs(run.cache / "teacher.db", by, run.name, step.number) for by in ("stage", "task")]
-            console.print(*round_receipt(f"round {step.number}: receipt", *found), sep="\n")
+            stages = summarize_costs(run.cache / "teacher.db", "stage", run.name, step.number)
+            title = f"round {step.number}" if step.number else "preparation and round 0"
+            command = f"{program_name()} calls cost --run {run.name} --round {step.number}"
+            if receipt := round_receipt(title, stages, command + cache_argument(cache)):
+                console.print(receipt)
 
     return replace(watch, ends=ends)
 
 
 def print_rounds(run: "RunDir") -> None:
-    """Print the table of rounds."""
-    from tapir_local.report.status import run_status
-    from tapir_local.report.status_tables import rounds_table
+    """Print the rounds with their changes, and what they achieved."""
+    from tapir_local.report.compare import compare_rounds, fallen_sentence, round_verdict
+    from tapir_local.report.compare_tables import rounds_of_run_table
+    from tapir_local.tables import plain_text
 
-    print_table(rounds_table(run_status(run)))
+    found = compare_rounds(run)
+    sentences = [text for text in (round_verdict(found), fallen_sentence(found)) if text]
+    print_table(rounds_of_run_table(found), *map(plain_text, sentences))

@@ -11,6 +11,7 @@ import click
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.distill import distill_command
+from tapir_local.commands.guesses import CommandGroup, completion_command, sharpen_hint
 from tapir_local.commands.models import export_command, generate_command
 from tapir_local.commands.output import echo
 from tapir_local.commands.runs import (
@@ -18,6 +19,7 @@ from tapir_local.commands.runs import (
     compare_command,
     plan_command,
     redo_stages_command,
+    runs_command,
     show_command,
     status_command,
     why_command,
@@ -35,8 +37,8 @@ Exit codes:
   143  stopped by SIGTERM, and 129 by SIGHUP; the same applies"""
 
 
-@click.group(epilog=EXIT_CODES_HELP)
-@click.version_option(__version__, prog_name="tapir-local")
+@click.group(cls=CommandGroup, epilog=EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="tapir-local")
 def cli() -> None:
     """Distill a teacher LLM into a small student with TAPIR, on this machine.
 
@@ -49,6 +51,7 @@ for command in (
     calls_group,
     chat_command,
     compare_command,
+    completion_command,
     distill_command,
     doctor_command,
     export_command,
@@ -56,6 +59,7 @@ for command in (
     plan_command,
     recipes_command,
     redo_stages_command,
+    runs_command,
     show_command,
     status_command,
     why_command,
@@ -100,6 +104,8 @@ def main() -> None:
         show_os_error(error)
         sys.exit(1)
     except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoSuchOption):
+            sharpen_hint(error)
         message = io.StringIO()
         error.show(message)
         echo(message.getvalue(), err=True, nl=False)

@@ -1,6 +1,8 @@
 """Options that several commands share, and the runs and stores that they name."""
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,3 +67,20 @@ def select_run(cache: Path | None, name: str | None) -> "RunDir":
 def cache_argument(cache: Path | None) -> str:
     """The option that a suggested command needs to use the same cache, or an empty string."""
     return f" --cache {shlex.quote(str(cache))}" if cache else ""
+
+
+def program_name() -> str:
+    """How to call this program in a suggested command: `tapir-local` if the shell finds it, else its path."""
+    called = Path(sys.argv[0])
+    if called.suffix == ".py":
+        return shlex.join([relative_to_here(Path(sys.executable)), relative_to_here(called)])
+    if called.name != "tapir-local" or not called.exists():
+        return "tapir-local"
+    found = shutil.which("tapir-local")
+    return "tapir-local" if found and Path(found).resolve() == called.resolve() else relative_to_here(called)
+
+
+def relative_to_here(path: Path) -> str:
+    """A path as it is typed in the current folder: relative if it lies inside, else absolute."""
+    whole = path.absolute()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)

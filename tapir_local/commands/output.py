@@ -1,6 +1,7 @@
 """Print what commands say: data and tables to stdout, messages and progress to stderr."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -74,11 +75,17 @@ def print_json(value: Any) -> None:
 
 
 def print_table(*tables: Any) -> None:
-    """Print tables for people, as wide as the terminal, or 140 columns wide in a pipe."""
+    """Print tables for people, with a line between them.
+
+    They are as wide as the terminal; in a pipe as wide as COLUMNS says, or 140 columns.
+    """
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 140)
-    for table in tables:
+    in_terminal = sys.stdout and sys.stdout.isatty()
+    console = Console(width=None if in_terminal or os.environ.get("COLUMNS") else 140)
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
         console.print(table)
 
 
@@ -89,4 +96,7 @@ def print_rows(title: str, names: list[str], rows: list[dict[str, Any]], as_json
     if as_json:
         print_json(rows)
     else:
-        print_table(text_table(title, names, [[str(row[name]) for name in names] for row in rows]))
+        cells = [[str(row[name]) for name in names] for row in rows]
+        wrapped = {"prompt", "answer", "run"}
+        whole, ranks = [name for name in names if name not in wrapped], {"paid": 3, "round": 2, "run": 1}
+        print_table(text_table(title, names, cells, whole=whole, ranks=ranks))

@@ -1,4 +1,4 @@
-"""Commands on the files of runs: `status`, `show`, `why`, `plan`, `compare`, `chat` and `redo`."""
+"""Commands on the files of runs: `runs`, `status`, `show`, `why`, `plan`, `compare`, `chat` and `redo`."""
 
 import io
 import sys
@@ -7,11 +7,40 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.commands.options import cache_option, help_examples, json_option, select_run
+from tapir_local.commands.options import (
+    cache_argument,
+    cache_option,
+    help_examples,
+    json_option,
+    program_name,
+    select_run,
+)
 from tapir_local.commands.output import echo, print_json, print_table
 
 if TYPE_CHECKING:
     from tapir_local.report.compare import CostUnit
+
+
+@click.command(name="runs", epilog=help_examples("tapir-local runs", "tapir-local runs --json"))
+@cache_option
+@json_option
+def runs_command(cache: Path | None, as_json: bool) -> None:
+    """List the runs, the newest first.
+
+    Shows the state, the evaluated rounds, the best round, and the size of each run.
+    """
+    from tapir_local.report.status import list_run_states
+    from tapir_local.report.status_tables import runs_table
+    from tapir_local.resources import default_cache
+
+    place = cache or default_cache()
+    rows = list_run_states(place)
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(runs_table(rows, str(place)))
+    else:
+        echo(f"There is no run in {place} yet. `tapir-local distill` starts one; --cache selects another folder.")
 
 
 @click.command(name="status", epilog=help_examples("tapir-local status", "tapir-local status quickstart --json"))
@@ -74,7 +103,7 @@ def show_command(
 
 @click.command(
     name="why",
-    epilog=help_examples("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "What is 27 + 48?"'),
+    epilog=help_examples("tapir-local why quickstart seed-00017", 'tapir-local why quickstart "Sam buys 8 stones"'),
 )
 @click.argument("run")
 @click.argument("row")
@@ -234,14 +263,29 @@ def read_prompt() -> str | None:
     help="Round of the stage; leave it out for a stage of the preparation and for `ship`, the last stage.",
 )
 @click.option("--from", "stage", required=True, help="First stage to delete; all stages after it are deleted too.")
+@click.option("-y", "--yes", is_flag=True, help="Delete without asking; without a terminal nothing is asked.")
 @cache_option
-def redo_stages_command(run: str, number: int | None, stage: str, cache: Path | None) -> None:
+def redo_stages_command(run: str, number: int | None, stage: str, yes: bool, cache: Path | None) -> None:
     """Delete a stage of RUN and all later ones, to run them again.
 
-    Deletes the outputs of the last stage first. `distill` then makes them again. Paid calls stay in the store.
+    On a terminal, shows what will be deleted and asks first. `distill RUN` then makes the outputs again. Paid calls
+    stay in the store.
     """
-    from tapir_local.pipeline.loop import redo
+    from tapir_local.pipeline.context import format_count
+    from tapir_local.pipeline.loop import redo, steps_to_redo
 
-    deleted = redo(select_run(cache, run), number, stage)
+    place = select_run(cache, run)
+    steps = steps_to_redo(place, number, stage)
+    if steps and not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        taken = place.record().get("stages", {})
+        for step in steps:
+            echo(f"  {step.name}  {taken.get(step.name, {}).get('seconds', 0):,.0f} s", err=True)
+        seconds = sum(taken.get(step.name, {}).get("seconds", 0) for step in steps)
+        what = f"Delete {format_count(len(steps), 'output')}, which took {seconds / 60:,.1f} minutes to make?"
+        if not click.confirm(what, default=False, err=True):
+            echo("nothing was deleted", err=True)
+            sys.exit(1)
+    deleted = redo(place, number, stage)
     echo("\n".join(deleted) if deleted else "there was nothing to delete")
-    echo(f"{len(deleted)} outputs deleted. `tapir-local distill` with the run's recipe makes them again.", err=True)
+    command = f"{program_name()} distill {place.name}{cache_argument(cache)}"
+    echo(f"{format_count(len(deleted), 'output')} deleted. Make them again:  {command}", err=True)

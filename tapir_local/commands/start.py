@@ -54,7 +54,9 @@ def print_recipes(as_json: bool) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table(text_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows]))
+        print_table(
+            text_table("recipes", ["name", "about", "command"], [list(row.values()) for row in rows], whole=["name"])
+        )
 
 
 def print_settings(as_json: bool) -> None:
@@ -69,7 +71,15 @@ def print_settings(as_json: bool) -> None:
         )
     else:
         cells = [[row.setting, row.type, row.default_text, row.meaning] for row in rows]
-        print_table(text_table("settings of a recipe", ["setting", "type", "default", "meaning"], cells))
+        print_table(
+            text_table(
+                "settings of a recipe",
+                ["setting", "type", "default", "meaning"],
+                cells,
+                whole=["setting"],
+                ranks={"type": 1},
+            )
+        )
 
 
 @click.command(name="doctor", epilog=help_examples("tapir-local doctor"))
@@ -89,6 +99,6 @@ def doctor_command(cache: Path | None, as_json: bool) -> None:
     else:
         words = {True: "good", False: "MISSING", None: "-"}
         rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
-        print_table(text_table("doctor", ["", "", "found", "what to do"], rows))
+        print_table(text_table("doctor", ["check", "", "found", "what to do"], rows, whole=["check", ""]))
     if any(check.ok is False for check in checks):
         sys.exit(1)

@@ -5,7 +5,14 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from tapir_local.export.base import check_base_unchanged, converter_path, gate_memory_text, run_base_gguf, student_files
+from tapir_local.export.base import (
+    base_gguf,
+    check_base_unchanged,
+    converter_path,
+    gate_memory_text,
+    run_base_gguf,
+    student_files,
+)
 from tapir_local.export.ollama import write_modelfile
 from tapir_local.files import link_or_copy, remove_path
 from tapir_local.inference.config import GenerationConfig
@@ -31,6 +38,7 @@ from tapir_local.pipeline.context import (
     ScoreBackend,
     ShipBackend,
     TrainBackend,
+    UntrainedBackend,
 )
 from tapir_local.pipeline.row_check import PromptAndAnswer, StudentFormat, read_student_format
 from tapir_local.process import withhold_variables
@@ -71,6 +79,7 @@ def real_backends(
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
             export=export_backend(recipe, run),
+            export_untrained=export_untrained_backend(recipe, run),
             gate=gate_backend(recipe, run),
             score=score_backend(recipe, run, llama),
             ship=ship_backend(recipe, run),
@@ -164,6 +173,15 @@ def generate_backend(recipe: Recipe, run: RunDir, llama: LlamaPlace = ANYWHERE) 
         return run_generate_job(job, callbacks, llama)
 
     return generate_with_llama
+
+
+def export_untrained_backend(recipe: Recipe, run: RunDir) -> UntrainedBackend:
+    """Links the GGUF of the untrained student, which is made once for all runs of a cache."""
+
+    def link_base(*, out: Path, progress: Progress) -> None:
+        link_or_copy(base_gguf(recipe, run, progress), out)
+
+    return link_base
 
 
 def score_backend(recipe: Recipe, run: RunDir, llama: LlamaPlace = ANYWHERE) -> ScoreBackend:

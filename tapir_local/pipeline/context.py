@@ -74,6 +74,12 @@ class ExportBackend(Protocol):
     def __call__(self, *, adapter: Path, out: Path, progress: Progress) -> None: ...
 
 
+class UntrainedBackend(Protocol):
+    """Writes the untrained student as the GGUF `out`."""
+
+    def __call__(self, *, out: Path, progress: Progress) -> None: ...
+
+
 class GateBackend(Protocol):
     """Compares a `gguf` with the trained model, on probes and on `rows`, and writes the report `out`."""
 
@@ -104,6 +110,7 @@ class Backends:
     classify: ClassifyBackend
     train: TrainBackend
     export: ExportBackend
+    export_untrained: UntrainedBackend
     gate: GateBackend
     score: ScoreBackend
     ship: ShipBackend
@@ -195,13 +202,15 @@ class Stage:
     """A stage of a run: `run` writes `output` and returns a phrase for the closing line.
 
     `output` is a name in the run's folder (preparation) or in the round's. A stage that runs the student for hours
-    continues after an interruption in the file `resumes`, which may be the output itself.
+    continues after an interruption in the file `resumes`, which may be the output itself. No later stage but other
+    `independent` ones reads the output of an `independent` stage.
     """
 
     name: str
     output: str
     run: Callable[[Work, Path], str]
     resumes: str = ""
+    independent: bool = False
 
 
 def format_count(count: int, noun: str) -> str:

@@ -35,9 +35,16 @@ from tapir_local.teacher.session import AskSession
 
 # Rough sizes, used until the store has calls of a stage.
 PROMPT_FRAME_TOKENS = 150  # tokens of the prompt around an instruction
-REPLY_TOKENS = {"label": 12, "tasks": 12, "judge": 20, "holdout-judge": 20, "expand": 60}  # by stage
+REPLY_TOKENS = {
+    "label": 12,
+    "tasks": 12,
+    "judge": 20,
+    "holdout-judge": 20,
+    "untrained-judge": 20,
+    "expand": 60,
+}  # by stage
 EXPECTED_ANSWER_TOKENS = 250  # tokens of an answer, and of the replies of all other stages
-ANSWERS_IN_PROMPT = {"judge": 2, "holdout-judge": 2, "refine": 1}  # by stage
+ANSWERS_IN_PROMPT = {"judge": 2, "holdout-judge": 2, "untrained-judge": 2, "refine": 1}  # by stage
 DRAFTS_PER_ROW = 1.25  # drafts asked for until one is kept
 LABELS_SAMPLED = 100  # requests for labels whose mean size stands for all
 
@@ -91,6 +98,7 @@ class DryRun:
             classify=unavailable,
             train=unavailable,
             export=unavailable,
+            export_untrained=unavailable,
             score=unavailable,
             gate=unavailable,
             ship=unavailable,
@@ -261,7 +269,8 @@ def expected_calls(stage: str, number: int, recipe: Recipe, rows: int) -> int:
     again = unscored_answers(recipe, number, pool, drawn) if alone else drawn
     calls = {
         "judge": (drawn + again) * judged * judges_pool(plan),
-        "holdout-judge": (1 if alone and number else 2) * held * judged,
+        "untrained-judge": 2 * held * judged,
+        "holdout-judge": (1 if alone else 2) * held * judged,
         "expand": round(new * (drafts + plan.check_drafts)),
         "refine": refined + refined * plan.check_answers,
     }

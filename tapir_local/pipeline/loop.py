@@ -22,6 +22,7 @@ from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
 from tapir_local.pipeline.ship import SHIP_STAGE, is_model_stale
+from tapir_local.pipeline.untrained import UNTRAINED_STAGES
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import diff_recipes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
@@ -65,7 +66,7 @@ class Watch:
 
 def list_steps(run: RunDir, rounds: int) -> list[Step]:
     """All steps of a run with this number of rounds after the baseline, in order; the last makes model/."""
-    steps = [Step(None, stage, run.path / stage.output) for stage in PREPARE_STAGES]
+    steps = [Step(None, stage, run.path / stage.output) for stage in (*PREPARE_STAGES, *UNTRAINED_STAGES)]
     for number in range(rounds + 1):
         stages = ROUND_STAGES if number else BASELINE_STAGES
         steps += [Step(number, stage, run.round(number) / stage.output) for stage in stages]
@@ -85,9 +86,10 @@ def pending_steps(steps: Sequence[Step], run_name: str) -> list[Step]:
     The last step, which makes model/, is pending whenever another is: an existing model/ is then of fewer rounds.
     """
     missing = [number for number, step in enumerate(steps[:-1]) if not step.done]
-    later = [step for step in steps[missing[0] : -1] if step.done] if missing else []
+    holes = [number for number in missing if not steps[number].stage.independent]
+    later = [step for step in steps[holes[0] : -1] if step.done] if holes else []
     if later:
-        hole, after = steps[missing[0]], later[0]
+        hole, after = steps[holes[0]], later[0]
         raise TapirError(
             f"{hole.name} is missing, but the later {after.name} exists",
             where=str(hole.output),
@@ -195,7 +197,7 @@ def changed_outputs(run: RunDir, steps: Sequence[Step]) -> Iterator[tuple[Step, 
 def run_step(step: Step, work: Work, watch: Watch) -> None:
     """Run one step, with its time and calls recorded in run.json."""
     began = time.monotonic()
-    if step.stage.resumes != step.stage.output:
+    if step.stage.resumes != step.output.name:
         remove_path(step.output.with_name(step.output.name + ".partial"))
     step.output.parent.mkdir(parents=True, exist_ok=True)
     watch.begins(step)
@@ -275,22 +277,33 @@ def update_run_record(
     write_json(run.path / "run.json", {**record, "status": status, "updated": utc_now(), "stages": stages})
 
 
+def steps_to_redo(run: RunDir, number: int | None, stage: str) -> list[Step]:
+    """The steps whose outputs `redo` deletes, in the order of the run; TapirError if there is no such stage."""
+    return [step for step in steps_from(run, number, stage) if step.done]
+
+
+def steps_from(run: RunDir, number: int | None, stage: str) -> list[Step]:
+    """A stage's step and all that depend on it; TapirError if there is no such stage."""
+    steps = list_steps(run, last_round(run))
+    later = steps[find_step(run, steps, number, stage) :]
+    return [step for step in later if step.stage.independent] if later[0].stage.independent else later
+
+
 def redo(run: RunDir, number: int | None, stage: str) -> list[str]:
     """Delete the outputs of a stage and of all later ones, from the last backwards; the names of their steps."""
     with lock_run(run):
-        steps = list_steps(run, last_round(run))
-        first = find_step(run, steps, number, stage)
-        done = [step for step in reversed(steps[first:]) if step.done]
+        steps = steps_from(run, number, stage)
+        done = [step for step in reversed(steps) if step.done]
         for step in done:
             remove_path(step.output)
-        for step in steps[first:]:
+        for step in steps:
             if step.stage.resumes:
                 remove_partial(step.output.with_name(step.stage.resumes))
-        names = {step.name for step in steps[first:]}
+        names = {step.name for step in steps}
         unlock_steps(run, names)
         remove_unusable(run, names)
         if done:
-            update_run_record(run, status=f"stopped before {steps[first].name}: redo deleted it and all later outputs")
+            update_run_record(run, status=f"stopped before {steps[0].name}: redo deleted it and all later outputs")
         return [step.name for step in done]
 
 

@@ -17,6 +17,7 @@ from tapir_local.recipe.schema import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.training.job import LEFT_OUT_FILE
+from tapir_local.training.loss import describe_loss, read_losses
 from tapir_local.unusable import Unusable, format_left_out, record_unusable
 
 
@@ -122,7 +123,8 @@ def train_stage(work: Work, out: Path) -> str:
         left = rows_left_out_of_training(work)
         record_unusable(work.run, work.step, left)
     base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
-    return f"from {base}{format_left_out(left)}"
+    loss = describe_loss(read_losses(out / "train_log.jsonl"))
+    return f"from {base}{loss and ', ' + loss}{format_left_out(left)}"
 
 
 def rows_left_out_of_training(work: Work) -> list[Unusable]:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from tapir_local.method.metrics import bootstrap_interval, wilson_interval
 from tapir_local.method.stats import Difference, RowValues, correct_p_values, estimate_difference
 from tapir_local.recipe.text import fixed_settings, flatten
 from tapir_local.report.run_results import HOLDOUT_CURRICULA, EvaluatedRound, RunCost, RunResults, read_run_results
-from tapir_local.run_dir import RunDir
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
 
 CostUnit = Literal["rows", "tokens", "calls"]
 
@@ -20,6 +21,7 @@ COST_UNIT_NAMES: Mapping[str, str] = {
     "tokens": "training tokens",
     "calls": "calls of the teacher and the judge",
 }
+CHANCE = 0.05  # a difference with a p value of this or more may be chance
 COMPARED_METRICS = ("accuracy", "win_rate", "likeness")
 HOLDOUT_SETTINGS = ("random_seed", "seeds.", "teacher.", "classifier.", "tasks")
 SAME_HOLDOUT_ADVICE = (
@@ -257,3 +259,118 @@ def comparison_notes(
             rows = "1 row is" if unjudged == 1 else f"{unjudged:,} rows are"
             notes.append(f"{run.name}: {rows} not judged in round {found.number} and left out of win rates.")
     return notes
+
+
+def compare_rounds(run: RunDir) -> dict[str, Any]:
+    """The untrained student and the rounds of a run: rates, changes, the best one, and tasks that fell since the first.
+
+    Changes are in `metric`: accuracy or, without a checker, win rate or likeness. p values of the tasks are corrected
+    for their number. TapirError if no round is evaluated.
+    """
+    (results,) = read_run_results([run])
+    rounds = [*([results.untrained] if results.untrained else []), *results.rounds]
+    metric = next((name for name in COMPARED_METRICS if metric_values(results.last, name)), "accuracy")
+    values = [metric_values(found, metric) for found in rounds]
+    means = [fmean(rows.values()) if rows else 0.0 for rows in values]
+    changes = [None, *(paired_difference(now, before) for before, now in pairwise(values))]
+    return {
+        "run": run.name,
+        "metric": metric,
+        "rounds": [
+            {**round_record(results, found, found is results.last), "change": change and asdict(change)}
+            for found, change in zip(rounds, changes, strict=True)
+        ],
+        "best": rounds[means.index(max(means))].number,
+        "gain": difference_record(values[-1], values[0]) if len(values) > 1 else None,
+        "lag": difference_record(values[-1], values[means.index(max(means))]),
+        "fallen": fallen_tasks(results, rounds[0], metric) if len(values) > 1 else [],
+    }
+
+
+def difference_record(one: RowValues, other: RowValues) -> dict[str, Any] | None:
+    """One round minus another as data; None if no row has a value in both."""
+    found = paired_difference(one, other)
+    return asdict(found) if found else None
+
+
+def fallen_tasks(results: RunResults, start: EvaluatedRound, metric: str) -> list[dict[str, Any]]:
+    """The tasks on which the last round is below the first evaluation, the largest loss of rows first."""
+    first, last = (metric_values(found, metric) for found in (start, results.last))
+    groups: dict[str, set[str]] = defaultdict(set)
+    for row in results.holdout:
+        groups[row.task].add(row.id)
+    pairs = {task: paired_difference(select_rows(last, ids), select_rows(first, ids)) for task, ids in groups.items()}
+    found = correct_p_values({task: pair for task, pair in pairs.items() if pair})
+    fallen = [{"task": task, **asdict(pair)} for task, pair in found.items() if pair.mean < 0]
+    return sorted(fallen, key=lambda row: (row["mean"] * row["rows"], row["task"]))
+
+
+def round_verdict(found: Mapping[str, Any]) -> str:
+    """What the rounds of a run achieved, in one sentence or two: the gain, the best round, and tasks that fell."""
+    last, gain = found["rounds"][-1], found["gain"]
+    name, rate = metric_name(found["metric"]), last[found["metric"]]
+    if not rate:
+        return "No answer to the holdout could be checked or judged, so nothing is known about the student."
+    if gain is None:
+        low, high = rate["interval"]
+        return f"Round {last['round']}: {name} {rate['mean']:.1%} (95 %: {low:.0%} to {high:.0%})."
+    first = found["rounds"][0]["round"]
+    said = f"Round {last['round']} {direction(gain)} {round_name(first)} in {name}{certainty(gain)}."
+    if found["best"] == last["round"]:
+        return f"{said} It is the best round."
+    if found["best"] == first:
+        best = round_name(first)
+        return f"{said} {best[0].upper()}{best[1:]} is the best, but model/ has round {last['round']}."
+    return (
+        f"{said} The best is round {found['best']}: round {last['round']}, which is in model/, "
+        f"{direction(found['lag'])} it{certainty(found['lag'])}."
+    )
+
+
+def round_name(number: int) -> str:
+    """`round 2`, or `the untrained student`."""
+    return "the untrained student" if number == UNTRAINED_ROUND else f"round {number}"
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people call it."""
+    return metric.replace("_", " ")
+
+
+def direction(gap: Mapping[str, Any]) -> str:
+    """`is 18.0 points better than`, or `is as good as`."""
+    points = 100 * gap["mean"]
+    if abs(points) < 0.05:
+        return "is as good as"
+    return f"is {format_points(points)} {'better' if points > 0 else 'worse'} than"
+
+
+def format_points(points: float) -> str:
+    """`1.0 point`, `2.5 points`, without the sign."""
+    return f"{abs(points):.1f} point" + ("" if f"{abs(points):.1f}" == "1.0" else "s")
+
+
+def certainty(gap: Mapping[str, Any]) -> str:
+    """The interval and p of a difference, and whether it may be chance."""
+    if not gap["better"] and not gap["worse"]:
+        return ""
+    chance = ", which may be chance" if gap["p"] >= CHANCE else ""
+    p = "p < 0.001" if gap["p"] < 0.001 else f"p = {gap['p']:.2g}"
+    return f" (95 %: {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}, {p}){chance}"
+
+
+def fallen_sentence(found: Mapping[str, Any], most: int = 4) -> str:
+    """The tasks that fell since the first evaluated round, with their rows; "" if none did."""
+    rows = found["fallen"]
+    if not rows:
+        return ""
+    named = ", ".join(f"{row['task']} {100 * row['mean']:+.0f} ({count_of_rows(row['rows'])})" for row in rows[:most])
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    sure = any(row["p_holm"] < CHANCE for row in rows)
+    chance = "" if sure else "; each of these may be chance"
+    return f"Tasks that fell since {round_name(found['rounds'][0]['round'])}, in points: {named}{more}{chance}."
+
+
+def count_of_rows(rows: int) -> str:
+    """`1 row`, `14 rows`."""
+    return f"{rows:,} row" + ("" if rows == 1 else "s")

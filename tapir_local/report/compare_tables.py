@@ -1,10 +1,11 @@
-"""Tables that compare runs: cost and rates of rounds, and differences; readable at 100 columns."""
+"""Tables that compare runs: cost and rates of rounds, and differences; readable at 60 columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tapir_local.report.compare import COST_UNIT_NAMES
+from tapir_local.report.compare import CHANCE, COST_UNIT_NAMES
 from tapir_local.report.tables import count_cell, percent_cell
+from tapir_local.run_dir import UNTRAINED_ROUND
 from tapir_local.tables import PlainTable
 
 METRIC_NAMES = {"accuracy": "accuracy", "win_rate": "win rate", "likeness": "likeness"}
@@ -13,6 +14,10 @@ METRIC_CAPTIONS = {
     "win_rate": "Win rate against the teacher's answers, judged by ",
     "likeness": "Likeness of the student's answers to the teacher's, 100% if the words are the same, by ",
 }
+
+# Which columns a narrow terminal leaves out, the highest rank first.
+COST_RANKS = {"rows": 4, "tokens": 1, "teacher": 3, "judge": 2}
+DIFFERENCE_RANKS = {"difference": 0, "+/-": 4, "p": 3, "p Holm": 0}
 
 
 def comparison_tables(found: Mapping[str, Any]) -> list[PlainTable]:
@@ -28,13 +33,13 @@ def comparison_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     ]
 
 
-def empty_table(title: str, left: Sequence[str], right: Sequence[str]) -> PlainTable:
-    """A table without rows: columns of text, then columns of numbers."""
+def empty_table(title: str, left: Sequence[str], right: Mapping[str, int]) -> PlainTable:
+    """A table without rows: columns of text, then columns of numbers with their ranks (see PlainTable)."""
     table = PlainTable(title)
     for name in left:
-        table.add_column(name, overflow="fold")
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, no_wrap=name != "run")
+    for name, rank in right.items():
+        table.add_numbers(name, rank=rank)
     return table
 
 
@@ -44,7 +49,7 @@ def compared_rounds_table(found: Mapping[str, Any]) -> PlainTable:
     table = empty_table(
         f"the runs, round by round, on the same {found['holdout']['rows']:,} rows of holdout",
         ["run"],
-        ["round", "rows", "tokens", "teacher", "judge", *(METRIC_NAMES[metric] for metric in metrics)],
+        {"round": 0, **COST_RANKS, **{METRIC_NAMES[metric]: 0 for metric in metrics}},
     )
     for row, new in with_group_start(found["rounds"], "run"):
         if new:
@@ -77,7 +82,7 @@ def compared_rounds_caption(found: Mapping[str, Any]) -> str:
 def differences_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> PlainTable:
     """A row for each metric and run: its rate, its difference from the first run, and p."""
     title = f"the chosen rounds compared with that of {baseline}, on the same rows"
-    table = empty_table(title, ["", "run"], ["round", "rate", "difference", "+/-", "p", "p Holm"])
+    table = empty_table(title, ["", "run"], {"round": 2, "rate": 1, **DIFFERENCE_RANKS})
     for row, new in with_group_start(rows, "metric"):
         if new:
             table.add_section()
@@ -102,7 +107,7 @@ def differences_caption(rows: Sequence[Mapping[str, Any]]) -> str:
 def compared_tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
     """One metric: a row for each task and run."""
     name = METRIC_NAMES[rows[0]["metric"]]
-    table = empty_table(f"{name} by task", ["task", "run"], ["rows", name, "difference", "+/-", "p", "p Holm"])
+    table = empty_table(f"{name} by task", ["task", "run"], {"rows": 2, name: 1, **DIFFERENCE_RANKS})
     for row, new in with_group_start(rows, "task"):
         names = [row["task"] if new else "", row["run"], str(row["rows"])]
         table.add_row(*names, rate_and_interval_cell(row), *difference_cells(row["difference"]))
@@ -141,3 +146,27 @@ def percent_range(pair: Sequence[float], form: str) -> str:
 def p_value_cell(p: float) -> str:
     """`0.012`, or `<0.001`."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def rounds_of_run_table(found: Mapping[str, Any]) -> PlainTable:
+    """A row for each round of one run: its rates, and the change on the round before."""
+    metrics = shown_metrics(found["rounds"])
+    name = METRIC_NAMES[found["metric"]]
+    table = PlainTable(f"run {found['run']}: the holdout, round by round")
+    table.add_numbers("round")
+    for metric in metrics:
+        table.add_numbers(METRIC_NAMES[metric], rank=int(metric != found["metric"]))
+    table.add_numbers(f"change in\n{name}")
+    table.add_column("", no_wrap=True)
+    for row in found["rounds"]:
+        change, name = row["change"], "untrained" if row["round"] == UNTRAINED_ROUND else str(row["round"])
+        label, chance = f"{'*' * (row['round'] == found['best'])}{name}", change and change["p"] >= CHANCE
+        rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
+        table.add_row(label, *rates, difference_cells(change)[0], "chance?" if chance else "")
+    table.caption = (
+        "*: the best; model/ has the last round. Round 0 is plain fine-tuning on the teacher's answers. Change: on "
+        "the round before, in percentage points; it may be chance where p is 0.05 or more. In parentheses: 95 % "
+        f"intervals. `tapir-local status "
+        f"{found['run']}` has scores, calls and seconds."
+    )
+    return table

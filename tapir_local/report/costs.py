@@ -12,6 +12,7 @@ from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.pipeline.rounds import ROUND_STAGES
+from tapir_local.pipeline.untrained import UNTRAINED_STAGES
 from tapir_local.recipe.checks import asks_no_endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
@@ -22,7 +23,7 @@ from tapir_local.tables import PlainTable, plain_text
 
 CostGrouping = Literal["run", "round", "stage", "task"]
 
-STAGE_ORDER = [stage.name for stage in (*PREPARE_STAGES, *ROUND_STAGES)]
+STAGE_ORDER = [stage.name for stage in (*PREPARE_STAGES, *UNTRAINED_STAGES, *ROUND_STAGES)]
 
 # The requests of a judge carry the id of a row, then `#` and the number of the request.
 CALL_FILTER = """
@@ -131,10 +132,13 @@ def no_calls_sentence(recipe: Recipe) -> str:
 def cost_estimate_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:
     """A row for each stage that will make calls, and their sum."""
     table = PlainTable(f"run {run}: calls of the remaining stages")
-    table.add_column("stage")
-    for name in ("calls", "in the store", "to pay", "tokens in", "tokens out", "money"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("stage", no_wrap=True)
+    table.add_numbers("calls")
+    table.add_numbers("in the\nstore", rank=3)
+    table.add_numbers("to pay")
+    table.add_numbers("tokens\nin", "tokens\nout", rank=2)
+    table.add_numbers("money")
+    table.add_column("", no_wrap=True, rank=1)
     for row in rows:
         hits = "?" if row.hits is None else f"{row.hits:,}"
         numbers = (
@@ -163,10 +167,12 @@ def cost_estimate_table(rows: Sequence[CostEstimate], run: str) -> PlainTable:
 def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainTable:
     """A row for each value of `by`, and their sum: calls, tokens, money, and what the store saved."""
     table = PlainTable(title)
-    table.add_column(by, min_width=13)
-    numbers = ("paid", "from_store", "failed", "tokens_in", "tokens_out")
-    for name in (*numbers, "money", "saved"):
-        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column(by, no_wrap=True)
+    failed = ("failed",) if any(row["failed"] for row in rows) else ()
+    numbers = ("paid", "from_store", *failed, "tokens_in", "tokens_out")
+    for name, rank in {**dict.fromkeys(numbers, 1), "paid": 0, "tokens_in": 3, "tokens_out": 2}.items():
+        table.add_numbers(name.replace("_", "\n"), rank=rank)
+    table.add_numbers("money", "saved")
     for row in rows:
         table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *money_cells([row]))
     table.add_section()
@@ -180,6 +186,8 @@ def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
     sentences = []
     if any(row["failed"] for row in rows):
         sentences.append("Failed: attempts without an answer. Tokens and money include those that may be billed.")
+    if count := sum(row["unpriced"] for row in rows):
+        sentences.append(f"{count:,} calls have no known price (teacher.price, judge.price), and are not in the sums.")
     if count := sum(row["estimated"] for row in rows):
         sentences.append(f"{count:,} calls and attempts have no token counts; the largest possible counts are used.")
     return " ".join(sentences) or None
@@ -189,20 +197,18 @@ def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """(paid, saved by the store); calls without a known price are counted apart, not as free."""
     unknown = sum(row["unpriced"] for row in rows)
     paid = sum(row["money"] for row in rows)
-    if unknown:
-        paid_cell = f"{money_cell(paid)} + {unknown:,} of unknown price" if paid else "unknown"
-    else:
-        paid_cell = money_cell(paid)
+    known = money_cell(paid)
+    paid_cell = known if not unknown else f"{known} + ?" if paid else "unknown"
     saved = sum(row["saved"] for row in rows)
     return paid_cell, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
 
 
-def round_receipt(
-    title: str, stages: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
-) -> tuple[PlainTable, Text] | tuple[()]:
-    """What a round cost by stage, and a line with the calls of each task; () if there were no calls."""
+def round_receipt(title: str, stages: Sequence[Mapping[str, Any]], command: str) -> Text | None:
+    """What a round cost, in a line with the command that shows it by stage; None if there were no calls."""
     if not stages:
-        return ()
-    most_paid_first = sorted(tasks, key=lambda row: -row["paid"])
-    counts = (f"{row['task']} {row['paid']:,} paid, {row['from_store']:,} from the store" for row in most_paid_first)
-    return cost_table(title, stages, "stage"), plain_text(f"By task: {'; '.join(counts)}.")
+        return None
+    paid, hits, failed = (sum(row[name] for row in stages) for name in ("paid", "from_store", "failed"))
+    money, saved = money_cells(stages)
+    missed = f", {failed:,} failed attempts" if failed else ""
+    said = f"{paid:,} calls paid, {hits:,} from the store{missed}; money {money}, saved {saved}"
+    return plain_text(f"{title}: {said}. By stage: {command}")

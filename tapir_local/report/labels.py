@@ -67,9 +67,12 @@ def label_notes(run: RunDir) -> list[str]:
 def label_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     """Tables of who labeled the rows of each task, the agreement with the teacher, and the confused labels."""
     table = PlainTable(f"run {found['run']}: labels")
-    table.add_column("task")
-    for name in ("share", "rows", "file", "teacher", "classifier", "agreement", "95 %", "held out"):
-        table.add_column(name, justify="right")
+    table.add_column("task", no_wrap=True)
+    table.add_numbers("share", "rows")
+    table.add_numbers("file", "teacher", "classifier")
+    table.add_numbers("agreement", rank=1)
+    table.add_numbers("95 %", rank=2)
+    table.add_numbers("held out", rank=3)
     present = {task: row for task, row in found["tasks"].items() if row["rows"] or row["held_out"]}
     for task, row in present.items():
         held = row["held_out"] or {}
@@ -87,7 +90,11 @@ def label_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     table.caption = "\n".join([*found["notes"], *([f"Tasks without a row: {empty}."] if empty else [])])
     pairs = [[pair["teacher"], pair["classifier"], f"{pair['rows']:,}"] for pair in found["confused"]]
     title = f"run {found['run']}: labels that the classifier confuses (rows held out from its training)"
-    return [table, text_table(title, ["teacher's label", "classifier's label", "rows"], pairs)] if pairs else [table]
+    return (
+        [table, text_table(title, ["teacher's label", "classifier's label", "rows"], pairs, whole=["rows"])]
+        if pairs
+        else [table]
+    )
 
 
 def held_out_cell(held: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import read_metrics
-from tapir_local.run_dir import RunDir
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
 
 HoldoutRecord = TypeVar("HoldoutRecord", Completion, Judgement)
 HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the metrics of the round before
@@ -87,6 +87,7 @@ class RunResults:
     judge: str
     holdout: tuple[Example, ...]
     rounds: tuple[EvaluatedRound, ...]
+    untrained: EvaluatedRound | None = None
 
     @property
     def last(self) -> EvaluatedRound:
@@ -133,7 +134,13 @@ def read_one_run(run: RunDir, check: AnswerChecker | None, tasks: Mapping[str, s
     alike = recipe.judge.kind == "reference"
     rounds = tuple(EvaluatedRound(n, costs[n], *holdout_values(run, n, holdout, check, alike)) for n in metrics)
     judge = str(metrics[last].get("judge", "")).replace("(a programme)", "(a program)")  # files of older versions
-    return RunResults(run.name, recipe, judge, holdout, rounds)
+    untrained = None
+    if read_metrics(run, UNTRAINED_ROUND):
+        nothing_spent = RunCost(0, 0, 0, 0, 0)
+        untrained = EvaluatedRound(
+            UNTRAINED_ROUND, nothing_spent, *holdout_values(run, UNTRAINED_ROUND, holdout, check, alike)
+        )
+    return RunResults(run.name, recipe, judge, holdout, rounds, untrained)
 
 
 def holdout_values(
@@ -160,7 +167,8 @@ def read_holdout_records(
     run: RunDir, number: int, kind: type[HoldoutRecord], stage: str, name: str, holdout: Sequence[Example]
 ) -> dict[str, HoldoutRecord]:
     """The records of a file, by id; TapirError unless they are about the rows of the holdout."""
-    redo = f"--round {number} --from {stage}"
+    untrained = stage.replace("holdout-", "--from untrained-")
+    redo = untrained if number == UNTRAINED_ROUND else f"--round {number} --from {stage}"
     path = require_file(run, run.round(number) / name, redo)
     found = {row.id: row for row in read_rows(kind, path)}
     if found.keys() != {row.id for row in holdout}:
@@ -213,7 +221,7 @@ def round_cost(run: RunDir, number: int, calls: Mapping[str, int]) -> RunCost:
 def call_kind(step: str) -> tuple[int, str]:
     """(round, kind) of the calls of a step: `teacher`, `judge` or `evaluation`; the preparation belongs to round 0."""
     place, _, stage = step.partition("/")
-    kind = "evaluation" if stage.startswith("holdout") else "judge" if "judge" in stage else "teacher"
+    kind = "evaluation" if stage.startswith(("holdout", "untrained")) else "judge" if "judge" in stage else "teacher"
     return (0 if place == "prepare" else int(place.removeprefix("round-"))), kind
 
 

@@ -1,7 +1,9 @@
 """Read the state of a run from its files: stages, calls, and a round's plan, metrics and answers."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -10,9 +12,9 @@ from tapir_local.errors import TapirError
 from tapir_local.files import read_json_object, read_record, read_rows
 from tapir_local.method.judge_quality import measure_judge
 from tapir_local.pipeline.labeling import warn_low_agreement
-from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps, redo_command
+from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.run_dir import RunDir, is_locked
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -21,8 +23,8 @@ SAMPLE_ANSWERS = 6
 
 def run_status(run: RunDir) -> dict[str, Any]:
     """What `tapir-local status --json` prints: the stages with their seconds, the metrics of each round, calls."""
-    record, steps = run.record(), list_steps(run, max(kept_recipe(run).rounds, last_round(run)))
-    taken = record.get("stages", {})
+    steps = list_steps(run, max(kept_recipe(run).rounds, last_round(run)))
+    taken = run.record().get("stages", {})
     rounds = [
         {
             "number": number,
@@ -33,8 +35,12 @@ def run_status(run: RunDir) -> dict[str, Any]:
     ]
     return {
         "run": run.name,
-        "state": run_state(run, steps, str(record.get("status", ""))),
+        "folder": str(run.path),
+        "state": describe_state(run, steps),
+        "stages_done": sum(step.done for step in steps),
+        "stages": len(steps),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
+        "untrained": read_metrics(run, UNTRAINED_ROUND),
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
         "calls": call_counts(run, taken),
@@ -43,21 +49,63 @@ def run_status(run: RunDir) -> dict[str, Any]:
     }
 
 
-def run_state(run: RunDir, steps: Sequence[Step], recorded: str) -> str:
-    """`done`, `running, in STEP`, or where and why the run stopped, as `recorded` in run.json.
-
-    A process that was killed has recorded nothing: whether a run is worked on is known from its lock.
-    """
-    left = next((step.name for step in steps if not step.done), "")
+def describe_state(run: RunDir, steps: Sequence[Step]) -> str:
+    """Whether a run is done, running or stopped, by its outputs and its lock: its record may be of an earlier state."""
+    left, holder = [step for step in steps if not step.done], lock_holder(run)
+    if holder:
+        return f"running ({holder})" + (f", in {left[0].name}" if left else "")
+    recorded = str(run.record().get("status", ""))
     if not left:
         return "done"
-    if is_locked(run):
-        return f"running, in {left}"
-    if recorded.startswith("stopped"):
-        return recorded
     if recorded == "running":
-        return f"stopped in {left}: its process ended without an error, as by kill -9"
-    return f"stopped before {left}"
+        return f"stopped in {left[0].name}: its process ended without an error, as by kill -9"
+    return recorded if recorded.startswith("stopped") else f"not finished, {left[0].name} is next"
+
+
+def list_run_states(cache: Path) -> list[dict[str, Any]]:
+    """What `tapir-local runs --json` prints: state, rounds and best round of each run, the newest first."""
+    return sorted((run_summary(run) for run in list_runs(cache)), key=lambda row: str(row["updated"]), reverse=True)
+
+
+def run_summary(run: RunDir) -> dict[str, Any]:
+    """State, rounds, best round, calls, size and time of a run; of an unreadable one the state says why."""
+    record = run.record()
+    found = {
+        "run": run.name,
+        "rounds": None,
+        "best": None,
+        "calls": sum(stage.get("paid", 0) for stage in record.get("stages", {}).values()),
+        "bytes": disk_bytes(run.path),
+        "updated": record.get("updated", record.get("started")),
+    }
+    try:
+        rounds = kept_recipe(run).rounds
+    except TapirError as error:
+        return {**found, "state": f"unreadable: {error.what}"}
+    steps = list_steps(run, max(rounds, last_round(run)))
+    metrics = [row for n in range(last_round(run) + 1) if (row := read_metrics(run, n))]
+    found |= {"rounds": {"done": max((row["round"] for row in metrics), default=None), "planned": rounds}}
+    return {**found, "state": describe_state(run, steps), "best": best_of_rounds(metrics)}
+
+
+def best_of_rounds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The round with the highest accuracy or, without a checker, win rate or score; None before the first metrics."""
+    for name in ("accuracy", "win_rate", "student_score"):
+        values = [(row[name], row["round"]) for row in metrics if row.get(name) is not None]
+        if values:
+            value, number = max(values, key=lambda pair: (pair[0], -pair[1]))
+            return {"round": number, "metric": name, "value": value}
+    return None
+
+
+def disk_bytes(folder: Path) -> int:
+    """The size of the files in a folder; files with several names, such as linked weights, count once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a running stage removes its partial files
+            found = path.lstat()
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def changed_output_warnings(run: RunDir, steps: Sequence[Step]) -> list[str]:
@@ -101,10 +149,10 @@ def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
-    """The metrics of a round; None until they exist."""
-    step = next(step for step in list_steps(run, number) if (step.number, step.stage.name) == (number, "evaluate"))
-    fix = f"Make it again: {redo_command(run.name, step)}"
-    return read_json_object(step.output, fix) if step.output.exists() else None
+    """The metrics of a round, or of the untrained student; None until they exist."""
+    path, where = run.round(number) / "metrics.json", "" if number == UNTRAINED_ROUND else f" --round {number}"
+    fix = f"Make it again: tapir-local redo {run.name}{where} --from evaluate"
+    return read_json_object(path, fix) if path.exists() else None
 
 
 def round_report(run: RunDir, number: int | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Tables of a run: its stages, its rounds, one round's plan, judge and answers, and the rows that were left out."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
 from tapir_local.recipe.schema import POOL_CURRICULA
 from tapir_local.report.tables import (
@@ -27,14 +28,28 @@ JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
     "length_bias": ("rank correlation of length and score", "{:+.2f}"),
 }
 
+# The columns of the table of rounds, each with its rank (see PlainTable): 1 and above may be left out.
+ROUND_COLUMNS = (
+    ("round", 0),
+    ("win rate", 0),
+    ("95 %", 1),
+    ("accuracy", 0),
+    ("95 %", 1),
+    ("score", 2),
+    ("judged", 3),
+    ("unjudged", 4),
+    ("seconds", 5),
+)
+
 
 def rounds_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each round: win rate and accuracy on the holdout with their intervals, scores, seconds."""
     table = PlainTable(f"run {status['run']}: the holdout, round by round", rounds_caption(status))
-    for name in ("round", "win rate", "95 %", "accuracy", "95 %", "score", "judged", "unjudged", "seconds"):
-        table.add_column(name, justify="right")
+    for name, rank in ROUND_COLUMNS:
+        table.add_numbers(name, rank=rank)
     before: Mapping[str, Any] = {}
-    for row in status["rounds"]:
+    untrained: dict[str, Any] = {"number": "untrained", "metrics": status.get("untrained"), "stages": []}
+    for row in [*([untrained] if untrained["metrics"] else []), *status["rounds"]]:
         found = row["metrics"] or {}
         seconds = sum(stage["seconds"] or 0 for stage in row["stages"])
         table.add_row(
@@ -86,22 +101,56 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
 
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each stage: done or not, seconds, calls, its closing phrase."""
-    table = PlainTable(f"run {status['run']}: stages")
+    table = PlainTable(
+        f"run {status['run']}: {status['state']}; {status['stages_done']} of {status['stages']} stages are done\n"
+        f"{status['folder']}"
+    )
     lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(lines) or None
-    for name in ("stage", "done"):
-        table.add_column(name)
-    for name in ("seconds", "paid", "hits"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("done", no_wrap=True)
+    table.add_numbers("seconds")
+    table.add_numbers("paid", "hits", rank=1)
+    table.add_column("result")
     rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
-    for place, stages in [("prepare", status["prepare"]), *rounds, ("end", status["end"])]:
-        for stage in stages:
+    places = [("prepare", status["prepare"]), *rounds, ("end", status["end"])]
+    stages = [(f"{place} {stage['name']}", stage) for place, found in places for stage in found]
+    waiting = [name for name, stage in stages if not stage["done"]]
+    for name, stage in stages:
+        if stage["done"] or name == waiting[0]:
             numbers = (number_cell(stage.get(key)) for key in ("seconds", "paid", "hits"))
-            table.add_row(
-                f"{place} {stage['name']}", "yes" if stage["done"] else "no", *numbers, stage.get("note") or ""
-            )
+            said = (stage.get("note") or "").partition("; ")[0]
+            table.add_row(name, "yes" if stage["done"] else "next", *numbers, said)
+    if len(waiting) > 1:
+        table.add_row(f"{len(waiting) - 1} more", "no", "", "", "", f"up to {waiting[-1]}")
     return table
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]], cache: str) -> PlainTable:
+    """A row for each run: state, evaluated rounds, best round, calls, size, when it last changed."""
+    table = PlainTable(f"runs in {cache}", "Best: the highest accuracy or, without a checker, win rate or score.")
+    table.add_column("run", no_wrap=True)
+    table.add_column("state")
+    table.add_numbers("rounds", rank=2)
+    table.add_column("best", no_wrap=True)
+    table.add_numbers("calls", rank=4)
+    table.add_numbers("size", rank=3)
+    table.add_column("changed (UTC)", no_wrap=True, rank=1)
+    for row in rows:
+        rounds = row["rounds"] or {"done": None, "planned": "?"}
+        done = "-" if rounds["done"] is None else rounds["done"]
+        changed = str(row["updated"] or "")[:16].replace("T", " ")
+        cells = (f"{done} of {rounds['planned']}", best_cell(row["best"]), f"{row['calls']:,}")
+        table.add_row(row["run"], row["state"], *cells, format_bytes(row["bytes"]), changed)
+    return table
+
+
+def best_cell(best: Mapping[str, Any] | None) -> str:
+    """`59.6% in round 3`, or a dash before the first evaluation."""
+    if not best:
+        return "-"
+    value = f"{best['value']:.2f}" if best["metric"] == "student_score" else percent_cell(best["value"])
+    return f"{value} in round {best['round']}"
 
 
 def unusable_lines(found: Mapping[str, Any]) -> list[str]:
@@ -119,11 +168,13 @@ def unusable_tables(found: Mapping[str, Any], most: int = 20) -> list[PlainTable
     """The rows that were left out, counted by step and reason, and the first of them."""
     counts = [[step, kind, f"{n:,}"] for step, kinds in found["by_step"].items() for kind, n in kinds.items()]
     rows = [[row["step"], row["id"], row["kind"], row["detail"], row["text"]] for row in found["rows"][:most]]
-    table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts)
+    table = text_table(f"run {found['run']}: rows left out", ["step", "reason", "rows"], counts, whole=["step", "rows"])
     if not rows:
         table.caption = "No row was left out."
         return [table]
-    first = text_table(f"run {found['run']}: the first rows", ["step", "row", "reason", "details", "text"], rows)
+    columns = ["step", "row", "reason", "details", "text"]
+    title, ranks = f"run {found['run']}: the first rows", {"details": 1, "step": 2}
+    first = text_table(title, columns, rows, whole=["step", "row"], ranks=ranks)
     first.caption = f"unusable.jsonl in the run's folder has all {len(found['rows']):,}; --json prints them."
     return [table, first]
 
@@ -142,11 +193,18 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
         }
         tables.append(task_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
     cells = [
-        [row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
+        [row["id"], row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
         for row in found["answers"]
     ]
-    answers = text_table(f"{title}: sample answers", ["task", "instruction", "teacher", "student", "scores"], cells)
-    answers.caption = "\n".join(unusable_lines(found)) or None
+    answers = text_table(
+        f"{title}: sample answers",
+        ["row", "task", "instruction", "teacher", "student", "scores"],
+        cells,
+        whole=["row", "scores"],
+        ranks={"scores": 1, "task": 2},
+    )
+    explain = [f"`tapir-local why {found['run']} {row['id']}` explains a row." for row in found["answers"][:1]]
+    answers.caption = "\n".join([*explain, *unusable_lines(found)]) or None
     return [*tables, answers]
 
 
@@ -183,8 +241,7 @@ def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable
     """A row for each measure, a column each for the judgements of pool and holdout; a dash if there is no value."""
     table = PlainTable(f"{title}: the judge")
     table.add_column("")
-    for name in sets:
-        table.add_column(name, justify="right")
+    table.add_numbers(*sets)
     for key, (description, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
         table.add_row(description, *("-" if value is None else form.format(value) for value in values))

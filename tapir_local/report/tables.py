@@ -5,11 +5,18 @@ from collections.abc import Mapping, Sequence
 from tapir_local.tables import PlainTable
 
 
-def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
-    """A table of text."""
+def text_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    whole: Sequence[str] = (),
+    ranks: Mapping[str, int] | None = None,
+) -> PlainTable:
+    """A table of text; the columns `whole` are not wrapped, those with a rank may be left out (see PlainTable)."""
     table = PlainTable(title)
     for name in columns:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=name in whole, rank=(ranks or {}).get(name, 0))
     for row in rows:
         table.add_row(*row)
     return table
@@ -18,9 +25,8 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 def task_table(title: str, rows: Mapping[str, Mapping[str, float | None]], columns: Mapping[str, str]) -> PlainTable:
     """A row for each task. `columns` maps the key of a value to its format: `rate`, `score` or `count`."""
     table = PlainTable(title)
-    table.add_column("task")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("task", no_wrap=True)
+    table.add_numbers(*(name.replace("_", " ") for name in columns))
     for task, values in rows.items():
         table.add_row(task, *(value_cell(values.get(name), kind) for name, kind in columns.items()))
     return table

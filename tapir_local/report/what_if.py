@@ -154,9 +154,8 @@ def what_if_tables(found: WhatIf) -> list[PlainTable]:
     then, now = found.then, found.now
     changes = ", ".join(found.changes) or "no change"
     table = PlainTable(f"run {found.run}, round {found.round}: the plan with {changes}")
-    table.add_column("task")
-    for name in ("share now", "share then", "to write now", "to write then"):
-        table.add_column(name, justify="right")
+    table.add_column("task", no_wrap=True)
+    table.add_numbers("share\nnow", "share\nthen", "to write\nnow", "to write\nthen")
     new = [count_new_rows(plan.expansions) if plan else Counter[str]() for plan in (now, then)]
     for task in sorted({*then.got, *(now.got if now else ())}):
         shares = [percent_cell(plan.got.get(task, 0.0) if plan else None) for plan in (now, then)]

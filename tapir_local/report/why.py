@@ -1,7 +1,7 @@
 """What happened to one row: its scores in every round, why a plan used it or not, its new rows, its cost."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,6 +117,19 @@ def read_judgements(run: RunDir, number: int, name: str) -> dict[str, Judgement]
     return {judgement.id: judgement for judgement in read_rows(Judgement, path)} if path.exists() else {}
 
 
+def same_number(named: str, known: Iterable[str]) -> list[str]:
+    """The id with the same beginning and number, such as seed-00017 for `seed-17`; [] if there is none."""
+    head, _, number = named.rpartition("-")
+    if not number.isdecimal():
+        return []
+    numbered = (id.rpartition("-") for id in known)
+    return [
+        "-".join((start, digits))
+        for start, _, digits in numbered
+        if start == head and digits.lstrip("0") == number.lstrip("0")
+    ]
+
+
 def find_row(run: RunDir, known: Mapping[str, Example], named: str) -> Example:
     """The row with this id, or the only one whose instruction contains these words; TapirError if there is none."""
     if named in known:
@@ -131,7 +144,7 @@ def find_row(run: RunDir, known: Mapping[str, Example], named: str) -> Example:
         raise TapirError(
             f"{len(matches):,} rows have {named!r} in their instruction: {ids}{more}", fix="Name one row by its id."
         )
-    similar = difflib.get_close_matches(named, known, 3)
+    similar = same_number(named, known) or difflib.get_close_matches(named, known, 3)
     raise TapirError(
         f"run {run.name!r} has no row {named!r}",
         where=str(run.path),
@@ -283,13 +296,18 @@ def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:
         ]
         for row in found["rounds"]
     ]
-    columns = ["round", "student : teacher", "MFD", "use", "why", "trained"]
-    tables: list[PlainTable | Text] = [head, text_table("round by round", columns, cells)]
+    columns = ["round", "scores", "MFD", "use", "why", "trained"]
+    tables: list[PlainTable | Text] = [
+        head,
+        text_table(
+            "round by round", columns, cells, whole=[name for name in columns if name != "why"], ranks={"trained": 1}
+        ),
+    ]
     if found["left_out"]:
         lost = [[row["step"], row["kind"], row["detail"]] for row in found["left_out"]]
-        tables.append(text_table("where it was left out", ["step", "reason", "details"], lost))
+        tables.append(text_table("where it was left out", ["step", "reason", "details"], lost, whole=["step"]))
     if found["grew"]:
         grew = [[str(new["round"]), new["id"], new["reason"] or "kept", new["instruction"]] for new in found["grew"]]
         columns = ["round", "row", "kept, or why not", "instruction"]
-        tables.append(text_table("rows written from it", columns, grew))
+        tables.append(text_table("rows written from it", columns, grew, whole=["round", "row"]))
     return [*tables, cost_table("what it cost", found["cost"], "stage")] if found["cost"] else tables

@@ -12,6 +12,7 @@ from tapir_local.records import Progress
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import RowOrder, TrainJob
+from tapir_local.training.loss import describe_loss
 from tapir_local.training.model import Hardware
 
 
@@ -33,7 +34,8 @@ def training_callback(
         if "loss" in logs:  # the final summary has none
             refuse_nonfinite_step(state.global_step, logs, job, hardware.precision)
             training.log.append(log_entry(training, state, logs, args.per_device_train_batch_size))
-            progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+            losses = [entry["loss"] for entry in training.log if entry.get("loss") is not None]
+            progress(state.global_step, state.max_steps, describe_loss(losses))
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and checkpoints.is_checkpoint_due(training, processes):

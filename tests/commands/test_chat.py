@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tapir_local.commands.chat import ChatModel, chat_loop
+from tapir_local.commands.chat import CHAT_HELP, ChatModel, chat_loop
 from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Engine, open_engine
 from tapir_local.inference.tokens import encode
@@ -35,6 +35,15 @@ def test_at_a_temperature_replies_differ_unless_the_seed_is_the_same(engine: Eng
 
 def test_a_greedy_reply_is_always_the_same(engine: Engine) -> None:
     assert len(set(replies(engine, 1, 0.0) + replies(engine, 2, 0.0))) == 1
+
+
+def test_commands_are_not_sent_to_the_model(engine: Engine) -> None:
+    speaker, said = ChatModel("student", engine, 4, random.Random(1)), list[str]()
+    lines = iter(["/help", "/?", "/clear", "Is /usr/bin a folder?", "/bye", "never read"])
+    chat_loop([speaker], 0.0, lambda: next(lines), said.append)
+    assert [turn.content for turn in speaker.history if turn.role == "user"] == ["Is /usr/bin a folder?"]
+    assert said[:4] == [CHAT_HELP, CHAT_HELP, CHAT_HELP, f"no such command: /clear. {CHAT_HELP}"]
+    assert next(lines) == "never read"
 
 
 def test_lines_that_quote_special_tokens_are_text(engine: Engine) -> None:

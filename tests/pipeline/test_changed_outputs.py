@@ -14,7 +14,7 @@ from tapir_local.pipeline.loop import distill, list_steps, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Request
 from tapir_local.report.status import run_status
-from tapir_local.run_dir import RunDir, is_locked, lock_run
+from tapir_local.run_dir import RunDir, lock_holder, lock_run
 
 
 def drop_lines(path: Path, kept: int) -> None:
@@ -102,10 +102,10 @@ def test_the_state_says_what_runs_and_what_ended(recipe: Recipe, run: RunDir) ->
 
 
 def test_a_run_is_locked_while_a_process_holds_it(run: RunDir) -> None:
-    assert not is_locked(run)
+    assert not lock_holder(run)
     with lock_run(run):
-        assert is_locked(run)
-    assert not is_locked(run)
+        assert lock_holder(run)
+    assert not lock_holder(run)
 
 
 def test_a_full_disk_does_not_hide_the_first_error(recipe: Recipe, run: RunDir) -> None:

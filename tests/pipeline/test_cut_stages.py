@@ -26,7 +26,7 @@ from tapir_local.pipeline.rounds import generate_answers
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
 from tapir_local.records import Completion, Example, Progress, Scored, noop
-from tapir_local.run_dir import RunDir
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
 
 
 def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Recipe, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Reci
         except KeyboardInterrupt:
             cuts += 1
     assert cuts > 5
-    files = [(run.round(n) / "holdout-answers.jsonl", n) for n in range(3)] + [
+    files = [(run.round(n) / "holdout-answers.jsonl", n) for n in range(-1, 3)] + [
         (run.round(n + 1) / "answers.jsonl", n) for n in (0, 1)
     ]
     assert len(asked) == sum(len(read_rows(Completion, path)) for path, _ in files)
@@ -76,9 +76,9 @@ def test_another_student_or_other_rows_are_answered_from_the_start(recipe: Recip
     made = replace(fake_backends(World()), generate=once)
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, made, QUIET)
-    partial = run.round(0) / "holdout-answers.jsonl.partial"
+    partial = run.round(UNTRAINED_ROUND) / "holdout-answers.jsonl.partial"
     assert len(partial.read_text().splitlines()) == 4
-    redo(run, 0, "train")
+    redo(run, None, "untrained-answer")
     assert not partial.exists()
     distill(recipe, run, made, QUIET)
     assert counts[:2] == [10, 10]
@@ -117,7 +117,7 @@ def test_a_dry_run_beside_a_run_leaves_what_it_is_writing_alone(recipe: Recipe, 
 
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, replace(fake_backends(World()), generate=stop), QUIET)
-    partial = run.round(0) / "holdout-answers.jsonl.partial"
+    partial = run.round(UNTRAINED_ROUND) / "holdout-answers.jsonl.partial"
     with partial.open("a") as file:
         file.write('{"id":"torn')  # a line that is being written
     before = partial.read_bytes()
@@ -206,7 +206,7 @@ def test_a_run_killed_while_its_student_answers_goes_on(recipe: Recipe, tmp_path
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == -9
     whole, run, counts = RunDir(tmp_path / "a", "fake"), RunDir(tmp_path / "b", "fake"), list[int]()
-    assert len((run.round(0) / "holdout-answers.jsonl.partial").read_text().splitlines()) == 4
+    assert len((run.round(UNTRAINED_ROUND) / "holdout-answers.jsonl.partial").read_text().splitlines()) == 4
 
     def counting(*, ids, **rest):  # type: ignore[no-untyped-def]
         counts.append(len(ids))

@@ -88,7 +88,8 @@ def test_a_judge_in_single_mode_is_not_asked_about_the_teachers_answers_again(re
     found = by_step(estimate_costs(alone, RunDir(tmp_path / "cache", "fake")))
     calls = {name: row.calls for name, row in found.items() if name.endswith("judge")}
     assert calls == {
-        "round-00/holdout-judge": 20,
+        "prepare/untrained-judge": 20,
+        "round-00/holdout-judge": 10,
         "round-01/judge": 100,
         "round-01/holdout-judge": 10,
         "round-02/judge": 53 + 6,  # three new rows in the pool, six answers that round 1 wrote or rewrote

@@ -316,7 +316,8 @@ def paid_by(run: RunDir, number: int) -> dict[str, tuple[int, int]]:
 def test_in_single_mode_a_second_round_pays_one_call_per_row(tmp_path: Path) -> None:
     recipe, run = override(make_recipe(tmp_path), {"judge.mode": "single"}), RunDir(tmp_path / "cache", "fake")
     run_through(recipe, run)
-    assert paid_by(run, 0)["holdout-judge"] == (20, 0)
+    first = paid_by(run, 0)
+    assert (first["untrained-judge"], first["holdout-judge"]) == ((20, 0), (10, 10))
     assert paid_by(run, 1) == {"judge": (100, 0), "holdout-judge": (10, 10)}
     new = sum("style" in row.completion for row in read_rows(Example, run.round(1) / "train.jsonl"))
     pool = len(read_rows(Judgement, run.round(2) / "judgements.jsonl"))
@@ -330,8 +331,8 @@ def test_in_single_mode_another_run_pays_nothing_for_the_teachers_answers(tmp_pa
     recipe, cache = override(make_recipe(tmp_path), {"judge.mode": "single", "rounds": 0}), tmp_path / "cache"
     for name in ("one", "two"):
         run_through(override(recipe, {"name": name}), RunDir(cache, name))
-    assert paid_by(RunDir(cache, "one"), 0) == {"holdout-judge": (20, 0)}
-    assert paid_by(RunDir(cache, "two"), 0) == {"holdout-judge": (10, 10)}
+    assert paid_by(RunDir(cache, "one"), 0) == {"untrained-judge": (20, 0), "holdout-judge": (10, 10)}
+    assert paid_by(RunDir(cache, "two"), 0) == {"untrained-judge": (10, 10), "holdout-judge": (10, 10)}
 
 
 @MODES
@@ -365,4 +366,11 @@ def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:
         return generate(gguf=gguf, prompts=prompts, ids=ids, progress=progress, on_result=on_result)
 
     distill(make_recipe(tmp_path), run, replace(fake_backends(World()), generate=spied), QUIET)
-    assert asked == ["round-00 False", "round-00 True", "round-01 False", "round-01 True", "round-02 False"]
+    assert asked == [
+        "untrained False",
+        "round-00 False",
+        "round-00 True",
+        "round-01 False",
+        "round-01 True",
+        "round-02 False",
+    ]

@@ -136,6 +136,24 @@ def test_an_interrupted_redo_leaves_no_hole(recipe: Recipe, tmp_path: Path, monk
     assert len(pending_steps(list_steps(run, 2), "fake")) == 5
 
 
+def test_the_untrained_student_is_measured_and_no_later_stage_depends_on_it(recipe: Recipe, tmp_path: Path) -> None:
+    run, world = RunDir(tmp_path, "fake"), World()
+    distill(recipe, run, fake_backends(world), QUIET)
+    found, paid = run_status(run), len(world.asked)
+    assert (found["untrained"]["round"], found["untrained"]["accuracy"]) == (-1, 0.0)
+    assert found["untrained"]["rows"] == found["rounds"][0]["metrics"]["rows"]
+    before = outputs(run)
+    again = ["untrained-export", "untrained-answer", "untrained-judge", "untrained-evaluate"]
+    assert redo(run, None, again[0]) == [f"prepare/{name}" for name in again[::-1]]
+    left = [step.name for step in pending_steps(list_steps(run, 2), "fake")]  # no hole, as in a run of an older version
+    assert left == [*(f"prepare/{name}" for name in again), "end/ship"]
+    assert distill(recipe, run, fake_backends(world), QUIET) == 5
+    after = outputs(run)
+    assert sorted(after.pop("tapir.lock").splitlines()) == sorted(before.pop("tapir.lock").splitlines())
+    assert after == before
+    assert len(world.asked) == paid
+
+
 @pytest.mark.parametrize(("number", "stage", "said"), [(9, "plan", "no round 9"), (1, "dance", "no stage 'dance'")])
 def test_redo_of_what_is_not_there(recipe: Recipe, tmp_path: Path, number: int, stage: str, said: str) -> None:
     run = RunDir(tmp_path, "fake")
@@ -222,8 +240,8 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
     assert run.record()["stages"]["round-01/evaluate"]["note"].startswith(
         f"likeness {scores[1]:.2f} of 10 ({scores[1] - scores[0]:+.2f} on round 0)"
     )
-    cells = [list(column.cells) for column in rounds_table(status).columns]
-    assert (cells[1][1], cells[5]) == ("-", [f"{scores[0]:.2f}", f"{scores[1]:.2f} ({scores[1] - scores[0]:+.2f})"])
+    cells = [list(map(str, column.cells)) for column in rounds_table(status).columns]
+    assert (cells[1][1], cells[5]) == ("-", ["1.00", "1.00 (+0.00)", f"{scores[1]:.2f} ({scores[1] - scores[0]:+.2f})"])
     assert "Win rate" not in str(rounds_table(status).caption)
     by_task = round_tables(round_report(run, 1))
     assert any("student score" in str(column.header) for table in by_task for column in table.columns)

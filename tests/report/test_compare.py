@@ -18,8 +18,8 @@ from tapir_local.method.metrics import compute_metrics
 from tapir_local.pipeline.context import LockedCall, lock_calls
 from tapir_local.recipe.text import override, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
-from tapir_local.report.compare import compare_runs
-from tapir_local.report.compare_tables import comparison_tables
+from tapir_local.report.compare import compare_rounds, compare_runs, fallen_sentence, round_verdict
+from tapir_local.report.compare_tables import comparison_tables, rounds_of_run_table
 from tapir_local.report.run_results import read_run_results
 from tapir_local.run_dir import RunDir
 
@@ -276,7 +276,7 @@ def test_the_tables_are_readable_at_100_columns(tmp_path: Path) -> None:
     text = shown(compare_runs(runs, by_task=True), 100)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100
-    assert "│ 8/0 │ 0.008 │  0.016 │" in text
+    assert "  8/0  0.008   0.016\n" in text
     for words in ("25.0% (11 to 47)", "p Holm", "accuracy by task", "win rate by task", "McNemar, exact"):
         assert words in text
 
@@ -303,3 +303,59 @@ def test_the_command_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     assert "Runs in this cache: one" in refused("compare", "one", "nope", "--cache", str(tmp_path))
     assert "Name two runs or more" in refused("compare", "one", "--cache", str(tmp_path))
     assert "Missing argument" in refused("compare", "--cache", str(tmp_path), code=2)
+
+
+# The rounds of one run
+
+
+def test_the_end_of_a_run_says_what_was_gained_and_where_the_best_round_is(tmp_path: Path) -> None:
+    found = compare_rounds(made(tmp_path, "one", "1", "1" * 16, "1" * 15))
+    assert (found["metric"], found["best"]) == ("accuracy", 1)
+    assert [row["change"] and round(row["change"]["mean"], 6) for row in found["rounds"]] == [None, 0.75, -0.05]
+    said = round_verdict(found)
+    assert said.startswith("Round 2 is 70.0 points better than round 0 in accuracy (95 %: +50.0 to +90.0, p < 0.001).")
+    assert "The best is round 1: round 2, which is in model/, is 5.0 points worse than it (95 %: -15.0 to +0.0" in said
+    assert said.endswith("p = 1), which may be chance.")
+    assert fallen_sentence(found) == ""
+
+
+def test_a_run_that_got_worse_is_not_praised(tmp_path: Path) -> None:
+    found = compare_rounds(made(tmp_path, "one", "1" * 12, "1" * 2))
+    said = round_verdict(found)
+    assert said.startswith("Round 1 is 50.0 points worse than round 0 in accuracy")
+    assert "chance" not in said
+    assert said.endswith("Round 0 is the best, but model/ has round 1.")
+    assert fallen_sentence(found) == "Tasks that fell since round 0, in points: Math -67 (15 rows)."
+
+
+def test_a_task_that_fell_by_chance_is_marked(tmp_path: Path) -> None:
+    found = compare_rounds(made(tmp_path, "one", "1" * 16, "1" * 15))
+    assert [row["task"] for row in found["fallen"]] == ["Reasoning"]
+    assert fallen_sentence(found).endswith("Reasoning -20 (5 rows); each of these may be chance.")
+
+
+def test_one_round_has_a_rate_and_no_change(tmp_path: Path) -> None:
+    found = compare_rounds(made(tmp_path, "one", "1" * 10))
+    assert round_verdict(found) == "Round 0: accuracy 50.0% (95 %: 30% to 70%)."
+    assert compare_rounds(made(tmp_path, "same", "11", "11"))["gain"]["p"] == 1
+    assert "Round 1 is as good as round 0 in accuracy." in round_verdict(compare_rounds(RunDir(tmp_path, "same")))
+
+
+def test_without_a_checker_the_win_rate_decides(tmp_path: Path) -> None:
+    found = compare_rounds(made(tmp_path, "one", "1=", "1=1", checker=None))
+    assert found["metric"] == "win_rate"
+    assert "in win rate" in round_verdict(found)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_table_of_rounds_keeps_rates_changes_and_marks(tmp_path: Path, width: int) -> None:
+    run = made(tmp_path, "one", "1", "1" * 16, "1" * 15)
+    out = io.StringIO()
+    Console(file=out, width=width).print(rounds_of_run_table(compare_rounds(run)))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    (second,) = [line for line in lines if line.strip().startswith("*1  ")]
+    assert "80.0% (58 to 92)" in second
+    assert "+75.0 (+55.0 to +90.0)" in second
+    assert "chance?" in lines[6]
+    assert "*: the best; model/" in out.getvalue()

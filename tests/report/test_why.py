@@ -79,7 +79,10 @@ def test_a_row_is_found_by_words_that_only_its_instruction_has(run: RunDir) -> N
     assert explain_row(run, row.prompt[0].content.upper())["id"] == row.id
 
 
-@pytest.mark.parametrize(("named", "said"), [("seed-99999", "no row 'seed-99999'"), ("sum", "rows have 'sum'")])
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [("seed-99999", "no row 'seed-99999'"), ("seed-7", "Did you mean seed-00007?"), ("sum", "rows have 'sum'")],
+)
 def test_a_missing_or_ambiguous_row_is_an_error(run: RunDir, named: str, said: str) -> None:
     with pytest.raises(TapirError, match=said):
         explain_row(run, named)
@@ -151,5 +154,5 @@ def test_the_commands_print_tables_and_json(run: RunDir) -> None:
     words = ["plan", run.name, "--round", "1", "--set", "tasks.Art=0.3", *cache]
     assert json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["round"] == 1
     shown = CliRunner().invoke(cli, words, catch_exceptions=False).stdout
-    assert "share then" in shown
+    assert "to write" in shown
     assert "rows are added" in shown

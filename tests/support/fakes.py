@@ -145,6 +145,7 @@ def fake_backends(world: World) -> Backends:
         classify=classify,
         train=train,
         export=lambda adapter, out, progress: write_text(out, (adapter / "known").read_text()),
+        export_untrained=lambda out, progress: write_text(out, "[]"),
         gate=lambda adapter, gguf, rows, out, progress: write_record(out, PASSED),
         score=score,
         ship=ship,
