@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and a C++ compiler; everything else is installed into .venv in this folder.
 PYTHON ?= python3
 BIN := .venv/bin
+UNSLOTH := .venv-unsloth
 comma := ,
 READY := .venv/installed$(if $(GPU),-gpu)
 LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
@@ -8,13 +9,21 @@ LLAMA = $(shell sed -n 's/.*"llama-cpp-python==\(.*\)".*/\1/p' pyproject.toml)
 # Without __AMX_INT8__ it does not use AMX: some virtual machines list AMX and then kill the process (SIGILL at tileloadd).
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__$(if $(GPU), -DGGML_CUDA=on)
 
-.PHONY: distill test check docs install llama clean nvcc
+define check_python
+@$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux")' || { echo "error: tapir-local runs on Linux only" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+endef
+
+.PHONY: distill test test-unsloth check docs install llama clean nvcc
 
 distill: $(READY)              ## install, then run the quickstart: three rounds with the pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
 
 test: .venv/installed          ## run every test
 	$(BIN)/pytest -n auto --dist worksteal
+
+test-unsloth: $(UNSLOTH)/installed  ## train tiny models through Unsloth's GPU code, on the CPU
+	$(UNSLOTH)/bin/python -m pytest -m unsloth -n 2 --dist worksteal tests/unsloth
 
 check: .venv/installed         ## check style and types
 	$(BIN)/ruff check .
@@ -27,8 +36,7 @@ docs: .venv/installed          ## write docs/commands.md and docs/settings.md fr
 install: $(READY)              ## make the environment only; GPU=1: with Unsloth, and llama.cpp with CUDA
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.platform != "linux")' || { echo "error: tapir-local runs on Linux only" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(check_python)
 	@command -v c++ g++ clang++ >/dev/null || { echo "error: llama.cpp is built from source and there is no C++ compiler. Debian: apt-get install g++; Fedora: dnf install gcc-c++" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
@@ -45,6 +53,18 @@ install: $(READY)              ## make the environment only; GPU=1: with Unsloth
 	@ls .venv/lib/python*/site-packages/llama_cpp/lib/libggml-cuda.so >/dev/null 2>&1 || $(MAKE) llama
 	@touch $@
 
+# Without llama.cpp, which takes minutes to compile. A GPU's torch is not needed, and nothing of .venv is changed.
+$(UNSLOTH)/installed: pyproject.toml tests/unsloth/requirements.py
+	$(check_python)
+	rm -rf $(UNSLOTH)
+	$(PYTHON) -m venv $(UNSLOTH)
+	$(UNSLOTH)/bin/pip install -q torch'>=2.11,<=2.13.0'
+	$(UNSLOTH)/bin/python tests/unsloth/requirements.py >$(UNSLOTH)/requirements.txt
+	$(UNSLOTH)/bin/python tests/unsloth/requirements.py gpu >$(UNSLOTH)/gpu.txt
+	$(UNSLOTH)/bin/pip install -q -r $(UNSLOTH)/requirements.txt
+	$(UNSLOTH)/bin/pip install -q --no-deps -r $(UNSLOTH)/gpu.txt
+	@touch $@
+
 nvcc:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { echo "error: llama.cpp with CUDA is compiled by nvcc, which is not on the PATH. Install NVIDIA's cuda-toolkit (Debian: apt-get install nvidia-cuda-toolkit), or export PATH=/usr/local/cuda/bin:\$$PATH" >&2; exit 1; }
 
@@ -52,5 +72,5 @@ llama: $(if $(GPU),nvcc)        ## compile llama.cpp again for this machine's pr
 	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
 	$(BIN)/python -P -m tapir_local.report.llama_check
 
-clean:                         ## delete the environment, not the cache: paid calls stay
-	rm -rf .venv build dist *.egg-info
+clean:                         ## delete the environments, not the cache: paid calls stay
+	rm -rf .venv $(UNSLOTH) build dist *.egg-info

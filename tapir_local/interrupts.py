@@ -48,7 +48,7 @@ def replace_lost_terminal() -> None:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def name_of_stop() -> str:
+def interrupt_reason() -> str:
     """The name of the signal that stopped the program: `Ctrl-C`, `SIGTERM` or `SIGHUP`."""
     return SIGNAL_NAMES[RECEIVED[0] if RECEIVED else signal.SIGINT]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on a busy machine
+os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe, whatever terminal the tests are started from
 if os.environ.get("TAPIR_TEST_GPU") != "1":  # the tests expect a CPU's devices, libraries and bytes
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

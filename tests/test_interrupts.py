@@ -87,7 +87,7 @@ def test_a_second_signal_abandons_them_and_says_so(server, tmp_path):
 
 WAITS = """
 import sys, time
-from tapir_local.interrupts import stop_on_signals, name_of_stop
+from tapir_local.interrupts import stop_on_signals, interrupt_reason
 stop_on_signals()
 print("ready", flush=True)
 try:
@@ -97,7 +97,7 @@ except KeyboardInterrupt:
     try:
         print("to the terminal", flush=True)
     finally:
-        open(sys.argv[2], "w").write(name_of_stop())
+        open(sys.argv[2], "w").write(interrupt_reason())
 """
 
 

@@ -218,6 +218,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
             seed,
             previous,
             unusable=recipe.limits.unusable,
+            unsloth_cache=run.cache / "unsloth",
         )
         run_training(job, out.parent / "train", progress, say)
 

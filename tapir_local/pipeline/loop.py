@@ -16,7 +16,7 @@ from tapir_local import __version__
 from tapir_local.data.seed_digest import accept_moved_seeds
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, write_json, write_text
-from tapir_local.interrupts import name_of_stop
+from tapir_local.interrupts import interrupt_reason
 from tapir_local.output_record import describe_change, describe_output
 from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
 from tapir_local.pipeline.prepare import PREPARE_STAGES
@@ -246,7 +246,7 @@ def record_interruption(run: RunDir, place: str, began: float | None = None) -> 
 def name_cause(error: BaseException) -> str:
     """What stopped a run: an error in the user's words, a signal, or the name of an exception."""
     if isinstance(error, KeyboardInterrupt):
-        return name_of_stop()
+        return interrupt_reason()
     return str(error) if isinstance(error, TapirError) else type(error).__name__
 
 

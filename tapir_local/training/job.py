@@ -39,7 +39,8 @@ class TrainJob:
     `model` is a folder or Hub name; `rows` is a JSONL file of Example; `adapter_from` is the output folder of an
     earlier training to continue from; `out` is the output folder, written completely or not at all, with
     `resolved.json` and `train_log.jsonl` beside the weights. `micro` overrides the micro-batch size after memory ran
-    out. `unusable` is the share of the rows that may be left out.
+    out. `unusable` is the share of the rows that may be left out. `unsloth_cache` is where Unsloth keeps generated code
+    from one training to the next (None: nowhere).
     """
 
     model: str
@@ -51,6 +52,7 @@ class TrainJob:
     adapter_from: Path | None = None
     micro: int | None = None
     unusable: float = 1.0
+    unsloth_cache: Path | None = None
 
 
 @dataclass(frozen=True)

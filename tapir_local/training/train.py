@@ -27,6 +27,7 @@ from tapir_local.records import Example, Progress
 from tapir_local.resources import find_model_folder
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
+from tapir_local.training.generated_code import generated_code_folder
 from tapir_local.training.job import (
     LEFT_OUT_FILE,
     RowOrder,
@@ -154,7 +155,8 @@ def train_student(
         raise TapirError("no rows to train on", where=str(job.rows), fix="Create them again with `tapir-local redo`.")
     check_model_path(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
-        os.environ["UNSLOTH_COMPILE_LOCATION"] = scratch  # otherwise generated code is written to the current folder
+        generated = generated_code_folder(job.unsloth_cache, library_versions())
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(generated or scratch)  # otherwise it is the current folder
         hardware = detect_hardware(job.settings, partial(send_remark, progress))
         tokenizer = load_tokenizer(job.model)
         job = limit_row_length(job, partial(send_remark, progress))

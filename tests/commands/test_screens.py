@@ -39,26 +39,29 @@ def state(run: RunDir) -> str:
 
 # The state of a run
 
+REDONE = "stopped before round-01/train: redo deleted it and all later outputs"
+
 
 def test_a_run_is_done_only_if_all_its_outputs_are_there(run: RunDir) -> None:
     assert state(run) == "done"
-    redo(run, 1, "train")
+    (run.path / "model" / "student.gguf").unlink()
+    (run.round(1) / "metrics.json").unlink()
     assert run.record()["status"] == "done"  # what the record still says
-    assert state(run) == "not finished, round-01/train is next"
+    assert state(run) == "not finished, round-01/evaluate is next"
 
 
 def test_a_run_that_another_process_works_on_is_running(run: RunDir) -> None:
     redo(run, 1, "train")
     with lock_run(run):
         assert state(run) == f"running (process {os.getpid()}), in round-01/train"
-    assert state(run) == "not finished, round-01/train is next"
+    assert state(run) == REDONE
 
 
 def test_status_says_first_how_far_a_run_is_and_shortens_what_is_left(run: RunDir) -> None:
     redo(run, 1, "train")
     lines = called(run, "status", "fake").stdout.splitlines()
     done = json.loads(called(run, "status", "fake", "--json").stdout)
-    assert lines[0].startswith("run fake: not finished, round-01/train is next; ")
+    assert lines[0].startswith(f"run fake: {REDONE}; ")
     assert f"{done['stages_done']} of {done['stages']} stages are done" in lines[0]
     left = done["stages"] - done["stages_done"]
     assert any(line.startswith("round 1 train") and " next " in line for line in lines)

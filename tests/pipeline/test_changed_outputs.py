@@ -1,5 +1,6 @@
 """An output that was changed is noticed, and the state of a run is what its files and its lock say."""
 
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -91,14 +92,15 @@ def test_the_state_says_what_runs_and_what_ended(recipe: Recipe, run: RunDir) ->
         distill(recipe, run, fake_backends(world), QUIET)
     assert run_status(run)["state"].startswith("stopped in prepare/label")
     distill(recipe, run, with_ask(World(), look), QUIET)
-    assert states[0] == "running, in prepare/label"
-    assert not [state for state in states if not state.startswith("running, in ")]
+    running = f"running (process {os.getpid()}), in"
+    assert states[0] == f"{running} prepare/label"
+    assert not [state for state in states if not state.startswith(running)]
     redo(run, 2, "plan")
     assert run_status(run)["state"].startswith("stopped before round-02/plan")
     write_json(run.path / "run.json", {**run.record(), "status": "running"})  # as after kill -9
     assert run_status(run)["state"].startswith("stopped in round-02/plan: its process ended")
     with lock_run(run):
-        assert run_status(run)["state"] == "running, in round-02/plan"
+        assert run_status(run)["state"] == f"{running} round-02/plan"
 
 
 def test_a_run_is_locked_while_a_process_holds_it(run: RunDir) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -180,6 +181,51 @@ def test_trl_replaces_an_unsloth_that_fails_before_the_first_step(
     assert f"Training with TRL and PEFT instead of Unsloth: {why}." in said
     assert resolved(job.out)["backend"] == "trl"
     assert (job.out / WEIGHTS).exists()
+
+
+# Records where Unsloth would keep its code, and what is there already.
+RECORDING = """
+import json, os
+from pathlib import Path
+
+place = Path(os.environ["UNSLOTH_COMPILE_LOCATION"])
+Path({record!r}).write_text(json.dumps([str(place), sorted(file.name for file in place.iterdir())]))
+(place / "UnslothSFTTrainer.py").touch()
+"""
+
+
+def test_the_code_that_unsloth_generates_is_kept_from_one_training_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be deleted; a temporary one replaces it where it cannot be made."""
+    path, cache = tmp_path / "path", tmp_path / "cache" / "unsloth"
+    (path / "unsloth-1.2.dist-info").mkdir(parents=True)
+    (path / "unsloth-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: unsloth\nVersion: 1.2\n")
+    (path / "sitecustomize.py").write_text(FIRST_CHILD)
+    body = RECORDING.format(record=str(tmp_path / "seen")) + UNSLOTH.format(where=LOAD, error="RuntimeError('no')")
+    (path / "unsloth.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path), *sys.path]))
+    job = replace(make_job(tmp_path, epochs=1.0), unsloth_cache=cache)
+
+    def location() -> tuple[Path, list[str]]:
+        """Where the code is, and what was there before."""
+        (path / "mark").unlink(missing_ok=True)
+        run_training(replace(job, out=tmp_path / "out"), tmp_path / "train", None, lambda _: None)
+        shutil.rmtree(tmp_path / "out")
+        place, before = json.loads((tmp_path / "seen").read_text())
+        return Path(place), before
+
+    place, before = location()
+    assert (place.parent, before) == (cache, [])
+    assert place.name.startswith("unsloth-1.2_torch-")
+    assert location() == (place, ["UnslothSFTTrainer.py"])
+    shutil.rmtree(cache)
+    assert location() == (place, [])
+    shutil.rmtree(cache)
+    cache.touch()
+    place, before = location()
+    assert (place.name.startswith("tapir-train-"), before) == (True, [])
+    assert not place.exists()
 
 
 # GPUs

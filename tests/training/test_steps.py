@@ -1,5 +1,6 @@
 """The order of an epoch's rows, and trainings whose loss, gradient or weights are not finite."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,8 @@ def test_the_stage_records_rows_left_out_even_if_they_are_too_many(tmp_path: Pat
     else:
         said = "from the base, 1 left out (1 longer than student.max_length; unusable.jsonl)"
         assert rounds.train_stage(work, out) == said
+        job = json.loads((run.round(0) / "train" / "job.json").read_text())
+        assert job["unsloth_cache"] == str(tmp_path / "unsloth")  # in the cache, which all runs share
     assert out.exists() == (limit > 1 / 32)
     (row,) = read_unusable(run)
     assert (row.step, row.id, row.kind) == ("round-00/train", "3", "longer than student.max_length")
