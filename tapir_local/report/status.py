@@ -69,7 +69,10 @@ def list_run_states(cache: Path) -> list[dict[str, Any]]:
 
 def run_summary(run: RunDir) -> dict[str, Any]:
     """State, rounds, best round, calls, size and time of a run; of an unreadable one the state says why."""
-    record = run.record()
+    try:
+        record, damage = run.record(), ""
+    except TapirError as error:
+        record, damage = {}, f"run.json: {error.what}"
     found = {
         "run": run.name,
         "rounds": None,
@@ -78,6 +81,8 @@ def run_summary(run: RunDir) -> dict[str, Any]:
         "bytes": disk_bytes(run.path),
         "updated": record.get("updated", record.get("started")),
     }
+    if damage:
+        return {**found, "state": f"unreadable: {damage}"}
     try:
         rounds = kept_recipe(run).rounds
     except TapirError as error:

@@ -12,6 +12,7 @@ from command_line import ROOT, refused
 from tapir_local.commands.chat import ChatModel, chat_loop
 from tapir_local.commands.options import cache_argument
 from tapir_local.errors import TapirError
+from tapir_local.report.status import list_run_states
 from tapir_local.resources import find_recipe
 from tapir_local.run_dir import RunDir, run_of_name
 
@@ -41,6 +42,12 @@ def cache(tmp_path: Path) -> Path:
 def test_a_damaged_file_of_a_run_is_named(cache: Path, file: str, raw: bytes, said: str) -> None:
     (cache / "runs" / "x" / file).write_bytes(raw)
     assert said in refused("status", "x", "--cache", str(cache))
+
+
+def test_a_damaged_run_does_not_hide_the_others(cache: Path) -> None:
+    (cache / "runs" / "x" / "run.json").write_bytes(b"")
+    (row,) = list_run_states(cache)
+    assert row["state"] == "unreadable: run.json: the file is empty"
 
 
 def test_a_name_that_no_folder_can_have_is_refused(cache: Path) -> None:
