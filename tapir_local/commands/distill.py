@@ -179,9 +179,9 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None
         console.print(plain_text(text), soft_wrap=True)
 
     if done < len(steps):
+        for remark in idle_gpu_remarks():
+            say(remark)
         console.print(hanging_lines(run_header(recipe, run, done, len(steps))))
-    for remark in idle_gpu_remarks() if done < len(steps) else ():
-        say(remark)
     with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
         return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console, cache))
 

@@ -128,7 +128,7 @@ def test_the_table_has_a_column_for_pool_and_holdout_and_a_dash_for_what_has_no_
 
     sets = {"pool": [combine_orders(f"{n}", (8, 6), (8, 6)) for n in range(10)], "holdout": [combine_single("a", 8, 4)]}
     table = judge_table("run r, round 1", {name: asdict(measure_judge(rows)) for name, rows in sets.items()})
-    cells = [list(column.cells) for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
     assert cells[1][:5] == ["10", "0", "0.0%", "2.00", "+2.00"]
     assert cells[2][:5] == ["1", "0", "-", "-", "-"]
     assert str(table.caption).startswith("pool: the judge's two orders disagree")
