@@ -165,16 +165,19 @@ def holdout_judge_stage(work: Work, out: Path) -> str:
 
 def evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy on the holdout."""
-    rows = read_holdout(work)
-    completions = read_rows(Completion, work.folder / "holdout-answers.jsonl")
-    judgements = read_rows(Judgement, work.folder / "holdout-judgements.jsonl")
-    found = metrics.compute_metrics(
-        work.number, rows, completions, judgements, check_answers(work, rows, completions), judge_name(work.recipe)
-    )
-    if work.recipe.judge.kind == "reference":
-        found = metrics.without_win_rate(found, rows, judgements)
+    found = compute_holdout_metrics(work, work.number, work.folder)
     write_record(out, found)
     return summarize_metrics(found, previous_metrics(work))
+
+
+def compute_holdout_metrics(work: Work, number: int, folder: Path) -> Metrics:
+    """The metrics of round `number` from the answers and judgements of the holdout in `folder`."""
+    rows = read_holdout(work)
+    completions = read_rows(Completion, folder / "holdout-answers.jsonl")
+    judgements = read_rows(Judgement, folder / "holdout-judgements.jsonl")
+    right, judge = check_answers(work, rows, completions), judge_name(work.recipe)
+    found = metrics.compute_metrics(number, rows, completions, judgements, right, judge)
+    return metrics.without_win_rate(found, rows, judgements) if work.recipe.judge.kind == "reference" else found
 
 
 def read_holdout(work: Work) -> list[Example]:

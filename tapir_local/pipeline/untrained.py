@@ -4,11 +4,10 @@ from pathlib import Path
 
 from tapir_local.files import atomic_write, read_rows, write_record
 from tapir_local.memory import format_bytes
-from tapir_local.method import metrics
 from tapir_local.pipeline.context import Stage, Work
-from tapir_local.pipeline.judge import judge_name, write_judgements
-from tapir_local.pipeline.rounds import check_answers, generate_answers, read_holdout, summarize_metrics
-from tapir_local.records import Completion, Judgement
+from tapir_local.pipeline.judge import write_judgements
+from tapir_local.pipeline.rounds import compute_holdout_metrics, generate_answers, read_holdout, summarize_metrics
+from tapir_local.records import Completion
 from tapir_local.run_dir import UNTRAINED_ROUND
 
 
@@ -32,13 +31,7 @@ def untrained_judge_stage(work: Work, out: Path) -> str:
 
 def untrained_evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy of the untrained student."""
-    rows, folder = read_holdout(work), out.parent
-    completions = read_rows(Completion, folder / "holdout-answers.jsonl")
-    judgements = read_rows(Judgement, folder / "holdout-judgements.jsonl")
-    right, judge = check_answers(work, rows, completions), judge_name(work.recipe)
-    found = metrics.compute_metrics(UNTRAINED_ROUND, rows, completions, judgements, right, judge)
-    if work.recipe.judge.kind == "reference":
-        found = metrics.without_win_rate(found, rows, judgements)
+    found = compute_holdout_metrics(work, UNTRAINED_ROUND, out.parent)
     write_record(out, found)
     return f"the untrained student: {summarize_metrics(found)}"
 
