@@ -46,7 +46,7 @@ install: $(READY)              ## make the environment only; GPU=1: with Unsloth
 	$(BIN)/pip install -q torch'>=2.11,<=2.13.0'
 	@echo "installing; llama.cpp is compiled, which takes about 7 minutes on two cores$(if $(GPU),$(comma) with CUDA perhaps half an hour)"
 	$(BIN)/pip install -q -e '.[dev]'
-	@$(BIN)/python -P -m tapir_local.report.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip reused a build for another one; compiling it again"; $(MAKE) llama; }
+	@$(BIN)/python -P -m tapir_local.doctor.llama_check 2>/dev/null || { echo "llama.cpp does not run on this processor: pip reused a build for another one; compiling it again"; $(MAKE) llama; }
 	@touch $@
 
 # Without nvcc, the order-only prerequisite stops make before anything is installed. pip's cache does not know CMAKE_ARGS:
@@ -74,7 +74,7 @@ nvcc:
 
 llama: $(if $(GPU),nvcc)        ## compile llama.cpp again for this machine's processor; GPU=1: with CUDA
 	$(BIN)/pip install -q --no-cache-dir --force-reinstall --no-deps llama-cpp-python==$(LLAMA)
-	$(BIN)/python -P -m tapir_local.report.llama_check
+	$(BIN)/python -P -m tapir_local.doctor.llama_check
 
 clean:                         ## delete the environments, not the cache: paid calls stay
 	rm -rf .venv $(UNSLOTH) build dist *.egg-info

@@ -94,9 +94,9 @@ def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> No
 
 def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
     """Run one arm, or what is missing of it. Returns (arm, seed, seconds)."""
-    from tapir_local.pipeline.backends import real_backends
     from tapir_local.pipeline.loop import Watch, distill
     from tapir_local.run_dir import RunDir
+    from tapir_local.stages.backends import real_backends
 
     for name in HEAVY:
         vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here

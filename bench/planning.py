@@ -32,16 +32,16 @@ from tapir_local.data.files import read_path
 from tapir_local.data.similarity import extract_literals
 from tapir_local.files import write_rows
 from tapir_local.method.baselines import CURRICULA
-from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.prepare import read_stage
-from tapir_local.pipeline.rounds import plan_stage
-from tapir_local.pipeline.row_check import read_student_format
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Curriculum, Recipe, Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message
 from tapir_local.resources import POCKET_STUDENT
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Work
+from tapir_local.stages.prepare import read_stage
+from tapir_local.stages.rounds import plan_stage
+from tapir_local.stages.row_check import read_student_format
 
 FILES = ("alpaca_cherry_5pct.json", "alpaca_eval/alpaca-7b.json", "self_instruct_seed_tasks.jsonl")
 PIECE = re.compile(r"\s*\S+")  # a word with the spaces before it

@@ -40,10 +40,10 @@ def untrained(folder: Path) -> Point:
     from tapir_local.files import read_rows
     from tapir_local.inference.generate import generate
     from tapir_local.method.metrics import wilson_interval
-    from tapir_local.pipeline.backends import recipe_checker
     from tapir_local.pipeline.loop import kept_recipe
     from tapir_local.records import Example
     from tapir_local.run_dir import RunDir
+    from tapir_local.stages.backends import recipe_checker
 
     run = RunDir(folder.parent.parent, folder.name)
     recipe, rows = kept_recipe(run), read_rows(Example, folder / "holdout.jsonl")

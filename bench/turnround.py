@@ -24,12 +24,12 @@ from typing import Any
 from tapir_local.export.base import run_base_gguf
 from tapir_local.files import remove_path, write_rows
 from tapir_local.memory import format_bytes
-from tapir_local.pipeline.backends import export_backend, gate_backend, generate_backend, ship_backend
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message, noop
 from tapir_local.resources import POCKET_STUDENT
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import export_backend, gate_backend, generate_backend, ship_backend
 
 WAYS = ("merged", "adapter")
 TURN = ("export", "gate", "first answer")

@@ -1,4 +1,4 @@
-"""Students that several test files share, made once."""
+"""Students that several test files share, made once; a run of fake backends."""
 
 import os
 from collections.abc import Iterator
@@ -11,9 +11,12 @@ if os.environ.get("TAPIR_TEST_GPU") != "1":  # the tests expect a CPU's devices,
 
 import pytest
 import server as servers
+from fakes import make_recipe
 from models import WITH_BOS
 from students import Student, make_student
 
+from tapir_local.recipe.schema import Recipe
+from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
 
 
@@ -43,3 +46,13 @@ def server() -> Iterator[servers.Server]:
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store(tmp_path / "teacher.db") as opened:
         yield opened
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path, "fake")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return make_recipe(tmp_path)

@@ -14,13 +14,13 @@ import pytest
 from models import make_model
 from training_rows import SETTINGS, examples, log, losses, resolved
 
+from tapir_local.doctor.gpu_check import llama_uses_gpu
 from tapir_local.export.export import export_gguf
 from tapir_local.files import write_rows
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.llama_process import GenerateJob, LlamaPlace, run_generate_job
 from tapir_local.process import python_path_variable
 from tapir_local.records import Message
-from tapir_local.report.gpu_check import llama_uses_gpu
 from tapir_local.training.job import TrainJob
 from tapir_local.training.train import run_training
 
@@ -144,7 +144,7 @@ from tapir_local.inference.lib import free_gpu_memory, has_gpu
 from tapir_local.inference.llama_process import GenerateJob, LlamaPlace, run_generate_job
 from tapir_local.inference.tokens import tokenize_texts
 from tapir_local.records import Message
-from tapir_local.report.gpu_check import llama_uses_gpu
+from tapir_local.doctor.gpu_check import llama_uses_gpu
 cuda = ctypes.CDLL("libcuda.so.1")
 
 def has_context():

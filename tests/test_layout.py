@@ -25,8 +25,11 @@ ROOMS = (
     "teacher",
     "training",
     "export",
+    "stages",
     "pipeline",
+    "doctor",
     "report",
+    "terminal",
     "commands",
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}

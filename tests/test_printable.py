@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tapir_local.commands.output import echo, print_json
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
-from tapir_local.pipeline.prepare import PREPARE_STAGES
 from tapir_local.printable import UNSAFE, printable, safe_json
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.costs import cost_table, round_receipt
 from tapir_local.report.labels import label_tables
-from tapir_local.report.progress import ProgressDisplay, watch_run
 from tapir_local.report.status_tables import round_tables, rounds_table, stages_table, unusable_tables
 from tapir_local.report.tables import task_table, text_table
 from tapir_local.report.why import why_tables
+from tapir_local.stages.prepare import PREPARE_STAGES
 from tapir_local.tables import join_styled, plain_text
+from tapir_local.terminal.output import echo, print_json
+from tapir_local.terminal.progress import ProgressDisplay, watch_run
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
 SEEN = "␛]0;owned␇"
@@ -134,7 +134,7 @@ def test_no_table_lets_a_control_through_or_reads_markup(name: str, colored: boo
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tapir_local.report.progress.LOG_INTERVAL", -1.0)
+    monkeypatch.setattr("tapir_local.terminal.progress.LOG_INTERVAL", -1.0)
     out = io.StringIO()
     console = Console(file=out, width=300, force_terminal=terminal)
     with watch_run(console, 0, 2) as watch:

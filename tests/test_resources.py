@@ -15,10 +15,10 @@ from models import make_model
 from tapir_local.errors import TapirError
 from tapir_local.export.base import prepare_student_folder, student_folder
 from tapir_local.files import write_json
-from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.run_dir import RunDir, lock_run
+from tapir_local.stages.backends import real_backends
 
 OLD, NEW = "a" * 40, "b" * 40
 READ = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"}

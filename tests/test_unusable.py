@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.run_rows import trim_reply
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.run_rows import trim_reply
 from tapir_local.unusable import (
     Unusable,
     format_left_out,

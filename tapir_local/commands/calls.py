@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tapir_local.commands.calls_transfer import export_calls_command, import_calls_command, keys_in_lockfile
-from tapir_local.commands.options import cache_option, help_examples, json_option, store_path
-from tapir_local.commands.output import echo, line_progress, print_json, print_rows, print_table
+from tapir_local.terminal.options import cache_option, help_examples, json_option, store_path
+from tapir_local.terminal.output import echo, line_progress, print_json, print_rows, print_table
 
 if TYPE_CHECKING:
     from tapir_local.report.costs import CostGrouping

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.commands.options import cache_option, help_examples, store_path
-from tapir_local.commands.output import echo, line_progress
 from tapir_local.errors import TapirError
+from tapir_local.terminal.options import cache_option, help_examples, store_path
+from tapir_local.terminal.output import echo, line_progress
 
 if TYPE_CHECKING:
     from tapir_local.store.store import Store
@@ -43,8 +43,8 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
 
 def keys_in_lockfile(cache: Path | None, run: str) -> list[str]:
     """The keys in the tapir.lock of a run; [] if there is none, as for a run that was imported."""
-    from tapir_local.pipeline.context import read_lock, unique_call_keys
     from tapir_local.run_dir import run_of_name
+    from tapir_local.stages.context import read_lock, unique_call_keys
 
     folder = run_of_name(store_path(cache).parent, run)
     return unique_call_keys(read_lock(folder)) if folder else []

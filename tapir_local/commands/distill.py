@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tapir_local.commands.options import HomePath, cache_argument, cache_option, help_examples, program_name
-from tapir_local.commands.output import echo, print_table
 from tapir_local.errors import TapirError
+from tapir_local.terminal.options import HomePath, cache_argument, cache_option, help_examples, program_name
+from tapir_local.terminal.output import echo, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,10 +61,10 @@ def distill_command(
     recipe that runs a command (train.launcher, export.converter), or sends a key other than OPENAI_API_KEY to a host
     that it names, needs your permission once: --trust, or an answer in the terminal.
     """
-    from tapir_local.commands.trust import ask_permission, require_trust
-    from tapir_local.report import gpu_check
+    from tapir_local.doctor import gpu_check
     from tapir_local.resources import default_cache
     from tapir_local.run_dir import RunDir
+    from tapir_local.terminal.trust import ask_permission, require_trust
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
@@ -149,9 +149,9 @@ def resolve_recipe(
 
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     """Print a table of the calls that the rest of the run will make, or that there are none."""
-    from tapir_local.pipeline.backends import judge_endpoint
     from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.costs import cost_estimate_table, no_calls_sentence
+    from tapir_local.stages.backends import judge_endpoint
     from tapir_local.teacher.budget import check_reply_limits
 
     check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))
@@ -165,11 +165,11 @@ def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None
     """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
     from rich.console import Console
 
-    from tapir_local.pipeline.backends import real_backends
+    from tapir_local.doctor.gpu_check import idle_gpu_remarks
     from tapir_local.pipeline.loop import distill, list_steps
-    from tapir_local.report.gpu_check import idle_gpu_remarks
-    from tapir_local.report.progress import run_header, watch_run
+    from tapir_local.stages.backends import real_backends
     from tapir_local.tables import hanging_lines, plain_text
+    from tapir_local.terminal.progress import run_header, watch_run
 
     console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
     done = sum(step.done for step in steps)

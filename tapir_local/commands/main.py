@@ -11,9 +11,7 @@ import click
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.distill import distill_command
-from tapir_local.commands.guesses import CommandGroup, completion_command, sharpen_hint
 from tapir_local.commands.models import export_command, generate_command
-from tapir_local.commands.output import echo
 from tapir_local.commands.runs import (
     chat_command,
     compare_command,
@@ -27,6 +25,8 @@ from tapir_local.commands.runs import (
 from tapir_local.commands.start import doctor_command, recipes_command
 from tapir_local.errors import TapirError
 from tapir_local.interrupts import stop_exit_code, stop_on_signals
+from tapir_local.terminal.guesses import CommandGroup, completion_command, sharpen_hint
+from tapir_local.terminal.output import echo
 
 EXIT_CODES_HELP = """\b
 Exit codes:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.commands.options import HomePath, help_examples
-from tapir_local.commands.output import bar_progress, echo, line_progress
+from tapir_local.terminal.options import HomePath, help_examples
+from tapir_local.terminal.output import bar_progress, echo, line_progress
 
 if TYPE_CHECKING:
     from tapir_local.export.gate import GateReport

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tapir_local.commands.options import (
+from tapir_local.terminal.options import (
     cache_argument,
     cache_option,
     help_examples,
@@ -15,7 +15,7 @@ from tapir_local.commands.options import (
     program_name,
     select_run,
 )
-from tapir_local.commands.output import echo, print_json, print_table
+from tapir_local.terminal.output import echo, print_json, print_table
 
 if TYPE_CHECKING:
     from tapir_local.report.compare import CostUnit
@@ -271,8 +271,8 @@ def redo_stages_command(run: str, number: int | None, stage: str, yes: bool, cac
     On a terminal, shows what will be deleted and asks first. `distill RUN` then makes the outputs again. Paid calls
     stay in the store.
     """
-    from tapir_local.pipeline.context import format_count
     from tapir_local.pipeline.loop import redo, steps_to_redo
+    from tapir_local.stages.context import format_count
 
     place = select_run(cache, run)
     steps = steps_to_redo(place, number, stage)

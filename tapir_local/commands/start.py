@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from tapir_local.commands.options import cache_option, help_examples, json_option
-from tapir_local.commands.output import echo, print_json, print_table
+from tapir_local.terminal.options import cache_option, help_examples, json_option
+from tapir_local.terminal.output import echo, print_json, print_table
 
 
 @click.command(
@@ -89,7 +89,7 @@ def doctor_command(cache: Path | None, as_json: bool) -> None:
     """Check whether this machine is ready. Exits with 1 if something that is needed is missing."""
     from dataclasses import asdict
 
-    from tapir_local.report.doctor import check_machine
+    from tapir_local.doctor.doctor import check_machine
     from tapir_local.report.tables import text_table
     from tapir_local.resources import default_cache
 

@@ -1,6 +1,6 @@
 """Turn scores into judgements, and measure how difficult a row is for a student (MFD, IFD).
 
-Asking for judgements and reading the replies is in pipeline/judge.py.
+Asking for judgements and reading the replies is in stages/judge.py.
 """
 
 import math

@@ -17,21 +17,21 @@ from typing import Any
 from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge_of_round
-from tapir_local.pipeline.backends import judge_endpoint
-from tapir_local.pipeline.context import AskBackend, Backends, Work
 from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
-from tapir_local.pipeline.row_check import (
+from tapir_local.recipe.endpoints import Endpoint
+from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
+from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
+from tapir_local.resources import find_model_folder, named_student_gguf, read_chat_template
+from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import judge_endpoint
+from tapir_local.stages.context import AskBackend, Backends, Work
+from tapir_local.stages.row_check import (
     CHARACTERS_PER_TOKEN,
     StudentFormat,
     placeholder_format,
     read_gguf_format,
     read_student_format,
 )
-from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
-from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
-from tapir_local.resources import find_model_folder, named_student_gguf, read_chat_template
-from tapir_local.run_dir import RunDir
 from tapir_local.store import keys
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store

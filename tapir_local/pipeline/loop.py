@@ -18,11 +18,6 @@ from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, write_json, write_text
 from tapir_local.interrupts import interrupt_reason
 from tapir_local.output_record import describe_change, describe_output
-from tapir_local.pipeline.context import Backends, Stage, Work, unlock_steps
-from tapir_local.pipeline.prepare import PREPARE_STAGES
-from tapir_local.pipeline.rounds import BASELINE_STAGES, ROUND_STAGES
-from tapir_local.pipeline.ship import SHIP_STAGE, is_model_stale
-from tapir_local.pipeline.untrained import UNTRAINED_STAGES
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import diff_recipes, parse_recipe, to_yaml
 from tapir_local.recipe.yaml import read_yaml
@@ -30,6 +25,11 @@ from tapir_local.records import Progress
 from tapir_local.resources import CHECKOUT, read_recipe_text
 from tapir_local.resumable import remove_partial
 from tapir_local.run_dir import RunDir, lock_run
+from tapir_local.stages.context import Backends, Stage, Work, unlock_steps
+from tapir_local.stages.prepare import PREPARE_STAGES
+from tapir_local.stages.rounds import BASELINE_STAGES, ROUND_STAGES
+from tapir_local.stages.ship import SHIP_STAGE, is_model_stale
+from tapir_local.stages.untrained import UNTRAINED_STAGES
 from tapir_local.unusable import remove_unusable
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "llama-cpp-python", "gguf", "openai")

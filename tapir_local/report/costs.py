@@ -10,14 +10,14 @@ from rich.text import Text
 
 from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
-from tapir_local.pipeline.prepare import PREPARE_STAGES
-from tapir_local.pipeline.rounds import ROUND_STAGES
-from tapir_local.pipeline.untrained import UNTRAINED_STAGES
 from tapir_local.recipe.checks import asks_no_endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.run_dir import RunDir, run_of_name
+from tapir_local.stages.prepare import PREPARE_STAGES
+from tapir_local.stages.rounds import ROUND_STAGES
+from tapir_local.stages.untrained import UNTRAINED_STAGES
 from tapir_local.store.queries import has_estimates, open_store
 from tapir_local.tables import PlainTable, plain_text
 

@@ -14,13 +14,13 @@ from tapir_local.files import read_rows
 from tapir_local.method.judging import rouge_of_score
 from tapir_local.method.metrics import AnswerChecker, win_value
 from tapir_local.method.stats import RowValues
-from tapir_local.pipeline.backends import recipe_checker
-from tapir_local.pipeline.context import read_lock
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.report.status import read_metrics
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
+from tapir_local.stages.backends import recipe_checker
+from tapir_local.stages.context import read_lock
 
 HoldoutRecord = TypeVar("HoldoutRecord", Completion, Judgement)
 HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the metrics of the round before

@@ -11,10 +11,10 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.files import read_json_object, read_record, read_rows
 from tapir_local.method.judge_quality import measure_judge
-from tapir_local.pipeline.labeling import warn_low_agreement
 from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
+from tapir_local.stages.labeling import warn_low_agreement
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 

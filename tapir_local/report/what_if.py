@@ -11,7 +11,6 @@ from tapir_local.errors import TapirError
 from tapir_local.files import read_record, remove_path, write_record, write_rows
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import count_new_rows
-from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import (
     EXPECTED_ANSWER_TOKENS,
     PROMPT_FRAME_TOKENS,
@@ -22,13 +21,14 @@ from tapir_local.pipeline.dry_run import (
     make_estimate,
 )
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
-from tapir_local.pipeline.rounds import read_situation
 from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
 from tapir_local.recipe.text import override, parse_changes
 from tapir_local.records import RoundPlan
 from tapir_local.report.costs import cost_estimate_table
 from tapir_local.report.tables import percent_cell
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Work
+from tapir_local.stages.rounds import read_situation
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.store.store import Store
 from tapir_local.tables import PlainTable

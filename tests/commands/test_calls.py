@@ -8,12 +8,12 @@ import pytest
 from command_line import refused, tapir
 
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import LockedCall, lock_calls
-from tapir_local.pipeline.prepare import PREPARE_STAGES
-from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.records import Message, Request
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import LockedCall, lock_calls
+from tapir_local.stages.prepare import PREPARE_STAGES
+from tapir_local.stages.rounds import ROUND_STAGES
 from tapir_local.store.queries import ASKING_STAGES
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask

@@ -70,7 +70,7 @@ def test_doctor_says_that_llama_cpp_was_built_for_another_processor(tmp_path: Pa
     package = tmp_path / "llama_cpp"
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    code = "from tapir_local.report.doctor import check_llama\nfound = check_llama()\nprint(found.ok, found.found)"
+    code = "from tapir_local.doctor.doctor import check_llama\nfound = check_llama()\nprint(found.ok, found.found)"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
@@ -82,7 +82,7 @@ def test_doctor_reports_a_missing_compiler_if_it_is_needed(tmp_path: Path) -> No
     """Without llama_cpp and without a compiler the advice is to install one."""
     code = (
         "import sys\nsys.modules['llama_cpp'] = None\n"
-        "from tapir_local.report.doctor import check_compiler\nfound = check_compiler()\nprint(found.ok, found.fix)"
+        "from tapir_local.doctor.doctor import check_compiler\nfound = check_compiler()\nprint(found.ok, found.fix)"
     )
     env = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout

@@ -10,11 +10,11 @@ import pytest
 from command_line import ROOT, refused
 
 from tapir_local.commands.chat import ChatModel, chat_loop
-from tapir_local.commands.options import cache_argument
 from tapir_local.errors import TapirError
 from tapir_local.report.status import list_run_states
 from tapir_local.resources import find_recipe
 from tapir_local.run_dir import RunDir, run_of_name
+from tapir_local.terminal.options import cache_argument
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from command_line import ROOT, refused, tapir
 from fakes import QUIET, World, fake_backends, make_recipe
 
-from tapir_local.commands import options
-from tapir_local.commands.guesses import COMMAND_HINTS, OPTION_HINTS, SECTIONS
 from tapir_local.commands.main import cli
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.run_dir import RunDir, lock_run
+from tapir_local.terminal import options
+from tapir_local.terminal.guesses import COMMAND_HINTS, OPTION_HINTS, SECTIONS
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from tapir_local.data.dataset import (
 from tapir_local.data.formats import Table
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows
-from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.prepare import read_stage
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import override
 from tapir_local.records import Example, Message
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Work
+from tapir_local.stages.prepare import read_stage
 from tapir_local.unusable import Unusable
 
 

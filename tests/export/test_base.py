@@ -27,13 +27,13 @@ from tapir_local.files import read_record, read_rows, write_json, write_rows
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.generate import generate
 from tapir_local.inference.model import is_adapter
-from tapir_local.pipeline.backends import export_backend, gate_backend, real_backends, ship_backend
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message, Progress
 from tapir_local.resources import POCKET_SEEDS, find_recipe
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import export_backend, gate_backend, real_backends, ship_backend
 from tapir_local.training import train
 
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(12)]

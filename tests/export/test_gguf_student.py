@@ -31,12 +31,12 @@ from tapir_local.export.gguf_student import (
 from tapir_local.export.writer import k_quant_bytes
 from tapir_local.files import write_record
 from tapir_local.inference.model import read_gguf_template
-from tapir_local.pipeline.row_check import read_gguf_format, read_student_format
-from tapir_local.pipeline.ship import describe_base
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import noop
 from tapir_local.resources import read_chat_template
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.row_check import read_gguf_format, read_student_format
+from tapir_local.stages.ship import describe_base
 from tapir_local.training.gguf_source import open_gguf_source
 
 LLAMA3_ROPE = {

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from models import CHATML, make_model
 
 from tapir_local.commands.main import cli
-from tapir_local.commands.output import time_left
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.config import GenerationConfig
@@ -24,6 +23,7 @@ from tapir_local.inference.prompt_file import (
 )
 from tapir_local.records import Completion
 from tapir_local.resumable import OrderedWriter
+from tapir_local.terminal.output import time_left
 
 
 def written(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -16,10 +16,10 @@ from tapir_local.method.checkers import (
     check_script,
     tolerate_errors,
 )
-from tapir_local.pipeline.backends import recipe_checker
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Example, Message
+from tapir_local.stages.backends import recipe_checker
 
 CODE = "Write a Python function that doubles a number."
 GOOD, BAD = "```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x)\n    return 2 * x\n```"

@@ -14,8 +14,8 @@ from tapir_local.method.metrics import (
     win_value,
     without_win_rate,
 )
-from tapir_local.pipeline.rounds import summarize_metrics
 from tapir_local.records import Completion, Example, Judgement, Message, Metrics
+from tapir_local.stages.rounds import summarize_metrics
 
 ROWS = [
     Example(id, (Message("user", id),), "x", task)

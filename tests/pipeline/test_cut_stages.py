@@ -17,16 +17,16 @@ from students import PROMPTS
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows
 from tapir_local.inference.llama_process import LlamaPlace
-from tapir_local.pipeline.backends import generate_backend, score_backend
-from tapir_local.pipeline.context import Work
 from tapir_local.pipeline.dry_run import estimate_costs
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.pipeline.reflection import score_by_last_student
-from tapir_local.pipeline.rounds import generate_answers
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
 from tapir_local.records import Completion, Example, Progress, Scored, noop
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
+from tapir_local.stages.backends import generate_backend, score_backend
+from tapir_local.stages.context import Work
+from tapir_local.stages.reflection import score_by_last_student
+from tapir_local.stages.rounds import generate_answers
 
 
 def test_answers_that_a_cut_stage_has_written_are_not_written_again(recipe: Recipe, tmp_path: Path) -> None:

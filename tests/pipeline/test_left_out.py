@@ -14,15 +14,15 @@ from tapir_local.commands.main import cli
 from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows
-from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
 from tapir_local.records import Answer, Completion, Example, Judgement, Request, instruction_of
 from tapir_local.report.status import round_report, run_status, unusable_report
 from tapir_local.report.why import explain_row
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Backends
+from tapir_local.stages.row_check import StudentFormat
 from tapir_local.unusable import Unusable, read_unusable
 
 LONG = "very " * 3000

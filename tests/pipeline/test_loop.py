@@ -8,7 +8,6 @@ from fakes import QUIET, World, fake_backends, make_recipe, outputs, with_ask
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, remove_path, write_rows
-from tapir_local.pipeline.context import read_lock, unique_call_keys
 from tapir_local.pipeline.loop import distill, kept_recipe, list_steps, pending_steps, redo
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
@@ -16,6 +15,7 @@ from tapir_local.records import Answer, Example, Judgement, Request, RoundPlan, 
 from tapir_local.report.status import round_report, run_status
 from tapir_local.report.status_tables import round_tables, rounds_table
 from tapir_local.run_dir import RunDir, lock_run
+from tapir_local.stages.context import read_lock, unique_call_keys
 
 
 @pytest.fixture

@@ -24,16 +24,16 @@ from tapir_local.export.export import export_gguf
 from tapir_local.export.gate import GateReport
 from tapir_local.files import read_record, read_rows
 from tapir_local.inference.model import read_gguf_template
-from tapir_local.pipeline.backends import real_backends
 from tapir_local.pipeline.dry_run import expected_calls
 from tapir_local.pipeline.loop import distill, list_steps
-from tapir_local.pipeline.rounds import ROUND_STAGES
 from tapir_local.pocket import teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Completion, Example, Message
 from tapir_local.resources import POCKET_SEEDS, find_recipe, read_chat_template, recipe_files
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import real_backends
+from tapir_local.stages.rounds import ROUND_STAGES
 from tapir_local.training import classifier, train
 
 ROOT = Path(__file__).parents[2]

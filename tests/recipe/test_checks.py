@@ -8,8 +8,6 @@ from server import Server, send
 
 from tapir_local.errors import TapirError
 from tapir_local.method import prompts
-from tapir_local.pipeline.backends import judge_endpoint
-from tapir_local.pipeline.judge import judge_name
 from tapir_local.pocket import teacher
 from tapir_local.recipe.checks import KINDS_BY_SETTING, find_notices, find_unnamed
 from tapir_local.recipe.endpoints import Judge, Teacher
@@ -25,6 +23,8 @@ from tapir_local.recipe.text import (
 )
 from tapir_local.records import Message, Request
 from tapir_local.resources import find_recipe
+from tapir_local.stages.backends import judge_endpoint
+from tapir_local.stages.judge import judge_name
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 

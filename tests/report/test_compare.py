@@ -15,13 +15,13 @@ from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, write_record, write_rows, write_text
 from tapir_local.method.metrics import compute_metrics
-from tapir_local.pipeline.context import LockedCall, lock_calls
 from tapir_local.recipe.text import override, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
 from tapir_local.report.compare import compare_rounds, compare_runs, fallen_sentence, round_verdict
 from tapir_local.report.compare_tables import comparison_tables, rounds_of_run_table
 from tapir_local.report.run_results import read_run_results
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import LockedCall, lock_calls
 
 RECIPE = "teacher: pocket\nchecker: pocket\nseeds: {holdout: 20}\n"
 SCORES = {"1": 9.0, "=": 8.0, "0": 2.0}  # the teacher's answer has 8

@@ -10,13 +10,13 @@ from typing import Any
 from tapir_local.export.gate import Figures, GateReport
 from tapir_local.files import read_rows, write_json, write_record, write_text
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.loop import Watch
-from tapir_local.pipeline.row_check import placeholder_format
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Backends
+from tapir_local.stages.row_check import placeholder_format
 
 RECIPE = """
 name: fake

@@ -11,12 +11,12 @@ from fakes import STUDENT
 from tapir_local.data.dataset import require_seeds
 from tapir_local.data.files import read_path
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.backends import ask_backend
-from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.prepare import answer_seeds
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import ask_backend
+from tapir_local.stages.context import Work
+from tapir_local.stages.prepare import answer_seeds
 from tapir_local.store.queries import count_uses, get_call, list_uses, verify_calls
 from tapir_local.store.store import Store
 from tapir_local.teacher.external import ImportedRow, ImportResult, format_refused_rows, import_answers, read_answers

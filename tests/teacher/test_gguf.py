@@ -17,13 +17,13 @@ from tapir_local.errors import TapirError
 from tapir_local.inference.llama_process import ANYWHERE, LlamaPlace
 from tapir_local.method import prompts
 from tapir_local.method.parsing import parse_scores
-from tapir_local.pipeline.backends import real_backends
-from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.judge import ask_judge, judge_name
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Budget, Recipe
 from tapir_local.records import Answer, Example, Message
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import real_backends
+from tapir_local.stages.context import Work
+from tapir_local.stages.judge import ask_judge, judge_name
 from tapir_local.store import keys
 from tapir_local.store.rows import Call
 from tapir_local.store.store import Store

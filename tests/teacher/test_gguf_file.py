@@ -12,10 +12,10 @@ from models import CHATML, make_model
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.method import prompts
-from tapir_local.pipeline.judge import judge_name
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Message, Request
+from tapir_local.stages.judge import judge_name
 from tapir_local.store import keys
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.endpoint import endpoint_identity, request_body

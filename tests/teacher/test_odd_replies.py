@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from server import ODD, WORDS, completion, questions, raises, teacher, with_usage
 
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.backends import ask_backend
-from tapir_local.pipeline.context import Work
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Message
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import ask_backend
+from tapir_local.stages.context import Work
 from tapir_local.store.reply import ReplyOptions, parse_reply, parse_usage
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask

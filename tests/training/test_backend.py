@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from training_rows import WEIGHTS, make_job, resolved
 
+from tapir_local.doctor.doctor import check_gpu
 from tapir_local.errors import TapirError
 from tapir_local.memory import allocator_variables, list_visible_gpus, single_gpu_variables
-from tapir_local.report.doctor import check_gpu
 from tapir_local.training.train import run_training, train_student
 
 DRIVER = """#!/bin/sh

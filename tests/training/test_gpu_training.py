@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from training_rows import WEIGHTS, examples, log, make_job
 
+from tapir_local.doctor.doctor import check_gpu
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Classifier, Train
-from tapir_local.report.doctor import check_gpu
 from tapir_local.training import train
 from tapir_local.training.classifier import ClassifyJob, load_classifier
 from tapir_local.training.job import token_rows

@@ -14,11 +14,11 @@ from training_rows import WEIGHTS, log, make_job
 
 from tapir_local.errors import TapirError
 from tapir_local.files import write_text
-from tapir_local.pipeline import rounds
-from tapir_local.pipeline.backends import train_backend
-from tapir_local.pipeline.context import Work
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.run_dir import RunDir
+from tapir_local.stages import rounds
+from tapir_local.stages.backends import train_backend
+from tapir_local.stages.context import Work
 from tapir_local.training import checkpoints
 from tapir_local.training.job import SORTED_STEPS, RowOrder, epoch_order
 from tapir_local.training.steps import refuse_nonfinite_step, refuse_nonfinite_weights

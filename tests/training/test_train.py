@@ -12,11 +12,11 @@ from training_rows import resolved as settled
 
 from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
-from tapir_local.pipeline.backends import export_backend, gate_backend
 from tapir_local.process import run_module
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.records import Message, from_json, to_json
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.backends import export_backend, gate_backend
 from tapir_local.training.job import TrainJob
 from tapir_local.training.model import choose_backend, linear_layer_names
 from tapir_local.training.train import run_training, train_student

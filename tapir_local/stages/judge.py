@@ -11,10 +11,10 @@ from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, parsing, prompts
 from tapir_local.method.judge_quality import format_percent, measure_judge
-from tapir_local.pipeline.context import AskBackend, Work, format_count
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, Request
+from tapir_local.stages.context import AskBackend, Work, format_count
 from tapir_local.unusable import Unusable, record_unusable
 
 ScoreT = TypeVar("ScoreT")

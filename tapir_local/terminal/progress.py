@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from tapir_local.pipeline.loop import Step, Watch
-from tapir_local.pipeline.ship import describe_endpoint
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.ship import describe_endpoint
 from tapir_local.tables import hanging_lines, join_styled, plain_text, rest_of_line
 
 LOG_INTERVAL = 30.0  # seconds between two lines of progress where there is no terminal to show a bar

@@ -8,10 +8,10 @@ from typing import Protocol
 
 from tapir_local.files import read_rows, write_rows
 from tapir_local.method.metrics import AnswerChecker
-from tapir_local.pipeline.row_check import StudentFormat
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.row_check import StudentFormat
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from tapir_local.commands.output import echo
+from tapir_local.terminal.output import echo
 
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {

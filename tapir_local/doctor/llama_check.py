@@ -1,6 +1,6 @@
 """Check in a separate process whether the installed build of llama.cpp runs on this processor.
 
-`python -m tapir_local.report.llama_check` answers one question with quantized weights. SIGILL ends that process if the
+`python -m tapir_local.doctor.llama_check` answers one question with quantized weights. SIGILL ends that process if the
 build is for another processor, or uses instructions that a virtual machine lists but cannot run (AMX).
 """
 
@@ -19,7 +19,7 @@ MAX_SECONDS = 120.0  # seconds; the check takes about 4
 
 def llama_build_fault() -> str:
     """What ended the check, such as `SIGILL` or an import error; "" if llama.cpp runs."""
-    command = [sys.executable, "-P", "-m", "tapir_local.report.llama_check"]
+    command = [sys.executable, "-P", "-m", "tapir_local.doctor.llama_check"]
     try:
         done = subprocess.run(
             command,

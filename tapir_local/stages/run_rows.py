@@ -10,9 +10,9 @@ from tapir_local import __version__
 from tapir_local.data.dataset import Draft
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.files import read_rows
-from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.row_check import TEXTS_PER_CHECK, StudentFormat, Unfit, unfit_answers, unfit_prompts
 from tapir_local.records import Answer, Example, Progress, Prompt, to_json
+from tapir_local.stages.context import Work
+from tapir_local.stages.row_check import TEXTS_PER_CHECK, StudentFormat, Unfit, unfit_answers, unfit_prompts
 from tapir_local.unusable import Unusable
 
 # Why a reply cannot be used, by its finish reason. These words are in files of existing runs.

@@ -12,12 +12,12 @@ from fakes import QUIET, World, fake_backends, make_recipe
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path
 from tapir_local.pipeline.loop import distill, list_steps, redo
-from tapir_local.pipeline.ship import NOT_STATED, describe_endpoint, escape_cell, front_matter, published_recipe
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe, validate_recipe
 from tapir_local.records import Progress
 from tapir_local.report.status import run_status
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.ship import NOT_STATED, describe_endpoint, escape_cell, front_matter, published_recipe
 
 FILES = ["Modelfile", "README.md", "SHA256SUMS", "gate.json", "recipe.yaml", "student.gguf"]
 

@@ -21,10 +21,12 @@ from tapir_local.method.curriculum import (
 )
 from tapir_local.method.parents import ParentQueue
 from tapir_local.method.screening import max_shared_openings, opening_words, prompt_sentences, screen_instruction
-from tapir_local.pipeline.context import Work, format_count
-from tapir_local.pipeline.judge import score_answers
-from tapir_local.pipeline.reflection import reflect_on_answers, reflect_on_instructions
-from tapir_local.pipeline.run_rows import (
+from tapir_local.recipe.schema import Recipe
+from tapir_local.records import Answer, Example, Expansion, ExpansionManner, Judgement, RoundPlan
+from tapir_local.stages.context import Work, format_count
+from tapir_local.stages.judge import score_answers
+from tapir_local.stages.reflection import reflect_on_answers, reflect_on_instructions
+from tapir_local.stages.run_rows import (
     answer_rows,
     holdout_index,
     make_child,
@@ -33,8 +35,6 @@ from tapir_local.pipeline.run_rows import (
     read_pool,
     reject_unfit,
 )
-from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Example, Expansion, ExpansionManner, Judgement, RoundPlan
 from tapir_local.unusable import MAX_REASONS_NAMED, Unusable, format_left_out
 
 # A row can be expanded again in a later round; its draw numbers must differ from those of earlier rounds.

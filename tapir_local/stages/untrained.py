@@ -4,11 +4,11 @@ from pathlib import Path
 
 from tapir_local.files import atomic_write, read_rows, write_record
 from tapir_local.memory import format_bytes
-from tapir_local.pipeline.context import Stage, Work
-from tapir_local.pipeline.judge import write_judgements
-from tapir_local.pipeline.rounds import compute_holdout_metrics, generate_answers, read_holdout, summarize_metrics
 from tapir_local.records import Completion
 from tapir_local.run_dir import UNTRAINED_ROUND
+from tapir_local.stages.context import Stage, Work
+from tapir_local.stages.judge import write_judgements
+from tapir_local.stages.rounds import compute_holdout_metrics, generate_answers, read_holdout, summarize_metrics
 
 
 def untrained_export_stage(work: Work, out: Path) -> str:

@@ -13,14 +13,14 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
 from tapir_local.method import prompts
-from tapir_local.pipeline.context import Backends
 from tapir_local.pipeline.dry_run import estimate_costs
-from tapir_local.pipeline.expand import stop_reason, summarize_drafts, warn_few_rows
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Example, Judgement, Progress, Request, RoundPlan
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Backends
+from tapir_local.stages.expand import stop_reason, summarize_drafts, warn_few_rows
 from tapir_local.unusable import read_unusable
 
 Reply = Callable[[Request], str | None]

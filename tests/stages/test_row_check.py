@@ -14,7 +14,9 @@ from tapir_local.data.chat_template import (
     supports_system_role,
 )
 from tapir_local.errors import TapirError
-from tapir_local.pipeline.row_check import (
+from tapir_local.records import Example, Message, Prompt
+from tapir_local.resources import POCKET_STUDENT
+from tapir_local.stages.row_check import (
     StudentFormat,
     fold_system_turns,
     model_max_length,
@@ -23,8 +25,6 @@ from tapir_local.pipeline.row_check import (
     unfit_answers,
     unfit_prompts,
 )
-from tapir_local.records import Example, Message, Prompt
-from tapir_local.resources import POCKET_STUDENT
 from tapir_local.training.job import token_rows
 
 SYSTEM, USER, REPLY = Message("system", "Be brief."), Message("user", "What is 2 + 2?"), Message("assistant", "4")

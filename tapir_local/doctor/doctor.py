@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapir_local.memory import describe_unused_gpus, free_disk_space, list_visible_gpus, total_memory
-from tapir_local.pipeline.loop import installed_version
-from tapir_local.report.gpu_check import (
+from tapir_local.doctor.gpu_check import (
     find_nvcc,
     llama_uses_gpu,
     missing_for_triton,
@@ -20,7 +18,9 @@ from tapir_local.report.gpu_check import (
     torch_build,
     torch_build_advice,
 )
-from tapir_local.report.llama_check import llama_build_fault
+from tapir_local.doctor.llama_check import llama_build_fault
+from tapir_local.memory import describe_unused_gpus, free_disk_space, list_visible_gpus, total_memory
+from tapir_local.pipeline.loop import installed_version
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
 from tapir_local.training.model import old_gpu_fault
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tapir_local.commands.trust import find_risks, require_trust
 from tapir_local.errors import TapirError
 from tapir_local.recipe.text import parse_recipe
 from tapir_local.resources import recipe_files
+from tapir_local.terminal.trust import find_risks, require_trust
 
 ABROAD = "teacher: {model: m, base_url: 'https://other.example/v1', KEY}"
 JUDGED = "teacher: pocket\njudge: {model: m, base_url: 'https://other.example/v1', KEY}"

@@ -16,9 +16,11 @@ from tapir_local.files import read_rows, remove_path, write_rows
 from tapir_local.method import parsing, prompts
 from tapir_local.method.judging import ifd
 from tapir_local.method.screening import prompt_sentences, screen_instruction
-from tapir_local.pipeline.context import Work, format_count
-from tapir_local.pipeline.row_check import PromptAndAnswer
-from tapir_local.pipeline.run_rows import (
+from tapir_local.records import Example, Message, RoundPlan, Scored
+from tapir_local.resumable import append_row, resume_writing
+from tapir_local.stages.context import Work, format_count
+from tapir_local.stages.row_check import PromptAndAnswer
+from tapir_local.stages.run_rows import (
     answer_rows,
     holdout_index,
     make_child,
@@ -27,8 +29,6 @@ from tapir_local.pipeline.run_rows import (
     reject_unfit,
     resumable_task,
 )
-from tapir_local.records import Example, Message, RoundPlan, Scored
-from tapir_local.resumable import append_row, resume_writing
 
 EMPTY_PROMPT = (Message("user", ""),)  # no instruction: the perplexity that IFD compares with
 ScoredPair = Callable[[Example], tuple[PromptAndAnswer, PromptAndAnswer]]  # what is scored: with and without context

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 import click
 
-from tapir_local.commands.output import echo
 from tapir_local.errors import TapirError
 from tapir_local.files import write_json
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.resources import recipes_folder
 from tapir_local.teacher.endpoint import is_loopback
+from tapir_local.terminal.output import echo
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 

@@ -9,10 +9,10 @@ from tapir_local.data.dataset import count_tasks
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, write_rows
 from tapir_local.method import parsing, prompts
-from tapir_local.pipeline.context import Work, format_count
 from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
+from tapir_local.stages.context import Work, format_count
 from tapir_local.training.classifier import Prediction
 
 

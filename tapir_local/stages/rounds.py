@@ -9,13 +9,13 @@ from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import PlanInput
-from tapir_local.pipeline.context import Stage, Work, format_count
-from tapir_local.pipeline.expand import expand_stage, refine_stage, warn_few_steps
-from tapir_local.pipeline.judge import judge_name, refuse_unjudged, write_judgements
-from tapir_local.pipeline.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.recipe.schema import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
 from tapir_local.resumable import OrderedWriter, resume_writing
+from tapir_local.stages.context import Stage, Work, format_count
+from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
+from tapir_local.stages.judge import judge_name, refuse_unjudged, write_judgements
+from tapir_local.stages.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.training.job import LEFT_OUT_FILE
 from tapir_local.training.loss import describe_loss, read_losses
 from tapir_local.unusable import Unusable, format_left_out, record_unusable

@@ -30,7 +30,12 @@ from tapir_local.inference.llama_process import (
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import report_free_gpu_memory
 from tapir_local.method.metrics import AnswerChecker
-from tapir_local.pipeline.context import (
+from tapir_local.process import withhold_variables
+from tapir_local.recipe.endpoints import Endpoint
+from tapir_local.recipe.schema import Recipe
+from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import (
     AskBackend,
     Backends,
     ClassifyBackend,
@@ -42,12 +47,7 @@ from tapir_local.pipeline.context import (
     TrainBackend,
     UntrainedBackend,
 )
-from tapir_local.pipeline.row_check import PromptAndAnswer, StudentFormat, read_student_format
-from tapir_local.process import withhold_variables
-from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
-from tapir_local.run_dir import RunDir
+from tapir_local.stages.row_check import PromptAndAnswer, StudentFormat, read_student_format
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits

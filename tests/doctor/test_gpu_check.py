@@ -8,9 +8,9 @@ import pytest
 from command_line import refused
 from gpus import put_driver
 
-from tapir_local.report import gpu_check
-from tapir_local.report.doctor import check_llama_gpu, check_machine, check_nvcc, check_torch_build, check_triton_needs
-from tapir_local.report.gpu_check import idle_gpu_remarks, missing_for_triton, nvcc_advice, require_gpu
+from tapir_local.doctor import gpu_check
+from tapir_local.doctor.doctor import check_llama_gpu, check_machine, check_nvcc, check_torch_build, check_triton_needs
+from tapir_local.doctor.gpu_check import idle_gpu_remarks, missing_for_triton, nvcc_advice, require_gpu
 
 GPU_ROWS = {"torch for the GPU", "llama.cpp on the GPU", "CUDA compiler", "Triton's needs"}
 INDEX = "--index-url INDEX, where INDEX is PyTorch's for"
@@ -138,7 +138,7 @@ def test_the_version_of_torch_is_read_without_importing_it() -> None:
 
     assert gpu_check.torch_version() == (torch.__version__, torch.version.cuda)
     code = (
-        "import sys; from tapir_local.report.gpu_check import torch_build; torch_build(); print('torch' in sys.modules)"
+        "import sys; from tapir_local.doctor.gpu_check import torch_build; torch_build(); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -151,5 +151,5 @@ def test_a_gpu_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     put_driver(tmp_path, monkeypatch)
     assert refused(*command).startswith("error: --require-gpu: llama.cpp cannot use NVIDIA A")
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr("tapir_local.report.gpu_check.idle_gpu_remarks", list)
+    monkeypatch.setattr("tapir_local.doctor.gpu_check.idle_gpu_remarks", list)
     require_gpu()

@@ -17,7 +17,6 @@ from tapir_local.files import atomic_write, file_sha256, read_record
 from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
 from tapir_local.output_record import count_lines
-from tapir_local.pipeline.context import Stage, Work
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.settings import path_settings
@@ -26,6 +25,7 @@ from tapir_local.recipe.yaml import write_yaml
 from tapir_local.records import Metrics
 from tapir_local.resources import HUB_NAME, read_recipe_text
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Stage, Work
 
 CHECKSUMS_FILE = "SHA256SUMS"
 CARD_SETTINGS = ("rounds", "about", "card")  # settings that may change during a run and that the card shows

@@ -16,16 +16,6 @@ from tapir_local.files import read_rows
 from tapir_local.method import prompts
 from tapir_local.method.judging import mfd
 from tapir_local.method.metrics import compute_metrics
-from tapir_local.pipeline.context import Work
-from tapir_local.pipeline.judge import (
-    JudgeSpeed,
-    ask_judge,
-    judge_name,
-    judge_settings,
-    refuse_unjudged,
-    summarize_judgements,
-    write_judgements,
-)
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Recipe
@@ -45,6 +35,16 @@ from tapir_local.records import (
 from tapir_local.report.costs import summarize_costs
 from tapir_local.report.status import round_report
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.context import Work
+from tapir_local.stages.judge import (
+    JudgeSpeed,
+    ask_judge,
+    judge_name,
+    judge_settings,
+    refuse_unjudged,
+    summarize_judgements,
+    write_judgements,
+)
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 from tapir_local.teacher.session import AskOptions
