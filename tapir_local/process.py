@@ -36,6 +36,7 @@ LAUNCHER_KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher reports a killed 
 # Names of environment variables that hold a key, a token or a password.
 SECRET_NAME = re.compile(r"(.*_)?(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)", re.IGNORECASE)
 WITHHELD_NAMES: ContextVar[frozenset[str]] = ContextVar("NAMED", default=frozenset())  # more such names, from a recipe
+PASSED_NAMES: ContextVar[frozenset[str]] = ContextVar("PASSED", default=frozenset())  # secrets that a job needs
 # Secrets that a module needs: the classifier downloads its encoder from the Hub.
 ALLOWED_SECRETS = {"tapir_local.training.classifier": {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -207,7 +208,7 @@ def child_environment(module: str = "") -> dict[str, str]:
 def is_secret(name: str, module: str = "") -> bool:
     """Whether the name of a variable says that it is a secret, which a child running `module` does not get."""
     secret = SECRET_NAME.fullmatch(name) is not None or name in WITHHELD_NAMES.get()
-    return secret and name not in ALLOWED_SECRETS.get(module, ())
+    return secret and name not in ALLOWED_SECRETS.get(module, ()) and name not in PASSED_NAMES.get()
 
 
 @contextmanager
@@ -218,6 +219,16 @@ def withhold_variables(names: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         WITHHELD_NAMES.reset(token)
+
+
+@contextmanager
+def pass_variables(names: Iterable[str]) -> Iterator[None]:
+    """Give these variables, though they are secrets, to children started within the block."""
+    token = PASSED_NAMES.set(frozenset(names))
+    try:
+        yield
+    finally:
+        PASSED_NAMES.reset(token)
 
 
 def read_reports(lines: Iterable[bytes], mark: bytes, log: IO[bytes]) -> Iterator[dict[str, Any]]:

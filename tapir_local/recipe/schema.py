@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tapir_local.recipe.card import Card, Limits
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.own_tasks import Tasks, build_task_table, validate_tasks
 from tapir_local.recipe.tasks import TASKS, Task
@@ -239,6 +240,10 @@ class Train(Settings):
         description="command that starts training processes on several GPUs, such as `accelerate launch --multi_gpu "
         "--num_processes 2`; batch_size is the total of all processes",
     )
+    report_to: Literal["none", "wandb", "tensorboard", "trackio", "mlflow"] = Field(
+        "none",
+        description="tracker that gets the loss of each step, if installed; only wandb sends it to a server",
+    )
     lora_rank: int = Field(16, ge=1, description="rank r of LoRA, on all linear layers except the output head")
     lora_alpha: int = Field(32, ge=1, description="LoRA alpha; LoRA is scaled by alpha / r")
     lora_dropout: Share = Field(0.0, description="dropout on the input of LoRA")
@@ -286,27 +291,6 @@ class Budget(Settings):
     )
 
 
-class Limits(Settings):
-    """How many failures a run tolerates before it stops."""
-
-    unusable: Share = Field(
-        0.05,
-        description="maximum share of a stage's rows that are left out as unusable (refused by the server, cut off, "
-        "rejected by the chat template); with more, the stage stops (a single row stops it only at 0); "
-        "unusable.jsonl lists them",
-    )
-
-
-class Card(Settings):
-    """Facts for the model card that the program cannot know; the card says `not stated` for null."""
-
-    license: str | None = Field(None, description="license of the trained student")
-    base_license: str | None = Field(None, description="license of the base model")
-    data_license: str | None = Field(None, description="license of the seeds")
-    terms: str | None = Field(None, description="the teacher's terms for the use of its answers")
-    language: str | None = Field(None, description="language of the data, such as `en`")
-
-
 class Recipe(Settings):
     """One distillation. The defaults suit a student of the size of LLaMA-2 on one GPU."""
 
@@ -324,6 +308,11 @@ class Recipe(Settings):
     export: Export = Export()
     budget: Budget = Budget()
     limits: Limits = Limits()
+    ship: Literal["last", "best"] = Field(
+        "last",
+        description="round whose student model/ gets: `last`, or `best`: the best one on the holdout, if it is better "
+        "than the last beyond chance",
+    )
     card: Card = Card()
     checker: Literal["pocket", "tasks"] | None = Field(
         None,

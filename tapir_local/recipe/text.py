@@ -169,11 +169,13 @@ def describe_replaced_kinds(before: Recipe, after: Recipe) -> list[str]:
 CHANGEABLE_ENDPOINT_SETTINGS = frozenset(
     {"api_key_env", "api_key_file", "concurrency", "timeout", "attempts", "batch", "price", "context", "stream"}
 )
-# Settings that change how a batch is computed, but not the result, up to rounding.
-CHANGEABLE_TRAIN_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointing", "checkpoint_minutes", "launcher"})
-# Other settings that change no row: texts, parallelism and tolerated failures.
+# Settings that change how a batch is computed or where its loss is shown, but not the result, up to rounding.
+CHANGEABLE_TRAIN_SETTINGS = frozenset(
+    {"micro_batch_size", "gradient_checkpointing", "checkpoint_minutes", "launcher", "report_to"}
+)
+# Other settings that change no row: texts, parallelism, tolerated failures, and the round in model/.
 CHANGEABLE_SETTINGS = (
-    *("rounds", "about", "budget", "limits", "card", "student.concurrency"),
+    *("rounds", "about", "budget", "limits", "card", "ship", "student.concurrency"),
     *("judge.max_unjudged", "classifier.min_agreement", "export.min_agreement"),
 )
 # Settings that may grow during a run: a complete answer stays the same.

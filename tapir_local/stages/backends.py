@@ -30,7 +30,7 @@ from tapir_local.inference.llama_process import (
 from tapir_local.inference.model import is_adapter
 from tapir_local.memory import report_free_gpu_memory
 from tapir_local.method.metrics import AnswerChecker
-from tapir_local.process import withhold_variables
+from tapir_local.process import pass_variables, withhold_variables
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
@@ -92,13 +92,22 @@ def real_backends(
 
 
 def begin_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop) -> Callable[[], None]:
-    """Fixes the run's student and checks that it can be exported, before the first step."""
+    """Fixes the run's student and checks, before the first step, that it can be exported and its training reported."""
 
     def begin() -> None:
+        if not (run.round(recipe.rounds) / "adapter").exists():
+            check_recipe_tracker(recipe)
         if not (run.round(0) / "adapter").exists():
             check_student(prepare_student_folder(recipe, run, say), converter_path(recipe))
 
     return begin
+
+
+def check_recipe_tracker(recipe: Recipe) -> None:
+    """TapirError if the tracker of `train.report_to` cannot be used here."""
+    from tapir_local.training.reporting import check_tracker
+
+    check_tracker(recipe.train)
 
 
 def check_student(model: Path, converter: Path | None = None) -> None:
@@ -208,6 +217,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
 
     def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
         from tapir_local.training.job import TrainJob
+        from tapir_local.training.reporting import TRACKER_KEYS
         from tapir_local.training.train import run_training
 
         job = TrainJob(
@@ -221,7 +231,8 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
             unusable=recipe.limits.unusable,
             unsloth_cache=run.cache / "unsloth",
         )
-        run_training(job, out.parent / "train", progress, say)
+        with pass_variables(TRACKER_KEYS.get(recipe.train.report_to, ())):
+            run_training(job, out.parent / "train", progress, say)
 
     return fine_tune
 

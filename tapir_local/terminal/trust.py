@@ -38,12 +38,14 @@ class Risk:
 
 
 def find_risks(recipe: Recipe) -> list[Risk]:
-    """The commands that a recipe runs, and the keys other than OPENAI_API_KEY that it sends to hosts that it names."""
+    """The commands that a recipe runs, and what it sends: keys other than OPENAI_API_KEY to its hosts, losses to wandb."""
     risks = list[Risk]()
     if recipe.train.launcher:
         risks.append(Risk(("train.launcher",), f"runs the command: {recipe.train.launcher}"))
     if recipe.export.converter:
         risks.append(Risk(("export.converter",), f"runs the Python script or folder: {recipe.export.converter}"))
+    if recipe.train.report_to == "wandb":
+        risks.append(Risk(("train.report_to",), "sends the loss and the settings of each training to wandb's server"))
     return [*risks, *key_risks("teacher", recipe.teacher), *key_risks("judge", recipe.judge)]
 
 

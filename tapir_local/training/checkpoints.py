@@ -19,6 +19,7 @@ HARDWARE_ARGUMENTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     "gradient_checkpointing",
 )
+TRACKER_ARGUMENTS = ("report_to", "run_name", "project")  # where the loss is reported; they change no result
 
 
 @dataclass
@@ -43,14 +44,15 @@ def job_digest(
 ) -> str:
     """Identify a training by its rows, weights, settings, hardware and library versions.
 
-    The micro-batch size is left out: it changes the result only by rounding.
+    The micro-batch size is left out, which changes the result only by rounding, and so is the tracker.
     """
+    exempt = (*HARDWARE_ARGUMENTS, *TRACKER_ARGUMENTS)
     known = {
         "rows": tokens.rows,
         "model": weight_file_stats(Path(job.model)),
         "from": weight_file_stats(job.adapter_from) if job.adapter_from else [],
         "train": job.settings.model_dump(include={"method", "lora_rank", "lora_alpha", "lora_dropout"}),
-        "sft": {name: value for name, value in arguments.items() if name not in HARDWARE_ARGUMENTS},
+        "sft": {name: value for name, value in arguments.items() if name not in exempt} | {"report_to": "none"},
         "hardware": [hardware.device, hardware.backend, hardware.precision, hardware.processes],
         "versions": versions,
     }

@@ -12,6 +12,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, instruction_of
 from tapir_local.training.model import Hardware
+from tapir_local.training.reporting import tracker_arguments
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable
 
 LEFT_OUT_FILE = "left_out.jsonl"  # in the training's folder: the rows that were left out, as Unusable
@@ -21,7 +22,6 @@ FIXED_ARGUMENTS = {  # arguments of SFTConfig that no setting changes
     "torch_empty_cache_steps": None,
     "logging_steps": 1,
     "logging_nan_inf_filter": False,
-    "report_to": "none",
     "save_strategy": "no",  # checkpoints are saved by time (see checkpoints.is_checkpoint_due)
     "save_total_limit": None,
     "save_only_model": False,
@@ -191,6 +191,7 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, recompute: bool 
         "gradient_checkpointing": recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         **FIXED_ARGUMENTS,
+        **tracker_arguments(settings, job.out),
     }
 
 

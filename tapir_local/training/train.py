@@ -53,6 +53,7 @@ from tapir_local.training.model import (
     unsloth_error,
 )
 from tapir_local.training.model_files import check_same_shape
+from tapir_local.training.reporting import report_folder, tracker_environment
 from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
 from tapir_local.unusable import format_common_reasons, refuse_too_many
 
@@ -130,8 +131,11 @@ def with_smaller_batch(job: TrainJob) -> TrainJob | None:
 def training_main(folder: Path, progress: Progress) -> None:
     """Run the job in `folder`: the entry point of the training process."""
     job = read_record(TrainJob, folder / "job.json")
-    variables = {**training_environment(job.model), **allocator_variables(), **single_gpu_variables()}
+    tracker = tracker_environment(job.settings, job.out)  # first: training_environment says that the Hub is offline
+    variables = {**training_environment(job.model), **allocator_variables(), **single_gpu_variables(), **tracker}
     os.environ.update(variables)  # before the libraries are imported
+    if tracker:
+        report_folder(job.out).mkdir(parents=True, exist_ok=True)
     train_student(job, progress, folder)
 
 
