@@ -113,12 +113,13 @@ def recipe_changes(
 
 
 def find_recipe_or_run(named: str, cache: Path | None) -> tuple[Path, bool]:
-    """(file of a recipe, False) or, if there is no such recipe, (recipe that the run of this name began with, True)."""
+    """(file of a recipe, whether a run in `cache` keeps it), by the name of a recipe or, if there is none, of a run."""
     from tapir_local.resources import find_recipe
     from tapir_local.run_dir import run_of_name
 
     try:
-        return find_recipe(named), False
+        path = find_recipe(named)
+        return path, cache is not None and path.name == "recipe.yaml" and path.parent.parent == cache / "runs"
     except TapirError:
         run = run_of_name(cache, named) if cache else None
         if run is None or not run.exists:

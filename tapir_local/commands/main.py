@@ -11,6 +11,7 @@ import click
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.distill import distill_command
+from tapir_local.commands.manage import resume_command, rm_command, ship_command
 from tapir_local.commands.models import export_command, generate_command
 from tapir_local.commands.runs import (
     chat_command,
@@ -59,7 +60,10 @@ for command in (
     plan_command,
     recipes_command,
     redo_stages_command,
+    resume_command,
+    rm_command,
     runs_command,
+    ship_command,
     show_command,
     status_command,
     why_command,

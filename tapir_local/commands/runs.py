@@ -162,7 +162,7 @@ def plan_command(run: str, number: int | None, changes: tuple[str, ...], cache: 
     ),
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
-@click.option("--round", "number", type=click.IntRange(min=0), help="Round to compare; by default each run's last one.")
+@click.option("--round", "number", type=click.IntRange(min=0), help="Round to compare; by default the one in model/.")
 @click.option(
     "--at",
     type=click.Choice(["rows", "tokens", "calls"]),

@@ -161,9 +161,10 @@ def cost_amount(cost: RunCost, at: CostUnit) -> int | None:
 
 
 def choose_round(run: RunResults, number: int | None, at: CostUnit | None, budget: int | None) -> EvaluatedRound:
-    """The round of a run to compare: the given one, or the last one within a budget, or the last one.
+    """The round of a run to compare: the given one, the last one within a budget, or the one in model/.
 
-    If no round is within the budget, it is the first one. TapirError if the given round is not evaluated.
+    Without a model/ it is the last one; if no round is within the budget, the first one. TapirError if the given round
+    is not evaluated.
     """
     if number is not None:
         for found in run.rounds:
@@ -173,7 +174,7 @@ def choose_round(run: RunResults, number: int | None, at: CostUnit | None, budge
         raise TapirError(f"run {run.name!r} has no evaluated round {number}", fix=f"Its evaluated rounds: {known}.")
     if at and budget is not None:
         return ([found for found in run.rounds if is_within_budget(found, at, budget)] or run.rounds[:1])[-1]
-    return run.last
+    return run.in_model
 
 
 def is_within_budget(found: EvaluatedRound, at: CostUnit, budget: int) -> bool:
@@ -255,6 +256,9 @@ def comparison_notes(
                 f"{run.name} has no round within {budget:,} {COST_UNIT_NAMES[at]}: round {found.number} is compared, "
                 f"which cost {cost_amount(found.cost, at):,}."
             )
+        if not at and found is run.in_model and found is not run.last:
+            last = run.last.number
+            notes.append(f"{run.name}: round {found.number} is compared, which is in model/; the last is round {last}.")
         if unjudged := len(run.holdout) - len(found.judged):
             rows = "1 row is" if unjudged == 1 else f"{unjudged:,} rows are"
             notes.append(f"{run.name}: {rows} not judged in round {found.number} and left out of win rates.")
@@ -281,6 +285,7 @@ def compare_rounds(run: RunDir) -> dict[str, Any]:
             for found, change in zip(rounds, changes, strict=True)
         ],
         "best": rounds[means.index(max(means))].number,
+        "shipped": results.in_model.number,
         "gain": difference_record(values[-1], values[0]) if len(values) > 1 else None,
         "lag": difference_record(values[-1], values[means.index(max(means))]),
         "fallen": fallen_tasks(results, rounds[0], metric) if len(values) > 1 else [],
@@ -320,10 +325,12 @@ def round_verdict(found: Mapping[str, Any]) -> str:
         return f"{said} It is the best round."
     if found["best"] == first:
         best = round_name(first)
-        return f"{said} {best[0].upper()}{best[1:]} is the best, but model/ has round {last['round']}."
+        return f"{said} {best[0].upper()}{best[1:]} is the best, but model/ has round {found['shipped']}."
+    here = ", which is in model/," if found["shipped"] == last["round"] else ""
+    there = f" model/ has round {found['shipped']}." if not here else ""
     return (
-        f"{said} The best is round {found['best']}: round {last['round']}, which is in model/, "
-        f"{direction(found['lag'])} it{certainty(found['lag'])}."
+        f"{said} The best is round {found['best']}: round {last['round']}{here} "
+        f"{direction(found['lag'])} it{certainty(found['lag'])}.{there}"
     )
 
 

@@ -164,9 +164,9 @@ def rounds_of_run_table(found: Mapping[str, Any]) -> PlainTable:
         rates = (rate_and_interval_cell(row[metric]) for metric in metrics)
         table.add_row(label, *rates, difference_cells(change)[0], "chance?" if chance else "")
     table.caption = (
-        "*: the best; model/ has the last round. Round 0 is plain fine-tuning on the teacher's answers. Change: on "
-        "the round before, in percentage points; it may be chance where p is 0.05 or more. In parentheses: 95 % "
-        f"intervals. `tapir-local status "
+        f"*: the best; model/ has round {found['shipped']}. Round 0 is plain fine-tuning on the teacher's answers. "
+        "Change: on the round before, in percentage points; it may be chance where p is 0.05 or more. In parentheses: "
+        f"95 % intervals. `tapir-local status "
         f"{found['run']}` has scores, calls and seconds."
     )
     return table

@@ -21,6 +21,7 @@ from tapir_local.report.status import read_metrics
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
 from tapir_local.stages.backends import recipe_checker
 from tapir_local.stages.context import read_lock
+from tapir_local.stages.shipped_round import read_shipped_round
 
 HoldoutRecord = TypeVar("HoldoutRecord", Completion, Judgement)
 HOLDOUT_CURRICULA = {"growth"}  # curricula that plan a round by the metrics of the round before
@@ -80,7 +81,10 @@ class EvaluatedRound:
 
 @dataclass(frozen=True)
 class RunResults:
-    """A run to compare: its recipe, the name of its judge, its holdout with the teacher's answers, and its rounds."""
+    """A run to compare: its recipe, the name of its judge, its holdout with the teacher's answers, and its rounds.
+
+    `shipped` is the round in model/, None without a model/.
+    """
 
     name: str
     recipe: Recipe
@@ -88,6 +92,12 @@ class RunResults:
     holdout: tuple[Example, ...]
     rounds: tuple[EvaluatedRound, ...]
     untrained: EvaluatedRound | None = None
+    shipped: int | None = None
+
+    @property
+    def in_model(self) -> EvaluatedRound:
+        """The round whose student model/ has; the last evaluated round without a model/."""
+        return next((found for found in self.rounds if found.number == self.shipped), self.last)
 
     @property
     def last(self) -> EvaluatedRound:
@@ -140,7 +150,9 @@ def read_one_run(run: RunDir, check: AnswerChecker | None, tasks: Mapping[str, s
         untrained = EvaluatedRound(
             UNTRAINED_ROUND, nothing_spent, *holdout_values(run, UNTRAINED_ROUND, holdout, check, alike)
         )
-    return RunResults(run.name, recipe, judge, holdout, rounds, untrained)
+    shipped = read_shipped_round(run, recipe.rounds)
+    number = shipped["round"] if shipped else None
+    return RunResults(run.name, recipe, judge, holdout, rounds, untrained, number)
 
 
 def holdout_values(

@@ -15,6 +15,7 @@ from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_r
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
 from tapir_local.stages.labeling import warn_low_agreement
+from tapir_local.stages.shipped_round import read_shipped_round
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -41,6 +42,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "stages": len(steps),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
         "untrained": read_metrics(run, UNTRAINED_ROUND),
+        "shipped": read_shipped_round(run, kept_recipe(run).rounds),
         "rounds": rounds,
         "end": [stage_status(steps[-1], taken)],
         "calls": call_counts(run, taken),
@@ -60,6 +62,11 @@ def describe_state(run: RunDir, steps: Sequence[Step]) -> str:
     if recorded == "running":
         return f"stopped in {left[0].name}: its process ended without an error, as by kill -9"
     return recorded if recorded.startswith("stopped") else f"not finished, {left[0].name} is next"
+
+
+def read_run_state(run: RunDir) -> str:
+    """The state of a run in words; of an unreadable one, why it cannot be read."""
+    return str(run_summary(run)["state"])
 
 
 def list_run_states(cache: Path) -> list[dict[str, Any]]:

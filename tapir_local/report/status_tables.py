@@ -105,7 +105,9 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
         f"run {status['run']}: {status['state']}; {status['stages_done']} of {status['stages']} stages are done\n"
         f"{status['folder']}"
     )
-    lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
+    shipped = status["shipped"]
+    model = [f"model/ has round {shipped['round']}: {shipped['why']}"] if shipped else []
+    lines = [*model, *unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(lines) or None
     table.add_column("stage", no_wrap=True)
     table.add_column("done", no_wrap=True)

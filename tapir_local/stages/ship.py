@@ -26,9 +26,10 @@ from tapir_local.records import Metrics
 from tapir_local.resources import HUB_NAME, read_recipe_text
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import Stage, Work
+from tapir_local.stages.shipped_round import MODEL_FOLDER, choose_shipped_round, record_shipped_round
 
 CHECKSUMS_FILE = "SHA256SUMS"
-CARD_SETTINGS = ("rounds", "about", "card")  # settings that may change during a run and that the card shows
+CARD_SETTINGS = ("rounds", "about", "card", "ship")  # settings that may change during a run and that the card shows
 NOT_STATED = "not stated"
 SPECIAL_TOKENS_NOTE = (
     "In training, a special token quoted in a text (such as the one that ends a turn) was treated as plain text. A "
@@ -38,17 +39,31 @@ SPECIAL_TOKENS_NOTE = (
 
 
 def ship_stage(work: Work, out: Path) -> str:
-    """The last round's student with its card, recipe and checksums; complete or absent."""
+    """The student of the last or the best round with its card, recipe and checksums; complete or absent."""
+    number, why = choose_shipped_round(work)
     with atomic_write(out) as partial:
-        partial.mkdir()
-        work.backends.ship(student=work.run.round(work.recipe.rounds), out=partial, progress=work.progress)
-        (partial / "recipe.yaml").write_text(published_recipe(work.recipe), encoding="utf-8")
-        (partial / "README.md").write_text(model_card(work.run, work.recipe, partial), encoding="utf-8")
-        (partial / CHECKSUMS_FILE).write_text(checksum_lines(sorted(partial.iterdir())), encoding="utf-8")
-    return f"{out}: student.gguf, {format_bytes((out / 'student.gguf').stat().st_size)}, with Modelfile and card"
+        write_model_folder(work, partial, number, why)
+        record_shipped_round(work.run, work.recipe, number, why)
+    return describe_model_folder(out, number, why)
 
 
-SHIP_STAGE = Stage("ship", "model", ship_stage)
+def write_model_folder(work: Work, out: Path, number: int, why: str) -> None:
+    """Write the student of a round into the new folder `out`, with its card, recipe and checksums."""
+    out.mkdir()
+    work.backends.ship(student=work.run.round(number), out=out, progress=work.progress)
+    (out / "recipe.yaml").write_text(published_recipe(work.recipe), encoding="utf-8")
+    card = model_card(work.run, work.recipe, out, {"round": number, "why": why})
+    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / CHECKSUMS_FILE).write_text(checksum_lines(sorted(out.iterdir())), encoding="utf-8")
+
+
+def describe_model_folder(out: Path, number: int, why: str) -> str:
+    """The closing line of a model/: its round, the reason, and its size."""
+    size = format_bytes((out / "student.gguf").stat().st_size)
+    return f"{out}: student.gguf, {size}, of round {number} ({why}), with Modelfile and card"
+
+
+SHIP_STAGE = Stage("ship", MODEL_FOLDER, ship_stage)
 
 
 def checksum_lines(files: Sequence[Path]) -> str:
@@ -57,7 +72,7 @@ def checksum_lines(files: Sequence[Path]) -> str:
 
 
 def is_model_stale(run: RunDir, recipe: Recipe) -> bool:
-    """Whether model/ exists and was made with other settings: another number of rounds, or another card.
+    """Whether model/ exists and was made with other settings: other rounds, another card, or another choice of round.
 
     Settings that it does not depend on, such as the budget, do not count.
     """
@@ -133,11 +148,12 @@ def public_command(line: str) -> str:
 # The model card
 
 
-def model_card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
-    """The README.md of a run's model/ in Markdown; `shipped` is the folder with gate.json.
+def model_card(run: RunDir, recipe: Recipe, folder: Path, shipped: Mapping[str, Any]) -> str:
+    """The README.md of a run's model/ in Markdown; `folder` has gate.json, `shipped` the round and the reason for it.
 
     Everything in it comes from the run's files and its recipe; what they do not say is `not stated`.
     """
+    origin = [*origin_rows(run, recipe), ("round", f"{shipped['round']}: {shipped['why']}")]
     parts = [
         front_matter(recipe),
         f"# {run.name}",
@@ -145,11 +161,11 @@ def model_card(run: RunDir, recipe: Recipe, shipped: Path) -> str:
         "A student that tapir-local distilled from a teacher by TAPIR (arXiv 2405.13448). Everything in this card "
         "comes from the run's own files and its recipe.",
         "## How to run it\n\n" + usage_commands(run) + "\n\n" + SPECIAL_TOKENS_NOTE,
-        "## What it was made from\n\n" + markdown_table(("", ""), origin_rows(run, recipe)),
+        "## What it was made from\n\n" + markdown_table(("", ""), origin),
         "## Licenses and terms\n\nAs stated in the recipe; the program does not check them.\n\n"
         + markdown_table(("of", ""), license_rows(recipe)),
-        "## On the holdout\n\n" + results_section(run, recipe),
-        "## The gate\n\n" + gate_section(read_record(GateReport, shipped / "gate.json")),
+        "## On the holdout\n\n" + results_section(run, recipe, shipped["round"]),
+        "## The gate\n\n" + gate_section(read_record(GateReport, folder / "gate.json")),
         "## Made with\n\n" + versions_line(run.record()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -236,10 +252,10 @@ def license_rows(recipe: Recipe) -> list[tuple[str, str]]:
     return [(name, text or NOT_STATED) for name, text in known.items()]
 
 
-def results_section(run: RunDir, recipe: Recipe) -> str:
-    """Every round's metrics with their 95 % intervals, and how they were measured."""
+def results_section(run: RunDir, recipe: Recipe, shipped: int) -> str:
+    """Every evaluated round's metrics with their 95 % intervals, and how they were measured."""
     paths = [run.round(number) / "metrics.json" for number in range(recipe.rounds + 1)]
-    found = [read_record(Metrics, path) for path in paths]
+    found = [read_record(Metrics, path) for path in paths if path.exists()]
     heads = ("round", "win rate", "95 %", "accuracy", "95 %", "score, student : teacher", "rows", "judged")
     adapter = (
         ""
@@ -251,7 +267,7 @@ def results_section(run: RunDir, recipe: Recipe) -> str:
         if is_rouge_only(found[-1].win_rate, found[-1].student_score)
         else f"Win rate is against the teacher's own answers, a tie counts as half a win, judged by {found[-1].judge}"
     )
-    about = f"Greedy answers to the held-out rows. {measured}; the last row is this student.{adapter}"
+    about = f"Greedy answers to the held-out rows. {measured}; round {shipped} is this student.{adapter}"
     return f"{about}\n\n" + markdown_table(heads, [metrics_row(row) for row in found])
 
 

@@ -9,21 +9,17 @@ from tapir_local.terminal.output import echo
 
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {
-    "Make a student": ("recipes", "doctor", "distill", "redo"),
-    "Look at runs": ("runs", "status", "show", "why", "plan", "compare"),
-    "Use the student": ("chat", "generate", "export"),
+    "Make a student": ("recipes", "doctor", "distill", "resume", "redo"),
+    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "rm"),
+    "Use the student": ("ship", "chat", "generate", "export"),
     "Other": ("calls", "completion"),
 }
 # What people type who know other programs, and what does it here.
 COMMAND_HINTS = {
     **dict.fromkeys(("train", "run", "start"), "`tapir-local distill RECIPE` runs a recipe"),
-    **dict.fromkeys(("resume", "continue"), "`tapir-local distill RUN` resumes a run"),
+    "continue": "`tapir-local resume RUN` resumes a run",
     **dict.fromkeys(("ls", "list"), "`tapir-local runs` lists the runs, `tapir-local calls list` the calls"),
-    **dict.fromkeys(
-        ("rm", "delete", "remove"),
-        "`tapir-local redo` deletes stages; to delete a run, delete its folder, which `tapir-local status` prints. "
-        "Paid calls stay in the store",
-    ),
+    **dict.fromkeys(("delete", "remove"), "`tapir-local rm RUN` deletes a run, `tapir-local redo` stages of a run"),
     **dict.fromkeys(
         ("eval", "evaluate", "test", "report", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",

@@ -38,7 +38,7 @@ class Risk:
 
 
 def find_risks(recipe: Recipe) -> list[Risk]:
-    """The commands that a recipe runs, and what it sends: keys other than OPENAI_API_KEY to its hosts, losses to wandb."""
+    """The commands that a recipe runs, and what it sends: other keys than OPENAI_API_KEY, losses to wandb."""
     risks = list[Risk]()
     if recipe.train.launcher:
         risks.append(Risk(("train.launcher",), f"runs the command: {recipe.train.launcher}"))

@@ -18,6 +18,11 @@ JUDGED = "teacher: pocket\njudge: {model: m, base_url: 'https://other.example/v1
     [
         ("teacher: pocket\ntrain: {launcher: sh x.sh}", ["runs the command: sh x.sh"]),
         ("teacher: pocket\nexport: {converter: /tmp/x.py}", ["runs the Python script or folder: /tmp/x.py"]),
+        ("teacher: pocket\ntrain: {report_to: tensorboard}", []),
+        (
+            "teacher: pocket\ntrain: {report_to: wandb}",
+            ["sends the loss and the settings of each training to wandb's server"],
+        ),
         (ABROAD.replace("KEY", "api_key_env: AWS"), ["sends the environment variable AWS to other.example"]),
         (JUDGED.replace("KEY", "api_key_env: AWS"), ["sends the environment variable AWS to other.example"]),
         (ABROAD.replace("KEY", "api_key_file: /etc/x"), ["sends what the file /etc/x holds to other.example"]),
