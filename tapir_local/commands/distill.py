@@ -150,6 +150,7 @@ def resolve_recipe(
 
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     """Print a table of the calls that the rest of the run will make, or that there are none."""
+    from tapir_local.doctor.recipe_checks import check_rows
     from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.costs import cost_estimate_table, no_calls_sentence
     from tapir_local.stages.backends import judge_endpoint
@@ -160,6 +161,8 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
         print_table(cost_estimate_table(rows, run.name))
     else:
         echo(no_calls_sentence(recipe))
+    if odd := check_rows(recipe):
+        echo(f"{odd.found}. {odd.fix}", err=True)
 
 
 def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None) -> int:

@@ -1,12 +1,17 @@
 """Commands to use before a first run: `recipes` and `doctor`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tapir_local.terminal.options import cache_option, help_examples, json_option
 from tapir_local.terminal.output import echo, print_json, print_table
+
+if TYPE_CHECKING:
+    from tapir_local.doctor.doctor import MachineCheck
 
 
 @click.command(
@@ -82,23 +87,57 @@ def print_settings(as_json: bool) -> None:
         )
 
 
-@click.command(name="doctor", epilog=help_examples("tapir-local doctor"))
+@click.command(
+    name="doctor",
+    epilog=help_examples("tapir-local doctor", "tapir-local doctor my.yaml", "tapir-local doctor my.yaml --ask"),
+)
+@click.argument("recipe", required=False)
+@click.option("--ask", is_flag=True, help="Send one short request to each endpoint of RECIPE; it may cost money.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting of RECIPE; repeatable.")
 @cache_option
 @json_option
-def doctor_command(cache: Path | None, as_json: bool) -> None:
-    """Check whether this machine is ready. Exits with 1 if something that is needed is missing."""
+def doctor_command(recipe: str | None, ask: bool, changes: tuple[str, ...], cache: Path | None, as_json: bool) -> None:
+    """Check whether this machine is ready, and for RECIPE.
+
+    With RECIPE, also checks its seeds, student, chat template, memory, disk, keys and endpoints, and that what is not
+    on this machine can be downloaded. RECIPE is a recipe or a run. Exits with 1 if something that is needed is missing.
+    """
     from dataclasses import asdict
 
     from tapir_local.doctor.doctor import check_machine
-    from tapir_local.report.tables import text_table
     from tapir_local.resources import default_cache
 
-    checks = check_machine(cache or default_cache())
+    if recipe is None and (ask or changes):
+        raise click.UsageError("--ask and --set need a RECIPE")
+    place = cache or default_cache()
+    found = check_recipe_file(recipe, changes, place, ask=ask) if recipe else []
+    checks = [check for check in check_machine(place) if not (found and check.name == "API key")]
     if as_json:
-        print_json([asdict(check) for check in checks])
+        print_json([asdict(check) for check in [*checks, *found]])
     else:
-        words = {True: "good", False: "MISSING", None: "-"}
-        rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
-        print_table(text_table("doctor", ["check", "", "found", "what to do"], rows, whole=["check", ""]))
-    if any(check.ok is False for check in checks):
+        print_checks("doctor", checks)
+        if found:
+            print_checks(f"doctor: {recipe}", found)
+    if any(check.ok is False for check in [*checks, *found]):
         sys.exit(1)
+
+
+def check_recipe_file(named: str, changes: Sequence[str], cache: Path, *, ask: bool) -> "list[MachineCheck]":
+    """The checks of a recipe, or of a run's; its notices go to stderr."""
+    from tapir_local.commands.distill import resolve_recipe
+    from tapir_local.doctor.recipe_checks import check_recipe
+    from tapir_local.recipe.text import parse_changes
+
+    recipe, _, notices = resolve_recipe(named, parse_changes(changes), cache)
+    for notice in notices:
+        echo(notice, err=True)
+    return check_recipe(recipe, cache, ask=ask)
+
+
+def print_checks(title: str, checks: "Sequence[MachineCheck]") -> None:
+    """Print a row for each check, with what to do where it is not good."""
+    from tapir_local.report.tables import text_table
+
+    words = {True: "good", False: "MISSING", None: "-"}
+    rows = [[check.name, words[check.ok], check.found, "" if check.ok else check.fix] for check in checks]
+    print_table(text_table(title, ["check", "", "found", "what to do"], rows, whole=["check", ""]))

@@ -17,12 +17,14 @@ from tapir_local.doctor.gpu_check import (
     nvcc_advice,
     torch_build,
     torch_build_advice,
+    torch_version,
+    unsloth_fault,
 )
-from tapir_local.doctor.llama_check import llama_build_fault
+from tapir_local.doctor.llama_check import llama_backends, llama_build_fault
+from tapir_local.doctor.torch_check import TorchGpu, find_torch_gpu
 from tapir_local.memory import describe_unused_gpus, free_disk_space, list_visible_gpus, total_memory
 from tapir_local.pipeline.loop import installed_version
 from tapir_local.resources import POCKET_SEEDS, POCKET_STUDENT, recipe_files
-from tapir_local.training.model import old_gpu_fault
 
 REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "llama-cpp-python", "gguf", "openai", "sqlite-utils")
 MIN_DISK_GB = 5.0
@@ -41,6 +43,7 @@ class MachineCheck:
 
 def check_machine(cache: Path) -> list[MachineCheck]:
     """The results of all checks, the most important first."""
+    cards = list_visible_gpus()
     checks: list[Callable[[], MachineCheck]] = [
         check_linux,
         check_python_version,
@@ -53,7 +56,7 @@ def check_machine(cache: Path) -> list[MachineCheck]:
         lambda: check_free_disk(cache),
         check_total_memory,
         check_gpu,
-        *([check_torch_build, check_llama_gpu, check_nvcc, check_triton_needs] if list_visible_gpus() else []),
+        *([check_torch_build, check_llama_gpu, check_nvcc, check_triton_needs] if cards else [check_cpu_torch]),
         check_unsloth,
         check_api_key,
     ]
@@ -102,7 +105,7 @@ def check_llama() -> MachineCheck:
     return MachineCheck(
         "llama.cpp",
         not fault,
-        f"ends with {fault}" if fault else "runs on this processor",
+        f"ends with {fault}" if fault else f"runs on this processor; backends: {llama_backends()}",
         "It was built for another processor: run `make llama` in the checkout to build it again.",
     )
 
@@ -161,22 +164,34 @@ def check_total_memory() -> MachineCheck:
 
 def check_gpu() -> MachineCheck:
     """A CUDA device that torch can use."""
-    if not installed_version("torch"):
+    version, cuda = torch_version()
+    if not version:
         return MachineCheck("GPU", None, "unknown: torch is not installed")
-    import torch
+    return judge_gpu(find_torch_gpu() if cuda else "")
 
-    if not torch.cuda.is_available():
-        unused = describe_unused_gpus(torch.__version__, torch.version.cuda) or "none"
+
+def judge_gpu(found: TorchGpu | str) -> MachineCheck:
+    """Whether the GPU that torch finds can be used; `found` is a text if it finds none."""
+    if isinstance(found, str):
+        unused = describe_unused_gpus(*torch_version()) or "none"
+        said = f" ({found})" if found else ""
         return MachineCheck(
             "GPU",
             None,
-            f"{unused}: training and generation run on the CPU",
+            f"{unused}: training and generation run on the CPU{said}",
             "A student with billions of parameters needs a CUDA GPU and a CUDA build of torch.",
         )
-    properties = torch.cuda.get_device_properties(0)
-    old = old_gpu_fault(torch.cuda.get_device_capability(0), torch.cuda.get_arch_list(), torch.__version__)
-    found = f"{properties.name}, {properties.total_memory / 1e9:,.0f} GB{old and ', too old: ' + old}"
-    return MachineCheck("GPU", not old, found, "Install a build of torch for an older CUDA.")
+    old = found.too_old and f", too old: {found.too_old}"
+    said = f"{found.name}, {found.total / 1e9:,.0f} GB{old}"
+    return MachineCheck("GPU", not found.too_old, said, "Install a build of torch for an older CUDA.")
+
+
+def check_cpu_torch() -> MachineCheck:
+    """Whether torch is a CPU or a CUDA build; without a GPU either serves."""
+    version, cuda = torch_version()
+    if not version:
+        return MachineCheck("torch", None, "not installed")
+    return MachineCheck("torch", True, f"{version}, {f'built for CUDA {cuda}' if cuda else 'a CPU build'}")
 
 
 def check_torch_build() -> MachineCheck:
@@ -214,12 +229,13 @@ def check_triton_needs() -> MachineCheck:
 
 
 def check_unsloth() -> MachineCheck:
-    """Unsloth, which is used if there is a GPU."""
+    """Unsloth, which is used if there is a GPU, and can be imported there."""
     found = installed_version("unsloth")
+    fault = unsloth_fault() if found and list_visible_gpus() else ""
     return MachineCheck(
         "unsloth",
-        True if found else None,
-        found or "not installed: training uses TRL and PEFT",
+        True if found and not fault else None,
+        f"{found} cannot be imported: {fault}" if fault else found or "not installed: training uses TRL and PEFT",
         "If you have a GPU, run in the checkout: make install GPU=1",
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import unused_gpu_remark
 from tapir_local.memory import list_visible_gpus, run_nvidia_smi
-from tapir_local.process import child_environment
+from tapir_local.process import child_environment, signal_and_last_line
 
 # The oldest driver for each major version of CUDA (CUDA release notes, "Minimum Required Driver Version").
 MIN_DRIVERS: Mapping[int, int] = {11: 450, 12: 525, 13: 580}
@@ -117,6 +117,23 @@ def llama_uses_gpu() -> bool:
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
+
+
+def unsloth_fault() -> str:
+    """Why Unsloth cannot be imported, "" if it can; tried in a child process, because it changes other packages."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", "import unsloth"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=child_environment(),
+            timeout=2 * MAX_TEST_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {2 * MAX_TEST_SECONDS:.0f} s"
+    ended_by, last_line = signal_and_last_line(done.returncode, done.stderr)
+    return (ended_by or last_line or "it failed") if done.returncode else ""
 
 
 def find_nvcc() -> str:

@@ -4,6 +4,7 @@
 build is for another processor, or uses instructions that a virtual machine lists but cannot run (AMX).
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,17 @@ def llama_build_fault() -> str:
         return f"no answer within {MAX_SECONDS:.0f} s"
     ended_by, last_line = signal_and_last_line(done.returncode, done.stderr)
     return (ended_by or last_line or "failed") if done.returncode else ""
+
+
+def llama_backends() -> str:
+    """The backends that llama.cpp was built with, such as `CPU, CUDA`; "" if it does not say."""
+    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    command = [sys.executable, "-P", "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, env=child_environment(), timeout=MAX_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
+    return ", ".join(dict.fromkeys(re.findall(r"(\w+) : ", done.stdout.decode("utf-8", "replace"))))
 
 
 def run_llama_check() -> None:

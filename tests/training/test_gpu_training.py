@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from training_rows import WEIGHTS, examples, log, make_job
 
-from tapir_local.doctor.doctor import check_gpu
+from tapir_local.doctor.doctor import judge_gpu
+from tapir_local.doctor.torch_check import read_torch_gpu
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Classifier, Train
 from tapir_local.training import train
@@ -239,7 +240,7 @@ def test_a_gpu_older_than_torch_was_built_for_is_refused(
     import torch
 
     fake_gpu(monkeypatch, get_device_capability=lambda *_: capability, get_arch_list=lambda: built)
-    settings, machine = Train(backend="trl"), check_gpu()
+    settings, machine = Train(backend="trl"), judge_gpu(read_torch_gpu())
     if not fault:
         assert detect_hardware(settings, pytest.fail).device == "cuda"
         assert (machine.ok, machine.found) == (True, "NVIDIA A, 24 GB")
