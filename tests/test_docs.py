@@ -121,7 +121,7 @@ def test_every_option_that_is_named_exists() -> None:
     known = {option for _, command in generator().commands(cli) for param in command.params for option in param.opts}
     known |= {"--help", "--version"}
     others = {"--multi_gpu", "--num_processes", "--nproc-per-node", "--start"}  # of accelerate, torchrun and bench/
-    others |= {"--index-url", "--no-cache-dir", "--force-reinstall", "--no-deps"}  # of pip
+    others |= {"--index-url", "--no-cache-dir", "--force-reinstall", "--no-deps", "--logdir"}  # of pip and tensorboard
     text = "\n".join(text for name, text in TEXTS.items() if name not in GENERATED)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) - others
     assert named <= known | bench_options()

@@ -150,7 +150,7 @@ def resolve_recipe(
 
 def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     """Print a table of the calls that the rest of the run will make, or that there are none."""
-    from tapir_local.doctor.recipe_checks import check_rows
+    from tapir_local.doctor.recipe_checks import check_rows, count_table_rows
     from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.costs import cost_estimate_table, no_calls_sentence
     from tapir_local.stages.backends import judge_endpoint
@@ -161,7 +161,7 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
         print_table(cost_estimate_table(rows, run.name))
     else:
         echo(no_calls_sentence(recipe))
-    if odd := check_rows(recipe):
+    if odd := check_rows(recipe, count_table_rows(recipe)):
         echo(f"{odd.found}. {odd.fix}", err=True)
 
 

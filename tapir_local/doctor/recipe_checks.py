@@ -36,11 +36,12 @@ def check_recipe(recipe: Recipe, cache: Path, *, ask: bool = False) -> list[Mach
     endpoints: dict[str, Endpoint] = {"teacher": recipe.teacher}
     if judge_endpoint(recipe) is recipe.judge:
         endpoints["judge"] = recipe.judge
+    rows = count_table_rows(recipe)
     checks = [
         attempt("seeds", lambda: count_seeds(recipe)),
-        check_rows(recipe),
+        check_rows(recipe, rows),
         *check_student_model(recipe),
-        *check_encoder(recipe),
+        *(check_encoder(recipe) if not 0 < rows <= recipe.classifier.labelled else []),
         *check_training(recipe),
         check_run_disk(recipe, cache),
         describe_hub_mode(),
@@ -84,14 +85,18 @@ def count_seeds(recipe: Recipe) -> str:
     return f"{rows:,} rows, {held:,} of them held out{twice}{faulty}{said}"
 
 
-def check_rows(recipe: Recipe) -> MachineCheck | None:
-    """Rows per round that suit the number of seeds; None if they do, or nobody knows it."""
+def count_table_rows(recipe: Recipe) -> int:
+    """The rows of the seeds that a run uses at most; 0 if they cannot be read, or are on the Hub."""
     try:
-        seeds = 0 if find_seeds(recipe.seeds.path) is None else len(read_table(recipe.seeds).rows)
+        found = 0 if find_seeds(recipe.seeds.path) is None else len(read_table(recipe.seeds).rows)
     except TapirError:
-        return None
-    rest = min(seeds, recipe.seeds.limit or seeds) - recipe.seeds.holdout
-    advice = explain_many_rows(recipe, rest)
+        return 0
+    return min(found, recipe.seeds.limit or found)
+
+
+def check_rows(recipe: Recipe, rows: int) -> MachineCheck | None:
+    """Rows per round that suit the number of seeds; None if they do, or nobody knows it."""
+    advice = explain_many_rows(recipe, rows - recipe.seeds.holdout)
     return MachineCheck("rows per round", None, advice[0], advice[1]) if advice else None
 
 
@@ -165,7 +170,7 @@ def hub_check(name: str, named: str) -> MachineCheck:
 
 
 def check_encoder(recipe: Recipe) -> Iterator[MachineCheck]:
-    """The encoder of the task classifier is there or can be downloaded."""
+    """The encoder of the task classifier is there or can be downloaded; with few seeds the teacher labels all rows."""
     named = recipe.classifier.model
     if not recipe.can_expand or named == "small":
         return

@@ -9,7 +9,7 @@ from tapir_local.terminal.output import echo
 
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {
-    "Make a student": ("recipes", "doctor", "distill", "resume", "redo"),
+    "Make a student": ("init", "recipes", "doctor", "distill", "resume", "redo"),
     "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "rm"),
     "Use the student": ("ship", "chat", "generate", "export"),
     "Other": ("calls", "completion"),
@@ -27,9 +27,7 @@ COMMAND_HINTS = {
     **dict.fromkeys(
         ("serve", "server"), "`llama-server -m student.gguf` serves the GGUF in the folder model/ of a run"
     ),
-    **dict.fromkeys(
-        ("init", "new", "create"), "`tapir-local recipes quickstart > my.yaml` writes a recipe to start from"
-    ),
+    **dict.fromkeys(("new", "create"), "`tapir-local init my.yaml` writes a recipe for your seeds"),
     **dict.fromkeys(("ask", "talk", "prompt"), "`tapir-local chat RUN --prompt TEXT` asks the student"),
     **dict.fromkeys(("cost", "costs", "money"), "`tapir-local calls cost` shows what was paid"),
     **dict.fromkeys(("settings", "config"), "`tapir-local recipes --settings` lists all settings"),
