@@ -23,6 +23,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # original/ and onnx/, and Mistral's consolidated.safetensors hold copies of the same weights.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 HUB_FILES_IGNORED = ["*/*", "consolidated*"]
+SWITCHED_ON = frozenset({"1", "true", "yes", "on"})  # what the Hub's library reads as true in its variables
 SEED_FILE_SUFFIXES = frozenset(
     {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst"}
 )
@@ -144,6 +145,11 @@ def find_smollm2() -> Path:
     return files[0]
 
 
+def is_hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says that this machine is offline."""
+    return any(os.environ.get(name, "").lower() in SWITCHED_ON for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
 def download_model(named: str, revision: str | None, *, complete: bool = False) -> Path:
     """The folder of a model in the Hub's cache, named by its commit; missing files are downloaded.
 
@@ -162,11 +168,12 @@ def download_model(named: str, revision: str | None, *, complete: bool = False) 
         return Path(download())
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at student.revision {revision}" if revision else ""
-        raise TapirError(
-            f"there is no such folder, and the Hub has no such model{at} or cannot be reached",
-            where=named,
-            fix="Check the name; or download the model on a machine with a network and set student.path to its folder.",
-        ) from error
+        what = f"there is no such folder, and the Hub has no such model{at} or cannot be reached"
+        fix = "Check the name; or download the model on a machine with a network and set student.path to its folder."
+        if is_hub_offline():
+            what = f"there is no such folder, and the Hub{at} is not asked, because HF_HUB_OFFLINE is set"
+            fix = f"Unset HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE). {fix}"
+        raise TapirError(what, where=named, fix=fix) from error
 
 
 def read_chat_template(named: str) -> str:

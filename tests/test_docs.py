@@ -288,6 +288,7 @@ JSON: dict[str, tuple[str, dict[str, str]]] = {
     "why": ("why fake seed-00001", {}),
     "plan": ("plan fake --round 1", {"now": "plan of a round", "then": "plan of a round"}),
     "compare": ("compare fake other", {}),
+    "distill --dry-run": ("distill fake --dry-run", {}),
 }
 
 

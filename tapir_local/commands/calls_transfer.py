@@ -68,10 +68,10 @@ def import_calls_command(file: Path, recipe: str | None, requests: Path | None, 
     Calls that are stored already are not replaced. If FILE is a store, each of its calls is checked first. A call
     whose key does not match its request is refused, and the command exits with 1.
 
-    Any other FILE holds instructions and answers: Alpaca, ShareGPT or messages, AlpacaEval's model outputs, or the
-    output of OpenAI's Batch API. They are stored as the answers of the recipe's teacher to seeds, so that `distill`
-    with this recipe does not ask for them again. Rows without an instruction, and rows without a complete answer, are
-    left out.
+    Any other FILE holds instructions and answers, as JSON, JSON lines, CSV, TSV or Parquet: Alpaca, ShareGPT or
+    messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API. They are stored as the answers of the
+    recipe's teacher to seeds, so that `distill` with this recipe does not ask for them again. Rows without an
+    instruction, and rows without a complete answer, are left out.
     """
     from tapir_local.store.transfer import is_sqlite_file
 

@@ -9,11 +9,12 @@ import click
 
 from tapir_local.errors import TapirError
 from tapir_local.terminal.options import HomePath, cache_argument, cache_option, help_examples, program_name
-from tapir_local.terminal.output import echo, print_table
+from tapir_local.terminal.output import echo, print_json, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tapir_local.pipeline.dry_run import CostEstimate
     from tapir_local.pipeline.loop import Step, Watch
     from tapir_local.recipe.schema import Recipe
     from tapir_local.run_dir import RunDir
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--replay", is_flag=True, help="Take every answer from the store; stop with an error if one is missing.")
 @click.option("--dry-run", is_flag=True, help="Show what the rest of the run will ask and cost, and ask nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON instead of a table.")
 @click.option("--require-gpu", is_flag=True, help="Stop with an error if training or answering would run on the CPU.")
 @click.option("--trust", is_flag=True, help="Allow RECIPE to run the commands and send the keys that it names.")
 @cache_option
@@ -50,6 +52,7 @@ def distill_command(
     changes: tuple[str, ...],
     replay: bool,
     dry_run: bool,
+    as_json: bool,
     require_gpu: bool,
     trust: bool,
     cache: Path | None,
@@ -69,10 +72,12 @@ def distill_command(
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
     run = RunDir(cache or default_cache(), chosen.name)
+    if as_json and not dry_run:
+        raise click.UsageError("--json needs --dry-run")
     for message in messages:
         echo(message, err=True)
     if dry_run:
-        print_cost_estimate(chosen, run)
+        print_cost_estimate(chosen, run, as_json=as_json)
         return
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
     if require_gpu:
@@ -148,8 +153,8 @@ def resolve_recipe(
     return recipe, path, [*describe_replaced_kinds(written, recipe), *find_notices(recipe)]
 
 
-def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
-    """Print a table of the calls that the rest of the run will make, or that there are none."""
+def print_cost_estimate(recipe: "Recipe", run: "RunDir", *, as_json: bool = False) -> None:
+    """Print a table of the calls that the rest of the run will make, or that there are none; or the same as JSON."""
     from tapir_local.doctor.recipe_checks import check_rows, count_table_rows
     from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.costs import cost_estimate_table, no_calls_sentence
@@ -157,12 +162,29 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     from tapir_local.teacher.budget import check_reply_limits
 
     check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))
-    if rows := estimate_costs(recipe, run):
+    rows = estimate_costs(recipe, run)
+    if as_json:
+        print_json(estimate_record(run, rows))
+    elif rows:
         print_table(cost_estimate_table(rows, run.name))
     else:
         echo(no_calls_sentence(recipe))
     if odd := check_rows(recipe, count_table_rows(recipe)):
         echo(f"{odd.found}. {odd.fix}", err=True)
+
+
+def estimate_record(run: "RunDir", rows: "Sequence[CostEstimate]") -> dict[str, Any]:
+    """A cost estimate as data: each stage, and the sums; money is null if a price is unknown."""
+    from dataclasses import asdict
+
+    money = [row.money for row in rows]
+    sums = {name: sum(getattr(row, name) for row in rows) for name in ("calls", "to_pay", "tokens_in", "tokens_out")}
+    known = None if None in money else sum(value for value in money if value is not None)
+    return {
+        "run": run.name,
+        "stages": [{**asdict(row), "to_pay": row.to_pay} for row in rows],
+        "all": {**sums, "money": known},
+    }
 
 
 def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None) -> int:

@@ -27,7 +27,7 @@ from tapir_local.commands.runs import (
 from tapir_local.commands.start import doctor_command, recipes_command
 from tapir_local.errors import TapirError
 from tapir_local.interrupts import stop_exit_code, stop_on_signals
-from tapir_local.terminal.guesses import CommandGroup, completion_command, sharpen_hint
+from tapir_local.terminal.guesses import CommandGroup, completion_command, plain_words, sharpen_hint
 from tapir_local.terminal.output import echo
 
 EXIT_CODES_HELP = """\b
@@ -112,6 +112,7 @@ def main() -> None:
     except click.ClickException as error:
         if isinstance(error, click.exceptions.NoSuchOption):
             sharpen_hint(error)
+        plain_words(error)
         message = io.StringIO()
         error.show(message)
         echo(message.getvalue(), err=True, nl=False)

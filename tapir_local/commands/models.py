@@ -31,8 +31,10 @@ def parse_parallel(context: click.Context, option: click.Parameter, text: str) -
 )
 @click.argument("model", type=FILE_PATH)
 @click.argument("prompts", type=FILE_PATH)
-@click.option("-o", "--out", type=FILE_PATH, help="File for the answers; standard output by default.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option(
+    "-o", "--output", "--out", "out", type=FILE_PATH, help="File for the answers; standard output by default."
+)
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option("--adapter", type=FILE_PATH, help="LoRA GGUF to apply to the model.")
 @click.option(
     "--parallel",
@@ -140,7 +142,9 @@ def generation_summary(found: "AnsweredFile") -> str:
     ),
 )
 @click.argument("model")
-@click.argument("out", type=FILE_PATH)
+@click.argument("out", type=FILE_PATH, required=False)
+@click.option("-o", "--output", type=FILE_PATH, help="The same as OUT.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--adapter", type=FILE_PATH, help="LoRA folder, as PEFT writes it, to merge into the model.")
 @click.option("--adapter-only", is_flag=True, help="Write only the adapter, which llama.cpp applies to its base.")
 @click.option("--base", type=FILE_PATH, help="MODEL as a GGUF, to check an adapter on its own.")
@@ -155,7 +159,9 @@ def generation_summary(found: "AnsweredFile") -> str:
 @click.option("--no-gate", is_flag=True, help="Skip the comparison with the model, which loads it in 32 bits.")
 def export_command(
     model: str,
-    out: Path,
+    out: Path | None,
+    output: Path | None,
+    force: bool,
     adapter: Path | None,
     adapter_only: bool,
     base: Path | None,
@@ -175,6 +181,9 @@ def export_command(
         raise click.UsageError(
             "--modelfile needs a whole model; for an adapter, add an ADAPTER line to the Modelfile of its base"
         )
+    if (out is None) == (output is None):
+        raise click.UsageError("give the file to write once, as OUT or with --output")
+    out = out or output or Path()
     from tapir_local.export.base import gguf_student_folder
     from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
@@ -187,7 +196,13 @@ def export_command(
         model = str(gguf_student_folder(gguf, default_cache(), say=tell, template=chat_template is None))
     with model_with_template(model, chat_template) as folder:
         config = ExportConfig(
-            quant or ("f32" if adapter_only else "q8_0"), adapter, adapter_only, base, converter, check=not no_gate
+            quant or ("f32" if adapter_only else "q8_0"),
+            adapter,
+            adapter_only,
+            base,
+            converter,
+            check=not no_gate,
+            force=force,
         )
         report = export_with_gate(folder, out, config, lambda done, total, _: show(done, total))
     if modelfile:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import click
 
 from tapir_local.commands.main import cli
+from tapir_local.terminal.options import FOR_EVERY_MACHINE
 
 PAGE_HEAD = """# Commands
 
@@ -15,6 +16,7 @@ This page is generated from the help texts of the program. `tapir-local COMMAND 
 def commands_markdown() -> str:
     """Every command with its usage, options, defaults and examples, as docs/commands.md has it."""
     with click.Context(cli, info_name="tapir-local") as context:
+        context.meta[FOR_EVERY_MACHINE] = True
         return "\n".join([PAGE_HEAD, *command_sections(cli, context)])
 
 

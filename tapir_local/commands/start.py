@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tapir_local.errors import TapirError
 from tapir_local.terminal.options import cache_option, help_examples, json_option
 from tapir_local.terminal.output import echo, print_json, print_table
 
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 
 @click.command(
     name="recipes",
-    epilog=help_examples("tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings"),
+    epilog=help_examples(
+        "tapir-local recipes", "tapir-local recipes quickstart", "tapir-local recipes --settings curriculum"
+    ),
 )
 @click.argument("name", required=False)
-@click.option(
-    "--settings", "list_settings", is_flag=True, help="List every setting with its type, default and meaning."
-)
+@click.option("--settings", "list_settings", is_flag=True, help="List all settings, or those that begin with NAME.")
 @json_option
 def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> None:
     """List the recipes that come with the program. With NAME, print that one.
+
+    With --json, NAME's settings are printed as JSON, those that it leaves out with their defaults.
 
     A recipe from another source can run commands (train.launcher, export.converter) and can send a key other than
     OPENAI_API_KEY to a host that it names. Read it before you use it; `distill` asks you once to allow this, or takes
@@ -33,7 +36,9 @@ def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> Non
     from tapir_local.resources import find_recipe, read_recipe_text
 
     if list_settings:
-        print_settings(as_json)
+        print_settings(name or "", as_json)
+    elif name and as_json:
+        print_recipe_json(find_recipe(name))
     elif name:
         echo(read_recipe_text(find_recipe(name)), nl=False)
     else:
@@ -64,12 +69,25 @@ def print_recipes(as_json: bool) -> None:
         )
 
 
-def print_settings(as_json: bool) -> None:
-    """Print a row for each setting."""
+def print_recipe_json(path: Path) -> None:
+    """Print a recipe as JSON: its name, the command that runs it, and every setting."""
+    from tapir_local.recipe.text import parse_recipe
+    from tapir_local.resources import read_recipe_text
+
+    text = read_recipe_text(path)
+    settings = parse_recipe(text, str(path)).model_dump(mode="json")
+    print_json({"name": path.stem, "command": text.splitlines()[0].lstrip("# "), "settings": settings})
+
+
+def print_settings(prefix: str, as_json: bool) -> None:
+    """Print a row for each setting whose path begins with `prefix`; TapirError if there is none."""
     from tapir_local.recipe.settings import setting_rows
     from tapir_local.report.tables import text_table
 
-    rows = setting_rows()
+    rows = [row for row in setting_rows() if row.setting.startswith(prefix)]
+    if not rows:
+        sections = ", ".join(dict.fromkeys(row.section.partition(".")[0] for row in setting_rows() if row.section))
+        raise TapirError(f"no setting begins with {prefix!r}", where="--settings", fix=f"Sections are: {sections}.")
     if as_json:
         print_json(
             [{"setting": row.setting, "type": row.type, "default": row.default, "meaning": row.meaning} for row in rows]

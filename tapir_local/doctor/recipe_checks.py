@@ -17,12 +17,12 @@ from tapir_local.pipeline.dry_run import dry_run_format
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Message, Request
-from tapir_local.resources import HUB_FILES, find_model_folder, find_seeds, named_student_gguf
+from tapir_local.resources import HUB_FILES, find_model_folder, find_seeds, is_hub_offline, named_student_gguf
 from tapir_local.stages.backends import judge_endpoint
 from tapir_local.stages.ship import describe_endpoint, is_hub_name
 from tapir_local.training.memory_estimate import MemoryEstimate, estimate_memory, use_gradient_checkpointing
 from tapir_local.training.model import Hardware, refuse_gpu_settings
-from tapir_local.training.reporting import check_tracker, is_hub_offline
+from tapir_local.training.reporting import check_tracker
 
 # Bytes per weight of a GGUF (ggml's block sizes; q4_k_m and q5_k_m keep some tensors in more bits).
 QUANT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q6_k": 0.83, "q5_k_m": 0.71, "q4_k_m": 0.61}

@@ -19,12 +19,15 @@ from tapir_local.resources import find_model_folder, read_chat_template
 COMPANION_SUFFIXES = (".work", ".unchecked", ".unchecked.partial", ".unchecked.gate", ".gate.json", ".Modelfile")
 
 
+NAME_ANOTHER = "Choose another name, or replace this file with --force."
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """How to export a model: the type of the weights, the adapter, and what to verify.
 
     With `adapter_only`, only the adapter is exported, and verified on top of `base`, the model's GGUF. `converter` is
-    llama.cpp's script. `check` runs the gate, with `min_agreement` instead of its default.
+    llama.cpp's script. `check` runs the gate, with `min_agreement` instead of its default. `force` replaces a file that is there.
     """
 
     quant: str
@@ -34,6 +37,7 @@ class ExportConfig:
     converter: Path | None = None
     check: bool = True
     min_agreement: float | None = None
+    force: bool = False
 
 
 def export_with_gate(
@@ -46,7 +50,13 @@ def export_with_gate(
     exists or is one of the inputs, or the gate fails.
     """
     adapter, base = config.adapter, config.base
-    check_output(out, [Path(model), adapter, base, config.converter], beside=COMPANION_SUFFIXES)
+    check_output(
+        out,
+        [Path(model), adapter, base, config.converter],
+        beside=COMPANION_SUFFIXES,
+        force=config.force,
+        fix=NAME_ANOTHER,
+    )
     if config.adapter_only:
         check_adapter_options(adapter, base, config.check)
         refuse_unused({"--converter": config.converter}, "the converter makes a whole model, not an adapter alone")

@@ -24,6 +24,17 @@ DEFAULT_KINDS = {role: Recipe.model_fields[role].default.kind for role in ENDPOI
 PYDANTIC_TYPE_NAME = re.compile(
     r"constrained-\w+|literal\[.*\]|bool|int|float|str|\[key\]"
 )  # pydantic's names of types in an error's location
+PLAIN_MESSAGES = {  # pydantic's words for a value of another type, by the type of its error
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+}
+MIN_PREFIX = 3  # letters of the beginning of a setting's name that suggest it
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s'\"]+@")
 
 
@@ -95,13 +106,22 @@ def format_fault(item: Any) -> str:
     """Format a validation error as `path: what is wrong`."""
     path = ".".join(str(part) for part in item["loc"] if not PYDANTIC_TYPE_NAME.fullmatch(str(part)))
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), sibling_settings(path), 1)
-        return f"{path}: unknown setting" + (f" (did you mean {near[0]}?)" if near else "")
-    message = item["msg"].removeprefix("Value error, ")
+        return f"{path}: unknown setting{similar_setting(path)}"
+    message = PLAIN_MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
     if item["type"] == "string_pattern_mismatch":
         message = "must consist of letters, digits, dots, dashes and underscores, and begin with a letter or digit"
     given = f", not {item['input']!r}" if isinstance(item.get("input"), str | int | float) else ""
     return f"{path}: {message}{given}" if path else message
+
+
+def similar_setting(path: str) -> str:
+    """` (did you mean mfd_threshold?)` for an unknown setting; "" if none is similar. An API key has no place here."""
+    name, siblings = path.rpartition(".")[2], sibling_settings(path)
+    begins = [known for known in siblings if known.startswith(name)] if len(name) >= MIN_PREFIX else []
+    near = difflib.get_close_matches(name, siblings, 1) or begins[:1]
+    said = f" (did you mean {near[0]}?)" if near else ""
+    key = "; a key does not belong in a recipe: put it into the variable that api_key_env names"
+    return said + (key if name.replace("-", "_") in ("api_key", "apikey", "key", "token") else "")
 
 
 def sibling_settings(path: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Import answers that were paid for elsewhere, as calls that this program would have made."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from tapir_local.data.files import read_path
 from tapir_local.data.formats import find_row_format, format_line_numbers, require_row
 from tapir_local.data.parsing import parse_json_objects
 from tapir_local.errors import TapirError
@@ -28,8 +30,10 @@ NO_ANSWER, INCOMPLETE_ANSWER = "without an answer", "with an incomplete answer"
 ANSWER_BEGUN = "whose request already begins the answer"
 NO_REQUEST, OTHER_MODEL = "without a request in the requests file", "asked of another model than the recipe's"
 ANSWER_FILE_FORMS = (
-    "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API."
+    "Rows may be Alpaca, ShareGPT, messages, AlpacaEval's model outputs, or the output of OpenAI's Batch API. "
+    "Files may be JSON, JSON lines, CSV, TSV or Parquet."
 )
+TABLE_NAME = re.compile(r"\.(csv|tsv|parquet)(\.gz|\.zst)?$")
 
 
 class ImportedRow(NamedTuple):
@@ -63,7 +67,10 @@ def read_answers(file: Path, teacher: Endpoint, requests: Path | None = None) ->
     """
     rows, result = list[ImportedRow](), ImportResult()
     bodies = read_batch_requests(requests) if requests else None
-    for line, row in parse_json_objects(read_answer_file(file), str(file)):
+    for line, row in read_answer_rows(file, table=bodies is None):
+        if not isinstance(row, dict):
+            result.refused[UNREADABLE_ROW].append(line)
+            continue
         if bodies is None and "custom_id" in row and "response" in row:
             fix = "Name the batch's input file: --requests FILE"
             raise TapirError("the output of a batch contains no prompts", where=str(file), fix=fix)
@@ -76,6 +83,13 @@ def read_answers(file: Path, teacher: Endpoint, requests: Path | None = None) ->
         what = f"no row with an instruction and its answer: {format_refused_rows(result)}"
         raise TapirError(what, where=str(file), fix=ANSWER_FILE_FORMS)
     return rows, result
+
+
+def read_answer_rows(file: Path, *, table: bool) -> Sequence[tuple[int, Any]]:
+    """(line, row) of each row of a file: JSON or, with `table`, also CSV, TSV and Parquet, by its name."""
+    if table and TABLE_NAME.search(file.name.lower()):
+        return read_path(file).rows
+    return parse_json_objects(read_answer_file(file), str(file))
 
 
 def read_answer_file(file: Path) -> str:

@@ -103,6 +103,13 @@ def sharpen_hint(error: click.exceptions.NoSuchOption) -> None:
         changed.message = f"{error.message} {hint}."
 
 
+def plain_words(error: click.ClickException) -> None:
+    """Replace Click's names of types in a message: `'three' is not a whole number`."""
+    changed: Any = error
+    for theirs, ours in (("valid integer range", "whole number"), ("valid float range", "number")):
+        changed.message = changed.message.replace(f"is not a {theirs}", f"is not a {ours}")
+
+
 def likeness(one: str, other: str) -> float:
     """How alike two options are without their dashes, 0 to 1."""
     return SequenceMatcher(None, one.lstrip("-"), other.lstrip("-")).ratio()

@@ -19,6 +19,10 @@ def help_examples(*commands: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
 
 
+# Key in a Click context's meta: the help is for every machine, so it names no folder of this one.
+FOR_EVERY_MACHINE = "tapir_local.for_every_machine"
+
+
 class HomePath(click.Path):
     """A path in which a leading `~` is expanded. Shells do not expand it in `--cache=~/x`."""
 
@@ -34,8 +38,21 @@ class HomePath(click.Path):
         return path
 
 
+class CacheOption(click.Option):
+    """The option --cache, whose help names the folder that is used without it."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Name and help text; in a page of documentation, which is for every machine, without the real folder."""
+        from tapir_local.resources import default_cache
+
+        name, text = super().get_help_record(ctx) or ("", "")
+        place = "cache" if ctx.meta.get(FOR_EVERY_MACHINE) else relative_to_here(default_cache())
+        return name, text.replace("[default: cache]", f"[default: {place}]")
+
+
 cache_option = click.option(
     "--cache",
+    cls=CacheOption,
     type=HomePath(file_okay=False),
     help="Folder that holds the store and the runs.  [default: cache]",
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
+from tapir_local.resources import is_hub_offline
 
 # Variables with the keys of trackers, which only a training that reports to them gets.
 TRACKER_KEYS: Mapping[str, frozenset[str]] = {
@@ -17,7 +18,6 @@ TRACKER_KEYS: Mapping[str, frozenset[str]] = {
     "mlflow": frozenset({"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"}),
 }
 WANDB_HOST = "api.wandb.ai"
-SWITCHED_ON = frozenset({"1", "true", "yes", "on"})  # what the Hub's library reads as true in its variables
 PROJECT = "tapir-local"
 
 
@@ -43,11 +43,6 @@ def has_wandb_key() -> bool:
         host = os.environ.get("WANDB_BASE_URL", WANDB_HOST).removeprefix("https://").removeprefix("http://")
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host.strip("/")) is not None
     return False
-
-
-def is_hub_offline() -> bool:
-    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says that this machine is offline."""
-    return any(os.environ.get(name, "").lower() in SWITCHED_ON for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 def tracker_environment(settings: Train, out: Path) -> dict[str, str]:

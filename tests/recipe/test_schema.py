@@ -70,7 +70,7 @@ def test_one_e_minus_five_is_a_number() -> None:
         ("tasks: {Math: {shar: 1}}\nteacher: pocket", "tasks.Math.shar: unknown setting (did you mean share?)"),
         ("tasks: {Math: {share: 1, checker: magic}}\nteacher: pocket", "tasks.Math.checker"),
         ("tasks: {'a: b': 1}\nteacher: pocket", "'a: b' is not a valid label"),
-        ("tasks: {1: 1}\nteacher: pocket", "tasks.1: Input should be a valid string"),
+        ("tasks: {1: 1}\nteacher: pocket", "tasks.1: must be a text"),
         ("tasks: {Math: 1, math: {share: 1, description: d, style: s}}\nteacher: pocket", "differ only in capitals"),
         ("a: [", "not YAML"),
         ("- a", "mapping"),
