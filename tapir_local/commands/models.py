@@ -181,9 +181,7 @@ def export_command(
         raise click.UsageError(
             "--modelfile needs a whole model; for an adapter, add an ADAPTER line to the Modelfile of its base"
         )
-    if (out is None) == (output is None):
-        raise click.UsageError("give the file to write once, as OUT or with --output")
-    out = out or output or Path()
+    out = one_output(out, output)
     from tapir_local.export.base import gguf_student_folder
     from tapir_local.export.gated_export import ExportConfig, export_with_gate, model_with_template
     from tapir_local.export.ollama import write_modelfile
@@ -209,6 +207,14 @@ def export_command(
         write_modelfile(out, out.with_name(out.name + ".Modelfile"))
     echo(export_summary(out, report), err=True)
     echo(f"{file_sha256(out)}  {out}")
+
+
+def one_output(out: Path | None, output: Path | None) -> Path:
+    """The file to write, which an argument or an option names; UsageError unless one of them does."""
+    found = [path for path in (out, output) if path]
+    if len(found) != 1:
+        raise click.UsageError("give the file to write once, as OUT or with --output")
+    return found[0]
 
 
 def export_summary(out: Path, report: "GateReport | None") -> str:

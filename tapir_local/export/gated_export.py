@@ -27,7 +27,7 @@ class ExportConfig:
     """How to export a model: the type of the weights, the adapter, and what to verify.
 
     With `adapter_only`, only the adapter is exported, and verified on top of `base`, the model's GGUF. `converter` is
-    llama.cpp's script. `check` runs the gate, with `min_agreement` instead of its default. `force` replaces a file that is there.
+    llama.cpp's script. `check` runs the gate, with `min_agreement` instead of its default. `force` replaces `out`.
     """
 
     quant: str

@@ -316,7 +316,15 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
     kept = fixed_settings(recipe)
     free = {path for path, *_ in settings() if "LABEL" not in path and not there(kept, path.split("."))}
     assert free == {
-        *("rounds", "about", "student.concurrency", "judge.max_unjudged", "classifier.min_agreement"),
+        *(
+            "rounds",
+            "about",
+            "ship",
+            "train.report_to",
+            "student.concurrency",
+            "judge.max_unjudged",
+            "classifier.min_agreement",
+        ),
         *("export.min_agreement", "train.micro_batch_size", "train.gradient_checkpointing", "train.checkpoint_minutes"),
         *("train.launcher", "budget.money", "budget.tokens", "budget.calls", "limits.unusable"),
         *("card.license", "card.base_license", "card.data_license", "card.terms", "card.language"),

@@ -315,3 +315,10 @@ def test_a_row_is_read_with_its_prompt(file: Path) -> None:
     rows, _ = read_answers(written(file, ALPACA), TEACHER)
     assert [type(row) for row in rows] == [ImportedRow, ImportedRow]
     assert rows[0].prompt[0].content == "Add the numbers.\n\n2, 3"
+
+
+def test_a_table_is_read_as_seeds_are(store: Path, tmp_path: Path) -> None:
+    table = tmp_path / "answers.csv"
+    table.write_text('question,answer\n"What, then?",This.\nAnd now?,\n')
+    result = imported(store, table)
+    assert (result.new, dict(result.refused)) == (1, {"without an answer": [3]})
