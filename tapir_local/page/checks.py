@@ -190,7 +190,7 @@ def again_section(run: RunDir) -> Section:
         f"tapir-local chat {run.name}\n"
     )
     licenses = [(f"license of {name}" if name != "language" else name, text) for name, text in license_rows(recipe)]
-    parts = [
+    parts: list[Part] = [
         Listing("Commands", commands),
         Listing("Settings that differ from their defaults", changed),
         Listing("The whole recipe", whole, folded=True),

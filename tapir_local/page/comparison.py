@@ -156,7 +156,7 @@ def cost_figure(found: Mapping[str, Any]) -> Figure | None:
     runs = list(dict.fromkeys(point["run"] for point in points))
 
     def make(narrow: bool) -> Spec:
-        axis = {"title": f"training {unit} so far", "format": ",", "tickCount": 4 if narrow else 8, "grid": False}
+        axis = {"title": f"training {unit} so far", "format": ",d", "tickCount": 4 if narrow else 8, "grid": False}
         x = {"field": "cost", "type": "quantitative", "axis": axis}
         y = {"field": "rate", "type": "quantitative", "axis": {"title": None, "format": "%", "tickCount": 5}}
         shared = {"x": x, "y": y, "color": color_by("run", runs, narrow)}

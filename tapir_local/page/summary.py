@@ -12,6 +12,7 @@ from tapir_local.page.parts import (
     Facts,
     Figure,
     Grid,
+    Mark,
     Paragraph,
     Part,
     Section,
@@ -120,12 +121,8 @@ def learning_section(view: RunView) -> Section:
     rounds = view.found["rounds"]
     drawn = any(row[metric] for row in rounds for metric in shown_metrics(rounds))
     parts: list[Part] = [rates_figure(rounds)] if drawn else []
-    return Section(
-        "learned",
-        "Did it learn?",
-        question,
-        [*parts, rounds_grid(view.found, view.status, view.results.judge if view.results else "")],
-    )
+    grid = rounds_grid(view.found, view.status, view.results.judge)
+    return Section("learned", "Did it learn?", question, [*parts, grid])
 
 
 def rates_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
@@ -150,7 +147,7 @@ def rates_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
             **shared, "y": {"field": "low", **y}, "y2": {"field": "high"}}}  # fmt: skip
         dots = {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1}, "encoding": {
             **shared, "y": {"field": "rate", **y}, "description": {"field": "tip"}}}  # fmt: skip
-        level = rule_at("y", 0.5, "win rate of a student as good as the teacher") if "win rate" in names else []
+        level = rule_at("y", 0.5, "the teacher's level (win rate)") if "win rate" in names else []
         return {"height": 260, "data": inline_values(points), "layer": [*level, band, bars, line, dots]}
 
     note = "Bands: 95 % intervals. Round 0 is plain fine-tuning on the teacher's answers."
@@ -328,7 +325,7 @@ def tasks_grid(
         gap = None if first is None or last is None or len(values) < 2 else last - first
         scaled = gap if gap is None or found["metric"] == "likeness" else 100 * gap
         p = fallen[task]["p_holm"] if task in fallen else None
-        mark = "bad" if task in fallen else ""
+        mark: Mark = "bad" if task in fallen else ""
         chance = " chance?" if p is not None and p >= CHANCE else ""
         rows.append(
             [

@@ -11,7 +11,7 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.memory import format_bytes
 from tapir_local.page.draw import Spec, color_of_lines, draw_figure, inline_values
-from tapir_local.page.parts import Cell, Figure, Grid, Paragraph, Section, count_number
+from tapir_local.page.parts import Cell, Figure, Grid, Paragraph, Part, Section, count_number
 from tapir_local.pipeline.loop import last_round
 from tapir_local.run_dir import RunDir
 from tapir_local.training.loss import MEAN_STEPS, describe_loss
@@ -50,7 +50,7 @@ def read_training_rounds(run: RunDir) -> list[TrainingRound]:
         except orjson.JSONDecodeError as error:
             raise TapirError(f"not a log of training: {error}", where=str(path)) from error
         steps = [line for line in lines if line.get("loss") is not None]
-        totals = next((line for line in reversed(lines) if "step" not in line), {})
+        totals: Mapping[str, Any] = next((line for line in reversed(lines) if "step" not in line), {})
         if steps:
             found.append(TrainingRound(number, steps, totals))
     return found
@@ -70,7 +70,7 @@ def training_section(run: RunDir) -> Section:
         return Section("training", "Training", question, (none,))
     points = loss_points(rounds)
     names = [f"round {row.number}" for row in rounds]
-    parts = [loss_figure(points, names), rate_figure(points, names), training_grid(rounds)]
+    parts: list[Part] = [loss_figure(points, names), rate_figure(points, names), training_grid(rounds)]
     return Section("training", "Training", question, parts)
 
 
@@ -96,7 +96,7 @@ def loss_points(rounds: Sequence[TrainingRound]) -> list[dict[str, Any]]:
 
 def token_axis(narrow: bool) -> Spec:
     """The horizontal axis of the charts of training."""
-    axis = {"title": "training tokens, all rounds", "format": ",", "tickCount": 4 if narrow else 8, "grid": False}
+    axis = {"title": "training tokens, all rounds", "format": ",d", "tickCount": 4 if narrow else 8, "grid": False}
     return {"field": "tokens", "type": "quantitative", "axis": axis}
 
 
@@ -152,7 +152,7 @@ def training_grid(rounds: Sequence[TrainingRound]) -> Grid:
                 Cell(str(row.number), row.number),
                 count_number(len(row.steps)),
                 count_number(row.tokens),
-                Cell(describe_loss(row.losses).removeprefix("loss ")),
+                Cell(describe_loss(row.losses).removeprefix("loss ").replace("->", "→")),
                 count_number(round(row.tokens / seconds) if seconds else None),
                 count_number(round(seconds) if seconds else None),
                 Cell(format_bytes(memory) if memory else "-", memory),
