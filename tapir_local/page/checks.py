@@ -70,7 +70,7 @@ def shares_figure(present: Mapping[str, Mapping[str, Any]]) -> Figure:
             "encoding": {"y": y, "x": x, "color": color_by("kind", names, narrow), "description": {"field": "tip"}},
         }
 
-    return draw_figure("Shares of the tasks", make, "asked for: `tasks` of the recipe, or the paper's shares.")
+    return draw_figure("Shares of the tasks", make, "Asked for: the shares of the recipe, or else the paper's.")
 
 
 def confusion_figure(confusion: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -93,7 +93,7 @@ def confusion_figure(confusion: Mapping[str, Mapping[str, int]]) -> Figure:
         shade = {
             "field": "share",
             "type": "quantitative",
-            "scale": {"domain": [0, 1], "range": [0.12, 0.9]},
+            "scale": {"domain": [0, 1], "range": [0.1, 0.65]},
             "legend": None,
         }
         both = {"x": x, "y": y}
@@ -170,7 +170,7 @@ def gate_section_of(run: RunDir) -> Section:
         ]
         for number, report in reports.items()
     ]
-    return Section("gate", "The gate", question, (Grid(heads, rows),))
+    return Section("gate", "The gate", question, (Grid(heads, rows, texts=["result"]),))
 
 
 # Section 12
@@ -180,7 +180,8 @@ def again_section(run: RunDir) -> Section:
     """Section 12: commands, recipe, versions, digests, licenses."""
     recipe, record = kept_recipe(run), run.record()
     whole = published_recipe(recipe)
-    changed = write_yaml(remove_defaults(read_yaml(whole, type(recipe), "recipe.yaml")))
+    settings = remove_defaults(read_yaml(whole, type(recipe), "recipe.yaml"))
+    changed = write_yaml({name: value for name, value in settings.items() if value != {}})
     lock = run.path / "tapir.lock"
     facts = [("versions", versions_line(record)), ("model", "model/ of the run's folder")]
     facts += [("tapir.lock, SHA-256", file_sha256(lock))] if lock.exists() else []

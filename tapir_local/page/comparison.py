@@ -116,9 +116,9 @@ def differences_grid(rows: Sequence[Mapping[str, Any]], note: str) -> Grid:
         "round",
         "rate (95 %)",
         "difference, points (95 %)",
-        "rows better / worse",
+        "rows +/-",
         "p",
-        "p, corrected",
+        "p Holm",
     ]
     cells = []
     for row in rows:
@@ -139,7 +139,7 @@ def differences_grid(rows: Sequence[Mapping[str, Any]], note: str) -> Grid:
                 Cell(said[3], gap and gap["p_holm"]),
             ]
         )
-    return Grid(heads, cells, note=note)
+    return Grid(heads, cells, note=note, texts=["run"])
 
 
 def cost_figure(found: Mapping[str, Any]) -> Figure | None:
@@ -191,4 +191,5 @@ def cost_grid(found: Mapping[str, Any]) -> Grid:
         ]
         for row, _ in with_group_start(found["rounds"], "run")
     ]
-    return Grid(heads, rows, title="The runs, round by round", note=compared_rounds_caption(found))
+    note = compared_rounds_caption(found).replace("compared below", "compared above")
+    return Grid(heads, rows, title="The runs, round by round", note=note)

@@ -257,7 +257,14 @@ def kept_grid(kept: Sequence[Draft], rows: Mapping[str, Example]) -> Grid:
         ]
         for draft in kept
     ]
-    return Grid(heads, cells, title=f"{len(kept)} random rows that were kept", wide=heads[2:], folded=True)
+    return Grid(
+        heads,
+        cells,
+        title=f"{len(kept)} random rows that were kept",
+        texts=["task", "reason"],
+        wide=heads[2:],
+        folded=True,
+    )
 
 
 def rejected_grid(rejected: Sequence[Draft], rows: Mapping[str, Example]) -> Grid:
@@ -273,7 +280,14 @@ def rejected_grid(rejected: Sequence[Draft], rows: Mapping[str, Example]) -> Gri
         ]
         for draft in rejected
     ]
-    return Grid(heads, cells, title=f"{len(rejected)} random drafts that were rejected", wide=heads[2:], folded=True)
+    return Grid(
+        heads,
+        cells,
+        title=f"{len(rejected)} random drafts that were rejected",
+        texts=["task"],
+        wide=heads[2:],
+        folded=True,
+    )
 
 
 def row_text(rows: Mapping[str, Example], id: str) -> str:

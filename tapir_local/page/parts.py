@@ -29,7 +29,8 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table. `total` is a last row that stays last when readers sort; `wide` columns hold long texts, which wrap.
+    """A table. `total` is a last row that stays last when readers sort; `texts` are columns of words,
+    `wide` ones of long texts, which wrap.
 
     A `folded` table is closed until a reader opens it. `markdown` is a text that a button copies.
     """
@@ -39,6 +40,7 @@ class Grid:
     total: Sequence[Cell] = ()
     title: str = ""
     note: str = ""
+    texts: Sequence[str] = ()
     wide: Sequence[str] = ()
     folded: bool = False
     markdown: str = ""

@@ -129,9 +129,14 @@ def rates_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy and win rate (or likeness) by round, with 95 % bands."""
     points = rate_points(rounds)
     names = list(dict.fromkeys(point["metric"] for point in points))
+    top = min(1.0, 1.05 * max(0.55 if "win rate" in names else 0.1, *(point["high"] for point in points)))
 
     def make(narrow: bool) -> Spec:
-        y = {"type": "quantitative", "axis": {"format": "%", "title": None, "tickCount": 5}, "scale": {"zero": True}}
+        y = {
+            "type": "quantitative",
+            "axis": {"format": "%", "title": None, "tickCount": 5},
+            "scale": {"domainMin": 0, "domainMax": top},
+        }
         shared = {
             "x": {
                 "field": "round", "type": "ordinal", "sort": None,
@@ -210,9 +215,10 @@ def rounds_grid(found: Mapping[str, Any], status: Mapping[str, Any], judge: str)
                 Cell(f"{values.get('judged', 0):,}"),
             ]
         )
+    tie = "A tie counts as half a win. " if "win_rate" in metrics else ""
     note = (
-        "Change: on the round before, with its paired 95 % interval; it may be chance where p is 0.05 or more. A tie "
-        f"counts as half a win. Judge: {judge}. model/ has the last round."
+        "Change: on the round before, with its paired 95 % interval; it may be chance where p is 0.05 or more. "
+        f"{tie}Judge: {judge}."
     )
     verdict = " ".join(verdict_sentences(found))
     cells = markdown_table(heads, [[cell.text for cell in row] for row in rows])
@@ -275,9 +281,14 @@ def tasks_figure(
         for task in order
     ]
     percent = found["metric"] != "likeness"
+    scale = {"domain": [0, 1] if percent else [1, 10]}
 
     def make(narrow: bool) -> Spec:
-        x = {"type": "quantitative", "axis": {"format": "%" if percent else ".1f", "title": None, "tickCount": 5}}
+        x = {
+            "type": "quantitative",
+            "axis": {"format": "%" if percent else ".1f", "title": None, "tickCount": 5},
+            "scale": scale,
+        }
         y = {
             "field": "task", "type": "nominal", "sort": order,
             "axis": {"title": None, "labelColor": INK, "labelLimit": 110 if narrow else 200, "grid": True},
@@ -340,4 +351,4 @@ def tasks_grid(
         "Red: tasks below their first evaluation. p is corrected for the number of tasks (Holm); a fall with a p of "
         "0.05 or more may be chance, as it is with few rows."
     )
-    return Grid(heads, rows, title=f"{METRIC_NAMES[found['metric']]} by task", note=note)
+    return Grid(heads, rows, title=f"{METRIC_NAMES[found['metric']].capitalize()} by task", note=note)
