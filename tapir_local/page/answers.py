@@ -9,7 +9,7 @@ from tapir_local.page.parts import Browser, Paragraph, Section, clip_text, short
 from tapir_local.page.summary import RunView
 from tapir_local.printable import printable
 from tapir_local.records import Completion, Example, Judgement, instruction_of
-from tapir_local.report.run_results import EvaluatedRound, read_holdout_records
+from tapir_local.report.run_results import EvaluatedRound, RunResults, read_holdout_records
 from tapir_local.run_dir import RunDir
 
 # The longest text of the browser, in characters, and the first one with which all texts fit into MAX_CHARACTERS.
@@ -51,8 +51,7 @@ def answers_section(view: RunView) -> Section:
     question, run, results = "What does it really say?", view.run, view.results
     if results is None:
         return Section("answers", "Answers", question)
-    rounds = [*([results.untrained] if results.untrained else []), *results.rounds]
-    rows = answered_rows(run, results.holdout, rounds)
+    rounds, rows = evaluated_rounds(results), read_answered_rows(run, results)
     names = [short_round_name(found.number) for found in rounds]
     present = {row.change for row in rows}
     shown = [(key, name) for key, name in RESULTS if not key or key in present] if present != {"open"} else []
@@ -74,8 +73,14 @@ def explain_results(rounds: Sequence[EvaluatedRound]) -> str:
     return f"{marks}{change}Scores are student : teacher. A link to a row ends in #ID, such as #seed-00017."
 
 
-def answered_rows(run: RunDir, holdout: Sequence[Example], rounds: Sequence[EvaluatedRound]) -> list[AnsweredRow]:
-    """Every row of the holdout with its answers in the given rounds."""
+def evaluated_rounds(results: RunResults) -> list[EvaluatedRound]:
+    """The untrained student, if it is evaluated, and the rounds."""
+    return [*([results.untrained] if results.untrained else []), *results.rounds]
+
+
+def read_answered_rows(run: RunDir, results: RunResults) -> list[AnsweredRow]:
+    """Every row of the holdout with its answers in all evaluated rounds."""
+    holdout, rounds = results.holdout, evaluated_rounds(results)
     texts = [
         read_holdout_records(run, found.number, Completion, "holdout-answer", "holdout-answers.jsonl", holdout)
         for found in rounds

@@ -39,7 +39,7 @@ GENERATOR = "tapir-local report"  # the mark by which a page of ours is known
 MARK_BYTES = 2_000  # the mark is in this many bytes of a page's beginning
 
 # The sections in the order of what readers look for.
-SECTIONS: Sequence[tuple[str, str, Callable[[RunView], Section]]] = (
+PAGE_SECTIONS: Sequence[tuple[str, str, Callable[[RunView], Section]]] = (
     ("learned", "Did it learn?", learning_section),
     ("answers", "Answers", answers_section),
     ("tasks", "Where?", tasks_section),
@@ -84,7 +84,7 @@ def build_page(runs: Sequence[RunDir]) -> str:
 def run_page(run: RunDir, prefix: str) -> RunPage:
     """What the page has of a run."""
     view = read_view(run, prefix)
-    sections = [read_section(view, anchor, title, make) for anchor, title, make in SECTIONS]
+    sections = [read_section(view, anchor, title, make) for anchor, title, make in PAGE_SECTIONS]
     shown = [section for section in sections if section.parts]
     return RunPage(run.name, prefix, head_verdict(view), head_tiles(view), head_facts(view), shown)
 

@@ -47,7 +47,7 @@ def curriculum_section(run: RunDir) -> Section:
     if not plans:
         none = Paragraph("No round is planned yet; round 0 trains on seeds drawn at random.")
         return Section("curriculum", "Curriculum", question, (none,))
-    uses = count_uses(plans, {number: found for number, found in rows.items() if found})
+    uses = count_training_uses(plans, {number: found for number, found in rows.items() if found})
     parts: list[Part] = [uses_figure(uses)] if uses else []
     if difficulties := read_difficulties(run):
         parts.append(difficulty_figure(difficulties, kept_recipe(run).curriculum.mfd_threshold))
@@ -63,7 +63,7 @@ def plan_data(plan: RoundPlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in RoundPlan.__dataclass_fields__}
 
 
-def count_uses(plans: Mapping[int, RoundPlan], rows: Mapping[int, Sequence[Example]]) -> list[dict[str, Any]]:
+def count_training_uses(plans: Mapping[int, RoundPlan], rows: Mapping[int, Sequence[Example]]) -> list[dict[str, Any]]:
     """The training rows of each round by what the plan uses them for; rows that the round wrote are `new`."""
     found = []
     for number, examples in rows.items():

@@ -56,8 +56,17 @@ def draw_svg(spec: Spec, width: int) -> str:
     import vl_convert
 
     whole = {"width": width, "autosize": {"type": "fit-x", "contains": "padding"}, "config": CONFIG, **spec}
-    svg = str(vl_convert.vegalite_to_svg(whole, allowed_base_urls=[]))
-    return printable(svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1))
+    svg = str(vl_convert.vegalite_to_svg(printable_texts(whole), allowed_base_urls=[]))
+    return svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
+
+
+def printable_texts(value: Any) -> Any:
+    """A specification with printable texts: a NUL in one ends the process in vl-convert 1.9."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {key: printable_texts(item) for key, item in value.items()}
+    return [printable_texts(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def legend_columns(narrow: bool, names: Sequence[str]) -> int:
