@@ -101,7 +101,7 @@ def time_section(status: Mapping[str, Any]) -> Section:
         return Section("time", "Time", question)
     total = sum(stage["seconds"] or 0 for stage in all_stages(status))
     said = Paragraph(f"{timedelta(seconds=round(total))} in the stages that are done, without pauses between them.")
-    return Section("time", "Time", question, [said, time_figure(bars), stages_grid(places)])
+    return Section("time", "Time", question, [said, time_figure(bars), stages_grid(places, status["folder"])])
 
 
 def kind_of_work(stage: str) -> str:
@@ -149,15 +149,15 @@ def time_unit(seconds: float) -> tuple[str, int]:
     return ("hours", 3600) if seconds > 3 * 3600 else ("minutes", 60) if seconds > 180 else ("seconds", 1)
 
 
-def stages_grid(places: Mapping[str, Sequence[Mapping[str, Any]]]) -> Grid:
-    """A row for each stage that is done: seconds, calls, its closing phrase."""
+def stages_grid(places: Mapping[str, Sequence[Mapping[str, Any]]], folder: str) -> Grid:
+    """A row for each stage that is done: seconds, calls, its closing phrase without the path of the run's folder."""
     rows = [
         [
             *text_cells((f"{place} {stage['name']}",)),
             Cell("-" if stage["seconds"] is None else f"{stage['seconds']:,.1f}", stage["seconds"]),
             count_number(stage["paid"]),
             count_number(stage["hits"]),
-            Cell(stage["note"] or ""),
+            Cell((stage["note"] or "").replace(f"{folder}/", "")),
         ]
         for place, stages in places.items()
         for stage in stages

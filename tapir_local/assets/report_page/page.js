@@ -138,6 +138,12 @@ function openTarget() {
 window.addEventListener("hashchange", openTarget);
 openTarget();
 
+// On a phone the facts of a run would fill the first screens
+
+if (window.matchMedia("(max-width: 700px)").matches) {
+  for (const facts of document.querySelectorAll("header > details")) facts.open = false;
+}
+
 // Tables: a click on a head sorts by that column
 
 function sortValue(row, column) {
