@@ -147,7 +147,7 @@ def test_the_hardest_rows_come_first() -> None:
 
 
 def plan_with_ceiling(earlier: dict[str, float], **settings: float) -> RoundPlan:
-    """A plan of six hard rows; the student's scores are 1, 2, 3, 1, 2, 3 beside the teacher's 9, and `earlier` before."""
+    """A plan of six hard rows; the student's scores are 1, 2, 3, 1, 2, 3, and `earlier` before; the teacher's are 9."""
     rows, judgements = rows_and_judgements({"Math": 6}, {"Math": 2})
     before = {id: Judgement(id, 9.0, student) for id, student in earlier.items()}
     set_up = Curriculum(rows=6, alpha=1.0, **settings)
