@@ -200,8 +200,13 @@ def report(folder: Path, arms: list[str], seeds: list[int], reference: str) -> N
     from tapir_local.method.stats import correct_p_values, estimate_difference, estimate_mean
 
     sides = read(folder, arms, seeds)
-    whole = {arm: runs for arm, runs in sides.items() if set(runs) == set(seeds)}
-    print(f"\n{len(seeds)} random seeds; there: {', '.join(f'{arm} {len(runs)}' for arm, runs in sides.items())}")
+    asked, seeds = seeds, [seed for seed in seeds if all(seed in runs for runs in sides.values())]
+    whole = {arm: {seed: runs[seed] for seed in seeds} for arm, runs in sides.items() if seeds}
+    if reference not in whole:
+        sys.exit(f"{reference} has no finished run for a seed that all arms have, of {asked}")
+    print(
+        f"\nthe random seeds that all arms have: {seeds} of {asked}; finished: {', '.join(f'{arm} {len(runs)}' for arm, runs in sides.items())}"
+    )
     for name, values in (("accuracy", "right"), ("win rate", "wins")):
         known = {
             arm: {seed: dict(getattr(side.last, values)) for seed, side in runs.items()} for arm, runs in whole.items()
