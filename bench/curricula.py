@@ -204,9 +204,8 @@ def report(folder: Path, arms: list[str], seeds: list[int], reference: str) -> N
     whole = {arm: {seed: runs[seed] for seed in seeds} for arm, runs in sides.items() if seeds}
     if reference not in whole:
         sys.exit(f"{reference} has no finished run for a seed that all arms have, of {asked}")
-    print(
-        f"\nthe random seeds that all arms have: {seeds} of {asked}; finished: {', '.join(f'{arm} {len(runs)}' for arm, runs in sides.items())}"
-    )
+    finished = ", ".join(f"{arm} {len(runs)}" for arm, runs in sides.items())
+    print(f"\nthe random seeds that all arms have: {seeds} of {asked}; finished: {finished}")
     for name, values in (("accuracy", "right"), ("win rate", "wins")):
         known = {
             arm: {seed: dict(getattr(side.last, values)) for seed, side in runs.items()} for arm, runs in whole.items()
