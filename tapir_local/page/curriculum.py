@@ -2,12 +2,11 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tapir_local.data.dataset import Draft
 from tapir_local.files import read_record
-from tapir_local.method.curriculum import is_hard
 from tapir_local.method.judging import mfd
 from tapir_local.page.draw import INK, Spec, color_by, color_of_lines, draw_figure, inline_values, rule_at
 from tapir_local.page.parts import (
@@ -136,36 +135,27 @@ def difficulty_figure(difficulties: Mapping[int, Sequence[float]], threshold: fl
     return draw_figure("Difficulty of the pool", make, note)
 
 
-def plans_grid(run: RunDir, plans: Mapping[int, RoundPlan], difficulties: Mapping[int, Sequence[float]]) -> Grid:
-    """A row for each planned round."""
-    heads = [
-        "round",
-        "pool",
-        "hard in the pool",
-        "alpha, target",
-        "alpha, got",
-        "hard",
-        "new",
-        "missing",
-        "easy, replayed",
-    ]
+def plans_grid(run: RunDir, plans: Mapping[int, RoundPlan], judged: Collection[int]) -> Grid:
+    """A row for each planned round; `judged` are the rounds whose pool was judged."""
+    aside = ["set aside"] if any(plan.aside for plan in plans.values()) else []
+    heads = ["round", "pool", "hard in the pool", "alpha, target", "alpha, got"]
+    heads += ["hard", "new", "missing", "easy, replayed", *aside]
     rows = []
-    settings = kept_recipe(run).curriculum
     for number, plan in plans.items():
-        judged = [row for row in read_judgements(run, number, "judgements").values() if mfd(row) is not None]
-        hard = sum(is_hard(row, settings) for row in judged) / len(judged) if number in difficulties else None
+        missing = sum(plan.short.values())
         new = sum(row.origin == "expanded" and row.round == number for row in read_training_rows(run, number))
         rows.append(
             [
                 Cell(str(number), number),
                 count_number(plan.pool),
-                rate_number(plan.pool_hard / plan.pool if plan.pool_hard and plan.pool else hard),
+                rate_number(plan.pool_hard / plan.pool if plan.pool and number in judged else None),
                 rate_number(plan.alpha),
                 rate_number(plan.alpha_got),
                 count_number(len(plan.hard)),
                 count_number(new),
-                count_number(sum(plan.short.values()), "bad" if sum(plan.short.values()) else ""),
+                count_number(missing, "bad" if missing else ""),
                 count_number(len(plan.replay)),
+                *(count_number(len(plan.aside)) for _ in aside),
             ]
         )
     return Grid(heads, rows, note="alpha is the share of hard and new rows.")
