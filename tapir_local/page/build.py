@@ -12,6 +12,7 @@ from tapir_local import __version__
 from tapir_local.errors import TapirError
 from tapir_local.files import check_output, write_text
 from tapir_local.page.answers import answers_section
+from tapir_local.page.by_task import tasks_section
 from tapir_local.page.checks import again_section, gate_section_of, labels_section
 from tapir_local.page.comparison import comparison_section
 from tapir_local.page.curriculum import curriculum_section, new_data_section
@@ -26,7 +27,6 @@ from tapir_local.page.summary import (
     head_verdict,
     learning_section,
     read_view,
-    tasks_section,
 )
 from tapir_local.page.training_log import training_section
 from tapir_local.printable import printable

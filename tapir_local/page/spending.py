@@ -15,12 +15,11 @@ from tapir_local.report.costs import costs_caption, money_cells, summarize_costs
 KINDS_OF_WORK: Mapping[str, tuple[str, ...]] = {
     "training": ("train", "classify"),
     "teacher and judge": (
-        *("label", "tasks", "holdout", "seeds", "judge", "holdout-judge", "untrained-judge"),
-        *("expand", "refine", "reflect", "check"),
+        "label", "tasks", "holdout", "seeds", "untrained-judge", "judge", "expand", "refine", "holdout-judge",
     ),
-    "student's answers": ("answer", "holdout-answer", "untrained-answer", "score"),
+    "student's answers": ("answer", "holdout-answer", "untrained-answer"),
     "export and gate": ("export", "gate", "untrained-export", "ship"),
-}
+}  # fmt: skip
 OTHER_WORK = "other"
 
 

@@ -24,6 +24,7 @@ from tapir_local.page.answers import TEXT_LIMITS, browser_data, read_answered_ro
 from tapir_local.page.build import PAGE_SECTIONS, RunPage, build_page, check_page_output, run_page
 from tapir_local.page.draw import SERIES, color_by, draw_svg, inline_values
 from tapir_local.page.parts import Browser, Figure, Grid
+from tapir_local.page.spending import KINDS_OF_WORK
 from tapir_local.page.summary import read_view
 from tapir_local.page.training_log import loss_points, read_training_rounds, running_means
 from tapir_local.pipeline.loop import distill
@@ -31,6 +32,7 @@ from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Completion, Example, Request
+from tapir_local.report.costs import STAGE_ORDER
 from tapir_local.report.status import run_status
 from tapir_local.report.why import read_drafts, read_training_rows
 from tapir_local.run_dir import RunDir
@@ -163,6 +165,12 @@ def test_the_loss_is_a_mean_and_rounds_follow_each_other(runs: list[RunDir], pag
     assert points[-1]["tokens"] == 18_000
     assert max(point["tokens"] for point in points if point["round"] == "round 1") == 9000
     assert column(grid(page, "training"), "tokens per second") == [1000, 1000, 1000]
+
+
+def test_stages_that_take_long_have_a_kind_of_work() -> None:
+    named = {stage for stages in KINDS_OF_WORK.values() for stage in stages}
+    short = {"read", "plan", "evaluate", "untrained-evaluate"}
+    assert named | short == {*STAGE_ORDER, "ship"}
 
 
 # Runs of every state
@@ -393,7 +401,13 @@ def test_a_browser_runs_the_page_without_errors_and_requests(
     path = tmp_path / "page.html"
     path.write_text(hostile_page)
     id = read_rows(Example, attacked.path / "holdout.jsonl")[7].id
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+    options = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+    )
     out = subprocess.run(
         [str(CHROMIUM), *options, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
          f"file://{path}#{id}"],
