@@ -126,7 +126,7 @@ def browser_data(rows: Sequence[AnsweredRow], names: Sequence[str], prefix: str)
         "rows": [
             [
                 row.example.id,
-                row.example.task,
+                printable(row.example.task),
                 shown_text(instruction_of(row.example.prompt), limit),
                 shown_text(row.example.completion, limit),
                 [shown_text(text, limit) for text in row.answers],

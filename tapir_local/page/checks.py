@@ -27,6 +27,7 @@ from tapir_local.report.tables import percent_interval_cell
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.ship import license_rows, published_recipe, versions_line
 
+MAX_NUMBERED = 20  # labels up to which a number fits into a cell on a phone
 MAX_CONFUSED = 40  # labels in a confusion matrix; with more, its cells are too small to read
 
 
@@ -84,7 +85,7 @@ def confusion_figure(confusion: Mapping[str, Mapping[str, int]]) -> Figure:
 
     def make(narrow: bool) -> Spec:
         limit = 90 if narrow else 160
-        axis = {"title": None, "labelColor": INK, "labelLimit": limit, "grid": True, "labelOverlap": False}
+        axis = {"title": None, "labelColor": INK, "labelLimit": limit, "grid": True, "labelOverlap": False, "zindex": 0}
         y = {"field": "teacher", "type": "nominal", "scale": {"domain": labels}, "axis": axis}
         x = {
             "field": "classifier", "type": "nominal", "scale": {"domain": labels},
@@ -101,7 +102,11 @@ def confusion_figure(confusion: Mapping[str, Mapping[str, int]]) -> Figure:
             **both, "opacity": shade, "description": {"field": "tip"}}}  # fmt: skip
         counts = {"mark": {"type": "text", "aria": False, "fontSize": 11}, "encoding": {
             **both, "text": {"field": "rows"}}}  # fmt: skip
-        return {"height": {"step": 20}, "data": inline_values(cells), "layer": [shades, counts]}
+        return {
+            "height": {"step": 20},
+            "data": inline_values(cells),
+            "layer": [shades, *([] if narrow and len(labels) > MAX_NUMBERED else [counts])],
+        }
 
     note = "Rows held out of the classifier's training: the teacher's label on the left, the classifier's on top."
     return draw_figure("What the classifier confuses", make, note)
@@ -190,7 +195,7 @@ def again_section(run: RunDir) -> Section:
         f"tapir-local distill recipe.yaml --replay    # asks nobody: stops if an answer is not in the store\n"
         f"tapir-local chat {run.name}\n"
     )
-    licenses = [(f"license of {name}" if name != "language" else name, text) for name, text in license_rows(recipe)]
+    licenses = [(license_name(name), text) for name, text in license_rows(recipe)]
     parts: list[Part] = [
         Listing("Commands", commands),
         Listing("Settings that differ from their defaults", changed),
@@ -198,3 +203,10 @@ def again_section(run: RunDir) -> Section:
         Facts([*facts, *licenses]),
     ]
     return Section("again", "Do it again", "Can I reproduce it, and may I ship it?", parts)
+
+
+def license_name(row: str) -> str:
+    """The name of a row of license_rows where no heading says that it is about licenses."""
+    if row == "language":
+        return row
+    return f"terms of {row.removesuffix(' (terms)')}" if row.endswith("(terms)") else f"license of {row}"
