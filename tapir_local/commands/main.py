@@ -14,6 +14,7 @@ from tapir_local.commands.distill import distill_command
 from tapir_local.commands.init import init_command
 from tapir_local.commands.manage import resume_command, rm_command, ship_command
 from tapir_local.commands.models import export_command, generate_command
+from tapir_local.commands.report import report_command
 from tapir_local.commands.runs import (
     chat_command,
     compare_command,
@@ -64,6 +65,7 @@ for command in (
     redo_stages_command,
     resume_command,
     rm_command,
+    report_command,
     runs_command,
     ship_command,
     show_command,

@@ -10,7 +10,7 @@ from tapir_local.terminal.output import echo
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {
     "Make a student": ("init", "recipes", "doctor", "distill", "resume", "redo"),
-    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "rm"),
+    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report", "rm"),
     "Use the student": ("ship", "chat", "generate", "export"),
     "Other": ("calls", "completion"),
 }
@@ -21,7 +21,7 @@ COMMAND_HINTS = {
     **dict.fromkeys(("ls", "list"), "`tapir-local runs` lists the runs, `tapir-local calls list` the calls"),
     **dict.fromkeys(("delete", "remove"), "`tapir-local rm RUN` deletes a run, `tapir-local redo` stages of a run"),
     **dict.fromkeys(
-        ("eval", "evaluate", "test", "report", "results"),
+        ("eval", "evaluate", "test", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",
     ),
     **dict.fromkeys(

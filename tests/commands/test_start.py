@@ -20,7 +20,9 @@ def printed(*words: str) -> object:
 def test_settings_are_listed_by_prefix_without_words_of_the_libraries():
     rows = printed("recipes", "--settings", "curriculum.max", "--json")
     assert [row["setting"] for row in rows] == ["curriculum.max_opening", "curriculum.max_rouge"]
-    assert not [row for row in printed("recipes", "--settings", "--json") if "FieldInfo" in row["type"] + row["meaning"]]
+    assert not [
+        row for row in printed("recipes", "--settings", "--json") if "FieldInfo" in row["type"] + row["meaning"]
+    ]
     with pytest.raises(TapirError, match="no setting begins with 'nope'") as error:
         CliRunner().invoke(cli, ["recipes", "--settings", "nope"], catch_exceptions=False)
     assert "curriculum" in error.value.fix
@@ -33,7 +35,9 @@ def test_a_recipe_is_printed_as_json_with_every_setting():
 
 
 def test_a_cost_estimate_is_printed_as_json(tmp_path: Path):
-    found = printed("distill", "recorded", "--set", "seeds.path=pocket", "--dry-run", "--json", "--cache", str(tmp_path))
+    found = printed(
+        "distill", "recorded", "--set", "seeds.path=pocket", "--dry-run", "--json", "--cache", str(tmp_path)
+    )
     assert found == {"run": "recorded", "stages": [], "all": {**dict.fromkeys(NUMBERS, 0), "money": 0}}
     assert "--json needs --dry-run" in CliRunner().invoke(cli, ["distill", "--json"]).stderr
 
