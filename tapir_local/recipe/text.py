@@ -118,8 +118,8 @@ def similar_setting(path: str) -> str:
     """` (did you mean mfd_threshold?)` for an unknown setting; "" if none is similar. An API key has no place here."""
     name, siblings = path.rpartition(".")[2], sibling_settings(path)
     begins = [known for known in siblings if known.startswith(name)] if len(name) >= MIN_PREFIX else []
-    near = difflib.get_close_matches(name, siblings, 1) or begins[:1]
-    said = f" (did you mean {near[0]}?)" if near else ""
+    near = begins[:3] or difflib.get_close_matches(name, siblings, 1)
+    said = f" (did you mean {' or '.join(near)}?)" if near else ""
     key = "; a key does not belong in a recipe: put it into the variable that api_key_env names"
     return said + (key if name.replace("-", "_") in ("api_key", "apikey", "key", "token") else "")
 
