@@ -29,6 +29,7 @@ ROOMS = (
     "pipeline",
     "doctor",
     "report",
+    "talk",
     "terminal",
     "commands",
 )
