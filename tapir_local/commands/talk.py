@@ -160,6 +160,7 @@ def serve_command(
     """
     from dataclasses import replace
 
+    from tapir_local.interrupts import RECEIVED
     from tapir_local.talk.serve import ServerConfig, open_server, serve_until_stopped, usage_lines
 
     _, source = find_model(cache, model, number)
@@ -171,10 +172,12 @@ def serve_command(
         echo(warning, err=True)
     echo(f"starting the server of {source.name} …", err=True)
     with open_server(source, config) as child:
-        echo("\n".join(usage_lines(source, config)))
         try:
+            echo("\n".join(usage_lines(source, config)))
             serve_until_stopped(child)
         except KeyboardInterrupt:
+            if RECEIVED:  # SIGTERM or SIGHUP, which have exit codes of their own
+                raise
             echo("\nstopped", err=True)
 
 

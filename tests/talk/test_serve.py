@@ -16,6 +16,8 @@ import openai
 import pytest
 from command_line import ROOT, refused, tapir
 
+from tapir_local.export.export import export_gguf
+from tapir_local.resources import find_model_folder
 from tapir_local.talk.models import gguf_file_source
 from tapir_local.talk.serve import SERVER_MODULES, ServerConfig, server_command
 
@@ -151,15 +153,17 @@ def test_without_a_server_the_command_that_installs_one_is_named(llama, monkeypa
 
 
 @needs_server
-def test_the_served_answer_is_that_of_chat(llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_served_answer_is_that_of_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = tmp_path / "pocket.gguf"
+    export_gguf(find_model_folder("pocket", None), gguf, adapter=None, quant="f16")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "llama_cpp.server" in server_command(gguf_file_source(str(llama.gguf)), ServerConfig("127.0.0.1", 1))
-    port, asked = unused_port(), "What is 7 times 8?"
-    with serving(str(llama.gguf), "--port", str(port)) as (_, said):
+    assert "llama_cpp.server" in server_command(gguf_file_source(str(gguf)), ServerConfig("127.0.0.1", 1))
+    port, asked = unused_port(), "What is 7 + 8?"
+    with serving(str(gguf), "--port", str(port)) as (_, said):
         assert f'OpenAI(base_url="http://127.0.0.1:{port}/v1"' in said
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         reply = client.chat.completions.create(
-            model=llama.gguf.name, messages=[{"role": "user", "content": asked}], temperature=0, max_tokens=1024
+            model=gguf.name, messages=[{"role": "user", "content": asked}], temperature=0, max_tokens=1024
         )
-    expected = tapir("chat", str(llama.gguf), "--prompt", asked).stdout
+    expected = tapir("chat", str(gguf), "--prompt", asked).stdout
     assert f"{reply.choices[0].message.content}\n" == expected
