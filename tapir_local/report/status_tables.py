@@ -26,6 +26,15 @@ JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
     "position_bias": ("how much more the answer shown first scores (mean)", "{:+.2f}"),
     "ties": ("both answers have the same score", "{:.1%}"),
     "length_bias": ("rank correlation of length and score", "{:+.2f}"),
+    "checker_rows": ("rows where the checker finds exactly one answer right", "{:,}"),
+    "checker_agreement": ("there, the right answer scores more", "{:.1%}"),
+}
+# What the health of a judge means, by the word in records.JudgeQuality.
+HEALTH_MEANING: Mapping[str, str] = {
+    "good": "nothing found that speaks against its scores",
+    "doubtful": "use its scores with care",
+    "useless": "its scores say nothing about the answers: do not use what was planned from them",
+    "unknown": "too few judged rows to say how good its scores are",
 }
 
 # The columns of the table of rounds, each with its rank (see PlainTable): 1 and above may be left out.
@@ -245,5 +254,11 @@ def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable
     for key, (description, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
         table.add_row(description, *("-" if value is None else form.format(value) for value in values))
-    table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
+    table.caption = "\n".join(judge_meaning(name, found) for name, found in sets.items()) or None
     return table
+
+
+def judge_meaning(name: str, found: Mapping[str, Any]) -> str:
+    """What the figures of the judge's scores of `pool` or `holdout` mean, in words."""
+    said = [*found["notes"], HEALTH_MEANING.get(found.get("health", ""), "")]
+    return f"{name}: {'; '.join(filter(None, said))}"

@@ -24,8 +24,8 @@ START_SECONDS = 600.0  # for a server to load its model: tens of gigabytes from 
 POLL_SECONDS = 0.2
 # The modules that `pip install 'llama-cpp-python[server]'` adds to llama-cpp-python.
 SERVER_MODULES = ("uvicorn", "fastapi", "pydantic_settings", "sse_starlette", "starlette_context")
-# This server's default for a request is repeat_penalty 1.1, with which a greedy answer differs from that of `chat` and of
-# the evaluation, for example where an answer must repeat a number. The penalty applies to the last 0 tokens.
+# This server's default for a request is repeat_penalty 1.1, with which a greedy answer differs from that of `chat` and
+# of the evaluation, for example where an answer must repeat a number. Here the penalty applies to the last 0 tokens.
 NO_REPEAT_PENALTY = ("--last_n_tokens_size", "0")
 # Environment variables by which llama-cpp-python's server would ignore its options.
 SERVER_VARIABLES = ("HOST", "PORT", "MODEL", "CONFIG_FILE")
