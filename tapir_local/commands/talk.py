@@ -83,7 +83,7 @@ def chat_command(
         if prompt is not None:
             answer_once(models, prompt, temperature, chat.write)
         else:
-            chat.loop(LineReader())
+            chat.loop(LineReader("Type /bye or press Ctrl-C again to end the chat."))
 
 
 def find_model(cache: Path | None, name: str | None, number: int | None) -> tuple["ModelFinder", "ModelSource"]:
@@ -113,10 +113,10 @@ def accept_any_bytes() -> None:
 
 
 class LineReader:
-    """Reads lines from the terminal. Ctrl-C there discards the line; a second one in a row ends the chat."""
+    """Reads lines from the terminal. Ctrl-C there ends the input; with a `hint` only the second one in a row does."""
 
-    def __init__(self) -> None:
-        self.interrupted = False
+    def __init__(self, hint: str = "") -> None:
+        self.interrupted, self.hint = False, hint
 
     def __call__(self) -> str | None:
         """A line; None at the end of the input."""
@@ -129,8 +129,8 @@ class LineReader:
         except KeyboardInterrupt:
             if RECEIVED or not sys.stdin.isatty():  # SIGTERM or SIGHUP, or a script
                 raise
-            echo("\nType /bye or press Ctrl-C again to end the chat.")
-            again, self.interrupted = self.interrupted, True
+            echo(f"\n{self.hint}", err=True)
+            again, self.interrupted = self.interrupted or not self.hint, True
             return None if again else ""
         self.interrupted = False
         return line
@@ -258,13 +258,14 @@ def judge_check_command(run: str, number: int | None, rows: int, cache: Path | N
     better. Then shows how far the judge agrees with you, and how many rows you need. Verdicts are kept in the run's
     folder; the same command goes on where you stopped. --json asks nothing and prints the result.
     """
-    from tapir_local.talk.judge_check import ask_verdicts, check_report, check_table, open_check
+    from tapir_local.report.person import check_report, check_table, open_judge_check
+    from tapir_local.talk.judge_check import ask_verdicts
 
     accept_any_bytes()
-    check = open_check(select_run(cache, run), number)
+    check = open_judge_check(select_run(cache, run), number)
     if not as_json:
         ask_verdicts(check, rows, LineReader(), lambda text: echo(text, err=True))
-    found = check_report(check)
+    found = check_report(check, rows)
     if as_json:
         print_json(found)
     else:

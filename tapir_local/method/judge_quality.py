@@ -149,10 +149,10 @@ def judge_warnings(found: JudgeQuality) -> list[str]:
     if found.unjudged > MAX_UNREADABLE * (found.rows + found.unjudged):
         share = format_percent(found.unjudged / (found.rows + found.unjudged))
         warnings.append(f"{share} of the rows have no readable score")
-    share = found.checker_agreement
-    if share is not None and found.checker_rows >= MIN_ROWS_TO_WARN and share < MIN_CHECKER_AGREEMENT:
+    checked = found.checker_agreement
+    if checked is not None and found.checker_rows >= MIN_ROWS_TO_WARN and checked < MIN_CHECKER_AGREEMENT:
         warnings.append(
-            f"the judge prefers the answer that the checker finds right on only {format_percent(share)} of "
+            f"the judge prefers the answer that the checker finds right on only {format_percent(checked)} of "
             f"{found.checker_rows:,} rows"
         )
     return warnings

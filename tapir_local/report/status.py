@@ -13,6 +13,7 @@ from tapir_local.files import read_json_object, read_record, read_rows
 from tapir_local.method.judge_quality import AnswersRight, check_both_answers, measure_judge
 from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
+from tapir_local.report.person import person_report
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
 from tapir_local.stages.labeling import warn_low_agreement
 from tapir_local.stages.run_rows import rows_before_round
@@ -179,6 +180,7 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
         "round": number,
         "plan": orjson.loads(to_json(read_record(RoundPlan, plan))) if plan.exists() else None,
         "judge": round_judge_quality(run, number),
+        "judge_check": person_report(run, number),
         "metrics": read_metrics(run, number),
         "unusable": {
             step: kinds for step, kinds in unusable_counts(run).items() if step.startswith(f"round-{number:02d}/")
@@ -211,22 +213,21 @@ def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
     rows = {name: read_rows(Judgement, path) for name, path in paths.items()}
-    checked = pool_checks(run, number) if rows.get("pool") else {}
-    found = {
-        name: asdict(measure_judge(some, checked if name == "pool" else {})) for name, some in rows.items() if some
-    }
+    found = {name: asdict(measure_judge(some, round_checks(run, number, name))) for name, some in rows.items() if some}
     kept = (read_metrics(run, number) or {}).get("judge_quality") or {}
     return found | ({"holdout": kept} if kept.get("health") and "holdout" in found else {})
 
 
-def pool_checks(run: RunDir, number: int) -> dict[str, AnswersRight]:
-    """What the recipe's checker says of the teacher's and the student's answers to the pool, by row id."""
+def round_checks(run: RunDir, number: int, name: str) -> dict[str, AnswersRight]:
+    """What the recipe's checker says of the teacher's and the student's answers to `pool` or `holdout`, by row id."""
     from tapir_local.stages.backends import recipe_checker
 
-    answers, check = run.round(number) / "answers.jsonl", recipe_checker(kept_recipe(run))
+    answers = run.round(number) / ("answers.jsonl" if name == "pool" else "holdout-answers.jsonl")
+    check = recipe_checker(kept_recipe(run))
     if check is None or not answers.exists():
         return {}
-    rows = {row.id: row for row in rows_before_round(run, number)}
+    known = rows_before_round(run, number) if name == "pool" else read_rows(Example, run.path / "holdout.jsonl")
+    rows = {row.id: row for row in known}
     completions = [found for found in read_rows(Completion, answers) if found.id in rows]
     return check_both_answers(check, [rows[found.id] for found in completions], completions)
 

@@ -192,7 +192,7 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     """The plan, judge, metrics and answers of a round, as far as they exist."""
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
-    tables += [judge_table(title, found["judge"])] if found["judge"] else []
+    tables += [judge_table(title, found["judge"], found["judge_check"])] if found["judge"] else []
     if found["metrics"]:
         alike = is_rouge_only(found["metrics"]["win_rate"], found["metrics"]["student_score"])
         columns = {
@@ -246,7 +246,9 @@ def plan_phrase(plan: Mapping[str, Any]) -> str:
     return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
 
 
-def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable:
+def judge_table(
+    title: str, sets: Mapping[str, Mapping[str, Any]], person: Mapping[str, Any] | None = None
+) -> PlainTable:
     """A row for each measure, a column each for the judgements of pool and holdout; a dash if there is no value."""
     table = PlainTable(f"{title}: the judge")
     table.add_column("")
@@ -254,7 +256,9 @@ def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable
     for key, (description, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
         table.add_row(description, *("-" if value is None else form.format(value) for value in values))
-    table.caption = "\n".join(judge_meaning(name, found) for name, found in sets.items()) or None
+    lines = [judge_meaning(name, found) for name, found in sets.items()]
+    lines += [f"judge-check: {person['meaning']}"] if person else []
+    table.caption = "\n".join(lines) or None
     return table
 
 
