@@ -21,8 +21,6 @@ from tapir_local.terminal.output import echo, print_json, print_table
 if TYPE_CHECKING:
     from tapir_local.talk.models import ModelFinder, ModelSource
 
-FILE_PATH = HomePath()
-
 
 @click.command(
     name="chat",
@@ -190,7 +188,7 @@ def serve_command(
     ),
 )
 @click.argument("run")
-@click.argument("out", type=FILE_PATH)
+@click.argument("out", type=HomePath())
 @click.option(
     "--round", "number", type=click.IntRange(min=0), help="Rows of this round only; by default of all rounds."
 )
