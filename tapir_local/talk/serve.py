@@ -24,9 +24,10 @@ START_SECONDS = 600.0  # for a server to load its model: tens of gigabytes from 
 POLL_SECONDS = 0.2
 # The modules that `pip install 'llama-cpp-python[server]'` adds to llama-cpp-python.
 SERVER_MODULES = ("uvicorn", "fastapi", "pydantic_settings", "sse_starlette", "starlette_context")
-# This server's default for a request is repeat_penalty 1.1, with which a greedy answer differs from that of `chat` and
-# of the evaluation, for example where an answer must repeat a number. Here the penalty applies to the last 0 tokens.
-NO_REPEAT_PENALTY = ("--last_n_tokens_size", "0")
+# What this server needs to give the greedy answers of `chat` and of the evaluation. Its default for a request is
+# repeat_penalty 1.1: here it applies to the last 0 tokens. Without flash attention, which `chat` uses, sums are rounded
+# differently: SmolLM2-135M then took another token after 60 of 100.
+AS_EVALUATED = ("--last_n_tokens_size", "0", "--flash_attn", "true")
 # Environment variables by which llama-cpp-python's server would ignore its options.
 SERVER_VARIABLES = ("HOST", "PORT", "MODEL", "CONFIG_FILE")
 
@@ -71,7 +72,7 @@ def server_command(source: ModelSource, config: ServerConfig) -> list[str]:
     adapter = ["--lora_path", str(source.adapter)] if source.adapter else []
     context = ["--n_ctx", str(source.context), "--model_alias", source.name, "--verbose", "false"]
     command = [sys.executable, "-P", "-m", "llama_cpp.server", "--model", str(source.gguf), "--n_gpu_layers", "-1"]
-    return [*command, *NO_REPEAT_PENALTY, *adapter, *context, *where]
+    return [*command, *AS_EVALUATED, *adapter, *context, *where]
 
 
 def llama_version() -> str:

@@ -2,7 +2,7 @@
 
 import numpy
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapir_local.method.agreement import cohen_kappa, count_pairs, kappa_interval, kappa_word, rows_for_kappa
@@ -27,6 +27,7 @@ def test_kappa_by_hand(table: list[list[int]], kappa: float | None) -> None:
     assert cohen_kappa(numpy.array(table)) == kappa
 
 
+@settings(max_examples=25)
 @given(TABLES)
 def test_the_interval_holds_kappa_and_the_raters_may_change_places(table: "numpy.ndarray") -> None:
     kappa, interval = cohen_kappa(table), kappa_interval(table)

@@ -20,7 +20,7 @@ from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.model import Engine, open_engine
 from tapir_local.inference.tokens import encode
 from tapir_local.records import Message
-from tapir_local.talk.conversation import CHAT_HELP, CHAT_HINT, Chat, ChatModel, open_chat_models
+from tapir_local.talk.conversation import CHAT_HELP, CHAT_HINT, Chat, ChatModel, answer_once, open_chat_models
 from tapir_local.talk.models import ModelFinder, gguf_file_source
 
 
@@ -126,6 +126,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
     said = list[str]()
     Chat([Interrupted()], 0.0, said.append).loop(lines_of("slow", "quick"))  # type: ignore[list-item]
     assert said[1:] == ["It", "\n(stopped; this answer is not part of the conversation)\n", "It", "\n"]
+
+
+def test_after_a_stopped_answer_the_model_answers_as_before(engine: Engine) -> None:
+    speaker, said = ChatModel("student", engine, 12, random.Random(1)), list[str]()
+
+    def stop_at_once(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_once([speaker], "What is 7 times 8?", 0.0, stop_at_once)
+    assert speaker.history == []
+    answer_once([speaker], "What is 7 times 8?", 0.0, said.append)
+    assert "".join(said) == f"{replies(engine, 1, 0.0)[0]}\n"
 
 
 def test_ctrl_c_on_a_terminal_stops_an_answer_and_twice_at_the_prompt_ends_the_chat(llama) -> None:

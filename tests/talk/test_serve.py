@@ -18,8 +18,8 @@ from command_line import ROOT, refused, tapir
 
 from tapir_local.export.export import export_gguf
 from tapir_local.resources import find_model_folder
-from tapir_local.talk.models import gguf_file_source
-from tapir_local.talk.serve import SERVER_MODULES, ServerConfig, server_command
+from tapir_local.talk.models import ModelSource, gguf_file_source
+from tapir_local.talk.serve import SERVER_MODULES, ServerConfig, server_command, usage_lines
 
 # A program named llama-server that records how it was started, and lists a model as the real one does.
 LLAMA_SERVER = f"""#!{sys.executable}
@@ -137,6 +137,14 @@ def test_wrong_models_are_refused_before_a_server_starts(tmp_path: Path, llama) 
 def test_base_url_and_loopback(host: str, url: str, loopback: bool) -> None:
     config = ServerConfig(host, 80)
     assert (config.base_url, config.is_loopback) == (url, loopback)
+
+
+def test_a_round_that_is_an_adapter_is_served_on_its_base(on_path: dict[str, str], monkeypatch) -> None:
+    monkeypatch.setenv("PATH", on_path["PATH"])
+    source = ModelSource("mine, round 1", Path("base.gguf"), Path("lora.gguf"), 64, 8)
+    command = server_command(source, ServerConfig("127.0.0.1", 8080))
+    assert command[1:5] == ["--model", "base.gguf", "--lora", "lora.gguf"]
+    assert '-d \'{"model": "mine, round 1"' in "\n".join(usage_lines(source, ServerConfig("127.0.0.1", 8080)))
 
 
 needs_server = pytest.mark.skipif(
