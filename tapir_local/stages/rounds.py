@@ -82,7 +82,7 @@ def plan_stage(work: Work, out: Path) -> str:
     """The plan of this round: which rows it trains on, and which are to be written."""
     known = read_situation(work)
     refuse_unjudged(work, known.judgements)
-    if work.recipe.judge.kind != "reference" and known.judgements:
+    if work.recipe.judge.health == "stop" and known.judgements:
         completions = read_rows(Completion, work.folder / "answers.jsonl")
         right = check_both_answers(work.backends.check, known.pool, completions)
         refuse_useless_judge(work, measure_judge(known.judgements, right), "judgements.jsonl")
@@ -188,7 +188,7 @@ def holdout_judge_stage(work: Work, out: Path) -> str:
 def evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy on the holdout."""
     found = compute_holdout_metrics(work, work.number, work.folder)
-    if found.judge_quality and work.recipe.judge.kind != "reference":
+    if found.judge_quality:
         refuse_useless_judge(work, found.judge_quality, "holdout-judgements.jsonl")
     write_record(out, found)
     return summarize_metrics(found, previous_metrics(work))

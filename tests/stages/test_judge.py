@@ -379,8 +379,10 @@ def test_a_run_stops_at_a_useless_judge_if_it_is_told_to(
     assert any("round 1, holdout" in line for line in run_status(run)["warnings"]) == (holdout == 40)
 
 
-def test_a_good_judge_stops_nothing(tmp_path: Path) -> None:
-    recipe = override(make_recipe(tmp_path), {"rounds": 1, "judge.health": "stop", "seeds.holdout": 30})
+@pytest.mark.parametrize("curriculum", ["tapir", "uniform"])
+def test_a_good_judge_stops_nothing(tmp_path: Path, curriculum: str) -> None:
+    changes = {"rounds": 1, "judge.health": "stop", "seeds.holdout": 30, "curriculum.name": curriculum}
+    recipe = override(make_recipe(tmp_path), changes)
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
     assert run.record()["status"] == "done"
