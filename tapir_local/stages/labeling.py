@@ -105,6 +105,8 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
                 labels[row.id] = found
             elif answer.refused:
                 refused.add(row.id)
+            else:
+                work.backends.meter.count("unreadable")
     return labels
 
 

@@ -1,0 +1,181 @@
+"""What the displays show of a run: the running step, what is left, results, money, requests and warnings."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from tapir_local.errors import TapirError
+from tapir_local.pipeline.dry_run import estimate_by_recipe
+from tapir_local.pipeline.loop import Step, list_steps
+from tapir_local.printable import printable
+from tapir_local.recipe.schema import Recipe
+from tapir_local.report.status import read_metrics
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
+from tapir_local.stages.backends import judge_endpoint
+from tapir_local.store.queries import mean_tokens_by_stage
+from tapir_local.teacher.budget import Cost, endpoint_price
+from tapir_local.teacher.rate_limit import CallCounts, CallMeter
+from tapir_local.terminal.run_time import RateMeter, Records, StageTimes
+
+MAX_NOTES = 50  # warnings kept for the display; run.log has all
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step that ended: its closing phrase with remarks, calls, seconds, and money spent (0.0 if unknown)."""
+
+    step: Step
+    said: str
+    remarks: tuple[str, ...]
+    asked: int
+    hits: int
+    seconds: float
+    money: float = 0.0
+
+
+class RunState:
+    """A run as its displays show it. The loop reports to it; `now` is the time in seconds since 1970."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, now: Callable[[], float] = time.time) -> None:
+        self.recipe, self.run, self.now = recipe, run, now
+        self.steps, self.started = list_steps(run, recipe.rounds), now()
+        self.meter = CallMeter()
+        self.spent: Callable[[], Cost] = Cost
+        self.step: Step | None = None
+        self.done = self.total = 0
+        self.said, self.began, self.money_before = "", self.started, 0.0
+        self.rates, self.times = RateMeter(), StageTimes(recipe, self.steps, {})
+        self.notes: list[str] = []
+        self.finished: list[Finished] = []
+        self.results: dict[int, Mapping[str, Any]] = {}
+        self.expected: float | None = None
+        self.later: float | None = None
+        self.to_come: float | None = None
+
+    def connect(self, meter: CallMeter, spent: Callable[[], Cost]) -> None:
+        """Take the counts of requests, and what was spent, from these."""
+        self.meter, self.spent = meter, spent
+
+    def begins(self, step: Step) -> None:
+        """A step begins: read what is done, and estimate what is left."""
+        self.done, self.total, self.said = 0, 0, "starting"
+        self.rates, self.began, self.money_before = RateMeter(), self.now(), self.spent().money
+        records = self.read_records()
+        self.times = StageTimes(self.recipe, self.steps, records)
+        self.finished = [finished_step(other, records[other.name]) for other in self.group(step, records)]
+        self.results = {number: found for number in self.evaluated_rounds() if (found := self.read_result(number))}
+        if self.step is None or self.step.number != step.number:
+            self.to_come = estimate_money(self.recipe, self.run, self.pending(step))
+        self.expected, self.later = self.times.expected_seconds(step), self.times.seconds_of(self.pending(step)[1:])
+        self.step = step
+
+    def progress(self, done: int, total: int, said: str) -> None:
+        """The running step has done so many of its items; 0 of 0 is a phrase without a count."""
+        self.said = printable(said)
+        if total:
+            self.done, self.total = done, total
+            self.rates.add(self.now(), done, total)
+
+    def ends(self, step: Step, taken: Mapping[str, Any]) -> Finished:
+        """A step ended; what it did."""
+        found = finished_step(step, taken, self.spent().money - self.money_before)
+        self.finished.append(found)
+        for remark in found.remarks:
+            if remark.startswith("WARNING"):
+                self.note(f"{step.name}: {remark}")
+        return found
+
+    def note(self, text: str) -> None:
+        """Keep a warning for the display."""
+        self.notes = [*self.notes, printable(text)][-MAX_NOTES:]
+
+    def read_records(self) -> Records:
+        """What run.json says of finished steps."""
+        with suppress(TapirError):
+            return dict(self.run.record().get("stages", {}))
+        return {}
+
+    def group(self, step: Step, records: Records) -> list[Step]:
+        """The finished steps of the preparation or the round that a step belongs to."""
+        alike = [other for other in self.steps if other.number == step.number and other is not self.steps[-1]]
+        return [other for other in alike if other.name in records and other.name != step.name and other.done]
+
+    def pending(self, step: Step) -> list[Step]:
+        """A step and those after it that are not done."""
+        at = next((at for at, other in enumerate(self.steps) if other.name == step.name), len(self.steps))
+        return [other for other in self.steps[at:] if other.name == step.name or not other.done]
+
+    def evaluated_rounds(self) -> Sequence[int]:
+        """The numbers of rounds that may have metrics, the untrained student's first."""
+        return [UNTRAINED_ROUND, *range(self.recipe.rounds + 1)]
+
+    def read_result(self, number: int) -> Mapping[str, Any] | None:
+        """The metrics of a round; None if there are none that can be read."""
+        with suppress(TapirError):
+            return read_metrics(self.run, number)
+        return None
+
+    def stage_seconds_left(self) -> float | None:
+        """Seconds that the running step still takes: by its rate, else by what it was expected to take."""
+        by_rate = self.rates.seconds_left(self.now())
+        if by_rate is not None or self.expected is None:
+            return by_rate
+        return max(0.0, self.expected - (self.now() - self.began))
+
+    def run_seconds_left(self) -> float | None:
+        """Seconds that the whole run still takes; None where part of it is unknown."""
+        here = self.stage_seconds_left()
+        return None if here is None or self.later is None else here + self.later
+
+    def ends_at(self) -> float | None:
+        """When the run ends, in seconds since 1970; None where that is unknown."""
+        left = self.run_seconds_left()
+        return None if left is None else self.now() + left
+
+    def rate(self) -> float | None:
+        """Items per second of the running step."""
+        return self.rates.rate(self.now())
+
+    def counts(self) -> CallCounts:
+        """The requests at this moment."""
+        return self.meter.read()
+
+    def as_data(self) -> dict[str, Any]:
+        """The progress for `status`, as written to the run's progress file; times in UTC, durations in seconds."""
+        at, step = self.ends_at(), self.step
+        left, run_left = self.stage_seconds_left(), self.run_seconds_left()
+        return {
+            "process": os.getpid(),
+            "step": step.name if step else "",
+            "round": step.number if step else None,
+            "rounds": self.recipe.rounds,
+            "done": self.done,
+            "total": self.total or None,
+            "seconds_left": None if left is None else round(left),
+            "run_seconds_left": None if run_left is None else round(run_left),
+            "ends": None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds"),
+            "updated": datetime.fromtimestamp(self.now(), UTC).isoformat(timespec="seconds"),
+        }
+
+
+def finished_step(step: Step, taken: Mapping[str, Any], money: float = 0.0) -> Finished:
+    """What run.json says of a step, and the money spent in it."""
+    said, *remarks = str(taken.get("note", "")).split("; ")
+    calls = int(taken.get("paid", 0)), int(taken.get("hits", 0))
+    return Finished(step, printable(said), tuple(map(printable, remarks)), *calls, taken.get("seconds", 0.0), money)
+
+
+def estimate_money(recipe: Recipe, run: RunDir, pending: Sequence[Step]) -> float | None:
+    """What the pending steps cost by the dry run's estimate; None before the rounds, or if it is unknown or free."""
+    prices = [endpoint_price(recipe.teacher), endpoint_price(judge_endpoint(recipe))]
+    priced = all(prices) and any(price.input or price.output for price in prices if price)
+    store = run.cache / "teacher.db"
+    if not priced or not store.exists() or any(step.stage.name in ("holdout", "seeds") for step in pending):
+        return None
+    tokens = mean_tokens_by_stage(store)
+    found = [estimate_by_recipe(step, recipe, run, tokens).money for step in pending]
+    return sum(amount or 0.0 for amount in found)
