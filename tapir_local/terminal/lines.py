@@ -11,9 +11,8 @@ from rich.console import Console
 from tapir_local.files import private_file
 from tapir_local.pipeline.loop import Step
 from tapir_local.printable import printable
-from tapir_local.tables import join_styled, plain_text
+from tapir_local.tables import format_seconds, join_styled, plain_text
 from tapir_local.terminal.run_state import Finished, RunState
-from tapir_local.terminal.run_time import format_seconds
 
 FIRST_INTERVAL = 30.0  # seconds of a stage until its first line of progress
 LOG_INTERVAL = 300.0  # seconds between two further ones
@@ -110,7 +109,7 @@ def closing_phrase(found: Finished) -> str:
 
 def calls_phrase(found: Finished) -> str:
     """`8,000 asked, 120 from the store, 1.12`; "" without calls. The last number is money."""
-    parts = [f"{found.asked:,} asked"] if found.asked + found.hits else []
+    parts = [f"{found.asked:,} asked"] if found.asked else []
     parts += [f"{found.hits:,} from the store"] if found.hits else []
     parts += [format_money(found.money)] if found.money >= 0.00005 else []
     return ", ".join(parts)
@@ -119,7 +118,7 @@ def calls_phrase(found: Finished) -> str:
 def progress_phrase(state: RunState) -> str:
     """`93/188  1.5/s  24:10 left  loss 1.21 -> 0.84`."""
     rate, left = state.rate(), state.stage_seconds_left()
-    parts = [f"{state.done:,}/{state.total:,}", format_rate(rate)]
+    parts = [f"{state.done:,}/{state.total:,}", format_speed(rate)]
     parts += [f"{format_seconds(left)} left" if left is not None else "", state.said, trouble_phrase(state)]
     return "  ".join(filter(None, parts))
 
@@ -135,7 +134,7 @@ def trouble_phrase(state: RunState) -> str:
     return ", ".join(form.format(count) for count, form in shown if count)
 
 
-def format_rate(rate: float | None) -> str:
+def format_speed(rate: float | None) -> str:
     """`1.5/s`, `0.4/min`; "" while it is unknown."""
     if rate is None:
         return ""

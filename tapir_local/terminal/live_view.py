@@ -1,6 +1,5 @@
 """The screen of a running distillation: header, results, stages, bar, money and requests, as much as fits."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,13 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.report.tables import percent_cell, percent_interval_cell
 from tapir_local.run_dir import UNTRAINED_ROUND
 from tapir_local.stages.backends import judge_endpoint
-from tapir_local.tables import join_styled, plain_text
-from tapir_local.terminal.lines import calls_phrase, format_duration, format_money, format_rate, wrap_line
+from tapir_local.tables import format_clock, format_seconds, join_styled, plain_text
+from tapir_local.terminal.lines import calls_phrase, format_duration, format_money, format_speed, wrap_line
 from tapir_local.terminal.run_state import Finished, RunState
-from tapir_local.terminal.run_time import format_seconds
 
 LABEL_WIDTH = 14  # of the results' first column
 CELL_WIDTH = 12  # of a column of results
-MIN_BAR, MAX_BAR = 8, 40
+MIN_BAR, MAX_BAR = 8, 60
 PULSE_WIDTH = 4  # of the moving part of a bar without a total
 DETAILS_WIDTH = 72  # a narrower terminal shows no calls of finished stages
 ENDPOINT_NAMES = {
@@ -45,6 +43,7 @@ class Marks:
     arrow: str = "→"
 
 
+PLAIN_SIGNS = {ord("…"): "~", ord("·"): "|"}  # other characters become question marks
 PLAIN_MARKS = Marks("v", ">", "-", "#", "-", "->")  # where the terminal does not use Unicode
 
 
@@ -80,6 +79,8 @@ class LiveView:
         blocks = build_blocks(self.state, marks, width)
         for line in fit_height(blocks, height):
             line.truncate(width, overflow="ellipsis")
+            if options.ascii_only:
+                line.plain = line.plain.translate(PLAIN_SIGNS).encode("ascii", "replace").decode()
             line.no_wrap, line.end = True, "\n"
             yield line
 
@@ -127,8 +128,8 @@ def title_lines(state: RunState, width: int) -> list[Text]:
     recipe, at = state.recipe, state.ends_at()
     rounds = f"{recipe.rounds} rounds" if recipe.rounds != 1 else "1 round"
     left = join_styled(("tapir-local  ", "dim"), (state.run.name, "bold"), f"  {rounds}")
-    ends = f"ends about {clock(at, state.now())}" if at is not None else ""
-    started = f"started {clock(state.started, state.now())}"
+    ends = f"ends about {format_clock(at, state.now())}" if at is not None else ""
+    started = f"started {format_clock(state.started, state.now())}"
     return [
         spread(left, plain_text(ends, "cyan"), width),
         plain_text(who_does_what(recipe)),
@@ -153,12 +154,6 @@ def short_endpoint(endpoint: Endpoint) -> str:
     """A name for who answers, without its address."""
     kind = str(getattr(endpoint, "kind", ""))
     return ENDPOINT_NAMES.get(kind) or endpoint.model or short_path(endpoint.gguf) or kind
-
-
-def clock(moment: float, now: float) -> str:
-    """`03:10`, with the day if that is not today: `Sat 03:10`."""
-    then, today = time.localtime(moment), time.localtime(now)
-    return time.strftime("%H:%M" if then[:3] == today[:3] else "%a %H:%M", then)
 
 
 # The results
@@ -222,7 +217,7 @@ def round_line(state: RunState, width: int) -> list[Text]:
     step, left = state.step, state.run_seconds_left()
     name = "starting"
     if step:
-        once = "end" if step is state.steps[-1] else "preparation"
+        once = "end" if state.is_last(step) else "preparation"
         name = once if step.number is None else f"round {step.number} of {state.recipe.rounds}"
     said = f"{format_seconds(left)} left in all" if left is not None else ""
     return [spread(plain_text(name, "bold"), plain_text(said, "cyan"), width)]
@@ -255,15 +250,15 @@ def bar_line(state: RunState, marks: Marks, width: int) -> list[Text]:
         return []
     left = state.stage_seconds_left()
     counted = f"{state.done:,}/{state.total:,}" if state.total else ""
-    right = [counted, format_rate(state.rate()) if state.total else ""]
-    right += [f"{format_seconds(left)} left" if left is not None else format_seconds(state.now() - state.began)]
-    said = "  ".join(filter(None, right))
+    known = left is not None and (state.total or left >= 1)  # what was expected to be over by now is unknown
+    time_said = f"{format_seconds(left or 0)} left" if known else f"for {format_seconds(state.now() - state.began)}"
+    said = "  ".join(filter(None, [counted, format_speed(state.rate()) if state.total else "", time_said]))
     name = f"{state.step.stage.name:<{name_width(state)}}  "
     room = min(MAX_BAR, width - 2 - cell_len(name) - cell_len(said) - 2)
     pieces: list[str | tuple[str, str]] = [(f"{marks.now} ", "bold green"), (name, "bold")]
     if room >= MIN_BAR:
-        pieces += [*bar_pieces(state, marks, room), "  "]
-    return [join_styled(*pieces, said)]
+        pieces += bar_pieces(state, marks, room)
+    return [spread(join_styled(*pieces), plain_text(said), width)]
 
 
 def bar_pieces(state: RunState, marks: Marks, width: int) -> list[str | tuple[str, str]]:
@@ -288,7 +283,7 @@ def later_line(state: RunState, marks: Marks) -> list[Text]:
     step = state.step
     if not step:
         return []
-    later = [other for other in state.pending(step)[1:] if other.number == step.number and other is not state.steps[-1]]
+    later = [other for other in state.pending(step)[1:] if other.number == step.number and not state.is_last(other)]
     if not later:
         return []
     seconds = state.times.seconds_of(later)

@@ -163,7 +163,7 @@ class RunDisplay:
         if self.bars and self.bar is not None:
             self.bars.update(self.bar, visible=False)
         self.lines.ends(found)
-        if step is self.state.steps[-1]:
+        if self.state.is_last(step):
             self.lines.append(f"done in {format_duration(self.now() - self.state.started)}")
 
     def say(self, text: str) -> None:

@@ -86,7 +86,7 @@ class RunState:
         self.finished.append(found)
         for remark in found.remarks:
             if remark.startswith("WARNING"):
-                self.note(f"{step.name}: {remark}")
+                self.note(f"{step.stage.name}: {remark.removeprefix('WARNING: ')}")
         return found
 
     def note(self, text: str) -> None:
@@ -101,8 +101,12 @@ class RunState:
 
     def group(self, step: Step, records: Records) -> list[Step]:
         """The finished steps of the preparation or the round that a step belongs to."""
-        alike = [other for other in self.steps if other.number == step.number and other is not self.steps[-1]]
+        alike = [other for other in self.steps if other.number == step.number and not self.is_last(other)]
         return [other for other in alike if other.name in records and other.name != step.name and other.done]
+
+    def is_last(self, step: Step) -> bool:
+        """Whether a step, which may be of another list, is the last one of the run."""
+        return step.name == self.steps[-1].name
 
     def pending(self, step: Step) -> list[Step]:
         """A step and those after it that are not done."""

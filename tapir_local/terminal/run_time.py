@@ -103,10 +103,3 @@ class StageTimes:
         found = [self.expected_seconds(step) for step in steps]
         known = [seconds for seconds in found if seconds is not None]
         return sum(known) if len(known) == len(found) else None
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:41`, `1:30`, `2:05:00`."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
