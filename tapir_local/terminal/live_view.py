@@ -127,7 +127,7 @@ def title_lines(state: RunState, width: int) -> list[Text]:
     """Run and end; student, teacher and judge; the folder and the start."""
     recipe, at = state.recipe, state.ends_at()
     rounds = f"{recipe.rounds} rounds" if recipe.rounds != 1 else "1 round"
-    left = join_styled(("tapir-local  ", "dim"), (state.run.name, "bold"), f"  {rounds}")
+    left = join_styled("run ", (state.run.name, "bold"), f", {rounds}")
     ends = f"ends about {format_clock(at, state.now())}" if at is not None else ""
     started = f"started {format_clock(state.started, state.now())}"
     return [
@@ -314,7 +314,7 @@ def calls_line(state: RunState) -> list[Text]:
     counts = state.counts()
     if not counts.replies + counts.in_flight + counts.rate_limited + counts.retries:
         return []
-    parts = [f"{counts.in_flight:,} of {counts.at_once:,} in flight"] if counts.at_once else []
+    parts = [f"{counts.in_flight:,} of {counts.at_once:,} in flight"] if counts.in_flight else []
     parts += [f"{counts.replies:,} replies"]
     if counts.rate_limited:
         wait = f", waiting {counts.pause:.0f} s" if counts.pause >= 1 else ""

@@ -58,7 +58,7 @@ def test_it_fits_and_keeps_what_matters(cut: tuple[Path, RunDir], width: int, he
     text = "\n".join(lines)
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)
-    assert lines[0].startswith("tapir-local  fake  2 rounds")
+    assert lines[0].startswith("run fake, 2 rounds")
     assert "round 2 of 2" in text
     assert re.search(r"▶ train +━+─+ +93/188  0.5/s  3:10 left", text)
     assert "loss 2.18 -> 1.09 ▇▆▅▃▃▂▂▁" in text
