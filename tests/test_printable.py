@@ -12,6 +12,7 @@ from fakes import World, fake_backends, make_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from run_display import printed, record_console
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
@@ -142,8 +143,7 @@ def test_progress_and_closing_lines_are_plain(
     kind: Any, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tapir_local.terminal.lines.FIRST_INTERVAL", -1.0)
-    out = io.StringIO()
-    console = Console(file=out, width=300, height=50, force_terminal=terminal, _environ={})
+    console = record_console(300, 50, terminal)
     display = RunDisplay(console, kind, make_recipe(tmp_path), RunDir(tmp_path / "cache", "fake"))
     display.run.path.mkdir(parents=True)
     with display.showing(fake_backends(World())) as watch:
@@ -154,7 +154,7 @@ def test_progress_and_closing_lines_are_plain(
         if kind == "full":
             console.print(LiveView(display.state))
         watch.ends(step, {"note": f"{HOSTILE}; WARNING: {HOSTILE}", "paid": 1, "hits": 0, "seconds": 1.0})
-    own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "")
+    own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", printed(console)).replace("\r", "")
     assert not UNSAFE.search(own)
     assert "[/INST]" in own
     assert not UNSAFE.search((display.run.path / "run.log").read_text())

@@ -296,13 +296,13 @@ def later_line(state: RunState, marks: Marks) -> list[Text]:
 
 def money_line(state: RunState) -> list[Text]:
     """Money, calls and tokens that were spent, of their limits; [] if nothing costs and nothing is limited."""
-    spent, limits = state.spent(), state.recipe.budget
+    spent, limits, to_come = state.spent(), state.recipe.budget, state.money_to_come()
     parts = []
     if spent.money or limits.money is not None:
         of = "" if limits.money is None else f" of {format_money(limits.money)}"
         parts.append(f"money {format_money(spent.money)}{of}")
-    if state.to_come is not None:
-        parts.append(f"the rest of the run about {format_money(state.to_come)}")
+    if to_come is not None:
+        parts.append(f"the rest of the run about {format_money(to_come)}")
     for name, amount, limit in (("calls", spent.calls, limits.calls), ("tokens", spent.tokens, limits.tokens)):
         if limit is not None:
             parts.append(f"{name} {amount:,} of {limit:,}")

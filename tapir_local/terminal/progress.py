@@ -62,19 +62,25 @@ class TimeLeftColumn(TimeRemainingColumn):
 def choose_display(kind: str | None, quiet: bool, console: Console) -> DisplayKind:
     """The display: as asked for; without a word, the full screen on a terminal, and lines in a pipe.
 
-    A terminal that cannot move its cursor (TERM=dumb) gets lines without a bar. TapirError if two are asked for.
+    A terminal that cannot move its cursor (TERM=dumb) gets lines without a bar. TapirError if what is asked for cannot
+    be shown.
     """
     if quiet and kind not in (None, "none"):
         raise TapirError(f"--quiet and --display {kind} contradict each other", fix="Use one of them.")
-    movable = console.is_terminal and not console.is_dumb_terminal
+    terminal, movable = console.file.isatty(), can_move_cursor(console)
     if quiet or kind == "none":
         return "none"
     if kind == "full" and not movable:
         raise TapirError("--display full needs a terminal", fix="Use --display lines, or leave it out.")
-    chosen = kind or ("full" if console.is_terminal else "lines")
-    if chosen == "log" or (console.is_terminal and not movable):
+    chosen = kind or ("full" if terminal else "lines")
+    if chosen == "log" or (terminal and not movable):
         return "log"
     return "full" if chosen == "full" else "lines"
+
+
+def can_move_cursor(console: Console) -> bool:
+    """Whether a bar can be drawn again in its place. FORCE_COLOR makes a terminal of a pipe for colors only."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 class RunDisplay:
@@ -128,7 +134,7 @@ class RunDisplay:
     def repeat_notes(self) -> None:
         """Print the warnings that were on the screen, which is gone, and where the log is."""
         for note in self.state.notes:
-            self.console.print(plain_text(note, "yellow"), soft_wrap=True)
+            self.console.print(plain_text(note, "yellow"))
         if self.waiting is None:
             self.console.print(plain_text(f"Every stage in lines: {self.run.path / LOG_FILE}", "dim"), soft_wrap=True)
 
@@ -172,7 +178,7 @@ class RunDisplay:
         if self.waiting is not None:
             self.waiting.append(printable(text))
             if self.kind in ("lines", "log"):
-                self.console.print(plain_text(text), soft_wrap=True)
+                self.console.print(plain_text(text))
         else:
             self.lines.write(text)
 
@@ -185,7 +191,7 @@ class RunDisplay:
 
 def make_bars(console: Console, kind: DisplayKind) -> Progress | None:
     """The bar below the lines; None where there is none."""
-    if kind != "lines" or not console.is_terminal:
+    if kind != "lines" or not can_move_cursor(console):
         return None
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -54,7 +54,7 @@ class RunState:
         self.results: dict[int, Mapping[str, Any]] = {}
         self.expected: float | None = None
         self.later: float | None = None
-        self.to_come: float | None = None
+        self.costs: Mapping[str, float] | None = None
 
     def connect(self, meter: CallMeter, spent: Callable[[], Cost]) -> None:
         """Take the counts of requests, and what was spent, from these."""
@@ -69,7 +69,7 @@ class RunState:
         self.finished = [finished_step(other, records[other.name]) for other in self.group(step, records)]
         self.results = {number: found for number in self.evaluated_rounds() if (found := self.read_result(number))}
         if self.step is None or self.step.number != step.number:
-            self.to_come = estimate_money(self.recipe, self.run, self.pending(step))
+            self.costs = estimate_money(self.recipe, self.run, self.pending(step))
         self.expected, self.later = self.times.expected_seconds(step), self.times.seconds_of(self.pending(step)[1:])
         self.step = step
 
@@ -148,6 +148,13 @@ class RunState:
         """The requests at this moment."""
         return self.meter.read()
 
+    def money_to_come(self) -> float | None:
+        """What the rest of the run costs by the dry run's estimate; None where it is unknown or free."""
+        if self.costs is None or self.step is None:
+            return None
+        here, *later = [self.costs.get(step.name, 0.0) for step in self.pending(self.step)]
+        return here * (1 - (self.done / self.total if self.total else 0.0)) + sum(later)
+
     def as_data(self) -> dict[str, Any]:
         """The progress for `status`, as written to the run's progress file; times in UTC, durations in seconds."""
         at, step = self.ends_at(), self.step
@@ -173,13 +180,12 @@ def finished_step(step: Step, taken: Mapping[str, Any], money: float = 0.0) -> F
     return Finished(step, printable(said), tuple(map(printable, remarks)), *calls, taken.get("seconds", 0.0), money)
 
 
-def estimate_money(recipe: Recipe, run: RunDir, pending: Sequence[Step]) -> float | None:
-    """What the pending steps cost by the dry run's estimate; None before the rounds, or if it is unknown or free."""
+def estimate_money(recipe: Recipe, run: RunDir, pending: Sequence[Step]) -> dict[str, float] | None:
+    """What pending steps cost by the dry run's estimate, by name; None before the rounds, or if unknown or free."""
     prices = [endpoint_price(recipe.teacher), endpoint_price(judge_endpoint(recipe))]
     priced = all(prices) and any(price.input or price.output for price in prices if price)
     store = run.cache / "teacher.db"
     if not priced or not store.exists() or any(step.stage.name in ("holdout", "seeds") for step in pending):
         return None
     tokens = mean_tokens_by_stage(store)
-    found = [estimate_by_recipe(step, recipe, run, tokens).money for step in pending]
-    return sum(amount or 0.0 for amount in found)
+    return {step.name: estimate_by_recipe(step, recipe, run, tokens).money or 0.0 for step in pending}

@@ -48,10 +48,21 @@ def step_of(state: RunState, name: str) -> Step:
     return next(step for step in state.steps if step.name == name)
 
 
+class Recorded(io.StringIO):
+    """Text in memory that may look like a terminal."""
+
+    terminal = False
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
 def record_console(width: int = 300, height: int = 40, terminal: bool = False, **options: object) -> Console:
     """A console of this size that writes into memory (`console.file.getvalue()`)."""
     settings = {"_environ": {}, "color_system": "standard" if terminal else None, **options}
-    return Console(file=io.StringIO(), width=width, height=height, force_terminal=terminal, **settings)  # type: ignore[arg-type]
+    file = Recorded()
+    file.terminal = terminal
+    return Console(file=file, width=width, height=height, force_terminal=terminal, **settings)  # type: ignore[arg-type]
 
 
 def printed(console: Console) -> str:

@@ -22,7 +22,7 @@ from tapir_local.stages.context import Backends
 from tapir_local.teacher.budget import Cost
 from tapir_local.teacher.rate_limit import CallMeter
 from tapir_local.terminal.lines import closing_phrase, format_speed, wrap_line
-from tapir_local.terminal.progress import RunDisplay, choose_display
+from tapir_local.terminal.progress import RunDisplay, choose_display, make_bars
 from tapir_local.terminal.run_state import RunState
 
 LINE = re.compile(r"\d\d:\d\d:\d\d  (prepare|round \d|end)  [a-z-]+  .*")
@@ -104,11 +104,11 @@ def test_progress_is_printed_after_30_seconds_and_then_every_5_minutes(cut: tupl
     set_taken(run, {"round-01/train": {"seconds": 1000.0}})
     clock = Clock()
 
-    def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def train(*, progress: Progress, **rest: Any) -> None:
         for done in range(1, 101):
             clock.now += 10.0
             progress(done, 100, f"loss {done}")
-        fake_backends(World()).train(rows=rows, previous=previous, seed=seed, out=out, progress=progress)
+        fake_backends(World()).train(progress=progress, **rest)
 
     text = printed(show(recipe, run, "log", clock, replace(fake_backends(World()), train=train)))
     assert "  round 2  train  start, takes about 16:40" in text
@@ -190,6 +190,13 @@ def test_which_display_is_used(kind: str | None, quiet: bool, terminal: bool, te
             choose_display(kind, quiet, console)
     else:
         assert choose_display(kind, quiet, console) == chosen
+
+
+def test_forced_colors_make_no_terminal_of_a_pipe() -> None:
+    console = Console(file=record_console().file, _environ={"FORCE_COLOR": "1"})
+    assert console.is_terminal
+    assert choose_display(None, False, console) == "lines"
+    assert make_bars(console, "lines") is None
 
 
 def test_rates_are_readable() -> None:

@@ -11,6 +11,7 @@ from run_display import Clock, finished_run, printed, record_console, set_taken,
 
 from tapir_local.recipe.text import override
 from tapir_local.run_dir import RunDir
+from tapir_local.store.store import Store
 from tapir_local.teacher.budget import Cost
 from tapir_local.teacher.rate_limit import CallMeter
 from tapir_local.terminal.live_view import LiveView, who_does_what
@@ -174,3 +175,24 @@ def test_who_teaches_and_judges(tmp_path: Path) -> None:
     assert who_does_what(recipe) == "Qwen2.5-1.5B, taught and judged by gpt-4o-mini"
     rough = override(recipe, {"judge.kind": "reference"})
     assert who_does_what(rough).endswith("taught by gpt-4o-mini, judged by similarity to the teacher's answers")
+
+
+def test_the_money_to_come_is_the_dry_runs_and_shrinks_with_the_running_stage(cut: tuple[Path, RunDir]) -> None:
+    folder, run = cut
+    price = {"teacher.price": {"input": 2.5, "output": 10.0}}
+    recipe = override(make_recipe(folder), {"teacher.kind": "openai", "teacher.model": "m", **price})
+    free, state = RunState(make_recipe(folder), run), RunState(recipe, run)
+    with Store(run.cache / "teacher.db"):
+        pass
+    for one in (free, state):
+        one.begins(step_of(one, "round-02/train"))
+    assert free.money_to_come() is None
+    first = state.money_to_come()
+    calls = 2 * 10  # of the holdout's judge, the only stage that asks
+    tokens_in = 150 + 4 + 2 * 250  # about: the prompt's frame, the instruction, both answers
+    assert first == pytest.approx(calls * (2.5 * tokens_in + 10 * 20) / 1e6, rel=0.02)
+    assert f"the rest of the run about {first:.4f}" in "\n".join(rendered(state, 80, 24))
+    state.begins(step_of(state, "round-02/holdout-judge"))
+    assert state.money_to_come() == pytest.approx(first)
+    state.progress(15, 20, "")
+    assert state.money_to_come() == pytest.approx(first / 4)
