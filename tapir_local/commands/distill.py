@@ -73,6 +73,7 @@ def distill_command(
     from tapir_local.doctor import gpu_check
     from tapir_local.resources import default_cache
     from tapir_local.run_dir import RunDir
+    from tapir_local.tables import plain_text
     from tapir_local.terminal.progress import RunDisplay, choose_display
     from tapir_local.terminal.trust import ask_permission, require_trust
 
@@ -81,7 +82,7 @@ def distill_command(
     run = RunDir(cache or default_cache(), chosen.name)
     shown = choose_display(display, quiet, console := Console(stderr=True))
     for message in messages if shown != "none" or dry_run else ():
-        echo(message, err=True)
+        console.print(plain_text(message), soft_wrap=not console.is_terminal)
     if dry_run:
         print_cost_estimate(chosen, run)
         return

@@ -178,7 +178,7 @@ class RunDisplay:
         if self.waiting is not None:
             self.waiting.append(printable(text))
             if self.kind in ("lines", "log"):
-                self.console.print(plain_text(text))
+                self.console.print(plain_text(text), soft_wrap=not self.console.is_terminal)
         else:
             self.lines.write(text)
 
