@@ -102,9 +102,8 @@ def group_name(step: Step) -> str:
 
 
 def closing_phrase(found: Finished) -> str:
-    """`4,000 rows judged; 8,000 asked, 120 from the store, 1.12`."""
-    calls = calls_phrase(found)
-    return f"{found.said}; {calls}" if calls else found.said
+    """`4,000 rows judged; 8,000 asked, 120 from the store, 1.12; 429: 12`."""
+    return "; ".join(filter(None, [found.said, calls_phrase(found), found.trouble]))
 
 
 def calls_phrase(found: Finished) -> str:
@@ -119,19 +118,8 @@ def progress_phrase(state: RunState) -> str:
     """`93/188  1.5/s  24:10 left  loss 1.21 -> 0.84`."""
     rate, left = state.rate(), state.stage_seconds_left()
     parts = [f"{state.done:,}/{state.total:,}", format_speed(rate)]
-    parts += [f"{format_seconds(left)} left" if left is not None else "", state.said, trouble_phrase(state)]
+    parts += [f"{format_seconds(left)} left" if left is not None else "", state.said, state.trouble()]
     return "  ".join(filter(None, parts))
-
-
-def trouble_phrase(state: RunState) -> str:
-    """`429: 12, 3 sent again, 33 unreadable`; "" if there was no trouble."""
-    counts = state.counts()
-    shown = [
-        (counts.rate_limited, "429: {:,}"),
-        (counts.retries, "{:,} sent again"),
-        (counts.unreadable, "{:,} unreadable"),
-    ]
-    return ", ".join(form.format(count) for count, form in shown if count)
 
 
 def format_speed(rate: float | None) -> str:

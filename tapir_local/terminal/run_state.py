@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +26,7 @@ MAX_NOTES = 50  # warnings kept for the display; run.log has all
 
 @dataclass(frozen=True)
 class Finished:
-    """A step that ended: its closing phrase with remarks, calls, seconds, and money spent (0.0 if unknown)."""
+    """A step that ended: its closing phrase with remarks, calls, seconds, money (0.0 if unknown) and failures."""
 
     step: Step
     said: str
@@ -35,6 +35,7 @@ class Finished:
     hits: int
     seconds: float
     money: float = 0.0
+    trouble: str = ""
 
 
 class RunState:
@@ -48,6 +49,7 @@ class RunState:
         self.step: Step | None = None
         self.done = self.total = 0
         self.said, self.began, self.money_before = "", self.started, 0.0
+        self.counts_before = CallCounts()
         self.rates, self.times = RateMeter(), StageTimes(recipe, self.steps, {})
         self.notes: list[str] = []
         self.finished: list[Finished] = []
@@ -63,7 +65,8 @@ class RunState:
     def begins(self, step: Step) -> None:
         """A step begins: read what is done, and estimate what is left."""
         self.done, self.total, self.said = 0, 0, "starting"
-        self.rates, self.began, self.money_before = RateMeter(), self.now(), self.spent().money
+        self.rates, self.began = RateMeter(), self.now()
+        self.money_before, self.counts_before = self.spent().money, self.counts()
         records = self.read_records()
         self.times = StageTimes(self.recipe, self.steps, records)
         self.finished = [finished_step(other, records[other.name]) for other in self.group(step, records)]
@@ -82,7 +85,8 @@ class RunState:
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> Finished:
         """A step ended; what it did."""
-        found = finished_step(step, taken, self.spent().money - self.money_before)
+        found = finished_step(step, taken)
+        found = replace(found, money=self.spent().money - self.money_before, trouble=self.trouble())
         self.finished.append(found)
         for remark in found.remarks:
             if remark.startswith("WARNING"):
@@ -155,6 +159,13 @@ class RunState:
         here, *later = [self.costs.get(step.name, 0.0) for step in self.pending(self.step)]
         return here * (1 - (self.done / self.total if self.total else 0.0)) + sum(later)
 
+    def trouble(self) -> str:
+        """Failures of requests in the running step: `429: 12, 3 sent again, 33 unreadable`; "" if there were none."""
+        now, before = self.counts(), self.counts_before
+        shown = {"rate_limited": "429: {:,}", "retries": "{:,} sent again", "unreadable": "{:,} unreadable"}
+        counts = {form: getattr(now, name) - getattr(before, name) for name, form in shown.items()}
+        return ", ".join(form.format(count) for form, count in counts.items() if count)
+
     def as_data(self) -> dict[str, Any]:
         """The progress for `status`, as written to the run's progress file; times in UTC, durations in seconds."""
         at, step = self.ends_at(), self.step
@@ -173,11 +184,11 @@ class RunState:
         }
 
 
-def finished_step(step: Step, taken: Mapping[str, Any], money: float = 0.0) -> Finished:
-    """What run.json says of a step, and the money spent in it."""
+def finished_step(step: Step, taken: Mapping[str, Any]) -> Finished:
+    """What run.json says of a step."""
     said, *remarks = str(taken.get("note", "")).split("; ")
     calls = int(taken.get("paid", 0)), int(taken.get("hits", 0))
-    return Finished(step, printable(said), tuple(map(printable, remarks)), *calls, taken.get("seconds", 0.0), money)
+    return Finished(step, printable(said), tuple(map(printable, remarks)), *calls, taken.get("seconds", 0.0))
 
 
 def estimate_money(recipe: Recipe, run: RunDir, pending: Sequence[Step]) -> dict[str, float] | None:

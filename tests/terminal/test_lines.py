@@ -69,7 +69,7 @@ def test_each_stage_has_a_line_with_its_time(shown: tuple[str, Path]) -> None:
     assert [line.split("  ")[2] for line in stages if "round 2" in line][-2:] == ["holdout-judge", "evaluate"]
     assert "  end  ship" in text
     (refined,) = [line for line in stages if "round 2  refine" in line]
-    assert re.search(r"refine  20 rows, .* asked(, \d+ from the store)?  0\.0 s", refined)
+    assert re.search(r"refine  20 rows, .* asked(, \d+ from the store)?  \d\.\d s", refined)
     assert "paid" not in text
 
 
@@ -209,13 +209,16 @@ def test_rates_are_readable() -> None:
     ]
 
 
-def test_the_money_of_a_stage_is_what_was_spent_in_it(cut: tuple[Recipe, RunDir]) -> None:
+def test_money_and_failures_of_a_stage_are_those_that_came_in_it(cut: tuple[Recipe, RunDir]) -> None:
     recipe, run = cut
-    spent, state = [Cost(10, 100, 1.0)], RunState(recipe, run, Clock())
-    state.connect(CallMeter(), lambda: spent[0])
+    spent, meter, state = [Cost(10, 100, 1.0)], CallMeter(), RunState(recipe, run, Clock())
+    state.connect(meter, lambda: spent[0])
     step = step_of(state, "round-02/train")
+    meter.count("rate_limited", 50)  # of the step before
     state.begins(step)
     spent[0] = Cost(20, 200, 1.25)
+    meter.count("rate_limited", 2)
+    meter.count("unreadable")
     found = state.ends(step, {"note": "20 rows; a remark", "paid": 10, "hits": 2, "seconds": 3.0})
-    assert closing_phrase(found) == "20 rows; 10 asked, 2 from the store, 0.2500"
+    assert closing_phrase(found) == "20 rows; 10 asked, 2 from the store, 0.2500; 429: 2, 1 unreadable"
     assert found.remarks == ("a remark",)
