@@ -126,7 +126,7 @@ class RunDisplay:
 
     def screen(self) -> Any:
         """What is drawn on the terminal within a block."""
-        if self.kind == "full":
+        if self.kind == "full" and not all(step.done for step in self.state.steps):
             view = LiveView(self.state)
             return Live(view, console=self.console, screen=True, refresh_per_second=REFRESHES)
         return self.bars or nullcontext()

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fakes import make_recipe
+from fakes import World, fake_backends, make_recipe
 from rich.console import Console
 from run_display import Clock, finished_run, printed, record_console, set_taken, step_of
 
@@ -15,6 +15,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher.budget import Cost
 from tapir_local.teacher.rate_limit import CallMeter
 from tapir_local.terminal.live_view import LiveView, who_does_what
+from tapir_local.terminal.progress import RunDisplay
 from tapir_local.terminal.run_state import RunState
 
 LOSS = "loss 2.18 -> 1.09 ▇▆▅▃▃▂▂▁  1,920 tokens/s  GPU 9.1 of 24.0 GB"
@@ -196,3 +197,34 @@ def test_the_money_to_come_is_the_dry_runs_and_shrinks_with_the_running_stage(cu
     assert state.money_to_come() == pytest.approx(first)
     state.progress(15, 20, "")
     assert state.money_to_come() == pytest.approx(first / 4)
+
+
+def test_the_screen_is_left_as_it_was_and_warnings_are_printed_after_it(cut: tuple[Path, RunDir]) -> None:
+    folder, run = cut
+    console = record_console(80, 24, terminal=True)
+    display = RunDisplay(console, "full", make_recipe(folder), run, Clock())
+
+    def interrupted() -> None:
+        with display.showing(fake_backends(World())) as watch:
+            watch.begins(step_of(display.state, "round-02/train"))
+            display.say("the judge is asked again")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    shown, _, after = printed(console).rpartition("\x1b[?1049l")
+    assert shown.startswith("\x1b[?1049h")
+    assert "the judge is asked again" in after
+    assert "run.log" in after
+    assert "the pocket student, taught" in shown
+    assert "\x1b[?25h" in printed(console)  # the cursor is there again
+    assert (run.path / "run.log").read_text().endswith("stopped in round-02/train: Ctrl-C\n")
+
+
+def test_a_finished_run_opens_no_screen(tmp_path: Path) -> None:
+    recipe, run = finished_run(tmp_path)
+    console = record_console(80, 24, terminal=True)
+    with RunDisplay(console, "full", recipe, run, Clock()).showing(fake_backends(World())):
+        pass
+    assert printed(console) == ""
+    assert not (run.path / "run.log").exists()
