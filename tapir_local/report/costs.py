@@ -13,6 +13,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.run_dir import RunDir, run_of_name
+from tapir_local.stages.context import format_count
 from tapir_local.stages.prepare import PREPARE_STAGES
 from tapir_local.stages.rounds import ROUND_STAGES
 from tapir_local.stages.untrained import UNTRAINED_STAGES
@@ -208,7 +209,7 @@ def round_receipt(stages: Sequence[Mapping[str, Any]], command: str) -> str:
     paid, hits, failed = (sum(row[name] for row in stages) for name in ("paid", "from_store", "failed"))
     money, saved = money_cells(stages)
     missed = f", {failed:,} failed attempts" if failed else ""
-    said = f"{paid:,} calls asked, {hits:,} from the store{missed}"
+    said = f"{format_count(paid, 'call')} asked, {hits:,} from the store{missed}"
     if not any(row[name] for row in stages for name in ("money", "saved", "unpriced", "unpriced_hits")):
         return f"{said}; no money spent"
     return f"{said}; money {money}, saved {saved}. By stage: {command}"

@@ -76,7 +76,8 @@ class LiveView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         marks = PLAIN_MARKS if options.ascii_only else Marks()
         width, height = options.max_width, options.height or console.height
-        blocks = build_blocks(self.state, marks, width)
+        with self.state.lock:
+            blocks = build_blocks(self.state, marks, width)
         for line in fit_height(blocks, height):
             line.truncate(width, overflow="ellipsis")
             if options.ascii_only:

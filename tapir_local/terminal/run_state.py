@@ -1,6 +1,7 @@
 """What the displays show of a run: the running step, what is left, results, money, requests and warnings."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -39,11 +40,15 @@ class Finished:
 
 
 class RunState:
-    """A run as its displays show it. The loop reports to it; `now` is the time in seconds since 1970."""
+    """A run as its displays show it. The loop reports to it; `now` is the time in seconds since 1970.
+
+    `lock` is held while it changes: a display that reads in another thread must hold it too.
+    """
 
     def __init__(self, recipe: Recipe, run: RunDir, now: Callable[[], float] = time.time) -> None:
         self.recipe, self.run, self.now = recipe, run, now
         self.steps, self.started = list_steps(run, recipe.rounds), now()
+        self.lock = threading.RLock()
         self.meter = CallMeter()
         self.spent: Callable[[], Cost] = Cost
         self.step: Step | None = None
@@ -64,38 +69,44 @@ class RunState:
 
     def begins(self, step: Step) -> None:
         """A step begins: read what is done, and estimate what is left."""
-        self.done, self.total, self.said = 0, 0, "starting"
-        self.rates, self.began = RateMeter(), self.now()
-        self.money_before, self.counts_before = self.spent().money, self.counts()
-        records = self.read_records()
-        self.times = StageTimes(self.recipe, self.steps, records)
-        self.finished = [finished_step(other, records[other.name]) for other in self.group(step, records)]
-        self.results = {number: found for number in self.evaluated_rounds() if (found := self.read_result(number))}
-        if self.step is None or self.step.number != step.number:
-            self.costs = estimate_money(self.recipe, self.run, self.pending(step))
-        self.expected, self.later = self.times.expected_seconds(step), self.times.seconds_of(self.pending(step)[1:])
-        self.step = step
+        with self.lock:
+            self.done, self.total, self.said = 0, 0, "starting"
+            self.rates, self.began = RateMeter(), self.now()
+            self.money_before, self.counts_before = self.spent().money, self.counts()
+            records = self.read_records()
+            self.times = StageTimes(self.recipe, self.steps, records)
+            known = {found.step.name: found for found in self.finished}  # with the money, which run.json does not have
+            group = self.group(step, records)
+            self.finished = [known.get(other.name) or finished_step(other, records[other.name]) for other in group]
+            self.results = {number: found for number in self.evaluated_rounds() if (found := self.read_result(number))}
+            if self.step is None or self.step.number != step.number:
+                self.costs = estimate_money(self.recipe, self.run, self.pending(step))
+            self.expected, self.later = self.times.expected_seconds(step), self.times.seconds_of(self.pending(step)[1:])
+            self.step = step
 
     def progress(self, done: int, total: int, said: str) -> None:
         """The running step has done so many of its items; 0 of 0 is a phrase without a count."""
-        self.said = printable(said)
-        if total:
-            self.done, self.total = done, total
-            self.rates.add(self.now(), done, total)
+        with self.lock:
+            self.said = printable(said)
+            if total:
+                self.done, self.total = done, total
+                self.rates.add(self.now(), done, total)
 
     def ends(self, step: Step, taken: Mapping[str, Any]) -> Finished:
         """A step ended; what it did."""
-        found = finished_step(step, taken)
-        found = replace(found, money=self.spent().money - self.money_before, trouble=self.trouble())
-        self.finished.append(found)
-        for remark in found.remarks:
-            if remark.startswith("WARNING"):
-                self.note(f"{step.stage.name}: {remark.removeprefix('WARNING: ')}")
-        return found
+        with self.lock:
+            found = finished_step(step, taken)
+            found = replace(found, money=self.spent().money - self.money_before, trouble=self.trouble())
+            self.finished.append(found)
+            for remark in found.remarks:
+                if remark.startswith("WARNING"):
+                    self.note(f"{step.stage.name}: {remark.removeprefix('WARNING: ')}")
+            return found
 
     def note(self, text: str) -> None:
         """Keep a warning for the display."""
-        self.notes = [*self.notes, printable(text)][-MAX_NOTES:]
+        with self.lock:
+            self.notes = [*self.notes, printable(text)][-MAX_NOTES:]
 
     def read_records(self) -> Records:
         """What run.json says of finished steps."""

@@ -39,7 +39,7 @@ def set_taken(run: RunDir, changes: Mapping[str, Mapping[str, object]]) -> None:
     """Change what run.json says of steps."""
     record = run.record()
     for name, fields in changes.items():
-        record["stages"][name] |= fields
+        record["stages"].setdefault(name, {}).update(fields)
     write_json(run.path / "run.json", record)
 
 

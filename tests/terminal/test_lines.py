@@ -222,3 +222,7 @@ def test_money_and_failures_of_a_stage_are_those_that_came_in_it(cut: tuple[Reci
     found = state.ends(step, {"note": "20 rows; a remark", "paid": 10, "hits": 2, "seconds": 3.0})
     assert closing_phrase(found) == "20 rows; 10 asked, 2 from the store, 0.2500; 429: 2, 1 unreadable"
     assert found.remarks == ("a remark",)
+    (run.round(2) / "adapter").mkdir()
+    set_taken(run, {"round-02/train": {"note": "20 rows", "seconds": 3.0}})
+    state.begins(step_of(state, "round-02/export"))
+    assert state.finished[-1] == found  # run.json knows no money

@@ -2,6 +2,8 @@
 
 import io
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -228,3 +230,24 @@ def test_a_finished_run_opens_no_screen(tmp_path: Path) -> None:
         pass
     assert printed(console) == ""
     assert not (run.path / "run.log").exists()
+
+
+def test_a_screen_that_is_drawn_while_the_run_goes_on_always_succeeds(cut: tuple[Path, RunDir]) -> None:
+    state, _ = training(cut)
+    steps = [step_of(state, f"round-02/{name}") for name in ("train", "export", "gate")]
+    done = threading.Event()
+
+    def draw() -> int:
+        drawn = 0
+        while not done.is_set():
+            drawn += len(rendered(state, 80, 24)) > 10
+        return drawn
+
+    with ThreadPoolExecutor() as pool:
+        drawing = pool.submit(draw)
+        for turn in range(60):
+            state.begins(steps[turn % 3])
+            for count in range(20):
+                state.progress(count, 20, "")
+        done.set()
+        assert drawing.result() > 5
