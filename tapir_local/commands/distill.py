@@ -66,7 +66,8 @@ def distill_command(
     RECIPE is a YAML file, the name of a recipe that comes with the program (see `tapir-local recipes`), or the name of
     a run, which resumes with the recipe that it began with. Paths in a recipe are relative to the current folder. A
     recipe that runs a command (train.launcher, export.converter), or sends a key other than OPENAI_API_KEY to a host
-    that it names, needs your permission once: --trust, or an answer in the terminal.
+    that it names, needs your permission once: --trust, or an answer in the terminal. What happens is also written to
+    run.log in the run's folder.
     """
     from rich.console import Console
 
