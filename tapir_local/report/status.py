@@ -14,7 +14,7 @@ from tapir_local.method.judge_quality import AnswersRight, check_both_answers, m
 from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.report.person import person_report
-from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder, read_progress
 from tapir_local.stages.labeling import warn_low_agreement
 from tapir_local.stages.run_rows import rows_before_round
 from tapir_local.store.queries import count_paid_and_hits
@@ -39,6 +39,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "run": run.name,
         "folder": str(run.path),
         "state": describe_state(run, steps),
+        "now": read_progress(run),
         "stages_done": sum(step.done for step in steps),
         "stages": len(steps),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],

@@ -1,7 +1,9 @@
 """Tables of a run: its stages, its rounds, one round's plan, judge and answers, and the rows that were left out."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from tapir_local.memory import format_bytes
@@ -15,7 +17,7 @@ from tapir_local.report.tables import (
     task_table,
     text_table,
 )
-from tapir_local.tables import PlainTable
+from tapir_local.tables import PlainTable, format_clock, format_seconds
 
 # A row of the judge's table: the key of records.JudgeQuality, its description, its format.
 JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
@@ -112,7 +114,7 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each stage: done or not, seconds, calls, its closing phrase."""
     table = PlainTable(
         f"run {status['run']}: {status['state']}; {status['stages_done']} of {status['stages']} stages are done\n"
-        f"{status['folder']}"
+        f"{progress_line(status['now'])}{status['folder']}"
     )
     lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(lines) or None
@@ -133,6 +135,19 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     if len(waiting) > 1:
         table.add_row(f"{len(waiting) - 1} more", "no", "", "", "", f"up to {waiting[-1]}")
     return table
+
+
+def progress_line(now: Mapping[str, Any] | None) -> str:
+    """`round 1 of 3, train 38 %, 0:41 left; ends about 03:10`, with the end of its line; "" without progress."""
+    if not now:
+        return ""
+    group, _, stage = str(now["step"]).partition("/")
+    place = group if now["round"] is None else f"round {now['round']} of {now['rounds']}"
+    share = f" {now['done'] / now['total']:.0%}" if now["total"] else ""
+    left = "" if now["seconds_left"] is None else f", {format_seconds(now['seconds_left'])} left"
+    ends = datetime.fromisoformat(now["ends"]).timestamp() if now["ends"] else None
+    about = "" if ends is None else f"; ends about {format_clock(ends, time.time())}"
+    return f"{place}, {stage}{share}{left}{about}\n"
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]], cache: str) -> PlainTable:

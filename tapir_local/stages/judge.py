@@ -236,6 +236,8 @@ def ask_twice(
             # A reply that was cut may end in a quotation of an answer that looks like scores: only complete ones count.
             if reply.complete and (found := parse(reply.text)) is not None:
                 read[name] = found
+            else:
+                work.backends.meter.count("unreadable")
     return read, {name: unreadable_reason(last[name]) for name in asked if name not in read}
 
 

@@ -109,6 +109,8 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> tuple[dic
             faults[row.id] = parsing.label_fault(answer.text, tasks) if answer.complete else answer.finish
             if answer.refused:
                 refused.add(row.id)
+            else:
+                work.backends.meter.count("unreadable")
     return labels, faults
 
 
