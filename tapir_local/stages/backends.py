@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tapir_local.export.base import (
@@ -35,6 +35,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.ahead import JudgeAhead, asks_ahead
 from tapir_local.stages.context import (
     AskBackend,
     Backends,
@@ -47,6 +48,7 @@ from tapir_local.stages.context import (
     TrainBackend,
     UntrainedBackend,
 )
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.stages.row_check import PromptAndAnswer, StudentFormat, read_student_format
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
@@ -67,15 +69,21 @@ def real_backends(
     if the student cannot be exported. The processes that train do not get the keys of the recipe's endpoints. `apart`
     says whether llama.cpp answers in a process of its own; None: if it uses a GPU (see `LlamaPlace`).
     """
+    from tapir_local.teacher.ahead import AheadAsker
+    from tapir_local.teacher.session import AskOptions
+
     judge, llama = judge_endpoint(recipe), LlamaPlace(apart, run.path / "llama")
     check_reply_limits(recipe.budget, recipe.teacher, judge)
     with Store(run.cache / "teacher.db", mode) as store, withhold_variables(recipe.key_variables):
         for notice in store.notices:
             say(notice)
         budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
+        ask_judge = ask_backend(judge, store, run.name, budget, say, llama)
+        ahead = JudgeAhead(partial(AheadAsker, judge, store, run.name, AskOptions(budget=budget, warn=say)), ask_judge)
         yield Backends(
             teacher=ask_backend(recipe.teacher, store, run.name, budget, say, llama),
-            judge=ask_backend(judge, store, run.name, budget, say, llama),
+            judge=ahead.ask,
+            judge_ahead=ahead.open if asks_ahead(recipe, mode) else None,
             generate=generate_backend(recipe, run, llama),
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
@@ -111,11 +119,6 @@ def check_student(model: Path, converter: Path | None = None) -> None:
 def format_backend(recipe: Recipe, run: RunDir) -> Callable[[], StudentFormat]:
     """Reads the student's chat template and tokenizer on first use."""
     return cache(lambda: read_student_format(student_folder(recipe, run), recipe.student.max_length))
-
-
-def judge_endpoint(recipe: Recipe) -> Endpoint:
-    """The endpoint that judges."""
-    return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
 
 
 def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,24 @@ class AskBackend(Protocol):
     """Answers to requests, in their order."""
 
     def __call__(self, requests: Sequence[Request], progress: Progress) -> list[Answer]: ...
+
+
+class AheadQueue(Protocol):
+    """Takes requests that are asked while the caller does something else; `paid` counts the new replies."""
+
+    @property
+    def paid(self) -> int: ...
+
+    def add(self, requests: Sequence[Request]) -> None: ...
+
+
+class AheadBackend(Protocol):
+    """Asks the judge ahead of its stage, until the block ends; `before_asking` is called before each group of requests.
+
+    The answers are in the store then. An error ends the asking ahead and is left to the judge's stage.
+    """
+
+    def __call__(self, before_asking: Callable[[], None]) -> AbstractContextManager[AheadQueue]: ...
 
 
 class GenerateBackend(Protocol):
@@ -102,6 +121,7 @@ class Backends:
 
     `student_format` reads the student's chat template and tokenizer. `begin` is called once the run is locked, before
     its first step. `check` tells right answers from wrong ones. `replay` says that all answers come from the store.
+    `judge_ahead` is None if the judge is asked in its own stage only.
     """
 
     teacher: AskBackend
@@ -118,6 +138,7 @@ class Backends:
     begin: Callable[[], None] = nothing
     check: AnswerChecker | None = None
     replay: bool = False
+    judge_ahead: AheadBackend | None = None
 
 
 @dataclass(frozen=True)

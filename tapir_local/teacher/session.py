@@ -91,7 +91,7 @@ class AskSession:
         run: str,
         options: AskOptions = DEFAULT_ASK_OPTIONS,
     ) -> None:
-        self.requests, self.endpoint, self.store, self.run = requests, endpoint, store, run
+        self.requests, self.endpoint, self.store, self.run = list(requests), endpoint, store, run
         self.options, self.warn = options, options.warn
         self.budget = options.budget or BudgetTracker(Budget())
         self.billing, self.identity = EndpointBilling(endpoint, self.budget, self.warn), endpoint_identity(endpoint)
@@ -101,11 +101,18 @@ class AskSession:
         self.served_models: dict[str, list[tuple[str, str]]] = {}
         self.outcomes = RequestOutcomes(self.count_complete_before, self.has_answered_before)
 
-    def look_up(self) -> list[RequestJob]:
-        """Answer what the store has; return a job for each different request that is left."""
+    def add(self, requests: Sequence[Request]) -> list[RequestJob]:
+        """Add requests, answer those that the store has, and return a job for each different one that is left."""
+        first = len(self.requests)
+        self.requests += requests
+        self.answers += [None] * len(requests)
+        return self.look_up(first)
+
+    def look_up(self, first: int = 0) -> list[RequestJob]:
+        """Answer what the store has; return a job for each different request that is left, from `first` on."""
         jobs: dict[bytes, RequestJob] = {}
         uses: list[Use] = []
-        for start in range(0, len(self.requests), LOOKUP_SIZE):
+        for start in range(first, len(self.requests), LOOKUP_SIZE):
             some = [self.make_job(place) for place in range(start, min(start + LOOKUP_SIZE, len(self.requests)))]
             replies = self.stored_replies(some)
             for job in some:

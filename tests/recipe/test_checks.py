@@ -23,8 +23,7 @@ from tapir_local.recipe.text import (
 )
 from tapir_local.records import Message, Request
 from tapir_local.resources import find_recipe
-from tapir_local.stages.backends import judge_endpoint
-from tapir_local.stages.judge import judge_name
+from tapir_local.stages.judge import judge_endpoint, judge_name
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 

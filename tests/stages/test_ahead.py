@@ -1,0 +1,311 @@
+"""A remote judge is asked while the student answers: same files, same calls, same end as asking it in turn."""
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import QUIET, World, fake_backends, generate, outputs, reply
+from server import Fault, Server, completion, says, send, status
+
+from tapir_local.errors import TapirError
+from tapir_local.pipeline.loop import distill
+from tapir_local.recipe.checks import find_faults, find_notices
+from tapir_local.recipe.schema import Recipe
+from tapir_local.recipe.text import diff_recipes, override, parse_recipe
+from tapir_local.records import Completion, Message, Request, noop
+from tapir_local.report.costs import summarize_costs
+from tapir_local.run_dir import RunDir
+from tapir_local.stages.ahead import asks_ahead
+from tapir_local.stages.backends import real_backends
+from tapir_local.stages.context import Backends
+
+HALF_MINUTE = 30.0  # seconds after which a request that never comes fails its test
+CALLS = 130  # of the judge in a run of one round; both orders of two equal answers are one call
+
+UNLIKE = {"recipe.yaml", "model/recipe.yaml", "model/SHA256SUMS"}  # of runs that differ in how the judge is asked
+
+Generate = Callable[..., list[Completion]]
+
+
+def scores(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Judge as the fakes' teacher does."""
+    turns = tuple(Message(**turn) for turn in body["messages"])
+    send(handler, 200, completion(reply(Request(turns, "", ""))))
+
+
+@pytest.fixture
+def judged(recipe: Recipe, server: Server, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe of one round whose judge is the server."""
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    server.otherwise = scores
+    asked = {"judge.model": "m", "judge.base_url": server.url, "judge.alias": "judge", "judge.concurrency": 4}
+    return override(recipe, {"rounds": 1, **asked})
+
+
+@contextmanager
+def backends(recipe: Recipe, run: RunDir, world: World, made: Generate) -> Iterator[Backends]:
+    """The fakes, with the real judge."""
+    with real_backends(recipe, run, print) as real:
+        yield replace(fake_backends(world), generate=made, judge=real.judge, judge_ahead=real.judge_ahead)
+
+
+def answer(*, gguf: Path, on_result: Callable[[Completion], None], **rest: Any) -> list[Completion]:
+    """The fakes' answers; those to every second row differ from round to round, and from the teacher's."""
+    found = [
+        replace(row, text=f"{row.text}, {gguf.parent.name}") if int(row.id[-1]) % 2 else row
+        for row in generate(gguf=gguf, on_result=noop, **rest)
+    ]
+    for row in found:
+        on_result(row)
+    return found
+
+
+def ran(recipe: Recipe, run: RunDir, world: World | None = None, made: Generate = answer) -> dict[str, bytes]:
+    """The files of a run."""
+    with backends(recipe, run, world or World(), made) as parts:
+        distill(recipe, run, parts, QUIET)
+    return {name: raw for name, raw in outputs(run).items() if name not in UNLIKE}
+
+
+def ahead(recipe: Recipe, **changes: Any) -> Recipe:
+    return override(recipe, {"judge.ahead": True, **changes})
+
+
+def texts(server: Server) -> Counter[str]:
+    """How often the server was asked each question."""
+    return Counter(json.dumps(body, sort_keys=True) for body in server.bodies)
+
+
+def waiting(server: Server, replies: int = 1) -> Generate:
+    """A student that finishes only after the judge was asked about its first half."""
+
+    def made(*, prompts, ids, on_result, **rest):  # type: ignore[no-untyped-def]
+        half, before = len(ids) // 2, len(server.bodies)
+        first = answer(prompts=prompts[:half], ids=ids[:half], on_result=on_result, **rest)
+        wait_for(lambda: len(server.bodies) >= before + replies)
+        return first + answer(prompts=prompts[half:], ids=ids[half:], on_result=on_result, **rest)
+
+    return made
+
+
+def wait_for(arrived: Callable[[], bool]) -> None:
+    again = threading.Event()
+    for _ in range(int(HALF_MINUTE / 0.01)):
+        if arrived():
+            return
+        again.wait(0.01)
+    raise AssertionError("the judge was not asked while the student answered")
+
+
+def test_the_judge_is_asked_while_the_student_answers_and_the_files_are_the_same(
+    judged: Recipe, server: Server, tmp_path: Path
+) -> None:
+    runs = [RunDir(tmp_path / name, "fake") for name in ("serial", "ahead")]
+    serial, asked = ran(judged, runs[0]), texts(server)
+    assert asked.total() == len(asked) == CALLS
+    server.bodies.clear()
+    assert ran(ahead(judged), runs[1], made=waiting(server)) == serial
+    assert texts(server) == asked
+    assert server.most <= 4
+    stages, ahead_stages = (run.record()["stages"] for run in runs)
+    for name, stage in stages.items():
+        assert (ahead_stages[name]["paid"], ahead_stages[name]["hits"]) == (stage["paid"], stage["hits"]), name
+    assert re.search(r"; [1-9]\d* replies of the judge meanwhile", ahead_stages["round-01/answer"]["note"])
+    assert "judge meanwhile" not in stages["round-01/answer"]["note"]
+    serial_costs, ahead_costs = (summarize_costs(run.cache / "teacher.db", "stage") for run in runs)
+    assert ahead_costs == serial_costs
+
+
+@pytest.mark.parametrize("mode", ["pair", "single"])
+def test_a_run_that_is_cut_again_and_again_pays_for_nothing_twice(
+    judged: Recipe, server: Server, tmp_path: Path, mode: str
+) -> None:
+    single = override(judged, {"judge.mode": mode})
+    whole = ran(single, RunDir(tmp_path / "serial", "fake"))
+    asked, world, run = texts(server), World(), RunDir(tmp_path / "cut", "fake")
+    server.bodies.clear()
+    server.seconds = 0.02
+    count = 0
+
+    def stopping(*, on_result, **rest):  # type: ignore[no-untyped-def]
+        """Interrupted after every 17 answers, while the judge is asked about one of them."""
+
+        def one(row: Completion) -> None:
+            nonlocal count
+            on_result(row)
+            count += 1
+            if count % 17 == 0:
+                before = len(server.bodies)
+                wait_for(lambda: server.flying > 0 or len(server.bodies) > before or len(texts(server)) >= count)
+                raise KeyboardInterrupt
+
+        return answer(on_result=one, **rest)
+
+    cuts = 0
+    while True:
+        try:
+            found = ran(ahead(single), run, world, stopping)
+            break
+        except KeyboardInterrupt:
+            cuts += 1
+    assert cuts > 3
+    assert found == whole
+    assert texts(server) == asked
+
+
+def test_a_budget_stops_at_the_same_row_and_the_run_goes_on_with_a_larger_one(
+    judged: Recipe, server: Server, tmp_path: Path
+) -> None:
+    whole, found = ran(judged, RunDir(tmp_path / "whole", "fake")), list[tuple[str, list[Any]]]()
+    limited = override(judged, {"judge.concurrency": 1, "budget.calls": 77})
+    for name, recipe in (("serial", limited), ("ahead", ahead(limited))):
+        server.bodies.clear()
+        run, world = RunDir(tmp_path / name, "fake"), World()
+        with pytest.raises(TapirError, match="the budget is spent: calls 77 of 77") as stopped:
+            ran(recipe, run, world, answer if name == "serial" else waiting(server, 0))
+        assert not (run.round(1) / "judgements.jsonl").exists()
+        found.append((str(stopped.value), server.bodies[:]))
+        assert ran(override(recipe, {"budget.calls": CALLS}), run, world) == whole
+        assert len(server.bodies) == CALLS
+    assert found[0] == found[1]
+
+
+def test_a_server_that_fails_for_a_while_costs_only_time(judged: Recipe, server: Server, tmp_path: Path) -> None:
+    whole = ran(judged, RunDir(tmp_path / "serial", "fake"))
+    asked, refused = texts(server), 3
+    server.bodies.clear()
+
+    def closed_at_first(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        nonlocal refused
+        refused -= 1
+        (status(401, "not yet") if refused >= 0 else scores)(handler, body)
+
+    server.otherwise = closed_at_first
+    once = ahead(judged, **{"judge.concurrency": 1})
+    refused = 1
+    assert ran(once, RunDir(tmp_path / "ahead", "fake"), made=waiting(server)) == whole
+    assert texts(server).keys() == asked.keys()
+    assert len(server.bodies) == CALLS + 1
+
+
+def test_an_endpoint_that_cannot_be_used_is_reported_by_the_judges_stage(
+    judged: Recipe, server: Server, tmp_path: Path
+) -> None:
+    server.otherwise = status(401, "a wrong key")
+    run = RunDir(tmp_path, "fake")
+    with pytest.raises(TapirError, match="401: a wrong key"):
+        ran(ahead(judged), run, made=waiting(server))
+    assert (run.path / "untrained/holdout-answers.jsonl").exists()
+    assert "stopped in prepare/untrained-judge" in run.record()["status"]
+
+
+def odd_rows(fault: Fault) -> Fault:
+    """Do this about two of the rows of the pool, and judge the others."""
+
+    def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        (fault if "sum 1 " in str(body) or "paint 3 " in str(body) else scores)(handler, body)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [status(400, "it was flagged by the content filter"), says("", "stop"), says("no scores"), says("{", "length")],
+    ids=["refused", "empty", "unreadable", "cut"],
+)
+def test_rows_without_a_usable_reply_are_asked_as_often_as_in_turn(
+    judged: Recipe, server: Server, tmp_path: Path, fault: Fault
+) -> None:
+    server.otherwise = odd_rows(fault)
+    some = override(judged, {"judge.attempts": 2, "judge.max_unjudged": 1})
+    serial = ran(some, RunDir(tmp_path / "serial", "fake"))
+    asked = texts(server)
+    server.bodies.clear()
+    assert ran(ahead(some), RunDir(tmp_path / "ahead", "fake"), made=waiting(server)) == serial
+    assert texts(server) == asked
+
+
+def test_useless_replies_stop_the_run_after_as_many_as_in_turn(judged: Recipe, server: Server, tmp_path: Path) -> None:
+    server.otherwise = says("{", "length")
+    found = []
+    one = override(judged, {"judge.concurrency": 1, "seeds.holdout": 30})
+    for name, recipe in (("serial", one), ("ahead", ahead(one))):
+        server.bodies.clear()
+        with pytest.raises(TapirError, match="20 replies in a row cannot be used") as stopped:
+            ran(recipe, RunDir(tmp_path / name, "fake"), made=answer if name == "serial" else waiting(server, 20))
+        found.append((str(stopped.value), len(server.bodies)))
+    assert found[0] == found[1]
+
+
+def test_what_is_in_flight_at_ctrl_c_is_awaited_and_kept(judged: Recipe, server: Server, tmp_path: Path) -> None:
+    run, world, held = RunDir(tmp_path, "fake"), World(), threading.Event()
+
+    def slow(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        held.wait(HALF_MINUTE)
+        scores(handler, body)
+
+    def cut(*, ids, **rest):  # type: ignore[no-untyped-def]
+        answer(ids=ids[:4], prompts=rest.pop("prompts")[:4], **rest)
+        wait_for(lambda: server.flying == 4)
+        held.set()
+        raise KeyboardInterrupt
+
+    server.otherwise = slow
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        ran(ahead(judged), run, world, cut)
+    assert not hasattr(stopped.value, "__notes__")
+    flown = len(server.bodies)
+    assert 4 <= flown <= 8
+    ran(ahead(judged), run, world)
+    assert texts(server).total() == len(texts(server)) == CALLS
+
+
+# Where it is on
+
+
+def of(text: str) -> Recipe:
+    return parse_recipe(f"seeds: a.json\nstudent: a\n{text}", "r.yaml")
+
+
+REMOTE = "teacher: {model: m, base_url: http://example.org/v1, api_key_env: KEY}\n"
+LOCAL = "teacher: {model: m, base_url: http://127.0.0.1:8000/v1}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "on"),
+    [
+        ("teacher: {model: gpt}", True),
+        (REMOTE, True),
+        (LOCAL, False),
+        (LOCAL + "judge: {model: m, base_url: http://192.168.1.2:8000/v1}", True),
+        (REMOTE + "judge: {model: m, base_url: 'http://[::1]:8000/v1'}", False),
+        (REMOTE + "judge: {model: m, base_url: 'http://localhost:8000/v1'}", False),
+        (LOCAL + "judge: {ahead: true}", True),
+        (REMOTE + "judge: {ahead: false}", False),
+        (REMOTE + "judge: reference", False),
+        (REMOTE + "judge: {gguf: a.gguf}", False),
+        (REMOTE + "judge: {model: m, batch: true}", False),
+        ("teacher: {gguf: a.gguf}", False),
+        ("teacher: pocket", False),
+    ],
+)
+def test_it_is_on_for_a_live_endpoint_on_another_machine(text: str, on: bool) -> None:
+    assert asks_ahead(of(text)) is on
+    assert not any(asks_ahead(of(text), mode) for mode in ("off", "refresh", "read-only", "replay"))
+
+
+def test_it_may_change_during_a_run_and_is_refused_or_told_where_it_does_nothing() -> None:
+    assert diff_recipes(of(REMOTE), of(REMOTE + "judge: {ahead: false}")) == []
+    with pytest.raises(TapirError, match=r"judge\.ahead: `kind: gguf` does not use it"):
+        of(REMOTE + "judge: {gguf: a.gguf, ahead: true}")
+    for text in ("teacher: pocket\njudge: {ahead: true}", REMOTE + "judge: {model: m, batch: true, ahead: true}"):
+        assert any(line.startswith("judge.ahead has no effect") for line in find_notices(of(text)))
+    assert find_faults(of(REMOTE + "judge: {ahead: true}")) == []
