@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
-from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Progress, Request
-from tapir_local.stages.context import AheadQueue, AskBackend, Work
+from tapir_local.stages.context import AheadQueue, Work
 from tapir_local.stages.judge import first_judge_requests, judge_endpoint
 from tapir_local.store.store import Mode
 
 if TYPE_CHECKING:
     from tapir_local.teacher.ahead import AheadAsker, AheadResults
+    from tapir_local.teacher.session import EarlierTries
 
 
 def asks_ahead(recipe: Recipe, mode: Mode = "on") -> bool:
@@ -76,17 +76,23 @@ def judging_ahead(work: Work, stage: str, rows: Sequence[Example], file: IO[str]
         work.progress(len(rows), len(rows), "waiting for the judge's replies in flight")
 
 
+class LiveAsk(Protocol):
+    """Answers to requests, in their order; `earlier` are attempts that count as those of this call."""
+
+    def __call__(
+        self, requests: Sequence[Request], progress: Progress, earlier: EarlierTries | None = None
+    ) -> list[Answer]: ...
+
+
 class JudgeAhead:
     """A judge that is asked ahead of its stage, and what the stage must know of that.
 
     `asker` makes an asker of what it calls before each group of requests; `ask` is how the judge's stage asks.
     """
 
-    def __init__(self, asker: Callable[[Callable[[], None]], AheadAsker], ask: AskBackend) -> None:
+    def __init__(self, asker: Callable[[Callable[[], None]], AheadAsker], ask: LiveAsk) -> None:
         self.asker, self.ask_live = asker, ask
-        self.paid: set[str] = set()
-        self.unstored: dict[Request, Answer] = {}
-        self.error: TapirError | None = None
+        self.results: AheadResults | None = None
 
     def open(self, before_asking: Callable[[], None]) -> AbstractContextManager[AheadAsker]:
         """Ask ahead while the block runs."""
@@ -95,24 +101,25 @@ class JudgeAhead:
         return asking_ahead(self.asker(before_asking), self.keep)
 
     def keep(self, found: AheadResults) -> None:
-        """Keep what came ahead for the judge's next requests."""
-        self.paid, self.unstored, self.error = found.paid, found.unstored, found.error
+        """Keep what came ahead for the judge's stage."""
+        self.results = found
 
     def ask(self, requests: Sequence[Request], progress: Progress) -> list[Answer]:
         """Ask the judge; replies that were paid for ahead count as paid for now, and refusals are not asked again."""
-        error, self.error = self.error, None
-        if error:
-            raise error
-        left = [request for request in requests if request not in self.unstored]
-        replies = iter(self.ask_live(left, progress=progress) if left else [])
-        return [
-            replace(self.unstored.pop(request), ahead=True) if request in self.unstored else self.count(next(replies))
-            for request in requests
-        ]
+        ahead, self.results = self.results, None
+        if ahead is None:
+            return self.ask_live(requests, progress)
+        if ahead.error:
+            raise ahead.error
+        left = [request for request in requests if request not in ahead.unstored]
+        replies = iter(self.ask_live(left, progress, ahead.earlier) if left else [])
+        found = [ahead.unstored.get(request) or next(replies) for request in requests]
+        return [mark_paid(answer, ahead.paid) for answer in found]
 
-    def count(self, answer: Answer) -> Answer:
-        """The answer; one that was paid for ahead is not a hit the first time."""
-        if answer.hit and answer.key in self.paid:
-            self.paid.remove(answer.key)
-            return replace(answer, hit=False, ahead=True)
+
+def mark_paid(answer: Answer, paid: set[str]) -> Answer:
+    """The answer; if it was paid for ahead it is not a hit, the first time."""
+    if answer.hit and answer.key not in paid:
         return answer
+    paid.discard(answer.key)
+    return replace(answer, hit=False, ahead=answer.hit)

@@ -1,9 +1,13 @@
 """Build the real backends of a run: the parts of the program that ask, generate, train, export and verify."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tapir_local.export.base import (
     base_gguf,
@@ -35,9 +39,8 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
 from tapir_local.run_dir import RunDir
-from tapir_local.stages.ahead import JudgeAhead, asks_ahead
+from tapir_local.stages.ahead import JudgeAhead, LiveAsk, asks_ahead
 from tapir_local.stages.context import (
-    AskBackend,
     Backends,
     ClassifyBackend,
     ExportBackend,
@@ -53,6 +56,9 @@ from tapir_local.stages.row_check import PromptAndAnswer, StudentFormat, read_st
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
+
+if TYPE_CHECKING:
+    from tapir_local.teacher.session import AskOptions, EarlierTries
 
 # 184 million weights of deberta-v3-base with gradients, Adam's moments and a batch.
 CLASSIFIER_GPU_BYTES = 6 << 30
@@ -78,10 +84,11 @@ def real_backends(
         for notice in store.notices:
             say(notice)
         budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
-        ask_judge = ask_backend(judge, store, run.name, budget, say, llama)
-        ahead = JudgeAhead(partial(AheadAsker, judge, store, run.name, AskOptions(budget=budget, warn=say)), ask_judge)
+        options = AskOptions(budget=budget, warn=say, llama=llama)
+        ask_judge = ask_backend(judge, store, run.name, options)
+        ahead = JudgeAhead(partial(AheadAsker, judge, store, run.name, options), ask_judge)
         yield Backends(
-            teacher=ask_backend(recipe.teacher, store, run.name, budget, say, llama),
+            teacher=ask_backend(recipe.teacher, store, run.name, options),
             judge=ahead.ask,
             judge_ahead=ahead.open if asks_ahead(recipe, mode) else None,
             generate=generate_backend(recipe, run, llama),
@@ -127,25 +134,18 @@ def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
     return Cost(*billed_to_run(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
-def ask_backend(
-    endpoint: Endpoint,
-    store: Store,
-    run: str,
-    budget: BudgetTracker | None = None,
-    say: Callable[[str], None] = noop,
-    llama: LlamaPlace = ANYWHERE,
-) -> AskBackend:
-    """Sends requests to an endpoint, through the store and within the budget; a GGUF answers in the place `llama`."""
+def ask_backend(endpoint: Endpoint, store: Store, run: str, options: AskOptions | None = None) -> LiveAsk:
+    """Sends requests to an endpoint, through the store; `options` say within which budget, for example."""
 
-    def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
+    def ask(requests: Sequence[Request], progress: Progress, earlier: EarlierTries | None = None) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
-        from tapir_local.teacher.session import AskOptions
+        from tapir_local.teacher.session import DEFAULT_ASK_OPTIONS
 
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} hits")
 
-        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress, llama=llama)
-        return send(requests, endpoint, store, run=run, options=options)
+        settings = replace(options or DEFAULT_ASK_OPTIONS, progress=show, tell=progress, earlier=earlier)
+        return send(requests, endpoint, store, run=run, options=settings)
 
     return ask
 

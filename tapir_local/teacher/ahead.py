@@ -15,7 +15,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher.ask import add_notes_on_interrupt
 from tapir_local.teacher.http import LiveSender
 from tapir_local.teacher.pending_batches import PendingBatches
-from tapir_local.teacher.session import AskOptions, AskSession, RequestJob
+from tapir_local.teacher.session import AskOptions, AskSession, EarlierTries, RequestJob
 
 
 @dataclass
@@ -23,11 +23,13 @@ class AheadResults:
     """What came of the requests that were asked ahead.
 
     `paid` are the keys of the calls that were paid for and are in the store. `unstored` are the answers that the store
-    does not keep, such as refusals. `error` is set if so many replies were useless that no more should be paid for.
+    does not keep, such as refusals, and `earlier` the attempts that brought none. `error` is set if so many replies
+    were useless that no more should be paid for.
     """
 
     paid: set[str] = field(default_factory=set)
     unstored: dict[Request, Answer] = field(default_factory=dict)
+    earlier: EarlierTries = field(default_factory=EarlierTries)
     error: TapirError | None = None
 
 
@@ -92,7 +94,8 @@ class AheadAsker:
         paid = {request: answer for request, answer in pairs if answer and not answer.hit}
         session.store.flush()
         stored = session.store.get_many([bytes.fromhex(answer.key) for answer in paid.values()])
-        found = AheadResults({key.hex() for key in stored})
+        earlier = EarlierTries(session.tries, session.outcomes.useless)
+        found = AheadResults({key.hex() for key in stored}, earlier=earlier)
         if session.outcomes.are_useless() and isinstance(self._error, TapirError):
             found.error = self._error
         if not session.outcomes.failure_of_all():  # if all failed for one reason, the next to ask finds and reports it

@@ -275,6 +275,7 @@ class LiveSender:
             self.stop_at_rate_limit(job, why, requested)
             return
         job.tries += 1
+        self.session.tries[job.key] = job.tries
         job.live_before = self.session.outcomes.live
         wait = backoff_seconds(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
         self.queue.put_back(job, wait if requested is None else requested)

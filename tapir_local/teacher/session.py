@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,17 @@ DEFAULT_PATIENCE = 900.0  # seconds of nothing but 429 until the run stops with 
 CallProgress = Callable[[int, int, int], None]  # called with (done, total, hits)
 
 
+@dataclass
+class EarlierTries:
+    """Requests of a stage that were sent before it began and brought no answer, so that it continues counting.
+
+    `tries` counts the attempts by key, `useless` the last replies in a row that could not be used.
+    """
+
+    tries: dict[bytes, int] = field(default_factory=dict)
+    useless: int = 0
+
+
 @dataclass(frozen=True)
 class AskOptions:
     """How `ask` spends, reports and waits.
@@ -43,7 +54,7 @@ class AskOptions:
     while batches or a loading server are waited for, and `warn` with a text when, for example, another model answers
     than before. `transport` replaces the network. `patience` is the number of seconds after which a server that refuses
     everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API. `llama` is
-    where llama.cpp runs if a GGUF answers.
+    where llama.cpp runs if a GGUF answers. `earlier` are the attempts that count as those of this call.
     """
 
     budget: BudgetTracker | None = None
@@ -54,6 +65,7 @@ class AskOptions:
     patience: float = DEFAULT_PATIENCE
     batch_limits: BatchLimits = DEFAULT_BATCH_LIMITS
     llama: LlamaPlace = ANYWHERE
+    earlier: EarlierTries | None = None
 
 
 DEFAULT_ASK_OPTIONS = AskOptions()
@@ -100,6 +112,8 @@ class AskSession:
         self.abandoned = 0  # requests that were in flight when the run was stopped
         self.served_models: dict[str, list[tuple[str, str]]] = {}
         self.outcomes = RequestOutcomes(self.count_complete_before, self.has_answered_before)
+        earlier = options.earlier or EarlierTries()
+        self.tries, self.outcomes.useless = dict(earlier.tries), earlier.useless
 
     def add(self, requests: Sequence[Request]) -> list[RequestJob]:
         """Add requests, answer those that the store has, and return a job for each different one that is left."""
@@ -135,7 +149,8 @@ class AskSession:
         request = self.requests[place]
         body = request_body(request, self.endpoint)
         text = keys.request_text(self.identity, body, request.draw)
-        return RequestJob(request, keys.hash_request(text), text, body, [place])
+        key = keys.hash_request(text)
+        return RequestJob(request, key, text, body, [place], self.tries.get(key, 0))
 
     def stored_replies(self, jobs: Sequence[RequestJob]) -> dict[bytes, tuple[bytes, Reply]]:
         """For each job's key that has an answer in the store: the key of the call that has it, and its reply."""

@@ -16,16 +16,19 @@ from fakes import QUIET, World, fake_backends, generate, outputs, reply
 from server import Fault, Server, completion, says, send, status
 
 from tapir_local.errors import TapirError
+from tapir_local.files import read_rows, write_text
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.checks import find_faults, find_notices
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import diff_recipes, override, parse_recipe
-from tapir_local.records import Completion, Message, Request, noop
+from tapir_local.records import Completion, Example, Message, Request, noop
 from tapir_local.report.costs import summarize_costs
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.ahead import asks_ahead
 from tapir_local.stages.backends import real_backends
-from tapir_local.stages.context import Backends
+from tapir_local.stages.context import Backends, Work
+from tapir_local.stages.judge import write_judgements
+from tapir_local.stages.rounds import generate_answers
 
 HALF_MINUTE = 30.0  # seconds after which a request that never comes fails its test
 CALLS = 130  # of the judge in a run of one round; both orders of two equal answers are one call
@@ -73,6 +76,26 @@ def ran(recipe: Recipe, run: RunDir, world: World | None = None, made: Generate 
     with backends(recipe, run, world or World(), made) as parts:
         distill(recipe, run, parts, QUIET)
     return {name: raw for name, raw in outputs(run).items() if name not in UNLIKE}
+
+
+ROWS = [
+    Example(f"row-{n:02}", (Message("user", f"{'sum' if n % 3 else 'paint'} {n}"),), "right", "Math") for n in range(24)
+]
+ROW_CALLS = 40  # of the judge for these rows: every second answer equals the teacher's
+
+
+def judged_rows(recipe: Recipe, run: RunDir, made: Generate = answer) -> dict[str, bytes]:
+    """The files of two stages: the student answers the rows, and the judge compares the answers."""
+    with backends(recipe, run, World(), made) as parts:
+        answers, judgements = (run.round(1) / f"{name}.jsonl" for name in ("answers", "judgements"))
+        if not (run.round(0) / "student.gguf").exists():
+            write_text(run.round(0) / "student.gguf", json.dumps([f"sum {n}" for n in range(24)]))
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        if not answers.exists():
+            generate_answers(Work(recipe, run, parts, 1, "round-01/answer"), ROWS, run.round(0), answers, "judge")
+        work = Work(recipe, run, parts, 1, "round-01/judge")
+        write_judgements(work, "judge", ROWS, read_rows(Completion, answers), judgements)
+    return outputs(run)
 
 
 def ahead(recipe: Recipe, **changes: Any) -> Recipe:
@@ -125,93 +148,80 @@ def test_the_judge_is_asked_while_the_student_answers_and_the_files_are_the_same
 
 
 @pytest.mark.parametrize("mode", ["pair", "single"])
-def test_a_run_that_is_cut_again_and_again_pays_for_nothing_twice(
+def test_a_stage_that_is_cut_again_and_again_pays_for_nothing_twice(
     judged: Recipe, server: Server, tmp_path: Path, mode: str
 ) -> None:
-    single = override(judged, {"judge.mode": mode})
-    whole = ran(single, RunDir(tmp_path / "serial", "fake"))
-    asked, world, run = texts(server), World(), RunDir(tmp_path / "cut", "fake")
-    server.bodies.clear()
-    server.seconds = 0.02
-    count = 0
+    either = override(judged, {"judge.mode": mode})
+    whole, asked = judged_rows(either, RunDir(tmp_path / "serial", "fake")), texts(server)
+    run, cuts, server.seconds = RunDir(tmp_path / "cut", "fake"), 0, 0.02
 
-    def stopping(*, on_result, **rest):  # type: ignore[no-untyped-def]
-        """Interrupted after every 17 answers, while the judge is asked about one of them."""
-
-        def one(row: Completion) -> None:
-            nonlocal count
-            on_result(row)
-            count += 1
-            if count % 17 == 0:
-                before = len(server.bodies)
-                wait_for(lambda: server.flying > 0 or len(server.bodies) > before or len(texts(server)) >= count)
-                raise KeyboardInterrupt
-
-        return answer(on_result=one, **rest)
-
-    cuts = 0
-    while True:
-        try:
-            found = ran(ahead(single), run, world, stopping)
-            break
-        except KeyboardInterrupt:
+    def stopping(*, prompts, ids, **rest):  # type: ignore[no-untyped-def]
+        """Interrupted after every five answers, while the judge is asked about one of them."""
+        nonlocal cuts
+        found = answer(prompts=prompts[:5], ids=ids[:5], **rest)
+        if len(ids) > 5:
             cuts += 1
-    assert cuts > 3
-    assert found == whole
+            wait_for(lambda: bool(server.bodies))
+            raise KeyboardInterrupt
+        return found
+
+    server.bodies.clear()
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            judged_rows(ahead(either), run, stopping)
+    assert judged_rows(ahead(either), run, stopping) == whole
+    assert cuts == 4
     assert texts(server) == asked
 
 
 def test_a_budget_stops_at_the_same_row_and_the_run_goes_on_with_a_larger_one(
     judged: Recipe, server: Server, tmp_path: Path
 ) -> None:
-    whole, found = ran(judged, RunDir(tmp_path / "whole", "fake")), list[tuple[str, list[Any]]]()
-    limited = override(judged, {"judge.concurrency": 1, "budget.calls": 77})
-    for name, recipe in (("serial", limited), ("ahead", ahead(limited))):
+    whole, found = judged_rows(judged, RunDir(tmp_path / "whole", "fake")), list[tuple[str, list[Any]]]()
+    limited = override(judged, {"judge.concurrency": 1, "budget.calls": 17})
+    for name, recipe, made in (("serial", limited, answer), ("ahead", ahead(limited), waiting(server, 17))):
         server.bodies.clear()
-        run, world = RunDir(tmp_path / name, "fake"), World()
-        with pytest.raises(TapirError, match="the budget is spent: calls 77 of 77") as stopped:
-            ran(recipe, run, world, answer if name == "serial" else waiting(server, 0))
+        run = RunDir(tmp_path / name, "fake")
+        with pytest.raises(TapirError, match="the budget is spent: calls 17 of 17") as stopped:
+            judged_rows(recipe, run, made)
         assert not (run.round(1) / "judgements.jsonl").exists()
         found.append((str(stopped.value), server.bodies[:]))
-        assert ran(override(recipe, {"budget.calls": CALLS}), run, world) == whole
-        assert len(server.bodies) == CALLS
+        assert judged_rows(override(recipe, {"budget.calls": 100}), run) == whole
+        assert len(server.bodies) == ROW_CALLS
     assert found[0] == found[1]
 
 
-def test_a_server_that_fails_for_a_while_costs_only_time(judged: Recipe, server: Server, tmp_path: Path) -> None:
-    whole = ran(judged, RunDir(tmp_path / "serial", "fake"))
-    asked, refused = texts(server), 3
-    server.bodies.clear()
+def test_an_endpoint_that_refuses_for_a_while_is_asked_again_by_the_judges_stage(
+    judged: Recipe, server: Server, tmp_path: Path
+) -> None:
+    whole, asked = judged_rows(judged, RunDir(tmp_path / "serial", "fake")), texts(server)
+    refusals = [status(401, "not yet")]
 
     def closed_at_first(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        nonlocal refused
-        refused -= 1
-        (status(401, "not yet") if refused >= 0 else scores)(handler, body)
+        (refusals.pop() if refusals else scores)(handler, body)
 
+    server.bodies.clear()
     server.otherwise = closed_at_first
-    once = ahead(judged, **{"judge.concurrency": 1})
-    refused = 1
-    assert ran(once, RunDir(tmp_path / "ahead", "fake"), made=waiting(server)) == whole
+    one = ahead(judged, **{"judge.concurrency": 1})
+    assert judged_rows(one, RunDir(tmp_path / "ahead", "fake"), waiting(server)) == whole
     assert texts(server).keys() == asked.keys()
-    assert len(server.bodies) == CALLS + 1
+    assert len(server.bodies) == ROW_CALLS + 1
 
 
 def test_an_endpoint_that_cannot_be_used_is_reported_by_the_judges_stage(
-    judged: Recipe, server: Server, tmp_path: Path
+    judged: Recipe, server: Server, run: RunDir
 ) -> None:
     server.otherwise = status(401, "a wrong key")
-    run = RunDir(tmp_path, "fake")
     with pytest.raises(TapirError, match="401: a wrong key"):
-        ran(ahead(judged), run, made=waiting(server))
-    assert (run.path / "untrained/holdout-answers.jsonl").exists()
-    assert "stopped in prepare/untrained-judge" in run.record()["status"]
+        judged_rows(ahead(judged), run, waiting(server))
+    assert (run.round(1) / "answers.jsonl").exists()
 
 
 def odd_rows(fault: Fault) -> Fault:
-    """Do this about two of the rows of the pool, and judge the others."""
+    """Do this about two of the rows, and judge the others."""
 
     def act(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        (fault if "sum 1 " in str(body) or "paint 3 " in str(body) else scores)(handler, body)
+        (fault if "sum 1\\n" in str(body) or "paint 3\\n" in str(body) else scores)(handler, body)
 
     return act
 
@@ -225,47 +235,45 @@ def test_rows_without_a_usable_reply_are_asked_as_often_as_in_turn(
     judged: Recipe, server: Server, tmp_path: Path, fault: Fault
 ) -> None:
     server.otherwise = odd_rows(fault)
-    some = override(judged, {"judge.attempts": 2, "judge.max_unjudged": 1})
-    serial = ran(some, RunDir(tmp_path / "serial", "fake"))
-    asked = texts(server)
+    twice = override(judged, {"judge.attempts": 2})
+    serial, asked = judged_rows(twice, RunDir(tmp_path / "serial", "fake")), texts(server)
+    assert b"unjudged" in serial["unusable.jsonl"]
     server.bodies.clear()
-    assert ran(ahead(some), RunDir(tmp_path / "ahead", "fake"), made=waiting(server)) == serial
+    assert judged_rows(ahead(twice), RunDir(tmp_path / "ahead", "fake"), waiting(server)) == serial
     assert texts(server) == asked
 
 
 def test_useless_replies_stop_the_run_after_as_many_as_in_turn(judged: Recipe, server: Server, tmp_path: Path) -> None:
-    server.otherwise = says("{", "length")
-    found = []
-    one = override(judged, {"judge.concurrency": 1, "seeds.holdout": 30})
-    for name, recipe in (("serial", one), ("ahead", ahead(one))):
+    server.otherwise, found = says("{", "length"), []
+    one = override(judged, {"judge.concurrency": 1})
+    for name, recipe, made in (("serial", one, answer), ("ahead", ahead(one), waiting(server, 18))):
         server.bodies.clear()
         with pytest.raises(TapirError, match="20 replies in a row cannot be used") as stopped:
-            ran(recipe, RunDir(tmp_path / name, "fake"), made=answer if name == "serial" else waiting(server, 20))
+            judged_rows(recipe, RunDir(tmp_path / name, "fake"), made)
         found.append((str(stopped.value), len(server.bodies)))
     assert found[0] == found[1]
 
 
-def test_what_is_in_flight_at_ctrl_c_is_awaited_and_kept(judged: Recipe, server: Server, tmp_path: Path) -> None:
-    run, world, held = RunDir(tmp_path, "fake"), World(), threading.Event()
+def test_what_is_in_flight_at_ctrl_c_is_awaited_and_kept(judged: Recipe, server: Server, run: RunDir) -> None:
+    held = threading.Event()
 
     def slow(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         held.wait(HALF_MINUTE)
         scores(handler, body)
 
-    def cut(*, ids, **rest):  # type: ignore[no-untyped-def]
-        answer(ids=ids[:4], prompts=rest.pop("prompts")[:4], **rest)
+    def cut(*, ids, prompts, **rest):  # type: ignore[no-untyped-def]
+        answer(ids=ids[:8], prompts=prompts[:8], **rest)
         wait_for(lambda: server.flying == 4)
-        held.set()
+        threading.Timer(0.2, held.set).start()
         raise KeyboardInterrupt
 
     server.otherwise = slow
     with pytest.raises(KeyboardInterrupt) as stopped:
-        ran(ahead(judged), run, world, cut)
+        judged_rows(ahead(judged), run, cut)
     assert not hasattr(stopped.value, "__notes__")
-    flown = len(server.bodies)
-    assert 4 <= flown <= 8
-    ran(ahead(judged), run, world)
-    assert texts(server).total() == len(texts(server)) == CALLS
+    assert len(server.bodies) == 4
+    judged_rows(ahead(judged), run)
+    assert texts(server).total() == len(texts(server)) == ROW_CALLS
 
 
 # Where it is on
