@@ -1,22 +1,28 @@
 """A remote judge is asked while the student answers: same files, same calls, same end as asking it in turn."""
 
+import contextlib
 import json
+import os
 import re
+import signal
+import sqlite3
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import QUIET, World, fake_backends, generate, outputs, reply
+from fakes import QUIET, World, fake_backends, generate, make_recipe, outputs, reply
 from server import Fault, Server, completion, says, send, status
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows, write_text
+from tapir_local.interrupts import stop_on_signals
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.checks import find_faults, find_notices
 from tapir_local.recipe.schema import Recipe
@@ -49,11 +55,16 @@ def judged(recipe: Recipe, server: Server, monkeypatch: pytest.MonkeyPatch) -> R
     """A recipe of one round whose judge is the server."""
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
     server.otherwise = scores
-    asked = {"judge.model": "m", "judge.base_url": server.url, "judge.alias": "judge", "judge.concurrency": 4}
+    return remote(recipe, server.url)
+
+
+def remote(recipe: Recipe, url: str) -> Recipe:
+    """The recipe with one round and a judge behind an endpoint."""
+    asked = {"judge.model": "m", "judge.base_url": url, "judge.alias": "judge", "judge.concurrency": 4}
     return override(recipe, {"rounds": 1, **asked})
 
 
-@contextmanager
+@contextlib.contextmanager
 def backends(recipe: Recipe, run: RunDir, world: World, made: Generate) -> Iterator[Backends]:
     """The fakes, with the real judge."""
     with real_backends(recipe, run, print) as real:
@@ -274,6 +285,46 @@ def test_what_is_in_flight_at_ctrl_c_is_awaited_and_kept(judged: Recipe, server:
     assert len(server.bodies) == 4
     judged_rows(ahead(judged), run)
     assert texts(server).total() == len(texts(server)) == ROW_CALLS
+
+
+def hang(folder: str, url: str) -> None:
+    """In a process of its own: the student hangs after its first answers."""
+
+    def hanging(*, ids, prompts, **rest):  # type: ignore[no-untyped-def]
+        answer(ids=ids[:8], prompts=prompts[:8], **rest)
+        threading.Event().wait(2 * HALF_MINUTE)
+
+    stop_on_signals()
+    recipe = ahead(remote(make_recipe(Path(folder)), url), **{"budget.calls": 100})  # so each is on disk when sent
+    with contextlib.suppress(KeyboardInterrupt):
+        judged_rows(recipe, RunDir(Path(folder), "fake"), hanging)
+
+
+@pytest.mark.parametrize(
+    ("signals", "why"),
+    [
+        ([signal.SIGTERM, signal.SIGINT], "interrupted while in flight"),
+        ([signal.SIGKILL], "sent; this process ended before an answer came"),
+    ],
+    ids=["SIGTERM, then Ctrl-C", "SIGKILL"],
+)
+def test_requests_in_flight_are_recorded_if_the_process_is_ended(
+    judged: Recipe, server: Server, run: RunDir, signals: list[signal.Signals], why: str
+) -> None:
+    server.seconds = HALF_MINUTE
+    code = f"import test_ahead; test_ahead.hang({str(run.cache)!r}, {server.url!r})"
+    places = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": places}) as process:
+        wait_for(lambda: server.flying == 4)
+        for number in signals:
+            process.send_signal(number)
+            threading.Event().wait(0.5)
+        process.wait(HALF_MINUTE)
+    server.seconds = 0.0
+    with sqlite3.connect(run.cache / "teacher.db") as conn:
+        assert conn.execute("select why, count(*) from attempts group by why").fetchall() == [(why, 4)]
+    judged_rows(ahead(judged), run)
+    assert (len(texts(server)), len(server.bodies)) == (ROW_CALLS, ROW_CALLS + 4)
 
 
 # Where it is on
