@@ -67,7 +67,7 @@ def judging_ahead(work: Work, stage: str, rows: Sequence[Example], file: IO[str]
     its judgement would be paid for in vain.
     """
     written = WrittenAnswers(work, stage, {row.id: row for row in rows})
-    if work.backends.judge_ahead is None:
+    if work.backends.judge_ahead is None or not stage:
         yield written
         return
     with work.backends.judge_ahead(before_asking=lambda: os.fsync(file.fileno())) as queue:

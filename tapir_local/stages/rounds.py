@@ -39,11 +39,12 @@ def answer_stage(work: Work, out: Path) -> str:
     return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out, "judge")
 
 
-def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path, judge_stage: str) -> str:
+def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path, judge_stage: str = "") -> str:
     """Write the answers of a round's student to some rows; answers from an interrupted attempt are kept.
 
     The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py). Where
-    `judge.ahead` allows, the judge is meanwhile asked about the answers in the file, as in the stage `judge_stage`.
+    `judge.ahead` allows, the judge is meanwhile asked about the answers in the file, as in the stage `judge_stage`. If
+    that is "", it is not asked.
     """
     gguf = student / "student.gguf"
     with (

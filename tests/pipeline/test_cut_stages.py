@@ -138,7 +138,7 @@ def test_answers_are_kept_if_llama_cpp_ends_and_the_stage_goes_on(
 
     def answer(place: LlamaPlace, seen: Progress, path: Path) -> str:
         backends = replace(fake_backends(World()), generate=generate_backend(settings, run, place))
-        return generate_answers(Work(settings, run, backends, progress=seen), rows, student, path, "judge")
+        return generate_answers(Work(settings, run, backends, progress=seen), rows, student, path)
 
     apart, kill = LlamaPlace(apart=True, folder=tmp_path / "llama"), iter([partial(kill_llama, number)])
     with pytest.raises(TapirError, match=signal.Signals(number).name):
