@@ -16,7 +16,6 @@ from tapir_local.commands.manage import resume_command, rm_command, ship_command
 from tapir_local.commands.models import export_command, generate_command
 from tapir_local.commands.report import report_command
 from tapir_local.commands.runs import (
-    chat_command,
     compare_command,
     plan_command,
     redo_stages_command,
@@ -26,6 +25,7 @@ from tapir_local.commands.runs import (
     why_command,
 )
 from tapir_local.commands.start import doctor_command, recipes_command
+from tapir_local.commands.talk import chat_command, dataset_command, judge_check_command, serve_command
 from tapir_local.errors import TapirError
 from tapir_local.interrupts import stop_exit_code, stop_on_signals
 from tapir_local.terminal.guesses import CommandGroup, completion_command, plain_words, sharpen_hint
@@ -55,11 +55,13 @@ for command in (
     chat_command,
     compare_command,
     completion_command,
+    dataset_command,
     distill_command,
     doctor_command,
     export_command,
     generate_command,
     init_command,
+    judge_check_command,
     plan_command,
     recipes_command,
     redo_stages_command,
@@ -68,6 +70,7 @@ for command in (
     report_command,
     runs_command,
     ship_command,
+    serve_command,
     show_command,
     status_command,
     why_command,

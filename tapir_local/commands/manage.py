@@ -9,7 +9,7 @@ import click
 from tapir_local.commands.distill import distill_command
 from tapir_local.errors import TapirError
 from tapir_local.terminal.options import cache_argument, cache_option, help_examples, program_name, select_run
-from tapir_local.terminal.output import echo
+from tapir_local.terminal.output import bar_progress, echo
 
 SETTLED_OPTIONS = {"recipe", "name", "seeds", "random_seed"}  # of distill: a run that has begun has them already
 
@@ -52,13 +52,11 @@ def ship_command(run: str, number: int, yes: bool, cache: Path | None) -> None:
     model card and `compare` name the round. The choice lasts until the recipe's `rounds` or `ship` changes: then model/
     is made again as `ship` says.
     """
-    from rich.console import Console
-
-    from tapir_local.pipeline.loop import kept_recipe
+    from tapir_local.pipeline.loop import Watch, kept_recipe
     from tapir_local.pipeline.manage import check_shippable, ship_round
+    from tapir_local.records import noop
     from tapir_local.stages.backends import real_backends
     from tapir_local.stages.shipped_round import read_shipped_round
-    from tapir_local.terminal.progress import watch_run
 
     place = select_run(cache, run)
     check_shippable(place, number)
@@ -70,12 +68,13 @@ def ship_command(run: str, number: int, yes: bool, cache: Path | None) -> None:
     if there and not confirm(f"model/ has round {there['round']}. Replace it with round {number}?", yes):
         echo("nothing was changed", err=True)
         sys.exit(1)
-    console = Console(stderr=True)
     with (
         real_backends(recipe, place, lambda text: echo(text, err=True)) as tools,
-        watch_run(console, 0, 1) as watch,
+        bar_progress("ship") as (show, _),
     ):
-        ship_round(place, number, tools, watch)
+        watch = Watch(noop, lambda done, total, said: show(done, total), noop)
+        note = ship_round(place, number, tools, watch)
+    echo(note, err=True)
     echo(str(place.path / "model"))
 
 

@@ -18,7 +18,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Message, Request
 from tapir_local.resources import HUB_FILES, find_model_folder, find_seeds, is_hub_offline, named_student_gguf
-from tapir_local.stages.backends import judge_endpoint
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.stages.ship import describe_endpoint, is_hub_name
 from tapir_local.training.memory_estimate import MemoryEstimate, estimate_memory, use_gradient_checkpointing
 from tapir_local.training.model import Hardware, refuse_gpu_settings

@@ -196,7 +196,7 @@ CHANGEABLE_TRAIN_SETTINGS = frozenset(
 # Other settings that change no row: texts, parallelism, tolerated failures, and the round in model/.
 CHANGEABLE_SETTINGS = (
     *("rounds", "about", "budget", "limits", "card", "ship", "student.concurrency"),
-    *("judge.max_unjudged", "classifier.min_agreement", "export.min_agreement"),
+    *("judge.ahead", "judge.max_unjudged", "judge.health", "classifier.min_agreement", "export.min_agreement"),
 )
 # Settings that may grow during a run: a complete answer stays the same.
 RAISABLE_SETTINGS = ("teacher.max_tokens", "judge.max_tokens")

@@ -10,10 +10,19 @@ from typing import Any, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, parsing, prompts
-from tapir_local.method.judge_quality import format_percent, measure_judge
-from tapir_local.recipe.endpoints import Judge
+from tapir_local.method.judge_quality import NO_CHECKER, AnswersRight, check_both_answers, format_percent, measure_judge
+from tapir_local.recipe.endpoints import Endpoint, Judge
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, Request
+from tapir_local.records import (
+    Answer,
+    Completion,
+    Example,
+    Judgement,
+    JudgeQuality,
+    Progress,
+    Prompt,
+    Request,
+)
 from tapir_local.stages.context import AskBackend, Work, format_count
 from tapir_local.unusable import Unusable, record_unusable
 
@@ -58,7 +67,7 @@ class JudgeSpeed:
         def timed(requests: Sequence[Request], progress: Progress) -> list[Answer]:
             began = time.monotonic()
             found = ask(requests, progress=progress)
-            new = [answer for answer in found if not answer.hit]
+            new = [answer for answer in found if not (answer.hit or answer.ahead)]
             self.seconds += time.monotonic() - began if new else 0.0
             self.requests += len(new)
             self.tokens_in += sum(answer.tokens_in for answer in new)
@@ -110,12 +119,18 @@ def write_judgements(
     ]
     record_unusable(work.run, work.step, unjudged_rows(work, rows, found))
     write_rows(out, found)
-    return summarize_judgements(found, judge_name(work.recipe), speed.describe(judge_settings(work.recipe)))
+    right = check_both_answers(work.backends.check, rows, completions)
+    return summarize_judgements(found, judge_name(work.recipe), speed.describe(judge_settings(work.recipe)), right)
 
 
 def unasked_judgement(row: Example, finish: str) -> Judgement:
     """The judgement, without scores, of a row that the student could not be asked."""
     return Judgement(row.id, None, None, reason=NO_ANSWER_REASONS[finish], teacher_length=len(row.completion))
+
+
+def judge_endpoint(recipe: Recipe) -> Endpoint:
+    """The endpoint that judges."""
+    return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
 
 
 def judge_settings(recipe: Recipe) -> Judge:
@@ -139,9 +154,14 @@ def unreadable_kind(reason: str) -> str:
     return next((kind for kind in UNREADABLE_KINDS if kind in reason), "not readable")
 
 
-def summarize_judgements(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
+def summarize_judgements(
+    judgements: Sequence[Judgement],
+    judge: str,
+    speed: Sequence[str] = (),
+    right: Mapping[str, AnswersRight] = NO_CHECKER,
+) -> str:
     """How many rows were judged, by whom, how many could not be, how far the orders agree, and warnings."""
-    found = measure_judge(judgements)
+    found = measure_judge(judgements, right)
     share = f" ({format_percent(found.unjudged / len(judgements))})" if found.unjudged else ""
     agree = "" if found.agreement is None else f", the orders agree on {format_percent(found.agreement)}"
     rows = format_count(len(judgements), "row")
@@ -157,11 +177,7 @@ def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[st
 
 def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Both answers in one request, in both orders: two calls per row."""
-    asked: dict[str, BuildPrompt] = {}
-    for row in rows:
-        asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
-        asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
-    read, why = ask_twice(work, stage, asked, parsing.parse_scores, prompts.JUDGEMENT)
+    read, why = ask_twice(work, stage, pair_prompts(rows, texts), parsing.parse_scores, prompts.JUDGEMENT)
     return [
         judging.combine_orders(
             row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), judgement_reason(row.id, PAIR_ORDERS, why)
@@ -172,11 +188,7 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
 
 def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Each answer in its own request; the one about the teacher's answer is the same in every round: paid for once."""
-    asked: dict[str, BuildPrompt] = {}
-    for row in rows:
-        asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
-        asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
-    read, why = ask_twice(work, stage, asked, parsing.parse_score, prompts.SINGLE_JUDGEMENT)
+    read, why = ask_twice(work, stage, single_prompts(rows, texts), parsing.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
             row.id,
@@ -186,6 +198,48 @@ def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
         )
         for row in rows
     ]
+
+
+def pair_prompts(rows: Sequence[Example], texts: Mapping[str, str]) -> dict[str, BuildPrompt]:
+    """The prompts about both answers to each row, by request."""
+    asked: dict[str, BuildPrompt] = {}
+    for row in rows:
+        asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
+        asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
+    return asked
+
+
+def single_prompts(rows: Sequence[Example], texts: Mapping[str, str]) -> dict[str, BuildPrompt]:
+    """The prompts about each answer to each row, by request."""
+    asked: dict[str, BuildPrompt] = {}
+    for row in rows:
+        asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
+        asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
+    return asked
+
+
+def first_judge_requests(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Request]:
+    """The requests that `ask_judge` will send first about these rows, in its order."""
+    build, schema = (
+        (single_prompts, prompts.SINGLE_JUDGEMENT)
+        if work.recipe.judge.mode == "single"
+        else (pair_prompts, prompts.JUDGEMENT)
+    )
+    return [judge_request(work, stage, name, prompt(""), schema) for name, prompt in build(rows, texts).items()]
+
+
+def judge_request(work: Work, stage: str, name: str, messages: Prompt, schema: Mapping[str, Any]) -> Request:
+    """A request to the judge with the recipe's settings; `name` is the row's id with the answers' suffix."""
+    settings = work.recipe.judge
+    return Request(
+        messages,
+        name,
+        stage,
+        work.number,
+        temperature=settings.temperature,
+        max_tokens=settings.max_tokens,
+        schema=schema,
+    )
 
 
 def ask_twice(
@@ -199,21 +253,12 @@ def ask_twice(
 
     An unreadable reply is asked for once more, with the reply in the prompt.
     """
-    settings = work.recipe.judge
     read: dict[str, ScoreT] = {}
     last: dict[str, Answer] = {}
     for _ in range(2):
         missing = [name for name in asked if name not in read and not (name in last and last[name].refused)]
         requests = [
-            Request(
-                asked[name](last[name].text if name in last else ""),
-                name,
-                stage,
-                work.number,
-                temperature=settings.temperature,
-                max_tokens=settings.max_tokens,
-                schema=schema,
-            )
+            judge_request(work, stage, name, asked[name](last[name].text if name in last else ""), schema)
             for name in missing
         ]
         for name, reply in zip(missing, work.ask(work.backends.judge, requests), strict=True):
@@ -221,6 +266,8 @@ def ask_twice(
             # A reply that was cut may end in a quotation of an answer that looks like scores: only complete ones count.
             if reply.complete and (found := parse(reply.text)) is not None:
                 read[name] = found
+            else:
+                work.backends.meter.count("unreadable")
     return read, {name: unreadable_reason(last[name]) for name in asked if name not in read}
 
 
@@ -277,4 +324,16 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
         fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that "
         "reliably replies in JSON, or raise judge.max_tokens if replies were cut, and start a new run with --name: "
         "calls in the store are not paid again.",
+    )
+
+
+def refuse_useless_judge(work: Work, found: JudgeQuality, file: str) -> None:
+    """TapirError if `judge.health` is `stop` and the scores in `file` say nothing about the answers."""
+    if work.recipe.judge.health != "stop" or found.health != "useless":
+        return
+    raise TapirError(
+        f"the judge's scores are useless: {found.notes[0]}",
+        where=str(work.folder / file),
+        fix="Use another judge and start a new run with --name: calls in the store are not paid again. Or go on with "
+        f"these scores: tapir-local distill {work.run.name} --set judge.health=warn",
     )

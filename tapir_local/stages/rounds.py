@@ -9,12 +9,14 @@ from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import PlanInput
+from tapir_local.method.judge_quality import check_both_answers, measure_judge
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, SchedulePart
 from tapir_local.resumable import OrderedWriter, resume_writing
+from tapir_local.stages.ahead import judging_ahead
 from tapir_local.stages.context import Stage, Work, format_count
 from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
-from tapir_local.stages.judge import judge_name, refuse_unjudged, write_judgements
+from tapir_local.stages.judge import judge_name, refuse_unjudged, refuse_useless_judge, write_judgements
 from tapir_local.stages.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.training.job import LEFT_OUT_FILE
 from tapir_local.training.loss import describe_loss, read_losses
@@ -35,18 +37,24 @@ def answer_stage(work: Work, out: Path) -> str:
     if not judges_pool(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: the curriculum does not measure difficulty"
-    return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out)
+    return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out, "judge")
 
 
-def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
+def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path, judge_stage: str = "") -> str:
     """Write the answers of a round's student to some rows; answers from an interrupted attempt are kept.
 
-    The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py).
+    The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py). Where
+    `judge.ahead` allows, the judge is meanwhile asked about the answers in the file, as in the stage `judge_stage`. If
+    that is "", it is not asked.
     """
     gguf = student / "student.gguf"
-    with resume_writing(out, resumable_task(work, gguf, rows), Completion) as (file, done):
+    with (
+        resume_writing(out, resumable_task(work, gguf, rows), Completion) as (file, done),
+        judging_ahead(work, judge_stage, rows, file) as written,
+    ):
         left, found = rows[len(done) :], list[Completion]()
-        ordered = OrderedWriter[Completion](file, [row.id for row in left])
+        written.judge(done)
+        ordered = OrderedWriter[Completion](file, [row.id for row in left], written.judge)
         if left:
             found = work.backends.generate(
                 gguf=gguf,
@@ -55,7 +63,7 @@ def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Pa
                 progress=offset_progress(work, len(done), len(rows)),
                 on_result=ordered.add,
             )
-    return summarize_answers([*done, *found], len(done))
+    return summarize_answers([*done, *found], len(done)) + written.summary()
 
 
 def summarize_answers(answers: Sequence[Completion], kept: int) -> str:
@@ -81,6 +89,10 @@ def plan_stage(work: Work, out: Path) -> str:
     """The plan of this round: which rows it trains on, and which are to be written."""
     known = read_situation(work)
     refuse_unjudged(work, known.judgements)
+    if work.recipe.judge.health == "stop" and known.judgements:
+        completions = read_rows(Completion, work.folder / "answers.jsonl")
+        right = check_both_answers(work.backends.check, known.pool, completions)
+        refuse_useless_judge(work, measure_judge(known.judgements, right), "judgements.jsonl")
     planned = CURRICULA[work.recipe.curriculum.name](known)
     write_record(out, planned)
     return "; ".join([summarize_plan(planned), *planned.notes])
@@ -171,7 +183,7 @@ def gate_stage(work: Work, out: Path) -> str:
 
 def holdout_answer_stage(work: Work, out: Path) -> str:
     """This round's student answers the holdout."""
-    return generate_answers(work, read_holdout(work), work.folder, out)
+    return generate_answers(work, read_holdout(work), work.folder, out, "holdout-judge")
 
 
 def holdout_judge_stage(work: Work, out: Path) -> str:
@@ -183,6 +195,8 @@ def holdout_judge_stage(work: Work, out: Path) -> str:
 def evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy on the holdout."""
     found = compute_holdout_metrics(work, work.number, work.folder)
+    if found.judge_quality:
+        refuse_useless_judge(work, found.judge_quality, "holdout-judgements.jsonl")
     write_record(out, found)
     return summarize_metrics(found, previous_metrics(work))
 
@@ -194,6 +208,8 @@ def compute_holdout_metrics(work: Work, number: int, folder: Path) -> Metrics:
     judgements = read_rows(Judgement, folder / "holdout-judgements.jsonl")
     right, judge = check_answers(work, rows, completions), judge_name(work.recipe)
     found = metrics.compute_metrics(number, rows, completions, judgements, right, judge)
+    quality = measure_judge(judgements, check_both_answers(work.backends.check, rows, completions))
+    found = replace(found, judge_quality=quality)
     return metrics.without_win_rate(found, rows, judgements) if work.recipe.judge.kind == "reference" else found
 
 

@@ -3,9 +3,12 @@
 import asyncio
 import re
 import statistics
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Generic, TypeVar
 
@@ -73,6 +76,59 @@ def backoff_seconds(tries: int, chance: float) -> float:
     return longest * (1 + chance) / 2
 
 
+@dataclass(frozen=True, slots=True)
+class CallCounts:
+    """The requests of this process at one moment, for displays.
+
+    `in_flight` requests wait for a reply, of at most `at_once`; the next one is sent in `pause` seconds. The others are
+    counted since the start: replies, 429s (`rate_limited`), requests sent again, and replies that could not be used
+    or read.
+    """
+
+    in_flight: int = 0
+    at_once: int = 0
+    pause: float = 0.0
+    replies: int = 0
+    rate_limited: int = 0
+    retries: int = 0
+    unreadable: int = 0
+
+
+class CallMeter:
+    """Counts the requests of a run for its display. Several threads may count at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._counts, self._resumes = threading.Lock(), CallCounts(), 0.0
+
+    def count(self, name: str, more: int = 1) -> None:
+        """Add to a count of CallCounts."""
+        with self._lock:
+            self._counts = replace(self._counts, **{name: getattr(self._counts, name) + more})
+
+    def limit(self, at_once: float) -> None:
+        """Record how many requests may be in flight now."""
+        if int(at_once) != self._counts.at_once:
+            with self._lock:
+                self._counts = replace(self._counts, at_once=int(at_once))
+
+    def pause(self, seconds: float) -> None:
+        """Record that the server is given `seconds` of rest."""
+        self._resumes = max(self._resumes, time.monotonic() + seconds)
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count a request within the block as in flight."""
+        self.count("in_flight")
+        try:
+            yield
+        finally:
+            self.count("in_flight", -1)
+
+    def read(self) -> CallCounts:
+        """The counts at this moment."""
+        return replace(self._counts, pause=max(0.0, self._resumes - time.monotonic()))
+
+
 class RequestPacer:
     """Delays requests so that they are spread over the mean duration of a reply.
 
@@ -105,11 +161,12 @@ class SendQueue(Generic[Item]):
     The limit is adapted as DCTCP does for packets marked for congestion (RFC 8257): after every `limit` replies the
     share of 429s among them decides. Above TOLERATED_REFUSALS the limit shrinks by half that share. Below it grows by
     one, since a server that refuses a few at random is not full. Workers are numbered; those whose number is not below
-    the limit are idle.
+    the limit are idle. While it `may_grow`, workers wait for more items when none is left.
     """
 
-    def __init__(self, items: list[Item], most: int) -> None:
-        self.ready, self.left = deque(items), len(items)
+    def __init__(self, items: list[Item], most: int, may_grow: bool = False) -> None:
+        self.ready, self.left, self.may_grow = deque(items), len(items), may_grow
+        self.closed = False
         self.most, self.limit = most, float(most)
         self.refusals = 0  # in a row, without an answer between them
         self.failed: BaseException | None = None
@@ -120,13 +177,29 @@ class SendQueue(Generic[Item]):
 
     async def next(self, worker: int) -> Item | None:
         """The next item for this worker, as soon as it may be sent; None if there will be no more."""
-        while self.left and not self.failed:
+        while (self.left or self.may_grow) and not self.ended:
             wait = self._not_before - self._loop.time()
             if wait <= 0 and self.ready and worker < self.limit:
                 return self.ready.popleft()
             self._changed.clear()
             await self._wait_for_change(wait if wait > 0 else None)
         return None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further item is given out, whatever is left."""
+        return self.closed or self.failed is not None
+
+    def add(self, items: list[Item]) -> None:
+        """Add items after those that wait."""
+        self.ready.extend(items)
+        self.left += len(items)
+        self._changed.set()
+
+    def close(self) -> None:
+        """Give out no further item, without an error."""
+        self.closed = True
+        self._changed.set()
 
     def put_back(self, item: Item, seconds: float) -> None:
         """Return an item to the front of the queue after `seconds`, so that the last rows do not wait for it."""

@@ -10,8 +10,8 @@ from tapir_local.terminal.output import echo
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {
     "Make a student": ("init", "recipes", "doctor", "distill", "resume", "redo"),
-    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report", "rm"),
-    "Use the student": ("ship", "chat", "generate", "export"),
+    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report", "judge-check", "rm"),
+    "Use the student": ("ship", "chat", "serve", "generate", "export", "dataset"),
     "Other": ("calls", "completion"),
 }
 # What people type who know other programs, and what does it here.
@@ -24,8 +24,9 @@ COMMAND_HINTS = {
         ("eval", "evaluate", "test", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",
     ),
+    **dict.fromkeys(("server", "api"), "`tapir-local serve RUN` serves the student over HTTP, as OpenAI does"),
     **dict.fromkeys(
-        ("serve", "server"), "`llama-server -m student.gguf` serves the GGUF in the folder model/ of a run"
+        ("rows", "dpo", "preferences"), "`tapir-local dataset RUN OUT` writes the distilled rows to a file"
     ),
     **dict.fromkeys(("new", "create"), "`tapir-local init my.yaml` writes a recipe for your seeds"),
     **dict.fromkeys(("ask", "talk", "prompt"), "`tapir-local chat RUN --prompt TEXT` asks the student"),
