@@ -81,11 +81,10 @@ def distill_command(
     from tapir_local.terminal.progress import RunDisplay, choose_display
     from tapir_local.terminal.trust import ask_permission, require_trust
 
+    check_json_option(as_json, dry_run)
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
     run = RunDir(cache or default_cache(), chosen.name)
-    if as_json and not dry_run:
-        raise click.UsageError("--json needs --dry-run")
     shown = choose_display(display, quiet, console := Console(stderr=True))
     for message in messages if shown != "none" or dry_run else ():
         console.print(plain_text(message), soft_wrap=not console.is_terminal)
@@ -95,11 +94,23 @@ def distill_command(
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
     if require_gpu:
         gpu_check.require_gpu()
-    if run_recipe(RunDisplay(console, shown, chosen, run), replay, cache):
+    count = run_recipe(RunDisplay(console, shown, chosen, run), replay, cache)
+    print_end(run, cache, count, quiet=shown == "none")
+
+
+def check_json_option(as_json: bool, dry_run: bool) -> None:
+    """UsageError for --json without --dry-run, which would print nothing."""
+    if as_json and not dry_run:
+        raise click.UsageError("--json needs --dry-run")
+
+
+def print_end(run: "RunDir", cache: Path | None, count: int, *, quiet: bool) -> None:
+    """Print the rounds, if any of the `count` steps was run, and what to do next."""
+    if count:
         print_rounds(run)
-    elif shown != "none":
+    elif not quiet:
         echo(f"Run {run.name!r} is done already; `{program_name()} status {run.name}` shows it.", err=True)
-    if shown != "none":
+    if not quiet:
         echo(f"\n{next_steps(run, cache)}", err=True)
 
 
