@@ -11,6 +11,7 @@ import click
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.distill import distill_command
+from tapir_local.commands.evaluate import evaluate_command
 from tapir_local.commands.models import export_command, generate_command
 from tapir_local.commands.runs import (
     chat_command,
@@ -54,6 +55,7 @@ for command in (
     completion_command,
     distill_command,
     doctor_command,
+    evaluate_command,
     export_command,
     generate_command,
     plan_command,

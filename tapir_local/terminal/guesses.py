@@ -11,7 +11,7 @@ from tapir_local.terminal.output import echo
 SECTIONS = {
     "Make a student": ("recipes", "doctor", "distill", "redo"),
     "Look at runs": ("runs", "status", "show", "why", "plan", "compare"),
-    "Use the student": ("chat", "generate", "export"),
+    "Use the student": ("chat", "evaluate", "generate", "export"),
     "Other": ("calls", "completion"),
 }
 # What people type who know other programs, and what does it here.
@@ -25,9 +25,10 @@ COMMAND_HINTS = {
         "Paid calls stay in the store",
     ),
     **dict.fromkeys(
-        ("eval", "evaluate", "test", "report", "results"),
+        ("test", "report", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",
     ),
+    **dict.fromkeys(("eval", "benchmark"), "`tapir-local evaluate RUN FILE` evaluates a student on questions of yours"),
     **dict.fromkeys(
         ("serve", "server"), "`llama-server -m student.gguf` serves the GGUF in the folder model/ of a run"
     ),
