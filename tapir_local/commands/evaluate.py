@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 QUESTION_PATH = HomePath()
 GGUF_MAX_TOKENS = 512  # of an answer of a GGUF, which has no recipe
+ESTIMATE_CAPTION = (
+    "Counted: every request was looked up in the store. Estimate: the answers to be judged are not made yet. A judge's "
+    "reply that cannot be read is asked for once more. Tokens are rough: a quarter of the characters."
+)
 LEAST_CONTEXT = 4096  # tokens of a conversation and its answer; limited to the model's own context
 
 
@@ -44,7 +48,9 @@ LEAST_CONTEXT = 4096  # tokens of a conversation and its answer; limited to the 
 @click.option("--round", "number", type=click.IntRange(min=0), help="Round whose student answers; by default the last.")
 @click.option("--recipe", help="Recipe or run that has the judge.  [default: the run's own]")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as judge.model.")
-@click.option("--gamed", type=QUESTION_PATH, help="AlpacaEval's df_gamed.csv, for length control as AlpacaEval 2.0 has it.")
+@click.option(
+    "--gamed", type=QUESTION_PATH, help="AlpacaEval's df_gamed.csv, for length control as AlpacaEval 2.0 has it."
+)
 @click.option("--annotations", type=QUESTION_PATH, help="Compute the rates of a file of annotations, and ask nothing.")
 @click.option("-o", "--out", type=QUESTION_PATH, help="File for the answers: model_outputs.json, or FastChat's format.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -224,7 +230,7 @@ def show_evaluation(found: "EvaluationResult", as_json: bool) -> None:
         notes.append(
             f"{found.paid:,} calls paid, {found.hits:,} from the store; answers and judgements: {found.folder}"
         )
-    print_table(evaluation_table(found), *(plain_text(note) for note in notes))
+    print_table(evaluation_table(found), *([plain_text("\n".join(notes))] if notes else []))
 
 
 def show_estimate(job: "EvaluationJob", as_json: bool) -> None:
@@ -239,4 +245,6 @@ def show_estimate(job: "EvaluationJob", as_json: bool) -> None:
         print_json({"answers": left, "calls": [asdict(row) for row in rows]})
         return
     echo(f"{left:,} answers are left to be made on this machine.", err=True)
-    print_table(cost_estimate_table(rows, job.place.name))
+    table = cost_estimate_table(rows, job.place.name)
+    table.title, table.caption = f"{job.student.name} on {job.questions.path.name}: calls", ESTIMATE_CAPTION
+    print_table(table)

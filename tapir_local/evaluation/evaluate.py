@@ -23,6 +23,7 @@ from tapir_local.evaluation.verdicts import (
     ask_teacher,
     grade_answers,
     judge_against,
+    refuse_unreadable,
 )
 from tapir_local.files import file_sha256, write_rows
 from tapir_local.inference.config import GenerationConfig
@@ -150,6 +151,7 @@ def with_rates(
     questions, own = job.questions.questions, asked_texts(answers[0])
     others = opponent_answers(job, work, place)
     judged, names = judge_against(work, questions, own, others), (job.student.name, job.opponent or "")
+    refuse_unreadable([row.reason for row in judged], head.judge)
     rows = [
         annotate(one, (own.get(one.id, ""), others.get(one.id, "")), names, found, head.judge)
         for one, found in zip(questions, judged, strict=True)
@@ -180,6 +182,7 @@ def with_grades(
 ) -> EvaluationResult:
     """Have the student's answers graded, write the grades, and compute the means."""
     grades = grade_answers(work, job.questions.questions, answers)
+    refuse_unreadable([row.reason for row in grades], head.judge)
     write_rows(place.folder / f"{job.key()}.grades.jsonl", grades)
     bad = [row for row in grades if row.score is None]
     first = f"; the first, {bad[0].id} turn {bad[0].turn}: {bad[0].reason}" if bad else ""
@@ -193,8 +196,11 @@ def with_grades(
 
 
 def judge_notes(job: EvaluationJob) -> list[str]:
-    """A warning about a judge that knows only the pocket world."""
-    if askable_kind(judge_endpoint(job.recipe)) != "pocket":
+    """A warning about a judge that knows only the pocket world, if a question is of another."""
+    from tapir_local.pocket.world import parse_problem
+
+    texts = [one.opening[-1].content for one in job.questions.questions]
+    if askable_kind(judge_endpoint(job.recipe)) != "pocket" or all(map(parse_problem, texts)):
         return []
     return [
         "WARNING: the judge is the pocket teacher, a program that knows only the quickstart's world; its scores of "

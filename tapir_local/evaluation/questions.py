@@ -50,12 +50,12 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of a file, its shape, and who wrote the answers in it ("" if there are none)."""
+    """The questions of a file, its shape, and who wrote the answers in it."""
 
     path: Path
     shape: QuestionShape
     questions: tuple[Question, ...]
-    answered_by: str = ""
+    answered_by: str
 
     @property
     def turns(self) -> int:
@@ -84,7 +84,8 @@ def read_questions(path: Path, references: str | None = None, limit: int | None 
         raise TapirError("--references is for MT-Bench's questions only", where=str(path), fix=fix)
     if shape == "mt_bench":
         questions = with_references(questions, path, references)
-    return QuestionSet(path, shape, tuple(questions), answers_writer(shape, [row for _, row in table.rows]))
+    writer = answers_writer(shape, [row for _, row in table.rows]) or f"the answers in {path.name}"
+    return QuestionSet(path, shape, tuple(questions), writer)
 
 
 def find_shape(table: Table) -> QuestionShape:
@@ -179,6 +180,6 @@ def read_references(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def answers_writer(shape: QuestionShape, rows: Sequence[Any]) -> str:
-    """Who wrote the answers in a file: AlpacaEval's `generator`, else the file."""
+    """Who wrote the answers in a file: AlpacaEval's `generator`; "" if it names nobody."""
     names = {row.get("generator") for row in rows if isinstance(row, Mapping)}
-    return str(names.pop()) if shape == "alpaca_eval" and len(names) == 1 and all(names) else "file"
+    return str(names.pop()) if shape == "alpaca_eval" and len(names) == 1 and all(names) else ""

@@ -51,6 +51,14 @@ def require_judge(recipe: Recipe, where: str) -> None:
         )
 
 
+def refuse_unreadable(reasons: Sequence[str], judge: str) -> None:
+    """TapirError if nothing could be judged; `reasons` are those of all rows, "" for a judged one."""
+    if reasons and all(reasons):
+        fix = "Use a judge that reliably replies in JSON, or raise judge.max_tokens if replies were cut."
+        what = f"{judge} judged none of the {len(reasons):,} answers; the first: {reasons[0]}"
+        raise TapirError(what, where="judge", fix=fix)
+
+
 def ask_teacher(work: Work, questions: Sequence[Question]) -> dict[str, str]:
     """The teacher's answers to the first turns, by question id; without those that are incomplete.
 
