@@ -177,8 +177,8 @@ class Metrics:
     `judge: reference` there is no win rate, and `student_score` is the similarity, 1 to 10, of the student's answers to
     the teacher's; `by_task` then has it too. `accuracy` is the share of correct answers among the `checked` ones, those
     that a checker can verify; None if the recipe has no checker. `length_controlled` is the win rate at equal length of
-    both answers (method/length_control.py); None without a win rate, with too few rows, or if all length differences
-    are equal. `judge_quality`, `checked` and `length_controlled` are None in files of older versions.
+    both answers (method/length_control.py); None without a win rate, with too few rows, or if one side's answers are
+    nearly all longer. `judge_quality`, `checked` and `length_controlled` are None in files of older versions.
     """
 
     round: int

@@ -7,7 +7,7 @@ from pathlib import Path
 from tapir_local.errors import TapirError
 from tapir_local.evaluation.annotations import Annotation, read_annotations, write_annotations
 from tapir_local.evaluation.answers import AnswerPlace, Player, answer_questions, safe_name, short_digest
-from tapir_local.evaluation.questions import Question, QuestionSet
+from tapir_local.evaluation.questions import Question, QuestionSet, without_reference
 from tapir_local.evaluation.rates import (
     EvaluationResult,
     compare_lengths,
@@ -39,6 +39,7 @@ from tapir_local.stages.judge import judge_name
 from tapir_local.teacher.endpoint import askable_kind
 
 TEACHER, FILE_ANSWERS = "teacher", "file"  # opponents that are no model on this machine
+IDS_NAMED = 5  # questions that a note names
 AnswersByTurn = Sequence[dict[str, Completion]]
 
 
@@ -187,6 +188,9 @@ def with_grades(
     bad = [row for row in grades if row.score is None]
     first = f"; the first, {bad[0].id} turn {bad[0].turn}: {bad[0].reason}" if bad else ""
     notes = [f"{len(bad):,} of {len(grades):,} answers have no grade{first}"] if bad else []
+    if bare := without_reference(job.questions.questions) if job.questions.shape == "mt_bench" else []:
+        ids = ", ".join(one.id for one in bare[:IDS_NAMED])
+        notes.append(f"graded without a reference answer, which MT-Bench has for their category: {len(bare):,} ({ids})")
     return replace(
         head,
         grades=grade_means(grades, job.questions.turns),

@@ -145,23 +145,27 @@ def is_list_of_texts(value: Any) -> TypeGuard[list[str]]:
 def with_references(questions: Sequence[Question], path: Path, references: str | None) -> list[Question]:
     """The questions with the reference answers of a file, or as they are.
 
-    TapirError if questions of REFERENCE_CATEGORIES have none, unless `references` is NO_REFERENCES.
+    TapirError if no question of REFERENCE_CATEGORIES has one, unless `references` is NO_REFERENCES.
     """
     if references == NO_REFERENCES:
         return [replace(question, references=()) for question in questions]
     if references is not None:
         known = read_references(Path(references))
         questions = [replace(one, references=known.get(one.id, one.references)) for one in questions]
-    bare = [one for one in questions if one.category in REFERENCE_CATEGORIES and not any(one.references)]
-    if bare:
+    wanted = [one for one in questions if one.category in REFERENCE_CATEGORIES]
+    if wanted and len(without_reference(wanted)) == len(wanted):
         raise TapirError(
-            f"{len(bare):,} questions of {', '.join(REFERENCE_CATEGORIES)} have no reference answer; the first: "
-            f"{bare[0].id}",
+            f"the questions of {', '.join(REFERENCE_CATEGORIES)} have no reference answers",
             where=references or str(path),
             fix="Name a file of them with --references, such as FastChat's reference_answer/gpt-4.jsonl, or judge "
             f"without with --references {NO_REFERENCES}.",
         )
     return list(questions)
+
+
+def without_reference(questions: Sequence[Question]) -> list[Question]:
+    """The questions that should have a reference answer, by their category, and have none."""
+    return [one for one in questions if one.category in REFERENCE_CATEGORIES and not any(one.references)]
 
 
 def read_references(path: Path) -> dict[str, tuple[str, ...]]:

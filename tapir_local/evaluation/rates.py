@@ -11,10 +11,9 @@ from tapir_local.method.length_control import (
     GamedBaselines,
     LengthControlled,
     length_controlled_rate,
+    lengths_overlap,
 )
 from tapir_local.records import JudgeQuality
-
-MIN_OVERLAP = 0.1  # share of rows whose answer is the longer one, or the shorter one; below, lengths barely overlap
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,11 @@ def length_notes(rates: PairRates, controlled: LengthControlled | None, rows: Se
         else "length-controlled with AlpacaEval's length and constant terms; its difficulty term and its gamed "
         "baselines (--gamed) exist for its own 805 instructions only"
     ]
-    longer = sum(row.lengths[0] > row.lengths[1] for row in rows) / len(rows)
-    shorter = sum(row.lengths[0] < row.lengths[1] for row in rows) / len(rows)
-    if min(longer, shorter) < MIN_OVERLAP:
-        word = "shorter" if shorter > longer else "longer"
+    if not lengths_overlap([row.lengths for row in rows]):
+        shorter = sum(row.lengths[0] < row.lengths[1] for row in rows)
+        most, word = max((shorter, "shorter"), (sum(row.lengths[0] > row.lengths[1] for row in rows), "longer"))
         notes.append(
-            f"WARNING: {max(longer, shorter):.0%} of the evaluated answers are {word} than the opponent's, so the rate "
+            f"WARNING: {most / len(rows):.0%} of the evaluated answers are {word} than the opponent's, so the rate "
             "at equal length is an extrapolation; look at its interval"
         )
     return notes

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[numpy.float64]
 
 MIN_ROWS_FOR_LENGTHS = 50  # with fewer, the strongest penalty often wins, and every rate is 50 %
+MIN_OVERLAP = 0.1  # share of rows whose answer is the longer one, or the shorter one
 FOLDS = 5
 STRENGTHS = tuple(10 ** (-4 + 8 * step / 9) for step in range(10))  # inverse strengths of the penalty
 GAMED_WEIGHT = 0.2 / 2  # of a row of a gamed baseline; 0.2 for both, which are two
@@ -93,6 +94,15 @@ def length_controlled_rate(
         standard_error=float(predicted.std(ddof=1) / math.sqrt(len(predicted))),
         weights=dict(zip(columns, map(float, fitted), strict=True)),
     )
+
+
+def lengths_overlap(lengths: Sequence[tuple[int, int]]) -> bool:
+    """Whether each side has the longer answer on a tenth of the rows or more.
+
+    Otherwise few rows tell length from quality, and the rate at equal length is an extrapolation.
+    """
+    longer, shorter = sum(own > other for own, other in lengths), sum(own < other for own, other in lengths)
+    return min(longer, shorter) >= MIN_OVERLAP * len(lengths)
 
 
 def row_difficulties(gamed: GamedBaselines, rows: int) -> list[float]:

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from tapir_local.method.judge_quality import measure_judge, rounded_mean
 from tapir_local.method.judging import mfd
-from tapir_local.method.length_control import length_controlled_rate
+from tapir_local.method.length_control import length_controlled_rate, lengths_overlap
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
 AnswerChecker = Callable[[Example, str], bool | None]  # called with a row and an answer to it
@@ -65,20 +65,27 @@ def compute_metrics(
 def rate_at_equal_length(judged: Sequence[Judgement]) -> tuple[float | None, Interval | None]:
     """The length-controlled win rate of judged rows and its interval, rounded to six places, or (None, None).
 
-    Judgements of older versions have no lengths. There is no difficulty term: only AlpacaEval's instructions have one.
+    Neither if the lengths do not overlap; judgements of older versions have none. There is no difficulty term: only
+    AlpacaEval's instructions have one.
     """
     lengths = [(row.student_length, row.teacher_length) for row in judged]
-    found = length_controlled_rate([win_value(row) for row in judged], lengths) if any(map(any, lengths)) else None
+    known = any(map(any, lengths)) and lengths_overlap(lengths)
+    found = length_controlled_rate([win_value(row) for row in judged], lengths) if known else None
     if found is None:
         return None, None
     low, high = found.interval
     return round(found.win_rate, 6), (round(low, 6), round(high, 6))
 
 
-def length_matters(rate: float | None, interval: Interval | None, controlled: float | None) -> bool:
-    """Whether the length-controlled win rate lies outside the interval of the plain one."""
+def describe_length_effect(found: Metrics) -> str:
+    """The length-controlled win rate if it lies outside the interval of the plain one; else ""."""
+    if found.length_controlled is None or found.length_controlled_interval is None or found.win_rate_interval is None:
+        return ""
+    if found.win_rate_interval[0] <= found.length_controlled <= found.win_rate_interval[1]:
+        return ""
+    low, high = found.length_controlled_interval
     return (
-        None not in (rate, controlled) and interval is not None and not interval[0] <= (controlled or 0) <= interval[1]
+        f"at equal length of the answers the win rate would be {found.length_controlled:.1%} ({low:.0%} to {high:.0%})"
     )
 
 
