@@ -1,5 +1,7 @@
 """`tapir-local evaluate`: a student on AlpacaEval, MT-Bench or one's own questions, against another or graded."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tapir_local.evaluation.questions import QuestionSet
     from tapir_local.evaluation.rates import EvaluationResult
     from tapir_local.recipe.schema import Recipe
+    from tapir_local.records import Progress
     from tapir_local.run_dir import RunDir
 
 QUESTION_PATH = HomePath()
@@ -191,26 +194,33 @@ def check_trust(job: "EvaluationJob", path: Path, changed: dict[str, Any], trust
 
 def run_evaluation(job: "EvaluationJob", out: Path | None, force: bool) -> "EvaluationResult":
     """Evaluate with progress on stderr, and write the student's answers to OUT."""
-    from tapir_local.evaluation.answers import answer_questions
-    from tapir_local.evaluation.evaluate import answer_place, evaluate
+    from tapir_local.evaluation.evaluate import evaluate, make_answers
     from tapir_local.evaluation.outputs import write_outputs
     from tapir_local.files import check_output
-    from tapir_local.records import noop
     from tapir_local.stages.backends import real_backends
 
     if out:
         check_output(out, [job.questions.path, job.student.gguf], force=force)
-    with bar_progress("answers") as (show, tell):
+    with evaluation_progress("answers") as (progress, _):
+        answers = make_answers(job, progress)
+    if out:
+        write_outputs(out, job.questions, answers, job.student.name)
+    with (
+        evaluation_progress("judging") as (progress, tell),
+        real_backends(job.recipe, job.place, tell) as backends,
+    ):
+        return evaluate(job, backends, progress)
+
+
+@contextmanager
+def evaluation_progress(what: str) -> Iterator[tuple["Progress", Callable[[str], None]]]:
+    """A bar for answers or judgements, which takes remarks too, and a function that prints a message."""
+    with bar_progress(what) as (show, tell):
 
         def progress(done: int, total: int, said: str) -> None:
             show(done, total) if total else tell(said)
 
-        with real_backends(job.recipe, job.place, tell) as backends:
-            found = evaluate(job, backends, progress)
-    if out:
-        answers = answer_questions(job.student, job.questions.questions, job.config, answer_place(job, noop))
-        write_outputs(out, job.questions, answers, job.student.name)
-    return found
+        yield progress, tell
 
 
 def show_evaluation(found: "EvaluationResult", as_json: bool) -> None:

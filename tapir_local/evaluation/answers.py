@@ -51,7 +51,7 @@ class AnswerPlace:
 
 def safe_name(text: str) -> str:
     """A text as a part of a file's name: letters, digits, dots, dashes and underscores, at most 60."""
-    return UNSAFE_NAME.sub("-", text).strip("-.")[:60] or "model"
+    return UNSAFE_NAME.sub("-", text).strip("-._")[:60] or "model"
 
 
 def short_digest(*values: object) -> str:

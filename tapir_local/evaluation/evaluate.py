@@ -32,7 +32,8 @@ from tapir_local.method.judge_quality import measure_judge
 from tapir_local.method.length_control import GamedBaselines
 from tapir_local.method.metrics import win_value
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Completion, Judgement, Progress, instruction_of, noop
+from tapir_local.records import Completion, Judgement, Progress, instruction_of
+from tapir_local.run_dir import lock_run
 from tapir_local.stages.backends import judge_endpoint
 from tapir_local.stages.context import Backends, Work
 from tapir_local.stages.judge import judge_name
@@ -83,6 +84,12 @@ class EvaluationJob:
 def check_job(job: EvaluationJob) -> None:
     """TapirError if the questions and the opponent do not fit each other."""
     questions = job.questions.questions
+    if job.gamed and (job.against is None or job.questions.total != len(job.gamed.difficulty)):
+        raise TapirError(
+            f"--gamed is for comparisons on AlpacaEval's own {len(job.gamed.difficulty):,} instructions",
+            where=str(job.questions.path),
+            fix="Leave it out: the rate is then controlled for length without the difficulty of the instructions.",
+        )
     if job.against is None:
         return
     if job.questions.turns > 1:
@@ -99,15 +106,24 @@ def check_job(job: EvaluationJob) -> None:
         )
 
 
-def evaluate(job: EvaluationJob, backends: Backends, show: Progress, say: Progress = noop) -> EvaluationResult:
-    """Answer, judge and sum up; what was answered or judged before is taken from its files and from the store.
-
-    `show` is called with (done, total, what) while answers are made, `say` while the judge is asked.
-    """
+def make_answers(job: EvaluationJob, show: Progress) -> AnswersByTurn:
+    """The student's answers; those of an opponent on this machine are made too. Both are kept in their files."""
     check_job(job)
-    work = EvaluationWork(job.recipe, job.place, backends, progress=say)
+    place, questions = answer_place(job, show), job.questions.questions
+    with lock_run(job.place):
+        if isinstance(job.against, Player):
+            answer_questions(job.against, questions, job.config, place)
+        return answer_questions(job.student, questions, job.config, place)
+
+
+def evaluate(job: EvaluationJob, backends: Backends, show: Progress) -> EvaluationResult:
+    """Have the answers judged, and sum up; what was answered or judged before is in the files and in the store.
+
+    `show` is called with (done, total, note) while the teacher or the judge is asked.
+    """
+    answers = make_answers(job, show)
+    work = EvaluationWork(job.recipe, job.place, backends, progress=show)
     place = answer_place(job, show)
-    answers = answer_questions(job.student, job.questions.questions, job.config, place)
     head = EvaluationResult(
         student=job.student.name,
         questions=str(job.questions.path),

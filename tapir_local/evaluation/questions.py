@@ -50,12 +50,13 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of a file, its shape, and who wrote the answers in it."""
+    """The questions of a file, its shape, and who wrote the answers in it; `total` counts them without a limit."""
 
     path: Path
     shape: QuestionShape
     questions: tuple[Question, ...]
     answered_by: str
+    total: int
 
     @property
     def turns(self) -> int:
@@ -85,7 +86,7 @@ def read_questions(path: Path, references: str | None = None, limit: int | None 
     if shape == "mt_bench":
         questions = with_references(questions, path, references)
     writer = answers_writer(shape, [row for _, row in table.rows]) or f"the answers in {path.name}"
-    return QuestionSet(path, shape, tuple(questions), writer)
+    return QuestionSet(path, shape, tuple(questions), writer, len(table.rows))
 
 
 def find_shape(table: Table) -> QuestionShape:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from annotations import write_gamed
 from click.testing import CliRunner, Result
 from command_line import refused
 from server import Server, completion, running, send, status
@@ -171,6 +172,19 @@ def test_a_server_that_refuses_leaves_the_answers_there(folder: Path, llama: Stu
             evaluated(folder, known, llama.gguf, "mt.jsonl", "--set", "judge.attempts=1")
         dry = evaluated(folder, known, llama.gguf, "mt.jsonl", "--dry-run", "--json")
     assert json.loads(dry.stdout)["answers"] == 0
+
+
+def test_gamed_baselines_are_for_alpaca_evals_instructions_only(
+    folder: Path, judged: Server, llama: Student, compared: dict[str, Any]
+) -> None:
+    write_gamed(folder / "df_gamed.csv")
+    with pytest.raises(TapirError, match="--gamed is for comparisons on AlpacaEval's own 240 instructions"):
+        evaluated(folder, judged, llama.gguf, "alpaca.json", "--gamed", str(folder / "df_gamed.csv"))
+    (path,) = Path(compared["folder"]).glob("llama-*-vs-somebody.annotations.json")
+    words = ["evaluate", "--annotations", str(path), "--gamed", str(folder / "df_gamed.csv"), "--json"]
+    found = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
+    assert sorted(found["weights"]) == ["constant", "instruction difficulty", "tanh(length difference)"]
+    assert found["pairs"]["length_controlled_error"] > 0
 
 
 FAULTS = {
