@@ -179,7 +179,7 @@ def with_rates(
     return replace(
         head,
         pairs=rates,
-        pairs_by_category=rates_by_category(rows),
+        pairs_by_category=rates_by_category(rows, controlled),
         weights=controlled.weights if controlled else {},
         judge_quality=quality,
         notes=(*head.notes, *unjudged_notes(judged), *quality.notes, *length_notes(rates, controlled, rows)),
@@ -249,7 +249,7 @@ def rates_of_annotations(path: Path, gamed: GamedBaselines | None = None) -> Eva
         judge=rows[0].annotator,
         folder=None,
         pairs=rates,
-        pairs_by_category=rates_by_category(rows),
+        pairs_by_category=rates_by_category(rows, controlled),
         weights=controlled.weights if controlled else {},
         notes=tuple(length_notes(rates, controlled, rows)),
     )

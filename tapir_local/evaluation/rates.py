@@ -1,7 +1,7 @@
 """What an evaluation found: win rates with and without length control, or grades, in all and by category."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 
 from tapir_local.evaluation.annotations import Annotation
@@ -117,11 +117,26 @@ def pair_rates(rows: Sequence[Annotation], controlled: LengthControlled | None) 
     )
 
 
-def rates_by_category(rows: Sequence[Annotation]) -> dict[str, PairRates]:
-    """The rates of each category, sorted by name; {} if there is only one. Each has a regression of its own rows."""
-    names = sorted({row.category for row in rows})
-    groups = {name: [row for row in rows if row.category == name] for name in names}
-    return {name: pair_rates(group, compare_lengths(group)) for name, group in groups.items()} if len(names) > 1 else {}
+def rates_by_category(rows: Sequence[Annotation], controlled: LengthControlled | None) -> dict[str, PairRates]:
+    """The rates of each category, sorted by name; {} if there is only one.
+
+    With the difficulty term, a category's length-controlled rate is the mean prediction of its rows, without interval.
+    Without it all predictions are equal, so a category has a regression of its own, if its lengths overlap.
+    """
+    groups: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        groups.setdefault(row.category, []).append(at)
+    found = {}
+    for name in sorted(groups) if len(groups) > 1 else ():
+        group = [rows[at] for at in groups[name]]
+        if controlled and DIFFICULTY_TERM in controlled.weights:
+            predicted = [controlled.predicted[at] for at in groups[name]]
+            rate, error = fmean(predicted), standard_error(predicted)
+            found[name] = replace(pair_rates(group, None), length_controlled=rate, length_controlled_error=error)
+        else:
+            overlap = lengths_overlap([row.lengths for row in group])
+            found[name] = pair_rates(group, compare_lengths(group) if overlap else None)
+    return found
 
 
 def length_notes(rates: PairRates, controlled: LengthControlled | None, rows: Sequence[Annotation]) -> list[str]:
@@ -131,11 +146,11 @@ def length_notes(rates: PairRates, controlled: LengthControlled | None, rows: Se
             f"no length-controlled rate: it takes {MIN_ROWS_FOR_LENGTHS} judged rows and answers of different lengths, "
             f"and {rates.judged:,} rows were judged"
         ]
+    if DIFFICULTY_TERM in controlled.weights:
+        return ["length-controlled as AlpacaEval 2.0 defines it; of a category: the mean prediction of its rows"]
     notes = [
-        "length-controlled as AlpacaEval 2.0 defines it"
-        if DIFFICULTY_TERM in controlled.weights
-        else "length-controlled with AlpacaEval's length and constant terms; its difficulty term and its gamed "
-        "baselines (--gamed) exist for its own 805 instructions only"
+        "length-controlled with AlpacaEval's length and constant terms; its difficulty term and its gamed baselines "
+        "(--gamed) exist for its own 805 instructions only"
     ]
     if not lengths_overlap([row.lengths for row in rows]):
         shorter = sum(row.lengths[0] < row.lengths[1] for row in rows)

@@ -38,13 +38,15 @@ class LengthControlled:
 
     `standard_error` is alpaca_eval's `lc_standard_error` (0 to 1), the standard error of the mean of the predictions: 0
     without the difficulty term, since all predictions are then equal. `interval` is that of the estimate: the delta
-    method with a sandwich covariance of the weights. `weights` are the fitted weights by the name of their term.
+    method with a sandwich covariance of the weights. `weights` are the fitted weights by the name of their term,
+    `predicted` the prediction of each row at equal length.
     """
 
     win_rate: float
     interval: tuple[float, float]
     standard_error: float
     weights: Mapping[str, float]
+    predicted: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def length_controlled_rate(
         interval=delta_interval(asked, fitted, weight_covariance(rows, targets, weights, fitted)),
         standard_error=float(predicted.std(ddof=1) / math.sqrt(len(predicted))),
         weights=dict(zip(columns, map(float, fitted), strict=True)),
+        predicted=tuple(map(float, predicted)),
     )
 
 

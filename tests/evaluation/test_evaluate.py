@@ -9,12 +9,16 @@ import pytest
 from annotations import write_gamed
 from click.testing import CliRunner, Result
 from command_line import refused
+from fakes import QUIET, World, fake_backends, make_recipe, outputs
 from server import Server, completion, running, send, status
 from students import Student
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.evaluation.annotations import read_annotations
+from tapir_local.pipeline.loop import distill
+from tapir_local.resources import POCKET_SEEDS
+from tapir_local.run_dir import RunDir
 
 ALPACA = [
     {"instruction": f"What is {number}?", "output": "o" * (30 + number), "dataset": name, "generator": "somebody"}
@@ -152,6 +156,25 @@ def test_another_gguf_is_the_opponent_and_tables_fit_sixty_columns(
     assert max(map(len, found.stdout.splitlines())) <= 60
 
 
+def test_a_runs_student_meets_its_teacher_and_the_run_is_unchanged(tmp_path: Path, llama: Student) -> None:
+    run = RunDir(tmp_path / "cache", "fake")
+    distill(make_recipe(tmp_path), run, fake_backends(World()), QUIET)
+    (run.path / "model" / "student.gguf").unlink()
+    (run.path / "model" / "student.gguf").symlink_to(llama.gguf)
+    before = outputs(run)
+    seeds = json.loads(POCKET_SEEDS.read_bytes())[:4]
+    (tmp_path / "own.json").write_text(json.dumps([{"instruction": row["instruction"]} for row in seeds]))
+    words = [str(tmp_path / "own.json"), "--cache", str(run.cache), "--max-tokens", "8", "--json"]
+    found = json.loads(CliRunner().invoke(cli, ["evaluate", "fake", *words, "--against", "teacher"]).stdout)
+    assert (found["student"], found["against"]) == ("fake", "the pocket teacher")
+    assert (found["paid"], found["pairs"]["judged"], found["pairs"]["wins"]) == (4 + 8, 4, 0)
+    assert not any("pocket" in note for note in found["notes"])  # the judge knows these questions
+    alone = json.loads(CliRunner().invoke(cli, ["evaluate", "fake", *words]).stdout)  # no answers: graded
+    assert (alone["grades"]["graded"], alone["pairs"]) == (4, None)
+    assert 1 <= alone["grades"]["mean"] < 5
+    assert outputs(run) == before
+
+
 def test_a_judge_that_says_nothing_readable_is_an_error(folder: Path, llama: Student) -> None:
     with running() as known, pytest.raises(TapirError, match="judged none of the 4 answers; the first: no score"):
         evaluated(folder, known, llama.gguf, "mt.jsonl", "--set", "judge.alias=other")
@@ -185,6 +208,8 @@ def test_gamed_baselines_are_for_alpaca_evals_instructions_only(
     found = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
     assert sorted(found["weights"]) == ["constant", "instruction difficulty", "tanh(length difference)"]
     assert found["pairs"]["length_controlled_error"] > 0
+    means = [rates["length_controlled"] for rates in found["pairs_by_category"].values()]
+    assert sum(means) / 2 == pytest.approx(found["pairs"]["length_controlled"])  # both categories have 30 rows
 
 
 FAULTS = {
