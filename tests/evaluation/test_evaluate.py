@@ -163,7 +163,7 @@ def test_a_runs_student_meets_its_teacher_and_the_run_is_unchanged(tmp_path: Pat
     (run.path / "model" / "student.gguf").symlink_to(llama.gguf)
     before = outputs(run)
     seeds = json.loads(POCKET_SEEDS.read_bytes())[:4]
-    (tmp_path / "own.json").write_text(json.dumps([{"instruction": row["instruction"]} for row in seeds]))
+    (tmp_path / "own.json").write_text(json.dumps([{**row, "output": ""} for row in seeds]))
     words = [str(tmp_path / "own.json"), "--cache", str(run.cache), "--max-tokens", "8", "--json"]
     found = json.loads(CliRunner().invoke(cli, ["evaluate", "fake", *words, "--against", "teacher"]).stdout)
     assert (found["student"], found["against"]) == ("fake", "the pocket teacher")
