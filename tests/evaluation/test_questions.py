@@ -14,6 +14,7 @@ from tapir_local.records import Message
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MT_QUESTIONS, MT_REFERENCES = SHARED / "mt_bench_question.jsonl", SHARED / "mt_bench_reference_gpt4.jsonl"
+ALPACA_EVAL = SHARED / "alpaca_eval" / "gpt4_1106_preview.json"
 ALPACA = [
     {"instruction": "Name a color.", "output": "Red.", "dataset": "koala", "generator": "somebody"},
     {"instruction": "Name a bird.", "output": "A wren.", "dataset": "vicuna", "generator": "somebody"},
@@ -74,6 +75,20 @@ def test_the_real_mt_bench_has_eighty_questions_of_two_turns_and_forty_reference
     assert sum(len(one.references) == 2 for one in found.questions) == 40
     assert [one.id for one in without_reference(read_questions(MT_QUESTIONS).questions)] == ["123"]
     assert not any(one.references for one in read_questions(MT_QUESTIONS, "none").questions)
+
+
+@pytest.mark.skipif(not ALPACA_EVAL.exists(), reason="needs AlpacaEval's file")
+def test_the_real_alpaca_eval_has_805_instructions_of_five_sets() -> None:
+    found = read_questions(ALPACA_EVAL)
+    assert (found.shape, found.answered_by, found.total) == ("alpaca_eval", "gpt4_1106_preview", 805)
+    assert sorted({one.category for one in found.questions}) == [
+        "helpful_base",
+        "koala",
+        "oasst",
+        "selfinstruct",
+        "vicuna",
+    ]
+    assert all(one.answer for one in found.questions)
 
 
 FAULTS = {
