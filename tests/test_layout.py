@@ -30,11 +30,12 @@ ROOMS = (
     "doctor",
     "evaluation",
     "report",
+    "page",
     "terminal",
     "commands",
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
-HEAVY |= {"pandas", "pyarrow", "zstandard"}
+HEAVY |= {"pandas", "pyarrow", "zstandard", "vl_convert", "jinja2"}
 
 
 def name_of(path: Path) -> str:
