@@ -31,6 +31,7 @@ ROOMS = (
     "evaluation",
     "report",
     "page",
+    "talk",
     "terminal",
     "commands",
 )

@@ -142,12 +142,12 @@ def is_gguf(name: str) -> bool:
 
 def find_player(name: str, run: "RunDir | None", number: int | None, cache: Path) -> "Player":
     """The student of a run, or a GGUF; TapirError if there is none."""
-    from tapir_local.commands.chat import find_student_gguf
     from tapir_local.evaluation.answers import Player
     from tapir_local.export.base import student_files
     from tapir_local.files import expand_home
     from tapir_local.inference.model import check_gguf
     from tapir_local.pipeline.loop import kept_recipe
+    from tapir_local.talk.models import find_student_gguf
 
     if run is None:
         if number is not None:
