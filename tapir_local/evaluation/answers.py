@@ -79,11 +79,11 @@ def answer_questions(
             for one in questions
             if one.turns > turn and all(before[one.id].asked for before in found if one.id in before)
         ]
-        found.append(answer_turn(player, asked, found, config, place))
+        found.append(answer_one_turn(player, asked, found, config, place))
     return found
 
 
-def answer_turn(
+def answer_one_turn(
     player: Player,
     questions: Sequence[Question],
     before: Sequence[dict[str, Completion]],
