@@ -14,7 +14,7 @@ from tapir_local.evaluation.verdicts import ANSWER_STAGE, EVALUATE_STAGE, Evalua
 from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate, DryRun, MissingInput, request_tokens
 from tapir_local.records import Completion, instruction_of, noop
-from tapir_local.stages.backends import judge_endpoint
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.stages.row_check import CHARACTERS_PER_TOKEN
 from tapir_local.store.keys import request_key
 from tapir_local.store.queries import mean_tokens_by_stage

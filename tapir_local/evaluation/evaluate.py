@@ -34,9 +34,8 @@ from tapir_local.method.metrics import win_value
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Judgement, Progress, instruction_of
 from tapir_local.run_dir import lock_run
-from tapir_local.stages.backends import judge_endpoint
 from tapir_local.stages.context import Backends, Work
-from tapir_local.stages.judge import judge_name
+from tapir_local.stages.judge import judge_endpoint, judge_name
 from tapir_local.teacher.endpoint import askable_kind
 
 TEACHER, FILE_ANSWERS = "teacher", "file"  # opponents that are no model on this machine
