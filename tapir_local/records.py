@@ -185,8 +185,9 @@ class Metrics:
     `win_rate` counts a tie with the teacher's answer as half a win, so a student as good as its teacher has 0.5. With
     `judge: reference` there is no win rate, and `student_score` is the similarity, 1 to 10, of the student's answers to
     the teacher's; `by_task` then has it too. `accuracy` is the share of correct answers among the `checked` ones, those
-    that a checker can verify; None if the recipe has no checker. `judge_quality` and `checked` are None in files of
-    older versions.
+    that a checker can verify; None if the recipe has no checker. `length_controlled` is the win rate at equal length of
+    both answers (method/length_control.py); None without a win rate, with too few rows, or if one side's answers are
+    nearly all longer. `judge_quality`, `checked` and `length_controlled` are None in files of older versions.
     """
 
     round: int
@@ -204,6 +205,8 @@ class Metrics:
     judge: str
     judge_quality: JudgeQuality | None = None
     checked: int | None = None
+    length_controlled: float | None = None
+    length_controlled_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+from annotations import make_annotations
 from click.testing import CliRunner
 from fakes import QUIET, World, fake_backends, make_recipe
 
@@ -261,6 +262,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     recipe = make_recipe(folder)
     for name in ("fake", "other"):
         distill(recipe.model_copy(update={"name": name}), RunDir(folder, name), fake_backends(World()), QUIET)
+    (folder / "annotations.json").write_text(json.dumps(make_annotations()))
     return RunDir(folder, "fake")
 
 
@@ -290,13 +292,14 @@ JSON: dict[str, tuple[str, dict[str, str]]] = {
     "plan": ("plan fake --round 1", {"now": "plan of a round", "then": "plan of a round"}),
     "compare": ("compare fake other", {}),
     "distill --dry-run": ("distill fake --dry-run", {}),
+    "evaluate": ("evaluate --annotations CACHE/annotations.json", {}),
 }
 
 
 @pytest.mark.parametrize("heading", JSON)
 def test_json_output_is_documented(heading: str, run: RunDir) -> None:
     words, inner = JSON[heading]
-    command = [*shlex.split(words), "--json", "--cache", str(run.cache)]
+    command = [*shlex.split(words.replace("CACHE", str(run.cache))), "--json", "--cache", str(run.cache)]
     printed = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
     value = json.loads(printed)
     known = shape(heading, inner)

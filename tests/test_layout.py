@@ -28,6 +28,7 @@ ROOMS = (
     "stages",
     "pipeline",
     "doctor",
+    "evaluation",
     "report",
     "page",
     "talk",

@@ -11,6 +11,7 @@ import click
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.distill import distill_command
+from tapir_local.commands.evaluate import evaluate_command
 from tapir_local.commands.init import init_command
 from tapir_local.commands.manage import resume_command, rm_command, ship_command
 from tapir_local.commands.models import export_command, generate_command
@@ -58,6 +59,7 @@ for command in (
     dataset_command,
     distill_command,
     doctor_command,
+    evaluate_command,
     export_command,
     generate_command,
     init_command,

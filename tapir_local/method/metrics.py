@@ -8,6 +8,7 @@ from statistics import fmean
 
 from tapir_local.method.judge_quality import measure_judge, rounded_mean
 from tapir_local.method.judging import mfd
+from tapir_local.method.length_control import length_controlled_rate, lengths_overlap
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
 AnswerChecker = Callable[[Example, str], bool | None]  # called with a row and an answer to it
@@ -39,6 +40,7 @@ def compute_metrics(
     known_wins = [value for value in wins.values() if value is not None]
     known_right = [value for value in right.values() if value is not None]
     judged = [judgement for judgement in judgements if judgement.teacher is not None]
+    controlled, controlled_interval = rate_at_equal_length(judged)
     return Metrics(
         round=number,
         rows=len(holdout),
@@ -55,6 +57,35 @@ def compute_metrics(
         judge=judge,
         judge_quality=measure_judge(judgements),
         checked=len(known_right),
+        length_controlled=controlled,
+        length_controlled_interval=controlled_interval,
+    )
+
+
+def rate_at_equal_length(judged: Sequence[Judgement]) -> tuple[float | None, Interval | None]:
+    """The length-controlled win rate of judged rows and its interval, rounded to six places, or (None, None).
+
+    Neither if the lengths do not overlap; judgements of older versions have none. There is no difficulty term: only
+    AlpacaEval's instructions have one.
+    """
+    lengths = [(row.student_length, row.teacher_length) for row in judged]
+    known = any(map(any, lengths)) and lengths_overlap(lengths)
+    found = length_controlled_rate([win_value(row) for row in judged], lengths) if known else None
+    if found is None:
+        return None, None
+    low, high = found.interval
+    return round(found.win_rate, 6), (round(low, 6), round(high, 6))
+
+
+def describe_length_effect(found: Metrics) -> str:
+    """The length-controlled win rate if it lies outside the interval of the plain one; else ""."""
+    if found.length_controlled is None or found.length_controlled_interval is None or found.win_rate_interval is None:
+        return ""
+    if found.win_rate_interval[0] <= found.length_controlled <= found.win_rate_interval[1]:
+        return ""
+    low, high = found.length_controlled_interval
+    return (
+        f"at equal length of the answers the win rate would be {found.length_controlled:.1%} ({low:.0%} to {high:.0%})"
     )
 
 
@@ -70,7 +101,14 @@ def without_win_rate(found: Metrics, holdout: Sequence[Example], judgements: Seq
         }
         for task, values in found.by_task.items()
     }
-    return replace(found, win_rate=None, win_rate_interval=None, by_task=tasks)
+    return replace(
+        found,
+        win_rate=None,
+        win_rate_interval=None,
+        length_controlled=None,
+        length_controlled_interval=None,
+        by_task=tasks,
+    )
 
 
 def is_rouge_only(win_rate: float | None, student_score: float | None) -> bool:

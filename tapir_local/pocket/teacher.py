@@ -18,6 +18,7 @@ from tapir_local.method.prompts import (
     EXPAND,
     JUDGE,
     JUDGE_SINGLE,
+    JUDGE_TURN,
     RARER,
     REFINE,
     REFLECT_ANSWER,
@@ -66,7 +67,7 @@ def reply_to_judge(asked: str, rng: Random) -> str:
 
 
 def reply_to_judge_single(asked: str, rng: Random) -> str:
-    """{"score": x}, the grade that `reply_to_judge` gives the same answer beside any other."""
+    """{"score": x}, the grade that `reply_to_judge` gives the same answer beside any other; a reference is ignored."""
     return json.dumps({"score": grade_answer(text_in_tag("instruction", asked), text_in_tag("answer", asked))})
 
 
@@ -122,6 +123,7 @@ REPLIES_BY_SYSTEM_PROMPT: Mapping[str, Callable[[str, Random], str]] = {
     CLASSIFY: reply_to_classify,
     JUDGE: reply_to_judge,
     JUDGE_SINGLE: reply_to_judge_single,
+    JUDGE_TURN: reply_to_judge_single,
     EXPAND: reply_to_expand,
     CHECK: reply_to_check,
     RARER: reply_to_expand_rarer,

@@ -49,6 +49,7 @@ ROUND_COLUMNS = (
     ("score", 2),
     ("judged", 3),
     ("unjudged", 4),
+    ("at equal length", 6),
     ("seconds", 5),
 )
 
@@ -72,6 +73,7 @@ def rounds_table(status: Mapping[str, Any]) -> PlainTable:
             score_cell(found, before),
             str(found.get("judged", "-")),
             str(found.get("unjudged", "-")),
+            percent_cell(found.get("length_controlled")),
             f"{seconds:,.0f}",
         )
         before = found
@@ -102,7 +104,7 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
     elif judge:
         scored = (
             "Win rate against the teacher's answers (a tie counts as half a win) and mean scores of student : "
-            f"teacher, 1 to 10, judged by {judge}. "
+            f"teacher, 1 to 10, judged by {judge}. At equal length: the length-controlled win rate. "
         )
     else:
         scored = ""

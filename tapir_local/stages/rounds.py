@@ -241,7 +241,8 @@ def summarize_metrics(found: Metrics, before: Metrics | None = None) -> str:
         some = f" of the {format_count(found.checked, 'row')} that the checker can decide"
     said = win_rate if found.accuracy is None else f"{win_rate}, accuracy {found.accuracy:.1%}{some}"
     unjudged = f"{format_count(found.unjudged, 'unjudged row')} left out of the win rate" if found.unjudged else ""
-    return "; ".join(part for part in (said, unjudged, metrics.warn_small_holdout(found)) if part)
+    notes = (said, unjudged, metrics.describe_length_effect(found), metrics.warn_small_holdout(found))
+    return "; ".join(part for part in notes if part)
 
 
 STUDENT_STAGES = (

@@ -11,7 +11,7 @@ from tapir_local.terminal.output import echo
 SECTIONS = {
     "Make a student": ("init", "recipes", "doctor", "distill", "resume", "redo"),
     "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report", "judge-check", "rm"),
-    "Use the student": ("ship", "chat", "serve", "generate", "export", "dataset"),
+    "Use the student": ("ship", "chat", "serve", "evaluate", "generate", "export", "dataset"),
     "Other": ("calls", "completion"),
 }
 # What people type who know other programs, and what does it here.
@@ -21,9 +21,10 @@ COMMAND_HINTS = {
     **dict.fromkeys(("ls", "list"), "`tapir-local runs` lists the runs, `tapir-local calls list` the calls"),
     **dict.fromkeys(("delete", "remove"), "`tapir-local rm RUN` deletes a run, `tapir-local redo` stages of a run"),
     **dict.fromkeys(
-        ("eval", "evaluate", "test", "results"),
+        ("test", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",
     ),
+    **dict.fromkeys(("eval", "benchmark"), "`tapir-local evaluate RUN FILE` evaluates a student on questions of yours"),
     **dict.fromkeys(("server", "api"), "`tapir-local serve RUN` serves the student over HTTP, as OpenAI does"),
     **dict.fromkeys(
         ("rows", "dpo", "preferences"), "`tapir-local dataset RUN OUT` writes the distilled rows to a file"

@@ -8,6 +8,7 @@ from tapir_local.method.metrics import (
     bootstrap_interval,
     compute_metrics,
     is_rouge_only,
+    rate_at_equal_length,
     rows_for_interval,
     warn_small_holdout,
     wilson_interval,
@@ -67,6 +68,42 @@ def scored(rows: int) -> Metrics:
     judged = [Judgement(f"{n}", 8, 10 if n % 2 else 2) for n in range(rows)]
     right = {f"{n}": bool(n % 2) for n in range(rows)}
     return compute_metrics(1, examples, [Completion(f"{n}", "", "stop", 1) for n in range(rows)], judged, right, "J")
+
+
+def judged_by_length(rows: int, lengths: bool = True) -> Metrics:
+    """Metrics of a judge who prefers the longer answer in nine of ten rows; two in three are the student's."""
+    examples = [Example(f"{n}", (Message("user", "x"),), "y", "Math") for n in range(rows)]
+    longer = [n % 3 > 0 for n in range(rows)]
+    won = [long != (n % 10 == 0) for n, long in enumerate(longer)]
+    sizes = [(300 + 7 * (n % 11), 200) if long else (200, 300 + 7 * (n % 11)) for n, long in enumerate(longer)]
+    judged = [
+        Judgement(f"{n}", 5, 8 if wins else 2, student_length=own * lengths, teacher_length=other * lengths)
+        for n, (wins, (own, other)) in enumerate(zip(won, sizes, strict=True))
+    ]
+    texts = [Completion(f"{n}", "", "stop", 1) for n in range(rows)]
+    return compute_metrics(1, examples, texts, judged, dict.fromkeys(map(str, range(rows))), "J")
+
+
+def test_the_rate_at_equal_length_takes_out_a_judge_who_prefers_the_longer_answer() -> None:
+    found = judged_by_length(240)
+    assert found.win_rate == pytest.approx(0.633, abs=0.01)
+    low, high = found.length_controlled_interval or (1, 0)
+    assert low < 0.5 < high
+    assert high < found.win_rate
+    said = (
+        f"at equal length of the answers the win rate would be {found.length_controlled:.1%} ({low:.0%} to {high:.0%})"
+    )
+    assert said in summarize_metrics(found)
+
+
+def test_there_is_no_rate_at_equal_length_without_lengths_or_rows_or_overlap_or_a_judge() -> None:
+    assert judged_by_length(49).length_controlled is None
+    assert judged_by_length(240, lengths=False).length_controlled is None
+    longer = [Judgement(f"{n}", 5, 8, student_length=20 + n, teacher_length=10) for n in range(60)]
+    assert rate_at_equal_length(longer) == (None, None)
+    found = judged_by_length(240)
+    assert without_win_rate(found, [], []).length_controlled is None
+    assert "equal length" not in summarize_metrics(replace(found, length_controlled=found.win_rate))
 
 
 def test_a_holdout_too_small_for_its_interval_says_how_many_rows_it_takes() -> None:

@@ -1,0 +1,1 @@
+"""A student against another on questions of one's own, AlpacaEval or MT-Bench."""
