@@ -1,0 +1,126 @@
+"""Start the program again and again cheaply: this process imports everything once, and each start is a fork of it.
+
+    python run_worker.py
+
+Each line of its input is a job as JSON: {"words": [...], "log": PATH, "environ": {...}, "limits": {...}}. It prints the
+child's process id, and when the child has ended, its wait status. The child runs the whole command line: real store,
+real HTTP, real files. Only what trains, exports and generates is a fake (tests/support/fakes.py).
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+for folder in (HERE, HERE.parent / "support", HERE.parents[1]):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import aiohttp  # noqa: F401
+import fakes
+import openai  # noqa: F401
+import rich.console  # noqa: F401
+
+import tapir_local.pipeline.loop
+import tapir_local.teacher.ask
+from tapir_local.commands import main as command_line
+from tapir_local.process import call_in_process
+from tapir_local.recipe.schema import Recipe
+from tapir_local.records import Progress
+from tapir_local.run_dir import RunDir
+from tapir_local.stages import backends as stage_backends
+from tapir_local.stages.context import Backends
+from tapir_local.teacher import http
+
+REAL_BACKENDS = stage_backends.real_backends
+NOBODY = 65534
+GENERATE_SECONDS = 0.001  # for each of the student's answers, so that a kill can fall between two
+
+
+@contextmanager
+def half_real(recipe: Recipe, run: RunDir, say: Callable[[str], None], *mode: Any) -> Iterator[Backends]:
+    """The real teacher, judge and store; fakes that learn for the rest."""
+
+    def generate(**given: Any) -> Any:
+        keep = given.pop("on_result")
+
+        def slowly(row: Any) -> None:
+            time.sleep(GENERATE_SECONDS)
+            keep(row)
+
+        return fakes.generate(**given, on_result=slowly)
+
+    def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+        if os.environ.get("TAPIR_TEST_CHILD"):
+            import child_module
+
+            call_in_process(child_module.work, {}, run.path / "child", {})
+        fakes.train(rows=rows, previous=previous, seed=seed, out=out, progress=progress)
+
+    with REAL_BACKENDS(recipe, run, say, *mode) as made:
+        fake = fakes.fake_backends(fakes.World())
+        yield replace(
+            fake, teacher=made.teacher, judge=made.judge, replay=made.replay, generate=generate, train=train
+        )
+
+
+def run_child(job: dict[str, Any]) -> int:
+    """Run the command line in this process; the exit code."""
+    os.setsid()
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job.get("environ", {}))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if shift := job.get("clock"):
+        now = time.time
+        time.time = lambda: now() + shift
+    if job.get("unprivileged") and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    if limit := job.get("file_bytes"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if job.get("pauses") is None:
+        http.backoff_seconds = lambda tries, chance: 0.01
+    stage_backends.real_backends = half_real
+    sys.argv = ["tapir-local", *job["words"]]
+    try:
+        command_line.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except BaseException:
+        traceback.print_exc()
+        return 99
+    return 0
+
+
+def main() -> None:
+    """Fork a child for each job."""
+    assert tapir_local.pipeline.loop
+    assert tapir_local.teacher.ask
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            code = run_child(job)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
