@@ -35,7 +35,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch, serving(BilledTeacher()) as teacher, worker() as hand:
         folder = Path(scratch)
         folder.chmod(0o755)
-        uncut = run_uncut(hand, teacher, folder)
+        uncut = run_uncut(hand, teacher, folder, ("warm", "uncut"))
         print(f"uncut run: {uncut.seconds:.1f} s, {uncut.requests} requests, {len(uncut.files)} files", file=sys.stderr)
         number = asked.case or 0
         while sum(case.kills for case in cases) < asked.kills:

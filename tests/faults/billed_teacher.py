@@ -21,7 +21,8 @@ from server import ODD, Fault, brings, completion, dropped, garbled, malformed, 
 
 from tapir_local.records import Message, Request
 
-LATE_SECONDS = 0.25  # an answer that was sent less than this before a kill may not have reached the disk
+LATE_SECONDS = 1.0  # an answer that was sent less than this before a kill may not have reached a busy disk
+SETTLE_SECONDS = 0.1  # for requests that a killed process has sent and the server has not read
 
 
 def answer_of(body: Mapping[str, Any]) -> str:
@@ -148,11 +149,11 @@ class BilledTeacher:
             self.entries, self.headers, self.counts = [], [], Counter()
             self.on_request, self.otherwise = (lambda number: None), None
 
-    def in_flight(self) -> set[str]:
-        """The bodies whose answer is not sent yet, or was sent so recently that it may not be on the disk."""
-        now = time.monotonic()
+    def in_flight(self, moment: float) -> set[str]:
+        """The bodies whose answer was not sent at a moment (time.monotonic()), or only just before it."""
+        time.sleep(SETTLE_SECONDS)
         with self.lock:
-            return {one.key for one in self.entries if not one.ended or one.ended > now - LATE_SECONDS}
+            return {one.key for one in self.entries if not one.ended or one.ended > moment - LATE_SECONDS}
 
     def paid(self) -> Counter[str]:
         """How often a whole answer to each body was paid for."""

@@ -29,9 +29,10 @@ from tapir_local.run_dir import RunDir
 HERE = Path(__file__).parent
 NAME = "fake"
 IN_FLIGHT = 8  # teacher.concurrency of these runs
+FULL_SECONDS = 2.0  # before the end of a start on a full disk, in which an answer could not be written
 WAIT_SECONDS = 120.0  # an attempt that takes longer hangs
 CLOCK_SECONDS = (-400 * 86_400.0, -3_600.0, 3_600.0, 400 * 86_400.0)
-ENDINGS = ("", "-wal", "-shm")
+CARD_FILES = ("model/README.md", "model/SHA256SUMS")  # the card has figures of run.json, if that is there
 RECIPE = """
 name: {name}
 rounds: 2
@@ -50,7 +51,7 @@ class Worker:
         folders = [str(HERE), str(HERE.parent / "support"), str(HERE.parents[1])]
         keys = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES")
         env = {name: value for name, value in os.environ.items() if name not in keys}
-        env |= {"PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **environment}
+        env |= {"PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "OPENBLAS_NUM_THREADS": "1", **environment}
         command = [sys.executable, str(HERE / "run_worker.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.pid = 0
@@ -144,9 +145,9 @@ class Uncut:
     requests: int
 
 
-def run_uncut(hand: Worker, teacher: BilledTeacher, folder: Path) -> Uncut:
-    """The run to compare with, run twice: the first start is slower."""
-    for name in ("warm", "uncut"):
+def run_uncut(hand: Worker, teacher: BilledTeacher, folder: Path, names: tuple[str, ...] = ("uncut",)) -> Uncut:
+    """The run to compare with, made once for each name: the first start is slower."""
+    for name in names:
         teacher.reset(0)
         place, began = make_place(folder, teacher, name), time.monotonic()
         code = hand.run(*place.distill(), log=place.log)
@@ -170,9 +171,11 @@ class Case:
     uncut: Uncut
     may_repay: set[str] = field(default_factory=set)
     store_harmed: bool = False
+    record_lost: bool = False
     harms: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     kills: int = 0
+    abandoned_at: float | None = None  # when the last start was ended without waiting for its requests
     most_again: int = 0  # answers that one kill had paid for again
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -183,9 +186,8 @@ class Case:
 
 def kill(case: Case, pid: int) -> None:
     """kill -9."""
-    case.may_repay |= case.teacher.in_flight()
+    case.abandoned_at = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    case.may_repay |= case.teacher.in_flight()
 
 
 def stop_with(number: signal.Signals) -> Callable[[Case, int], None]:
@@ -203,16 +205,16 @@ def freeze(case: Case, pid: int) -> None:
 def freeze_and_kill(case: Case, pid: int) -> None:
     """Stopped, then killed."""
     os.kill(pid, signal.SIGSTOP)
+    case.abandoned_at = time.monotonic()
     time.sleep(0.1)
-    case.may_repay |= {one.key for one in case.teacher.entries if one.ended > time.monotonic() - 0.5}
-    kill(case, pid)
+    os.kill(pid, signal.SIGKILL)
 
 
 def stop_twice(case: Case, pid: int) -> None:
     """Two signals: the second abandons what is in flight."""
     os.kill(pid, signal.SIGTERM)
     time.sleep(0.005)
-    case.may_repay |= case.teacher.in_flight()
+    case.abandoned_at = time.monotonic()
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
 
@@ -221,10 +223,19 @@ def take_store(*endings: str) -> Callable[[Case, int], None]:
     """Delete the store's files while the run uses them; what it holds is saved when the run stops."""
 
     def act(case: Case, pid: int) -> None:
+        if not has_open(pid, case.place.store):
+            case.store_harmed = True  # nobody holds it: its calls are lost, and paid for again
         for ending in endings:
             Path(f"{case.place.store}{ending}").unlink(missing_ok=True)
 
     return act
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open."""
+    with suppress(OSError):
+        return any(os.readlink(link) == str(path) for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 DURING: dict[str, tuple[int, Callable[[Case, int], None]]] = {
@@ -251,11 +262,12 @@ def nothing(case: Case) -> None:
 
 
 def finished_files(case: Case) -> list[Path]:
-    """The files that finished stages have written, without records that no stage reads."""
+    """The files that finished stages have written; none if run.json was lost, which alone says what they held."""
+    if case.record_lost:
+        return []
     run = case.place.run.path
-    stages = json.loads((run / "run.json").read_bytes()).get("stages", {}) if (run / "run.json").exists() else {}
     found = [path for path in run.rglob("*.json*") if path.name not in ("run.json", "unusable.jsonl")]
-    return sorted(path for path in found if not is_hidden_or_partial(path) and stages)
+    return sorted(path for path in found if not is_hidden_or_partial(path))
 
 
 def is_hidden_or_partial(path: Path) -> bool:
@@ -304,10 +316,12 @@ def empty_record(case: Case) -> None:
     """run.json is empty, as after a power failure on some file systems. Its error says to delete it."""
     if (path := case.place.run.path / "run.json").exists():
         path.write_bytes(b"")
+        case.record_lost = True
 
 
 def delete_record(case: Case) -> None:
     """run.json is gone."""
+    case.record_lost = True
     (case.place.run.path / "run.json").unlink(missing_ok=True)
 
 
@@ -419,15 +433,16 @@ def disturbed_start(case: Case) -> int:
     case.place.log.unlink(missing_ok=True)
     delay = case.chance.uniform(0.0, 0.45) * case.uncut.seconds
     pid = case.hand.start(*case.place.distill(), log=case.place.log, **CONDITIONS[condition][1](case.chance))
-    if condition == "disk full":
-        case.may_repay |= case.teacher.in_flight()
+    case.abandoned_at = None
     time.sleep(delay)
     with suppress(ProcessLookupError):
         DURING[during][1](case, pid)
         case.kills += 1
     code = wait_or_kill(case, pid)
-    if condition == "disk full":
-        case.may_repay |= case.teacher.in_flight()
+    if condition == "disk full" and case.abandoned_at is None:
+        case.abandoned_at = time.monotonic() - FULL_SECONDS
+    if case.abandoned_at is not None:
+        case.may_repay |= case.teacher.in_flight(case.abandoned_at)
     check_words(case, code)
     if during in POLITE and not condition and code not in (EXITS[during], 0, 1, -int(getattr(signal, during))):
         case.fault(f"exit code {code} after {during}")
@@ -504,7 +519,9 @@ def follow_advice(case: Case, said: str) -> None:
 def compare(case: Case) -> None:
     """The files are those of the uncut run, and the store holds each call once."""
     found = outputs(case.place.run)
-    names = sorted(name for name in found.keys() | case.uncut.files.keys() if found.get(name) != case.uncut.files.get(name))
+    without = CARD_FILES if case.record_lost else ()
+    every = found.keys() | case.uncut.files.keys()
+    names = sorted(name for name in every if found.get(name) != case.uncut.files.get(name) and name not in without)
     if names:
         case.fault(f"other files than the uncut run's: {', '.join(names)}")
     keys = stored_keys(case.place.store)

@@ -7,8 +7,10 @@ child's process id, and when the child has ended, its wait status. The child run
 real HTTP, real files. Only what trains, exports and generates is a fake (tests/support/fakes.py).
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
@@ -25,13 +27,9 @@ for folder in (HERE, HERE.parent / "support", HERE.parents[1]):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import aiohttp  # noqa: F401
 import fakes
-import openai  # noqa: F401
-import rich.console  # noqa: F401
 
-import tapir_local.pipeline.loop
-import tapir_local.teacher.ask
+import tapir_local
 from tapir_local.commands import main as command_line
 from tapir_local.process import call_in_process
 from tapir_local.recipe.schema import Recipe
@@ -43,6 +41,7 @@ from tapir_local.teacher import http
 
 REAL_BACKENDS = stage_backends.real_backends
 NOBODY = 65534
+LIBRARIES = ("aiohttp", "openai.resources.chat", "rich.console", "rich.progress", "scipy.stats", "sqlite_utils", "h11")
 GENERATE_SECONDS = 0.001  # for each of the student's answers, so that a kill can fall between two
 
 
@@ -105,10 +104,17 @@ def run_child(job: dict[str, Any]) -> int:
     return 0
 
 
+def import_everything() -> None:
+    """Import what a run needs, so that a fork of this process begins at once."""
+    for module in pkgutil.walk_packages(tapir_local.__path__, "tapir_local."):
+        importlib.import_module(module.name)
+    for name in LIBRARIES:
+        importlib.import_module(name)
+
+
 def main() -> None:
     """Fork a child for each job."""
-    assert tapir_local.pipeline.loop
-    assert tapir_local.teacher.ask
+    import_everything()
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
