@@ -32,7 +32,11 @@ def main() -> int:
     """Run the campaign and print its table; 1 if a promise was broken."""
     asked, began = arguments(), time.monotonic()
     cases: list[Case] = []
-    with tempfile.TemporaryDirectory(dir=asked.folder) as scratch, serving(BilledTeacher()) as teacher, worker() as hand:
+    with (
+        tempfile.TemporaryDirectory(dir=asked.folder) as scratch,
+        serving(BilledTeacher()) as teacher,
+        worker() as hand,
+    ):
         folder = Path(scratch)
         folder.chmod(0o755)
         uncut = run_uncut(hand, teacher, folder, ("warm", "uncut"))
@@ -87,7 +91,9 @@ def print_table(cases: list[Case], uncut: Uncut, seconds: float) -> None:
     ended = [case for case in cases if not case.faults]
     print(f"| ends in the uncut run's files and calls, without a traceback | {len(ended)} of {len(cases)} runs |")
     print(f"| answers paid for again after one kill, at most | {max((case.most_again for case in whole), default=0)} |")
-    print(f"| the same, of the {len(hurt)} runs whose store was harmed | {max((case.most_again for case in hurt), default=0)} |")
+    print(
+        f"| the same, of the {len(hurt)} runs whose store was harmed | {max((case.most_again for case in hurt), default=0)} |"
+    )
 
 
 if __name__ == "__main__":

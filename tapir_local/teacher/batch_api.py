@@ -14,7 +14,7 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import T
 from tapir_local.store.reply import parse_reply_json
-from tapir_local.teacher.endpoint import mask_key
+from tapir_local.teacher.endpoint import mask_key, mask_key_in_answer
 from tapir_local.teacher.pending_batches import PendingBatch, PendingBatches
 from tapir_local.teacher.rate_limit import backoff_seconds, requested_wait
 from tapir_local.teacher.refusals import RETRIED_STATUSES, RequestFailure, classify_error_response
@@ -135,7 +135,7 @@ class BatchClient:
                         )
             except transport_errors() as error:
                 raise openai.APIConnectionError(request=response.http_request) from error
-            return bytes(body)
+            return mask_key_in_answer(bytes(body), self.client)
 
     async def call_with_retries(self, send: Callable[[], Awaitable[T]]) -> T:
         """The result of one request, retried after the pauses that the server requests and after lost connections."""

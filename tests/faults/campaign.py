@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tapir_local.run_dir import RunDir
 HERE = Path(__file__).parent
 NAME = "fake"
 IN_FLIGHT = 8  # teacher.concurrency of these runs
+OPEN_SECONDS = 1.0  # that a start may take to open the store
 FULL_SECONDS = 2.0  # before the end of a start on a full disk, in which an answer could not be written
 WAIT_SECONDS = 120.0  # an attempt that takes longer hangs
 CLOCK_SECONDS = (-400 * 86_400.0, -3_600.0, 3_600.0, 400 * 86_400.0)
@@ -51,7 +53,13 @@ class Worker:
         folders = [str(HERE), str(HERE.parent / "support"), str(HERE.parents[1])]
         keys = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES")
         env = {name: value for name, value in os.environ.items() if name not in keys}
-        env |= {"PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "OPENBLAS_NUM_THREADS": "1", **environment}
+        env |= {
+            "PYTHONPATH": os.pathsep.join(folders),
+            "CUDA_VISIBLE_DEVICES": "",
+            "COLUMNS": "200",
+            "OPENBLAS_NUM_THREADS": "1",
+            **environment,
+        }
         command = [sys.executable, str(HERE / "run_worker.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.pid = 0
@@ -172,6 +180,7 @@ class Case:
     may_repay: set[str] = field(default_factory=set)
     store_harmed: bool = False
     record_lost: bool = False
+    disk_full: bool = False
     harms: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     kills: int = 0
@@ -223,8 +232,11 @@ def take_store(*endings: str) -> Callable[[Case, int], None]:
     """Delete the store's files while the run uses them; what it holds is saved when the run stops."""
 
     def act(case: Case, pid: int) -> None:
-        if not has_open(pid, case.place.store):
-            case.store_harmed = True  # nobody holds it: its calls are lost, and paid for again
+        end = time.monotonic() + OPEN_SECONDS
+        while not has_open(pid, case.place.store) and time.monotonic() < end:
+            time.sleep(0.005)
+        if not has_open(pid, case.place.store) or case.disk_full:
+            case.store_harmed = True  # nobody holds it, or it cannot be saved: its calls are lost
         for ending in endings:
             Path(f"{case.place.store}{ending}").unlink(missing_ok=True)
 
@@ -373,7 +385,7 @@ def move_store_alone(case: Case, path: Path) -> None:
 
 
 BETWEEN: dict[str, tuple[int, Callable[[Case], None]]] = {
-    "": (24, nothing),
+    "": (60, nothing),
     "an output deleted": (2, delete_output),
     "an output cut": (2, cut_output),
     "two outputs exchanged": (2, exchange_outputs),
@@ -433,7 +445,7 @@ def disturbed_start(case: Case) -> int:
     case.place.log.unlink(missing_ok=True)
     delay = case.chance.uniform(0.0, 0.45) * case.uncut.seconds
     pid = case.hand.start(*case.place.distill(), log=case.place.log, **CONDITIONS[condition][1](case.chance))
-    case.abandoned_at = None
+    case.abandoned_at, case.disk_full = None, condition == "disk full"
     time.sleep(delay)
     with suppress(ProcessLookupError):
         DURING[during][1](case, pid)
@@ -516,6 +528,14 @@ def follow_advice(case: Case, said: str) -> None:
         case.fault(f"an error without a way on: {plain[-600:]}")
 
 
+def first_difference(case: Case, found: dict[str, bytes], name: str) -> str:
+    """The first line in which a file differs from the uncut run's."""
+    ours, theirs = (files.get(name, b"").splitlines() for files in (found, case.uncut.files))
+    pairs = ((one, two) for one, two in zip_longest(ours, theirs, fillvalue=b"") if one != two)
+    one, two = next(pairs, (b"", b""))
+    return f"{one[:200]!r} instead of {two[:200]!r}"
+
+
 def compare(case: Case) -> None:
     """The files are those of the uncut run, and the store holds each call once."""
     found = outputs(case.place.run)
@@ -523,7 +543,7 @@ def compare(case: Case) -> None:
     every = found.keys() | case.uncut.files.keys()
     names = sorted(name for name in every if found.get(name) != case.uncut.files.get(name) and name not in without)
     if names:
-        case.fault(f"other files than the uncut run's: {', '.join(names)}")
+        case.fault(f"other files than the uncut run's: {', '.join(names)}; {first_difference(case, found, names[0])}")
     keys = stored_keys(case.place.store)
     if keys - case.uncut.keys or (keys != case.uncut.keys and not case.store_harmed):
         case.fault(f"{len(case.uncut.keys - keys)} calls are not in the store, {len(keys - case.uncut.keys)} too many")

@@ -22,15 +22,8 @@ from campaign import (
     harmed_run,
     make_place,
     run_uncut,
-    worker,
 )
 from fakes import outputs
-
-
-@pytest.fixture(scope="module")
-def hand() -> Iterator[Worker]:
-    with worker() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
