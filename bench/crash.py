@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "faults")]
 
-from billed_teacher import BilledTeacher, serving
-from campaign import Case, Uncut, Worker, harmed_run, make_place, run_uncut, worker
+from billed_teacher import BilledTeacher, serving  # noqa: E402
+from campaign import Case, Uncut, Worker, harmed_run, make_place, run_uncut, worker  # noqa: E402
 
 KILLS_PER_RUN = 8
 
@@ -91,9 +91,8 @@ def print_table(cases: list[Case], uncut: Uncut, seconds: float) -> None:
     ended = [case for case in cases if not case.faults]
     print(f"| ends in the uncut run's files and calls, without a traceback | {len(ended)} of {len(cases)} runs |")
     print(f"| answers paid for again after one kill, at most | {max((case.most_again for case in whole), default=0)} |")
-    print(
-        f"| the same, of the {len(hurt)} runs whose store was harmed | {max((case.most_again for case in hurt), default=0)} |"
-    )
+    most = max((case.most_again for case in hurt), default=0)
+    print(f"| the same, of the {len(hurt)} runs whose store was harmed | {most} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Start the program again and again cheaply: this process imports everything once, and each start is a fork of it.
 
-    python run_worker.py
+    python run_worker.py      with tests/faults, tests/support and the checkout on PYTHONPATH (see campaign.Worker)
 
 Each line of its input is a job as JSON: {"words": [...], "log": PATH, "environ": {...}, "limits": {...}}. It prints the
 child's process id, and when the child has ended, its wait status. The child runs the whole command line: real store,
@@ -21,11 +21,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-HERE = Path(__file__).parent
-for folder in (HERE, HERE.parent / "support", HERE.parents[1]):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 import fakes
 
@@ -96,7 +91,7 @@ def run_child(job: dict[str, Any]) -> int:
         command_line.main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (whatever it is, the campaign must see it)
         traceback.print_exc()
         return 99
     return 0
