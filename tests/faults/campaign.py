@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 NAME = "fake"
 IN_FLIGHT = 8  # teacher.concurrency of these runs
 OPEN_SECONDS = 1.0  # that a start may take to open the store
+OPENED_SECONDS = 0.2  # after which it holds the store, and not only checks it
 FULL_SECONDS = 2.0  # before the end of a start on a full disk, in which an answer could not be written
 WAIT_SECONDS = 120.0  # an attempt that takes longer hangs
 CLOCK_SECONDS = (-400 * 86_400.0, -3_600.0, 3_600.0, 400 * 86_400.0)
@@ -235,6 +236,7 @@ def take_store(*endings: str) -> Callable[[Case, int], None]:
         end = time.monotonic() + OPEN_SECONDS
         while not has_open(pid, case.place.store) and time.monotonic() < end:
             time.sleep(0.005)
+        time.sleep(OPENED_SECONDS)
         if not has_open(pid, case.place.store) or case.disk_full:
             case.store_harmed = True  # nobody holds it, or it cannot be saved: its calls are lost
         for ending in endings:
