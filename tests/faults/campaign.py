@@ -39,18 +39,18 @@ CARD_FILES = ("model/README.md", "model/SHA256SUMS")  # the card has figures of 
 RECIPE = """
 name: {name}
 rounds: 2
-seeds: {{holdout: 10, path: {seeds}}}
+seeds: {{holdout: 8, limit: 36, path: {seeds}}}
 student: {{path: pocket}}
 teacher: {{base_url: {url}, model: m, alias: campaign, concurrency: {concurrency}, send_seed: true, timeout: 10}}
-curriculum: {{rows: 20, first_rows: 10, drafts: 2}}
-classifier: {{labelled: 30}}
+curriculum: {{rows: 12, first_rows: 8, drafts: 2}}
+classifier: {{labelled: 20}}
 """
 
 
 class Worker:
     """A process that starts the program by forking (tests/faults/run_worker.py)."""
 
-    def __init__(self, **environment: str) -> None:
+    def __init__(self, *prefix: str, **environment: str) -> None:
         folders = [str(HERE), str(HERE.parent / "support"), str(HERE.parents[1])]
         keys = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES")
         env = {name: value for name, value in os.environ.items() if name not in keys}
@@ -61,7 +61,7 @@ class Worker:
             "OPENBLAS_NUM_THREADS": "1",
             **environment,
         }
-        command = [sys.executable, str(HERE / "run_worker.py")]
+        command = [*prefix, sys.executable, str(HERE / "run_worker.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.pid = 0
 
@@ -94,9 +94,9 @@ class Worker:
 
 
 @contextmanager
-def worker(**environment: str) -> Iterator[Worker]:
-    """A worker that is ended at the end of the block."""
-    made = Worker(**environment)
+def worker(*prefix: str, **environment: str) -> Iterator[Worker]:
+    """A worker that is ended at the end of the block; `prefix` is the beginning of its command."""
+    made = Worker(*prefix, **environment)
     try:
         yield made
     finally:

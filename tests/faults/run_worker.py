@@ -2,8 +2,8 @@
 
     python run_worker.py      with tests/faults, tests/support and the checkout on PYTHONPATH (see campaign.Worker)
 
-Each line of its input is a job as JSON: {"words": [...], "log": PATH, "environ": {...}, "limits": {...}}. It prints the
-child's process id, and when the child has ended, its wait status. The child runs the whole command line: real store,
+Each line of its input is a job as JSON: {"words": [...], "log": PATH, …}; `run_child` has the other fields. It prints
+the child's process id, and when the child has ended, its exit code. The child runs the whole command line: real store,
 real HTTP, real files. Only what trains, exports and generates is a fake (tests/support/fakes.py).
 """
 
@@ -13,6 +13,7 @@ import os
 import pkgutil
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -110,6 +111,8 @@ def main() -> None:
     import_everything()
     for line in sys.stdin:
         job = json.loads(line)
+        if arguments := job.get("mount"):
+            subprocess.run(["mount", *arguments], check=True)
         pid = os.fork()
         if not pid:
             code = run_child(job)

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,11 @@ from campaign import (
     harmed_run,
     make_place,
     run_uncut,
+    worker,
 )
 from fakes import outputs
+
+from tapir_local.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def start_and_signal(case: Case, at: int, *numbers: signal.Signals) -> int:
 LONG = pytest.mark.campaign
 
 
-@pytest.mark.parametrize("at", [75, pytest.param(25, marks=LONG), pytest.param(215, marks=LONG)])
+@pytest.mark.parametrize("at", [60, pytest.param(15, marks=LONG), pytest.param(110, marks=LONG)])
 def test_a_run_killed_with_requests_in_flight_pays_only_those_again(make_case, at):
     case = make_case()
     assert start_and_signal(case, at, signal.SIGKILL) == -signal.SIGKILL
@@ -94,7 +98,7 @@ def test_a_run_killed_with_requests_in_flight_pays_only_those_again(make_case, a
 )
 def test_a_run_stopped_by_a_signal_pays_nothing_again(make_case, number):
     case = make_case()
-    assert start_and_signal(case, 75, number) == 128 + number
+    assert start_and_signal(case, 60, number) == 128 + number
     check_words(case, 128 + number)
     assert finish(case)
     compare(case)
@@ -146,3 +150,37 @@ def test_a_clock_that_moves_back_and_an_output_that_was_cut(make_case):
     compare(case)
     assert case.faults == []
     assert set(case.teacher.paid().values()) == {1}
+
+
+NAME_SPACE = ("unshare", "--map-root-user", "--mount")
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this machine allows a mount in a name space of one's own."""
+    try:
+        command = [*NAME_SPACE, "mount", "-t", "tmpfs", "none", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.campaign
+def test_a_small_file_system_that_fills_up_ends_in_an_error_and_a_larger_one_goes_on(teacher, folder, uncut, tmp_path):
+    """A real one of 100 to 900 KB: every write may be the one that fails."""
+    if not can_mount(tmp_path):
+        pytest.skip("no mount name space here")
+    place = make_place(folder, teacher, "small-disk")
+    place.cache.mkdir()
+    prefix = (*NAME_SPACE, "sh", "-c", 'mount -t tmpfs -o size=100k none "$0" && exec "$@"', str(place.cache))
+    with worker(*prefix) as hand:
+        teacher.reset(1)
+        for size in [*range(100, 900, 100), 50_000]:
+            place.log.unlink(missing_ok=True)
+            larger = ["-o", f"remount,size={size}k", str(place.cache)]
+            code = hand.run(*place.distill(), log=place.log, mount=larger)
+            said = place.last_words()
+            assert "Traceback" not in said
+            assert (code == 0) == ("error:" not in said), said
+        assert code == 0
+        seen = Path(f"/proc/{hand.process.pid}/root{place.cache}")
+        assert outputs(RunDir(seen, "fake")) == uncut.files
