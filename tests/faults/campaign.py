@@ -35,6 +35,7 @@ OPENED_SECONDS = 0.2  # after which it holds the store, and not only checks it
 FULL_SECONDS = 2.0  # before the end of a start on a full disk, in which an answer could not be written
 WAIT_SECONDS = 120.0  # an attempt that takes longer hangs
 CLOCK_SECONDS = (-400 * 86_400.0, -3_600.0, 3_600.0, 400 * 86_400.0)
+UNREAD = ("run.json", "unusable.jsonl", "rejected-seeds.jsonl")  # no stage reads these
 CARD_FILES = ("model/README.md", "model/SHA256SUMS")  # the card has figures of run.json, if that is there
 RECIPE = """
 name: {name}
@@ -280,7 +281,7 @@ def finished_files(case: Case) -> list[Path]:
     if case.record_lost:
         return []
     run = case.place.run.path
-    found = [path for path in run.rglob("*.json*") if path.name not in ("run.json", "unusable.jsonl")]
+    found = [path for path in run.rglob("*.json*") if path.name not in UNREAD]
     return sorted(path for path in found if not is_hidden_or_partial(path))
 
 
