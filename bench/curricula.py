@@ -2,10 +2,13 @@
 
     python bench/curricula.py --folder DIR --workers 2              run what is missing, then report
     python bench/curricula.py --folder DIR --report                 only report what is there
+    python bench/curricula.py --folder DIR --arms tapir-refine-all uniform-refined --set student.path=smollm2 ...
+                                                                    the same tasks and checkers, another student
 
 For each random seed the preparation and round 0 are done once and copied for every arm. All arms share one store. The
 bench resumes: finished runs are only read, interrupted ones continue. Each worker has one thread and runs training,
-export and the gate in its own process instead of new ones, so that torch and TRL are imported once.
+export and the gate in its own process instead of new ones, so that torch and TRL are imported once. Every table has
+the untrained student. Arms are compared with --reference. An arm with `train.schedule: wsd` has a round 0 of its own.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -61,6 +65,23 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "curriculum.alpha": 0.7,
         "train.schedule": "constant",
     },
+    # One schedule over all rounds: warm-up in round 0, decay in the last, Adam's moments carried on.
+    "tapir-wsd": {"train.schedule": "wsd"},
+    "refine-all-wsd": {"curriculum.refine": "all", "train.schedule": "wsd"},
+    "refine-all-one-round-wsd": {
+        "curriculum.refine": "all",
+        "rounds": 1,
+        "curriculum.rows": 1500,
+        "curriculum.alpha": 0.7,
+        "train.schedule": "wsd",
+    },
+    "uniform-refined-wsd": {
+        "curriculum.difficulty": False,
+        "curriculum.balance": False,
+        "curriculum.expand_share": 0.0,
+        "curriculum.alpha": 1.0,
+        "train.schedule": "wsd",
+    },
     # No difficulty, no balance, no new rows: random seeds with refined answers.
     "uniform-refined": {
         "curriculum.difficulty": False,
@@ -70,16 +91,28 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 SEEDS = (1, 2, 3, 4, 5)
-BASE = "base"
+# Runs whose preparation and round 0 the arms start from. `rounds: 0` ends with round 0; with `wsd` round 0 is not the
+# last, so that run has a round more, and the bench stops it.
+BASES: Mapping[str, Mapping[str, Any]] = {"base": {"rounds": 0}, "base-wsd": {"rounds": 1, "train.schedule": "wsd"}}
 HEAVY = ("training.classifier", "training.train", "export.export", "export.gate")
 
 
-def recipe_of(arm: str, seed: int) -> Any:
-    """The quickstart with the settings of the bench and of the arm; the base run ends with round 0."""
+class EndOfBase(Exception):
+    """Round 1 of a base begins."""
+
+
+def base_of(arm: str) -> str:
+    """The run that an arm starts from."""
+    return "base-wsd" if ARMS[arm].get("train.schedule") == "wsd" else "base"
+
+
+def recipe_of(arm: str, seed: int, changed: Mapping[str, Any]) -> Any:
+    """The quickstart with the settings of the bench, of the arm, and of the command line."""
     from tapir_local.recipe.text import override, parse_recipe
 
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
-    changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **ARMS.get(arm, {"rounds": 0})}
+    own = ARMS[arm] if arm in ARMS else BASES[arm]
+    changes = {"name": f"{arm}-{seed}", "random_seed": seed, **SETTING, **changed, **own}
     return override(parse_recipe(text, "quickstart.yaml"), changes)
 
 
@@ -92,39 +125,54 @@ def here(work: Any, job: Any, folder: Path, progress: Any = None, *_: Any) -> No
     work(folder, progress or (lambda done, total, note: None))
 
 
-def run(folder: Path, arm: str, seed: int) -> tuple[str, int, float]:
+def run(folder: Path, arm: str, seed: int, changed: Mapping[str, Any]) -> tuple[str, int, float]:
     """Run one arm, or what is missing of it. Returns (arm, seed, seconds)."""
     from tapir_local.pipeline.loop import Watch, distill
     from tapir_local.run_dir import RunDir
     from tapir_local.stages.backends import real_backends
 
     for name in HEAVY:
-        vars(importlib.import_module(f"tapir_local.{name}"))["in_own_process"] = here
-    recipe, began = recipe_of(arm, seed), time.monotonic()
-    place, base = RunDir(folder, recipe.name), RunDir(folder, f"{BASE}-{seed}")
-    if arm != BASE and not place.path.exists():
+        module = importlib.import_module(f"tapir_local.{name}")
+        assert "run_in_process" in vars(module)
+        vars(module)["run_in_process"] = here
+    recipe, began = recipe_of(arm, seed, changed), time.monotonic()
+    place = RunDir(folder, recipe.name)
+    if arm in ARMS and not place.path.exists():
+        base = RunDir(folder, f"{base_of(arm)}-{seed}")
         copy = place.path.with_name(f".{place.name}.partial")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(base.path, copy)
         (copy / "recipe.yaml").unlink()
         copy.rename(place.path)
-    if not (place.path / "recipe.yaml").exists() and arm != BASE:
+    if not (place.path / "recipe.yaml").exists() and arm in ARMS:
         from tapir_local.files import write_text
         from tapir_local.recipe.text import to_yaml
 
         write_text(place.path / "recipe.yaml", to_yaml(recipe))
-    quiet = Watch(lambda step: None, lambda done, total, said: None, lambda step, taken: None)
-    with real_backends(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as backends:
+
+    def begins(step: Any) -> None:
+        if arm in BASES and step.number == 1:
+            raise EndOfBase
+
+    quiet = Watch(begins, lambda done, total, said: None, lambda step, taken: None)
+    with (
+        suppress(EndOfBase),
+        real_backends(recipe, place, lambda text: print(f"{recipe.name}: {text}", file=sys.stderr)) as backends,
+    ):
         distill(recipe, place, backends, quiet)
     return arm, seed, time.monotonic() - began
 
 
-def work(folder: Path, arms: list[str], seeds: list[int], workers: int) -> None:
+def work(options: argparse.Namespace) -> None:
     """All runs: the bases first, then seed by seed, so that an interrupted bench has complete seeds."""
+    from tapir_local.recipe.text import parse_changes
+
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for jobs in ([(BASE, seed) for seed in seeds], [(arm, seed) for seed in seeds for arm in arms]):
-            waiting = [pool.submit(run, folder, arm, seed) for arm, seed in jobs]
+    bases, changed = sorted(set(map(base_of, options.arms))), parse_changes(options.set)
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        for arms in (bases, options.arms):
+            jobs = [(arm, seed) for seed in options.seeds for arm in arms]
+            waiting = [pool.submit(run, options.folder, arm, seed, changed) for arm, seed in jobs]
             for count, found in enumerate(as_completed(waiting), 1):
                 arm, seed, seconds = found.result()
                 print(f"{count}/{len(jobs)} {arm} {seed}: {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -144,23 +192,31 @@ def read(folder: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[int,
     return found
 
 
-def report(folder: Path, arms: list[str], seeds: list[int]) -> None:
-    """Print Markdown tables: each arm at its end compared with tapir, its cost, accuracy by round and by task."""
+def report(folder: Path, arms: list[str], seeds: list[int], reference: str) -> None:
+    """Print Markdown tables: each arm at its end and the untrained student compared with the reference, the arms'
+    costs, accuracy by round and by task."""
     from statistics import fmean
 
     from tapir_local.method.stats import correct_p_values, estimate_difference, estimate_mean
 
     sides = read(folder, arms, seeds)
-    whole = {arm: runs for arm, runs in sides.items() if set(runs) == set(seeds)}
-    print(f"\n{len(seeds)} random seeds; there: {', '.join(f'{arm} {len(runs)}' for arm, runs in sides.items())}")
+    asked, seeds = seeds, [seed for seed in seeds if all(seed in runs for runs in sides.values())]
+    whole = {arm: {seed: runs[seed] for seed in seeds} for arm, runs in sides.items() if seeds}
+    if reference not in whole:
+        sys.exit(f"{reference} has no finished run for a seed that all arms have, of {asked}")
+    finished = ", ".join(f"{arm} {len(runs)}" for arm, runs in sides.items())
+    print(f"\nthe random seeds that all arms have: {seeds} of {asked}; finished: {finished}")
     for name, values in (("accuracy", "right"), ("win rate", "wins")):
         known = {
             arm: {seed: dict(getattr(side.last, values)) for seed, side in runs.items()} for arm, runs in whole.items()
         }
+        untrained = {seed: side.untrained for runs in whole.values() for seed, side in runs.items() if side.untrained}
+        if set(untrained) == set(seeds):
+            known["untrained"] = {seed: dict(getattr(untrained[seed], values)) for seed in seeds}
         gaps = correct_p_values(
-            {arm: estimate_difference(rows, known["tapir"]) for arm, rows in known.items() if arm != "tapir"}
+            {arm: estimate_difference(rows, known[reference]) for arm, rows in known.items() if arm != reference}
         )
-        print(f"\n| curriculum | {name} | 95 % over seeds | less tapir | 95 % over seeds | p, Holm | by seed |")
+        print(f"\n| curriculum | {name} | 95 % over seeds | less {reference} | 95 % over seeds | p, Holm | by seed |")
         print("|---" * 7 + "|")
         for arm in sorted(known, key=lambda arm: -estimate_mean(known[arm]).mean):
             mean, gap = estimate_mean(known[arm]), gaps.get(arm)
@@ -219,12 +275,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--set", action="append", default=[], help="a setting of all arms, such as student.path=DIR")
+    parser.add_argument("--reference", choices=list(ARMS), help="compare with this arm; else with tapir or the first")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if not options.report:
-        work(options.folder, options.arms, options.seeds, options.workers)
-    report(options.folder, options.arms, options.seeds)
+        work(options)
+    reference = options.reference or ("tapir" if "tapir" in options.arms else options.arms[0])
+    if reference not in options.arms:
+        parser.error(f"--reference {reference} is not among --arms")
+    report(options.folder, options.arms, options.seeds, reference)
 
 
 if __name__ == "__main__":

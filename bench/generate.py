@@ -12,6 +12,14 @@ tokens of prompts and answers over the whole time. Loading is in neither. Withou
 parameters is made. Our tokens are chosen as the program does it on this machine, or with `--choose` by llama.cpp where
 the logits are computed, by NumPy, or once by each, so that the two ways take turns. `--uneven` gives us, and no rival,
 prompts of 1 token to --prompt-tokens, and answers that fill the rest: most steps then read prompts and write.
+
+    python bench/generate.py STUDENT.gguf --seeds FILE …       instructions of a seed file, by its template
+    python bench/generate.py JUDGE.gguf --prompt-tokens 600 --shared 480 --max-tokens 14 …     as a judge is asked
+
+With `--seeds` the prompts have the lengths of real instructions, at most --prompt-tokens. With `--shared` so many first
+tokens are the same in all prompts, which ours and the server compute once. llama-batched-bench knows neither: it reads
+as many tokens as a prompt has on average, without the shared ones, and its rate `all` is given per token of a whole
+request, as for the others.
 """
 
 import argparse
@@ -31,12 +39,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
+from tapir_local.data.dataset import require_seeds
+from tapir_local.data.files import read_path
 from tapir_local.inference import scheduler
 from tapir_local.inference.config import GenerationConfig
 from tapir_local.inference.context_plan import open_planned_context, pad_cells
+from tapir_local.inference.generate import encode_prompt
 from tapir_local.inference.lib import library, thread_count
-from tapir_local.inference.model import Model, open_model
-from tapir_local.inference.scheduler import Scheduler, Turn, answer_each, ignore_answer
+from tapir_local.inference.model import open_model
+from tapir_local.inference.scheduler import Scheduler, Turn, answer_each, common_prefix_length, ignore_answer
 
 CHOICES = {"default": None, "device": True, "numpy": False, "both": True}  # whether the device chooses our tokens
 SERVER = """
@@ -51,7 +62,7 @@ params.warmup = True
 server = xllamacpp.Server(params)
 def ask(prompt):
     found = server.handle_completions({"prompt": prompt, "n_predict": task["max_tokens"], "ignore_eos": True,
-                                       "temperature": 0, "top_k": 1, "cache_prompt": False})
+                                       "temperature": 0, "top_k": 1, "cache_prompt": task["shared"]})
     found = json.loads(found) if isinstance(found, str) else found
     return found.get("tokens_predicted") or found["usage"]["completion_tokens"]
 with ThreadPoolExecutor(task["parallel"]) as pool:
@@ -99,14 +110,17 @@ def main() -> None:
     library()  # loaded before the clock starts, and before torch
     with tempfile.TemporaryDirectory() as folder:
         gguf = options.gguf or random_student(Path(folder))
-        rivals = chosen_rivals(options)
+        rivals, options.prompts = chosen_rivals(options), make_prompts(gguf, options)
         found: dict[str, list[Rates]] = {name: [] for name in rivals}
         for _ in range(options.repeats):
             for name, measure in rivals.items():
                 found[name].append(measure(gguf, options, Path(folder)))
                 if options.verbose:
                     print(f"  {name}: {found[name][-1]}", file=sys.stderr)
-    lengths = f"{options.prompt_tokens} tokens read, {options.max_tokens} written, {options.parallel} in progress"
+    read = sorted(map(len, options.prompts))
+    mixed = f"{read[0]} to {read[-1]}, {statistics.mean(read):.0f} on average" if read[0] < read[-1] else read[0]
+    common = f", the first {options.shared} in common" if options.shared else ""
+    lengths = f"{mixed} tokens read{common}, {options.max_tokens} written, {options.parallel} in progress"
     print(f"{gguf.name}: {lengths}, {options.threads} threads")
     print(f"medians of {options.repeats}; {versions(options)}")
     print(table({name: median(rates) for name, rates in found.items()}))
@@ -123,6 +137,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=thread_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--choose", choices=CHOICES, default="default", help="what chooses our tokens")
+    parser.add_argument("--seeds", type=Path, help="read these instructions, not random tokens")
+    parser.add_argument("--shared", type=int, default=0, help="first tokens that all prompts have in common")
     parser.add_argument("--uneven", action="store_true", help="answers of ours end at different times; without rivals")
     parser.add_argument("--batched-bench", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--xllamacpp", type=Path, help="a Python that has xllamacpp")
@@ -131,6 +147,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.uneven and (options.loop_prompts or options.batched_bench or options.xllamacpp):
         parser.error("--uneven measures only ours: give --loop-prompts 0 and no rival")
+    if options.shared >= options.prompt_tokens or (options.shared and options.seeds):
+        parser.error("--shared is less than --prompt-tokens, and not used with --seeds")
     return options
 
 
@@ -160,21 +178,33 @@ def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argp
     return found
 
 
-def random_prompts(width: int, count: int, length: int) -> list[list[int]]:
-    """Prompts of random tokens, without a common prefix."""
+def make_prompts(gguf: Path, options: argparse.Namespace) -> list[list[int]]:
+    """All prompts as token ids: of a seed file, or random ones with a common beginning of --shared tokens."""
+    count, length = options.parallel * options.waves, options.prompt_tokens
+    with open_model(gguf, vocab_only=True) as model:
+        if options.seeds:
+            rows = require_seeds(read_path(options.seeds), ())[0]
+            found = [encode_prompt(model, row.prompt) for row in rows[: 4 * count]]
+            return [tokens for tokens in found if len(tokens) <= length][:count]
+        width = library().llama_vocab_n_tokens(model.vocab)
     chance = random.Random(0)
-    return [[chance.randrange(width) for _ in range(length)] for _ in range(count)]
+    prompts = [[chance.randrange(width) for _ in range(length)] for _ in range(count)]
+    if options.uneven:
+        chance = random.Random(1)
+        return [prompt[: chance.randint(1, length)] for prompt in prompts]
+    return [prompts[0][: options.shared] + prompt[options.shared :] for prompt in prompts]
 
 
 def ours(gguf: Path, options: argparse.Namespace, folder: Path, on_device: bool | None = None) -> Rates:
     """Continuous batching of all prompts, with their tokens chosen on the device, by NumPy, or as the program does."""
-    length = options.prompt_tokens + options.max_tokens
+    length, prompts = options.prompt_tokens + options.max_tokens, options.prompts
+    needs = [length if options.uneven else len(prompt) + options.max_tokens for prompt in prompts]
     with open_model(gguf) as model:
-        prompts = prompts_for(model, options, options.parallel * options.waves)
         model.ends.update(dict.fromkeys(range(library().llama_vocab_n_tokens(model.vocab)), False))
         most = length if options.uneven else options.max_tokens  # otherwise the context ends the answers
         config = GenerationConfig(most, length, parallel=options.parallel, threads=options.threads, on_device=on_device)
-        with open_planned_context(model, [length] * len(prompts), config) as (engine, _), timed() as clock:
+        shared = common_prefix_length(prompts)
+        with open_planned_context(model, needs, config, shared=shared) as (engine, _), timed() as clock:
             assert on_device in (None, engine.on_device), "this llama.cpp chooses no tokens"
             written: list[int] = []
             warm = prompts[: options.parallel]
@@ -183,16 +213,10 @@ def ours(gguf: Path, options: argparse.Namespace, folder: Path, on_device: bool 
             started, own = time.perf_counter(), time.thread_time()
             answer_each(engine, prompts, lambda _, one: written.append(len(one.tokens)), config, [0] * len(prompts))
             clock.total, clock.thread = time.perf_counter() - started, time.thread_time() - own
-    assert sum(written) == len(prompts) * length - sum(map(len, prompts))
+    assert sum(written) == sum(needs) - sum(map(len, prompts))
     python = (clock.thread - clock.decoding - clock.choosing) / sum(written) * 1e6
     rate = clock.written / clock.generating if clock.written else float("nan")
-    return Rates(rate, len(prompts) * length / clock.total, python, clock.choosing / sum(written) * 1e6)
-
-
-def prompts_for(model: Model, options: argparse.Namespace, count: int) -> list[list[int]]:
-    prompts = random_prompts(library().llama_vocab_n_tokens(model.vocab), count, options.prompt_tokens)
-    chance = random.Random(1)
-    return [prompt[: chance.randint(1, len(prompt))] for prompt in prompts] if options.uneven else prompts
+    return Rates(rate, sum(needs) / clock.total, python, clock.choosing / sum(written) * 1e6)
 
 
 @contextmanager
@@ -254,7 +278,7 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     library()  # Llama sets its own log
     ends, high_level.llama_cpp.llama_vocab_is_eog = high_level.llama_cpp.llama_vocab_is_eog, lambda *_: False
     try:
-        prompts = random_prompts(model.n_vocab(), options.loop_prompts + 1, options.prompt_tokens)
+        prompts = options.prompts[: options.loop_prompts + 1]
         started, written = 0.0, 0
         for number, prompt in enumerate(prompts):
             if number == 1:  # the first is a warm-up
@@ -265,13 +289,15 @@ def loop(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     finally:
         high_level.llama_cpp.llama_vocab_is_eog = ends
         model.close()
-    return Rates(float("nan"), (written + options.loop_prompts * options.prompt_tokens) / seconds)
+    return Rates(float("nan"), (written + sum(map(len, prompts[1:]))) / seconds)
 
 
 def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     """llama-batched-bench, with the same number of sequences and the same lengths."""
-    cells = pad_cells(options.prompt_tokens + options.max_tokens) * options.parallel
-    lengths = ["-npp", options.prompt_tokens, "-ntg", options.max_tokens, "-npl", options.parallel]
+    mean = round(statistics.mean(map(len, options.prompts)))
+    own = mean - options.shared
+    cells = pad_cells(own + options.max_tokens) * options.parallel
+    lengths = ["-npp", own, "-ntg", options.max_tokens, "-npl", options.parallel]
     size = ["-c", cells, "-t", options.threads, "-ngl", 99 if options.gpu else 0]
     words = [options.batched_bench, "-m", gguf, *lengths, *size, "--output-format", "jsonl"]
     for _ in range(3):  # a thread writes its log, and a line may be lost when the program ends
@@ -281,14 +307,12 @@ def batched_bench(gguf: Path, options: argparse.Namespace, folder: Path) -> Rate
     else:
         sys.exit(f"llama-batched-bench measured nothing:\n{said.stdout[-1000:]}\n{said.stderr[-2000:]}")
     found = json.loads(lines[-1])
-    return Rates(found["speed_tg"], found["speed"])
+    return Rates(found["speed_tg"], found["speed"] * (mean + options.max_tokens) / (own + options.max_tokens))
 
 
 def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     """xllamacpp's server, with one client thread per answer in progress."""
-    length, count = options.prompt_tokens + options.max_tokens, options.parallel * options.waves
-    with open_model(gguf, vocab_only=True) as model:
-        prompts = prompts_for(model, options, count)
+    length, prompts = options.prompt_tokens + options.max_tokens, options.prompts
     task = {
         "gguf": str(gguf),
         "cells": pad_cells(length) * options.parallel,
@@ -296,6 +320,7 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
         "threads": options.threads,
         "max_tokens": options.max_tokens,
         "prompts": prompts,
+        "shared": bool(options.shared),
     }
     (folder / "task.json").write_text(json.dumps(task))
     (folder / "server.py").write_text(SERVER)
@@ -305,7 +330,7 @@ def server(gguf: Path, options: argparse.Namespace, folder: Path) -> Rates:
     if not lines:
         sys.exit(f"xllamacpp failed:\n{said.stderr[-2000:]}")
     found = json.loads(lines[-1].removeprefix("RESULT "))
-    return Rates(float("nan"), (found["written"] + count * options.prompt_tokens) / found["seconds"])
+    return Rates(float("nan"), (found["written"] + sum(map(len, prompts))) / found["seconds"])
 
 
 def median(rates: list[Rates]) -> Rates:

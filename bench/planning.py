@@ -32,8 +32,9 @@ from tapir_local.data.files import read_path
 from tapir_local.data.similarity import extract_literals
 from tapir_local.files import write_rows
 from tapir_local.method.baselines import CURRICULA
+from tapir_local.recipe.curriculum_settings import Curriculum
 from tapir_local.recipe.endpoints import Teacher
-from tapir_local.recipe.schema import Curriculum, Recipe, Seeds
+from tapir_local.recipe.schema import Recipe, Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message
 from tapir_local.resources import POCKET_STUDENT

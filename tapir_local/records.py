@@ -10,6 +10,8 @@ from tapir_local.errors import TapirError
 
 T = TypeVar("T")
 Array = Any  # numpy.ndarray, as an annotation where numpy is imported inside functions
+# A training's part of one schedule over several: warm-up and peak; peak; decay to zero; all of it in one training
+SchedulePart = Literal["first", "middle", "last", "whole"]
 Progress = Callable[[int, int, str], None]  # called with (done, total, note); 0 of 0 is a remark
 
 
@@ -138,11 +140,11 @@ class RoundPlan:
     """What a round trains on. Ids refer to the pool or the seeds; counts are numbers of rows.
 
     `hard` are hard rows, `expansions` the new rows to write, `drawn` rows taken unchanged whatever their difficulty,
-    `replay` the easy rows kept in, `reflected` rows that the teacher criticizes and rewrites. `styled` says which
-    answers the teacher rewrites in the task's style: those of hard and new rows, of all rows, or of none. `asked` and
-    `got` are the tasks' requested and actual shares of the hard and new (or drawn) rows; `short` the missing rows by
-    task; `notes` remarks for people. `alpha` is the challenge, the requested share of hard and new rows; `alpha_got`
-    the actual share.
+    `replay` the easy rows kept in, `reflected` rows that the teacher criticizes and rewrites, `aside` hard rows left
+    for a later round. `styled` says which answers the teacher rewrites in the task's style: those of hard and new rows,
+    of all rows, or of none. `asked` and `got` are the tasks' requested and actual shares of the hard and new (or drawn)
+    rows; `short` the missing rows by task; `notes` remarks for people. `alpha` is the challenge, the requested share of
+    hard and new rows; `alpha_got` the actual share.
     """
 
     round: int
@@ -154,6 +156,7 @@ class RoundPlan:
     drawn: tuple[str, ...] = ()
     replay: tuple[str, ...] = ()
     reflected: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
     styled: Styled = "none"
     pool: int = 0
     pool_hard: int = 0

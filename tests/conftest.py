@@ -1,7 +1,10 @@
 """Students that several test files share, made once; a run of fake backends."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on a busy machine
@@ -18,6 +21,41 @@ from students import Student, make_student
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
+
+LOADS_BOTH = """
+import tempfile
+from pathlib import Path
+import torch
+from students import make_student
+from tapir_local.inference.model import open_model
+with tempfile.TemporaryDirectory() as folder:
+    with open_model(make_student(Path(folder), "tiny").gguf):
+        pass
+"""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where llama.cpp was built with CUDA, stop with one sentence if the tests would crash."""
+    llama = find_spec("llama_cpp")
+    if llama and llama.origin and not hasattr(session.config, "workerinput"):
+        refuse_cuda_build(Path(llama.origin).with_name("lib") / "libggml-cuda.so")
+
+
+def refuse_cuda_build(built: Path, code: str = LOADS_BOTH) -> None:
+    """End the session if `built` exists and a process with torch and llama.cpp crashes, as one did on an H200.
+
+    Most tests load both in one process. With the GPU hidden this may work; nobody has tried.
+    """
+    if not built.exists() or os.environ.get("TAPIR_TEST_GPU") == "1":
+        return
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code_of_exit = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode
+    if code_of_exit < 0:
+        pytest.exit(
+            f"torch and a llama.cpp built with CUDA crash in one process here (signal {-code_of_exit}), and most tests "
+            "load both. Run the tests in another checkout, where `make test` builds llama.cpp without CUDA.",
+            returncode=3,
+        )
 
 
 @pytest.fixture(scope="session")

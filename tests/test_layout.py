@@ -29,11 +29,12 @@ ROOMS = (
     "pipeline",
     "doctor",
     "report",
+    "page",
     "terminal",
     "commands",
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "llama_cpp", "openai", "gguf", "scipy"}
-HEAVY |= {"pandas", "pyarrow", "zstandard"}
+HEAVY |= {"pandas", "pyarrow", "zstandard", "vl_convert", "jinja2"}
 
 
 def name_of(path: Path) -> str:

@@ -5,6 +5,8 @@
 #   bash bench/gpu/trial.sh prepare   where there is a package index, about 3 min: packs wheels and llama.cpp's source into .gpu/ (20 MB)
 #   bash bench/gpu/trial.sh phase1    on that machine, in the checkout's root, at most 230 s: does every family and method train?
 #   bash bench/gpu/trial.sh phase2    there too, at most 470 s: the figures. Best at once after phase1: llama.cpp was then built meanwhile
+#   bash bench/gpu/trial.sh phase3    on another day, at most 570 s: the curricula of bench/curricula.py on the machine's cores; its GPU is
+#                                     not used. ARMS="tapir uniform-refined" and SEEDS="1 2 3" choose; finished runs come back in runs.tgz
 #
 # Results and logs go to $OUT (default /tmp/out). Every step has a time limit of its own, and one that could not end
 # before the deadline is left out. TINY=1 uses tiny students and no llama.cpp build, to try the script on a CPU; PY is
@@ -159,7 +161,26 @@ phase2() {
   finish
 }
 
+phase3() {  # the pocket student is too small for a GPU; a core makes a run of three rounds in two to three minutes
+  begin 560; export CUDA_VISIBLE_DEVICES= PYTHONPATH=/tmp/site-cpu:$PYTHONPATH
+  if [ -z "$TINY" ]; then  # a llama.cpp without CUDA: with CUDA it crashes beside torch
+    mkdir -p /tmp/llama /tmp/site-cpu && tar xJf "$ROOT/.gpu/llama.txz" -C /tmp/llama && cp -r $SITE/llama_cpp /tmp/site-cpu/
+    rm -f /tmp/site-cpu/llama_cpp/lib/*
+    step build-cpu 200 60 bash -c "cmake -G Ninja -S /tmp/llama -B $BUILD-cpu -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+      -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+      -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_TOOLS=OFF -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=\$ORIGIN' &&
+      ninja -C $BUILD-cpu -j $(nproc) llama && cp -P $BUILD-cpu/bin/lib*.so* /tmp/site-cpu/llama_cpp/lib/" || { show build-cpu; finish; return; }
+  fi
+  local arms=${ARMS:-"tapir-refine-all refine-all-wsd uniform-refined uniform-refined-wsd refine-all-one-round refine-all-one-round-wsd"}
+  local seeds=${SEEDS:-"1 2 3 4 5"} less=
+  [ -n "$TINY" ] && arms="uniform-refined" seeds=1 less="--set seeds.limit=300 --set seeds.holdout=40 --set curriculum.rows=32 --set curriculum.pool=40 --set curriculum.first_rows=32 --set classifier.labelled=100 --set rounds=1"
+  local bench="bench/curricula.py --folder $WORK/curricula --arms $arms --seeds $seeds $less"
+  step curricula $(($(left) - 40)) 60 "$PY" $bench --workers $(nproc); tail -5 $LOGS/curricula.err
+  step report 30 5 "$PY" $bench --report; show report 9000
+  tar czf "$OUT/runs.tgz" -C $WORK/curricula --exclude='*.gguf' --exclude='*.safetensors' --exclude='teacher.db*' --exclude='*.pt' . ; finish
+}
+
 case ${1:-} in
-  prepare) prepare ;; phase1) phase1 ;; phase2) phase2 ;;
-  *) echo "usage: $0 prepare|phase1|phase2" >&2; exit 2 ;;
+  prepare) prepare ;; phase1) phase1 ;; phase2) phase2 ;; phase3) phase3 ;;
+  *) echo "usage: $0 prepare|phase1|phase2|phase3" >&2; exit 2 ;;
 esac

@@ -93,6 +93,7 @@ def next_steps(run: "RunDir", cache: Path | None) -> str:
         f"The student is in {model}, with a Modelfile, a model card and checksums.\n"
         f"Talk to it:     {program} chat {run.name} --vs base{place}\n"
         f"Its answers:    {program} show {run.name}{place}\n"
+        f"As a page:      {program} report {run.name}{place}\n"
         f"In Ollama:      ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
     )
 

@@ -12,6 +12,7 @@ from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.distill import distill_command
 from tapir_local.commands.models import export_command, generate_command
+from tapir_local.commands.report import report_command
 from tapir_local.commands.runs import (
     chat_command,
     compare_command,
@@ -59,6 +60,7 @@ for command in (
     plan_command,
     recipes_command,
     redo_stages_command,
+    report_command,
     runs_command,
     show_command,
     status_command,

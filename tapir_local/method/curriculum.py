@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tapir_local.method.judging import mfd
-from tapir_local.recipe.schema import Curriculum
+from tapir_local.recipe.curriculum_settings import Curriculum
 from tapir_local.records import Example, Expansion, Judgement, RoundPlan, Styled
 
 
@@ -19,7 +19,8 @@ class PlanInput:
 
     `pool` are the rows to choose from, `seeds` the rows of the seed file. `judgements` are of pool rows; empty if the
     curriculum does not judge. `targets` are the target shares of the tasks. `gaps` is, by task, the mean of the
-    teacher's minus the student's score on the holdout, for the last round's student. `number` is the round, from 1.
+    teacher's minus the student's score on the holdout, for the last round's student. `earlier` is, by row id, the last
+    judgement of an earlier round. `number` is the round, from 1.
     """
 
     pool: Sequence[Example]
@@ -31,6 +32,7 @@ class PlanInput:
     can_expand: bool
     rng: random.Random
     gaps: Mapping[str, float] = field(default_factory=dict)
+    earlier: Mapping[str, Judgement] = field(default_factory=dict)
 
     @property
     def judged(self) -> dict[str, Judgement]:
@@ -109,6 +111,8 @@ def plan_tapir(known: PlanInput) -> RoundPlan:
     """
     settings = known.settings
     rows, hard, easy = split_by_difficulty(known)
+    aside = rows_beyond_student(known)
+    hard = [row for row in hard if row.id not in aside]
     wanted = count_hard_rows(known.alpha, settings.rows, bool(hard), len(easy))
     by_task = group_by_task(hard)
     counts = {task: len(ids) for task, ids in by_task.items()}
@@ -132,14 +136,19 @@ def plan_tapir(known: PlanInput) -> RoundPlan:
         hard=tuple(chosen),
         expansions=expansions,
         replay=tuple(replay),
+        aside=tuple(row.id for row in rows if row.id in aside),
         styled=styled[settings.refine] if known.can_expand else "none",
         pool=len(rows),
-        pool_hard=len(hard) if settings.difficulty else 0,
+        pool_hard=len(hard) + len(aside) if settings.difficulty else 0,
         unjudged=sum(judgement.teacher is None for judgement in known.judgements),
         asked=shares_of_sum(asked),
         got=shares_of_sum({task: got[task] for task in by_task}),
         short=short,
-        notes=(*pool_notes(known, rows, hard, len(easy)), *parent_notes(expansions, short, settings)),
+        notes=(
+            *aside_notes(aside, settings),
+            *pool_notes(known, rows, hard, len(easy)),
+            *parent_notes(expansions, short, settings),
+        ),
     )
 
 
@@ -152,6 +161,26 @@ def split_by_difficulty(known: PlanInput) -> tuple[list[Example], list[Example],
     rows = [example for example in known.pool if example.id in judged]
     hard = sort_hardest_first([row for row in rows if is_hard(judged[row.id], settings)], judged, known.rng)
     return rows, hard, [row.id for row in rows if is_easy(judged[row.id], settings)]
+
+
+def rows_beyond_student(known: PlanInput) -> set[str]:
+    """Ids of the hard rows whose MFD is above `mfd_ceiling` now and was so in their last judgement before.
+
+    A row at the floor twice teaches as little as a mastered one (see TAPIR's authors on utility, 2026); it is judged
+    again in the next round.
+    """
+    settings, judged, ceiling = known.settings, known.judged, known.settings.mfd_ceiling
+    if ceiling is None or not settings.difficulty:
+        return set()
+    both = ((now, known.earlier[id]) for id, now in judged.items() if id in known.earlier and is_hard(now, settings))
+    return {now.id for now, before in both if min(mfd(now) or 0.0, mfd(before) or 0.0) > ceiling}
+
+
+def aside_notes(aside: set[str], settings: Curriculum) -> tuple[str, ...]:
+    """A note on rows that are set aside."""
+    if not aside:
+        return ()
+    return (f"{len(aside):,} hard rows set aside: their MFD was above {settings.mfd_ceiling:g} twice running",)
 
 
 def count_hard_rows(alpha: float, rows: int, some_hard: bool, easy: int) -> int:
@@ -176,6 +205,7 @@ def group_by_task(rows: Sequence[Example]) -> dict[str, list[str]]:
 def less_hard_by_task(known: PlanInput, hard: Sequence[Example]) -> dict[str, list[str]]:
     """By task, the ids of judged rows that are not hard and that the teacher answers well, the hardest first."""
     ids, judged = {row.id for row in hard}, known.judged
+    ids |= rows_beyond_student(known)
     rows = [row for row in known.pool if row.id in judged and row.id not in ids]
     teachable_ones = [row for row in rows if is_teachable(judged[row.id], known.settings)]
     return group_by_task(sorted(teachable_ones, key=lambda row: -(mfd(judged[row.id]) or 0.0)))

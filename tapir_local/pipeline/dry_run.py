@@ -18,8 +18,9 @@ from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge_of_round
 from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
+from tapir_local.recipe.curriculum_settings import Curriculum, judges_pool
 from tapir_local.recipe.endpoints import Endpoint
-from tapir_local.recipe.schema import Curriculum, Recipe, judges_pool
+from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
 from tapir_local.resources import find_model_folder, named_student_gguf, read_chat_template
 from tapir_local.run_dir import RunDir

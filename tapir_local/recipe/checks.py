@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import get_args
 from urllib.parse import urlsplit
 
+from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.recipe.endpoints import Endpoint, Judge, Teacher
-from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
+from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.types import KIND_BY_SETTING, Settings
 
 ENDPOINT_ROLES = ("teacher", "judge")
@@ -44,7 +45,7 @@ MIN_PROMPT_TOKENS = 16  # about what a chat template alone takes
 
 TAPIR_ONLY = (
     *("difficulty", "balance", "refine", "alpha", "alpha_step"),
-    *("mfd_threshold", "teacher_floor", "expand_share"),
+    *("mfd_threshold", "mfd_ceiling", "teacher_floor", "expand_share"),
 )
 
 
@@ -87,7 +88,7 @@ INEFFECTIVE_RULES = (
         "only `curriculum.name: tapir` uses {them}",
     ),
     IneffectiveRule(
-        setting_paths("curriculum", "mfd_threshold", "teacher_floor"),
+        setting_paths("curriculum", "mfd_threshold", "mfd_ceiling", "teacher_floor"),
         lambda recipe: recipe.curriculum.name == "tapir" and not recipe.curriculum.difficulty,
         "nothing is judged if `curriculum.difficulty` is false",
     ),

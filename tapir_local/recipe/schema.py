@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tapir_local.recipe.curriculum_settings import Curriculum
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.own_tasks import Tasks, build_task_table, validate_tasks
 from tapir_local.recipe.tasks import TASKS, Task
@@ -15,12 +16,10 @@ from tapir_local.recipe.types import (
     Share,
     expand_kind_shorthand,
     expand_path_shorthand,
-    expand_switch,
     join_command,
 )
 
 ConcurrentAnswers = Annotated[int, Field(ge=1, le=256)]
-POOL_CURRICULA = frozenset({"tapir", "lion"})  # curricula that choose from the pool; the others choose from the seeds
 
 
 Column = Literal["instruction", "input", "context", "output", "response", "system", "history", "messages",
@@ -118,76 +117,6 @@ class Classifier(Settings):
     )
 
 
-class Curriculum(Settings):
-    """The choice of the rows that a round trains on."""
-
-    name: Literal["tapir", "uniform", "all", "lion", "reflection", "growth"] = Field(
-        "tapir",
-        description="method: `tapir`; `uniform`: random seeds; `all`: all seeds in each round; `lion`: "
-        "new instructions modeled on hard rows, and rarer ones from the domains of easy rows; `reflection`: seeds that "
-        "the teacher rewrites and the student selects; `growth`: seeds; the larger a task's gap on the holdout, the "
-        "more of its rows",
-    )
-    difficulty: bool = Field(
-        True, description="tapir: choose hard rows; if false, rows are chosen at random and nothing is judged"
-    )
-    balance: bool = Field(
-        True, description="tapir: balance tasks by their shares; if false, tasks occur as often as among the hard rows"
-    )
-    refine: Annotated[Literal["hard", "all", "off"], BeforeValidator(expand_switch)] = Field(
-        "hard",
-        description="tapir: answers that the teacher rewrites in the task's style: `hard`: those of hard and new rows; "
-        "`all`: also those of replayed rows; `off`: none",
-    )
-    rows: int = Field(1000, ge=1, description="training rows per round")
-    first_rows: int | None = Field(
-        None, ge=1, description="training rows of round 0, drawn from the seeds; null takes all seeds"
-    )
-    pool: int | None = Field(None, ge=1, description="rows judged per round, drawn at random; null judges all")
-    alpha: Share = Field(0.3, description="challenge: share of hard rows in round 1")
-    alpha_step: Share = Field(0.2, description="increase of the challenge per round, up to 1")
-    mfd_threshold: float = Field(
-        2.0,
-        ge=0,
-        le=9,
-        description="a row is hard if the teacher's score exceeds the student's by more than this (delta in the paper)",
-    )
-    teacher_floor: float = Field(
-        6.0, ge=1, le=10, description="minimum score of the teacher; a row below it is neither hard nor replayed"
-    )
-    expand_share: Share = Field(
-        0.5, description="share of the hard rows that are new rows written by the teacher; the rest come from the pool"
-    )
-    drafts: int = Field(3, ge=1, description="maximum number of drafts per missing expansion")
-    children: int = Field(
-        3,
-        ge=1,
-        description="maximum number of new rows per parent and round; beyond it, less hard rows of the task become "
-        "parents, and rows that these cannot supply are missing",
-    )
-    max_opening: Share | None = Field(
-        0.2,
-        description="maximum share of a task's new rows in a round that begin with the same four words (three rows are "
-        "always allowed); null: no limit",
-    )
-    check_drafts: bool = Field(
-        False,
-        description="ask the teacher whether each new instruction is complete, answerable and of its task; costs one "
-        "more call per instruction",
-    )
-    check_answers: bool = Field(
-        False,
-        description="let the judge score the answers written in a round and drop those below teacher_floor; costs one "
-        "more call per answer",
-    )
-    max_rouge: Share = Field(0.7, description="ROUGE-L above which a draft is dropped as a near-duplicate")
-
-
-def judges_pool(settings: Curriculum) -> bool:
-    """Whether the curriculum needs the student's answers to the pool and a judge."""
-    return settings.name == "lion" or (settings.name == "tapir" and settings.difficulty)
-
-
 class Train(Settings):
     """The fine-tuning of a round."""
 
@@ -209,8 +138,11 @@ class Train(Settings):
     )
     epochs: float = Field(2.0, gt=0, description="epochs over a round's rows")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate, after the warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="schedule of the learning rate within a round"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="schedule of the learning rate: `cosine`, `linear` and `constant` start again in each round; "
+        "`wsd` (warm-up, stable, decay) is one schedule over all rounds: it warms up in round 0 and decays to zero in "
+        "the last round; with LoRA the optimizer's state is carried from round to round too",
     )
     warmup: Share = Field(0.03, description="share of the steps used for the warm-up of the learning rate")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
@@ -364,6 +296,8 @@ class Recipe(Settings):
             raise ValueError("judge: model is missing; set judge.model to the server's name for it")
         if self.train.backend == "unsloth" and (self.train.launcher or self.train.packing):
             raise ValueError("train: `launcher` and `packing` work with TRL only, not with `backend: unsloth`")
+        if self.train.schedule == "wsd" and self.train.start == "base":
+            raise ValueError("train: `schedule: wsd` is one schedule over all rounds and needs `start: previous`")
         if self.export.rounds == "adapter" and (self.train.method == "full" or self.export.converter):
             raise ValueError("export: `rounds: adapter` works neither with `train.method: full` nor with a `converter`")
         return self

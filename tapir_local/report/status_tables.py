@@ -6,7 +6,7 @@ from typing import Any
 
 from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
-from tapir_local.recipe.schema import POOL_CURRICULA
+from tapir_local.recipe.curriculum_settings import POOL_CURRICULA
 from tapir_local.report.tables import (
     number_cell,
     percent_cell,

@@ -21,7 +21,8 @@ from tapir_local.pipeline.dry_run import (
     make_estimate,
 )
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
-from tapir_local.recipe.schema import POOL_CURRICULA, Recipe, judges_pool
+from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
+from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_changes
 from tapir_local.records import RoundPlan
 from tapir_local.report.costs import cost_estimate_table

@@ -14,7 +14,7 @@ from tapir_local.method.baselines import LION_THRESHOLD
 from tapir_local.method.curriculum import is_easy, is_hard, is_teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, last_round
-from tapir_local.recipe.schema import POOL_CURRICULA, Curriculum, judges_pool
+from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, Curriculum, judges_pool
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import cost_table, summarize_costs
 from tapir_local.report.tables import score_pair_cell, text_table
@@ -268,6 +268,8 @@ def plan_reason(
     if not is_hard(judgement, settings):
         easy = sum(is_easy(other, settings) for other in judged)
         return f"{'replayed' if use else 'not replayed'}: {len(plan.replay):,} of {easy:,} easy rows were drawn"
+    if judgement.id in plan.aside:
+        return "set aside: its MFD was above mfd_ceiling in its last judgement too; the next round judges it again"
     task = tasks[judgement.id]
     rivals = [other for other in judged if tasks.get(other.id) == task and is_hard(other, settings)]
     harder = sum((mfd(other) or 0.0) > (mfd(judgement) or 0.0) for other in rivals)

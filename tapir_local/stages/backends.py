@@ -33,7 +33,17 @@ from tapir_local.method.metrics import AnswerChecker
 from tapir_local.process import withhold_variables
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Progress, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.records import (
+    Answer,
+    Completion,
+    Progress,
+    Prompt,
+    Request,
+    SchedulePart,
+    Scored,
+    instruction_of,
+    noop,
+)
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import (
     AskBackend,
@@ -206,7 +216,9 @@ def score_backend(recipe: Recipe, run: RunDir, llama: LlamaPlace = ANYWHERE) -> 
 def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop) -> TrainBackend:
     """Fine-tunes the recipe's student."""
 
-    def fine_tune(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def fine_tune(
+        *, rows: Path, previous: Path | None, seed: int, part: SchedulePart, out: Path, progress: Progress
+    ) -> None:
         from tapir_local.training.job import TrainJob
         from tapir_local.training.train import run_training
 
@@ -220,6 +232,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
             previous,
             unusable=recipe.limits.unusable,
             unsloth_cache=run.cache / "unsloth",
+            part=part,
         )
         run_training(job, out.parent / "train", progress, say)
 

@@ -9,7 +9,18 @@ from typing import Protocol
 from tapir_local.files import read_rows, write_rows
 from tapir_local.method.metrics import AnswerChecker
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of, noop
+from tapir_local.records import (
+    Answer,
+    Completion,
+    Example,
+    Progress,
+    Prompt,
+    Request,
+    SchedulePart,
+    Scored,
+    instruction_of,
+    noop,
+)
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.row_check import StudentFormat
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
@@ -63,9 +74,14 @@ class ClassifyBackend(Protocol):
 
 
 class TrainBackend(Protocol):
-    """Trains the student on `rows` and writes the adapter `out`; starts from the adapter `previous`, or the base."""
+    """Trains the student on `rows` and writes the adapter `out`; starts from the adapter `previous`, or the base.
 
-    def __call__(self, *, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None: ...
+    `part` is the round's part of a schedule over all rounds.
+    """
+
+    def __call__(
+        self, *, rows: Path, previous: Path | None, seed: int, part: SchedulePart, out: Path, progress: Progress
+    ) -> None: ...
 
 
 class ExportBackend(Protocol):

@@ -9,8 +9,8 @@ from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import PlanInput
-from tapir_local.recipe.schema import POOL_CURRICULA, judges_pool
-from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan
+from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
+from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, SchedulePart
 from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.stages.context import Stage, Work, format_count
 from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
@@ -100,7 +100,16 @@ def read_situation(work: Work) -> PlanInput:
         can_expand=work.recipe.can_expand,
         rng=work.rng("plan"),
         gaps=metrics.gaps_by_task(held, before),
+        earlier=read_earlier_judgements(work),
     )
+
+
+def read_earlier_judgements(work: Work) -> dict[str, Judgement]:
+    """By row id, the last judgement in an earlier round; empty if no setting uses it."""
+    if work.recipe.curriculum.mfd_ceiling is None:
+        return {}
+    files = [work.run.round(number) / "judgements.jsonl" for number in range(1, work.number)]
+    return {row.id: row for file in files for row in read_rows(Judgement, file)}
 
 
 def summarize_plan(planned: RoundPlan) -> str:
@@ -118,13 +127,21 @@ def train_stage(work: Work, out: Path) -> str:
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
     rows, seed = work.folder / "train.jsonl", work.recipe.random_seed + work.number
     try:
-        work.backends.train(rows=rows, previous=previous, seed=seed, out=out, progress=work.progress)
+        part = schedule_part(work.number, work.recipe.rounds)
+        work.backends.train(rows=rows, previous=previous, seed=seed, part=part, out=out, progress=work.progress)
     finally:  # also if so many rows are left out that nothing is trained
         left = rows_left_out_of_training(work)
         record_unusable(work.run, work.step, left)
     base = f"the last round's {'weights' if work.recipe.train.method == 'full' else 'adapter'}" if go_on else "the base"
     loss = describe_loss(read_losses(out / "train_log.jsonl"))
     return f"from {base}{loss and ', ' + loss}{format_left_out(left)}"
+
+
+def schedule_part(number: int, rounds: int) -> SchedulePart:
+    """The part of round `number` in a schedule over the rounds 0 to `rounds`."""
+    if rounds == 0:
+        return "whole"
+    return "first" if number == 0 else "middle" if number < rounds else "last"
 
 
 def rows_left_out_of_training(work: Work) -> list[Unusable]:

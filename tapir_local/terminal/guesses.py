@@ -10,7 +10,7 @@ from tapir_local.terminal.output import echo
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {
     "Make a student": ("recipes", "doctor", "distill", "redo"),
-    "Look at runs": ("runs", "status", "show", "why", "plan", "compare"),
+    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report"),
     "Use the student": ("chat", "generate", "export"),
     "Other": ("calls", "completion"),
 }
@@ -25,7 +25,7 @@ COMMAND_HINTS = {
         "Paid calls stay in the store",
     ),
     **dict.fromkeys(
-        ("eval", "evaluate", "test", "report", "results"),
+        ("eval", "evaluate", "test", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",
     ),
     **dict.fromkeys(

@@ -10,7 +10,7 @@ from typing import Any
 from tapir_local.data.special_tokens import chat_format_of, ids_after, tokenize_rendered
 from tapir_local.errors import TapirError
 from tapir_local.recipe.schema import Train
-from tapir_local.records import Example, instruction_of
+from tapir_local.records import Example, SchedulePart, instruction_of
 from tapir_local.training.model import Hardware
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable
 
@@ -40,7 +40,7 @@ class TrainJob:
     earlier training to continue from; `out` is the output folder, written completely or not at all, with
     `resolved.json` and `train_log.jsonl` beside the weights. `micro` overrides the micro-batch size after memory ran
     out. `unusable` is the share of the rows that may be left out. `unsloth_cache` is where Unsloth keeps generated code
-    from one training to the next (None: nowhere).
+    from one training to the next (None: nowhere). `part` is the round's part of `train.schedule: wsd`.
     """
 
     model: str
@@ -53,6 +53,7 @@ class TrainJob:
     micro: int | None = None
     unusable: float = 1.0
     unsloth_cache: Path | None = None
+    part: SchedulePart = "whole"
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,7 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, recompute: bool 
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        "warmup_steps": round(settings.warmup * steps),
+        **schedule_arguments(job, steps),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "optim": "adamw_8bit" if settings.method == "qlora" else "adamw_torch_fused",
@@ -192,6 +192,15 @@ def sft_arguments(job: TrainJob, hardware: Hardware, rows: int, recompute: bool 
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         **FIXED_ARGUMENTS,
     }
+
+
+def schedule_arguments(job: TrainJob, steps: int) -> dict[str, Any]:
+    """The learning rate's schedule over so many steps, as arguments of SFTConfig."""
+    kind, warm_up = job.settings.schedule, round(job.settings.warmup * steps)
+    if kind == "wsd":
+        kind = "constant" if job.part in ("first", "middle") else "cosine"
+        warm_up = warm_up if job.part in ("first", "whole") else 0
+    return {"lr_scheduler_type": "constant_with_warmup" if kind == "constant" else kind, "warmup_steps": warm_up}
 
 
 def split_batch(batch: int, micro: int) -> tuple[int, int]:

@@ -53,6 +53,7 @@ from tapir_local.training.model import (
     unsloth_error,
 )
 from tapir_local.training.model_files import check_same_shape
+from tapir_local.training.optimizer_state import STATE_FILE, carries_state, carry_state
 from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
 from tapir_local.unusable import format_common_reasons, refuse_too_many
 
@@ -166,11 +167,12 @@ def train_student(
         model, shape = load_student(setup)
         fit_student(model, tokenizer, setup, training, Path(scratch), progress)
         refuse_nonfinite_weights(model, job, hardware.precision)
-    if is_main_process():
-        end = {"seconds": time.monotonic() - training.began, **peak_memory()}
-        save_trained(job, model, resolved_settings(setup, shape, tokens), [*training.log, end])
-        if folder:
-            checkpoints.delete_checkpoints(folder)
+        if is_main_process():
+            end = {"seconds": time.monotonic() - training.began, **peak_memory()}
+            log = [*training.log, end]
+            save_trained(job, model, resolved_settings(setup, shape, tokens), log, Path(scratch) / STATE_FILE)
+    if folder and is_main_process():
+        checkpoints.delete_checkpoints(folder)
     progress(len(training.log), len(training.log), f"loss {training.log[-1]['loss']:.3f}, {tokens}")
 
 
@@ -287,6 +289,8 @@ def fit_student(
             trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(training_callback(training, job, setup.hardware, order, progress))
+        if carries_state(job):
+            trainer.add_callback(carry_state(job, bool(last), scratch, partial(send_remark, progress)))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except TapirError:
         raise
@@ -343,10 +347,15 @@ def resolved_settings(setup: TrainingSetup, shape: Mapping[str, Any], tokens: To
     }
 
 
-def save_trained(job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Write the adapter, or the whole model with its tokenizer, together with resolved.json and train_log.jsonl."""
+def save_trained(
+    job: TrainJob, model: Any, settled: Mapping[str, Any], log: Sequence[Mapping[str, Any]], moments: Path
+) -> None:
+    """Write the adapter, or the whole model with its tokenizer, together with resolved.json and train_log.jsonl, and
+    with the optimizer's state if the training kept it in `moments`."""
     with atomic_write(job.out) as partial:
         model.save_pretrained(partial)
+        if moments.exists():
+            shutil.copyfile(moments, partial / STATE_FILE)
         if job.settings.method == "full":
             copy_tokenizer_files(find_model_folder(job.model), partial)
         else:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tapir_local.method.baselines import CURRICULA, allocate_capped
 from tapir_local.method.curriculum import PlanInput, allocate_rows, challenge_of_round, is_easy, is_hard
-from tapir_local.recipe.schema import Curriculum, judges_pool
+from tapir_local.recipe.curriculum_settings import Curriculum, judges_pool
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.records import Example, Judgement, Message, RoundPlan
 
@@ -144,6 +144,27 @@ def test_lion_keeps_to_the_limit_of_a_parent() -> None:
 def test_the_hardest_rows_come_first() -> None:
     plan = planned({"Math": 90}, {"Math": 90}, rows=60)
     assert {int(id.rpartition("-")[2]) % 3 for id in plan.hard} == {0}  # the rows on which the student scored 1
+
+
+def plan_with_ceiling(earlier: dict[str, float], **settings: float) -> RoundPlan:
+    """A plan of six hard rows; the student's scores are 1, 2, 3, 1, 2, 3, and `earlier` before; the teacher's are 9."""
+    rows, judgements = rows_and_judgements({"Math": 6}, {"Math": 2})
+    before = {id: Judgement(id, 9.0, student) for id, student in earlier.items()}
+    set_up = Curriculum(rows=6, alpha=1.0, **settings)
+    return CURRICULA["tapir"](
+        PlanInput(rows, rows, judgements, TARGETS, set_up, 2, True, random.Random(1), earlier=before)
+    )
+
+
+def test_rows_far_beyond_the_student_twice_running_are_set_aside() -> None:
+    before = {"hard-Math-0": 1.0, "hard-Math-1": 1.0, "hard-Math-2": 1.0, "hard-Math-3": 5.0}
+    plan = plan_with_ceiling(before, mfd_ceiling=6.0)  # now 8, 7, 6, 8, 7, 6; before 8, 8, 8, 4
+    assert plan.aside == ("hard-Math-0", "hard-Math-1")
+    assert plan.pool_hard == 6
+    assert not {*plan.hard, *plan.expansions[0].parents, *plan.expansions[0].others, *plan.replay} & {*plan.aside}
+    assert plan.notes[0] == "2 hard rows set aside: their MFD was above 6 twice running"
+    assert plan_with_ceiling(before).aside == ()
+    assert plan_with_ceiling({}, mfd_ceiling=0.0).aside == ()
 
 
 def test_no_row_is_repeated() -> None:

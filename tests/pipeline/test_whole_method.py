@@ -12,7 +12,7 @@ from tapir_local.method import prompts
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.recipe.text import override
-from tapir_local.records import Example, Message, Progress, RoundPlan
+from tapir_local.records import Example, Message, Progress, RoundPlan, SchedulePart
 from tapir_local.run_dir import RunDir
 
 HALF = {"Math", "Reasoning", "Code Generation", "Code Debug"}
@@ -55,11 +55,14 @@ def test_the_student_is_trained_on_the_seeds_first_and_evaluated_as_the_baseline
 def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
     start: str, begins: list[bool], tmp_path: Path
 ) -> None:
-    went_on = []
+    went_on, parts = list[bool](), list[str]()
 
-    def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def train(
+        *, rows: Path, previous: Path | None, seed: int, part: SchedulePart, out: Path, progress: Progress
+    ) -> None:
         went_on.append(previous is not None)
-        plain.train(rows=rows, previous=previous, seed=seed, out=out, progress=progress)
+        parts.append(part)
+        plain.train(rows=rows, previous=previous, seed=seed, part=part, out=out, progress=progress)
 
     plain = fake_backends(World())
     made = {name: getattr(plain, name) for name in plain.__dataclass_fields__} | {"train": train}
@@ -67,6 +70,7 @@ def test_a_round_goes_on_from_the_last_adapter_or_begins_at_the_base(
         override(make_recipe(tmp_path), {"train.start": start}), RunDir(tmp_path, "fake"), type(plain)(**made), QUIET
     )
     assert went_on == begins
+    assert parts == ["first", "middle", "last"]
 
 
 def test_the_loss_is_realized_by_hard_and_easy_rows_in_the_planned_proportion(tmp_path: Path) -> None:

@@ -13,7 +13,17 @@ from tapir_local.method import prompts
 from tapir_local.pipeline.loop import Watch
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import parse_recipe
-from tapir_local.records import Answer, Completion, Example, Progress, Prompt, Request, Scored, instruction_of
+from tapir_local.records import (
+    Answer,
+    Completion,
+    Example,
+    Progress,
+    Prompt,
+    Request,
+    SchedulePart,
+    Scored,
+    instruction_of,
+)
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import Backends
 from tapir_local.stages.row_check import placeholder_format
@@ -110,7 +120,7 @@ def classify(*, labelled: Path, rows: Path, seed: int, out: Path, progress: Prog
     write_json(out / "agreement.json", {"agreement": 0.9, "rows": 3})
 
 
-def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+def train(*, rows: Path, previous: Path | None, seed: int, part: SchedulePart, out: Path, progress: Progress) -> None:
     known = json.loads((previous / "known").read_text()) if previous else []
     out.mkdir()
     (out / "known").write_text(

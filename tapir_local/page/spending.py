@@ -1,0 +1,166 @@
+"""Sections 8 and 9 of a report: calls and money, and where the time went."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from tapir_local.page.draw import INK, Spec, color_by, draw_figure, inline_values
+from tapir_local.page.parts import Cell, Facts, Figure, Grid, Paragraph, Part, Section, count_number, text_cells
+from tapir_local.page.summary import RunView, all_stages
+from tapir_local.pipeline.loop import kept_recipe
+from tapir_local.report.costs import costs_caption, money_cells, summarize_costs
+
+# What a stage spends its time on; other stages only read and write files.
+KINDS_OF_WORK: Mapping[str, tuple[str, ...]] = {
+    "training": ("train", "classify"),
+    "teacher and judge": (
+        "label", "tasks", "holdout", "seeds", "untrained-judge", "judge", "expand", "refine", "holdout-judge",
+    ),
+    "student's answers": ("answer", "holdout-answer", "untrained-answer"),
+    "export and gate": ("export", "gate", "untrained-export", "ship"),
+}  # fmt: skip
+OTHER_WORK = "other"
+
+
+def money_section(view: RunView) -> Section:
+    """Section 8."""
+    run, status = view.run, view.status
+    question = "What did it cost, and what did the store save?"
+    store, calls = run.cache / "teacher.db", status["calls"]
+    by_stage = summarize_costs(store, "stage", run.name) if store.exists() else []
+    if not by_stage:
+        if not any(calls.values()):
+            return Section("money", "Money", question)
+        said = (
+            f"{calls['paid']:,} calls were paid and {calls['hits']:,} came from the store, by the records of the run. "
+        )
+        none = Paragraph(said + "The store beside this run has no details.")
+        return Section("money", "Money", question, (none,))
+    by_round = summarize_costs(store, "round", run.name)
+    parts: list[Part] = [calls_figure(by_stage), costs_grid("Calls by stage", by_stage, "stage")]
+    parts.append(costs_grid("Calls by round; round 0 includes the preparation", by_round, "round"))
+    parts += [Paragraph(text) for text in [costs_caption(by_stage)] if text]
+    budget = kept_recipe(run).budget.model_dump()
+    if limits := [(f"budget.{name}", f"{value:,}") for name, value in budget.items() if value is not None]:
+        parts.append(Facts(limits))
+    return Section("money", "Money", question, parts)
+
+
+def calls_figure(by_stage: Sequence[Mapping[str, Any]]) -> Figure:
+    """A stacked bar for each stage: calls paid, from the store, and failed."""
+    kinds = {"paid": "paid", "from_store": "from the store", "failed": "failed attempts"}
+    names = [name for key, name in kinds.items() if any(row[key] for row in by_stage)]
+    bars = [
+        {"stage": row["stage"], "kind": name, "calls": row[key], "tip": f"{row['stage']}: {row[key]:,} {name}"}
+        for row in by_stage for key, name in kinds.items() if row[key]
+    ]  # fmt: skip
+    stages = [row["stage"] for row in by_stage]
+
+    def make(narrow: bool) -> Spec:
+        y = {"field": "stage", "type": "nominal", "sort": stages, "axis": {"title": None, "labelColor": INK}}
+        x = {"field": "calls", "type": "quantitative", "axis": {"title": "calls", "tickCount": 4}}
+        return {
+            "height": {"step": 24},
+            "data": inline_values(bars),
+            "mark": {"type": "bar", "height": {"band": 0.72}},
+            "encoding": {"y": y, "x": x, "color": color_by("kind", names, narrow), "description": {"field": "tip"}},
+        }
+
+    return draw_figure("Calls of the teacher and the judge", make)
+
+
+def costs_grid(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> Grid:
+    """A row for each value of `by`, and their sum."""
+    failed = ["failed"] if any(row["failed"] for row in rows) else []
+    numbers = ["paid", "from_store", *failed, "tokens_in", "tokens_out"]
+    heads = [by, *(name.replace("_", " ") for name in numbers), "money", "saved"]
+    cells = [cost_row(str(row[by]), [row], numbers) for row in rows]
+    return Grid(heads, cells, cost_row("all", rows, numbers), title=title)
+
+
+def cost_row(name: str, rows: Sequence[Mapping[str, Any]], numbers: Sequence[str]) -> list[Cell]:
+    """The sums of some rows."""
+    counts = (count_number(int(sum(row[number] for row in rows))) for number in numbers)
+    paid, saved = money_cells(rows)
+    sums = [sum(row[key] for row in rows) for key in ("money", "saved")]
+    return [Cell(name), *counts, Cell(paid, sums[0]), Cell(saved, sums[1])]
+
+
+# Section 9
+
+
+def time_section(status: Mapping[str, Any]) -> Section:
+    """Section 9."""
+    question = "Where did the time go?"
+    places = {"preparation": status["prepare"]}
+    places |= {f"round {row['number']}": row["stages"] for row in status["rounds"]} | {"end": status["end"]}
+    bars = time_bars(places)
+    if not bars:
+        return Section("time", "Time", question)
+    total = sum(stage["seconds"] or 0 for stage in all_stages(status))
+    said = Paragraph(f"{timedelta(seconds=round(total))} in the stages that are done, without pauses between them.")
+    return Section("time", "Time", question, [said, time_figure(bars), stages_grid(places, status["folder"])])
+
+
+def kind_of_work(stage: str) -> str:
+    """What a stage spends its time on."""
+    return next((kind for kind, stages in KINDS_OF_WORK.items() if stage in stages), OTHER_WORK)
+
+
+def time_bars(places: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Seconds by place in the run and kind of work."""
+    bars = []
+    for place, stages in places.items():
+        sums = Counter[str]()
+        for stage in stages:
+            sums[kind_of_work(stage["name"])] += stage["seconds"] or 0
+        for order, kind in enumerate([*KINDS_OF_WORK, OTHER_WORK]):
+            if sums[kind]:
+                tip = f"{place}, {kind}: {timedelta(seconds=round(sums[kind]))}"
+                bars.append({"place": place, "kind": kind, "seconds": sums[kind], "order": order, "tip": tip})
+    return bars
+
+
+def time_figure(bars: Sequence[Mapping[str, Any]]) -> Figure:
+    """A stacked bar for the preparation, each round and the end."""
+    unit, divisor = time_unit(sum(bar["seconds"] for bar in bars))
+    shown = [{**bar, "time": bar["seconds"] / divisor} for bar in bars]
+    names = [kind for kind in (*KINDS_OF_WORK, OTHER_WORK) if any(bar["kind"] == kind for bar in bars)]
+
+    def make(narrow: bool) -> Spec:
+        y = {"field": "place", "type": "nominal", "sort": None, "axis": {"title": None, "labelColor": INK}}
+        x = {"field": "time", "type": "quantitative", "axis": {"title": unit, "tickCount": 5}}
+        order = {"field": "order", "type": "quantitative"}
+        color = color_by("kind", names, narrow)
+        return {
+            "height": {"step": 28},
+            "data": inline_values(shown),
+            "mark": {"type": "bar", "height": {"band": 0.72}},
+            "encoding": {"y": y, "x": x, "color": color, "order": order, "description": {"field": "tip"}},
+        }
+
+    return draw_figure("Time by round and kind of work", make)
+
+
+def time_unit(seconds: float) -> tuple[str, int]:
+    """The unit for an axis of times, and its seconds."""
+    return ("hours", 3600) if seconds > 3 * 3600 else ("minutes", 60) if seconds > 180 else ("seconds", 1)
+
+
+def stages_grid(places: Mapping[str, Sequence[Mapping[str, Any]]], folder: str) -> Grid:
+    """A row for each stage that is done: seconds, calls, its closing phrase without the path of the run's folder."""
+    rows = [
+        [
+            *text_cells((f"{place} {stage['name']}",)),
+            Cell("-" if stage["seconds"] is None else f"{stage['seconds']:,.1f}", stage["seconds"]),
+            count_number(stage["paid"]),
+            count_number(stage["hits"]),
+            Cell((stage["note"] or "").replace(f"{folder}/", "")),
+        ]
+        for place, stages in places.items()
+        for stage in stages
+        if stage["done"]
+    ]
+    heads = ["stage", "seconds", "calls paid", "from the store", "result"]
+    return Grid(heads, rows, title="Stages", wide=["result"], folded=True)
