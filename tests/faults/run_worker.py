@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import fakes
@@ -29,7 +28,6 @@ import tapir_local
 from tapir_local.commands import main as command_line
 from tapir_local.process import call_in_process
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Progress
 from tapir_local.run_dir import RunDir
 from tapir_local.stages import backends as stage_backends
 from tapir_local.stages.context import Backends
@@ -54,12 +52,12 @@ def half_real(recipe: Recipe, run: RunDir, say: Callable[[str], None], *mode: An
 
         return fakes.generate(**given, on_result=slowly)
 
-    def train(*, rows: Path, previous: Path | None, seed: int, out: Path, progress: Progress) -> None:
+    def train(**given: Any) -> None:
         if os.environ.get("TAPIR_TEST_CHILD"):
             import child_module
 
             call_in_process(child_module.work, {}, run.path / "child", {})
-        fakes.train(rows=rows, previous=previous, seed=seed, out=out, progress=progress)
+        fakes.train(**given)
 
     with REAL_BACKENDS(recipe, run, say, *mode) as made:
         fake = fakes.fake_backends(fakes.World())

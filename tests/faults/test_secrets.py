@@ -25,6 +25,7 @@ KEY = "sk-proj-4f9A7c21bD83e6550a9c7712"
 WORDS = (
     ("status", "fake"),
     ("status", "fake", "--json"),
+    ("report", "fake"),
     ("show", "fake", "--round", "1", "--json"),
     ("show", "fake", "--unusable"),
     ("calls", "list", "--json"),
