@@ -94,7 +94,10 @@ class JudgeQuality:
     an answer, and `position_bias` the mean score of the answer shown first minus that of the second. `ties` is the
     share of rows on which both answers have the same score. `length_bias` is the rank correlation, -1 to 1, between
     the difference of the answers' lengths and the difference of their scores, each student minus teacher. `notes` are
-    warnings for people.
+    warnings for people. `checker_rows` counts the rows on which a checker finds exactly one of the two answers right,
+    and `checker_agreement` is the share of these on which that answer scores more; an equal score counts half.
+    `health` sums it up: `useless` (constant, or no better than chance), `doubtful` (there are warnings), `good`, or
+    `unknown` (too few rows); "" in files of older versions.
     """
 
     rows: int
@@ -105,6 +108,9 @@ class JudgeQuality:
     ties: float | None
     length_bias: float | None
     notes: tuple[str, ...] = ()
+    checker_rows: int = 0
+    checker_agreement: float | None = None
+    health: Literal["", "unknown", "useless", "doubtful", "good"] = ""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
 """The folder of a run, and the lock that lets only one process work on it."""
 
 import fcntl
+import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
-from tapir_local.files import check_path_text, private_folder, read_json_object, wrap_write_errors
+from tapir_local.files import check_path_text, private_file, private_folder, read_json_object, wrap_write_errors
 
 LOCK_SECONDS = 0.5  # to wait for a lock: lock_holder of another process holds it for an instant
 UNTRAINED_ROUND = -1  # the number of the untrained student among rounds
+PROGRESS_FILE = ".progress.json"  # in a run's folder while a process works on it
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MAX_NAME_LENGTH = 200  # bytes; file systems allow 255, and files next to the folder need endings
 
@@ -100,6 +102,34 @@ def lock_run(run: RunDir) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def write_progress(run: RunDir, found: Mapping[str, Any]) -> None:
+    """Write how far the running step is, for other processes: a complete file at any moment; OSError if it cannot be.
+
+    It is not synced to the disk: it means nothing after this process has ended.
+    """
+    path = run.path / PROGRESS_FILE
+    partial = path.with_name(PROGRESS_FILE + ".partial")
+    private_file(partial)
+    partial.write_text(json.dumps(found), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_progress(run: RunDir) -> dict[str, Any] | None:
+    """What the process that works on a run last wrote about its progress; None if none works on it or wrote any."""
+    holder = lock_holder(run)
+    try:
+        found = json.loads((run.path / PROGRESS_FILE).read_bytes()) if holder else None
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and holder == f"process {found.get('process')}" else None
+
+
+def remove_progress(run: RunDir) -> None:
+    """Delete the progress file."""
+    with suppress(OSError):
+        (run.path / PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def lock_holder(run: RunDir) -> str:

@@ -1,5 +1,6 @@
 """Tables and lines for a terminal: literal text (no markup, no control characters) that fits narrow terminals."""
 
+import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -26,6 +27,19 @@ def join_styled(*parts: str | tuple[str, str]) -> Text:
     """Literal texts joined into one; a pair (text, style) has a style of its own."""
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
     return Text.assemble(*((printable(text), style) for text, style in pairs))
+
+
+def format_seconds(seconds: float) -> str:
+    """`0:41`, `1:30`, `2:05:00`."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def format_clock(moment: float, now: float) -> str:
+    """`03:10` in local time, for seconds since 1970; with the day of the week if it is not today: `Sat 03:10`."""
+    then, today = time.localtime(moment), time.localtime(now)
+    return time.strftime("%H:%M" if then[:3] == today[:3] else "%a %H:%M", then)
 
 
 class PlainTable(Table):

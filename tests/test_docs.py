@@ -283,6 +283,7 @@ JSON: dict[str, tuple[str, dict[str, str]]] = {
             "judge.holdout": "judge quality",
         },
     ),
+    "judge-check": ("judge-check fake --round 1", {}),
     "show --labels": ("show fake --labels", {}),
     "show --unusable": ("show fake --unusable", {}),
     "why": ("why fake seed-00001", {}),

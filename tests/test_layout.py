@@ -30,6 +30,7 @@ ROOMS = (
     "doctor",
     "report",
     "page",
+    "talk",
     "terminal",
     "commands",
 )

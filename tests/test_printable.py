@@ -4,12 +4,15 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from fakes import World, fake_backends, make_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from run_display import printed, record_console
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
@@ -20,10 +23,12 @@ from tapir_local.report.labels import label_tables
 from tapir_local.report.status_tables import round_tables, rounds_table, stages_table, unusable_tables
 from tapir_local.report.tables import task_table, text_table
 from tapir_local.report.why import why_tables
+from tapir_local.run_dir import RunDir
 from tapir_local.stages.prepare import PREPARE_STAGES
 from tapir_local.tables import join_styled, plain_text
+from tapir_local.terminal.live_view import LiveView
 from tapir_local.terminal.output import echo, print_json
-from tapir_local.terminal.progress import ProgressDisplay, watch_run
+from tapir_local.terminal.progress import RunDisplay
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[31mred\x9b2J [/INST] [bold]b[/] \u202eback :smile: \r\x7f"
 SEEN = "␛]0;owned␇"
@@ -36,6 +41,7 @@ STATUS = {
     "run": HOSTILE,
     "state": HOSTILE,
     "folder": HOSTILE,
+    "now": {**dict.fromkeys(("step", "done", "total", "seconds_left", "ends", "round", "rounds")), "step": HOSTILE},
     "stages_done": 1,
     "stages": 2,
     "prepare": [STAGE],
@@ -92,7 +98,7 @@ TABLES = {
     "tasks": lambda: [task_table(HOSTILE, {HOSTILE: {"rows": 1}}, {"rows": "count"})],
     "plain": lambda: [text_table(HOSTILE, [HOSTILE], [[HOSTILE]])],
     "cost": lambda: [cost_table(HOSTILE, COST, "stage")],
-    "receipt": lambda: [round_receipt(HOSTILE, COST, "x")],
+    "receipt": lambda: [plain_text(round_receipt(COST, HOSTILE))],
     "why": lambda: why_tables(WHY),
     "labels": lambda: label_tables(LABELS),
     "compare": lambda: comparison_tables(COMPARED),
@@ -132,20 +138,26 @@ def test_no_table_lets_a_control_through_or_reads_markup(name: str, colored: boo
         assert ":smile:" in own
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_and_closing_lines_are_plain(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tapir_local.terminal.progress.LOG_INTERVAL", -1.0)
-    out = io.StringIO()
-    console = Console(file=out, width=300, force_terminal=terminal)
-    with watch_run(console, 0, 2) as watch:
-        step = Step(None, PREPARE_STAGES[0], None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("kind", "terminal"), [("lines", False), ("lines", True), ("log", True), ("full", True)])
+def test_progress_and_closing_lines_are_plain(
+    kind: Any, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tapir_local.terminal.lines.FIRST_INTERVAL", -1.0)
+    console = record_console(300, 50, terminal)
+    display = RunDisplay(console, kind, make_recipe(tmp_path), RunDir(tmp_path / "cache", "fake"))
+    display.run.path.mkdir(parents=True)
+    with display.showing(fake_backends(World())) as watch:
+        step = Step(None, PREPARE_STAGES[0], tmp_path / "none")
         watch.begins(step)
         watch.progress(1, 2, HOSTILE)
-        watch.ends(step, {"note": HOSTILE, "paid": 1, "hits": 0, "seconds": 1.0})
-    own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "")
+        display.say(HOSTILE)
+        if kind == "full":
+            console.print(LiveView(display.state))
+        watch.ends(step, {"note": f"{HOSTILE}; WARNING: {HOSTILE}", "paid": 1, "hits": 0, "seconds": 1.0})
+    own = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", printed(console)).replace("\r", "")
     assert not UNSAFE.search(own)
     assert "[/INST]" in own
-    assert isinstance(watch.begins.__self__, ProgressDisplay)  # type: ignore[attr-defined]
+    assert not UNSAFE.search((display.run.path / "run.log").read_text())
 
 
 def test_what_is_said_is_printable_and_json_keeps_its_value(capsys: pytest.CaptureFixture[str]) -> None:

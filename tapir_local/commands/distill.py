@@ -12,12 +12,11 @@ from tapir_local.terminal.options import HomePath, cache_argument, cache_option,
 from tapir_local.terminal.output import echo, print_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tapir_local.pipeline.loop import Step, Watch
     from tapir_local.recipe.schema import Recipe
     from tapir_local.run_dir import RunDir
     from tapir_local.store.store import Mode
+    from tapir_local.terminal.progress import RunDisplay
 
 
 @click.command(
@@ -40,6 +39,12 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show what the rest of the run will ask and cost, and ask nothing.")
 @click.option("--require-gpu", is_flag=True, help="Stop with an error if training or answering would run on the CPU.")
 @click.option("--trust", is_flag=True, help="Allow RECIPE to run the commands and send the keys that it names.")
+@click.option(
+    "--display",
+    type=click.Choice(["full", "lines", "log", "none"]),
+    help="Full screen, lines with a bar, lines alone, or nothing.  [default: full on a terminal, lines in a pipe]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="The same as --display none: print errors and the final table only.")
 @cache_option
 def distill_command(
     recipe: str,
@@ -52,6 +57,8 @@ def distill_command(
     dry_run: bool,
     require_gpu: bool,
     trust: bool,
+    display: str | None,
+    quiet: bool,
     cache: Path | None,
 ) -> None:
     """Run RECIPE, or resume its run if it was stopped.
@@ -59,30 +66,36 @@ def distill_command(
     RECIPE is a YAML file, the name of a recipe that comes with the program (see `tapir-local recipes`), or the name of
     a run, which resumes with the recipe that it began with. Paths in a recipe are relative to the current folder. A
     recipe that runs a command (train.launcher, export.converter), or sends a key other than OPENAI_API_KEY to a host
-    that it names, needs your permission once: --trust, or an answer in the terminal.
+    that it names, needs your permission once: --trust, or an answer in the terminal. What happens is also written to
+    run.log in the run's folder.
     """
+    from rich.console import Console
+
     from tapir_local.doctor import gpu_check
     from tapir_local.resources import default_cache
     from tapir_local.run_dir import RunDir
+    from tapir_local.tables import plain_text
+    from tapir_local.terminal.progress import RunDisplay, choose_display
     from tapir_local.terminal.trust import ask_permission, require_trust
 
     given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
     chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
     run = RunDir(cache or default_cache(), chosen.name)
-    for message in messages:
-        echo(message, err=True)
+    shown = choose_display(display, quiet, console := Console(stderr=True))
+    for message in messages if shown != "none" or dry_run else ():
+        console.print(plain_text(message), soft_wrap=not console.is_terminal)
     if dry_run:
         print_cost_estimate(chosen, run)
         return
     require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
     if require_gpu:
         gpu_check.require_gpu()
-    count = run_recipe(chosen, run, replay, cache)
-    if count:
+    if run_recipe(RunDisplay(console, shown, chosen, run), replay, cache):
         print_rounds(run)
-    else:
+    elif shown != "none":
         echo(f"Run {run.name!r} is done already; `{program_name()} status {run.name}` shows it.", err=True)
-    echo(f"\n{next_steps(run, cache)}", err=True)
+    if shown != "none":
+        echo(f"\n{next_steps(run, cache)}", err=True)
 
 
 def next_steps(run: "RunDir", cache: Path | None) -> str:
@@ -162,36 +175,30 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
         echo(no_calls_sentence(recipe))
 
 
-def run_recipe(recipe: "Recipe", run: "RunDir", replay: bool, cache: Path | None) -> int:
-    """Run the stages that are not done yet, with a progress bar; return their number. `replay`: ask the store only."""
-    from rich.console import Console
-
+def run_recipe(display: "RunDisplay", replay: bool, cache: Path | None) -> int:
+    """Run the stages that are not done yet and show them; return their number. `replay`: ask the store only."""
     from tapir_local.doctor.gpu_check import idle_gpu_remarks
-    from tapir_local.pipeline.loop import distill, list_steps
+    from tapir_local.pipeline.loop import distill
     from tapir_local.stages.backends import real_backends
-    from tapir_local.tables import hanging_lines, plain_text
-    from tapir_local.terminal.progress import run_header, watch_run
 
-    console, steps = Console(stderr=True), list_steps(run, recipe.rounds)
+    recipe, run, steps = display.recipe, display.run, display.state.steps
     done = sum(step.done for step in steps)
     mode: Mode = "replay" if replay else "on"
-
-    def say(text: str) -> None:
-        console.print(plain_text(text), soft_wrap=True)
-
     if done < len(steps):
         for remark in idle_gpu_remarks():
-            say(remark)
-        console.print(hanging_lines(run_header(recipe, run, done, len(steps))))
-    with real_backends(recipe, run, say, mode) as tools, watch_run(console, done, len(steps)) as watch:
-        return distill(recipe, run, tools, watch if replay else with_receipts(watch, run, console, cache))
+            display.say(remark)
+        display.print_header(done)
+    with real_backends(recipe, run, display.say, mode) as tools, display.showing(tools) as watch:
+        return distill(recipe, run, tools, watch if replay else with_receipts(watch, display, cache))
 
 
-def with_receipts(watch: "Watch", run: "RunDir", console: "Console", cache: Path | None) -> "Watch":
-    """The same watch, which also prints a line after each round that says what it cost."""
+def with_receipts(watch: "Watch", display: "RunDisplay", cache: Path | None) -> "Watch":
+    """The same watch, which also writes a line after each round that says what it cost."""
     from dataclasses import replace
 
     from tapir_local.report.costs import round_receipt, summarize_costs
+
+    run = display.run
 
     def ends(step: "Step", taken: Mapping[str, Any]) -> None:
         watch.ends(step, taken)
@@ -199,8 +206,8 @@ def with_receipts(watch: "Watch", run: "RunDir", console: "Console", cache: Path
             stages = summarize_costs(run.cache / "teacher.db", "stage", run.name, step.number)
             title = f"round {step.number}" if step.number else "preparation and round 0"
             command = f"{program_name()} calls cost --run {run.name} --round {step.number}"
-            if receipt := round_receipt(title, stages, command + cache_argument(cache)):
-                console.print(receipt)
+            if receipt := round_receipt(stages, command + cache_argument(cache)):
+                display.lines.write(f"{title}: {receipt}")
 
     return replace(watch, ends=ends)
 

@@ -14,7 +14,6 @@ from tapir_local.commands.distill import distill_command
 from tapir_local.commands.models import export_command, generate_command
 from tapir_local.commands.report import report_command
 from tapir_local.commands.runs import (
-    chat_command,
     compare_command,
     plan_command,
     redo_stages_command,
@@ -24,6 +23,7 @@ from tapir_local.commands.runs import (
     why_command,
 )
 from tapir_local.commands.start import doctor_command, recipes_command
+from tapir_local.commands.talk import chat_command, dataset_command, judge_check_command, serve_command
 from tapir_local.errors import TapirError
 from tapir_local.interrupts import stop_exit_code, stop_on_signals
 from tapir_local.terminal.guesses import CommandGroup, completion_command, sharpen_hint
@@ -53,15 +53,18 @@ for command in (
     chat_command,
     compare_command,
     completion_command,
+    dataset_command,
     distill_command,
     doctor_command,
     export_command,
     generate_command,
+    judge_check_command,
     plan_command,
     recipes_command,
     redo_stages_command,
     report_command,
     runs_command,
+    serve_command,
     show_command,
     status_command,
     why_command,

@@ -1,6 +1,5 @@
-"""Commands on the files of runs: `runs`, `status`, `show`, `why`, `plan`, `compare`, `chat` and `redo`."""
+"""Commands on the files of runs: `runs`, `status`, `show`, `why`, `plan`, `compare` and `redo`."""
 
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,65 +187,6 @@ def compare_command(
         print_json(found)
     else:
         print_table(*comparison_tables(found))
-
-
-@click.command(
-    name="chat",
-    epilog=help_examples(
-        "tapir-local chat quickstart", 'tapir-local chat quickstart --prompt "What is 12 + 7?" --vs base'
-    ),
-)
-@click.argument("run", required=False)
-@click.option(
-    "--round", "number", type=click.IntRange(min=0), help="Round whose student answers; by default the last one."
-)
-@click.option("--prompt", help="Answer this prompt and exit.")
-@click.option("--vs", type=click.Choice(["base"]), help="Show the untrained student's answer too.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    help="Sampling temperature; 0 always takes the most likely token.",
-    show_default=True,
-)
-@click.option("--random-seed", type=click.IntRange(min=0), help="Seed of sampling: the same seed, the same replies.")
-@cache_option
-def chat_command(
-    run: str | None,
-    number: int | None,
-    prompt: str | None,
-    vs: str | None,
-    temperature: float,
-    random_seed: int | None,
-    cache: Path | None,
-) -> None:
-    """Talk to the student of RUN.
-
-    Type a question and press Enter. /reset starts a new conversation, /exit ends the chat.
-    """
-    from tapir_local.commands.chat import answer_once, chat_loop, open_students
-
-    accept_any_bytes()
-    place = select_run(cache, run)
-    with open_students(place, number, vs, lambda text: echo(text, err=True), random_seed) as students:
-        if prompt is not None:
-            answer_once(students, prompt, temperature, lambda text: echo(text, nl=False))
-        else:
-            chat_loop(students, temperature, read_prompt, lambda text: echo(text, nl=False))
-
-
-def accept_any_bytes() -> None:
-    """From now on bytes on the standard input that are not UTF-8 become lone surrogates, and are no error."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-
-
-def read_prompt() -> str | None:
-    """A line from the terminal; None at the end of the input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
 
 
 @click.command(

@@ -19,6 +19,8 @@ NO_TEMPLATE_COMMENT = """\
 # No TEMPLATE: the student's chat template does more than put text around the turns (for example it trims them, or
 # removes thoughts from answers), and Ollama's template language cannot do the same. Newer versions of Ollama then use
 # the GGUF's own template (with OLLAMA_GO_TEMPLATE=0 they always do); older ones guess one, possibly a different one."""
+# Ollama's default is 1.1, with which a greedy answer differs from the one that was evaluated.
+NO_REPEAT_PENALTY_LINE = "PARAMETER repeat_penalty 1"
 PLACEHOLDERS = ("Qalpha", "Qbeta", "Qgamma")  # contents that do not occur in templates
 TEST_CONTENTS = (
     "What is 7 + 5?",
@@ -145,7 +147,8 @@ def go_escape(letter: str) -> str:
 def modelfile_text(model: Model, *, file: str, context: int | None = None, temperature: float | None = None) -> str:
     """The text of a Modelfile for the GGUF `file` beside it.
 
-    `context` is the maximum number of tokens; Ollama's defaults apply to what is not given. If the template cannot be
+    `context` is the maximum number of tokens; Ollama's defaults apply to what is not given. With a temperature, the
+    repeat penalty is turned off too. If the template cannot be
     reproduced exactly, it is left out with a comment that says why.
     """
     parts = derive_parts(require_template(model), model.bos, model.eos)
@@ -155,7 +158,7 @@ def modelfile_text(model: Model, *, file: str, context: int | None = None, tempe
         NO_TEMPLATE_COMMENT if parts is None else f'TEMPLATE """{go_template(parts)}"""',
         *([f'PARAMETER stop "{stop}"'] if stop else []),
         *([f"PARAMETER num_ctx {context}"] if context else []),
-        *([f"PARAMETER temperature {temperature:g}"] if temperature is not None else []),
+        *([f"PARAMETER temperature {temperature:g}", NO_REPEAT_PENALTY_LINE] if temperature is not None else []),
     ]
     return "\n".join(lines) + "\n"
 

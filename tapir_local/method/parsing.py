@@ -2,14 +2,31 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tapir_local.recipe.tasks import normalize_label
 
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
 
-LABEL_PREFIX = re.compile(r"^(?:the\s+)?(?:task|label|category|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
+LABEL_PREFIX = re.compile(
+    r"^(?:the\s+)?(?:(?:best|final|correct|most fitting)\s+)?(?:task|label|category|answer|classification|class|type)"
+    r"(?:\s+(?:label|category|name|type))?\s*(?:\bis\b\s*:?|[:=-])\s*",
+    re.IGNORECASE,
+)
+
+LABEL_MARK = re.compile(r"^(?:[-+\u2022]|\d{1,2}[.)])\s+")  # of a list with one item
+
+# What LLMs add to a label: `Math problem`.
+LABEL_NOUN = re.compile(r"\s+(?:problem|task|question|category|instruction|request)s?$")
+
+# The end of a label and the beginning of an explanation: `Math (arithmetic)`, `Math: arithmetic`, `Math - arithmetic`.
+LABEL_END = re.compile(r"\s*(?:\n|\(|:\s|;\s|\s[-\u2013\u2014]+\s)")
+
+WORD = re.compile(r"[^\W_]+")
+
+# Tokens that end a turn and were written as text: </s>, <|im_end|>.
+TURN_END = re.compile(r"(?:</?s>|<\|[a-z_]+\|>|<end_of_turn>)\s*$", re.IGNORECASE)
 
 FIRST_KEY = re.compile(r"(?:^|[_ ])(?:a|one|first)$|(?<!\d)1$")
 
@@ -52,7 +69,7 @@ MAX_NO_OBJECTS = 2_000  # braces in a reply that begin no object, such as those 
 
 MAX_WRAPPERS = 3  # levels of wrappers around the scores
 
-LABEL_WRAPPING = " \t\r\n`*_\"'.<>[]()"
+LABEL_WRAPPING = " \t\r\n`*_#$\"'.<>[]()"
 
 Scores = tuple[float, float]
 
@@ -249,25 +266,61 @@ def parse_tagged_scores(reply: str) -> Scores | None:
 
 
 def parse_label(reply: str, labels: Iterable[str]) -> str | None:
-    """Parse the one label that the reply consists of, whatever its case and wrapping; None if it says anything else.
+    """Parse the one label that the reply gives, whatever its case and wrapping; None if it says anything else.
 
-    A label within a sentence is not an answer: "about Music theory, not Math" gives None. Reasoning before `</think>`
-    is ignored.
+    Accepts the JSON object that classify_prompt asks for, and a bare label, also with `Category:` before it, a noun
+    after it (`Math problem`) or an explanation that names no other label (`Math (arithmetic)`). A label within a
+    sentence is not an answer: "about Music theory, not Math" gives None. Reasoning before `</think>` is ignored.
     """
     known = {normalize_label(label): label for label in labels}
     reply = THOUGHTS.sub("", reply)
     objects = [value for value, _, _ in find_json_objects(reply)]
     if objects:
         named = {
-            normalize_label(str(item).strip(LABEL_WRAPPING))
+            match_label(str(item), known)
             for value in objects
             for key, item in value.items()
             if key.lower() in ("task", "label", "category")
         }
-        return known.get(named.pop()) if len(named) == 1 else None
-    bare = reply.strip(LABEL_WRAPPING)
+        return named.pop() if len(named) == 1 else None
+    plain = TURN_END.sub("", reply.replace("*", ""))
+    bare = LABEL_MARK.sub("", plain.strip()).strip(LABEL_WRAPPING)
     bare = LABEL_PREFIX.sub("", bare).strip(LABEL_WRAPPING)
-    return known.get(normalize_label(bare))
+    return match_label(bare, known) or explained_label(bare, known)
+
+
+def match_label(text: str, known: Mapping[str, str]) -> str | None:
+    """The label that a text consists of, apart from wrapping and a noun; `known` are labels by their normal form."""
+    bare = normalize_label(text.strip(LABEL_WRAPPING))
+    return known.get(bare) or known.get(LABEL_NOUN.sub("", bare))
+
+
+def explained_label(text: str, known: Mapping[str, str]) -> str | None:
+    """The label with which a text begins, if what follows is an explanation that names no other label."""
+    end = LABEL_END.search(text)
+    label = match_label(text[: end.start()], known) if end else None
+    return label if label and end and named_labels(text[end.start() :], known) <= {label} else None
+
+
+def named_labels(text: str, known: Mapping[str, str]) -> set[str]:
+    """The labels that occur in a text as whole words."""
+    found = spaced_words(text)
+    return {label for form, label in known.items() if spaced_words(form) in found}
+
+
+def spaced_words(text: str) -> str:
+    """The words of a text, in lower case and with a space around each."""
+    return f" {' '.join(WORD.findall(text.casefold()))} "
+
+
+def label_fault(reply: str, labels: Iterable[str]) -> str:
+    """Why `parse_label` finds no label in a reply, in words that are the same for all such replies."""
+    named = named_labels(THOUGHTS.sub("", reply), {normalize_label(label): label for label in labels})
+    if not reply.strip():
+        return "empty"
+    return (
+        "name several tasks" if len(named) > 1 else "name a task in a sentence" if named else "name no task of the list"
+    )
 
 
 NEW_INSTRUCTION = re.compile(r"<new_instruction>(.*?)</new_instruction>", re.IGNORECASE | re.DOTALL)

@@ -36,6 +36,7 @@ KINDS_BY_SETTING: Mapping[str, frozenset[str]] = {
     "thinking": frozenset({"openai", "gguf"}),
     "mode": JUDGE_KINDS,
     "max_unjudged": JUDGE_KINDS,
+    "health": JUDGE_KINDS,
 }
 KINDS_BY_ROLE: Mapping[str, frozenset[str]] = {
     role: frozenset(get_args(section.model_fields["kind"].annotation))

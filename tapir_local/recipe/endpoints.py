@@ -92,3 +92,8 @@ class Judge(Endpoint):
     temperature: float = Field(0.0, ge=0, le=2, description="sampling temperature of judgements")
     max_tokens: int = Field(1024, ge=1, description="maximum tokens of a judgement, including reasoning")
     max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
+    health: Literal["warn", "stop"] = Field(
+        "warn",
+        description="what happens if the scores are useless (all the same, or no better than chance by the checker): "
+        "`warn`, or `stop` the round before it spends more",
+    )

@@ -110,7 +110,7 @@ def run_settings(results: RunResults) -> dict[str, Any]:
 
 def comparable_judge_settings(results: RunResults) -> dict[str, Any]:
     """The settings that decide how an answer is judged, without the judge's address and the limit of unjudged rows."""
-    ignored = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged"}
+    ignored = {"kind", "model", "gguf", "base_url", "alias", "max_unjudged", "health"}
     kept = {name: value for name, value in fixed_settings(results.recipe)["judge"].items() if name not in ignored}
     return {"judge": results.judge, **flatten(kept, "judge.")}
 

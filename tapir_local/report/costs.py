@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.text import Text
-
 from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.recipe.checks import asks_no_endpoint
@@ -15,11 +13,12 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.run_dir import RunDir, run_of_name
+from tapir_local.stages.context import format_count
 from tapir_local.stages.prepare import PREPARE_STAGES
 from tapir_local.stages.rounds import ROUND_STAGES
 from tapir_local.stages.untrained import UNTRAINED_STAGES
 from tapir_local.store.queries import has_estimates, open_store
-from tapir_local.tables import PlainTable, plain_text
+from tapir_local.tables import PlainTable
 
 CostGrouping = Literal["run", "round", "stage", "task"]
 
@@ -203,12 +202,14 @@ def money_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return paid_cell, "unknown" if any(row["unpriced_hits"] for row in rows) and not saved else money_cell(saved)
 
 
-def round_receipt(title: str, stages: Sequence[Mapping[str, Any]], command: str) -> Text | None:
-    """What a round cost, in a line with the command that shows it by stage; None if there were no calls."""
+def round_receipt(stages: Sequence[Mapping[str, Any]], command: str) -> str:
+    """What a round cost, in a line; "" if there were no calls. Where money was spent, `command` shows it by stage."""
     if not stages:
-        return None
+        return ""
     paid, hits, failed = (sum(row[name] for row in stages) for name in ("paid", "from_store", "failed"))
     money, saved = money_cells(stages)
     missed = f", {failed:,} failed attempts" if failed else ""
-    said = f"{paid:,} calls paid, {hits:,} from the store{missed}; money {money}, saved {saved}"
-    return plain_text(f"{title}: {said}. By stage: {command}")
+    said = f"{format_count(paid, 'call')} asked, {hits:,} from the store{missed}"
+    if not any(row[name] for row in stages for name in ("money", "saved", "unpriced", "unpriced_hits")):
+        return f"{said}; no money spent"
+    return f"{said}; money {money}, saved {saved}. By stage: {command}"

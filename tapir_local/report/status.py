@@ -10,11 +10,13 @@ import orjson
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_json_object, read_record, read_rows
-from tapir_local.method.judge_quality import measure_judge
+from tapir_local.method.judge_quality import AnswersRight, check_both_answers, measure_judge
 from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
-from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder
+from tapir_local.report.person import person_report
+from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder, read_progress
 from tapir_local.stages.labeling import warn_low_agreement
+from tapir_local.stages.run_rows import rows_before_round
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
@@ -37,6 +39,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "run": run.name,
         "folder": str(run.path),
         "state": describe_state(run, steps),
+        "now": read_progress(run),
         "stages_done": sum(step.done for step in steps),
         "stages": len(steps),
         "prepare": [stage_status(step, taken) for step in steps[:-1] if step.number is None],
@@ -178,6 +181,7 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
         "round": number,
         "plan": orjson.loads(to_json(read_record(RoundPlan, plan))) if plan.exists() else None,
         "judge": round_judge_quality(run, number),
+        "judge_check": person_report(run, number),
         "metrics": read_metrics(run, number),
         "unusable": {
             step: kinds for step, kinds in unusable_counts(run).items() if step.startswith(f"round-{number:02d}/")
@@ -194,17 +198,39 @@ def read_agreement(run: RunDir) -> dict[str, Any] | None:
 
 
 def run_warnings(run: RunDir) -> list[str]:
-    """The reasons to doubt the results of a run."""
+    """The reasons to doubt the results of a run: the classifier, and the judge of the last evaluated round."""
     found, least = read_agreement(run), kept_recipe(run).classifier.min_agreement
-    return [warn_low_agreement(found["agreement"], least)] if found and found["agreement"] < least else []
+    warnings = [warn_low_agreement(found["agreement"], least)] if found and found["agreement"] < least else []
+    number = max((n for n in range(last_round(run) + 1) if read_metrics(run, n)), default=None)
+    quality = (read_metrics(run, number) or {}).get("judge_quality") if number is not None else None
+    return [*warnings, *(f"round {number}, holdout: {note}" for note in (quality or {}).get("notes", ()))]
 
 
 def round_judge_quality(run: RunDir, number: int) -> dict[str, dict[str, Any]]:
-    """How far the judge's scores of pool and holdout in a round can be trusted, as far as they exist."""
+    """How far the judge's scores of pool and holdout in a round can be trusted, as far as they exist.
+
+    That of the holdout is the one in metrics.json, if it has one of this version.
+    """
     files = {"pool": "judgements.jsonl", "holdout": "holdout-judgements.jsonl"}
     paths = {name: path for name, file in files.items() if (path := run.round(number) / file).exists()}
-    found = {name: read_rows(Judgement, path) for name, path in paths.items()}
-    return {name: asdict(measure_judge(rows)) for name, rows in found.items() if rows}
+    rows = {name: read_rows(Judgement, path) for name, path in paths.items()}
+    found = {name: asdict(measure_judge(some, round_checks(run, number, name))) for name, some in rows.items() if some}
+    kept = (read_metrics(run, number) or {}).get("judge_quality") or {}
+    return found | ({"holdout": kept} if kept.get("health") and "holdout" in found else {})
+
+
+def round_checks(run: RunDir, number: int, name: str) -> dict[str, AnswersRight]:
+    """What the recipe's checker says of the teacher's and the student's answers to `pool` or `holdout`, by row id."""
+    from tapir_local.stages.backends import recipe_checker
+
+    answers = run.round(number) / ("answers.jsonl" if name == "pool" else "holdout-answers.jsonl")
+    check = recipe_checker(kept_recipe(run))
+    if check is None or not answers.exists():
+        return {}
+    known = rows_before_round(run, number) if name == "pool" else read_rows(Example, run.path / "holdout.jsonl")
+    rows = {row.id: row for row in known}
+    completions = [found for found in read_rows(Completion, answers) if found.id in rows]
+    return check_both_answers(check, [rows[found.id] for found in completions], completions)
 
 
 def sample_answers(run: RunDir, number: int) -> list[dict[str, Any]]:

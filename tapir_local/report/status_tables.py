@@ -1,7 +1,9 @@
 """Tables of a run: its stages, its rounds, one round's plan, judge and answers, and the rows that were left out."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from tapir_local.memory import format_bytes
@@ -15,7 +17,7 @@ from tapir_local.report.tables import (
     task_table,
     text_table,
 )
-from tapir_local.tables import PlainTable
+from tapir_local.tables import PlainTable, format_clock, format_seconds
 
 # A row of the judge's table: the key of records.JudgeQuality, its description, its format.
 JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
@@ -26,6 +28,15 @@ JUDGE_MEASURES: Mapping[str, tuple[str, str]] = {
     "position_bias": ("how much more the answer shown first scores (mean)", "{:+.2f}"),
     "ties": ("both answers have the same score", "{:.1%}"),
     "length_bias": ("rank correlation of length and score", "{:+.2f}"),
+    "checker_rows": ("rows where the checker finds exactly one answer right", "{:,}"),
+    "checker_agreement": ("there, the right answer scores more", "{:.1%}"),
+}
+# What the health of a judge means, by the word in records.JudgeQuality.
+HEALTH_MEANING: Mapping[str, str] = {
+    "good": "nothing found that speaks against its scores",
+    "doubtful": "use its scores with care",
+    "useless": "its scores say nothing about the answers: do not use what was planned from them",
+    "unknown": "too few judged rows to say how good its scores are",
 }
 
 # The columns of the table of rounds, each with its rank (see PlainTable): 1 and above may be left out.
@@ -103,7 +114,7 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each stage: done or not, seconds, calls, its closing phrase."""
     table = PlainTable(
         f"run {status['run']}: {status['state']}; {status['stages_done']} of {status['stages']} stages are done\n"
-        f"{status['folder']}"
+        f"{progress_line(status['now'])}{status['folder']}"
     )
     lines = [*unusable_lines(status), *(f"WARNING: {text}" for text in status["warnings"])]
     table.caption = "\n".join(lines) or None
@@ -124,6 +135,19 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     if len(waiting) > 1:
         table.add_row(f"{len(waiting) - 1} more", "no", "", "", "", f"up to {waiting[-1]}")
     return table
+
+
+def progress_line(now: Mapping[str, Any] | None) -> str:
+    """`round 1 of 3, train 38 %, 0:41 left; ends about 03:10`, with the end of its line; "" without progress."""
+    if not now:
+        return ""
+    group, _, stage = str(now["step"]).partition("/")
+    place = group if now["round"] is None else f"round {now['round']} of {now['rounds']}"
+    share = f" {now['done'] / now['total']:.0%}" if now["total"] else ""
+    left = "" if now["seconds_left"] is None else f", {format_seconds(now['seconds_left'])} left"
+    ends = datetime.fromisoformat(now["ends"]).timestamp() if now["ends"] else None
+    about = "" if ends is None else f"; ends about {format_clock(ends, time.time())}"
+    return f"{place}, {stage}{share}{left}{about}\n"
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]], cache: str) -> PlainTable:
@@ -183,7 +207,7 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     """The plan, judge, metrics and answers of a round, as far as they exist."""
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
-    tables += [judge_table(title, found["judge"])] if found["judge"] else []
+    tables += [judge_table(title, found["judge"], found["judge_check"])] if found["judge"] else []
     if found["metrics"]:
         alike = is_rouge_only(found["metrics"]["win_rate"], found["metrics"]["student_score"])
         columns = {
@@ -237,7 +261,9 @@ def plan_phrase(plan: Mapping[str, Any]) -> str:
     return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
 
 
-def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable:
+def judge_table(
+    title: str, sets: Mapping[str, Mapping[str, Any]], person: Mapping[str, Any] | None = None
+) -> PlainTable:
     """A row for each measure, a column each for the judgements of pool and holdout; a dash if there is no value."""
     table = PlainTable(f"{title}: the judge")
     table.add_column("")
@@ -245,5 +271,13 @@ def judge_table(title: str, sets: Mapping[str, Mapping[str, Any]]) -> PlainTable
     for key, (description, form) in JUDGE_MEASURES.items():
         values = (found.get(key) for found in sets.values())
         table.add_row(description, *("-" if value is None else form.format(value) for value in values))
-    table.caption = "; ".join(f"{name}: {note}" for name, found in sets.items() for note in found["notes"]) or None
+    lines = [judge_meaning(name, found) for name, found in sets.items()]
+    lines += [f"judge-check: {person['meaning']}"] if person else []
+    table.caption = "\n".join(lines) or None
     return table
+
+
+def judge_meaning(name: str, found: Mapping[str, Any]) -> str:
+    """What the figures of the judge's scores of `pool` or `holdout` mean, in words."""
+    said = [*found["notes"], HEALTH_MEANING.get(found.get("health", ""), "")]
+    return f"{name}: {'; '.join(filter(None, said))}"

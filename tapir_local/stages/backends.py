@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +62,7 @@ from tapir_local.stages.row_check import PromptAndAnswer, StudentFormat, read_st
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
+from tapir_local.teacher.session import DEFAULT_ASK_OPTIONS, AskOptions
 
 # 184 million weights of deberta-v3-base with gradients, Adam's moments and a batch.
 CLASSIFIER_GPU_BYTES = 6 << 30
@@ -83,9 +85,10 @@ def real_backends(
         for notice in store.notices:
             say(notice)
         budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
+        options = AskOptions(budget=budget, warn=say, llama=llama)
         yield Backends(
-            teacher=ask_backend(recipe.teacher, store, run.name, budget, say, llama),
-            judge=ask_backend(judge, store, run.name, budget, say, llama),
+            teacher=ask_backend(recipe.teacher, store, run.name, options),
+            judge=ask_backend(judge, store, run.name, options),
             generate=generate_backend(recipe, run, llama),
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
@@ -98,6 +101,8 @@ def real_backends(
             student_format=format_backend(recipe, run),
             check=recipe_checker(recipe),
             replay=mode == "replay",
+            meter=options.meter,
+            spent=lambda: budget.spent,
         )
 
 
@@ -134,25 +139,16 @@ def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
     return Cost(*billed_to_run(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
-def ask_backend(
-    endpoint: Endpoint,
-    store: Store,
-    run: str,
-    budget: BudgetTracker | None = None,
-    say: Callable[[str], None] = noop,
-    llama: LlamaPlace = ANYWHERE,
-) -> AskBackend:
-    """Sends requests to an endpoint, through the store and within the budget; a GGUF answers in the place `llama`."""
+def ask_backend(endpoint: Endpoint, store: Store, run: str, options: AskOptions = DEFAULT_ASK_OPTIONS) -> AskBackend:
+    """Sends requests to an endpoint, through the store and as the options say."""
 
     def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
-        from tapir_local.teacher.session import AskOptions
 
         def show(done: int, total: int, hits: int) -> None:
-            progress(done, total, f"{hits:,} hits")
+            progress(done, total, f"{hits:,} from the store" if hits else "")
 
-        options = AskOptions(budget=budget, progress=show, warn=say, tell=progress, llama=llama)
-        return send(requests, endpoint, store, run=run, options=options)
+        return send(requests, endpoint, store, run=run, options=replace(options, progress=show, tell=progress))
 
     return ask
 

@@ -23,6 +23,8 @@ from tapir_local.records import (
 )
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.row_check import StudentFormat
+from tapir_local.teacher.budget import Cost
+from tapir_local.teacher.rate_limit import CallMeter
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
@@ -118,6 +120,7 @@ class Backends:
 
     `student_format` reads the student's chat template and tokenizer. `begin` is called once the run is locked, before
     its first step. `check` tells right answers from wrong ones. `replay` says that all answers come from the store.
+    `meter` counts the requests, and `spent` is what may have been billed to the run so far, both for displays.
     """
 
     teacher: AskBackend
@@ -134,6 +137,8 @@ class Backends:
     begin: Callable[[], None] = nothing
     check: AnswerChecker | None = None
     replay: bool = False
+    meter: CallMeter = field(default_factory=CallMeter)
+    spent: Callable[[], Cost] = Cost
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,19 @@ from typing import Any, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, parsing, prompts
-from tapir_local.method.judge_quality import format_percent, measure_judge
+from tapir_local.method.judge_quality import NO_CHECKER, AnswersRight, check_both_answers, format_percent, measure_judge
 from tapir_local.recipe.endpoints import Judge
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, Request
+from tapir_local.records import (
+    Answer,
+    Completion,
+    Example,
+    Judgement,
+    JudgeQuality,
+    Progress,
+    Prompt,
+    Request,
+)
 from tapir_local.stages.context import AskBackend, Work, format_count
 from tapir_local.unusable import Unusable, record_unusable
 
@@ -110,7 +119,8 @@ def write_judgements(
     ]
     record_unusable(work.run, work.step, unjudged_rows(work, rows, found))
     write_rows(out, found)
-    return summarize_judgements(found, judge_name(work.recipe), speed.describe(judge_settings(work.recipe)))
+    right = check_both_answers(work.backends.check, rows, completions)
+    return summarize_judgements(found, judge_name(work.recipe), speed.describe(judge_settings(work.recipe)), right)
 
 
 def unasked_judgement(row: Example, finish: str) -> Judgement:
@@ -139,9 +149,14 @@ def unreadable_kind(reason: str) -> str:
     return next((kind for kind in UNREADABLE_KINDS if kind in reason), "not readable")
 
 
-def summarize_judgements(judgements: Sequence[Judgement], judge: str, speed: Sequence[str] = ()) -> str:
+def summarize_judgements(
+    judgements: Sequence[Judgement],
+    judge: str,
+    speed: Sequence[str] = (),
+    right: Mapping[str, AnswersRight] = NO_CHECKER,
+) -> str:
     """How many rows were judged, by whom, how many could not be, how far the orders agree, and warnings."""
-    found = measure_judge(judgements)
+    found = measure_judge(judgements, right)
     share = f" ({format_percent(found.unjudged / len(judgements))})" if found.unjudged else ""
     agree = "" if found.agreement is None else f", the orders agree on {format_percent(found.agreement)}"
     rows = format_count(len(judgements), "row")
@@ -221,6 +236,8 @@ def ask_twice(
             # A reply that was cut may end in a quotation of an answer that looks like scores: only complete ones count.
             if reply.complete and (found := parse(reply.text)) is not None:
                 read[name] = found
+            else:
+                work.backends.meter.count("unreadable")
     return read, {name: unreadable_reason(last[name]) for name in asked if name not in read}
 
 
@@ -277,4 +294,16 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
         fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that "
         "reliably replies in JSON, or raise judge.max_tokens if replies were cut, and start a new run with --name: "
         "calls in the store are not paid again.",
+    )
+
+
+def refuse_useless_judge(work: Work, found: JudgeQuality, file: str) -> None:
+    """TapirError if `judge.health` is `stop` and the scores in `file` say nothing about the answers."""
+    if work.recipe.judge.health != "stop" or found.health != "useless":
+        return
+    raise TapirError(
+        f"the judge's scores are useless: {found.notes[0]}",
+        where=str(work.folder / file),
+        fix="Use another judge and start a new run with --name: calls in the store are not paid again. Or go on with "
+        f"these scores: tapir-local distill {work.run.name} --set judge.health=warn",
     )

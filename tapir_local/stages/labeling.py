@@ -1,7 +1,7 @@
 """Give every row a task: from the seed file, the teacher, or a classifier trained on the teacher's labels."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def label_stage(work: Work, out: Path) -> str:
             f"the other {format_count(len(unknown), 'row')}: Others, as no teacher is asked"
         )
     sample = rows_to_label(work, unknown)
-    labels = ask_labels(work, sample, "label")
+    labels, faults = ask_labels(work, sample, "label")
     refuse_without_labels(work, len(sample), len(labels))
     labeled = [replace(row, task=labels[row.id], labelled_by="teacher") for row in sample if row.id in labels]
     unreadable = [replace(row, task="Others") for row in sample if row.id not in labels]
@@ -48,6 +48,7 @@ def label_stage(work: Work, out: Path) -> str:
     write_rows(out, known + labeled + others)
     counts = f"{len(labeled):,} labeled by the teacher, {len(known):,} by the file, {len(unreadable):,} unreadable"
     counts += " (task Others)" if others else ""
+    counts += f": {describe_faults(faults)}" if faults else ""
     return counts + describe_shares(work.recipe) + warn_unreadable_labels(work, len(unreadable), len(sample))
 
 
@@ -87,13 +88,13 @@ def refuse_without_labels(work: Work, asked: int, read: int) -> None:
         )
 
 
-def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str, str]:
-    """The teacher's label by row id. A reply that is cut or unreadable is asked for once more, then left out.
+def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(the teacher's labels, what is wrong with the last reply where there is no label), by row id.
 
-    A row that the server refuses is not asked again.
+    A reply that is cut or unreadable is asked for once more. A row that the server refuses is not asked again.
     """
     tasks = work.recipe.task_table()
-    labels, refused = dict[str, str](), set[str]()
+    labels, faults, refused = dict[str, str](), dict[str, str](), set[str]()
     for draw in range(2):
         missing = [example for example in examples if example.id not in labels.keys() | refused]
         requests = [
@@ -103,9 +104,19 @@ def ask_labels(work: Work, examples: Sequence[Example], stage: str) -> dict[str,
         for row, answer in zip(missing, work.ask(work.backends.teacher, requests), strict=True):
             if answer.complete and (found := parsing.parse_label(answer.text, tasks)):
                 labels[row.id] = found
-            elif answer.refused:
+                faults.pop(row.id, None)
+                continue
+            faults[row.id] = parsing.label_fault(answer.text, tasks) if answer.complete else answer.finish
+            if answer.refused:
                 refused.add(row.id)
-    return labels
+            else:
+                work.backends.meter.count("unreadable")
+    return labels, faults
+
+
+def describe_faults(faults: Mapping[str, str]) -> str:
+    """`3 name several tasks, 1 name no task of the list`."""
+    return ", ".join(f"{count:,} {fault}" for fault, count in Counter(faults.values()).most_common())
 
 
 def classify_stage(work: Work, out: Path) -> str:
@@ -173,7 +184,7 @@ def tasks_stage(work: Work, out: Path) -> str:
     guesses = read_predictions(work) if len(known) < len(rows) else {}
     unsure = least_sure_predictions(guesses.values(), recipe.classifier.ask_below)
     asked = {guess.id for guess in unsure[: recipe.classifier.ask_at_most]}
-    labels = ask_labels(work, [row for row in rows if row.id in asked], "tasks")
+    labels, _ = ask_labels(work, [row for row in rows if row.id in asked], "tasks")
     found = [known.get(row.id) or with_label(row, guesses[row.id].task, labels.get(row.id)) for row in rows]
     write_rows(out, found)
     changed = sum(guesses[id].task != label for id, label in labels.items())

@@ -9,12 +9,13 @@ from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import PlanInput
+from tapir_local.method.judge_quality import check_both_answers, measure_judge
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, SchedulePart
 from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.stages.context import Stage, Work, format_count
 from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
-from tapir_local.stages.judge import judge_name, refuse_unjudged, write_judgements
+from tapir_local.stages.judge import judge_name, refuse_unjudged, refuse_useless_judge, write_judgements
 from tapir_local.stages.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.training.job import LEFT_OUT_FILE
 from tapir_local.training.loss import describe_loss, read_losses
@@ -81,6 +82,10 @@ def plan_stage(work: Work, out: Path) -> str:
     """The plan of this round: which rows it trains on, and which are to be written."""
     known = read_situation(work)
     refuse_unjudged(work, known.judgements)
+    if work.recipe.judge.health == "stop" and known.judgements:
+        completions = read_rows(Completion, work.folder / "answers.jsonl")
+        right = check_both_answers(work.backends.check, known.pool, completions)
+        refuse_useless_judge(work, measure_judge(known.judgements, right), "judgements.jsonl")
     planned = CURRICULA[work.recipe.curriculum.name](known)
     write_record(out, planned)
     return "; ".join([summarize_plan(planned), *planned.notes])
@@ -183,6 +188,8 @@ def holdout_judge_stage(work: Work, out: Path) -> str:
 def evaluate_stage(work: Work, out: Path) -> str:
     """Win rate and accuracy on the holdout."""
     found = compute_holdout_metrics(work, work.number, work.folder)
+    if found.judge_quality:
+        refuse_useless_judge(work, found.judge_quality, "holdout-judgements.jsonl")
     write_record(out, found)
     return summarize_metrics(found, previous_metrics(work))
 
@@ -194,6 +201,8 @@ def compute_holdout_metrics(work: Work, number: int, folder: Path) -> Metrics:
     judgements = read_rows(Judgement, folder / "holdout-judgements.jsonl")
     right, judge = check_answers(work, rows, completions), judge_name(work.recipe)
     found = metrics.compute_metrics(number, rows, completions, judgements, right, judge)
+    quality = measure_judge(judgements, check_both_answers(work.backends.check, rows, completions))
+    found = replace(found, judge_quality=quality)
     return metrics.without_win_rate(found, rows, judgements) if work.recipe.judge.kind == "reference" else found
 
 

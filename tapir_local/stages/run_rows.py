@@ -11,6 +11,7 @@ from tapir_local.data.dataset import Draft
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.files import read_rows
 from tapir_local.records import Answer, Example, Progress, Prompt, to_json
+from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import Work
 from tapir_local.stages.row_check import TEXTS_PER_CHECK, StudentFormat, Unfit, unfit_answers, unfit_prompts
 from tapir_local.unusable import Unusable
@@ -30,9 +31,14 @@ def read_answered_seeds(work: Work) -> list[Example]:
 
 def read_known_rows(work: Work) -> list[Example]:
     """The seeds and all rows that earlier rounds trained on, each with its newest answer, sorted by id."""
-    rows = {row.id: row for row in read_answered_seeds(work)}
-    for number in range(1, work.number):
-        rows |= {row.id: row for row in read_rows(Example, work.run.round(number) / "train.jsonl")}
+    return rows_before_round(work.run, work.number)
+
+
+def rows_before_round(run: RunDir, number: int) -> list[Example]:
+    """As `read_known_rows`, for a round of a run."""
+    rows = {row.id: row for row in read_rows(Example, run.path / "seeds.jsonl")}
+    for earlier in range(1, number):
+        rows |= {row.id: row for row in read_rows(Example, run.round(earlier) / "train.jsonl")}
     return sorted(rows.values(), key=lambda row: row.id)
 
 

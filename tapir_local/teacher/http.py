@@ -73,6 +73,7 @@ class LiveSender:
         """Send the jobs, as many at once as the endpoint allows; returns those that are now in a pending batch."""
         most = min(self.endpoint.concurrency, len(jobs))
         self.loop, self.queue = asyncio.get_running_loop(), SendQueue(jobs, most)
+        self.session.options.meter.limit(most)
         async with open_http_client(self.endpoint, self.session.options.transport) as self.http:
             self.client = open_openai_client(self.endpoint, self.http)
             self.url, self.headers = chat_url_and_headers(self.client)
@@ -157,7 +158,8 @@ class LiveSender:
         """Count a request while its reply is waited for, and as abandoned if it is cancelled."""
         self.in_flight += 1
         try:
-            yield
+            with self.session.options.meter.in_flight():
+                yield
         except asyncio.CancelledError:
             self.session.abandoned += 1
             raise
@@ -207,9 +209,10 @@ class LiveSender:
         if stored:
             stored.add_done_callback(self.stop_if_not_stored)
         self.queue.count_answer()
+        self.session.options.meter.limit(self.queue.limit)
         pause = allowance_wait(response.headers)
         if pause:
-            self.queue.pause(min(pause, self.patience))
+            self.pause(min(pause, self.patience))
         if reply.again and job.tries + 1 < self.endpoint.attempts:
             self.retry(job)
         else:
@@ -226,6 +229,7 @@ class LiveSender:
         if self.endpoint.stream and is_event_stream(raw):
             failure = RequestFailure("retry", str(error), raw, names_cause=False, when_exhausted="skip_row")
         self.session.outcomes.count_unreadable()
+        self.session.options.meter.count("unreadable")
         self.handle_failure(job, failure, sent, job.reserved)
         if useless := self.session.useless_replies_error(job, mask_key(failure.why, self.client)):
             self.queue.stop(useless)
@@ -261,6 +265,7 @@ class LiveSender:
             self.stop_at_rate_limit(job, why, requested)
             return
         job.tries += 1
+        self.session.options.meter.count("retries")
         job.live_before = self.session.outcomes.live
         wait = backoff_seconds(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
         self.queue.put_back(job, wait if requested is None else requested)
@@ -278,8 +283,13 @@ class LiveSender:
             return
         status = f"the server is loading its model ({now - self.loading_since:,.0f} s)"
         self.session.options.tell(self.session.finished, len(self.session.requests), status)
-        self.queue.pause(pause)
+        self.pause(pause)
         self.queue.put_back(job, pause)
+
+    def pause(self, seconds: float) -> None:
+        """Send nothing for `seconds`."""
+        self.queue.pause(seconds)
+        self.session.options.meter.pause(seconds)
 
     def wait_for_rate_limit(self, job: RequestJob, failure: RequestFailure, why: str) -> None:
         """After a 429, wait. No attempt is used up.
@@ -289,6 +299,8 @@ class LiveSender:
         now = self.loop.time()
         self.refused_since = now if self.refused_since is None else self.refused_since
         rounds_refused = self.queue.count_refusal()
+        self.session.options.meter.count("rate_limited")
+        self.session.options.meter.limit(self.queue.limit)
         job.rate_limited += 1
         chance = random.Random(f"{job.key.hex()}-{now}").random()
         requested = requested_wait(failure.headers)
@@ -297,7 +309,7 @@ class LiveSender:
             self.stop_at_rate_limit(job, why, pause)
             return
         if requested or rounds_refused:
-            self.queue.pause(pause)
+            self.pause(pause)
         self.queue.put_back(job, pause)
 
     def stop_at_rate_limit(self, job: RequestJob, why: str, wait: float) -> None:

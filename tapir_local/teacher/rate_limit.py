@@ -3,9 +3,12 @@
 import asyncio
 import re
 import statistics
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Generic, TypeVar
 
@@ -71,6 +74,59 @@ def backoff_seconds(tries: int, chance: float) -> float:
     """
     longest: float = min(MAX_BACKOFF_SECONDS, 2.0 ** (tries - 3))
     return longest * (1 + chance) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class CallCounts:
+    """The requests of this process at one moment, for displays.
+
+    `in_flight` requests wait for a reply, of at most `at_once`; the next one is sent in `pause` seconds. The others are
+    counted since the start: replies, 429s (`rate_limited`), requests sent again, and replies that could not be used
+    or read.
+    """
+
+    in_flight: int = 0
+    at_once: int = 0
+    pause: float = 0.0
+    replies: int = 0
+    rate_limited: int = 0
+    retries: int = 0
+    unreadable: int = 0
+
+
+class CallMeter:
+    """Counts the requests of a run for its display. Several threads may count at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._counts, self._resumes = threading.Lock(), CallCounts(), 0.0
+
+    def count(self, name: str, more: int = 1) -> None:
+        """Add to a count of CallCounts."""
+        with self._lock:
+            self._counts = replace(self._counts, **{name: getattr(self._counts, name) + more})
+
+    def limit(self, at_once: float) -> None:
+        """Record how many requests may be in flight now."""
+        if int(at_once) != self._counts.at_once:
+            with self._lock:
+                self._counts = replace(self._counts, at_once=int(at_once))
+
+    def pause(self, seconds: float) -> None:
+        """Record that the server is given `seconds` of rest."""
+        self._resumes = max(self._resumes, time.monotonic() + seconds)
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count a request within the block as in flight."""
+        self.count("in_flight")
+        try:
+            yield
+        finally:
+            self.count("in_flight", -1)
+
+    def read(self) -> CallCounts:
+        """The counts at this moment."""
+        return replace(self._counts, pause=max(0.0, self._resumes - time.monotonic()))
 
 
 class RequestPacer:

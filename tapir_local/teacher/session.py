@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from tapir_local.store.store import Store
 from tapir_local.teacher.budget import REPLY_LIMIT_FIELDS, Bill, BudgetTracker, EndpointBilling, max_reply_tokens
 from tapir_local.teacher.endpoint import endpoint_identity, endpoint_role, request_body
 from tapir_local.teacher.pending_batches import DEFAULT_BATCH_LIMITS, BatchLimits
+from tapir_local.teacher.rate_limit import CallMeter
 from tapir_local.teacher.refusals import RERUN_SENTENCE, RequestFailure, RequestOutcomes
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class AskOptions:
     while batches or a loading server are waited for, and `warn` with a text when, for example, another model answers
     than before. `transport` replaces the network. `patience` is the number of seconds after which a server that refuses
     everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API. `llama` is
-    where llama.cpp runs if a GGUF answers.
+    where llama.cpp runs if a GGUF answers. `meter` counts the requests for a display.
     """
 
     budget: BudgetTracker | None = None
@@ -54,6 +55,7 @@ class AskOptions:
     patience: float = DEFAULT_PATIENCE
     batch_limits: BatchLimits = DEFAULT_BATCH_LIMITS
     llama: LlamaPlace = ANYWHERE
+    meter: CallMeter = field(default_factory=CallMeter)
 
 
 DEFAULT_ASK_OPTIONS = AskOptions()
@@ -220,6 +222,7 @@ class AskSession:
         bill = self.billing.bill_for_reply(job.body, reply, len(raw), discount)
         self.warn_of_changed_model(job, reply)
         self.outcomes.count_reply(reply)
+        self.options.meter.count("replies")
         if not reply.keeps or len(raw) > MAX_DECOMPRESSED_BYTES:
             why = f"finish {reply.finish or 'unknown'}" + ("" if reply.text.strip() else ", empty")
             self.store_attempt(job, why, raw, seconds, bill)

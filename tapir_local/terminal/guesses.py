@@ -10,8 +10,8 @@ from tapir_local.terminal.output import echo
 # Commands by what they are for, in the order in which they are needed.
 SECTIONS = {
     "Make a student": ("recipes", "doctor", "distill", "redo"),
-    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report"),
-    "Use the student": ("chat", "generate", "export"),
+    "Look at runs": ("runs", "status", "show", "why", "plan", "compare", "report", "judge-check"),
+    "Use the student": ("chat", "serve", "generate", "export", "dataset"),
     "Other": ("calls", "completion"),
 }
 # What people type who know other programs, and what does it here.
@@ -28,8 +28,9 @@ COMMAND_HINTS = {
         ("eval", "evaluate", "test", "results"),
         "`tapir-local status RUN` shows the results of every round, `show` one round, `compare` several runs",
     ),
+    **dict.fromkeys(("server", "api"), "`tapir-local serve RUN` serves the student over HTTP, as OpenAI does"),
     **dict.fromkeys(
-        ("serve", "server"), "`llama-server -m student.gguf` serves the GGUF in the folder model/ of a run"
+        ("rows", "dpo", "preferences"), "`tapir-local dataset RUN OUT` writes the distilled rows to a file"
     ),
     **dict.fromkeys(
         ("init", "new", "create"), "`tapir-local recipes quickstart > my.yaml` writes a recipe to start from"

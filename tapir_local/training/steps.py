@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tapir_local.records import Progress
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import RowOrder, TrainJob
-from tapir_local.training.loss import describe_loss
+from tapir_local.training.loss import MEAN_STEPS, describe_loss
 from tapir_local.training.model import Hardware
 
 
@@ -35,7 +35,8 @@ def training_callback(
             refuse_nonfinite_step(state.global_step, logs, job, hardware.precision)
             training.log.append(log_entry(training, state, logs, args.per_device_train_batch_size))
             losses = [entry["loss"] for entry in training.log if entry.get("loss") is not None]
-            progress(state.global_step, state.max_steps, describe_loss(losses))
+            said = [describe_loss(losses), describe_speed(training.log), describe_gpu_memory(training.log[-1])]
+            progress(state.global_step, state.max_steps, "  ".join(filter(None, said)))
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step < state.max_steps and checkpoints.is_checkpoint_due(training, processes):
@@ -98,6 +99,23 @@ def log_entry(training: TrainingState, state: Any, logs: Mapping[str, float], mi
         **peak_memory(),
         "micro_batch_size": micro,
     }
+
+
+def describe_speed(log: Sequence[Mapping[str, Any]]) -> str:
+    """`1,920 tokens/s`, the mean of the last steps; "" before the second step, since the first one is slow."""
+    last = log[-MEAN_STEPS:]
+    seconds = last[-1]["seconds"] - last[0]["seconds"]
+    return f"{(last[-1]['tokens'] - last[0]['tokens']) / seconds:,.0f} tokens/s" if seconds > 0 else ""
+
+
+def describe_gpu_memory(entry: Mapping[str, Any]) -> str:
+    """`GPU 9.1 of 24.0 GB`, the most that torch has reserved; "" without a GPU."""
+    if "peak_reserved" not in entry:
+        return ""
+    import torch
+
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return f"GPU {entry['peak_reserved'] / 1e9:.1f} of {total / 1e9:.1f} GB"
 
 
 def is_main_process() -> bool:

@@ -4,16 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from command_line import ROOT, refused
 
-from tapir_local.commands.chat import ChatModel, chat_loop
 from tapir_local.errors import TapirError
 from tapir_local.report.status import list_run_states
 from tapir_local.resources import find_recipe
 from tapir_local.run_dir import RunDir, run_of_name
+from tapir_local.talk.conversation import Chat, ChatModel
 from tapir_local.terminal.options import cache_argument
 
 
@@ -84,23 +85,23 @@ def test_an_output_that_cannot_be_written_is_no_traceback(cache: Path, redirect:
 class Echo:
     """A model that repeats the question."""
 
-    def answer(self, text: str, temperature: float) -> list[str]:
+    def answer(self, text: str, temperature: float) -> Generator[str, None, None]:
         ChatModel.check_text(text)
-        return [text]
+        yield text
 
 
 def test_a_question_that_is_not_utf_8_does_not_end_the_chat() -> None:
     lines, said = iter(["caf\udce9", "hello", None]), list[str]()
-    chat_loop([Echo()], 0.0, lambda: next(lines), said.append)  # type: ignore[list-item]
+    Chat([Echo()], 0.0, said.append).loop(lambda: next(lines))  # type: ignore[list-item]
     assert "the question is not UTF-8" in "".join(said)
     assert "hello" in said
 
 
 def test_bytes_on_standard_input_are_read_as_lines() -> None:
     code = (
-        "from tapir_local.commands.runs import accept_any_bytes, read_prompt\n"
+        "from tapir_local.commands.talk import LineReader, accept_any_bytes\n"
         "accept_any_bytes()\n"
-        "print(ascii([read_prompt() for _ in range(3)]))"
+        "read = LineReader()\nprint(ascii([read() for _ in range(3)]))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     out = subprocess.run([sys.executable, "-c", code], input=b"a\ncaf\xe9\n", capture_output=True, env=env, check=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
 from tapir_local.pipeline.loop import distill, redo
-from tapir_local.run_dir import RunDir, lock_run
+from tapir_local.run_dir import RunDir, lock_run, write_progress
 from tapir_local.terminal import options
 from tapir_local.terminal.guesses import COMMAND_HINTS, OPTION_HINTS, SECTIONS
 
@@ -215,3 +216,33 @@ def test_the_completion_script_completes(tmp_path: Path) -> None:
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
     assert out.stdout.strip() == "runs", out.stderr
+
+
+# A run at work
+
+
+def test_status_says_when_a_run_at_work_ends(run: RunDir) -> None:
+    redo(run, 1, "train")
+    assert json.loads(called(run, "status", "fake", "--json").stdout)["now"] is None
+    found = {"process": os.getpid(), "step": "round-01/train", "round": 1, "rounds": 2, "done": 57, "total": 150}
+    with lock_run(run):
+        write_progress(run, {**found, "seconds_left": 41, "run_seconds_left": None, "ends": None})
+        assert "\nround 1 of 2, train 38%, 0:41 left\n" in called(run, "status", "fake").stdout
+        times = {"seconds_left": None, "run_seconds_left": 60, "ends": "2026-01-01T12:00:00+00:00"}
+        write_progress(run, {**found, "total": None, **times})
+        shown = called(run, "status", "fake").stdout
+        assert re.search(r"^round 1 of 2, train; ends about \w{3} \d\d:\d\d$", shown, re.MULTILINE)
+        assert json.loads(called(run, "status", "fake", "--json").stdout)["now"]["done"] == 57
+        (run.path / ".progress.json").write_text("{")
+        assert json.loads(called(run, "status", "fake", "--json").stdout)["now"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--display", "full"], "--display full needs a terminal"),
+        (["-q", "--display", "log"], "--quiet and --display log contradict each other"),
+    ],
+)
+def test_a_display_that_cannot_be_shown_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refused("distill", "quickstart", *words, "--cache", str(tmp_path))

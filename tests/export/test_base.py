@@ -10,7 +10,6 @@ import pytest
 from fakes import QUIET, here
 from models import make_adapter, make_model
 
-from tapir_local.commands.chat import answer_once, open_students
 from tapir_local.errors import TapirError
 from tapir_local.export import export, gate
 from tapir_local.export.base import (
@@ -34,6 +33,8 @@ from tapir_local.records import Completion, Example, Message, Progress
 from tapir_local.resources import POCKET_SEEDS, find_recipe
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.backends import export_backend, gate_backend, real_backends, ship_backend
+from tapir_local.talk.conversation import answer_once, open_chat_models
+from tapir_local.talk.models import ModelFinder
 from tapir_local.training import train
 
 PROMPTS = [(Message("user", f"What is {number} times {number % 7}?"),) for number in range(12)]
@@ -276,7 +277,8 @@ def test_a_run_gives_the_same_answers_merged_and_as_adapter(tmp_path: Path) -> N
         assert not is_adapter(run.path / "model" / "student.gguf")
     assert found["merged"] == found["adapter"]
     said: list[str] = []
-    with open_students(run, 1, "base", said.append) as answering:
+    finder = ModelFinder(run.cache, run, said.append)
+    with open_chat_models([finder.find_round(1), finder.find_base()], 1) as answering:
         answer_once(answering, "What is 3 + 4?", 0.0, said.append)
     assert "[base]\n" in said
     assert json.loads((run.path / "base.json").read_bytes())["base"] == model_digest(model)

@@ -143,7 +143,9 @@ def test_a_modelfile_has_the_template_and_the_stop_token(llama) -> None:
     assert isinstance(parts, TemplateParts)
     assert text.splitlines()[0] == "FROM ./student.gguf"
     assert f'TEMPLATE """{go_template(parts)}"""' in text
-    assert text.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\nPARAMETER temperature 0\n')
+    assert text.endswith(
+        'PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n'
+    )
 
 
 def test_a_modelfile_without_a_template_says_why(llama) -> None:

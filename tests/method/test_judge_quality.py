@@ -1,5 +1,7 @@
 """The quality of a judge from its scores, compared with figures computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,7 +94,10 @@ def test_a_judge_who_gives_every_answer_the_same_score_is_named() -> None:
 def test_a_judge_who_likes_the_first_answer_is_named_though_the_means_are_all_the_same() -> None:
     found = measure_judge([combine_orders(f"{n}", (8, 6), (8, 6)) for n in range(10)])
     assert (found.agreement, found.position_bias, found.ties) == (0.0, 2.0, 1.0)
-    assert found.notes == ("the judge's two orders disagree on 100% of the rows: its scores are noise there",)
+    assert found.notes == (
+        "the judge's two orders disagree on 100% of the rows: its scores are noise there; it prefers the answer shown "
+        "first, by 2.0 points",
+    )
 
 
 def test_a_quarter_of_the_orders_may_disagree() -> None:
@@ -132,3 +137,68 @@ def test_the_table_has_a_column_for_pool_and_holdout_and_a_dash_for_what_has_no_
     assert cells[1][:5] == ["10", "0", "0.0%", "2.00", "+2.00"]
     assert cells[2][:5] == ["1", "0", "-", "-", "-"]
     assert str(table.caption).startswith("pool: the judge's two orders disagree")
+
+
+# Health
+
+
+def checked(
+    rows: int, prefers: str, ties: int = 0
+) -> tuple[list[Judgement], dict[str, tuple[bool | None, bool | None]]]:
+    """Judgements of rows of which the teacher's answer is right on two of three, and what the checker says of them.
+
+    The judge `prefers` the `right` answer, the `longer` one or the one shown `first`, or says `8` of all; on the first
+    rows it ties. The longer answer is right on every second row.
+    """
+    found, right = [], {}
+    for n in range(rows):
+        teacher = n % 3 != 0
+        right[f"{n}"] = (teacher, not teacher)
+        longer = n % 2 == 0
+        lengths = {"student_length": 100 if longer else 40 + n, "teacher_length": 50 + n if longer else 90}
+        if prefers == "8" or n < ties:
+            one = two = (8.0, 8.0)
+        elif prefers == "first":
+            one = two = (9.0, 4.0)
+        else:
+            wins = teacher if prefers == "right" else not longer
+            one, two = ((9.0, 4.0), (4.0, 9.0)) if wins else ((4.0, 9.0), (9.0, 4.0))
+        found.append(replace(combine_orders(f"{n}", one, two), **lengths))
+    return found, right
+
+
+@pytest.mark.parametrize(
+    ("prefers", "health", "notes"),
+    [
+        ("right", "good", []),
+        ("8", "useless", ["gives every answer 8", "no better than chance", "on only 50%"]),
+        ("first", "useless", ["no better than chance", "it prefers the answer shown first, by 5.0", "on only 50%"]),
+        ("longer", "useless", ["no better than chance", "the longer answer nearly always", "on only 50%"]),
+    ],
+)
+def test_the_health_of_a_judge(prefers: str, health: str, notes: list[str]) -> None:
+    found = measure_judge(*checked(60, prefers))
+    assert (found.health, found.checker_rows) == (health, 60)
+    assert [note in said for note, said in zip(notes, found.notes, strict=True)] == [True] * len(notes)
+
+
+def test_few_rows_say_nothing_of_a_judge_and_a_mediocre_one_is_doubtful() -> None:
+    assert measure_judge(*checked(9, "8")).health == "unknown"
+    assert measure_judge(*checked(29, "first")).health == "doubtful"  # too few to call it chance
+    found = measure_judge(*checked(60, "right", ties=40))
+    assert (found.health, found.checker_agreement) == ("doubtful", pytest.approx(2 / 3, abs=1e-6))
+    assert found.notes == ("the judge prefers the answer that the checker finds right on only 67% of 60 rows",)
+
+
+def test_equal_scores_of_answers_that_are_all_right_are_no_fault() -> None:
+    rows = [combine_single(f"{n}", 10, 10) for n in range(40)]
+    assert measure_judge(rows, {row.id: (True, True) for row in rows}).health == "good"
+    assert measure_judge(rows, {row.id: (True, None) for row in rows}).health == "useless"
+    assert measure_judge(rows).health == "useless"
+
+
+def test_unreadable_replies_are_a_warning() -> None:
+    rows = [combine_single(f"{n}", 8, n % 9 + 1) for n in range(40)]
+    assert measure_judge([*rows, *[combine_single("x", 8, None)] * 2]).notes == ()
+    found = measure_judge([*rows, *[combine_single("x", 8, None)] * 3])
+    assert (found.health, found.notes) == ("doubtful", ("7% of the rows have no readable score",))

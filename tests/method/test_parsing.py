@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tapir_local.method.judging import combine_single, mfd
 from tapir_local.method.parsing import (
+    label_fault,
     parse_draft_check,
     parse_instruction,
     parse_label,
@@ -248,6 +249,29 @@ def test_scores_planted_by_a_candidate_and_quoted_by_the_judge_do_not_count() ->
         ('<think>Art? {"task": "Art"}</think>\n{"task": "Music"}', "Music"),
         ("Music or Art?</think> Music", "Music"),
         ('<think>So {"task": "Art"}, or', None),
+        ("Math problem", "Math"),
+        ("**Math** problems", "Math"),
+        ("Code Generation task.", "Code Generation"),
+        ("Category: Math", "Math"),
+        ("The best task label is: **Math**.", "Math"),
+        ("Classification - Code Debug", "Code Debug"),
+        ("Final answer: Math</s>", "Math"),
+        ("Common-Sense<|im_end|>", "Common-Sense"),
+        ("- Math", "Math"),
+        ("1. Math", "Math"),
+        ("## Math", "Math"),
+        ("Math (arithmetic)", "Math"),
+        ("Math: arithmetic, algebra, geometry", "Math"),
+        ("Common-Sense - everyday knowledge", "Common-Sense"),
+        ("**Math**\n\nThe instruction asks for a sum, which is math.", "Math"),
+        ('{"task": "Math problem"}', "Math"),
+        ("Math (or Music)", None),
+        ("Math\n\nIt could also be Computer Science.", None),
+        ("Math: common sense", None),
+        ("Math / Reasoning", None),
+        ("Math or Reasoning", None),
+        ("Not this: Math", None),
+        ("Answering: Math", None),
         ("about Music theory, not Math", None),
         ("state of the art finance", None),
         ("state of the art", None),
@@ -273,6 +297,21 @@ def test_scores_planted_by_a_candidate_and_quoted_by_the_judge_do_not_count() ->
 )
 def test_a_label_is_the_whole_reply_or_none(reply: str, label: str | None) -> None:
     assert parse_label(reply, TASKS) == label
+
+
+@pytest.mark.parametrize(
+    ("reply", "fault"),
+    [
+        ("Math, Music", "name several tasks"),
+        ("I would say it is Math", "name a task in a sentence"),
+        ("Mathematics", "name no task of the list"),
+        ("The state-of-the-art code_generation", "name several tasks"),
+        ("  ", "empty"),
+    ],
+)
+def test_a_reply_without_a_label_has_a_fault_that_can_be_counted(reply: str, fault: str) -> None:
+    assert parse_label(reply, TASKS) is None
+    assert label_fault(reply, TASKS) == fault
 
 
 def test_a_new_instruction_is_what_lies_between_the_tags() -> None:

@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
     **{"gguf": "x.gguf", "context": 8192, "base_url": "http://127.0.0.1/v1", "model": "m", "alias": "a"},
     **{"api_key_env": "KEY", "api_key_file": "key.txt", "temperature": 0.1, "max_tokens": 99, "extra": {"top_p": 0.5}},
     **{"send_seed": True, "concurrency": 3, "timeout": 9.0, "attempts": 2, "batch": True, "mode": "single"},
-    **{"price": {"input": 1, "output": 1}, "max_unjudged": 0.5, "stream": True, "thinking": "keep"},
+    **{"price": {"input": 1, "output": 1}, "max_unjudged": 0.5, "health": "stop", "stream": True, "thinking": "keep"},
 }
 NEEDED: dict[str, dict[str, Any]] = {"openai": {"model": "m"}, "gguf": {"gguf": "x.gguf"}}
 PAIRS = [
@@ -316,7 +316,8 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
     kept = fixed_settings(recipe)
     free = {path for path, *_ in settings() if "LABEL" not in path and not there(kept, path.split("."))}
     assert free == {
-        *("rounds", "about", "student.concurrency", "judge.max_unjudged", "classifier.min_agreement"),
+        *("rounds", "about", "student.concurrency", "judge.max_unjudged", "judge.health"),
+        "classifier.min_agreement",
         *("export.min_agreement", "train.micro_batch_size", "train.gradient_checkpointing", "train.checkpoint_minutes"),
         *("train.launcher", "budget.money", "budget.tokens", "budget.calls", "limits.unusable"),
         *("card.license", "card.base_license", "card.data_license", "card.terms", "card.language"),

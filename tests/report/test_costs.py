@@ -10,7 +10,7 @@ from tapir_local.files import write_rows
 from tapir_local.method import prompts
 from tapir_local.recipe.endpoints import Price
 from tapir_local.records import Example, Message, Request
-from tapir_local.report.costs import summarize_costs
+from tapir_local.report.costs import round_receipt, summarize_costs
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 
@@ -61,3 +61,15 @@ def test_by_task_and_for_one_round(path: Path) -> None:
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(TapirError, match="no store yet"):
         summarize_costs(tmp_path / "teacher.db", "stage")
+
+
+def test_a_receipt_names_money_only_where_some_was_spent() -> None:
+    row = {"paid": 5_427, "from_store": 12, "failed": 0, "money": 0.0, "saved": 0.0, "unpriced": 0, "unpriced_hits": 0}
+    assert round_receipt([], "calls cost") == ""
+    assert round_receipt([row], "calls cost") == "5,427 calls asked, 12 from the store; no money spent"
+    priced = {**row, "failed": 3, "money": 1.5, "saved": 0.25}
+    assert round_receipt([row, priced], "calls cost --run a") == (
+        "10,854 calls asked, 24 from the store, 3 failed attempts; money 1.50, saved 0.2500. "
+        "By stage: calls cost --run a"
+    )
+    assert "money unknown" in round_receipt([{**row, "unpriced": 5_427}], "calls cost")

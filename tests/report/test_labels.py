@@ -131,7 +131,7 @@ def test_an_unreadable_label_is_no_label(recipe: Recipe, tmp_path: Path) -> None
     run = ran(with_few, tmp_path, teacher=mumbling(World(), mumble))
     assert sources(run) == {("Math", "teacher"): 40, ("Others", ""): 20}
     assert said(run, "label").startswith(
-        "40 labeled by the teacher, 0 by the file, 20 unreadable (task Others); WARNING: 33% of the teacher's labels"
+        "40 labeled by the teacher, 0 by the file, 20 unreadable (task Others): 20 name several tasks; WARNING: 33%"
     )
 
 

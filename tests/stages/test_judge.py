@@ -33,7 +33,7 @@ from tapir_local.records import (
     from_json,
 )
 from tapir_local.report.costs import summarize_costs
-from tapir_local.report.status import round_report
+from tapir_local.report.status import round_report, run_status
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import Work
 from tapir_local.stages.judge import (
@@ -352,8 +352,41 @@ def test_a_judge_that_always_says_ten_is_called_useless(tmp_path: Path) -> None:
     judge = Judge(lambda request: '{"answer_1": 10, "answer_2": 10}')
     distill(recipe, run, replace(fake_backends(World()), judge=judge.ask), QUIET)
     said = run.record()["stages"]["round-01/judge"]["note"]
-    assert said.endswith("the judge gives every answer 10: MFD says nothing")
-    assert round_report(run, 1)["judge"]["pool"]["notes"] == ("the judge gives every answer 10: MFD says nothing",)
+    assert "the judge gives every answer 10: MFD says nothing" in said
+    found = round_report(run, 1)["judge"]["pool"]
+    assert (found["notes"][0], found["health"]) == ("the judge gives every answer 10: MFD says nothing", "useless")
+
+
+@pytest.mark.parametrize(
+    ("scores", "holdout", "step"),
+    [((8, 8), 40, "round-00/evaluate"), ((9, 4), 40, "round-00/evaluate"), ((9, 4), 1, "round-01/plan")],
+)
+def test_a_run_stops_at_a_useless_judge_if_it_is_told_to(
+    tmp_path: Path, scores: tuple[int, int], holdout: int, step: str
+) -> None:
+    """One that always says 8, and one that likes the first answer; the checker of the fakes knows right from wrong."""
+    changes = {"rounds": 1, "judge.health": "stop", "seeds.holdout": holdout}
+    recipe, run = override(make_recipe(tmp_path), changes), RunDir(tmp_path, "fake")
+    judge = Judge(lambda request: json.dumps(dict(zip(("answer_1", "answer_2"), scores, strict=True))))
+    backends = replace(fake_backends(World()), judge=judge.ask)
+    with pytest.raises(TapirError) as caught:
+        distill(recipe, run, backends, QUIET)
+    assert f"stopped in {step}" in str(run.record()["status"])
+    assert "the judge's scores are useless" in caught.value.what
+    assert "--set judge.health=warn" in (caught.value.fix or "")
+    distill(override(recipe, {"judge.health": "warn"}), run, backends, QUIET)
+    assert run.record()["status"] == "done"
+    assert any("round 1, holdout" in line for line in run_status(run)["warnings"]) == (holdout == 40)
+
+
+@pytest.mark.parametrize("curriculum", ["tapir", "uniform"])
+def test_a_good_judge_stops_nothing(tmp_path: Path, curriculum: str) -> None:
+    changes = {"rounds": 1, "judge.health": "stop", "seeds.holdout": 30, "curriculum.name": curriculum}
+    recipe = override(make_recipe(tmp_path), changes)
+    run = RunDir(tmp_path, "fake")
+    distill(recipe, run, fake_backends(World()), QUIET)
+    assert run.record()["status"] == "done"
+    assert round_report(run, 1)["judge"]["holdout"]["health"] == "good"
 
 
 def test_the_newest_student_is_judged_in_every_round(tmp_path: Path) -> None:

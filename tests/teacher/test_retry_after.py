@@ -1,12 +1,19 @@
 """A server's rate limit: what its headers ask for is read and obeyed, and waiting ends."""
 
+import threading
 import time
 
 import pytest
-from server import questions, raises, status, teacher
+from server import malformed, questions, raises, status, teacher
 
 from tapir_local.teacher.ask import ask
-from tapir_local.teacher.rate_limit import allowance_wait, backoff_seconds, parse_wait_seconds, requested_wait
+from tapir_local.teacher.rate_limit import (
+    CallMeter,
+    allowance_wait,
+    backoff_seconds,
+    parse_wait_seconds,
+    requested_wait,
+)
 from tapir_local.teacher.session import AskOptions
 
 
@@ -73,3 +80,30 @@ def test_which_header_counts():
 def test_backoff_grows_to_its_end():
     assert [backoff_seconds(tries, 1.0) for tries in (1, 2, 3, 9)] == [0.25, 0.5, 1, 30]
     assert backoff_seconds(3, 0.0) == 0.5
+
+
+def test_the_meter_counts_what_happens_to_requests(server, store):
+    """In flight, 429s, requests sent again, unreadable replies, and the pause that the server asked for."""
+    server.faults["a"] = [status(429, retry_after="0.3"), status(500), malformed]
+    server.seconds = 0.05
+    meter, seen = CallMeter(), []
+
+    def watch():
+        while not done.is_set():
+            seen.append(meter.read())
+            time.sleep(0.005)
+
+    done = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ask(questions("a", "b", "c"), teacher(server, concurrency=2), store, run="r", options=AskOptions(meter=meter))
+    done.set()
+    watcher.join()
+    found = meter.read()
+    assert (found.replies, found.rate_limited, found.retries, found.unreadable) == (3, 1, 2, 1)
+    assert found.in_flight == 0
+    assert max(counts.in_flight for counts in seen) == 2
+    assert {counts.at_once for counts in seen} <= {0, 1, 2}
+    assert 0.0 < max(counts.pause for counts in seen) <= 0.3
+    ask(questions("a"), teacher(server), store, run="r", options=AskOptions(meter=meter))
+    assert meter.read().replies == 3  # from the store

@@ -21,7 +21,12 @@ from tapir_local.stages.backends import train_backend
 from tapir_local.stages.context import Work
 from tapir_local.training import checkpoints
 from tapir_local.training.job import SORTED_STEPS, RowOrder, epoch_order
-from tapir_local.training.steps import refuse_nonfinite_step, refuse_nonfinite_weights
+from tapir_local.training.steps import (
+    describe_gpu_memory,
+    describe_speed,
+    refuse_nonfinite_step,
+    refuse_nonfinite_weights,
+)
 from tapir_local.training.train import run_training, train_student
 from tapir_local.unusable import read_unusable
 
@@ -197,3 +202,12 @@ def test_rows_left_out_in_training_are_recorded_and_limited(tmp_path: Path) -> N
     with pytest.raises(TapirError, match=r"1 of 32 rows \(3%\) cannot be used: 1 longer than student.max_length"):
         train_student(strict, folder=tmp_path / "train")
     assert not strict.out.exists()
+
+
+def test_the_speed_of_a_training_is_the_mean_of_its_last_steps() -> None:
+    log = [{"tokens": 100 * step, "seconds": 10.0 + 0.5 * step} for step in range(1, 31)]
+    assert describe_speed(log[:1]) == ""
+    assert describe_speed(log[:2]) == "200 tokens/s"
+    slow_start = [{"tokens": 0, "seconds": 0.0}, *log]
+    assert describe_speed(slow_start) == "200 tokens/s"
+    assert describe_gpu_memory({"peak_memory": 1 << 30}) == ""

@@ -1,0 +1,250 @@
+"""The rows that a run distilled, or preference pairs from its judgements, as a file with a card."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from tapir_local.data.row_formats import ROW_WRITERS, answer_turn, turn_dicts
+from tapir_local.errors import TapirError
+from tapir_local.files import atomic_write, check_output, file_sha256, read_rows, write_text
+from tapir_local.pipeline.loop import kept_recipe, last_round
+from tapir_local.recipe.schema import Recipe
+from tapir_local.records import Completion, Example, Judgement
+from tapir_local.run_dir import RunDir
+from tapir_local.stages.judge import judge_name
+from tapir_local.stages.run_rows import rows_before_round
+from tapir_local.stages.ship import (
+    describe_endpoint,
+    license_rows,
+    markdown_table,
+    public_name,
+    versions_line,
+)
+
+CARD_SUFFIX = ".card.md"
+ENDINGS = (".jsonl", ".parquet")
+TERMS_NOTE = (
+    "The teacher named above wrote these answers. Some providers forbid the use of their models' answers to train "
+    "models that compete with theirs, and some licenses of open weights have conditions of their own. Read the terms "
+    "of this teacher before you publish the rows or a model trained on them. The program checks neither licenses nor "
+    "terms."
+)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What to write: a format of ROW_WRITERS, one round or all (None), or preference pairs.
+
+    `margin` is the least difference of scores of a pair, None for the recipe's mfd_threshold; `force` replaces OUT.
+    """
+
+    form: str = "messages"
+    number: int | None = None
+    preferences: bool = False
+    margin: float | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class WrittenDataset:
+    """A file that was written: its rows, SHA-256 and card, and notes for people."""
+
+    rows: int
+    sha256: str
+    card: Path
+    notes: tuple[str, ...]
+
+
+def write_dataset(run: RunDir, out: Path, config: DatasetConfig) -> WrittenDataset:
+    """Write the rows of a run and a card; TapirError if there is none, or a file exists."""
+    if out.suffix not in ENDINGS:
+        fix = "Name a file that ends in .jsonl (JSON lines) or .parquet."
+        raise TapirError("the ending of the file says no format", where=str(out), fix=fix)
+    fix = "Choose another file, or replace this one with --force."
+    check_output(out, [run.path], beside=(CARD_SUFFIX,), force=config.force, fix=fix)
+    recipe, notes = kept_recipe(run), list[str]()
+    rows = preference_rows(run, recipe, config, notes) if config.preferences else distilled_rows(run, config, notes)
+    if not rows:
+        fix = "A larger share of rows may differ with a lower --margin." if config.preferences else ""
+        raise TapirError(f"run {run.name!r} has no such rows", where=str(run.path), fix=fix or "Choose another round.")
+    write_dicts(out, rows)
+    digest, card = file_sha256(out), out.with_name(out.name + CARD_SUFFIX)
+    write_text(card, dataset_card(run, recipe, config, DatasetFacts(out.name, digest, rows, tuple(notes))))
+    return WrittenDataset(len(rows), digest, card, tuple(notes))
+
+
+def write_dicts(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write objects with the same keys as JSON lines or Parquet, atomically."""
+    if out.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        with atomic_write(out) as partial:
+            parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+        return
+    with atomic_write(out) as partial, partial.open("wb") as file:
+        file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+
+
+def chosen_rounds(run: RunDir, number: int | None, file: str) -> list[int]:
+    """The rounds, or the one of this number, that have a file; TapirError if there is none."""
+    there = [n for n in range(last_round(run) + 1) if (run.round(n) / file).exists()]
+    found = [n for n in there if number in (None, n)]
+    if not found:
+        what = f"has no {file} yet" if number is None else f"has no {file} of round {number}"
+        rounds = ", ".join(map(str, there)) or "none"
+        raise TapirError(f"run {run.name!r} {what}", where=str(run.path), fix=f"Rounds that have it: {rounds}.")
+    return found
+
+
+# Distilled rows
+
+
+def distilled_rows(run: RunDir, config: DatasetConfig, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows that rounds trained on, each once with its newest answer, in the order of first use."""
+    newest: dict[str, tuple[int, Example]] = {}
+    for number in chosen_rounds(run, config.number, "train.jsonl"):
+        newest |= {row.id: (number, row) for row in read_rows(Example, run.round(number) / "train.jsonl")}
+    write = ROW_WRITERS[config.form]
+    found = [(number, row, written) for number, row in newest.values() if (written := write(row)) is not None]
+    if left := len(newest) - len(found):
+        notes.append(f"conversations that `{config.form}` cannot hold, left out: {left:,}")
+    used = {
+        key for _, _, written in found for key, value in written.items() if value or key not in ("system", "history")
+    }
+    return [
+        {**{key: value for key, value in written.items() if key in used}, **facts_of_row(row, number)}
+        for number, row, written in found
+    ]
+
+
+def facts_of_row(row: Example, number: int) -> dict[str, Any]:
+    """Where a row comes from; readers of datasets take these columns for metadata."""
+    return {"id": row.id, "task": row.task, "origin": row.origin, "parent_id": row.parent, "round": number}
+
+
+# Preference pairs
+
+
+def preference_rows(run: RunDir, recipe: Recipe, config: DatasetConfig, notes: list[str]) -> list[dict[str, Any]]:
+    """Pairs for DPO as TRL reads them: prompt, chosen (the teacher's answer) and rejected (the student's).
+
+    A pair is a pool row on which the judge scores the teacher's answer higher by more than the margin, in both orders
+    if it was asked in two. Answers that were cut are left out: their end would be taken for the end of an answer.
+    """
+    if recipe.judge.kind == "reference":
+        fix = "Use a run with a judge that reads answers."
+        raise TapirError(
+            "`judge: reference` measures likeness, not which answer is better", where=str(run.path), fix=fix
+        )
+    margin = recipe.curriculum.mfd_threshold if config.margin is None else config.margin
+    found, cut = list[dict[str, Any]](), 0
+    for number in chosen_rounds(run, config.number, "judgements.jsonl"):
+        for row, answer, judged in judged_answers(run, number):
+            if is_preferred(judged, margin):
+                cut += answer.finish != "stop"
+                found += [preference_row(row, answer, judged, number)] if answer.finish == "stop" else []
+    unique = {(row["id"], row["chosen"][0]["content"], row["rejected"][0]["content"]): row for row in reversed(found)}
+    notes += [f"answers of the student that were cut, left out: {cut:,}"] if cut else []
+    return list(reversed(unique.values()))
+
+
+def judged_answers(run: RunDir, number: int) -> Iterator[tuple[Example, Completion, Judgement]]:
+    """The pool rows of a round with the teacher's answer, the student's answer, and the judgement of both."""
+    rows = {row.id: row for row in rows_before_round(run, number)}
+    answers = {answer.id: answer for answer in read_rows(Completion, run.round(number) / "answers.jsonl")}
+    for judged in read_rows(Judgement, run.round(number) / "judgements.jsonl"):
+        if judged.id in rows and judged.id in answers:
+            yield rows[judged.id], answers[judged.id], judged
+
+
+def is_preferred(judged: Judgement, margin: float) -> bool:
+    """Whether the teacher's answer scores higher by more than the margin, in each order that was asked."""
+    if judged.teacher is None or judged.student is None:
+        return False
+    pairs = [pair for pair in judged.orders if pair] or [(judged.teacher, judged.student)]
+    return all(teacher - student > margin for teacher, student in pairs)
+
+
+def preference_row(row: Example, answer: Completion, judged: Judgement, number: int) -> dict[str, Any]:
+    """A pair in TRL's conversational preference format."""
+    return {
+        "prompt": turn_dicts(row.prompt),
+        "chosen": answer_turn(row.completion),
+        "rejected": answer_turn(answer.text),
+        "score_chosen": judged.teacher,
+        "score_rejected": judged.student,
+        **facts_of_row(row, number),
+    }
+
+
+# The card
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a card says of its file."""
+
+    name: str
+    sha256: str
+    rows: Sequence[Mapping[str, Any]]
+    notes: tuple[str, ...]
+
+
+def dataset_card(run: RunDir, recipe: Recipe, config: DatasetConfig, facts: DatasetFacts) -> str:
+    """The card of a file in Markdown, from the run's files and its recipe; what they do not say is `not stated`."""
+    known = {
+        "language": recipe.card.language,
+        "license": recipe.card.data_license,
+        "tags": ["tapir-local", "synthetic"],
+    }
+    front = yaml.safe_dump({key: value for key, value in known.items() if value}, sort_keys=False, allow_unicode=True)
+    tasks = Counter(row["task"] or "(none)" for row in facts.rows)
+    origins = Counter(row["origin"] for row in facts.rows)
+    parts = [
+        f"---\n{front}---",
+        f"# {run.name}: {'preference pairs' if config.preferences else 'distilled rows'}",
+        "Everything in this card comes from the run's own files and its recipe.",
+        markdown_table(("", ""), origin_of_rows(recipe, config, facts)),
+        "## Where the instructions come from\n\n"
+        + markdown_table(("", "rows"), [(ORIGIN_WORDS.get(name, name), f"{n:,}") for name, n in origins.most_common()]),
+        "## Tasks\n\n"
+        + markdown_table(("task", "rows"), [(name, f"{count:,}") for name, count in tasks.most_common()]),
+        f"## Licenses and terms\n\n{TERMS_NOTE}\n\nAs stated in the recipe (`card`):\n\n"
+        + markdown_table(
+            ("of", ""), [pair for pair in license_rows(recipe) if pair[0] not in ("this student", "the base")]
+        ),
+        "## Made with\n\n" + versions_line(run.record()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+ORIGIN_WORDS = {"seed": "seeds", "expanded": "written by the teacher from harder rows"}
+
+
+def origin_of_rows(recipe: Recipe, config: DatasetConfig, facts: DatasetFacts) -> list[tuple[str, str]]:
+    """File, run and models, as rows of a table."""
+    margin = recipe.curriculum.mfd_threshold if config.margin is None else config.margin
+    pairs = [
+        ("chosen", "the teacher's answers"),
+        ("rejected", "the student's answers before each round"),
+        ("kept", f"the judge scores the chosen answer more than {margin:g} points higher, in every order it was shown"),
+        ("judge", judge_name(recipe)),
+    ]
+    return [
+        ("file", facts.name),
+        ("SHA-256", facts.sha256),
+        ("rows", f"{len(facts.rows):,}"),
+        ("format", "prompt, chosen, rejected (TRL's preference format)" if config.preferences else config.form),
+        ("rounds", "all" if config.number is None else str(config.number)),
+        ("seeds", public_name(recipe.seeds.path)),
+        ("teacher", describe_endpoint(recipe.teacher)),
+        *(pairs if config.preferences else []),
+        ("held-out rows", "none: the run's holdout is not in this file"),
+        *(("note", note) for note in facts.notes),
+    ]
