@@ -228,7 +228,7 @@ class Answer:
     """The answer to a request. `finish` is the API's finish reason; `hit` is True if it came from the store, unpaid.
 
     `key` is the call's key, 64 hexadecimal digits. `why` says why there is no usable text, with the server's message if
-    it sent one; "" if there is a text.
+    it sent one; "" if there is a text. `ahead`: it was asked before its stage began, and was paid for then.
     """
 
     text: str
@@ -238,6 +238,7 @@ class Answer:
     tokens_out: int = 0
     key: str = ""
     why: str = ""
+    ahead: bool = False
 
     @property
     def complete(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
@@ -10,7 +10,7 @@ from typing import IO, Any, Generic, Protocol, TypeVar
 from tapir_local.errors import TapirError
 from tapir_local.files import remove_path, sync_to_disk, write_error, write_json
 from tapir_local.printable import safe_json
-from tapir_local.records import from_json, to_json
+from tapir_local.records import from_json, noop, to_json
 
 
 class HasId(Protocol):
@@ -24,19 +24,26 @@ R = TypeVar("R", bound=HasId)
 
 
 class OrderedWriter(Generic[R]):
-    """Write rows as JSON lines in a given order of ids; rows that finish early wait in memory."""
+    """Write rows as JSON lines in a given order of ids; rows that finish early wait in memory.
 
-    def __init__(self, out: IO[str], ids: Sequence[str]) -> None:
-        self.out, self.ids, self.next = out, ids, 0
+    `written` is called with the rows that were just written.
+    """
+
+    def __init__(self, out: IO[str], ids: Sequence[str], written: Callable[[Sequence[R]], None] = noop) -> None:
+        self.out, self.ids, self.next, self.written = out, ids, 0, written
         self.waiting: dict[str, R] = {}
 
     def add(self, row: R) -> None:
         """Add a row, and write every row that is next in order."""
         self.waiting[row.id] = row
+        ready = list[R]()
         while self.next < len(self.ids) and self.ids[self.next] in self.waiting:
-            append_row(self.out, self.waiting.pop(self.ids[self.next]))
+            ready.append(self.waiting.pop(self.ids[self.next]))
+            append_row(self.out, ready[-1])
             self.next += 1
         self.out.flush()
+        if ready:
+            self.written(ready)
 
 
 def append_row(out: IO[str], row: Any) -> None:

@@ -165,7 +165,7 @@ def print_cost_estimate(recipe: "Recipe", run: "RunDir") -> None:
     """Print a table of the calls that the rest of the run will make, or that there are none."""
     from tapir_local.pipeline.dry_run import estimate_costs
     from tapir_local.report.costs import cost_estimate_table, no_calls_sentence
-    from tapir_local.stages.backends import judge_endpoint
+    from tapir_local.stages.judge import judge_endpoint
     from tapir_local.teacher.budget import check_reply_limits
 
     check_reply_limits(recipe.budget, recipe.teacher, judge_endpoint(recipe))

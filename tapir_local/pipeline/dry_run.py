@@ -24,8 +24,8 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Example, Progress, Request, RoundPlan, instruction_of
 from tapir_local.resources import find_model_folder, named_student_gguf, read_chat_template
 from tapir_local.run_dir import RunDir
-from tapir_local.stages.backends import judge_endpoint
 from tapir_local.stages.context import AskBackend, Backends, Work
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.stages.row_check import (
     CHARACTERS_PER_TOKEN,
     StudentFormat,

@@ -35,6 +35,7 @@ KINDS_BY_SETTING: Mapping[str, frozenset[str]] = {
     "stream": frozenset({"openai"}),
     "thinking": frozenset({"openai", "gguf"}),
     "mode": JUDGE_KINDS,
+    "ahead": frozenset({"teacher", "openai"}),
     "max_unjudged": JUDGE_KINDS,
     "health": JUDGE_KINDS,
 }
@@ -144,6 +145,16 @@ INEFFECTIVE_RULES = (
         setting_paths("judge", "max_unjudged"),
         lambda recipe: not judges_pool(recipe.curriculum),
         "this curriculum judges no pool",
+    ),
+    IneffectiveRule(
+        setting_paths("judge", "ahead"),
+        lambda recipe: recipe.judge.kind == "teacher" and recipe.teacher.kind != "openai",
+        "only a judge behind an endpoint can be asked while the student answers",
+    ),
+    IneffectiveRule(
+        setting_paths("judge", "ahead"),
+        lambda recipe: (recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge).batch,
+        "a batch is submitted when every answer is there",
     ),
     IneffectiveRule(("budget.money",), has_no_price, "no endpoint with a price is asked, so it is never reached"),
     IneffectiveRule(("budget",), asks_no_endpoint, "no endpoint is asked"),

@@ -91,6 +91,11 @@ class Judge(Endpoint):
     )
     temperature: float = Field(0.0, ge=0, le=2, description="sampling temperature of judgements")
     max_tokens: int = Field(1024, ge=1, description="maximum tokens of a judgement, including reasoning")
+    ahead: Literal["auto"] | bool = Field(
+        "auto",
+        description="ask a judge behind an endpoint about finished answers while the student still writes others; "
+        "`auto`: if its base_url is not on this machine (localhost, 127.…, ::1), whose processors the student needs",
+    )
     max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
     health: Literal["warn", "stop"] = Field(
         "warn",

@@ -174,7 +174,7 @@ CHANGEABLE_TRAIN_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointi
 # Other settings that change no row: texts, parallelism and tolerated failures.
 CHANGEABLE_SETTINGS = (
     *("rounds", "about", "budget", "limits", "card", "student.concurrency"),
-    *("judge.max_unjudged", "judge.health", "classifier.min_agreement", "export.min_agreement"),
+    *("judge.ahead", "judge.max_unjudged", "judge.health", "classifier.min_agreement", "export.min_agreement"),
 )
 # Settings that may grow during a run: a complete answer stays the same.
 RAISABLE_SETTINGS = ("teacher.max_tokens", "judge.max_tokens")

@@ -1,9 +1,11 @@
 """Build the real backends of a run: the parts of the program that ask, generate, train, export and verify."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tapir_local.export.base import (
@@ -46,8 +48,8 @@ from tapir_local.records import (
     noop,
 )
 from tapir_local.run_dir import RunDir
+from tapir_local.stages.ahead import JudgeAhead, LiveAsk, asks_ahead
 from tapir_local.stages.context import (
-    AskBackend,
     Backends,
     ClassifyBackend,
     ExportBackend,
@@ -58,11 +60,12 @@ from tapir_local.stages.context import (
     TrainBackend,
     UntrainedBackend,
 )
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.stages.row_check import PromptAndAnswer, StudentFormat, read_student_format
 from tapir_local.store.queries import billed_to_run
 from tapir_local.store.store import Mode, Store
 from tapir_local.teacher.budget import BudgetTracker, Cost, check_reply_limits
-from tapir_local.teacher.session import DEFAULT_ASK_OPTIONS, AskOptions
+from tapir_local.teacher.session import DEFAULT_ASK_OPTIONS, AskOptions, EarlierTries
 
 # 184 million weights of deberta-v3-base with gradients, Adam's moments and a batch.
 CLASSIFIER_GPU_BYTES = 6 << 30
@@ -79,6 +82,8 @@ def real_backends(
     if the student cannot be exported. The processes that train do not get the keys of the recipe's endpoints. `apart`
     says whether llama.cpp answers in a process of its own; None: if it uses a GPU (see `LlamaPlace`).
     """
+    from tapir_local.teacher.ahead import AheadAsker
+
     judge, llama = judge_endpoint(recipe), LlamaPlace(apart, run.path / "llama")
     check_reply_limits(recipe.budget, recipe.teacher, judge)
     with Store(run.cache / "teacher.db", mode) as store, withhold_variables(recipe.key_variables):
@@ -86,9 +91,12 @@ def real_backends(
             say(notice)
         budget = BudgetTracker(recipe.budget, run_cost(run), run_cost(run, estimated=True))
         options = AskOptions(budget=budget, warn=say, llama=llama)
+        ask_judge = ask_backend(judge, store, run.name, options)
+        ahead = JudgeAhead(partial(AheadAsker, judge, store, run.name, options), ask_judge)
         yield Backends(
             teacher=ask_backend(recipe.teacher, store, run.name, options),
-            judge=ask_backend(judge, store, run.name, options),
+            judge=ahead.ask,
+            judge_ahead=ahead.open if asks_ahead(recipe, mode) else None,
             generate=generate_backend(recipe, run, llama),
             classify=classify_backend(recipe, say),
             train=train_backend(recipe, run, say),
@@ -128,27 +136,23 @@ def format_backend(recipe: Recipe, run: RunDir) -> Callable[[], StudentFormat]:
     return cache(lambda: read_student_format(student_folder(recipe, run), recipe.student.max_length))
 
 
-def judge_endpoint(recipe: Recipe) -> Endpoint:
-    """The endpoint that judges."""
-    return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
-
-
 def run_cost(run: RunDir, *, estimated: bool = False) -> Cost:
     """What may have been billed to a run so far; with `estimated`, only the estimated part of it."""
     store = run.cache / "teacher.db"
     return Cost(*billed_to_run(store, run.name, estimated=estimated)) if store.exists() else Cost()
 
 
-def ask_backend(endpoint: Endpoint, store: Store, run: str, options: AskOptions = DEFAULT_ASK_OPTIONS) -> AskBackend:
+def ask_backend(endpoint: Endpoint, store: Store, run: str, options: AskOptions = DEFAULT_ASK_OPTIONS) -> LiveAsk:
     """Sends requests to an endpoint, through the store and as the options say."""
 
-    def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
+    def ask(requests: Sequence[Request], progress: Progress, earlier: EarlierTries | None = None) -> list[Answer]:
         from tapir_local.teacher.ask import ask as send
 
         def show(done: int, total: int, hits: int) -> None:
             progress(done, total, f"{hits:,} from the store" if hits else "")
 
-        return send(requests, endpoint, store, run=run, options=replace(options, progress=show, tell=progress))
+        settings = replace(options, progress=show, tell=progress, earlier=earlier)
+        return send(requests, endpoint, store, run=run, options=settings)
 
     return ask
 

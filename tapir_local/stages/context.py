@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +35,24 @@ class AskBackend(Protocol):
     """Answers to requests, in their order."""
 
     def __call__(self, requests: Sequence[Request], progress: Progress) -> list[Answer]: ...
+
+
+class AheadQueue(Protocol):
+    """Takes requests that are asked while the caller does something else; `paid` counts the new replies."""
+
+    @property
+    def paid(self) -> int: ...
+
+    def add(self, requests: Sequence[Request]) -> None: ...
+
+
+class AheadBackend(Protocol):
+    """Asks the judge ahead of its stage, until the block ends; `before_asking` is called before each group of requests.
+
+    The answers are in the store then. An error ends the asking ahead and is left to the judge's stage.
+    """
+
+    def __call__(self, before_asking: Callable[[], None]) -> AbstractContextManager[AheadQueue]: ...
 
 
 class GenerateBackend(Protocol):
@@ -121,6 +140,7 @@ class Backends:
     `student_format` reads the student's chat template and tokenizer. `begin` is called once the run is locked, before
     its first step. `check` tells right answers from wrong ones. `replay` says that all answers come from the store.
     `meter` counts the requests, and `spent` is what may have been billed to the run so far, both for displays.
+    `judge_ahead` is None if the judge is asked in its own stage only.
     """
 
     teacher: AskBackend
@@ -139,6 +159,7 @@ class Backends:
     replay: bool = False
     meter: CallMeter = field(default_factory=CallMeter)
     spent: Callable[[], Cost] = Cost
+    judge_ahead: AheadBackend | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, parsing, prompts
 from tapir_local.method.judge_quality import NO_CHECKER, AnswersRight, check_both_answers, format_percent, measure_judge
-from tapir_local.recipe.endpoints import Judge
+from tapir_local.recipe.endpoints import Endpoint, Judge
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import (
     Answer,
@@ -67,7 +67,7 @@ class JudgeSpeed:
         def timed(requests: Sequence[Request], progress: Progress) -> list[Answer]:
             began = time.monotonic()
             found = ask(requests, progress=progress)
-            new = [answer for answer in found if not answer.hit]
+            new = [answer for answer in found if not (answer.hit or answer.ahead)]
             self.seconds += time.monotonic() - began if new else 0.0
             self.requests += len(new)
             self.tokens_in += sum(answer.tokens_in for answer in new)
@@ -128,6 +128,11 @@ def unasked_judgement(row: Example, finish: str) -> Judgement:
     return Judgement(row.id, None, None, reason=NO_ANSWER_REASONS[finish], teacher_length=len(row.completion))
 
 
+def judge_endpoint(recipe: Recipe) -> Endpoint:
+    """The endpoint that judges."""
+    return recipe.teacher if recipe.judge.kind == "teacher" else recipe.judge
+
+
 def judge_settings(recipe: Recipe) -> Judge:
     """The judge's settings, with the teacher's GGUF if the teacher judges."""
     if recipe.judge.kind == "teacher":
@@ -172,11 +177,7 @@ def ask_judge(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[st
 
 def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Both answers in one request, in both orders: two calls per row."""
-    asked: dict[str, BuildPrompt] = {}
-    for row in rows:
-        asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
-        asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
-    read, why = ask_twice(work, stage, asked, parsing.parse_scores, prompts.JUDGEMENT)
+    read, why = ask_twice(work, stage, pair_prompts(rows, texts), parsing.parse_scores, prompts.JUDGEMENT)
     return [
         judging.combine_orders(
             row.id, read.get(f"{row.id}#0"), read.get(f"{row.id}#1"), judgement_reason(row.id, PAIR_ORDERS, why)
@@ -187,11 +188,7 @@ def judge_pairs(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
 
 def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Judgement]:
     """Each answer in its own request; the one about the teacher's answer is the same in every round: paid for once."""
-    asked: dict[str, BuildPrompt] = {}
-    for row in rows:
-        asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
-        asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
-    read, why = ask_twice(work, stage, asked, parsing.parse_score, prompts.SINGLE_JUDGEMENT)
+    read, why = ask_twice(work, stage, single_prompts(rows, texts), parsing.parse_score, prompts.SINGLE_JUDGEMENT)
     return [
         judging.combine_single(
             row.id,
@@ -201,6 +198,48 @@ def judge_alone(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[
         )
         for row in rows
     ]
+
+
+def pair_prompts(rows: Sequence[Example], texts: Mapping[str, str]) -> dict[str, BuildPrompt]:
+    """The prompts about both answers to each row, by request."""
+    asked: dict[str, BuildPrompt] = {}
+    for row in rows:
+        asked[f"{row.id}#0"] = partial(prompts.judge_prompt, row.prompt, row.completion, texts[row.id])
+        asked[f"{row.id}#1"] = partial(prompts.judge_prompt, row.prompt, texts[row.id], row.completion)
+    return asked
+
+
+def single_prompts(rows: Sequence[Example], texts: Mapping[str, str]) -> dict[str, BuildPrompt]:
+    """The prompts about each answer to each row, by request."""
+    asked: dict[str, BuildPrompt] = {}
+    for row in rows:
+        asked[f"{row.id}#teacher"] = partial(prompts.judge_single_prompt, row.prompt, row.completion)
+        asked[f"{row.id}#student"] = partial(prompts.judge_single_prompt, row.prompt, texts[row.id])
+    return asked
+
+
+def first_judge_requests(work: Work, stage: str, rows: Sequence[Example], texts: Mapping[str, str]) -> list[Request]:
+    """The requests that `ask_judge` will send first about these rows, in its order."""
+    build, schema = (
+        (single_prompts, prompts.SINGLE_JUDGEMENT)
+        if work.recipe.judge.mode == "single"
+        else (pair_prompts, prompts.JUDGEMENT)
+    )
+    return [judge_request(work, stage, name, prompt(""), schema) for name, prompt in build(rows, texts).items()]
+
+
+def judge_request(work: Work, stage: str, name: str, messages: Prompt, schema: Mapping[str, Any]) -> Request:
+    """A request to the judge with the recipe's settings; `name` is the row's id with the answers' suffix."""
+    settings = work.recipe.judge
+    return Request(
+        messages,
+        name,
+        stage,
+        work.number,
+        temperature=settings.temperature,
+        max_tokens=settings.max_tokens,
+        schema=schema,
+    )
 
 
 def ask_twice(
@@ -214,21 +253,12 @@ def ask_twice(
 
     An unreadable reply is asked for once more, with the reply in the prompt.
     """
-    settings = work.recipe.judge
     read: dict[str, ScoreT] = {}
     last: dict[str, Answer] = {}
     for _ in range(2):
         missing = [name for name in asked if name not in read and not (name in last and last[name].refused)]
         requests = [
-            Request(
-                asked[name](last[name].text if name in last else ""),
-                name,
-                stage,
-                work.number,
-                temperature=settings.temperature,
-                max_tokens=settings.max_tokens,
-                schema=schema,
-            )
+            judge_request(work, stage, name, asked[name](last[name].text if name in last else ""), schema)
             for name in missing
         ]
         for name, reply in zip(missing, work.ask(work.backends.judge, requests), strict=True):

@@ -13,6 +13,7 @@ from tapir_local.method.judge_quality import check_both_answers, measure_judge
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, SchedulePart
 from tapir_local.resumable import OrderedWriter, resume_writing
+from tapir_local.stages.ahead import judging_ahead
 from tapir_local.stages.context import Stage, Work, format_count
 from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.stages.judge import judge_name, refuse_unjudged, refuse_useless_judge, write_judgements
@@ -36,18 +37,24 @@ def answer_stage(work: Work, out: Path) -> str:
     if not judges_pool(work.recipe.curriculum):
         write_rows(out, [])
         return "not needed: the curriculum does not measure difficulty"
-    return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out)
+    return generate_answers(work, read_pool(work), work.run.round(work.number - 1), out, "judge")
 
 
-def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path) -> str:
+def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Path, judge_stage: str = "") -> str:
     """Write the answers of a round's student to some rows; answers from an interrupted attempt are kept.
 
-    The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py).
+    The remaining rows then run in other batches, so near-ties may be decided differently (see generate.py). Where
+    `judge.ahead` allows, the judge is meanwhile asked about the answers in the file, as in the stage `judge_stage`. If
+    that is "", it is not asked.
     """
     gguf = student / "student.gguf"
-    with resume_writing(out, resumable_task(work, gguf, rows), Completion) as (file, done):
+    with (
+        resume_writing(out, resumable_task(work, gguf, rows), Completion) as (file, done),
+        judging_ahead(work, judge_stage, rows, file) as written,
+    ):
         left, found = rows[len(done) :], list[Completion]()
-        ordered = OrderedWriter[Completion](file, [row.id for row in left])
+        written.judge(done)
+        ordered = OrderedWriter[Completion](file, [row.id for row in left], written.judge)
         if left:
             found = work.backends.generate(
                 gguf=gguf,
@@ -56,7 +63,7 @@ def generate_answers(work: Work, rows: Sequence[Example], student: Path, out: Pa
                 progress=offset_progress(work, len(done), len(rows)),
                 on_result=ordered.add,
             )
-    return summarize_answers([*done, *found], len(done))
+    return summarize_answers([*done, *found], len(done)) + written.summary()
 
 
 def summarize_answers(answers: Sequence[Completion], kept: int) -> str:
@@ -176,7 +183,7 @@ def gate_stage(work: Work, out: Path) -> str:
 
 def holdout_answer_stage(work: Work, out: Path) -> str:
     """This round's student answers the holdout."""
-    return generate_answers(work, read_holdout(work), work.folder, out)
+    return generate_answers(work, read_holdout(work), work.folder, out, "holdout-judge")
 
 
 def holdout_judge_stage(work: Work, out: Path) -> str:

@@ -20,7 +20,7 @@ def untrained_export_stage(work: Work, out: Path) -> str:
 
 def untrained_answer_stage(work: Work, out: Path) -> str:
     """The untrained student answers the holdout."""
-    return generate_answers(work, read_holdout(work), out.parent, out)
+    return generate_answers(work, read_holdout(work), out.parent, out, "untrained-judge")
 
 
 def untrained_judge_stage(work: Work, out: Path) -> str:

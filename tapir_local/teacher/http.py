@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -69,16 +69,22 @@ class LiveSender:
         self.in_flight = 0
         self.pacer = RequestPacer()
 
-    async def send(self, jobs: list[RequestJob]) -> list[RequestJob]:
-        """Send the jobs, as many at once as the endpoint allows; returns those that are now in a pending batch."""
-        most = min(self.endpoint.concurrency, len(jobs))
-        self.loop, self.queue = asyncio.get_running_loop(), SendQueue(jobs, most)
+    async def send(
+        self, jobs: list[RequestJob], more: AsyncIterator[list[RequestJob]] | None = None
+    ) -> list[RequestJob]:
+        """Send the jobs, as many at once as the endpoint allows; returns those that are now in a pending batch.
+
+        `more` brings further jobs meanwhile. When it ends, what is in flight is finished and nothing else is sent.
+        """
+        most = self.endpoint.concurrency if more else min(self.endpoint.concurrency, len(jobs))
+        self.loop, self.queue = asyncio.get_running_loop(), SendQueue(jobs, most, may_grow=more is not None)
         self.session.options.meter.limit(most)
         async with open_http_client(self.endpoint, self.session.options.transport) as self.http:
             self.client = open_openai_client(self.endpoint, self.http)
             self.url, self.headers = chat_url_and_headers(self.client)
             self.warn_of_key()
             workers = [asyncio.create_task(self.work(number)) for number in range(most)]
+            workers += [asyncio.create_task(self.take_more(more))] if more else []
             try:
                 await asyncio.wait(workers)
             except asyncio.CancelledError as interrupted:
@@ -99,6 +105,16 @@ class LiveSender:
         try:
             while (job := await self.queue.next(number)) is not None:
                 await self.claim_and_send(job)
+        except BaseException as error:
+            self.queue.stop(error)
+            raise
+
+    async def take_more(self, more: AsyncIterator[list[RequestJob]]) -> None:
+        """Queue the jobs that `more` brings; close the queue when it ends."""
+        try:
+            async for jobs in more:
+                self.queue.add(jobs)
+            self.queue.close()
         except BaseException as error:
             self.queue.stop(error)
             raise
@@ -129,7 +145,7 @@ class LiveSender:
         while not self.session.reserve(job):
             if not self.session.budget.has_reservations:
                 self.queue.stop(self.session.over_budget_error(job))
-            if self.queue.failed:
+            if self.queue.ended:
                 return False
             await asyncio.sleep(BUDGET_POLL_SECONDS)
         return True
@@ -266,6 +282,7 @@ class LiveSender:
             return
         job.tries += 1
         self.session.options.meter.count("retries")
+        self.session.tries[job.key] = job.tries
         job.live_before = self.session.outcomes.live
         wait = backoff_seconds(job.tries, random.Random(f"{job.key.hex()}-{job.tries}").random())
         self.queue.put_back(job, wait if requested is None else requested)

@@ -161,11 +161,12 @@ class SendQueue(Generic[Item]):
     The limit is adapted as DCTCP does for packets marked for congestion (RFC 8257): after every `limit` replies the
     share of 429s among them decides. Above TOLERATED_REFUSALS the limit shrinks by half that share. Below it grows by
     one, since a server that refuses a few at random is not full. Workers are numbered; those whose number is not below
-    the limit are idle.
+    the limit are idle. While it `may_grow`, workers wait for more items when none is left.
     """
 
-    def __init__(self, items: list[Item], most: int) -> None:
-        self.ready, self.left = deque(items), len(items)
+    def __init__(self, items: list[Item], most: int, may_grow: bool = False) -> None:
+        self.ready, self.left, self.may_grow = deque(items), len(items), may_grow
+        self.closed = False
         self.most, self.limit = most, float(most)
         self.refusals = 0  # in a row, without an answer between them
         self.failed: BaseException | None = None
@@ -176,13 +177,29 @@ class SendQueue(Generic[Item]):
 
     async def next(self, worker: int) -> Item | None:
         """The next item for this worker, as soon as it may be sent; None if there will be no more."""
-        while self.left and not self.failed:
+        while (self.left or self.may_grow) and not self.ended:
             wait = self._not_before - self._loop.time()
             if wait <= 0 and self.ready and worker < self.limit:
                 return self.ready.popleft()
             self._changed.clear()
             await self._wait_for_change(wait if wait > 0 else None)
         return None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further item is given out, whatever is left."""
+        return self.closed or self.failed is not None
+
+    def add(self, items: list[Item]) -> None:
+        """Add items after those that wait."""
+        self.ready.extend(items)
+        self.left += len(items)
+        self._changed.set()
+
+    def close(self) -> None:
+        """Give out no further item, without an error."""
+        self.closed = True
+        self._changed.set()
 
     def put_back(self, item: Item, seconds: float) -> None:
         """Return an item to the front of the queue after `seconds`, so that the last rows do not wait for it."""

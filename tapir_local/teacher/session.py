@@ -36,6 +36,17 @@ DEFAULT_PATIENCE = 900.0  # seconds of nothing but 429 until the run stops with 
 CallProgress = Callable[[int, int, int], None]  # called with (done, total, hits)
 
 
+@dataclass
+class EarlierTries:
+    """Requests of a stage that were sent before it began and brought no answer, so that it continues counting.
+
+    `tries` counts the attempts by key, `useless` the last replies in a row that could not be used.
+    """
+
+    tries: dict[bytes, int] = field(default_factory=dict)
+    useless: int = 0
+
+
 @dataclass(frozen=True)
 class AskOptions:
     """How `ask` spends, reports and waits.
@@ -44,7 +55,8 @@ class AskOptions:
     while batches or a loading server are waited for, and `warn` with a text when, for example, another model answers
     than before. `transport` replaces the network. `patience` is the number of seconds after which a server that refuses
     everything, or that cannot be reached for a batch, is given up. `batch_limits` apply to the Batch API. `llama` is
-    where llama.cpp runs if a GGUF answers. `meter` counts the requests for a display.
+    where llama.cpp runs if a GGUF answers. `meter` counts the requests for a display. `earlier` are the attempts that
+    count as those of this call.
     """
 
     budget: BudgetTracker | None = None
@@ -56,6 +68,7 @@ class AskOptions:
     batch_limits: BatchLimits = DEFAULT_BATCH_LIMITS
     llama: LlamaPlace = ANYWHERE
     meter: CallMeter = field(default_factory=CallMeter)
+    earlier: EarlierTries | None = None
 
 
 DEFAULT_ASK_OPTIONS = AskOptions()
@@ -93,7 +106,7 @@ class AskSession:
         run: str,
         options: AskOptions = DEFAULT_ASK_OPTIONS,
     ) -> None:
-        self.requests, self.endpoint, self.store, self.run = requests, endpoint, store, run
+        self.requests, self.endpoint, self.store, self.run = list(requests), endpoint, store, run
         self.options, self.warn = options, options.warn
         self.budget = options.budget or BudgetTracker(Budget())
         self.billing, self.identity = EndpointBilling(endpoint, self.budget, self.warn), endpoint_identity(endpoint)
@@ -102,12 +115,21 @@ class AskSession:
         self.abandoned = 0  # requests that were in flight when the run was stopped
         self.served_models: dict[str, list[tuple[str, str]]] = {}
         self.outcomes = RequestOutcomes(self.count_complete_before, self.has_answered_before)
+        earlier = options.earlier or EarlierTries()
+        self.tries, self.outcomes.useless = dict(earlier.tries), earlier.useless
 
-    def look_up(self) -> list[RequestJob]:
-        """Answer what the store has; return a job for each different request that is left."""
+    def add(self, requests: Sequence[Request]) -> list[RequestJob]:
+        """Add requests, answer those that the store has, and return a job for each different one that is left."""
+        first = len(self.requests)
+        self.requests += requests
+        self.answers += [None] * len(requests)
+        return self.look_up(first)
+
+    def look_up(self, first: int = 0) -> list[RequestJob]:
+        """Answer what the store has; return a job for each different request that is left, from `first` on."""
         jobs: dict[bytes, RequestJob] = {}
         uses: list[Use] = []
-        for start in range(0, len(self.requests), LOOKUP_SIZE):
+        for start in range(first, len(self.requests), LOOKUP_SIZE):
             some = [self.make_job(place) for place in range(start, min(start + LOOKUP_SIZE, len(self.requests)))]
             replies = self.stored_replies(some)
             for job in some:
@@ -130,7 +152,8 @@ class AskSession:
         request = self.requests[place]
         body = request_body(request, self.endpoint)
         text = keys.request_text(self.identity, body, request.draw)
-        return RequestJob(request, keys.hash_request(text), text, body, [place])
+        key = keys.hash_request(text)
+        return RequestJob(request, key, text, body, [place], self.tries.get(key, 0))
 
     def stored_replies(self, jobs: Sequence[RequestJob]) -> dict[bytes, tuple[bytes, Reply]]:
         """For each job's key that has an answer in the store: the key of the call that has it, and its reply."""

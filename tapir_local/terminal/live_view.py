@@ -14,7 +14,7 @@ from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.report.tables import percent_cell, percent_interval_cell
 from tapir_local.run_dir import UNTRAINED_ROUND
-from tapir_local.stages.backends import judge_endpoint
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.tables import format_clock, format_seconds, join_styled, plain_text
 from tapir_local.terminal.lines import calls_phrase, format_duration, format_money, format_speed, wrap_line
 from tapir_local.terminal.run_state import Finished, RunState

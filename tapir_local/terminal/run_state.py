@@ -16,7 +16,7 @@ from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.report.status import read_metrics
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
-from tapir_local.stages.backends import judge_endpoint
+from tapir_local.stages.judge import judge_endpoint
 from tapir_local.store.queries import mean_tokens_by_stage
 from tapir_local.teacher.budget import Cost, endpoint_price
 from tapir_local.teacher.rate_limit import CallCounts, CallMeter

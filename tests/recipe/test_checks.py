@@ -23,8 +23,7 @@ from tapir_local.recipe.text import (
 )
 from tapir_local.records import Message, Request
 from tapir_local.resources import find_recipe
-from tapir_local.stages.backends import judge_endpoint
-from tapir_local.stages.judge import judge_name
+from tapir_local.stages.judge import judge_endpoint, judge_name
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
 
@@ -34,6 +33,7 @@ VALUES: dict[str, Any] = {
     **{"api_key_env": "KEY", "api_key_file": "key.txt", "temperature": 0.1, "max_tokens": 99, "extra": {"top_p": 0.5}},
     **{"send_seed": True, "concurrency": 3, "timeout": 9.0, "attempts": 2, "batch": True, "mode": "single"},
     **{"price": {"input": 1, "output": 1}, "max_unjudged": 0.5, "health": "stop", "stream": True, "thinking": "keep"},
+    **{"ahead": False},
 }
 NEEDED: dict[str, dict[str, Any]] = {"openai": {"model": "m"}, "gguf": {"gguf": "x.gguf"}}
 PAIRS = [
@@ -316,7 +316,7 @@ def test_every_setting_lasts_but_those_that_decide_no_row() -> None:
     kept = fixed_settings(recipe)
     free = {path for path, *_ in settings() if "LABEL" not in path and not there(kept, path.split("."))}
     assert free == {
-        *("rounds", "about", "student.concurrency", "judge.max_unjudged", "judge.health"),
+        *("rounds", "about", "student.concurrency", "judge.max_unjudged", "judge.ahead", "judge.health"),
         "classifier.min_agreement",
         *("export.min_agreement", "train.micro_batch_size", "train.gradient_checkpointing", "train.checkpoint_minutes"),
         *("train.launcher", "budget.money", "budget.tokens", "budget.calls", "limits.unusable"),
