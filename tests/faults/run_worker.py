@@ -61,7 +61,15 @@ def half_real(recipe: Recipe, run: RunDir, say: Callable[[str], None], *mode: An
 
     with REAL_BACKENDS(recipe, run, say, *mode) as made:
         fake = fakes.fake_backends(fakes.World())
-        yield replace(fake, teacher=made.teacher, judge=made.judge, replay=made.replay, generate=generate, train=train)
+        yield replace(
+            fake,
+            teacher=made.teacher,
+            judge=made.judge,
+            judge_ahead=made.judge_ahead,
+            replay=made.replay,
+            generate=generate,
+            train=train,
+        )
 
 
 def run_child(job: dict[str, Any]) -> int:
