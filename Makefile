@@ -14,13 +14,17 @@ define check_python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 endef
 
-.PHONY: distill test test-real test-unsloth check docs install llama clean nvcc
+.PHONY: distill test campaign test-real test-unsloth check docs install llama clean nvcc
 
 distill: $(READY)              ## install, then run the quickstart: three rounds with the pocket teacher and student
 	$(BIN)/tapir-local distill --rounds 3
 
 test: .venv/installed          ## run every test
 	$(BIN)/pytest -n auto --dist worksteal
+
+campaign: .venv/installed      ## kill and harm small runs for about 20 minutes, and feed every reader garbage
+	$(BIN)/pytest -n0 -m campaign tests/faults
+	$(BIN)/python bench/crash.py --kills $(or $(KILLS),200)
 
 test-unsloth: $(UNSLOTH)/installed  ## train tiny models through Unsloth's GPU code, on the CPU
 	$(UNSLOTH)/bin/python -m pytest -m unsloth -n 2 --dist worksteal tests/unsloth

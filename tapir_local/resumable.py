@@ -88,7 +88,7 @@ def read_task_note(path: Path) -> Any:
     """The task in `<path>.partial.json`; None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

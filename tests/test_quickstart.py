@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import loaded_modules, record_loaded_modules
+from command_line import loaded_modules, network_name_space, record_loaded_modules, refuse_network
 
 from tapir_local.pipeline.loop import list_steps
 from tapir_local.run_dir import RunDir
@@ -48,8 +48,34 @@ def results(run: RunDir) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """In a network name space without any network, or, where that is not allowed, with Python's sockets refused."""
     cache = tmp_path_factory.mktemp("cache")
-    return distilled(cache, **record_loaded_modules(cache))
+    environment = record_loaded_modules(cache)
+    refuse_network(cache)
+    words = ["distill", str(SMALL), "--cache", str(cache), "--name", "small"]
+    command = [*network_name_space(), *COMMAND, *words]
+    out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    assert out.returncode == 0, out.stderr
+    return RunDir(cache, "small")
+
+
+def test_the_quickstart_asks_for_no_host(run: RunDir) -> None:
+    """Neither a download nor telemetry of a library was even tried."""
+    assert not (run.cache / "refused-hosts").exists()
+
+
+def test_what_the_quickstart_wrote_is_private(run: RunDir) -> None:
+    """Apart from files of this test, each file, or a folder that holds it, is closed to others."""
+    ours = ("sitecustomize.py", "loaded")
+    files = [path for path in run.cache.rglob("*") if path.is_file() and path.name not in ours]
+    open_ = [
+        path for path in files if not any(is_private(one) for one in (path, *path.parents) if run.cache in one.parents)
+    ]
+    assert [path for path in open_ if "__pycache__" not in path.parts] == []
+
+
+def is_private(path: Path) -> bool:
+    return not path.stat().st_mode & 0o077
 
 
 def test_torch_and_llama_cpp_are_never_in_one_process(run: RunDir) -> None:

@@ -1,7 +1,8 @@
 """`tapir-local calls export` and `calls import`: move calls between stores, and add answers paid for elsewhere."""
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,10 @@ from tapir_local.terminal.options import cache_option, help_examples, store_path
 from tapir_local.terminal.output import echo, line_progress
 
 if TYPE_CHECKING:
+    from tapir_local.store.key_like import KeyLike
     from tapir_local.store.store import Store
+
+KEY_LIKE_SHOWN = 3  # of the texts that look like a secret
 
 
 @click.command(name="export", epilog=help_examples("tapir-local calls export --run quickstart quickstart.db"))
@@ -24,9 +28,10 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
     """Copy calls to a new store, FILE, which must not exist.
 
     On another machine, use FILE as `teacher.db` of a cache for `distill --replay`, or add its calls to a store with
-    `calls import`.
+    `calls import`. FILE holds your prompts and the answers: text in them that looks like a key is warned of.
     """
     from tapir_local.files import check_output
+    from tapir_local.store.key_like import key_like_calls
     from tapir_local.store.transfer import export_store
 
     store = store_path(cache)
@@ -36,9 +41,22 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
     used = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)] if run else []
     done = export_store(store, file, run, used)
     echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
+    if found := key_like_calls(file):
+        echo(describe_key_like(found), err=True)
     if done.lost:
         echo(f"{done.lost:,} calls could not be read and were left out", err=True)
         sys.exit(1)
+
+
+def describe_key_like(found: "Sequence[KeyLike]") -> str:
+    """A warning that names the calls with text that looks like a secret, and shows no more of it than its start."""
+    calls = list(dict.fromkeys(one.call for one in found))
+    kinds = ", ".join(f"{kind}: {count:,}" for kind, count in Counter(one.kind for one in found).most_common())
+    first = ", ".join(f"{one.call[:12]} ({one.kind} {one.start})" for one in found[:KEY_LIKE_SHOWN])
+    return (
+        f"warning: {len(calls):,} of these calls hold text that looks like a secret ({kinds}). Read them before you "
+        f"give the file away: {first}{' …' if len(found) > KEY_LIKE_SHOWN else ''}"
+    )
 
 
 def keys_in_lockfile(cache: Path | None, run: str) -> list[str]:

@@ -12,7 +12,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export.gated_export import ExportConfig, export_with_gate, make_template_view
 from tapir_local.export.gguf_student import STUDENT_RECORD, GgufStudentRecord, make_gguf_student
 from tapir_local.export.weights import model_weights
-from tapir_local.files import read_record, remove_path, write_json
+from tapir_local.files import private_folder, read_record, remove_path, write_json
 from tapir_local.inference.model import check_gguf, is_adapter
 from tapir_local.memory import format_bytes, free_memory
 from tapir_local.process import withhold_variables
@@ -74,7 +74,8 @@ def gguf_student_folder(
     folder = cache / "base" / str(key) / gguf.stem
     if not folder.is_dir():
         check_gguf(gguf, "student", "Correct student.path.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(folder.parent.parent)  # cache/base
+        folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.parent / ".lock"):
             if not folder.is_dir():
                 make_gguf_student(gguf, folder, say, template=template)
@@ -208,7 +209,8 @@ def make_base_gguf(model: Path, path: Path, recipe: Recipe, progress: Progress |
     """Export and verify a base GGUF; runs that need the same one wait for each other."""
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent.parent)  # cache/base
+    path.parent.mkdir(exist_ok=True)
     with FileLock(path.parent / ".lock"), withhold_variables(recipe.key_variables):
         if not is_base_ready(path):
             remove_path(path)

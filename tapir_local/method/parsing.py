@@ -59,11 +59,13 @@ TAGGED_PAIR = re.compile(
 
 TAGGED_SCORE = re.compile(r"<score>\s*([0-9.]+)\s*</score>", re.IGNORECASE)
 
-FENCE_OR_SPACE = re.compile(r"```(?:json)?|\s")  # code fences and white space around the object
+FENCES_AND_SPACE = re.compile(r"(?:```(?:json)?|\s)*")  # code fences and white space around the object
 
 LEADING_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.IGNORECASE | re.DOTALL)
 
 THOUGHTS = re.compile(r"^.*</think>|<think>.*$", re.IGNORECASE | re.DOTALL)
+
+MAX_NO_OBJECTS = 2_000  # braces in a reply that begin no object, such as those of code in a judge's reasons
 
 MAX_WRAPPERS = 3  # levels of wrappers around the scores
 
@@ -124,7 +126,7 @@ def parse_json_list(reply: str) -> list[Any] | None:
 
 def opens_or_closes(reply: str, start: int, end: int) -> bool:
     """Whether reply[start:end] is at the beginning or end of the reply, apart from code fences."""
-    return not (FENCE_OR_SPACE.sub("", reply[:start]) and FENCE_OR_SPACE.sub("", reply[end:]))
+    return bool(FENCES_AND_SPACE.fullmatch(reply, 0, start) or FENCES_AND_SPACE.fullmatch(reply, end))
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,13 +137,19 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def find_json_objects(text: str) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Every outermost JSON object in a text, with the offsets of its start and end."""
-    decoder, start = json.JSONDecoder(object_pairs_hook=unique_keys), text.find("{")
-    while start >= 0:
+    """Every outermost JSON object in a text, with the offsets of its start and end.
+
+    The search ends at a text nested too deeply to be read, and after MAX_NO_OBJECTS braces that begin no object: trying
+    each of 3,000 nested braces took minutes.
+    """
+    decoder, failed, start = json.JSONDecoder(object_pairs_hook=unique_keys), 0, text.find("{")
+    while start >= 0 and failed < MAX_NO_OBJECTS:
         try:
             value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            end = start + 1
+        except RecursionError:
+            return
+        except ValueError:
+            end, failed = start + 1, failed + 1
         else:
             yield value, start, end
         start = text.find("{", end)

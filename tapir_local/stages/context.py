@@ -267,8 +267,18 @@ def read_lock(run: RunDir) -> list[LockedCall]:
 
 
 def lock_calls(run: RunDir, step: str, calls: Sequence[LockedCall]) -> None:
-    """Record the calls that a step has used so far, in place of those of an earlier attempt at the step."""
-    write_rows(run.path / LOCK_FILE, [*(line for line in read_lock(run) if line.step != step), *calls])
+    """Record the calls that a step has used so far, in place of those of an earlier attempt at the step.
+
+    An independent step that was repeated goes back to its place before the rounds.
+    """
+    lines = [*(line for line in read_lock(run) if line.step != step), *calls]
+    write_rows(run.path / LOCK_FILE, sorted(lines, key=lambda line: lock_place(line.step)))
+
+
+def lock_place(step: str) -> tuple[int, str]:
+    """Where a step's group of lines is in tapir.lock: `prepare`, then `round-01` and so on, also above 99."""
+    group = step.partition("/")[0]
+    return len(group), group
 
 
 def unlock_steps(run: RunDir, steps: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 SQLite goes on writing into a file that has no name any more: its commits succeed, and all is lost when it is closed.
 """
 
+import shlex
 import sqlite3
 import time
 from pathlib import Path
@@ -63,6 +64,26 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def has_orphaned_log(path: Path) -> bool:
+    """Whether a store's file is missing while its log still holds calls: someone has moved the file alone."""
+    log = path.with_name(f"{path.name}-wal")
+    return not path.exists() and log.exists() and log.stat().st_size > 0
+
+
+def put_log_aside(path: Path) -> str:
+    """Rename the log of a missing file, which SQLite would delete with a new one; returns a sentence for the user."""
+    stamp = f"{path.name}.left-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (path.with_name(stamp + (f"-{n}" if n else "")) for n in range(1000))
+    aside = next(name for name in names if not name.with_name(f"{name.name}-wal").exists())
+    path.with_name(f"{path.name}-wal").rename(aside.with_name(f"{aside.name}-wal"))
+    path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
+    return (
+        f"{path}: the store's file is missing, and its log {path.name}-wal holds its newest calls. The log was renamed "
+        f"to {aside.name}-wal. If you have moved the file, move it to {aside.name}, and "
+        f"`tapir-local calls import {shlex.quote(str(aside))}` adds all its calls."
+    )
 
 
 def describe_saved(path: Path, saved: Path) -> str:

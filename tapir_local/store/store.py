@@ -18,7 +18,7 @@ from tapir_local.files import FILE_MODE, private_file
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.locks import Claims
-from tapir_local.store.presence import OpenFile, describe_saved
+from tapir_local.store.presence import OpenFile, describe_saved, has_orphaned_log, put_log_aside
 from tapir_local.store.recovery import find_damage, rescue_store
 from tapir_local.store.rows import Attempt, Call, InFlight, Inserter, Landed, StoreRow, Use, max_tokens_used
 from tapir_local.store.schema import connect, create_or_migrate, is_damage_error, network_disk_warning, transaction
@@ -203,6 +203,8 @@ class Store:
 
     def _repair(self) -> None:
         """Move a damaged file away and save its calls, unless another process uses it; create missing tables."""
+        if has_orphaned_log(self.path) and self._claims.lock_store_alone():
+            self.notices += (put_log_aside(self.path),)
         fault = find_damage(self.path) if self.path.exists() else ""
         if fault and not self._claims.lock_store_alone():
             raise TapirError(

@@ -14,11 +14,11 @@ from tapir_local.errors import TapirError
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import T
 from tapir_local.store.reply import parse_reply_json
-from tapir_local.teacher.endpoint import mask_key
+from tapir_local.teacher.endpoint import mask_key, mask_key_in_answer
 from tapir_local.teacher.pending_batches import PendingBatch, PendingBatches
 from tapir_local.teacher.rate_limit import backoff_seconds, requested_wait
 from tapir_local.teacher.refusals import RETRIED_STATUSES, RequestFailure, classify_error_response
-from tapir_local.teacher.responses import describe_transport_error, replace_half_surrogates
+from tapir_local.teacher.responses import describe_transport_error, replace_half_surrogates, transport_errors
 from tapir_local.teacher.session import AskSession, RequestJob
 
 if TYPE_CHECKING:
@@ -113,10 +113,29 @@ class BatchClient:
 
         for wait in (self.limits.settle, 0.0):
             try:
-                return (await self.call_with_retries(lambda: self.client.files.content(file))).content
+                return await self.call_with_retries(lambda: self.read_file(file))
             except openai.NotFoundError:
                 await asyncio.sleep(wait)
         return b""
+
+    async def read_file(self, file: str) -> bytes:
+        """One attempt to read a file on the server; TapirError if it is larger than the limit, so that memory lasts."""
+        import openai
+
+        async with self.client.files.with_streaming_response.content(file) as response:
+            body = bytearray()
+            try:
+                async for chunk in response.iter_bytes():
+                    body += chunk
+                    if len(body) > self.limits.output:
+                        raise TapirError(
+                            f"the file {file} is larger than {self.limits.output:,} bytes",
+                            where=self.identity,
+                            fix="Ask the endpoint's operator: a batch's answers do not need as much.",
+                        )
+            except transport_errors() as error:
+                raise openai.APIConnectionError(request=response.http_request) from error
+            return mask_key_in_answer(bytes(body), self.client)
 
     async def call_with_retries(self, send: Callable[[], Awaitable[T]]) -> T:
         """The result of one request, retried after the pauses that the server requests and after lost connections."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OPENAI_URL = "https://api.openai.com/v1"
 MIN_SECRET_LENGTH = 8  # characters; a shorter key is not a secret
+MIN_ISSUED_LENGTH = 16  # characters; a shorter key may be a word that an answer contains too
 KEY_WORDS_PATTERN = r"(?i:bearer|(?:api[ _-]?)?key(?: provided)?|token|authorization)"
 PLACEHOLDER_KEY = "none"  # for a server that needs no key: the client requires some word
 RESERVED_FIELDS = frozenset({"messages", "n", "stream", *keys.FIELDS_NOT_IN_KEY})  # what `extra` may not set
@@ -335,3 +336,13 @@ def mask_key(text: str, client: openai.AsyncOpenAI) -> str:
 def mask_key_in_body(body: bytes, client: openai.AsyncOpenAI) -> bytes:
     """A body with our key masked."""
     return mask_key(body.decode(errors="surrogateescape"), client).encode(errors="surrogateescape")
+
+
+def mask_key_in_answer(raw: bytes, client: openai.AsyncOpenAI) -> bytes:
+    """An answer with our key masked, if the key was issued by a machine: it is long and has a digit.
+
+    A server in debugging repeats a request's headers. A key such as `any-word` stays: it may be part of an answer.
+    """
+    key = client.api_key
+    issued = len(key) >= MIN_ISSUED_LENGTH and any(letter.isdigit() for letter in key)
+    return raw.replace(key.encode(), b"***") if issued and key.encode() in raw else raw

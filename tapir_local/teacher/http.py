@@ -16,6 +16,7 @@ from tapir_local.teacher.budget import Bill
 from tapir_local.teacher.endpoint import (
     chat_url_and_headers,
     mask_key,
+    mask_key_in_answer,
     mask_key_in_body,
     open_http_client,
     open_openai_client,
@@ -215,6 +216,7 @@ class LiveSender:
         self.pacer.add_duration(seconds)
         try:
             raw = join_stream(raw) if self.endpoint.stream and is_event_stream(raw) else raw
+            raw = mask_key_in_answer(raw, self.client)
             reply = self.session.read_raw(job.body, raw)
         except ValueError as error:
             self.handle_unreadable_reply(job, response, raw, error, sent)

@@ -14,7 +14,8 @@ from tapir_local.store.store import Store, explain_store_errors
 class BatchLimits:
     """What fits into a batch (requests, bytes), and the seconds between status requests.
 
-    `settle` is how long a new batch may take to appear in the server's list.
+    `settle` is how long a new batch may take to appear in the server's list, `output` the most bytes that are read of
+    an output or error file: 50,000 answers of 20 KB, five times what the store's answers need on average.
     """
 
     requests: int = 50_000
@@ -22,6 +23,7 @@ class BatchLimits:
     first_wait: float = 5.0
     longest_wait: float = 60.0
     settle: float = 60.0
+    output: int = 1 << 30
 
 
 DEFAULT_BATCH_LIMITS = BatchLimits()

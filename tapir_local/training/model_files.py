@@ -39,7 +39,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
             where=str(path),
             fix="Save model and tokenizer there with transformers' save_pretrained.",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TapirError(f"not JSON: {error}", where=str(path), fix="Save model and tokenizer again.") from error
     if not isinstance(found, dict):
         raise TapirError("not a JSON object", where=str(path), fix="Save model and tokenizer again.")
@@ -109,7 +109,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             for name, (start, _) in sorted(spans.items())
         }
         short = [name for name, (_, end) in spans.items() if 8 + length + end > size]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TapirError(f"the weights cannot be read: {error}", where=str(file), fix=COPY_AGAIN) from error
     if short:
         raise TapirError(f"the file ends before tensor {short[0]} does", where=str(file), fix=COPY_AGAIN)

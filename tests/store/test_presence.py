@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from calls import call, fill, key, table
 from command_line import ROOT
+from filled_stores import took
 from server import questions, teacher
 
 from tapir_local.errors import TapirError
@@ -135,3 +136,34 @@ def test_a_run_whose_store_is_deleted_stops_paying_and_keeps_every_answer(server
     with Store(path) as again:
         ask(asked, teacher(server), again, run="r")
     assert len(server.bodies) == 200
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from calls import call
+from tapir_local.store.store import Store
+store = Store(Path(sys.argv[1]))
+for row in range(10):
+    store.put(call(row)).result()
+os._exit(9)
+"""
+
+
+def test_the_log_of_a_file_that_was_moved_alone_is_kept_and_its_calls_come_back(tmp_path):
+    path = tmp_path / "teacher.db"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], env=env, check=False).returncode == 9
+    path.rename(tmp_path / "elsewhere.db")
+    with Store(path) as store:
+        (said,) = store.notices
+        assert store.get(key(0)) is None
+    (log,) = tmp_path.glob("teacher.db.left-*-wal")
+    assert log.name in said
+    aside = log.with_name(log.name.removesuffix("-wal"))
+    assert f"calls import {aside}" in said
+    (tmp_path / "elsewhere.db").rename(aside)
+    assert took(path, aside).new == 10
+    with Store(path) as store:
+        assert store.notices == ()
+        assert all(store.get(key(row)) == call(row).answer for row in range(10))

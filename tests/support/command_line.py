@@ -59,6 +59,37 @@ def record_loaded_modules(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
+NO_NETWORK = """
+import socket as _socket
+def _refuse(event, values):
+    if event == "socket.connect" and values[0].family != _socket.AF_UNIX:
+        host = str(values[1][0])
+    elif event == "socket.getaddrinfo":
+        host = str(values[0])
+    else:
+        return
+    if host not in ("127.0.0.1", "::1", "localhost", "None", ""):
+        print(host, file=open(PLACE, "a"))
+        raise ConnectionRefusedError(f"no network: {host}")
+sys.addaudithook(_refuse)
+"""
+
+
+def refuse_network(folder: Path) -> None:
+    """Every Python process with `folder` on its path reaches this machine only, and notes other hosts in `folder`."""
+    with (folder / "sitecustomize.py").open("a") as file:
+        file.write(NO_NETWORK.replace("PLACE", repr(str(folder / "refused-hosts"))))
+
+
+def network_name_space() -> list[str]:
+    """The beginning of a command that runs without any network; [] where the machine does not allow it."""
+    command = ["unshare", "--map-root-user", "--net"]
+    with suppress(OSError):
+        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+            return command
+    return []
+
+
 def loaded_modules(folder: Path) -> set[str]:
     """The modules that each process has written, as one text a process, such as `torch llama_cpp`."""
     return set((folder / "loaded").read_text().splitlines())

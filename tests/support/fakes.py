@@ -172,9 +172,11 @@ def make_recipe(folder: Path) -> Recipe:
 
 
 def outputs(run: RunDir) -> dict[str, bytes]:
-    """The bytes of every output, without run.json, which holds times."""
+    """The bytes of every output, without run.json and run.log, which hold times."""
     files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return {str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name != "run.json"}
+    return {
+        str(path.relative_to(run.path)): path.read_bytes() for path in files if path.name not in ("run.json", "run.log")
+    }
 
 
 def with_ask(world: World, change: Callable[[Request, Answer], Answer]) -> Backends:

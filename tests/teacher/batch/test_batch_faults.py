@@ -1,6 +1,7 @@
 """What goes wrong with a batch, a line of it or its endpoint: answers are kept, the rest is asked anew or explained."""
 
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from batches import FAST, by_batch, never, read_until, refused, replied, started, teacher, words
@@ -247,3 +248,10 @@ def test_a_line_that_strict_readers_refuse_is_not_paid_again(text, read):
     raw = reply_body_of_line(found[b"\xab" * 32])
     assert raw is not None
     assert parse_reply(raw).text == read
+
+
+def test_an_output_file_without_end_is_not_read_into_memory(server, store):
+    with raises("is larger than 500 bytes"):
+        by_batch(words(8), teacher(server), store, replace(FAST, output=500))
+    assert texts(by_batch(words(8), teacher(server), store)) == [f"re: {word}" for word in words(8)]
+    assert sorted(server.paid) == words(8)
