@@ -41,6 +41,7 @@ STATUS = {
     "run": HOSTILE,
     "state": HOSTILE,
     "folder": HOSTILE,
+    "shipped": {"round": 1, "why": HOSTILE},
     "now": {**dict.fromkeys(("step", "done", "total", "seconds_left", "ends", "round", "rounds")), "step": HOSTILE},
     "stages_done": 1,
     "stages": 2,
@@ -67,6 +68,7 @@ ANSWER = {
 }
 ROUND = {
     "run": HOSTILE, "round": 1, "plan": PLAN, "judge": {HOSTILE: QUALITY}, "unusable": {HOSTILE: {HOSTILE: 1}},
+    "judge_check": {"meaning": HOSTILE},
     "metrics": {"win_rate": 0.5, "student_score": 5.0, "by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}},
     "answers": [ANSWER],
 }  # fmt: skip

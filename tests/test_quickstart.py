@@ -147,7 +147,7 @@ def test_chat_answers_once_and_beside_the_base(run: RunDir) -> None:
     alone, both = tapir(*words).stdout, tapir(*words, "--vs", "base").stdout
     assert alone.strip()
     assert "<|" not in alone  # the stop token ends the answer and is not shown
-    assert both.startswith(f"[student]\n{alone}")
+    assert both.startswith(f"[{run.name}]\n{alone}")
     assert "[base]\n" in both
 
 
@@ -156,7 +156,7 @@ def test_a_conversation_is_kept_and_forgotten(run: RunDir) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*COMMAND, "chat", run.name, "--cache", str(run.cache)]
     out = subprocess.run(command, input=lines, capture_output=True, text=True, env=env, check=True).stdout
-    before, after = out.partition("end the chat.\n")[2].split("started a new conversation\n")
+    before, after = out.partition("stops an answer.\n")[2].split("started a new conversation\n")
     assert before == after
 
 

@@ -276,6 +276,7 @@ def compare_rounds(run: RunDir) -> dict[str, Any]:
     metric = next((name for name in COMPARED_METRICS if metric_values(results.last, name)), "accuracy")
     values = [metric_values(found, metric) for found in rounds]
     means = [fmean(rows.values()) if rows else 0.0 for rows in values]
+    best = max(range(len(means)), key=lambda at: (means[at], at))  # of equally good rounds the last
     changes = [None, *(paired_difference(now, before) for before, now in pairwise(values))]
     return {
         "run": run.name,
@@ -284,10 +285,10 @@ def compare_rounds(run: RunDir) -> dict[str, Any]:
             {**round_record(results, found, found is results.last), "change": change and asdict(change)}
             for found, change in zip(rounds, changes, strict=True)
         ],
-        "best": rounds[means.index(max(means))].number,
+        "best": rounds[best].number,
         "shipped": results.in_model.number,
         "gain": difference_record(values[-1], values[0]) if len(values) > 1 else None,
-        "lag": difference_record(values[-1], values[means.index(max(means))]),
+        "lag": difference_record(values[-1], values[best]),
         "fallen": fallen_tasks(results, rounds[0], metric) if len(values) > 1 else [],
     }
 
@@ -322,7 +323,7 @@ def round_verdict(found: Mapping[str, Any]) -> str:
     first = found["rounds"][0]["round"]
     said = f"Round {last['round']} {direction(gain)} {round_name(first)} in {name}{certainty(gain)}."
     if found["best"] == last["round"]:
-        return f"{said} It is the best round."
+        return said if "as good as" in direction(gain) else f"{said} It is the best round."
     if found["best"] == first:
         best = round_name(first)
         return f"{said} {best[0].upper()}{best[1:]} is the best, but model/ has round {found['shipped']}."

@@ -179,7 +179,7 @@ def test_stages_that_take_long_have_a_kind_of_work() -> None:
 @pytest.mark.parametrize(
     ("fail_at", "present", "absent"),
     [
-        (5, {"learned", "time", "again"}, {"answers", "tasks", "judge", "gate", "labels"}),
+        (5, {"learned", "again"}, {"answers", "tasks", "judge", "gate", "labels"}),
         (130, {"learned", "answers", "tasks", "judge", "gate", "labels"}, {"new-data"}),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_damaged_file_costs_the_sections_that_read_it(
     runs: list[RunDir], page: RunPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        build, "PAGE_SECTIONS", [row for row in PAGE_SECTIONS if row[0] in ("learned", "training", "time", "gate")]
+        build, "PAGE_SECTIONS", [row for row in PAGE_SECTIONS if row[0] in ("learned", "training", "gate", "again")]
     )
     kept = {path: path.read_text() for path in (train_log(runs[1], 1), runs[1].round(1) / "gate.json")}
     for path in kept:
@@ -228,12 +228,12 @@ def test_a_damaged_file_costs_the_sections_that_read_it(
         for path, text in kept.items():
             path.write_text(text)
     said = {shown.anchor: shown.parts[0] for shown in found.sections}
-    assert [*said] == ["learned", "training", "time", "gate"]
+    assert [*said] == ["learned", "training", "gate", "again"]
     for anchor, file in (("learned", "train_log.jsonl"), ("training", "train_log.jsonl"), ("gate", "gate.json")):
         assert file in said[anchor].text
         assert said[anchor].tone == "warning"
     assert found.verdict[0].text == said["learned"].text
-    assert section(found, "time")[0] == section(page, "time")[0]
+    assert section(found, "again")[0] == section(page, "again")[0]
 
 
 # Hostile texts
