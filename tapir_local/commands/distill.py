@@ -106,23 +106,24 @@ def check_json_option(as_json: bool, dry_run: bool) -> None:
 
 def print_end(run: "RunDir", cache: Path | None, count: int, *, quiet: bool) -> None:
     """Print the rounds, if any of the `count` steps was run, and what to do next."""
-    if count:
-        print_rounds(run)
-    elif not quiet:
+    better = print_rounds(run) if count else None
+    if not count and not quiet:
         echo(f"Run {run.name!r} is done already; `{program_name()} status {run.name}` shows it.", err=True)
     if not quiet:
-        echo(f"\n{next_steps(run, cache)}", err=True)
+        echo(f"\n{next_steps(run, cache, better)}", err=True)
 
 
-def next_steps(run: "RunDir", cache: Path | None) -> str:
-    """Where the student is, and the commands to talk to it and to look at it."""
+def next_steps(run: "RunDir", cache: Path | None, better: int | None = None) -> str:
+    """Where the student is, and the commands to talk to it and to look at it; `better` is a round to ship instead."""
     model, name = run.path / "model", run.name.lower()
     program, place = program_name(), cache_argument(cache)
+    ship = f"Ship round {better}:   {program} ship {run.name} --round {better}{place}\n"
+    instead = "" if better is None else ship
     return (
         f"The student is in {model}, with a Modelfile, a model card and checksums.\n"
         f"Talk to it:     {program} chat {run.name} --vs base{place}\n"
         f"Its answers:    {program} show {run.name}{place}\n"
-        f"As a page:      {program} report {run.name}{place}\n"
+        f"As a page:      {program} report {run.name}{place}\n{instead}"
         f"In Ollama:      ollama create {name} -f {shlex.quote(str(model / 'Modelfile'))} && ollama run {name}"
     )
 
@@ -249,12 +250,14 @@ def with_receipts(watch: "Watch", display: "RunDisplay", cache: Path | None) -> 
     return replace(watch, ends=ends)
 
 
-def print_rounds(run: "RunDir") -> None:
-    """Print the rounds with their changes, and what they achieved."""
+def print_rounds(run: "RunDir") -> int | None:
+    """Print the rounds with their changes, and what they achieved; returns the best round if model/ has another."""
     from tapir_local.report.compare import compare_rounds, fallen_sentence, round_verdict
     from tapir_local.report.compare_tables import rounds_of_run_table
+    from tapir_local.run_dir import UNTRAINED_ROUND
     from tapir_local.tables import plain_text
 
     found = compare_rounds(run)
     sentences = [text for text in (round_verdict(found), fallen_sentence(found)) if text]
     print_table(rounds_of_run_table(found), *map(plain_text, sentences))
+    return found["best"] if found["best"] not in (found["shipped"], UNTRAINED_ROUND) else None

@@ -6,15 +6,14 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from tapir_local.doctor.child_check import check_fault
 from tapir_local.errors import TapirError
 from tapir_local.inference.lib import unused_gpu_remark
 from tapir_local.memory import list_visible_gpus, run_nvidia_smi
-from tapir_local.process import child_environment, signal_and_last_line
 
 # The oldest driver for each major version of CUDA (CUDA release notes, "Minimum Required Driver Version").
 MIN_DRIVERS: Mapping[int, int] = {11: 450, 12: 525, 13: 580}
@@ -23,7 +22,6 @@ MIN_CAPABILITIES: Mapping[int, float] = {11: 3.5, 12: 5.0, 13: 7.5}
 WHEELS: Mapping[int, str] = {13: "cu130", 12: "cu126"}  # names of PyTorch's builds, the preferred first
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")  # where NVIDIA's packages put it, which is not on the PATH
 OFFLOAD_TEST = "import sys, llama_cpp; sys.exit(not llama_cpp.llama_supports_gpu_offload())"
-MAX_TEST_SECONDS = 60.0
 
 
 def query_gpus(field: str) -> list[str]:
@@ -105,35 +103,12 @@ def suits_gpu(major: int) -> bool:
 
 def llama_uses_gpu() -> bool:
     """Whether llama.cpp finds a GPU; asked in a child process, because a faulty build ends the process."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", OFFLOAD_TEST],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=child_environment(),
-            timeout=MAX_TEST_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
+    return not check_fault(["-c", OFFLOAD_TEST])
 
 
 def unsloth_fault() -> str:
     """Why Unsloth cannot be imported, "" if it can; tried in a child process, because it changes other packages."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", "import unsloth"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=child_environment(),
-            timeout=2 * MAX_TEST_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {2 * MAX_TEST_SECONDS:.0f} s"
-    ended_by, last_line = signal_and_last_line(done.returncode, done.stderr)
-    return (ended_by or last_line or "it failed") if done.returncode else ""
+    return check_fault(["-c", "import unsloth"])
 
 
 def find_nvcc() -> str:

@@ -5,46 +5,26 @@ build is for another processor, or uses instructions that a virtual machine list
 """
 
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from tapir_local.process import child_environment, signal_and_last_line
+from tapir_local.doctor.child_check import check_fault, run_check
 from tapir_local.records import Message
 from tapir_local.resources import POCKET_STUDENT
 
 CHECKED_QUANTS = ("q8_0", "q4_k_m")  # 8-bit and 4-bit blocks: their kernels differ between kinds of processor
-MAX_SECONDS = 120.0  # seconds; the check takes about 4
 
 
 def llama_build_fault() -> str:
     """What ended the check, such as `SIGILL` or an import error; "" if llama.cpp runs."""
-    command = [sys.executable, "-P", "-m", "tapir_local.doctor.llama_check"]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=child_environment(),
-            timeout=MAX_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {MAX_SECONDS:.0f} s"
-    ended_by, last_line = signal_and_last_line(done.returncode, done.stderr)
-    return (ended_by or last_line or "failed") if done.returncode else ""
+    return check_fault(["-m", "tapir_local.doctor.llama_check"])
 
 
 def llama_backends() -> str:
     """The backends that llama.cpp was built with, such as `CPU, CUDA`; "" if it does not say."""
-    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
-    command = [sys.executable, "-P", "-c", code]
-    try:
-        done = subprocess.run(command, capture_output=True, env=child_environment(), timeout=MAX_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return ""
-    return ", ".join(dict.fromkeys(re.findall(r"(\w+) : ", done.stdout.decode("utf-8", "replace"))))
+    done = run_check(["-c", "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"])
+    said = done.stdout.decode("utf-8", "replace") if done else ""
+    return ", ".join(dict.fromkeys(re.findall(r"(\w+) : ", said)))
 
 
 def run_llama_check() -> None:

@@ -4,14 +4,10 @@
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 
-from tapir_local.process import child_environment
+from tapir_local.doctor.child_check import MAX_CHECK_SECONDS, run_check
 from tapir_local.training.model import old_gpu_fault
-
-MAX_TORCH_SECONDS = 120.0  # seconds; torch takes about 5 to import, more from a slow disk
 
 
 @dataclass(frozen=True)
@@ -25,21 +21,12 @@ class TorchGpu:
 
 def find_torch_gpu() -> TorchGpu | str:
     """The GPU that torch uses; if it uses none, why its process failed, "" if it did not."""
-    command = [sys.executable, "-P", "-m", "tapir_local.doctor.torch_check"]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=child_environment(),
-            timeout=MAX_TORCH_SECONDS,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"torch gave no answer within {MAX_TORCH_SECONDS:.0f} s"
+    done = run_check(["-m", "tapir_local.doctor.torch_check"])
+    if done is None:
+        return f"torch gave no answer within {MAX_CHECK_SECONDS:.0f} s"
     if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"torch ended with exit code {done.returncode}"])[-1]
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        return (lines or [f"torch ended with exit code {done.returncode}"])[-1]
     found = json.loads(done.stdout.splitlines()[-1])
     return TorchGpu(**found) if found else ""
 
