@@ -206,7 +206,7 @@ def answer_lines(facts: SeedFacts, recorded: bool) -> list[str]:
     if few:
         text = f"{facts.answered:,} rows have answers; `file` keeps them and leaves out the other rows"
         return [note("  answers: teacher", text)]
-    return [note("  answers: file", "the rows' own; `teacher` has the teacher answer them anew")]
+    return [note("  answers: file", "the rows' own; `teacher`: the teacher writes its own")]
 
 
 def price_lines() -> list[str]:

@@ -80,7 +80,7 @@ def count_seeds(recipe: Recipe) -> str:
     answered = sum(bool(row.completion) for row in found.examples)
     unused = answered and recipe.can_expand and recipe.seeds.answers == "teacher"
     said = (
-        f"; {answered:,} have answers, but the teacher answers anew (seeds.answers: file keeps yours)" if unused else ""
+        f"; {answered:,} have answers, but the teacher writes its own (seeds.answers: file keeps yours)" if unused else ""
     )
     return f"{rows:,} rows, {held:,} of them held out{twice}{faulty}{said}"
 
