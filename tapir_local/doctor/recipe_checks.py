@@ -79,9 +79,8 @@ def count_seeds(recipe: Recipe) -> str:
     twice = f", {len(found.duplicates):,} duplicates" if found.duplicates else ""
     answered = sum(bool(row.completion) for row in found.examples)
     unused = answered and recipe.can_expand and recipe.seeds.answers == "teacher"
-    said = (
-        f"; {answered:,} have answers, but the teacher writes its own (seeds.answers: file keeps yours)" if unused else ""
-    )
+    advice = "the teacher writes its own (seeds.answers: file keeps yours)"
+    said = f"; {answered:,} have answers, but {advice}" if unused else ""
     return f"{rows:,} rows, {held:,} of them held out{twice}{faulty}{said}"
 
 

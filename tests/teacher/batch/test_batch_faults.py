@@ -1,4 +1,4 @@
-"""What goes wrong with a batch, a line of it or its endpoint: answers are kept, the rest is asked again or explained."""
+"""What goes wrong with a batch, a line or its endpoint: answers are kept, the rest is asked again or explained."""
 
 import sqlite3
 from dataclasses import replace
