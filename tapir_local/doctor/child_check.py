@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tapir_local.process import child_environment, signal_and_last_line
 
-MAX_CHECK_SECONDS = 120.0  # seconds; a check takes about 5, more from a slow disk
+CHECK_TIMEOUT = 120.0  # seconds; a check takes about 5, more from a slow disk
 
 
 def run_check(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes] | None:
@@ -18,7 +18,7 @@ def run_check(arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes] | 
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=child_environment(),
-            timeout=MAX_CHECK_SECONDS,
+            timeout=CHECK_TIMEOUT,
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -29,6 +29,6 @@ def check_fault(arguments: Sequence[str]) -> str:
     """What ended a check, such as `SIGILL` or the last line of an error; "" if it succeeded."""
     done = run_check(arguments)
     if done is None:
-        return f"no answer within {MAX_CHECK_SECONDS:.0f} s"
+        return f"no answer within {CHECK_TIMEOUT:.0f} s"
     ended_by, last_line = signal_and_last_line(done.returncode, done.stderr)
     return (ended_by or last_line or "it failed") if done.returncode else ""

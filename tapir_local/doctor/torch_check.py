@@ -6,7 +6,7 @@
 import json
 from dataclasses import asdict, dataclass
 
-from tapir_local.doctor.child_check import MAX_CHECK_SECONDS, run_check
+from tapir_local.doctor.child_check import CHECK_TIMEOUT, run_check
 from tapir_local.training.model import old_gpu_fault
 
 
@@ -23,7 +23,7 @@ def find_torch_gpu() -> TorchGpu | str:
     """The GPU that torch uses; if it uses none, why its process failed, "" if it did not."""
     done = run_check(["-m", "tapir_local.doctor.torch_check"])
     if done is None:
-        return f"torch gave no answer within {MAX_CHECK_SECONDS:.0f} s"
+        return f"torch gave no answer within {CHECK_TIMEOUT:.0f} s"
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         return (lines or [f"torch ended with exit code {done.returncode}"])[-1]
