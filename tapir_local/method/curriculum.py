@@ -110,15 +110,15 @@ def plan_tapir(known: PlanInput) -> RoundPlan:
     any row may be chosen as hard or as easy, at random; without `balance`, tasks occur as often as among the hard rows.
     """
     settings = known.settings
-    rows, hard, easy = split_by_difficulty(known)
+    rows, every_hard, easy = split_by_difficulty(known)
     aside = rows_beyond_student(known)
-    hard = [row for row in hard if row.id not in aside]
+    hard = [row for row in every_hard if row.id not in aside]
     wanted = count_hard_rows(known.alpha, settings.rows, bool(hard), len(easy))
     by_task = group_by_task(hard)
     counts = {task: len(ids) for task, ids in by_task.items()}
     asked = allocate_rows(counts, known.targets if settings.balance else counts, wanted)
     chosen, expansions = (
-        fill_tasks(by_task, asked, less_hard_by_task(known, hard), settings)
+        fill_tasks(by_task, asked, less_hard_by_task(known, every_hard), settings)
         if known.can_expand
         else ([row.id for row in hard[:wanted]], ())
     )
@@ -139,7 +139,7 @@ def plan_tapir(known: PlanInput) -> RoundPlan:
         aside=tuple(row.id for row in rows if row.id in aside),
         styled=styled[settings.refine] if known.can_expand else "none",
         pool=len(rows),
-        pool_hard=len(hard) + len(aside) if settings.difficulty else 0,
+        pool_hard=len(every_hard) if settings.difficulty else 0,
         unjudged=sum(judgement.teacher is None for judgement in known.judgements),
         asked=shares_of_sum(asked),
         got=shares_of_sum({task: got[task] for task in by_task}),
@@ -205,7 +205,6 @@ def group_by_task(rows: Sequence[Example]) -> dict[str, list[str]]:
 def less_hard_by_task(known: PlanInput, hard: Sequence[Example]) -> dict[str, list[str]]:
     """By task, the ids of judged rows that are not hard and that the teacher answers well, the hardest first."""
     ids, judged = {row.id for row in hard}, known.judged
-    ids |= rows_beyond_student(known)
     rows = [row for row in known.pool if row.id in judged and row.id not in ids]
     teachable_ones = [row for row in rows if is_teachable(judged[row.id], known.settings)]
     return group_by_task(sorted(teachable_ones, key=lambda row: -(mfd(judged[row.id]) or 0.0)))
