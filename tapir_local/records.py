@@ -49,6 +49,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class PreferencePair(Example):
+    """Two answers to the prompt of a row: `completion`, the teacher's, is the better one, and `rejected` the student's.
+
+    `teacher` and `student` are the judge's scores of the two; `judged_in` is the round in which they were judged.
+    """
+
+    rejected: str = ""
+    teacher: float = 0.0
+    student: float = 0.0
+    judged_in: int = 0
+
+    @property
+    def difficulty(self) -> float:
+        """The MFD: the teacher's score minus the student's."""
+        return self.teacher - self.student
+
+
+@dataclass(frozen=True)
 class Completion:
     """An answer of the student.
 
