@@ -10,8 +10,9 @@ from tapir_local.errors import TapirError
 
 T = TypeVar("T")
 Array = Any  # numpy.ndarray, as an annotation where numpy is imported inside functions
-# A training's part of one schedule over several: warm-up and peak; peak; decay to zero; all of it in one training
-SchedulePart = Literal["first", "middle", "last", "whole"]
+# A training's part of one schedule over several: warm-up and peak; peak; decay to zero; all of it in one training.
+# `preference`: a training on preference pairs after the last round, which is a whole schedule of its own.
+SchedulePart = Literal["first", "middle", "last", "whole", "preference"]
 Progress = Callable[[int, int, str], None]  # called with (done, total, note); 0 of 0 is a remark
 
 

@@ -110,9 +110,15 @@ def chosen_rounds(run: RunDir, number: int | None, file: str) -> list[int]:
 
 
 def distilled_rows(run: RunDir, config: DatasetConfig, notes: list[str]) -> list[dict[str, Any]]:
-    """The rows that rounds trained on, each once with its newest answer, in the order of first use."""
+    """The rows that rounds trained on, each once with its newest answer, in the order of first use.
+
+    A round on preference pairs writes no rows: it repeats answers of earlier rounds.
+    """
     newest: dict[str, tuple[int, Example]] = {}
+    on_pairs = kept_recipe(run).pairs_round
     for number in chosen_rounds(run, config.number, "train.jsonl"):
+        if number == on_pairs:
+            continue
         newest |= {row.id: (number, row) for row in read_rows(Example, run.round(number) / "train.jsonl")}
     write = ROW_WRITERS[config.form]
     found = [(number, row, written) for number, row in newest.values() if (written := write(row)) is not None]
