@@ -93,8 +93,8 @@ def recipe_steps(run: RunDir, recipe: Recipe) -> list[Step]:
 
 def begun_steps(run: RunDir, rounds: int = 0) -> list[Step]:
     """All steps up to the last round that has a folder, or up to round `rounds` of the recipe if that is higher."""
-    recipe, last = kept_recipe(run), max(rounds, last_round(run))
-    on_pairs = last == recipe.pairs_round
+    last = max(rounds, last_round(run))
+    on_pairs = run.exists and last == kept_recipe(run).pairs_round
     return list_steps(run, last - on_pairs, on_pairs=on_pairs)
 
 

@@ -142,11 +142,11 @@ def pairs_stage(work: Work, out: Path) -> str:
     judged = judged_answers(work.run, range(1, work.number))
     pairs, cut = preference_pairs(judged, work.recipe.curriculum.mfd_threshold)
     least = work.recipe.train.batch_size
-    said = format_count(len(pairs), "pair") + (f"; {cut:,} left out, the student's answer was cut" if cut else "")
     write_rows(out, pairs if len(pairs) >= least else [])
+    said = format_count(len(pairs), "pair")
     if len(pairs) < least:
-        return f"round skipped: {said}, and train.batch_size is {least:,}; the last round's student stays the last"
-    return said
+        said = f"round skipped: {said}, fewer than train.batch_size ({least:,}); the last round's student stays"
+    return said + (f"; {cut:,} more left out: the student's answer was cut" if cut else "")
 
 
 def has_too_few_pairs(folder: Path) -> bool:

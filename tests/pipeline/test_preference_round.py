@@ -135,7 +135,7 @@ def test_too_few_pairs_skip_the_round_with_a_notice(tmp_path: Path) -> None:
     distill(recipe, run, fake_backends(World()), watch)
     assert [name for name, _ in ended[-2:]] == ["round-03/pairs", "end/ship"]
     assert ended[-2][1].startswith("round skipped: ")
-    assert "train.batch_size is 500" in ended[-2][1]
+    assert "fewer than train.batch_size (500)" in ended[-2][1]
     assert read_shipped_round(run, recipe.rounds) == {"round": 2, "why": "the last round"}
     assert sorted(path.name for path in run.round(3).iterdir()) == ["train.jsonl"]
     assert distill(recipe, run, fake_backends(World()), QUIET) == 0
