@@ -96,9 +96,9 @@ def rm_command(runs: tuple[str, ...], yes: bool, cache: Path | None) -> None:
     """
     from tapir_local.memory import format_bytes
     from tapir_local.pipeline.manage import delete_run
+    from tapir_local.printable import format_count
     from tapir_local.report.status import disk_bytes, read_run_state
     from tapir_local.run_dir import lock_holder
-    from tapir_local.stages.context import format_count
 
     places = [select_run(cache, name) for name in dict.fromkeys(runs)]
     for place in places:

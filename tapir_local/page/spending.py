@@ -9,6 +9,7 @@ from tapir_local.page.draw import INK, Spec, color_by, draw_figure, inline_value
 from tapir_local.page.parts import Cell, Facts, Figure, Grid, Paragraph, Part, Section, count_number, text_cells
 from tapir_local.page.summary import RunView, all_stages
 from tapir_local.pipeline.loop import kept_recipe
+from tapir_local.printable import format_count
 from tapir_local.report.costs import costs_caption, money_cells, summarize_costs
 
 # What a stage spends its time on; other stages only read and write files.
@@ -32,10 +33,9 @@ def money_section(view: RunView) -> Section:
     if not by_stage:
         if not any(calls.values()):
             return Section("money", "Money", question)
-        said = (
-            f"{calls['paid']:,} calls were paid and {calls['hits']:,} came from the store, by the records of the run. "
-        )
-        none = Paragraph(said + "The store beside this run has no details.")
+        paid = format_count(calls["paid"], "call was", "calls were")
+        said = f"{paid} paid and {calls['hits']:,} came from the store, by the records of the run."
+        none = Paragraph(f"{said} The store beside this run has no details.")
         return Section("money", "Money", question, (none,))
     by_round = summarize_costs(store, "round", run.name)
     parts: list[Part] = [calls_figure(by_stage), costs_grid("Calls by stage", by_stage, "stage")]

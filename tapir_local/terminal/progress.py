@@ -21,7 +21,7 @@ from rich.text import Text
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step, Watch, name_cause
-from tapir_local.printable import printable
+from tapir_local.printable import format_count, printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir, remove_progress, write_progress
 from tapir_local.stages.context import Backends
@@ -209,7 +209,11 @@ def run_header(recipe: Recipe, run: RunDir, done: int, total: int) -> list[tuple
     spent = {name: value for name, value in recipe.budget.model_dump().items() if value is not None}
     limits = ", ".join(f"{name} {value:,}" for name, value in spent.items())
     judge = "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)
-    later = f" to {recipe.rounds}, {recipe.curriculum.rows:,} rows each after round 0" if recipe.rounds else ""
+    later = (
+        f" to {recipe.rounds}, {format_count(recipe.curriculum.rows, 'row')} each after round 0"
+        if recipe.rounds
+        else ""
+    )
     before = f", {done} of them done before" if done else ""
     return [
         ("run", f"{run.name} in {run.path}"),
