@@ -21,7 +21,10 @@ def resume_run(context: click.Context, /, run: str | None, cache: Path | None, *
     Without RUN, resume the run that was worked on last. `distill RUN` does the same, unless a recipe has this name.
     Settings that change no result may change, such as rounds and budget.
     """
-    place = select_run(cache, run)
+    from tapir_local.terminal.events import RunEvents, telling_stop
+
+    with telling_stop(RunEvents() if options["as_json"] and not options["dry_run"] else None):
+        place = select_run(cache, run)
     context.invoke(distill_command, recipe=str(place.path / "recipe.yaml"), cache=cache, **options)
 
 

@@ -27,6 +27,7 @@ from tapir_local.run_dir import RunDir, remove_progress, write_progress
 from tapir_local.stages.context import Backends
 from tapir_local.stages.ship import describe_endpoint
 from tapir_local.tables import hanging_lines, plain_text, rest_of_line
+from tapir_local.terminal.events import RunEvents
 from tapir_local.terminal.lines import RunLines, format_duration, place_of
 from tapir_local.terminal.live_view import LiveView
 from tapir_local.terminal.run_state import RunState
@@ -84,12 +85,22 @@ def can_move_cursor(console: Console) -> bool:
 
 
 class RunDisplay:
-    """Shows a run on `console` and appends what happens to run.log in its folder. `now` is the time since 1970."""
+    """Shows a run on `console`, as JSON if there are `events`, and appends what happens to run.log in its folder.
+
+    `now` is the time in seconds since 1970.
+    """
 
     def __init__(
-        self, console: Console, kind: DisplayKind, recipe: Recipe, run: RunDir, now: Callable[[], float] = time.time
+        self,
+        console: Console,
+        kind: DisplayKind,
+        recipe: Recipe,
+        run: RunDir,
+        now: Callable[[], float] = time.time,
+        events: RunEvents | None = None,
     ) -> None:
         self.console, self.kind, self.recipe, self.run, self.now = console, kind, recipe, run, now
+        self.events = events
         self.state = RunState(recipe, run, now)
         self.lines = RunLines(self.state, console if kind in ("lines", "log") else None, run.path / LOG_FILE)
         self.bars = make_bars(console, kind)
@@ -148,6 +159,8 @@ class RunDisplay:
             for text in waiting:
                 self.lines.append(text)
         self.lines.begins(step)
+        if self.events:
+            self.events.begins(self.state, step)
         self.save()
         if self.bars:
             if self.bar is not None:
@@ -158,6 +171,8 @@ class RunDisplay:
         """Show how far the step is."""
         self.state.progress(done, total, said)
         self.lines.progress()
+        if self.events:
+            self.events.progress(self.state)
         if self.now() - self.saved >= SAVE_INTERVAL:
             self.save()
         if self.bars and self.bar is not None:
@@ -169,12 +184,16 @@ class RunDisplay:
         if self.bars and self.bar is not None:
             self.bars.update(self.bar, visible=False)
         self.lines.ends(found)
+        if self.events:
+            self.events.ends(self.state, found)
         if self.state.is_last(step):
             self.lines.append(f"done in {format_duration(self.now() - self.state.started)}")
 
     def say(self, text: str) -> None:
         """Show a remark of a stage, such as a warning."""
         self.state.note(text)
+        if self.events:
+            self.events.warning(text)
         if self.waiting is not None:
             self.waiting.append(printable(text))
             if self.kind in ("lines", "log"):
