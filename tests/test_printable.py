@@ -221,7 +221,7 @@ PLURAL_AFTER = re.compile(rf"^ (?:(?!of |in |at |with )[a-z]+ )?(?:{COUNTED})\b(
 NEVER_ONE = {
     "engine.cells", "len(tokens)", "self.cells", "smallest.cells", "longest", "config.cells", "tokens", "most",
     "recipe.student.max_length", "len(head)", "rows_for_interval(WANTED_INTERVAL)", "len(matches)",
-    "len(self.table.rows)", "len(self.state.steps)", "len(job.gamed.difficulty)", "len(files)",
+    "len(self.table.rows)", "self.outcomes.useless", "len(self.state.steps)", "len(job.gamed.difficulty)", "len(files)",
 }  # fmt: skip
 
 

@@ -171,6 +171,7 @@ def rate_points(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "metric": METRIC_NAMES[metric],
                     "round": name,
+                    "number": row["round"],
                     "rate": rate["mean"],
                     "low": low,
                     "high": high,

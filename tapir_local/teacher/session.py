@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from tapir_local.errors import TapirError
 from tapir_local.inference.llama_process import ANYWHERE, LlamaPlace
-from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Answer, Progress, Request, noop
@@ -315,7 +314,7 @@ class AskSession:
             return None
         role = endpoint_role(self.endpoint)
         why = why or f"the reply was cut at {role}.max_tokens"
-        what = f"{format_count(self.outcomes.useless, 'reply', 'replies')} in a row cannot be used; the last: {why}"
+        what = f"{self.outcomes.useless:,} replies in a row cannot be used; the last: {why}"
         raised = f"Raise {role}.max_tokens (now {self.endpoint.max_tokens:,}), or ask for shorter answers."
         fix = raised if cut else f"Correct the cause. {RERUN_SENTENCE}"
         return TapirError(what, where=self.describe_place(job), fix=fix)
