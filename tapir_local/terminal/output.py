@@ -45,7 +45,7 @@ def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, in
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tapir_local.tables import plain_text
-    from tapir_local.terminal.progress import RateColumn
+    from tapir_local.terminal.columns import RateColumn
 
     console = Console(stderr=True)
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())

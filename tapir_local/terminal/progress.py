@@ -7,17 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step, Watch, name_cause
@@ -27,6 +17,7 @@ from tapir_local.run_dir import RunDir, remove_progress, write_progress
 from tapir_local.stages.context import Backends
 from tapir_local.stages.ship import describe_endpoint
 from tapir_local.tables import hanging_lines, plain_text, rest_of_line
+from tapir_local.terminal.columns import CountColumn, RateColumn, TimeLeftColumn
 from tapir_local.terminal.events import RunEvents
 from tapir_local.terminal.lines import RunLines, format_duration, place_of
 from tapir_local.terminal.live_view import LiveView
@@ -36,28 +27,6 @@ DisplayKind = Literal["full", "lines", "log", "none"]
 REFRESHES = 4  # of the screen in a second
 SAVE_INTERVAL = 1.0  # seconds between two writes of the progress file, which `status` reads
 LOG_FILE = "run.log"
-
-
-class RateColumn(ProgressColumn):
-    """Items per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.{0 if speed >= 100 else 1}f}/s" if speed else "", style="cyan")
-
-
-class CountColumn(MofNCompleteColumn):
-    """`12/150`; nothing until the total is known."""
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if task.total else Text("")
-
-
-class TimeLeftColumn(TimeRemainingColumn):
-    """The time left; nothing until the total is known."""
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if task.total else Text("")
 
 
 def choose_display(kind: str | None, quiet: bool, console: Console) -> DisplayKind:
