@@ -24,8 +24,8 @@ from tapir_local.page.answers import TEXT_LIMITS, browser_data, read_answered_ro
 from tapir_local.page.build import PAGE_SECTIONS, RunPage, build_page, check_page_output, run_page
 from tapir_local.page.draw import SERIES, color_by, draw_svg, inline_values
 from tapir_local.page.parts import Browser, Figure, Grid
-from tapir_local.page.spending import KINDS_OF_WORK, rates_by_cost_figure
-from tapir_local.page.summary import read_view
+from tapir_local.page.spending import KINDS_OF_WORK, rates_by_cost_figure, time_section
+from tapir_local.page.summary import all_stages, read_view
 from tapir_local.page.timeline import Bar, lay_out, timeline_figure
 from tapir_local.page.training_log import loss_points, read_training_rounds, running_means
 from tapir_local.pipeline.loop import distill
@@ -459,8 +459,12 @@ def test_stages_without_a_time_of_day_lie_end_to_end_and_the_page_says_so() -> N
     assert timeline_figure(*lay_out({"end": [stage("ship", "10:00:00", 0.0)]})) is None
 
 
-def test_a_run_shows_its_stages_on_a_line_of_time(page: RunPage) -> None:
-    titles = [part.title for part in section(page, "time") if isinstance(part, Figure)]
+def test_a_run_shows_its_stages_on_a_line_of_time(runs: list[RunDir]) -> None:
+    status = run_status(runs[1])
+    assert all(one["finished"] for one in all_stages(status) if one["done"])
+    for one in all_stages(status):
+        one["seconds"] = 2.0  # those of fakes are 0.0
+    titles = [part.title for part in time_section(status).parts if isinstance(part, Figure)]
     assert titles == ["Time by round and kind of work", "The stages in the order in which they ran"]
 
 
