@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.files import file_sha256
+from tapir_local.printable import format_count
 
 MAX_HASHED_BYTES = 64 << 20  # larger outputs, such as a GGUF, are compared by size: hashing takes a second a gigabyte
 
@@ -36,8 +37,8 @@ def describe_change(path: Path, known: Mapping[str, Any]) -> str:
         return ""
     rows = count_lines(path) if "rows" in known else 0
     if "rows" in known and rows != known["rows"]:
-        return f"it has {rows:,} rows, and {known['rows']:,} were written"
-    return f"it has {size:,} bytes, and {known['bytes']:,} were written" if size != known["bytes"] else "other contents"
+        return f"it has {format_count(rows, 'row')}, not {known['rows']:,} as written"
+    return f"it has {size:,} bytes, not {known['bytes']:,} as written" if size != known["bytes"] else "other contents"
 
 
 def folder_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Make text from models, teachers, seed files and servers safe to show on a terminal."""
+"""What people read: text from models, teachers, seed files and servers made safe for a terminal, and counts."""
 
 import re
 
@@ -24,3 +24,8 @@ def visible_sign(found: re.Match[str]) -> str:
 def safe_json(text: str) -> str:
     r"""The same JSON value with each unsafe character written as `\u....`."""
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def format_count(count: int, one: str, many: str = "") -> str:
+    """`1 row`, `1,200 rows`; `many` where the plural is not `one` with an s: `2 replies`, `3 rows are`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

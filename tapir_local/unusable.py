@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows, write_rows
+from tapir_local.printable import format_count
 from tapir_local.run_dir import RunDir
 
 UNUSABLE_FILE = "unusable.jsonl"
@@ -66,8 +67,8 @@ def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: s
     share = -(-100 * len(rows) // total) / 100
     more = f", or allow more: --set limits.unusable={share:g}" if share <= MAX_LIMIT_ADVISED else ""
     raise TapirError(
-        f"{len(rows):,} of {total:,} rows ({len(rows) / total:.0%}) cannot be used: {format_common_reasons(rows)}. "
-        f"limits.unusable allows {limit:.0%}. The first: {first}",
+        f"{len(rows):,} of {format_count(total, 'row')} ({len(rows) / total:.0%}) cannot be used: "
+        f"{format_common_reasons(rows)}. limits.unusable allows {limit:.0%}. The first: {first}",
         where=where,
         fix=f"{UNUSABLE_FILE} in the run's folder lists all of them. Fix the cause{more}.",
     )

@@ -224,6 +224,20 @@ def test_every_room_is_named() -> None:
     assert [room for room in rooms if f"  {room}/" not in TEXTS["docs/architecture.md"]] == []
 
 
+def rates_by_round(page: str, begin: str, end: str) -> list[tuple[str, str]]:
+    """The rates with their intervals in a part of a page: accuracy and win rate of each round."""
+    part = TEXTS[page].partition(begin)[2].partition(end)[0]
+    return re.findall(r"(\d+\.\d) ?% \((\d+ to \d+)\)", part)
+
+
+def test_the_quickstarts_rates_are_of_one_run_on_all_pages() -> None:
+    """Untrained student and rounds 0 to 3; README shows the table as the program prints it."""
+    found = rates_by_round("docs/quickstart.md", "## The result", "Run on")
+    assert len(found) == 2 * 5
+    assert rates_by_round("README.md", "## First run", "## Your own data") == found
+    assert rates_by_round("docs/benchmarks.md", "## Quality", "The run was repeated") == found
+
+
 # JSON
 
 

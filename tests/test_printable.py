@@ -1,8 +1,11 @@
 """Hostile text is shown literally: no escape sequence, reordering or markup reaches a terminal; data is unchanged."""
 
+import ast
 import io
 import json
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from run_display import printed, record_console
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step
-from tapir_local.printable import UNSAFE, printable, safe_json
+from tapir_local.printable import UNSAFE, format_count, printable, safe_json
 from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.costs import cost_table, round_receipt
 from tapir_local.report.labels import label_tables
@@ -206,3 +209,42 @@ def test_there_is_one_door_for_each_kind_of_text(pattern: str) -> None:
     files = [*(root / "tapir_local").rglob("*.py"), root / "cli.py"]
     found = {file.name for file in files if re.search(pattern, file.read_text(encoding="utf-8"))}
     assert found <= ONE_DOOR[pattern]
+
+
+COUNTED = (
+    "answers|attempts|batches|calls|drafts|duplicates|examples|files|grades|hits|ids|instructions|judgements|labels|"
+    "matches|names|outputs|pairs|positions|probes|prompts|questions|replies|requests|rounds|rows|runs|seeds|stages|"
+    "steps|tasks|texts|tokens|turns|verdicts|words"
+)
+PLURAL_AFTER = re.compile(rf"^ (?:(?!of |in |at |with )[a-z]+ )?(?:{COUNTED})\b(?! per|/)")
+# Numbers that are never 1: limits of contexts and replies, what is only said of several, and AlpacaEval's 805.
+NEVER_ONE = {
+    "engine.cells", "len(tokens)", "self.cells", "smallest.cells", "longest", "config.cells", "tokens", "most",
+    "recipe.student.max_length", "len(head)", "rows_for_interval(WANTED_INTERVAL)", "len(matches)",
+    "len(self.table.rows)", "self.outcomes.useless", "len(self.state.steps)", "len(job.gamed.difficulty)", "len(files)",
+}  # fmt: skip
+
+
+def numbers_before_a_plural(file: Path) -> Iterator[str]:
+    """The numbers in the f-strings of a file that the plural of a countable word follows."""
+    for text in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for number, word in pairwise(text.values if isinstance(text, ast.JoinedStr) else []):
+            if isinstance(number, ast.FormattedValue) and isinstance(word, ast.Constant):
+                said, form = ast.unparse(number.value), number.format_spec
+                counts = said.startswith("len(") or (form is not None and ast.unparse(form) == "f','")
+                if counts and PLURAL_AFTER.match(word.value) and not said.isupper():
+                    yield said
+
+
+def test_no_number_that_may_be_one_stands_before_a_plural() -> None:
+    """`format_count` writes `1 row` and `2 rows`."""
+    files = sorted((Path(__file__).parent.parent / "tapir_local").rglob("*.py"))
+    found = {(file.name, said) for file in files for said in numbers_before_a_plural(file)}
+    assert sorted(pair for pair in found if pair[1] not in NEVER_ONE) == []
+    assert NEVER_ONE - {said for _, said in found} == set()
+
+
+@given(st.integers(0, 10**6))
+def test_counts(count: int) -> None:
+    assert format_count(count, "row") == (f"{count:,} rows" if count != 1 else "1 row")
+    assert format_count(count, "reply is", "replies are") == ("1 reply is" if count == 1 else f"{count:,} replies are")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tapir_local.commands.calls_transfer import export_calls_command, import_calls_command, keys_in_lockfile
+from tapir_local.printable import format_count
 from tapir_local.terminal.options import cache_option, help_examples, json_option, store_path
 from tapir_local.terminal.output import echo, line_progress, print_json, print_rows, print_table
 
@@ -43,7 +44,7 @@ def stats_command(run: str | None, cache: Path | None, as_json: bool) -> None:
     print_rows("calls", names, count_uses(store_path(cache), run), as_json)
     count, size_in_bytes = measure_store(store_path(cache))
     each = f", {size_in_bytes / count:,.0f} bytes per call" if count else ""
-    echo(f"{count:,} calls stored, {size_in_bytes / 1e6:,.1f} MB{each}", err=True)
+    echo(f"{format_count(count, 'call')} stored, {size_in_bytes / 1e6:,.1f} MB{each}", err=True)
 
 
 @calls_group.command(
@@ -118,7 +119,7 @@ def search_command(
     if not rows:
         echo("no call has all of these words", err=True)
     if len(rows) > limit:
-        echo(f"only the first {limit:,} matches are shown; use --limit to see more", err=True)
+        echo(f"there are more matches than the {limit:,} shown; use --limit to see more", err=True)
     rows = rows[:limit]
     if not as_json:
         rows = [{**row, "key": row["key"][:12]} for row in rows]
@@ -179,7 +180,7 @@ def verify_command(run: str | None, cache: Path | None) -> None:
     for key in [*damaged, *missing]:
         echo(key)
     of_run = f", {len(missing):,} of run {run} missing" if run else ""
-    echo(f"{count:,} calls read, {len(damaged):,} damaged{of_run}", err=True)
+    echo(f"{format_count(count, 'call')} read, {len(damaged):,} damaged{of_run}", err=True)
     if damaged or missing:
         sys.exit(1)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.terminal.options import cache_option, help_examples, store_path
 from tapir_local.terminal.output import echo, line_progress
 
@@ -40,11 +41,11 @@ def export_calls_command(file: Path, run: str | None, cache: Path | None) -> Non
     )
     used = [bytes.fromhex(key) for key in keys_in_lockfile(cache, run)] if run else []
     done = export_store(store, file, run, used)
-    echo(f"{file}: {done.calls:,} calls exported, {done.size:,} bytes", err=True)
+    echo(f"{file}: {format_count(done.calls, 'call')} exported, {done.size:,} bytes", err=True)
     if found := key_like_calls(file):
         echo(describe_key_like(found), err=True)
     if done.lost:
-        echo(f"{done.lost:,} calls could not be read and were left out", err=True)
+        echo(f"{format_count(done.lost, 'call')} could not be read, and left out", err=True)
         sys.exit(1)
 
 
@@ -110,7 +111,7 @@ def import_store_calls(file: Path, cache: Path | None) -> None:
         found = import_store(store, file, line_progress("calls read"))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.refused.items())
     refused = f", {found.refused.total():,} refused: {reasons}" if reasons else ""
-    echo(f"{found.new:,} calls imported, {found.known:,} already there{refused}", err=True)
+    echo(f"{format_count(found.new, 'call')} imported, {found.known:,} already there{refused}", err=True)
     if reasons:
         sys.exit(1)
 
@@ -131,7 +132,7 @@ def import_paid_answers(file: Path, recipe_name: str | None, requests: Path | No
     with open_writable_store(cache) as store:
         import_answers(store, teacher, rows, file, found, line_progress("answers imported"))
     refused = f", refused: {format_refused_rows(found)}" if found.refused else ""
-    echo(f"{found.new:,} answers imported, {found.known:,} already there{refused}", err=True)
+    echo(f"{format_count(found.new, 'answer')} imported, {found.known:,} already there{refused}", err=True)
     if found.different:
         first = f"the first difference: {found.difference} (`here` is the recipe)"
         echo(f"{found.different:,} were asked with settings other than the recipe's; {first}", err=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tapir_local.recipe.schema import Recipe
     from tapir_local.run_dir import RunDir
     from tapir_local.store.store import Mode
+    from tapir_local.terminal.events import RunEvents
     from tapir_local.terminal.progress import RunDisplay
 
 
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 )
 @click.option("--replay", is_flag=True, help="Take every answer from the store; stop with an error if one is missing.")
 @click.option("--dry-run", is_flag=True, help="Show what the rest of the run will ask and cost, and ask nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON instead of a table.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON object a line for each event; one in all with --dry-run."
+)
 @click.option("--require-gpu", is_flag=True, help="Stop with an error if training or answering would run on the CPU.")
 @click.option("--trust", is_flag=True, help="Allow RECIPE to run the commands and send the keys that it names.")
 @click.option(
@@ -72,41 +75,62 @@ def distill_command(
     that it names, needs your permission once: --trust, or an answer in the terminal. What happens is also written to
     run.log in the run's folder.
     """
-    from rich.console import Console
-
     from tapir_local.doctor import gpu_check
     from tapir_local.resources import default_cache
     from tapir_local.run_dir import RunDir
-    from tapir_local.tables import plain_text
-    from tapir_local.terminal.progress import RunDisplay, choose_display
+    from tapir_local.terminal.events import RunEvents, telling_stop
     from tapir_local.terminal.trust import ask_permission, require_trust
 
-    check_json_option(as_json, dry_run)
-    given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
-    chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
-    run = RunDir(cache or default_cache(), chosen.name)
-    shown = choose_display(display, quiet, console := Console(stderr=True))
-    for message in messages if shown != "none" or dry_run else ():
-        console.print(plain_text(message), soft_wrap=not console.is_terminal)
-    if dry_run:
-        print_cost_estimate(chosen, run, as_json=as_json)
-        return
-    require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
-    if require_gpu:
-        gpu_check.require_gpu()
-    count = run_recipe(RunDisplay(console, shown, chosen, run), replay, cache)
-    print_end(run, cache, count, quiet=shown == "none")
+    events = RunEvents() if as_json and not dry_run else None
+    with telling_stop(events):
+        given = recipe_changes(changes, rounds=rounds, name=name, seeds=seeds, random_seed=random_seed)
+        chosen, path, messages = resolve_recipe(recipe, given, cache or default_cache())
+        run = RunDir(cache or default_cache(), chosen.name)
+        shown = open_display(display, quiet, chosen, run, events)
+        show_messages(shown, messages, dry_run)
+        if dry_run:
+            print_cost_estimate(chosen, run, as_json=as_json)
+            return
+        require_trust(chosen, path, given, run.cache, lambda risks: ask_permission(risks, trust))
+        if require_gpu:
+            gpu_check.require_gpu()
+        print_end(shown, cache, run_recipe(shown, replay, cache))
 
 
-def check_json_option(as_json: bool, dry_run: bool) -> None:
-    """UsageError for --json without --dry-run, which would print nothing."""
-    if as_json and not dry_run:
-        raise click.UsageError("--json needs --dry-run")
+def open_display(
+    kind: str | None, quiet: bool, recipe: "Recipe", run: "RunDir", events: "RunEvents | None"
+) -> "RunDisplay":
+    """The display that the options ask for; beside `events` there is none unless one is asked for."""
+    from rich.console import Console
+
+    from tapir_local.terminal.events import refuse_mixed_screen
+    from tapir_local.terminal.progress import RunDisplay, choose_display
+
+    console = Console(stderr=True)
+    shown = choose_display(kind or ("none" if events else None), quiet, console)
+    refuse_mixed_screen(events, shown)
+    return RunDisplay(console, shown, recipe, run, events=events)
 
 
-def print_end(run: "RunDir", cache: Path | None, count: int, *, quiet: bool) -> None:
+def show_messages(display: "RunDisplay", messages: Sequence[str], dry_run: bool) -> None:
+    """Show what the user should read before the run."""
+    from tapir_local.tables import plain_text
+
+    if display.events:
+        display.events.start(display.state)
+    for message in messages:
+        if display.events:
+            display.events.warning(message)
+        if display.kind != "none" or dry_run:
+            display.console.print(plain_text(message), soft_wrap=not display.console.is_terminal)
+
+
+def print_end(display: "RunDisplay", cache: Path | None, count: int) -> None:
     """Print the rounds, if any of the `count` steps was run, and what to do next."""
-    better = print_rounds(run) if count else None
+    run, quiet = display.run, display.kind == "none"
+    if display.events:
+        display.events.done(display.state, count)
+    better = print_rounds(run) if count and not display.events else None
     if not count and not quiet:
         echo(f"Run {run.name!r} is done already; `{program_name()} status {run.name}` shows it.", err=True)
     if not quiet:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.terminal.options import HomePath, cache_option, help_examples, json_option
 from tapir_local.terminal.output import bar_progress, echo, print_json, print_table
 
@@ -235,10 +236,13 @@ def show_evaluation(found: "EvaluationResult", as_json: bool) -> None:
         return
     notes = [*found.notes]
     if found.cut:
-        notes.append(f"{found.cut:,} answers were cut at the limit of tokens (--max-tokens)")
+        notes.append(
+            f"{format_count(found.cut, 'answer was', 'answers were')} cut at the limit of tokens (--max-tokens)"
+        )
     if found.folder:
         notes.append(
-            f"{found.paid:,} calls paid, {found.hits:,} from the store; answers and judgements: {found.folder}"
+            f"{format_count(found.paid, 'call')} paid, {found.hits:,} from the store; "
+            f"answers and judgements: {found.folder}"
         )
     print_table(evaluation_table(found), *([plain_text("\n".join(notes))] if notes else []))
 
@@ -254,7 +258,7 @@ def show_estimate(job: "EvaluationJob", as_json: bool) -> None:
     if as_json:
         print_json({"answers": left, "calls": [asdict(row) for row in rows]})
         return
-    echo(f"{left:,} answers are left to be made on this machine.", err=True)
+    echo(f"{format_count(left, 'answer is', 'answers are')} left to be made on this machine.", err=True)
     table = cost_estimate_table(rows, job.place.name)
     table.title, table.caption = f"{job.student.name} on {job.questions.path.name}: calls", ESTIMATE_CAPTION
     print_table(table)

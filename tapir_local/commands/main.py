@@ -30,7 +30,7 @@ from tapir_local.commands.talk import chat_command, dataset_command, judge_check
 from tapir_local.errors import TapirError
 from tapir_local.interrupts import stop_exit_code, stop_on_signals
 from tapir_local.terminal.guesses import CommandGroup, completion_command, plain_words, sharpen_hint
-from tapir_local.terminal.output import echo
+from tapir_local.terminal.output import echo, silence_output
 
 EXIT_CODES_HELP = """\b
 Exit codes:
@@ -95,12 +95,6 @@ def show_os_error(error: OSError) -> None:
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "output"
     with suppress(OSError):
         echo(f"error: {place}: {error.strerror or error}", err=True)
-
-
-def silence_output() -> None:
-    """Forget what could not be written to stdout: at exit Python would try again, and print a traceback."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:

@@ -21,7 +21,10 @@ def resume_run(context: click.Context, /, run: str | None, cache: Path | None, *
     Without RUN, resume the run that was worked on last. `distill RUN` does the same, unless a recipe has this name.
     Settings that change no result may change, such as rounds and budget.
     """
-    place = select_run(cache, run)
+    from tapir_local.terminal.events import RunEvents, telling_stop
+
+    with telling_stop(RunEvents() if options["as_json"] and not options["dry_run"] else None):
+        place = select_run(cache, run)
     context.invoke(distill_command, recipe=str(place.path / "recipe.yaml"), cache=cache, **options)
 
 
@@ -96,9 +99,9 @@ def rm_command(runs: tuple[str, ...], yes: bool, cache: Path | None) -> None:
     """
     from tapir_local.memory import format_bytes
     from tapir_local.pipeline.manage import delete_run
+    from tapir_local.printable import format_count
     from tapir_local.report.status import disk_bytes, read_run_state
     from tapir_local.run_dir import lock_holder
-    from tapir_local.stages.context import format_count
 
     places = [select_run(cache, name) for name in dict.fromkeys(runs)]
     for place in places:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tapir_local.printable import format_count
 from tapir_local.terminal.options import HomePath, help_examples
 from tapir_local.terminal.output import bar_progress, echo, line_progress
 
@@ -121,13 +122,15 @@ def answer_with_progress(job: "PromptFileJob", out: Path | None) -> "AnsweredFil
         bar_progress("answers", len(done)) as (progress, tell),
     ):
         if done:
-            tell(f"{len(done):,} answers are there already; resuming")
+            tell(f"{format_count(len(done), 'answer is', 'answers are')} there already; resuming")
         return answer_file(job, file, progress, done, tell)
 
 
 def generation_summary(found: "AnsweredFile") -> str:
     """The last line for the user: answers, tokens, what was cut or left out, and the context plan."""
-    summary = f"{found.rows:,} answers, {found.tokens:,} tokens; {found.cut:,} cut at the limit"
+    summary = (
+        f"{format_count(found.rows, 'answer')}, {format_count(found.tokens, 'token')}; {found.cut:,} cut at the limit"
+    )
     summary += f", {found.too_long:,} longer than the context" if found.too_long else ""
     summary += f", {found.refused:,} refused by the chat template" if found.refused else ""
     return summary + (f"; {found.plan.summary}" if found.plan else "")
@@ -224,5 +227,7 @@ def export_summary(out: Path, report: "GateReport | None") -> str:
         return summary
     summary += f", {report.bits_per_weight:.1f} bits per weight"
     found = report.figures
-    matches = f"{report.probes:,} texts have the same token ids, {found.agreement:.1%} of greedy tokens agree"
+    matches = (
+        f"{format_count(report.probes, 'text')} with the same token ids, {found.agreement:.1%} of greedy tokens agree"
+    )
     return f"{summary}; {matches}, divergence {found.kl:.2g} nats"

@@ -212,7 +212,7 @@ def redo_stages_command(run: str, number: int | None, stage: str, yes: bool, cac
     stay in the store.
     """
     from tapir_local.pipeline.loop import redo, steps_to_redo
-    from tapir_local.stages.context import format_count
+    from tapir_local.printable import format_count
 
     place = select_run(cache, run)
     steps = steps_to_redo(place, number, stage)

@@ -14,6 +14,7 @@ from tapir_local.data.similarity import extract_literals
 from tapir_local.errors import TapirError
 from tapir_local.method.curriculum import allocate_rows
 from tapir_local.method.prompts import PROMPT_TAG
+from tapir_local.printable import format_count
 from tapir_local.records import Example, instruction_of
 
 NO_INSTRUCTION = "no instruction"
@@ -64,7 +65,7 @@ class ParsedSeeds:
         )
         if first.kind == NO_INSTRUCTION:
             raise TapirError(
-                f"{len(numbers)} of {len(self.table.rows)} rows without an instruction",
+                f"{len(numbers)} of {format_count(len(self.table.rows), 'row')} without an instruction",
                 where=self.table.at(*numbers),
                 fix=KNOWN_FORMATS,
             )

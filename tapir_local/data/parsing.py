@@ -13,6 +13,7 @@ from typing import Any
 from tapir_local.data.columns import NumberText, UnreadableRow, build_json_object
 from tapir_local.data.formats import KNOWN_FORMATS, NumberedRow, find_row_format
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 
 VALUE_SEPARATORS = re.compile(r"[ \t\r\n,]*")  # between JSON values
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -190,7 +191,7 @@ def make_table_row(names: list[str], fields: list[str]) -> Any:
     if len(fields) == len(names):
         return dict(zip(names, fields, strict=True))
     advice = "a field with a comma, a line break or a quotation mark must be in quotation marks"
-    said = f"{len(fields)} fields where the header has {len(names)}; {advice}"
+    said = f"{format_count(len(fields), 'field')} where the header has {len(names)}; {advice}"
     return UnreadableRow("more or fewer fields than the header", said, ", ".join(fields))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tapir_local.data.files import read_table
 from tapir_local.errors import TapirError
 from tapir_local.files import file_sha256, write_json
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Recipe, Seeds
 from tapir_local.resources import find_seeds
 from tapir_local.run_dir import RunDir
@@ -95,10 +96,10 @@ def seeds_exist(seeds: Seeds) -> bool:
 def refuse_edited_seeds(run: RunDir, kept: SeedDigest, found: SeedDigest, seeds: Seeds) -> None:
     """TapirError with the digests of the seeds before and now."""
     try:
-        rows = f", {len(read_table(seeds).rows):,} rows"
+        rows = f", {format_count(len(read_table(seeds).rows), 'row')}"
     except TapirError:
         rows = ", which cannot be read"
-    was = f"{kept['bytes']:,} bytes, {kept['rows']:,} rows, SHA-256 {kept['sha256'][:12]}"
+    was = f"{kept['bytes']:,} bytes, {format_count(kept['rows'], 'row')}, SHA-256 {kept['sha256'][:12]}"
     now = f"{found['bytes']:,} bytes{rows}, SHA-256 {found['sha256'][:12]}"
     changed = describe_changed_files(kept, found)
     raise TapirError(

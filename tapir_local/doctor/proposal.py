@@ -14,6 +14,7 @@ from tapir_local.data.dataset import parse_seeds
 from tapir_local.data.files import read_table
 from tapir_local.errors import TapirError
 from tapir_local.memory import format_bytes, list_visible_gpus, total_memory
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Seeds
 from tapir_local.recipe.tasks import TASKS
 from tapir_local.resources import SMOLLM2, named_student_gguf
@@ -73,8 +74,9 @@ def inspect_seeds(path: str, columns: Mapping[str, str]) -> SeedFacts:
 def describe_seeds(facts: SeedFacts) -> str:
     """What was found in a file of seeds, and what will be held out."""
     answers = f"{facts.answered:,} with answers" if facts.answered else "no answers"
-    bad = f"; {facts.unusable:,} duplicates or unreadable rows are left out" if facts.unusable else ""
-    return f"{facts.path}: {facts.rows:,} rows, {answers}; {propose_holdout(facts.rows):,} will be held out{bad}"
+    bad = f"; {facts.unusable:,} left out (duplicate or unreadable)" if facts.unusable else ""
+    held = f"{propose_holdout(facts.rows):,} will be held out"
+    return f"{facts.path}: {format_count(facts.rows, 'row')}, {answers}; {held}{bad}"
 
 
 def propose_holdout(rows: int) -> int:
@@ -165,13 +167,14 @@ def recipe_yaml(choices: Choices, path: Path) -> str:
     lines = [
         command,
         "#",
-        f"# Written by `tapir-local init` for {facts.rows:,} rows; docs/settings.md describes every setting.",
+        f"# Written by `tapir-local init` for {format_count(facts.rows, 'row')}; "
+        "docs/settings.md describes every setting.",
         f"name: {choices.name}",
         note(f"rounds: {choices.rounds}", "after round 0, which is plain fine-tuning"),
         "seeds:",
         f"  path: {scalar(facts.path)}",
         *([f"  columns: {flow(facts.columns)}"] if facts.columns else []),
-        note(f"  holdout: {held}", f"for evaluation, never trained on; {rest:,} rows are left to train on"),
+        note(f"  holdout: {held}", f"for evaluation, never trained on; {format_count(rest, 'row')} left to train on"),
         *answer_lines(facts, recorded),
         "student:",
         f"  path: {scalar(choices.student)}",
@@ -201,11 +204,11 @@ def answer_lines(facts: SeedFacts, recorded: bool) -> list[str]:
     if not facts.answered:
         return []
     if recorded:
-        return [note("  answers: file", f"{facts.answered:,} rows have one; the others are left out")]
+        return [note("  answers: file", f"of {format_count(facts.answered, 'row')}; the others are left out")]
     few = facts.answered < facts.rows
     if few:
-        text = f"{facts.answered:,} rows have answers; `file` keeps them and leaves out the other rows"
-        return [note("  answers: teacher", text)]
+        have = format_count(facts.answered, "row has an answer", "rows have answers")
+        return [note("  answers: teacher", f"{have}; `file` keeps them and leaves out the other rows")]
     return [note("  answers: file", "the rows' own; `teacher`: the teacher writes its own")]
 
 

@@ -14,6 +14,7 @@ from tapir_local.export.export import check_exportable
 from tapir_local.inference.model import check_gguf
 from tapir_local.memory import format_bytes, free_disk_space, free_memory, list_visible_gpus
 from tapir_local.pipeline.dry_run import dry_run_format
+from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Message, Request
@@ -76,12 +77,12 @@ def count_seeds(recipe: Recipe) -> str:
         what = f"not enough rows to train on: {rows:,} in all, and the holdout takes {held:,}"
         raise TapirError(what, where=found.table.where, fix="Add rows or lower seeds.holdout.")
     faulty = f", {len(found.faulty):,} unreadable" if found.faulty else ""
-    twice = f", {len(found.duplicates):,} duplicates" if found.duplicates else ""
+    twice = f", {format_count(len(found.duplicates), 'duplicate')}" if found.duplicates else ""
     answered = sum(bool(row.completion) for row in found.examples)
     unused = answered and recipe.can_expand and recipe.seeds.answers == "teacher"
     advice = "the teacher writes its own (seeds.answers: file keeps yours)"
-    said = f"; {answered:,} have answers, but {advice}" if unused else ""
-    return f"{rows:,} rows, {held:,} of them held out{twice}{faulty}{said}"
+    said = f"; {answered:,} with answers, but {advice}" if unused else ""
+    return f"{format_count(rows, 'row')}, {held:,} of them held out{twice}{faulty}{said}"
 
 
 def count_table_rows(recipe: Recipe) -> int:
@@ -104,7 +105,8 @@ def explain_many_rows(recipe: Recipe, seeds: int) -> tuple[str, str] | None:
     plan = recipe.curriculum
     if seeds <= 0 or plan.rows <= MANY_ROWS * seeds or plan.name not in ("tapir", "lion") or not recipe.can_expand:
         return None
-    found = f"{plan.rows:,} rows are to come from {seeds:,} seeds, so most will be variants of a few"
+    wanted = format_count(plan.rows, "row is", "rows are")
+    found = f"{wanted} to come from {format_count(seeds, 'seed')}, so most will be variants of a few"
     return found, f"Add seeds, or set curriculum.rows to at most {MANY_ROWS * seeds:,}."
 
 

@@ -31,6 +31,7 @@ from tapir_local.inference.llama_process import LlamaPlace
 from tapir_local.method.judge_quality import measure_judge
 from tapir_local.method.length_control import GamedBaselines
 from tapir_local.method.metrics import win_value
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Judgement, Progress, instruction_of
 from tapir_local.run_dir import lock_run
@@ -99,7 +100,8 @@ def check_job(job: EvaluationJob) -> None:
         )
     if job.against == FILE_ANSWERS and (bare := [one.id for one in questions if not one.answer]):
         raise TapirError(
-            f"{len(bare):,} of {len(questions):,} questions have no answer to compare with; the first: {bare[0]}",
+            f"{len(bare):,} of {format_count(len(questions), 'question')} without an answer to compare with; "
+            f"the first: {bare[0]}",
             where=str(job.questions.path),
             fix="Name an opponent with --against (teacher, base, a run or a GGUF), or grade the answers with --grade.",
         )
@@ -202,7 +204,7 @@ def with_grades(
     write_rows(place.folder / f"{job.key()}.grades.jsonl", grades)
     bad = [row for row in grades if row.score is None]
     first = f"; the first, {bad[0].id} turn {bad[0].turn}: {bad[0].reason}" if bad else ""
-    notes = [f"{len(bad):,} of {len(grades):,} answers have no grade{first}"] if bad else []
+    notes = [f"{len(bad):,} of {format_count(len(grades), 'answer')} without a grade{first}"] if bad else []
     if bare := without_reference(job.questions.questions) if job.questions.shape == "mt_bench" else []:
         ids = ", ".join(one.id for one in bare[:IDS_NAMED])
         notes.append(f"graded without a reference answer, which MT-Bench has for their category: {len(bare):,} ({ids})")
@@ -232,7 +234,10 @@ def unjudged_notes(judged: Sequence[Judgement]) -> list[str]:
     bad = [row for row in judged if row.teacher is None]
     if not bad:
         return []
-    return [f"{len(bad):,} of {len(judged):,} rows could not be judged; the first, {bad[0].id}: {bad[0].reason}"]
+    return [
+        f"{len(bad):,} of {format_count(len(judged), 'row')} could not be judged; "
+        f"the first, {bad[0].id}: {bad[0].reason}"
+    ]
 
 
 def rates_of_annotations(path: Path, gamed: GamedBaselines | None = None) -> EvaluationResult:

@@ -13,6 +13,7 @@ from tapir_local.method.length_control import (
     length_controlled_rate,
     lengths_overlap,
 )
+from tapir_local.printable import format_count
 from tapir_local.records import JudgeQuality
 
 
@@ -144,7 +145,7 @@ def length_notes(rates: PairRates, controlled: LengthControlled | None, rows: Se
     if controlled is None:
         return [
             f"no length-controlled rate: it takes {MIN_ROWS_FOR_LENGTHS} judged rows and answers of different lengths, "
-            f"and {rates.judged:,} rows were judged"
+            f"and {format_count(rates.judged, 'row was', 'rows were')} judged"
         ]
     if DIFFICULTY_TERM in controlled.weights:
         return ["length-controlled as AlpacaEval 2.0 defines it; of a category: the mean prediction of its rows"]

@@ -9,6 +9,7 @@ from tapir_local.errors import TapirError
 from tapir_local.evaluation.questions import Question
 from tapir_local.evaluation.rates import Grade
 from tapir_local.method import parsing, prompts
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Completion, Example, Judgement, Request
 from tapir_local.run_dir import RunDir
@@ -55,7 +56,7 @@ def refuse_unreadable(reasons: Sequence[str], judge: str) -> None:
     """TapirError if nothing could be judged; `reasons` are those of all rows, "" for a judged one."""
     if reasons and all(reasons):
         fix = "Use a judge that reliably replies in JSON, or raise judge.max_tokens if replies were cut."
-        what = f"{judge} judged none of the {len(reasons):,} answers; the first: {reasons[0]}"
+        what = f"{judge} judged none of the {format_count(len(reasons), 'answer')}; the first: {reasons[0]}"
         raise TapirError(what, where="judge", fix=fix)
 
 

@@ -37,6 +37,7 @@ from tapir_local.inference.model import (
 )
 from tapir_local.inference.vocab_check import check_vocabulary
 from tapir_local.memory import check_disk_space, check_memory, format_bytes
+from tapir_local.printable import format_count
 from tapir_local.process import child_main, run_in_process
 from tapir_local.records import Progress
 from tapir_local.training.gguf_source import GgufSource, describe_types, dtype_names, gguf_config, open_gguf_source
@@ -94,8 +95,9 @@ def make_gguf_student(gguf: Path, folder: Path, say: Callable[[str], None], *, t
     shutil.rmtree(work)
     made = read_record(GgufStudentRecord, folder / STUDENT_RECORD)
     say(
-        f"{gguf.name}: {made.texts:,} texts have the same token ids in both, divergence {made.kl:.2g} nats. Training "
-        f"starts from these weights, dequantized from {made.weights}, not from the original model's."
+        f"{gguf.name}: {format_count(made.texts, 'text')} with the same token ids in both, "
+        f"divergence {made.kl:.2g} nats. "
+        f"Training starts from these weights, dequantized from {made.weights}, not from the original model's."
     )
 
 

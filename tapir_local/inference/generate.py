@@ -43,6 +43,7 @@ from tapir_local.inference.scheduler import (
     prompt_fits,
 )
 from tapir_local.inference.tokens import chat_format, encode, token_bytes
+from tapir_local.printable import format_count
 from tapir_local.records import Completion, Message, Prompt
 
 ResultT = TypeVar("ResultT")
@@ -197,7 +198,10 @@ def prompt_ids(ids: Sequence[str] | None, prompts: int) -> list[str]:
     """An id for each prompt, its number if no ids are given. TapirError if their number is another."""
     names = [str(number) for number in range(prompts)] if ids is None else list(ids)
     if len(names) != prompts:
-        raise TapirError(f"{len(names)} ids for {prompts} prompts", fix="Give one id for each prompt.")
+        raise TapirError(
+            f"{format_count(len(names), 'id')} for {format_count(prompts, 'prompt')}",
+            fix="Give one id for each prompt.",
+        )
     return names
 
 
@@ -291,7 +295,8 @@ def chat_stream(
     model, prompt = engine.model, encode_prompt(engine.model, tuple(messages))
     if len(prompt) >= engine.cells:
         raise TapirError(
-            f"the conversation has {len(prompt)} tokens, the context {engine.cells}", fix="Begin a new conversation."
+            f"the conversation has {format_count(len(prompt), 'token')}, the context {engine.cells}",
+            fix="Begin a new conversation.",
         )
     characters = codecs.getincrementaldecoder("utf-8")("replace")
     config = GenerationConfig(max_tokens, engine.cells, temperature)

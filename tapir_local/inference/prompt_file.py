@@ -16,6 +16,7 @@ from tapir_local.inference.context_plan import ContextPlan
 from tapir_local.inference.generate import Callbacks, complete_prompts
 from tapir_local.inference.model import Advice, ignore_message, open_model
 from tapir_local.inference.vocab_check import check_vocabulary
+from tapir_local.printable import format_count
 from tapir_local.records import Completion, Prompt
 from tapir_local.resumable import OrderedWriter, resume_writing
 
@@ -128,7 +129,7 @@ def read_prompts(path: Path, warn: Callable[[str], None] = ignore_message) -> li
     if len(faults) == len(found):
         raise faults[0]
     if faults:
-        warn(f"{len(faults):,} of {len(found):,} rows cannot be asked; the first: {faults[0]}")
+        warn(f"{len(faults):,} of {format_count(len(found), 'row')} cannot be asked; the first: {faults[0]}")
     return found
 
 

@@ -12,6 +12,7 @@ from tapir_local.method.curriculum import (
     shares_of_sum,
 )
 from tapir_local.method.judging import mfd
+from tapir_local.printable import format_count
 from tapir_local.records import Example, Expansion, ExpansionManner, RoundPlan
 
 LION_THRESHOLD = 1.0  # Lion (arXiv 2305.12870): a row is hard if the teacher scores at least this much more
@@ -76,7 +77,9 @@ def plan_drawn(
         asked=shares_of_sum(asked or got),
         got=shares_of_sum(got),
         short=short or {},
-        notes=(f"only {len(rows):,} seeds for {wanted:,} rows",) if len(rows) < wanted else (),
+        notes=(f"only {format_count(len(rows), 'seed')} for {format_count(wanted, 'row')}",)
+        if len(rows) < wanted
+        else (),
     )
 
 
@@ -106,12 +109,11 @@ def plan_lion(known: PlanInput) -> RoundPlan:
     )
     got = count_new_rows(expansions)
     missing = (size if hard or easy else 0) - got.total()
+    why = f"that curriculum.children ({known.settings.children}) leaves out, for want of parents"
     notes = {
         "no row is hard": rows and not hard,
         "no row is easy": rows and not easy,
-        f"{missing:,} rows that curriculum.children ({known.settings.children}) leaves out, for want of parents": (
-            missing > 0 and (hard or not easy)
-        ),
+        f"{format_count(missing, 'row')} {why}": missing > 0 and (hard or not easy),
     }
     return RoundPlan(
         round=known.number,

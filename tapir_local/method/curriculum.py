@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tapir_local.method.judging import mfd
+from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import Curriculum
 from tapir_local.records import Example, Expansion, Judgement, RoundPlan, Styled
 
@@ -180,7 +181,7 @@ def aside_notes(aside: set[str], settings: Curriculum) -> tuple[str, ...]:
     """A note on rows that are set aside."""
     if not aside:
         return ()
-    return (f"{len(aside):,} hard rows set aside: their MFD was above {settings.mfd_ceiling:g} twice running",)
+    return (f"{format_count(len(aside), 'hard row')} set aside: MFD above {settings.mfd_ceiling:g} twice running",)
 
 
 def count_hard_rows(alpha: float, rows: int, some_hard: bool, easy: int) -> int:
@@ -278,7 +279,9 @@ def pool_notes(known: PlanInput, rows: Sequence[Example], hard: Sequence[Example
         "no row is hard: the round only replays easy rows": rows and not hard and easy,
         "no row is easy: the whole round is hard": rows and not easy and hard,
         f"no row is hard and none is easy: {reasons}": rows and not hard and not easy,
-        f"{missing:,} easy rows fewer than asked, hard ones in their place": hard and easy and missing > 0,
+        f"{format_count(missing, 'easy row')} fewer than asked, hard ones in their place": hard
+        and easy
+        and missing > 0,
         f"no hard row in {', '.join(mastered)}: the other tasks have their shares": hard and mastered,
     }
     return tuple(text for text, true in said.items() if true)

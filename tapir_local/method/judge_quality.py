@@ -5,6 +5,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Literal
 
+from tapir_local.printable import format_count
 from tapir_local.records import Completion, Example, Judgement, JudgeQuality
 
 ScorePair = tuple[float, float]
@@ -99,8 +100,8 @@ def chance_faults(credits: Sequence[float]) -> list[str]:
     if binomtest(int(sum(credits)), len(credits), 0.5, alternative="greater").pvalue < CHANCE_P_VALUE:
         return []
     return [
-        f"on {len(credits):,} rows the checker finds exactly one answer right, and the judge prefers it on "
-        f"{format_percent(fmean(credits))} of them, which is no better than chance"
+        f"on {format_count(len(credits), 'row')} the checker finds exactly one answer right, and the judge prefers it "
+        f"on {format_percent(fmean(credits))} of them, which is no better than chance"
     ]
 
 
@@ -153,7 +154,7 @@ def judge_warnings(found: JudgeQuality) -> list[str]:
     if checked is not None and found.checker_rows >= MIN_ROWS_TO_WARN and checked < MIN_CHECKER_AGREEMENT:
         warnings.append(
             f"the judge prefers the answer that the checker finds right on only {format_percent(checked)} of "
-            f"{found.checker_rows:,} rows"
+            f"{format_count(found.checker_rows, 'row')}"
         )
     return warnings
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 
 if TYPE_CHECKING:
     import numpy
@@ -114,7 +115,8 @@ def row_difficulties(gamed: GamedBaselines, rows: int) -> list[float]:
     missing = [row for row in range(rows) if row not in gamed.difficulty]
     if missing:
         raise TapirError(
-            f"there is no difficulty of row {missing[0]}: the file has those of {len(gamed.difficulty):,} instructions",
+            f"there is no difficulty of row {missing[0]}: the file has those "
+            f"of {format_count(len(gamed.difficulty), 'instruction')}",
             fix="The difficulties are those of AlpacaEval's 805 instructions in their order; other rows have none.",
         )
     return [gamed.difficulty[row] for row in range(rows)]

@@ -9,6 +9,7 @@ from statistics import fmean
 from tapir_local.method.judge_quality import measure_judge, rounded_mean
 from tapir_local.method.judging import mfd
 from tapir_local.method.length_control import length_controlled_rate, lengths_overlap
+from tapir_local.printable import format_count
 from tapir_local.records import Completion, Example, Judgement, Metrics
 
 AnswerChecker = Callable[[Example, str], bool | None]  # called with a row and an answer to it
@@ -128,7 +129,7 @@ def warn_small_holdout(found: Metrics) -> str:
         return ""
     wide, wanted = f"{100 * max(halves):.0f}", f"{100 * WANTED_INTERVAL:.0f}"
     return (
-        f"with {found.rows:,} holdout rows the 95 % interval is +-{wide} points; "
+        f"with {format_count(found.rows, 'holdout row')} the 95 % interval is +-{wide} points; "
         f"about {rows_for_interval(WANTED_INTERVAL):,} rows (seeds.holdout) would give +-{wanted}"
     )
 

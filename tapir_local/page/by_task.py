@@ -16,6 +16,7 @@ from tapir_local.page.parts import (
     short_round_name,
 )
 from tapir_local.page.summary import RunView
+from tapir_local.printable import format_count
 from tapir_local.report.compare import CHANCE
 from tapir_local.report.compare_tables import METRIC_NAMES
 
@@ -64,7 +65,7 @@ def tasks_figure(
     points = [
         {
             "task": task, "rate": rate, "rows": tasks[task], "round": names[number],
-            "tip": f"{task}, {names[number]}: {rate_text(rate, found)}, {tasks[task]:,} rows",
+            "tip": f"{task}, {names[number]}: {rate_text(rate, found)}, {format_count(tasks[task], 'row')}",
         }
         for task in order for number in shown if (rate := steps[number].get(task)) is not None
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from tapir_local.page.parts import (
     rate_number,
 )
 from tapir_local.pipeline.loop import kept_recipe, last_round
+from tapir_local.printable import format_count
 from tapir_local.recipe.text import remove_defaults
 from tapir_local.recipe.yaml import read_yaml, write_yaml
 from tapir_local.report.labels import label_report
@@ -79,7 +80,7 @@ def confusion_figure(confusion: Mapping[str, Mapping[str, int]]) -> Figure:
     labels = sorted({*confusion, *(guess for row in confusion.values() for guess in row)})
     cells = [
         {"teacher": label, "classifier": guess, "rows": rows, "share": rows / max(1, sum(row.values())),
-         "tip": f"teacher: {label}, classifier: {guess}: {rows:,} rows"}
+         "tip": f"teacher: {label}, classifier: {guess}: {format_count(rows, 'row')}"}
         for label, row in confusion.items() for guess, rows in row.items() if rows
     ]  # fmt: skip
 

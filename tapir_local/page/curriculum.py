@@ -22,6 +22,7 @@ from tapir_local.page.parts import (
     rate_number,
 )
 from tapir_local.pipeline.loop import kept_recipe, last_round
+from tapir_local.printable import format_count
 from tapir_local.records import Example, RoundPlan, instruction_of
 from tapir_local.report.status_tables import plan_phrase
 from tapir_local.report.why import plan_use, read_all_rows, read_drafts, read_judgements, read_training_rows
@@ -82,7 +83,7 @@ def uses_figure(uses: Sequence[Mapping[str, Any]]) -> Figure:
     """A stacked bar for each round."""
     names = [name for name in USE_NAMES.values() if any(row["use"] == name for row in uses)]
     rounds = list(dict.fromkeys(row["round"] for row in uses))
-    tips = [{**row, "tip": f"{row['round']}: {row['rows']:,} rows {row['use']}"} for row in uses]
+    tips = [{**row, "tip": f"{row['round']}: {format_count(row['rows'], 'row')} {row['use']}"} for row in uses]
 
     def make(narrow: bool) -> Spec:
         y = {"field": "round", "type": "nominal", "sort": rounds, "axis": {"title": None, "labelColor": INK}}
@@ -253,7 +254,7 @@ def kept_grid(kept: Sequence[Draft], rows: Mapping[str, Example]) -> Grid:
     return Grid(
         heads,
         cells,
-        title=f"{len(kept)} random rows that were kept",
+        title=f"{format_count(len(kept), 'random row')} kept",
         texts=["task", "reason"],
         wide=heads[2:],
         folded=True,
@@ -276,7 +277,7 @@ def rejected_grid(rejected: Sequence[Draft], rows: Mapping[str, Example]) -> Gri
     return Grid(
         heads,
         cells,
-        title=f"{len(rejected)} random drafts that were rejected",
+        title=f"{format_count(len(rejected), 'random draft')} rejected",
         texts=["task"],
         wide=heads[2:],
         folded=True,

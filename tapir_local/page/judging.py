@@ -7,6 +7,7 @@ from typing import Any
 from tapir_local.page.draw import MUTED, SERIES, Spec, draw_figure, inline_values
 from tapir_local.page.parts import Cell, Figure, Grid, Paragraph, Part, Section
 from tapir_local.pipeline.loop import last_round
+from tapir_local.printable import format_count
 from tapir_local.records import Judgement
 from tapir_local.report.status import round_judge_quality
 from tapir_local.report.status_tables import JUDGE_MEASURES
@@ -57,7 +58,7 @@ def scores_figure(judged: Sequence[Judgement], title: str) -> Figure:
     counts = Counter((round(row.student or 0, 1), round(row.teacher or 0, 1)) for row in judged)
     points = [
         {"student": student, "teacher": teacher, "rows": rows,
-         "tip": f"student {student:g}, teacher {teacher:g}: {rows:,} rows"}
+         "tip": f"student {student:g}, teacher {teacher:g}: {format_count(rows, 'row')}"}
         for (student, teacher), rows in counts.most_common()
     ]  # fmt: skip
 

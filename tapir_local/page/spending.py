@@ -7,9 +7,12 @@ from typing import Any
 
 from tapir_local.page.draw import INK, Spec, color_by, draw_figure, inline_values
 from tapir_local.page.parts import Cell, Facts, Figure, Grid, Paragraph, Part, Section, count_number, text_cells
-from tapir_local.page.summary import RunView, all_stages
+from tapir_local.page.summary import RunView, all_stages, rate_points
+from tapir_local.page.timeline import lay_out, time_unit, timeline_figure
 from tapir_local.pipeline.loop import kept_recipe
+from tapir_local.printable import format_count
 from tapir_local.report.costs import costs_caption, money_cells, summarize_costs
+from tapir_local.report.tables import money_cell
 
 # What a stage spends its time on; other stages only read and write files.
 KINDS_OF_WORK: Mapping[str, tuple[str, ...]] = {
@@ -32,19 +35,65 @@ def money_section(view: RunView) -> Section:
     if not by_stage:
         if not any(calls.values()):
             return Section("money", "Money", question)
-        said = (
-            f"{calls['paid']:,} calls were paid and {calls['hits']:,} came from the store, by the records of the run. "
-        )
-        none = Paragraph(said + "The store beside this run has no details.")
+        paid = format_count(calls["paid"], "call was", "calls were")
+        said = f"{paid} paid and {calls['hits']:,} came from the store, by the records of the run."
+        none = Paragraph(f"{said} The store beside this run has no details.")
         return Section("money", "Money", question, (none,))
     by_round = summarize_costs(store, "round", run.name)
-    parts: list[Part] = [calls_figure(by_stage), costs_grid("Calls by stage", by_stage, "stage")]
+    rates = rates_by_cost_figure(view.found["rounds"], by_round) if view.found else None
+    parts: list[Part] = [*([rates] if rates else []), calls_figure(by_stage)]
+    parts.append(costs_grid("Calls by stage", by_stage, "stage"))
     parts.append(costs_grid("Calls by round; round 0 includes the preparation", by_round, "round"))
     parts += [Paragraph(text) for text in [costs_caption(by_stage)] if text]
     budget = kept_recipe(run).budget.model_dump()
     if limits := [(f"budget.{name}", f"{value:,}") for name, value in budget.items() if value is not None]:
         parts.append(Facts(limits))
     return Section("money", "Money", question, parts)
+
+
+def rates_by_cost_figure(rounds: Sequence[Mapping[str, Any]], by_round: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The rates of each round by what its calls cost so far: money or, without prices, calls; None without calls."""
+    money = money_so_far(by_round)
+    unit = "money" if money else "calls of the teacher and the judge"
+    costs = {row["round"]: row["teacher_calls"] + row["judge_calls"] for row in rounds}
+    if money:
+        costs = {number: sum(money[up_to] for up_to in money if up_to <= number) for number in costs}
+    points = []
+    for point in rate_points(rounds):
+        cost = costs[point["number"]]
+        said = money_cell(cost) if money else f"{cost:,}"
+        points.append({**point, "cost": cost, "tip": f"{point['tip']}; {unit} so far: {said}"})
+    if len(points) < 2 or not any(costs.values()):
+        return None
+    names = list(dict.fromkeys(point["metric"] for point in points))
+
+    def make(narrow: bool) -> Spec:
+        axis = {"title": f"{unit} so far", "tickCount": 4 if narrow else 8, "grid": False}
+        x = {"field": "cost", "type": "quantitative", "axis": axis}
+        y = {"type": "quantitative", "axis": {"title": None, "format": "%", "tickCount": 5}, "scale": {"domainMin": 0}}
+        shared = {"x": x, "color": color_by("metric", names, narrow)}
+        rate = {**shared, "y": {"field": "rate", **y}}
+        line = {"mark": {"type": "line", "strokeWidth": 2, "aria": False}, "encoding": rate}
+        bars = {"mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.6, "aria": False}, "encoding": {
+            **shared, "y": {"field": "low", **y}, "y2": {"field": "high"}}}  # fmt: skip
+        dots = {"mark": {"type": "circle", "size": 80, "opacity": 1}, "encoding": {
+            **rate, "description": {"field": "tip"}}}  # fmt: skip
+        above = {"type": "text", "dx": 7, "dy": -13, "align": "left", "aria": False}
+        texts = {"mark": above, "encoding": {"x": x, "y": rate["y"], "text": {"field": "round"}},
+            "transform": [{"filter": {"field": "metric", "equal": names[0]}}]}  # fmt: skip
+        return {"height": 240, "data": inline_values(points), "layer": [bars, line, dots, texts]}
+
+    counted = "at the prices of the recipe, evaluation included" if money else "the evaluation's are not counted"
+    note = f"Bars: 95 % intervals. Numbers: the rounds. Calls from the store count as if they were paid; {counted}."
+    return draw_figure(f"{names[0].capitalize()} by {'money' if money else 'calls'}", make, note)
+
+
+def money_so_far(by_round: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """What the calls of each round cost, those from the store included; {} if a price is unknown or all are free."""
+    if any(row["unpriced"] or row["unpriced_hits"] for row in by_round):
+        return {}
+    found = {int(row["round"]): row["money"] + row["saved"] for row in by_round}
+    return found if any(found.values()) else {}
 
 
 def calls_figure(by_stage: Sequence[Mapping[str, Any]]) -> Figure:
@@ -100,7 +149,9 @@ def time_section(status: Mapping[str, Any]) -> Section:
         return Section("time", "Time", question)
     total = sum(stage["seconds"] or 0 for stage in all_stages(status))
     said = Paragraph(f"{timedelta(seconds=round(total))} in the stages that are done, without pauses between them.")
-    return Section("time", "Time", question, [said, time_figure(bars), stages_grid(places, status["folder"])])
+    timeline = timeline_figure(*lay_out(places))
+    figures = [time_figure(bars), *([timeline] if timeline else [])]
+    return Section("time", "Time", question, [said, *figures, stages_grid(places, status["folder"])])
 
 
 def kind_of_work(stage: str) -> str:
@@ -141,11 +192,6 @@ def time_figure(bars: Sequence[Mapping[str, Any]]) -> Figure:
         }
 
     return draw_figure("Time by round and kind of work", make)
-
-
-def time_unit(seconds: float) -> tuple[str, int]:
-    """The unit for an axis of times, and its seconds."""
-    return ("hours", 3600) if seconds > 3 * 3600 else ("minutes", 60) if seconds > 180 else ("seconds", 1)
 
 
 def stages_grid(places: Mapping[str, Sequence[Mapping[str, Any]]], folder: str) -> Grid:

@@ -18,6 +18,7 @@ from tapir_local.page.parts import (
     short_round_name,
 )
 from tapir_local.pipeline.loop import kept_recipe
+from tapir_local.printable import format_count
 from tapir_local.report.compare import CHANCE, compare_rounds, fallen_sentence, round_name, round_verdict
 from tapir_local.report.compare_tables import METRIC_NAMES, difference_cells, rate_and_interval_cell, shown_metrics
 from tapir_local.report.run_results import RunResults, read_run_results
@@ -170,10 +171,12 @@ def rate_points(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "metric": METRIC_NAMES[metric],
                     "round": name,
+                    "number": row["round"],
                     "rate": rate["mean"],
                     "low": low,
                     "high": high,
-                    "tip": said + f"{rate['mean']:.1%} (95 %: {low:.1%} to {high:.1%}), {rate['rows']:,} rows",
+                    "tip": said
+                    + f"{rate['mean']:.1%} (95 %: {low:.1%} to {high:.1%}), {format_count(rate['rows'], 'row')}",
                 }
             )
     return points

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import get_args
 from urllib.parse import urlsplit
 
+from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.recipe.endpoints import Endpoint, Judge, Teacher
 from tapir_local.recipe.schema import Recipe
@@ -239,8 +240,8 @@ def find_impossible(recipe: Recipe) -> Iterator[str]:
     yield from find_long_replies(recipe)
     if seeds.limit is not None and seeds.limit <= seeds.holdout:
         yield (
-            f"seeds.limit: {seeds.limit:,} rows leave nothing to train on after seeds.holdout ({seeds.holdout:,}); "
-            "raise seeds.limit or lower seeds.holdout"
+            f"seeds.limit: {format_count(seeds.limit, 'row leaves', 'rows leave')} nothing to train on after "
+            f"seeds.holdout ({seeds.holdout:,}); raise seeds.limit or lower seeds.holdout"
         )
     if recipe.classifier.held_out == 1:
         yield "classifier.held_out: 1 holds out every labeled row; use a smaller share, such as 0.1"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tapir_local.errors import TapirError
 from tapir_local.method.metrics import bootstrap_interval, wilson_interval
 from tapir_local.method.stats import Difference, RowValues, correct_p_values, estimate_difference
+from tapir_local.printable import format_count
 from tapir_local.recipe.text import fixed_settings, flatten
 from tapir_local.report.run_results import HOLDOUT_CURRICULA, EvaluatedRound, RunCost, RunResults, read_run_results
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir
@@ -85,7 +86,7 @@ def holdout_differences(one: RunResults, other: RunResults) -> list[str]:
         "with another instruction": len(asked),
         "with another answer of the teacher": sum(ours[id].completion != theirs[id].completion for id in both - asked),
     }
-    return [f"{count:,} row{'s' if count > 1 else ''} {what}" for what, count in counts.items() if count]
+    return [f"{format_count(count, 'row')} {what}" for what, count in counts.items() if count]
 
 
 def setting_differences(
@@ -260,7 +261,7 @@ def comparison_notes(
             last = run.last.number
             notes.append(f"{run.name}: round {found.number} is compared, which is in model/; the last is round {last}.")
         if unjudged := len(run.holdout) - len(found.judged):
-            rows = "1 row is" if unjudged == 1 else f"{unjudged:,} rows are"
+            rows = format_count(unjudged, "row is", "rows are")
             notes.append(f"{run.name}: {rows} not judged in round {found.number} and left out of win rates.")
     return notes
 
@@ -372,13 +373,10 @@ def fallen_sentence(found: Mapping[str, Any], most: int = 4) -> str:
     rows = found["fallen"]
     if not rows:
         return ""
-    named = ", ".join(f"{row['task']} {100 * row['mean']:+.0f} ({count_of_rows(row['rows'])})" for row in rows[:most])
+    named = ", ".join(
+        f"{row['task']} {100 * row['mean']:+.0f} ({format_count(row['rows'], 'row')})" for row in rows[:most]
+    )
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
     sure = any(row["p_holm"] < CHANCE for row in rows)
     chance = "" if sure else "; each of these may be chance"
     return f"Tasks that fell since {round_name(found['rounds'][0]['round'])}, in points: {named}{more}{chance}."
-
-
-def count_of_rows(rows: int) -> str:
-    """`1 row`, `14 rows`."""
-    return f"{rows:,} row" + ("" if rows == 1 else "s")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tapir_local.printable import format_count
 from tapir_local.report.compare import CHANCE, COST_UNIT_NAMES
 from tapir_local.report.tables import count_cell, percent_cell
 from tapir_local.run_dir import UNTRAINED_ROUND
@@ -47,7 +48,7 @@ def compared_rounds_table(found: Mapping[str, Any]) -> PlainTable:
     """A row for each round of each run: cost so far, and rates with intervals; the chosen rounds are marked."""
     metrics = shown_metrics(found["rounds"])
     table = empty_table(
-        f"the runs, round by round, on the same {found['holdout']['rows']:,} rows of holdout",
+        f"the runs, round by round, on the same {format_count(found['holdout']['rows'], 'row')} of holdout",
         ["run"],
         {"round": 0, **COST_RANKS, **{METRIC_NAMES[metric]: 0 for metric in metrics}},
     )
@@ -113,7 +114,7 @@ def compared_tasks_table(rows: Sequence[Mapping[str, Any]]) -> PlainTable:
         table.add_row(*names, rate_and_interval_cell(row), *difference_cells(row["difference"]))
     count = sum(row["difference"] is not None for row in rows)
     table.caption = (
-        f"p Holm: p corrected for all {count} differences in this table. For a task with few rows the bootstrap "
+        f"p Holm: p corrected for the differences in this table ({count}). For a task with few rows the bootstrap "
         "interval is too narrow; use p instead."
     )
     return table

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from tapir_local.files import read_rows
 from tapir_local.pipeline.dry_run import CostEstimate
+from tapir_local.printable import format_count
 from tapir_local.recipe.checks import asks_no_endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
 from tapir_local.report.tables import money_cell
 from tapir_local.run_dir import RunDir, run_of_name
-from tapir_local.stages.context import format_count
 from tapir_local.stages.prepare import PREPARE_STAGES
 from tapir_local.stages.rounds import ROUND_STAGES
 from tapir_local.stages.untrained import UNTRAINED_STAGES
@@ -186,9 +186,12 @@ def costs_caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if any(row["failed"] for row in rows):
         sentences.append("Failed: attempts without an answer. Tokens and money include those that may be billed.")
     if count := sum(row["unpriced"] for row in rows):
-        sentences.append(f"{count:,} calls have no known price (teacher.price, judge.price), and are not in the sums.")
+        sentences.append(
+            f"Not in the sums: {format_count(count, 'call')} without a known price (teacher.price, judge.price)."
+        )
     if count := sum(row["estimated"] for row in rows):
-        sentences.append(f"{count:,} calls and attempts have no token counts; the largest possible counts are used.")
+        calls = format_count(count, "call or attempt has", "calls and attempts have")
+        sentences.append(f"{calls} no token counts; the largest possible counts are used.")
     return " ".join(sentences) or None
 
 
@@ -208,7 +211,7 @@ def round_receipt(stages: Sequence[Mapping[str, Any]], command: str) -> str:
         return ""
     paid, hits, failed = (sum(row[name] for row in stages) for name in ("paid", "from_store", "failed"))
     money, saved = money_cells(stages)
-    missed = f", {failed:,} failed attempts" if failed else ""
+    missed = f", {format_count(failed, 'failed attempt')}" if failed else ""
     said = f"{format_count(paid, 'call')} asked, {hits:,} from the store{missed}"
     if not any(row[name] for row in stages for name in ("money", "saved", "unpriced", "unpriced_hits")):
         return f"{said}; no money spent"

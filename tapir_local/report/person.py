@@ -13,6 +13,7 @@ from tapir_local.method.agreement import cohen_kappa, count_pairs, kappa_interva
 from tapir_local.method.judge_quality import format_percent, rounded_mean
 from tapir_local.method.metrics import wilson_interval
 from tapir_local.pipeline.loop import kept_recipe, last_round
+from tapir_local.printable import format_count
 from tapir_local.records import Completion, Example, Judgement
 from tapir_local.run_dir import RunDir
 from tapir_local.tables import PlainTable
@@ -159,7 +160,7 @@ def agreement_meaning(rows: int, share: float | None, kappa: float | None, inter
     """The agreement in words."""
     if share is None:
         return "there are no verdicts yet"
-    said = f"the judge agrees with you on {format_percent(share)} of {rows:,} rows"
+    said = f"the judge agrees with you on {format_percent(share)} of {format_count(rows, 'row')}"
     if kappa is None or interval is None:
         return f"{said}; kappa is undefined while all verdicts are the same"
     said += f"; beyond chance the agreement is {kappa_word(kappa)} (kappa {kappa:.2f}, "
@@ -193,5 +194,5 @@ def check_lines(found: Mapping[str, Any]) -> Sequence[str]:
         rates = (format_percent(found["win_rate"][who]) for who in ("person", "judge"))
         lines.append("The student's win rate on these rows: {} by you, {} by the judge.".format(*rates))
     if found["rows_needed"] and found["rows_needed"] > found["rows"]:
-        lines.append(f"For a kappa of +-0.1 you need about {found['rows_needed']:,} rows.")
+        lines.append(f"For a kappa of +-0.1 you need about {format_count(found['rows_needed'], 'row')}.")
     return lines

@@ -154,12 +154,12 @@ def call_counts(run: RunDir, taken: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def stage_status(step: Step, taken: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether a stage is done, its seconds, calls and closing phrase; the latter are None until it is done."""
+    """Whether a stage is done, its seconds, end, calls and closing phrase; the latter are None until it is done."""
     record = taken.get(step.name, {}) if step.done else {}
     return {
         "name": step.stage.name,
         "done": step.done,
-        **{key: record.get(key) for key in ("seconds", "paid", "hits", "note")},
+        **{key: record.get(key) for key in ("seconds", "finished", "paid", "hits", "note")},
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
+from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA
 from tapir_local.report.tables import (
     number_cell,
@@ -108,8 +109,8 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
         )
     else:
         scored = ""
-    calls = status["calls"]
-    return f"{scored}{calls['paid']:,} calls paid, {calls['hits']:,} from the store. State: {status['state']}."
+    paid, hits = format_count(status["calls"]["paid"], "call"), status["calls"]["hits"]
+    return f"{scored}{paid} paid, {hits:,} from the store. State: {status['state']}."
 
 
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
@@ -188,7 +189,7 @@ def unusable_lines(found: Mapping[str, Any]) -> list[str]:
         kinds.update(counts)
     reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     total = kinds.total()
-    rows = "1 row" if total == 1 else f"{total:,} rows"
+    rows = format_count(total, "row")
     return [f"{rows} left out: {reasons}. `tapir-local show {found['run']} --unusable` lists them."] if total else []
 
 
@@ -259,10 +260,10 @@ def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:
 def plan_phrase(plan: Mapping[str, Any]) -> str:
     """What a plan selects."""
     if plan["curriculum"] not in POOL_CURRICULA:
-        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {plan['pool']:,} seeds selected"
-    hard = f"{plan['pool_hard']:,} of {plan['pool']:,} rows are hard"
+        return f"{len(plan['drawn']) + len(plan['reflected']):,} of {format_count(plan['pool'], 'seed')} selected"
+    hard = f"{plan['pool_hard']:,} of {format_count(plan['pool'], 'row')} hard"
     alpha = f"hard share (alpha) {plan['alpha_got']:.0%}, target {plan['alpha']:.0%}"
-    return f"{hard}; {alpha}; {len(plan['replay']):,} easy rows replayed"
+    return f"{hard}; {alpha}; {format_count(len(plan['replay']), 'easy row')} replayed"
 
 
 def judge_table(

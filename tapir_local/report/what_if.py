@@ -21,6 +21,7 @@ from tapir_local.pipeline.dry_run import (
     make_estimate,
 )
 from tapir_local.pipeline.loop import Step, kept_recipe, last_round, list_steps
+from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_changes
@@ -171,9 +172,9 @@ def what_if_lines(found: WhatIf) -> list[str]:
     lines = [f"Now: {describe_plan(now)}." if now else "Now: not planned yet.", f"Then: {describe_plan(then)}."]
     if now:
         before, after = ({*plan.hard, *plan.drawn, *plan.reflected, *plan.replay} for plan in (now, then))
-        lines.append(f"{len(after - before):,} rows are added, {len(before - after):,} are removed.")
+        lines.append(f"{format_count(len(after - before), 'row')} added, {len(before - after):,} removed.")
     if found.unjudged:
-        lines.append(f"{found.unjudged:,} rows of the pool are not judged, and left out.")
+        lines.append(f"{format_count(found.unjudged, 'row')} of the pool not judged, and left out.")
     if not found.calls:
         lines.append("No calls are needed.")
     return [*lines, *(f"{note}." for note in then.notes)]
@@ -182,5 +183,5 @@ def what_if_lines(found: WhatIf) -> list[str]:
 def describe_plan(plan: RoundPlan) -> str:
     """The numbers of rows that a plan selects, writes and replays."""
     selected = len(plan.hard) + len(plan.drawn) + len(plan.reflected)
-    hard = f"{plan.pool_hard:,} of {plan.pool:,} rows hard"
+    hard = f"{plan.pool_hard:,} of {format_count(plan.pool, 'row')} hard"
     return f"{hard}, {selected:,} selected, {plan.to_write:,} to write, {len(plan.replay):,} replayed"

@@ -14,6 +14,7 @@ from tapir_local.method.baselines import LION_THRESHOLD
 from tapir_local.method.curriculum import is_easy, is_hard, is_teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, last_round
+from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, Curriculum, judges_pool
 from tapir_local.records import Example, Judgement, Message, RoundPlan, instruction_of
 from tapir_local.report.costs import cost_table, summarize_costs
@@ -224,7 +225,8 @@ def pool_row_in_round(
     use = plan_use(plan, row.id)
     if plan.curriculum not in POOL_CURRICULA:
         count = len(plan.drawn) + len(plan.reflected)
-        reason = f"{plan.curriculum}: {'drawn' if use else 'not drawn'}; {count:,} of {plan.pool:,} rows were drawn"
+        drawn = f"{count:,} of {format_count(plan.pool, 'row')} were drawn"
+        reason = f"{plan.curriculum}: {'drawn' if use else 'not drawn'}; {drawn}"
     elif judgement is None and judges_pool(settings):
         reason = "not in this round's pool, which is drawn at random"
     elif judgement is None:
@@ -271,17 +273,18 @@ def plan_reason(
         return "neither trained on nor replayed"
     if not is_hard(judgement, settings):
         easy = sum(is_easy(other, settings) for other in judged)
-        return f"{'replayed' if use else 'not replayed'}: {len(plan.replay):,} of {easy:,} easy rows were drawn"
+        drawn = f"{len(plan.replay):,} of {format_count(easy, 'easy row')} were drawn"
+        return f"{'replayed' if use else 'not replayed'}: {drawn}"
     if judgement.id in plan.aside:
         return "set aside: its MFD was above mfd_ceiling in its last judgement too; the next round judges it again"
     task = tasks[judgement.id]
     rivals = [other for other in judged if tasks.get(other.id) == task and is_hard(other, settings)]
     harder = sum((mfd(other) or 0.0) > (mfd(judgement) or 0.0) for other in rivals)
     count = sum(tasks.get(id) == task for id in plan.hard)
-    return (
-        f"{'selected' if use else 'not selected'}: {harder:,} of {len(rivals):,} hard rows of {task} are harder; "
-        f"{count:,} were selected, the hardest first, ties at random"
-    )
+    of_task = f"{harder:,} of {format_count(len(rivals), 'hard row')} of {task} {'is' if harder == 1 else 'are'} harder"
+    selected = format_count(count, "was", "were")
+    said = "selected" if use else "not selected"
+    return f"{said}: {of_task}; {selected} selected, the hardest first, ties at random"
 
 
 def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:

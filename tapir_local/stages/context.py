@@ -255,11 +255,6 @@ class Stage:
     independent: bool = False
 
 
-def format_count(count: int, noun: str) -> str:
-    """`1 row`, `1,200 rows`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def read_lock(run: RunDir) -> list[LockedCall]:
     """Every call that a run used, in the order of its steps; [] before the first."""
     path = run.path / LOCK_FILE

@@ -21,9 +21,10 @@ from tapir_local.method.curriculum import (
 )
 from tapir_local.method.parents import ParentQueue
 from tapir_local.method.screening import max_shared_openings, opening_words, prompt_sentences, screen_instruction
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Answer, Example, Expansion, ExpansionManner, Judgement, RoundPlan
-from tapir_local.stages.context import Work, format_count
+from tapir_local.stages.context import Work
 from tapir_local.stages.judge import score_answers
 from tapir_local.stages.reflection import reflect_on_answers, reflect_on_instructions
 from tapir_local.stages.run_rows import (
@@ -164,7 +165,7 @@ def stop_reason(found: Sequence[Draft]) -> str:
     rejected = [draft for draft in found if draft.reason]
     if len(found) < MIN_DRAFTS_TO_STOP or len(rejected) < STOP_SHARE * len(found):
         return ""
-    return f"no more asked for, because {len(rejected):,} of {len(found):,} drafts were rejected"
+    return f"no more asked for, because {len(rejected):,} of {format_count(len(found), 'draft')} were rejected"
 
 
 def summarize_drafts(drafts: Sequence[Draft], missing: int, stopped: str = "", unchecked: int = 0) -> str:
@@ -244,7 +245,7 @@ def warn_few_rows(recipe: Recipe, rows: int) -> list[str]:
     """Warnings for a round with far fewer rows than the recipe asks for, or with few training steps."""
     wanted, warnings = recipe.curriculum.rows, []
     if recipe.curriculum.name != "all" and rows < wanted / 2:
-        warnings = [f"WARNING: {rows:,} of the {wanted:,} wanted rows (curriculum.rows), less than half"]
+        warnings = [f"WARNING: {rows:,} of the {format_count(wanted, 'wanted row')} (curriculum.rows), less than half"]
     return [*warnings, *warn_few_steps(recipe, rows)]
 
 

@@ -11,6 +11,7 @@ from tapir_local.errors import TapirError
 from tapir_local.files import write_rows
 from tapir_local.method import judging, parsing, prompts
 from tapir_local.method.judge_quality import NO_CHECKER, AnswersRight, check_both_answers, format_percent, measure_judge
+from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint, Judge
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import (
@@ -23,7 +24,7 @@ from tapir_local.records import (
     Prompt,
     Request,
 )
-from tapir_local.stages.context import AskBackend, Work, format_count
+from tapir_local.stages.context import AskBackend, Work
 from tapir_local.unusable import Unusable, record_unusable
 
 ScoreT = TypeVar("ScoreT")
@@ -317,8 +318,9 @@ def refuse_unjudged(work: Work, judgements: Sequence[Judgement]) -> None:
     if len(unjudged) <= work.recipe.judge.max_unjudged * rows:
         return
     first = "; ".join(f"{row.id} ({row.reason})" for row in unjudged[:ROWS_NAMED])
+    share = format_percent(len(unjudged) / rows)
     raise TapirError(
-        f"{len(unjudged):,} of {rows:,} judgements ({format_percent(len(unjudged) / rows)}) could not be read; "
+        f"{len(unjudged):,} of {format_count(rows, 'judgement')} ({share}) could not be read; "
         f"judge.max_unjudged allows {format_percent(work.recipe.judge.max_unjudged)}. The first: {first}",
         where=str(work.folder / "judgements.jsonl"),
         fix=f"`tapir-local calls list --run {work.run.name} --stage judge` shows the replies. Use a judge that "

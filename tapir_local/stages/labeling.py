@@ -9,10 +9,11 @@ from tapir_local.data.dataset import count_tasks
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, write_rows
 from tapir_local.method import parsing, prompts
+from tapir_local.printable import format_count
 from tapir_local.recipe.own_tasks import unnormalized_sum
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
-from tapir_local.stages.context import Work, format_count
+from tapir_local.stages.context import Work
 from tapir_local.training.classifier import Prediction
 
 
@@ -81,7 +82,7 @@ def refuse_without_labels(work: Work, asked: int, read: int) -> None:
     """TapirError if the teacher was asked for labels and none of its replies names a task."""
     if asked and not read:
         raise TapirError(
-            f"none of the teacher's {asked:,} replies names a task",
+            f"none of the teacher's {format_count(asked, 'reply', 'replies')} names a task",
             where="prepare/label",
             fix="`tapir-local calls list --stage label` shows them. Name another teacher and a new run (--name), or "
             "give the rows a `task` in the seed file.",
@@ -148,7 +149,7 @@ def label_all_alike(known: Sequence[Example], everything: Sequence[Example], out
         found = [Prediction(row.id, task, confidence) for row in everything if row.id not in seen]
         write_rows(partial / "predictions.jsonl", found)
     rest = format_count(len(found), "row")
-    return f"no classifier trained: all {len(known):,} labeled rows are {task}, so the other {rest} got that task too"
+    return f"no classifier trained: every labeled row ({len(known):,}) is {task}, so the other {rest} got that task too"
 
 
 def describe_agreement(found: Agreement, least: float) -> str:

@@ -17,9 +17,10 @@ from tapir_local.data.seed_digest import digest_seeds, record_seed_digest
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows, write_rows
 from tapir_local.method import prompts
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Example
-from tapir_local.stages.context import Stage, Work, format_count
+from tapir_local.stages.context import Stage, Work
 from tapir_local.stages.labeling import classify_stage, label_stage, tasks_stage
 from tapir_local.stages.row_check import fold_system_turns
 from tapir_local.stages.run_rows import answer_rows, split_askable, split_trainable

@@ -16,9 +16,10 @@ from tapir_local.files import read_rows, remove_path, write_rows
 from tapir_local.method import parsing, prompts
 from tapir_local.method.judging import ifd
 from tapir_local.method.screening import prompt_sentences, screen_instruction
+from tapir_local.printable import format_count
 from tapir_local.records import Example, Message, RoundPlan, Scored
 from tapir_local.resumable import append_row, resume_writing
-from tapir_local.stages.context import Work, format_count
+from tapir_local.stages.context import Work
 from tapir_local.stages.row_check import PromptAndAnswer
 from tapir_local.stages.run_rows import (
     answer_rows,

@@ -12,13 +12,14 @@ from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import PlanInput
 from tapir_local.method.judge_quality import check_both_answers, measure_judge
 from tapir_local.method.judging import preference_pairs
+from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, SchedulePart
 from tapir_local.resumable import OrderedWriter, resume_writing
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.ahead import judging_ahead
-from tapir_local.stages.context import Stage, Work, format_count
+from tapir_local.stages.context import Stage, Work
 from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.stages.judge import judge_name, refuse_unjudged, refuse_useless_judge, write_judgements
 from tapir_local.stages.run_rows import judged_answers, offset_progress, read_answered_seeds, read_pool, resumable_task

@@ -11,6 +11,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export.tokenizer import read_model_template, read_tokenizer_json, special_token_texts
 from tapir_local.inference.model import Advice, metadata_number, open_model, require_template
 from tapir_local.inference.tokens import special_marks, tokenize_texts
+from tapir_local.printable import format_count
 from tapir_local.records import Example, Prompt
 from tapir_local.training.model_files import read_model_json
 
@@ -159,7 +160,7 @@ def unfit_answers(student: StudentFormat, texts: Sequence[PromptAndAnswer]) -> l
 
 def unfit_length(kind: str, tokens: int, most: int, length: int) -> Unfit | None:
     """The fault of a text with more than `most` tokens, else None; the message names `length`."""
-    return Unfit(kind, f"{tokens:,} tokens, {length:,} allowed") if tokens > most else None
+    return Unfit(kind, f"{format_count(tokens, 'token')}, {length:,} allowed") if tokens > most else None
 
 
 def render_row(student: StudentFormat, text: PromptAndAnswer) -> tuple[str, str] | Unfit:

@@ -17,6 +17,7 @@ from tapir_local.files import atomic_write, file_sha256, read_record
 from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
 from tapir_local.output_record import count_lines
+from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.settings import path_settings
@@ -203,7 +204,7 @@ def origin_rows(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
         ("answers", "the file's own" if recipe.seeds.answers == "file" else "the teacher's"),
         ("teacher", describe_endpoint(recipe.teacher)),
         ("judge", "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)),
-        ("curriculum", f"{plan.name}; rounds after round 0: {recipe.rounds}, {plan.rows:,} rows each"),
+        ("curriculum", f"{plan.name}; rounds after round 0: {recipe.rounds}, {format_count(plan.rows, 'row')} each"),
         *preference_facts(recipe),
         (
             "training",
@@ -315,12 +316,12 @@ def gate_section(report: GateReport) -> str:
     found = report.figures
     return (
         "student.gguf was compared with the trained model in transformers, in 32 bits (gate.json):\n\n"
-        f"- {report.probes:,} texts tokenized, {report.mismatches:,} differently than in training\n"
+        f"- {format_count(report.probes, 'text')} tokenized, {report.mismatches:,} differently than in training\n"
         f"- BOS tokens of a prompt: {report.bos_gguf}, in training {report.bos_trained}; end of turn and chat template "
         "as in training\n"
         f"- mean divergence {found.kl:.3g} nats per token, {report.max_kl:g} allowed; largest difference of two logits "
         f"{found.largest_difference:.3g}\n"
-        f"- the same greedy token at {found.agreement:.1%} of {found.positions:,} positions, "
+        f"- the same greedy token at {found.agreement:.1%} of {format_count(found.positions, 'position')}, "
         f"{report.min_agreement:.1%} required"
         + (f"\n- {report.bits_per_weight:.1f} bits per weight in the file" if report.bits_per_weight else "")
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tapir_local.printable import format_count
 from tapir_local.store import keys
 from tapir_local.store.compression import decompress_text
 from tapir_local.store.rows import record_max_tokens
@@ -78,7 +79,8 @@ def rescue_store(path: Path, fault: str) -> str:
         new.close()
         remove_empty_log(aside)
     return (
-        f"{path}: the store was damaged ({fault}). It was renamed to {aside.name}; {saved} calls were saved, "
+        f"{path}: the store was damaged ({fault}). It was renamed to {aside.name}; "
+        f"{format_count(saved, 'call was', 'calls were')} saved, "
         f"{lost} could not be read."
     )
 

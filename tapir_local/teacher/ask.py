@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import Answer, Request
 from tapir_local.store.store import Store
@@ -56,7 +57,7 @@ def add_notes_on_interrupt(session: AskSession, jobs: Sequence[RequestJob]) -> I
         yield
     except KeyboardInterrupt as stopped:
         if session.abandoned:
-            requests = "1 request was" if session.abandoned == 1 else f"{session.abandoned} requests were"
+            requests = format_count(session.abandoned, "request was", "requests were")
             stopped.add_note(f"{requests} in flight and abandoned: what was sent may be paid for a second time")
         with suppress(TapirError):
             keys = frozenset(job.key for job in jobs)

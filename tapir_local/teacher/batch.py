@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.store import keys
 from tapir_local.store.reply import Reply
 from tapir_local.teacher.batch_api import (
@@ -180,7 +181,7 @@ class BatchSender:
         if not mine:
             self.pending.remove(tag)
             return []
-        self.client.say(f"uploading {len(mine):,} requests")
+        self.client.say(f"uploading {format_count(len(mine), 'request')}")
         file = await self.client.upload(tag, b"".join(map(batch_line, mine)))
         server = await self.client.submit(tag, file, self.pending)
         self.pending.set_server_id(tag, server)

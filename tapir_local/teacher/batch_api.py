@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.records import T
 from tapir_local.store.reply import parse_reply_json
@@ -265,7 +266,7 @@ def describe_batch_progress(batches: Sequence[Batch]) -> str:
     """`2 batches (in_progress, validating): 120 of 1,000 answered`; a validating batch counts as 0 of 0."""
     if not batches:
         return "waiting for answers that another run is asking for"
-    many = "batch" if len(batches) == 1 else f"{len(batches)} batches"
+    many = format_count(len(batches), "batch", "batches")
     states = ", ".join(sorted({made.status for made in batches}))
     counts = [made.request_counts for made in batches if made.request_counts]
     completed, total = sum(count.completed for count in counts), sum(count.total for count in counts)

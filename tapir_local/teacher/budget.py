@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.recipe.endpoints import Endpoint, Price
 from tapir_local.recipe.schema import Budget
 from tapir_local.records import Request, noop
@@ -229,7 +230,7 @@ class EndpointBilling:
         self.warn_once(
             "usage",
             f"{self.name}: replies state no credible token counts; each is counted at its maximum, "
-            f"for example {found.tokens_in:,} tokens of prompt and {found.tokens_out:,} of reply",
+            f"for example {format_count(found.tokens_in, 'token')} of prompt and {found.tokens_out:,} of reply",
         )
         return found
 
@@ -244,9 +245,9 @@ class EndpointBilling:
         if self.budget.has_limits:
             self.warn_once(
                 "beyond",
-                f"{self.name}: a reply took {reply.tokens_in:,} tokens of prompt and {reply.tokens_out:,} of reply; "
-                f"the expected maximum was {tokens_in:,} and {tokens_out:,}. The requests in flight may exceed the "
-                "budget; later ones reserve more",
+                f"{self.name}: a reply took {format_count(reply.tokens_in, 'token')} of prompt "
+                f"and {reply.tokens_out:,} of reply; the expected maximum was {tokens_in:,} and {tokens_out:,}. "
+                "The requests in flight may exceed the budget; later ones reserve more",
             )
 
     def warn_once(self, kind: str, text: str) -> None:

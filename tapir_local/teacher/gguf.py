@@ -14,6 +14,7 @@ from tapir_local.inference.generate import PromptGroup, PromptReply, ReplyHooks
 from tapir_local.inference.llama_process import ReplyJob, run_reply_job
 from tapir_local.inference.model import Advice
 from tapir_local.inference.vocab_check import check_vocabulary
+from tapir_local.printable import format_count
 from tapir_local.store import keys
 from tapir_local.store.reply import build_chat_completion
 from tapir_local.teacher.endpoint import endpoint_identity, endpoint_role, gguf_path
@@ -161,7 +162,8 @@ def store_gguf_answer(group: GgufJobs, number: int, found: PromptReply) -> None:
     if found.finish == "stop" or found.tokens == job.body["max_tokens"]:
         stored = session.store_reply(job, raw, reply, seconds)
     else:
-        why = f"finish {found.finish}: the prompt has {found.prompt_tokens:,} tokens, the context {group.context:,}"
+        tokens = format_count(found.prompt_tokens, "token")
+        why = f"finish {found.finish}: the prompt has {tokens}, the context {group.context:,}"
         why = found.refusal or why
         reply = reply._replace(why="" if reply.text.strip() else why)
         bill = None if began is None else session.billing.bill_for(found.prompt_tokens, found.tokens)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.store.reply import Reply
 from tapir_local.teacher.budget import Bill
 from tapir_local.teacher.endpoint import (
@@ -344,7 +345,7 @@ class LiveSender:
     def tell_of_requests_in_flight(self) -> None:
         """After Ctrl-C, say what is waited for."""
         if self.in_flight:
-            requests = "1 request" if self.in_flight == 1 else f"{self.in_flight} requests"
+            requests = format_count(self.in_flight, "request")
             seconds = f"at most {INTERRUPT_GRACE_SECONDS:g} s for {requests} in flight"
             self.session.warn(f"stopping; waiting {seconds}. Another Ctrl-C abandons them")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from tapir_local.printable import format_count
 from tapir_local.store.schema import connect, transaction
 from tapir_local.store.store import Store, explain_store_errors
 
@@ -132,6 +133,6 @@ def describe_pending_batches(store: Store, endpoint: str, unanswered: frozenset[
     counts = [count for keys in submitted if (count := len(unanswered.intersection(keys)))]
     if not counts:
         return ""
-    batches = "1 batch is" if len(counts) == 1 else f"{len(counts)} batches are"
-    requests = "1 request" if sum(counts) == 1 else f"{sum(counts):,} requests"
+    batches = format_count(len(counts), "batch is", "batches are")
+    requests = format_count(sum(counts), "request")
     return f"{batches} pending with {requests}; run the same command again to fetch the answers"

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from tapir_local.method.metrics import is_rouge_only
-from tapir_local.printable import printable
+from tapir_local.printable import format_count, printable
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
 from tapir_local.report.tables import percent_cell, percent_interval_cell
@@ -127,8 +127,7 @@ def build_blocks(state: RunState, marks: Marks, width: int) -> list[Block]:
 def title_lines(state: RunState, width: int) -> list[Text]:
     """Run and end; student, teacher and judge; the folder and the start."""
     recipe, at = state.recipe, state.ends_at()
-    rounds = f"{recipe.rounds} rounds" if recipe.rounds != 1 else "1 round"
-    left = join_styled("run ", (state.run.name, "bold"), f", {rounds}")
+    left = join_styled("run ", (state.run.name, "bold"), f", {format_count(recipe.rounds, 'round')}")
     ends = f"ends about {format_clock(at, state.now())}" if at is not None else ""
     started = f"started {format_clock(state.started, state.now())}"
     return [
@@ -316,7 +315,7 @@ def calls_line(state: RunState) -> list[Text]:
     if not counts.replies + counts.in_flight + counts.rate_limited + counts.retries:
         return []
     parts = [f"{counts.in_flight:,} of {counts.at_once:,} in flight"] if counts.in_flight else []
-    parts += [f"{counts.replies:,} replies"]
+    parts += [format_count(counts.replies, "reply", "replies")]
     if counts.rate_limited:
         wait = f", waiting {counts.pause:.0f} s" if counts.pause >= 1 else ""
         parts.append(f"429: {counts.rate_limited:,}{wait}")

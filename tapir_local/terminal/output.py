@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -45,7 +45,7 @@ def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, in
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tapir_local.tables import plain_text
-    from tapir_local.terminal.progress import RateColumn
+    from tapir_local.terminal.columns import RateColumn
 
     console = Console(stderr=True)
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
@@ -72,6 +72,22 @@ def time_left(items: int, rate: float) -> str:
 def print_json(value: Any) -> None:
     """Print data for programs."""
     click.echo(safe_json(json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def print_json_line(value: Any) -> bool:
+    """Print data in one line at once, for programs that read along; False if stdout cannot be written any more."""
+    try:
+        click.echo(safe_json(json.dumps(value, ensure_ascii=False)))
+    except OSError:
+        silence_output()
+        return False
+    return True
+
+
+def silence_output() -> None:
+    """Forget what could not be written to stdout: at exit Python would try again, and print a traceback."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_table(*tables: Any) -> None:

@@ -7,26 +7,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import Step, Watch, name_cause
-from tapir_local.printable import printable
+from tapir_local.printable import format_count, printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir, remove_progress, write_progress
 from tapir_local.stages.context import Backends
 from tapir_local.stages.ship import describe_endpoint
 from tapir_local.tables import hanging_lines, plain_text, rest_of_line
+from tapir_local.terminal.columns import CountColumn, RateColumn, TimeLeftColumn
+from tapir_local.terminal.events import RunEvents
 from tapir_local.terminal.lines import RunLines, format_duration, place_of
 from tapir_local.terminal.live_view import LiveView
 from tapir_local.terminal.run_state import RunState
@@ -35,28 +27,6 @@ DisplayKind = Literal["full", "lines", "log", "none"]
 REFRESHES = 4  # of the screen in a second
 SAVE_INTERVAL = 1.0  # seconds between two writes of the progress file, which `status` reads
 LOG_FILE = "run.log"
-
-
-class RateColumn(ProgressColumn):
-    """Items per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.{0 if speed >= 100 else 1}f}/s" if speed else "", style="cyan")
-
-
-class CountColumn(MofNCompleteColumn):
-    """`12/150`; nothing until the total is known."""
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if task.total else Text("")
-
-
-class TimeLeftColumn(TimeRemainingColumn):
-    """The time left; nothing until the total is known."""
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if task.total else Text("")
 
 
 def choose_display(kind: str | None, quiet: bool, console: Console) -> DisplayKind:
@@ -84,12 +54,22 @@ def can_move_cursor(console: Console) -> bool:
 
 
 class RunDisplay:
-    """Shows a run on `console` and appends what happens to run.log in its folder. `now` is the time since 1970."""
+    """Shows a run on `console`, as JSON if there are `events`, and appends what happens to run.log in its folder.
+
+    `now` is the time in seconds since 1970.
+    """
 
     def __init__(
-        self, console: Console, kind: DisplayKind, recipe: Recipe, run: RunDir, now: Callable[[], float] = time.time
+        self,
+        console: Console,
+        kind: DisplayKind,
+        recipe: Recipe,
+        run: RunDir,
+        now: Callable[[], float] = time.time,
+        events: RunEvents | None = None,
     ) -> None:
         self.console, self.kind, self.recipe, self.run, self.now = console, kind, recipe, run, now
+        self.events = events
         self.state = RunState(recipe, run, now)
         self.lines = RunLines(self.state, console if kind in ("lines", "log") else None, run.path / LOG_FILE)
         self.bars = make_bars(console, kind)
@@ -148,6 +128,8 @@ class RunDisplay:
             for text in waiting:
                 self.lines.append(text)
         self.lines.begins(step)
+        if self.events:
+            self.events.begins(self.state, step)
         self.save()
         if self.bars:
             if self.bar is not None:
@@ -158,6 +140,8 @@ class RunDisplay:
         """Show how far the step is."""
         self.state.progress(done, total, said)
         self.lines.progress()
+        if self.events:
+            self.events.progress(self.state)
         if self.now() - self.saved >= SAVE_INTERVAL:
             self.save()
         if self.bars and self.bar is not None:
@@ -169,12 +153,16 @@ class RunDisplay:
         if self.bars and self.bar is not None:
             self.bars.update(self.bar, visible=False)
         self.lines.ends(found)
+        if self.events:
+            self.events.ends(self.state, found)
         if self.state.is_last(step):
             self.lines.append(f"done in {format_duration(self.now() - self.state.started)}")
 
     def say(self, text: str) -> None:
         """Show a remark of a stage, such as a warning."""
         self.state.note(text)
+        if self.events:
+            self.events.warning(text)
         if self.waiting is not None:
             self.waiting.append(printable(text))
             if self.kind in ("lines", "log"):
@@ -209,7 +197,8 @@ def run_header(recipe: Recipe, run: RunDir, done: int, total: int) -> list[tuple
     spent = {name: value for name, value in recipe.budget.model_dump().items() if value is not None}
     limits = ", ".join(f"{name} {value:,}" for name, value in spent.items())
     judge = "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)
-    later = f" to {recipe.rounds}, {recipe.curriculum.rows:,} rows each after round 0" if recipe.rounds else ""
+    rows = format_count(recipe.curriculum.rows, "row")
+    later = f" to {recipe.rounds}, {rows} each after round 0" if recipe.rounds else ""
     later += f"; then {recipe.pairs_round} on preference pairs" if recipe.pairs_round else ""
     before = f", {done} of them done before" if done else ""
     return [

@@ -9,6 +9,7 @@ from typing import Any
 
 from tapir_local.data.special_tokens import chat_format_of, ids_after, tokenize_rendered
 from tapir_local.errors import TapirError
+from tapir_local.printable import format_count
 from tapir_local.recipe.schema import Train
 from tapir_local.records import Example, SchedulePart, instruction_of
 from tapir_local.training.model import Hardware
@@ -74,7 +75,7 @@ class TokenRows:
         return {"trained": len(self.rows), "dropped": len(self.left_out)}
 
     def __str__(self) -> str:
-        return ", ".join(f"{number:,} rows {what}" for what, number in self.counts.items() if number)
+        return ", ".join(f"{format_count(number, 'row')} {what}" for what, number in self.counts.items() if number)
 
 
 def token_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> TokenRows:

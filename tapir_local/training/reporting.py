@@ -17,18 +17,22 @@ TRACKER_KEYS: Mapping[str, frozenset[str]] = {
     "wandb": frozenset({"WANDB_API_KEY"}),
     "mlflow": frozenset({"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"}),
 }
+MLFLOW_PLACE = "MLFLOW_TRACKING_URI"
 WANDB_HOST = "api.wandb.ai"
 PROJECT = "tapir-local"
 
 
 def check_tracker(settings: Train) -> None:
-    """TapirError if the tracker of `train.report_to` is not installed or, for wandb, has no key."""
+    """TapirError if the tracker of `train.report_to` is not installed, can write no file or, for wandb, has no key."""
     name = settings.report_to
     if name == "none":
         return
     if find_spec(name) is None:
         fix = f"pip install {name}, or set train.report_to to none."
         raise TapirError(f"train.report_to needs the package {name}, which is not installed", where="train", fix=fix)
+    if name == "mlflow" and MLFLOW_PLACE not in os.environ and find_spec("sqlalchemy") is None:
+        fix = f"pip install mlflow (mlflow-skinny is not enough), or set {MLFLOW_PLACE} to a server of yours."
+        raise TapirError("train.report_to is mlflow, which needs SQLAlchemy to write a file", where="train", fix=fix)
     mode = os.environ.get("WANDB_MODE", "offline" if is_hub_offline() else "online")
     if name == "wandb" and mode == "online" and not has_wandb_key():
         fix = "Run `wandb login` or set WANDB_API_KEY; with WANDB_MODE=offline nothing is sent and no key is needed."
@@ -46,7 +50,8 @@ def has_wandb_key() -> bool:
 
 
 def tracker_environment(settings: Train, out: Path) -> dict[str, str]:
-    """Where the tracker keeps its files, in the run's folder, and no network for wandb on a machine that is offline.
+    """Where the tracker keeps its files, in the run's folder, and no network for wandb on a machine that is offline
+    or for MLflow's telemetry.
 
     `out` is what the training writes, in the folder of a round. Variables that the user has set stay as they are.
     """
@@ -59,7 +64,11 @@ def tracker_environment(settings: Train, out: Path) -> dict[str, str]:
             "WANDB_CONSOLE": "off",  # it would send what the training prints
             **({"WANDB_MODE": "offline"} if is_hub_offline() else {}),
         },
-        "mlflow": {"MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlflow.db'}", "MLFLOW_EXPERIMENT_NAME": PROJECT},
+        "mlflow": {
+            MLFLOW_PLACE: f"sqlite:///{place / 'mlflow.db'}",
+            "MLFLOW_EXPERIMENT_NAME": PROJECT,
+            "MLFLOW_DISABLE_TELEMETRY": "true",  # it would tell MLflow's makers how it is used
+        },
     }.get(settings.report_to, {})
     return {key: value for key, value in variables.items() if key not in os.environ}
 

@@ -176,7 +176,7 @@ DAMAGED = [
     ("a.csv", b"", "no rows in it"),
     ("a.csv", b"instruction,output\n", "no rows in it"),
     ("a.csv", b"question,reply\na,b\n", "line 2: a row of no known format; its keys: question, reply"),
-    ("a.csv", b"instruction,output\na,b\n\nc\n", "line 4: 1 fields where the header has 2"),
+    ("a.csv", b"instruction,output\na,b\n\nc\n", "line 4: 1 field where the header has 2"),
     ("a.csv", b'instruction,output\n"a\nb",c\nd,e,f\n', "line 4: 3 fields where the header has 2"),
     ("a.csv", b'instruction,output\na,"b\n', "line 2: not CSV"),
     ("a.csv", b"instruction,instruction\na,b\n", "line 1: two columns are called 'instruction'"),

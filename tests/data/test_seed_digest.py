@@ -36,7 +36,7 @@ def test_edited_seeds_are_refused_with_what_changed(begun: tuple[Recipe, RunDir]
     path = Path(recipe.seeds.path)
     before = path.read_bytes()
     path.write_text('[{"instruction": "paint it"}]')
-    said = rf"{path}: .*then {len(before):,} bytes, 60 rows, SHA-256 \w{{12}}; now 29 bytes, 1 rows(.|\n)*--name"
+    said = rf"{path}: .*then {len(before):,} bytes, 60 rows, SHA-256 \w{{12}}; now 29 bytes, 1 row(.|\n)*--name"
     for start in (lambda: distill(recipe, run, fake_backends(World()), QUIET), lambda: estimate_costs(recipe, run)):
         with pytest.raises(TapirError, match=said):
             start()

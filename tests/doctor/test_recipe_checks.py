@@ -41,7 +41,7 @@ def test_a_recipe_that_can_run_is_good(tmp_path):
     found = checks(tmp_path)
     assert {name for name, check in found.items() if check.ok is not True} == set()
     assert found["seeds"].found.startswith(
-        "40 rows, 10 of them held out; 40 have answers, but the teacher writes its own"
+        "40 rows, 10 of them held out; 40 with answers, but the teacher writes its own"
     )
     assert found["student"].found == "pocket, with its own chat template"
     assert "rows per round" not in found

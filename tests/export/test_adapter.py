@@ -127,7 +127,7 @@ def run(*words: object) -> str:
 def test_the_command_verifies_it_on_the_base(llama: Student, bases, tmp_path: Path) -> None:
     out = tmp_path / "lora.gguf"
     said = run(llama.model, out, "--adapter", llama.adapter, "--adapter-only", "--base", bases["llama"])
-    assert "texts have the same token ids" in said
+    assert "texts with the same token ids" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.gguf", "lora.gguf.gate.json"]
 
 

@@ -91,7 +91,7 @@ def test_a_merged_and_converted_model_passes_the_gate(
 
 def test_the_command(falcon: Path, script: Path, tmp_path: Path) -> None:
     words = ["export", str(falcon), str(tmp_path / "base.gguf"), "--converter", str(script)]
-    assert "texts have the same token ids" in CliRunner().invoke(cli, words, catch_exceptions=False).stderr
+    assert "texts with the same token ids" in CliRunner().invoke(cli, words, catch_exceptions=False).stderr
 
 
 def test_an_error_has_its_last_line_and_its_log(llama: Student, script: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_the_command_writes_a_gguf_and_the_gates_report(llama, tmp_path: Path) -
     out = tmp_path / "student.gguf"
     words = ["export", str(llama.model), str(out), "--adapter", str(llama.adapter), "--quant", "f16"]
     found = CliRunner().invoke(cli, words, catch_exceptions=False)
-    assert "texts have the same token ids" in found.stderr
+    assert "texts with the same token ids" in found.stderr
     assert json.loads((tmp_path / "student.gguf.gate.json").read_text())["failed"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.gguf", "student.gguf.gate.json"]
     assert found.stdout == f"{sha256(out.read_bytes()).hexdigest()}  {out}\n"

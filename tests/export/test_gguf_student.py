@@ -98,7 +98,7 @@ def test_every_type_of_weights_is_dequantized(tmp_path: Path, quant: str) -> Non
     assert folder.parent.parent == tmp_path / "cache" / "base"
     assert sorted(path.name for path in folder.parent.iterdir() if path.name != ".lock") == ["student"]
     assert "600" not in said[0]
-    assert "1,200 texts have the same token ids in both" in said[1]
+    assert "1,200 texts with the same token ids in both" in said[1]
     assert "not from the original model's" in said[1]
     assert gguf_student_folder(tmp_path / "student.gguf", tmp_path / "cache", say=said.append) == folder
     assert len(said) == 2

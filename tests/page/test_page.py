@@ -24,14 +24,16 @@ from tapir_local.page.answers import TEXT_LIMITS, browser_data, read_answered_ro
 from tapir_local.page.build import PAGE_SECTIONS, RunPage, build_page, check_page_output, run_page
 from tapir_local.page.draw import SERIES, color_by, draw_svg, inline_values
 from tapir_local.page.parts import Browser, Figure, Grid
-from tapir_local.page.spending import KINDS_OF_WORK
-from tapir_local.page.summary import read_view
+from tapir_local.page.spending import KINDS_OF_WORK, rates_by_cost_figure, time_section
+from tapir_local.page.summary import all_stages, read_view
+from tapir_local.page.timeline import Bar, lay_out, timeline_figure
 from tapir_local.page.training_log import loss_points, read_training_rounds, running_means
 from tapir_local.pipeline.loop import distill
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
 from tapir_local.records import Answer, Completion, Example, Request
+from tapir_local.report.compare import compare_rounds
 from tapir_local.report.costs import STAGE_ORDER
 from tapir_local.report.status import run_status
 from tapir_local.report.why import read_drafts, read_training_rows
@@ -418,3 +420,66 @@ def test_a_browser_runs_the_page_without_errors_and_requests(
     assert "<title>attacked - tapir-local</title>" in out.stdout
     assert f'<article class="row" id="{id}">' in out.stdout  # the row that the link names
     assert out.stdout.count("<article") == 1
+
+
+# Time and money
+
+
+def stage(name: str, finished: str | None, seconds: float) -> dict[str, Any]:
+    return {"name": name, "seconds": seconds, "finished": finished and f"2026-11-27T{finished}+00:00"}
+
+
+def test_the_timeline_has_each_stage_in_its_place_and_no_pauses() -> None:
+    """The untrained student was answered last, after a night; 20 seconds between two stages are no pause."""
+    places = {
+        "preparation": [stage("read", "10:00:10", 10), stage("untrained-answer", "22:00:00", 30)],
+        "round 0": [stage("train", "10:01:30", 60), {"name": "gate", "seconds": None, "finished": None}],
+    }
+    bars, paused = lay_out(places)
+    assert bars == [
+        Bar("preparation", "read", 0, 10),
+        Bar("round 0", "train", 30, 90),
+        Bar("preparation", "untrained-answer", 90, 120),
+    ]
+    assert paused == 12 * 3600 - 90 - 30
+    shown = timeline_figure(bars, paused)
+    assert shown is not None
+    assert "round 0, train: 0:00:30 to 0:01:30" in shown.wide
+    assert "Pauses of the run (11:58:00 in all) are cut out" in shown.note
+
+
+def test_stages_without_a_time_of_day_lie_end_to_end_and_the_page_says_so() -> None:
+    bars, paused = lay_out({"round 1": [stage("train", None, 60), stage("gate", "10:00:00", 0.1)]})
+    assert [(bar.begin, bar.end) for bar in bars] == [(0, 60), (60, 60.1)]
+    shown = timeline_figure(bars, paused)
+    assert shown is not None
+    assert "lie end to end" in shown.note
+    assert "round 1, train" in shown.narrow
+    assert "round 1, gate" not in shown.narrow  # it would be invisible
+    assert timeline_figure(*lay_out({"end": [stage("ship", "10:00:00", 0.0)]})) is None
+
+
+def test_a_run_shows_its_stages_on_a_line_of_time(runs: list[RunDir]) -> None:
+    status = run_status(runs[1])
+    assert all(one["finished"] for one in all_stages(status) if one["done"])
+    for one in all_stages(status):
+        one["seconds"] = 2.0  # those of fakes are 0.0
+    titles = [part.title for part in time_section(status).parts if isinstance(part, Figure)]
+    assert titles == ["Time by round and kind of work", "The stages in the order in which they ran"]
+
+
+@pytest.mark.parametrize(("price", "unit"), [(0.25, "money"), (0.0, "calls")])
+def test_rates_are_shown_by_what_they_cost(price: float, unit: str, runs: list[RunDir]) -> None:
+    rounds = compare_rounds(runs[1])["rounds"]
+    spent = [{"round": str(n), "money": price, "saved": price, "unpriced": 0, "unpriced_hits": 0} for n in range(3)]
+    shown = rates_by_cost_figure(rounds, spent)
+    assert shown is not None
+    assert shown.title == f"Win rate by {unit}"
+    costs = re.findall(
+        r"round (\d): win rate [^;]*; (?:money|calls of the teacher and the judge) so far: ([\d.,]+)", shown.wide
+    )
+    calls = [(str(row["round"]), f"{row['teacher_calls'] + row['judge_calls']:,}") for row in rounds[1:]]
+    assert costs == ([("0", "0.5000"), ("1", "1.00"), ("2", "1.50")] if price else calls)
+    assert rates_by_cost_figure(rounds[:1], spent) is None
+    unknown = [{**row, "unpriced": 1} for row in spent]
+    assert rates_by_cost_figure(rounds, unknown).title == "Win rate by calls"  # type: ignore[union-attr]

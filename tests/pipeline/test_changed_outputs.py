@@ -33,9 +33,9 @@ def test_whole_lines_that_are_missing_are_noticed_before_anything_is_asked(recip
         "sha256": file_sha256(path),
     }
     drop_lines(path, 4)
-    assert "it has 4 rows, and 10 were written" in run_status(run)["warnings"][0]
+    assert "it has 4 rows, not 10 as written" in run_status(run)["warnings"][0]
     more = recipe.model_copy(update={"rounds": 3})
-    with pytest.raises(TapirError, match="it has 4 rows, and 10 were written") as error:
+    with pytest.raises(TapirError, match="it has 4 rows, not 10 as written") as error:
         distill(more, run, fake_backends(world), QUIET)
     assert "tapir-local redo fake --round 1 --from holdout-judge" in str(error.value)
     assert len(world.asked) == paid

@@ -155,7 +155,7 @@ def test_with_a_single_label_the_other_rows_get_it_without_a_classifier(recipe: 
     seeds(tmp_path, [{"instruction": f"sum {n} {n * n}"} for n in range(60)])
     run = ran(recipe, tmp_path, classify=lambda **_: pytest.fail("trained"))
     assert sources(run) == {("Math", "teacher"): 30, ("Math", "classifier"): 30}
-    assert "no classifier trained: all 30 labeled rows are Math, so the other 30 rows got that task too" in said(
+    assert "no classifier trained: every labeled row (30) is Math, so the other 30 rows got that task too" in said(
         run, "classify"
     )
     predicted = (run.path / "classifier" / "predictions.jsonl").read_text().splitlines()

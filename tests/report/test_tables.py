@@ -102,7 +102,7 @@ def test_money_is_never_left_out_of_costs() -> None:
         text = shown(cost_table("costs", [{"stage": "holdout-judge", **SPENT}], "stage"), width)
         assert "1,234.56 + ?" in text
         assert "1,100.25" in text
-        assert "3 calls have no known price" in " ".join(text.split())
+        assert "Not in the sums: 3 calls without a known price" in " ".join(text.split())
         text = shown(cost_estimate_table([ESTIMATE], "x"), width)
         assert text.count("1,234.56") == 2
         assert "round-03/holdout-answer" in text

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from calls import call, fill, key, table
 
+from tapir_local.printable import format_count
 from tapir_local.store.schema import PAGE_BYTES
 from tapir_local.store.store import Store
 
@@ -24,7 +25,7 @@ def test_a_damaged_file_is_renamed_and_its_calls_are_saved(tmp_path):
     with Store(path) as store:
         (notice,) = store.notices
         kept = sum(store.get(key(row)) == call(row).answer for row in range(1000))
-    assert f"{kept} calls were saved" in notice
+    assert f"{format_count(kept, 'call was', 'calls were')} saved" in notice
     assert kept > 700
     assert len(list(tmp_path.glob("teacher.db.damaged-*"))) == 1
     with Store(path) as store:

@@ -1,6 +1,9 @@
 """A tracker gets its name, its run and its files' place, and no run begins that cannot report to it."""
 
 import json
+import sqlite3
+import sys
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +64,7 @@ def test_files_stay_in_the_runs_folder_and_nothing_leaves_an_offline_machine(job
     board = tracker_environment(reporting("tensorboard"), job.out)
     assert board == {"TENSORBOARD_LOGGING_DIR": str(run / "reports" / "tensorboard" / "round-01")}
     assert tracker_environment(reporting("mlflow"), job.out)["MLFLOW_TRACKING_URI"].endswith("/mine/reports/mlflow.db")
+    assert tracker_environment(reporting("mlflow"), job.out)["MLFLOW_DISABLE_TELEMETRY"] == "true"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert tracker_environment(reporting("wandb"), job.out)["WANDB_MODE"] == "offline"
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -73,6 +77,33 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name():
         check_tracker(reporting("mlflow"))
     assert "pip install mlflow" in refused.value.fix
     check_tracker(SETTINGS)
+
+
+def test_mlflow_without_a_database_is_refused_unless_it_has_a_server(tmp_path, monkeypatch):
+    """As mlflow-skinny is installed: the training failed, after everything was paid for."""
+    (tmp_path / "mlflow.py").write_text("")  # a package of that name
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TapirError, match="needs SQLAlchemy") as refused:
+        check_tracker(reporting("mlflow"))
+    assert "mlflow-skinny is not enough" in refused.value.fix
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    check_tracker(reporting("mlflow"))
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None or find_spec("sqlalchemy") is None, reason="MLflow is not installed")
+def test_mlflow_gets_the_loss_of_a_real_training(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_rows(tmp_path / "rows", examples(32))
+    out = tmp_path / "mine" / "round-00" / "adapter"
+    base = make_model(tmp_path / "base")
+    run_training(TrainJob(str(base), tmp_path / "rows", out, reporting("mlflow"), 128, 7), out.parent / "train")
+    with closing(sqlite3.connect(tmp_path / "mine" / "reports" / "mlflow.db")) as conn:
+        assert conn.execute("select name, status from runs").fetchall() == [("mine/round-00", "FINISHED")]
+        steps = conn.execute("select value from metrics where key = 'loss' order by step").fetchall()
+    logged = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert [value for (value,) in steps] == pytest.approx([line["loss"] for line in logged if "loss" in line], abs=1e-3)
 
 
 def test_wandb_without_a_key_is_refused_before_the_training(tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ def test_answers_come_in_the_order_of_the_requests_and_are_paid_once(server, sto
     assert all(answer.hit for answer in second)
     assert sorted(server.paid) == words(8)
     assert (len(server.batches), server.live) == (1, [])
-    assert (0, 8, "batch (in_progress): 0 of 8 answered") in shown
-    assert shown[-1] == (0, 8, "batch (completed): 8 of 8 answered")
+    assert (0, 8, "1 batch (in_progress): 0 of 8 answered") in shown
+    assert shown[-1] == (0, 8, "1 batch (completed): 8 of 8 answered")
 
 
 def test_the_upload_and_the_stored_calls(server, store):
