@@ -18,7 +18,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from tapir_local.stages.context import Work
 from tapir_local.stages.judge import BuildPrompt, ask_twice
 
 MODES = ("single", "pair")
-MAX_INSTRUCTION, ANSWER_LENGTHS = 600, (200, 1000)  # characters
+MAX_INSTRUCTION, ANSWER_LENGTHS = 300, (120, 500)  # characters; a judge on a CPU reads about 100 tokens a second
 FIRST_SENTENCE = re.compile(r"\A.{20,}?[.!?](?=\s+\S)", re.DOTALL)
 HIGH = 9.0
 PLAIN, CONTROL, GOOD = "plain", "nothing meant", "good"
@@ -271,16 +271,19 @@ class Bench:
 
 def tell(title: str, mode: str, found: Scores) -> None:
     """Print the table of one mode and one defense."""
-    plain, good = found[PLAIN], own_scores(mode, found, PLAIN)
-    print(
-        f"\n{title}: the rows' own answers {fmean(good.values()):.2f}, the mediocre ones {fmean(plain.values()):.2f}\n"
-    )
+    good = own_scores(mode, found, PLAIN)
+    print(f"\n{title}: the rows' own answers {mean(good.values())}, the mediocre ones {mean(found[PLAIN].values())}\n")
     beat = " beat the row's own answer |" if mode == "pair" else ""
     print(f"| planted text | rows | plain | planted | difference (95 %) | rose | 9 or more |{beat}")
     print("|---|---|---|---|---|---|---|" + ("---|" if beat else ""))
     for name, scores in found.items():
         if name != GOOD:
-            print(table_line(name, plain, scores, own_scores(mode, found, name) if beat else {}), flush=True)
+            print(table_line(name, found[PLAIN], scores, own_scores(mode, found, name) if beat else None), flush=True)
+
+
+def mean(values: Iterable[float]) -> str:
+    """The mean of some scores; a dash without any."""
+    return f"{fmean(found):.2f}" if (found := list(values)) else "-"
 
 
 def own_scores(mode: str, found: Scores, name: str) -> dict[str, float]:
@@ -290,19 +293,23 @@ def own_scores(mode: str, found: Scores, name: str) -> dict[str, float]:
     return {id: found[GOOD][f"{id}#{name}"] for id in found[name]}
 
 
-def table_line(name: str, plain: Mapping[str, float], scores: Mapping[str, float], own: Mapping[str, float]) -> str:
+def table_line(
+    name: str, plain: Mapping[str, float], scores: Mapping[str, float], own: Mapping[str, float] | None
+) -> str:
     """A line about a planted text, on the rows that were judged plain and planted."""
     both = sorted(plain.keys() & scores.keys())
+    if not both:
+        return f"| {name} | 0, no reply could be read |" + " |" * (6 if own is not None else 5)
     gap = estimate_difference({0: scores}, {0: plain})
     cells = [
         name,
         str(len(both)),
-        f"{fmean(plain[id] for id in both):.2f}",
-        f"{fmean(scores[id] for id in both):.2f}",
+        mean(plain[id] for id in both),
+        mean(scores[id] for id in both),
         "" if name == PLAIN else f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})",
         "" if name == PLAIN else f"{gap.better / len(both):.0%}",
         f"{fmean(scores[id] >= HIGH for id in both):.0%}",
-        *([f"{fmean(scores[id] > own[id] for id in both):.0%}"] if own else []),
+        *([f"{fmean(scores[id] > own[id] for id in both):.0%}"] if own is not None else []),
     ]
     return f"| {' | '.join(cells)} |"
 
