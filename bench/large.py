@@ -55,6 +55,7 @@ from tapir_local.training.classifier import Prediction
 
 SMALLER = 8  # times fewer seeds in the small run
 IN_FLIGHT = 64
+LEAST_SEEDS = 800  # an eighth of them leaves one row for the holdout
 LEAST_SECONDS = 0.2  # of a step of the small run whose ratio is printed: a shorter one is mostly fixed costs
 SAMPLE = 10_000  # calls of a store that are read and compared
 COMMON = ("apple", "bear")  # words that most calls have, because they are made of 179 words
@@ -109,6 +110,8 @@ def arguments() -> argparse.Namespace:
 
 def measure_runs(asked: argparse.Namespace) -> None:
     """Make the small and the large run; print their tables."""
+    if asked.seeds < LEAST_SEEDS:
+        raise SystemExit(f"error: --seeds {asked.seeds}: name at least {LEAST_SEEDS}")
     rounds = max(1, round((asked.calls - asked.seeds) / (2.3 * asked.seeds)))
     print(f"{asked.seeds:,} seeds, {rounds} rounds, {IN_FLIGHT} requests in flight; {os.cpu_count()} processors")
     small = measure_run(asked.folder / "small", asked.seeds // SMALLER, rounds)
@@ -143,20 +146,19 @@ def measure_run(folder: Path, seeds: int, rounds: int) -> Found:
         began = time.perf_counter()
         again, _ = start(words, [])
         resumed, requests = time.perf_counter() - began, close()
-    found = {**first, **rest}
+    found = {name: step for name, step in {**first, **rest}.items() if name != "end"}
+    peak = max(step["peak_mb"] for step in (*first.values(), *rest.values()))
     calls, size = measure_store(folder / "teacher.db")
-    steps = [step for name, step in found.items() if name != "end"]
     print(
         f"\n{seeds:,} seeds: {calls:,} calls in the store, {size / 1e6:,.0f} MB; {requests:,} requests at the teacher; "
-        f"{sum(step['seconds'] for step in steps):,.1f} s in all steps; largest resident memory "
-        f"{max(step['peak_mb'] for step in [*steps, rest['end'], first.get('end', steps[0])]):,} MB\n"
+        f"{sum(step['seconds'] for step in found.values()):,.1f} s in all steps; largest resident memory {peak:,} MB\n"
         f"{seeds:,} seeds, killed in the middle of {cut}: the resumed stage took {rest[cut]['seconds']:.1f} s, "
         f"{rest[cut]['paid']:,} calls and {rest[cut]['hits']:,} from the store; {requests - calls:,} paid for again\n"
         f"{seeds:,} seeds, the finished run started again: {resumed:.1f} s with the start of Python, "
         f"{again['end']['paid']} calls, {again['end']['peak_mb']:,} MB",
         flush=True,
     )
-    return {name: step for name, step in found.items() if name != "end"}
+    return found
 
 
 def start(words: Sequence[str], more: Sequence[str]) -> tuple[Found, int]:
@@ -185,18 +187,10 @@ def make_recipe(asked: argparse.Namespace) -> Recipe:
     """A recipe whose numbers of rows grow with the seeds."""
     os.environ["OPENAI_API_KEY"] = "none"
     seeds = asked.seeds
-    return parse_recipe(
-        RECIPE.format(
-            rounds=asked.rounds,
-            seeds=json.dumps(str(asked.folder / "seeds.json")),
-            holdout=seeds // 100,
-            url=asked.url,
-            in_flight=IN_FLIGHT,
-            rows=seeds // 5,
-            labelled=seeds // 26,
-        ),
-        "large",
-    )
+    path, shares = json.dumps(str(asked.folder / "seeds.json")), {"holdout": 100, "rows": 5, "labelled": 26}
+    counts = {name: seeds // share for name, share in shares.items()}
+    text = RECIPE.format(rounds=asked.rounds, seeds=path, url=asked.url, in_flight=IN_FLIGHT, **counts)
+    return parse_recipe(text, "large")
 
 
 class StepLines:
@@ -285,6 +279,7 @@ def train(*, out: Path, **rest: Any) -> None:
 
 
 def ship(*, student: Path, out: Path, **rest: Any) -> None:
+    """The files of a model/ that the card is made of."""
     for name in ("student.gguf", "gate.json"):
         link_or_copy(student / name, out / name)
     (out / "Modelfile").write_text("FROM ./student.gguf\n")
@@ -358,7 +353,7 @@ def reply_text(messages: Sequence[Mapping[str, str]], number: int) -> str:
 def score(part: str) -> int:
     """3 to 9 for the student's answer, by its text; 9 for the teacher's."""
     _, found, own = part.partition(STUDENT_WORDS)
-    return 3 + zlib.crc32(own[:100].encode()) % 7 if found else 9
+    return 3 + zlib.crc32(own.partition("\n")[0].encode()) % 7 if found else 9
 
 
 def completion(text: str) -> dict[str, Any]:
@@ -400,13 +395,12 @@ def compare_sample(path: Path, calls: int) -> None:
     """Read SAMPLE calls by their requests; stop if one is not what was stored."""
     chance = random.Random(1)
     rows = [chance.randrange(calls) for _ in range(SAMPLE)]
+    asked = {keys.request_key(URL, request(row)): row for row in rows}
     with Store(path, "read-only") as store:
-        for start in range(0, SAMPLE, 200):
-            asked = {keys.request_key(URL, request(row)): row for row in rows[start : start + 200]}
-            found = store.get_many(list(asked))
-            wrong = [row for key, row in asked.items() if found.get(key) != answer(row)]
-            if wrong:
-                raise SystemExit(f"error: {len(wrong)} of {len(asked)} calls are not what was stored; row {wrong[0]}")
+        found = store.get_many(list(asked))
+    wrong = [row for key, row in asked.items() if found.get(key) != answer(row)]
+    if wrong:
+        raise SystemExit(f"error: {len(wrong)} of {len(asked)} calls are not what was stored; row {wrong[0]}")
 
 
 if __name__ == "__main__":
