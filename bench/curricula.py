@@ -34,6 +34,8 @@ SETTING: Mapping[str, Any] = {
     "curriculum.refine": "hard",  # the default; the quickstart has `all`, which is an arm of its own here
     "curriculum.drafts": 8,  # so that no arm lacks rows
 }
+# Ten times the default, as the quickstart's rate of the other rounds is.
+DPO: Mapping[str, Any] = {"train.preference_learning_rate": 1e-4}
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "tapir": {},
     "uniform": {"curriculum.name": "uniform"},
@@ -48,6 +50,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "tapir-alpha-fixed": {"curriculum.alpha": 0.7, "curriculum.alpha_step": 0.0},
     # Answers of replayed rows are refined too; then the other parts are switched off.
     "tapir-refine-all": {"curriculum.refine": "all"},
+    # A round more, which trains on the pairs of answers that the other rounds have judged.
+    "tapir-refine-all-dpo": {"curriculum.refine": "all", "train.preference": "dpo", **DPO},
     "refine-all-difficulty-off": {"curriculum.refine": "all", "curriculum.difficulty": False},
     "refine-all-balance-off": {"curriculum.refine": "all", "curriculum.balance": False},
     "refine-all-one-round": {

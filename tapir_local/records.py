@@ -10,8 +10,9 @@ from tapir_local.errors import TapirError
 
 T = TypeVar("T")
 Array = Any  # numpy.ndarray, as an annotation where numpy is imported inside functions
-# A training's part of one schedule over several: warm-up and peak; peak; decay to zero; all of it in one training
-SchedulePart = Literal["first", "middle", "last", "whole"]
+# A training's part of one schedule over several: warm-up and peak; peak; decay to zero; all of it in one training.
+# `preference`: a training on preference pairs after the last round, which is a whole schedule of its own.
+SchedulePart = Literal["first", "middle", "last", "whole", "preference"]
 Progress = Callable[[int, int, str], None]  # called with (done, total, note); 0 of 0 is a remark
 
 
@@ -46,6 +47,24 @@ class Example:
     origin: Literal["seed", "expanded"] = "seed"
     parent: str = ""
     round: int = 0
+
+
+@dataclass(frozen=True)
+class PreferencePair(Example):
+    """Two answers to the prompt of a row: `completion`, the teacher's, is the better one, and `rejected` the student's.
+
+    `teacher` and `student` are the judge's scores of the two; `judged_in` is the round in which they were judged.
+    """
+
+    rejected: str = ""
+    teacher: float = 0.0
+    student: float = 0.0
+    judged_in: int = 0
+
+    @property
+    def difficulty(self) -> float:
+        """The MFD: the teacher's score minus the student's."""
+        return self.teacher - self.student
 
 
 @dataclass(frozen=True)

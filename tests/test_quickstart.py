@@ -109,12 +109,6 @@ def test_the_classifier_was_trained_and_its_agreement_stored(run: RunDir) -> Non
     assert found["rows"] > 0
 
 
-def test_a_second_run_on_the_same_store_pays_nothing_and_gives_the_same_files(run: RunDir) -> None:
-    again = distilled(run.cache, "again")
-    assert status(again)["calls"]["paid"] == 0  # type: ignore[index]
-    assert results(again) == results(run)
-
-
 def test_a_replay_elsewhere_asks_nobody_and_gives_the_same_files(run: RunDir, tmp_path: Path) -> None:
     """The run's calls exported, taken into an empty cache on another path, and the run made again from them alone."""
     tapir("calls", "export", "--run", run.name, str(tmp_path / "small.db"), "--cache", str(run.cache))

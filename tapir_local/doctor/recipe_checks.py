@@ -207,8 +207,9 @@ def training_needs(recipe: Recipe, hardware: Hardware) -> MemoryEstimate | None:
     if folder is None:
         return None
     tokens = min(recipe.train.micro_batch_size, recipe.train.batch_size) * recipe.student.max_length
+    pairs = recipe.pairs_round is not None  # two answers for each row, the most of all rounds
     try:
-        return estimate_memory(str(folder), recipe.train, hardware, tokens)
+        return estimate_memory(str(folder), recipe.train, hardware, tokens * (1 + pairs), whole_logits=pairs)
     except TapirError:
         return None
 

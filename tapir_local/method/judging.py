@@ -1,14 +1,26 @@
-"""Turn scores into judgements, and measure how difficult a row is for a student (MFD, IFD).
+"""Turn scores into judgements and preference pairs, and measure how difficult a row is for a student (MFD, IFD).
 
 Asking for judgements and reading the replies is in stages/judge.py.
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from rapidfuzz.distance import Indel
 
 from tapir_local.method.parsing import MAX_SCORE, MIN_SCORE, Scores
-from tapir_local.records import Judgement, Scored
+from tapir_local.records import Completion, Example, Judgement, PreferencePair, Scored
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """A row with the teacher's answer, the student's answer to it in round `number`, and the judgement of both."""
+
+    row: Example
+    answer: Completion
+    judgement: Judgement
+    number: int
 
 
 def combine_orders(id: str, teacher_first: Scores | None, student_first: Scores | None, reason: str = "") -> Judgement:
@@ -39,6 +51,36 @@ def mfd(judgement: Judgement) -> float | None:
     if judgement.teacher is None or judgement.student is None:
         return None
     return judgement.teacher - judgement.student
+
+
+def is_preferred(judgement: Judgement, margin: float) -> bool:
+    """Whether the teacher's answer scores higher by more than the margin, in each order that was asked."""
+    if judgement.teacher is None or judgement.student is None:
+        return False
+    pairs = [pair for pair in judgement.orders if pair] or [(judgement.teacher, judgement.student)]
+    return all(teacher - student > margin for teacher, student in pairs)
+
+
+def preference_pairs(judged: Iterable[JudgedAnswer], margin: float) -> tuple[list[PreferencePair], int]:
+    """(pairs in the order of their rows, number of rows left out because the student's answer was cut).
+
+    A pair is a row that `is_preferred`. Of a prompt that has several, the pair of the latest round counts, since its
+    rejected answer is the most like what the student writes now. An answer that was cut is in no pair: its end would be
+    taken for the end of an answer.
+    """
+    preferred = [one for one in judged if is_preferred(one.judgement, margin)]
+    whole = [one for one in preferred if one.answer.finish == "stop"]
+    latest = {one.row.prompt: one for one in sorted(whole, key=lambda one: one.number)}
+    return [
+        PreferencePair(
+            **{field.name: getattr(one.row, field.name) for field in fields(Example)},
+            rejected=one.answer.text,
+            teacher=one.judgement.teacher or 0.0,
+            student=one.judgement.student or 0.0,
+            judged_in=one.number,
+        )
+        for one in latest.values()
+    ], len(preferred) - len(whole)
 
 
 def rouge_of_score(score: float | None) -> float | None:

@@ -27,7 +27,10 @@ from tapir_local.report.status_tables import plan_phrase
 from tapir_local.report.why import plan_use, read_all_rows, read_drafts, read_judgements, read_training_rows
 from tapir_local.run_dir import RunDir
 
-USE_NAMES = {"hard": "hard", "new": "new", "replay": "easy, replayed", "drawn": "drawn", "reflected": "rewritten"}
+USE_NAMES = {
+    "hard": "hard", "new": "new", "replay": "easy, replayed", "drawn": "drawn", "reflected": "rewritten",
+    "pair": "preference pair",
+}  # fmt: skip
 SAMPLES = 12  # random drafts of each kind that a page shows
 SAMPLE_LENGTH = 1_200  # characters of a text in a sample
 
@@ -69,7 +72,7 @@ def count_training_uses(plans: Mapping[int, RoundPlan], rows: Mapping[int, Seque
         plan, counts = plans.get(number), Counter[str]()
         for row in examples:
             written = row.origin == "expanded" and row.round == number
-            use = "new" if written else plan_use(plan, row.id) if plan else "drawn"
+            use = "new" if written else plan_use(plan, row.id) if plan else "pair" if number else "drawn"
             counts[USE_NAMES.get(use, "drawn")] += 1
         found += [{"round": f"round {number}", "use": use, "rows": count} for use, count in counts.items()]
     return found

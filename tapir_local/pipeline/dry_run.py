@@ -17,7 +17,7 @@ from typing import Any
 from tapir_local.files import read_record, read_rows, write_rows
 from tapir_local.method import prompts
 from tapir_local.method.curriculum import challenge_of_round
-from tapir_local.pipeline.loop import Step, list_steps, missing_file_error, refuse_changed_recipe
+from tapir_local.pipeline.loop import Step, missing_file_error, recipe_steps, refuse_changed_recipe
 from tapir_local.recipe.curriculum_settings import Curriculum, judges_pool
 from tapir_local.recipe.endpoints import Endpoint
 from tapir_local.recipe.schema import Recipe
@@ -150,7 +150,7 @@ def estimate_costs(recipe: Recipe, run: RunDir) -> list[CostEstimate]:
         tokens = mean_tokens_by_stage(path) if path.exists() else {}
         copy = RunDir(Path(stack.enter_context(tempfile.TemporaryDirectory())), run.name)
         link_files(run.path, copy.path)
-        steps = list_steps(copy, recipe.rounds)
+        steps = recipe_steps(copy, recipe)
         found = [estimate_step(step, recipe, copy, store, tokens) for step in steps if not step.done]
     return [row for row in found if row.calls]
 
@@ -190,7 +190,7 @@ def estimate_step(step: Step, recipe: Recipe, copy: RunDir, store: Store | None,
 def is_pending_output(error: FileNotFoundError, recipe: Recipe, copy: RunDir) -> bool:
     """Whether a missing file is the output of a step that is not done yet."""
     missing = Path(str(error.filename))
-    outputs = [step.output for step in list_steps(copy, recipe.rounds) if not step.done]
+    outputs = [step.output for step in recipe_steps(copy, recipe) if not step.done]
     return any(missing == output or output in missing.parents for output in outputs)
 
 

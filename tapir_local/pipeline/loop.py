@@ -27,7 +27,13 @@ from tapir_local.resumable import remove_partial
 from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.stages.context import Backends, Stage, Work, unlock_steps
 from tapir_local.stages.prepare import PREPARE_STAGES
-from tapir_local.stages.rounds import BASELINE_STAGES, ROUND_STAGES
+from tapir_local.stages.rounds import (
+    BASELINE_STAGES,
+    PREFERENCE_STAGES,
+    ROUND_STAGES,
+    has_too_few_pairs,
+    refuse_moved_pairs,
+)
 from tapir_local.stages.ship import SHIP_STAGE, is_model_stale
 from tapir_local.stages.untrained import UNTRAINED_STAGES
 from tapir_local.unusable import remove_unusable
@@ -64,13 +70,32 @@ class Watch:
     ends: Callable[[Step, Mapping[str, Any]], None]
 
 
-def list_steps(run: RunDir, rounds: int) -> list[Step]:
-    """All steps of a run with this number of rounds after the baseline, in order; the last makes model/."""
+def list_steps(run: RunDir, rounds: int, *, on_pairs: bool = False) -> list[Step]:
+    """All steps of a run with this number of rounds after the baseline, in order; the last makes model/.
+
+    With `on_pairs` one more round trains on preference pairs. If too few were found, it has no other step.
+    """
     steps = [Step(None, stage, run.path / stage.output) for stage in (*PREPARE_STAGES, *UNTRAINED_STAGES)]
     for number in range(rounds + 1):
         stages = ROUND_STAGES if number else BASELINE_STAGES
         steps += [Step(number, stage, run.round(number) / stage.output) for stage in stages]
+    if on_pairs:
+        folder = run.round(rounds + 1)
+        left = PREFERENCE_STAGES[:1] if has_too_few_pairs(folder) else PREFERENCE_STAGES
+        steps += [Step(rounds + 1, stage, folder / stage.output) for stage in left]
     return [*steps, Step(None, SHIP_STAGE, run.path / SHIP_STAGE.output)]
+
+
+def recipe_steps(run: RunDir, recipe: Recipe) -> list[Step]:
+    """All steps of a run with this recipe."""
+    return list_steps(run, recipe.rounds, on_pairs=recipe.pairs_round is not None)
+
+
+def begun_steps(run: RunDir, rounds: int = 0) -> list[Step]:
+    """All steps up to the last round that has a folder, or up to round `rounds` of the recipe if that is higher."""
+    last = max(rounds, last_round(run))
+    on_pairs = run.exists and last == kept_recipe(run).pairs_round
+    return list_steps(run, last - on_pairs, on_pairs=on_pairs)
 
 
 def last_round(run: RunDir) -> int:
@@ -143,6 +168,7 @@ def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
             where=str(path),
             fix="Start a new run with --name: calls in the store are not paid again.",
         )
+    refuse_moved_pairs(old, recipe, run)
 
 
 def kept_recipe(run: RunDir) -> Recipe:
@@ -159,6 +185,8 @@ def distill(recipe: Recipe, run: RunDir, backends: Backends, watch: Watch) -> in
             backends.begin()
         steps = steps_to_run(recipe, run)
         for step in steps:
+            if step.number and step.number == recipe.pairs_round and has_too_few_pairs(step.output.parent):
+                continue
             run_step(step, Work(recipe, run, backends, step.number or 0, step.name, watch.progress), watch)
         if steps:
             update_run_record(run, status="done")
@@ -167,7 +195,7 @@ def distill(recipe: Recipe, run: RunDir, backends: Backends, watch: Watch) -> in
 
 def steps_to_run(recipe: Recipe, run: RunDir) -> list[Step]:
     """The pending steps; a model/ of other rounds, or with another card, is deleted."""
-    steps = list_steps(run, recipe.rounds)
+    steps = recipe_steps(run, recipe)
     left = pending_steps(steps, run.name)
     refuse_changed_outputs(run, steps[:-1])
     if not left and not is_model_stale(run, recipe):
@@ -220,9 +248,7 @@ def run_step(step: Step, work: Work, watch: Watch) -> None:
 def missing_file_error(error: FileNotFoundError, run: RunDir, step: str) -> TapirError:
     """The error of a step that needs a missing file; for a file of the run it names the step that makes it."""
     missing = Path(str(error.filename))
-    makers = [
-        step for step in list_steps(run, last_round(run)) if step.output == missing or step.output in missing.parents
-    ]
+    makers = [step for step in begun_steps(run) if step.output == missing or step.output in missing.parents]
     if makers:
         fix = f"Put it back, or make it again: {redo_command(run.name, makers[0])}"
     else:
@@ -284,7 +310,7 @@ def steps_to_redo(run: RunDir, number: int | None, stage: str) -> list[Step]:
 
 def steps_from(run: RunDir, number: int | None, stage: str) -> list[Step]:
     """A stage's step and all that depend on it; TapirError if there is no such stage."""
-    steps = list_steps(run, last_round(run))
+    steps = begun_steps(run)
     later = steps[find_step(run, steps, number, stage) :]
     return [step for step in later if step.stage.independent] if later[0].stage.independent else later
 

@@ -6,7 +6,15 @@ from tapir_local.errors import TapirError
 from tapir_local.export.gate import GateReport
 from tapir_local.files import read_record, remove_path, sync_to_disk
 from tapir_local.output_record import describe_output
-from tapir_local.pipeline.loop import Watch, kept_recipe, last_round, list_steps, update_run_record, utc_now
+from tapir_local.pipeline.loop import (
+    Watch,
+    kept_recipe,
+    last_round,
+    list_steps,
+    recipe_steps,
+    update_run_record,
+    utc_now,
+)
 from tapir_local.run_dir import RunDir, lock_run
 from tapir_local.stages.context import Backends, Work
 from tapir_local.stages.ship import SHIP_STAGE, describe_model_folder, write_model_folder
@@ -40,7 +48,7 @@ def ship_round(run: RunDir, number: int, backends: Backends, watch: Watch) -> st
     with lock_run(run):
         check_shippable(run, number)
         recipe, out, began = kept_recipe(run), run.path / SHIP_STAGE.output, time.monotonic()
-        step = list_steps(run, recipe.rounds)[-1]
+        step = recipe_steps(run, recipe)[-1]
         new = out.with_name(out.name + ".new")
         remove_path(new)
         watch.begins(step)

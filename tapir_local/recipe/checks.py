@@ -47,7 +47,7 @@ MIN_PROMPT_TOKENS = 16  # about what a chat template alone takes
 
 TAPIR_ONLY = (
     *("difficulty", "balance", "refine", "alpha", "alpha_step"),
-    *("mfd_threshold", "mfd_ceiling", "teacher_floor", "expand_share"),
+    *("mfd_ceiling", "teacher_floor", "expand_share"),
 )
 
 
@@ -85,9 +85,19 @@ INEFFECTIVE_RULES = (
         "`train.method: full` trains all weights, without LoRA",
     ),
     IneffectiveRule(
+        setting_paths("train", "preference_beta", "preference_learning_rate"),
+        lambda recipe: recipe.train.preference == "none",
+        "only `train.preference: dpo` uses {them}",
+    ),
+    IneffectiveRule(
         setting_paths("curriculum", *TAPIR_ONLY),
         lambda recipe: recipe.curriculum.name != "tapir",
         "only `curriculum.name: tapir` uses {them}",
+    ),
+    IneffectiveRule(
+        setting_paths("curriculum", "mfd_threshold"),
+        lambda recipe: recipe.curriculum.name != "tapir" and recipe.train.preference == "none",
+        "only `curriculum.name: tapir` and `train.preference: dpo` use {them}",
     ),
     IneffectiveRule(
         setting_paths("curriculum", "mfd_threshold", "mfd_ceiling", "teacher_floor"),

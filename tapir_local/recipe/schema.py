@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tapir_local.recipe.card import Card, Limits
-from tapir_local.recipe.curriculum_settings import Curriculum
+from tapir_local.recipe.curriculum_settings import Curriculum, judges_pool
 from tapir_local.recipe.endpoints import Judge, Teacher
 from tapir_local.recipe.own_tasks import Tasks, build_task_table, validate_tasks
 from tapir_local.recipe.tasks import TASKS, Task
@@ -176,6 +176,15 @@ class Train(Settings):
         "none",
         description="tracker that gets the loss of each step, if installed; only wandb sends it to a server",
     )
+    preference: Literal["none", "dpo"] = Field(
+        "none",
+        description="`dpo`: after the last round, one more round trains on preference pairs with DPO: the teacher's "
+        "answers against those of the student that the judge scored lower by more than curriculum.mfd_threshold",
+    )
+    preference_beta: float = Field(
+        0.1, gt=0, description="beta of DPO: the larger, the closer the student stays to the last round's"
+    )
+    preference_learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of the training on pairs")
     lora_rank: int = Field(16, ge=1, description="rank r of LoRA, on all linear layers except the output head")
     lora_alpha: int = Field(32, ge=1, description="LoRA alpha; LoRA is scaled by alpha / r")
     lora_dropout: Share = Field(0.0, description="dropout on the input of LoRA")
@@ -292,6 +301,26 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def has_pairs(self) -> "Recipe":
+        """Refuse `train.preference` where no pair is judged, or the training on pairs does not work."""
+        if self.pairs_round is None:
+            return self
+        obstacles = {
+            "needs LoRA: set `train.method` to lora or qlora": self.train.method == "full",
+            "trains with TRL: set `train.backend` to auto or trl": self.train.backend == "unsloth",
+            "trains in one process: remove `train.launcher`": bool(self.train.launcher),
+            "needs `rounds` of 1 or more, which judge the student's answers": self.rounds == 0,
+            "needs a curriculum that judges the pool (tapir with difficulty, or lion)": not judges_pool(
+                self.curriculum
+            ),
+            "needs a judge that reads answers; `judge: reference` measures likeness": self.judge.kind == "reference",
+        }
+        for what, true in obstacles.items():
+            if true:
+                raise ValueError(f"train: `preference: {self.train.preference}` {what}")
+        return self
+
+    @model_validator(mode="after")
     def checked(self) -> "Recipe":
         """Refuse check_drafts and check_answers where no teacher writes or no judge scores."""
         if self.curriculum.check_answers and self.judge.kind == "reference":
@@ -304,6 +333,16 @@ class Recipe(Settings):
                     f"curriculum: `{name}` needs the curriculum `tapir` or `lion` and a teacher that can be asked"
                 )
         return self
+
+    @property
+    def pairs_round(self) -> int | None:
+        """The number of the round that trains on preference pairs, after all others; None if there is none."""
+        return None if self.train.preference == "none" else self.rounds + 1
+
+    @property
+    def all_rounds(self) -> int:
+        """The number of rounds after the baseline, with the one that trains on preference pairs, if any."""
+        return self.pairs_round or self.rounds
 
     @property
     def key_variables(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ import orjson
 from tapir_local.errors import TapirError
 from tapir_local.files import read_json_object, read_record, read_rows
 from tapir_local.method.judge_quality import AnswersRight, check_both_answers, measure_judge
-from tapir_local.pipeline.loop import Step, changed_outputs, kept_recipe, last_round, list_steps
+from tapir_local.pipeline.loop import Step, begun_steps, changed_outputs, kept_recipe, last_round
 from tapir_local.records import Completion, Example, Judgement, RoundPlan, instruction_of, to_json
 from tapir_local.report.person import person_report
 from tapir_local.run_dir import UNTRAINED_ROUND, RunDir, list_runs, lock_holder, read_progress
@@ -26,7 +26,7 @@ SAMPLE_ANSWERS = 6
 
 def run_status(run: RunDir) -> dict[str, Any]:
     """What `tapir-local status --json` prints: the stages with their seconds, the metrics of each round, calls."""
-    steps = list_steps(run, max(kept_recipe(run).rounds, last_round(run)))
+    steps = begun_steps(run, kept_recipe(run).all_rounds)
     taken = run.record().get("stages", {})
     rounds = [
         {
@@ -94,10 +94,10 @@ def run_summary(run: RunDir) -> dict[str, Any]:
     if damage:
         return {**found, "state": f"unreadable: {damage}"}
     try:
-        rounds = kept_recipe(run).rounds
+        rounds = kept_recipe(run).all_rounds
     except TapirError as error:
         return {**found, "state": f"unreadable: {error.what}"}
-    steps = list_steps(run, max(rounds, last_round(run)))
+    steps = begun_steps(run, rounds)
     metrics = [row for n in range(last_round(run) + 1) if (row := read_metrics(run, n))]
     found |= {"rounds": {"done": max((row["round"] for row in metrics), default=None), "planned": rounds}}
     return {**found, "state": describe_state(run, steps), "best": best_of_rounds(metrics)}

@@ -88,8 +88,9 @@ def read_all_rows(run: RunDir, drafts: Sequence[tuple[int, Draft]]) -> dict[str,
     rows |= {lost.example.id: lost.example for lost in read_rejected_seeds(run)}
     rows |= {row.id: row for file in files if file.exists() for row in read_rows(Example, file)}
     rows |= {draft.example.id: draft.example for _, draft in drafts}
+    on_pairs = kept_recipe(run).pairs_round  # its answers may be older than the newest
     for number in range(last_round(run) + 1):
-        rows |= {row.id: row for row in read_training_rows(run, number)}
+        rows |= {row.id: row for row in read_training_rows(run, number)} if number != on_pairs else {}
     return rows
 
 
@@ -173,7 +174,7 @@ def row_in_rounds(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterat
     """The row in each round that has begun. `tasks` are the tasks of all rows, by id."""
     if was_left_out_in_preparation(run, row):
         return
-    settings = kept_recipe(run).curriculum
+    recipe = kept_recipe(run)
     held = {other.id for other in read_rows(Example, run.path / "holdout.jsonl")} if has_holdout(run) else set()
     for number in range(last_round(run) + 1):
         trained = any(other.id == row.id for other in read_training_rows(run, number))
@@ -183,8 +184,11 @@ def row_in_rounds(run: RunDir, row: Example, tasks: Mapping[str, str]) -> Iterat
         elif number == 0:
             reason = "drawn for the first training" if trained else "not drawn for the first training"
             yield row_in_round(number, None, "drawn" if trained else "", reason, trained)
+        elif number == recipe.pairs_round:
+            reason = "both answers are a preference pair" if trained else "in no preference pair"
+            yield row_in_round(number, None, "pair" if trained else "", reason, trained)
         elif row.round < number or row.origin == "seed":
-            yield pool_row_in_round(run, number, row, settings, trained, tasks)
+            yield pool_row_in_round(run, number, row, recipe.curriculum, trained, tasks)
         elif row.round == number and trained:
             yield row_in_round(number, None, "new", "a new row", trained)
 

@@ -118,7 +118,7 @@ def begin_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
     """Fixes the run's student and checks, before the first step, that it can be exported and its training reported."""
 
     def begin() -> None:
-        if not (run.round(recipe.rounds) / "adapter").exists():
+        if not (run.round(recipe.all_rounds) / "adapter").exists():
             check_recipe_tracker(recipe)
         if not (run.round(0) / "adapter").exists():
             check_student(prepare_student_folder(recipe, run, say), converter_path(recipe))
@@ -229,6 +229,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
         *, rows: Path, previous: Path | None, seed: int, part: SchedulePart, out: Path, progress: Progress
     ) -> None:
         from tapir_local.training.job import TrainJob
+        from tapir_local.training.preference import preference_settings
         from tapir_local.training.reporting import TRACKER_KEYS
         from tapir_local.training.train import run_training
 
@@ -236,7 +237,7 @@ def train_backend(recipe: Recipe, run: RunDir, say: Callable[[str], None] = noop
             str(student_folder(recipe, run)),
             rows,
             out,
-            recipe.train,
+            preference_settings(recipe.train) if part == "preference" else recipe.train,
             recipe.student.max_length,
             seed,
             previous,

@@ -4,20 +4,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows, write_record, write_rows
 from tapir_local.memory import format_bytes
 from tapir_local.method import metrics
 from tapir_local.method.baselines import CURRICULA
 from tapir_local.method.curriculum import PlanInput
 from tapir_local.method.judge_quality import check_both_answers, measure_judge
+from tapir_local.method.judging import preference_pairs
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA, judges_pool
+from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Example, Judgement, Metrics, RoundPlan, SchedulePart
 from tapir_local.resumable import OrderedWriter, resume_writing
+from tapir_local.run_dir import RunDir
 from tapir_local.stages.ahead import judging_ahead
 from tapir_local.stages.context import Stage, Work, format_count
 from tapir_local.stages.expand import expand_stage, refine_stage, warn_few_steps
 from tapir_local.stages.judge import judge_name, refuse_unjudged, refuse_useless_judge, write_judgements
-from tapir_local.stages.run_rows import offset_progress, read_answered_seeds, read_pool, resumable_task
+from tapir_local.stages.run_rows import judged_answers, offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.training.job import LEFT_OUT_FILE
 from tapir_local.training.loss import describe_loss, read_losses
 from tapir_local.unusable import Unusable, format_left_out, record_unusable
@@ -133,13 +137,50 @@ def summarize_plan(planned: RoundPlan) -> str:
     return f"{hard}; takes {taken}"
 
 
+def pairs_stage(work: Work, out: Path) -> str:
+    """The preference pairs of all rounds; none if they do not fill a step, and then the round has no other stage."""
+    judged = judged_answers(work.run, range(1, work.number))
+    pairs, cut = preference_pairs(judged, work.recipe.curriculum.mfd_threshold)
+    least = work.recipe.train.batch_size
+    write_rows(out, pairs if len(pairs) >= least else [])
+    said = format_count(len(pairs), "pair")
+    if len(pairs) < least:
+        said = f"round skipped: {said}, fewer than train.batch_size ({least:,}); the last round's student stays"
+    return said + (f"; {cut:,} more left out: the student's answer was cut" if cut else "")
+
+
+def has_too_few_pairs(folder: Path) -> bool:
+    """Whether the round on preference pairs, in this folder, found too few to train on."""
+    path = folder / PAIRS_STAGE.output
+    return path.exists() and not path.stat().st_size
+
+
+def last_trained_round(run: RunDir, recipe: Recipe) -> int:
+    """The last round of a finished run: that on preference pairs, unless there were too few."""
+    skipped = recipe.pairs_round and has_too_few_pairs(run.round(recipe.pairs_round))
+    return recipe.rounds if skipped else recipe.all_rounds
+
+
+def refuse_moved_pairs(old: Recipe, new: Recipe, run: RunDir) -> None:
+    """TapirError if a recipe makes a round that has begun the one on preference pairs, or no longer that one."""
+    for number in {old.pairs_round, new.pairs_round}:
+        if number and old.pairs_round != new.pairs_round and (run.round(number) / PAIRS_STAGE.output).exists():
+            first, now = ("pairs", "is") if number == old.pairs_round else ("answer", "is not")
+            raise TapirError(
+                f"round {number} of run {run.name!r} {now} the one on preference pairs, which comes after all others",
+                where="rounds",
+                fix=f"Undo it before you change their number: tapir-local redo {run.name} --round {number} "
+                f"--from {first}",
+            )
+
+
 def train_stage(work: Work, out: Path) -> str:
     """The student, trained on this round's rows, from the last round's weights or from the base."""
-    go_on = work.number > 0 and work.recipe.train.start == "previous"
+    part = schedule_part(work.number, work.recipe.rounds)
+    go_on = work.number > 0 and (work.recipe.train.start == "previous" or part == "preference")
     previous = work.run.round(work.number - 1) / "adapter" if go_on else None
     rows, seed = work.folder / "train.jsonl", work.recipe.random_seed + work.number
     try:
-        part = schedule_part(work.number, work.recipe.rounds)
         work.backends.train(rows=rows, previous=previous, seed=seed, part=part, out=out, progress=work.progress)
     finally:  # also if so many rows are left out that nothing is trained
         left = rows_left_out_of_training(work)
@@ -150,7 +191,9 @@ def train_stage(work: Work, out: Path) -> str:
 
 
 def schedule_part(number: int, rounds: int) -> SchedulePart:
-    """The part of round `number` in a schedule over the rounds 0 to `rounds`."""
+    """The part of round `number` in a schedule over the rounds 0 to `rounds`, after which one trains on pairs."""
+    if number > rounds:
+        return "preference"
     if rounds == 0:
         return "whole"
     return "first" if number == 0 else "middle" if number < rounds else "last"
@@ -262,3 +305,5 @@ ROUND_STAGES = (
     Stage("refine", "train.jsonl", refine_stage, resumes="refine-scores.jsonl"),
     *STUDENT_STAGES,
 )
+PAIRS_STAGE = Stage("pairs", "train.jsonl", pairs_stage)
+PREFERENCE_STAGES = (PAIRS_STAGE, *STUDENT_STAGES)

@@ -1,7 +1,7 @@
 """The rows of a run: the seeds, a round's pool, the teacher's answers, and what the student can be trained on."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from tapir_local import __version__
 from tapir_local.data.dataset import Draft
 from tapir_local.data.dedup import DedupIndex
 from tapir_local.files import read_rows
-from tapir_local.records import Answer, Example, Progress, Prompt, to_json
+from tapir_local.method.judging import JudgedAnswer
+from tapir_local.records import Answer, Completion, Example, Judgement, Progress, Prompt, to_json
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import Work
 from tapir_local.stages.row_check import TEXTS_PER_CHECK, StudentFormat, Unfit, unfit_answers, unfit_prompts
@@ -40,6 +41,20 @@ def rows_before_round(run: RunDir, number: int) -> list[Example]:
     for earlier in range(1, number):
         rows |= {row.id: row for row in read_rows(Example, run.round(earlier) / "train.jsonl")}
     return sorted(rows.values(), key=lambda row: row.id)
+
+
+def judged_answers(run: RunDir, numbers: Iterable[int]) -> Iterator[JudgedAnswer]:
+    """The judged pool rows of some rounds, each with both answers; a row that is not in the pool any more is left out.
+
+    The holdout is judged in other files, so none of its rows is among them.
+    """
+    for number in numbers:
+        folder = run.round(number)
+        rows = {row.id: row for row in rows_before_round(run, number)}
+        answers = {answer.id: answer for answer in read_rows(Completion, folder / "answers.jsonl")}
+        for judged in read_rows(Judgement, folder / "judgements.jsonl"):
+            if judged.id in rows and judged.id in answers:
+                yield JudgedAnswer(rows[judged.id], answers[judged.id], judged, number)
 
 
 def read_pool(work: Work) -> list[Example]:

@@ -204,6 +204,7 @@ def origin_rows(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
         ("teacher", describe_endpoint(recipe.teacher)),
         ("judge", "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)),
         ("curriculum", f"{plan.name}; rounds after round 0: {recipe.rounds}, {plan.rows:,} rows each"),
+        *preference_facts(recipe),
         (
             "training",
             f"{train.method}; epochs per round: {train.epochs:g}; learning rate {train.learning_rate:g}",
@@ -224,6 +225,15 @@ def describe_base(run: RunDir, recipe: Recipe) -> str:
         f"{made['file']}, a GGUF with {made['weights']} weights: training started from these, dequantized, and not "
         "from the original model's"
     )
+
+
+def preference_facts(recipe: Recipe) -> list[tuple[str, str]]:
+    """The training on preference pairs in a row, none if there is none."""
+    if recipe.pairs_round is None:
+        return []
+    train = recipe.train
+    rate = f"learning rate {train.preference_learning_rate:g}"
+    return [("preference pairs", f"round {recipe.pairs_round}, DPO; beta {train.preference_beta:g}, {rate}")]
 
 
 def describe_endpoint(endpoint: Endpoint) -> str:
@@ -254,7 +264,7 @@ def license_rows(recipe: Recipe) -> list[tuple[str, str]]:
 
 def results_section(run: RunDir, recipe: Recipe, shipped: int) -> str:
     """Every evaluated round's metrics with their 95 % intervals, and how they were measured."""
-    paths = [run.round(number) / "metrics.json" for number in range(recipe.rounds + 1)]
+    paths = [run.round(number) / "metrics.json" for number in range(recipe.all_rounds + 1)]
     found = [read_record(Metrics, path) for path in paths if path.exists()]
     heads = ("round", "win rate", "95 %", "accuracy", "95 %", "score, student : teacher", "rows", "judged")
     adapter = (

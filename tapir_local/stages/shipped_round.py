@@ -12,7 +12,7 @@ from tapir_local.recipe.schema import Recipe
 from tapir_local.records import Completion, Judgement
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.context import Work
-from tapir_local.stages.rounds import check_answers, read_holdout
+from tapir_local.stages.rounds import check_answers, last_trained_round, read_holdout
 
 SHIP_CHANCE = 0.05  # a difference whose corrected p is this or more may be chance
 CHOSEN = "chosen with `ship --round`"  # why a round is in model/
@@ -28,7 +28,7 @@ def choose_shipped_round(work: Work) -> tuple[int, str]:
     the one with the highest rate is chosen; without one it is the last round. Compared is accuracy if the recipe has a
     checker that can check the answers, otherwise the win rate or the likeness.
     """
-    last, known = work.recipe.rounds, work.run.record().get("shipped", {})
+    last, known = last_trained_round(work.run, work.recipe), work.run.record().get("shipped", {})
     if known.get("chosen") == choice_conditions(work.recipe):
         return int(known["round"]), CHOSEN
     if work.recipe.ship == "last" or not last:

@@ -1,7 +1,7 @@
 """The rows that a run distilled, or preference pairs from its judgements, as a file with a card."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import yaml
 from tapir_local.data.row_formats import ROW_WRITERS, answer_turn, turn_dicts
 from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, check_output, file_sha256, read_rows, write_text
+from tapir_local.method.judging import preference_pairs
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Completion, Example, Judgement
+from tapir_local.records import Example, PreferencePair
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.judge import judge_name
-from tapir_local.stages.run_rows import rows_before_round
+from tapir_local.stages.run_rows import judged_answers
 from tapir_local.stages.ship import (
     describe_endpoint,
     license_rows,
@@ -70,8 +71,11 @@ def write_dataset(run: RunDir, out: Path, config: DatasetConfig) -> WrittenDatas
     recipe, notes = kept_recipe(run), list[str]()
     rows = preference_rows(run, recipe, config, notes) if config.preferences else distilled_rows(run, config, notes)
     if not rows:
-        fix = "A larger share of rows may differ with a lower --margin." if config.preferences else ""
-        raise TapirError(f"run {run.name!r} has no such rows", where=str(run.path), fix=fix or "Choose another round.")
+        what, fix = "has no such rows", "Choose another round."
+        if config.preferences:
+            what = f"has no preference pair: no answer of the teacher scores over {pair_margin(recipe, config):g} more"
+            fix = "Choose a lower --margin, or another round."
+        raise TapirError(f"run {run.name!r} {what}", where=str(run.path), fix=fix)
     write_dicts(out, rows)
     digest, card = file_sha256(out), out.with_name(out.name + CARD_SUFFIX)
     write_text(card, dataset_card(run, recipe, config, DatasetFacts(out.name, digest, rows, tuple(notes))))
@@ -106,9 +110,15 @@ def chosen_rounds(run: RunDir, number: int | None, file: str) -> list[int]:
 
 
 def distilled_rows(run: RunDir, config: DatasetConfig, notes: list[str]) -> list[dict[str, Any]]:
-    """The rows that rounds trained on, each once with its newest answer, in the order of first use."""
+    """The rows that rounds trained on, each once with its newest answer, in the order of first use.
+
+    A round on preference pairs writes no rows: it repeats answers of earlier rounds.
+    """
     newest: dict[str, tuple[int, Example]] = {}
+    on_pairs = kept_recipe(run).pairs_round
     for number in chosen_rounds(run, config.number, "train.jsonl"):
+        if number == on_pairs:
+            continue
         newest |= {row.id: (number, row) for row in read_rows(Example, run.round(number) / "train.jsonl")}
     write = ROW_WRITERS[config.form]
     found = [(number, row, written) for number, row in newest.values() if (written := write(row)) is not None]
@@ -135,51 +145,34 @@ def preference_rows(run: RunDir, recipe: Recipe, config: DatasetConfig, notes: l
     """Pairs for DPO as TRL reads them: prompt, chosen (the teacher's answer) and rejected (the student's).
 
     A pair is a pool row on which the judge scores the teacher's answer higher by more than the margin, in both orders
-    if it was asked in two. Answers that were cut are left out: their end would be taken for the end of an answer.
+    if it was asked in two; of a prompt that several rounds judged, the pair of the latest one.
     """
     if recipe.judge.kind == "reference":
         fix = "Use a run with a judge that reads answers."
         raise TapirError(
             "`judge: reference` measures likeness, not which answer is better", where=str(run.path), fix=fix
         )
-    margin = recipe.curriculum.mfd_threshold if config.margin is None else config.margin
-    found, cut = list[dict[str, Any]](), 0
-    for number in chosen_rounds(run, config.number, "judgements.jsonl"):
-        for row, answer, judged in judged_answers(run, number):
-            if is_preferred(judged, margin):
-                cut += answer.finish != "stop"
-                found += [preference_row(row, answer, judged, number)] if answer.finish == "stop" else []
-    unique = {(row["id"], row["chosen"][0]["content"], row["rejected"][0]["content"]): row for row in reversed(found)}
+    numbers = chosen_rounds(run, config.number, "judgements.jsonl")
+    pairs, cut = preference_pairs(judged_answers(run, numbers), pair_margin(recipe, config))
     notes += [f"answers of the student that were cut, left out: {cut:,}"] if cut else []
-    return list(reversed(unique.values()))
+    return [preference_row(pair) for pair in pairs]
 
 
-def judged_answers(run: RunDir, number: int) -> Iterator[tuple[Example, Completion, Judgement]]:
-    """The pool rows of a round with the teacher's answer, the student's answer, and the judgement of both."""
-    rows = {row.id: row for row in rows_before_round(run, number)}
-    answers = {answer.id: answer for answer in read_rows(Completion, run.round(number) / "answers.jsonl")}
-    for judged in read_rows(Judgement, run.round(number) / "judgements.jsonl"):
-        if judged.id in rows and judged.id in answers:
-            yield rows[judged.id], answers[judged.id], judged
+def pair_margin(recipe: Recipe, config: DatasetConfig) -> float:
+    """The least difference of the two scores of a pair."""
+    return recipe.curriculum.mfd_threshold if config.margin is None else config.margin
 
 
-def is_preferred(judged: Judgement, margin: float) -> bool:
-    """Whether the teacher's answer scores higher by more than the margin, in each order that was asked."""
-    if judged.teacher is None or judged.student is None:
-        return False
-    pairs = [pair for pair in judged.orders if pair] or [(judged.teacher, judged.student)]
-    return all(teacher - student > margin for teacher, student in pairs)
-
-
-def preference_row(row: Example, answer: Completion, judged: Judgement, number: int) -> dict[str, Any]:
+def preference_row(pair: PreferencePair) -> dict[str, Any]:
     """A pair in TRL's conversational preference format."""
     return {
-        "prompt": turn_dicts(row.prompt),
-        "chosen": answer_turn(row.completion),
-        "rejected": answer_turn(answer.text),
-        "score_chosen": judged.teacher,
-        "score_rejected": judged.student,
-        **facts_of_row(row, number),
+        "prompt": turn_dicts(pair.prompt),
+        "chosen": answer_turn(pair.completion),
+        "rejected": answer_turn(pair.rejected),
+        "score_chosen": pair.teacher,
+        "score_rejected": pair.student,
+        "mfd": pair.difficulty,
+        **facts_of_row(pair, pair.judged_in),
     }
 
 
@@ -229,7 +222,7 @@ ORIGIN_WORDS = {"seed": "seeds", "expanded": "written by the teacher from harder
 
 def origin_of_rows(recipe: Recipe, config: DatasetConfig, facts: DatasetFacts) -> list[tuple[str, str]]:
     """File, run and models, as rows of a table."""
-    margin = recipe.curriculum.mfd_threshold if config.margin is None else config.margin
+    margin = pair_margin(recipe, config)
     pairs = [
         ("chosen", "the teacher's answers"),
         ("rejected", "the student's answers before each round"),

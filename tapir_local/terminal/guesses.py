@@ -26,8 +26,11 @@ COMMAND_HINTS = {
     ),
     **dict.fromkeys(("eval", "benchmark"), "`tapir-local evaluate RUN FILE` evaluates a student on questions of yours"),
     **dict.fromkeys(("server", "api"), "`tapir-local serve RUN` serves the student over HTTP, as OpenAI does"),
+    "rows": "`tapir-local dataset RUN OUT` writes the distilled rows to a file",
     **dict.fromkeys(
-        ("rows", "dpo", "preferences"), "`tapir-local dataset RUN OUT` writes the distilled rows to a file"
+        ("dpo", "preferences"),
+        "`tapir-local dataset RUN OUT --preferences` writes preference pairs to a file, "
+        "`--set train.preference=dpo` trains on them",
     ),
     **dict.fromkeys(("new", "create"), "`tapir-local init my.yaml` writes a recipe for your seeds"),
     **dict.fromkeys(("ask", "talk", "prompt"), "`tapir-local chat RUN --prompt TEXT` asks the student"),

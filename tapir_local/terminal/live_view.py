@@ -219,7 +219,7 @@ def round_line(state: RunState, width: int) -> list[Text]:
     name = "starting"
     if step:
         once = "end" if state.is_last(step) else "preparation"
-        name = once if step.number is None else f"round {step.number} of {state.recipe.rounds}"
+        name = once if step.number is None else f"round {step.number} of {state.recipe.all_rounds}"
     said = f"{format_seconds(left)} left in all" if left is not None else ""
     return [spread(plain_text(name, "bold"), plain_text(said, "cyan"), width)]
 

@@ -210,6 +210,7 @@ def run_header(recipe: Recipe, run: RunDir, done: int, total: int) -> list[tuple
     limits = ", ".join(f"{name} {value:,}" for name, value in spent.items())
     judge = "the teacher" if recipe.judge.kind == "teacher" else describe_endpoint(recipe.judge)
     later = f" to {recipe.rounds}, {recipe.curriculum.rows:,} rows each after round 0" if recipe.rounds else ""
+    later += f"; then {recipe.pairs_round} on preference pairs" if recipe.pairs_round else ""
     before = f", {done} of them done before" if done else ""
     return [
         ("run", f"{run.name} in {run.path}"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.dry_run import estimate_by_recipe
-from tapir_local.pipeline.loop import Step, list_steps
+from tapir_local.pipeline.loop import Step, recipe_steps
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.report.status import read_metrics
@@ -47,7 +47,7 @@ class RunState:
 
     def __init__(self, recipe: Recipe, run: RunDir, now: Callable[[], float] = time.time) -> None:
         self.recipe, self.run, self.now = recipe, run, now
-        self.steps, self.started = list_steps(run, recipe.rounds), now()
+        self.steps, self.started = recipe_steps(run, recipe), now()
         self.lock = threading.RLock()
         self.meter = CallMeter()
         self.spent: Callable[[], Cost] = Cost
@@ -130,7 +130,7 @@ class RunState:
 
     def evaluated_rounds(self) -> Sequence[int]:
         """The numbers of rounds that may have metrics, the untrained student's first."""
-        return [UNTRAINED_ROUND, *range(self.recipe.rounds + 1)]
+        return [UNTRAINED_ROUND, *range(self.recipe.all_rounds + 1)]
 
     def read_result(self, number: int) -> Mapping[str, Any] | None:
         """The metrics of a round; None if there are none that can be read."""
@@ -185,7 +185,7 @@ class RunState:
             "process": os.getpid(),
             "step": step.name if step else "",
             "round": step.number if step else None,
-            "rounds": self.recipe.rounds,
+            "rounds": self.recipe.all_rounds,
             "done": self.done,
             "total": self.total or None,
             "seconds_left": None if left is None else round(left),

@@ -11,6 +11,9 @@ from tapir_local.pipeline.loop import Step
 from tapir_local.recipe.schema import Recipe
 
 RATE_SECONDS = 120.0  # the current rate is that of the last two minutes
+# With eight requests in flight, the first reply says the time of eight: one of 31 labels after 70 s promised 35 minutes
+# for what took five.
+LEAST_ITEMS = 5
 # Stages that take seconds, whatever they are given; before the first of a kind they count as nothing.
 QUICK_STAGES = frozenset({"read", "mix", "plan", "evaluate", "untrained-export", "untrained-evaluate", "ship"})
 ANSWER_STAGES = frozenset({"answer", "holdout-answer", "untrained-answer"})
@@ -42,11 +45,14 @@ class RateMeter:
         return (last - first) / (now - began) if last > first and now > began else None
 
     def seconds_left(self, now: float) -> float | None:
-        """The seconds that the other items take at this rate; None while it is unknown."""
+        """The seconds that the other items take at this rate; None before LEAST_ITEMS items, or all, are measured."""
         rate = self.rate(now)
         if rate is None or not self.total:
             return None
-        return max(0, self.total - self.samples[-1][1]) / rate
+        last = self.samples[-1][1]
+        if last - self.samples[0][1] < LEAST_ITEMS and last < self.total:
+            return None
+        return max(0, self.total - last) / rate
 
 
 @dataclass(frozen=True)

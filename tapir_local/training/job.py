@@ -36,11 +36,12 @@ FIXED_ARGUMENTS = {  # arguments of SFTConfig that no setting changes
 class TrainJob:
     """What one fine-tuning reads and writes.
 
-    `model` is a folder or Hub name; `rows` is a JSONL file of Example; `adapter_from` is the output folder of an
-    earlier training to continue from; `out` is the output folder, written completely or not at all, with
-    `resolved.json` and `train_log.jsonl` beside the weights. `micro` overrides the micro-batch size after memory ran
-    out. `unusable` is the share of the rows that may be left out. `unsloth_cache` is where Unsloth keeps generated code
-    from one training to the next (None: nowhere). `part` is the round's part of `train.schedule: wsd`.
+    `model` is a folder or Hub name; `rows` is a JSONL file of Example, or of PreferencePair; `adapter_from` is the
+    output folder of an earlier training to continue from; `out` is the output folder, written completely or not at all,
+    with `resolved.json` and `train_log.jsonl` beside the weights. `micro` overrides the micro-batch size after memory
+    ran out. `unusable` is the share of the rows that may be left out. `unsloth_cache` is where Unsloth keeps generated
+    code from one training to the next (None: nowhere). `part` is the round's part of `train.schedule: wsd`, or
+    `preference`: the rows are then pairs.
     """
 
     model: str
@@ -54,6 +55,11 @@ class TrainJob:
     unusable: float = 1.0
     unsloth_cache: Path | None = None
     part: SchedulePart = "whole"
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether it trains on preference pairs."""
+        return self.part == "preference"
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,14 @@ class MemoryEstimate:
         return self.weights + self.state
 
 
-def estimate_memory(model: str, settings: Train, hardware: Hardware, tokens: int) -> MemoryEstimate | None:
+def estimate_memory(
+    model: str, settings: Train, hardware: Hardware, tokens: int, *, whole_logits: bool = False
+) -> MemoryEstimate | None:
     """Memory for training a model in a folder with `tokens` tokens per micro-batch; None if the folder has no
     safetensors.
 
-    Raises TapirError if a weight file is missing or damaged.
+    `whole_logits`: the loss takes the logits of all tokens at once, as in TRL's DPOTrainer. Raises TapirError if a
+    weight file is missing or damaged.
     """
     folder = Path(model)
     if not has_safetensors(folder):
@@ -56,7 +59,11 @@ def estimate_memory(model: str, settings: Train, hardware: Hardware, tokens: int
     text = {**config, **config.get("text_config", {})}
     layers, hidden, vocabulary = (int(text.get(key) or 0) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
     kept = tokens * hidden * (2 * layers + LAYER_ACTIVATION_BYTES)
-    return MemoryEstimate(count, weights, state, activation_bytes(layers, hidden, vocabulary, tokens), kept)
+    logits = logit_bytes(tokens, vocabulary) if whole_logits else 0
+    activations = activation_bytes(layers, hidden, vocabulary, tokens)
+    if whole_logits:
+        activations += logits - logit_bytes(min(tokens, LOSS_CHUNK), vocabulary)
+    return MemoryEstimate(count, weights, state, activations, kept + logits)
 
 
 def is_lora_weight(name: str, shape: tuple[int, ...]) -> bool:
@@ -72,7 +79,12 @@ def activation_bytes(layers: int, hidden: int, vocabulary: int, tokens: int) -> 
     the loss: TRL's `chunked_nll` takes 256 tokens at a time (sft_trainer.py), and Unsloth's fused cross entropy as many
     as fit into half of the memory that is free at its first step, at most 4 GB (unsloth_zoo/fused_losses).
     """
-    return 2 * 34 * tokens * layers * hidden + 3 * 4 * min(tokens, LOSS_CHUNK) * vocabulary
+    return 2 * 34 * tokens * layers * hidden + logit_bytes(min(tokens, LOSS_CHUNK), vocabulary)
+
+
+def logit_bytes(tokens: int, vocabulary: int) -> int:
+    """Three copies of the logits of some tokens in 32 bits."""
+    return 3 * 4 * tokens * vocabulary
 
 
 def use_gradient_checkpointing(settings: Train, hardware: Hardware, needs: MemoryEstimate | None) -> bool:

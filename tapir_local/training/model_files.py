@@ -1,6 +1,7 @@
 """The files of a model's folder: JSON settings, and where each tensor is in the safetensors files."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ SHAPE_KEYS = (
     "num_attention_heads",
 )
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt"}  # of the tokenizer's files in a model's folder
 COPY_AGAIN = "Download or copy the model again."
 
 
@@ -131,3 +133,14 @@ def check_same_shape(folder: Path, base: Path) -> None:
         if before.get(key) != now.get(key):
             what = f"the earlier model has {key} {before.get(key)}, but the student has {now.get(key)}"
             raise TapirError(what, where=str(folder), fix="Continue with the student that it was trained on.")
+
+
+def copy_tokenizer_files(model: Path, out: Path) -> None:
+    """Copy the student's tokenizer and template files to its trained weights, which makes a complete model."""
+    for file in model.iterdir():
+        if (
+            file.suffix in TOKENIZER_SUFFIXES
+            and not file.name.endswith(".index.json")
+            and not (out / file.name).exists()
+        ):
+            shutil.copyfile(file, out / file.name)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tapir_local.errors import TapirError
+from tapir_local.files import remove_path
 from tapir_local.records import Progress
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
 from tapir_local.training.job import RowOrder, TrainJob
 from tapir_local.training.loss import MEAN_STEPS, describe_loss
 from tapir_local.training.model import Hardware
+from tapir_local.training.preference import REFERENCE
 
 
 def training_callback(
@@ -45,7 +47,11 @@ def training_callback(
     def on_save(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         args.distributed_state.wait_for_everyone()
         if is_main_process():
-            checkpoints.complete_checkpoint(training, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            # With an adapter in a folder of its own, Trainer restores that one and not the trained one (transformers
+            # 5.17, `_load_from_checkpoint`). DPOTrainer makes the reference again from the last round's adapter.
+            remove_path(saved / REFERENCE)
+            checkpoints.complete_checkpoint(training, saved)
 
     hooks = (on_train_begin, on_epoch_begin, on_log, on_step_end, on_save)
     return type("Watcher", (TrainerCallback,), {hook.__name__: hook for hook in hooks})()
@@ -76,10 +82,10 @@ def refuse_nonfinite_weights(model: Any, job: TrainJob, precision: str) -> None:
 
 def divergence_advice(job: TrainJob, precision: str) -> str:
     """What to do about a training that diverged."""
-    rate = job.settings.learning_rate
+    rate, name = job.settings.learning_rate, "preference_learning_rate" if job.on_pairs else "learning_rate"
     wider = "" if precision == "f32" else f", or a higher train.precision than {precision}"
     return (
-        f"Set a lower train.learning_rate ({rate:g} now; try {rate / 10:g}), a higher train.warmup{wider}, "
+        f"Set a lower train.{name} ({rate:g} now; try {rate / 10:g}), a higher train.warmup{wider}, "
         "in a new run (--name): the store keeps all paid answers. If the rate is not the cause, look for unusual rows "
         "in the round's train.jsonl."
     )
@@ -93,6 +99,7 @@ def log_entry(training: TrainingState, state: Any, logs: Mapping[str, float], mi
     return {
         "step": state.global_step,
         **{key: logs.get(key) for key in ("loss", "learning_rate", "grad_norm", "epoch")},
+        **{key: value for key, value in logs.items() if key.startswith("rewards/")},  # of a training on pairs
         "tokens": tokens,
         "tokens_per_second": (tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9),
         "seconds": seconds,

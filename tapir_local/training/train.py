@@ -23,7 +23,7 @@ from tapir_local.errors import TapirError
 from tapir_local.files import atomic_write, read_record, read_rows, remove_path, write_json, write_rows
 from tapir_local.memory import allocator_variables, check_disk_space, single_gpu_variables
 from tapir_local.process import Killed, OutOfMemory, Unsupported, child_main, run_in_process, say_on_stderr, send_remark
-from tapir_local.records import Example, Progress
+from tapir_local.records import Example, PreferencePair, Progress
 from tapir_local.resources import find_model_folder
 from tapir_local.training import checkpoints
 from tapir_local.training.checkpoints import TrainingState
@@ -52,8 +52,9 @@ from tapir_local.training.model import (
     max_positions,
     unsloth_error,
 )
-from tapir_local.training.model_files import check_same_shape
+from tapir_local.training.model_files import check_same_shape, copy_tokenizer_files
 from tapir_local.training.optimizer_state import STATE_FILE, carries_state, carry_state
+from tapir_local.training.preference import dpo_arguments, dpo_classes, drop_reference, pair_rows
 from tapir_local.training.reporting import report_folder, tracker_environment
 from tapir_local.training.steps import is_main_process, peak_memory, refuse_nonfinite_weights, training_callback
 from tapir_local.unusable import format_common_reasons, refuse_too_many
@@ -70,18 +71,13 @@ VERSIONED_LIBRARIES = (
     "unsloth_zoo",
     "bitsandbytes",
 )
-TOKENIZER_SUFFIXES = {
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-}  # of the tokenizer's files in a model's folder
 MEMORY_ADVICE = "Lower student.max_length, set train.gradient_checkpointing to true, or set train.method to qlora."
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training starts from: the rows as a Dataset, and the arguments of SFTConfig except `output_dir`."""
+    """What a training starts from: the rows as a Dataset, and the arguments of SFTConfig (or DPOConfig) except
+    `output_dir`."""
 
     job: TrainJob
     hardware: Hardware
@@ -155,8 +151,7 @@ def train_student(
     Checkpoints are saved in `folder`, if given, and resumed from. With several processes started by a launcher, the
     first one writes.
     """
-    examples = read_rows(Example, job.rows)
-    if not examples:
+    if not read_rows(Example, job.rows):
         raise TapirError("no rows to train on", where=str(job.rows), fix="Create them again with `tapir-local redo`.")
     check_model_path(job.model)
     with TemporaryDirectory(prefix="tapir-train-") as scratch:
@@ -165,7 +160,7 @@ def train_student(
         hardware = detect_hardware(job.settings, partial(send_remark, progress))
         tokenizer = load_tokenizer(job.model)
         job = limit_row_length(job, partial(send_remark, progress))
-        tokens = check_trainable(token_rows(examples, tokenizer, job.max_length), job, folder)
+        tokens = check_trainable(read_token_rows(job, tokenizer), job, folder)
         setup = set_up_training(job, hardware, tokens, partial(send_remark, progress))
         training = start_or_resume(setup, tokens, folder)
         model, shape = load_student(setup)
@@ -189,6 +184,13 @@ def limit_row_length(job: TrainJob, say: Callable[[str], None]) -> TrainJob:
     setting = f"student.max_length is {job.max_length:,}"
     say(f"The student supports {most:,} tokens: longer rows are left out ({setting}).")
     return replace(job, max_length=most)
+
+
+def read_token_rows(job: TrainJob, tokenizer: Any) -> TokenRows:
+    """The rows of the job, or its pairs, as token ids."""
+    if job.on_pairs:
+        return pair_rows(read_rows(PreferencePair, job.rows), tokenizer, job.max_length)
+    return token_rows(read_rows(Example, job.rows), tokenizer, job.max_length)
 
 
 def check_trainable(tokens: TokenRows, job: TrainJob, folder: Path | None) -> TokenRows:
@@ -216,9 +218,10 @@ def set_up_training(job: TrainJob, hardware: Hardware, tokens: TokenRows, say: C
     from datasets import Dataset
 
     dataset = pack_rows(tokens.rows, job.max_length) if job.settings.packing else Dataset.from_list(tokens.rows)
-    arguments = sft_arguments(job, hardware, len(dataset))
+    arguments = (dpo_arguments if job.on_pairs else sft_arguments)(job, hardware, len(dataset))
     longest = job.max_length if job.settings.packing else max(len(row["input_ids"]) for row in tokens.rows)
-    needs = estimate_memory(job.model, job.settings, hardware, arguments["per_device_train_batch_size"] * longest)
+    batch = arguments["per_device_train_batch_size"] * longest * (2 if job.on_pairs else 1)
+    needs = estimate_memory(job.model, job.settings, hardware, batch, whole_logits=job.on_pairs)
     recompute = arguments["gradient_checkpointing"] = use_gradient_checkpointing(job.settings, hardware, needs)
     if needs and is_main_process():
         check_training_memory(needs, job.settings, hardware, recompute, say)
@@ -285,17 +288,19 @@ def fit_student(
     last = checkpoints.latest_checkpoint(output, training.job) if training.resumed else None
     micro = setup.arguments["per_device_train_batch_size"]
     try:
-        arguments = SFTConfig(**setup.arguments, output_dir=str(output))
+        config, kind = dpo_classes() if job.on_pairs else (SFTConfig, SFTTrainer)
+        arguments = config(**setup.arguments, output_dir=str(output))
         arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise DataParallel multiplies the batch by the number of GPUs
         order = RowOrder([*map(len, setup.dataset["input_ids"])], job.settings.batch_size, job.random_seed)
-        ordered = type("Trainer", (SFTTrainer,), {"_get_train_sampler": lambda self, rows=None: order})
+        ordered = type("Trainer", (kind,), {"_get_train_sampler": lambda self, rows=None: order})
         with keep_trained_precision(model) if setup.hardware.backend == "trl" else nullcontext():
-            trainer = ordered(model, arguments, train_dataset=setup.dataset, processing_class=tokenizer)
+            trainer = ordered(model, args=arguments, train_dataset=setup.dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(training_callback(training, job, setup.hardware, order, progress))
         if carries_state(job):
             trainer.add_callback(carry_state(job, bool(last), scratch, partial(send_remark, progress)))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        drop_reference(model)
     except TapirError:
         raise
     except Exception as error:
@@ -347,7 +352,7 @@ def resolved_settings(setup: TrainingSetup, shape: Mapping[str, Any], tokens: To
         "rows": tokens.counts,
         "micro_batch_size": {"asked": job.settings.micro_batch_size, "used": micro},
         "lora": shape,
-        "sft": setup.arguments,
+        "dpo" if job.on_pairs else "sft": setup.arguments,
     }
 
 
@@ -373,17 +378,6 @@ def save_trained(
         (partial / "train_log.jsonl").write_bytes(
             b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in log)
         )
-
-
-def copy_tokenizer_files(model: Path, out: Path) -> None:
-    """Copy the student's tokenizer and template files to its trained weights, which makes a complete model."""
-    for file in model.iterdir():
-        if (
-            file.suffix in TOKENIZER_SUFFIXES
-            and not file.name.endswith(".index.json")
-            and not (out / file.name).exists()
-        ):
-            shutil.copyfile(file, out / file.name)
 
 
 if __name__ == "__main__":

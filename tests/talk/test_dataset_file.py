@@ -136,9 +136,31 @@ def test_pairs_are_rows_that_the_teacher_wins_in_both_orders(finished: RunDir, t
     assert found[0]["prompt"] == [{"role": "user", "content": seeds[kept.id].prompt[0].content}]
     assert found[0]["chosen"] == [{"role": "assistant", "content": seeds[kept.id].completion}]
     assert found[0]["rejected"] == [{"role": "assistant", "content": HOSTILE}]
-    assert (found[0]["score_chosen"], found[0]["score_rejected"]) == (9, 2)
+    assert (found[0]["score_chosen"], found[0]["score_rejected"], found[0]["mfd"], found[0]["round"]) == (9, 2, 7, 1)
     assert "more than 2 points higher" in (tmp_path / "pairs.jsonl.card.md").read_text()
     none = dataset(run, tmp_path / "none.jsonl", "--preferences", "--round", "1", "--margin", "8")
-    assert "has no such rows" in str(none.exception)
+    assert "has no preference pair" in str(none.exception)
+    assert not (tmp_path / "none.jsonl").exists()
     dataset(run, tmp_path / "more.jsonl", "--preferences", "--round", "1", "--margin", "0")
     assert [row["id"] for row in lines(tmp_path / "more.jsonl")] == [kept.id, lone.id]
+
+
+def test_a_prompt_has_one_pair_and_held_out_rows_have_none(finished: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "pairs.parquet"
+    assert dataset(finished, out, "--preferences").exit_code == 0
+    from pyarrow import parquet
+
+    found = parquet.read_table(out).to_pylist()
+    prompts = [row["prompt"][-1]["content"] for row in found]
+    assert len(set(prompts)) == len(prompts) > 0
+    held = {row.prompt[-1].content for row in read_rows(Example, finished.path / "holdout.jsonl")}
+    assert not held & set(prompts)
+    judged = [{row.id for row in read_rows(Judgement, finished.round(n) / "judgements.jsonl")} for n in (1, 2)]
+    lost = [
+        {row.id for row in read_rows(Judgement, finished.round(n) / "judgements.jsonl") if row.student == 2}
+        for n in (1, 2)
+    ]
+    again = lost[0] & lost[1]
+    assert again, "some row was lost in both rounds"
+    assert {row["round"] for row in found if row["id"] in again} == {2}
+    assert {row["id"] for row in found} <= judged[0] | judged[1]

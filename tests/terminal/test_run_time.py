@@ -34,6 +34,20 @@ def test_what_was_done_before_does_not_count_for_the_rate_and_a_pause_lowers_it(
     assert meter.rate(40.0) == pytest.approx(0.5)  # half a minute of nothing
 
 
+def test_one_item_promises_nothing_and_the_last_one_does() -> None:
+    """Several are in progress at once, so the time of the first one is the time of several."""
+    meter = RateMeter()
+    meter.add(0.0, 0, 31)
+    meter.add(70.0, 1, 31)
+    assert meter.seconds_left(70.0) is None
+    meter.add(75.0, 8, 31)
+    assert meter.seconds_left(75.0) == pytest.approx(23 * 75 / 8)
+    few = RateMeter()
+    few.add(0.0, 0, 2)
+    few.add(10.0, 2, 2)
+    assert few.seconds_left(10.0) == 0
+
+
 @pytest.mark.parametrize(("done", "total"), [(5, 100), (60, 200)])
 def test_a_second_call_in_a_stage_has_a_rate_of_its_own(done: int, total: int) -> None:
     meter = RateMeter()

@@ -158,3 +158,13 @@ def test_a_text_model_within_another_is_read_too(base, tmp_path) -> None:
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({"text_config": config}))
     assert estimate_memory(str(tmp_path / "m"), SETTINGS, GPU, 512) == estimate_memory(str(base), SETTINGS, GPU, 512)
+
+
+def test_logits_of_all_tokens_count_if_the_loss_takes_them_at_once(base) -> None:
+    """As DPO does: three copies in 32 bits, also where activations are computed again."""
+    part, whole = (estimate_memory(str(base), SETTINGS, GPU, 512, whole_logits=all) for all in (False, True))
+    assert part
+    assert whole
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    assert whole.activations - part.activations == 3 * 4 * (512 - 256) * vocabulary
+    assert whole.checkpointed - part.checkpointed == 3 * 4 * 512 * vocabulary
