@@ -1,13 +1,14 @@
 """What a stage is given: the recipe, the run's folder, the round, and the backends that it may call."""
 
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
-from tapir_local.files import read_rows, write_rows
+from tapir_local.files import atomic_write, read_rows
 from tapir_local.method.metrics import AnswerChecker
 from tapir_local.recipe.schema import Recipe
 from tapir_local.records import (
@@ -19,8 +20,10 @@ from tapir_local.records import (
     Request,
     SchedulePart,
     Scored,
+    from_json,
     instruction_of,
     noop,
+    to_json,
 )
 from tapir_local.run_dir import RunDir
 from tapir_local.stages.row_check import StudentFormat
@@ -29,6 +32,7 @@ from tapir_local.teacher.rate_limit import CallMeter
 from tapir_local.unusable import MAX_TEXT_KEPT, Unusable, record_unusable, refuse_too_many
 
 LOCK_FILE = "tapir.lock"  # in a run's folder: the calls that each step used
+LOCK_LINE_START, LOCK_LINE_END = b'{"step":"', b'"}\n'  # of each of its lines
 
 
 class AskBackend(Protocol):
@@ -264,10 +268,32 @@ def read_lock(run: RunDir) -> list[LockedCall]:
 def lock_calls(run: RunDir, step: str, calls: Sequence[LockedCall]) -> None:
     """Record the calls that a step has used so far, in place of those of an earlier attempt at the step.
 
-    An independent step that was repeated goes back to its place before the rounds.
+    An independent step that was repeated goes back to its place before the rounds. The lines of other steps are copied
+    as they are: a step asks several times, and the file of a large run has half a million lines. TapirError if it is
+    damaged.
     """
-    lines = [*(line for line in read_lock(run) if line.step != step), *calls]
-    write_rows(run.path / LOCK_FILE, sorted(lines, key=lambda line: lock_place(line.step)))
+    new, path = (f"{to_json(call)}\n".encode() for call in calls), run.path / LOCK_FILE
+    with atomic_write(path) as partial, partial.open("wb") as out:
+        for other, lines in groupby(read_lines(path), line_step):
+            if other != step:
+                if lock_place(other) > lock_place(step):
+                    out.writelines(new)  # the first time; then none are left
+                out.writelines(lines)
+        out.writelines(new)
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file one by one, each with its line feed; none if there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (line.rstrip(b"\n") + b"\n" for line in file)
+
+
+def line_step(line: bytes) -> str:
+    """The step in a line of tapir.lock; TapirError if it is not such a line. A line as we write it is not parsed."""
+    if line.startswith(LOCK_LINE_START) and line.endswith(LOCK_LINE_END):
+        return line[len(LOCK_LINE_START) : line.index(b'"', len(LOCK_LINE_START))].decode(errors="replace")
+    return from_json(LockedCall, line, LOCK_FILE).step
 
 
 def lock_place(step: str) -> tuple[int, str]:
@@ -278,8 +304,9 @@ def lock_place(step: str) -> tuple[int, str]:
 
 def unlock_steps(run: RunDir, steps: Collection[str]) -> None:
     """Remove the calls of some steps."""
-    if (run.path / LOCK_FILE).exists():
-        write_rows(run.path / LOCK_FILE, [line for line in read_lock(run) if line.step not in steps])
+    if (path := run.path / LOCK_FILE).exists():
+        with atomic_write(path) as partial, partial.open("wb") as out:
+            out.writelines(line for line in read_lines(path) if line_step(line) not in steps)
 
 
 def unique_call_keys(lines: Iterable[LockedCall]) -> list[str]:

@@ -50,7 +50,15 @@ class OpenFile:
             self.conn.backup(new)
         finally:
             new.close()
+        self._remove_log()
         return saved
+
+    def _remove_log(self) -> None:
+        """Delete the log if another file has the place of ours: SQLite would write its pages into that file."""
+        ours, now = self._found, self._identities()
+        if now[0] not in (None, ours[0]) and now[1] is not None and now[1] == ours[1]:
+            for ending in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
 
     def _identities(self) -> list[tuple[int, int] | None]:
         """(device, inode) of the file and of the log; None for one that does not exist."""

@@ -8,7 +8,7 @@ import re
 import sqlite3
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,8 @@ INDEX_TABLES = (
     f"pragma user_version = {INDEX_VERSION}",
 )
 WORD_CHARACTER = r"[^\W_]"  # a word character of FTS5's tokenizer unicode61
+Hits = Iterator[tuple[int, bytes]]  # (id, key) of the matching calls, best first
+Choose = Callable[[Hits], list[StoredCall]]
 UNSPACED_CHARACTERS = re.compile(
     "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
 )  # kana and Chinese characters, written without spaces
@@ -69,8 +71,12 @@ def search_calls(
     with open_store(path) as store:
         store.row_factory = sqlite3.Row
         wanted = keys_used_by(store, run, stage)
-        hits = (hit for hit in find_matches(path, store, query, progress) if wanted is None or hit[1] in wanted)
-        calls = list(islice((call for hit in hits if (call := find_hit(store, *hit))), limit))
+
+        def choose(hits: Hits) -> list[StoredCall]:
+            found = (find_hit(path, store, *hit) for hit in hits if wanted is None or hit[1] in wanted)
+            return list(islice((call for call in found if call), limit))
+
+        calls = find_matches(path, store, query, progress, choose)
         uses = first_uses(store, run, stage, calls)
     return [
         {
@@ -96,30 +102,37 @@ def separate_unspaced(text: str) -> str:
     return text if text.isascii() else UNSPACED_CHARACTERS.sub(r" \1 ", text)
 
 
-def find_matches(path: Path, store: sqlite3.Connection, query: str, progress: CountProgress) -> list[tuple[int, bytes]]:
-    """(id, key) of the matching calls, best first; an index that cannot be used is rebuilt."""
+def find_matches(
+    path: Path, store: sqlite3.Connection, query: str, progress: CountProgress, choose: Choose
+) -> list[StoredCall]:
+    """What `choose` takes of the matching calls, best first; an index that cannot be used is rebuilt."""
     place = path.with_name(f"{path.name}.search")
     with explain_store_errors(place):
         private_file(Path(f"{place}.lock"))
     with explain_store_errors(place), FileLock(f"{place}.lock", mode=FILE_MODE):
         try:
-            return query_index(place, store, query, progress)
+            return query_index(place, store, query, progress, choose)
         except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in REBUILD_CODES:
                 raise
         delete_index(place)
-        return query_index(place, store, query, progress)
+        return query_index(place, store, query, progress, choose)
 
 
-def query_index(place: Path, store: sqlite3.Connection, query: str, progress: CountProgress) -> list[tuple[int, bytes]]:
-    """(id, key) of the matching calls, after new calls are added to the index."""
+def query_index(
+    place: Path, store: sqlite3.Connection, query: str, progress: CountProgress, choose: Choose
+) -> list[StoredCall]:
+    """What `choose` takes of the matching calls, after new calls are added to the index.
+
+    It reads them one by one: a common word is in most calls, and a large store has millions.
+    """
     with closing(open_or_create_index(place, store)) as index:
         index_new_calls(index, store, progress)
         sql = (
             "select i.id, i.key from words join indexed i on i.id = words.rowid"
             " where words match ? order by words.rank, i.id desc"
         )
-        return index.execute(sql, (query,)).fetchall()
+        return choose(iter(index.execute(sql, (query,))))
 
 
 def open_or_create_index(place: Path, store: sqlite3.Connection) -> sqlite3.Connection:
@@ -212,9 +225,10 @@ def keys_used_by(store: sqlite3.Connection, run: str | None, stage: str | None) 
     return {key for (key,) in store.execute(sql, (run, run, stage, stage))}
 
 
-def find_hit(store: sqlite3.Connection, number: int, key: bytes) -> StoredCall | None:
-    """The call of a hit; None if it was replaced or cannot be read."""
-    row = store.execute(f"{SELECT_CALLS} where c.id = ? and c.key = ?", (number, key)).fetchone()
+def find_hit(path: Path, store: sqlite3.Connection, number: int, key: bytes) -> StoredCall | None:
+    """The call of a hit; None if it was replaced or cannot be read. TapirError if the store's file is damaged."""
+    with explain_store_errors(path):  # an error of SQLite would be taken for one of the index
+        row = store.execute(f"{SELECT_CALLS} where c.id = ? and c.key = ?", (number, key)).fetchone()
     return decompress_call_or_none(tuple(row)) if row else None
 
 

@@ -128,12 +128,13 @@ class Store:
         """[(model, fingerprint)] of the newest call whose kind begins with `kinds`; [] if there is none."""
         if not self.reads:
             return []
-        sql = (
-            "select model, fingerprint from calls where sample in (select id from samples where substr(name, 1, ?) = ?)"
-            " order by id desc limit 1"
-        )
+        known = "select id from samples where substr(name, 1, ?) = ?"
+        newest = "select model, fingerprint from calls where sample in (%s) order by id desc limit 1"
         with explain_store_errors(self.path):
-            return list(self._reader().execute(sql, (len(kinds), kinds)).fetchall())
+            kept = [number for (number,) in self._reader().execute(known, (len(kinds), kinds)).fetchall()]
+            if not kept:  # SQLite would read every call to find none of them
+                return []
+            return list(self._reader().execute(newest % ", ".join("?" * len(kept)), kept).fetchall())
 
     def whole_answers(self, run: str, round: int, stage: str) -> int:
         """The number of complete answers that a run has used in a stage."""

@@ -85,7 +85,6 @@ class RequestJob:
 
     request: Request
     key: bytes
-    text: bytes
     body: Mapping[str, Any]
     places: list[int]
     tries: int = 0
@@ -151,9 +150,16 @@ class AskSession:
         """The job for the request at `place`."""
         request = self.requests[place]
         body = request_body(request, self.endpoint)
-        text = keys.request_text(self.identity, body, request.draw)
-        key = keys.hash_request(text)
-        return RequestJob(request, key, text, body, [place], self.tries.get(key, 0))
+        key = keys.request_key(self.identity, body, request.draw)
+        return RequestJob(request, key, body, [place], self.tries.get(key, 0))
+
+    def request_text(self, job: RequestJob) -> bytes:
+        """The text of a job that the store keeps, whose hash is its key.
+
+        It is made again when it is needed: orjson's bytes hold up to 9 KB for a text of 1.5 KB, which a stage with
+        100,000 requests would keep for each of them.
+        """
+        return keys.request_text(self.identity, job.body, job.request.draw)
 
     def stored_replies(self, jobs: Sequence[RequestJob]) -> dict[bytes, tuple[bytes, Reply]]:
         """For each job's key that has an answer in the store: the key of the call that has it, and its reply."""
@@ -188,7 +194,7 @@ class AskSession:
     def check_sendable(self, job: RequestJob) -> None:
         """Raise TapirError if nothing may be sent (replay mode), or the budget needs a limit that the job lacks."""
         if self.store.mode == "replay":
-            raise self.store.missing(job.text, job.request.stage, job.request.row)
+            raise self.store.missing(self.request_text(job), job.request.stage, job.request.row)
         self.billing.require_reply_limit(job.body)
 
     def reserve(self, job: RequestJob) -> bool:
@@ -260,7 +266,8 @@ class AskSession:
         kind = " ".join(filter(None, (self.identity, job.body.get("model"), job.request.stage)))
         served, tokens = (reply.model, reply.fingerprint), (bill.tokens_in, bill.tokens_out)
         estimated = int(bill.estimated)
-        return Call(job.text, raw, reply.finish, kind, *served, *tokens, seconds, bill.price, estimated=estimated)
+        text = self.request_text(job)
+        return Call(text, raw, reply.finish, kind, *served, *tokens, seconds, bill.price, estimated=estimated)
 
     def warn_of_changed_model(self, job: RequestJob, reply: Reply) -> None:
         """Warn if another model than before answers under the same name: old and new answers then differ in kind."""

@@ -407,6 +407,10 @@ BETWEEN: dict[str, tuple[int, Callable[[Case], None]]] = {
 CONDITIONS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
     "": (20, lambda chance: {}),
     "clock moved": (3, lambda chance: {"clock": chance.choice(CLOCK_SECONDS)}),
+    "clock moved again and again": (
+        1,
+        lambda chance: {"clock": chance.choice(CLOCK_SECONDS), "clock_turns": chance.choice([1, 20, 300])},
+    ),
     "disk full": (2, lambda chance: {"file_bytes": chance.choice([200, 4_000, 30_000, 120_000, 400_000])}),
     "no permission": (1, lambda chance: {"unprivileged": True}),
 }

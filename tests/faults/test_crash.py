@@ -3,11 +3,13 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from billed_teacher import GOOD, SPOILS, BilledTeacher, serving
@@ -23,6 +25,7 @@ from campaign import (
     harmed_run,
     make_place,
     run_uncut,
+    stored_keys,
     worker,
 )
 from fakes import outputs
@@ -147,6 +150,62 @@ def test_a_clock_that_moves_back_and_an_output_that_was_cut(make_case):
     assert case.hand.run(*case.place.distill(), log=case.place.log, clock=-9e7) == 1
     follow_advice(case, case.place.last_words())
     assert finish(case)
+    compare(case)
+    assert case.faults == []
+    assert set(case.teacher.paid().values()) == {1}
+
+
+def start_and_do(case: Case, at: int, act: Callable[[], object], **job: Any) -> int:
+    """Start the run and do something when the request with this number has come; the exit code."""
+
+    def watch(number: int) -> None:
+        if number == at:
+            act()
+
+    case.teacher.on_request = watch
+    code = case.hand.run(*case.place.distill(), log=case.place.log, **job)
+    case.teacher.on_request = lambda number: None
+    check_words(case, code)
+    return code
+
+
+@LONG
+def test_a_store_that_is_exchanged_for_another_during_a_run_loses_no_call_of_either(make_case, folder):
+    """The other one is the uncut run's, so that nothing more is paid for with it."""
+    case, other = make_case(), folder / "uncut" / "teacher.db"
+
+    def exchange() -> None:
+        shutil.copy(other, case.place.cache / "other.db")
+        (case.place.cache / "other.db").replace(case.place.store)
+
+    assert start_and_do(case, 60, exchange) == 1
+    assert "deleted, moved or replaced" in " ".join(case.place.last_words().split())
+    (saved,) = case.place.cache.glob("teacher.db.saved-*")
+    assert stored_keys(saved)
+    assert stored_keys(saved) < case.uncut.keys
+    assert finish(case)
+    compare(case)
+    assert case.faults == []
+    assert set(case.teacher.paid().values()) == {1}
+
+
+@LONG
+def test_permissions_that_are_revoked_during_a_run_end_in_an_error_and_the_run_goes_on(make_case):
+    case = make_case()
+    assert start_and_do(case, 60, lambda: case.place.run.path.chmod(0o500), obeys_modes=True) == 1
+    assert "Permission denied" in " ".join(case.place.last_words().split())
+    case.place.run.path.chmod(0o700)
+    assert finish(case)
+    compare(case)
+    assert case.faults == []
+    assert set(case.teacher.paid().values()) == {1}
+
+
+@LONG
+@pytest.mark.parametrize("turns", [1, 100])
+def test_a_clock_that_goes_to_and_fro_during_a_run_changes_nothing(make_case, turns):
+    case = make_case()
+    assert case.hand.run(*case.place.distill(), log=case.place.log, clock=-9e7, clock_turns=turns) == 0
     compare(case)
     assert case.faults == []
     assert set(case.teacher.paid().values()) == {1}

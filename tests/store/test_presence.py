@@ -56,6 +56,24 @@ def test_a_store_that_is_replaced_is_saved_beside_the_new_one(tmp_path):
     assert table(saved, "select count(*) from calls") == [(2,)]
 
 
+def test_the_log_of_a_file_that_was_replaced_alone_is_not_applied_to_the_new_one(tmp_path):
+    """SQLite would write the pages of the old log into the new file."""
+    path, other = tmp_path / "teacher.db", tmp_path / "other.db"
+    fill(other, 200)
+    store = Store(path)
+    for row in range(1000, 1020):
+        store.put(call(row)).result()
+    other.replace(path)
+    with pytest.raises(TapirError, match="replaced"):
+        store.put(call(1020)).result()
+    with pytest.raises(TapirError, match="calls import"):
+        store.close()
+    assert table(path, "pragma integrity_check") == [("ok",)]
+    assert table(path, "select count(*) from calls") == [(200,)]
+    (saved,) = tmp_path.glob("teacher.db.saved-*")
+    assert table(saved, "select count(*) from calls") == [(21,)]
+
+
 OPENER = """
 import sys
 from pathlib import Path

@@ -1,12 +1,14 @@
 """A reply without end, however it is sent, neither fills the memory nor the store."""
 
 import gzip
+import tracemalloc
 
 import pytest
 from server import brings, completion, questions, teacher
 
 from tapir_local.store.store import Store
 from tapir_local.teacher.ask import ask
+from tapir_local.teacher.session import AskSession
 
 MEGABYTE = 1 << 20
 
@@ -31,3 +33,16 @@ def test_a_long_answer_is_kept_whole(server, store):
     ask(questions("a"), teacher(server), store, run="r")
     assert ask(questions("a"), teacher(server), store, run="r")[0].text == text
     assert len(server.bodies) == 1
+
+
+def test_a_waiting_request_takes_little_memory_beside_its_own_text(server, store):
+    """A stage may ask 100,000 at once; with its canonical JSON each took 12 KB."""
+    session = AskSession(questions(*("word " * 300 + str(n) for n in range(500))), teacher(server), store, "r")
+    tracemalloc.start()
+    try:
+        jobs = session.look_up()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(jobs) == 500
+    assert taken / len(jobs) < 3000
