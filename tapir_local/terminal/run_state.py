@@ -139,11 +139,13 @@ class RunState:
         return None
 
     def stage_seconds_left(self) -> float | None:
-        """Seconds that the running step still takes: by its rate, else by what it was expected to take."""
+        """Seconds that the running step still takes: by its rate, else by what it was expected to take; None where
+        that is unknown or over."""
         by_rate = self.rates.seconds_left(self.now())
         if by_rate is not None or self.expected is None:
             return by_rate
-        return max(0.0, self.expected - (self.now() - self.began))
+        left = self.expected - (self.now() - self.began)
+        return None if self.expected and left <= 0 else max(0.0, left)
 
     def run_seconds_left(self) -> float | None:
         """Seconds that the whole run still takes; None where part of it is unknown."""

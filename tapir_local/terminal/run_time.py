@@ -89,8 +89,10 @@ class StageTimes:
         labels = self.recipe.classifier
         asked = {"label": labels.labelled, "tasks": labels.ask_at_most, "holdout": held, "seeds": seeds}
         calls = asked.get(name) or expected_calls(name, number, self.recipe, self.rows)
+        if not calls:
+            return name, 1
         found = self.taken.get(step.name, {})
-        return ("ask", found.get("paid", 0) + found.get("hits", 0) or calls) if calls else (name, 1)
+        return "ask", found.get("paid", 0) + found.get("hits", 0) if "seconds" in found else calls
 
     def expected_seconds(self, step: Step) -> float | None:
         """The seconds that a step is expected to take; None if nothing like it was done in this run.

@@ -81,7 +81,8 @@ def test_the_rest_of_a_round_takes_what_the_last_round_took(cut: tuple[Path, Run
     clock.now += 30.0
     assert state.stage_seconds_left() == pytest.approx(70.0)
     clock.now += 300.0
-    assert state.stage_seconds_left() == 0.0  # longer than expected
+    assert state.stage_seconds_left() is None  # longer than expected
+    assert state.run_seconds_left() is None
     state.progress(10, 100, "")
     clock.now += 10.0
     state.progress(20, 100, "")
@@ -107,6 +108,20 @@ def test_a_step_is_scaled_by_the_calls_or_rows_of_those_like_it(cut: tuple[Path,
     early = StageTimes(recipe, state.steps, only_first | {"prepare/untrained-answer": {"seconds": 2.0}})
     assert early.expected_seconds(step_of(state, "round-01/train")) == pytest.approx(60.0)  # twice the rows of round 0
     assert early.expected_seconds(step_of(state, "round-01/answer")) == pytest.approx(10.0)  # 50 answers, not 10
+
+
+def test_a_stage_that_asked_nothing_says_nothing_of_the_time_of_a_call(cut: tuple[Path, RunDir]) -> None:
+    """Reading labels from the seed file takes no time, and may be for a thousand rows."""
+    folder, run = cut
+    state = RunState(make_recipe(folder), run)
+    records = state.read_records()
+    label = {"seconds": 300.0, "paid": 90, "hits": 10}
+    nothing = {"prepare/seeds": {"seconds": 0.0, "paid": 0, "hits": 0}, "prepare/tasks": {"seconds": 0.0}}
+    times = StageTimes(
+        state.recipe, state.steps, {"prepare/read": records["prepare/read"], "prepare/label": label, **nothing}
+    )
+    judge = step_of(state, "prepare/untrained-judge")
+    assert times.expected_seconds(judge) == pytest.approx(3.0 * times.size(judge)[1])
 
 
 def test_what_was_never_done_is_unknown_and_quick_stages_are_not(cut: tuple[Path, RunDir]) -> None:
