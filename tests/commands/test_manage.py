@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from command_line import ROOT, refused
 from fakes import QUIET, World, fake_backends, make_recipe
 
-from tapir_local.commands.distill import print_end
+from tapir_local.commands.distill import open_display, print_end
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import distill, redo
@@ -118,7 +118,7 @@ def test_an_earlier_round_that_is_better_by_chance_is_not_shipped(recipe, tmp_pa
 
 
 def test_a_round_is_shipped_by_hand_and_every_report_says_so(recipe, made, fakes_for_commands, capsys):
-    print_end(made, made.cache, 1, quiet=False)
+    print_end(open_display("lines", False, recipe, made, None), made.cache, 1)
     assert "ship fake --round 1 --cache" in capsys.readouterr().err
     out = called(made, "ship", "fake", "--round", "1")
     assert (out.exit_code, out.stdout) == (0, f"{made.path}/model\n")
@@ -129,7 +129,7 @@ def test_a_round_is_shipped_by_hand_and_every_report_says_so(recipe, made, fakes
     assert sums.returncode == 0
     assert "The best is round 1: round 2 is" in round_verdict(compare_rounds(made))
     assert "model/ has round 1." in round_verdict(compare_rounds(made))
-    print_end(made, made.cache, 1, quiet=False)
+    print_end(open_display("lines", False, recipe, made, None), made.cache, 1)
     assert "ship fake" not in capsys.readouterr().err
     assert "already" in called(made, "ship", "fake", "--round", "1").stderr
     assert not (made.path / "model.new").exists()
