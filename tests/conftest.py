@@ -1,6 +1,7 @@
 """Students that several test files share, made once; a run of fake backends."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on a busy machine
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs inherit that, and so would ours
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe, whatever terminal the tests are started from
 if os.environ.get("TAPIR_TEST_GPU") != "1":  # the tests expect a CPU's devices, libraries and bytes
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
