@@ -1,5 +1,6 @@
 """The folder of a run, and the lock that lets only one process work on it."""
 
+import difflib
 import fcntl
 import json
 import os
@@ -69,11 +70,14 @@ def find_run(cache: Path, name: str) -> RunDir:
     """The run of this name; if there is none, a TapirError that lists the existing runs."""
     run = RunDir(cache, name)
     if not run.exists:
-        known = ", ".join(other.name for other in list_runs(cache)) or "none"
+        names = [other.name for other in list_runs(cache)]
+        near = difflib.get_close_matches(name, names, 1)
+        meant = f"Did you mean {near[0]}? " if near else ""
         raise TapirError(
             f"there is no run {name!r}",
             where=str(cache),
-            fix=f"Runs in this cache: {known}. `tapir-local distill` creates one; --cache selects another folder.",
+            fix=f"{meant}Runs in this cache: {', '.join(names) or 'none'}. `tapir-local distill` creates one; "
+            "--cache selects another folder.",
         )
     return run
 

@@ -238,6 +238,19 @@ def test_the_quickstarts_rates_are_of_one_run_on_all_pages() -> None:
     assert rates_by_round("docs/benchmarks.md", "## Quality", "The run was repeated") == found
 
 
+def test_the_readmes_table_of_curricula_has_the_arm_that_beats_the_method() -> None:
+    """With the rates of docs/curricula.md and of the measurement itself."""
+    table = TEXTS["README.md"].partition("## Results")[2].partition("## Is it for you?")[0]
+    (arm,) = [line for line in table.splitlines() if line.startswith("| `uniform-refined`")]
+    rates = re.findall(r"(\d+\.\d) ?% (\([^)]*\))", arm)
+    assert len(rates) == 2
+    assert "random seeds with refined answers do at\nleast as well as `tapir`" in table
+    measured = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8")
+    for rate, interval in re.findall(r"(\d+\.\d) ?% (\([^)]*\))", table):
+        assert f"{rate} % {interval}" in TEXTS["docs/curricula.md"]
+        assert f"{rate}% {interval}" in measured
+
+
 # JSON
 
 

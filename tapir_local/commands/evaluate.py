@@ -241,7 +241,7 @@ def show_evaluation(found: "EvaluationResult", as_json: bool) -> None:
         )
     if found.folder:
         notes.append(
-            f"{format_count(found.paid, 'call')} paid, {found.hits:,} from the store; "
+            f"{format_count(found.paid, 'call')} asked, {found.hits:,} from the store; "
             f"answers and judgements: {found.folder}"
         )
     print_table(evaluation_table(found), *([plain_text("\n".join(notes))] if notes else []))

@@ -114,12 +114,18 @@ def generate_command(
 
 
 def answer_with_progress(job: "PromptFileJob", out: Path | None) -> "AnsweredFile":
-    """Answer a file of prompts with a progress bar; resume what is in `out` already."""
+    """Answer a file of prompts with a progress bar; resume what is in `out` already.
+
+    Answers that go to a terminal show the progress themselves: a bar would share their lines.
+    """
     from tapir_local.inference.prompt_file import answer_file, generation_task, open_answers
 
     with (
         open_answers(out, sys.stdout, generation_task(job)) as (file, done),
-        bar_progress("answers", len(done)) as (progress, tell),
+        bar_progress("answers", len(done), hidden=bool(out is None and sys.stdout and sys.stdout.isatty())) as (
+            progress,
+            tell,
+        ),
     ):
         if done:
             tell(f"{format_count(len(done), 'answer is', 'answers are')} there already; resuming")

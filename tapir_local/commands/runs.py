@@ -66,6 +66,7 @@ def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
     epilog=help_examples(
         "tapir-local show quickstart",
         "tapir-local show quickstart --round 2 --json",
+        "tapir-local show quickstart --wrong --task Math --limit 20",
         "tapir-local show quickstart --labels",
         "tapir-local show quickstart --unusable",
     ),
@@ -76,14 +77,27 @@ def status_command(run: str | None, cache: Path | None, as_json: bool) -> None:
     "--labels", is_flag=True, help="Show who labeled the rows of each task, and what the classifier confuses, instead."
 )
 @click.option("--unusable", is_flag=True, help="Show the rows that were left out, with step and reason, instead.")
+@click.option(
+    "--wrong", is_flag=True, help="Show wrong answers only; without a checker, those judged below the teacher's."
+)
+@click.option("--task", help="Show answers to this task only.")
+@click.option("--limit", type=click.IntRange(min=1), default=6, show_default=True, help="Maximum number of answers.")
 @cache_option
 @json_option
 def show_command(
-    run: str | None, number: int | None, labels: bool, unusable: bool, cache: Path | None, as_json: bool
+    run: str | None,
+    number: int | None,
+    labels: bool,
+    unusable: bool,
+    wrong: bool,
+    task: str | None,
+    limit: int,
+    cache: Path | None,
+    as_json: bool,
 ) -> None:
-    """Show a round of RUN: plan, metrics by task, sample answers."""
+    """Show a round of RUN: plan, metrics by task with their change from the round before, some answers."""
     from tapir_local.report.labels import label_report, label_tables
-    from tapir_local.report.status import round_report, unusable_report
+    from tapir_local.report.status import AnswerChoice, round_report, unusable_report
     from tapir_local.report.status_tables import round_tables, unusable_tables
 
     if labels and unusable:
@@ -91,13 +105,17 @@ def show_command(
     if (labels or unusable) and number is not None:
         option = "labels" if labels else "unusable"
         raise click.UsageError(f"--{option} shows the whole run, not one round; leave out --round")
-    place = select_run(cache, run)
-    found = label_report(place) if labels else unusable_report(place) if unusable else round_report(place, number)
+    if (labels or unusable) and (wrong or task):
+        raise click.UsageError("--wrong and --task select answers; leave out --labels and --unusable")
+    place, choice = select_run(cache, run), AnswerChoice(task, wrong, limit)
+    reports = {"labels": label_report, "unusable": unusable_report}
+    shown = "labels" if labels else "unusable" if unusable else ""
+    found = reports[shown](place) if shown else round_report(place, number, choice)
     tables = label_tables if labels else unusable_tables if unusable else round_tables
     if as_json:
         print_json(found)
     else:
-        print_table(*tables(found))
+        print_table(*(tables(found)[-1:] if wrong or task else tables(found)))
 
 
 @click.command(

@@ -75,7 +75,8 @@ def count_seeds(recipe: Recipe) -> str:
     rows, held = len(found.examples), recipe.seeds.holdout
     if rows <= held:
         what = f"not enough rows to train on: {rows:,} in all, and the holdout takes {held:,}"
-        raise TapirError(what, where=found.table.where, fix="Add rows or lower seeds.holdout.")
+        fix = f"Add rows or lower seeds.holdout: --set seeds.holdout={max(1, rows // 5)}"
+        raise TapirError(what, where=found.table.where, fix=fix)
     faulty = f", {len(found.faulty):,} unreadable" if found.faulty else ""
     twice = f", {format_count(len(found.duplicates), 'duplicate')}" if found.duplicates else ""
     answered = sum(bool(row.completion) for row in found.examples)

@@ -35,8 +35,8 @@ def money_section(view: RunView) -> Section:
     if not by_stage:
         if not any(calls.values()):
             return Section("money", "Money", question)
-        paid = format_count(calls["paid"], "call was", "calls were")
-        said = f"{paid} paid and {calls['hits']:,} came from the store, by the records of the run."
+        asked = format_count(calls["paid"], "call was", "calls were")
+        said = f"{asked} asked and {calls['hits']:,} came from the store, by the records of the run."
         none = Paragraph(f"{said} The store beside this run has no details.")
         return Section("money", "Money", question, (none,))
     by_round = summarize_costs(store, "round", run.name)
@@ -208,5 +208,5 @@ def stages_grid(places: Mapping[str, Sequence[Mapping[str, Any]]], folder: str) 
         for stage in stages
         if stage["done"]
     ]
-    heads = ["stage", "seconds", "calls paid", "from the store", "result"]
+    heads = ["stage", "seconds", "calls asked", "from the store", "result"]
     return Grid(heads, rows, title="Stages", wide=["result"], folded=True)

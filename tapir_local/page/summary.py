@@ -83,7 +83,7 @@ def head_tiles(view: RunView) -> list[tuple[str, str]]:
         tiles.append(("best", round_name(view.found["best"]).removeprefix("the ")))
     seconds = sum(stage["seconds"] or 0 for stage in all_stages(view.status))
     tiles.append(("time", str(timedelta(seconds=round(seconds)))))
-    return [*tiles, ("calls paid", f"{view.status['calls']['paid']:,}")]
+    return [*tiles, ("calls asked", f"{view.status['calls']['paid']:,}")]
 
 
 def head_facts(view: RunView) -> Facts:
@@ -98,7 +98,7 @@ def head_facts(view: RunView) -> Facts:
     rows += [
         ("started", str(record.get("started", ""))[:16].replace("T", " ") + " UTC" if record.get("started") else ""),
         ("time", f"{timedelta(seconds=round(seconds))} in {status['stages_done']} of {status['stages']} stages"),
-        ("calls", f"{calls['paid']:,} paid, {calls['hits']:,} from the store"),
+        ("calls", f"{calls['paid']:,} asked, {calls['hits']:,} from the store"),
         ("made with", versions_line(record) if record else ""),
     ]
     return Facts([(name, text) for name, text in rows if text])

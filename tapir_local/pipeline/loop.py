@@ -166,7 +166,8 @@ def refuse_changed_recipe(recipe: Recipe, run: RunDir) -> None:
         raise TapirError(
             f"run {run.name!r} was started with another recipe: {'; '.join(changed)}",
             where=str(path),
-            fix="Start a new run with --name: calls in the store are not paid again.",
+            fix=f"Go on with its own recipe: tapir-local resume {run.name}. Or start a new run with --name: calls in "
+            "the store are not paid again.",
         )
     refuse_moved_pairs(old, recipe, run)
 

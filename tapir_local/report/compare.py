@@ -22,6 +22,7 @@ COST_UNIT_NAMES: Mapping[str, str] = {
     "tokens": "training tokens",
     "calls": "calls of the teacher and the judge",
 }
+MOST_NAMED = 3  # of the settings in which two runs differ
 CHANCE = 0.05  # a difference with a p value of this or more may be chance
 COMPARED_METRICS = ("accuracy", "win_rate", "likeness")
 HOLDOUT_SETTINGS = ("random_seed", "seeds.", "teacher.", "classifier.", "tasks")
@@ -95,13 +96,14 @@ def setting_differences(
     settings: Callable[[RunResults], Mapping[str, Any]],
     prefixes: tuple[str, ...] = ("",),
 ) -> list[str]:
-    """`random_seed (1 in a, 2 in b)` for each setting with one of these prefixes in which two runs differ."""
+    """`random_seed (1 in a, 2 in b)` for the first three settings with one of these prefixes that differ."""
     ours, theirs = settings(one), settings(other)
-    return [
+    found = [
         f"{key} ({ours.get(key)!r} in {one.name}, {theirs.get(key)!r} in {other.name})"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key) and key.startswith(prefixes)
     ]
+    return found if len(found) <= MOST_NAMED else [*found[:MOST_NAMED], f"{len(found) - MOST_NAMED} more"]
 
 
 def run_settings(results: RunResults) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def cost_table(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> PlainT
     failed = ("failed",) if any(row["failed"] for row in rows) else ()
     numbers = ("paid", "from_store", *failed, "tokens_in", "tokens_out")
     for name, rank in {**dict.fromkeys(numbers, 1), "paid": 0, "tokens_in": 3, "tokens_out": 2}.items():
-        table.add_numbers(name.replace("_", "\n"), rank=rank)
+        table.add_numbers("asked" if name == "paid" else name.replace("_", "\n"), rank=rank)
     table.add_numbers("money", "saved")
     for row in rows:
         table.add_row(str(row[by]), *(f"{row[name]:,}" for name in numbers), *money_cells([row]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from tapir_local.stages.shipped_round import read_shipped_round
 from tapir_local.store.queries import count_paid_and_hits
 from tapir_local.unusable import read_unusable
 
-SAMPLE_ANSWERS = 6
+
+@dataclass(frozen=True)
+class AnswerChoice:
+    """Which answers to the holdout to show: of one task, the wrong ones only, and at most so many."""
+
+    task: str | None = None
+    wrong: bool = False
+    most: int = 6
+
+
+SAMPLE = AnswerChoice()
 
 
 def run_status(run: RunDir) -> dict[str, Any]:
@@ -170,10 +180,11 @@ def read_metrics(run: RunDir, number: int) -> dict[str, Any] | None:
     return read_json_object(path, fix) if path.exists() else None
 
 
-def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
-    """What `tapir-local show --json` prints: plan, judge, metrics and sample answers of a round.
+def round_report(run: RunDir, number: int | None, choice: AnswerChoice = SAMPLE) -> dict[str, Any]:
+    """What `tapir-local show --json` prints: plan, judge, metrics and some answers of a round.
 
-    Without a number it is the last round that has metrics. TapirError if the round has not begun.
+    Without a number it is the last round that has metrics. TapirError if the round has not begun, or no held-out row
+    has the task of the choice.
     """
     if number is None:
         number = max((n for n in range(last_round(run) + 1) if read_metrics(run, n)), default=last_round(run))
@@ -182,7 +193,8 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
         raise TapirError(
             f"run {run.name!r} has no round {number}", where=str(run.path), fix=f"Rounds 0 to {last} have begun."
         )
-    plan = run.round(number) / "plan.json"
+    plan, before = run.round(number) / "plan.json", read_metrics(run, number - 1)
+    answers, matching = chosen_answers(run, number, choice)
     return {
         "run": run.name,
         "round": number,
@@ -190,10 +202,12 @@ def round_report(run: RunDir, number: int | None) -> dict[str, Any]:
         "judge": round_judge_quality(run, number),
         "judge_check": person_report(run, number),
         "metrics": read_metrics(run, number),
+        "before": before and {"round": before["round"], "by_task": before["by_task"]},
         "unusable": {
             step: kinds for step, kinds in unusable_counts(run).items() if step.startswith(f"round-{number:02d}/")
         },
-        "answers": sample_answers(run, number),
+        "answers": answers,
+        "matching": matching,
     }
 
 
@@ -240,15 +254,24 @@ def round_checks(run: RunDir, number: int, name: str) -> dict[str, AnswersRight]
     return check_both_answers(check, [rows[found.id] for found in completions], completions)
 
 
-def sample_answers(run: RunDir, number: int) -> list[dict[str, Any]]:
-    """Some answers of a round to the holdout, with the judge's scores, from different tasks."""
+def chosen_answers(run: RunDir, number: int, choice: AnswerChoice) -> tuple[list[dict[str, Any]], int]:
+    """(answers of a round to the holdout with the judge's scores, from different tasks; how many match the choice)."""
     path, judged = run.round(number) / "holdout-answers.jsonl", run.round(number) / "holdout-judgements.jsonl"
     if not path.exists():
-        return []
+        return [], 0
     texts = {row.id: row for row in read_rows(Completion, path)}
     scores = {row.id: row for row in read_rows(Judgement, judged)} if judged.exists() else {}
     rows = sorted(read_rows(Example, run.path / "holdout.jsonl"), key=lambda row: row.task)
-    chosen = rows[:: max(1, len(rows) // SAMPLE_ANSWERS)][:SAMPLE_ANSWERS]
+    if choice.task is not None:
+        tasks = sorted({row.task for row in rows})
+        if choice.task not in tasks:
+            fix = f"Tasks of the holdout: {', '.join(tasks)}."
+            raise TapirError(f"no held-out row has the task {choice.task!r}", where=str(run.path), fix=fix)
+        rows = [row for row in rows if row.task == choice.task]
+    if choice.wrong:
+        right = round_checks(run, number, "holdout")
+        rows = [row for row in rows if is_wrong(right.get(row.id, (None, None))[1], scores.get(row.id))]
+    chosen = rows[:: max(1, len(rows) // choice.most)][: choice.most]
     return [
         {
             "id": row.id,
@@ -259,4 +282,13 @@ def sample_answers(run: RunDir, number: int) -> list[dict[str, Any]]:
             "scores": [scores[row.id].student, scores[row.id].teacher] if row.id in scores else None,
         }
         for row in chosen
-    ]
+    ], len(rows)
+
+
+def is_wrong(right: bool | None, scores: Judgement | None) -> bool:
+    """Whether the checker rejects an answer or, if it cannot decide, the judge scores it below the teacher's."""
+    if right is not None:
+        return not right
+    return bool(
+        scores and scores.student is not None and scores.teacher is not None and scores.student < scores.teacher
+    )

@@ -18,6 +18,7 @@ from tapir_local.report.tables import (
     task_table,
     text_table,
 )
+from tapir_local.run_dir import UNTRAINED_ROUND
 from tapir_local.tables import PlainTable, format_clock, format_seconds
 
 # A row of the judge's table: the key of records.JudgeQuality, its description, its format.
@@ -97,7 +98,7 @@ def accuracy_cell(found: Mapping[str, Any]) -> str:
 
 
 def rounds_caption(status: Mapping[str, Any]) -> str:
-    """What the numbers mean, what was paid, and the state of the run."""
+    """What the numbers mean, how many calls were made, and the state of the run."""
     metrics = [row["metrics"] for row in status["rounds"] if row["metrics"]]
     judge = metrics[0]["judge"] if metrics else ""
     if metrics and is_rouge_only(metrics[-1].get("win_rate"), metrics[-1].get("student_score")):
@@ -109,8 +110,10 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
         )
     else:
         scored = ""
-    paid, hits = format_count(status["calls"]["paid"], "call"), status["calls"]["hits"]
-    return f"{scored}{paid} paid, {hits:,} from the store. State: {status['state']}."
+    if metrics and metrics[-1].get("accuracy") is None:
+        scored += "Accuracy needs a checker (`checker` in the recipe). "
+    asked, hits = format_count(status["calls"]["paid"], "call"), status["calls"]["hits"]
+    return f"{scored}{asked} asked, {hits:,} from the store. State: {status['state']}."
 
 
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
@@ -126,7 +129,7 @@ def stages_table(status: Mapping[str, Any]) -> PlainTable:
     table.add_column("stage", no_wrap=True)
     table.add_column("done", no_wrap=True)
     table.add_numbers("seconds")
-    table.add_numbers("paid", "hits", rank=1)
+    table.add_numbers("asked", "hits", rank=1)
     table.add_column("result")
     rounds = ((f"round {row['number']}", row["stages"]) for row in status["rounds"])
     places = [("prepare", status["prepare"]), *rounds, ("end", status["end"])]
@@ -213,28 +216,57 @@ def round_tables(found: Mapping[str, Any]) -> list[PlainTable]:
     title = f"run {found['run']}, round {found['round']}"
     tables = [plan_table(title, found["plan"])] if found["plan"] else []
     tables += [judge_table(title, found["judge"], found["judge_check"])] if found["judge"] else []
-    if found["metrics"]:
-        alike = is_rouge_only(found["metrics"]["win_rate"], found["metrics"]["student_score"])
-        columns = {
-            "rows": "count",
-            **({"student_score": "score"} if alike else {"win_rate": "rate"}),
-            "accuracy": "rate",
+    tables += [by_task_table(title, found["metrics"], found["before"])] if found["metrics"] else []
+    return [*tables, answers_table(title, found)]
+
+
+def by_task_table(title: str, metrics: Mapping[str, Any], before: Mapping[str, Any] | None) -> PlainTable:
+    """A row for each task of the holdout: win rate or score, accuracy, and the change from the round before."""
+    rows = metrics["by_task"]
+    rated = not is_rouge_only(metrics["win_rate"], metrics["student_score"])
+    columns = {"rows": "count", **({"win_rate": "rate"} if rated else {"student_score": "score"}), "accuracy": "rate"}
+    caption = None
+    if before:
+        checked = any(values.get("accuracy") is not None for values in rows.values())
+        name = "accuracy" if checked else "win_rate" if rated else "student_score"
+        columns["change"] = "points" if checked or rated else "difference"
+        rows = {
+            task: {**values, "change": exceeding(values.get(name), before["by_task"].get(task, {}).get(name))}
+            for task, values in rows.items()
         }
-        tables.append(task_table(f"{title}: the holdout by task", found["metrics"]["by_task"], columns))
+        last = "the untrained student" if before["round"] == UNTRAINED_ROUND else f"round {before['round']}"
+        unit = " in points" if checked or rated else ""
+        caption = f"Change: {name.replace('_', ' ')} less that of {last}{unit}; with few rows it may be chance."
+    table = task_table(f"{title}: the holdout by task", rows, columns)
+    table.caption = caption
+    return table
+
+
+def exceeding(value: float | None, before: float | None) -> float | None:
+    """How much a value exceeds the one before; None if there is no such value."""
+    return None if value is None or before is None else value - before
+
+
+def answers_table(title: str, found: Mapping[str, Any]) -> PlainTable:
+    """The answers of a round that were chosen, with their scores."""
     cells = [
         [row["id"], row["task"], row["instruction"], row["teacher"], row["student"], score_pair_cell(row["scores"])]
         for row in found["answers"]
     ]
     answers = text_table(
-        f"{title}: sample answers",
+        f"{title}: answers to the holdout",
         ["row", "task", "instruction", "teacher", "student", "scores"],
         cells,
         whole=["row", "scores"],
         ranks={"scores": 1, "task": 2},
     )
     explain = [f"`tapir-local why {found['run']} {row['id']}` explains a row." for row in found["answers"][:1]]
-    answers.caption = "\n".join([*explain, *unusable_lines(found)]) or None
-    return [*tables, answers]
+    shown, matching = len(found["answers"]), found["matching"]
+    more = [f"{shown:,} of {format_count(matching, 'answer')}; --limit shows more."] if shown < matching else []
+    if not shown:
+        more = ["No answer matches." if found["metrics"] else "The student has not answered the holdout yet."]
+    answers.caption = "\n".join([*more, *explain, *unusable_lines(found)])
+    return answers
 
 
 def plan_table(title: str, plan: Mapping[str, Any]) -> PlainTable:

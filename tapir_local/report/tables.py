@@ -23,7 +23,7 @@ def text_table(
 
 
 def task_table(title: str, rows: Mapping[str, Mapping[str, float | None]], columns: Mapping[str, str]) -> PlainTable:
-    """A row for each task. `columns` maps the key of a value to its format: `rate`, `score` or `count`."""
+    """A row for each task. `columns` maps the key of a value to its format, one of those of `value_cell`."""
     table = PlainTable(title)
     table.add_column("task", no_wrap=True)
     table.add_numbers(*(name.replace("_", " ") for name in columns))
@@ -33,7 +33,9 @@ def task_table(title: str, rows: Mapping[str, Mapping[str, float | None]], colum
 
 
 def value_cell(value: float | None, kind: str) -> str:
-    """A value in the format of a `rate`, a `score` or a `count`."""
+    """A value as a `rate`, a `score` or a `count`, or a change as `points` (of a rate) or `difference` (of a score)."""
+    if kind in ("points", "difference"):
+        return "-" if value is None else f"{100 * value:+.1f}" if kind == "points" else f"{value:+.2f}"
     if kind == "score":
         return "-" if value is None else f"{value:.2f}"
     return percent_cell(value) if kind == "rate" else f"{int(value or 0):,}"

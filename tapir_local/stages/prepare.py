@@ -116,7 +116,7 @@ def sample_seeds(work: Work, examples: list[Example], where: str) -> list[Exampl
         raise TapirError(
             f"not enough rows to train on: {len(examples):,} in all, and the holdout takes {held:,}",
             where=where,
-            fix="Add rows or lower seeds.holdout.",
+            fix=f"Add rows or lower seeds.holdout: --set seeds.holdout={max(1, len(examples) // 5)}",
         )
     return examples
 

@@ -45,7 +45,7 @@ def ship_stage(work: Work, out: Path) -> str:
     with atomic_write(out) as partial:
         write_model_folder(work, partial, number, why)
         record_shipped_round(work.run, work.recipe, number, why)
-    return describe_model_folder(out, number, why)
+    return describe_model_folder(out, number, why) + unstated_facts(work.recipe)
 
 
 def write_model_folder(work: Work, out: Path, number: int, why: str) -> None:
@@ -62,6 +62,12 @@ def describe_model_folder(out: Path, number: int, why: str) -> str:
     """The closing line of a model/: its round, the reason, and its size."""
     size = format_bytes((out / "student.gguf").stat().st_size)
     return f"{out}: student.gguf, {size}, of round {number} ({why}), with Modelfile and card"
+
+
+def unstated_facts(recipe: Recipe) -> str:
+    """A remark that names the facts that the card does not state; "" if it states all."""
+    names = [f"card.{name}" for name, value in recipe.card.model_dump().items() if value is None]
+    return f"; the card does not state {', '.join(names)}" if names else ""
 
 
 SHIP_STAGE = Stage("ship", MODEL_FOLDER, ship_stage)

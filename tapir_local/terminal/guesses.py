@@ -49,6 +49,7 @@ OPTION_HINTS = {
     "--learning-rate": "That is `--set train.learning_rate=X`",
     "--lr": "That is `--set train.learning_rate=X`",
     "--seed": "That is `--random-seed N`",
+    "--output": "The student goes to model/ in the folder of the run, below --cache",
     "--budget": "That is `--set budget.money=X`",
     "--show-completion": "`tapir-local completion bash` prints the script",
     "--install-completion": "`tapir-local completion bash` prints the script",

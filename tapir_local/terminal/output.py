@@ -35,11 +35,13 @@ def line_progress(what: str) -> Callable[[int, int], None]:
 
 
 @contextmanager
-def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+def bar_progress(
+    what: str, before: int = 0, *, hidden: bool = False
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
     """A progress function (done, total) and a function that prints a message; both write to stderr.
 
     A terminal shows a bar with rate and time left; a pipe gets a line every two seconds. `before` is the number of
-    items that were done before the start, which do not count for the rate.
+    items that were done before the start, which do not count for the rate. `hidden`: only the messages are shown.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,14 +51,14 @@ def bar_progress(what: str, before: int = 0) -> Iterator[tuple[Callable[[int, in
 
     console = Console(stderr=True)
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bars:
         bar, started, printed = bars.add_task(what, total=None), time.monotonic(), time.monotonic()
 
         def show(done: int, total: int) -> None:
             nonlocal printed
             bars.update(bar, completed=done, total=total)
             now = time.monotonic()
-            if not console.is_terminal and now - printed > PROGRESS_INTERVAL:
+            if not hidden and not console.is_terminal and now - printed > PROGRESS_INTERVAL:
                 printed, rate = now, (done - before) / (now - started)
                 left = time_left(total - done, rate)
                 echo(f"  {what}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left", err=True)

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from command_line import ROOT, refused
 from fakes import QUIET, World, fake_backends, make_recipe
 
-from tapir_local.commands.distill import open_display, print_end
+from tapir_local.commands.distill import open_display, print_end, with_receipts
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
 from tapir_local.pipeline.loop import distill, redo
@@ -29,6 +29,7 @@ from tapir_local.report.status import run_status
 from tapir_local.run_dir import RunDir, list_runs, lock_run
 from tapir_local.stages import backends
 from tapir_local.stages.context import Backends
+from tapir_local.store.store import Store
 
 
 def answers_right(numbers: set[int]) -> Backends:
@@ -173,6 +174,14 @@ def test_an_interrupted_ship_leaves_the_old_model(made):
     assert run_status(made)["shipped"]["round"] == 2
 
 
+def test_a_round_that_asked_nothing_has_no_receipt_and_no_empty_line(recipe, made, capsys):
+    Store(made.cache / "teacher.db").close()
+    display = open_display("lines", False, recipe, made, None)
+    step = next(step for step in display.state.steps if step.name == "round-01/evaluate")
+    with_receipts(QUIET, display, None).ends(step, {})
+    assert capsys.readouterr() == ("", "")
+
+
 # resume
 
 
@@ -187,6 +196,8 @@ def test_resume_goes_on_with_the_runs_recipe(made, fakes_for_commands):
         called(made, "resume", "fake", "--set", "train.learning_rate=1")
     with pytest.raises(TapirError, match="there is no run 'nope'"):
         called(made, "resume", "nope")
+    with pytest.raises(TapirError, match="Did you mean fake"):
+        called(made, "status", "fakr")
 
 
 # rm

@@ -1,5 +1,7 @@
 """The help texts: whole at 80 columns, and as the page docs/commands.md."""
 
+import re
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -7,6 +9,7 @@ from click.testing import CliRunner
 from tapir_local.commands.calls import calls_group
 from tapir_local.commands.main import cli
 from tapir_local.commands.reference import commands_markdown
+from tapir_local.resources import POCKET_SEEDS
 
 
 @pytest.mark.parametrize("group", [cli, calls_group], ids=["tapir-local", "calls"])
@@ -31,3 +34,11 @@ def test_defaults_and_bars_stand_in_the_table() -> None:
     page = commands_markdown()
     assert "[default: 20; x&gt;=1]" in page or "[default: 20; x>=1]" in page
     assert r"`--parallel 1-255\|auto`" in page
+
+
+def test_the_row_of_the_examples_of_why_exists() -> None:
+    """Its words are those of one row of the quickstart's seeds."""
+    epilog = cli.commands["why"].epilog or ""
+    (words,) = re.findall(r'"(.+)"', epilog)
+    assert POCKET_SEEDS.read_text(encoding="utf-8").count(words) == 1
+    assert "seed-00017" in epilog

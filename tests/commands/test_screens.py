@@ -178,6 +178,7 @@ def test_a_recipe_in_place_of_a_command() -> None:
 
 def test_options_of_other_programs_are_explained_and_silly_guesses_are_not_made() -> None:
     assert OPTION_HINTS["--model"] in refused("distill", "--model", "gpt", code=2)
+    assert OPTION_HINTS["--output"] in refused("distill", "--output", "out", code=2)
     assert "`tapir-local status --json`" in refused("--json", "status", code=2)
     assert "Did you mean" not in refused("distill", "--yes", code=2)
     assert "Did you mean '--rounds'?" in refused("distill", "--round", "3", code=2)

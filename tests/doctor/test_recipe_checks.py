@@ -50,7 +50,7 @@ def test_a_recipe_that_can_run_is_good(tmp_path):
 @pytest.mark.parametrize(
     ("change", "name", "ok", "words", "fix"),
     [
-        ({"holdout: 10": "holdout: 40"}, "seeds", False, "not enough rows", "lower seeds.holdout"),
+        ({"holdout: 10": "holdout: 40"}, "seeds", False, "not enough rows", "--set seeds.holdout=8"),
         ({"SEEDS": "nowhere.jsonl"}, "seeds", False, "does not exist", "--seeds"),
         ({"rows: 60": "rows: 500"}, "rows per round", None, "500 rows are to come from 30 seeds", "at most 90"),
         ({"student: pocket": "student: {path: o/n}"}, "student", None, "o/n is not in the Hub's cache", "downloaded"),

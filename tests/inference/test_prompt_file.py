@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import pty
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from click.testing import CliRunner
 from models import CHATML, make_model
 
 from tapir_local.commands.main import cli
+from tapir_local.commands.models import answer_with_progress
 from tapir_local.errors import TapirError
 from tapir_local.export.export import export_gguf
 from tapir_local.inference.config import GenerationConfig
@@ -53,6 +57,21 @@ def test_the_file_is_whole_and_the_summary_counts_prompts_that_do_not_fit(llama,
     assert [row["finish"] == "too_long" for row in rows] == [False, True]
     assert "1 longer than the context" in found.stderr
     assert found.exit_code == 1
+
+
+def test_no_bar_shares_the_lines_of_answers_on_a_terminal(llama, tmp_path: Path, monkeypatch) -> None:
+    job = PromptFileJob(llama.gguf, asked(tmp_path, 4), GenerationConfig(max_tokens=4, context=128, seed=1))
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setenv("TERM", "xterm")
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, terminal)
+        assert answer_with_progress(job, None).rows == 5
+        monkeypatch.undo()
+        terminal.flush()
+        shown = os.read(ours, 20_000).decode()
+    os.close(ours)
+    assert [json.loads(line)["id"] for line in shown.splitlines()] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_schema_holds_every_answer(llama, tmp_path: Path) -> None:

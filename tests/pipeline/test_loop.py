@@ -94,8 +94,9 @@ def test_a_changed_recipe_is_refused_with_what_changed(recipe: Recipe, tmp_path:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
     changed = recipe.model_copy(update={"random_seed": 7})
-    with pytest.raises(TapirError, match="random_seed: 1 -> 7"):
+    with pytest.raises(TapirError, match="random_seed: 1 -> 7") as error:
         distill(changed, run, fake_backends(World()), QUIET)
+    assert "tapir-local resume fake" in error.value.fix
 
 
 def test_a_hole_is_refused_and_names_redo(recipe: Recipe, tmp_path: Path) -> None:
@@ -250,8 +251,9 @@ def test_recorded_answers_go_through_without_a_call(recipe: Recipe, tmp_path: Pa
 
 def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
     short = recipe.model_copy(update={"seeds": recipe.seeds.model_copy(update={"holdout": 60})})
-    with pytest.raises(TapirError, match="not enough rows to train on: 60 in all, and the holdout takes 60"):
+    with pytest.raises(TapirError, match="not enough rows to train on: 60 in all, and the holdout takes 60") as error:
         distill(short, RunDir(tmp_path, "fake"), fake_backends(World()), QUIET)
+    assert error.value.fix.endswith("--set seeds.holdout=12")
 
 
 def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Path) -> None:

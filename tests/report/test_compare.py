@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +18,13 @@ from tapir_local.files import remove_path, write_record, write_rows, write_text
 from tapir_local.method.metrics import compute_metrics
 from tapir_local.recipe.text import override, parse_recipe, to_yaml
 from tapir_local.records import Completion, Example, Judgement, Message
-from tapir_local.report.compare import compare_rounds, compare_runs, fallen_sentence, round_verdict
+from tapir_local.report.compare import (
+    compare_rounds,
+    compare_runs,
+    fallen_sentence,
+    round_verdict,
+    setting_differences,
+)
 from tapir_local.report.compare_tables import comparison_tables, rounds_of_run_table
 from tapir_local.report.run_results import read_run_results
 from tapir_local.run_dir import RunDir
@@ -361,3 +368,11 @@ def test_the_table_of_rounds_keeps_rates_changes_and_marks(tmp_path: Path, width
     assert "+75.0 (+55.0 to +90.0)" in second
     assert "chance?" in lines[6]
     assert "*: the best; model/" in out.getvalue()
+
+
+def test_of_many_settings_that_differ_three_are_named() -> None:
+    runs = [SimpleNamespace(name=name) for name in ("a", "b")]
+    for count in (3, 14):
+        found = setting_differences(*runs, lambda run, n=count: {f"s{at:02}": run.name for at in range(n)})
+        assert found[:3] == [f"s{at:02} ('a' in a, 'b' in b)" for at in range(3)]
+        assert found[3:] == (["11 more"] if count == 14 else [])

@@ -1,14 +1,20 @@
 """Every table at 60, 80, 100 and 140 columns: no line too long, no number or name cut, no column of single letters."""
 
 import io
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fakes import QUIET, World, fake_backends, make_recipe
 from rich.console import Console
 from rich.text import Text
 
+from tapir_local.commands.main import cli
+from tapir_local.errors import TapirError
 from tapir_local.pipeline.dry_run import CostEstimate
 from tapir_local.pipeline.loop import distill
 from tapir_local.recipe.settings import setting_rows
@@ -18,7 +24,14 @@ from tapir_local.report.compare_tables import comparison_tables
 from tapir_local.report.costs import cost_estimate_table, cost_table
 from tapir_local.report.labels import label_report, label_tables
 from tapir_local.report.status import round_report, run_status, unusable_report
-from tapir_local.report.status_tables import round_tables, rounds_table, stages_table, unusable_tables
+from tapir_local.report.status_tables import (
+    by_task_table,
+    round_tables,
+    rounds_caption,
+    rounds_table,
+    stages_table,
+    unusable_tables,
+)
 from tapir_local.report.tables import text_table
 from tapir_local.report.what_if import plan_with_changes, what_if_tables
 from tapir_local.report.why import explain_row, why_tables
@@ -118,3 +131,64 @@ def test_the_columns_of_a_printed_table_are_still_there_at_another_width() -> No
     table = cost_table("costs", [{"stage": "judge", **SPENT}], "stage")
     shown(table, 60)
     assert "tokens" in shown(table, 140)
+
+
+def test_calls_that_may_be_free_are_not_called_paid(runs: list[RunDir]) -> None:
+    for table in (*all_tables(runs)["status"], *all_tables(runs)["costs"]):
+        assert "asked" in shown(table, 140)
+        assert "paid" not in shown(table, 140)
+
+
+def test_a_missing_accuracy_has_its_reason(runs: list[RunDir]) -> None:
+    status = run_status(runs[0])
+    checked = status["rounds"][-1]["metrics"]["accuracy"] is not None
+    for row in status["rounds"]:
+        row["metrics"]["accuracy"] = None
+    assert "Accuracy needs a checker" in rounds_caption(status)
+    assert ("Accuracy needs a checker" in rounds_caption(run_status(runs[0]))) != checked
+
+
+# show
+
+
+def called(run: RunDir, *words: str) -> str:
+    return CliRunner().invoke(cli, ["show", run.name, *words, "--cache", str(run.cache)], catch_exceptions=False).stdout
+
+
+def test_show_says_which_tasks_rose_or_fell(runs: list[RunDir]) -> None:
+    assert [round_report(runs[0], number)["before"]["round"] for number in (0, 1, 2)] == [-1, 0, 1]
+    metrics = {"win_rate": 0.5, "student_score": 5.0, "by_task": {"Art": {"rows": 14, "accuracy": 0.0714}}}
+    before = {"round": -1, "by_task": {"Art": {"rows": 14, "accuracy": 0.2143}}}
+    text = shown(by_task_table("x", metrics, before), 80)
+    assert "-14.3" in text
+    assert "Change: accuracy less that of the untrained student in points" in text
+    unchecked = {**metrics, "by_task": {"Art": {"rows": 14, "win_rate": 0.5}, "New": {"rows": 1, "win_rate": 1.0}}}
+    text = shown(by_task_table("x", unchecked, {"round": 1, "by_task": {"Art": {"win_rate": 0.25}}}), 80)
+    assert "+25.0" in text
+    assert "Change: win rate less that of round 1" in text
+    assert "Change" not in shown(by_task_table("x", metrics, None), 80)
+
+
+def test_wrong_answers_of_a_task_are_listed(runs: list[RunDir]) -> None:
+    found = json.loads(called(runs[0], "--round", "0", "--limit", "100", "--json"))
+    wrong = json.loads(called(runs[0], "--round", "0", "--wrong", "--limit", "100", "--json"))
+    lost = [row["id"] for row in found["answers"] if row["scores"][0] < row["scores"][1]]
+    assert [row["id"] for row in wrong["answers"]] == lost != []
+    assert (found["matching"], wrong["matching"]) == (10, len(lost))
+    of_task = json.loads(called(runs[0], "--round", "0", "--wrong", "--task", "Art", "--limit", "1", "--json"))
+    assert [row["task"] for row in of_task["answers"]] == ["Art"]
+    text = called(runs[0], "--round", "0", "--wrong", "--limit", "1")
+    assert f"1 of {len(lost)} answers; --limit shows more." in text
+    assert "the judge" not in text
+    with pytest.raises(TapirError, match="no held-out row has the task 'Maths'") as error:
+        called(runs[0], "--task", "Maths")
+    assert error.value.fix == "Tasks of the holdout: Art, Math."
+    assert CliRunner().invoke(cli, ["show", "--labels", "--wrong"]).exit_code == 2
+
+
+def test_a_round_without_answers_says_why_its_table_is_empty(runs: list[RunDir], tmp_path: Path) -> None:
+    shutil.copytree(runs[0].cache, tmp_path / "cache")
+    run = RunDir(tmp_path / "cache", runs[0].name)
+    for name in ("holdout-answers.jsonl", "holdout-judgements.jsonl", "metrics.json"):
+        (run.round(2) / name).unlink()
+    assert "The student has not answered the holdout yet." in called(run, "--round", "2")

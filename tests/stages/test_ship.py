@@ -169,6 +169,8 @@ def test_the_card_says_what_is_not_known(run: RunDir) -> None:
     text = contents(run)["README.md"].decode()
     said = text.partition("## Licenses and terms")[2].partition("##")[0]
     assert said.count(NOT_STATED) == 5
+    note = "; the card does not state card.license, card.base_license, card.data_license, card.terms, card.language"
+    assert run.record()["stages"]["end/ship"]["note"].endswith(note)
     head = yaml.safe_load(text.split("---")[1])
     assert head == {"tags": ["gguf", "tapir-local"]}
 

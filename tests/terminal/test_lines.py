@@ -226,3 +226,27 @@ def test_money_and_failures_of_a_stage_are_those_that_came_in_it(cut: tuple[Reci
     set_taken(run, {"round-02/train": {"note": "20 rows", "seconds": 3.0}})
     state.begins(step_of(state, "round-02/export"))
     assert state.finished[-1] == found  # run.json knows no money
+
+
+def test_the_bar_of_a_new_stage_has_no_total_of_the_stage_before(cut: tuple[Recipe, RunDir]) -> None:
+    recipe, run = cut
+    console = record_console(terminal=True, _environ={"TERM": "xterm"})
+    display = RunDisplay(console, "lines", recipe, run, Clock())
+    assert display.bars
+    for name in ("round-02/train", "round-02/export"):
+        display.begins(step_of(display.state, name))
+        (bar,) = display.bars.tasks
+        assert (bar.total, bar.completed, bar.fields["said"]) == (None, 0, "starting")
+        display.progress(3, 2386, "at work")
+        assert bar.total == 2386
+
+
+def test_a_run_in_lines_begins_with_what_it_will_do(cut: tuple[Recipe, RunDir]) -> None:
+    recipe, run = cut
+    console = record_console()
+    RunDisplay(console, "lines", recipe, run, Clock()).print_header(30)
+    said = dict(line.rstrip().split(maxsplit=1) for line in printed(console).splitlines())
+    assert said["run"] == f"fake in {run.path}"
+    assert said["rounds"] == "0 (plain fine-tuning) to 2, 20 rows each after round 0"
+    assert said["stages"] == "40, 30 of them done before; Ctrl-C stops, the same command resumes"
+    assert {"student", "teacher", "judge", "seeds", "budget"} <= said.keys()
