@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -19,17 +20,20 @@ from fakes import QUIET, World, fake_backends, make_recipe
 from tapir_local.commands.distill import open_display, print_end, with_receipts
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
+from tapir_local.method.prompts import answer_prompt
 from tapir_local.pipeline.loop import distill, redo
 from tapir_local.pipeline.manage import delete_run, ship_round
+from tapir_local.recipe.endpoints import Teacher
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override
-from tapir_local.records import Completion
+from tapir_local.records import Completion, Message, Request
 from tapir_local.report.compare import compare_rounds, compare_runs, round_verdict
 from tapir_local.report.status import run_status
 from tapir_local.run_dir import RunDir, list_runs, lock_run
 from tapir_local.stages import backends
 from tapir_local.stages.context import Backends
 from tapir_local.store.store import Store
+from tapir_local.teacher.ask import ask
 
 
 def answers_right(numbers: set[int]) -> Backends:
@@ -174,12 +178,16 @@ def test_an_interrupted_ship_leaves_the_old_model(made):
     assert run_status(made)["shipped"]["round"] == 2
 
 
-def test_a_round_that_asked_nothing_has_no_receipt_and_no_empty_line(recipe, made, capsys):
-    Store(made.cache / "teacher.db").close()
+def test_a_round_has_one_line_on_its_calls_and_none_if_it_asked_nothing(recipe, made, capsys):
+    with Store(made.cache / "teacher.db") as store:
+        request = Request(answer_prompt((Message("user", "What is 2 + 3?"),)), "seed-1", "seeds")
+        ask([request], Teacher(kind="pocket"), store, run="fake")
     display = open_display("lines", False, recipe, made, None)
-    step = next(step for step in display.state.steps if step.name == "round-01/evaluate")
-    with_receipts(QUIET, display, None).ends(step, {})
-    assert capsys.readouterr() == ("", "")
+    for number in (0, 1):
+        step = next(step for step in display.state.steps if step.name == f"round-{number:02d}/evaluate")
+        with_receipts(QUIET, display, None).ends(step, {})
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.fullmatch(r"\S+ preparation and round 0: 1 call asked, 0 from the store; no money spent", said)
 
 
 # resume

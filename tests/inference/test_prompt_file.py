@@ -59,6 +59,16 @@ def test_the_file_is_whole_and_the_summary_counts_prompts_that_do_not_fit(llama,
     assert found.exit_code == 1
 
 
+@pytest.mark.parametrize("words", [["generate", "m.gguf", "asked.jsonl"], ["export", "pocket"]])
+def test_a_file_is_replaced_only_if_asked(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").write_text("mine")
+    with pytest.raises(TapirError, match="exists") as error:
+        CliRunner().invoke(cli, [*words, "-o", "out"], catch_exceptions=False)
+    assert "--force" in error.value.fix
+    assert Path("out").read_text() == "mine"
+
+
 def test_no_bar_shares_the_lines_of_answers_on_a_terminal(llama, tmp_path: Path, monkeypatch) -> None:
     job = PromptFileJob(llama.gguf, asked(tmp_path, 4), GenerationConfig(max_tokens=4, context=128, seed=1))
     ours, theirs = pty.openpty()
