@@ -47,6 +47,7 @@ def read_stage(work: Work, out: Path) -> str:
     )
     left = describe_duplicates(len(found.duplicates), len(alike)) + describe_folds(folds) + format_left_out(unusable)
     notes = [*table.notes, describe_unread_columns(found.unread), warn_near_duplicates(len(alike), total)]
+    notes += [describe_unused_answers(recipe, examples)]
     examples = sample_seeds(work, examples, table.where)
     # These files come first: once rows.jsonl exists, the stage is done.
     write_rows(work.run.path / "rejected-seeds.jsonl", [*found.duplicates, *alike])
@@ -69,6 +70,15 @@ def usable_seeds(work: Work, rows: Sequence[Example]) -> tuple[list[Example], in
         kept, unfit = split_trainable(work, [row for row in kept if row.completion])
         unusable += unfit
     return kept, folds, unusable
+
+
+def describe_unused_answers(recipe: Recipe, rows: Sequence[Example]) -> str:
+    """A remark that the teacher answers rows anew that have answers; "" if it does not. The pocket seeds are ours."""
+    answered = sum(bool(row.completion) for row in rows)
+    if uses_file_answers(recipe) or recipe.seeds.path == "pocket" or not answered:
+        return ""
+    have = format_count(answered, "row has an answer", "rows have answers")
+    return f"{have}, but the teacher writes its own (seeds.answers: file keeps yours)"
 
 
 def uses_file_answers(recipe: Recipe) -> bool:

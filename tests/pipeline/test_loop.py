@@ -256,6 +256,19 @@ def test_too_few_seeds_for_the_holdout(recipe: Recipe, tmp_path: Path) -> None:
     assert error.value.fix.endswith("--set seeds.holdout=12")
 
 
+@pytest.mark.parametrize("answers", ["teacher", "file"])
+def test_answers_that_the_teacher_writes_anew_are_told(answers: str, tmp_path: Path) -> None:
+    recipe, run, world = override(make_recipe(tmp_path), {"seeds.answers": answers}), RunDir(tmp_path, "fake"), World()
+    rows = json.loads((tmp_path / "seeds.json").read_text())
+    (tmp_path / "seeds.json").write_text(json.dumps([{**row, "output": "mine"} for row in rows]))
+    world.fail_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, run, fake_backends(world), QUIET)
+    note = run.record()["stages"]["prepare/read"]["note"]
+    anew = "; 60 rows have answers, but the teacher writes its own (seeds.answers: file keeps yours)"
+    assert note == "60 rows" + (anew if answers == "teacher" else "")
+
+
 def test_show_has_the_plan_the_metrics_and_answers(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path, "fake")
     distill(recipe, run, fake_backends(World()), QUIET)
