@@ -73,7 +73,7 @@ ROUND = {
     "run": HOSTILE, "round": 1, "plan": PLAN, "judge": {HOSTILE: QUALITY}, "unusable": {HOSTILE: {HOSTILE: 1}},
     "judge_check": {"meaning": HOSTILE},
     "metrics": {"win_rate": 0.5, "student_score": 5.0, "by_task": {HOSTILE: {"rows": 1, "win_rate": 0.5}}},
-    "answers": [ANSWER],
+    "before": {"round": 0, "by_task": {HOSTILE: {"rows": 1, "win_rate": 0.4}}}, "answers": [ANSWER], "matching": 2,
 }  # fmt: skip
 LINE = {"round": 1, "student": 1.0, "teacher": 2.0, "mfd": 1.0, "use": HOSTILE, "why": HOSTILE, "trained": True}
 WHY = {
