@@ -47,7 +47,7 @@ class Curriculum(Settings):
         None,
         ge=0,
         le=9,
-        description="a hard row whose MFD is above this in its last two judgements is left out of the round, because "
+        description="a hard row whose MFD is above this in its last two judgements is set aside for the round, because "
         "it is beyond the student for now; null: no row is",
     )
     teacher_floor: float = Field(
