@@ -40,10 +40,14 @@ if TYPE_CHECKING:
 @click.option("--replay", is_flag=True, help="Take every answer from the store; stop with an error if one is missing.")
 @click.option("--dry-run", is_flag=True, help="Show what the rest of the run will ask and cost, and ask nothing.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON object a line for each event; one in all with --dry-run."
+    "--json", "as_json", is_flag=True, help="Print each event as a line of JSON; with --dry-run, one JSON object."
 )
 @click.option("--require-gpu", is_flag=True, help="Stop with an error if training or answering would run on the CPU.")
-@click.option("--trust", is_flag=True, help="Allow RECIPE to run the commands and send the keys that it names.")
+@click.option(
+    "--trust",
+    is_flag=True,
+    help="Allow RECIPE to run commands, and to send keys and losses to the hosts that it names.",
+)
 @click.option(
     "--display",
     type=click.Choice(["full", "lines", "log", "none"]),
@@ -71,9 +75,9 @@ def distill_command(
 
     RECIPE is a YAML file, the name of a recipe that comes with the program (see `tapir-local recipes`), or the name of
     a run, which resumes with the recipe that it began with. Paths in a recipe are relative to the current folder. A
-    recipe that runs a command (train.launcher, export.converter), or sends a key other than OPENAI_API_KEY to a host
-    that it names, needs your permission once: --trust, or an answer in the terminal. What happens is also written to
-    run.log in the run's folder.
+    recipe that runs a command (train.launcher, export.converter), sends a key other than OPENAI_API_KEY to a host that
+    it names, or sends the loss of each training to wandb needs your permission once: --trust, or an answer in the
+    terminal. What happens is also written to run.log in the run's folder.
     """
     from tapir_local.doctor import gpu_check
     from tapir_local.resources import default_cache

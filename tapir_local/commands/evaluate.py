@@ -49,7 +49,12 @@ LEAST_CONTEXT = 4096  # tokens of a conversation and its answer; limited to the 
 @click.option("--references", metavar="FILE|none", help="MT-Bench's reference answers, in FastChat's format.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first questions.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Maximum tokens per answer.  [default: the recipe's]")
-@click.option("--round", "number", type=click.IntRange(min=0), help="Round whose student answers; by default the last.")
+@click.option(
+    "--round",
+    "number",
+    type=click.IntRange(min=0),
+    help="Round whose student answers; by default the one in model/ or, before the run is done, the last one.",
+)
 @click.option("--recipe", help="Recipe or run that has the judge.  [default: the run's own]")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as judge.model.")
 @click.option(

@@ -19,7 +19,7 @@ def resume_run(context: click.Context, /, run: str | None, cache: Path | None, *
     """Resume RUN with the recipe that it began with.
 
     Without RUN, resume the run that was worked on last. `distill RUN` does the same, unless a recipe has this name.
-    Settings that change no result may change, such as rounds and budget.
+    Settings that change no finished output may change, such as rounds and budget.
     """
     from tapir_local.terminal.events import RunEvents, telling_stop
 
@@ -51,9 +51,9 @@ resume_command = click.Command(
 def ship_command(run: str, number: int, yes: bool, cache: Path | None) -> None:
     """Make model/ of RUN from the student of another round.
 
-    The new model/ replaces the old one, of which nothing is lost: it can be made again from its round. `status`, the
-    model card and `compare` name the round. The choice lasts until the recipe's `rounds` or `ship` changes: then model/
-    is made again as `ship` says.
+    The new model/ replaces the old one, which can be made again from its round, so nothing is lost. `status`, the model
+    card and `compare` name the round. The choice lasts until the recipe's `rounds` or `ship` changes: then model/ is
+    made again as the setting `ship` says.
     """
     from tapir_local.pipeline.loop import Watch, kept_recipe
     from tapir_local.pipeline.manage import check_shippable, ship_round

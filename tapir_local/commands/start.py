@@ -29,9 +29,9 @@ def recipes_command(name: str | None, list_settings: bool, as_json: bool) -> Non
 
     With --json, NAME's settings are printed as JSON, those that it leaves out with their defaults.
 
-    A recipe from another source can run commands (train.launcher, export.converter) and can send a key other than
-    OPENAI_API_KEY to a host that it names. Read it before you use it; `distill` asks you once to allow this, or takes
-    --trust.
+    A recipe from another source can run commands (train.launcher, export.converter), send a key other than
+    OPENAI_API_KEY to a host that it names, and send the loss of each training to wandb. Read it before you use it;
+    `distill` asks you once to allow this, or takes --trust.
     """
     from tapir_local.resources import find_recipe, read_recipe_text
 

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 )
 @click.argument("model", required=False, metavar="[RUN|GGUF]")
 @click.option(
-    "--round", "number", type=click.IntRange(min=0), help="Round whose student answers; by default the last one."
+    "--round",
+    "number",
+    type=click.IntRange(min=0),
+    help="Round whose student answers; by default the one in model/ or, before the run is done, the last one.",
 )
 @click.option("--prompt", help="Answer this prompt and exit.")
 @click.option("--system", default="", help="System prompt of the conversation.")
@@ -141,7 +144,12 @@ class LineReader:
     ),
 )
 @click.argument("model", required=False, metavar="[RUN|GGUF]")
-@click.option("--round", "number", type=click.IntRange(min=0), help="Round to serve; by default the last one.")
+@click.option(
+    "--round",
+    "number",
+    type=click.IntRange(min=0),
+    help="Round to serve; by default the one in model/ or, before the run is done, the last one.",
+)
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True, help="Port to listen at.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is every network.")
 @click.option(
@@ -203,12 +211,12 @@ def serve_command(
 @click.option(
     "--preferences",
     is_flag=True,
-    help="Write pairs for DPO instead: the teacher's answer, and the student's where the judge scored it far lower.",
+    help="Write preference pairs for DPO instead: both answers to each row on which the teacher's scored far higher.",
 )
 @click.option(
     "--margin",
     type=click.FloatRange(0, 9),
-    help="Least difference of scores of a pair, in each order.  [default: curriculum.mfd_threshold]",
+    help="The scores of a pair differ by more than this, in each order.  [default: curriculum.mfd_threshold]",
 )
 @click.option("--force", is_flag=True, help="Replace OUT and its card if they exist.")
 @cache_option

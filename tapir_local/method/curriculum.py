@@ -181,7 +181,7 @@ def aside_notes(aside: set[str], settings: Curriculum) -> tuple[str, ...]:
     """A note on rows that are set aside."""
     if not aside:
         return ()
-    return (f"{format_count(len(aside), 'hard row')} set aside: MFD above {settings.mfd_ceiling:g} twice running",)
+    return (f"{format_count(len(aside), 'hard row')} set aside: MFD above {settings.mfd_ceiling:g} twice in a row",)
 
 
 def count_hard_rows(alpha: float, rows: int, some_hard: bool, easy: int) -> int:

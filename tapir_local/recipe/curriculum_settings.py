@@ -47,8 +47,8 @@ class Curriculum(Settings):
         None,
         ge=0,
         le=9,
-        description="a hard row whose MFD is above this in two judgements running is set aside for the round: it is "
-        "beyond the student for now; null: none is",
+        description="a hard row whose MFD is above this in its last two judgements is set aside for the round, because "
+        "it is beyond the student for now; null: no row is",
     )
     teacher_floor: float = Field(
         6.0, ge=1, le=10, description="minimum score of the teacher; a row below it is neither hard nor replayed"

@@ -96,7 +96,9 @@ class Judge(Endpoint):
         description="ask a judge behind an endpoint about finished answers while the student still writes others; "
         "`auto`: if its base_url is not on this machine (localhost, 127.…, ::1), whose processors the student needs",
     )
-    max_unjudged: Share = Field(0.05, description="share of rows without a readable judgement at which a round stops")
+    max_unjudged: Share = Field(
+        0.05, description="share of rows without a readable judgement above which a round stops"
+    )
     health: Literal["warn", "stop"] = Field(
         "warn",
         description="what happens if the scores are useless (all the same, or no better than chance by the checker): "

@@ -174,7 +174,7 @@ class Train(Settings):
     )
     report_to: Literal["none", "wandb", "tensorboard", "trackio", "mlflow"] = Field(
         "none",
-        description="tracker that gets the loss of each step, if installed; only wandb sends it to a server",
+        description="tracker that gets the loss of each step, if installed; only wandb sends it to a server by itself",
     )
     preference: Literal["none", "dpo"] = Field(
         "none",

@@ -15,7 +15,7 @@ RATE_SECONDS = 120.0  # the current rate is that of the last two minutes
 # for what took five.
 LEAST_ITEMS = 5
 # Stages that take seconds, whatever they are given; before the first of a kind they count as nothing.
-QUICK_STAGES = frozenset({"read", "mix", "plan", "evaluate", "untrained-export", "untrained-evaluate", "ship"})
+QUICK_STAGES = frozenset({"read", "mix", "plan", "pairs", "evaluate", "untrained-export", "untrained-evaluate", "ship"})
 ANSWER_STAGES = frozenset({"answer", "holdout-answer", "untrained-answer"})
 
 Records = Mapping[str, Mapping[str, Any]]  # what run.json says of finished steps, by the step's name

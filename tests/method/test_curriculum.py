@@ -162,7 +162,7 @@ def test_rows_far_beyond_the_student_twice_running_are_set_aside() -> None:
     assert plan.aside == ("hard-Math-0", "hard-Math-1")
     assert plan.pool_hard == 6
     assert not {*plan.hard, *plan.expansions[0].parents, *plan.expansions[0].others, *plan.replay} & {*plan.aside}
-    assert plan.notes[0] == "2 hard rows set aside: MFD above 6 twice running"
+    assert plan.notes[0] == "2 hard rows set aside: MFD above 6 twice in a row"
     assert plan_with_ceiling(before).aside == ()
     assert plan_with_ceiling({}, mfd_ceiling=0.0).aside == ()
 
