@@ -63,7 +63,10 @@ def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: s
     """
     if len(rows) <= limit * total or (limit and len(rows) == 1 < total):
         return
-    first = "; ".join(f"{row.id} ({row.reason})" for row in rows[:MAX_ROWS_NAMED])
+    named: dict[str, list[str]] = {}
+    for row in rows[:MAX_ROWS_NAMED]:
+        named.setdefault(row.reason, []).append(row.id)
+    first = "; ".join(f"{', '.join(ids)} ({reason})" for reason, ids in named.items())
     share = -(-100 * len(rows) // total) / 100
     more = f", or allow more: --set limits.unusable={share:g}" if share <= MAX_LIMIT_ADVISED else ""
     raise TapirError(
