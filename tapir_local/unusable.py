@@ -87,4 +87,4 @@ def format_common_reasons(rows: Sequence[Unusable]) -> str:
 
 def format_left_out(rows: Sequence[Unusable]) -> str:
     """The end of a stage's last line: how many rows were left out and why; "" if none were."""
-    return f", {len(rows):,} left out ({format_common_reasons(rows)}; {UNUSABLE_FILE})" if rows else ""
+    return f", {len(rows):,} left out ({format_common_reasons(rows)}, see {UNUSABLE_FILE})" if rows else ""

@@ -57,7 +57,8 @@ def test_where_most_rows_are_unusable_nobody_is_told_to_allow_it() -> None:
 
 def test_a_closing_line_counts_them() -> None:
     assert format_left_out([]) == ""
-    assert format_left_out(rows(2)) == ", 2 left out (2 refused by the server; unusable.jsonl)"
+    assert "; " not in format_left_out(rows(2))  # which would begin a remark of its own, in another line
+    assert format_left_out(rows(2)) == ", 2 left out (2 refused by the server, see unusable.jsonl)"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ ODD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "to
 
 def test_one_unusable_row_in_fifty_is_left_out(tmp_path: Path) -> None:
     said, run = read_rows_of(tmp_path, [*FIFTY[:20], ODD, *FIFTY[21:49], '{"instruction": "torn'])
-    assert said == "48 rows, 2 left out (1 a turn that calls a tool, 1 not JSON; unusable.jsonl)"
+    assert said == "48 rows, 2 left out (1 a turn that calls a tool, 1 not JSON, see unusable.jsonl)"
     found = read_rows(Unusable, run / "unusable.jsonl")
     assert [(row.id, row.kind) for row in found] == [
         ("seeds.jsonl, line 21", "a turn that calls a tool"),

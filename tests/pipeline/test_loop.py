@@ -204,7 +204,7 @@ def test_cut_answers_are_left_out_not_trained_on(recipe: Recipe, tmp_path: Path)
     distill(tolerant, run, with_ask(World(), cut), QUIET)
     rows = [row for number in (1, 2) for row in read_rows(Example, run.round(number) / "train.jsonl")]
     assert all(row.completion != "half of it" for row in rows)
-    assert "left out (2 cut at teacher.max_tokens; unusable.jsonl)" in str(run.record()["stages"])
+    assert "left out (2 cut at teacher.max_tokens, see unusable.jsonl)" in str(run.record()["stages"])
 
 
 def test_rejected_drafts_are_kept_with_their_reason(recipe: Recipe, tmp_path: Path) -> None:

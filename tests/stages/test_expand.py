@@ -187,7 +187,7 @@ def test_new_answers_below_the_floor_are_left_out_where_the_recipe_asks_for_it(r
     old = {row.id: row for row in read_rows(Example, run.path / "seeds.jsonl")}
     changed = [row for row in rows if old.get(row.id) != row]
     assert len(scored) == len(changed) + len(left)
-    assert f"{len(left)} left out ({len(left)} new answer below curriculum.teacher_floor; unusable.jsonl)" in note(
+    assert f"{len(left)} left out ({len(left)} new answer below curriculum.teacher_floor, see unusable.jsonl)" in note(
         run, "refine"
     )
 

@@ -179,7 +179,7 @@ def test_the_stage_records_rows_left_out_even_if_they_are_too_many(tmp_path: Pat
     else:
         loss, left_out = (
             r"loss [\d.]+ -> [\d.]+ \S+",
-            r"1 left out \(1 longer than student.max_length; unusable.jsonl\)",
+            r"1 left out \(1 longer than student.max_length, see unusable.jsonl\)",
         )
         assert re.fullmatch(f"from the base, {loss}, {left_out}", rounds.train_stage(work, out))
         job = json.loads((run.round(0) / "train" / "job.json").read_text())
