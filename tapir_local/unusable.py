@@ -66,7 +66,9 @@ def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: s
     named: dict[str, list[str]] = {}
     for row in rows[:MAX_ROWS_NAMED]:
         named.setdefault(row.reason, []).append(row.id)
-    first = "; ".join(f"{', '.join(ids)} ({reason})" for reason, ids in named.items())
+    first = "; ".join(
+        f"{' and '.join(filter(None, [', '.join(ids[:-1]), ids[-1]]))} ({reason})" for reason, ids in named.items()
+    )
     share = -(-100 * len(rows) // total) / 100
     more = f", or allow more: --set limits.unusable={share:g}" if share <= MAX_LIMIT_ADVISED else ""
     raise TapirError(

@@ -44,7 +44,7 @@ def test_the_share_that_the_limit_names_is_still_allowed() -> None:
     said = str(caught.value)
     assert "6 of 100 rows (6%) cannot be used: 5 refused by the server, 1 empty reply" in said
     assert said.count("refused by the server: too long") == 1  # a reason may be two lines of advice
-    assert "The first: seed-00000, seed-00001, seed-00002, seed-00003, seed-00004 (refused by" in said
+    assert "The first: seed-00000, seed-00001, seed-00002, seed-00003 and seed-00004 (refused by" in said
     assert "--set limits.unusable=0.06" in said
 
 

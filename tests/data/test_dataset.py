@@ -136,7 +136,7 @@ def test_unusable_rows_can_be_refused(tmp_path: Path) -> None:
 
 
 def test_too_many_unusable_rows_stop_with_reasons_and_examples(tmp_path: Path) -> None:
-    said = r"3 of 50 rows \(6%\) cannot be used: 2 a turn that calls a tool, 1 not an object(.|\n)*seeds.jsonl, line 1 "
+    said = r"3 of 50 rows \(6%\) cannot be used: 2 a turn that calls a tool, 1 not an object(.|\n)*, line 1 and seeds"
     with pytest.raises(TapirError, match=said):
         read_rows_of(tmp_path, [ODD, ODD, "3", *FIFTY[3:]])
     assert len(read_rows(Unusable, tmp_path / "runs" / "run" / "unusable.jsonl")) == 3
