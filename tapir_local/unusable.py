@@ -79,6 +79,11 @@ def refuse_too_many(rows: Sequence[Unusable], total: int, limit: float, where: s
     )
 
 
+def name_all(ids: Sequence[str]) -> str:
+    """`seed-1, seed-2 and seed-3`."""
+    return " and ".join(filter(None, [", ".join(ids[:-1]), ids[-1]]))
+
+
 def format_common_reasons(rows: Sequence[Unusable]) -> str:
     """The most common kinds with their counts: `3 refused by the server, 1 cut at teacher.max_tokens`."""
     counts = Counter(row.kind for row in rows).most_common()
