@@ -79,7 +79,7 @@ def test_the_calls_in_a_recipes_comment_are_the_estimated_ones(path: Path) -> No
     rows = min(recipe.seeds.limit or ALPACA, ALPACA)
     labelled = min(recipe.classifier.labelled, rows)
     calls = rows + labelled + min(recipe.classifier.ask_at_most, rows - labelled)
-    calls += expected_calls("holdout-judge", 0, recipe, rows)
+    calls += sum(expected_calls(name, 0, recipe, rows) for name in ("untrained-judge", "holdout-judge"))
     for number in range(1, recipe.rounds + 1):
         calls += sum(expected_calls(stage.name, number, recipe, rows) for stage in ROUND_STAGES)
     assert quoted[1] == f"{calls:,}"
