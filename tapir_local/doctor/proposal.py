@@ -123,10 +123,8 @@ def teacher_settings(named: str) -> dict[str, Any]:
     """
     if named in ("recorded", "pocket"):
         return {"kind": named}
-    if named.lower().endswith(".gguf"):
-        return {"gguf": named}
     if not named.startswith(("http://", "https://")):
-        return {"model": named}
+        return {"gguf" if named.lower().endswith(".gguf") else "model": named}
     head, mark, model = named.partition("/v1/")
     url = head + "/v1" if mark else named.rpartition("/")[0]
     model = model if mark else named.rpartition("/")[2]

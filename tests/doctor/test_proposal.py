@@ -39,6 +39,11 @@ def written(choices: Choices) -> Recipe:
     [
         ("gpt-4o-mini", {"model": "gpt-4o-mini"}, "OPENAI_API_KEY"),
         ("teacher.gguf", {"gguf": "teacher.gguf"}, ""),
+        (
+            "http://localhost:8080/v1/q.gguf",
+            {"base_url": "http://localhost:8080/v1", "model": "q.gguf"},
+            "",
+        ),  # as `serve` names it
         ("recorded", {"kind": "recorded"}, ""),
         (
             "http://localhost:8000/v1/Qwen/Qwen3-8B",
