@@ -233,8 +233,6 @@ def check_run_disk(recipe: Recipe, cache: Path) -> MachineCheck:
 
 def check_endpoint(role: str, endpoint: Endpoint, ask: bool) -> Iterator[MachineCheck]:
     """The key or the GGUF of a teacher or judge is there and, with `ask`, it answers one short request."""
-    from tapir_local.teacher.endpoint import describe_key_source, read_api_key
-
     kind, name = getattr(endpoint, "kind", "openai"), describe_endpoint(endpoint)
     if kind not in ("openai", "gguf"):
         yield MachineCheck(role, True, name)
@@ -242,11 +240,19 @@ def check_endpoint(role: str, endpoint: Endpoint, ask: bool) -> Iterator[Machine
     if kind == "gguf":
         check = attempt(role, partial(check_endpoint_gguf, role, endpoint), name)
     else:
-        source = f"{describe_key_source(endpoint)}, for {name}"
-        check = attempt(f"{role}'s key", partial(read_api_key, endpoint), source)
+        check = attempt(f"{role}'s key", partial(find_key, endpoint))
     yield check
     if ask and check.ok:
         yield attempt(f"{role} answers", partial(ask_once, endpoint))
+
+
+def find_key(endpoint: Endpoint) -> str:
+    """Where the key of an endpoint comes from, if it needs one; TapirError if that is missing."""
+    from tapir_local.teacher.endpoint import PLACEHOLDER_KEY, describe_key_source, read_api_key
+
+    found = read_api_key(endpoint) != PLACEHOLDER_KEY
+    source = describe_key_source(endpoint) if found else "none set, and a server on this machine may need none"
+    return f"{source}; for {describe_endpoint(endpoint)}"
 
 
 def check_endpoint_gguf(role: str, endpoint: Endpoint) -> None:

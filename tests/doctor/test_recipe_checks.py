@@ -66,6 +66,7 @@ def test_a_recipe_that_can_run_is_good(tmp_path):
         ({"rows: 60}": "rows: 60}\ntrain: {method: qlora}"}, "train.method", False, "needs a GPU", "LoRA"),
         ({"rows: 60}": "rows: 60}\ntrain: {report_to: mlflow}"}, "tracker", False, "mlflow", "pip install mlflow"),
         ({"URL": "https://api.example"}, "teacher's key", False, "no API key", "export MY_KEY="),
+        ({"URL": "http://localhost:1"}, "teacher's key", True, "a server on this machine may need none", ""),
         ({"model: m, base_url: URL, api_key_env: MY_KEY": "gguf: no.gguf"}, "teacher", False, "no.gguf", "path"),
     ],
 )
