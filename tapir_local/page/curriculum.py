@@ -192,6 +192,10 @@ def pick(drafts: Sequence[Draft], draw: random.Random) -> list[Draft]:
     return [drafts[at] for at in chosen]
 
 
+# Green for what was kept. Only a ninth outcome would repeat a color.
+OUTCOME_COLORS = tuple(f"var(--c{number})" for number in (3, 2, 4, 6, 7, 1, 5, 8))
+
+
 def outcome(draft: Draft) -> str:
     """`kept`, or the kind of the reason why a draft was rejected, without its figures."""
     return draft.reason.partition(":")[0] or "kept"
@@ -211,7 +215,7 @@ def drafts_figure(drafts: Sequence[tuple[int, Draft]]) -> Figure:
     def make(narrow: bool) -> Spec:
         y = {"field": "round", "type": "nominal", "sort": None, "axis": {"title": None, "labelColor": INK}}
         x = {"field": "drafts", "type": "quantitative", "axis": {"title": "drafts", "tickCount": 5}}
-        color = color_by("outcome", names, narrow, ("var(--c3)", "var(--c2)", "var(--c4)", "var(--c6)", "var(--c7)"))
+        color = color_by("outcome", names, narrow, OUTCOME_COLORS)
         order = {"field": "order", "type": "quantitative"}
         return {
             "height": {"step": 28},

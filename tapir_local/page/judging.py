@@ -89,5 +89,6 @@ def scores_figure(judged: Sequence[Judgement], title: str) -> Figure:
         }  # fmt: skip
         return {"height": 260, "layer": [same, dots]}
 
-    note = "Mean of both orders. On the dashed line both have the same score; above it the teacher's answer is better."
-    return draw_figure(title, make, note)
+    mean = "Mean of both orders. " if any(sum(map(bool, row.orders)) > 1 for row in judged) else ""
+    note = "On the dashed line both have the same score; above it the teacher's answer is better."
+    return draw_figure(title, make, mean + note)

@@ -84,7 +84,7 @@ def rates_by_cost_figure(rounds: Sequence[Mapping[str, Any]], by_round: Sequence
         return {"height": 240, "data": inline_values(points), "layer": [bars, line, dots, texts]}
 
     counted = "at the prices of the recipe, evaluation included" if money else "the evaluation's are not counted"
-    note = f"Bars: 95 % intervals. Numbers: the rounds. Calls from the store count as if they were paid; {counted}."
+    note = f"Bars: 95 % intervals. Numbers: the rounds. Calls from the store count as if they were asked; {counted}."
     return draw_figure(f"{names[0].capitalize()} by {'money' if money else 'calls'}", make, note)
 
 
@@ -97,8 +97,8 @@ def money_so_far(by_round: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def calls_figure(by_stage: Sequence[Mapping[str, Any]]) -> Figure:
-    """A stacked bar for each stage: calls paid, from the store, and failed."""
-    kinds = {"paid": "paid", "from_store": "from the store", "failed": "failed attempts"}
+    """A stacked bar for each stage: calls asked, from the store, and failed."""
+    kinds = {"paid": "asked", "from_store": "from the store", "failed": "failed attempts"}
     names = [name for key, name in kinds.items() if any(row[key] for row in by_stage)]
     bars = [
         {"stage": row["stage"], "kind": name, "calls": row[key], "tip": f"{row['stage']}: {row[key]:,} {name}"}
@@ -123,7 +123,7 @@ def costs_grid(title: str, rows: Sequence[Mapping[str, Any]], by: str) -> Grid:
     """A row for each value of `by`, and their sum."""
     failed = ["failed"] if any(row["failed"] for row in rows) else []
     numbers = ["paid", "from_store", *failed, "tokens_in", "tokens_out"]
-    heads = [by, *(name.replace("_", " ") for name in numbers), "money", "saved"]
+    heads = [by, "asked", *(name.replace("_", " ") for name in numbers[1:]), "money", "saved"]
     cells = [cost_row(str(row[by]), [row], numbers) for row in rows]
     return Grid(heads, cells, cost_row("all", rows, numbers), title=title)
 

@@ -17,12 +17,15 @@ from click.testing import CliRunner, Result
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
+from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_rows
 from tapir_local.page import build
 from tapir_local.page.answers import TEXT_LIMITS, browser_data, read_answered_rows, script_json, text_limit
 from tapir_local.page.build import PAGE_SECTIONS, RunPage, build_page, check_page_output, run_page
+from tapir_local.page.curriculum import drafts_figure
 from tapir_local.page.draw import SERIES, color_by, draw_svg, inline_values
+from tapir_local.page.judging import scores_figure
 from tapir_local.page.parts import Browser, Figure, Grid
 from tapir_local.page.spending import KINDS_OF_WORK, rates_by_cost_figure, time_section
 from tapir_local.page.summary import all_stages, read_view
@@ -32,7 +35,7 @@ from tapir_local.pipeline.loop import distill
 from tapir_local.printable import printable
 from tapir_local.recipe.schema import Recipe
 from tapir_local.recipe.text import override, parse_recipe
-from tapir_local.records import Answer, Completion, Example, Request
+from tapir_local.records import Answer, Completion, Example, Judgement, Request
 from tapir_local.report.compare import compare_rounds
 from tapir_local.report.costs import STAGE_ORDER
 from tapir_local.report.status import run_status
@@ -483,3 +486,15 @@ def test_rates_are_shown_by_what_they_cost(price: float, unit: str, runs: list[R
     assert rates_by_cost_figure(rounds[:1], spent) is None
     unknown = [{**row, "unpriced": 1} for row in spent]
     assert rates_by_cost_figure(rounds, unknown).title == "Win rate by calls"  # type: ignore[union-attr]
+
+
+def test_each_reason_of_rejected_drafts_has_a_color_of_its_own() -> None:
+    example = Example("a", (), "")
+    drafts = [(1, Draft(example, reason)) for reason in ("", "near: 0.9", "cut", "no task", "other task", "refused")]
+    assert len(set(re.findall(r"var\(--c\d\)", drafts_figure(drafts).wide))) == 6
+
+
+def test_only_scores_of_both_orders_are_called_their_mean() -> None:
+    alone, both = Judgement("a", 8.0, 6.0), Judgement("b", 8.0, 6.0, orders=((8.0, 6.0), (8.0, 6.0)))
+    assert "both orders" not in scores_figure([alone], "Scores").note
+    assert scores_figure([alone, both], "Scores").note.startswith("Mean of both orders.")
