@@ -32,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from overlap import serve_completions
 from store import TEXT, URL, answer, fill, prose, request
 
 from tapir_local.export.gate import Figures, GateReport
@@ -325,16 +326,8 @@ async def serve() -> None:
         raw = await request.read()
         return web.json_response(completion(reply_text(json.loads(raw)["messages"], zlib.crc32(raw))))
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", reply)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    print(runner.addresses[0][1], flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    await serve_completions(reply)
     print(count, flush=True)
-    await runner.cleanup()
 
 
 def reply_text(messages: Sequence[Mapping[str, str]], number: int) -> str:

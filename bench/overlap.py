@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,15 +194,22 @@ async def serve(seconds: float) -> None:
         await asyncio.sleep(seconds)
         return web.json_response(COMPLETION)
 
+    await serve_completions(score)
+    print(json.dumps({"requests": seen.total(), "twice": sum(count > 1 for count in seen.values())}), flush=True)
+
+
+async def serve_completions(reply: Callable[[Any], Awaitable[Any]]) -> None:
+    """Answer requests for chat completions on loopback with `reply` until stdin is closed; print the port first."""
+    from aiohttp import web
+
     app = web.Application()
-    app.router.add_post("/v1/chat/completions", score)
+    app.router.add_post("/v1/chat/completions", reply)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     print(runner.addresses[0][1], flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    print(json.dumps({"requests": seen.total(), "twice": sum(count > 1 for count in seen.values())}), flush=True)
     await runner.cleanup()
 
 
