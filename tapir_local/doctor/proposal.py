@@ -177,7 +177,7 @@ def recipe_yaml(choices: Choices, path: Path) -> str:
         "student:",
         f"  path: {scalar(choices.student)}",
         *setting_lines(student),
-        f"teacher: {'recorded' if recorded else flow(teacher)}",
+        f"teacher: {'recorded' if recorded else flow({**teacher, **slow_server_settings(teacher)})}",
         *(price_lines() if asked else []),
         note("judge: reference", "likeness to your answers (ROUGE-L); no calls") if recorded else "judge: teacher",
         "curriculum:",
@@ -190,6 +190,17 @@ def recipe_yaml(choices: Choices, path: Path) -> str:
         "  quant: q8_0",
     ]
     return "\n".join(lines) + "\n"
+
+
+def slow_server_settings(teacher: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Few requests in flight and a long timeout, for a server on this machine without a GPU.
+
+    Such a server answers one request after the other: with 16 in flight, those of a judge waited longer than 120 s.
+    """
+    from tapir_local.teacher.endpoint import is_loopback
+
+    slow = is_loopback(teacher.get("base_url", "")) and not list_visible_gpus()
+    return {"concurrency": 2, "timeout": 600} if slow else {}
 
 
 def propose_batch(rows: int) -> int:

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from tapir_local.errors import TapirError
+from tapir_local.inference.lib import thread_count
 from tapir_local.process import PR_SET_PDEATHSIG, child_environment, stop_child
 from tapir_local.talk.models import ModelSource
 
@@ -71,6 +72,8 @@ def server_command(source: ModelSource, config: ServerConfig) -> list[str]:
         )
     adapter = ["--lora_path", str(source.adapter)] if source.adapter else []
     context = ["--n_ctx", str(source.context), "--model_alias", source.name, "--verbose", "false"]
+    threads = str(thread_count())  # its own default is half of the processors
+    context += ["--n_threads", threads, "--n_threads_batch", threads]
     command = [sys.executable, "-P", "-m", "llama_cpp.server", "--model", str(source.gguf), "--n_gpu_layers", "-1"]
     return [*command, *AS_EVALUATED, *adapter, *context, *where]
 

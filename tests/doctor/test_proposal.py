@@ -83,6 +83,18 @@ def test_every_recipe_that_is_written_is_valid(teacher, rows, answered, path):
     assert recipe.teacher.model == teacher_settings(teacher).get("model")
 
 
+def test_a_server_on_this_machine_without_a_gpu_gets_few_requests_and_time(monkeypatch):
+    """One that answers in turn let requests of a judge wait for more than the default timeout."""
+    from tapir_local.doctor import proposal
+
+    monkeypatch.setattr(proposal, "list_visible_gpus", list)
+    slow = written(replace(CHOICES, teacher="http://localhost:8080/v1/q.gguf")).teacher
+    assert (slow.model, slow.concurrency, slow.timeout) == ("q.gguf", 2, 600)
+    assert written(CHOICES).teacher.concurrency == 16
+    monkeypatch.setattr(proposal, "list_visible_gpus", lambda: [Gpu("A", 1 << 30, 24 * 10**9)])
+    assert written(replace(CHOICES, teacher="http://localhost:8000/v1/m")).teacher.concurrency == 16
+
+
 def test_the_first_line_is_the_command_that_runs_it():
     first = recipe_yaml(CHOICES, Path("my recipe.yaml")).splitlines()[0]
     assert first == "# OPENAI_API_KEY=... tapir-local distill 'my recipe.yaml'"

@@ -18,6 +18,7 @@ from command_line import ROOT, refused, tapir
 
 from tapir_local.export.export import export_gguf
 from tapir_local.resources import find_model_folder
+from tapir_local.talk import serve
 from tapir_local.talk.models import ModelSource, gguf_file_source
 from tapir_local.talk.serve import SERVER_MODULES, ServerConfig, server_command, usage_lines
 
@@ -175,3 +176,12 @@ def test_the_served_answer_is_that_of_chat(tmp_path: Path, monkeypatch: pytest.M
         )
     expected = tapir("chat", str(gguf), "--prompt", asked).stdout
     assert f"{reply.choices[0].message.content}\n" == expected
+
+
+def test_llama_cpp_pythons_server_uses_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own default is half of them."""
+    monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+    monkeypatch.setattr(serve, "SERVER_MODULES", ())
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    words = server_command(ModelSource("m", Path("m.gguf"), None, 512, 64), ServerConfig("127.0.0.1", 8080))
+    assert (words[words.index("--n_threads") + 1], words[words.index("--n_threads_batch") + 1]) == ("6", "6")
