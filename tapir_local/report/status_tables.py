@@ -119,7 +119,8 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
     """A row for each stage: done or not, seconds, calls, its closing phrase."""
     table = PlainTable(
-        f"run {status['run']}: {status['state']}; {status['stages_done']} of {status['stages']} stages are done\n"
+        f"run {status['run']}: {status['state'].rstrip('.')}; "
+        f"{status['stages_done']} of {status['stages']} stages are done\n"
         f"{progress_line(status['now'])}{status['folder']}"
     )
     shipped = status["shipped"]

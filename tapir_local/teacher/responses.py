@@ -119,6 +119,8 @@ def describe_transport_error(error: BaseException, endpoint: Endpoint) -> tuple[
         return f"no connection: there is no host {place} ({text})", fix
     if "Connect call failed" in text or "refused" in text:
         return f"no connection: nothing listens at {place}", fix
+    if "Can not write request body" in text:  # aiohttp's words for a connection that ends while a request is sent
+        return f"{place} closed the connection before it had read the request", fix
     return f"no connection to {place} ({text})", fix
 
 

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import aiohttp
 import pytest
 from server import ODD, attempts, brings, completion, garbled, loading, questions, raises, send, status, teacher
 
@@ -221,3 +222,11 @@ def test_a_private_authority_is_trusted_by_its_file_on_this_machine_too(secure, 
 def test_https_to_an_http_server_is_named(server, store):
     with raises("does not speak https"):
         ask(questions("a"), Teacher(base_url=server.url.replace("http:", "https:"), model="m"), store, run="r")
+
+
+def test_a_server_that_goes_away_while_a_request_is_sent_is_named_without_the_clients_words() -> None:
+    """A killed server left `[Errno None] Can not write request body for http://...` in the message."""
+    error = aiohttp.ClientOSError(None, "Can not write request body for http://localhost:8123/v1/chat/completions")
+    why, fix = responses.describe_transport_error(error, Teacher(model="m", base_url="http://localhost:8123/v1"))
+    assert why == "localhost:8123 closed the connection before it had read the request"
+    assert fix.startswith("Start the server")
