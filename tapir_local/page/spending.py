@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from tapir_local.page.draw import INK, Spec, color_by, draw_figure, inline_values
 from tapir_local.page.parts import Cell, Facts, Figure, Grid, Paragraph, Part, Section, count_number, text_cells
 from tapir_local.page.summary import RunView, all_stages, rate_points
-from tapir_local.page.timeline import lay_out, time_unit, timeline_figure
+from tapir_local.page.timeline import clock, lay_out, time_unit, timeline_figure
 from tapir_local.pipeline.loop import kept_recipe
 from tapir_local.printable import format_count
 from tapir_local.report.costs import costs_caption, money_cells, summarize_costs
@@ -148,7 +147,7 @@ def time_section(status: Mapping[str, Any]) -> Section:
     if not bars:
         return Section("time", "Time", question)
     total = sum(stage["seconds"] or 0 for stage in all_stages(status))
-    said = Paragraph(f"{timedelta(seconds=round(total))} in the stages that are done, without pauses between them.")
+    said = Paragraph(f"{clock(total)} in the stages that are done, without pauses between them.")
     timeline = timeline_figure(*lay_out(places))
     figures = [time_figure(bars), *([timeline] if timeline else [])]
     return Section("time", "Time", question, [said, *figures, stages_grid(places, status["folder"])])
@@ -168,7 +167,7 @@ def time_bars(places: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[st
             sums[kind_of_work(stage["name"])] += stage["seconds"] or 0
         for order, kind in enumerate([*KINDS_OF_WORK, OTHER_WORK]):
             if sums[kind]:
-                tip = f"{place}, {kind}: {timedelta(seconds=round(sums[kind]))}"
+                tip = f"{place}, {kind}: {clock(sums[kind])}"
                 bars.append({"place": place, "kind": kind, "seconds": sums[kind], "order": order, "tip": tip})
     return bars
 

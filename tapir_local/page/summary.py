@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from tapir_local.errors import TapirError
@@ -17,6 +16,7 @@ from tapir_local.page.parts import (
     Section,
     short_round_name,
 )
+from tapir_local.page.timeline import clock
 from tapir_local.pipeline.loop import kept_recipe
 from tapir_local.printable import format_count
 from tapir_local.report.compare import CHANCE, compare_rounds, fallen_sentence, round_name, round_verdict
@@ -82,7 +82,7 @@ def head_tiles(view: RunView) -> list[tuple[str, str]]:
                 tiles.append((METRIC_NAMES[metric], before + percent_cell(last[metric]["mean"])))
         tiles.append(("best", round_name(view.found["best"]).removeprefix("the ")))
     seconds = sum(stage["seconds"] or 0 for stage in all_stages(view.status))
-    tiles.append(("time", str(timedelta(seconds=round(seconds)))))
+    tiles.append(("time", clock(seconds)))
     return [*tiles, ("calls asked", f"{view.status['calls']['paid']:,}")]
 
 
@@ -97,7 +97,7 @@ def head_facts(view: RunView) -> Facts:
     calls = status["calls"]
     rows += [
         ("started", str(record.get("started", ""))[:16].replace("T", " ") + " UTC" if record.get("started") else ""),
-        ("time", f"{timedelta(seconds=round(seconds))} in {status['stages_done']} of {status['stages']} stages"),
+        ("time", f"{clock(seconds)} in {status['stages_done']} of {status['stages']} stages"),
         ("calls", f"{calls['paid']:,} asked, {calls['hits']:,} from the store"),
         ("made with", versions_line(record) if record else ""),
     ]

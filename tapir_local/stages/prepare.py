@@ -73,7 +73,7 @@ def usable_seeds(work: Work, rows: Sequence[Example]) -> tuple[list[Example], in
 
 
 def describe_unused_answers(recipe: Recipe, rows: Sequence[Example]) -> str:
-    """A remark that the teacher answers rows anew that have answers; "" if it does not. The pocket seeds are ours."""
+    """A remark that the teacher also answers rows that have answers; "" if it does not. The pocket seeds are ours."""
     answered = sum(bool(row.completion) for row in rows)
     if uses_file_answers(recipe) or recipe.seeds.path == "pocket" or not answered:
         return ""

@@ -18,10 +18,9 @@ from tapir_local.run_dir import UNTRAINED_ROUND
 from tapir_local.stages.judge import judge_endpoint
 from tapir_local.stages.ship import describe_endpoint
 from tapir_local.terminal.output import print_json_line
-from tapir_local.terminal.run_state import Finished, RunState
+from tapir_local.terminal.run_state import WARNING_MARK, Finished, RunState
 
 EVENT_INTERVAL = 5.0  # seconds between two events of progress
-WARNING_MARK = "WARNING: "
 PROGRESS_FIELDS = ("step", "round", "done", "total", "seconds_left", "run_seconds_left", "ends")
 
 
@@ -85,7 +84,6 @@ class RunEvents:
 
     def ends(self, state: RunState, found: Finished) -> None:
         """A stage ended: what it did, each warning, and the metrics if it evaluated a student."""
-        warnings = [remark for remark in found.remarks if remark.startswith(WARNING_MARK)]
         self.write(
             "stage_done",
             **name_step(found.step),
@@ -94,10 +92,10 @@ class RunEvents:
             hits=found.hits,
             money=round(found.money, 6),
             result=found.said,
-            notes=[remark for remark in found.remarks if remark not in warnings],
+            notes=[remark for remark in found.remarks if not remark.startswith(WARNING_MARK)],
         )
-        for remark in warnings:
-            self.warning(remark.removeprefix(WARNING_MARK))
+        for warning in found.warnings:
+            self.warning(warning)
         number = UNTRAINED_ROUND if found.step.number is None else found.step.number
         if found.step.output.name == "metrics.json" and (metrics := state.read_result(number)):
             self.write("metrics", round=number, metrics=metrics)

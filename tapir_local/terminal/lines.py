@@ -12,7 +12,7 @@ from tapir_local.files import private_file
 from tapir_local.pipeline.loop import Step
 from tapir_local.printable import printable
 from tapir_local.tables import format_seconds, join_styled, plain_text
-from tapir_local.terminal.run_state import Finished, RunState
+from tapir_local.terminal.run_state import WARNING_MARK, Finished, RunState
 
 FIRST_INTERVAL = 30.0  # seconds of a stage until its first line of progress
 LOG_INTERVAL = 300.0  # seconds between two further ones
@@ -48,7 +48,7 @@ class RunLines:
         said = f"{place_of(found.step)}  {closing_phrase(found)}  {format_duration(found.seconds)}"
         self.write(said)
         for remark in found.remarks:
-            self.write(f"  {remark}", style="yellow" if remark.startswith("WARNING") else "dim")
+            self.write(f"  {remark}", style="yellow" if remark.startswith(WARNING_MARK) else "dim")
 
     def write(self, text: str, style: str = "") -> None:
         """Write a line to the console and to the log."""

@@ -233,7 +233,7 @@ def finished_line(found: Finished, marks: Marks, named: int, width: int) -> Text
     """`✓ judge   4,000 rows judged   8,000 asked   12:31`."""
     calls = calls_phrase(found) if width >= DETAILS_WIDTH else ""
     right = join_styled((calls, "dim"), f"  {format_duration(found.seconds):>7}")
-    style = "yellow" if any(remark.startswith("WARNING") for remark in found.remarks) else ""
+    style = "yellow" if found.warnings else ""
     left = join_styled((f"{marks.done} ", "green"), f"{found.step.stage.name:<{named}}  ", (found.said, style))
     return spread(left, right, width)
 

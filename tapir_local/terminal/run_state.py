@@ -23,6 +23,7 @@ from tapir_local.teacher.rate_limit import CallCounts, CallMeter
 from tapir_local.terminal.run_time import RateMeter, Records, StageTimes
 
 MAX_NOTES = 50  # warnings kept for the display; run.log has all
+WARNING_MARK = "WARNING: "  # begins a remark that is a warning
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Finished:
     seconds: float
     money: float = 0.0
     trouble: str = ""
+
+    @property
+    def warnings(self) -> list[str]:
+        """The remarks that are warnings, without their mark."""
+        return [remark.removeprefix(WARNING_MARK) for remark in self.remarks if remark.startswith(WARNING_MARK)]
 
 
 class RunState:
@@ -98,9 +104,8 @@ class RunState:
             found = finished_step(step, taken)
             found = replace(found, money=self.spent().money - self.money_before, trouble=self.trouble())
             self.finished.append(found)
-            for remark in found.remarks:
-                if remark.startswith("WARNING"):
-                    self.note(f"{step.stage.name}: {remark.removeprefix('WARNING: ')}")
+            for warning in found.warnings:
+                self.note(f"{step.stage.name}: {warning}")
             return found
 
     def note(self, text: str) -> None:
