@@ -1,14 +1,10 @@
 """`init` writes a recipe that `distill` accepts, asks on a terminal, and replaces no file."""
 
-import os
-import pty
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from command_line import ROOT
+from command_line import tapir_on_terminal
 
 from tapir_local.commands.main import cli
 from tapir_local.errors import TapirError
@@ -89,14 +85,8 @@ def test_columns_are_named_as_a_recipe_names_them(columns):
 
 
 def test_it_asks_on_a_terminal_and_an_empty_answer_takes_the_proposal(folder):
-    ours, theirs = pty.openpty()
-    os.write(ours, b"my.jsonl\n\npocket\n0\n")
-    command = [sys.executable, str(ROOT / "cli.py"), "init", "--cache", "cache"]
-    child = subprocess.run(command, check=False, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
-    shown = os.read(ours, 20_000).decode()
-    for end in (ours, theirs):
-        os.close(end)
-    assert child.returncode == 0, shown
+    code, shown = tapir_on_terminal("init", "--cache", "cache", typed="my.jsonl\n\npocket\n0\n")
+    assert code == 0, shown
     for question in ("File of seeds: ", "`recorded` for your answers [recorded]: ", "Student [smollm2]", "[1]: "):
         assert question in shown
     recipe = parse_recipe((folder / "my.yaml").read_text(), "my.yaml")

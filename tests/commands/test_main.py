@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from command_line import ROOT, refused, tapir
+from command_line import ROOT, refused, tapir, tapir_on_terminal
 
 from tapir_local import __version__
 from tapir_local.commands.calls import calls_group
@@ -330,14 +329,8 @@ def test_settings_typed_by_the_user_need_no_permission_and_are_remembered(tmp_pa
 )
 def test_on_a_terminal_the_user_is_asked_for_permission(answer: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(LAUNCHED)
-    ours, theirs = pty.openpty()
-    os.write(ours, f"{answer}\n".encode())
-    command = [sys.executable, str(ROOT / "cli.py"), "distill", "my.yaml", "--cache", "c"]
-    child = subprocess.run(command, stdin=theirs, stderr=theirs, cwd=tmp_path, check=False)
-    shown = os.read(ours, 10_000).decode()
-    for end in (ours, theirs):
-        os.close(end)
-    assert child.returncode == 1
+    code, shown = tapir_on_terminal("distill", "my.yaml", "--cache", "c", typed=f"{answer}\n", cwd=tmp_path)
+    assert code == 1
     assert "This recipe runs the command: torchrun" in shown
     assert "Allow this? Answer y only if you trust the recipe [y/N]" in shown
     assert said in shown

@@ -2,11 +2,9 @@
 
 import json
 import os
-import pty
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from command_line import ROOT, refused
+from command_line import refused, tapir_on_terminal
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.distill import open_display, print_end, with_receipts
@@ -251,14 +249,8 @@ def test_what_an_interrupted_deletion_leaves_is_a_run_that_resumes(recipe, made,
 
 @pytest.mark.parametrize(("words", "answer", "done"), [(["rm"], "n", False), (["rm"], "y", True)])
 def test_rm_asks_on_a_terminal(made, words, answer, done):
-    ours, theirs = pty.openpty()
-    os.write(ours, f"{answer}\n".encode())
-    command = [sys.executable, str(ROOT / "cli.py"), *words, "fake", "--cache", str(made.cache)]
-    child = subprocess.run(command, check=False, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
-    shown = os.read(ours, 10_000).decode()
-    for end in (ours, theirs):
-        os.close(end)
-    assert (child.returncode == 0) == done
+    code, shown = tapir_on_terminal(*words, "fake", "--cache", str(made.cache), typed=f"{answer}\n")
+    assert (code == 0) == done
     assert "Delete 1 run?" in shown
     assert " MB  done" in shown
     assert made.exists != done

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import shlex
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from command_line import ROOT, refused, tapir
+from command_line import ROOT, refused, tapir, tapir_on_terminal
 from fakes import QUIET, World, fake_backends, make_recipe
 
 from tapir_local.commands.main import cli
@@ -111,15 +110,9 @@ def test_redo_prints_the_command_that_makes_the_outputs_again(run: RunDir) -> No
 
 @pytest.mark.parametrize(("answer", "words", "deleted"), [("n", [], False), ("y", [], True), ("", ["--yes"], True)])
 def test_redo_asks_on_a_terminal(run: RunDir, answer: str, words: list[str], deleted: bool) -> None:
-    ours, theirs = pty.openpty()
-    os.write(ours, f"{answer}\n".encode())
-    command = [sys.executable, str(ROOT / "cli.py"), "redo", "fake", "--round", "2", "--from", "evaluate", *words]
-    options = {"stdin": theirs, "stderr": theirs, "stdout": subprocess.PIPE}
-    child = subprocess.run([*command, "--cache", str(run.cache)], check=False, **options)  # type: ignore[call-overload]
-    shown = os.read(ours, 10_000).decode()
-    for end in (ours, theirs):
-        os.close(end)
-    assert (child.returncode == 0) == deleted
+    command = ["redo", "fake", "--round", "2", "--from", "evaluate", *words, "--cache", str(run.cache)]
+    code, shown = tapir_on_terminal(*command, typed=f"{answer}\n")
+    assert (code == 0) == deleted
     assert (run.round(2) / "metrics.json").exists() != deleted
     assert ("Delete 2 outputs, which took" in shown) == (not words)
     assert ("round-02/evaluate" in shown) == (not words)

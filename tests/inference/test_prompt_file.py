@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from command_line import read_terminal
 from models import CHATML, make_model
 
 from tapir_local.commands.main import cli
@@ -78,10 +79,7 @@ def test_no_bar_shares_the_lines_of_answers_on_a_terminal(llama, tmp_path: Path,
             monkeypatch.setattr(sys, name, terminal)
         assert answer_with_progress(job, None).rows == 5
         monkeypatch.undo()
-        terminal.flush()
-        shown = os.read(ours, 20_000).decode()
-    os.close(ours)
-    assert [json.loads(line)["id"] for line in shown.splitlines()] == ["1", "2", "3", "4", "5"]
+    assert [json.loads(line)["id"] for line in read_terminal(ours).splitlines()] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_schema_holds_every_answer(llama, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The program in a process of its own, and the processes that a test has started."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -24,6 +25,26 @@ def refused(*words: str, cwd: Path | None = None, code: int = 1) -> str:
     assert "Traceback" not in out.stderr
     assert out.stdout == ""
     return out.stderr
+
+
+def read_terminal(ours: int) -> str:
+    """All that a terminal shows once its other end is closed everywhere; closes `ours`. One read may return a part."""
+    shown = b""
+    with suppress(OSError):  # EIO: nothing is left
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    return shown.decode()
+
+
+def tapir_on_terminal(*words: str, typed: str, cwd: Path | None = None) -> tuple[int, str]:
+    """The exit code of the program, and what it says on the terminal where `typed` waits as its input."""
+    ours, theirs = pty.openpty()
+    os.write(ours, typed.encode())
+    command = [sys.executable, str(ROOT / "cli.py"), *words]
+    child = subprocess.run(command, stdin=theirs, stderr=theirs, stdout=subprocess.DEVNULL, cwd=cwd, check=False)
+    os.close(theirs)
+    return child.returncode, read_terminal(ours)
 
 
 def children() -> list[int]:
