@@ -40,9 +40,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from curricula import recipe_of
 from on_policy_table import ARMS, Result, Trained, Written, arm_table, seed_table
@@ -53,6 +52,7 @@ from tapir_local.files import read_json_object, read_record, read_rows, write_js
 from tapir_local.recipe.schema import Recipe, Train
 from tapir_local.records import Completion, Example, Message, instruction_of
 
+ROOT = Path(__file__).parent.parent
 TEACHER_RATE = 1e-3  # of all weights; half the quickstart's for LoRA
 
 
@@ -354,7 +354,9 @@ def check_answers(setting: Setting, gguf: Path, held: Sequence[Example]) -> dict
     from tapir_local.pocket.world import check_answer
 
     answers = answer(setting, gguf, held)
-    checked = ((row.id, check_answer(instruction_of(row.prompt), found.text)) for row, found in zip(held, answers, strict=True))
+    checked = (
+        (row.id, check_answer(instruction_of(row.prompt), found.text)) for row, found in zip(held, answers, strict=True)
+    )
     return {id: float(bool(right)) for id, right in checked}
 
 

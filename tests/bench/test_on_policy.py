@@ -86,17 +86,10 @@ def write_results(bench, folder: Path) -> None:
     bench.write_record(folder / "seed-3" / "sft.json", bench.Result({"row-0": 1.0}))
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the bench as a person does."""
-    command = [sys.executable, str(BENCH / "on_policy.py"), "--folder", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-
-
-def test_the_report_compares_the_seeds_that_all_arms_have(bench, tmp_path: Path) -> None:
+def test_the_report_compares_the_seeds_that_all_arms_have(bench, tmp_path: Path, capsys) -> None:
     write_results(bench, tmp_path)
-    found = run(tmp_path, "--report")
-    assert found.returncode == 0, found.stderr
-    lines = found.stdout.splitlines()
+    bench.report(tmp_path, [1, 2, 3])
+    lines = capsys.readouterr().out.splitlines()
     assert "the random seeds that all arms have: [1, 2] of [1, 2, 3]" in lines
     rows = [line for line in lines if line.startswith("| ")]
     assert rows[1].startswith("| on-policy | 75.0% | 75.0 to 75.0 | +12.5 | ")
@@ -111,7 +104,8 @@ def test_the_report_compares_the_seeds_that_all_arms_have(bench, tmp_path: Path)
 def test_a_folder_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
     settings = {"teacher": None, "teacher_rows": 400, "teacher_epochs": 2.0, "rate": None, "beta": 1.0, "set": []}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    found = run(tmp_path)
+    command = [sys.executable, str(BENCH / "on_policy.py"), "--folder", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert found.returncode == 1
     assert found.stderr == f"error: {tmp_path} was begun with --teacher-rows 400; name another --folder\n"
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
