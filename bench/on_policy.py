@@ -74,7 +74,6 @@ class Setting:
 
 def main() -> None:
     options = arguments()
-    options.folder.mkdir(parents=True, exist_ok=True)
     try:
         if not options.report:
             work(options)
@@ -103,11 +102,13 @@ def work(options: argparse.Namespace) -> None:
     from tapir_local.recipe.text import parse_changes
 
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    keep_settings(options)
+    options.folder.mkdir(parents=True, exist_ok=True)
     changed = parse_changes(options.set)
     student = student_folder(recipe_of("uniform", 1, changed), options.folder)
+    if options.teacher:
+        check_same_tokens(student, options.teacher)
+    keep_settings(options)
     teacher = options.teacher or make_teacher(student, options, changed)
-    check_same_tokens(student, teacher)
     for seed in options.seeds:
         recipe = recipe_of("uniform", seed, changed)
         run_seed(Setting(recipe, options.folder, student, teacher, options.beta, options.rate), options.arms)
