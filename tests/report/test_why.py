@@ -137,6 +137,15 @@ def test_a_higher_threshold_makes_fewer_rows_hard(run: RunDir) -> None:
     assert plan_with_changes(run, 1, ["curriculum.mfd_threshold=8"]).then.pool_hard == 0
 
 
+def test_mastery_and_learnable_can_be_tried_on_a_run_without_them(run: RunDir) -> None:
+    found = plan_with_changes(run, 2, ["curriculum.mastery=0.9", "curriculum.learnable=true"])
+    assert found.now
+    assert not found.now.mastery
+    assert {one.state for one in found.then.mastery.values()} <= {"taught", "waiting", "mastered"}
+    assert sum(one.learned for one in found.then.learning.values()) > 0
+    assert set(found.then.mastery) == set(found.then.learning)
+
+
 def test_one_share_changes_and_the_others_stay(run: RunDir) -> None:
     plain, more = plan_with_changes(run, 1, []).then, plan_with_changes(run, 1, ["tasks.Art=0.167"]).then
     assert plain.asked["Math"] > 0.8
