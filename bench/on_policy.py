@@ -157,7 +157,7 @@ def make_teacher(student: Path, options: argparse.Namespace, changed: Mapping[st
     from tapir_local.training.job import TrainJob
     from tapir_local.training.train import run_training
 
-    place, recipe = options.folder / "teacher", recipe_of("uniform", 1, changed)
+    recipe, place = recipe_of("uniform", 1, changed), Path(options.folder) / "teacher"
     model, rows = place / "model", place / "rows.jsonl"
     if not rows.exists():
         avoided = {problem_key(row) for row in read_seeds(recipe)}

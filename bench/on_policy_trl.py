@@ -183,6 +183,8 @@ def counting_trainer(budget: TokenBudget) -> Any:
             budget.add(int(inputs["completion_mask"].sum()))
             return super().compute_loss(model, inputs, *more, **named)
 
+        lr_scheduler: Any
+
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             if self.lr_scheduler is None:
                 self.lr_scheduler = LambdaLR(optimizer or self.optimizer, budget.rate)
