@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from command_line import loaded_modules, network_name_space, record_loaded_modules, refuse_network
-from warm import run_command, start_command
+from warm import may_start_warm, run_command, start_command
 
 from tapir_local.pipeline.loop import list_steps
 from tapir_local.run_dir import RunDir
@@ -175,7 +175,7 @@ def killed_in_turn(cache: Path, rng: random.Random) -> Iterator[str]:
             process = start_command("distill", str(SMALL), "--cache", str(cache), output=nothing, errors=nothing)
         while process.poll() is None and not pending[0].done:
             time.sleep(0.02)
-        time.sleep(rng.uniform(0.0, 0.6))
+        time.sleep(rng.uniform(0.0, 0.2 if may_start_warm() else 0.6))  # a warm stage begins its work at once
         process.send_signal(signal.SIGKILL)
         process.wait()
         yield pending[0].name
