@@ -199,6 +199,9 @@ def serve(listener: socket.socket) -> None:
                     watch(connection, request, files, f"\0{place[1:].decode()}")
             for file in files:
                 os.close(file)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def import_libraries(module: str) -> None:
