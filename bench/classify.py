@@ -71,8 +71,9 @@ def arguments() -> argparse.Namespace:
 
 def alpaca_like(number: int) -> list[Example]:
     """Rows of words in random order; lengths in words are lognormal, and longer for rows with an input."""
-    chance = random.Random(1)
-    seeds, _ = require_seeds(read_path(find_seeds("pocket")), TASKS)
+    chance, pocket = random.Random(1), find_seeds("pocket")
+    assert pocket
+    seeds, _ = require_seeds(read_path(pocket), TASKS)
     words = sorted({word for row in seeds for word in row.prompt[0].content.split()})
     rows = []
     for n in range(number):

@@ -71,6 +71,12 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     },
     # Rows far beyond the student twice running are left for a later round; all rows are judged, so that twice happens.
     "refine-all-ceiling": {"curriculum.refine": "all", "curriculum.mfd_ceiling": 6.0, "curriculum.pool": None},
+    # Hard and new rows only for the weaker half of the tasks that are not mastered.
+    "refine-all-mastery": {"curriculum.refine": "all", "curriculum.mastery": 0.9},
+    # Shares of the hard rows by what was learned in the last round; all rows are judged, so that they are judged again.
+    "refine-all-learnable": {"curriculum.refine": "all", "curriculum.learnable": True, "curriculum.pool": None},
+    # The rival of the arms that judge all rows.
+    "refine-all-whole-pool": {"curriculum.refine": "all", "curriculum.pool": None},
     # One schedule over all rounds: warm-up in round 0, decay in the last, Adam's moments carried on.
     "tapir-wsd": {"train.schedule": "wsd"},
     "refine-all-wsd": {"curriculum.refine": "all", "train.schedule": "wsd"},

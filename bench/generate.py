@@ -166,7 +166,8 @@ def random_student(folder: Path) -> Path:
 
 def chosen_rivals(options: argparse.Namespace) -> dict[str, Callable[[Path, argparse.Namespace, Path], Rates]]:
     """Ours, and the rivals that the options name."""
-    found = {"tapir-local": partial(ours, on_device=CHOICES[options.choose])}
+    found: dict[str, Callable[[Path, argparse.Namespace, Path], Rates]] = {}
+    found["tapir-local"] = partial(ours, on_device=CHOICES[options.choose])
     if options.choose == "both":
         found["tapir-local with NumPy"] = partial(ours, on_device=False)
     if options.loop_prompts:

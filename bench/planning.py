@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -131,7 +132,8 @@ def all_pairs(slow: DedupIndex, drafts: Sequence[Example]) -> list[str]:
             text, slow.texts, scorer=Indel.normalized_similarity, score_cutoff=slow.max_rouge - 1e-9, limit=None
         )
         same = [row for row in scored if slow.literals_of[row[2]] == slow.literals.get(known, -1)]
-        best = next((slow.ids[place] for _, score, place in same if slow.alike(text, given, place, score)), "")
+        near = (slow.ids[place] for _, score, place in same if slow.confirmed_rouge(text, given, place, score))
+        best = next(near, "")
         found.append(best)
         if not best:
             slow.add(draft)
@@ -215,7 +217,7 @@ def planning(options: argparse.Namespace) -> None:
         for name in CURRICULA:
             recipe = Recipe(teacher=Teacher(kind="pocket"), curriculum=Curriculum(name=name, rows=10_000))
             work = Work(recipe, run, Any, 1)  # type: ignore[arg-type]
-            taken = timed(lambda work=work: plan_stage(work, run.round(1) / "plan.json"))
+            taken = timed(partial(plan_stage, work, run.round(1) / "plan.json"))
             print(f"{name}: {taken}; {taken.found}", flush=True)
 
 

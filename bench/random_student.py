@@ -288,7 +288,7 @@ def write_weights(config: Any, out: Path, seed: int) -> None:
     shards = list(split(shapes))
     chance = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     norm = 0.0 if "gemma" in config.model_type else 1.0  # Gemma's norms multiply by 1 + weight
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         save_file({name: draw(name, shapes[name], chance, norm) for name in names}, out / file, {"format": "pt"})

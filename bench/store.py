@@ -228,7 +228,7 @@ def fill_dspy(folder: Path, rows: int) -> float:
     return time.perf_counter() - began
 
 
-FILLS = {
+FILLS: dict[str, Callable[[Path, int], float]] = {
     "tapir-local": fill_ours,
     "diskcache": fill_diskcache,
     "diskcache both": partial(fill_diskcache, name="diskcache both"),

@@ -161,6 +161,34 @@ class Expansion:
 
 
 @dataclass(frozen=True)
+class TaskMastery:
+    """A task in a plan with `curriculum.mastery`.
+
+    `gap` is the mean of the teacher's minus the student's score over the task's judged rows, in points (-9 to 9). A
+    task that is not mastered is `taught` in this round, or `waiting` while tasks with larger gaps come first.
+    """
+
+    gap: float
+    state: Literal["taught", "waiting", "mastered"]
+
+
+@dataclass(frozen=True)
+class TaskLearning:
+    """The hard rows of a task that the last round trained on and this one judged again, with `curriculum.learnable`.
+
+    `trained` counts all of them, `learned` those whose MFD fell.
+    """
+
+    trained: int
+    learned: int
+
+    @property
+    def factor(self) -> float:
+        """(learned + 1) / (trained + 2), Laplace's rule of succession: 0.5 without a row, and never 0 or 1."""
+        return (self.learned + 1) / (self.trained + 2)
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """What a round trains on. Ids refer to the pool or the seeds; counts are numbers of rows.
 
@@ -169,7 +197,8 @@ class RoundPlan:
     for a later round. `styled` says which answers the teacher rewrites in the task's style: those of hard and new rows,
     of all rows, or of none. `asked` and `got` are the tasks' requested and actual shares of the hard and new (or drawn)
     rows; `short` the missing rows by task; `notes` remarks for people. `alpha` is the challenge, the requested share of
-    hard and new rows; `alpha_got` the actual share.
+    hard and new rows; `alpha_got` the actual share. `mastery` and `learning` are of the tasks that have a hard row;
+    empty without `curriculum.mastery` and `curriculum.learnable`.
     """
 
     round: int
@@ -190,6 +219,8 @@ class RoundPlan:
     got: Mapping[str, float] = field(default_factory=dict)
     short: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    mastery: Mapping[str, TaskMastery] = field(default_factory=dict)
+    learning: Mapping[str, TaskLearning] = field(default_factory=dict)
 
     @property
     def to_write(self) -> int:

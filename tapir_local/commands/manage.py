@@ -100,7 +100,7 @@ def rm_command(runs: tuple[str, ...], yes: bool, cache: Path | None) -> None:
     from tapir_local.memory import format_bytes
     from tapir_local.pipeline.manage import delete_run
     from tapir_local.printable import format_count
-    from tapir_local.report.status import disk_bytes, read_run_state
+    from tapir_local.report.status import disk_bytes, read_run_state, short_state
     from tapir_local.run_dir import lock_holder
 
     places = [select_run(cache, name) for name in dict.fromkeys(runs)]
@@ -109,7 +109,7 @@ def rm_command(runs: tuple[str, ...], yes: bool, cache: Path | None) -> None:
             fix = "Nothing was deleted. Stop that process first, or wait until it ends."
             raise TapirError(f"run {place.name!r} is in use by {holder}", where=str(place.path), fix=fix)
     for place in places:
-        echo(f"  {place.path}  {format_bytes(disk_bytes(place.path))}  {read_run_state(place)}", err=True)
+        echo(f"  {place.path}  {format_bytes(disk_bytes(place.path))}  {short_state(read_run_state(place))}", err=True)
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise TapirError("there is no terminal to ask in, so nothing was deleted", fix="Add --yes.")
     if not confirm(f"Delete {format_count(len(places), 'run')}?", yes):

@@ -42,8 +42,9 @@ class ContextConfig:
     """A llama.cpp context of `cells` tokens for `sequences` conversations; see `open_context`.
 
     With `split`, each sequence has its own part of the cells. `exact` keeps keys and values in 32 bits, without flash
-    attention. `threads` is None for all cores; `batch` is the maximum number of tokens per call. With `on_device`, only
-    the likeliest token of each sequence can be read, not its logits (see device_choice).
+    attention; without `flash` there is none either (see uses_flash_attention). `threads` is None for all cores; `batch`
+    is the maximum number of tokens per call. With `on_device`, only the likeliest token of each sequence can be read,
+    not its logits (see device_choice).
     """
 
     cells: int
@@ -53,3 +54,4 @@ class ContextConfig:
     threads: int | None = None
     batch: int = BATCH
     on_device: bool = False
+    flash: bool = True

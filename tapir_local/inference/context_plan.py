@@ -14,6 +14,7 @@ from tapir_local.inference.model import (
     ignore_message,
     metadata_number,
     open_context,
+    uses_flash_attention,
 )
 from tapir_local.memory import format_bytes as bytes_of
 from tapir_local.memory import free_memory
@@ -31,7 +32,7 @@ class ContextPlan:
     """A context of `cells` tokens for `answers` at once; it takes `taken` of `free` bytes.
 
     With `split`, each answer has its own cells. `sequences` is one more than `answers` if one sequence holds the
-    prompts' common prefix.
+    prompts' common prefix. `flash` says whether flash attention is used, unless answers are exact.
     """
 
     answers: int
@@ -40,6 +41,7 @@ class ContextPlan:
     split: bool
     taken: int
     free: int
+    flash: bool = True
 
     @property
     def summary(self) -> str:
@@ -101,7 +103,7 @@ def open_first_fitting_context(
             if plan.taken > most:
                 continue
             LLAMA_LOG.clear()
-            config = ContextConfig(plan.cells, plan.sequences, plan.split, exact, threads, batch, on_device)
+            config = ContextConfig(plan.cells, plan.sequences, plan.split, exact, threads, batch, on_device, plan.flash)
             try:
                 engine = stack.enter_context(open_context(model, config))
             except ContextError:
@@ -136,14 +138,15 @@ def plan_context(model: Model, needs: Sequence[int], shared: int, split: bool, e
     sequences = len(needs) + bool(shared)
     each = pad_cells(needs[0])
     cells = each * sequences if split else pad_cells(shared + sum(need - shared for need in needs))
-    taken = cells * cell_bytes(model, exact) + compute_bytes(model, each if split else cells, sequences, exact)
-    return ContextPlan(len(needs), sequences, cells, split, taken, free)
+    flash = not exact and uses_flash_attention(model, needs[0])
+    taken = cells * cell_bytes(model, exact) + compute_bytes(model, each if split else cells, sequences, flash)
+    return ContextPlan(len(needs), sequences, cells, split, taken, free, flash)
 
 
 def plan_scoring_context(model: Model, cells: int, sequences: int) -> ContextPlan:
     """A context of shared cells in which the logits of every token are kept, 512 at a time."""
     padded = pad_cells(cells)
-    taken = padded * cell_bytes(model) + compute_bytes(model, padded, UBATCH, exact=False)
+    taken = padded * cell_bytes(model) + compute_bytes(model, padded, UBATCH, flash=True)
     return ContextPlan(sequences, sequences, padded, False, taken, free_context_memory(model))
 
 
@@ -169,16 +172,16 @@ def head_count(model: Model) -> int:
     return max(1, int(library().llama_model_n_head(model.handle)))
 
 
-def compute_bytes(model: Model, seen: int, rows: int, exact: bool) -> int:
+def compute_bytes(model: Model, seen: int, rows: int, flash: bool) -> int:
     """An upper bound of llama.cpp's compute buffers: a batch's layers, logits (`rows` of them kept) and scores.
 
     The logits of 512 tokens are most of it: 300 MB for Qwen's vocabulary of 152,000, where llama.cpp reported 300.25
-    MiB. Scores are over `seen` cells; they are kept for every head without flash attention, that is if `exact`.
+    MiB. Scores are over `seen` cells; without `flash` attention they are kept for every head.
     """
     llama = library()
     vocabulary, embedding = llama.llama_vocab_n_tokens(model.vocab), llama.llama_model_n_embd(model.handle)
     inner = metadata_number(model, "feed_forward_length", 4 * embedding)
-    row = vocabulary + 8 * embedding + 2 * inner + seen * (1 + exact * head_count(model))
+    row = vocabulary + 8 * embedding + 2 * inner + seen * (1 if flash else 1 + head_count(model))
     return int(4 * (UBATCH * row + rows * vocabulary))
 
 

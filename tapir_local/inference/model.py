@@ -23,6 +23,11 @@ UNICODE_FORMS: tuple[UnicodeForm, ...] = get_args(UnicodeForm)
 # of families that use NFC
 NFC_PRE_TOKENIZERS = ("qwen2", "qwen35", "deepseek-r1-qwen", "stablelm2", "olmo")
 NO_DEVICES = (ctypes.c_void_p * 1)()  # llama.h: a list of devices ends with NULL
+# llama.cpp's flash attention is slow on a CPU when there is much to attend to. SmolLM2-135M in q8_0, two cores, tokens
+# written per second with and without it (llama-batched-bench): 16 answers, 41 tokens read and 64 written 205, 200;
+# 8 answers, 300 read and 32 written 90, 147; 600 read 52, 122. The pocket student: 48 read 2,800, 2,000; 220 read
+# 1,590, 2,220.
+FLASH_TOKENS_ON_CPU = 256  # the cells of a conversation are a multiple of this
 GPU_SHARE = 0.8  # the maximum share of a GPU's free memory for weights: the rest is for answers
 
 
@@ -254,6 +259,7 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
     params.no_perf = True
     if config.exact:
         params.type_k = params.type_v = llama.GGML_TYPE_F32
+    if config.exact or not config.flash:
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     with greedy_samplers(config.sequences if config.on_device else 0) as samplers:
         params.samplers, params.n_samplers = samplers, len(samplers)
@@ -271,6 +277,11 @@ def open_context(model: Model, config: ContextConfig) -> Iterator[Engine]:
             yield Engine(model, context, memory, config.cells, config.sequences, batch, config.split, on_device)
         finally:
             llama.llama_free(context)
+
+
+def uses_flash_attention(model: Model, longest: int) -> bool:
+    """Whether to use flash attention where the longest conversation has `longest` tokens: see FLASH_TOKENS_ON_CPU."""
+    return model.on_gpu > 0 or longest <= FLASH_TOKENS_ON_CPU
 
 
 def apply_adapter(model: Model, context: Any) -> None:

@@ -59,7 +59,7 @@ def read_view(run: RunDir, prefix: str = "") -> RunView:
 def head_verdict(view: RunView) -> list[Paragraph]:
     """What the run achieved, and the reasons to doubt it."""
     if view.found is None:
-        said = [Paragraph(f"No round is evaluated yet. State: {view.status['state']}.", "verdict")]
+        said = [Paragraph(f"No round is evaluated yet. State: {view.status['state'].rstrip('.')}.", "verdict")]
         said = [Paragraph(view.problem, "warning")] if view.problem else said
     else:
         said = [Paragraph(text, "verdict") for text in verdict_sentences(view.found)]

@@ -106,6 +106,11 @@ INEFFECTIVE_RULES = (
         "nothing is judged if `curriculum.difficulty` is false",
     ),
     IneffectiveRule(
+        setting_paths("curriculum", "learnable"),
+        lambda recipe: recipe.curriculum.learnable and recipe.rounds < 2,
+        "no round comes after one that is judged",
+    ),
+    IneffectiveRule(
         setting_paths("curriculum", "teacher_floor"),
         lambda recipe: recipe.judge.kind == "reference",
         "`judge: reference` scores every answer of the teacher 10",

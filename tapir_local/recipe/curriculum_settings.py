@@ -50,6 +50,16 @@ class Curriculum(Settings):
         description="a hard row whose MFD is above this in its last two judgements is set aside for the round, because "
         "it is beyond the student for now; null: no row is",
     )
+    mastery: Share | None = Field(
+        None,
+        description="tapir: a task is mastered if the student's mean score is at least this share of the teacher's; "
+        "hard and new rows go only to the weaker half of the tasks that are not mastered; null: to all tasks",
+    )
+    learnable: bool = Field(
+        False,
+        description="tapir: multiply a task's share of the hard rows by (fallen + 1) / (trained + 2): its hard rows of "
+        "the last round that are judged again (trained), and those whose MFD is lower now (fallen)",
+    )
     teacher_floor: float = Field(
         6.0, ge=1, le=10, description="minimum score of the teacher; a row below it is neither hard nor replayed"
     )

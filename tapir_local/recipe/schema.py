@@ -322,7 +322,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def checked(self) -> "Recipe":
-        """Refuse check_drafts and check_answers where no teacher writes or no judge scores."""
+        """Refuse settings of the curriculum that need a teacher that writes, a judge, or `tapir` with difficulty."""
         if self.curriculum.check_answers and self.judge.kind == "reference":
             raise ValueError(
                 "curriculum: `check_answers` needs a judge that scores answers; `judge: reference` has none"
@@ -332,6 +332,10 @@ class Recipe(Settings):
                 raise ValueError(
                     f"curriculum: `{name}` needs the curriculum `tapir` or `lion` and a teacher that can be asked"
                 )
+        used = {"mastery": self.curriculum.mastery is not None, "learnable": self.curriculum.learnable}
+        for name in (name for name, on in used.items() if on):
+            if self.curriculum.name != "tapir" or not self.curriculum.difficulty:
+                raise ValueError(f"curriculum: `{name}` needs the curriculum `tapir` with `difficulty: true`")
         return self
 
     @property

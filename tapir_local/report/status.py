@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import orjson
@@ -32,6 +33,7 @@ class AnswerChoice:
 
 
 SAMPLE = AnswerChoice()
+SHORT_STATE = 100  # characters
 
 
 def run_status(run: RunDir) -> dict[str, Any]:
@@ -80,6 +82,11 @@ def describe_state(run: RunDir, steps: Sequence[Step]) -> str:
 def read_run_state(run: RunDir) -> str:
     """The state of a run in words; of an unreadable one, why it cannot be read."""
     return str(run_summary(run)["state"])
+
+
+def short_state(state: str) -> str:
+    """A run's state in SHORT_STATE characters at most, for lists: it may end with a long error."""
+    return shorten(state, SHORT_STATE, placeholder=" …")
 
 
 def list_run_states(cache: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from tapir_local.memory import format_bytes
 from tapir_local.method.metrics import is_rouge_only
 from tapir_local.printable import format_count
 from tapir_local.recipe.curriculum_settings import POOL_CURRICULA
+from tapir_local.report.status import short_state
 from tapir_local.report.tables import (
     number_cell,
     percent_cell,
@@ -113,7 +114,7 @@ def rounds_caption(status: Mapping[str, Any]) -> str:
     if metrics and metrics[-1].get("accuracy") is None:
         scored += "Accuracy needs a checker (`checker` in the recipe). "
     asked, hits = format_count(status["calls"]["paid"], "call"), status["calls"]["hits"]
-    return f"{scored}{asked} asked, {hits:,} from the store. State: {status['state']}."
+    return f"{scored}{asked} asked, {hits:,} from the store. State: {status['state'].rstrip('.')}."
 
 
 def stages_table(status: Mapping[str, Any]) -> PlainTable:
@@ -174,7 +175,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]], cache: str) -> PlainTable:
         done = "-" if rounds["done"] is None else rounds["done"]
         changed = str(row["updated"] or "")[:16].replace("T", " ")
         cells = (f"{done} of {rounds['planned']}", best_cell(row["best"]), f"{row['calls']:,}")
-        table.add_row(row["run"], row["state"], *cells, format_bytes(row["bytes"]), changed)
+        table.add_row(row["run"], short_state(row["state"]), *cells, format_bytes(row["bytes"]), changed)
     return table
 
 

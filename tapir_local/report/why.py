@@ -11,7 +11,7 @@ from tapir_local.data.dataset import Draft
 from tapir_local.errors import TapirError
 from tapir_local.files import read_record, read_rows
 from tapir_local.method.baselines import LION_THRESHOLD
-from tapir_local.method.curriculum import is_easy, is_hard, is_teachable
+from tapir_local.method.curriculum import is_easy, is_hard, is_taught, is_teachable
 from tapir_local.method.judging import mfd
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.printable import format_count
@@ -278,13 +278,29 @@ def plan_reason(
     if judgement.id in plan.aside:
         return "set aside: its MFD was above mfd_ceiling in its last judgement too; the next round judges it again"
     task = tasks[judgement.id]
+    if not is_taught(task, plan.mastery):
+        return f"not selected: {task_reason(plan, task)}"
     rivals = [other for other in judged if tasks.get(other.id) == task and is_hard(other, settings)]
     harder = sum((mfd(other) or 0.0) > (mfd(judgement) or 0.0) for other in rivals)
     count = sum(tasks.get(id) == task for id in plan.hard)
     of_task = f"{harder:,} of {format_count(len(rivals), 'hard row')} of {task} {'is' if harder == 1 else 'are'} harder"
     selected = format_count(count, "was", "were")
     said = "selected" if use else "not selected"
-    return f"{said}: {of_task}; {selected} selected, the hardest first, ties at random"
+    about = task_reason(plan, task)
+    return f"{said}: {of_task}; {selected} selected, the hardest first, ties at random{about and f'; {about}'}"
+
+
+def task_reason(plan: RoundPlan, task: str) -> str:
+    """What `curriculum.mastery` and `curriculum.learnable` found about a task; "" without them."""
+    said = []
+    if found := plan.mastery.get(task):
+        state = "mastered" if found.state == "mastered" else "not mastered"
+        waits = ", but tasks with larger gaps come first" if found.state == "waiting" else ""
+        said.append(f"gap {found.gap:.1f}, {state}{waits}")
+    if (learning := plan.learning.get(task)) and plan.round > 1:
+        rows = format_count(learning.trained, "hard row")
+        said.append(f"{learning.learned:,} of {rows} of the last round learned, weight {learning.factor:.2f}")
+    return f"task {task}: {', '.join(said)}" if said else ""
 
 
 def why_tables(found: Mapping[str, Any]) -> list[PlainTable | Text]:

@@ -25,7 +25,7 @@ from tapir_local.stages.judge import judge_name, refuse_unjudged, refuse_useless
 from tapir_local.stages.run_rows import judged_answers, offset_progress, read_answered_seeds, read_pool, resumable_task
 from tapir_local.training.job import LEFT_OUT_FILE
 from tapir_local.training.loss import describe_loss, read_losses
-from tapir_local.unusable import Unusable, format_left_out, record_unusable
+from tapir_local.unusable import Unusable, format_left_out, read_unusable, record_unusable
 
 
 def mix_stage(work: Work, out: Path) -> str:
@@ -118,15 +118,26 @@ def read_situation(work: Work) -> PlanInput:
         rng=work.rng("plan"),
         gaps=metrics.gaps_by_task(held, before),
         earlier=read_earlier_judgements(work),
+        trained=read_last_trained(work),
     )
 
 
 def read_earlier_judgements(work: Work) -> dict[str, Judgement]:
     """By row id, the last judgement in an earlier round; empty if no setting uses it."""
-    if work.recipe.curriculum.mfd_ceiling is None:
+    if work.recipe.curriculum.mfd_ceiling is None and not work.recipe.curriculum.learnable:
         return {}
     files = [work.run.round(number) / "judgements.jsonl" for number in range(1, work.number)]
     return {row.id: row for file in files for row in read_rows(Judgement, file)}
+
+
+def read_last_trained(work: Work) -> frozenset[str]:
+    """Ids of the rows that the last round trained on; empty if no setting uses it, and in round 1."""
+    if not work.recipe.curriculum.learnable or work.number <= 1:
+        return frozenset()
+    last = work.number - 1
+    left = {row.id for row in read_unusable(work.run) if row.step == f"round-{last:02d}/train"}
+    rows = read_rows(Example, work.run.round(last) / "train.jsonl")
+    return frozenset(row.id for row in rows if row.id not in left)
 
 
 def summarize_plan(planned: RoundPlan) -> str:

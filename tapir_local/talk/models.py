@@ -13,11 +13,13 @@ from tapir_local.inference.model import (
     STUDENT_ADVICE,
     Advice,
     Engine,
+    Model,
     check_gguf,
     is_adapter,
     open_context,
     open_model,
     trained_context,
+    uses_flash_attention,
 )
 from tapir_local.pipeline.loop import kept_recipe, last_round
 from tapir_local.run_dir import RunDir, find_run
@@ -114,11 +116,17 @@ def find_student_gguf(run: RunDir, number: int | None) -> Path:
     return run.round(there[-1] if number is None else number) / "student.gguf"
 
 
+def conversation_context(model: Model, tokens: int) -> ContextConfig:
+    """A context for one conversation of at most so many tokens, at most as long as the model's own."""
+    cells = min(tokens, trained_context(model))
+    return ContextConfig(cells, 1, flash=uses_flash_attention(model, cells))
+
+
 @contextmanager
 def open_source(source: ModelSource) -> Iterator[Engine]:
     """A model with a context for one conversation, at most as long as the model's own."""
     with (
         open_model(source.gguf, adapter=source.adapter, advice=source.advice) as model,
-        open_context(model, ContextConfig(min(source.context, trained_context(model)), 1)) as engine,
+        open_context(model, conversation_context(model, source.context)) as engine,
     ):
         yield engine

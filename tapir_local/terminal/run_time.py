@@ -66,7 +66,11 @@ class StageTimes:
     @cached_property
     def rows(self) -> int:
         """The rows that were read from the seed file; 0 before that."""
-        return int(self.taken.get("prepare/read", {}).get("output", {}).get("rows", 0))
+        return self.rows_of("prepare/read")
+
+    def rows_of(self, name: str) -> int:
+        """The rows that a step wrote; 0 if it has not ended."""
+        return int(self.taken.get(name, {}).get("output", {}).get("rows", 0))
 
     @cached_property
     def measured(self) -> list[tuple[str, str, float, float]]:
@@ -85,7 +89,8 @@ class StageTimes:
         if name in ANSWER_STAGES:
             return "answer", min(plan.pool or seeds, seeds) if name == "answer" else held
         if name == "train":
-            return "train", plan.rows if number else min(plan.first_rows or seeds, seeds)
+            wanted = plan.rows if number else min(plan.first_rows or seeds, seeds)
+            return "train", self.rows_of(step.name.replace("/train", "/refine" if number else "/mix")) or wanted
         labels = self.recipe.classifier
         asked = {"label": labels.labelled, "tasks": labels.ask_at_most, "holdout": held, "seeds": seeds}
         calls = asked.get(name) or expected_calls(name, number, self.recipe, self.rows)

@@ -19,10 +19,12 @@ def metrics(rate: float | None) -> dict[str, object] | None:
 
 def test_the_same_status_gives_the_same_figure(tmp_path: Path) -> None:
     rounds = [{"number": number, "metrics": metrics(rate)} for number, rate in enumerate((0.2, 0.5, None))]
-    (tmp_path / "status.json").write_text(json.dumps({"run": "r", "rounds": rounds}))
+    (tmp_path / "status.json").write_text(json.dumps({"run": "r", "rounds": rounds, "untrained": metrics(0.1)}))
     command = [sys.executable, str(BENCH / "rounds_figure.py"), str(tmp_path / "status.json"), "--title", "a run"]
     environment = os.environ | {"PYTHONPATH": str(BENCH.parent)}
     for name in ("one.svg", "two.svg"):
         subprocess.run([*command, "--out", str(tmp_path / name)], check=True, env=environment)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert (tmp_path / "one.svg").read_text().startswith("<?xml")
+    svg = (tmp_path / "one.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert ("<!-- untrained -->" in svg, "<!-- round 1 -->" in svg, "<!-- round 2 -->" in svg) == (True, True, False)

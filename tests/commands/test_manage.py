@@ -256,6 +256,18 @@ def test_rm_asks_on_a_terminal(made, words, answer, done):
     assert made.exists != done
 
 
+def test_a_list_of_runs_has_only_the_beginning_of_a_long_error(made):
+    """`status` has all of it, with one mark at its end."""
+    shutil.rmtree(made.path / "model")
+    error = "stopped in end/ship after 2 s: " + 40 * "three rows are too long; " + "set limits.unusable=0.2."
+    record = json.loads((made.path / "run.json").read_text())
+    (made.path / "run.json").write_text(json.dumps(record | {"status": error}))
+    for shown in (called(made, "runs"), called(made, "rm", "fake", "--yes")):
+        assert "stopped in end/ship after 2 s: three rows" in " ".join(shown.output.split())
+        assert "set limits" not in shown.output
+        assert "…" in shown.output
+
+
 def test_status_of_a_run_of_an_older_version_names_its_last_round(made):
     record = json.loads((made.path / "run.json").read_text())
     del record["shipped"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import loaded_modules, record_loaded_modules
 from models import CHATML, let_a_runtime_add_bos, make_adapter
@@ -20,7 +21,7 @@ from tapir_local.errors import TapirError
 from tapir_local.export import architectures, export, tokenizer
 from tapir_local.export import probes as probing
 from tapir_local.export.export import export_gguf
-from tapir_local.export.gate import GateJob, GateLimits, GateReport, gate_memory, verify_gguf
+from tapir_local.export.gate import GateJob, GateLimits, GateReport, adapter_figures, gate_memory, verify_gguf
 from tapir_local.export.gguf_side import GgufSide, GgufSideJob, gguf_side_main
 from tapir_local.export.probes import FRAGMENTS, PROBE_COUNT, gate_texts, probe_texts, sample_prompts
 from tapir_local.export.reference import load_reference, reference_logits
@@ -132,6 +133,16 @@ def test_a_window_that_is_lost(gemma: Student, tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(architectures, "write_attention_windows", longer)
     export_gguf(gemma.model, tmp_path / "out.gguf", adapter=gemma.adapter, quant="f32")
     assert "logits" in gate_report(gemma, tmp_path / "out.gguf").failed
+
+
+def test_an_adapter_is_seen_through_noise_ten_times_its_effect() -> None:
+    chance = np.random.default_rng(0)
+    base, adapter, noise = (scale * chance.standard_normal((300, 400)) for scale in (2.0, 0.05, 0.5))
+    trained = base + adapter
+    assert adapter_figures(trained, trained, base) == (pytest.approx(0.05**2, rel=0.1), pytest.approx(1.0))
+    assert adapter_figures(trained + noise, trained, base)[1] == pytest.approx(1.0, abs=0.2)
+    assert adapter_figures(base + noise, trained, base)[1] == pytest.approx(0.0, abs=0.2)
+    assert adapter_figures(base + noise, base, base) == (0.0, None)
 
 
 def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:

@@ -47,22 +47,35 @@ def test_a_cell_takes_what_llama_cpp_says(llama) -> None:
         assert cell_bytes(model, exact=True) == 2 * cell_bytes(model)
 
 
+def test_long_conversations_use_no_flash_attention_on_a_cpu(llama) -> None:
+    with open_model(llama.gguf) as model:
+        plans = [
+            plan_context(model, [tokens, 100], 0, True, exact, 10**9)
+            for exact in (False, True)
+            for tokens in (256, 257)
+        ]
+        assert [plan.flash for plan in plans] == [True, False, False, False]
+        assert plan_context(replace(model, on_gpu=0.5), [4000], 0, True, False, 10**9).flash
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-def test_the_plan_is_at_least_what_llama_cpp_reserves(llama, split: bool, exact: bool) -> None:
+@pytest.mark.parametrize("tokens", [200, 500])
+def test_the_plan_is_at_least_what_llama_cpp_reserves(llama, tokens: int, split: bool, exact: bool) -> None:
     """llama.cpp writes its own figures to its log, which a child process prints."""
     with open_model(llama.gguf) as model:
-        plan = plan_context(model, [500] * 8, 0, split, exact, free_context_memory(model))
+        plan = plan_context(model, [tokens] * 8, 0, split, exact, free_context_memory(model))
         keys = plan.cells * cell_bytes(model, exact)
     code = (
         "import sys, llama_cpp as l\n"
         "m = l.llama_model_load_from_file(sys.argv[1].encode(), l.llama_model_default_params())\n"
         "p = l.llama_context_default_params(); p.n_batch, p.n_ubatch = 2048, 512\n"
         "p.n_ctx, p.n_seq_max, p.kv_unified = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'False'\n"
-        "if sys.argv[5] == 'True': p.type_k = p.type_v = 0; p.flash_attn_type = 0\n"
+        "if sys.argv[5] == 'True': p.type_k = p.type_v = 0\n"
+        "if sys.argv[6] == 'False': p.flash_attn_type = 0\n"
         "l.llama_init_from_model(m, p)\n"
     )
-    words = [llama.gguf, plan.cells, plan.sequences, split, exact]
+    words = [llama.gguf, plan.cells, plan.sequences, split, exact, plan.flash]
     said = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True
     ).stderr
@@ -203,5 +216,5 @@ def test_a_context_that_cannot_be_is_an_error_and_no_crash(llama) -> None:
             open_context(model, ContextConfig(cells=512, sequences=300)),
         ):
             pytest.fail("llama.cpp knows 256 sequences")
-        assert compute_bytes(model, 512, 4, True) > compute_bytes(model, 512, 4, False)
+        assert compute_bytes(model, 512, 4, flash=False) > compute_bytes(model, 512, 4, flash=True)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

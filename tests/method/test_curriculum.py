@@ -1,6 +1,8 @@
 """A plan has the requested shares, or says why not."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from tapir_local.method.baselines import CURRICULA, allocate_capped
 from tapir_local.method.curriculum import PlanInput, allocate_rows, challenge_of_round, is_easy, is_hard
 from tapir_local.recipe.curriculum_settings import Curriculum, judges_pool
 from tapir_local.recipe.tasks import TASKS
-from tapir_local.records import Example, Judgement, Message, RoundPlan
+from tapir_local.records import Example, Judgement, Message, RoundPlan, TaskLearning
 
 GAPS = {"Math": 6.0, "Music": 2.0, "Art": -1.0}
 TARGETS = {label: task.share for label, task in TASKS.items()}
@@ -165,6 +167,144 @@ def test_rows_far_beyond_the_student_twice_running_are_set_aside() -> None:
     assert plan.notes[0] == "2 hard rows set aside: MFD above 6 twice in a row"
     assert plan_with_ceiling(before).aside == ()
     assert plan_with_ceiling({}, mfd_ceiling=0.0).aside == ()
+
+
+def plan_scores(scores: dict[str, list[tuple[float, float]]], *, can_expand: bool = True, **settings: Any) -> RoundPlan:
+    """A plan of round 2 from the (teacher's, student's) scores of each task's rows."""
+    rows = [Example(f"{task}-{n}", (), "x", task) for task, pairs in scores.items() for n in range(len(pairs))]
+    judgements = [Judgement(f"{task}-{n}", *pair) for task, pairs in scores.items() for n, pair in enumerate(pairs)]
+    set_up = Curriculum(**{"rows": 40, **settings})
+    return CURRICULA["tapir"](
+        PlanInput(rows, rows, judgements, dict.fromkeys(scores, 0.25), set_up, 2, can_expand, random.Random(1))
+    )
+
+
+SCORES = {
+    "Law": [(9.0, 9.0)] * 9 + [(9.0, 1.0)],  # the student's mean is 0.91 of the teacher's
+    "Music": [(9.0, 5.0)] * 10,
+    "Art": [(9.0, 4.0)] * 10,
+    "Math": [(9.0, 1.0)] * 10,
+    "Sport": [(9.0, 9.0)] * 20,
+}
+
+
+def test_the_weaker_half_of_the_tasks_that_are_not_mastered_gets_the_hard_rows() -> None:
+    plan = plan_scores(SCORES, mastery=0.9)
+    found = {task: (one.gap, one.state) for task, one in plan.mastery.items()}
+    assert found == {
+        "Math": (8.0, "taught"),
+        "Art": (5.0, "taught"),
+        "Music": (4.0, "waiting"),
+        "Law": (0.8, "mastered"),
+    }
+    assert list(found) == ["Math", "Art", "Music", "Law"]
+    assert {id.partition("-")[0] for id in plan.hard} == {*new_rows(plan)} == {"Math", "Art"}
+    assert (len(plan.hard) + plan.to_write, len(plan.replay), plan.got) == (20, 20, {"Art": 0.5, "Math": 0.5})
+    assert {id.partition("-")[0] for id in plan.replay} == {"Law", "Sport"}
+    assert plan.notes[:3] == (
+        "hard and new rows go to the weakest tasks that are not mastered: Math (gap 8.0), Art (gap 5.0)",
+        "not mastered either, but left for a later round: Music (gap 4.0)",
+        "mastered, and so without hard and new rows: Law (gap 0.8)",
+    )
+    assert plan.notes[3] == "no hard row in Sport"
+    assert {*plan_scores(SCORES).got} == {"Math", "Art", "Music", "Law"}
+
+
+def test_without_expansion_too_hard_rows_of_other_tasks_are_left() -> None:
+    plan = plan_scores(SCORES, mastery=0.9, can_expand=False, alpha=1.0)
+    assert sorted(plan.hard) == sorted(f"{task}-{n}" for task in ("Math", "Art") for n in range(10))
+
+
+@pytest.mark.parametrize(("mastery", "state"), [(0.55, "mastered"), (0.56, "taught")])
+def test_a_student_at_exactly_the_share_has_mastered_the_task(mastery: float, state: str) -> None:
+    plan = plan_scores({"Math": [(10.0, 5.0), (10.0, 6.0)]}, mastery=mastery)
+    assert plan.mastery["Math"].state == state
+
+
+def test_tasks_of_equal_gap_are_all_taught() -> None:
+    plan = plan_scores({task: [(9.0, 2.0)] * 3 for task in "dcba"}, mastery=0.9)
+    assert {task: one.state for task, one in plan.mastery.items()} == dict.fromkeys("abcd", "taught")
+
+
+def test_if_every_task_is_mastered_all_get_rows_as_without_the_setting() -> None:
+    plain, plan = plan_scores(SCORES), plan_scores(SCORES, mastery=0.1)
+    assert {one.state for one in plan.mastery.values()} == {"mastered"}
+    assert (plan.hard, plan.expansions, plan.replay) == (plain.hard, plain.expansions, plain.replay)
+    assert plan.notes[0].startswith(
+        "every task that has hard rows is mastered, so all of them get rows: Math (gap 8.0)"
+    )
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from("abcdef"),
+        st.lists(st.tuples(st.integers(6, 10), st.integers(1, 10)), min_size=1, max_size=6),
+        min_size=1,
+    ),
+    st.floats(0, 1),
+)
+def test_mastery_never_leaves_a_round_without_hard_rows_and_teaches_the_largest_gaps(
+    scores: dict[str, list[tuple[float, float]]], mastery: float
+) -> None:
+    plan, plain = plan_scores(scores, mastery=mastery), plan_scores(scores)
+    assert bool(plan.hard or plan.to_write) == bool(plain.hard or plain.to_write)
+    gaps = {state: [o.gap for o in plan.mastery.values() if o.state == state] for state in ("taught", "waiting")}
+    assert len(gaps["taught"]) >= len(gaps["waiting"])
+    assert not gaps["waiting"] or max(gaps["waiting"]) < min(gaps["taught"])
+
+
+def plan_after_round(before: dict[str, float], trained: set[str], **settings: Any) -> RoundPlan:
+    """A plan of round 2: four rows each of Math and Art, on which the student now scores 3 and the teacher 9.
+
+    `before` are the student's scores in round 1.
+    """
+    rows = [Example(f"{task}-{n}", (), "x", task) for task in ("Art", "Math") for n in range(4)]
+    judgements = [Judgement(row.id, 9.0, 3.0) for row in rows]
+    set_up = Curriculum(**{"rows": 20, "alpha": 1.0, "learnable": True, **settings})
+    known = PlanInput(rows, rows, judgements, {"Art": 0.1, "Math": 0.1}, set_up, 2, True, random.Random(1))
+    earlier = {id: Judgement(id, 9.0, student) for id, student in before.items()}
+    return CURRICULA["tapir"](replace(known, earlier=earlier, trained=trained, can_expand=set_up.expand_share > 0))
+
+
+# Of Math's four rows three have a lower MFD now, of Art's none: one is as before, three are harder.
+LEARNED = {"Math-0": 1.0, "Math-1": 2.0, "Math-2": 2.5, "Math-3": 4.0}
+NOT_LEARNED = {"Art-0": 3.0, "Art-1": 4.0, "Art-2": 5.0, "Art-3": 5.0}
+
+
+def test_a_task_whose_hard_rows_were_learned_gets_more_rows() -> None:
+    plan = plan_after_round(LEARNED | NOT_LEARNED, {*LEARNED, *NOT_LEARNED})
+    assert plan.learning == {"Art": TaskLearning(4, 0), "Math": TaskLearning(4, 3)}
+    assert [one.factor for one in plan.learning.values()] == [1 / 6, 4 / 6]
+    assert plan.asked == {"Art": 0.2, "Math": 0.8}
+    assert plan.notes[0] == "hard rows of the last round whose MFD has fallen: Art 0 of 4, Math 3 of 4"
+    assert plan_after_round(LEARNED, {*LEARNED}, learnable=False).asked == {"Art": 0.5, "Math": 0.5}
+
+
+def test_where_nothing_is_expanded_rows_of_tasks_that_were_learned_come_first() -> None:
+    plan = plan_after_round(LEARNED | NOT_LEARNED, {*LEARNED, *NOT_LEARNED}, expand_share=0.0, rows=4)
+    assert {id.partition("-")[0] for id in plan.hard} == {"Math"}
+
+
+@pytest.mark.parametrize(
+    ("before", "trained"),
+    [
+        ({}, {*LEARNED}),  # new rows of the last round were not judged before it
+        (LEARNED, set()),  # judged, but not trained on
+        (dict.fromkeys(LEARNED, 8.0), {*LEARNED}),  # replayed: they were easy
+        ({"other": 1.0}, {"other"}),  # not in this round's pool
+    ],
+)
+def test_rows_that_say_nothing_about_learning_do_not_count(before: dict[str, float], trained: set[str]) -> None:
+    plan, plain = plan_after_round(before, trained), plan_after_round({}, set(), learnable=False)
+    assert plan.learning == dict.fromkeys(("Art", "Math"), TaskLearning(0, 0))
+    assert plan.notes[0] == "no hard row of the last round was judged again, so learnable changes no share"
+    assert (plan.hard, plan.expansions, plan.replay) == (plain.hard, plain.expansions, plain.replay)
+
+
+def test_mastery_and_learnable_go_together() -> None:
+    plan = plan_after_round(LEARNED | NOT_LEARNED, {*LEARNED, *NOT_LEARNED}, mastery=0.9)
+    assert {one.state for one in plan.mastery.values()} == {"taught"}  # both have a gap of 6
+    assert plan.asked == {"Art": 0.2, "Math": 0.8}
 
 
 def test_no_row_is_repeated() -> None:

@@ -138,6 +138,32 @@ def test_with_refine_all_replayed_rows_are_styled_too_and_only_once(tmp_path: Pa
     assert max(styled.values()) == 1
 
 
+def test_with_mastery_and_learnable_each_round_teaches_the_weakest_tasks(tmp_path: Path) -> None:
+    """The fake student answers what it was trained on, so that all hard rows of a round are learned in it."""
+    world = World()
+    run, recipe = ran(tmp_path, world, mastery=0.9, learnable=True)
+    tasks = {row.id: row.task for row in read_rows(Example, run.path / "seeds.jsonl")}
+    plans = {number: read_record(RoundPlan, run.round(number) / "plan.json") for number in (1, 2)}
+    for number, plan in plans.items():
+        states = {task: one.state for task, one in plan.mastery.items()}
+        taught = {task for task, state in states.items() if state == "taught"}
+        rows = trained(run, number)
+        tasks |= {row.id: row.task for row in rows}
+        assert taught
+        assert {tasks[id] for id in plan.hard} | {expansion.task for expansion in plan.expansions} == taught
+        assert len(rows) + sum(plan.short.values()) == 20
+        assert plan.notes[0].startswith("hard and new rows go to the weakest tasks that are not mastered: ")
+    assert {one.trained for one in plans[1].learning.values()} == {0}
+    learned = {task: sum(tasks[id] == task for id in plans[1].hard) for task in plans[2].learning}
+    assert {task: (one.trained, one.learned) for task, one in plans[2].learning.items()} == {
+        task: (count, count) for task, count in learned.items()
+    }
+    assert sum(learned.values()) > 0
+    for stage in ("judge", "expand", "refine"):
+        wanted = expected_calls(stage, 2, recipe, 60)
+        assert 0.8 * asked(world, 2)[stage] <= wanted <= 1.4 * asked(world, 2)[stage] + 2
+
+
 @pytest.mark.parametrize("name", ["lion", "reflection"])
 def test_recorded_answers_cannot_be_asked_to_write(name: str) -> None:
     with pytest.raises(TapirError, match=f"{name} needs a teacher that can be asked"):

@@ -132,6 +132,17 @@ def test_a_judge_with_a_model_is_asked_and_named() -> None:
         ("teacher: pocket\nclassifier: {held_out: 1}", "classifier.held_out"),
         ("teacher: pocket\nseeds: {split: train}", "seeds.split: the pocket seeds have none"),
         ("teacher: recorded\njudge: reference\nseeds: {answers: teacher}", "seeds.answers: a recorded teacher's"),
+        (
+            "teacher: pocket\ncurriculum: {name: growth, mastery: 0.9}",
+            "curriculum: `mastery` needs the curriculum `tapir` with `difficulty: true`",
+        ),
+        (
+            "teacher: pocket\ncurriculum: {name: lion, learnable: true}",
+            "curriculum: `learnable` needs the curriculum `tapir` with `difficulty: true`",
+        ),
+        ("teacher: pocket\ncurriculum: {difficulty: off, mastery: 0}", "curriculum: `mastery` needs the"),
+        ("teacher: pocket\ncurriculum: {difficulty: off, learnable: true}", "curriculum: `learnable` needs the"),
+        ("teacher: pocket\ncurriculum: {mastery: 90}", "curriculum.mastery: Input should be less than or equal to 1"),
     ],
 )
 def test_what_cannot_serve_is_refused_by_its_path(text: str, said: str) -> None:
@@ -154,6 +165,7 @@ def test_what_cannot_serve_is_refused_by_its_path(text: str, said: str) -> None:
         ("curriculum: {difficulty: off, mfd_threshold: 1}", "curriculum.mfd_threshold has no effect"),
         ("curriculum: {name: all, rows: 7, pool: 9}", "curriculum.rows has no effect: `curriculum.name: all`"),
         ("curriculum: {name: reflection, drafts: 2}", "curriculum.drafts has no effect"),
+        ("rounds: 1\ncurriculum: {learnable: true}", "curriculum.learnable has no effect: no round comes after one"),
         ("curriculum: {name: growth}\njudge: {max_unjudged: 0.5}", "judge.max_unjudged has no effect"),
         ("classifier: {ask_below: 0, ask_at_most: 5}", "classifier.ask_at_most has no effect"),
         ("budget: {money: 5}", "budget.money has no effect: no endpoint with a price"),

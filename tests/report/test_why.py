@@ -58,6 +58,35 @@ def test_an_easy_row_has_the_number_of_drawn_rows(run: RunDir) -> None:
     assert told["why"].startswith("easy: MFD 0 <= 2; replayed: ")
 
 
+def test_why_and_show_say_which_tasks_get_rows_and_what_was_learned(tmp_path: Path) -> None:
+    other = ran(tmp_path, **{"curriculum.mastery": 0.9, "curriculum.learnable": True})
+    plan = plan_of(other)
+    tasks = {row.id: row.task for row in read_rows(Example, other.path / "seeds.jsonl")}
+    (waiting,) = [task for task, one in plan.mastery.items() if one.state == "waiting"]
+    (taught,) = [task for task, one in plan.mastery.items() if one.state == "taught"]
+    judged = read_rows(Judgement, other.round(1) / "judgements.jsonl")
+    left = next(row.id for row in judged if row.student == 2.0 and tasks[row.id] == waiting)
+    gaps = {task: f"{plan.mastery[task].gap:.1f}" for task in (taught, waiting)}
+    assert explain_row(other, left)["rounds"][1]["why"] == (
+        f"hard: MFD 7 > 2; not selected: task {waiting}: gap {gaps[waiting]}, not mastered, "
+        "but tasks with larger gaps come first"
+    )
+    told = explain_row(other, plan.hard[0])["rounds"][1]["why"]
+    assert f"ties at random; task {taught}: gap {gaps[taught]}, not mastered; new rows" in told
+    later = plan_of(other, 2)
+    (learned,) = [(task, one) for task, one in later.learning.items() if one.trained]
+    again = read_rows(Judgement, other.round(2) / "judgements.jsonl")
+    row = next(row.id for row in again if row.student == 2.0 and tasks.get(row.id) == learned[0])
+    told = explain_row(other, row)["rounds"][2]["why"]
+    assert f"{learned[1].learned} of {learned[1].trained} hard rows of the last round learned, weight" in told
+    words = ["show", other.name, "--cache", str(other.cache)]
+    shown = CliRunner().invoke(cli, [*words, "--round", "2"], catch_exceptions=False).stdout
+    assert "hard rows of the last round whose MFD has fallen" in " ".join(shown.split())
+    found = json.loads(CliRunner().invoke(cli, [*words, "--round", "1", "--json"]).stdout)["plan"]
+    assert found["mastery"][waiting]["state"] == "waiting"
+    assert found["learning"][taught] == {"trained": 0, "learned": 0}
+
+
 def test_a_parent_lists_its_new_rows_and_a_new_row_names_its_parent(run: RunDir) -> None:
     child = next(row for row in read_rows(Example, run.round(1) / "train.jsonl") if row.origin == "expanded")
     parent = explain_row(run, child.parent)
@@ -106,6 +135,15 @@ def test_the_same_settings_give_the_same_plan_and_nothing_is_written(run: RunDir
 
 def test_a_higher_threshold_makes_fewer_rows_hard(run: RunDir) -> None:
     assert plan_with_changes(run, 1, ["curriculum.mfd_threshold=8"]).then.pool_hard == 0
+
+
+def test_mastery_and_learnable_can_be_tried_on_a_run_without_them(run: RunDir) -> None:
+    found = plan_with_changes(run, 2, ["curriculum.mastery=0.9", "curriculum.learnable=true"])
+    assert found.now
+    assert not found.now.mastery
+    assert {one.state for one in found.then.mastery.values()} <= {"taught", "waiting", "mastered"}
+    assert sum(one.learned for one in found.then.learning.values()) > 0
+    assert set(found.then.mastery) == set(found.then.learning)
 
 
 def test_one_share_changes_and_the_others_stay(run: RunDir) -> None:

@@ -108,6 +108,8 @@ def test_a_step_is_scaled_by_the_calls_or_rows_of_those_like_it(cut: tuple[Path,
     early = StageTimes(recipe, state.steps, only_first | {"prepare/untrained-answer": {"seconds": 2.0}})
     assert early.expected_seconds(step_of(state, "round-01/train")) == pytest.approx(60.0)  # twice the rows of round 0
     assert early.expected_seconds(step_of(state, "round-01/answer")) == pytest.approx(10.0)  # 50 answers, not 10
+    short = StageTimes(recipe, state.steps, only_first | {"round-01/refine": {"output": {"rows": 5}}})
+    assert short.expected_seconds(step_of(state, "round-01/train")) == pytest.approx(15.0)  # not 20 rows, as wanted
 
 
 def test_a_stage_that_asked_nothing_says_nothing_of_the_time_of_a_call(cut: tuple[Path, RunDir]) -> None:
