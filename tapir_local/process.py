@@ -30,6 +30,8 @@ MARK_VARIABLE = "TAPIR_LOCAL_MARK"  # the random prefix of a child's reports
 # Waiting OpenMP threads sleep early instead of spinning: on two cores shared with other jobs, training ran at over
 # 1,000 tokens/s with this and at 200 to 400 with torch's default.
 THREAD_VARIABLES = {"GOMP_SPINCOUNT": "1000"}
+# Without gdb's output after llama.cpp's last words, which an error quotes from the log.
+LLAMA_VARIABLES = {"GGML_NO_BACKTRACE": "1"}
 # Like python -P, which a launcher does not pass on: a datasets.py in the current folder must not shadow the package.
 LAUNCHER_VARIABLES = {"PYTHONSAFEPATH": "1"}
 LAUNCHER_KILLED = "Signal 9 (SIGKILL)"  # how torch's launcher reports a killed process
@@ -199,10 +201,10 @@ def send_reply(child: "subprocess.Popen[bytes]", value: Any) -> None:
 
 
 def child_environment(module: str = "") -> dict[str, str]:
-    """The environment of a child that runs `module`: thread settings, the path of our modules, and no API keys."""
+    """The environment of a child that runs `module`: libraries' settings, the path of our modules, and no API keys."""
     fewer = {"OMP_NUM_THREADS": str(count_cpus())} if count_cpus() < len(os.sched_getaffinity(0)) else {}
     kept = {name: value for name, value in os.environ.items() if not is_secret(name, module)}
-    return {**THREAD_VARIABLES, **fewer, **kept, OWNED_VARIABLE: "1", **python_path_variable()}
+    return {**THREAD_VARIABLES, **LLAMA_VARIABLES, **fewer, **kept, OWNED_VARIABLE: "1", **python_path_variable()}
 
 
 def is_secret(name: str, module: str = "") -> bool:

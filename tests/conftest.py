@@ -20,7 +20,9 @@ import server as servers
 from fakes import make_recipe
 from models import WITH_BOS
 from students import Student, make_student
+from warm import COLD, warm_children
 
+from tapir_local import process
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
@@ -64,6 +66,19 @@ def refuse_cuda_build(built: Path, code: str = LOADS_BOTH) -> None:
             "load both. Run the tests in another checkout, where `make test` builds llama.cpp without CUDA.",
             returncode=3,
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_start_warm() -> Iterator[None]:
+    """Trainings, exports and gates do not import their libraries again and again; see `tests/support/warm.py`."""
+    with warm_children():
+        yield
+
+
+@pytest.fixture
+def cold_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children start as they do for users: a new interpreter imports everything."""
+    monkeypatch.setattr(process, "start_child", COLD)
 
 
 @pytest.fixture(scope="session")

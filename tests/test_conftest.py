@@ -1,5 +1,6 @@
 """The tests see no GPU, so that they expect the same devices and bytes on every machine."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -9,21 +10,25 @@ from pathlib import Path
 import pytest
 
 CONFTEST = Path(__file__).with_name("conftest.py")
-CODE = "import os, runpy, sys; runpy.run_path(sys.argv[1]); print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+# Runs conftest.py with each of the variables in standard input, and prints which GPUs are visible then.
+CODE = """
+import json, os, runpy, sys
+for given in json.load(sys.stdin):
+    for name, value in given.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    runpy.run_path(sys.argv[1])
+    print(repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+"""
 
 
-@pytest.mark.parametrize("named", [None, "0,1"])
-@pytest.mark.parametrize(("asked", "hidden"), [(None, True), ("0", True), ("1", False)])
-def test_gpus_are_hidden_from_the_tests_unless_they_are_asked_for(
-    named: str | None, asked: str | None, hidden: bool
-) -> None:
-    given = {"CUDA_VISIBLE_DEVICES": named, "TAPIR_TEST_GPU": asked}
-    others = {name: value for name, value in os.environ.items() if name not in given}
-    path = {"PYTHONPATH": os.pathsep.join([str(CONFTEST.parent / "support"), str(CONFTEST.parents[1])])}
-    env = {**others, **path, **{name: value for name, value in given.items() if value is not None}}
-    command = [sys.executable, "-c", CODE, str(CONFTEST)]
-    found = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
-    assert found == ("\n" if hidden else f"{named}\n")
+def test_gpus_are_hidden_from_the_tests_unless_they_are_asked_for() -> None:
+    asked = {None: True, "0": True, "1": False}  # of TAPIR_TEST_GPU: whether the GPUs are hidden
+    cases = [(named, word) for named in (None, "0,1") for word in asked]
+    given = [{"CUDA_VISIBLE_DEVICES": named, "TAPIR_TEST_GPU": word} for named, word in cases]
+    path = os.pathsep.join([str(CONFTEST.parent / "support"), str(CONFTEST.parents[1])])
+    command, env = [sys.executable, "-c", CODE, str(CONFTEST)], {**os.environ, "PYTHONPATH": path}
+    found = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, env=env, check=True)
+    assert found.stdout.splitlines() == ["''" if asked[word] else repr(named) for named, word in cases]
 
 
 CRASHES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"

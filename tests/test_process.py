@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from warm import LIBRARIES, may_start_warm
 
 from tapir_local.errors import TapirError
 from tapir_local.process import (
@@ -35,8 +36,18 @@ sys.exit(child_main(work))
 """
 
 
+@pytest.fixture(params=["cold", "warm"])
+def started(request, monkeypatch):
+    """How children start: as for users, or as in most tests. Both must behave alike."""
+    if request.param == "warm":
+        if not may_start_warm():
+            pytest.skip("there is a GPU or Unsloth")
+        for name in ("heavy", "serving"):
+            monkeypatch.setitem(LIBRARIES, name, ())
+
+
 @pytest.fixture
-def child(tmp_path, monkeypatch):
+def child(tmp_path, monkeypatch, started):
     """Run the body of a `work(folder, progress)` as a module; the log file is tmp_path/log."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
@@ -158,7 +169,7 @@ def test_a_remark_that_nobody_asks_for_is_on_stderr(child, capfd):
 
 
 @pytest.fixture
-def serve(tmp_path, monkeypatch):
+def serve(tmp_path, monkeypatch, started):
     """Run the body of a `work(folder, parent)` as a module that calls hooks; the log file is tmp_path/serving.log."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,7 @@
-"""The whole loop with the real backends and the pocket world, on a small setting: it repeats, and survives kill -9."""
+"""The whole loop with the real backends and the pocket world, on a small setting: it repeats, and survives kill -9.
+
+The first run starts every process as for a user. The others start warm (see `warm.py`) and give the same bytes.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from command_line import loaded_modules, network_name_space, record_loaded_modules, refuse_network
+from warm import may_start_warm, run_command, start_command
 
 from tapir_local.pipeline.loop import list_steps
 from tapir_local.run_dir import RunDir
@@ -21,15 +25,14 @@ SMALL = ROOT / ".ci" / "small.yaml"
 COMMAND = [sys.executable, str(ROOT / "cli.py")]
 
 
-def tapir(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    out = subprocess.run([*COMMAND, *words], capture_output=True, text=True, env=env, check=False)
+def tapir(*words: str) -> subprocess.CompletedProcess[str]:
+    out = run_command(*words)
     assert out.returncode == 0, out.stderr
     return out
 
 
-def distilled(cache: Path, name: str = "small", **environment: str) -> RunDir:
-    tapir("distill", str(SMALL), "--cache", str(cache), "--name", name, **environment)
+def distilled(cache: Path, name: str = "small") -> RunDir:
+    tapir("distill", str(SMALL), "--cache", str(cache), "--name", name)
     return RunDir(cache, name)
 
 
@@ -168,15 +171,11 @@ def killed_in_turn(cache: Path, rng: random.Random) -> Iterator[str]:
         pending = [step for step in list_steps(run, 1) if not step.done]
         if not pending:
             return
-        process = subprocess.Popen(
-            [*COMMAND, "distill", str(SMALL), "--cache", str(cache)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with Path(os.devnull).open("wb") as nothing:
+            process = start_command("distill", str(SMALL), "--cache", str(cache), output=nothing, errors=nothing)
         while process.poll() is None and not pending[0].done:
             time.sleep(0.02)
-        time.sleep(rng.uniform(0.0, 0.6))
+        time.sleep(rng.uniform(0.0, 0.2 if may_start_warm() else 0.6))  # a warm stage begins its work at once
         process.send_signal(signal.SIGKILL)
         process.wait()
         yield pending[0].name

@@ -33,7 +33,6 @@ from tapir_local.inference.score import NO_CALLBACKS, score_completions
 from tapir_local.process import Parent, call_in_process, exit_error, serve_parent
 from tapir_local.records import Completion, Prompt, Scored, noop
 
-LLAMA_VARIABLES = {"GGML_NO_BACKTRACE": "1"}  # otherwise gdb's output follows llama.cpp's last words in the log
 LAST_LINES = 4  # of the log, in an error: CUDA's errors have three, and ggml's abort one
 CPU_ADVICE = "With CUDA_VISIBLE_DEVICES= before the command, everything runs on the CPU instead."
 
@@ -160,7 +159,7 @@ def run_llama(job: LlamaJob, place: LlamaPlace, hooks: Mapping[str, Callable[...
     folder = place.folder or Path(tempfile.mkdtemp(prefix="tapir-local-"))
     private_folder(folder)
     try:
-        found = call_in_process(llama_main, job, folder, hooks, LLAMA_VARIABLES, partial(llama_exit_error, advice))
+        found = call_in_process(llama_main, job, folder, hooks, explain=partial(llama_exit_error, advice))
     except BaseException as error:
         if not (isinstance(error, TapirError) and Path(error.where).parent == folder):
             remove_path(folder)

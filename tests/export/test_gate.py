@@ -84,16 +84,16 @@ def test_the_gguf_is_compared_on_the_cpu_even_if_llama_cpp_has_a_gpu(
     assert read_record(GgufSide, tmp_path / "found.json").ids[0]
 
 
-def test_torch_and_llama_cpp_are_never_in_one_process(gemma: Student, tmp_path: Path) -> None:
+def test_torch_and_llama_cpp_are_never_in_one_process(llama: Student, tmp_path: Path) -> None:
     """With CUDA they crash together."""
     write_rows(tmp_path / "rows.jsonl", ROWS)
-    job = GateJob(gemma.model, gemma.gguf, tmp_path / "rows.jsonl", tmp_path / "gate.json", 0.9, gemma.adapter)
+    job = GateJob(llama.model, llama.gguf, tmp_path / "rows.jsonl", tmp_path / "gate.json", 0.9, llama.adapter)
     write_record(tmp_path / "job.json", job)
     command = [sys.executable, "-m", "tapir_local.export.gate", str(tmp_path)]
     environment = os.environ | record_loaded_modules(tmp_path)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert loaded_modules(tmp_path) == {"torch", "llama_cpp"}
-    assert not list(gemma.gguf.parent.glob("*.gate"))
+    assert not list(llama.gguf.parent.glob("*.gate"))
 
 
 # --- wrong exports are caught

@@ -104,6 +104,7 @@ def test_every_type_of_weights_is_dequantized(tmp_path: Path, quant: str) -> Non
     assert len(said) == 2
 
 
+@pytest.mark.usefixtures("cold_children")  # no other test starts this process as a user does
 def test_the_gate_passes_a_folder_on_its_own_gguf(tmp_path: Path) -> None:
     gguf = tmp_path / "student.gguf"
     export_gguf(make_model(tmp_path / "m"), gguf, adapter=None, quant="q8_0")

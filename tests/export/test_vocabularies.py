@@ -148,7 +148,7 @@ def test_an_abort_of_the_library_gives_one_clear_error(fatal: Path, tmp_path: Pa
     words = ["generate", str(fatal), str(tmp_path / "asked.jsonl"), "-o", str(tmp_path / "out.jsonl")]
     found = CliRunner().invoke(cli, words)
     assert isinstance(found.exception, TapirError)
-    assert "llama.cpp ends the process over its vocabulary: SIGABRT" in found.exception.what
+    assert "llama.cpp ends the process over its vocabulary: SIGABRT: what()" in found.exception.what
     assert found.exception.where == str(fatal)
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -165,7 +165,7 @@ def test_an_abort_in_a_process_of_its_own_is_told_with_the_librarys_words(fatal:
 def test_the_gate_names_the_gguf_that_aborted_its_process(fatal: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [])
     job = GateJob(fatal.parent / "model", fatal, tmp_path / "rows.jsonl", tmp_path / "gate.json")
-    with pytest.raises(TapirError, match=r"the GGUF cannot be used: .*SIGABRT") as caught:
+    with pytest.raises(TapirError, match=r"the GGUF cannot be used: .*SIGABRT: .*what\(\)") as caught:
         run_gate(job, tmp_path / "work")
     assert caught.value.where == str(fatal)
     assert not (tmp_path / "gate.json").exists()

@@ -2,18 +2,19 @@
 
 import os
 import resource
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import QUIET, World, fake_backends, outputs, with_ask
+from fakes import QUIET, World, fake_backends, outputs
 
 from tapir_local.errors import TapirError
 from tapir_local.files import file_sha256, write_json
 from tapir_local.output_record import describe_change, describe_output
 from tapir_local.pipeline.loop import distill, list_steps, redo
 from tapir_local.recipe.schema import Recipe
-from tapir_local.records import Answer, Request
+from tapir_local.records import Answer, Progress, Request
 from tapir_local.report.status import run_status
 from tapir_local.run_dir import RunDir, lock_holder, lock_run
 
@@ -81,17 +82,19 @@ def test_outputs_are_compared_by_their_contents(tmp_path: Path) -> None:
 
 
 def test_the_state_says_what_runs_and_what_ended(recipe: Recipe, run: RunDir) -> None:
+    """While it runs, the state is read each time that a stage asks."""
     states, world = list[str](), World()
 
-    def look(request: Request, answer: Answer) -> Answer:
+    def ask(requests: Sequence[Request], progress: Progress) -> list[Answer]:
         states.append(run_status(run)["state"])
-        return answer
+        return world.ask(requests, progress)
 
     world.fail_at = 0
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, run, fake_backends(world), QUIET)
     assert run_status(run)["state"].startswith("stopped in prepare/label")
-    distill(recipe, run, with_ask(World(), look), QUIET)
+    world.fail_at = None
+    distill(recipe, run, replace(fake_backends(world), teacher=ask, judge=ask), QUIET)
     running = f"running (process {os.getpid()}), in"
     assert states[0] == f"{running} prepare/label"
     assert not [state for state in states if not state.startswith(running)]

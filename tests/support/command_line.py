@@ -8,11 +8,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from warm import FORKED, run_command
+
 ROOT = Path(__file__).parents[2]
 
 
 def tapir(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in its own process."""
+    """Run the program in its own process, which starts warm (see `warm.py`) unless it gets a path of its own."""
+    if "PYTHONPATH" not in environment:
+        return run_command(*words, cwd=cwd, **environment)
     command = [sys.executable, str(ROOT / "cli.py"), *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
@@ -48,12 +52,13 @@ def tapir_on_terminal(*words: str, typed: str, cwd: Path | None = None) -> tuple
 
 
 def children() -> list[int]:
-    """The processes that this one has started and that still run; a zombie does not count."""
+    """The processes that this one has started and that still run; a zombie does not count, nor does what warm
+    processes are forked from."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
+            if int(parent) == os.getpid() and state != "Z" and int(stat.parent.name) not in FORKED:
                 found.append(int(stat.parent.name))
     return found
 
