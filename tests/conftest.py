@@ -18,6 +18,7 @@ if os.environ.get("TAPIR_TEST_GPU") != "1":  # the tests expect a CPU's devices,
 import pytest
 import server as servers
 from fakes import make_recipe
+from hypothesis import settings
 from models import WITH_BOS
 from students import Student, make_student
 from warm import COLD, warm_children
@@ -26,6 +27,9 @@ from tapir_local import process
 from tapir_local.recipe.schema import Recipe
 from tapir_local.run_dir import RunDir
 from tapir_local.store.store import Store
+
+settings.register_profile("no-deadline", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("no-deadline")  # an example may take seconds on a busy machine
 
 LOADS_BOTH = """
 import tempfile
