@@ -52,6 +52,7 @@ class Store:
         self._broken: TapirError | None = None
         self._jobs: SimpleQueue[WriteJob | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()  # the writer has ended
         with explain_store_errors(path):
             if self.writes:
                 self._open()
@@ -171,7 +172,7 @@ class Store:
         """Write what is left and close the file."""
         if self._thread:
             self._jobs.put(None)
-            self._thread.join()
+            self._wait_for_writer()
         for conn in self._readers:
             conn.close()
         self._readers.clear()
@@ -184,6 +185,17 @@ class Store:
                 self._conn.close()  # last, because a reader cannot merge the log into the file
                 self._broken = TapirError("the store is closed", where=str(self.path))
         self._broken = TapirError("the store is closed", where=str(self.path))
+
+    def _wait_for_writer(self) -> None:
+        """Wait until the writer has ended; a first Ctrl-C waits as well, because what is written is paid for.
+
+        Not by Thread.join: if that is interrupted, Python 3.11 and 3.12 take a running thread for ended.
+        """
+        try:
+            self._written.wait()
+        except KeyboardInterrupt:
+            self._written.wait()
+            raise
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,6 +296,7 @@ class Store:
         finally:
             while not self._jobs.empty():
                 settle_write_jobs(take_write_jobs(self._jobs)[0], self._broken)
+            self._written.set()
 
     def _commit(self, jobs: Sequence[WriteJob]) -> None:
         failed: TapirError | None = self._broken or TapirError("the store's writer stopped", where=str(self.path))

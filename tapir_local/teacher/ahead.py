@@ -50,7 +50,7 @@ class AheadAsker:
         self._inbox: asyncio.Queue[Sequence[Request] | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._started = threading.Event()
+        self._started, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ask ahead", daemon=True)
         self._thread.start()
         self._started.wait()
@@ -68,7 +68,7 @@ class AheadAsker:
         """Send nothing more, and wait for what is in flight."""
         self._call(self._inbox.put_nowait, None)
         try:
-            self._thread.join()
+            self._ended.wait()
         except KeyboardInterrupt:
             self.interrupt()
             raise
@@ -78,9 +78,9 @@ class AheadAsker:
         self._interrupted = True
         self._call(self._inbox.put_nowait, None)
         try:
-            self._cancel_and_join()
+            self._cancel_and_wait()
         except KeyboardInterrupt:
-            self._cancel_and_join()
+            self._cancel_and_wait()
 
     def tell_warnings(self) -> None:
         """Say the warnings that have come so far."""
@@ -113,6 +113,7 @@ class AheadAsker:
             self._error = error
         finally:
             self._started.set()
+            self._ended.set()
 
     async def _send(self) -> None:
         self._task = asyncio.current_task()
@@ -131,10 +132,10 @@ class AheadAsker:
             if self._loop:
                 self._loop.call_soon_threadsafe(act, *values)
 
-    def _cancel_and_join(self) -> None:
+    def _cancel_and_wait(self) -> None:
         if self._task:
             self._call(self._task.cancel)
-        self._thread.join()
+        self._ended.wait()  # not Thread.join: once interrupted, Python 3.11 and 3.12 take a running thread for ended
 
     def _warn(self, text: str) -> None:
         if self._interrupted:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from models import largest_difference, make_adapter, make_model
+from safetensors.torch import load_file, save_file
 from students import Student
 
 from tapir_local.commands.main import cli
@@ -73,6 +74,15 @@ def test_the_gate_compares_both_together(llama: Student, bases, tmp_path: Path) 
 def test_a_swapped_adapter_is_caught(llama: Student, bases, tmp_path: Path) -> None:
     other = make_adapter(llama.model, tmp_path / "other", seed=9)
     export_adapter(llama.model, other, tmp_path / "lora.gguf")
+    assert "logits" in gate_report(llama, bases["llama"], tmp_path / "lora.gguf").failed
+
+
+def test_an_adapter_without_effect_is_caught(llama: Student, bases, tmp_path: Path) -> None:
+    idle = make_adapter(llama.model, tmp_path / "idle")
+    weights = load_file(idle / "adapter_model.safetensors")
+    nothing = {name: 0 * weight for name, weight in weights.items()}
+    save_file(nothing, idle / "adapter_model.safetensors")
+    export_adapter(llama.model, idle, tmp_path / "lora.gguf")
     assert {"logits", "adapter"} <= set(gate_report(llama, bases["llama"], tmp_path / "lora.gguf").failed)
 
 

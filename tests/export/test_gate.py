@@ -156,11 +156,17 @@ def test_an_adapter_is_seen_through_noise_ten_times_its_effect() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "effect", "share", "lacks"),
-    [(0.005, 0.01, 0.0, True), (0.01, 0.01, 0.3, False), (0.074, 0.01, 0.0, False), (0.02, 0.01, 0.2, True)],
+    [
+        (0.005, 0.01, 0.0, True),
+        (0.01, 0.01, 0.3, False),
+        (0.074, 0.01, 0.0, False),
+        (0.02, 0.01, 0.2, True),
+        (9.0, 0.1, 0.0, True),
+    ],
 )
 def test_an_adapter_is_missed_only_where_quantization_lets_it_be_seen(kl, effect, share, lacks) -> None:
-    assert lacks_adapter(Figures(kl, 0.1, 1.0, 0.9, 600, effect, share)) == lacks
-    assert not lacks_adapter(Figures(kl, None, 1.0, 0.9, 600))
+    assert lacks_adapter(Figures(kl, 0.1, 1.0, 0.9, 600, effect, share), 0.1) == lacks
+    assert not lacks_adapter(Figures(kl, None, 1.0, 0.9, 600), 0.1)
 
 
 def test_a_swapped_adapter(gemma: Student, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -49,6 +50,21 @@ def test_a_shared_prompt_is_stored_once(tmp_path, words, rows):
     size = (tmp_path / "teacher.db").stat().st_size - (tmp_path / "empty.db").stat().st_size - 2 * len(text)  # samples
     assert len(text) > 7 * words
     assert size / rows < 500
+
+
+def test_ctrl_c_while_the_store_closes_waits_for_what_is_written(tmp_path):
+    """Another program holds the file, so the writer is in its commit when the signal comes."""
+    store = Store(tmp_path / "teacher.db")
+    other = sqlite3.connect(tmp_path / "teacher.db", isolation_level=None, check_same_thread=False)
+    other.execute("begin immediate")
+    store.put(call(1))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.8, other.execute, ("rollback",)).start()
+    with pytest.raises(KeyboardInterrupt):
+        store.close()
+    assert table(tmp_path / "teacher.db", "select count(*) from calls") == [(1,)]
+    store.close()
+    other.close()
 
 
 def test_uses_and_attempts_are_recorded(tmp_path):
