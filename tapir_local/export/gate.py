@@ -212,11 +212,16 @@ def answer_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray | Non
 
     width = min(gguf.shape[1], trained.shape[1])
     gguf, trained = gguf[:, :width], trained[:, :width]
-    kl_base = None if base is None else mean_divergence(base[:, :width], gguf)
     largest = float(np.nan_to_num(np.abs(gguf - trained).max(), nan=1e9))
     agreement = float((gguf.argmax(axis=1) == trained.argmax(axis=1)).mean())
-    effect, share = (None, None) if base is None else adapter_figures(gguf, trained, base[:, :width])
-    return Figures(mean_divergence(trained, gguf), kl_base, largest, agreement, len(gguf), effect, share)
+    found, end = log_softmax(gguf), log_softmax(trained)
+    kl = mean_divergence(end, found)
+    if base is None:
+        return Figures(kl, None, largest, agreement, len(gguf))
+    start = log_softmax(base[:, :width])
+    return Figures(
+        kl, mean_divergence(start, found), largest, agreement, len(gguf), *adapter_figures(found, end, start)
+    )
 
 
 def lacks_adapter(figures: Figures, max_kl: float) -> bool:
@@ -230,7 +235,7 @@ def lacks_adapter(figures: Figures, max_kl: float) -> bool:
 
 
 def adapter_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray) -> tuple[float, float | None]:
-    """The adapter's effect, and the share of it that the GGUF shows (None if it has no effect).
+    """The adapter's effect, and the share of it that the GGUF shows (None if it has no effect), from log-probabilities.
 
     The projection <GGUF - base, trained - base> / |trained - base|² of log-probabilities, weighted by the trained
     model's probabilities and centered; half of such a squared distance is the KL divergence of two close distributions.
@@ -238,9 +243,8 @@ def adapter_figures(gguf: FloatArray, trained: FloatArray, base: FloatArray) -> 
     """
     import numpy as np
 
-    start, end, found = log_softmax(base), log_softmax(trained), log_softmax(gguf)
-    weights = np.exp(end)
-    way, gone = end - start, found - start
+    weights = np.exp(trained)
+    way, gone = trained - base, gguf - base
     way, gone = (part - (weights * part).sum(axis=1, keepdims=True) for part in (way, gone))
     effect = float((weights * way * way).sum(axis=1).mean())
     return effect, float((weights * way * gone).sum(axis=1).mean()) / effect if effect > 0 else None
@@ -270,11 +274,10 @@ def pool_figures(parts: Sequence[Figures]) -> Figures:
 
 
 def mean_divergence(trained: FloatArray, gguf: FloatArray) -> float:
-    """Mean over rows of KL(trained ‖ GGUF) of the two softmax distributions, in nats; 1e9 if it is not a number."""
+    """Mean over rows of KL(trained ‖ GGUF) in nats, from log-probabilities; 1e9 if it is not a number."""
     import numpy as np
 
-    p, q = log_softmax(trained), log_softmax(gguf)
-    return float(np.nan_to_num((np.exp(p) * (p - q)).sum(axis=1).mean(), nan=1e9, posinf=1e9))
+    return float(np.nan_to_num((np.exp(trained) * (trained - gguf)).sum(axis=1).mean(), nan=1e9, posinf=1e9))
 
 
 def log_softmax(values: FloatArray) -> FloatArray:

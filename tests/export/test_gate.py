@@ -29,6 +29,7 @@ from tapir_local.export.gate import (
     adapter_figures,
     gate_memory,
     lacks_adapter,
+    log_softmax,
     verify_gguf,
 )
 from tapir_local.export.gguf_side import GgufSide, GgufSideJob, gguf_side_main
@@ -148,10 +149,14 @@ def test_an_adapter_is_seen_through_noise_ten_times_its_effect() -> None:
     chance = np.random.default_rng(0)
     base, adapter, noise = (scale * chance.standard_normal((300, 400)) for scale in (2.0, 0.05, 0.5))
     trained = base + adapter
-    assert adapter_figures(trained, trained, base) == (pytest.approx(0.05**2, rel=0.1), pytest.approx(1.0))
-    assert adapter_figures(trained + noise, trained, base)[1] == pytest.approx(1.0, abs=0.2)
-    assert adapter_figures(base + noise, trained, base)[1] == pytest.approx(0.0, abs=0.2)
-    assert adapter_figures(base + noise, base, base) == (0.0, None)
+
+    def figures(*logits):
+        return adapter_figures(*map(log_softmax, logits))
+
+    assert figures(trained, trained, base) == (pytest.approx(0.05**2, rel=0.1), pytest.approx(1.0))
+    assert figures(trained + noise, trained, base)[1] == pytest.approx(1.0, abs=0.2)
+    assert figures(base + noise, trained, base)[1] == pytest.approx(0.0, abs=0.2)
+    assert figures(base + noise, base, base) == (0.0, None)
 
 
 @pytest.mark.parametrize(
